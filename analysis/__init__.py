@@ -1,0 +1,1 @@
+"""Questions asked of finished runs. Reads records only: never torch, trl or optuna."""

@@ -1,0 +1,259 @@
+"""The typed schema of a configuration, and the checks that need more than one key. Defaults live in conf/ alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+
+class Variant(Enum):
+    base = "base"
+    instruct = "instruct"
+
+
+class Quantization(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    int8 = "int8"
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class ComputeDtype(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class AdapterInit(Enum):
+    kaiming = "kaiming"
+    gaussian = "gaussian"
+    pissa = "pissa"
+
+
+class TaskSource(Enum):
+    embedded = "embedded"
+    local = "local"
+    hub = "hub"
+
+
+class TaskKind(Enum):
+    classification = "classification"
+    generation = "generation"
+
+
+class Format(Enum):
+    auto = "auto"
+    chat = "chat"
+    plain = "plain"
+
+
+class InvalidRows(Enum):
+    error = "error"
+    drop = "drop"
+
+
+class Checkpointing(Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class EvaluationSplit(Enum):
+    validation = "validation"
+    test = "test"
+
+
+class DeviceChoice(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class ModelConfig:
+    family: str
+    variant: Variant
+    checkpoints: dict[str, str]
+    """Hub id or ``embedded:NAME`` by variant; empty for ``model=local``."""
+    path: str | None
+    """A directory (safetensors) or a GGUF file on disk; only for ``model=local``."""
+    revision: str | None
+    chat_template: str | None
+    """A .jinja file, used where the tokenizer brings no chat template."""
+    template_tokens_trained: dict[str, bool]
+    """By variant: has the model seen the chat template's special tokens?"""
+    attention: str
+    """transformers' ``attn_implementation``: sdpa, eager, flash_attention_2 …"""
+
+
+@dataclass
+class QuantizationConfig:
+    mode: Quantization
+    compute_dtype: ComputeDtype
+    double_quantization: bool
+    int8_threshold: float
+
+
+@dataclass
+class LoraConfig:
+    r: int
+    alpha_policy: str
+    """``2r``, ``r`` or ``fixed`` (with lora.alpha)."""
+    alpha: float | None
+    dropout: float
+    dtype: ComputeDtype
+    rslora: bool
+    dora: bool
+    init: AdapterInit
+
+
+@dataclass
+class TargetsConfig:
+    set: str
+    """attention, attention_qv, mlp, all_linear."""
+    modules: list[str] | None
+    """An explicit list of module-name endings; takes the place of ``set``."""
+
+
+@dataclass
+class ColumnsConfig:
+    prompt: str | None
+    completion: str | None
+    messages: str | None
+    label: str | None
+
+
+@dataclass
+class TaskConfig:
+    name: str
+    source: TaskSource
+    kind: TaskKind
+    path: str | None
+    """local: a JSONL/CSV/Parquet file (split by seed), or a folder with train/validation/test files."""
+    hub_id: str | None
+    hub_config: str | None
+    hub_revision: str | None
+    splits: dict[str, str]
+    """hub: our split name to theirs."""
+    validation_fraction: float
+    test_fraction: float
+    split_seed: int
+    columns: ColumnsConfig
+    prompt: str | None
+    """Template over the row's columns, e.g. ``"Definition: {definition}\\nCategory:"``; null: the prompt column."""
+    completion: str | None
+    system: str | None
+    labels: list[str] | None
+    """classification: the options, in order; null: the distinct completions of the training split."""
+    format: Format
+    invalid_rows: InvalidRows
+    goal: str | None
+    """A business objective, e.g. ``accuracy >= 0.6``."""
+    max_train_items: int | None
+    max_validation_items: int | None
+    max_test_items: int | None
+
+
+@dataclass
+class TrainingConfig:
+    max_steps: int | None
+    max_tokens: int | None
+    """A budget in processed (unpadded) tokens: training stops at the first step that reaches it."""
+    batch_size: int
+    micro_batch_size: int | None
+    learning_rate: float
+    scheduler: str
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    optimizer: str
+    max_length: int
+    gradient_checkpointing: Checkpointing
+    logging_steps: int
+    evaluate_every_steps: int | None
+    """Validation loss during training; null: never."""
+    save_every_steps: int | None
+    early_stopping_patience: int | None
+    keep_best: bool
+    resume: bool
+    device: DeviceChoice
+    threads: int | None
+    """CPU threads of torch; null: as many as cores."""
+
+
+@dataclass
+class EvaluationConfig:
+    before: bool
+    split: EvaluationSplit
+    max_items: int | None
+    batch_size: int
+    generate: bool
+    max_new_tokens: int
+    forgetting: bool
+    forgetting_documents: int | None
+    baselines: bool
+    metrics: list[str]
+    """Further metrics by Hub name (online), computed on generated answers."""
+    cache: bool
+
+
+@dataclass
+class TrackingConfig:
+    enabled: bool
+    uri: str | None
+    """null: SQLite at mlflow.db beside output_root."""
+    experiment: str
+    timeout_seconds: float
+
+
+@dataclass
+class BudgetConfig:
+    usd_per_hour: float | None
+    """Price of this machine; null: cost unknown."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig
+    quantization: QuantizationConfig
+    lora: LoraConfig
+    targets: TargetsConfig
+    task: TaskConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    tracking: TrackingConfig
+    budget: BudgetConfig
+    seed: int
+    name: str | None
+    output_root: str
+
+
+SCHEMA_NODE = "qlora_exp_schema"
+
+
+def register() -> None:
+    """Make the schema known to Hydra; conf/config.yaml merges into it, so that every key and type is checked."""
+    ConfigStore.instance().store(name=SCHEMA_NODE, node=Config)
+
+
+def typed(config: DictConfig) -> Config:
+    """The composed configuration as plain dataclasses, interpolations resolved."""
+    built = OmegaConf.to_object(config)
+    assert isinstance(built, Config)
+    return built
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The configuration as JSON types: enums by name, as they are written on the command line."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}

@@ -1,0 +1,91 @@
+"""Where things are: conf/, sweeps/ and embedded assets in a checkout and in a wheel, and a run's artefacts."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+CONF = (PACKAGE / "conf").resolve()
+SWEEPS = (PACKAGE / "sweeps").resolve()
+EMBEDDED = PACKAGE / "embedded"
+
+
+def slug(text: str, limit: int = 64) -> str:
+    """``text`` as a file name that stays inside its folder: lower-case ASCII letters, digits, ``-`` and ``_``."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9_]+", "-", ascii_text.lower()).strip("-")[:limit].strip("-") or "unnamed"
+
+
+@dataclass(frozen=True)
+class OutputPaths:
+    """What lies under ``output_root``, and the tracking database beside it."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, output_root: str | Path) -> OutputPaths:
+        return cls(Path(output_root).expanduser().absolute())
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def cache(self) -> Path:
+        """Scores of untouched bases and baselines, by fingerprint: they don't change, so they are computed once."""
+        return self.root / "cache"
+
+    @property
+    def mlflow_database(self) -> Path:
+        return self.root.parent / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        return self.root.parent / "mlartifacts"
+
+    def run(self, run_id: str) -> RunPaths:
+        return RunPaths(self.runs / slug(run_id, limit=120))
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """One run's artefacts, one property each."""
+
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "record.json"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def curve(self) -> Path:
+        """Training curve, one JSON object per logged step: step, loss, learning_rate, gradient_norm, tokens."""
+        return self.folder / "curve.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "run.log"
+
+    @property
+    def tracking_state(self) -> Path:
+        """What the tracking store has of this run: its run id there, and whether all was delivered."""
+        return self.folder / "tracking.json"
+
+    def items(self, moment: str, split: str) -> Path:
+        """Per-item results (Parquet); ``moment`` is ``before`` or ``after``."""
+        return self.folder / f"items_{moment}_{split}.parquet"

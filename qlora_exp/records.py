@@ -1,0 +1,415 @@
+"""What is known of a run, as frozen types with units in their names. ``record.json`` is the truth; all else is a view.
+
+``None`` means unknown or not measured. There are no sentinels. A field is only ever added; a change of meaning raises
+``SCHEMA_VERSION``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_exp.errors import RecordError
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+class Status(StrEnum):
+    """How a run ended. RUNNING is written at the start, so that a killed run can be told from one never begun."""
+
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    PRUNED = "PRUNED"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    DIVERGED = "DIVERGED"
+    FAILED = "FAILED"
+    INTERRUPTED = "INTERRUPTED"
+
+    @property
+    def ended(self) -> bool:
+        return self is not Status.RUNNING
+
+
+@dataclass(frozen=True)
+class Device:
+    """``kind`` is ``cuda`` or ``cpu``; memory is the card's, or the machine's for a CPU."""
+
+    kind: str
+    name: str | None
+    count: int
+    memory_bytes: int | None
+    compute_capability: str | None
+    driver: str | None
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the software that a run was made with."""
+
+    python: str
+    platform: str
+    packages: dict[str, str]
+    device: Device
+    cpu_cores: int | None
+    memory_bytes: int | None
+    torch_threads: int | None
+    omp_num_threads: str | None
+    omp_wait_policy: str | None
+    git_commit: str | None
+    git_dirty: bool | None
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which process owns a RUNNING record: ``start_ticks`` and ``boot_id`` tell a reused pid from the same process."""
+
+    pid: int
+    start_ticks: int | None
+    boot_id: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, by arithmetic, before a weight is read."""
+
+    config_fingerprint: str
+    """SHA-256 over every setting that can change a result (not names, places or tracking)."""
+    base_fingerprint: str
+    """SHA-256 over what the untouched base's scores depend on: model, quantization, task, evaluation."""
+    architecture: str
+    total_parameters: int
+    trainable_parameters: int
+    full_parameters_of_adapted_modules: int
+    """Parameters of the adapted weight matrices: what training them without LoRA would update."""
+    target_modules: tuple[str, ...]
+    """Distinct last parts of the adapted modules' names, e.g. ``q_proj``."""
+    adapted_modules: int
+    alpha: float
+    scale: float
+    """alpha / r, or alpha / sqrt(r) with rsLoRA: what B·A is multiplied by."""
+    device: str
+    weight_dtype: str
+    compute_dtype: str
+    adapter_dtype: str
+    max_steps: int
+    batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    format: str
+    """``chat`` or ``plain``."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What was trained and scored on, after validation of every row."""
+
+    task: str
+    fingerprint: str
+    train_items: int
+    validation_items: int
+    test_items: int
+    dropped_rows: int
+    dropped_reasons: dict[str, int]
+    labels: tuple[str, ...]
+    mean_prompt_tokens: float | None
+    mean_completion_tokens: float | None
+    template_tokens: int | None
+    """Tokens that the chat template adds to a prompt; 0 for the plain format."""
+    template_tokens_trained: bool | None
+    """Whether the base ever saw the template's special tokens (LoRA leaves embeddings frozen)."""
+    truncated_items: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. Peaks are per phase, reset in between; on a CPU they are the resident peak *above* the phase's start."""
+
+    base_weight_bytes: int | None = None
+    quantization_state_bytes: int | None = None
+    adapter_bytes: int | None = None
+    gradient_bytes: int | None = None
+    optimizer_bytes: int | None = None
+    resident_after_imports_bytes: int | None = None
+    peak_load_bytes: int | None = None
+    peak_train_bytes: int | None = None
+    peak_evaluation_bytes: int | None = None
+    peak_train_reserved_bytes: int | None = None
+    checkpoint_bytes: int | None = None
+    host_reused: bool = False
+    source: str | None = None
+    """``cuda_allocated`` or ``resident``: what the peaks measure."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds by phase; tokens are unpadded; step times exclude the first ``excluded_steps`` (warm-up)."""
+
+    load_seconds: float | None = None
+    train_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    untouched_evaluation_seconds: float | None = None
+    untouched_cached: bool = False
+    total_seconds: float | None = None
+    steps: int | None = None
+    excluded_steps: int | None = None
+    train_tokens: int | None = None
+    loss_tokens: int | None = None
+    train_tokens_per_second: float | None = None
+    step_seconds_p50: float | None = None
+    step_seconds_p95: float | None = None
+    model_flops_utilisation: float | None = None
+    energy_joules: float | None = None
+    cost_usd: float | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's scores on one split. Definitions: docs/measures.md."""
+
+    split: str
+    items: int
+    loss: float | None = None
+    loss_per_item: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    token_accuracy: float | None = None
+    accuracy: float | None = None
+    accuracy_calibrated: float | None = None
+    accuracy_normalized: float | None = None
+    balanced_accuracy: float | None = None
+    macro_f1: float | None = None
+    exact_match: float | None = None
+    invalid_answer_rate: float | None = None
+    rouge_l: float | None = None
+    token_f1: float | None = None
+    other: dict[str, float] = field(default_factory=dict)
+    """Metrics named in ``evaluation.metrics``."""
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """Loss on general text in nats per byte, after − before; the interval is over documents (95 %)."""
+
+    before_nats_per_byte: float
+    after_nats_per_byte: float
+    difference: float
+    low: float | None
+    high: float | None
+    documents: int
+    text: str
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    before: Scores | None = None
+    after: Scores | None = None
+    test: Scores | None = None
+    """Tuned model on the test split; only with ``evaluation.split=test``."""
+    test_before: Scores | None = None
+    forgetting: Forgetting | None = None
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What a tuned model must clear: always the most frequent label, and TF-IDF (1-2-grams) + logistic regression."""
+
+    split: str
+    majority_label: str | None
+    majority_accuracy: float | None
+    majority_balanced_accuracy: float | None
+    tfidf_accuracy: float | None
+    tfidf_macro_f1: float | None
+    tfidf_c: float | None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``task.goal`` answered by a one-sided 95 % bound over items: ``yes``, ``no`` or ``not shown``."""
+
+    text: str
+    split: str
+    value: float | None
+    low: float | None
+    high: float | None
+    answer: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the trainer really did."""
+
+    steps: int
+    first_loss: float | None
+    final_loss: float | None
+    epochs: float | None
+    resumed_from_step: int | None = None
+    best_step: int | None = None
+    stopped_early: bool = False
+    micro_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run did not complete. ``kind`` is the exception's class name."""
+
+    kind: str
+    message: str
+    phase: str | None = None
+    step: int | None = None
+    hint: str | None = None
+    traceback: str | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that is known of one run; complete even when the run failed (what was not reached is ``None``)."""
+
+    schema_version: int
+    run_id: str
+    name: str
+    status: Status
+    started_at: str
+    ended_at: str | None
+    config: dict[str, Any]
+    environment: Environment
+    process: Process | None = None
+    seed: int | None = None
+    model_fingerprint: str | None = None
+    plan: Plan | None = None
+    data: Data | None = None
+    memory: Memory = field(default_factory=Memory)
+    speed: Speed = field(default_factory=Speed)
+    training: Training | None = None
+    scores: ScoreTable = field(default_factory=ScoreTable)
+    baselines: Baselines | None = None
+    goal: Goal | None = None
+    failure: Failure | None = None
+    warnings: tuple[str, ...] = ()
+
+    def replace(self, **changes: Any) -> RunRecord:
+        return dataclasses.replace(self, **changes)
+
+
+def to_dict(value: Any) -> Any:
+    """Plain JSON types. Non-finite floats become ``None``: an unknown number, never ``NaN`` in a file."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_dict(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_dict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_dict(entry) for entry in value]
+    if isinstance(value, StrEnum):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def from_dict(kind: type[T], raw: Any, where: str = "record") -> T:
+    """Build ``kind`` from plain JSON types. Unknown keys are ignored (a newer minor writer); a missing or mistyped
+    one raises :class:`RecordError` that names the key."""
+    return typing.cast(T, _build(kind, raw, where))
+
+
+def _build(kind: Any, raw: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        if raw is None and type(None) in options:
+            return None
+        return _build(next(option for option in options if option is not type(None)), raw, where)
+    if kind is Any:
+        return raw
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, raw, where)
+    if origin is tuple:
+        _expect(raw, list, where)
+        return tuple(_build(typing.get_args(kind)[0], entry, f"{where}[{i}]") for i, entry in enumerate(raw))
+    if origin is dict:
+        _expect(raw, dict, where)
+        return {str(key): _build(typing.get_args(kind)[1], entry, f"{where}.{key}") for key, entry in raw.items()}
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        try:
+            return kind(raw)
+        except ValueError:
+            raise RecordError(f"{raw!r} is no {kind.__name__}", where, f"one of {', '.join(kind)}") from None
+    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+        return float(raw)
+    _expect(raw, kind, where)
+    return raw
+
+
+def _build_dataclass(kind: Any, raw: Any, where: str) -> Any:
+    _expect(raw, dict, where)
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for item in dataclasses.fields(kind):
+        if item.name in raw:
+            values[item.name] = _build(hints[item.name], raw[item.name], f"{where}.{item.name}")
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise RecordError(f"{item.name} is missing", where, "the file was written by another version or is damaged")
+    return kind(**values)
+
+
+def _expect(raw: Any, kind: type, where: str) -> None:
+    wrong_bool = kind in (int, float) and isinstance(raw, bool)
+    if not isinstance(raw, kind) or wrong_bool:
+        raise RecordError(f"expected {kind.__name__}, found {type(raw).__name__} {raw!r:.80}", where)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half of one, whatever is killed when."""
+    write_text(path, json.dumps(to_dict(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` atomically and durably (file and folder are synced)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read a ``record.json``. A missing, torn or foreign file raises :class:`RecordError`."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError("there is no record", str(path), "qlora-exp ls runs shows the runs that there are") from None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"the record can't be read: {error}", str(path), "restore it, or run again") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("schema_version"), int):
+        raise RecordError("this is no record of a run: schema_version is missing", str(path))
+    if raw["schema_version"] > SCHEMA_VERSION:
+        raise RecordError(
+            f"the record has schema version {raw['schema_version']}, this version reads up to {SCHEMA_VERSION}",
+            str(path),
+            "upgrade qlora-exp",
+        )
+    return from_dict(RunRecord, raw, str(path))
