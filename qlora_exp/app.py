@@ -1,0 +1,279 @@
+"""Joins configuration, run and tracking; and the Hydra door: ``python -m qlora_exp [-m] key=value …``."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qlora_exp import compose, environment, redaction
+from qlora_exp.config import Config, register, to_plain
+from qlora_exp.errors import ConfigError, QloraExpError
+from qlora_exp.paths import CONF, OutputPaths, RunPaths, slug
+from qlora_exp.records import SCHEMA_VERSION, RunRecord, Status, read_record, write_json, write_text
+
+if TYPE_CHECKING:
+    from qlora_exp.callbacks import Observer
+
+EXIT_COMPLETED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def set_threads(threads: int | None) -> None:
+    """Fix the CPU threads before torch is imported. Two OpenMP pools that spin on the same cores slow each other down
+    many times over, so waiting is passive."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        import torch
+
+        wanted = threads or int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
+        torch.set_num_threads(wanted)
+
+
+def quiet_libraries() -> None:
+    """No telemetry, no progress bars of the libraries' own, no fork of tokenizers after threads exist."""
+    for key, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "BITSANDBYTES_NOWELCOME": "1",
+    }.items():
+        os.environ.setdefault(key, value)
+
+
+def execute(config: Config, observer: Observer | None = None, resume: str | None = None) -> RunRecord:
+    """Run ``config``, keep its record, and show it in MLflow.
+
+    Args:
+        resume: the id of an interrupted run to go on with; its own configuration is used by the caller.
+
+    Raises:
+        QloraExpError: wrong input; nothing was started.
+    """
+    set_threads(config.training.threads)
+    quiet_libraries()
+    from qlora_exp import tracking
+    from qlora_exp.run import prepare, run
+
+    outputs = OutputPaths.of(config.output_root)
+    probed = environment.probe(config.training.device)
+    prepare(config, probed)  # wrong input ends here, before a run exists
+    record, paths = _begin(config, outputs, probed, resume)
+    try:
+        tracker = tracking.Tracker(config, outputs)
+    except QloraExpError:
+        if resume is None:
+            _remove(paths)
+        raise
+    tracker.start(record, paths)
+    if observer is not None:
+        observer.note(f"run {record.run_id}")
+    try:
+        finished = run(config, record, paths, observer)
+    except QloraExpError as error:
+        finished = _wrong_input_after_all(record, error)
+    finished = finished.replace(ended_at=_now(), process=None)
+    write_json(paths.record, finished)
+    tracker.finish(finished)
+    return finished
+
+
+def _begin(config: Config, outputs: OutputPaths, probed: Any, resume: str | None) -> tuple[RunRecord, RunPaths]:
+    plain = redaction.redact(to_plain(config))
+    if resume is not None:
+        paths = outputs.run(resume)
+        old = read_record(paths.record)
+        record = old.replace(
+            status=Status.RUNNING, ended_at=None, failure=None, environment=probed, process=environment.process_identity()
+        )
+    else:
+        run_id = _new_run_id(config)
+        paths = outputs.run(run_id)
+        paths.folder.mkdir(parents=True)
+        record = RunRecord(
+            schema_version=SCHEMA_VERSION,
+            run_id=run_id,
+            name=config.name or display_name(config),
+            status=Status.RUNNING,
+            started_at=_now(),
+            ended_at=None,
+            config=plain,
+            environment=probed,
+            process=environment.process_identity(),
+            seed=config.seed,
+        )
+    write_text(paths.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    write_json(paths.record, record)
+    return record, paths
+
+
+def _remove(paths: RunPaths) -> None:
+    for file in (paths.record, paths.config):
+        file.unlink(missing_ok=True)
+    paths.folder.rmdir()
+
+
+def _wrong_input_after_all(record: RunRecord, error: QloraExpError) -> RunRecord:
+    """Wrong input that only showed itself while loading (a torn weight file, say): the run exists, so it is told."""
+    from qlora_exp.records import Failure
+
+    told = Failure(kind=type(error).__name__, message=redaction.redact_text(str(error)), phase="load", hint=error.hint)
+    return record.replace(status=Status.FAILED, failure=told)
+
+
+def display_name(config: Config) -> str:
+    """The axes in a few words, e.g. ``embedded-base nf4 r8 attention s1``."""
+    where = "+".join(config.targets.modules) if config.targets.modules else config.targets.set
+    model = f"{config.model.family}-{config.model.variant.value}"
+    return f"{model} {config.quantization.mode.value} r{config.lora.r} {where} s{config.seed}"
+
+
+def _new_run_id(config: Config) -> str:
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    model = f"{config.model.family}-{config.model.variant.value}"
+    return slug(f"{stamp}-{model}-{config.quantization.mode.value}-r{config.lora.r}-{secrets.token_hex(2)}", 120)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def exit_code_of(status: Status) -> int:
+    if status in (Status.COMPLETED, Status.PRUNED):
+        return EXIT_COMPLETED
+    return EXIT_INTERRUPTED if status is Status.INTERRUPTED else EXIT_RUN_FAILED
+
+
+def tell(error: QloraExpError) -> None:
+    """Print an error to stderr as the person at the terminal should read it."""
+    print(f"error: {redaction.redact_text(str(error))}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The Hydra door. Exit codes: 0, 1 a run failed, 2 wrong input, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    overrides = [text for text in given if not text.startswith("-")]
+    multirun = any(text in ("-m", "--multirun") for text in given)
+    statuses: list[Status] = []
+    try:
+        if not any(text.startswith(("--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c")) for text in given):
+            (compose.check_multirun if multirun else compose.compose)(overrides)
+        _hydra(given, lambda config: statuses.append(_one_job(config, multirun)))
+    except QloraExpError as error:
+        tell(error)
+        return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    if Status.INTERRUPTED in statuses:
+        return EXIT_INTERRUPTED
+    return max((exit_code_of(status) for status in statuses), default=EXIT_COMPLETED)
+
+
+def _hydra(arguments: Sequence[str], job: Any) -> None:
+    import hydra
+
+    register()
+    sys.argv = ["qlora_exp", *arguments]
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def application(config: Any) -> None:
+        job(config)
+
+    application()
+
+
+class _Stop(KeyboardInterrupt):
+    """Ends a multirun after an interrupted job."""
+
+
+def _one_job(raw: Any, multirun: bool) -> Status:
+    """One Hydra job. In a multirun each job has a process of its own: its memory figures are then its own, and an
+    out-of-memory kill ends one run, not all of them."""
+    config = compose.checked(_without_hydra(raw))
+    if not multirun:
+        from qlora_exp.progress import Progress
+
+        with Progress() as observer:
+            record = execute(config, observer)
+        print(summary(record, config))
+        return record.status
+    return _in_own_process(config)
+
+
+def _without_hydra(raw: Any) -> Any:
+    from omegaconf import OmegaConf, open_dict
+
+    with open_dict(raw):
+        if "hydra" in raw:
+            del raw["hydra"]
+    OmegaConf.resolve(raw)
+    return raw
+
+
+def _in_own_process(config: Config) -> Status:
+    outputs = OutputPaths.of(config.output_root)
+    before = set(outputs.runs.glob("*/record.json"))
+    text = yaml.safe_dump(to_plain(config), allow_unicode=True)
+    result = subprocess.run([sys.executable, "-m", "qlora_exp.job"], input=text, text=True, check=False)
+    new = sorted(set(outputs.runs.glob("*/record.json")) - before)
+    if result.returncode == EXIT_INTERRUPTED:
+        raise _Stop
+    if result.returncode == EXIT_WRONG_INPUT:
+        return Status.FAILED
+    if result.returncode < 0 and new:
+        _mark_killed(new[-1], -result.returncode)
+        return Status.OUT_OF_MEMORY if result.returncode == -9 else Status.FAILED
+    return Status.COMPLETED if result.returncode == EXIT_COMPLETED else Status.FAILED
+
+
+def _mark_killed(path: Path, number: int) -> None:
+    from qlora_exp import tracking
+    from qlora_exp.records import Failure
+
+    record = read_record(path)
+    if record.status is Status.RUNNING:
+        told = Failure(kind="Killed", message=f"the run's process was ended by signal {number}", hint="dmesg, memory")
+        write_json(path, record.replace(status=Status.FAILED, ended_at=_now(), process=None, failure=told))
+        tracking.sync(path.parents[2])
+
+
+def summary(record: RunRecord, config: Config) -> str:
+    """Three lines after a run: what came of it, and where to look."""
+    lines = [f"{record.status}: {record.name}  ({record.run_id})"]
+    before, after = record.scores.before, record.scores.after
+    if after is not None:
+        for name in ("accuracy", "exact_match", "loss"):
+            if getattr(after, name) is not None:
+                old = getattr(before, name) if before else None
+                shown = f"{old:.3f} → " if old is not None else ""
+                lines.append(f"  {name} {shown}{getattr(after, name):.3f} on {after.items} {after.split} items")
+    if record.failure is not None:
+        lines.append(f"  {record.failure.kind} in phase {record.failure.phase}: {record.failure.message.splitlines()[0]}")
+        if record.failure.hint:
+            lines.append(f"  do: {record.failure.hint}")
+    lines.append(f"  record: {OutputPaths.of(config.output_root).run(record.run_id).record}")
+    return "\n".join(lines)
+
+
+def config_from_plain(plain: dict[str, Any]) -> Config:
+    """A configuration from a record or a child's standard input, checked like any other."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None
+    return compose.checked(merged)

@@ -1,0 +1,196 @@
+"""What watches a training: metering, the curve, the stop on divergence, the token budget, and a clean interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+from qlora_exp.measurement import tensor_bytes
+
+EXCLUDED_STEPS = 5
+SCALER_PATIENCE = 10
+
+Report = Callable[[int, float], bool]
+"""``report(step, validation_loss) -> stop?``: asked after each validation during training."""
+
+
+def never_stop(step: int, value: float) -> bool:
+    return False
+
+
+class Observer(Protocol):
+    """Who is told how a run goes: a progress bar, a log, a tracker. None of them may slow or stop it."""
+
+    def phase(self, name: str) -> None: ...
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """An observer that does nothing."""
+
+    def phase(self, name: str) -> None:
+        return
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        return
+
+    def note(self, text: str) -> None:
+        return
+
+
+class Diverged(Exception):
+    """A loss or gradient that is no longer finite."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(f"{what} is not finite at step {step}")
+        self.step = step
+
+
+class Pruned(Exception):
+    """The study asked this run to stop."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped by the study at step {step}")
+        self.step = step
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the state was saved first. ``step``: where it can go on."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"interrupted at step {step}")
+        self.step = step
+
+
+class StepMeter(TrainerCallback):  # type: ignore[misc]
+    """Seconds of each optimizer step, and what the optimizer and the gradients weigh once they exist."""
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+        self.step_tokens: list[int] = []
+        self.tokens = 0
+        self.loss_tokens = 0
+        self.gradient_bytes: int | None = None
+        self.optimizer_bytes: int | None = None
+        self._pending_tokens = 0
+        self._started = 0.0
+
+    def count(self, tokens: int, loss_tokens: int) -> None:
+        """Called by the trainer for each micro-batch: unpadded tokens, and those among them that carry a loss."""
+        self._pending_tokens += tokens
+        self.tokens += tokens
+        self.loss_tokens += loss_tokens
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pending_tokens = 0
+        self._started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.gradient_bytes is None:
+            parameters = kwargs["model"].parameters()
+            self.gradient_bytes = tensor_bytes(p.grad for p in parameters if p.grad is not None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_seconds.append(time.perf_counter() - self._started)
+        self.step_tokens.append(self._pending_tokens)
+        if self.optimizer_bytes is None and kwargs.get("optimizer") is not None:
+            import torch
+
+            slots = kwargs["optimizer"].state.values()
+            self.optimizer_bytes = tensor_bytes(v for slot in slots for v in slot.values() if torch.is_tensor(v))
+
+    def counted(self) -> tuple[list[float], int]:
+        """Seconds of the counted steps, and the tokens that they processed. The first steps are warm-up: excluded
+        unless there are too few others."""
+        first = EXCLUDED_STEPS if len(self.step_seconds) > 2 * EXCLUDED_STEPS else min(1, len(self.step_seconds) - 1)
+        first = max(first, 0)
+        return self.step_seconds[first:], sum(self.step_tokens[first:])
+
+
+class Curve(TrainerCallback):  # type: ignore[misc]
+    """Appends each logged point to curve.jsonl, and tells the observer."""
+
+    def __init__(self, path: Path, meter: StepMeter, observer: Observer, fresh: bool) -> None:
+        self.path, self.meter, self.observer = path, meter, observer
+        self.first_loss: float | None = None
+        self.final_loss: float | None = None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            path.write_text("")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        names = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm", "eval_loss": "validation_loss"}
+        point = {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
+        if not ("loss" in point or "validation_loss" in point):
+            return
+        if "loss" in point:
+            self.first_loss = point["loss"] if self.first_loss is None else self.first_loss
+            self.final_loss = point["loss"]
+        kept = {key: value if math.isfinite(value) else None for key, value in point.items()}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": state.global_step, "tokens": self.meter.tokens, **kept}) + "\n")
+        self.observer.step(state.global_step, state.max_steps, point)
+
+
+class TokenBudget(TrainerCallback):  # type: ignore[misc]
+    """Stops at the first step that has processed ``max_tokens`` unpadded tokens."""
+
+    def __init__(self, max_tokens: int, meter: StepMeter) -> None:
+        self.max_tokens, self.meter = max_tokens, meter
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.meter.tokens >= self.max_tokens:
+            control.should_training_stop = True
+
+
+class AskStudy(TrainerCallback):  # type: ignore[misc]
+    """Reports each validation loss to the study, and stops when told to."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        if loss is not None and self.report(state.global_step, float(loss)):
+            raise Pruned(state.global_step)
+
+
+class Interruption(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C or TERM once: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True

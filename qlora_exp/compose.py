@@ -1,0 +1,260 @@
+"""Overrides in, typed configuration out: every mistake in them found at once, before anything expensive."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from qlora_exp import plan
+from qlora_exp.config import Config, register, typed
+from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
+from qlora_exp.paths import CONF
+
+GRID_CHECK_LIMIT = 256
+"""Configurations of a multirun that are composed and checked before its first run; the rest are checked by axis."""
+
+UNSAFE = ("_target_", "trust_remote_code")
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """One configuration from conf/ and ``overrides`` (``group=choice``, ``key.path=value``).
+
+    Raises:
+        ConfigError, Problems: a misspelt key or choice, a wrong type, an impossible combination; all together.
+    """
+    raise_all(problems_of(overrides, multirun=False))
+    return _compose_checked(overrides)
+
+
+def check_multirun(overrides: Sequence[str]) -> None:
+    """Raise for any wrong point of a grid (``lora.r=8,16``) before its first run starts."""
+    raise_all(problems_of(overrides, multirun=True))
+    axes = [_choices(override) for override in _parsed(overrides) if not _is_hydra(override)]
+    errors: dict[str, QloraExpError] = {}
+    for point in itertools.islice(itertools.product(*axes), GRID_CHECK_LIMIT):
+        try:
+            _compose_checked(point)
+        except QloraExpError as error:
+            for one in getattr(error, "errors", (error,)):
+                errors.setdefault(str(one), one)
+    raise_all(list(errors.values()))
+
+
+def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]:
+    """Every problem that can be seen in the overrides one by one."""
+    found: list[QloraExpError] = []
+    for text in overrides:
+        try:
+            override = _parse(text)
+        except ConfigError as error:
+            found.append(error)
+            continue
+        if not _is_hydra(override):
+            found.extend(_problems_of_one(override, text, multirun))
+    return found
+
+
+def groups() -> dict[str, list[str]]:
+    """Choices of each configuration group, e.g. ``{"quantization": ["bf16", "fp16", …]}``."""
+    folders = sorted(path for path in CONF.iterdir() if path.is_dir())
+    return {folder.name: _choices_of_group(folder) for folder in folders if folder.name != "model_training"}
+
+
+def _choices_of_group(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml") if not path.name.startswith("_"))
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{text!r} can't be read as an override: {first}",
+            "command line",
+            "write key=value; quote values that hold spaces, commas or brackets: 'task.prompt=\"…\"'",
+        ) from None
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    return [_parse(text) for text in overrides]
+
+
+def _is_hydra(override: Override) -> bool:
+    return override.key_or_group == "hydra" or override.key_or_group.startswith(("hydra.", "hydra/"))
+
+
+def _choices(override: Override) -> list[str]:
+    """The override once per value that it sweeps over."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _problems_of_one(override: Override, text: str, multirun: bool) -> Iterable[QloraExpError]:
+    key = override.key_or_group
+    if any(name in key.split(".") for name in UNSAFE):
+        yield ConfigError(f"{key} can't be set", text, "remote code and object construction are off, on purpose")
+        return
+    if override.is_sweep_override() and not multirun:
+        yield ConfigError(
+            f"{key} has several values, and this is one run",
+            text,
+            f"python -m qlora_exp -m {text} runs them all; in a list use brackets: {key}=[a,b]",
+        )
+        return
+    choices = groups()
+    if key in choices:
+        yield from _problems_of_choice(override, text, choices[key])
+        return
+    if override.is_delete():
+        yield ConfigError(f"{key} can't be deleted", text, "set it to null where it may be unknown")
+        return
+    kind = _schema_type(key)
+    if isinstance(kind, ConfigError):
+        yield kind
+        return
+    for value in _values(override):
+        problem = _problem_of_value(key, value, kind, text)
+        if problem is not None:
+            yield problem
+
+
+def _problems_of_choice(override: Override, text: str, valid: list[str]) -> Iterable[ConfigError]:
+    key = override.key_or_group
+    for value in _values(override):
+        name = str(value)
+        if name not in valid:
+            hint = nearest(name, valid)
+            if key == "model" and Path(name).expanduser().exists():
+                hint = f"model=local model.path={name}"
+            yield ConfigError(f"{key} has no choice {name!r}", f"{text} (conf/{key}/)", hint)
+
+
+def _values(override: Override) -> list[Any]:
+    if not override.is_sweep_override():
+        value = override.value()
+        return [value.text if isinstance(value, QuotedString) else value]
+    return [_plain(text) for text in override.sweep_string_iterator()]
+
+
+def _plain(text: str) -> Any:
+    value = OverridesParser.create().parse_override(f"key={text}").value()
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def _schema_type(key: str) -> Any:
+    """The type of ``a.b.c`` in the schema, or the error that names the nearest keys."""
+    current: Any = Config
+    walked: list[str] = []
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(current):
+            if typing.get_origin(current) is dict:
+                return typing.get_args(current)[1]
+            return ConfigError(f"{'.'.join(walked)} holds a single value", key, f"{'.'.join(walked)}=VALUE")
+        hints = typing.get_type_hints(current)
+        if part not in hints:
+            where = ".".join(walked) or "the configuration"
+            return ConfigError(f"there is no key {key!r}", where, _nearest_key(key, part, walked, hints))
+        walked.append(part)
+        current = hints[part]
+    return current
+
+
+def _nearest_key(key: str, part: str, walked: list[str], hints: dict[str, Any]) -> str:
+    prefix = ".".join(walked)
+    siblings = [f"{prefix}.{name}" if prefix else name for name in hints]
+    if not walked or nearest(part, hints).startswith("valid"):
+        elsewhere = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+        if elsewhere:
+            return f"did you mean {' or '.join(elsewhere[:3])}?"
+        return nearest(key, [*siblings, *_all_keys(Config)] if not walked else siblings)
+    return nearest(f"{prefix}.{part}" if prefix else part, siblings)
+
+
+def _all_keys(kind: Any, prefix: str = "") -> list[str]:
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        path = f"{prefix}{name}"
+        found.extend(_all_keys(hint, f"{path}.") if dataclasses.is_dataclass(hint) else [path])
+    return found
+
+
+def _problem_of_value(key: str, value: Any, kind: Any, text: str) -> ConfigError | None:
+    holder = dataclasses.make_dataclass("Holder", [("value", kind)])
+    try:
+        node = OmegaConf.structured(holder)
+        # An interpolation is resolved by Hydra later; everything else must fit now.
+        if not (isinstance(value, str) and "${" in value):
+            node.value = value
+    except (OmegaConfBaseException, ValueError, TypeError):
+        return ConfigError(f"{key} must be {_describe(kind)}, not {value!r}", text, _hint_for(kind, value))
+    return None
+
+
+def _describe(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        inner = [option for option in typing.get_args(kind) if option is not type(None)]
+        return f"{_describe(inner[0])} or null"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(kind.__members__)}"
+    if dataclasses.is_dataclass(kind):
+        return "a group of keys"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if origin is list:
+        return f"a list, e.g. [{'a,b' if typing.get_args(kind)[0] is str else '1,2'}]"
+    if origin is dict:
+        return "a mapping, e.g. {a: b}"
+    return names.get(kind, str(kind))
+
+
+def _hint_for(kind: Any, value: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return nearest(str(value), kind.__members__)
+    return f"give it {_describe(kind)}"
+
+
+def _compose_checked(overrides: Sequence[str]) -> Config:
+    register()
+    own = [text for text in overrides if not _is_hydra(_parse(text))]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = typed(hydra_compose("config", overrides=own))
+    except MissingMandatoryValue as error:
+        raise _missing(error) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).splitlines()[0], " ".join(own) or "conf/", "qlora-exp validate …") from None
+    raise_all(plan.check(config))
+    return config
+
+
+def _missing(error: MissingMandatoryValue) -> ConfigError:
+    key = str(getattr(error, "full_key", None) or "a key")
+    return ConfigError(f"{key} must be given", "command line", f"{key}=VALUE")
+
+
+def checked(config: Any) -> Config:
+    """The same checks for a configuration that Hydra composed itself."""
+    try:
+        built = typed(config)
+    except MissingMandatoryValue as error:
+        raise _missing(error) from None
+    raise_all(plan.check(built))
+    return built

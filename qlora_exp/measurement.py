@@ -1,0 +1,167 @@
+"""Memory by phase, and the speed of a card: what a run's figures are read from. Definitions: docs/measures.md."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Dense 16-bit tensor throughput without sparsity, FLOP/s, from the makers' data sheets; other cards: unknown.
+DENSE_FLOPS_PER_SECOND = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+@dataclass
+class Phase:
+    """One measured phase. ``peak_bytes``: CUDA bytes allocated, or on a CPU the resident peak above the phase's start."""
+
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    energy_joules: float | None = None
+
+
+@dataclass
+class Meter:
+    """Measures phases on one device; the highest peak of a name is kept when it is entered more than once."""
+
+    device: str
+    phases: dict[str, Phase] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str | None:
+        if self.device == "cuda":
+            return "cuda_allocated"
+        return "resident" if resident_bytes() is not None else None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started_with = self._start()
+        joules = energy_joules(self.device)
+        clock = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            known = self.phases.setdefault(name, Phase())
+            known.seconds = (known.seconds or 0.0) + time.perf_counter() - clock
+            peak, reserved = self._peaks(started_with)
+            known.peak_bytes = _highest(known.peak_bytes, peak)
+            known.reserved_bytes = _highest(known.reserved_bytes, reserved)
+            spent = energy_joules(self.device)
+            if joules is not None and spent is not None:
+                known.energy_joules = (known.energy_joules or 0.0) + spent - joules
+
+    def of(self, name: str) -> Phase:
+        return self.phases.get(name, Phase())
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def _start(self) -> int | None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            return None
+        return reset_resident_peak()
+
+    def _peaks(self, started_with: int | None) -> tuple[int | None, int | None]:
+        if self.device == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        peak = _status_bytes("VmHWM")
+        if peak is None or started_with is None:
+            return None, None
+        return max(0, peak - started_with), None
+
+
+def _highest(one: int | None, other: int | None) -> int | None:
+    known = [value for value in (one, other) if value is not None]
+    return max(known) if known else None
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process now; ``None`` where the system doesn't say."""
+    return _status_bytes("VmRSS")
+
+
+def reset_resident_peak() -> int | None:
+    """Reset the process's resident peak to what is resident now, and return that; ``None`` where it can't be reset.
+
+    Linux: proc(5), ``/proc/self/clear_refs``, value 5.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return resident_bytes()
+
+
+def _status_bytes(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def energy_joules(device: str) -> float | None:
+    """The current card's energy counter (NVML, Volta and later); ``None`` on CPUs and where NVML isn't installed."""
+    if device != "cuda":
+        return None
+    try:
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
+    except Exception:  # NVML has many ways to be absent; energy is then unknown, never a reason to stop
+        return None
+
+
+def flops_per_token(total_parameters: int, adapter_parameters: int, recomputed: bool) -> float:
+    """FLOPs to train one token with a frozen base: 2N forward + 2N backward (activations' gradients only), 2N more
+    where the forward pass is recomputed, and 6 per adapter parameter. After Kaplan et al. 2020, section 2.1; the
+    attention's own quadratic part is left out."""
+    return (6.0 if recomputed else 4.0) * total_parameters + 6.0 * adapter_parameters
+
+
+def model_flops_utilisation(device_name: str | None, flops_of_a_token: float, tokens_per_second: float) -> float | None:
+    """Model FLOPs utilisation against the card's dense 16-bit data-sheet figure; ``None`` for an unknown card.
+
+    Recomputation counts as no useful work, so pass :func:`flops_per_token` with ``recomputed=False``.
+    """
+    for name in sorted(DENSE_FLOPS_PER_SECOND, key=len, reverse=True):
+        if device_name and name in device_name:
+            return tokens_per_second * flops_of_a_token / DENSE_FLOPS_PER_SECOND[name]
+    return None
+
+
+def tensor_bytes(tensors: Any) -> int:
+    """Bytes of distinct tensors."""
+    seen: dict[int, int] = {}
+    for tensor in tensors:
+        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())

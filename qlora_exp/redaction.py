@@ -1,0 +1,124 @@
+"""Secrets out of everything that is written, shown or sent: configurations, overrides, messages and tracebacks.
+
+A key is secret by its name (``hub_token``, ``db.password``, ``API_KEY`` …), a text by its shape (``hf_…``, a
+password in a URL, ``token=…``, a private key), and the values of secret environment variables are secret wherever they appear.
+Settings that only sound alike stay readable: ``max_new_tokens``, ``token_accuracy``, ``pad_token``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+REDACTED = "***"
+
+SECRET_WORDS = frozenset(
+    ("secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd")
+    + ("credential", "credentials", "apikey", "authorization", "bearer")
+)
+SECRET_PAIRS = frozenset(
+    {"api key", "access key", "private key", "secret key", "account key", "auth key", "session key"}
+)
+TOKENIZER_WORDS = frozenset(
+    ("pad", "eos", "bos", "unk", "sep", "cls", "mask", "special", "image")
+    + ("next", "new", "begin", "end", "per", "last", "first", "label")
+)
+"""``pad_token`` and the like name a tokenizer's symbols."""
+
+SHORTEST_ENVIRONMENT_SECRET = 8
+"""Shorter values (``test``, ``1234``) would black out ordinary words."""
+
+TOKEN_SHAPES = re.compile(
+    r"""
+    \bhf_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{8,} | \bhf_[A-Za-z0-9]{16,}      # Hugging Face
+  | \bapi_org_[A-Za-z0-9]{16,}
+  | \bgh[pousr]_[A-Za-z0-9]{16,} | \bgithub_pat_\w{20,} | \bglpat-[\w-]{16,}  # forges
+  | \bsk-[A-Za-z0-9_-]{16,} | \bAIza[\w-]{30,} | \bxox[abprs]-[\w-]{10,}      # providers
+  | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b | \bdapi[0-9a-f]{32}\b
+  | \beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*                                         # JSON web token
+  | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----.*?(?:-----END[ ][A-Z ]*PRIVATE[ ]KEY-----|\Z)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+URL_PASSWORD = re.compile(r"(?P<before>\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s/:@'\"]*):(?P<secret>[^\s/'\"]+)@")
+URL_SIGNATURE = re.compile(
+    r"(?P<before>[?&](?:sig|signature|x-amz-signature|x-amz-security-token|code|key)=)[^&\s'\"]+", re.I
+)
+AUTHORIZATION = re.compile(r"\b(?P<scheme>Bearer|Basic)\s+[A-Za-z0-9+/._~=-]{8,}", re.I)
+ASSIGNMENT = re.compile(
+    r"""(?P<quote>["']?)(?P<key>[A-Za-z_][\w.-]*)(?P=quote)(?P<middle>\s*[=:]\s*)"""
+    r"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,;&(){}\[\]"']+)"""
+)
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a setting of this name holds a secret. The last dotted part counts most: ``headers.authorization``."""
+    last = key.replace("+", "").replace("~", "").split(".")[-1]
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])", last)]
+    if not words:
+        return False
+    if SECRET_WORDS.intersection(words):
+        return True
+    if any(f"{first} {second}" in SECRET_PAIRS for first, second in pairwise(words)):
+        return True
+    return words[-1] == "token" and not TOKENIZER_WORDS.intersection(words[:-1])
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """A copy of plain JSON types without secrets. Under a secret key everything but ``None``, booleans and empty
+    values becomes ``***``; texts elsewhere go through :func:`redact_text`."""
+    if is_secret_key(key) and value not in (None, "", True, False) and not isinstance(value, Mapping):
+        return REDACTED
+    if isinstance(value, Mapping):
+        return {name: redact(entry, str(name)) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(entry) for entry in value]
+    if isinstance(value, str):
+        return redact_text(value)
+    return value
+
+
+def redact_text(text: str) -> str:
+    """``text`` (a message, a traceback, a URL) without secrets."""
+    for secret in environment_secrets():
+        text = text.replace(secret, REDACTED)
+    text = TOKEN_SHAPES.sub(REDACTED, text)
+    text = URL_PASSWORD.sub(rf"\g<before>:{REDACTED}@", text)
+    text = URL_SIGNATURE.sub(rf"\g<before>{REDACTED}", text)
+    text = AUTHORIZATION.sub(rf"\g<scheme> {REDACTED}", text)
+    return ASSIGNMENT.sub(_redact_assignment, text)
+
+
+def redact_overrides(overrides: Iterable[str]) -> list[str]:
+    """Hydra overrides as given on a command line, without secrets: ``+hub_token=abc`` → ``+hub_token=***``."""
+    redacted = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        hidden = equals and is_secret_key(key) and value not in ("", "null")
+        redacted.append(f"{key}={REDACTED}" if hidden else redact_text(override))
+    return redacted
+
+
+def environment_secrets() -> list[str]:
+    """Values of this process's secret environment variables (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD`` …), longest
+    first, so that a secret that contains another goes as a whole."""
+    values = {value for name, value in os.environ.items() if is_secret_key(name)}
+    return sorted((value for value in values if len(value) >= SHORTEST_ENVIRONMENT_SECRET), key=len, reverse=True)
+
+
+def _redact_assignment(match: re.Match[str]) -> str:
+    key, middle, value = match["key"], match["middle"], match["value"]
+    # In prose, "unexpected token: x" is no assignment; a quoted or compound key is.
+    prose = ":" in middle and not match["quote"] and "_" not in key and key.lower() == "token"
+    if (
+        prose
+        or not is_secret_key(key)
+        or value.lower() in ("null", "none", "true", "false")
+        or value.startswith(REDACTED)
+    ):
+        return match[0]
+    mark = value[0] if value[0] in "\"'" else ""
+    return f"{match['quote']}{key}{match['quote']}{middle}{mark}{REDACTED}{mark}"

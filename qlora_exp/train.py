@@ -1,0 +1,228 @@
+"""One training through TRL's SFTTrainer, every default chosen on purpose. The only importer of trl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from qlora_exp import checkpoints
+from qlora_exp.callbacks import (
+    SCALER_PATIENCE,
+    AskStudy,
+    Curve,
+    Diverged,
+    Interrupted,
+    Interruption,
+    Observer,
+    Report,
+    Silent,
+    StepMeter,
+    TokenBudget,
+    never_stop,
+)
+from qlora_exp.config import Config
+from qlora_exp.data import Item, to_training_dataset
+from qlora_exp.paths import RunPaths
+from qlora_exp.records import Plan, Training
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training did and what it weighed; seconds and tokens include those of a resumed run's earlier parts."""
+
+    training: Training
+    meter: StepMeter
+    earlier_seconds: float
+    checkpoint_bytes: int | None
+
+
+def train(
+    plan: Plan,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    train_items: Sequence[Item],
+    validation_items: Sequence[Item],
+    config: Config,
+    paths: RunPaths,
+    report: Report = never_stop,
+    observer: Observer | None = None,
+) -> Trained:
+    """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
+
+    Raises:
+        Diverged: a loss or gradient is not finite.
+        Pruned: ``report`` said stop.
+        Interrupted: Ctrl-C; a checkpoint was saved first.
+    """
+    observer = observer or Silent()
+    meter = StepMeter()
+    resumed = checkpoints.newest_valid(paths.checkpoints) if config.training.resume else None
+    carried = resumed[1] if resumed else {}
+    meter.tokens, meter.loss_tokens = carried.get("tokens", 0), carried.get("loss_tokens", 0)
+    earlier_seconds = float(carried.get("seconds", 0.0))
+
+    def carry() -> dict[str, Any]:
+        seconds = earlier_seconds + sum(meter.step_seconds)
+        return {"tokens": meter.tokens, "loss_tokens": meter.loss_tokens, "seconds": seconds}
+
+    curve = Curve(paths.curve, meter, observer, fresh=resumed is None)
+    interruption = Interruption()
+    watchers = [meter, curve, AskStudy(report), interruption, checkpoints.Seal(carry)]
+    if config.training.max_tokens is not None:
+        watchers.insert(1, TokenBudget(config.training.max_tokens, meter))
+    if config.training.early_stopping_patience is not None:
+        watchers.append(EarlyStoppingCallback(config.training.early_stopping_patience))
+    trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, paths.checkpoints, watchers, meter)
+    with ExitStack() as stack:
+        stack.enter_context(interruption)
+        result = trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
+    if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(trainer.state.global_step)
+    _check_adapters_finite(model, trainer.state.global_step)
+    steps = int(trainer.state.global_step)
+    return Trained(
+        training=Training(
+            steps=steps,
+            first_loss=curve.first_loss,
+            final_loss=curve.final_loss,
+            epochs=float(result.metrics.get("epoch", 0.0)) or None,
+            resumed_from_step=int(resumed[0].name.removeprefix("checkpoint-")) if resumed else None,
+            best_step=_best_step(trainer),
+            stopped_early=steps < trainer.state.max_steps and config.training.max_tokens is None,
+            micro_batch_size=plan.micro_batch_size,
+        ),
+        meter=meter,
+        earlier_seconds=earlier_seconds,
+        checkpoint_bytes=checkpoints.total_bytes(paths.checkpoints),
+    )
+
+
+class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that counts real tokens, and refuses to step on a gradient that isn't finite."""
+
+    meter: StepMeter
+    bad_gradients = 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        tokens = int(inputs["attention_mask"].sum())
+        loss_tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        self.meter.count(tokens, loss_tokens)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise Diverged("the loss", self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # A loss scaler (fp16) meets infinite gradients on purpose while it looks for its scale, and skips those steps.
+        patience = SCALER_PATIENCE if self.accelerator.scaler is not None else 0
+        self.bad_gradients = 0 if norm is not None and math.isfinite(float(norm)) else self.bad_gradients + 1
+        if self.bad_gradients > patience:
+            raise Diverged("the gradient's norm", self.state.global_step + 1)
+        return norm
+
+
+def _trainer(
+    plan: Plan,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    train_items: Sequence[Item],
+    validation_items: Sequence[Item],
+    config: Config,
+    folder: Path,
+    watchers: list[Any],
+    meter: StepMeter,
+) -> _MeteredTrainer:
+    evaluates = config.training.evaluate_every_steps is not None
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = _MeteredTrainer(
+        model=model,
+        args=arguments(plan, config, folder),
+        train_dataset=to_training_dataset(train_items),
+        eval_dataset=to_training_dataset(validation_items) if evaluates else None,
+        processing_class=tokenizer,
+        callbacks=watchers,
+    )
+    # SFTTrainer rounds the adapters of a quantized model to bfloat16; the optimizer doesn't exist yet, so put the
+    # drawn values back in the dtype that was asked for.
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.data = before[name]
+    trainer.meter = meter
+    # Trainer adds its own console printers; the observer is ours.
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    return trainer
+
+
+def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
+    """The trainer's settings. What differs from TRL's defaults, and why:
+
+    * ``completion_only_loss``: the prompt is given, not learned. ``packing`` off: without FlashAttention, packed rows
+      would see each other.
+    * ``logging_nan_inf_filter`` off: a NaN must be seen.
+    * ``report_to`` empty: tracking is a view of the record, not a side effect of training.
+    * ``gradient_checkpointing`` only where the plan says that memory needs it: it costs about a third of the speed.
+    """
+    training = config.training
+    cuda = plan.device == "cuda"
+    every = training.evaluate_every_steps
+    save_every = every if training.keep_best else training.save_every_steps
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=plan.max_steps,
+        per_device_train_batch_size=plan.micro_batch_size,
+        per_device_eval_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.scheduler,
+        warmup_steps=math.ceil(training.warmup_ratio * plan.max_steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optimizer,
+        seed=config.seed,
+        data_seed=config.seed,
+        max_length=training.max_length,
+        completion_only_loss=True,
+        packing=False,
+        bf16=cuda and plan.compute_dtype == "bfloat16",
+        fp16=cuda and plan.compute_dtype == "float16",
+        use_cpu=not cuda,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        logging_steps=training.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if every else "no",
+        eval_steps=every,
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 500,
+        save_total_limit=2,
+        load_best_model_at_end=training.keep_best,
+        metric_for_best_model="eval_loss" if every else None,
+        greater_is_better=False if every else None,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=True,
+        push_to_hub=False,
+    )
+
+
+def _best_step(trainer: SFTTrainer) -> int | None:
+    best = trainer.state.best_model_checkpoint
+    return int(Path(best).name.removeprefix("checkpoint-")) if best else None
+
+
+def _check_adapters_finite(model: Any, step: int) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise Diverged("an adapter weight", step)

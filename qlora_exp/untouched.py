@@ -1,0 +1,173 @@
+"""The bar to beat: the untouched base's scores and the baselines, computed once and kept by fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from qlora_exp import evaluation
+from qlora_exp.config import Config, EvaluationSplit
+from qlora_exp.data import Item, Splits
+from qlora_exp.evaluation import Evaluation
+from qlora_exp.records import Baselines, Forgetting, Plan, Scores, from_dict, write_json
+
+DocumentLoss = tuple[float, int]
+"""Nats and bytes of one document of general text."""
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """Scores of the base before tuning; ``None`` where ``evaluation.before`` is off."""
+
+    scores: Scores | None
+    test_scores: Scores | None
+    general: tuple[DocumentLoss, ...]
+    items: pa.Table | None
+    cached: bool
+
+    def write_items(self, path: Path) -> None:
+        if self.items is not None:
+            write_items(self.items, path)
+
+
+def write_items(items: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    pq.write_table(items, temporary)
+    temporary.replace(path)
+
+
+def limited(items: Sequence[Item], config: Config) -> Sequence[Item]:
+    """The first ``evaluation.max_items`` items (the splits' order is fixed by seed)."""
+    return items if config.evaluation.max_items is None else items[: config.evaluation.max_items]
+
+
+def untouched_scores(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    config: Config,
+    plan: Plan,
+    model_fingerprint: str,
+    cache: Path,
+) -> Untouched:
+    """Score the base as it came, or read what an earlier run with the same fingerprints measured."""
+    if not config.evaluation.before:
+        return Untouched(None, None, _general_losses(model, tokenizer, splits, config), None, cached=False)
+    key = _key(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device)
+    folder = cache / "untouched"
+    facts, table = folder / f"{key}.json", folder / f"{key}.parquet"
+    if not config.evaluation.cache:
+        return _measure(model, tokenizer, splits, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder / f"{key}.lock")):
+        known = _read_untouched(facts, table)
+        if known is not None:
+            return known
+        measured = _measure(model, tokenizer, splits, config)
+        measured.write_items(table)
+        write_json(
+            facts,
+            {"scores": measured.scores, "test_scores": measured.test_scores, "general": measured.general},
+        )
+    return measured
+
+
+def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> Untouched:
+    before, test = _evaluate(model, tokenizer, splits, config)
+    return Untouched(
+        scores=before.scores,
+        test_scores=test.scores if test else None,
+        general=_general_losses(model, tokenizer, splits, config),
+        items=before.items,
+        cached=False,
+    )
+
+
+def _evaluate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config
+) -> tuple[Evaluation, Evaluation | None]:
+    """Validation always; test for answers only. The label marginal is estimated on validation for both."""
+    validation = evaluation.evaluate_model(
+        model, tokenizer, limited(splits.validation, config), splits, config, split="validation"
+    )
+    if config.evaluation.split is not EvaluationSplit.test:
+        return validation, None
+    test = evaluation.evaluate_model(
+        model,
+        tokenizer,
+        limited(splits.test, config),
+        splits,
+        config,
+        split="test",
+        label_marginal=validation.label_marginal,
+    )
+    return validation, test
+
+
+def _general_losses(
+    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config
+) -> tuple[DocumentLoss, ...]:
+    if not config.evaluation.forgetting:
+        return ()
+    documents = splits.general_text[: config.evaluation.forgetting_documents]
+    return tuple(evaluation.nats_per_byte_by_document(model, tokenizer, documents, config))
+
+
+def _read_untouched(facts: Path, table: Path) -> Untouched | None:
+    """``None`` where nothing is cached, or what is there can't be read: then it is measured again."""
+    try:
+        raw = json.loads(facts.read_text(encoding="utf-8"))
+        return Untouched(
+            scores=from_dict(Scores, raw["scores"], str(facts)),
+            test_scores=from_dict(Scores, raw["test_scores"], str(facts)) if raw["test_scores"] else None,
+            general=tuple((float(nats), int(size)) for nats, size in raw["general"]),
+            items=pq.read_table(table),
+            cached=True,
+        )
+    except Exception:
+        return None
+
+
+def score(
+    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, untouched: Untouched
+) -> tuple[Evaluation, Evaluation | None, Forgetting | None]:
+    """Scores of the tuned model: validation, test where asked, and what it forgot."""
+    after, test = _evaluate(model, tokenizer, splits, config)
+    forgotten = None
+    if config.evaluation.forgetting and untouched.general:
+        forgotten = evaluation.forgetting(untouched.general, _general_losses(model, tokenizer, splits, config))
+    return after, test, forgotten
+
+
+def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | None:
+    """Majority and TF-IDF + logistic regression on the same split; ``None`` where the task has no labels."""
+    if not config.evaluation.baselines or not splits.labels:
+        return None
+    split = config.evaluation.split.value
+    folder = cache / "baselines"
+    path = folder / f"{_key(splits.record.fingerprint, split)}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if config.evaluation.cache and path.exists():
+            try:
+                return from_dict(Baselines, json.loads(path.read_text(encoding="utf-8")), str(path))
+            except Exception:
+                path.unlink()
+        found = evaluation.baselines(splits, split)
+        if found is not None:
+            write_json(path, found)
+        return found
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,122 @@
+"""Whatever is wrong in a configuration is told in one message: what, where, nearest valid names or what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_exp.compose import check_multirun, compose
+from qlora_exp.errors import QloraExpError
+
+# (overrides, texts that the message must hold)
+WRONG = [
+    (["quantisation=nf4"], ["quantisation", "quantization"]),
+    (["quantization=nf5"], ["nf5", "nf4"]),
+    (["model=smollm_135m"], ["smollm_135m", "smollm2_135m"]),
+    (["model=llama3_8b"], ["llama3_8b", "llama3_1_8b"]),
+    (["model.variant=chat"], ["model.variant", "base", "instruct"]),
+    (["model.varient=base"], ["model.varient", "model.variant"]),
+    (["lora.rank=8"], ["lora.rank", "lora.r"]),
+    (["lora.r=eight"], ["lora.r", "whole number"]),
+    (["lora.r=8.5"], ["lora.r", "whole number"]),
+    (["lora.r=0"], ["lora.r", "0"]),
+    (["lora.r=-4"], ["lora.r", "-4"]),
+    (["lora.dropout=1.5"], ["lora.dropout", "1.5"]),
+    (["lora.dropout=-0.1"], ["lora.dropout"]),
+    (["lora.alpha=7"], ["lora.alpha", "alpha_policy"]),
+    (["lora.alpha_policy=fixed"], ["lora.alpha"]),
+    (["lora.alpha_policy=3r"], ["lora.alpha_policy", "2r"]),
+    (["lora.alpha_policy=fixed", "lora.alpha=-1"], ["lora.alpha"]),
+    (["lora.init=pizza"], ["lora.init", "pissa"]),
+    (["lora.init=pissa", "quantization=nf4"], ["pissa", "quantiz"]),
+    (["lora.dtype=float8"], ["lora.dtype", "float32"]),
+    (["r=8"], ["lora.r"]),
+    (["targets=attn"], ["attn", "attention"]),
+    (["targets.modules=q_proj"], ["targets.modules", "list"]),
+    (["targets.set=everything"], ["targets.set", "all_linear"]),
+    (["task=wordnet"], ["wordnet", "embedded"]),
+    (["task=local"], ["task.path"]),
+    (["task=hub"], ["task.hub_id"]),
+    (["model=local"], ["model.path"]),
+    (["task.kind=regression"], ["task.kind", "classification"]),
+    (["task.format=jinja"], ["task.format", "chat", "plain"]),
+    (["task.invalid_rows=skip"], ["task.invalid_rows", "drop"]),
+    (["task.goal='be good'"], ["task.goal"]),
+    (["task.goal='acuracy >= 0.5'"], ["acuracy", "accuracy"]),
+    (["task.validation_fraction=0.7", "task.test_fraction=0.5"], ["fraction"]),
+    (["training.max_steps=0"], ["training.max_steps"]),
+    (["training.max_steps=null"], ["training.max_steps", "training.max_tokens"]),
+    (["training.max_tokens=-5"], ["training.max_tokens"]),
+    (["training.batch_size=0"], ["training.batch_size"]),
+    (["training.batch_size=32", "training.micro_batch_size=5"], ["training.micro_batch_size", "32"]),
+    (["training.learning_rate=0"], ["training.learning_rate"]),
+    (["training.learning_rate=fast"], ["training.learning_rate", "number"]),
+    (["training.lr=1e-4"], ["training.lr", "training.learning_rate"]),
+    (["training.scheduler=cosin"], ["cosin", "cosine"]),
+    (["training.optimizer=adamw_8bits"], ["adamw_8bits", "adamw_8bit"]),
+    (["training.warmup_ratio=2"], ["training.warmup_ratio"]),
+    (["training.max_length=0"], ["training.max_length"]),
+    (["training.gradient_checkpointing=maybe"], ["training.gradient_checkpointing", "auto"]),
+    (["training.keep_best=true"], ["training.keep_best", "training.evaluate_every_steps"]),
+    (["training.early_stopping_patience=3"], ["training.early_stopping_patience", "training.evaluate_every_steps"]),
+    (["training.device=tpu"], ["training.device", "cuda"]),
+    (["training.threads=0"], ["training.threads"]),
+    (["evaluation.split=train"], ["evaluation.split", "validation", "test"]),
+    (["evaluation.batch_size=0"], ["evaluation.batch_size"]),
+    (["evaluation.max_new_tokens=0"], ["evaluation.max_new_tokens"]),
+    (["evaluation.generate=perhaps"], ["evaluation.generate", "true or false"]),
+    (["tracking.timeout_seconds=0"], ["tracking.timeout_seconds"]),
+    (["tracking=wandb"], ["wandb", "mlflow"]),
+    (["budget.usd_per_hour=-1"], ["budget.usd_per_hour"]),
+    (["seed=-1"], ["seed"]),
+    (["seed=one"], ["seed", "whole number"]),
+    (["model.trust_remote_code=true"], ["remote code"]),
+    (["task._target_=os.system"], ["_target_"]),
+    (["lora.r"], ["lora.r", "key=value"]),
+    (["lora.r=8,16"], ["lora.r", "-m"]),
+    (["lora.r.x=1"], ["lora.r"]),
+    (["~lora.r"], ["lora.r", "deleted"]),
+    (["=8"], ["key=value"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "told"), WRONG, ids=[" ".join(case[0]) for case in WRONG])
+def test_a_wrong_override_is_told_with_its_key_and_what_to_do(overrides: list[str], told: list[str]) -> None:
+    with pytest.raises(QloraExpError) as caught:
+        compose(overrides)
+    message = str(caught.value)
+    assert all(text in message for text in told), message
+    assert "where:" in message
+    assert "do:" in message
+    assert "Traceback" not in message
+
+
+def test_all_mistakes_are_told_together() -> None:
+    with pytest.raises(QloraExpError) as caught:
+        compose(["lora.rank=8", "quantization=nf5", "training.lr=1"])
+    assert all(text in str(caught.value) for text in ("lora.rank", "nf5", "training.lr"))
+
+
+def test_a_multirun_is_refused_for_any_of_its_points() -> None:
+    with pytest.raises(QloraExpError, match="nf5"):
+        check_multirun(["quantization=nf4,nf5", "lora.r=8,16"])
+    with pytest.raises(QloraExpError, match="pissa"):
+        check_multirun(["quantization=fp32,nf4", "lora.init=kaiming,pissa"])
+    check_multirun(["quantization=nf4,int8", "lora.r=8,16", "model.variant=base,instruct"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["lora.r=64", "lora.alpha_policy=fixed", "lora.alpha=16"],
+        ["targets.modules=[q_proj,v_proj]"],
+        ["model=llama3_1_8b", "model.variant=instruct", "quantization=int8", "targets=all_linear"],
+        ["task=local", "task.path=FILE.jsonl", "task.columns.prompt=question"],
+        ["training.max_steps=null", "training.max_tokens=10000"],
+        ["task.prompt='Is \"{a}\", or {b}?'"],
+        ["model=local", "model.path=/some/where"],
+    ],
+    ids=lambda overrides: " ".join(overrides) or "nothing",
+)
+def test_a_right_configuration_composes(overrides: list[str]) -> None:
+    assert compose(overrides).lora.r >= 8
