@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,9 +49,11 @@ def quiet_libraries() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "BITSANDBYTES_NOWELCOME": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
     }.items():
         os.environ.setdefault(key, value)
+    # transformers 5.23 warns of names that TRL itself passes; nobody at the terminal can do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def execute(config: Config, observer: Observer | None = None, resume: str | None = None) -> RunRecord:
@@ -69,10 +72,12 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
 
     outputs = OutputPaths.of(config.output_root)
     probed = environment.probe(config.training.device)
-    prepare(config, probed)  # wrong input ends here, before a run exists
+    if observer is not None:
+        observer.phase("prepare")
+    prepared = prepare(config, probed)  # wrong input ends here, before a run exists
     record, paths = _begin(config, outputs, probed, resume)
     try:
-        tracker = tracking.Tracker(config, outputs)
+        tracker = tracking.Tracker(config.tracking, outputs)
     except QloraExpError:
         if resume is None:
             _remove(paths)
@@ -81,13 +86,33 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     if observer is not None:
         observer.note(f"run {record.run_id}")
     try:
-        finished = run(config, record, paths, observer)
+        finished = run(config, prepared, record, paths, _Told(observer, tracker))
     except QloraExpError as error:
         finished = _wrong_input_after_all(record, error)
     finished = finished.replace(ended_at=_now(), process=None)
     write_json(paths.record, finished)
     tracker.finish(finished)
     return finished
+
+
+class _Told:
+    """Passes what a run tells on to the person who watches, and its curve to the tracker."""
+
+    def __init__(self, observer: Observer | None, tracker: Any) -> None:
+        self.observer, self.tracker = observer, tracker
+
+    def phase(self, name: str) -> None:
+        if self.observer is not None:
+            self.observer.phase(name)
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        self.tracker.log_curve([{"step": step, **metrics}])
+        if self.observer is not None:
+            self.observer.step(step, total, metrics)
+
+    def note(self, text: str) -> None:
+        if self.observer is not None:
+            self.observer.note(text)
 
 
 def _begin(config: Config, outputs: OutputPaths, probed: Any, resume: str | None) -> tuple[RunRecord, RunPaths]:

@@ -31,6 +31,7 @@ TARGET_SETS = ("attention", "attention_qv", "mlp", "all_linear")
 ALPHA_POLICIES = ("2r", "r", "fixed")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 QUANTIZED = (Quantization.int8, Quantization.nf4, Quantization.fp4)
+NATIVE_DTYPES = {Quantization.fp32: "float32", Quantization.bf16: "bfloat16", Quantization.fp16: "float16"}
 FOUR_BIT = (Quantization.nf4, Quantization.fp4)
 
 # Kept here because importing transformers takes seconds; a test holds that both equal transformers' own enums.
@@ -55,7 +56,9 @@ SCHEDULERS_NEEDING_MORE = {
     "cosine_warmup_with_min_lr": "it needs a minimum learning rate",
     "warmup_stable_decay": "it needs a number of decay steps",
 }
-OPTIMIZERS_NEEDING_MORE = re.compile(r"galore|lomo|apollo|anyprecision|_xla|_npu|_torch_4bit|_torch_8bit|grok|free|stable")
+OPTIMIZERS_NEEDING_MORE = re.compile(
+    r"galore|lomo|apollo|anyprecision|_xla|_npu|_torch_4bit|_torch_8bit|grok|free|stable"
+)
 """Names of transformers that need another package, another machine or a list of weight matrices of their own."""
 
 GOAL = re.compile(r"\s*([A-Za-z_]\w*)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
@@ -151,10 +154,10 @@ def _model(model: ModelConfig) -> Iterator[ConfigError]:
 
 def _quantization(quantization: QuantizationConfig) -> Iterator[ConfigError]:
     mode, choice = quantization.mode, quantization.compute_dtype
-    native = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(mode.value)
+    native = NATIVE_DTYPES.get(mode)
     if native and choice is not ComputeDtype.auto and choice.value != native:
-        hint = f"quantization.compute_dtype=auto, or quantization={choice.value.replace('float', 'fp')}"
-        hint = hint.replace("bfp16", "bf16")
+        other = next(name.value for name, dtype in NATIVE_DTYPES.items() if dtype == choice.value)
+        hint = f"quantization.compute_dtype=auto, or quantization={other}"
         yield _error(
             f"{mode.value} weights are computed with in {native}", "quantization.compute_dtype", choice.value, hint
         )
@@ -169,11 +172,6 @@ def _lora(config: Config) -> Iterator[ConfigError]:
     if lora.init is AdapterInit.pissa and mode in QUANTIZED:
         what = f"PiSSA takes its start from the base's own weights, which {mode.value} has rounded away"
         yield _error(what, "lora.init", lora.init.value, "quantization=bf16 (or fp16, fp32), or lora.init=kaiming")
-    if lora.init is AdapterInit.pissa and lora.dora:
-        what = "PiSSA changes the base weights, and DoRA's magnitudes are taken from them: only one of the two"
-        yield _error(what, "lora.dora", lora.dora, "lora.dora=false, or lora.init=kaiming")
-    if lora.dora and mode is Quantization.int8 and config.quantization.int8_threshold == 0:
-        return
 
 
 def _alpha(lora: LoraConfig) -> Iterator[ConfigError]:
@@ -254,7 +252,12 @@ def _training(training: TrainingConfig) -> Iterator[ConfigError]:
 
 def _budget(training: TrainingConfig) -> Iterator[ConfigError]:
     if training.max_steps is None and training.max_tokens is None:
-        yield _error("the training has no end", "training.max_steps", None, "training.max_steps=200, or max_tokens")
+        yield _error(
+            "the training has no end",
+            "training.max_steps",
+            None,
+            "training.max_steps=200, or training.max_tokens=100000",
+        )
     yield from _at_least("training.max_steps", training.max_steps, 1)
     yield from _at_least("training.max_tokens", training.max_tokens, 1)
 

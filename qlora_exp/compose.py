@@ -30,6 +30,19 @@ GRID_CHECK_LIMIT = 256
 
 UNSAFE = ("_target_", "trust_remote_code")
 
+OTHER_NAMES = {
+    "lr": "training.learning_rate",
+    "rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "bs": "training.batch_size",
+    "steps": "training.max_steps",
+    "target_modules": "targets.modules",
+    "quant": "quantization",
+    "dataset": "task",
+    "data": "task",
+}
+"""What other tools call our keys."""
+
 
 def compose(overrides: Sequence[str]) -> Config:
     """One configuration from conf/ and ``overrides`` (``group=choice``, ``key.path=value``).
@@ -118,6 +131,9 @@ def _problems_of_one(override: Override, text: str, multirun: bool) -> Iterable[
             f"python -m qlora_exp -m {text} runs them all; in a list use brackets: {key}=[a,b]",
         )
         return
+    if not key:
+        yield ConfigError("an override without a key", text, "write key=value")
+        return
     choices = groups()
     if key in choices:
         yield from _problems_of_choice(override, text, choices[key])
@@ -170,21 +186,22 @@ def _schema_type(key: str) -> Any:
         hints = typing.get_type_hints(current)
         if part not in hints:
             where = ".".join(walked) or "the configuration"
-            return ConfigError(f"there is no key {key!r}", where, _nearest_key(key, part, walked, hints))
+            return ConfigError(f"there is no key {key!r}", where, _nearest_key(part, walked, hints))
         walked.append(part)
         current = hints[part]
     return current
 
 
-def _nearest_key(key: str, part: str, walked: list[str], hints: dict[str, Any]) -> str:
-    prefix = ".".join(walked)
-    siblings = [f"{prefix}.{name}" if prefix else name for name in hints]
-    if not walked or nearest(part, hints).startswith("valid"):
-        elsewhere = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        if elsewhere:
-            return f"did you mean {' or '.join(elsewhere[:3])}?"
-        return nearest(key, [*siblings, *_all_keys(Config)] if not walked else siblings)
-    return nearest(f"{prefix}.{part}" if prefix else part, siblings)
+def _nearest_key(part: str, walked: list[str], hints: dict[str, Any]) -> str:
+    prefix = "".join(f"{name}." for name in walked)
+    known = OTHER_NAMES.get(part)
+    same_name = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == part]
+    if known is not None:
+        return f"did you mean {known}?"
+    if same_name:
+        return f"did you mean {' or '.join(same_name[:3])}?"
+    told = nearest(part, hints)
+    return told if told.startswith("valid") else nearest(f"{prefix}{part}", [f"{prefix}{name}" for name in hints])
 
 
 def _all_keys(kind: Any, prefix: str = "") -> list[str]:

@@ -1,8 +1,8 @@
 """Secrets out of everything that is written, shown or sent: configurations, overrides, messages and tracebacks.
 
 A key is secret by its name (``hub_token``, ``db.password``, ``API_KEY`` …), a text by its shape (``hf_…``, a
-password in a URL, ``token=…``, a private key), and the values of secret environment variables are secret wherever they appear.
-Settings that only sound alike stay readable: ``max_new_tokens``, ``token_accuracy``, ``pad_token``.
+password in a URL, ``token=…``, a private key), and the values of secret environment variables are secret
+wherever they appear. Settings that only sound alike stay readable: ``max_new_tokens``, ``token_accuracy``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from typing import Any
 REDACTED = "***"
 
 SECRET_WORDS = frozenset(
-    ("secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd")
-    + ("credential", "credentials", "apikey", "authorization", "bearer")
+    {
+        *("secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd"),
+        *("credential", "credentials", "apikey", "authorization", "bearer"),
+    }
 )
 SECRET_PAIRS = frozenset(
     {"api key", "access key", "private key", "secret key", "account key", "auth key", "session key"}
 )
 TOKENIZER_WORDS = frozenset(
-    ("pad", "eos", "bos", "unk", "sep", "cls", "mask", "special", "image")
-    + ("next", "new", "begin", "end", "per", "last", "first", "label")
+    {
+        *("pad", "eos", "bos", "unk", "sep", "cls", "mask", "special", "image"),
+        *("next", "new", "begin", "end", "per", "last", "first", "label"),
+    }
 )
 """``pad_token`` and the like name a tokenizer's symbols."""
 
@@ -89,7 +93,7 @@ def redact_text(text: str) -> str:
     text = URL_PASSWORD.sub(rf"\g<before>:{REDACTED}@", text)
     text = URL_SIGNATURE.sub(rf"\g<before>{REDACTED}", text)
     text = AUTHORIZATION.sub(rf"\g<scheme> {REDACTED}", text)
-    return ASSIGNMENT.sub(_redact_assignment, text)
+    return _redact_assignments(text)
 
 
 def redact_overrides(overrides: Iterable[str]) -> list[str]:
@@ -107,6 +111,19 @@ def environment_secrets() -> list[str]:
     first, so that a secret that contains another goes as a whole."""
     values = {value for name, value in os.environ.items() if is_secret_key(name)}
     return sorted((value for value in values if len(value) >= SHORTEST_ENVIRONMENT_SECRET), key=len, reverse=True)
+
+
+def _redact_assignments(text: str) -> str:
+    """``key=value`` by :func:`is_secret_key`. The value of an ordinary key is searched in its turn: it may be a URL
+    with a secret in its query."""
+    parts, position = [], 0
+    while match := ASSIGNMENT.search(text, position):
+        replacement = _redact_assignment(match)
+        ordinary = replacement == match[0]
+        end = match.end("key") if ordinary else match.end()
+        parts.append(text[position:end] if ordinary else text[position : match.start()] + replacement)
+        position = end
+    return "".join(parts) + text[position:]
 
 
 def _redact_assignment(match: re.Match[str]) -> str:

@@ -23,6 +23,16 @@ from qlora_exp.train import Trained, train
 from qlora_exp.untouched import Untouched, baselines_of, score, untouched_scores
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What can be known and checked before a weight is read."""
+
+    plan: Plan
+    modules: tuple[str, ...]
+    tokenizer: Any
+    splits: Splits
+
+
 @dataclass
 class Progress:
     """What is known so far; whatever ends the run, the record holds it."""
@@ -34,6 +44,7 @@ class Progress:
 
 def run(
     config: Config,
+    prepared: Prepared,
     record: RunRecord,
     paths: RunPaths,
     observer: Observer | None = None,
@@ -46,7 +57,7 @@ def run(
     progress = Progress(record)
     clock = time.perf_counter()
     try:
-        finished = _straight_line(config, progress, paths, observer or Silent(), report)
+        finished = _straight_line(config, prepared, progress, paths, observer or Silent(), report)
         return finished.replace(
             status=Status.COMPLETED, speed=replace(finished.speed, total_seconds=time.perf_counter() - clock)
         )
@@ -56,8 +67,8 @@ def run(
         return _failed(progress, error, time.perf_counter() - clock)
 
 
-def prepare(config: Config, environment: Environment) -> tuple[Plan, Any, Splits]:
-    """Everything that can be checked before a weight is read: plan, tokenizer, validated data."""
+def prepare(config: Config, environment: Environment) -> Prepared:
+    """Check rows, target modules and plan, in the order of their cost. Raises :class:`QloraExpError`."""
     load_rows(config.task)
     architecture = models.describe(config.model)
     modules = models.resolve_targets(architecture, config.targets)
@@ -66,7 +77,7 @@ def prepare(config: Config, environment: Environment) -> tuple[Plan, Any, Splits
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_steps is None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
-    return planned, tokenizer, splits
+    return Prepared(planned, modules, tokenizer, splits)
 
 
 def _steps_for_tokens(config: Config, splits: Splits) -> int:
@@ -78,15 +89,19 @@ def _steps_for_tokens(config: Config, splits: Splits) -> int:
 
 
 def _straight_line(
-    config: Config, progress: Progress, paths: RunPaths, observer: Observer, report: Report
+    config: Config,
+    prepared: Prepared,
+    progress: Progress,
+    paths: RunPaths,
+    observer: Observer,
+    report: Report,
 ) -> RunRecord:
     def enter(phase: str) -> None:
         progress.phase = phase
         observer.phase(phase)
 
-    enter("prepare")
     environment = progress.record.environment
-    planned, tokenizer, splits = prepare(config, environment)
+    planned, tokenizer, splits = prepared.plan, prepared.tokenizer, prepared.splits
     progress.record = progress.record.replace(plan=planned, data=splits.record)
     outputs = OutputPaths.of(config.output_root)
     meter = measurement.Meter(planned.device)
@@ -108,7 +123,7 @@ def _straight_line(
     )
 
     enter("train")
-    model = models.attach_adapters(base.model, config, planned_modules(config))
+    model = models.attach_adapters(base.model, config, prepared.modules)
     weights = models.weight_bytes(model)
     progress.record = progress.record.replace(memory=_memory(meter, weights, resident, None))
     model.train()
@@ -140,10 +155,6 @@ def _straight_line(
         memory=_memory(meter, weights, resident, trained),
         speed=_speed(meter, trained, planned, environment, untouched, config),
     )
-
-
-def planned_modules(config: Config) -> tuple[str, ...]:
-    return models.resolve_targets(models.describe(config.model), config.targets)
 
 
 def _goal(config: Config, after: Evaluation, test: Evaluation | None) -> Any:

@@ -13,7 +13,7 @@ import torch
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from qlora_exp import checkpoints
+from qlora_exp import checkpoints, models
 from qlora_exp.callbacks import (
     SCALER_PATIENCE,
     AskStudy,
@@ -142,7 +142,6 @@ def _trainer(
     meter: StepMeter,
 ) -> _MeteredTrainer:
     evaluates = config.training.evaluate_every_steps is not None
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = _MeteredTrainer(
         model=model,
         args=arguments(plan, config, folder),
@@ -151,11 +150,8 @@ def _trainer(
         processing_class=tokenizer,
         callbacks=watchers,
     )
-    # SFTTrainer rounds the adapters of a quantized model to bfloat16; the optimizer doesn't exist yet, so put the
-    # drawn values back in the dtype that was asked for.
-    for name, parameter in model.named_parameters():
-        if name in before:
-            parameter.data = before[name]
+    # SFTTrainer rounds the adapters of a quantized model to bfloat16; the optimizer doesn't exist yet.
+    models.recast_adapters(model, config.lora)
     trainer.meter = meter
     # Trainer adds its own console printers; the observer is ours.
     for callback in list(trainer.callback_handler.callbacks):

@@ -1,0 +1,52 @@
+# make demo · make test — each sets up .venv on first use and installs nothing on the second.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two OpenMP pools that spin on the same cores slow each other down many times over.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+DEMO_OUTPUT ?= outputs
+
+.PHONY: demo test lint types test-slow test-faults test-browser clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or make PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m qlora_exp -m model.variant=base,instruct quantization=fp16,int8,nf4 lora.r=8 \
+	  targets=all_linear output_root=$(DEMO_OUTPUT)
+	$(BIN)/qlora-exp ls runs --output-root $(DEMO_OUTPUT)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy -p qlora_exp
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
+
+test-browser: $(STAMP)
+	@command -v chromium >/dev/null 2>&1 || { command -v apt-get >/dev/null 2>&1 && \
+	  { $$(test "$$(id -u)" = 0 || echo sudo) apt-get update -qq && \
+	    $$(test "$$(id -u)" = 0 || echo sudo) apt-get install -y -qq chromium; } ; } || \
+	  { echo "Chromium is needed for these tests: install it so that 'chromium' is found"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist build

@@ -1,0 +1,61 @@
+"""What can be chosen, read from the headers of conf/ and sweeps/: no configuration is composed, nothing is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.paths import CONF, SWEEPS
+
+LISTED = {"models": "model", "quantizations": "quantization", "targets": "targets", "tasks": "task"}
+"""What ``ls`` calls a configuration group: the group's folder in conf/."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One file of a group: its name, its first line's meaning and command, and its keys as written."""
+
+    name: str
+    meaning: str
+    command: str | None
+    keys: dict[str, Any]
+
+
+def choices(group: str) -> list[Choice]:
+    """The choices of a configuration group, by name. Files that start with ``_`` are shared parts, no choices.
+
+    Raises:
+        ConfigError: there is no such group.
+    """
+    folder = CONF / group
+    if not folder.is_dir():
+        groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+        raise ConfigError(f"there is no configuration group {group!r}", str(CONF), nearest(group, groups))
+    return _choices_in(folder)
+
+
+def sweeps() -> list[Choice]:
+    """The sweeps that come with the package: one file per question."""
+    return _choices_in(SWEEPS) if SWEEPS.is_dir() else []
+
+
+def default_output_root() -> str:
+    """``output_root`` as conf/config.yaml has it."""
+    return str(yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["output_root"])
+
+
+def _choices_in(folder: Path) -> list[Choice]:
+    return [_read(path) for path in sorted(folder.glob("*.yaml")) if not path.name.startswith("_")]
+
+
+def _read(path: Path) -> Choice:
+    text = path.read_text(encoding="utf-8")
+    first = text.partition("\n")[0]
+    header = first.removeprefix("#").strip() if first.startswith("#") else ""
+    meaning, gap, command = header.partition("  ")
+    keys = yaml.safe_load(text)
+    return Choice(path.stem, meaning, command.strip() if gap else None, keys if isinstance(keys, dict) else {})

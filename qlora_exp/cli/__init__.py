@@ -1,0 +1,57 @@
+"""The verbs of ``qlora-exp``. Each imports what it needs when it is called: ``--help`` and completion stay instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from qlora_exp.cli import compare, listing, machine, prepare, running
+from qlora_exp.errors import QloraExpError
+
+EPILOG = "Each verb has its own help with examples: qlora-exp run --help. The Hydra app itself: python -m qlora_exp --help"
+
+app = typer.Typer(
+    name="qlora-exp",
+    help="Which LoRA/QLoRA configuration is worth paying for? Train, measure, record and compare.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    # Plain help: Rich's panels cost more time than everything else together, and can't be searched in a log.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+running.add_to(app)
+prepare.add_to(app)
+listing.add_to(app)
+compare.add_to(app)
+machine.add_to(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0, 1 a run failed (or doctor found a problem), 2 wrong input, 130 interrupted."""
+    # Completion asks the parser, not a verb: it never gets here with an error to tell.
+    try:
+        result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",
+                          standalone_mode=False)  # fmt: skip
+    except QloraExpError as error:
+        from qlora_exp.app import tell
+
+        tell(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `… | head` has read enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # typer's own: an unknown verb or option, a missing argument. Anything else is a fault of ours and shows itself.
+        if not hasattr(error, "format_message"):
+            raise
+        error.show() if hasattr(error, "show") else print(error, file=sys.stderr)
+        return int(getattr(error, "exit_code", 2))
+    return result if isinstance(result, int) else 0

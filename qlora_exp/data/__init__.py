@@ -1,0 +1,24 @@
+"""A task's data: read, validated row by row, divided, formatted as a chat or plainly, and tokenized."""
+
+from qlora_exp.data.formatting import plain_prompt, resolve_format
+from qlora_exp.data.items import Item, Splits
+from qlora_exp.data.loading import load_data, to_training_dataset
+from qlora_exp.data.preview import PreviewItem, PreviewToken, preview
+from qlora_exp.data.rows import Example, Message
+from qlora_exp.data.splits import RawSplits, load_rows
+
+__all__ = [
+    "Example",
+    "Item",
+    "Message",
+    "PreviewItem",
+    "PreviewToken",
+    "RawSplits",
+    "Splits",
+    "load_data",
+    "load_rows",
+    "plain_prompt",
+    "preview",
+    "resolve_format",
+    "to_training_dataset",
+]

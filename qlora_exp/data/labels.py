@@ -1,0 +1,85 @@
+"""The options of a classification task: which labels there are, and the text that answers each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qlora_exp.config import TaskConfig, TaskKind
+from qlora_exp.data.problems import RowProblem
+from qlora_exp.data.rows import Example
+from qlora_exp.errors import DataError, nearest
+
+_MANY = 20
+
+
+def find_options(task: TaskConfig, train: Sequence[Example]) -> dict[str, str]:
+    """Completion by label, in the order of ``task.labels`` or else sorted; empty for generation tasks.
+
+    Raises :class:`DataError` for options that can't be told apart, or that are hardly options at all.
+    """
+    if task.kind is not TaskKind.classification:
+        return {}
+    seen: dict[str, str] = {}
+    for example in train:
+        assert example.label is not None
+        seen.setdefault(example.label, example.completion)
+    if task.labels is None:
+        labels = sorted(seen)
+        if len(train) >= _MANY and len(labels) > len(train) / 2:
+            raise DataError(
+                f"{len(labels)} distinct labels in {len(train)} training rows: these are hardly options to choose from",
+                "task.kind=classification",
+                "task.kind=generation for free text, or task.labels=[…]",
+            )
+    else:
+        labels = _named(task.labels)
+    _check(labels)
+    return {label: seen.get(label, label) for label in labels}
+
+
+def _named(given: Sequence[str]) -> list[str]:
+    labels = [str(label).strip() for label in given]
+    if any(not label for label in labels):
+        raise DataError("a label is empty", "task.labels", "give every option a text")
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise DataError(f"the label {twice[0]!r} is named twice", "task.labels", "name every option once")
+    return labels
+
+
+def _check(labels: Sequence[str]) -> None:
+    if len(labels) < 2:
+        raise DataError(
+            f"there is one label only: {labels[0]!r}" if labels else "there are no labels",
+            "task.labels, or the labels of the training rows",
+            "a classification needs at least two; task.kind=generation for free text",
+        )
+    by_folded: dict[str, str] = {}
+    for label in labels:
+        other = by_folded.setdefault(label.casefold(), label)
+        if other != label:
+            raise DataError(
+                f"the labels {other!r} and {label!r} differ in upper and lower case only",
+                "task.labels, or the labels of the training rows",
+                "write them alike: answers are compared without regard to case",
+            )
+
+
+def sort_out_labels(examples: Sequence[Example], options: Mapping[str, str]) -> tuple[list[Example], list[RowProblem]]:
+    """The examples whose label is an option and whose completion is that option's text, and the others' problems."""
+    if not options:
+        return list(examples), []
+    kept, problems = [], []
+    for example in examples:
+        label = str(example.label)
+        if label not in options:
+            detail = f"{label!r} is none of the {len(options)} labels"
+            hint = f"{nearest(label, options)} Or name it in task.labels"
+            problems.append(RowProblem(example.file, example.row, None, "unknown label", detail, hint))
+        elif example.completion != options[label]:
+            detail = f"{label!r} is answered by {example.completion!r} here and by {options[label]!r} elsewhere"
+            hint = "give each label one completion, or none: task.completion=null task.columns.completion=null"
+            problems.append(RowProblem(example.file, example.row, None, "ambiguous label", detail, hint))
+        else:
+            kept.append(example)
+    return kept, problems

@@ -1,0 +1,194 @@
+"""A task's rows as items of token ids for one tokenizer, with the record of what was used, cut and left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from qlora_exp import records
+from qlora_exp.config import Config, TaskKind
+from qlora_exp.data.formatting import Encoding, Tokenizer, check_tokenizer, encode, resolve_format, template_tokens
+from qlora_exp.data.items import Item, Splits
+from qlora_exp.data.problems import RowProblem, add_counts, settle
+from qlora_exp.data.rows import Example
+from qlora_exp.data.sources import SPLIT_NAMES, read_general_text
+from qlora_exp.data.splits import RawSplits, load_rows
+from qlora_exp.errors import DataError
+
+
+def load_data(config: Config, tokenizer: Tokenizer, max_length: int) -> Splits:
+    """Every split of the task as token ids, each sequence at most ``max_length`` tokens (the end is cut, as TRL does).
+
+    Raises :class:`DataError` or :class:`Problems` with file, row number, column and reason, as ``load_rows`` does; rows
+    that can't be tokenized, or whose completion would be cut away, follow ``task.invalid_rows`` too.
+    """
+    format = resolve_format(config)
+    rows = load_rows(config.task)
+    check_tokenizer(tokenizer, format)
+    if max_length < 2:
+        raise DataError(f"max_length is {max_length}", "training.max_length", "at least 2: a prompt and an answer")
+    whole = config.task.kind is TaskKind.classification
+    used: dict[str, list[Example]] = {}
+    items: dict[str, tuple[Item, ...]] = {}
+    problems: list[RowProblem] = []
+    truncated = 0
+    for split, examples in _by_split(rows):
+        results = [
+            result if isinstance(result, RowProblem) else _item(example, result, tokenizer, max_length, whole)
+            for example, result in zip(examples, encode(examples, tokenizer, format), strict=True)
+        ]
+        problems += [result for result in results if isinstance(result, RowProblem)]
+        kept = [(e, r) for e, r in zip(examples, results, strict=True) if not isinstance(r, RowProblem)]
+        used[split] = [example for example, _ in kept]
+        items[split] = tuple(item for _, (item, _) in kept)
+        truncated += sum(cut for _, (_, cut) in kept)
+    dropped = add_counts(rows.dropped, settle(problems, config.task.invalid_rows))
+    _require_items(items, problems)
+    label_ids = _label_ids(rows, used["train"][0], tokenizer, format)
+    _check_labels([item for split in SPLIT_NAMES for item in items[split]], label_ids)
+    record = records.Data(
+        task=config.task.name,
+        fingerprint=_fingerprint(config, tokenizer, format, used, rows),
+        train_items=len(items["train"]),
+        validation_items=len(items["validation"]),
+        test_items=len(items["test"]),
+        dropped_rows=sum(dropped.values()),
+        dropped_reasons=dropped,
+        labels=tuple(rows.options),
+        mean_prompt_tokens=_mean([len(item.prompt_ids) for item in items["train"]]),
+        mean_completion_tokens=_mean([len(item.completion_ids) for item in items["train"]]),
+        template_tokens=template_tokens(tokenizer, format),
+        template_tokens_trained=_template_trained(config, format),
+        truncated_items=truncated,
+    )
+    return Splits(
+        items["train"],
+        items["validation"],
+        items["test"],
+        tuple(rows.options),
+        label_ids,
+        format,
+        record,
+        read_general_text(),
+    )
+
+
+def to_training_dataset(items: Sequence[Item]) -> Any:
+    """A ``datasets.Dataset`` of ``input_ids`` and ``completion_mask``: what SFTTrainer takes as already tokenized.
+
+    SFTTrainer has to be given ``completion_only_loss=True``: it can't guess it from these columns.
+    """
+    import datasets
+
+    columns = {
+        "input_ids": [list(item.ids) for item in items],
+        "completion_mask": [list(item.completion_mask) for item in items],
+    }
+    return datasets.Dataset.from_dict(columns)
+
+
+def _by_split(rows: RawSplits) -> list[tuple[str, tuple[Example, ...]]]:
+    return list(zip(SPLIT_NAMES, (rows.train, rows.validation, rows.test), strict=True))
+
+
+def _item(
+    example: Example, encoding: Encoding, tokenizer: Tokenizer, max_length: int, whole: bool
+) -> tuple[Item, bool] | RowProblem:
+    """The item, and whether ``max_length`` cuts it. ``whole``: the completion is an option, which half of is none."""
+    prompt, completion, end = encoding.prompt_ids, encoding.completion_ids, encoding.end_ids
+    room = max_length - len(prompt)
+    if room <= 0 or (whole and room < len(completion)):
+        detail = (
+            f"the prompt has {len(prompt)} tokens, the completion {len(completion)}, and max_length is {max_length}"
+        )
+        hint = f"training.max_length={len(prompt) + len(completion) + len(end)}, a shorter row, or {_DROP}"
+        return RowProblem(example.file, example.row, None, "completion truncated away", detail, hint)
+    item = Item(
+        item_id=example.item_id,
+        prompt=encoding.prompt,
+        completion=encoding.completion,
+        prompt_ids=prompt,
+        completion_ids=completion,
+        end_ids=end[: max(0, room - len(completion))],
+        label=example.label,
+        answer=example.completion,
+        completion_bytes=len(example.completion.encode("utf-8")),
+        extra=example.extra,
+    )
+    if room < len(completion):
+        text = str(tokenizer.decode(completion[:room], clean_up_tokenization_spaces=False))
+        cut_bytes = len(text.strip().encode("utf-8"))
+        item = replace(item, completion=text, completion_ids=completion[:room], completion_bytes=cut_bytes)
+    return item, room < len(completion) + len(end)
+
+
+_DROP = "task.invalid_rows=drop"
+
+
+def _require_items(items: dict[str, tuple[Item, ...]], problems: Sequence[RowProblem]) -> None:
+    for split in ("train", "validation"):
+        if not items[split]:
+            first = problems[0].error()
+            what = f"no usable row is left for {split}, {len(problems)} rows were refused; the first: {first.what}"
+            raise DataError(what, first.where, first.hint)
+
+
+def _label_ids(rows: RawSplits, context: Example, tokenizer: Tokenizer, format: str) -> dict[str, tuple[int, ...]]:
+    """Each option's completion ids after the prompt of ``context``: the boundary may change a label's first token."""
+    label_ids: dict[str, tuple[int, ...]] = {}
+    examples = [replace(context, completion=completion, label=label) for label, completion in rows.options.items()]
+    for example, result in zip(examples, encode(examples, tokenizer, format), strict=True):
+        label = str(example.label)
+        if isinstance(result, RowProblem):
+            raise DataError(f"the label {label!r} can't be tokenized: {result.detail}", "task.labels", result.hint)
+        label_ids[label] = result.completion_ids
+    owners: dict[tuple[int, ...], str] = {}
+    for label, ids in label_ids.items():
+        if owners.setdefault(ids, label) != label:
+            what = f"the labels {owners[ids]!r} and {label!r} have the same tokens"
+            raise DataError(what, "task.labels", "use labels that this tokenizer can tell apart")
+    return label_ids
+
+
+def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]]) -> None:
+    """A label has the same tokens after every prompt, or its likelihoods could not be compared between items."""
+    for item in items:
+        if item.label is not None and item.completion_ids != label_ids[item.label]:
+            file, _, row = item.item_id.rpartition(":")
+            raise DataError(
+                f"the label {item.label!r} has other tokens after this prompt than after the first one",
+                f"{file}, row {row}",
+                "let all prompts end alike, e.g. by a template: task.prompt='{COLUMN}\\nLabel:'",
+            )
+
+
+def _fingerprint(
+    config: Config, tokenizer: Tokenizer, format: str, used: dict[str, list[Example]], rows: RawSplits
+) -> str:
+    """SHA-256 over all rows used, in order, the templates and the format. File names and row numbers have no part."""
+    task = config.task
+    chat_template = tokenizer.chat_template if format == "chat" else None
+    digest = hashlib.sha256()
+
+    def add(value: object) -> None:
+        digest.update(json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n")
+
+    add([format, chat_template, task.prompt, task.completion, task.system, list(rows.options.items())])
+    for split, examples in used.items():
+        for example in examples:
+            messages = [[message.role, message.content] for message in example.messages]
+            add([split, messages, example.completion, example.label])
+    return digest.hexdigest()
+
+
+def _mean(lengths: Sequence[int]) -> float | None:
+    return sum(lengths) / len(lengths) if lengths else None
+
+
+def _template_trained(config: Config, format: str) -> bool | None:
+    if format == "plain":
+        return None
+    return config.model.template_tokens_trained.get(config.model.variant.name)

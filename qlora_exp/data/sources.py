@@ -1,0 +1,119 @@
+"""Where a task's rows come from: the package, a file or folder on disk, or the Hub (the only importer of datasets)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.config import TaskConfig, TaskSource
+from qlora_exp.data.files import ENDINGS, RawFile, RawRow, read_file
+from qlora_exp.errors import DataError, nearest
+from qlora_exp.paths import EMBEDDED
+
+SPLIT_NAMES = ("train", "validation", "test")
+_OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def read_sources(task: TaskConfig) -> dict[str, RawFile]:
+    """The task's rows by split. A source without splits gives ``train`` alone; the other two may be absent.
+
+    Raises :class:`DataError` for a missing, unreadable or empty source.
+    """
+    if task.source is TaskSource.embedded:
+        return _read_folder(EMBEDDED / "task")
+    if task.source is TaskSource.hub:
+        return _read_hub(task)
+    if not task.path:
+        raise DataError("no data file is named", "task.path", "task.path=FILE.jsonl")
+    path = Path(task.path).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise DataError(f"there is no {path.name!r}", f"task.path={task.path}", _nearby(path))
+    return {"train": read_file(path)}
+
+
+def read_general_text() -> tuple[str, ...]:
+    """The fixed documents on which forgetting is measured, the same for every model and task."""
+    rows = read_file(EMBEDDED / "general_text.jsonl").rows
+    return tuple(str(row.values["text"]) for row in rows)
+
+
+def _nearby(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {str(folder)!r} either; relative paths start where the command is called"
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix.lower() in ENDINGS]
+    return nearest(path.name, names)
+
+
+def _read_folder(folder: Path) -> dict[str, RawFile]:
+    found: dict[str, Path] = {}
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS) if folder.is_dir() else []
+    for path in files:
+        if path.stem in _OTHER_NAMES:
+            name = _OTHER_NAMES[path.stem]
+            raise DataError(f"{path.name} would not be read", str(folder), f"rename it to {name}{path.suffix}")
+        if path.stem in SPLIT_NAMES:
+            if path.stem in found:
+                both = f"{found[path.stem].name} and {path.name}"
+                raise DataError(f"two files for {path.stem}: {both}", str(folder), "keep one of the two")
+            found[path.stem] = path
+    if "train" not in found:
+        names = ", ".join(path.name for path in files) or "no data file"
+        hint = f"name it train{{{','.join(ENDINGS)}}}, or give task.path=FILE; here: {names}"
+        raise DataError("the folder holds no train file", str(folder), hint)
+    return {split: read_file(found[split]) for split in SPLIT_NAMES if split in found}
+
+
+def _read_hub(task: TaskConfig) -> dict[str, RawFile]:
+    if not task.hub_id or not _HUB_ID.fullmatch(task.hub_id) or Path(task.hub_id).exists():
+        hint = "task.hub_id=OWNER/NAME; files on disk: task=local task.path=…"
+        raise DataError(f"{task.hub_id!r} is no data set of the Hub", "task.hub_id", hint)
+    for split in task.splits:
+        if split not in SPLIT_NAMES:
+            raise DataError(f"there is no split {split!r}", "task.splits", nearest(split, SPLIT_NAMES))
+    if "train" not in task.splits:
+        raise DataError("no training split is named", "task.splits", "task.splits.train=NAME_OF_THEIR_SPLIT")
+    return {ours: _load_hub_split(task, theirs) for ours, theirs in task.splits.items()}
+
+
+def _load_hub_split(task: TaskConfig, theirs: str) -> RawFile:
+    import datasets
+
+    where = f"hub data set {task.hub_id}" + (f" [{task.hub_config}]" if task.hub_config else "") + f", split {theirs}"
+    try:
+        loaded = datasets.load_dataset(task.hub_id, task.hub_config, revision=task.hub_revision, split=theirs)
+    except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "check the id, task.hub_config, task.splits, your access (hf auth login) and the network; "
+        raise DataError(
+            f"the data set can't be loaded: {reason}", where, hint + "offline: task=local task.path=FILE"
+        ) from None
+    return rows_of_dataset(loaded, f"{task.hub_id}/{theirs}")
+
+
+def rows_of_dataset(loaded: Any, name: str) -> RawFile:
+    """The rows of a ``datasets.Dataset``. Class labels become their names: a number names no answer."""
+    names: Mapping[str, Any] = {
+        column: feature for column, feature in loaded.features.items() if hasattr(feature, "int2str")
+    }
+    rows = [RawRow(name, number, _named(row, names)) for number, row in enumerate(loaded, start=1)]
+    if not rows:
+        raise DataError("the split holds no row", name, "choose another split: task.splits.train=NAME")
+    return RawFile(name, tuple(rows), tuple(_columns_of(loaded)))
+
+
+def _named(row: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        # The Hub marks an unlabelled row by -1.
+        column: names[column].int2str(value) if column in names and isinstance(value, int) and value >= 0 else value
+        for column, value in row.items()
+    }
+
+
+def _columns_of(loaded: Any) -> Iterable[str]:
+    return [str(column) for column in loaded.column_names]

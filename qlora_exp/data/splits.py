@@ -1,0 +1,152 @@
+"""From a task's configuration to its three splits: rows read, validated, divided, checked for leaks, and counted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qlora_exp.config import TaskConfig
+from qlora_exp.data.labels import find_options, sort_out_labels
+from qlora_exp.data.problems import RowProblem, add_counts, settle
+from qlora_exp.data.rows import Example, read_examples
+from qlora_exp.data.sources import SPLIT_NAMES, read_sources
+from qlora_exp.errors import DataError
+
+_DUPLICATE = "exact duplicate"
+
+
+@dataclass(frozen=True)
+class RawSplits:
+    """Valid rows by split, before any tokenizer; ``dropped`` counts the other rows by reason."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    options: dict[str, str]
+    """classification: completion text by label, in the order of the options."""
+    dropped: dict[str, int]
+
+
+def load_rows(task: TaskConfig) -> RawSplits:
+    """Read and validate every row of a task; no tokenizer, no model.
+
+    Bad rows raise together (:class:`Problems`, the first ten and the count) or are dropped and counted, as
+    ``task.invalid_rows`` says. Whatever makes the whole source unusable raises :class:`DataError`.
+    """
+    _check_numbers(task)
+    splits: dict[str, list[Example]] = {}
+    problems: list[RowProblem] = []
+    for split, raw in read_sources(task).items():
+        splits[split], bad = read_examples(task, raw)
+        problems += bad
+    _require("train", splits["train"], problems)
+    options = find_options(task, splits["train"])  # before dividing: a rare label may fall into one split as a whole
+    splits, duplicates = _complete(splits, task)
+    for split in splits:
+        splits[split], unknown = sort_out_labels(splits[split], options)
+        problems += unknown
+    splits, leaked = _without_leaks(splits)
+    problems += leaked
+    dropped = settle(problems, task.invalid_rows)
+    for split in ("train", "validation"):
+        _require(split, splits[split], problems)
+    kept = _limited(splits, task)
+    counts = add_counts(dropped, {_DUPLICATE: duplicates} if duplicates else {})
+    return RawSplits(tuple(kept["train"]), tuple(kept["validation"]), tuple(kept["test"]), options, counts)
+
+
+def _check_numbers(task: TaskConfig) -> None:
+    fractions = {"validation_fraction": task.validation_fraction, "test_fraction": task.test_fraction}
+    for key, value in fractions.items():
+        if not 0 <= value < 1:
+            raise DataError(f"{key} is {value}", f"task.{key}", "a number from 0 to below 1, e.g. 0.1")
+    if task.validation_fraction + task.test_fraction >= 1:
+        both = "task.validation_fraction + task.test_fraction"
+        raise DataError("nothing would be left to train on", both, "e.g. 0.1 and 0.1")
+    for split, limit in _limits(task).items():
+        if limit is not None and limit < 1:
+            raise DataError(f"max_{split}_items is {limit}", f"task.max_{split}_items", "at least 1; null: all")
+
+
+def _limits(task: TaskConfig) -> dict[str, int | None]:
+    limits = (task.max_train_items, task.max_validation_items, task.max_test_items)
+    return dict(zip(SPLIT_NAMES, limits, strict=True))
+
+
+def _require(split: str, examples: Sequence[Example], problems: Sequence[RowProblem]) -> None:
+    """A split that lost all its rows: the rows' faults are what has to be told."""
+    if examples:
+        return
+    if problems:
+        first = problems[0].error()
+        raise DataError(
+            f"no usable row is left for {split}: {len(problems)} rows were refused, the first because: {first.what}",
+            first.where,
+            first.hint,
+        )
+    hint = f"give a {split} file, or a task.{split}_fraction above 0" if split != "train" else "give training rows"
+    raise DataError(f"there is no row for {split}", f"task.{split}_fraction", hint)
+
+
+def _complete(splits: Mapping[str, list[Example]], task: TaskConfig) -> tuple[dict[str, list[Example]], int]:
+    """All three splits: those the source lacks are taken out of train by seed. Also the exact duplicates left out."""
+    wanted = {"validation": task.validation_fraction, "test": task.test_fraction}
+    missing = {split: fraction for split, fraction in wanted.items() if split not in splits and fraction > 0}
+    complete = {split: list(splits.get(split, [])) for split in SPLIT_NAMES}
+    if not missing:
+        return complete, 0
+    unique = list({(e.prompt_key, e.completion, e.label): e for e in reversed(splits["train"])}.values())[::-1]
+    complete |= _divide(unique, missing, task.split_seed)
+    return complete, len(splits["train"]) - len(unique)
+
+
+def _divide(examples: Sequence[Example], fractions: Mapping[str, float], seed: int) -> dict[str, list[Example]]:
+    """Take whole groups of rows that ask the same thing, so that no prompt stands in two splits; file order is kept."""
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(example.prompt_key, []).append(index)
+    if len(groups) < len(fractions) + 1:
+        raise DataError(
+            f"{len(groups)} distinct rows can't be divided into train, {' and '.join(fractions)}",
+            examples[0].file,
+            "give more rows, or a folder with train, validation and test files",
+        )
+    order = list(groups.values())
+    random.Random(f"split/{seed}").shuffle(order)
+    owner = dict.fromkeys(range(len(examples)), "train")
+    for split, fraction in fractions.items():
+        wanted, taken = max(1, round(fraction * len(examples))), 0
+        while taken < wanted and len(order) > 1:
+            group = order.pop()
+            owner.update(dict.fromkeys(group, split))
+            taken += len(group)
+    names = ("train", *fractions)
+    return {name: [e for index, e in enumerate(examples) if owner[index] == name] for name in names}
+
+
+def _without_leaks(splits: Mapping[str, list[Example]]) -> tuple[dict[str, list[Example]], list[RowProblem]]:
+    """Rows whose prompt stands in a later split too (train < validation < test) are refused: held-out rows stay."""
+    held: dict[str, Example] = {}
+    clean: dict[str, list[Example]] = {}
+    problems: list[RowProblem] = []
+    for split in reversed(SPLIT_NAMES):
+        clean[split] = [example for example in splits[split] if example.prompt_key not in held]
+        for example in splits[split]:
+            if example.prompt_key in held:
+                other = held[example.prompt_key]
+                detail = f"the same prompt stands in {other.file}, row {other.row}"
+                hint = "take it out of one of the two, or let task.invalid_rows=drop leave out this one"
+                problems.append(RowProblem(example.file, example.row, None, "leak between splits", detail, hint))
+        held.update({example.prompt_key: example for example in reversed(clean[split])})
+    return clean, problems
+
+
+def _limited(splits: Mapping[str, list[Example]], task: TaskConfig) -> dict[str, list[Example]]:
+    """At most ``task.max_*_items`` rows of each split, drawn by ``split_seed``; small draws are part of larger ones."""
+    kept = {}
+    for split, limit in _limits(task).items():
+        order = list(range(len(splits[split])))
+        random.Random(f"limit/{split}/{task.split_seed}").shuffle(order)
+        kept[split] = [splits[split][index] for index in sorted(order[:limit])]
+    return kept

@@ -1,0 +1,51 @@
+"""Prompt and completion templates: ``{column}`` and nothing else — no attributes, indices, conversions or formats."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_exp.errors import DataError, nearest
+
+
+@dataclass(frozen=True)
+class Template:
+    """``parts`` alternate: literal text, and the column that follows it (``None`` at the end)."""
+
+    key: str
+    """The configuration key that it comes from, for messages."""
+    parts: tuple[tuple[str, str | None], ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template reads, each once."""
+        return tuple(dict.fromkeys(column for _, column in self.parts if column is not None))
+
+    def render(self, texts: dict[str, str]) -> str:
+        """The template filled in; braces inside the texts stay as they are."""
+        return "".join(text + (texts[column] if column is not None else "") for text, column in self.parts)
+
+
+def parse_template(text: str, key: str, columns: Sequence[str]) -> Template:
+    """Read a template over ``columns``; :class:`DataError` names the key, the fault and the nearest columns."""
+    braces = "write {column} for a column's text, and {{ or }} for a brace"
+    try:
+        pieces = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise DataError(f"the template {text!r} can't be read: {error}", key, braces) from None
+    parts: list[tuple[str, str | None]] = []
+    for literal, column, specification, conversion in pieces:
+        if column is None:
+            parts.append((literal, None))
+            continue
+        if specification or conversion:
+            raise DataError(f"the template {text!r} formats {column!r}", key, "only plain {column} is allowed")
+        if column not in columns:
+            hint = f"{nearest(column, columns)} ({braces})" if column else braces
+            raise DataError(f"the template names a column {column!r} that isn't there", key, hint)
+        parts.append((literal, column))
+    template = Template(key, tuple(parts))
+    if not template.columns:
+        raise DataError(f"the template {text!r} names no column: all rows would be alike", key, braces)
+    return template

@@ -1,0 +1,255 @@
+"""Named checks of this machine and installation: ok or problem, and what mends it. Nothing is changed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from qlora_exp import environment
+from qlora_exp.errors import QloraExpError
+from qlora_exp.paths import EMBEDDED, OutputPaths
+
+OLDEST_PYTHON = (3, 11)
+LOW_DISK_BYTES = 2 * 10**9
+"""An adapter is small, but checkpoints, the MLflow store and a downloaded model are not."""
+BUSY_GPU_BYTES = 10**9
+"""More than a desktop session takes: another training, which would spoil memory and speed figures."""
+COMMAND_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """``ok`` is ``None`` where the check does not apply here (``detail`` says why). ``fix`` only with a problem."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    fix: str | None = None
+
+
+def checks(output_root: str | Path, self_test: bool = True) -> Iterator[Check]:
+    """All checks, each as soon as it is done. A check that itself fails is a problem, not a crash.
+
+    Args:
+        self_test: also train through every quantization mode on this machine (some seconds; loads torch).
+    """
+    outputs = OutputPaths.of(output_root)
+    plain: tuple[tuple[str, Callable[[], Check]], ...] = (
+        ("python", python_version),
+        ("packages", package_ranges),
+        ("torch", torch_device),
+        ("bf16", bf16_support),
+        ("threads", threads),
+        ("cuda driver", cuda_driver),
+        ("gpu memory", gpu_neighbours),
+        ("disk", lambda: disk_space(outputs)),
+        ("output_root", lambda: writable(outputs)),
+        ("mlflow database", lambda: tracking_database(outputs)),
+        ("git", git),
+        ("embedded model", embedded_assets),
+    )
+    for name, check in plain:
+        yield _guarded(name, check)
+    if self_test:
+        yield from quantization_modes()
+
+
+def python_version() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        wanted = ".".join(map(str, OLDEST_PYTHON))
+        return Check("python", False, found, f"create the environment with Python {wanted} or newer")
+    return Check("python", True, f"{found} at {sys.executable}")
+
+
+def package_ranges() -> Check:
+    """Installed versions against the ranges that this package declares."""
+    try:
+        declared = importlib.metadata.requires("qlora-exp") or []
+    except importlib.metadata.PackageNotFoundError:
+        return Check("packages", None, "qlora-exp runs from files that were not installed, so it declares no ranges")
+    wrong, counted = [], 0
+    for requirement in map(Requirement, declared):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        counted += 1
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
+    if wrong:
+        return Check("packages", False, "; ".join(wrong), "pip install -c constraints.txt qlora-exp")
+    return Check("packages", True, f"{counted} packages within the declared ranges")
+
+
+def torch_device() -> Check:
+    import torch
+
+    device = environment.probe().device
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    size = f", {device.memory_bytes / 1e9:.0f} GB" if device.memory_bytes else ""
+    return Check("torch", True, f"{torch.__version__} ({built}); {device.count} × {device.kind}: {device.name}{size}")
+
+
+def bf16_support() -> Check:
+    device = environment.probe().device
+    if device.bf16:
+        return Check("bf16", True, f"in the {device.kind}'s hardware")
+    what = "float16 would be computed in" if device.kind == "cuda" else "float32 is computed in"
+    return Check("bf16", None, f"this {device.kind} has none; {what}")
+
+
+def threads() -> Check:
+    """More OpenMP threads than cores make every run slower, many times over where several share the machine."""
+    import torch
+
+    cores, used = environment.available_cores(), torch.get_num_threads()
+    if cores is not None and used > cores:
+        return Check("threads", False, f"torch uses {used} threads on {cores} cores", f"export OMP_NUM_THREADS={cores}")
+    return Check("threads", True, f"{used} of {cores} cores; OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}")
+
+
+def cuda_driver() -> Check:
+    """A card that torch can't use: a CPU build of torch, or a driver older than torch's CUDA."""
+    import torch
+
+    query = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    if query is None:
+        return Check("cuda driver", None, "there is no NVIDIA driver on this machine")
+    card = query.splitlines()[0]
+    if torch.cuda.is_available():
+        return Check("cuda driver", True, f"{card}; torch is built for CUDA {torch.version.cuda}")
+    if torch.version.cuda is None:
+        fix = "pip install --force-reinstall torch of a CUDA build (pytorch.org names the index)"
+        return Check("cuda driver", False, f"{card}, but torch {torch.__version__} is a CPU build", fix)
+    fix = f"update the driver to one for CUDA {torch.version.cuda}, or check CUDA_VISIBLE_DEVICES"
+    return Check("cuda driver", False, f"{card}, but torch finds no CUDA device", fix)
+
+
+def gpu_neighbours() -> Check:
+    """Another process on the card makes memory peaks and speed untrue."""
+    query = _output("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    if query is None:
+        return Check("gpu memory", None, "there is no NVIDIA driver on this machine")
+    others = []
+    for line in query.splitlines():
+        pid, _, used = (part.strip() for part in line.partition(","))
+        if pid.isdigit() and int(pid) != os.getpid() and used.isdigit() and int(used) * 2**20 >= BUSY_GPU_BYTES:
+            others.append(f"process {pid} ({int(used)} MiB)")
+    if others:
+        return Check("gpu memory", False, f"in use by {', '.join(others)}", "wait for it, or set CUDA_VISIBLE_DEVICES")
+    return Check("gpu memory", True, "no other process holds much of it")
+
+
+def disk_space(outputs: OutputPaths) -> Check:
+    free = shutil.disk_usage(_nearest_folder(outputs.root)).free
+    detail = f"{free / 1e9:.1f} GB free for {outputs.root}"
+    if free < LOW_DISK_BYTES:
+        return Check("disk", False, detail, "make room, or set output_root to another disk")
+    return Check("disk", True, detail)
+
+
+def writable(outputs: OutputPaths) -> Check:
+    folder = _nearest_folder(outputs.root)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fix = "run from a folder of your own, or set output_root=DIR"
+        return Check("output_root", False, f"{folder} can't be written: {error.strerror}", fix)
+    return Check("output_root", True, f"{outputs.root} can be written")
+
+
+def tracking_database(outputs: OutputPaths) -> Check:
+    """Open the database as a run would; where there is none yet, it is made by the first run."""
+    from qlora_exp.config import TrackingConfig
+    from qlora_exp.tracking.store import locate, open_store
+
+    if not outputs.mlflow_database.is_file():
+        return Check("mlflow database", None, f"none yet at {outputs.mlflow_database}; the first run makes it")
+    try:
+        open_store(locate(TrackingConfig(enabled=True, uri=None, experiment="qlora-exp", timeout_seconds=5.0), outputs))
+    except QloraExpError as error:
+        fix = error.hint or f"move {outputs.mlflow_database} away; qlora-exp sync fills a new one from the records"
+        return Check("mlflow database", False, error.what, fix)
+    return Check("mlflow database", True, f"{outputs.mlflow_database} opens")
+
+
+def git() -> Check:
+    commit, dirty = environment.git_state(environment.PACKAGE)
+    if commit is None:
+        return Check("git", None, "the code is not in a git checkout; records will name the version only")
+    if dirty:
+        return Check("git", True, f"{commit[:12]} with changes not committed (records will say so)")
+    return Check("git", True, commit[:12])
+
+
+def embedded_assets() -> Check:
+    """Every file of the embedded pair against the hashes that its build wrote."""
+    import hashlib
+
+    listing = EMBEDDED / "SHA256SUMS"
+    fix = "reinstall qlora-exp, or in a checkout: git restore qlora_exp/embedded"
+    if not listing.is_file():
+        return Check("embedded model", False, f"{listing} is missing", fix)
+    wrong, entries = [], listing.read_text(encoding="utf-8").splitlines()
+    for entry in entries:
+        digest, _, name = entry.partition("  ")
+        path = EMBEDDED / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            wrong.append(name)
+    if wrong:
+        return Check("embedded model", False, f"not as built: {', '.join(wrong)}", fix)
+    return Check("embedded model", True, f"{len(entries)} files as built")
+
+
+def quantization_modes() -> Iterator[Check]:
+    """Train one small layer through each mode: the gradient after an evaluation must equal the one before."""
+    from qlora_exp.config import Quantization
+    from qlora_exp.models import quantization_self_test
+
+    kind = environment.probe().device.kind
+    for mode in Quantization:
+        yield _guarded(f"train in {mode.value}", lambda mode=mode: _self_test(quantization_self_test, mode, kind))
+
+
+def _self_test(test: Callable[..., object], mode: object, kind: str) -> Check:
+    name = getattr(mode, "value", str(mode))
+    result = test(mode, kind)
+    ok, detail = bool(getattr(result, "ok", False)), str(getattr(result, "detail", ""))
+    fix = None if ok else f"don't use quantization={name} on this machine; update bitsandbytes and torch"
+    return Check(f"train in {name}", ok, detail, fix)
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:  # a doctor that falls over helps nobody
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        return Check(name, False, f"the check itself failed: {type(error).__name__}: {message}", "report this")
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder itself, or the first parent that exists: where it would be made."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _output(*command: str) -> str | None:
+    """Standard output of a command; ``None`` where it isn't there or fails. Empty output is an answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,111 @@
+"""What a tuned language model must clear: the most frequent label, and a linear model over words."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import KFold, StratifiedKFold
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from qlora_exp.metrics import Accuracy, BalancedAccuracy, MacroF1, score
+from qlora_exp.records import Baselines
+
+if TYPE_CHECKING:
+    from qlora_exp.data import Item, Splits
+
+CANDIDATES_OF_C = (1.0, 3.0, 10.0, 30.0)
+FOLDS = 3
+
+
+def baselines(splits: Splits, split: str) -> Baselines | None:
+    """Both baselines, fitted on the training split and scored on ``split`` (``validation`` or ``test``).
+
+    The linear model reads the prompts without what all training prompts begin and end with, so that the prompt's
+    wording and a chat template change nothing. C is chosen by cross-validation on the training split. None for
+    generation tasks and where a split is empty; without TF-IDF figures where the training split has one label only.
+    """
+    train, items = splits.train, getattr(splits, split)
+    if not splits.labels or not train or not items:
+        return None
+    index = {label: number for number, label in enumerate(splits.labels)}
+    known = np.array([index[str(item.label)] for item in train])
+    wanted = [index[str(item.label)] for item in items]
+    counts = Counter(known.tolist())
+    majority = min(counts, key=lambda number: (-counts[number], number))
+    guesses = [majority] * len(items)
+    predicted, chosen = None, None
+    if len(counts) > 1:
+        prefix, suffix = common_frame([item.prompt for item in train])
+        texts = np.array([without_frame(item, prefix, suffix) for item in train], dtype=object)
+        chosen = _choose_c(texts, known)
+        model = _fit(texts, known, chosen)
+        predicted = model.predict([without_frame(item, prefix, suffix) for item in items]).tolist()
+    return Baselines(
+        split=split,
+        majority_label=splits.labels[majority],
+        majority_accuracy=score(Accuracy, guesses, wanted),
+        majority_balanced_accuracy=score(BalancedAccuracy, guesses, wanted),
+        tfidf_accuracy=None if predicted is None else score(Accuracy, predicted, wanted),
+        tfidf_macro_f1=None if predicted is None else score(MacroF1, predicted, wanted, labels=len(splits.labels)),
+        tfidf_c=chosen,
+    )
+
+
+def common_frame(prompts: Sequence[str]) -> tuple[str, str]:
+    """What all prompts begin with and end with, cut back to whole words: the template around the item's own text."""
+    shortest, first = min(prompts, key=len), prompts[0]
+    prefix = common_start(prompts)
+    while prefix and prefix[-1].isalnum():
+        prefix = prefix[:-1]
+    suffix = common_start([prompt[::-1] for prompt in prompts])[: len(shortest) - len(prefix)][::-1]
+    while suffix and suffix[0].isalnum():
+        suffix = suffix[1:]
+    return ("", "") if len(prefix) + len(suffix) >= len(first) else (prefix, suffix)
+
+
+def common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # whatever these two share, all between them share
+    return next((first[:at] for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), first)
+
+
+def without_frame(item: Item, prefix: str, suffix: str) -> str:
+    return item.prompt.removeprefix(prefix).removesuffix(suffix)
+
+
+def _choose_c(texts: np.ndarray, labels: np.ndarray) -> float:
+    """The C with the most correct predictions over the folds; the smaller of equals."""
+    rarest = min(Counter(labels.tolist()).values())
+    folds: KFold | StratifiedKFold
+    if rarest >= FOLDS:
+        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    else:  # a label too rare to be in every fold
+        folds = KFold(min(FOLDS, len(texts)), shuffle=True, random_state=0)
+    correct = dict.fromkeys(CANDIDATES_OF_C, 0)
+    for inside, outside in folds.split(texts, labels):
+        if len(set(labels[inside].tolist())) < 2:
+            continue
+        for c in CANDIDATES_OF_C:
+            guesses = _fit(texts[inside], labels[inside], c).predict(texts[outside])
+            correct[c] += int((guesses == labels[outside]).sum())
+    return max(CANDIDATES_OF_C, key=lambda c: (correct[c], -c))
+
+
+def _fit(texts: np.ndarray, labels: np.ndarray, c: float) -> Pipeline:
+    # One-vs-rest with liblinear's dual solver: on 8,000 definitions × 25 labels 0.8 s where the multinomial lbfgs needs
+    # 20 s, and no less accurate (0.718 against 0.704 at C = 30).
+    regression = LogisticRegression(C=c, solver="liblinear", dual=True, random_state=0)
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b"), OneVsRestClassifier(regression)
+    )
+    with warnings.catch_warnings():
+        # At large C, 100 passes leave the dual objective a hair from its optimum; more passes don't score better.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(list(texts), labels)

@@ -1,0 +1,88 @@
+"""Greedy generation in batches, over prompts that were already read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_exp.evaluation.context import Context
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When an answer ends: at one of ``token_ids``, at the newline after its first word, or after so many tokens."""
+
+    token_ids: frozenset[int]
+    at_newline: bool
+    max_new_tokens: int
+
+
+def stop_rule(
+    model: Any, tokenizer: Any, end_ids: Iterable[Sequence[int]], answers: Iterable[str], max_new_tokens: int
+) -> StopRule:
+    """EOS of tokenizer and model, the end of turn that the task trains on, and a newline unless answers hold one.
+
+    ``model`` is the transformers model itself; ``end_ids`` and ``answers`` are those of all of the task's items, so
+    that the rule is the same for every split and batch.
+    """
+    found: set[int] = set()
+    sources = (tokenizer, getattr(model, "generation_config", None), model.config)
+    for value in (getattr(source, name, None) for source in sources for name in ("eos_token_id",)):
+        found.update([value] if isinstance(value, int) else value or [])
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    # An end of turn is a token of its own; a template that ends turns with ordinary text is caught by its newline.
+    found.update({ids[0] for ids in end_ids if ids} & special)
+    return StopRule(frozenset(found), not any("\n" in answer for answer in answers), max_new_tokens)
+
+
+def generate(next_logits: Tensor, context: Context, tokenizer: Any, rule: StopRule) -> list[str]:
+    """The greedy answer to each row's prompt, as text without special tokens, stripped.
+
+    ``next_logits`` (rows, vocabulary) and ``context`` are what :func:`read` gave for the prompts. Rows that ended leave
+    the batch. A row also ends where the model has no further positions.
+    """
+    answers: list[list[int]] = [[] for _ in range(len(next_logits))]
+    room = _room(context, rule.max_new_tokens)
+    alive = [row for row in range(len(answers)) if room[row] > 0]
+    slots = list(range(len(answers)))  # which row each row of the context belongs to
+    chosen = next_logits.argmax(dim=-1).tolist()
+    while alive:
+        continued = []
+        for slot, row in enumerate(slots):
+            if row in alive and chosen[slot] not in rule.token_ids:
+                answers[row].append(chosen[slot])
+                if len(answers[row]) < room[row] and not _line_ended(answers[row], tokenizer, rule):
+                    continued.append(row)
+        alive = continued
+        if not alive:
+            break
+        if len(alive) < len(slots):
+            kept = [slot for slot, row in enumerate(slots) if row in alive]
+            context, slots, chosen = context.select(kept), [slots[k] for k in kept], [chosen[k] for k in kept]
+        ids = torch.tensor(chosen, device=context.ids.device)[:, None]
+        logits, context = context.extend(ids, torch.ones_like(ids))
+        chosen = logits[:, -1].argmax(dim=-1).tolist()
+    return [_text(ids, tokenizer, rule) for ids in answers]
+
+
+def _room(context: Context, max_new_tokens: int) -> list[int]:
+    limit = context.model.max_positions
+    if limit is None:
+        return [max_new_tokens] * len(context.mask)
+    # The last generated token is never read back, so it needs no position.
+    return [min(max_new_tokens, limit - int(length) + 1) for length in context.mask.sum(dim=1).tolist()]
+
+
+def _line_ended(ids: list[int], tokenizer: Any, rule: StopRule) -> bool:
+    if not rule.at_newline or "\n" not in tokenizer.decode(ids[-1:]):
+        return False
+    return "\n" in tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+
+
+def _text(ids: list[int], tokenizer: Any, rule: StopRule) -> str:
+    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return text.split("\n", 1)[0].strip() if rule.at_newline else text

@@ -1,0 +1,124 @@
+"""Is the business goal met? Answered by one-sided 95 % bounds over items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.stats import binomtest
+from scipy.stats import t as student_t
+
+from qlora_exp.evaluation.scoring import Evaluation
+from qlora_exp.plan import goal_of
+from qlora_exp.records import Goal
+
+CONFIDENCE = 0.95
+RESAMPLES = 2_000
+
+Bounds = tuple[float, float] | None
+
+# Metric → per-item column. Shares of items get Wilson bounds, means of numbers t bounds.
+_SHARES = {
+    "accuracy": "correct",
+    "accuracy_calibrated": "correct_calibrated",
+    "accuracy_normalized": "correct_normalized",
+    "exact_match": "exact",
+    "invalid_answer_rate": "invalid",
+}
+_MEANS = {"loss_per_item": "loss_sum_nats", "rouge_l": "rouge_l", "token_f1": "token_f1"}
+# Metric → per-item numerator, denominator, and what is done with their ratio (rising, so that bounds stay bounds).
+_RATIOS: dict[str, tuple[str, str, Callable[[float], float]]] = {
+    "loss": ("loss_sum_nats", "tokens", float),
+    "perplexity": ("loss_sum_nats", "tokens", lambda value: math.exp(min(value, 700.0))),
+    "bits_per_byte": ("completion_nats", "completion_bytes", lambda value: value / math.log(2)),
+    "token_accuracy": ("tokens_correct", "completion_tokens", float),
+}
+
+
+def answer_goal(text: str, evaluation: Evaluation, split: str) -> Goal:
+    """Answer ``METRIC >= NUMBER`` (or ``>``, ``<=``, ``<``): ``yes``, ``no`` or ``not shown``.
+
+    ``low`` and ``high`` are one-sided 95 % bounds each. *yes*: the bound on the goal's far side meets it too; *no*: the
+    other bound fails it; else *not shown*. A metric that wasn't measured, or has no per-item values, is not shown.
+    The bounds are over items only: that another seed might train another model is not in them.
+
+    Raises:
+        ConfigError: the goal can't be read.
+    """
+    metric, operator, threshold = goal_of(text)
+    value = getattr(evaluation.scores, metric, None)
+    bounds = _bounds(metric, evaluation) if value is not None else None
+    if value is None or bounds is None:
+        return Goal(text=text, split=split, value=value, low=None, high=None, answer="not shown")
+    low, high = bounds
+    # At a bound equal to the threshold, >= and <= are met, > and < are not.
+    if operator in (">=", ">"):
+        met = low >= threshold if operator == ">=" else low > threshold
+        failed = high < threshold if operator == ">=" else high <= threshold
+    else:
+        met = high <= threshold if operator == "<=" else high < threshold
+        failed = low > threshold if operator == "<=" else low >= threshold
+    return Goal(text, split, value, low, high, answer="yes" if met else "no" if failed else "not shown")
+
+
+def _bounds(metric: str, evaluation: Evaluation) -> Bounds:
+    def column(name: str) -> list[float]:
+        return [float(value) for value in evaluation.items[name].to_pylist()]
+
+    if metric in _SHARES:
+        return wilson_bounds(column(_SHARES[metric]))
+    if metric in _MEANS:
+        values = column(_MEANS[metric])
+        return ratio_bounds(values, [1.0] * len(values))
+    if metric in _RATIOS:
+        numerator, denominator, transform = _RATIOS[metric]
+        bounds = ratio_bounds(column(numerator), column(denominator))
+        return None if bounds is None else (transform(bounds[0]), transform(bounds[1]))
+    if metric in ("macro_f1", "balanced_accuracy"):
+        return _bootstrap_bounds(metric, evaluation)
+    return None
+
+
+def wilson_bounds(outcomes: Sequence[float]) -> tuple[float, float]:
+    """One-sided 95 % Wilson bounds of a share (Wilson 1927): those of the two-sided 90 % interval."""
+    interval = binomtest(int(sum(outcomes)), len(outcomes)).proportion_ci(2 * CONFIDENCE - 1, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def ratio_bounds(numerators: Sequence[float], denominators: Sequence[float]) -> Bounds:
+    """One-sided 95 % bounds of Σ numerators / Σ denominators over items, by the linearised ratio estimate and
+    Student's t (Cochran, Sampling Techniques, §6.4); with denominators of 1 the t bounds of a mean."""
+    n, total = len(numerators), float(sum(denominators))
+    if n < 2 or total == 0:
+        return None
+    ratio = sum(numerators) / total
+    residuals = np.array(numerators) - ratio * np.array(denominators)
+    error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / total
+    half = float(student_t.ppf(CONFIDENCE, n - 1)) * error
+    return ratio - half, ratio + half
+
+
+def _bootstrap_bounds(metric: str, evaluation: Evaluation) -> Bounds:
+    """5th and 95th percentile over 2,000 resamples of the items, from a fixed seed."""
+    index = {label: number for number, label in enumerate(evaluation.labels)}
+    wanted = np.array([index[label] for label in evaluation.items["label"].to_pylist()])
+    predicted = np.array([index[label] for label in evaluation.items["predicted"].to_pylist()])
+    if len(wanted) < 2:
+        return None
+    draw = np.random.default_rng(0)
+    values = []
+    for _ in range(RESAMPLES):
+        rows = draw.integers(0, len(wanted), len(wanted))
+        values.append(from_confusion(metric, wanted[rows], predicted[rows], len(index)))
+    low, high = np.quantile(values, [1 - CONFIDENCE, CONFIDENCE])
+    return float(low), float(high)
+
+
+def from_confusion(metric: str, wanted: np.ndarray, predicted: np.ndarray, labels: int) -> float:
+    """``macro_f1`` or ``balanced_accuracy`` from label indices: the metrics' own definitions, from counts."""
+    right = np.bincount(wanted[wanted == predicted], minlength=labels)
+    asked, said = np.bincount(wanted, minlength=labels), np.bincount(predicted, minlength=labels)
+    if metric == "balanced_accuracy":
+        return float((right[asked > 0] / asked[asked > 0]).mean())
+    return float((2 * right / np.maximum(asked + said, 1)).mean())

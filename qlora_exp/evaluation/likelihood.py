@@ -1,0 +1,101 @@
+"""Log-likelihoods of completions and of label options, from one pass over each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+from qlora_exp.evaluation.context import LOGITS_PER_PASS, TOKENS_PER_PASS, Context, padded
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CompletionScore:
+    """Nats over the completion's tokens and over the end tokens; hits of the teacher-forced argmax on the former."""
+
+    completion_nats: float
+    end_nats: float
+    tokens_correct: int
+
+
+def completion_scores(
+    next_logits: Tensor, context: Context, completions: Sequence[Tokens], ends: Sequence[Tokens]
+) -> list[CompletionScore]:
+    """Teacher-forced scores of each row's completion followed by its end tokens.
+
+    ``next_logits`` (rows, vocabulary) and ``context`` are what :func:`read` gave for the prompts.
+    """
+    results: list[CompletionScore] = []
+    longest = max((len(a) + len(b) for a, b in zip(completions, ends, strict=True)), default=0)
+    step = max(1, LOGITS_PER_PASS // (max(longest, 1) * context.model.vocabulary_size))
+    for start in range(0, len(completions), step):
+        rows = range(start, min(start + step, len(completions)))
+        targets = [completions[row] + ends[row] for row in rows]
+        nats, hits = _teacher_forced(next_logits[rows.start : rows.stop], context.select(rows), targets)
+        for row, row_nats, row_hits in zip(rows, nats.tolist(), hits.tolist(), strict=True):
+            border, end = len(completions[row]), len(completions[row]) + len(ends[row])
+            results.append(CompletionScore(sum(row_nats[:border]), sum(row_nats[border:end]), sum(row_hits[:border])))
+    return results
+
+
+def _teacher_forced(next_logits: Tensor, context: Context, targets: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    """Nats (float64) and argmax hits of every target token, both (rows, longest); beyond a row's end: meaningless."""
+    ids, mask = padded(targets, "right", context.model.device)
+    logits = next_logits[:, None]
+    if ids.shape[1] > 1:
+        logits = torch.cat([logits, context.extend(ids[:, :-1], mask[:, :-1])[0]], dim=1)
+    logits = logits[:, : ids.shape[1]]
+    nats = cross_entropy(logits.transpose(1, 2), ids, reduction="none").double()
+    return nats, logits.argmax(dim=-1) == ids
+
+
+@dataclass(frozen=True)
+class OptionTrie:
+    """Options as token paths. ``paths`` are what must be read to score every token after an option's first."""
+
+    options: tuple[Tokens, ...]
+    paths: tuple[Tokens, ...]
+    """Options without their last token, less those that another one begins with."""
+    readers: tuple[int | None, ...]
+    """By option: the path that reads it; None for one token."""
+
+    @classmethod
+    def of(cls, options: Sequence[Tokens]) -> OptionTrie:
+        inner = sorted({option[:-1] for option in options if len(option) > 1})
+        # In sorted order a path that begins another one stands directly before one that it begins.
+        paths = [a for a, b in zip(inner, [*inner[1:], ()], strict=True) if b[: len(a)] != a]
+        reader = {path[:length]: number for number, path in enumerate(paths) for length in range(1, len(path) + 1)}
+        return cls(tuple(options), tuple(paths), tuple(reader.get(option[:-1]) for option in options))
+
+
+def option_log_likelihoods(next_logits: Tensor, context: Context, trie: OptionTrie) -> Tensor:
+    """log p(option | prompt), summed over all of the option's tokens: float64, (rows, options), on the CPU.
+
+    First tokens are read off ``next_logits``. What is left is a trie: only its distinct inner paths are fed to the
+    model, each once per prompt, over the prompts' cached keys and values. Equals one full pass per prompt and option.
+    """
+    scores = log_softmax(next_logits, dim=-1)[:, [option[0] for option in trie.options]].double()
+    rows = len(next_logits)
+    for chunk in _chunks(trie.paths, rows, context):
+        ids, mask = padded([trie.paths[number] for number in chunk] * rows, "right", context.model.device)
+        logits, _ = context.select([row for row in range(rows) for _ in chunk]).extend(ids, mask)
+        following = log_softmax(logits, dim=-1).view(rows, len(chunk), ids.shape[1], -1)
+        for column, (option, reader) in enumerate(zip(trie.options, trie.readers, strict=True)):
+            if reader is not None and reader in chunk:
+                for depth, token in enumerate(option[1:]):
+                    scores[:, column] += following[:, reader - chunk.start, depth, token].double()
+    return scores.cpu()
+
+
+def _chunks(paths: Sequence[Tokens], rows: int, context: Context) -> list[range]:
+    """As many paths per pass as the bounds on cached tokens and on logits allow, at least one."""
+    longest = max((len(path) for path in paths), default=1)
+    by_tokens = 2 * TOKENS_PER_PASS // (rows * (context.ids.shape[1] + longest))
+    by_logits = LOGITS_PER_PASS // (rows * longest * context.model.vocabulary_size)
+    step = max(1, min(by_tokens, by_logits))
+    return [range(start, min(start + step, len(paths))) for start in range(0, len(paths), step)]

@@ -1,0 +1,172 @@
+"""The per-item table, and the scores that follow from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from qlora_exp.evaluation.likelihood import CompletionScore
+from qlora_exp.metrics import (
+    Accuracy,
+    BalancedAccuracy,
+    ExactMatch,
+    InvalidAnswerRate,
+    MacroF1,
+    RougeL,
+    TokenF1,
+    rouge_l_f,
+    same_text,
+    score,
+    token_f1,
+)
+from qlora_exp.records import Scores
+
+if TYPE_CHECKING:
+    from qlora_exp.data import Item, Splits
+
+ITEM_COLUMNS = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("label", pa.string()),
+        ("answer", pa.string()),
+        ("loss_sum_nats", pa.float64()),  # over completion and end tokens
+        ("tokens", pa.int64()),  # those tokens
+        ("completion_nats", pa.float64()),  # without the end tokens
+        ("completion_tokens", pa.int64()),
+        ("completion_bytes", pa.int64()),
+        ("tokens_correct", pa.int64()),  # of completion_tokens
+        ("predicted", pa.string()),
+        ("predicted_calibrated", pa.string()),
+        ("predicted_normalized", pa.string()),
+        ("correct", pa.bool_()),
+        ("correct_calibrated", pa.bool_()),
+        ("correct_normalized", pa.bool_()),
+        ("generated", pa.string()),
+        ("exact", pa.bool_()),
+        ("invalid", pa.bool_()),
+        ("rouge_l", pa.float64()),
+        ("token_f1", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    completion: CompletionScore
+    options: np.ndarray | None
+    generated: str | None
+
+
+def option_matrix(results: Sequence[ItemResult]) -> np.ndarray:
+    return np.array([result.options for result in results])
+
+
+def item_table(
+    items: Sequence[Item],
+    results: Sequence[ItemResult],
+    splits: Splits,
+    label_marginal: Mapping[str, float] | None,
+    option_texts: Sequence[str],
+) -> pa.Table:
+    """One row per item, in order; the columns are :data:`ITEM_COLUMNS`, null where something wasn't measured."""
+    predictions = _predictions(results, splits, label_marginal)
+    valid = {text.casefold() for text in option_texts}
+    rows: list[dict[str, Any]] = []
+    for number, (item, result) in enumerate(zip(items, results, strict=True)):
+        completion = result.completion
+        row: dict[str, Any] = {
+            "item_id": item.item_id,
+            "label": item.label,
+            "answer": item.answer,
+            "loss_sum_nats": completion.completion_nats + completion.end_nats,
+            "tokens": len(item.completion_ids) + len(item.end_ids),
+            "completion_nats": completion.completion_nats,
+            "completion_tokens": len(item.completion_ids),
+            "completion_bytes": item.completion_bytes,
+            "tokens_correct": completion.tokens_correct,
+        }
+        for suffix, predicted in predictions.items():
+            row[f"predicted{suffix}"] = predicted[number]
+            row[f"correct{suffix}"] = predicted[number] == item.label
+        if result.generated is not None:
+            row["generated"] = result.generated
+            row["exact"] = same_text(result.generated, item.answer)
+            row["rouge_l"] = rouge_l_f(result.generated, item.answer)
+            row["token_f1"] = token_f1(result.generated, item.answer)
+            if valid:
+                row["invalid"] = result.generated.casefold() not in valid
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=ITEM_COLUMNS)
+
+
+def _predictions(
+    results: Sequence[ItemResult], splits: Splits, label_marginal: Mapping[str, float] | None
+) -> dict[str, list[str]]:
+    """Predicted labels by rule: the option of largest summed log-likelihood; the same less the log of the label
+    marginal; the same per token. Equal scores go to the option that comes first."""
+    if not splits.labels or not results:
+        return {}
+    summed = option_matrix(results)
+    lengths = np.array([len(splits.label_ids[label]) for label in splits.labels])
+    rules = {"": summed, "_normalized": summed / lengths}
+    if label_marginal is not None:
+        # The floor keeps an option that the model holds for impossible everywhere from winning by a division by 0.
+        shares = np.maximum([label_marginal[label] for label in splits.labels], np.finfo(float).tiny)
+        rules["_calibrated"] = summed - np.log(shares)
+    return {suffix: [splits.labels[best] for best in scores.argmax(axis=1)] for suffix, scores in rules.items()}
+
+
+def scores_of(split: str, table: pa.Table, labels: Sequence[str], option_texts: Sequence[str]) -> Scores:
+    """What docs/measures.md defines, from the per-item table alone. ``option_texts``: how valid answers are written."""
+    if table.num_rows == 0:
+        return Scores(split=split, items=0)
+    column = {name: table[name].to_pylist() for name in table.column_names}
+    nats, tokens = math.fsum(column["loss_sum_nats"]), sum(column["tokens"])
+    completion_nats, completion_tokens = math.fsum(column["completion_nats"]), sum(column["completion_tokens"])
+    completion_bytes = sum(column["completion_bytes"])
+    loss = nats / tokens if tokens else None
+    return Scores(
+        split=split,
+        items=table.num_rows,
+        loss=loss,
+        loss_per_item=nats / table.num_rows,
+        perplexity=None if loss is None else _exp(loss),
+        bits_per_byte=completion_nats / math.log(2) / completion_bytes if completion_bytes else None,
+        token_accuracy=sum(column["tokens_correct"]) / completion_tokens if completion_tokens else None,
+        **(_label_scores(column, labels) if labels else {}),
+        **(_answer_scores(column, option_texts) if column["generated"][0] is not None else {}),
+    )
+
+
+def _label_scores(column: Mapping[str, list[Any]], labels: Sequence[str]) -> dict[str, Any]:
+    index = {label: number for number, label in enumerate(labels)}
+    wanted = [index[label] for label in column["label"]]
+
+    def predicted(suffix: str) -> list[int]:
+        return [index[label] for label in column[f"predicted{suffix}"]]
+
+    plain = predicted("")
+    return {
+        "accuracy": score(Accuracy, plain, wanted),
+        "accuracy_calibrated": score(Accuracy, predicted("_calibrated"), wanted),
+        "accuracy_normalized": score(Accuracy, predicted("_normalized"), wanted),
+        "balanced_accuracy": score(BalancedAccuracy, plain, wanted),
+        "macro_f1": score(MacroF1, plain, wanted, labels=len(labels)),
+    }
+
+
+def _answer_scores(column: Mapping[str, list[Any]], option_texts: Sequence[str]) -> dict[str, Any]:
+    generated, answers = column["generated"], column["answer"]
+    found = {"exact_match": score(ExactMatch, generated, answers)}
+    if option_texts:
+        return found | {"invalid_answer_rate": score(InvalidAnswerRate, generated, answers, answers=option_texts)}
+    return found | {"rouge_l": score(RougeL, generated, answers), "token_f1": score(TokenF1, generated, answers)}
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

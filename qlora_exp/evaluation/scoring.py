@@ -1,0 +1,150 @@
+"""Scores of one model on one split, and the per-item results behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qlora_exp.config import Config
+from qlora_exp.errors import ConfigError
+from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
+from qlora_exp.evaluation.generation import StopRule, generate, stop_rule
+from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
+from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
+from qlora_exp.metrics import hub_metric
+from qlora_exp.records import Scores
+
+if TYPE_CHECKING:
+    from qlora_exp.data import Item, Splits
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``items`` has one row per item, in the items' order; its columns are :data:`~qlora_exp.evaluation.per_item.ITEM_COLUMNS`."""
+
+    scores: Scores
+    items: pa.Table
+    labels: tuple[str, ...] = ()
+    """All of the task's labels, whether they occur among the items or not."""
+    label_marginal: dict[str, float] | None = None
+    """Mean predicted probability of each option over the validation items: what calibration divides by."""
+
+    def write(self, path: Path) -> None:
+        """Keep the per-item results as Parquet; a reader never sees half a file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        pq.write_table(self.items, temporary)
+        temporary.replace(path)
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Item],
+    splits: Splits,
+    config: Config,
+    *,
+    split: str = "validation",
+    label_marginal: Mapping[str, float] | None = None,
+) -> Evaluation:
+    """Score ``items`` of ``split`` by likelihood and, with ``evaluation.generate``, by greedy generation.
+
+    ``label_marginal`` is that of an evaluation of the validation split. Where it isn't given it is estimated: from
+    ``items`` when they are the validation split, else from a further pass over the validation items.
+
+    The model's mode, its configuration and the tokenizer are left as they were. Scores don't depend on the batch size,
+    but for rounding; with ``int8_threshold`` > 0 they do, because LLM.int8() picks outlier columns over a whole batch.
+
+    Raises:
+        ConfigError: a metric of ``evaluation.metrics`` can't be had; before anything is scored.
+    """
+    further = {name: hub_metric(name) for name in config.evaluation.metrics}
+    if further and not config.evaluation.generate:
+        raise ConfigError(
+            "further metrics are computed on generated answers, and nothing is generated",
+            f"evaluation.metrics={list(further)}",
+            "evaluation.generate=true, or evaluation.metrics=[]",
+        )
+    trie = OptionTrie.of([splits.label_ids[label] for label in splits.labels]) if splits.labels else None
+    with scoring_mode(model):
+        causal = CausalModel(model)
+        rule = _stop_rule(causal, tokenizer, splits, config) if config.evaluation.generate else None
+        results = _score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
+        if trie is not None and label_marginal is None and items:
+            estimated_on = results
+            if split != "validation":
+                chosen = splits.validation[: config.evaluation.max_items]
+                estimated_on = _score_items(causal, tokenizer, chosen, trie, None, config.evaluation.batch_size)
+            label_marginal = dict(zip(splits.labels, marginal(option_matrix(estimated_on)).tolist(), strict=True))
+    option_texts = [_text(tokenizer, ids) for ids in trie.options] if trie else []
+    table = item_table(items, results, splits, label_marginal, option_texts)
+    scores = scores_of(split, table, splits.labels, option_texts)
+    if further and items:
+        scores.other.update(_further(further, table))
+    return Evaluation(scores, table, tuple(splits.labels), dict(label_marginal) if label_marginal else None)
+
+
+def marginal(log_likelihoods: np.ndarray) -> np.ndarray:
+    """Mean over items of softmax over options: (items, options) → (options,). What the model says before it has read
+    anything of an item in particular (contextual calibration with real inputs: Zhao et al. 2021, Han et al. 2022)."""
+    shifted = np.exp(log_likelihoods - log_likelihoods.max(axis=1, keepdims=True))
+    mean: np.ndarray = (shifted / shifted.sum(axis=1, keepdims=True)).mean(axis=0)
+    return mean
+
+
+def _score_items(
+    model: CausalModel,
+    tokenizer: Any,
+    items: Sequence[Item],
+    trie: OptionTrie | None,
+    rule: StopRule | None,
+    batch_size: int,
+) -> list[ItemResult]:
+    """Every prompt is read once; completion, options and generation all go on from there. In the items' order."""
+    results: dict[int, ItemResult] = {}
+    lengths = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in items]
+    for batch in batches(lengths, batch_size):
+        chosen = [items[index] for index in batch]
+        next_logits, context = read(model, [item.prompt_ids or (start_token(tokenizer),) for item in chosen])
+        completions = completion_scores(
+            next_logits, context, [item.completion_ids for item in chosen], [item.end_ids for item in chosen]
+        )
+        options = option_log_likelihoods(next_logits, context, trie).numpy() if trie else None
+        texts = generate(next_logits, context, tokenizer, rule) if rule else None
+        for row, index in enumerate(batch):
+            results[index] = ItemResult(
+                completions[row], None if options is None else options[row], texts[row] if texts else None
+            )
+    return [results[index] for index in range(len(items))]
+
+
+def _stop_rule(model: CausalModel, tokenizer: Any, splits: Splits, config: Config) -> StopRule:
+    known = (*splits.train, *splits.validation, *splits.test)
+    return stop_rule(
+        model.base,
+        tokenizer,
+        end_ids=[item.end_ids for item in known],
+        answers=[item.answer for item in known],
+        max_new_tokens=config.evaluation.max_new_tokens,
+    )
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _further(metrics: Mapping[str, Any], table: pa.Table) -> dict[str, float]:
+    """Every number that a Hub metric gives for the generated answers, as ``NAME`` or ``NAME_KEY``."""
+    values: dict[str, float] = {}
+    for name, metric in metrics.items():
+        found = metric.compute(predictions=table["generated"].to_pylist(), references=table["answer"].to_pylist())
+        for key, value in found.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                values[name if key in (name, "score") else f"{name}_{key}"] = float(value)
+    return values

@@ -1,0 +1,76 @@
+"""The runs that there are, and which of them a person means by an id, a unique beginning of one, ``last`` or a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_exp.errors import RecordError, nearest
+from qlora_exp.paths import OutputPaths, RunPaths
+from qlora_exp.records import RunRecord, read_record
+
+LAST = "last"
+
+
+def run_folders(outputs: OutputPaths) -> Iterator[RunPaths]:
+    """Folders under ``output_root`` that hold a record, by name (ids begin with the time, so oldest first)."""
+    if outputs.runs.is_dir():
+        for folder in sorted(outputs.runs.iterdir()):
+            paths = RunPaths(folder)
+            if paths.record.is_file():
+                yield paths
+
+
+def read_runs(outputs: OutputPaths) -> tuple[list[RunRecord], list[RecordError]]:
+    """All records in the order in which they started, and what is wrong with those that can't be read."""
+    records, unreadable = [], []
+    for paths in run_folders(outputs):
+        try:
+            records.append(read_record(paths.record))
+        except RecordError as error:
+            unreadable.append(error)
+    return sorted(records, key=lambda record: record.started_at), unreadable
+
+
+def find_run(run: str, outputs: OutputPaths) -> RunPaths:
+    """The run that ``run`` names: an id, a unique beginning or end of one, ``last`` (the last started), or a folder.
+
+    Raises:
+        RecordError: there is no such run (the nearest ids are named), or several begin like this.
+    """
+    folder = Path(run).expanduser()
+    if (folder / "record.json").is_file():
+        return RunPaths(folder.absolute())
+    folders = {paths.folder.name: paths for paths in run_folders(outputs)}
+    if not folders:
+        raise RecordError("there are no runs yet", str(outputs.runs), "qlora-exp run, or say --output-root DIR")
+    if run == LAST:
+        return _last(folders)
+    if run in folders:
+        return folders[run]
+    fitting = [name for name in folders if name.startswith(run) or name.endswith(run)] if run else []
+    if len(fitting) == 1:
+        return folders[fitting[0]]
+    if fitting:
+        raise RecordError(f"{run!r} fits {len(fitting)} runs", str(outputs.runs), f"say more of it: {_some(fitting)}")
+    raise RecordError(f"there is no run {run!r}", str(outputs.runs), _nearest_run(run, list(folders)))
+
+
+def _last(folders: dict[str, RunPaths]) -> RunPaths:
+    """By the record's own start; a folder whose record is torn can't say, and its name begins with the time."""
+    started = {}
+    for name, paths in folders.items():
+        try:
+            started[name] = read_record(paths.record).started_at
+        except RecordError:
+            started[name] = ""
+    return folders[max(folders, key=lambda name: (started[name], name))]
+
+
+def _nearest_run(run: str, names: list[str]) -> str:
+    told = nearest(run, names)
+    return told if told.startswith("did you mean") else f"the newest are {_some(names[-3:])}; qlora-exp ls runs"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

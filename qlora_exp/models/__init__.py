@@ -1,0 +1,38 @@
+"""Base models, their quantization and their adapters. The only importer of bitsandbytes and peft."""
+
+from qlora_exp.models import bitsandbytes_log as bitsandbytes_log
+from qlora_exp.models.adapters import (
+    adapter_parameters,
+    attach_adapters,
+    load_adapter,
+    recast_adapters,
+    save_adapter,
+)
+from qlora_exp.models.base import Base, load_base, shell
+from qlora_exp.models.bytes import WeightBytes, weight_bytes
+from qlora_exp.models.describe import describe
+from qlora_exp.models.selftest import SelfTest, quantization_self_test
+from qlora_exp.models.sources import ModelSource, fingerprint, resolve_source
+from qlora_exp.models.targets import resolve_targets
+from qlora_exp.models.tokenizers import load_tokenizer
+
+__all__ = [
+    "Base",
+    "ModelSource",
+    "SelfTest",
+    "WeightBytes",
+    "adapter_parameters",
+    "attach_adapters",
+    "describe",
+    "fingerprint",
+    "load_adapter",
+    "load_base",
+    "load_tokenizer",
+    "quantization_self_test",
+    "recast_adapters",
+    "resolve_source",
+    "resolve_targets",
+    "save_adapter",
+    "shell",
+    "weight_bytes",
+]

@@ -1,0 +1,192 @@
+"""LoRA adapters: on exactly the named layers, equal at equal seed whatever the base is stored in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import peft
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_exp.config import AdapterInit, Config, LoraConfig
+from qlora_exp.errors import ModelError
+from qlora_exp.models.base import Base, shell
+from qlora_exp.plan import adapter_dtype, effective_alpha
+
+ADAPTER = "default"
+START = "_qlora_exp_adapter_start"
+"""Where the adapters' first values wait on the model until recast_adapters() has seen to them."""
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[str]) -> PeftModel:
+    """Put an adapter on each of ``modules`` (full names) and on nothing else.
+
+    A is drawn in fp32 on the CPU from a generator seeded by (seed, module name), B is zero; then both take
+    ``lora.dtype``. So fp32, fp16, int8 and nf4 bases start from the same adapters. PiSSA takes A and B from the base's
+    weights instead and subtracts them there, on copies: tensors shared with a warm base stay as they are.
+    Raises :class:`ModelError` for names that the model doesn't have, and where PEFT refuses.
+    """
+    lora = config.lora
+    layers = dict(model.named_modules())
+    missing = [name for name in modules if name not in layers]
+    if missing or not modules:
+        raise ModelError("there are target modules that the model doesn't have", ", ".join(missing) or "none given")
+    if lora.init is AdapterInit.pissa:
+        _own_weights([layers[name] for name in modules], lora.r)
+    wanted = set(modules)
+    settings = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=effective_alpha(lora),
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights="pissa" if lora.init is AdapterInit.pissa else True,
+        target_modules=_pattern(layers, wanted),
+        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    adapted = _inject(model, settings)
+    found = {name for name, _ in _lora_layers(adapted)}
+    if found != wanted:
+        odd = sorted(found ^ wanted)[:3]
+        raise ModelError(
+            "PEFT adapted other layers than those asked for", ", ".join(odd), "name them in targets.modules"
+        )
+    if lora.init is not AdapterInit.pissa:
+        _draw(adapted, lora, config.seed)
+    _cast(adapted, getattr(torch, adapter_dtype(lora)))
+    setattr(adapted, START, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
+    return adapted
+
+
+def recast_adapters(model: nn.Module, lora: LoraConfig) -> None:
+    """Undo SFTTrainer's cast of a quantized model's adapters to bf16, before an optimizer exists: dtype and values.
+
+    A value that differs from its start by more than rounding is kept and only cast (it was trained or loaded).
+    """
+    dtype = getattr(torch, adapter_dtype(lora))
+    start: dict[str, torch.Tensor] = model.__dict__.pop(START, {})
+    for name, parameter in adapter_parameters(model):
+        first = start.get(name)
+        untouched = first is not None and torch.equal(first.to(parameter.dtype), parameter.detach())
+        parameter.data = (first if first is not None and untouched else parameter.data).to(dtype)
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The adapters' parameters: A, B and, with DoRA, the magnitudes."""
+    for name, parameter in model.named_parameters():
+        if any(part.startswith("lora_") for part in name.split(".")):
+            yield name, parameter
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT, vLLM and others read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a run writes its own model card
+
+
+def load_adapter(base: Base, folder: Path) -> PeftModel:
+    """A shell of ``base`` with the adapter in ``folder``, in the dtype that it was saved in, for evaluation.
+
+    Raises :class:`ModelError` for a folder without an adapter, a torn one, or one of another architecture.
+    """
+    file = folder / WEIGHTS_FILE
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = load_file(file)
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no adapter: {error.filename or error} is missing", str(folder)) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"the adapter can't be read: {error}", str(folder), "copy it again") from None
+    model = shell(base)
+    if settings.get("init_lora_weights") == "pissa":
+        _own_weights([module for module in model.modules() if hasattr(module, "weight")], 0)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False)
+        _cast(adapted, next(iter(saved.values())).dtype)
+        unmatched = peft.set_peft_model_state_dict(adapted, saved).unexpected_keys
+    except (ValueError, RuntimeError, KeyError) as error:
+        line = str(error).strip().splitlines()[0][:300]
+        raise ModelError(
+            f"the adapter doesn't fit the model: {line}", str(folder), "load the base it was made on"
+        ) from None
+    if unmatched:
+        raise ModelError(f"the adapter doesn't fit the model: {unmatched[0]} has no place in it", str(folder))
+    return adapted.eval()
+
+
+def _inject(model: PreTrainedModel, settings: peft.LoraConfig) -> PeftModel:
+    try:
+        with warnings.catch_warnings():
+            # A model with both Conv1D and Linear targets is handled layer by layer; PEFT warns of each.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            adapted = peft.get_peft_model(model, settings, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        line = str(error).strip().splitlines()[0][:300]
+        hint = "choose other targets, or leave lora.dora and lora.init at their defaults"
+        raise ModelError(f"PEFT can't adapt this model so: {line}", "lora, targets", hint) from None
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def _pattern(layers: dict[str, nn.Module], wanted: set[str]) -> list[str] | str:
+    """What to ask PEFT for: last parts of names where those match just the wanted layers (adapters that other tools
+    read well), else an expression that matches the full names only; a list of full names would match endings too."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in wanted})
+    matched = {name for name in layers if name.rsplit(".", 1)[-1] in endings}
+    if matched == wanted:
+        return endings
+    return "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _draw(model: PeftModel, lora: LoraConfig, seed: int) -> None:
+    """kaiming: uniform with bound 1/sqrt(in), torch's default for a linear layer and LoRA's own; gaussian: standard
+    deviation 1/r, as PEFT has it."""
+    for name, layer in _lora_layers(model):
+        digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        weight = layer.lora_A[ADAPTER].weight
+        drawn = torch.empty(weight.shape, dtype=torch.float32)
+        if lora.init is AdapterInit.gaussian:
+            nn.init.normal_(drawn, std=1 / lora.r, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        dtype = getattr(torch, adapter_dtype(lora))
+        weight.data = drawn.to(device=weight.device, dtype=dtype)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    for _, parameter in adapter_parameters(model):
+        parameter.data = parameter.data.to(dtype)
+
+
+def _own_weights(layers: Sequence[nn.Module], r: int) -> None:
+    """PiSSA writes into the base's weights; give these layers copies of their own."""
+    for layer in layers:
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)
+        if r > min(weight.shape):
+            what = f"PiSSA can't take {r} principal directions from a {tuple(weight.shape)} matrix"
+            raise ModelError(what, f"lora.r = {r}", f"lora.r={min(weight.shape)} or less, or lora.init=kaiming")
+        layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)

@@ -1,0 +1,205 @@
+"""The frozen base: loaded in the asked precision, safe to evaluate and train in any order, and lent out in shells."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from qlora_exp.checks import FOUR_BIT, QUANTIZED
+from qlora_exp.config import Config, Quantization, QuantizationConfig
+from qlora_exp.errors import ModelError
+from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
+from qlora_exp.plan import compute_dtype, weight_dtype
+
+
+@dataclass
+class Base:
+    """A loaded base. ``weight_dtype`` is what its quantized (or all) linear weights are stored in, ``compute_dtype``
+    what was really computed in and what the unquantized rest is stored in; ``unquantized`` names the modules with
+    weights that a quantized mode leaves alone (embeddings, head, norms)."""
+
+    model: PreTrainedModel
+    device: torch.device
+    weight_dtype: str
+    compute_dtype: str
+    fingerprint: str
+    unquantized: tuple[str, ...] = ()
+
+
+def load_base(config: Config, device_kind: str) -> Base:
+    """Load ``config``'s base on ``device_kind`` (``cpu`` or ``cuda``), frozen, in eval mode, after one forward pass.
+
+    Raises :class:`ModelError` for weights that don't fit the architecture or a mode that can't be had for this model.
+    """
+    source = resolve_source(config.model)
+    model = load_model(source, config.quantization, config.model.attention, device_kind)
+    mode = config.quantization.mode
+    return Base(
+        model=model,
+        device=_device(device_kind),
+        weight_dtype=weight_dtype(mode),
+        compute_dtype=_compute_dtype(config.quantization, device_kind),
+        fingerprint=fingerprint(source),
+        unquantized=unquantized_modules(model) if mode in QUANTIZED else (),
+    )
+
+
+def load_model(
+    source: ModelSource, quantization: QuantizationConfig, attention: str, device_kind: str
+) -> PreTrainedModel:
+    """The model of a resolved source, ready to be adapted. Everything that load_base promises of it holds."""
+    dtype = getattr(torch, _compute_dtype(quantization, device_kind))
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "device_map": {"": _device(device_kind)},
+        "quantization_config": bitsandbytes_config(quantization, dtype),
+        "use_safetensors": True,
+    }
+    with no_progress_bars():
+        try:
+            loaded = _from_gguf(source, arguments) if source.gguf_file else _from_folder(source, arguments)
+        except (ModelError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # transformers and safetensors raise every kind for weights that don't fit
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise ModelError(f"the weights can't be loaded: {line}", source.where, "see the model's card") from error
+    _refuse_unquantized(loaded, quantization.mode, source)
+    return _settle(loaded)
+
+
+def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Every setting said aloud: transformers' defaults (fp4, fp32 compute, no double quantization) are not QLoRA."""
+    if quantization.mode is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantization.int8_threshold)
+    if quantization.mode in FOUR_BIT:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.mode.value,
+            bnb_4bit_use_double_quant=quantization.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=torch.uint8,
+        )
+    return None
+
+
+def shell(base: Base) -> PreTrainedModel:
+    """A copy of the base's modules that shares all of its tensors: train an adapter on it and throw it away.
+
+    Trainers wrap ``forward``, add hooks and change flags for good; on a shell that leaves the base untouched.
+    """
+    kept: dict[int, Any] = {}
+    for module in base.model.modules():
+        for shared in _tensors_of(module):
+            kept[id(shared)] = shared
+    return copy.deepcopy(base.model, kept)
+
+
+def unquantized_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that hold weights in full precision beside quantized ones."""
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, Linear4bit | Linear8bitLt)
+        and next(module.parameters(recurse=False), None) is not None
+    )
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Any]:
+    """What a shell shares. A 4-bit weight carries its quantization state; an 8-bit layer keeps its own."""
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+    for value in vars(module).values():
+        if isinstance(value, torch.Tensor | QuantState):
+            yield value
+    if isinstance(module, Linear8bitLt):
+        yield from (value for value in vars(module.state).values() if isinstance(value, torch.Tensor))
+
+
+def _from_folder(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:
+    config = model_config(source)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source.path_or_id, config=config, output_loading_info=True, **source.arguments, **arguments
+    )
+    return _complete(model, report, source)
+
+
+def _from_gguf(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:
+    """GGUF weights are unpacked to fp32 and loaded from memory as if they had never been quantized: transformers leaves
+    marks of GGUF on the model, and refuses to quantize or train what carries them."""
+    unpacked = AutoModelForCausalLM.from_pretrained(
+        source.path_or_id, dtype=torch.float32, device_map={"": "cpu"}, **source.arguments
+    )
+    config: PretrainedConfig = unpacked.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model, report = type(unpacked).from_pretrained(
+        None, config=config, state_dict=unpacked.state_dict(), output_loading_info=True, **arguments
+    )
+    return _complete(model, report, source)
+
+
+def _complete(model: PreTrainedModel, report: dict[str, Any], source: ModelSource) -> PreTrainedModel:
+    """transformers fills in missing weights at random with a warning; a run on such a base would mean nothing."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        what = f"{len(missing)} of the model's weights are not in its files: {shown}"
+        raise ModelError(what, source.where, "the files and config.json are not of one model; restore them")
+    return model
+
+
+def _settle(model: PreTrainedModel) -> PreTrainedModel:
+    """Bring the base into the state in which every forward pass leaves it as it was.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at the first forward in eval mode, and training then
+    runs through an operation without a gradient: switched off. An 8-bit layer moves its scales at its first forward,
+    and shells taken before that would differ from later ones: done here.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    return model
+
+
+def _refuse_unquantized(model: nn.Module, mode: Quantization, source: ModelSource) -> None:
+    """bitsandbytes takes torch's own Linear and GPT-2's Conv1D; an architecture with a linear class of its own stays as
+    it is, and a record that called it quantized would be wrong."""
+    if mode not in QUANTIZED or any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
+        return
+    what = f"quantization={mode.value} leaves every layer of this model unquantized"
+    raise ModelError(what, source.where, "quantization=bf16, fp16 or fp32: bitsandbytes doesn't know its linear layers")
+
+
+def _compute_dtype(quantization: QuantizationConfig, device_kind: str) -> str:
+    bf16 = device_kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return compute_dtype(quantization, device_kind, bf16)
+
+
+def _device(device_kind: str) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if device_kind == "cuda" else torch.device(device_kind)
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()

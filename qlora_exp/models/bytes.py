@@ -1,0 +1,57 @@
+"""Exact bytes of a model's tensors: the base's weights, what quantization keeps beside them, and the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear8bitLt
+from torch import nn
+
+from qlora_exp.models.adapters import adapter_parameters
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """``base_weight_bytes``: parameters and buffers; ``quantization_state_bytes``: block constants, code books, row
+    scales; each tensor once, tied weights too."""
+
+    base_weight_bytes: int
+    quantization_state_bytes: int
+    adapter_bytes: int
+
+
+def weight_bytes(model: nn.Module) -> WeightBytes:
+    """Count the bytes of ``model``, quantized or not, with adapters or without."""
+    adapter = _distinct(parameter for _, parameter in adapter_parameters(model))
+    held = _distinct([*model.parameters(), *model.buffers()])
+    base = {key: size for key, size in held.items() if key not in adapter}
+    state = _distinct(tensor for module in model.modules() for tensor in _quantization_state(module))
+    state = {key: size for key, size in state.items() if key not in held}
+    return WeightBytes(sum(base.values()), sum(state.values()), sum(adapter.values()))
+
+
+def _distinct(tensors: Iterator[torch.Tensor] | list[torch.Tensor]) -> dict[tuple[int, int], int]:
+    """Bytes by place in memory: a tied weight and an int8 weight seen twice are one."""
+    return {(tensor.data_ptr(), tensor.nbytes): tensor.nbytes for tensor in tensors if tensor.nbytes}
+
+
+def _quantization_state(module: nn.Module) -> Iterator[torch.Tensor]:
+    for parameter in module.parameters(recurse=False):
+        state = getattr(parameter, "quant_state", None)
+        if isinstance(state, QuantState):
+            yield from _four_bit_state(state)
+        scales = getattr(parameter, "SCB", None)
+        if isinstance(scales, torch.Tensor):
+            yield scales
+    if isinstance(module, Linear8bitLt):
+        yield from (value for value in (module.state.CB, module.state.SCB) if isinstance(value, torch.Tensor))
+
+
+def _four_bit_state(state: QuantState) -> Iterator[torch.Tensor]:
+    """Block constants and code book, and with double quantization the constants' own and their offset."""
+    yield from (value for value in (state.absmax, state.code, state.offset) if isinstance(value, torch.Tensor))
+    if state.state2 is not None:
+        yield from _four_bit_state(state.state2)

@@ -1,0 +1,136 @@
+"""What a model is made of, from its configuration alone: built on the meta device, where tensors have no memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_exp.config import ModelConfig
+from qlora_exp.errors import ModelError
+from qlora_exp.models.sources import ModelSource, model_config, resolve_source
+from qlora_exp.plan import Architecture, WeightShape
+
+ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
+ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\d+D)?$")
+"""Class names at their end only: ``JambaAttentionDecoderLayer`` holds a feed-forward network too."""
+FEED_FORWARD_NAME = re.compile(r"mlp|ffn|feed_?forward|expert|moe", re.IGNORECASE)
+FEED_FORWARD_CLASS = re.compile(r"(MLP|Mlp|FFN|FeedForward|FeedForwardNetwork|Experts?|MoE)$")
+NEITHER_NAME = re.compile(r"mamba|ssm|conv|recurrent|temporal|mixer|router|lstm|altup|laurel|indexer", re.IGNORECASE)
+NEITHER_CLASS = re.compile(r"(Mamba\d?|MambaLayer|Mixer|Conv|RecurrentBlock|Router|Gating|Indexer|mLSTMLayer)$")
+"""Neither attention nor feed-forward: state-space, recurrent and convolutional mixers, routers of expert layers."""
+NEITHER_LEAF = re.compile(r"^(gate|router|shared_expert_gate|classifier|modality_router|per_layer_\w+)$")
+OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", re.IGNORECASE)
+"""Towers and projections for pictures and sound: no part of the language model, so never a target."""
+
+
+def describe(model: ModelConfig) -> Architecture:
+    """The architecture of ``model``. Raises :class:`ModelError` for what can't be found or built."""
+    source = resolve_source(model)
+    return architecture_of(build_meta(model_config(source), source))
+
+
+def build_meta(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel:
+    """The model without weights: every module and shape, no memory."""
+    try:
+        with torch.device("meta"):
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever an ill-formed configuration makes an architecture's constructor raise
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        what = f"transformers can't build this {config.model_type}: {line}"
+        raise ModelError(what, source.where, "check the sizes in its config.json") from None
+    return built
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """Describe a built model (unquantized, without adapters). Expert weights that are bare three-dimensional parameters
+    count in the total; they are no linear layers and can't be targets."""
+    text = model.config.get_text_config()
+    return Architecture(
+        model_type=model.config.model_type,
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weights=tuple(_weights(model)),
+        output_head=output_head(model),
+        layers=int(getattr(text, "num_hidden_layers", 0) or 0),
+        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
+        vocabulary_size=int(getattr(text, "vocab_size", 0) or 0),
+    )
+
+
+def output_head(model: PreTrainedModel) -> str | None:
+    """The full name of the layer that gives the logits, tied to the embedding or not."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
+    head = output_head(model)
+    inside = _language_model_prefix(model)
+    for name, module in model.named_modules():
+        if name == head or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        conv = isinstance(module, Conv1D)
+        rows, columns = module.weight.shape
+        adaptable = name.startswith(inside) and not OTHER_SENSES.search(name) and (conv or _is_plain_linear(module))
+        yield WeightShape(
+            name=name,
+            kind=("conv1d" if conv else "linear") if adaptable else "other",
+            in_features=rows if conv else columns,
+            out_features=columns if conv else rows,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            role=_role(model, name) if adaptable else "other",
+        )
+
+
+def _language_model_prefix(model: PreTrainedModel) -> str:
+    """The name before all parts of the language model: empty for a text model, ``model.language_model.`` and the like
+    for one with eyes or ears."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{name}." if name else ""
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether y = Wx + b is all it does. Subclasses of Linear that are called so (Falcon's) are; routers, which return
+    more than y, and grouped ones, which take their input apart, are not."""
+    name = type(module).__name__
+    return type(module) is nn.Linear or (name.endswith("Linear") and "Group" not in name)
+
+
+def _role(model: PreTrainedModel, name: str) -> str:
+    """Attention, feed-forward or neither, by who holds the layer: the nearest ancestor inside the decoder layer whose
+    class or name says so; a layer held by the decoder layer itself is feed-forward (OPT's fc1, fc2)."""
+    *parents, leaf = name.split(".")
+    indices = [position for position, part in enumerate(parents) if part.isdigit()]
+    if not indices or NEITHER_LEAF.search(leaf):
+        return "other"
+    for depth in range(len(parents), indices[0], -1):
+        holder = type(model.get_submodule(".".join(parents[:depth]))).__name__
+        role = _role_of_class(holder) or _role_of_name(parents[depth - 1])
+        if role:
+            return role
+    return "mlp"
+
+
+def _role_of_class(holder: str) -> str | None:
+    if ATTENTION_CLASS.search(holder):
+        return "attention"
+    if FEED_FORWARD_CLASS.search(holder):
+        return "mlp"
+    return "other" if NEITHER_CLASS.search(holder) else None
+
+
+def _role_of_name(label: str) -> str | None:
+    if NEITHER_NAME.search(label):
+        return "other"
+    if FEED_FORWARD_NAME.search(label):
+        return "mlp"
+    return "attention" if ATTENTION_NAME.search(label) else None

@@ -1,0 +1,279 @@
+"""Where a base model comes from — the package, a directory, a GGUF file, the Hub — and whether it can be used at all.
+
+Nothing here reads a weight into memory: what is wrong is found and told before anything expensive.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qlora_exp.config import ModelConfig
+from qlora_exp.errors import ModelError, nearest
+from qlora_exp.paths import EMBEDDED
+
+HUB_SECONDS = 5.0
+"""Longest wait for the Hub's answer; without a network the local cache is used, or the run is refused at once."""
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """One checkpoint. ``path_or_id`` is a folder or a Hub id, ``gguf_file`` a file's name in that folder, ``revision``
+    a Hub commit (so that what was looked at is what is loaded)."""
+
+    name: str
+    path_or_id: str
+    revision: str | None
+    gguf_file: str | None
+    is_local: bool
+
+    @property
+    def where(self) -> str:
+        """The place as told to a person."""
+        if self.gguf_file:
+            return str(Path(self.path_or_id) / self.gguf_file)
+        return self.path_or_id
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of every ``from_pretrained``. Remote code is never run."""
+        arguments: dict[str, Any] = {"trust_remote_code": False}
+        if self.gguf_file:
+            arguments["gguf_file"] = self.gguf_file
+        if self.is_local:
+            arguments["local_files_only"] = True
+        else:
+            arguments["revision"] = self.revision
+        return arguments
+
+
+def resolve_source(model: ModelConfig) -> ModelSource:
+    """Find ``model``'s checkpoint and check all that can be checked without loading it.
+
+    Raises :class:`ModelError`: nothing there, no or a broken config.json, an unknown architecture, remote code,
+    pickled weights, torn safetensors, a GGUF file without the ``gguf`` package, a Hub id that can't be reached.
+    """
+    if model.family == "local" or model.path:
+        return _local(Path(model.path or "").expanduser())
+    checkpoint = model.checkpoints.get(model.variant.value)
+    if checkpoint is None:
+        known = nearest(model.variant.value, model.checkpoints)
+        raise ModelError(f"{model.family} has no {model.variant.value} checkpoint", "model.variant", known)
+    return _checkpoint(checkpoint, model.revision)
+
+
+def sibling_source(model: ModelConfig) -> ModelSource | None:
+    """The instruct checkpoint of a base's family, or ``None`` where there is none or it can't be reached."""
+    checkpoint = model.checkpoints.get("instruct")
+    if checkpoint is None or model.variant.value == "instruct":
+        return None
+    try:
+        return _checkpoint(checkpoint, None)
+    except ModelError:
+        return None
+
+
+def model_config(source: ModelSource) -> PretrainedConfig:
+    """transformers' configuration of a resolved source, without a trace of an earlier quantization."""
+    try:
+        config = AutoConfig.from_pretrained(source.path_or_id, **source.arguments)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError, IndexError) as error:
+        what = f"the model's configuration can't be read: {_first_line(error)}"
+        raise ModelError(what, source.where, "is it a complete model that transformers can build?") from None
+    if source.gguf_file is None and getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method", "an unknown method")
+        what = f"the checkpoint is quantized already (by {method}); qlora-exp quantizes by itself"
+        raise ModelError(what, source.where, "give the unquantized checkpoint")
+    if source.gguf_file and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        what = f"{config.model_type} is no architecture that generates text left to right"
+        raise ModelError(what, source.where, "give a causal language model: Llama, Qwen, GPT-2 …")
+    return config
+
+
+def fingerprint(source: ModelSource) -> str:
+    """SHA-256 over the files' names and contents for what is on disk; id and commit for the Hub."""
+    if not source.is_local:
+        return f"hub:{source.path_or_id}@{source.revision}"
+    folder = Path(source.path_or_id)
+    files = [folder / source.gguf_file] if source.gguf_file else sorted(_model_files(folder))
+    total = hashlib.sha256()
+    for file in files:
+        state = file.stat()
+        total.update(f"{file.name}\0{_sha256(file, state.st_size, state.st_mtime_ns)}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """What a loaded model and tokenizer depend on; a README or an adapter beside them doesn't count."""
+    kept = (".json", ".safetensors", ".jinja", ".model", ".txt")
+    return [path for path in folder.iterdir() if path.is_file() and path.suffix in kept]
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(file: Path, size: int, modified: int) -> str:
+    """Size and time of change are part of the key, so that a file written anew is read anew."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _checkpoint(checkpoint: str, revision: str | None) -> ModelSource:
+    if checkpoint.startswith("embedded:"):
+        folder = EMBEDDED / checkpoint.removeprefix("embedded:")
+        if not folder.is_dir():
+            shipped = [path.parent.name for path in EMBEDDED.glob("*/config.json")]
+            raise ModelError(f"the package ships no {checkpoint}", str(folder), nearest(folder.name, shipped))
+        source = _local(folder)
+        return ModelSource(checkpoint, source.path_or_id, None, None, True)
+    return _hub(checkpoint, revision)
+
+
+def _local(path: Path) -> ModelSource:
+    if not str(path) or str(path) == ".":
+        raise ModelError("a local model needs a path", "model.path", "model.path=DIRECTORY_OR_FILE.gguf")
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError("there is no such model directory or GGUF file", str(path), nearest(path.name, siblings))
+    path = path.absolute()
+    if path.is_file():
+        return _gguf(path)
+    ggufs = sorted(path.glob("*.gguf"))
+    if not (path / "config.json").is_file():
+        hint = f"model.path={ggufs[0]}" if ggufs else "a model directory holds config.json and *.safetensors"
+        raise ModelError("the directory has no config.json", str(path), hint)
+    source = ModelSource(path.name, str(path), None, None, True)
+    _check_config(path / "config.json")
+    _check_weights(path)
+    model_config(source)
+    return source
+
+
+def _gguf(path: Path) -> ModelSource:
+    if path.suffix != ".gguf":
+        what = "a model file must be GGUF; safetensors are given as their directory"
+        raise ModelError(what, str(path), f"model.path={path.parent}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("reading GGUF files needs the gguf package", str(path), "pip install 'qlora-exp[gguf]'")
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise ModelError("the file isn't GGUF, whatever its name says", str(path), "download it again")
+    source = ModelSource(path.stem, str(path.parent), None, path.name, True)
+    model_config(source)
+    return source
+
+
+def _check_config(file: Path) -> None:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"config.json can't be read: {error}", str(file), "restore it from the model's source"
+        ) from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise ModelError("config.json names no model_type", str(file), 'e.g. "model_type": "llama"')
+    model_type = raw["model_type"]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if raw.get("auto_map"):
+            what = f"{model_type} needs code that comes with the checkpoint, and qlora-exp never runs such code"
+            hint = "use a checkpoint of an architecture that transformers itself has"
+            raise ModelError(what, str(file), hint)
+        what = f"transformers has no causal language model called {model_type}"
+        raise ModelError(what, str(file), nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+
+def _check_weights(folder: Path) -> None:
+    """Safetensors only (a pickle can run code), every shard there, every header and length right."""
+    index = folder / WEIGHTS_INDEX
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"the list of weight files can't be read: {error!r}", str(index), "restore it") from None
+    else:
+        shards = sorted(path.name for path in folder.glob("model*.safetensors"))
+    if not shards:
+        raise _no_safetensors(folder)
+    for shard in shards:
+        file = folder / shard
+        try:
+            if not file.is_file():
+                raise ModelError("a weight file is missing", str(file), f"{index.name} lists it; restore it")
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            what = f"the weight file is torn: {_first_line(error)}"
+            raise ModelError(what, str(file), "copy or download it again") from None
+
+
+def _no_safetensors(folder: Path) -> ModelError:
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if not pickles:
+        return ModelError("the directory has no weights", str(folder), "model.safetensors is missing")
+    hint = (
+        "convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), "
+        "and copy the tokenizer files"
+    )
+    return ModelError(
+        f"{pickles[0].name} is a pickle, which can run code: only safetensors are read", str(folder), hint
+    )
+
+
+def _hub(repository: str, revision: str | None) -> ModelSource:
+    commit = _hub_commit(repository, revision)
+    source = ModelSource(repository, repository, commit, None, False)
+    model_config(source)
+    return source
+
+
+@functools.lru_cache(maxsize=256)
+def _hub_commit(repository: str, revision: str | None) -> str:
+    """The commit that ``revision`` (default: main) means; asked of the Hub once, else of the local cache."""
+    try:
+        commit = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS).sha
+        if commit is not None:
+            return str(commit)
+    except GatedRepoError:
+        hint = f"accept its licence at https://huggingface.co/{repository} and run: hf auth login"
+        raise ModelError(f"{repository} is gated", "model.checkpoints", hint) from None
+    except RepositoryNotFoundError:
+        hint = "check its spelling; a private one needs: hf auth login"
+        raise ModelError(f"the Hub has no model {repository}", "model.checkpoints", hint) from None
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 404:
+            what = f"{repository} has no revision {revision}"
+            raise ModelError(what, "model.revision", "model.revision=null for the newest") from None
+    except (httpx2.HTTPError, OfflineModeIsEnabled, OSError):
+        pass  # no network: the local cache may have it
+    return _cached_commit(repository, revision)
+
+
+def _cached_commit(repository: str, revision: str | None) -> str:
+    try:
+        file = huggingface_hub.hf_hub_download(repository, "config.json", revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        what = f"{repository} is not in the local cache, and the Hub can't be reached"
+        hint = (
+            f"on a machine with a network: hf download {repository}; or model=local model.path=DIR, or model=embedded"
+        )
+        raise ModelError(what, f"Hub id {repository}", hint) from None
+    return Path(os.path.normpath(file)).parent.name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

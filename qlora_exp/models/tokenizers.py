@@ -1,0 +1,95 @@
+"""The tokenizer of a checkpoint, made ready for training: padding told from the end of a text, a chat template."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_exp.config import ModelConfig
+from qlora_exp.errors import ModelError
+from qlora_exp.models.sources import ModelSource, resolve_source, sibling_source
+
+PAD_NAMES = re.compile(r"pad", re.IGNORECASE)
+SPARE_NAMES = re.compile(r"reserved|unused|extra_id", re.IGNORECASE)
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right with a token that is not EOS where the vocabulary has one.
+
+    Its chat template is the tokenizer's own, else ``model.chat_template``'s file, else the instruct sibling's, else
+    ``None``. Raises :class:`ModelError` for a missing or broken tokenizer or template.
+    """
+    source = resolve_source(model)
+    tokenizer = _load(source)
+    if tokenizer.eos_token_id is None:
+        what = "the tokenizer has no end-of-text token, so generation would never stop"
+        raise ModelError(what, source.where, "set eos_token in its tokenizer_config.json")
+    _set_pad_token(tokenizer)
+    tokenizer.padding_side = "right"
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _template(model)
+    return tokenizer
+
+
+def _load(source: ModelSource) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source.path_or_id, **source.arguments)
+    except Exception as error:  # tokenizers' Rust layer raises bare Exception for a damaged file
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        hint = "the directory must hold tokenizer.json (and tokenizer_config.json)"
+        raise ModelError(f"the tokenizer can't be loaded: {line}", source.where, hint) from None
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Padding by EOS hides real ends from whatever masks padding by id; so prefer any other token made for it."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) not in taken]
+    candidates = [
+        *(token for token in special if PAD_NAMES.search(token)),
+        *([str(tokenizer.unk_token)] if tokenizer.unk_token and tokenizer.unk_token not in taken else []),
+        *(token for token in special if SPARE_NAMES.search(token)),
+    ]
+    tokenizer.pad_token = candidates[0] if candidates else tokenizer.eos_token
+
+
+def _template(model: ModelConfig) -> str | None:
+    if model.chat_template:
+        return _template_file(Path(model.chat_template).expanduser())
+    sibling = sibling_source(model)
+    if sibling is None:
+        return None
+    try:
+        template = _load(sibling).chat_template
+    except ModelError:
+        return None
+    return template if isinstance(template, str) else None
+
+
+def _template_file(path: Path) -> str:
+    where = f"model.chat_template = {path}"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"the chat template can't be read: {error}", where, "give a .jinja file") from None
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(
+            f"the chat template is no valid Jinja: {error.message}", f"{where}, line {error.lineno}"
+        ) from None
+    return text
+
+
+class _Generation(jinja2.ext.Extension):
+    """Parses ``{% generation %}``, which marks the assistant's words in transformers' chat templates."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

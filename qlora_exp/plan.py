@@ -1,0 +1,190 @@
+"""What a run will do, by arithmetic over a described architecture: adapters, dtypes, steps and fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_exp.checks import NATIVE_DTYPES, OPTIMIZERS, SCHEDULERS, TARGET_SETS, check, goal_of
+from qlora_exp.config import Checkpointing, ComputeDtype, Config, LoraConfig, Quantization, QuantizationConfig, to_plain
+from qlora_exp.records import Environment, Plan
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULERS",
+    "TARGET_SETS",
+    "Architecture",
+    "WeightShape",
+    "adapter_dtype",
+    "base_fingerprint",
+    "check",
+    "compute_dtype",
+    "config_fingerprint",
+    "effective_alpha",
+    "goal_of",
+    "lora_parameters",
+    "make_plan",
+    "scale",
+    "weight_dtype",
+]
+
+CHECKPOINTING_FROM_PARAMETERS = 3_000_000_000
+"""``gradient_checkpointing=auto``: smaller models fit with their activations; recomputing costs a third of the speed."""
+
+
+@dataclass(frozen=True)
+class WeightShape:
+    """One weight matrix and its place. ``kind`` is ``linear``, ``conv1d`` (GPT-2's transposed linear) or ``other``
+    (a linear outside the language model, or one whose input can't be adapted); ``role`` is ``attention``, ``mlp`` or
+    ``other``; ``parameters`` includes the bias."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    parameters: int
+    role: str = "other"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model is made of, known without its weights. ``weights`` lists every linear layer but the output head."""
+
+    model_type: str
+    total_parameters: int
+    weights: tuple[WeightShape, ...]
+    output_head: str | None
+    layers: int
+    hidden_size: int
+    vocabulary_size: int
+
+
+def effective_alpha(lora: LoraConfig) -> float:
+    """alpha under the policy: 2r, r, or ``lora.alpha`` where it is fixed (check() has refused a missing one)."""
+    if lora.alpha_policy == "2r":
+        return 2.0 * lora.r
+    if lora.alpha_policy == "r":
+        return float(lora.r)
+    assert lora.alpha is not None
+    return float(lora.alpha)
+
+
+def scale(lora: LoraConfig) -> float:
+    """What B·A is multiplied by: alpha / r (Hu et al. 2021), or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
+    return effective_alpha(lora) / (math.sqrt(lora.r) if lora.rslora else lora.r)
+
+
+def lora_parameters(shape: WeightShape, r: int, dora: bool) -> int:
+    """Trainable parameters of one adapter: A is r × in, B is out × r; DoRA (Liu et al. 2024) adds one magnitude per
+    output. 65,536 at r = 8 for 4096 × 4096."""
+    return r * (shape.in_features + shape.out_features) + (shape.out_features if dora else 0)
+
+
+def weight_dtype(mode: Quantization) -> str:
+    """What the base's linear weights are stored in."""
+    return NATIVE_DTYPES.get(mode, str(mode.value))
+
+
+def compute_dtype(quantization: QuantizationConfig, device_kind: str, bf16: bool) -> str:
+    """What the forward pass is computed in. fp32, bf16 and fp16 weights compute in their own dtype on every device
+    (CPUs of today have kernels for all three). Quantized weights compute in float32 on a CPU; on CUDA in bfloat16, or
+    float16 where the card has no bfloat16 (``bf16``: whether it has). The unquantized rest is stored in the same."""
+    if quantization.mode in NATIVE_DTYPES:
+        return NATIVE_DTYPES[quantization.mode]
+    if quantization.compute_dtype is not ComputeDtype.auto:
+        return str(quantization.compute_dtype.value)
+    if device_kind == "cpu":
+        return "float32"
+    return "bfloat16" if bf16 else "float16"
+
+
+def adapter_dtype(lora: LoraConfig) -> str:
+    """``auto`` is float32, as in the QLoRA recipe: 16-bit adapters lose small updates to rounding."""
+    return "float32" if lora.dtype is ComputeDtype.auto else str(lora.dtype.value)
+
+
+def config_fingerprint(config: Config) -> str:
+    """SHA-256 over every setting that can change a result; names, places, prices and tracking can't."""
+    plain = to_plain(config)
+    for group in ("tracking", "budget", "name", "output_root"):
+        del plain[group]
+    for key in ("logging_steps", "save_every_steps", "resume"):
+        del plain["training"][key]
+    del plain["evaluation"]["cache"]
+    return _digest(plain)
+
+
+def base_fingerprint(config: Config, format: str) -> str:
+    """SHA-256 over what the untouched base's scores depend on: model, quantization, task, evaluation, the longest
+    sequence, the device and the data format (``chat`` or ``plain``)."""
+    plain = to_plain(config)
+    evaluation = {key: value for key, value in plain["evaluation"].items() if key not in ("before", "cache")}
+    task = {key: value for key, value in plain["task"].items() if key != "goal"}
+    return _digest(
+        {
+            "model": plain["model"],
+            "quantization": plain["quantization"],
+            "task": task,
+            "evaluation": evaluation,
+            "max_length": plain["training"]["max_length"],
+            "device": plain["training"]["device"],
+            "format": format,
+        }
+    )
+
+
+def make_plan(
+    config: Config, environment: Environment, architecture: Architecture, modules: Sequence[str], format: str
+) -> Plan:
+    """The plan of one run. ``modules`` are full names of weights in ``architecture``, as resolve_targets gives them.
+
+    Where only a budget of tokens is given, ``max_steps`` is its upper bound (every sequence has a token or more).
+    """
+    shapes = {shape.name: shape for shape in architecture.weights}
+    adapted = [shapes[name] for name in modules]
+    training, device = config.training, environment.device
+    micro_batch_size = training.micro_batch_size or training.batch_size
+    return Plan(
+        config_fingerprint=config_fingerprint(config),
+        base_fingerprint=base_fingerprint(config, format),
+        architecture=architecture.model_type,
+        total_parameters=architecture.total_parameters,
+        trainable_parameters=sum(lora_parameters(shape, config.lora.r, config.lora.dora) for shape in adapted),
+        full_parameters_of_adapted_modules=sum(shape.in_features * shape.out_features for shape in adapted),
+        target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in modules})),
+        adapted_modules=len(adapted),
+        alpha=effective_alpha(config.lora),
+        scale=scale(config.lora),
+        device=device.kind,
+        weight_dtype=weight_dtype(config.quantization.mode),
+        compute_dtype=compute_dtype(config.quantization, device.kind, device.bf16),
+        adapter_dtype=adapter_dtype(config.lora),
+        max_steps=_max_steps(config),
+        batch_size=training.batch_size,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=training.batch_size // micro_batch_size,
+        gradient_checkpointing=_checkpointing(training.gradient_checkpointing, device.kind, architecture),
+        format=format,
+    )
+
+
+def _max_steps(config: Config) -> int:
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    assert training.max_tokens is not None  # check() refuses a training without an end
+    return math.ceil(training.max_tokens / training.batch_size)
+
+
+def _checkpointing(choice: Checkpointing, device_kind: str, architecture: Architecture) -> bool:
+    if choice is not Checkpointing.auto:
+        return choice is Checkpointing.on
+    return device_kind == "cuda" and architecture.total_parameters > CHECKPOINTING_FROM_PARAMETERS
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,104 @@
+"""A recorded run as the overrides that compose it again, with changes on top."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from qlora_exp.catalogue import choices
+from qlora_exp.compose import compose, groups
+from qlora_exp.config import to_plain
+from qlora_exp.errors import RecordError
+from qlora_exp.records import RunRecord
+from qlora_exp.redaction import REDACTED
+
+GROUP_KEYS = {"model": "family", "quantization": "mode", "targets": "set", "task": "source"}
+"""The key of each group that names the file in conf/ which it came from."""
+
+
+def overrides_of(record: RunRecord, changes: Sequence[str] = ()) -> list[str]:
+    """The overrides that give the record's configuration, then ``changes``.
+
+    Only what differs from the defaults is named, so that the line can be read. A changed group (``quantization=fp32``)
+    takes its own values: the recorded ones of that group are left out. Redacted values keep their defaults.
+
+    Raises:
+        RecordError: the record holds no configuration. ConfigError: it no longer composes with this version.
+    """
+    if not isinstance(record.config.get("model"), Mapping):
+        raise RecordError("the record holds no configuration", record.run_id, "run it again by hand")
+    changed = {change.lstrip("+~").partition("=")[0] for change in changes}
+    chosen = [text for group, text in _chosen_groups(record.config) if group not in changed]
+    needed = _needed(record.config, changed)
+    composed = to_plain(compose([*chosen, *needed]))
+    given = {text.partition("=")[0] for text in needed}
+    own = [
+        f"{path}={hydra_value(value)}"
+        for path, value in _different(record.config, composed)
+        if path not in given and path not in changed and path.partition(".")[0] not in changed
+    ]
+    return [*chosen, *needed, *own, *changes]
+
+
+def hydra_value(value: Any) -> str:
+    """``value`` (JSON types) in Hydra's override grammar, quoted so that it is read back as it is."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{hydra_value(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(hydra_value(entry) for entry in value) + "]"
+    text = str(value)
+    if text and all(character.isalnum() or character in "_-./" for character in text) and not _reads_otherwise(text):
+        return text
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _reads_otherwise(text: str) -> bool:
+    """Whether an unquoted ``text`` would be a number, a boolean or null."""
+    if text.lower() in ("null", "true", "false", "none"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _chosen_groups(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for group, key in GROUP_KEYS.items():
+        name = str(config.get(group, {}).get(key))
+        if name in groups().get(group, []):
+            yield group, f"{group}={name}"
+
+
+def _needed(config: Mapping[str, Any], changed: set[str]) -> list[str]:
+    """Keys that a chosen group leaves to the user (``???``): without them nothing composes."""
+    needed = []
+    for group, key in GROUP_KEYS.items():
+        name = config.get(group, {}).get(key)
+        for choice in choices(group):
+            if choice.name != name or group in changed:
+                continue
+            for entry, value in choice.keys.items():
+                if value == "???" and f"{group}.{entry}" not in changed:
+                    needed.append(f"{group}.{entry}={hydra_value(config[group].get(entry))}")
+    return needed
+
+
+def _different(recorded: Mapping[str, Any], composed: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in recorded.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if key not in composed:
+            if prefix:  # an open mapping such as task.splits; elsewhere a setting that this version doesn't know
+                yield f"++{path}", value
+        elif isinstance(value, Mapping) and isinstance(composed[key], Mapping):
+            yield from _different(value, composed[key], path)
+        elif value != composed[key] and REDACTED not in str(value):
+            yield path, value

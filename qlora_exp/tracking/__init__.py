@@ -1,0 +1,40 @@
+"""Runs in MLflow: a view of the records that can be rebuilt from the run folders at any time.
+
+The names below are loaded when first used: MLflow takes seconds to import, and ``ls`` only needs :func:`repair`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_exp.tracking.state import TrackingState as TrackingState
+    from qlora_exp.tracking.state import read_state as read_state
+    from qlora_exp.tracking.synchronise import SyncReport as SyncReport
+    from qlora_exp.tracking.synchronise import repair as repair
+    from qlora_exp.tracking.synchronise import sync as sync
+    from qlora_exp.tracking.tracker import Tracker as Tracker
+    from qlora_exp.tracking.ui import compare_url as compare_url
+    from qlora_exp.tracking.ui import runs_url as runs_url
+    from qlora_exp.tracking.ui import ui_command as ui_command
+    from qlora_exp.tracking.ui import ui_environment as ui_environment
+
+_HOMES = {
+    "Tracker": "tracker",
+    "sync": "synchronise",
+    "repair": "synchronise",
+    "SyncReport": "synchronise",
+    "ui_command": "ui",
+    "ui_environment": "ui",
+    "compare_url": "ui",
+    "runs_url": "ui",
+    "TrackingState": "state",
+    "read_state": "state",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

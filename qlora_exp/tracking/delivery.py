@@ -1,0 +1,143 @@
+"""Records into an MLflow run, by explicit run id. Every function may be repeated: what is there is not doubled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag, ViewType
+
+from qlora_exp.model_card import model_card
+from qlora_exp.paths import RunPaths
+from qlora_exp.records import RunRecord
+from qlora_exp.redaction import redact
+from qlora_exp.tracking import view
+
+METRICS_PER_CALL = 500
+"""MLflow takes 1,000 and a megabyte; half stays well below."""
+
+ADAPTER_SUFFIXES = frozenset({".safetensors", ".json", ".jinja"})
+"""What of adapter/ is shown: never pickles (``.bin``, ``.pt``), which run code when they are loaded."""
+
+
+def find_or_create(client: MlflowClient, experiment_id: str, record: RunRecord) -> str:
+    """The MLflow run of this record, by its tag: also when an earlier process made it and could not note its id."""
+    query = f"tags.`{view.RUN_ID_TAG}` = '{record.run_id}'"
+    found = client.search_runs([experiment_id], query, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    run = client.create_run(
+        experiment_id, start_time=view.start_milliseconds(record), tags=view.tags(record), run_name=record.name
+    )
+    return str(run.info.run_id)
+
+
+def deliver_start(client: MlflowClient, run_id: str, record: RunRecord) -> None:
+    """A run that goes on: RUNNING (also after an interruption), its parameters as far as they are known."""
+    client.update_run(run_id, status="RUNNING", name=record.name)
+    _deliver_params(client, run_id, record)
+    _deliver_tags(client, run_id, record)
+
+
+def deliver_curve(client: MlflowClient, run_id: str, record: RunRecord, points: Iterable[Mapping[str, Any]]) -> None:
+    """Points of the training curve, one call for each 500 values."""
+    _log_metrics(client, run_id, view.curve_metrics(record, points))
+
+
+def deliver_all(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
+    """All that the run folder holds. The status goes before the artifacts: a slow upload must not leave it RUNNING."""
+    _deliver_params(client, run_id, record)
+    _deliver_missing_curve(client, run_id, record, paths)
+    moment = view.end_milliseconds(record)
+    _log_metrics(client, run_id, [Metric(key, value, moment, 0) for key, value in view.metrics(record).items()])
+    _deliver_tags(client, run_id, record)
+    client.set_tag(run_id, view.NOTE_TAG, view.note(record))
+    dataset = view.dataset_input(record)
+    if dataset is not None:
+        client.log_inputs(run_id, [dataset])
+    client.set_terminated(run_id, view.MLFLOW_STATUS[record.status], end_time=moment)
+    _deliver_artifacts(client, run_id, record, paths)
+
+
+def adapter_files(paths: RunPaths) -> list[Path]:
+    """The adapter's files that are shown, by name."""
+    if not paths.adapter.is_dir():
+        return []
+    files = (file for file in paths.adapter.iterdir() if file.is_file() and file.suffix in ADAPTER_SUFFIXES)
+    return sorted(files)
+
+
+def read_curve(paths: RunPaths) -> list[dict[str, Any]]:
+    """The curve as written by training, one point per step (the last one: a resumed run repeats steps). A torn last
+    line, as a killed process leaves it, is skipped."""
+    by_step: dict[int, dict[str, Any]] = {}
+    if not paths.curve.is_file():
+        return []
+    for line in paths.curve.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            point = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(point, dict) and isinstance(point.get("step"), int):
+            by_step[point["step"]] = by_step.get(point["step"], {}) | point
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def present_runs(client: MlflowClient, experiment_id: str) -> dict[str, str | None]:
+    """MLflow run ids by our run id; ``None`` for a run that a person has deleted in MLflow. One call per 200 runs."""
+    present: dict[str, str | None] = {}
+    page: str | None = None
+    while True:
+        runs = client.search_runs([experiment_id], "", ViewType.ALL, max_results=200, page_token=page)
+        for run in runs:
+            ours = run.data.tags.get(view.RUN_ID_TAG)
+            if ours is not None:
+                active = run.info.lifecycle_stage == LifecycleStage.ACTIVE
+                present[ours] = run.info.run_id if active else present.get(ours)
+        page = runs.token
+        if not page:
+            return present
+
+
+def _deliver_params(client: MlflowClient, run_id: str, record: RunRecord) -> None:
+    """Parameters that are not there yet: MLflow refuses to change one."""
+    present = client.get_run(run_id).data.params
+    missing = [Param(key, value) for key, value in view.params(record).items() if key not in present]
+    if missing:
+        client.log_batch(run_id, params=missing)
+
+
+def _deliver_tags(client: MlflowClient, run_id: str, record: RunRecord) -> None:
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in view.tags(record).items()])
+
+
+def _deliver_missing_curve(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
+    rows = view.curve_metrics(record, read_curve(paths))
+    present = {
+        (key, entry.step) for key in {row.key for row in rows} for entry in client.get_metric_history(run_id, key)
+    }
+    _log_metrics(client, run_id, [row for row in rows if (row.key, row.step) not in present])
+
+
+def _log_metrics(client: MlflowClient, run_id: str, rows: list[Metric]) -> None:
+    for start in range(0, len(rows), METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=rows[start : start + METRICS_PER_CALL])
+
+
+def _deliver_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
+    """Texts go through redaction once more: a store is often shared more widely than the folder."""
+    if paths.record.is_file():
+        plain = redact(json.loads(paths.record.read_text(encoding="utf-8")))
+        client.log_text(run_id, json.dumps(plain, indent=1, ensure_ascii=False) + "\n", "record.json")
+    if paths.config.is_file():
+        plain = redact(yaml.safe_load(paths.config.read_text(encoding="utf-8")))
+        client.log_text(run_id, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), "config.yaml")
+    files = adapter_files(paths)
+    for file in files:
+        client.log_artifact(run_id, str(file), "adapter")
+    if files:
+        client.log_text(run_id, model_card(record), "adapter/README.md")

@@ -1,0 +1,243 @@
+"""Which MLflow store a run goes to, and opening it: once under a lock, with short timeouts, without telemetry."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
+
+from qlora_exp.config import TrackingConfig
+from qlora_exp.errors import TrackingError, nearest
+from qlora_exp.paths import OutputPaths
+from qlora_exp.redaction import redact_text
+from qlora_exp.tracking.ui import EXPERIMENT_TAGS
+
+# Before mlflow is imported: it decides on telemetry at import.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["DO_NOT_TRACK"] = "true"
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
+SERVER_SCHEMES = ("http", "https", "databricks")
+
+LOCK_SECONDS = 180.0
+"""A fresh database takes seconds to create, on a busy machine many; the others wait for it."""
+
+_calls = threading.RLock()
+"""MLflow reads its HTTP settings from the process's environment: one delivery at a time may set them."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where runs are shown. ``database`` is the SQLite file, ``artifacts`` the folder of a database's artifacts."""
+
+    uri: str
+    experiment: str
+    timeout_seconds: float
+    database: Path | None
+    artifacts: Path | None
+    lock: Path | None
+
+    @property
+    def is_server(self) -> bool:
+        return self.lock is None
+
+    @property
+    def shown_uri(self) -> str:
+        return redact_text(self.uri)
+
+
+@dataclass(frozen=True)
+class OpenStore:
+    """A store that has answered: its client and the experiment's id there."""
+
+    client: MlflowClient
+    experiment_id: str
+
+
+def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
+    """The store that ``tracking`` names. Nothing is opened; a URI that MLflow can't use raises
+    :class:`TrackingError`."""
+    if not tracking.experiment.strip():
+        raise TrackingError("tracking.experiment is empty", "tracking.experiment", "tracking.experiment=qlora-exp")
+    if not (math.isfinite(tracking.timeout_seconds) and tracking.timeout_seconds > 0):
+        raise TrackingError(
+            f"tracking.timeout_seconds={tracking.timeout_seconds} is no waiting time",
+            "tracking.timeout_seconds",
+            "a positive number of seconds, e.g. tracking.timeout_seconds=5",
+        )
+    uri = tracking.uri or f"sqlite:///{output.mlflow_database}"
+    scheme = uri.split("://")[0].split(":")[0].split("+")[0].lower() if ":" in uri else uri
+    if scheme in SERVER_SCHEMES:
+        _check_server_address(uri, scheme)
+        return Store(uri, tracking.experiment, tracking.timeout_seconds, None, None, None)
+    if scheme not in DATABASE_SCHEMES:
+        raise TrackingError(
+            f"tracking.uri={redact_text(uri)} is no tracking store",
+            "tracking.uri",
+            f"{nearest(scheme, (*DATABASE_SCHEMES, *SERVER_SCHEMES))} e.g. tracking.uri=sqlite:////data/mlflow.db or "
+            "tracking.uri=http://127.0.0.1:5000; null keeps mlflow.db beside output_root",
+        )
+    database = _sqlite_file(uri) if scheme == "sqlite" else None
+    if database is not None:
+        uri = f"sqlite:///{database}"
+    artifacts = output.mlflow_artifacts if database is None else database.parent / output.mlflow_artifacts.name
+    lock = (output.root / "tracking.lock") if database is None else database.with_name(f"{database.name}.lock")
+    return Store(uri, tracking.experiment, tracking.timeout_seconds, database, artifacts, lock)
+
+
+def open_store(store: Store) -> OpenStore:
+    """Open the store and find or create the experiment; the one reachability check.
+
+    A database is created and opened under a file lock: eight processes that start on a fresh SQLite database
+    otherwise break it for good. Raises :class:`TrackingError` when it can't be had.
+    """
+    if store.lock is None:
+        return _connect(store)
+    try:
+        store.lock.parent.mkdir(parents=True, exist_ok=True)
+        if store.database is not None:
+            _check_sqlite(store.database)
+        with FileLock(store.lock, timeout=LOCK_SECONDS):
+            return _connect(store)
+    except Timeout:
+        raise TrackingError(
+            f"another process has kept the tracking store locked for {LOCK_SECONDS:.0f} s",
+            str(store.lock),
+            "see which process holds it, or run with tracking=off and qlora-exp sync later",
+        ) from None
+    except OSError as error:
+        raise TrackingError(
+            f"the tracking store can't be opened: {error.strerror or error}",
+            str(store.database or store.shown_uri),
+            "choose a place that can be written: tracking.uri=sqlite:////DIR/mlflow.db, or output_root=DIR",
+        ) from None
+
+
+@contextlib.contextmanager
+def bounded_calls(timeout_seconds: float) -> Iterator[None]:
+    """MLflow's own patience (120 s a call and seven retries, together four minutes) cut down to one short try.
+
+    The environment is restored afterwards: the host program may use MLflow for its own ends.
+    """
+    wanted = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, math.ceil(timeout_seconds))),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
+    with _calls:
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def reason(error: BaseException) -> str:
+    """Why the store failed, in one line and without secrets."""
+    text = str(error).strip() or type(error).__name__
+    return redact_text(" ".join(text.split()))[:500]
+
+
+def _connect(store: Store) -> OpenStore:
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with bounded_calls(store.timeout_seconds):
+            client = MlflowClient(tracking_uri=store.uri, registry_uri=store.uri)
+            return OpenStore(client, _experiment_id(client, store))
+    except TrackingError:
+        raise
+    except Exception as error:  # any backend's driver may raise its own kind
+        raise TrackingError(
+            f"the tracking store can't be opened: {reason(error)}",
+            store.shown_uri,
+            "start it, correct tracking.uri, or run with tracking=off and qlora-exp sync later",
+        ) from error
+
+
+def _experiment_id(client: MlflowClient, store: Store) -> str:
+    """The experiment's id, created where it is missing."""
+    experiment = client.get_experiment_by_name(store.experiment)
+    if experiment is None:
+        location = store.artifacts.as_uri() if store.artifacts is not None else None
+        try:
+            return str(client.create_experiment(store.experiment, artifact_location=location, tags=EXPERIMENT_TAGS))
+        except MlflowException:
+            experiment = client.get_experiment_by_name(store.experiment)  # another process was faster
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f"the experiment {store.experiment!r} was deleted in MLflow",
+            "tracking.experiment",
+            f"restore it (mlflow experiments restore -x {experiment.experiment_id}) or use another name",
+        )
+    if not store.is_server and str(experiment.artifact_location).startswith("mlflow-artifacts:"):
+        raise TrackingError(
+            f"the experiment {store.experiment!r} was made by a server, and only a server can write its artifacts",
+            "tracking.experiment",
+            "use another tracking.experiment, or tracking.uri=http://127.0.0.1:PORT of that server",
+        )
+    return str(experiment.experiment_id)
+
+
+def _check_server_address(uri: str, scheme: str) -> None:
+    if scheme == "databricks":
+        return
+    try:
+        parts = urlsplit(uri)
+        usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise TrackingError(
+            f"tracking.uri={redact_text(uri)} is no server's address", "tracking.uri", "tracking.uri=http://HOST:PORT"
+        )
+
+
+def _sqlite_file(uri: str) -> Path:
+    path = uri.partition(":///")[2]
+    if not path or path == ":memory:":
+        raise TrackingError(
+            f"tracking.uri={uri} names no file",
+            "tracking.uri",
+            "tracking.uri=sqlite:////data/mlflow.db (four slashes before an absolute path)",
+        )
+    return Path(path).expanduser().absolute()
+
+
+def _check_sqlite(database: Path) -> None:
+    """A file that is no database is told at once; MLflow would try it for a minute and a half."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        connection = sqlite3.connect(database, timeout=LOCK_SECONDS)
+        try:
+            connection.execute("PRAGMA schema_version").fetchone()
+            # Takes the write lock and gives it back: a read-only file or folder is seen here, not after a training.
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise TrackingError(
+            f"the tracking database can't be used: {error}",
+            str(database),
+            "move it away (qlora-exp sync rebuilds it from the run folders) or set tracking.uri",
+        ) from None

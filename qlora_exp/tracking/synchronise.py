@@ -1,0 +1,223 @@
+"""What was not delivered is delivered later; what was left RUNNING by a dead process is told as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from qlora_exp.config import TrackingConfig
+from qlora_exp.environment import alive
+from qlora_exp.errors import QloraExpError, RecordError, TrackingError
+from qlora_exp.paths import OutputPaths, RunPaths
+from qlora_exp.records import Failure, RunRecord, Status, read_record, write_json
+from qlora_exp.redaction import REDACTED
+
+if TYPE_CHECKING:
+    from qlora_exp.tracking.store import OpenStore, Store
+
+DEFAULT_EXPERIMENT = "qlora-exp"
+DEFAULT_TIMEOUT_SECONDS = 5.0
+"""For records whose configuration says nothing of tracking (conf/tracking/mlflow.yaml has the same)."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """Run ids by what became of them; ``failed`` has the reason."""
+
+    delivered: tuple[str, ...] = ()
+    already: tuple[str, ...] = ()
+    running: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+    """Deleted in MLflow by a person; they stay deleted."""
+    repaired: tuple[str, ...] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def sync(output_root: str | Path, uri: str | None = None) -> SyncReport:
+    """Deliver every ended run under ``output_root`` that its store lacks, wholly or in part.
+
+    Doing it twice adds nothing. ``uri`` takes the place of the records' own ``tracking.uri`` (needed where that held a
+    password: records keep it redacted). Raises :class:`TrackingError` only for a ``uri`` that can't be meant; a store
+    that doesn't answer is in the report's ``failed``.
+    """
+    output = OutputPaths.of(output_root)
+    if not output.runs.is_dir():
+        return SyncReport()
+    if uri is not None:
+        _locate(TrackingConfig(True, uri, DEFAULT_EXPERIMENT, DEFAULT_TIMEOUT_SECONDS), output)
+    repaired = tuple(_repair_records(output).values())
+    with FileLock(output.root / "sync.lock"):
+        return replace(_Sync(output, uri).deliver(), repaired=repaired)
+
+
+def repair(output_root: str | Path) -> tuple[str, ...]:
+    """Tell runs whose process is dead as INTERRUPTED, in the record and (KILLED) in MLflow. Returns their run ids.
+
+    Costs a look at each record; MLflow is only asked when there was something to repair. A store that doesn't answer
+    leaves them to :func:`sync`.
+    """
+    output = OutputPaths.of(output_root)
+    repaired = _repair_records(output)
+    if repaired:
+        with FileLock(output.root / "sync.lock"):
+            _Sync(output, None).deliver(only=set(repaired))
+    return tuple(repaired.values())
+
+
+class _Sync:
+    """One pass over the run folders. A store that failed is not tried again: each try costs its timeout."""
+
+    def __init__(self, output: OutputPaths, uri: str | None) -> None:
+        self._output = output
+        self._uri = uri
+        self._opened: dict[Store, OpenStore] = {}
+        self._present: dict[Store, dict[str, str | None]] = {}
+        self._broken: dict[Store, str] = {}
+
+    def deliver(self, only: Set[str] | None = None) -> SyncReport:
+        found: dict[str, list[str]] = {"delivered": [], "already": [], "running": [], "deleted": []}
+        failed: dict[str, str] = {}
+        for paths in run_folders(self._output):
+            if only is not None and paths.folder.name not in only:
+                continue
+            try:
+                record = read_record(paths.record)
+                found[self._one(record, paths)].append(record.run_id)
+            except QloraExpError as error:
+                failed[paths.folder.name] = str(error)
+        return SyncReport(**{name: tuple(ids) for name, ids in found.items()}, failed=failed)
+
+    def _one(self, record: RunRecord, paths: RunPaths) -> str:
+        from qlora_exp.tracking.delivery import deliver_all, find_or_create
+        from qlora_exp.tracking.state import TrackingState, read_state, record_digest, write_state
+        from qlora_exp.tracking.store import bounded_calls, reason
+
+        if not record.status.ended:
+            return "running"
+        store = _locate(self._tracking(record), self._output)
+        opened = self._open(store)
+        present = self._present[store]
+        mlflow_run_id = present.get(record.run_id)
+        if record.run_id in present and mlflow_run_id is None:
+            return "deleted"
+        state, digest = read_state(paths), record_digest(paths)
+        if (
+            state is not None
+            and state.delivered
+            and state.record_digest == digest
+            and state.mlflow_run_id == mlflow_run_id
+        ):
+            return "already"
+        try:
+            with bounded_calls(store.timeout_seconds):
+                mlflow_run_id = mlflow_run_id or find_or_create(opened.client, opened.experiment_id, record)
+                deliver_all(opened.client, mlflow_run_id, record, paths)
+        except Exception as error:  # every backend raises its own kinds
+            why = reason(error)
+            self._forget_if_gone(store)
+            write_state(
+                paths,
+                TrackingState(store.shown_uri, store.experiment, opened.experiment_id, mlflow_run_id, False, None, why),
+            )
+            raise TrackingError(f"not delivered: {why}", store.shown_uri, "qlora-exp sync tries again") from None
+        write_state(
+            paths, TrackingState(store.shown_uri, store.experiment, opened.experiment_id, mlflow_run_id, True, digest)
+        )
+        return "delivered"
+
+    def _open(self, store: Store) -> OpenStore:
+        from qlora_exp.tracking.delivery import present_runs
+        from qlora_exp.tracking.store import bounded_calls, open_store, reason
+
+        if store in self._broken:
+            raise TrackingError(f"not delivered: {self._broken[store]}", store.shown_uri, "qlora-exp sync tries again")
+        if store not in self._opened:
+            try:
+                opened = open_store(store)
+                with bounded_calls(store.timeout_seconds):
+                    self._present[store] = present_runs(opened.client, opened.experiment_id)
+                self._opened[store] = opened
+            except Exception as error:  # every backend raises its own kinds
+                self._broken[store] = reason(error)
+                raise TrackingError(
+                    f"not delivered: {reason(error)}", store.shown_uri, "qlora-exp sync tries again"
+                ) from None
+        return self._opened[store]
+
+    def _forget_if_gone(self, store: Store) -> None:
+        """After a failed delivery: is it the store (then the others need not try), or only this run?"""
+        from qlora_exp.tracking.store import open_store
+
+        try:
+            open_store(store)
+        except TrackingError as error:
+            self._broken[store] = error.what
+
+    def _tracking(self, record: RunRecord) -> TrackingConfig:
+        raw: dict[str, Any] = record.config.get("tracking") or {}
+        uri = self._uri or raw.get("uri")
+        if uri is not None and REDACTED in uri:
+            raise TrackingError(
+                "the record keeps tracking.uri without its password",
+                uri,
+                "qlora-exp sync tracking.uri=…, or leave the password to MLFLOW_TRACKING_USERNAME and …_PASSWORD",
+            )
+        return TrackingConfig(
+            enabled=True,
+            uri=uri,
+            experiment=raw.get("experiment") or DEFAULT_EXPERIMENT,
+            timeout_seconds=float(raw.get("timeout_seconds") or DEFAULT_TIMEOUT_SECONDS),
+        )
+
+
+def run_folders(output: OutputPaths) -> Iterator[RunPaths]:
+    """Folders with a record, by name."""
+    if output.runs.is_dir():
+        for folder in sorted(output.runs.iterdir()):
+            paths = RunPaths(folder)
+            if paths.record.is_file():
+                yield paths
+
+
+def _repair_records(output: OutputPaths) -> dict[str, str]:
+    """Run ids of the repaired, by folder name."""
+    repaired = {}
+    for paths in run_folders(output):
+        try:
+            record = read_record(paths.record)
+        except RecordError:
+            continue  # told by ls and sync; nothing of it can be repaired
+        if record.status is not Status.RUNNING or (record.process is not None and alive(record.process)):
+            continue
+        write_json(paths.record, _interrupted(record, paths))
+        repaired[paths.folder.name] = record.run_id
+    return repaired
+
+
+def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
+    """The record of a run whose process ended without a word; its end is the last sign of life in the folder."""
+    files = [file for file in (paths.record, paths.curve, paths.log) if file.is_file()]
+    last = datetime.fromtimestamp(max(file.stat().st_mtime for file in files), UTC).isoformat(timespec="seconds")
+    pid = f"process {record.process.pid}" if record.process is not None else "the process"
+    return record.replace(
+        status=Status.INTERRUPTED,
+        ended_at=last,
+        failure=Failure(
+            kind="ProcessDied",
+            message=f"{pid} ended without finishing the run (killed, out of memory, or the machine stopped); "
+            f"its last sign of life was at {last}",
+            hint="run it again with the same settings; where training.save_every_steps is set, it goes on from the "
+            "newest checkpoint",
+        ),
+    )
+
+
+def _locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
+    from qlora_exp.tracking.store import locate
+
+    return locate(tracking, output)

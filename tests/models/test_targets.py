@@ -1,0 +1,178 @@
+"""Target sets are found by looking at the model, on every architecture, and PEFT adapts exactly what they name."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_exp.compose import compose
+from qlora_exp.config import TargetsConfig
+from qlora_exp.errors import ModelError, Problems
+from qlora_exp.models import adapter_parameters, attach_adapters, describe, resolve_targets
+from qlora_exp.models.describe import architecture_of
+from qlora_exp.models.targets import feeds
+from qlora_exp.plan import WeightShape, lora_parameters
+
+_spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
+assert _spec is not None
+assert _spec.loader is not None
+architectures = importlib.util.module_from_spec(_spec)
+sys.modules["architectures"] = architectures
+_spec.loader.exec_module(architectures)
+ARCHITECTURES, build = architectures.ARCHITECTURES, architectures.build
+
+
+def last_parts(names: tuple[str, ...]) -> str:
+    return " ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_sets_name_the_right_layers(model_type: str) -> None:
+    architecture = architecture_of(build(model_type))
+    found = {
+        name: resolve_targets(architecture, TargetsConfig(name, None)) for name in ("attention", "attention_qv", "mlp")
+    }
+    assert tuple(last_parts(names) for names in found.values()) == ARCHITECTURES[model_type][1]
+    assert not set(found["attention"]) & set(found["mlp"])
+    assert set(found["attention_qv"]) <= set(found["attention"])
+    everything = resolve_targets(architecture, TargetsConfig("all_linear", None))
+    assert set(found["attention"]) | set(found["mlp"]) <= set(everything)
+    assert architecture.output_head is not None
+    assert architecture.output_head not in everything
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_parameters_equal_pefts_own_count_on_exactly_the_named_layers(model_type: str, dora: bool) -> None:
+    model = build(model_type, "cpu")
+    architecture = architecture_of(model)
+    config = compose(["quantization=fp32", "lora.r=4", f"lora.dora={str(dora).lower()}"])
+    for name in ("attention_qv", "mlp", "all_linear"):
+        modules = resolve_targets(architecture, TargetsConfig(name, None))
+        adapted = attach_adapters(build(model_type, "cpu"), config, modules)
+        shapes = {shape.name: shape for shape in architecture.weights}
+        expected = sum(lora_parameters(shapes[module], 4, dora) for module in modules)
+        assert adapted.get_nb_trainable_parameters()[0] == expected
+        assert sum(parameter.numel() for _, parameter in adapter_parameters(adapted)) == expected
+        tokens = torch.arange(6)[None]
+        with torch.no_grad():  # B is zero: the adapted model is the base (and Conv1D's orientation is right)
+            torch.testing.assert_close(adapted.eval()(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_lora_of_a_4096_matrix_is_two_thin_matrices() -> None:
+    shape = WeightShape("q_proj", "linear", 4096, 4096, 4096 * 4096)
+    assert lora_parameters(shape, 8, dora=False) == 65_536
+    assert lora_parameters(shape, 8, dora=True) == 65_536 + 4096
+    assert shape.parameters == 16_777_216
+
+
+def test_a_layer_whose_full_name_ends_another_ones_is_adapted_alone() -> None:
+    """PEFT matches endings: ``layers.1.mlp`` asked for by a list would also take ``layers.11.…`` in some names."""
+    model = build("llama", "cpu")
+    config = compose(["quantization=fp32"])
+    wanted = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+    adapted = attach_adapters(model, config, wanted)
+    names = {name.split(".lora_")[0].removeprefix("base_model.model.") for name, _ in adapter_parameters(adapted)}
+    assert names == set(wanted)
+
+
+def test_explicit_names_match_whole_endings_and_each_must_match() -> None:
+    architecture = architecture_of(build("llama"))
+    chosen = resolve_targets(architecture, TargetsConfig("attention", ["self_attn.q_proj", "v_proj"]))
+    assert last_parts(chosen) == "q_proj v_proj"
+    assert len(chosen) == 4
+    with pytest.raises(ModelError, match="proj") as caught:
+        resolve_targets(architecture, TargetsConfig("attention", ["q_proj", "proj"]))
+    assert "q_proj" in str(caught.value.hint)
+    with pytest.raises(Problems) as several:
+        resolve_targets(architecture, TargetsConfig("attention", ["q_prj", "query", "v_proj"]))
+    assert len(several.value.errors) == 2
+    with pytest.raises(ModelError, match="output head"):
+        resolve_targets(architecture, TargetsConfig("attention", ["lm_head"]))
+
+
+def test_experts_without_linear_layers_are_told_not_guessed() -> None:
+    sizes = architectures.LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes))
+    architecture = architecture_of(model)
+    assert last_parts(resolve_targets(architecture, TargetsConfig("attention", None))) == architectures.QKVO
+    experts = sum(value.numel() for name, value in model.named_parameters() if "experts" in name)
+    assert architecture.total_parameters > experts > sum(shape.parameters for shape in architecture.weights)
+    with pytest.raises(ModelError, match="experts"):
+        resolve_targets(architecture, TargetsConfig("mlp", None))
+
+
+def test_only_the_language_model_of_a_multimodal_one_is_a_target() -> None:
+    from transformers import Gemma3Config
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=architectures.LLAMA_LIKE, vision_config=vision | {"image_size": 28, "patch_size": 14}
+    )
+    with torch.device("meta"):
+        architecture = architecture_of(AutoModelForCausalLM.from_config(config))
+    names = resolve_targets(architecture, TargetsConfig("all_linear", None))
+    assert len(names) == 14
+    assert all("language_model.layers" in name for name in names)
+    assert any("vision_tower" in shape.name for shape in architecture.weights)
+
+
+def test_architectures_with_other_mixers_keep_them_out_of_attention_and_mlp() -> None:
+    with torch.device("meta"):
+        jamba = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("jamba", **architectures.LLAMA_LIKE | {"num_hidden_layers": 8, "num_experts": 2})
+        )
+        mamba = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=256)
+        )
+    described = architecture_of(jamba)
+    assert last_parts(resolve_targets(described, TargetsConfig("attention", None))) == architectures.QKVO
+    assert last_parts(resolve_targets(described, TargetsConfig("mlp", None))) == architectures.GATED
+    assert "in_proj" in last_parts(resolve_targets(described, TargetsConfig("all_linear", None)))
+    with pytest.raises(ModelError, match="attention"):
+        resolve_targets(architecture_of(mamba), TargetsConfig("attention", None))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("self_attn.q_proj", "q"),
+        ("attention.self.query", "q"),
+        ("attn.Wqkv", "qkv"),
+        ("attention.query_key_value", "qkv"),
+        ("attn.c_attn", "qkv"),
+        ("attn.c_proj", ""),
+        ("self_attn.o_proj", ""),
+        ("self_attn.out_proj", ""),
+        ("self_attn.kv_a_proj_with_mqa", "kv"),
+        ("self_attn.q_b_proj", "q"),
+        ("linear_attn.in_proj_qkvz", "qkv"),
+        ("self_attn.q_proj.linear", "q"),
+        ("multi_head_attention.Wk", "k"),
+        ("self_attention.dense", ""),
+        ("self_attn.v_lin", "v"),
+    ],
+)
+def test_what_a_projection_gives_is_read_from_its_name(name: str, given: str) -> None:
+    assert feeds(name) == given
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_a_described_directory_has_the_names_of_the_loaded_model(family: str, tiny_models: dict[str, Path]) -> None:
+    config = compose(["model=local", f"model.path={tiny_models[family]}"])
+    architecture = describe(config.model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_models[family])
+    modules = dict(model.named_modules())
+    assert architecture.total_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert architecture.layers == 2
+    assert architecture.hidden_size == 64
+    for shape in architecture.weights:
+        weight = modules[shape.name].weight
+        expected = tuple(reversed(weight.shape)) if shape.kind == "conv1d" else tuple(weight.shape)
+        assert (shape.out_features, shape.in_features) == expected

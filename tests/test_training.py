@@ -1,0 +1,195 @@
+"""Training equals a plain SFTTrainer script, resumes bit for bit, and stops when the numbers go wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_exp import checkpoints, environment, models, run
+from qlora_exp.callbacks import Diverged, Pruned
+from qlora_exp.compose import compose
+from qlora_exp.config import Config
+from qlora_exp.paths import RunPaths
+from qlora_exp.run import prepare, read_curve
+from qlora_exp.train import Trained, train
+
+SMALL = [
+    "task=local",
+    "task.kind=classification",
+    "training.device=cpu",
+    "training.batch_size=8",
+    "training.max_steps=6",
+    "training.logging_steps=1",
+    "training.learning_rate=5e-3",
+    "training.max_length=64",
+]
+
+
+def configured(model: Path, task: Path, *overrides: str) -> Config:
+    return compose(["model=local", f"model.path={model}", f"task.path={task}", *SMALL, *overrides])
+
+
+def train_once(config: Config, folder: Path, report=None) -> tuple[Trained, torch.nn.Module]:
+    ready = prepare(config, environment.probe(config.training.device))
+    base = models.load_base(config, ready.plan.device)
+    model = models.attach_adapters(base.model, config, ready.modules)
+    model.train()
+    told = {"report": report} if report else {}
+    items, validation = ready.splits.train, ready.splits.validation
+    return train(ready.plan, model, ready.tokenizer, items, validation, config, RunPaths(folder), **told), model
+
+
+def losses(folder: Path) -> list[float]:
+    return [point["loss"] for point in read_curve(RunPaths(folder).curve) if "loss" in point]
+
+
+def adapters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_losses_equal_those_of_a_plain_sfttrainer_script(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path, family: str
+) -> None:
+    """The plain script gets text, not tokens: TRL's own tokenization and masking are what ours is held against."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    config = configured(tiny_models[family], colour_task, "quantization=fp32", "targets=all_linear")
+    train_once(config, tmp_path / "ours")
+
+    ready = prepare(config, environment.probe(config.training.device))
+    start = adapters(models.attach_adapters(models.load_base(config, "cpu").model, config, ready.modules))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_models[family], dtype=torch.float32)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(ready.modules), task_type="CAUSAL_LM")
+    plain = get_peft_model(plain, lora)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(start[name])
+    rows = [{"prompt": item.prompt, "completion": item.completion} for item in ready.splits.train]
+    trainer = SFTTrainer(
+        model=plain,
+        args=SFTConfig(
+            output_dir=str(tmp_path / "plain"),
+            max_steps=6,
+            per_device_train_batch_size=8,
+            learning_rate=5e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=1,
+            seed=config.seed,
+            data_seed=config.seed,
+            max_length=64,
+            logging_steps=1,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_models[family]),
+    )
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(theirs) == 6
+    assert losses(tmp_path / "ours") == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "nf4"])
+def test_a_resumed_training_is_bit_equal_to_an_undisturbed_one(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path, quantization: str
+) -> None:
+    common = [f"quantization={quantization}", "lora.dropout=0.1", "training.save_every_steps=3"]
+    whole = configured(tiny_models["llama"], colour_task, *common)
+    _, undisturbed = train_once(whole, tmp_path / "whole")
+    train_once(whole, tmp_path / "part")
+    newest = checkpoints.newest_valid(RunPaths(tmp_path / "part").checkpoints)
+    assert newest is not None
+    assert newest[0].name == "checkpoint-6"
+    (newest[0] / "adapter_model.safetensors").write_bytes(b"torn")
+    trained, resumed = train_once(whole, tmp_path / "part")
+    assert trained.training.resumed_from_step == 3
+    expected = adapters(undisturbed)
+    assert all(torch.equal(value, expected[name]) for name, value in adapters(resumed).items())
+    assert trained.meter.tokens > 0
+
+
+def test_checkpoints_hold_no_training_arguments(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    train_once(configured(tiny_models["llama"], colour_task, "training.save_every_steps=3"), tmp_path)
+    newest = checkpoints.newest_valid(RunPaths(tmp_path).checkpoints)
+    assert newest is not None
+    names = {path.name for path in newest[0].iterdir()}
+    assert "training_args.bin" not in names
+    assert "adapter_model.safetensors" in names
+
+
+def test_adapters_of_a_quantized_model_train_in_the_dtype_that_was_asked_for(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    _, model = train_once(configured(tiny_models["llama"], colour_task, "quantization=nf4"), tmp_path)
+    assert {p.dtype for p in adapters(model).values()} == {torch.float32}
+
+
+def test_an_infinite_learning_rate_ends_as_diverged(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    config = configured(tiny_models["llama"], colour_task, "training.learning_rate=1e30", "training.max_steps=40")
+    with pytest.raises(Diverged) as caught:
+        train_once(config, tmp_path)
+    assert caught.value.step < 40
+
+
+def test_a_study_can_stop_a_training(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
+    config = configured(tiny_models["llama"], colour_task, "training.evaluate_every_steps=2")
+    seen: list[tuple[int, float]] = []
+
+    def report(step: int, value: float) -> bool:
+        seen.append((step, value))
+        return step >= 4
+
+    with pytest.raises(Pruned) as caught:
+        train_once(config, tmp_path, report)
+    assert caught.value.step == 4
+    assert [step for step, _ in seen] == [2, 4]
+
+
+def test_a_token_budget_stops_at_the_first_step_that_reaches_it(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    config = configured(
+        tiny_models["llama"], colour_task, "training.max_steps=50", "training.max_tokens=400", "training.batch_size=4"
+    )
+    trained, _ = train_once(config, tmp_path)
+    per_step = trained.meter.step_tokens
+    assert sum(per_step) == trained.meter.tokens
+    assert trained.meter.tokens >= 400
+    assert trained.meter.tokens - per_step[-1] < 400
+
+
+def test_micro_batches_give_the_same_training(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    whole = configured(tiny_models["llama"], colour_task, "quantization=fp32")
+    parts = configured(tiny_models["llama"], colour_task, "quantization=fp32", "training.micro_batch_size=2")
+    train_once(whole, tmp_path / "whole")
+    train_once(parts, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_the_curve_is_json_lines_with_finite_numbers_only(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    train_once(configured(tiny_models["llama"], colour_task), tmp_path)
+    lines = RunPaths(tmp_path).curve.read_text().splitlines()
+    points = [json.loads(line) for line in lines]
+    assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "learning_rate", "gradient_norm", "tokens"} <= set(points[0])
+    assert run.read_curve(RunPaths(tmp_path).curve) == points

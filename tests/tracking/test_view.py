@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import synthetic
+
+from qlora_exp.model_card import model_card
+from qlora_exp.records import Scores, Status
+from qlora_exp.tracking import view
+
+
+def test_every_axis_is_a_parameter() -> None:
+    record = synthetic.completed("a", "targets.modules=[q_proj,v_proj]", "lora.r=16", seed=7)
+    params = view.params(record)
+    expected = {
+        "model.family": "embedded",
+        "model.variant": "base",
+        "quantization.mode": "nf4",
+        "lora.r": "16",
+        "lora.alpha": "32",
+        "targets": "q_proj,v_proj",
+        "task.name": "embedded",
+        "training.learning_rate": str(f"{record.config['training']['learning_rate']:g}"),
+        "seed": "7",
+    }
+    assert {key: params[key] for key in expected} == expected
+    assert len(params) <= 40
+    assert "None" not in params.values()
+
+
+def test_a_run_without_plan_still_has_its_configured_axes() -> None:
+    params = view.params(synthetic.running().replace(plan=None))
+    assert params["lora.r"] == "8"
+    assert "lora.alpha" not in params
+
+
+def test_no_run_has_more_than_thirty_metric_keys_and_all_are_grouped() -> None:
+    full = synthetic.completed()
+    scores = Scores("validation", 5, *([0.5] * 14), other={f"hub_{n}": 0.1 for n in range(20)})
+    full = full.replace(scores=type(full.scores)(before=scores, after=scores, test=scores))
+    keys = set(view.metrics(full)) | set(view.CURVE_KEYS.values())
+    assert len(keys) == view.MAX_METRIC_KEYS
+    assert all("/" in key for key in keys)
+    assert {"score/accuracy", "score/loss_per_item", "score/hub_0"} <= keys
+
+
+def test_what_was_not_measured_is_no_metric() -> None:
+    assert view.metrics(synthetic.running()) == {}
+    nan = synthetic.completed()
+    nan = nan.replace(scores=type(nan.scores)(after=Scores("validation", 5, loss=float("nan"), accuracy=0.5)))
+    assert "score/loss" not in view.metrics(nan)
+    assert view.metrics(nan)["score/accuracy"] == 0.5
+
+
+def test_curve_points_have_the_same_identity_at_every_delivery() -> None:
+    record = synthetic.running()
+    first, again = (view.curve_metrics(record, synthetic.curve(4)) for _ in range(2))
+    assert first == again
+    assert {row.key for row in first} == {"train/loss", "train/learning_rate", "train/gradient_norm"}
+    assert first[-1].timestamp - view.start_milliseconds(record) == 3200
+
+
+def test_the_note_says_before_and_after_and_hides_secrets() -> None:
+    text = view.note(synthetic.completed(after=0.61))
+    assert text.startswith("accuracy on validation: 0.2 → **0.61**")
+    assert "| accuracy | 0.2 | 0.61 |" in text
+    leak = synthetic.failed("x", Status.FAILED, "no access with token=hf_Canary0123456789abcdef")
+    assert "Canary" not in view.note(leak)
+    assert "**RuntimeError** in train" in view.note(leak)
+
+
+def test_every_status_has_an_honest_counterpart() -> None:
+    assert set(view.MLFLOW_STATUS) == set(Status)
+    finished = {status for status, shown in view.MLFLOW_STATUS.items() if shown == "FINISHED"}
+    assert finished == {Status.COMPLETED}
+
+
+def test_the_dataset_names_its_source() -> None:
+    entry = view.dataset_input(
+        synthetic.completed("a", "task=local", "task.path=/data/x.jsonl", "task.kind=generation")
+    )
+    assert entry is not None
+    assert (entry.dataset.source_type, entry.dataset.digest) == ("local", "abababababab")
+    assert "/data/x.jsonl" in entry.dataset.source
+
+
+def test_the_model_card_claims_only_what_was_measured() -> None:
+    card = model_card(synthetic.completed(after=0.61))
+    assert card.startswith("---\n")
+    assert "| accuracy | 0.2 | 0.61 |" in card
+    assert "rouge" not in card.lower()
+    assert "did not complete" not in card
+    bare = model_card(synthetic.failed("x").replace(plan=None))
+    assert "Not measured." in bare
+    assert "did not complete: FAILED" in bare
