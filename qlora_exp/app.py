@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -18,7 +18,7 @@ from qlora_exp import compose, environment, redaction
 from qlora_exp.config import Config, register, to_plain
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.paths import CONF, OutputPaths, RunPaths, slug
-from qlora_exp.records import SCHEMA_VERSION, RunRecord, Status, read_record, write_json, write_text
+from qlora_exp.records import SCHEMA_VERSION, Failure, RunRecord, Status, read_record, write_json, write_text
 
 if TYPE_CHECKING:
     from qlora_exp.callbacks import Observer
@@ -68,7 +68,7 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     set_threads(config.training.threads)
     quiet_libraries()
     from qlora_exp import tracking
-    from qlora_exp.run import prepare, run
+    from qlora_exp.one_run import prepare, run
 
     outputs = OutputPaths.of(config.output_root)
     probed = environment.probe(config.training.device)
@@ -85,13 +85,17 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     tracker.start(record, paths)
     if observer is not None:
         observer.note(f"run {record.run_id}")
+    wrong: QloraExpError | None = None
     try:
         finished = run(config, prepared, record, paths, _Told(observer, tracker))
-    except QloraExpError as error:
-        finished = _wrong_input_after_all(record, error)
+    except QloraExpError as error:  # wrong input that showed itself late (a weight file torn inside): the run exists
+        told = Failure(type(error).__name__, redaction.redact_text(str(error)), phase="load", hint=error.hint)
+        wrong, finished = error, record.replace(status=Status.FAILED, failure=told)
     finished = finished.replace(ended_at=_now(), process=None)
     write_json(paths.record, finished)
     tracker.finish(finished)
+    if wrong is not None:
+        raise wrong
     return finished
 
 
@@ -121,7 +125,11 @@ def _begin(config: Config, outputs: OutputPaths, probed: Any, resume: str | None
         paths = outputs.run(resume)
         old = read_record(paths.record)
         record = old.replace(
-            status=Status.RUNNING, ended_at=None, failure=None, environment=probed, process=environment.process_identity()
+            status=Status.RUNNING,
+            ended_at=None,
+            failure=None,
+            environment=probed,
+            process=environment.process_identity(),
         )
     else:
         run_id = _new_run_id(config)
@@ -148,14 +156,6 @@ def _remove(paths: RunPaths) -> None:
     for file in (paths.record, paths.config):
         file.unlink(missing_ok=True)
     paths.folder.rmdir()
-
-
-def _wrong_input_after_all(record: RunRecord, error: QloraExpError) -> RunRecord:
-    """Wrong input that only showed itself while loading (a torn weight file, say): the run exists, so it is told."""
-    from qlora_exp.records import Failure
-
-    told = Failure(kind=type(error).__name__, message=redaction.redact_text(str(error)), phase="load", hint=error.hint)
-    return record.replace(status=Status.FAILED, failure=told)
 
 
 def display_name(config: Config) -> str:
@@ -191,19 +191,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     overrides = [text for text in given if not text.startswith("-")]
     multirun = any(text in ("-m", "--multirun") for text in given)
-    statuses: list[Status] = []
+    asks = any(text.startswith(("--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c")) for text in given)
+    codes: list[int] = []
     try:
-        if not any(text.startswith(("--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c")) for text in given):
+        if not asks:
             (compose.check_multirun if multirun else compose.compose)(overrides)
-        _hydra(given, lambda config: statuses.append(_one_job(config, multirun)))
+        _hydra(given, lambda config: codes.append(_one_job(config, multirun)))
     except QloraExpError as error:
         tell(error)
         return EXIT_WRONG_INPUT
+    except _Stop as stop:
+        return stop.code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    if Status.INTERRUPTED in statuses:
-        return EXIT_INTERRUPTED
-    return max((exit_code_of(status) for status in statuses), default=EXIT_COMPLETED)
+    return max(codes, default=EXIT_COMPLETED)
+
+
+class _Stop(KeyboardInterrupt):
+    """Leaves Hydra (which turns an ordinary exception into a trace and exit code 1) with an exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
 
 
 def _hydra(arguments: Sequence[str], job: Any) -> None:
@@ -219,22 +228,30 @@ def _hydra(arguments: Sequence[str], job: Any) -> None:
     application()
 
 
-class _Stop(KeyboardInterrupt):
-    """Ends a multirun after an interrupted job."""
+def _one_job(raw: Any, multirun: bool) -> int:
+    """One Hydra job's exit code. In a multirun each job has a process of its own: its memory figures are then its own,
+    and an out-of-memory kill ends one run, not all of them. An interruption or wrong input ends the multirun."""
+    try:
+        config = compose.checked(_without_hydra(raw))
+        if not multirun:
+            return run_and_tell(config)
+    except QloraExpError as error:
+        tell(error)
+        raise _Stop(EXIT_WRONG_INPUT) from None
+    code = _in_own_process(config)
+    if code in (EXIT_INTERRUPTED, EXIT_WRONG_INPUT):
+        raise _Stop(code)
+    return code
 
 
-def _one_job(raw: Any, multirun: bool) -> Status:
-    """One Hydra job. In a multirun each job has a process of its own: its memory figures are then its own, and an
-    out-of-memory kill ends one run, not all of them."""
-    config = compose.checked(_without_hydra(raw))
-    if not multirun:
-        from qlora_exp.progress import Progress
+def run_and_tell(config: Config, resume: str | None = None) -> int:
+    """Run with progress on stderr, print the summary on stdout, and return the exit code."""
+    from qlora_exp.progress import Progress
 
-        with Progress() as observer:
-            record = execute(config, observer)
-        print(summary(record, config))
-        return record.status
-    return _in_own_process(config)
+    with Progress() as observer:
+        record = execute(config, observer, resume)
+    print(summary(record, config))
+    return exit_code_of(record.status)
 
 
 def _without_hydra(raw: Any) -> Any:
@@ -247,31 +264,38 @@ def _without_hydra(raw: Any) -> Any:
     return raw
 
 
-def _in_own_process(config: Config) -> Status:
-    outputs = OutputPaths.of(config.output_root)
-    before = set(outputs.runs.glob("*/record.json"))
+def _in_own_process(config: Config) -> int:
     text = yaml.safe_dump(to_plain(config), allow_unicode=True)
-    result = subprocess.run([sys.executable, "-m", "qlora_exp.job"], input=text, text=True, check=False)
-    new = sorted(set(outputs.runs.glob("*/record.json")) - before)
-    if result.returncode == EXIT_INTERRUPTED:
-        raise _Stop
-    if result.returncode == EXIT_WRONG_INPUT:
-        return Status.FAILED
-    if result.returncode < 0 and new:
-        _mark_killed(new[-1], -result.returncode)
-        return Status.OUT_OF_MEMORY if result.returncode == -9 else Status.FAILED
-    return Status.COMPLETED if result.returncode == EXIT_COMPLETED else Status.FAILED
+    # Ctrl-C reaches the child too, which saves and says how to resume; this process only waits for it.
+    previous = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        child = subprocess.Popen([sys.executable, "-m", "qlora_exp.job"], stdin=subprocess.PIPE, text=True)
+        child.communicate(text)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if child.returncode >= 0:
+        return child.returncode
+    _mark_killed(config, child.pid, -child.returncode)
+    return EXIT_RUN_FAILED
 
 
-def _mark_killed(path: Path, number: int) -> None:
+def _mark_killed(config: Config, pid: int, number: int) -> None:
+    """A child that was killed could not end its own record. SIGKILL without a sender is how Linux ends a process that
+    asks for more memory than there is."""
     from qlora_exp import tracking
-    from qlora_exp.records import Failure
 
-    record = read_record(path)
-    if record.status is Status.RUNNING:
-        told = Failure(kind="Killed", message=f"the run's process was ended by signal {number}", hint="dmesg, memory")
-        write_json(path, record.replace(status=Status.FAILED, ended_at=_now(), process=None, failure=told))
-        tracking.sync(path.parents[2])
+    outputs = OutputPaths.of(config.output_root)
+    for path in outputs.runs.glob("*/record.json"):
+        record = read_record(path)
+        if record.status is Status.RUNNING and record.process is not None and record.process.pid == pid:
+            told = Failure(
+                kind="Killed",
+                message=f"the run's process was ended by signal {number}",
+                hint="if it was the system's out-of-memory killer (dmesg says so): a smaller training.micro_batch_size",
+            )
+            write_json(path, record.replace(status=Status.FAILED, ended_at=_now(), process=None, failure=told))
+            print(f"error: {told.message} ({record.run_id})\n  do:    {told.hint}", file=sys.stderr)
+    tracking.sync(outputs.root)
 
 
 def summary(record: RunRecord, config: Config) -> str:
@@ -285,7 +309,9 @@ def summary(record: RunRecord, config: Config) -> str:
                 shown = f"{old:.3f} → " if old is not None else ""
                 lines.append(f"  {name} {shown}{getattr(after, name):.3f} on {after.items} {after.split} items")
     if record.failure is not None:
-        lines.append(f"  {record.failure.kind} in phase {record.failure.phase}: {record.failure.message.splitlines()[0]}")
+        lines.append(
+            f"  {record.failure.kind} in phase {record.failure.phase}: {record.failure.message.splitlines()[0]}"
+        )
         if record.failure.hint:
             lines.append(f"  do: {record.failure.hint}")
     lines.append(f"  record: {OutputPaths.of(config.output_root).run(record.run_id).record}")

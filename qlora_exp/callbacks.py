@@ -132,7 +132,12 @@ class Curve(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        names = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm", "eval_loss": "validation_loss"}
+        names = {
+            "loss": "loss",
+            "learning_rate": "learning_rate",
+            "grad_norm": "gradient_norm",
+            "eval_loss": "validation_loss",
+        }
         point = {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
         if not ("loss" in point or "validation_loss" in point):
             return
@@ -162,7 +167,9 @@ class AskStudy(TrainerCallback):  # type: ignore[misc]
     def __init__(self, report: Report) -> None:
         self.report = report
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
         loss = (metrics or {}).get("eval_loss")
         if loss is not None and self.report(state.global_step, float(loss)):
             raise Pruned(state.global_step)

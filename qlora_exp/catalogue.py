@@ -25,6 +25,21 @@ class Choice:
     keys: dict[str, Any]
 
 
+OVERLAYS = ("model_training",)
+"""Folders of conf/ that are merged over a group by themselves and never chosen by name."""
+
+
+def group_names() -> list[str]:
+    """The configuration groups, e.g. ``model``, ``quantization``."""
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in OVERLAYS)
+
+
+def group_keys(group: str) -> list[str]:
+    """The keys that the files of a group set, shared parts included."""
+    files = (CONF / group).glob("*.yaml")
+    return sorted({key for path in files for key in _read(path).keys} - {"defaults"})
+
+
 def choices(group: str) -> list[Choice]:
     """The choices of a configuration group, by name. Files that start with ``_`` are shared parts, no choices.
 
@@ -33,8 +48,7 @@ def choices(group: str) -> list[Choice]:
     """
     folder = CONF / group
     if not folder.is_dir():
-        groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-        raise ConfigError(f"there is no configuration group {group!r}", str(CONF), nearest(group, groups))
+        raise ConfigError(f"there is no configuration group {group!r}", str(CONF), nearest(group, group_names()))
     return _choices_in(folder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qlora_exp.errors import RecordError, nearest
@@ -74,3 +74,10 @@ def _nearest_run(run: str, names: list[str]) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+
+
+def tracking_uri(records: Sequence[RunRecord]) -> str | None:
+    """``tracking.uri`` of the newest record; ``None``: the database beside the output root."""
+    tracking = records[-1].config.get("tracking") if records else None
+    uri = tracking.get("uri") if isinstance(tracking, Mapping) else None
+    return str(uri) if uri is not None else None

@@ -39,13 +39,15 @@ class Meter:
     """Measures phases on one device; the highest peak of a name is kept when it is entered more than once."""
 
     device: str
+    host_reused: bool = False
+    """This process made a run before: its resident peaks are then unknown (``None``)."""
     phases: dict[str, Phase] = field(default_factory=dict)
 
     @property
     def source(self) -> str | None:
         if self.device == "cuda":
             return "cuda_allocated"
-        return "resident" if resident_bytes() is not None else None
+        return "resident" if resident_bytes() is not None and not self.host_reused else None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -81,7 +83,7 @@ class Meter:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return None
-        return reset_resident_peak()
+        return None if self.host_reused else reset_resident_peak()
 
     def _peaks(self, started_with: int | None) -> tuple[int | None, int | None]:
         if self.device == "cuda":

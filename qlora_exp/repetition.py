@@ -42,6 +42,22 @@ def overrides_of(record: RunRecord, changes: Sequence[str] = ()) -> list[str]:
     return [*chosen, *needed, *own, *changes]
 
 
+def flat_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """``{"task": "local", "lora": {"r": 8}}`` as ``task=local lora.r=8``; group choices first, as Hydra has it."""
+    leaves = list(_leaves(settings))
+    groups_first = sorted(leaves, key=lambda leaf: leaf[0] not in groups())
+    return [f"{path}={hydra_value(value)}" for path, value in groups_first]
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, path)
+        else:
+            yield path, value
+
+
 def hydra_value(value: Any) -> str:
     """``value`` (JSON types) in Hydra's override grammar, quoted so that it is read back as it is."""
     if value is None:

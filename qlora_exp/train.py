@@ -80,7 +80,9 @@ def train(
         watchers.insert(1, TokenBudget(config.training.max_tokens, meter))
     if config.training.early_stopping_patience is not None:
         watchers.append(EarlyStoppingCallback(config.training.early_stopping_patience))
-    trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, paths.checkpoints, watchers, meter)
+    trainer = _trainer(
+        plan, model, tokenizer, train_items, validation_items, config, paths.checkpoints, watchers, meter
+    )
     with ExitStack() as stack:
         stack.enter_context(interruption)
         result = trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)

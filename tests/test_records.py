@@ -103,5 +103,3 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_record(tmp_path: Path) -> 
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         assert len(json.loads(path.read_text())["filler"]) == 200_000
-
-

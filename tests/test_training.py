@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_exp import checkpoints, environment, models, run
+from qlora_exp import checkpoints, environment, models
 from qlora_exp.callbacks import Diverged, Pruned
 from qlora_exp.compose import compose
 from qlora_exp.config import Config
+from qlora_exp.one_run import prepare, read_curve
 from qlora_exp.paths import RunPaths
-from qlora_exp.run import prepare, read_curve
 from qlora_exp.train import Trained, train
 
 SMALL = [
@@ -174,9 +174,7 @@ def test_a_token_budget_stops_at_the_first_step_that_reaches_it(
     assert trained.meter.tokens - per_step[-1] < 400
 
 
-def test_micro_batches_give_the_same_training(
-    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
-) -> None:
+def test_micro_batches_give_the_same_training(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
     whole = configured(tiny_models["llama"], colour_task, "quantization=fp32")
     parts = configured(tiny_models["llama"], colour_task, "quantization=fp32", "training.micro_batch_size=2")
     train_once(whole, tmp_path / "whole")
@@ -192,4 +190,4 @@ def test_the_curve_is_json_lines_with_finite_numbers_only(
     points = [json.loads(line) for line in lines]
     assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "learning_rate", "gradient_norm", "tokens"} <= set(points[0])
-    assert run.read_curve(RunPaths(tmp_path).curve) == points
+    assert read_curve(RunPaths(tmp_path).curve) == points

@@ -2,73 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from qlora_exp.paths import OutputPaths
+
 
 def complete_overrides(incomplete: str) -> list[str]:
-    """``model=…`` and the other groups' choices; then the keys of the schema."""
-    from qlora_exp.catalogue import choices
-    from qlora_exp.paths import CONF
+    """``model=…`` and the other groups' choices; after ``lora.`` the keys of that group."""
+    from qlora_exp.catalogue import choices, group_keys, group_names
 
+    names = group_names()
     group, equals, _ = incomplete.partition("=")
-    folders = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "model_training")
-    if equals and group in folders:
-        names = [f"{group}={choice.name}" for choice in choices(group)]
+    prefix, dot, _ = group.partition(".")
+    if equals and group in names:
+        offered = [f"{group}={choice.name}" for choice in choices(group)]
+    elif dot and prefix in names:
+        offered = [f"{prefix}.{key}=" for key in group_keys(prefix)]
     else:
-        names = [f"{folder}=" for folder in folders] + [
-            f"{folder}.{key}=" for folder in folders for key in _keys_of(folder) if incomplete.startswith(f"{folder}.")
-        ]
-    return [name for name in names if name.startswith(incomplete)]
+        offered = [f"{name}=" for name in names]
+    return [text for text in offered if text.startswith(incomplete)]
 
 
 def complete_runs(incomplete: str) -> list[str]:
-    """Run ids under the default output root, newest first."""
-    from qlora_exp.catalogue import default_output_root
+    """``last``, then run ids under the default output root, newest first."""
     from qlora_exp.history import LAST, run_folders
-    from qlora_exp.paths import OutputPaths
 
-    ids = [paths.folder.name for paths in run_folders(OutputPaths.of(default_output_root()))]
+    ids = [paths.folder.name for paths in run_folders(outputs_of(None))]
     return [name for name in [LAST, *reversed(ids)] if name.startswith(incomplete)]
 
 
-def _keys_of(group: str) -> list[str]:
-    from qlora_exp.paths import CONF
+def outputs_of(output_root: str | None) -> OutputPaths:
+    """The output paths that ``--output-root`` means; without it, those of conf/config.yaml."""
+    from qlora_exp.catalogue import default_output_root
+    from qlora_exp.paths import OutputPaths
 
-    import yaml  # isort: skip
-
-    keys: set[str] = set()
-    for path in (CONF / group).glob("*.yaml"):
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        keys.update(raw if isinstance(raw, dict) else {})
-    return sorted(keys - {"defaults"})
+    return OutputPaths.of(output_root if output_root is not None else default_output_root())
 
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Hydra overrides: group=choice or key.path=value", autocompletion=complete_overrides
+        metavar="[KEY=VALUE]...",
+        help="Hydra overrides: group=choice or key.path=value",
+        autocompletion=complete_overrides,
+        show_default=False,
     ),
 ]
 Run = Annotated[
-    str, typer.Argument(metavar="RUN", help="id, unique part of one, 'last', or a folder", autocompletion=complete_runs)
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's id, a unique beginning or end of one, 'last', or its folder",
+        autocompletion=complete_runs,
+        show_default=False,
+    ),
 ]
 OutputRoot = Annotated[
-    str | None, typer.Option("--output-root", metavar="DIR", help="where the runs are [default: output_root of conf/]")
+    str | None,
+    typer.Option("--output-root", metavar="DIR", help="Where the runs are; by default output_root of the configuration"),
 ]
-OVERRIDE_CONTEXT = {"ignore_unknown_options": True}
-"""``~key`` and ``+key=value`` are arguments, not options."""
 
 
 def examples(*lines: str) -> str:
-    """An epilog of commands; ``\\b`` keeps their line breaks."""
+    """A help page's commands; ``\\b`` keeps their line breaks."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def outputs_of(output_root: str | None):  # type: ignore[no-untyped-def]
-    """The output paths that ``--output-root`` means."""
-    from qlora_exp.catalogue import default_output_root
-    from qlora_exp.paths import OutputPaths
-
-    return OutputPaths.of(output_root if output_root is not None else default_output_root())

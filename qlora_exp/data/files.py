@@ -18,6 +18,7 @@ from qlora_exp.data.problems import RowProblem
 from qlora_exp.errors import DataError, nearest
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+_LONGEST_FIELD = 2**31 - 1  # Python's own limit, 128 KiB, is shorter than some documents
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -127,8 +128,9 @@ def _json_object(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         detail = f"{error.msg} at character {error.pos + 1}"
         raise _InvalidRow("invalid JSON", detail, one_a_line) from None
-    except RecursionError:
-        raise _InvalidRow("invalid JSON", "nested too deeply", one_a_line) from None
+    except (RecursionError, ValueError) as error:  # ValueError: a number of more than 4300 digits
+        detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _InvalidRow("invalid JSON", detail, one_a_line) from None
     if not isinstance(value, dict):
         raise _InvalidRow("not a JSON object", f"found {_kind(value)}", one_a_line)
     return value
@@ -152,7 +154,7 @@ def _read_json(path: Path, content: bytes) -> RawFile:
         value = json.loads(text, object_pairs_hook=_unique_keys)
     except _InvalidRow as bad:
         raise DataError(f"{bad.reason}: {bad.detail}", str(path), bad.hint) from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = f", row {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         hint = "name it .jsonl if it holds one object per line" if "Extra data" in str(error) else "mend the JSON there"
         raise DataError(f"the file is not JSON: {error}", f"{path}{line}", hint) from None
@@ -201,6 +203,7 @@ def _read_csv(path: Path, content: bytes) -> RawFile:
 
 def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     """(line where the record begins, its fields); a quoted field may run over several lines."""
+    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         number = reader.line_num + 1

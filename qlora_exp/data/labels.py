@@ -74,7 +74,7 @@ def sort_out_labels(examples: Sequence[Example], options: Mapping[str, str]) -> 
         label = str(example.label)
         if label not in options:
             detail = f"{label!r} is none of the {len(options)} labels"
-            hint = f"{nearest(label, options)} Or name it in task.labels"
+            hint = f"{nearest(label, options)}; or name it in task.labels"
             problems.append(RowProblem(example.file, example.row, None, "unknown label", detail, hint))
         elif example.completion != options[label]:
             detail = f"{label!r} is answered by {example.completion!r} here and by {options[label]!r} elsewhere"

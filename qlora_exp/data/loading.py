@@ -104,7 +104,7 @@ def _item(
         detail = (
             f"the prompt has {len(prompt)} tokens, the completion {len(completion)}, and max_length is {max_length}"
         )
-        hint = f"training.max_length={len(prompt) + len(completion) + len(end)}, a shorter row, or {_DROP}"
+        hint = f"training.max_length={len(prompt) + len(completion) + len(end)} or a shorter row"
         return RowProblem(example.file, example.row, None, "completion truncated away", detail, hint)
     item = Item(
         item_id=example.item_id,
@@ -123,9 +123,6 @@ def _item(
         cut_bytes = len(text.strip().encode("utf-8"))
         item = replace(item, completion=text, completion_ids=completion[:room], completion_bytes=cut_bytes)
     return item, room < len(completion) + len(end)
-
-
-_DROP = "task.invalid_rows=drop"
 
 
 def _require_items(items: dict[str, tuple[Item, ...]], problems: Sequence[RowProblem]) -> None:

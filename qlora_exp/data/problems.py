@@ -39,7 +39,9 @@ def settle(problems: Sequence[RowProblem], policy: InvalidRows) -> dict[str, int
         return dict(sorted(reasons.items()))
     errors = [problem.error() for problem in problems[:_SHOWN]]
     if len(problems) == 1:
-        raise errors[0]
+        (only,) = errors
+        hint = only.hint if only.hint == _DROP_HINT else f"{only.hint}; or {_DROP_HINT}"
+        raise DataError(only.what, only.where, hint)
     by_reason = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
     files = ", ".join(sorted({problem.file for problem in problems}))
     total = DataError(f"{len(problems)} rows can't be used: {by_reason}", files, _DROP_HINT)

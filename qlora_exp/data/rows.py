@@ -136,7 +136,7 @@ def _source(name: str, template: str | None, column: str | None, raw: RawFile) -
 def _check_column(column: str | None, key: str, raw: RawFile) -> None:
     if column is None or column in raw.columns:
         return
-    hint = f"{nearest(column, raw.columns)} Set {key}=COLUMN"
+    hint = f"{nearest(column, raw.columns)}; set {key}=COLUMN"
     if "messages" in raw.columns and not key.endswith("messages"):
         hint = "the rows hold messages: set task.columns.messages=messages"
     raise DataError(f"missing column: no row has a column {column!r}", f"{raw.name} ({key})", hint)
@@ -191,7 +191,10 @@ def _checked_text(value: object, column: str) -> str:
 def _described(value: object) -> str:
     if value is None:
         return "null"
-    shown = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        shown = "nested too deeply"
     return f"{type(value).__name__} {shown[:60]}{'…' if len(shown) > 60 else ''}"
 
 
@@ -235,8 +238,8 @@ def _message(entry: object, number: int, column: str) -> Message:
             hint = "rename from to role and value to content, human to user and gpt to assistant"
         raise _InvalidRow("invalid messages", f"message {number} has no role and content", where, hint)
     role = entry["role"]
-    if role not in ROLES:
-        hint = f"did you mean {_SHAREGPT[role]}?" if role in _SHAREGPT else nearest(str(role), ROLES)
+    if not isinstance(role, str) or role not in ROLES:
+        hint = f"did you mean {_SHAREGPT[str(role)]}?" if str(role) in _SHAREGPT else nearest(str(role), ROLES)
         raise _InvalidRow("invalid messages", f"message {number} has the role {role!r}", where, hint)
     return Message(role, _checked_text(entry["content"], where))
 

@@ -58,7 +58,7 @@ def padded(sequences: Sequence[Sequence[int]], side: str, device: torch.device) 
         tokens, ones = list(sequence), [1] * len(sequence)
         ids.append(gap + tokens if side == "left" else tokens + gap)
         mask.append(gap + ones if side == "left" else ones + gap)
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask, dtype=torch.long, device=device)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``items`` has one row per item, in the items' order; its columns are :data:`~qlora_exp.evaluation.per_item.ITEM_COLUMNS`."""
+    """``items`` has one row per item, in the items' order; its columns are ``per_item.ITEM_COLUMNS``."""
 
     scores: Scores
     items: pa.Table
@@ -92,7 +92,7 @@ def evaluate_model(
 
 def marginal(log_likelihoods: np.ndarray) -> np.ndarray:
     """Mean over items of softmax over options: (items, options) → (options,). What the model says before it has read
-    anything of an item in particular (contextual calibration with real inputs: Zhao et al. 2021, Han et al. 2022)."""
+    anything of an item in particular (batch calibration, Zhou et al. 2023)."""
     shifted = np.exp(log_likelihoods - log_likelihoods.max(axis=1, keepdims=True))
     mean: np.ndarray = (shifted / shifted.sum(axis=1, keepdims=True)).mean(axis=0)
     return mean

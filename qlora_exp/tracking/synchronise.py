@@ -113,6 +113,7 @@ class _Sync:
             and state.mlflow_run_id == mlflow_run_id
         ):
             return "already"
+        told = TrackingState(store.shown_uri, store.experiment, opened.experiment_id)
         try:
             with bounded_calls(store.timeout_seconds):
                 mlflow_run_id = mlflow_run_id or find_or_create(opened.client, opened.experiment_id, record)
@@ -120,14 +121,9 @@ class _Sync:
         except Exception as error:  # every backend raises its own kinds
             why = reason(error)
             self._forget_if_gone(store)
-            write_state(
-                paths,
-                TrackingState(store.shown_uri, store.experiment, opened.experiment_id, mlflow_run_id, False, None, why),
-            )
+            write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, error=why))
             raise TrackingError(f"not delivered: {why}", store.shown_uri, "qlora-exp sync tries again") from None
-        write_state(
-            paths, TrackingState(store.shown_uri, store.experiment, opened.experiment_id, mlflow_run_id, True, digest)
-        )
+        write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, delivered=True, record_digest=digest))
         return "delivered"
 
     def _open(self, store: Store) -> OpenStore:

@@ -92,6 +92,8 @@ def params(record: RunRecord) -> dict[str, str]:
     """Every axis of the configuration, and what the plan made of it once there is one. An unset value is left out."""
     config = redact(record.config)
     values: dict[str, Any] = {key: _lookup(config, key) for key in CONFIG_PARAMS}
+    if values["quantization.mode"] not in ("nf4", "fp4"):
+        values["quantization.double_quantization"] = None  # says nothing there
     targets = config.get("targets") or {}
     values["targets"] = ",".join(targets.get("modules") or []) or targets.get("set")
     values["seed"] = record.seed if record.seed is not None else config.get("seed")

@@ -52,7 +52,9 @@ def _byte_level() -> Tokenizer:
 
 def _around(tokenizer: Tokenizer, before: str, after: str) -> Tokenizer:
     named = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{before} $A {after}", special_tokens=named)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{before} $A {after}".strip(), special_tokens=named
+    )
     return tokenizer
 
 

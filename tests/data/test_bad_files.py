@@ -28,11 +28,11 @@ def after_good(*rows: Any) -> bytes:
     return jsonl(*GOOD, *rows)
 
 
-def message(role: str, content: Any = "hello there") -> dict[str, Any]:
+def message(role: Any, content: Any = "hello there") -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def chat(*roles: str) -> bytes:
+def chat(*roles: Any) -> bytes:
     return jsonl(*[{"messages": [message("user", f"hi {n}"), message("assistant")]} for n in range(12)]) + jsonl(
         {"messages": [message(role, f"text {n}") for n, role in enumerate(roles)]}
     )
@@ -86,6 +86,7 @@ BAD_ROWS = [
     Bad("a line that is no object", after_good('["a", "b"]'), ("not a JSON object", "found a list", "row 13")),
     Bad("a line nested too deeply", after_good(deep(100_000)), ("invalid JSON", "nested too deeply", "row 13")),
     Bad("a key twice", after_good('{"prompt": "a", "prompt": "b", "completion": "c"}'), ("duplicate key", "row 13")),
+    Bad("a number without end", after_good('{"prompt": ' + "9" * 5000 + "}"), ("invalid JSON", "4300", "row 13")),
     Bad("half a surrogate pair", after_good('{"prompt": "\\ud83d", "completion": "b"}'), ("broken Unicode", "row 13")),
     Bad(
         "too few CSV fields",
@@ -107,6 +108,7 @@ BAD_ROWS = [
     ),
     Bad("a string among JSON objects", json.dumps([*GOOD, "x"]).encode(), ("not a JSON object", "row 13"), "data.json"),
     Bad("roles of another format", chat("human", "assistant"), ("role 'human'", "row 13", "mean user"), task=MESSAGES),
+    Bad("a role that is a list", chat(["user"], "assistant"), ("role ['user']", "row 13"), task=MESSAGES),
     Bad("no answer at the end", chat("user", "assistant", "user"), ("the roles are", "row 13", "turn"), task=MESSAGES),
     Bad("two questions in a row", chat("user", "user", "assistant"), ("the roles are", "row 13"), task=MESSAGES),
     Bad("system in the middle", chat("user", "system", "assistant"), ("the roles are", "row 13"), task=MESSAGES),
@@ -239,7 +241,7 @@ def caught(config: Any) -> QloraExpError:
 def test_a_bad_row_is_named_with_file_row_and_remedy(bad: Bad, tmp_path: Path, configure: Callable[..., Any]) -> None:
     (tmp_path / bad.file).write_bytes(bad.content)
     told = str(caught(configure(tmp_path / bad.file, **bad.task)))
-    for part in (*bad.says, bad.file, "do:  "):
+    for part in (*bad.says, bad.file, "do:  ", "task.invalid_rows=drop"):
         assert part in told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def folder(tmp_path: Path, rows_file: RowsFile) -> Path:
         "folder/train.jsonl",
     )
     rows_file([{"prompt": "held out", "completion": "yes"}], "folder/validation.jsonl")
+    rows_file([{"prompt": "for answers only", "completion": "no"}], "folder/test.jsonl")
     return tmp_path / "folder"
 
 
@@ -73,8 +75,7 @@ def test_plain_ids_are_those_trl_makes(
     assert expected(splits) == theirs
     assert len(theirs) >= 4
     for item in splits.train:
-        assert item.completion.strip() in item.answer
-        assert max_length < 512 or item.prompt + item.completion == item.prompt + whole_completion(item)
+        assert max_length < 512 or item.completion == whole_completion(item)
 
 
 def whole_completion(item: Any) -> str:
@@ -109,7 +110,7 @@ def test_conversation_ids_are_those_trl_makes(
     turns = [("user", "Is grass green?"), ("assistant", "Yes"), ("user", "Is blood?"), ("assistant", "No, red")]
     chats = [[{"role": role, "content": f"{text} {n}"} for role, text in turns] for n in range(5)]
     rows_file([{"messages": chat} for chat in chats[:4]], "c/train.jsonl")
-    rows_file([{"messages": chats[4]}], "c/validation.jsonl")
+    rows_file([{"messages": chats[4]}], "c/validation.jsonl")  # no test file, and none to be made: test_fraction=0
     config = in_format(configure(tmp_path / "c", messages_column="messages", test_fraction=0.0), "chat")
     splits = load_data(config, tokenizers["chat"], 512)
     data = Dataset.from_list([{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats[:4]])
@@ -206,8 +207,6 @@ def test_chat_without_a_template_says_what_to_do(folder: Path, tokenizers: Any, 
 def test_an_unfit_chat_template_is_told(
     template: str, says: str | None, folder: Path, tokenizers: Any, configure: Configure
 ) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tokenizers["chat"])
     tokenizer.chat_template = template
     config = in_format(configure(folder, system="Be brief."), "chat")
@@ -265,7 +264,7 @@ def test_half_a_label_is_no_label(rows_file: RowsFile, tokenizers: Any, configur
     config = in_format(configure(labelled(rows_file), kind="classification", label_column="label"), "chat")
     lengths = load_data(config, tokenizers["chat"], 512).train[0]
     longest = len(lengths.prompt_ids) + 1
-    with pytest.raises((DataError, Problems), match="") as error:
+    with pytest.raises((DataError, Problems)) as error:
         load_data(config, tokenizers["chat"], longest)
     assert "completion truncated away" in str(error.value)
 

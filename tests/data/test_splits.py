@@ -37,6 +37,7 @@ def all_prompts(rows: RawSplits) -> list[str]:
 def test_every_file_kind_gives_the_same_rows(
     tmp_path: Path, configure: Configure, good_rows: list[dict[str, Any]]
 ) -> None:
+    good_rows[1]["prompt"] = "a long document " * 20_000
     good_rows[0]["prompt"] = 'two\nlines, "quoted", with U+2028 \u2028 and é'
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in good_rows))
     (tmp_path / "a.json").write_text(json.dumps(good_rows, indent=2))
@@ -124,7 +125,7 @@ def test_a_row_in_two_splits_is_refused_and_the_later_split_keeps_it(
 def test_limits_draw_by_seed_and_a_small_draw_is_part_of_a_large_one(
     tmp_path: Path, configure: Configure, rows_file: RowsFile
 ) -> None:
-    for number, split in enumerate(SPLITS):
+    for split in SPLITS:
         rows_file([{"prompt": f"{split} {n}", "completion": "x"} for n in range(50)], f"{split}.jsonl")
     few, more = (
         load_rows(configure(tmp_path, max_train_items=n, max_validation_items=n, max_test_items=n).task)
@@ -241,7 +242,7 @@ def test_reading_rows_loads_neither_torch_nor_datasets() -> None:
     code = (
         "import sys; from qlora_exp.compose import compose; from qlora_exp.data import load_rows;"
         "load_rows(compose([]).task);"
-        "sys.exit(', '.join({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+        "sys.exit(', '.join({'torch', 'datasets', 'transformers'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

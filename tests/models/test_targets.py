@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_exp.compose import compose
 from qlora_exp.config import TargetsConfig
@@ -18,13 +16,82 @@ from qlora_exp.models.describe import architecture_of
 from qlora_exp.models.targets import feeds
 from qlora_exp.plan import WeightShape, lora_parameters
 
-_spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
-assert _spec is not None
-assert _spec.loader is not None
-architectures = importlib.util.module_from_spec(_spec)
-sys.modules["architectures"] = architectures
-_spec.loader.exec_module(architectures)
-ARCHITECTURES, build = architectures.ARCHITECTURES, architectures.build
+LLAMA_LIKE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PLAIN = {key: value for key, value in LLAMA_LIKE.items() if key not in ("num_key_value_heads", "head_dim")}
+GPT2 = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+QKVO = "k_proj o_proj q_proj v_proj"
+GATED = "down_proj gate_proj up_proj"
+LLAMA_SETS = (QKVO, "q_proj v_proj", GATED)
+FUSED = ("dense query_key_value", "query_key_value", "dense_4h_to_h dense_h_to_4h")
+
+# model type → (sizes, last parts of attention, attention_qv, mlp), by reading each architecture's code
+ARCHITECTURES: dict[str, tuple[dict[str, object], tuple[str, str, str]]] = {
+    "llama": (LLAMA_LIKE, LLAMA_SETS),
+    "mistral": (LLAMA_LIKE, LLAMA_SETS),
+    "qwen2": (LLAMA_LIKE, LLAMA_SETS),
+    "qwen3": (LLAMA_LIKE, LLAMA_SETS),
+    "gemma": (LLAMA_LIKE, LLAMA_SETS),
+    "gemma2": (LLAMA_LIKE, LLAMA_SETS),
+    "gemma3_text": (LLAMA_LIKE, LLAMA_SETS),
+    "olmo2": (LLAMA_LIKE, LLAMA_SETS),
+    "granite": (LLAMA_LIKE, LLAMA_SETS),
+    "cohere": (LLAMA_LIKE, LLAMA_SETS),
+    "smollm3": (LLAMA_LIKE, LLAMA_SETS),
+    "stablelm": (LLAMA_LIKE, LLAMA_SETS),
+    "starcoder2": (LLAMA_LIKE, (QKVO, "q_proj v_proj", "c_fc c_proj")),
+    "phi": (PLAIN, ("dense k_proj q_proj v_proj", "q_proj v_proj", "fc1 fc2")),
+    "phi3": (PLAIN | {"num_key_value_heads": 4}, ("o_proj qkv_proj", "qkv_proj", "down_proj gate_up_proj")),
+    "glm": (LLAMA_LIKE, (QKVO, "q_proj v_proj", "down_proj gate_up_proj")),
+    "gpt2": (GPT2, ("c_attn c_proj", "c_attn", "c_fc c_proj")),
+    "gpt_bigcode": (GPT2, ("c_attn c_proj", "c_attn", "c_fc c_proj")),
+    "gptj": (GPT2 | {"rotary_dim": 8}, ("k_proj out_proj q_proj v_proj", "q_proj v_proj", "fc_in fc_out")),
+    "codegen": (GPT2 | {"rotary_dim": 8}, ("out_proj qkv_proj", "qkv_proj", "fc_in fc_out")),
+    "gpt_neo": (
+        {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+        | {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2},
+        ("k_proj out_proj q_proj v_proj", "q_proj v_proj", "c_fc c_proj"),
+    ),
+    "gpt_neox": (PLAIN, FUSED),
+    "falcon": (PLAIN, FUSED),
+    "bloom": ({"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256}, FUSED),
+    "mpt": (
+        {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 256, "expansion_ratio": 2},
+        ("Wqkv out_proj", "Wqkv", "down_proj up_proj"),
+    ),
+    "opt": (
+        {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
+        | {"word_embed_proj_dim": 64},
+        ("k_proj out_proj q_proj v_proj", "q_proj v_proj", "fc1 fc2"),
+    ),
+}
+
+
+def build(model_type: str, device: str = "meta") -> PreTrainedModel:
+    """A random small model of ``model_type``; on the meta device it has no weights."""
+    config = AutoConfig.for_model(model_type, **ARCHITECTURES[model_type][0])
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def last_parts(names: tuple[str, ...]) -> str:
@@ -46,13 +113,12 @@ def test_sets_name_the_right_layers(model_type: str) -> None:
     assert architecture.output_head not in everything
 
 
-@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_parameters_equal_pefts_own_count_on_exactly_the_named_layers(model_type: str, dora: bool) -> None:
+def test_parameters_equal_pefts_own_count_on_exactly_the_named_layers(model_type: str) -> None:
     model = build(model_type, "cpu")
     architecture = architecture_of(model)
-    config = compose(["quantization=fp32", "lora.r=4", f"lora.dora={str(dora).lower()}"])
-    for name in ("attention_qv", "mlp", "all_linear"):
+    for name, dora in (("all_linear", False), ("attention_qv", True)):
+        config = compose(["quantization=fp32", "lora.r=4", f"lora.dora={str(dora).lower()}"])
         modules = resolve_targets(architecture, TargetsConfig(name, None))
         adapted = attach_adapters(build(model_type, "cpu"), config, modules)
         shapes = {shape.name: shape for shape in architecture.weights}
@@ -97,11 +163,11 @@ def test_explicit_names_match_whole_endings_and_each_must_match() -> None:
 
 
 def test_experts_without_linear_layers_are_told_not_guessed() -> None:
-    sizes = architectures.LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes = LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes))
     architecture = architecture_of(model)
-    assert last_parts(resolve_targets(architecture, TargetsConfig("attention", None))) == architectures.QKVO
+    assert last_parts(resolve_targets(architecture, TargetsConfig("attention", None))) == QKVO
     experts = sum(value.numel() for name, value in model.named_parameters() if "experts" in name)
     assert architecture.total_parameters > experts > sum(shape.parameters for shape in architecture.weights)
     with pytest.raises(ModelError, match="experts"):
@@ -112,9 +178,7 @@ def test_only_the_language_model_of_a_multimodal_one_is_a_target() -> None:
     from transformers import Gemma3Config
 
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config=architectures.LLAMA_LIKE, vision_config=vision | {"image_size": 28, "patch_size": 14}
-    )
+    config = Gemma3Config(text_config=LLAMA_LIKE, vision_config=vision | {"image_size": 28, "patch_size": 14})
     with torch.device("meta"):
         architecture = architecture_of(AutoModelForCausalLM.from_config(config))
     names = resolve_targets(architecture, TargetsConfig("all_linear", None))
@@ -126,14 +190,14 @@ def test_only_the_language_model_of_a_multimodal_one_is_a_target() -> None:
 def test_architectures_with_other_mixers_keep_them_out_of_attention_and_mlp() -> None:
     with torch.device("meta"):
         jamba = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model("jamba", **architectures.LLAMA_LIKE | {"num_hidden_layers": 8, "num_experts": 2})
+            AutoConfig.for_model("jamba", **LLAMA_LIKE | {"num_hidden_layers": 8, "num_experts": 2})
         )
         mamba = AutoModelForCausalLM.from_config(
             AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=256)
         )
     described = architecture_of(jamba)
-    assert last_parts(resolve_targets(described, TargetsConfig("attention", None))) == architectures.QKVO
-    assert last_parts(resolve_targets(described, TargetsConfig("mlp", None))) == architectures.GATED
+    assert last_parts(resolve_targets(described, TargetsConfig("attention", None))) == QKVO
+    assert last_parts(resolve_targets(described, TargetsConfig("mlp", None))) == GATED
     assert "in_proj" in last_parts(resolve_targets(described, TargetsConfig("all_linear", None)))
     with pytest.raises(ModelError, match="attention"):
         resolve_targets(architecture_of(mamba), TargetsConfig("attention", None))

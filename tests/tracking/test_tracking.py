@@ -412,8 +412,7 @@ def test_a_real_server_shows_runs_with_their_artifacts(output: OutputPaths) -> N
         wait_for(port)
         (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
         assert len(client.list_artifacts(run.info.run_id, "adapter")) == 3
-        report = sync(output.root, uri=uri)
-        assert report.already == ()
+        assert sync(output.root, uri=uri).already == ("made-up-1",)  # the same database, through the server
         other = "tracking.experiment=through-http"
         record = synthetic.completed("made-up-2", f"tracking.uri={uri}", other)
         synthetic.write_run(output, record)

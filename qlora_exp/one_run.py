@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import traceback
@@ -13,7 +14,7 @@ from typing import Any
 from qlora_exp import measurement, models, plan
 from qlora_exp.callbacks import Diverged, Interrupted, Observer, Pruned, Report, Silent, never_stop
 from qlora_exp.config import Config, EvaluationSplit
-from qlora_exp.data import Item, Splits, load_data, load_rows, resolve_format
+from qlora_exp.data import Item, Splits, load_data, load_rows
 from qlora_exp.errors import QloraExpError
 from qlora_exp.evaluation import Evaluation
 from qlora_exp.paths import OutputPaths, RunPaths
@@ -104,7 +105,7 @@ def _straight_line(
     planned, tokenizer, splits = prepared.plan, prepared.tokenizer, prepared.splits
     progress.record = progress.record.replace(plan=planned, data=splits.record)
     outputs = OutputPaths.of(config.output_root)
-    meter = measurement.Meter(planned.device)
+    meter = measurement.Meter(planned.device, host_reused=_host_is_reused())
     resident = measurement.resident_bytes()
 
     enter("load")
@@ -157,6 +158,15 @@ def _straight_line(
     )
 
 
+_runs_in_this_process = itertools.count()
+
+
+def _host_is_reused() -> bool:
+    """Whether this process made a run before: the allocator then holds memory already, and a resident peak says
+    little."""
+    return next(_runs_in_this_process) > 0
+
+
 def _goal(config: Config, after: Evaluation, test: Evaluation | None) -> Any:
     from qlora_exp.evaluation import answer_goal
 
@@ -181,6 +191,7 @@ def _memory(
         peak_evaluation_bytes=meter.of("evaluate").peak_bytes,
         peak_train_reserved_bytes=meter.of("train").reserved_bytes,
         checkpoint_bytes=trained.checkpoint_bytes if trained else None,
+        host_reused=meter.host_reused,
         source=meter.source,
     )
 

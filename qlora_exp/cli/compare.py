@@ -1,0 +1,49 @@
+"""Verbs that read records: ``show`` and ``diff``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qlora_exp.cli.arguments import OutputRoot, Run, examples, outputs_of
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("show", epilog=examples("qlora-exp show last", "qlora-exp show last --json | jq .scores.after"))(show)
+    app.command("diff", epilog=examples("qlora-exp diff last 20261121-043802"))(diff)
+
+
+def show(
+    run: Run,
+    json: Annotated[bool, typer.Option("--json", help="The record as it is on disk")] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """Show all that is known of a run."""
+    from qlora_exp.history import find_run
+    from qlora_exp.records import read_record
+
+    paths = find_run(run, outputs_of(output_root))
+    record = read_record(paths.record)
+    if json:
+        print(paths.record.read_text(encoding="utf-8"), end="")
+        return 0
+    from qlora_exp.tables import record_table
+    from qlora_exp.tables import show as show_table
+
+    show_table(record_table(record))
+    print(f"record: {paths.record}")
+    return 0
+
+
+def diff(first: Run, second: Run, output_root: OutputRoot = None) -> int:
+    """Show what differs between two runs: settings, environment and figures."""
+    from qlora_exp.history import find_run
+    from qlora_exp.records import read_record
+    from qlora_exp.tables import difference_table
+    from qlora_exp.tables import show as show_table
+
+    outputs = outputs_of(output_root)
+    left, right = (read_record(find_run(run, outputs).record) for run in (first, second))
+    show_table(difference_table(left, right))
+    return 0

@@ -1,0 +1,115 @@
+"""Verbs about this machine and the tracking store: ``doctor``, ``sync``, ``ui``, ``version``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_exp.cli.arguments import OutputRoot, examples, outputs_of
+
+if TYPE_CHECKING:
+    from qlora_exp.doctor import Check
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("doctor", epilog=examples("qlora-exp doctor", "qlora-exp doctor --no-self-test"))(doctor)
+    app.command(
+        "sync",
+        epilog=examples("qlora-exp sync", "qlora-exp sync --uri http://127.0.0.1:5000"),
+    )(sync)
+    app.command("ui", epilog=examples("qlora-exp ui", "qlora-exp ui --port 5001"))(ui)
+    app.command("version", epilog=examples("qlora-exp version"))(version)
+
+
+def doctor(
+    self_test: Annotated[bool, typer.Option(help="Also train through every quantization mode on this machine")] = True,
+    output_root: OutputRoot = None,
+) -> int:
+    """Check this machine and installation: ok, or the problem and its fix. Exit code 1 where there is a problem."""
+    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.doctor import checks
+
+    set_threads(None)
+    quiet_libraries()
+    problems = 0
+    for check in checks(outputs_of(output_root).root, self_test):
+        problems += check.ok is False
+        print(_line(check), flush=True)
+    print("no problem found" if not problems else f"{problems} problem{'s' if problems != 1 else ''}")
+    return 1 if problems else 0
+
+
+def sync(
+    uri: Annotated[
+        str | None, typer.Option(metavar="URI", help="Deliver here instead of where each run's configuration says")
+    ] = None,
+    output_root: OutputRoot = None,
+) -> int:
+    """Deliver to MLflow what could not be delivered, and mend runs whose process died."""
+    import sys
+
+    from qlora_exp.app import quiet_libraries
+    from qlora_exp.tracking import sync as sync_records
+
+    quiet_libraries()
+    report = sync_records(outputs_of(output_root).root, uri)
+    counts = {
+        "delivered": report.delivered,
+        "already there": report.already,
+        "still running": report.running,
+        "deleted in MLflow": report.deleted,
+        "told as interrupted": report.repaired,
+        "failed": report.failed,
+    }
+    print(", ".join(f"{len(ids)} {name}" for name, ids in counts.items() if ids) or "there is nothing to deliver")
+    for run_id, why in report.failed.items():
+        print(f"{run_id}: {why}", file=sys.stderr)
+    return 1 if report.failed else 0
+
+
+def ui(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1")] = 5000,
+    output_root: OutputRoot = None,
+) -> int:
+    """Open the runs in the MLflow UI, on this machine only. Ctrl-C ends it."""
+    import os
+
+    from qlora_exp.history import read_runs, tracking_uri
+    from qlora_exp.tracking import ui_command, ui_environment
+
+    outputs = outputs_of(output_root)
+    command = ui_command(tracking_uri(read_runs(outputs)[0]), outputs.mlflow_database, port)
+    _check_free(port)
+    print(f"MLflow UI: http://127.0.0.1:{port}", flush=True)
+    # The server takes this process's place: signals and exit codes are then its own.
+    os.execve(command[0], command, ui_environment())
+
+
+def version() -> int:
+    """Print the version."""
+    from qlora_exp import __version__
+
+    print(f"qlora-exp {__version__}")
+    return 0
+
+
+def _line(check: Check) -> str:
+    word = {True: "ok", False: "PROBLEM", None: "–"}[check.ok]
+    fix = f"\n{'':26}do: {check.fix}" if check.fix else ""
+    return f"{word:8}{check.name:18}{check.detail}{fix}"
+
+
+def _check_free(port: int) -> None:
+    import socket
+
+    from qlora_exp.errors import TrackingError
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise TrackingError(
+                f"port {port} can't be had: {error.strerror}", "--port", f"qlora-exp ui --port {port + 1}"
+            ) from None

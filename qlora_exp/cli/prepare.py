@@ -1,0 +1,124 @@
+"""Verbs that look before a weight is read: ``validate``, ``data preview`` and ``init``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_exp.cli.arguments import Overrides, examples
+
+if TYPE_CHECKING:
+    from qlora_exp.config import Config
+    from qlora_exp.records import Data, Plan
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "validate",
+        epilog=examples(
+            "qlora-exp validate quantization=nf4 lora.r=8",
+            "qlora-exp validate task=local task.path=FILE.jsonl task.columns.prompt=question",
+        ),
+    )(validate)
+    data = typer.Typer(
+        help="Look at the data as it is trained on.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+    )
+    data.command(
+        "preview",
+        epilog=examples(
+            "qlora-exp data preview",
+            "qlora-exp data preview task=local task.path=FILE.jsonl --split validation --count 5",
+            "qlora-exp data preview model.variant=instruct         # with the chat template",
+        ),
+    )(preview)
+    app.add_typer(data, name="data")
+    app.command("init", epilog=examples("qlora-exp init my-task", "cd my-task && qlora-exp run --from task.yaml"))(init)
+
+
+def validate(overrides: Overrides = None) -> int:
+    """Check configuration, target modules and every row of the data. No weight is read."""
+    config, planned, _, splits = _prepared(list(overrides or []))
+    print("\n".join(_told(config, planned, splits.record)))
+    return 0
+
+
+def preview(
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
+    count: Annotated[int, typer.Option("--count", "-n", help="How many items")] = 3,
+) -> int:
+    """Show items as tokens. The trained ones are highlighted; without a terminal they stand in [brackets]."""
+    from rich.text import Text
+
+    from qlora_exp.data import preview as preview_items
+    from qlora_exp.tables import show
+
+    _, _, tokenizer, splits = _prepared(list(overrides or []))
+    for item in preview_items(splits, tokenizer, split, count):
+        trained = sum(token.trained for token in item.tokens)
+        head = f"{split} {item.item_id}: {len(item.tokens)} tokens, {trained} trained"
+        show(Text(head + (f", label {item.label!r}" if item.label is not None else ""), style="bold"))
+        show(_marked(item.tokens))
+        show("")
+    return 0
+
+
+def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or empty folder")] = Path(".")) -> int:
+    """Write a starter folder: a small task of your own, the settings to run it, and a README."""
+    from qlora_exp.starter import write_starter
+
+    for path in write_starter(folder):
+        print(path)
+    print(f"next: {f'cd {folder} && ' if folder != Path('.') else ''}qlora-exp run --from task.yaml")
+    return 0
+
+
+def _prepared(overrides: list[str]) -> tuple[Config, Plan, Any, Any]:
+    """Configuration, plan, tokenizer and splits: all that a run checks before it exists."""
+    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.compose import compose
+
+    config = compose(overrides)
+    set_threads(config.training.threads)
+    quiet_libraries()
+    from qlora_exp.environment import probe
+    from qlora_exp.run import prepare
+
+    return (config, *prepare(config, probe(config.training.device)))
+
+
+def _told(config: Config, planned: Plan, data: Data) -> list[str]:
+    share = planned.trainable_parameters / planned.total_parameters
+    dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
+    return [
+        "valid",
+        f"  model    {config.model.family} {config.model.variant.value} ({planned.architecture}, "
+        f"{planned.total_parameters:,} parameters), {planned.weight_dtype} weights, "
+        f"computing in {planned.compute_dtype} on {planned.device}",
+        f"  LoRA     r={config.lora.r} alpha={planned.alpha:g} on {planned.adapted_modules} modules "
+        f"({', '.join(planned.target_modules)}): {planned.trainable_parameters:,} trained parameters ({share:.2%})",
+        f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
+        f"{data.test_items} test items{dropped}; {planned.format} format",
+        f"  training {planned.max_steps} steps of {planned.batch_size} items "
+        f"({planned.micro_batch_size} at a time), seed {config.seed}",
+    ]
+
+
+def _marked(tokens: Any) -> Any:
+    """One line of text: trained tokens highlighted on a terminal, in brackets elsewhere."""
+    import sys
+
+    from rich.text import Text
+
+    text = Text()
+    for token in tokens:
+        shown = token.text.replace("\n", "⏎\n")
+        if not token.trained:
+            text.append(shown, style="dim")
+        elif sys.stdout.isatty():
+            text.append(shown, style="bold black on green")
+        else:
+            text.append(f"[{shown}]")
+    return text

@@ -1,0 +1,155 @@
+"""Verbs that train: ``run`` and ``rerun``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_exp.cli.arguments import OutputRoot, Overrides, Run, complete_runs, examples, outputs_of
+
+if TYPE_CHECKING:
+    from qlora_exp.config import Config
+    from qlora_exp.records import RunRecord
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "run",
+        epilog=examples(
+            "qlora-exp run",
+            "qlora-exp run model.variant=instruct quantization=nf4 lora.r=16 targets=all_linear",
+            "qlora-exp run task=local task.path=FILE.jsonl training.max_steps=40",
+            "qlora-exp run -m quantization=fp16,nf4 lora.r=4,8      # four runs, one after the other",
+            "qlora-exp run --from my_task.yaml seed=2",
+            "qlora-exp run --resume last                            # go on after Ctrl-C",
+        ),
+    )(run)
+    app.command(
+        "rerun",
+        epilog=examples(
+            "qlora-exp rerun last                                   # same seed: the same losses",
+            "qlora-exp rerun last seed=2",
+            "qlora-exp rerun 20261121-04 quantization=fp32",
+        ),
+    )(rerun)
+
+
+def run(
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="Run every combination of comma-separated values")
+    ] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="A YAML file of overrides; those given here win")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Go on with an interrupted run", autocompletion=complete_runs),
+    ] = None,
+    output_root: OutputRoot = None,
+) -> int:
+    """Train one configuration, score it before and after, and keep its record."""
+    given = [*(_read_overrides(source) if source is not None else []), *(overrides or [])]
+    if output_root is not None:
+        given.append(_output_root_override(Path(output_root)))
+    if resume is not None:
+        return _resume(resume, output_root, overrides or [])
+    if multirun:
+        from qlora_exp.app import main
+
+        return main(["--multirun", *given])
+    return _run(given)
+
+
+def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None) -> int:
+    """Run again what a record says, as it was or with changes."""
+    import shlex
+
+    from qlora_exp.history import find_run
+    from qlora_exp.records import read_record
+    from qlora_exp.repetition import overrides_of
+
+    paths = find_run(run, outputs_of(output_root))
+    changes = list(overrides or [])
+    if not any(change.startswith("output_root=") for change in changes):
+        changes.append(_output_root_override(paths.folder.parent.parent))
+    again = overrides_of(read_record(paths.record), changes)
+    print(f"qlora-exp run {shlex.join(again)}", flush=True)
+    return _run(again)
+
+
+def _run(overrides: Sequence[str]) -> int:
+    from qlora_exp.compose import compose
+
+    return _execute(compose(list(overrides)), None)
+
+
+def _execute(config: Config, resume: str | None) -> int:
+    from qlora_exp.app import execute, exit_code_of, summary
+    from qlora_exp.progress import Progress
+
+    with Progress() as observer:
+        record = execute(config, observer, resume)
+    print(summary(record, config))
+    return exit_code_of(record.status)
+
+
+def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
+    from qlora_exp.app import config_from_plain
+    from qlora_exp.errors import ConfigError
+    from qlora_exp.history import find_run
+    from qlora_exp.records import read_record
+
+    if overrides:
+        raise ConfigError("a resumed run keeps its configuration", " ".join(overrides), f"qlora-exp rerun {run} …")
+    paths = find_run(run, outputs_of(output_root))
+    record = read_record(paths.record)
+    _check_resumable(record)
+    config = config_from_plain(record.config)
+    return _execute(replace(config, output_root=str(paths.folder.parent.parent)), record.run_id)
+
+
+def _check_resumable(record: RunRecord) -> None:
+    from qlora_exp.environment import alive
+    from qlora_exp.errors import RecordError
+    from qlora_exp.records import Status
+    from qlora_exp.redaction import REDACTED
+
+    if record.status in (Status.COMPLETED, Status.PRUNED):
+        raise RecordError(f"the run is {record.status}: nothing is left to do", record.run_id, "qlora-exp rerun …")
+    if record.status is Status.RUNNING and record.process is not None and alive(record.process):
+        raise RecordError("the run is still running", f"{record.run_id}, process {record.process.pid}", "wait for it")
+    if REDACTED in str(record.config):
+        raise RecordError(
+            "the record keeps a setting without its secret, so it can't be resumed as it was",
+            record.run_id,
+            f"qlora-exp rerun {record.run_id} with the secret setting given again",
+        )
+
+
+def _read_overrides(file: Path) -> list[str]:
+    """A YAML mapping as overrides: ``task: local``, ``task.path: FILE`` or nested keys."""
+    import yaml
+
+    from qlora_exp.errors import ConfigError
+    from qlora_exp.repetition import flat_overrides
+
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file can't be read: {error}", str(file), "give --from a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"this is no YAML: {error}".splitlines()[0], str(file), "key: value, one a line") from None
+    if not isinstance(raw, dict):
+        raise ConfigError("the file holds no settings", str(file), "key: value, one a line")
+    return flat_overrides(raw)
+
+
+def _output_root_override(folder: Path) -> str:
+    from qlora_exp.repetition import hydra_value
+
+    return f"output_root={hydra_value(str(folder))}"
