@@ -2,7 +2,7 @@
 
 import sys
 
-from qlora_exp.app import main
+from qlora_exp.hydra_app import main
 
 if __name__ == "__main__":
     sys.exit(main())

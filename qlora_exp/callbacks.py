@@ -17,6 +17,13 @@ from transformers import TrainerCallback
 from qlora_exp.measurement import tensor_bytes
 
 EXCLUDED_STEPS = 5
+LOGGED = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "gradient_norm",
+    "eval_loss": "validation_loss",
+}
+"""The trainer's names, and ours in curve.jsonl."""
 SCALER_PATIENCE = 10
 
 Report = Callable[[int, float], bool]
@@ -86,6 +93,7 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         self.optimizer_bytes: int | None = None
         self._pending_tokens = 0
         self._started = 0.0
+        self.began = time.perf_counter()
 
     def count(self, tokens: int, loss_tokens: int) -> None:
         """Called by the trainer for each micro-batch: unpadded tokens, and those among them that carry a loss."""
@@ -132,22 +140,17 @@ class Curve(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        names = {
-            "loss": "loss",
-            "learning_rate": "learning_rate",
-            "grad_norm": "gradient_norm",
-            "eval_loss": "validation_loss",
-        }
-        point = {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
-        if not ("loss" in point or "validation_loss" in point):
+        numbers = {ours: float(logs[theirs]) for theirs, ours in LOGGED.items() if theirs in logs}
+        if not ("loss" in numbers or "validation_loss" in numbers):
             return
-        if "loss" in point:
-            self.first_loss = point["loss"] if self.first_loss is None else self.first_loss
-            self.final_loss = point["loss"]
-        kept = {key: value if math.isfinite(value) else None for key, value in point.items()}
+        if "loss" in numbers:
+            self.first_loss = numbers["loss"] if self.first_loss is None else self.first_loss
+            self.final_loss = numbers["loss"]
+        passed = {"tokens": self.meter.tokens, "seconds": round(time.perf_counter() - self.meter.began, 3)}
+        kept = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": state.global_step, "tokens": self.meter.tokens, **kept}) + "\n")
-        self.observer.step(state.global_step, state.max_steps, point)
+            stream.write(json.dumps({"step": state.global_step, **passed, **kept}) + "\n")
+        self.observer.step(state.global_step, state.max_steps, {**passed, **numbers})
 
 
 class TokenBudget(TrainerCallback):  # type: ignore[misc]
@@ -167,10 +170,8 @@ class AskStudy(TrainerCallback):  # type: ignore[misc]
     def __init__(self, report: Report) -> None:
         self.report = report
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        loss = (metrics or {}).get("eval_loss")
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss = (kwargs.get("metrics") or {}).get("eval_loss")
         if loss is not None and self.report(state.global_step, float(loss)):
             raise Pruned(state.global_step)
 

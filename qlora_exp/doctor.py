@@ -10,13 +10,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
 from qlora_exp import environment
 from qlora_exp.errors import QloraExpError
-from qlora_exp.paths import EMBEDDED, OutputPaths
+from qlora_exp.paths import EMBEDDED, PACKAGE, OutputPaths
+
+if TYPE_CHECKING:
+    from qlora_exp.config import Quantization
 
 OLDEST_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2 * 10**9
@@ -188,7 +193,7 @@ def tracking_database(outputs: OutputPaths) -> Check:
 
 
 def git() -> Check:
-    commit, dirty = environment.git_state(environment.PACKAGE)
+    commit, dirty = environment.git_state(PACKAGE)
     if commit is None:
         return Check("git", None, "the code is not in a git checkout; records will name the version only")
     if dirty:
@@ -203,7 +208,7 @@ def embedded_assets() -> Check:
     listing = EMBEDDED / "SHA256SUMS"
     fix = "reinstall qlora-exp, or in a checkout: git restore qlora_exp/embedded"
     if not listing.is_file():
-        return Check("embedded model", False, f"{listing} is missing", fix)
+        return Check("embedded model", None, "its build wrote no list of hashes")
     wrong, entries = [], listing.read_text(encoding="utf-8").splitlines()
     for entry in entries:
         digest, _, name = entry.partition("  ")
@@ -218,19 +223,17 @@ def embedded_assets() -> Check:
 def quantization_modes() -> Iterator[Check]:
     """Train one small layer through each mode: the gradient after an evaluation must equal the one before."""
     from qlora_exp.config import Quantization
+
+    for mode in Quantization:
+        yield _guarded(f"train in {mode.value}", partial(_self_test, mode))
+
+
+def _self_test(mode: Quantization) -> Check:
     from qlora_exp.models import quantization_self_test
 
-    kind = environment.probe().device.kind
-    for mode in Quantization:
-        yield _guarded(f"train in {mode.value}", lambda mode=mode: _self_test(quantization_self_test, mode, kind))
-
-
-def _self_test(test: Callable[..., object], mode: object, kind: str) -> Check:
-    name = getattr(mode, "value", str(mode))
-    result = test(mode, kind)
-    ok, detail = bool(getattr(result, "ok", False)), str(getattr(result, "detail", ""))
-    fix = None if ok else f"don't use quantization={name} on this machine; update bitsandbytes and torch"
-    return Check(f"train in {name}", ok, detail, fix)
+    result = quantization_self_test(mode, environment.probe().device.kind)
+    fix = None if result.ok else f"don't use quantization={mode.value} on this machine; update bitsandbytes and torch"
+    return Check(f"train in {mode.value}", result.ok, result.detail, fix)
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:

@@ -1,4 +1,4 @@
-"""The runs that there are, and which of them a person means by an id, a unique beginning of one, ``last`` or a folder."""
+"""The runs that there are, and which of them a person means by an id, a part of one, ``last`` or a folder."""
 
 from __future__ import annotations
 

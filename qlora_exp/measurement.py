@@ -26,7 +26,7 @@ DENSE_FLOPS_PER_SECOND = {
 
 @dataclass
 class Phase:
-    """One measured phase. ``peak_bytes``: CUDA bytes allocated, or on a CPU the resident peak above the phase's start."""
+    """One phase. ``peak_bytes``: CUDA bytes allocated, or on a CPU the resident peak above the phase's start."""
 
     seconds: float | None = None
     peak_bytes: int | None = None

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 CHECKPOINTING_FROM_PARAMETERS = 3_000_000_000
-"""``gradient_checkpointing=auto``: smaller models fit with their activations; recomputing costs a third of the speed."""
+"""``gradient_checkpointing=auto``: smaller models fit as they are, and recomputing costs a third of the speed."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ class _Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._started = time.monotonic()
-        self._begin_steps()
+        self._steps_began: float | None = None
+        self._first_step = self._line_step = 0
+        self._line_time = 0.0
 
     def open(self) -> None:
         return
@@ -84,9 +86,8 @@ class _Lines:
         self._print(text)
 
     def _begin_steps(self) -> None:
-        self._steps_began: float | None = None
-        self._first_step = 0
-        self._line_step = 0
+        self._steps_began = None
+        self._first_step = self._line_step = 0
         self._line_time = 0.0
 
     def _print(self, text: str) -> None:

@@ -131,7 +131,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, overflow="fold", style="bold" if position == 0 else "")
     return table

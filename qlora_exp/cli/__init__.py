@@ -12,7 +12,9 @@ import typer
 from qlora_exp.cli import compare, listing, machine, prepare, running
 from qlora_exp.errors import QloraExpError
 
-EPILOG = "Each verb has its own help with examples: qlora-exp run --help. The Hydra app itself: python -m qlora_exp --help"
+EPILOG = (
+    "Each verb has its own help with examples: qlora-exp run --help. The Hydra app itself: python -m qlora_exp --help"
+)
 
 app = typer.Typer(
     name="qlora-exp",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,8 +63,46 @@ Run = Annotated[
 ]
 OutputRoot = Annotated[
     str | None,
-    typer.Option("--output-root", metavar="DIR", help="Where the runs are; by default output_root of the configuration"),
+    typer.Option(
+        "--output-root", metavar="DIR", help="Where the runs are; by default output_root of the configuration"
+    ),
 ]
+
+
+Source = Annotated[
+    Path | None, typer.Option("--from", metavar="FILE", help="A YAML file of overrides; those given here win")
+]
+
+
+def given_overrides(source: Path | None, overrides: list[str] | None) -> list[str]:
+    """The overrides of a ``--from`` file, then those of the command line, which win.
+
+    Raises:
+        ConfigError: the file can't be read, or holds no settings.
+    """
+    given = list(overrides or [])
+    if source is None:
+        return given
+    named = {text.partition("=")[0] for text in given}
+    return [*(text for text in _read_overrides(source) if text.partition("=")[0] not in named), *given]
+
+
+def _read_overrides(file: Path) -> list[str]:
+    """A YAML mapping as overrides: ``task: local``, ``task.path: FILE`` or nested keys."""
+    import yaml
+
+    from qlora_exp.errors import ConfigError
+    from qlora_exp.repetition import flat_overrides
+
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file can't be read: {error}", str(file), "give --from a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"this is no YAML: {error}".splitlines()[0], str(file), "key: value, one a line") from None
+    if not isinstance(raw, dict):
+        raise ConfigError("the file holds no settings", str(file), "key: value, one a line")
+    return flat_overrides(raw)
 
 
 def examples(*lines: str) -> str:

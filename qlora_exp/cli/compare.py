@@ -37,7 +37,7 @@ def show(
 
 
 def diff(first: Run, second: Run, output_root: OutputRoot = None) -> int:
-    """Show what differs between two runs: settings, environment and figures."""
+    """Show what differs between two runs."""
     from qlora_exp.history import find_run
     from qlora_exp.records import read_record
     from qlora_exp.tables import difference_table

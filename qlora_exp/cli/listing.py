@@ -32,7 +32,7 @@ def ls(
     output_root: OutputRoot = None,
     limit: Annotated[int | None, typer.Option(help="Only the newest runs", min=1)] = None,
 ) -> int:
-    """List models, quantizations, targets, tasks, sweeps, or the runs with their figures."""
+    """List what can be chosen, or the runs."""
     from qlora_exp.catalogue import LISTED, choices, sweeps
     from qlora_exp.errors import ConfigError, nearest
 

@@ -26,7 +26,10 @@ def doctor(
     self_test: Annotated[bool, typer.Option(help="Also train through every quantization mode on this machine")] = True,
     output_root: OutputRoot = None,
 ) -> int:
-    """Check this machine and installation: ok, or the problem and its fix. Exit code 1 where there is a problem."""
+    """Check this machine: ok, or problem and fix.
+
+    Exit code 1 where there is a problem.
+    """
     from qlora_exp.app import quiet_libraries, set_threads
     from qlora_exp.doctor import checks
 
@@ -46,7 +49,10 @@ def sync(
     ] = None,
     output_root: OutputRoot = None,
 ) -> int:
-    """Deliver to MLflow what could not be delivered, and mend runs whose process died."""
+    """Deliver runs to MLflow that could not be.
+
+    Runs whose process died are told as interrupted.
+    """
     import sys
 
     from qlora_exp.app import quiet_libraries
@@ -72,7 +78,10 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1")] = 5000,
     output_root: OutputRoot = None,
 ) -> int:
-    """Open the runs in the MLflow UI, on this machine only. Ctrl-C ends it."""
+    """Open the runs in the MLflow UI, on loopback.
+
+    Ctrl-C ends it.
+    """
     import os
 
     from qlora_exp.history import read_runs, tracking_uri

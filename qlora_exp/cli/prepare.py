@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import Overrides, examples
+from qlora_exp.cli.arguments import Overrides, Source, examples, given_overrides
 
 if TYPE_CHECKING:
     from qlora_exp.config import Config
+    from qlora_exp.one_run import Prepared
     from qlora_exp.records import Data, Plan
 
 
@@ -37,15 +38,16 @@ def add_to(app: typer.Typer) -> None:
     app.command("init", epilog=examples("qlora-exp init my-task", "cd my-task && qlora-exp run --from task.yaml"))(init)
 
 
-def validate(overrides: Overrides = None) -> int:
-    """Check configuration, target modules and every row of the data. No weight is read."""
-    config, planned, _, splits = _prepared(list(overrides or []))
-    print("\n".join(_told(config, planned, splits.record)))
+def validate(overrides: Overrides = None, source: Source = None) -> int:
+    """Check settings and data; read no weight."""
+    config, prepared = _prepared(given_overrides(source, overrides))
+    print("\n".join(_told(config, prepared.plan, prepared.splits.record)))
     return 0
 
 
 def preview(
     overrides: Overrides = None,
+    source: Source = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
     count: Annotated[int, typer.Option("--count", "-n", help="How many items")] = 3,
 ) -> int:
@@ -55,8 +57,8 @@ def preview(
     from qlora_exp.data import preview as preview_items
     from qlora_exp.tables import show
 
-    _, _, tokenizer, splits = _prepared(list(overrides or []))
-    for item in preview_items(splits, tokenizer, split, count):
+    _, prepared = _prepared(given_overrides(source, overrides))
+    for item in preview_items(prepared.splits, prepared.tokenizer, split, count):
         trained = sum(token.trained for token in item.tokens)
         head = f"{split} {item.item_id}: {len(item.tokens)} tokens, {trained} trained"
         show(Text(head + (f", label {item.label!r}" if item.label is not None else ""), style="bold"))
@@ -66,7 +68,7 @@ def preview(
 
 
 def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or empty folder")] = Path(".")) -> int:
-    """Write a starter folder: a small task of your own, the settings to run it, and a README."""
+    """Write a starter folder with a task of your own."""
     from qlora_exp.starter import write_starter
 
     for path in write_starter(folder):
@@ -75,7 +77,7 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or 
     return 0
 
 
-def _prepared(overrides: list[str]) -> tuple[Config, Plan, Any, Any]:
+def _prepared(overrides: list[str]) -> tuple[Config, Prepared]:
     """Configuration, plan, tokenizer and splits: all that a run checks before it exists."""
     from qlora_exp.app import quiet_libraries, set_threads
     from qlora_exp.compose import compose
@@ -84,9 +86,9 @@ def _prepared(overrides: list[str]) -> tuple[Config, Plan, Any, Any]:
     set_threads(config.training.threads)
     quiet_libraries()
     from qlora_exp.environment import probe
-    from qlora_exp.run import prepare
+    from qlora_exp.one_run import prepare
 
-    return (config, *prepare(config, probe(config.training.device)))
+    return config, prepare(config, probe(config.training.device))
 
 
 def _told(config: Config, planned: Plan, data: Data) -> list[str]:

@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_exp.cli.arguments import OutputRoot, Overrides, Run, complete_runs, examples, outputs_of
+from qlora_exp.cli.arguments import (
+    OutputRoot,
+    Overrides,
+    Run,
+    Source,
+    complete_runs,
+    examples,
+    given_overrides,
+    outputs_of,
+)
 
 if TYPE_CHECKING:
-    from qlora_exp.config import Config
     from qlora_exp.records import RunRecord
 
 
@@ -43,30 +51,28 @@ def run(
     multirun: Annotated[
         bool, typer.Option("--multirun", "-m", help="Run every combination of comma-separated values")
     ] = False,
-    source: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="A YAML file of overrides; those given here win")
-    ] = None,
+    source: Source = None,
     resume: Annotated[
         str | None,
         typer.Option(metavar="RUN", help="Go on with an interrupted run", autocompletion=complete_runs),
     ] = None,
     output_root: OutputRoot = None,
 ) -> int:
-    """Train one configuration, score it before and after, and keep its record."""
-    given = [*(_read_overrides(source) if source is not None else []), *(overrides or [])]
+    """Train one configuration and keep its record."""
+    given = given_overrides(source, overrides)
     if output_root is not None:
         given.append(_output_root_override(Path(output_root)))
     if resume is not None:
         return _resume(resume, output_root, overrides or [])
     if multirun:
-        from qlora_exp.app import main
+        from qlora_exp.hydra_app import main
 
         return main(["--multirun", *given])
     return _run(given)
 
 
 def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None) -> int:
-    """Run again what a record says, as it was or with changes."""
+    """Run a record's configuration again."""
     import shlex
 
     from qlora_exp.history import find_run
@@ -83,23 +89,14 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None)
 
 
 def _run(overrides: Sequence[str]) -> int:
+    from qlora_exp.app import run_and_tell
     from qlora_exp.compose import compose
 
-    return _execute(compose(list(overrides)), None)
-
-
-def _execute(config: Config, resume: str | None) -> int:
-    from qlora_exp.app import execute, exit_code_of, summary
-    from qlora_exp.progress import Progress
-
-    with Progress() as observer:
-        record = execute(config, observer, resume)
-    print(summary(record, config))
-    return exit_code_of(record.status)
+    return run_and_tell(compose(list(overrides)))
 
 
 def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
-    from qlora_exp.app import config_from_plain
+    from qlora_exp.app import config_from_plain, run_and_tell
     from qlora_exp.errors import ConfigError
     from qlora_exp.history import find_run
     from qlora_exp.records import read_record
@@ -110,7 +107,7 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
     record = read_record(paths.record)
     _check_resumable(record)
     config = config_from_plain(record.config)
-    return _execute(replace(config, output_root=str(paths.folder.parent.parent)), record.run_id)
+    return run_and_tell(replace(config, output_root=str(paths.folder.parent.parent)), record.run_id)
 
 
 def _check_resumable(record: RunRecord) -> None:
@@ -129,24 +126,6 @@ def _check_resumable(record: RunRecord) -> None:
             record.run_id,
             f"qlora-exp rerun {record.run_id} with the secret setting given again",
         )
-
-
-def _read_overrides(file: Path) -> list[str]:
-    """A YAML mapping as overrides: ``task: local``, ``task.path: FILE`` or nested keys."""
-    import yaml
-
-    from qlora_exp.errors import ConfigError
-    from qlora_exp.repetition import flat_overrides
-
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the file can't be read: {error}", str(file), "give --from a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"this is no YAML: {error}".splitlines()[0], str(file), "key: value, one a line") from None
-    if not isinstance(raw, dict):
-        raise ConfigError("the file holds no settings", str(file), "key: value, one a line")
-    return flat_overrides(raw)
 
 
 def _output_root_override(folder: Path) -> str:

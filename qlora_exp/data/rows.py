@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from qlora_exp.config import TaskConfig, TaskKind
@@ -68,7 +69,7 @@ class _Mapping:
     system: str | None
     columns: tuple[str, ...]
 
-    @property
+    @cached_property
     def used(self) -> set[str]:
         used: set[str] = set()
         for source in (self.prompt, self.completion, self.messages, self.label):

@@ -68,7 +68,7 @@ class OptionTrie:
     def of(cls, options: Sequence[Tokens]) -> OptionTrie:
         inner = sorted({option[:-1] for option in options if len(option) > 1})
         # In sorted order a path that begins another one stands directly before one that it begins.
-        paths = [a for a, b in zip(inner, [*inner[1:], ()], strict=True) if b[: len(a)] != a]
+        paths = [a for a, b in zip(inner, [*inner[1:], ()], strict=False) if b[: len(a)] != a]
         reader = {path[:length]: number for number, path in enumerate(paths) for length in range(1, len(path) + 1)}
         return cls(tuple(options), tuple(paths), tuple(reader.get(option[:-1]) for option in options))
 

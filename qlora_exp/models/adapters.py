@@ -28,6 +28,7 @@ from qlora_exp.plan import adapter_dtype, effective_alpha
 ADAPTER = "default"
 START = "_qlora_exp_adapter_start"
 """Where the adapters' first values wait on the model until recast_adapters() has seen to them."""
+MAGNITUDE = "lora_magnitude_vector"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
@@ -35,8 +36,9 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
     """Put an adapter on each of ``modules`` (full names) and on nothing else.
 
     A is drawn in fp32 on the CPU from a generator seeded by (seed, module name), B is zero; then both take
-    ``lora.dtype``. So fp32, fp16, int8 and nf4 bases start from the same adapters. PiSSA takes A and B from the base's
-    weights instead and subtracts them there, on copies: tensors shared with a warm base stay as they are.
+    ``lora.dtype`` (DoRA's magnitudes stay in fp32). So fp32, fp16, int8 and nf4 bases start from the same adapters.
+    PiSSA takes A and B from the base's weights instead and subtracts them there, on copies: tensors shared with a warm
+    base stay as they are.
     Raises :class:`ModelError` for names that the model doesn't have, and where PEFT refuses.
     """
     lora = config.lora
@@ -83,7 +85,7 @@ def recast_adapters(model: nn.Module, lora: LoraConfig) -> None:
     for name, parameter in adapter_parameters(model):
         first = start.get(name)
         untouched = first is not None and torch.equal(first.to(parameter.dtype), parameter.detach())
-        parameter.data = (first if first is not None and untouched else parameter.data).to(dtype)
+        parameter.data = (first if first is not None and untouched else parameter.data).to(_dtype_of(name, dtype))
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -118,10 +120,10 @@ def load_adapter(base: Base, folder: Path) -> PeftModel:
         _own_weights([module for module in model.modules() if hasattr(module, "weight")], 0)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False)
-        _cast(adapted, next(iter(saved.values())).dtype)
+        _cast(adapted, next(value.dtype for name, value in saved.items() if "lora_A" in name))
         unmatched = peft.set_peft_model_state_dict(adapted, saved).unexpected_keys
-    except (ValueError, RuntimeError, KeyError) as error:
-        line = str(error).strip().splitlines()[0][:300]
+    except (ValueError, RuntimeError, KeyError, StopIteration) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(
             f"the adapter doesn't fit the model: {line}", str(folder), "load the base it was made on"
         ) from None
@@ -177,8 +179,13 @@ def _draw(model: PeftModel, lora: LoraConfig, seed: int) -> None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    for _, parameter in adapter_parameters(model):
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in adapter_parameters(model):
+        parameter.data = parameter.data.to(_dtype_of(name, dtype))
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """A and B as asked; DoRA's magnitudes in fp32 always: 16 bits round their small updates away."""
+    return torch.float32 if MAGNITUDE in name else dtype
 
 
 def _own_weights(layers: Sequence[nn.Module], r: int) -> None:

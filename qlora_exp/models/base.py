@@ -66,7 +66,7 @@ def load_model(
         "quantization_config": bitsandbytes_config(quantization, dtype),
         "use_safetensors": True,
     }
-    with no_progress_bars():
+    with quiet_loading():
         try:
             loaded = _from_gguf(source, arguments) if source.gguf_file else _from_folder(source, arguments)
         except (ModelError, torch.OutOfMemoryError, MemoryError):
@@ -156,7 +156,19 @@ def _complete(model: PreTrainedModel, report: dict[str, Any], source: ModelSourc
         shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         what = f"{len(missing)} of the model's weights are not in its files: {shown}"
         raise ModelError(what, source.where, "the files and config.json are not of one model; restore them")
+    for name, module in model.named_modules():
+        found = _quantized_shape(module)
+        if found is not None and found != (module.out_features, module.in_features):
+            what = f"{name} is {found[0]} × {found[1]} in the files, and {module.out_features} × {module.in_features}"
+            raise ModelError(f"{what} by config.json", source.where, "the files and config.json are not of one model")
     return model
+
+
+def _quantized_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """transformers compares shapes before it loads a plain weight, but not one that it quantizes on the way."""
+    if isinstance(module, Linear4bit):
+        return tuple(module.weight.quant_state.shape)
+    return tuple(module.weight.shape) if isinstance(module, Linear8bitLt) else None
 
 
 def _settle(model: PreTrainedModel) -> PreTrainedModel:
@@ -195,11 +207,15 @@ def _device(device_kind: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+def quiet_loading() -> Iterator[None]:
+    """No progress bars and no load report while loading: what is wrong is raised here, not logged."""
+    log = transformers.utils.logging
+    bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from qlora_exp.config import ComputeDtype, Quantization, QuantizationConfig
-from qlora_exp.models.base import load_model, no_progress_bars
+from qlora_exp.models.base import load_model, quiet_loading
 from qlora_exp.models.sources import ModelSource
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
@@ -36,7 +36,7 @@ def quantization_self_test(mode: Quantization, device_kind: str) -> SelfTest:
     ``ok``: both gradients are the same, and close to that of an fp32 copy with the dequantized weights.
     """
     quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0)
-    with tempfile.TemporaryDirectory() as folder, no_progress_bars():
+    with tempfile.TemporaryDirectory() as folder, quiet_loading():
         _small_llama().save_pretrained(folder)
         source = ModelSource("self-test", str(Path(folder)), None, None, True)
         model = load_model(source, quantization, "eager", device_kind)

@@ -5,6 +5,7 @@ Nothing here reads a weight into memory: what is wrong is found and told before 
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -90,8 +91,8 @@ def sibling_source(model: ModelConfig) -> ModelSource | None:
 def model_config(source: ModelSource) -> PretrainedConfig:
     """transformers' configuration of a resolved source, without a trace of an earlier quantization."""
     try:
-        config = AutoConfig.from_pretrained(source.path_or_id, **source.arguments)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError, IndexError) as error:
+        config = _read_config(source)
+    except Exception as error:  # every architecture validates in its own way, and GGUF readers unpack raw bytes
         what = f"the model's configuration can't be read: {_first_line(error)}"
         raise ModelError(what, source.where, "is it a complete model that transformers can build?") from None
     if source.gguf_file is None and getattr(config, "quantization_config", None):
@@ -104,6 +105,19 @@ def model_config(source: ModelSource) -> PretrainedConfig:
         what = f"{config.model_type} is no architecture that generates text left to right"
         raise ModelError(what, source.where, "give a causal language model: Llama, Qwen, GPT-2 …")
     return config
+
+
+def _read_config(source: ModelSource) -> PretrainedConfig:
+    if not source.gguf_file:
+        return AutoConfig.from_pretrained(source.path_or_id, **source.arguments)
+    state = Path(source.where).stat()
+    return copy.deepcopy(_read_gguf_config(source, state.st_size, state.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=8)
+def _read_gguf_config(source: ModelSource, size: int, modified: int) -> PretrainedConfig:
+    """Seconds for a large vocabulary, and asked for by every step of a run; a changed file is read anew."""
+    return AutoConfig.from_pretrained(source.path_or_id, **source.arguments)
 
 
 def fingerprint(source: ModelSource) -> str:

@@ -1,0 +1,166 @@
+"""Batched greedy generation equals one-by-one generation, ends where it should, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_exp.evaluation import evaluate_model, nats_per_byte_by_document
+from qlora_exp.evaluation.context import CausalModel, read, scoring_mode
+from qlora_exp.evaluation.generation import StopRule, generate, stop_rule
+
+PROMPTS = ["a", "a much longer prompt than the others:", "bb b", "tell me:"]
+
+
+def generated(model: Any, tokenizer: Any, prompts: list[str], rule: StopRule) -> list[str]:
+    with scoring_mode(model):
+        return generate(*read(CausalModel(model), [tokenizer(text)["input_ids"] for text in prompts]), tokenizer, rule)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mistral", "mamba"])
+def test_a_batch_generates_what_each_prompt_alone_does(
+    family: str, make_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    model = make_model(family)
+    rule = StopRule(frozenset({tokenizer.eos_token_id}), at_newline=False, max_new_tokens=12)
+    alone = []
+    for text in PROMPTS:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        alone.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    assert len(set(alone)) == len(alone)
+    assert generated(model, tokenizer, PROMPTS, rule) == alone
+
+
+@pytest.fixture(scope="module")
+def taught(make_model: Callable[..., Any], tokenizer: Any) -> Any:
+    """A model that has learnt four answers by heart: one ends in EOS, one in a newline, one begins with newlines."""
+    torch.manual_seed(0)
+    model = make_model("gpt2", initializer_range=0.02)
+    end = tokenizer.eos_token
+    texts = [f"q1: red{end}", f"question 2: blue\nq9: nonsense{end}", f"q3:\n\ngreen{end}", f"q4: redredredredred{end}"]
+    sequences = [tokenizer(text)["input_ids"] for text in texts]
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
+    mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(150):
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.6
+    return model.eval()
+
+
+QUESTIONS = ["q1:", "question 2:", "q3:", "q4:"]
+
+
+def test_answers_end_at_eos_at_a_newline_after_text_or_at_the_limit(taught: Any, tokenizer: Any) -> None:
+    rule = StopRule(frozenset({tokenizer.eos_token_id}), at_newline=True, max_new_tokens=9)
+    assert generated(taught, tokenizer, QUESTIONS, rule) == ["red", "blue", "green", "redredre"]
+
+
+def test_lines_go_on_where_the_tasks_answers_have_several(taught: Any, tokenizer: Any) -> None:
+    rule = stop_rule(taught, tokenizer, [(tokenizer.eos_token_id,)], ["a", "b\nc"], max_new_tokens=40)
+    assert not rule.at_newline
+    assert generated(taught, tokenizer, QUESTIONS[1:2], rule) == ["blue\nq9: nonsense"]
+
+
+def test_the_end_of_turn_that_the_task_trains_on_stops_but_ordinary_text_does_not(taught: Any, tokenizer: Any) -> None:
+    rule = stop_rule(taught, tokenizer, [(tokenizer.pad_token_id, 10), (65,), ()], ["a"], max_new_tokens=4)
+    assert rule.token_ids == {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert rule.at_newline
+
+
+def test_generation_ends_where_the_model_has_no_further_positions(
+    make_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    model = make_model("gpt2", n_positions=16)
+    rule = StopRule(frozenset(), at_newline=False, max_new_tokens=50)
+    with scoring_mode(model):
+        start = read(CausalModel(model), [[65] * 16, [66] * 10])
+        first, second = generate(*start, tokenizer, rule)
+    # 16 positions hold the prompt and all generated tokens but the last; a token is at most one character here.
+    assert len(first) <= 1
+    assert 0 < len(second) <= 7
+
+
+def test_a_model_that_learnt_the_answers_is_scored_exact(
+    taught: Any,
+    tokenizer: Any,
+    make_item: Callable[..., Any],
+    make_splits: Callable[..., Any],
+    make_config: Callable[..., Any],
+) -> None:
+    items = [make_item("1", "q1:", "RED", "red"), make_item("2", "question 2:", "blue", "blue")]
+    splits = make_splits(items, items, labels=("red", "blue"))
+    scores = evaluate_model(taught, tokenizer, items, splits, make_config(max_new_tokens=12)).scores
+    assert scores.exact_match == 1.0  # case is folded
+    assert scores.invalid_answer_rate == 0.0
+    assert scores.accuracy == 1.0
+    assert scores.rouge_l is None
+    other = make_splits(items, items, labels=("green", "yellow", "red"))
+    items_of_other = [make_item("2", "question 2:", "green", "green")]
+    scores = evaluate_model(taught, tokenizer, items_of_other, other, make_config(max_new_tokens=12)).scores
+    assert (scores.exact_match, scores.invalid_answer_rate) == (0.0, 1.0)
+
+
+def test_free_text_is_scored_by_overlap(
+    taught: Any,
+    tokenizer: Any,
+    make_item: Callable[..., Any],
+    make_splits: Callable[..., Any],
+    make_config: Callable[..., Any],
+) -> None:
+    items = [make_item("1", "q1:", "red wine"), make_item("2", "question 2:", "blue")]
+    scores = evaluate_model(taught, tokenizer, items, make_splits(items, items), make_config(max_new_tokens=12)).scores
+    assert scores.rouge_l == pytest.approx((2 / 3 + 1) / 2)
+    assert scores.token_f1 == pytest.approx((2 / 3 + 1) / 2)
+    assert scores.exact_match == 0.5
+    assert scores.accuracy is None
+    assert scores.invalid_answer_rate is None
+
+
+def test_evaluation_leaves_modes_configuration_and_tokenizer_as_they_were_and_training_goes_on(
+    make_model: Callable[..., Any], tokenizer: Any, colours: Any, make_config: Callable[..., Any]
+) -> None:
+    model = make_model("llama")
+    model.train()
+    model.model.layers[1].eval()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable()
+    before = (
+        [module.training for module in model.modules()],
+        copy.deepcopy(model.config.to_dict()),
+        copy.deepcopy(model.generation_config.to_dict()),
+        tokenizer.padding_side,
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
+    evaluate_model(model, tokenizer, colours.validation, colours, make_config())
+    nats_per_byte_by_document(model, tokenizer, ["some text"], make_config())
+    assert [module.training for module in model.modules()] == before[0]
+    assert model.config.to_dict() == before[1]
+    assert model.generation_config.to_dict() == before[2]
+    assert tokenizer.padding_side == before[3]
+    assert all(torch.equal(value, before[4][name]) for name, value in model.state_dict().items())
+    ids = torch.tensor([colours.train[0].ids])
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_modes_are_restored_when_scoring_fails(make_model: Callable[..., Any]) -> None:
+    model = make_model("gpt2").train()
+
+    def fail() -> None:
+        with scoring_mode(model):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert model.training

@@ -1,0 +1,231 @@
+"""One run from the command line to its record: complete when it completes, and complete when it doesn't."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from qlora_exp import load_run, run
+from qlora_exp.records import RunRecord, Status
+
+QUICK = [
+    "training.device=cpu",
+    "training.max_steps=4",
+    "training.batch_size=4",
+    "training.max_length=64",
+    "training.logging_steps=1",
+    "evaluation.max_items=12",
+    "evaluation.forgetting_documents=3",
+]
+
+
+def overrides(output: Path, *more: str) -> list[str]:
+    return [*QUICK, f"output_root={output}", *more]
+
+
+def local(model: Path, task: Path) -> list[str]:
+    return ["model=local", f"model.path={model}", "task=local", "task.kind=classification", f"task.path={task}"]
+
+
+def door(*arguments: str, check: bool = False, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_exp", *arguments], text=True, capture_output=True, check=check, **kwargs
+    )
+
+
+def mlflow_statuses(output: Path) -> list[str]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output.parent / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return sorted(found.info.status for found in client.search_runs(experiments))
+
+
+@pytest.fixture(scope="module")
+def completed(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
+    from tests.conftest import write_colour_task
+
+    folder = tmp_path_factory.mktemp("completed")
+    task = write_colour_task(folder / "colours.jsonl")
+    output = folder / "outputs"
+    goal = ["task.goal='accuracy >= 0.5'", "quantization=nf4", "budget.usd_per_hour=2"]
+    return run(*overrides(output, *local(tiny_models["llama"], task), *goal)), output
+
+
+def test_a_completed_record_has_every_figure(completed: tuple[RunRecord, Path]) -> None:
+    record, output = completed
+    assert record.status is Status.COMPLETED, record.failure
+    assert load_run(record.run_id, str(output)) == record
+    memory, speed = record.memory, record.speed
+    for value in (memory.base_weight_bytes, memory.quantization_state_bytes, memory.adapter_bytes):
+        assert value is not None
+        assert value > 0
+    assert memory.gradient_bytes == memory.adapter_bytes
+    assert memory.optimizer_bytes is not None
+    assert memory.adapter_bytes is not None
+    assert 2 * memory.adapter_bytes <= memory.optimizer_bytes < 2.1 * memory.adapter_bytes
+    for seconds in (speed.load_seconds, speed.train_seconds, speed.evaluation_seconds, speed.total_seconds):
+        assert seconds is not None
+        assert seconds > 0
+    assert speed.train_tokens is not None
+    assert speed.loss_tokens is not None
+    assert 0 < speed.loss_tokens < speed.train_tokens
+    assert speed.cost_usd is not None
+    assert record.plan is not None
+    assert record.plan.trainable_parameters * 4 == memory.adapter_bytes
+    assert record.goal is not None
+    assert record.goal.answer in ("yes", "no", "not shown")
+    assert record.scores.forgetting is not None
+    assert record.baselines is not None
+
+
+def test_per_item_results_add_up_to_the_scores(completed: tuple[RunRecord, Path]) -> None:
+    record, output = completed
+    items = pq.read_table(output / "runs" / record.run_id / "items_after_validation.parquet").to_pydict()
+    after = record.scores.after
+    assert after is not None
+    assert sum(items["correct"]) / len(items["correct"]) == pytest.approx(after.accuracy)
+    assert sum(items["loss_sum_nats"]) / len(items["loss_sum_nats"]) == pytest.approx(after.loss_per_item)
+
+
+def test_the_adapter_is_safetensors_and_no_pickle_is_left(completed: tuple[RunRecord, Path]) -> None:
+    record, output = completed
+    names = {path.name for path in (output / "runs" / record.run_id).rglob("*") if path.is_file()}
+    assert "adapter_model.safetensors" in names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+def test_what_does_not_change_is_computed_once(completed: tuple[RunRecord, Path], tiny_models: dict[str, Path]) -> None:
+    first, output = completed
+    task = output.parent / "colours.jsonl"
+    again = run(*overrides(output, *local(tiny_models["llama"], task), "quantization=nf4", "lora.r=2"))
+    other = run(*overrides(output, *local(tiny_models["llama"], task), "quantization=fp32"))
+    assert again.speed.untouched_cached
+    assert again.scores.before == first.scores.before
+    assert not other.speed.untouched_cached
+    assert other.scores.before != first.scores.before
+
+
+def test_the_same_seed_gives_the_same_scores(completed: tuple[RunRecord, Path], tiny_models: dict[str, Path]) -> None:
+    first, output = completed
+    task = output.parent / "colours.jsonl"
+    again = run(*overrides(output, *local(tiny_models["llama"], task), "quantization=nf4"))
+    other = run(*overrides(output, *local(tiny_models["llama"], task), "quantization=nf4", "seed=2"))
+    assert again.scores.after == first.scores.after
+    assert other.scores.after != first.scores.after
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+@pytest.mark.parametrize("quantization", ["fp16", "int8"])
+def test_other_architectures_run_to_a_record(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path, family: str, quantization: str
+) -> None:
+    given = [*local(tiny_models[family], colour_task), f"quantization={quantization}", "targets=all_linear"]
+    record = run(*overrides(tmp_path / "outputs", *given))
+    assert record.status is Status.COMPLETED, record.failure
+    assert record.plan is not None
+    assert record.plan.adapted_modules == {"gpt2": 8, "phi3": 8}[family]
+
+
+def test_a_diverged_run_is_told_as_such(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
+    given = [*local(tiny_models["llama"], colour_task), "training.learning_rate=1e30", "training.max_steps=40"]
+    result = door(*overrides(tmp_path / "outputs", *given))
+    assert result.returncode == 1, result.stderr
+    [path] = (tmp_path / "outputs" / "runs").glob("*/record.json")
+    record = json.loads(path.read_text())
+    assert record["status"] == "DIVERGED"
+    assert record["failure"]["phase"] == "train"
+    assert record["plan"]["max_steps"] == 40
+    assert record["scores"]["before"] is not None
+    assert mlflow_statuses(tmp_path / "outputs") == ["FAILED"]
+    assert "learning_rate" in result.stdout
+
+
+def test_wrong_data_ends_with_exit_code_2_and_no_run(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    task = tmp_path / "task.jsonl"
+    rows = [{"prompt": f"item {number}", "completion": "ab"[number % 2]} for number in range(40)]
+    rows[1]["completion"] = ""
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for mode in ([], ["-m"]):
+        result = door(*mode, *overrides(tmp_path / "outputs", *local(tiny_models["llama"], task)))
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert "task.jsonl" in result.stderr
+        assert "row 2" in result.stderr or "line 2" in result.stderr
+    assert not list((tmp_path / "outputs").glob("runs/*"))
+
+
+def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "outputs"
+    long = [*local(tiny_models["llama"], colour_task), "training.max_steps=400", "evaluation.baselines=false"]
+    command = [sys.executable, "-m", "qlora_exp", *overrides(output, *long)]
+    child = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not any(p.stat().st_size for p in output.glob("runs/*/curve.jsonl")):
+        assert time.monotonic() < deadline
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGINT)
+    shown, _ = child.communicate(timeout=120)
+    assert child.returncode == 130
+    [folder] = output.glob("runs/*")
+    record = load_run(str(folder))
+    assert record.status is Status.INTERRUPTED
+    assert f"--resume {record.run_id}" in shown
+    assert mlflow_statuses(output) == ["KILLED"]
+
+    resumed = subprocess.run(
+        [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", record.run_id, f"output_root={output}"],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    finished = load_run(str(folder))
+    assert finished.training is not None
+    assert finished.training.steps == 400
+    assert finished.training.resumed_from_step
+    assert mlflow_statuses(output) == ["FINISHED"]
+    undisturbed = run(*overrides(tmp_path / "other", *long))
+    assert finished.scores.after == undisturbed.scores.after
+
+
+def test_no_secret_reaches_a_record_or_the_tracking_database(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    canary = "hf_" + "canaryCANARYcanaryCANARYcanary1234"
+    given = [*local(tiny_models["llama"], colour_task), f"name='{canary}'", "training.save_every_steps=2"]
+    environment = os.environ | {"HF_TOKEN": canary}
+    result = door(*overrides(tmp_path / "outputs", *given), env=environment)
+    assert result.returncode == 0, result.stderr
+    assert canary not in result.stdout + result.stderr
+    holding = [str(p) for p in tmp_path.rglob("*") if p.is_file() and canary.encode() in p.read_bytes()]
+    assert holding == []
+
+
+def test_a_multirun_leaves_one_finished_run_a_point_each_in_a_process_of_its_own(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "outputs"
+    axes = ["quantization=nf4,fp32", "lora.r=2,4"]
+    result = door(
+        "-m", *overrides(output, *local(tiny_models["llama"], colour_task), *axes), "evaluation.generate=false"
+    )
+    assert result.returncode == 0, result.stderr
+    records = [load_run(str(path)) for path in output.glob("runs/*")]
+    points = {(record.config["quantization"]["mode"], record.config["lora"]["r"]) for record in records}
+    assert points == {("nf4", 2), ("nf4", 4), ("fp32", 2), ("fp32", 4)}
+    assert mlflow_statuses(output) == ["FINISHED"] * 4
+    assert all(not record.memory.host_reused for record in records)
+    assert all(record.memory.peak_train_bytes for record in records)
