@@ -186,7 +186,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
     assert mlflow_statuses(output) == ["KILLED"]
 
     resumed = subprocess.run(
-        [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", record.run_id, f"output_root={output}"],
+        [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", record.run_id, "--output-root", str(output)],
         text=True,
         capture_output=True,
         check=False,

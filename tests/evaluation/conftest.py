@@ -29,7 +29,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "sliding_window": 8,
     },
-    # State-space layers: their cache can't be shared between continuations.
+    # Convolution or state-space layers: their cache is written in place and can't be shared between continuations.
+    "lfm2": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention"],
+    },
     "mamba": {"hidden_size": 32, "state_size": 4},
 }
 

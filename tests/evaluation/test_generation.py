@@ -21,7 +21,7 @@ def generated(model: Any, tokenizer: Any, prompts: list[str], rule: StopRule) ->
         return generate(*read(CausalModel(model), [tokenizer(text)["input_ids"] for text in prompts]), tokenizer, rule)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mistral", "mamba"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mistral", "lfm2", "mamba"])
 def test_a_batch_generates_what_each_prompt_alone_does(
     family: str, make_model: Callable[..., Any], tokenizer: Any
 ) -> None:

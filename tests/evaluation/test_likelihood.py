@@ -13,7 +13,7 @@ from qlora_exp.evaluation import evaluate_model, likelihood
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
 
-FAMILIES = ("llama", "gpt2", "gpt_neox", "mistral", "mamba")
+FAMILIES = ("llama", "gpt2", "gpt_neox", "mistral", "lfm2", "mamba")
 OPTIONS = [(5,), (5, 6), (5, 6, 7), (5, 9, 7, 8), (11, 12), (13,), (5, 6, 8)]
 
 

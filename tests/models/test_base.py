@@ -206,3 +206,15 @@ def test_double_quantization_is_as_asked(tiny_models: dict[str, Path]) -> None:
         state = base.model.model.layers[0].mlp.up_proj.weight.quant_state
         assert state.nested is double
         assert state.quant_type == "nf4"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_every_precision_loads_and_trains_rightly_on_cuda(mode: str, tiny_models: dict[str, Path]) -> None:
+    for family in FAMILIES:
+        base = load_base(configured(tiny_models[family], mode), "cuda")
+        native = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+        assert {parameter.device.type for parameter in base.model.parameters()} == {"cuda"}
+        assert base.compute_dtype == native.get(mode, "bfloat16" if torch.cuda.is_bf16_supported() else "float16")
+    result = quantization_self_test(Quantization(mode), "cuda")
+    assert result.ok, result.detail

@@ -1,0 +1,154 @@
+"""The house plan, held by tests: which room may import which, who alone imports a library, and what must stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import qlora_exp
+
+PACKAGE = Path(qlora_exp.__file__).resolve().parent
+ELSEWHERE = {"conf", "sweeps", "analysis", "plugins"}
+"""Symlinks to top-level folders, and Hydra's plugin namespace, which is no room of ours."""
+
+FOUNDATION = {"errors", "paths"}
+"""What every room may import; they import nothing of ours."""
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "paths": set(),
+    "redaction": set(),
+    "measurement": set(),
+    "metrics": set(),
+    "starter": set(),
+    "progress": set(),
+    "records": set(),
+    "config": set(),
+    "catalogue": set(),
+    "checks": {"config", "records"},
+    "checkpoints": {"records"},
+    "model_card": {"records", "redaction"},
+    "history": {"records"},
+    "environment": {"config", "records"},
+    "callbacks": {"measurement"},
+    "tables": {"catalogue", "records"},
+    "plan": {"checks", "config", "records"},
+    "compose": {"config", "plan"},
+    "models": {"checks", "config", "plan"},
+    "data": {"config", "records"},
+    "evaluation": {"config", "data", "metrics", "plan", "records"},
+    "train": {"callbacks", "checkpoints", "config", "data", "models", "records"},
+    "untouched": {"config", "data", "evaluation", "records"},
+    "tracking": {"config", "environment", "model_card", "records", "redaction"},
+    "one_run": {
+        *("callbacks", "config", "data", "evaluation", "measurement", "models"),
+        *("plan", "records", "redaction", "train", "untouched"),
+    },
+    "app": {
+        *("callbacks", "compose", "config", "environment", "one_run"),
+        *("progress", "records", "redaction", "tracking"),
+    },
+    "hydra_app": {"app", "compose", "config"},
+    "job": {"app"},
+    "repetition": {"catalogue", "compose", "config", "records", "redaction"},
+    "doctor": {"config", "environment", "models", "tracking"},
+    "embedded": {"app", "compose", "records"},
+    "cli": {
+        *("__init__", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "history"),
+        *("hydra_app", "one_run", "records", "redaction", "repetition", "starter", "tables", "tracking"),
+    },
+    "__init__": {"app", "compose", "history", "records"},
+    "__main__": {"hydra_app"},
+}
+
+ONE_IMPORTER = {
+    "bitsandbytes": "models",
+    "peft": "models",
+    "datasets": "data",
+    "trl": "train",
+    "evaluate": "metrics",
+    "mlflow": "tracking",
+    "optuna": "study",
+    "typer": "cli",
+}
+
+TORCH_FREE = ("config", "records", "paths", "errors", "redaction", "environment", "plan", "compose", "history", "app")
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def source_files() -> list[Path]:
+    return [file for file in sorted(PACKAGE.rglob("*.py")) if room_of(file) not in ELSEWHERE]
+
+
+def imported_names(file: Path) -> Iterator[str]:
+    """Dotted names of all imports, those inside functions included: a cycle hidden in a function is a cycle."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports hide the room they come from"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_rooms() -> dict[str, set[str]]:
+    rooms = {room_of(file) for file in source_files()}
+    found: dict[str, set[str]] = {room: set() for room in rooms}
+    for file in source_files():
+        for name in imported_names(file):
+            parts = name.split(".")
+            if parts[0] == "qlora_exp":
+                target = parts[1] if len(parts) > 1 and parts[1] in rooms | ELSEWHERE else "__init__"
+                if target != room_of(file):
+                    found[room_of(file)].add(target)
+    return found
+
+
+def test_every_room_imports_only_what_the_plan_allows() -> None:
+    wrong = {
+        room: sorted(targets - MAY_IMPORT.get(room, set()) - FOUNDATION)
+        for room, targets in imported_rooms().items()
+        if targets - MAY_IMPORT.get(room, set()) - FOUNDATION
+    }
+    assert wrong == {}, "imports against the plan; change the plan in this file, docs and README together with the code"
+
+
+def test_every_room_is_in_the_plan() -> None:
+    assert set(imported_rooms()) <= set(MAY_IMPORT)
+
+
+def test_the_plan_has_no_cycle() -> None:
+    assert len(list(TopologicalSorter(MAY_IMPORT).static_order())) >= len(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("library", ONE_IMPORTER)
+def test_a_library_has_one_importer(library: str) -> None:
+    importers = {
+        room_of(file) for file in source_files() for name in imported_names(file) if name.split(".")[0] == library
+    }
+    assert importers <= {ONE_IMPORTER[library]}
+
+
+def loaded_after(code: str) -> set[str]:
+    """Names of the modules that a fresh interpreter holds after ``code``."""
+    program = f"import sys\n{code}\nprint(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_command_line_loads_neither_torch_nor_mlflow() -> None:
+    heavy = {"torch", "mlflow", "transformers", "hydra", "omegaconf", "numpy", "rich"}
+    assert not heavy & loaded_after("import qlora_exp.cli")
+
+
+def test_rooms_for_arithmetic_and_records_do_not_load_torch() -> None:
+    code = "\n".join(f"import qlora_exp.{room}" for room in TORCH_FREE)
+    assert not {"torch", "mlflow", "transformers"} & loaded_after(code)
