@@ -46,6 +46,7 @@ def quiet_libraries() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }.items():
         os.environ.setdefault(key, value)

@@ -1,0 +1,319 @@
+"""The verbs: what they print, what they refuse, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_exp import load_run
+from qlora_exp.cli import main
+from qlora_exp.cli.arguments import complete_overrides, complete_runs
+from qlora_exp.doctor import checks, disk_space, writable
+from qlora_exp.paths import OutputPaths
+from qlora_exp.progress import Progress
+from qlora_exp.records import Status, write_json
+from qlora_exp.tables import bytes_text
+
+QUICK = [
+    *("training.device=cpu", "training.max_steps=3", "training.batch_size=4", "training.max_length=64"),
+    *("training.logging_steps=1", "evaluation=quick", "evaluation.max_items=8", "quantization=fp32"),
+]
+
+
+class Runs:
+    """One finished run, its rerun with the same seed, and its rerun at another rank, in a folder of their own."""
+
+    def __init__(self, folder: Path, model: Path, task: Path) -> None:
+        self.output = folder / "outputs"
+        given = ["model=local", f"model.path={model}", "task=local", "task.kind=classification", f"task.path={task}"]
+        self.codes = [main(["run", *QUICK, *given, f"output_root={self.output}", "name=first"])]
+        self.first = self.ids()[0]
+        self.codes.append(main(["rerun", self.first, "name=again", "--output-root", str(self.output)]))
+        self.codes.append(main(["rerun", self.first, "name=wider", "lora.r=16", "--output-root", str(self.output)]))
+        by_name = {load_run(str(self.output / "runs" / run)).name: run for run in self.ids()}
+        self.again, self.wider = by_name["again"], by_name["wider"]
+
+    def ids(self) -> list[str]:
+        return sorted(path.name for path in (self.output / "runs").iterdir())
+
+    def losses(self, run: str) -> list[float]:
+        lines = (self.output / "runs" / run / "curve.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    from tests.conftest import write_colour_task
+
+    folder = tmp_path_factory.mktemp("cli")
+    return Runs(folder, tiny_models["llama"], write_colour_task(folder / "colours.jsonl"))
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    """What a verb printed, after checking its exit code."""
+    capsys.readouterr()
+    assert main(list(arguments)) == code
+    output = capsys.readouterr()
+    return output.out if code == 0 else output.err
+
+
+def test_rerun_with_the_same_seed_gives_the_same_losses(runs: Runs) -> None:
+    assert runs.codes == [0, 0, 0]
+    assert len(runs.losses(runs.first)) == 3
+    assert runs.losses(runs.again) == runs.losses(runs.first)
+    assert runs.losses(runs.wider) != runs.losses(runs.first)
+
+
+def test_ls_runs_is_one_table_and_the_command_that_opens_it(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = told(capsys, "ls", "runs", "--output-root", str(runs.output)).splitlines()
+    for column in (
+        "run",
+        "model",
+        "variant",
+        "quantization",
+        "r",
+        "before → after",
+        "peak memory",
+        "tokens/s",
+        "status",
+    ):
+        assert column in lines[0]
+    row = next(line for line in lines if runs.wider in line)
+    record = load_run(str(runs.output / "runs" / runs.wider))
+    assert record.scores.before is not None
+    assert record.scores.after is not None
+    assert f"accuracy {record.scores.before.accuracy:.3f} → {record.scores.after.accuracy:.3f}" in row
+    assert " fp32 " in row
+    assert " 16 " in row
+    assert "COMPLETED" in row
+    assert f"qlora-exp ui --output-root {runs.output}" in lines[-2]
+    assert f"sqlite:///{runs.output.parent / 'mlflow.db'}" in lines[-1]
+
+
+def test_ls_runs_shows_the_readable_and_names_the_damaged(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = load_run(str(runs.output / "runs" / runs.first))
+    write_json(tmp_path / "runs" / "good" / "record.json", record)
+    (tmp_path / "runs" / "torn").mkdir()
+    (tmp_path / "runs" / "torn" / "record.json").write_text('{"schema_version": 1, "run')
+    shown = told(capsys, "ls", "runs", "--output-root", str(tmp_path))
+    assert record.run_id in shown
+    assert "not shown: the record can't be read" in shown
+
+
+def test_ls_runs_tells_a_run_whose_process_died(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = load_run(str(runs.output / "runs" / runs.first))
+    config = {**record.config, "tracking": {**record.config["tracking"], "enabled": False}}
+    write_json(tmp_path / "o" / "runs" / "dead" / "record.json", record.replace(status=Status.RUNNING, config=config))
+    assert "INTERRUPTED" in told(capsys, "ls", "runs", "--output-root", str(tmp_path / "o"))
+
+
+def test_show_json_is_the_record_on_disk(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = told(capsys, "show", runs.first, "--json", "--output-root", str(runs.output))
+    on_disk = (runs.output / "runs" / runs.first / "record.json").read_text(encoding="utf-8")
+    assert json.loads(shown) == json.loads(on_disk)
+
+
+def test_show_names_every_known_figure_with_its_unit(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = told(capsys, "show", runs.first, "--output-root", str(runs.output))
+    record = load_run(str(runs.output / "runs" / runs.first))
+    line = next(line for line in shown.splitlines() if line.startswith("memory.adapter_bytes"))
+    assert bytes_text(record.memory.adapter_bytes) in line
+    assert "speed.train_seconds" in shown
+
+
+def test_diff_shows_what_differs_and_only_that(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [line.split()[0] for line in told(capsys, "diff", *_three(runs)).splitlines()]
+    assert "config.lora.r" in keys
+    assert "plan.trainable_parameters" in keys
+    assert "config.quantization.mode" not in keys
+    assert "run_id" not in keys
+
+
+def _three(runs: Runs) -> list[str]:
+    return [runs.first, runs.wider, "--output-root", str(runs.output)]
+
+
+@pytest.mark.parametrize("say", [lambda run: run, lambda run: run[-4:], lambda run: run[:-1], lambda run: "last"])
+def test_a_run_is_found_by_id_part_or_last(say, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    assert runs.wider in told(capsys, "show", say(runs.wider), "--output-root", str(runs.output))
+
+
+def test_a_run_is_found_by_its_folder_from_anywhere(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(runs.output / "runs")
+    assert runs.first in told(capsys, "show", runs.first)
+
+
+def test_an_ambiguous_run_names_the_candidates(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = told(capsys, "show", "20", "--output-root", str(runs.output), code=2)
+    assert "fits 3 runs" in shown
+    assert runs.first in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rum"], ["No such command 'rum'", "run"]),
+        (["ls", "modles"], ["'modles'", "did you mean models?"]),
+        (["show", "nowhere", "--output-root", "empty"], ["there are no runs yet", "empty/runs"]),
+        (["run", "lora.rank=8"], ["lora.rank", "did you mean lora.r?"]),
+        (["validate", "quantization=nf5"], ["quantization", "nf4"]),
+        (["run", "--from", "nothing.yaml"], ["nothing.yaml", "can't be read"]),
+        (["run", "--resume", "last", "lora.r=4"], ["a resumed run keeps its configuration", "rerun"]),
+        (["run", "-m", "lora.r=8,x"], ["lora.r", "whole number"]),
+        (["data", "preview", "--split", "tran"], ["tran", "train"]),
+        (["ui", "--output-root", "empty"], ["there are no tracked runs yet"]),
+        (["validate", "task=local", "task.path=nothing.jsonl"], ["nothing.jsonl"]),
+    ],
+)
+def test_wrong_input_ends_with_exit_code_2_and_no_traceback(
+    arguments: list[str],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = told(capsys, *arguments, code=2)
+    assert "Traceback" not in shown
+    for text in expected:
+        assert text in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_is_not_resumed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing is left to do" in told(
+        capsys, "run", "--resume", runs.first, "--output-root", str(runs.output), code=2
+    )
+
+
+def test_a_failed_run_ends_with_exit_code_1(runs: Runs, tmp_path: Path) -> None:
+    changes = ["training.learning_rate=1e30", "training.warmup_ratio=0", f"output_root={tmp_path / 'outputs'}"]
+    assert main(["rerun", runs.first, *changes, "--output-root", str(runs.output)]) == 1
+
+
+def test_the_starter_folder_is_valid_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "task.jsonl" in told(capsys, "init", str(tmp_path / "mine"))
+    monkeypatch.chdir(tmp_path / "mine")
+    assert "departments: 36 train, 12 validation, 12 test items" in told(capsys, "validate", "--from", "task.yaml")
+    shown = told(capsys, "validate", "--from", "task.yaml", "training.max_steps=7", "quantization=fp32")
+    assert "training 7 steps" in shown
+    assert "float32 weights" in shown or "fp32 weights" in shown
+
+
+def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "task.jsonl").write_text("mine")
+    assert "task.jsonl would be overwritten" in told(capsys, "init", str(tmp_path), code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["task.jsonl"]
+    assert (tmp_path / "task.jsonl").read_text() == "mine"
+
+
+def test_data_preview_marks_exactly_the_trained_tokens(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    task = runs.output.parent / "colours.jsonl"
+    model = load_run(str(runs.output / "runs" / runs.first)).config["model"]["path"]
+    given = ["model=local", f"model.path={model}", "task=local", f"task.path={task}", "-n", "1"]
+    head, line = told(capsys, "data", "preview", *given).splitlines()[:2]
+    marked = line[line.index("[") :].replace("][", "").strip("[]")
+    assert line.startswith("Item ")
+    assert any(marked.startswith(f" {colour}") for colour in ("red", "yellow", "green", "blue"))
+    assert "trained" in head
+
+
+def test_doctor_finds_every_quantization_mode_training_rightly(tmp_path: Path) -> None:
+    found = {check.name: check for check in checks(tmp_path / "outputs")}
+    modes = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
+    assert [mode for mode in modes if found[f"train in {mode}"].ok is not True] == []
+    wanted = {"python", "packages", "torch", "bf16", "threads", "disk", "output_root", "mlflow database", "git"}
+    assert wanted | {"cuda driver", "gpu memory", "embedded model"} <= set(found)
+    assert [check for check in found.values() if check.ok is False and not check.fix] == []
+
+
+def test_doctor_says_what_is_wrong_and_how_to_mend_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database")
+    capsys.readouterr()
+    assert main(["doctor", "--no-self-test", "--output-root", str(tmp_path / "outputs")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    problem = next(position for position, line in enumerate(lines) if line.startswith("PROBLEM mlflow database"))
+    assert lines[problem + 1].strip().startswith("do: ")
+
+
+def test_doctor_looks_where_the_output_would_be_made(tmp_path: Path) -> None:
+    outputs = OutputPaths.of(tmp_path / "a" / "b")
+    assert disk_space(outputs).ok
+    assert writable(outputs).ok
+    assert not (tmp_path / "a").exists()
+
+
+def test_sync_has_nothing_to_add_to_what_was_delivered(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, "sync", "--output-root", str(runs.output)).startswith("3 already there")
+
+
+def test_completion_offers_choices_keys_and_runs(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "quantization=nf4" in complete_overrides("quantization=n")
+    assert "lora.rslora=" in complete_overrides("lora.r")
+    assert "targets=" in complete_overrides("t")
+    monkeypatch.chdir(runs.output.parent)
+    assert complete_runs(runs.first) == [runs.first]
+    assert complete_runs("")[0] == "last"
+
+
+def test_the_shell_completes_a_verb() -> None:
+    environment = {
+        **os.environ,
+        "_QLORA_EXP_COMPLETE": "complete_bash",
+        "COMP_WORDS": "qlora-exp val",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_exp.cli"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["validate"]
+
+
+def test_ctrl_c_ends_with_exit_code_130(runs: Runs, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "qlora_exp.cli", "rerun", runs.first, "training.max_steps=100000"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, f"output_root={tmp_path / 'outputs'}", "--output-root", str(runs.output)],
+            stdout=stream, stderr=stream,
+        )  # fmt: skip
+        while "step " not in log.read_text() and process.poll() is None:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    assert "Traceback" not in log.read_text()
+    assert "--resume" in log.read_text()
+
+
+def test_a_log_gets_few_lines_and_the_last_step() -> None:
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress.phase("train")
+        for step in range(1, 1001):
+            progress.step(step, 1000, {"loss": 1 / step})
+        progress.note("done")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) <= 12
+    assert "step 1000/1000, loss 0.001" in lines[-2]
+    assert lines[-1] == "done"
+
+
+def test_a_pipe_that_closes_early_is_no_error() -> None:
+    command = f"{sys.executable} -m qlora_exp.cli ls models | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""

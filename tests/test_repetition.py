@@ -1,0 +1,99 @@
+"""A record's configuration as overrides: read back, they give the same configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+
+from qlora_exp.compose import compose
+from qlora_exp.config import to_plain
+from qlora_exp.records import Device, Environment, RunRecord, Status
+from qlora_exp.redaction import REDACTED
+from qlora_exp.repetition import flat_overrides, hydra_value, overrides_of
+
+DEVICE = Device("cpu", None, 1, None, None, None, False)
+ENVIRONMENT = Environment("3.11", "linux", {}, DEVICE, None, None, None, None, None, None, None)
+
+
+def record_of(config: dict[str, Any]) -> RunRecord:
+    return RunRecord(1, "run", "name", Status.COMPLETED, "2026-11-21T00:00:00+00:00", None, config, ENVIRONMENT)
+
+
+RECORDED = [
+    [],
+    ["model.variant=instruct", "quantization=fp16", "lora.r=4", "seed=7"],
+    ["model=local", "model.path=/some/dir with spaces", "training.max_steps=3"],
+    ["model=llama3_1_8b", "lora.alpha_policy=fixed", "lora.alpha=32", "targets.modules=[q_proj,v_proj]"],
+    ["task=local", "task.path=rows.jsonl", "'task.prompt=\"Q: {q}\\nA:\"'".strip("'"), "task.goal='accuracy >= 0.6'"],
+    ["task=hub", "task.hub_id=owner/name", 'task.prompt="{question}"', 'task.completion="{answer}"'],
+    ["tracking=off", "training.max_steps=null", "training.max_tokens=1000", "name='it''s'".replace("''", "\\'")],
+    ["evaluation=quick", "training.scheduler=linear", "task.labels=[a,'1','true',null_]", "task.kind=classification"],
+]
+
+
+@pytest.mark.parametrize("overrides", RECORDED, ids=lambda overrides: " ".join(overrides) or "defaults")
+def test_the_overrides_of_a_record_compose_to_its_configuration(overrides: list[str]) -> None:
+    config = to_plain(compose(overrides))
+    assert to_plain(compose(overrides_of(record_of(config)))) == config
+
+
+def test_changes_win_and_a_changed_group_takes_its_own_values() -> None:
+    record = record_of(to_plain(compose(["quantization=nf4", "quantization.double_quantization=false", "lora.r=4"])))
+    changed = compose(overrides_of(record, ["quantization=fp32", "lora.r=32"]))
+    assert changed.quantization == compose(["quantization=fp32"]).quantization
+    assert changed.lora.r == 32
+    assert dataclasses.replace(changed.lora, r=4) == compose(["lora.r=4"]).lora
+
+
+def test_a_changed_task_asks_for_nothing_of_the_recorded_one() -> None:
+    record = record_of(to_plain(compose(["task=local", "task.path=rows.jsonl", "lora.r=4"])))
+    assert compose(overrides_of(record, ["task=embedded"])).task == compose([]).task
+
+
+def test_a_redacted_value_is_not_taken_for_a_setting() -> None:
+    config = to_plain(compose([]))
+    config["tracking"]["uri"] = f"https://me:{REDACTED}@host"
+    assert not [text for text in overrides_of(record_of(config)) if REDACTED in text]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "plain",
+        "",
+        "with space",
+        "a,b",
+        "it's",
+        'say "x"',
+        "back\\slash",
+        "end\\",
+        "1",
+        "1e3",
+        "true",
+        "null",
+        "nan",
+        "[x]",
+    ]
+    + ["{q}\nA:", "a=b", "ü", "$x", "#", 1, 1.5, 1e-05, True, None, ["a b", "c"], {"train": "a-b", "test": "c d"}],
+)
+def test_a_value_is_read_back_by_hydra_as_it_was(value: Any) -> None:
+    assert plain(OverridesParser.create().parse_override(f"key={hydra_value(value)}").value()) == value
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    if isinstance(value, dict):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    return value
+
+
+def test_a_settings_file_chooses_groups_before_it_sets_keys() -> None:
+    given = flat_overrides({"lora": {"r": 4}, "task.path": "rows.jsonl", "task": "local"})
+    assert given == ["task=local", "lora.r=4", "task.path=rows.jsonl"]
