@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 LINE_SHARE = 0.1
 LINE_SECONDS = 10.0
-"""A log gets a line for each tenth of the steps, and no more than one in ten seconds."""
+SILENT_SECONDS = 60.0
+"""A log gets the first step, a line for each tenth of the steps but no more than one in ten seconds, one a minute where
+a tenth takes longer, and the last step."""
 
 SHOWN_METRICS = ("loss", "eval_loss", "tokens_per_second")
 
@@ -59,7 +61,7 @@ class _Lines:
         self._started = time.monotonic()
         self._steps_began: float | None = None
         self._first_step = self._line_step = 0
-        self._line_time = 0.0
+        self._line_time = -SILENT_SECONDS
 
     def open(self) -> None:
         return
@@ -75,7 +77,9 @@ class _Lines:
         now = time.monotonic()
         if self._steps_began is None:
             self._steps_began, self._first_step = now, step
-        due = step - self._line_step >= LINE_SHARE * total and now - self._line_time >= LINE_SECONDS
+        passed = now - self._line_time
+        tenth = step - self._line_step >= LINE_SHARE * total and passed >= LINE_SECONDS
+        due = tenth or passed >= SILENT_SECONDS
         if not due and step < total:
             return
         self._line_step, self._line_time = step, now
@@ -88,7 +92,7 @@ class _Lines:
     def _begin_steps(self) -> None:
         self._steps_began = None
         self._first_step = self._line_step = 0
-        self._line_time = 0.0
+        self._line_time = -SILENT_SECONDS
 
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -117,7 +121,8 @@ class _Live:
         self._bar.start()
 
     def close(self) -> None:
-        self._finish_phase()
+        if self._task is not None and self._bar.tasks[-1].total is None:
+            self._finish_phase()
         self._bar.stop()
 
     def phase(self, name: str) -> None:
@@ -136,9 +141,9 @@ class _Live:
     def _finish_phase(self) -> None:
         """A finished phase stays on the screen with its time; its spinner stops."""
         if self._task is not None:
-            task = self._bar.tasks[-1]
-            total = task.total if task.total is not None else 1
-            self._bar.update(self._task, total=total, completed=task.completed if task.total is not None else total)
+            # The last logged step need not be the last one.
+            total = self._bar.tasks[-1].total or 1
+            self._bar.update(self._task, total=total, completed=total)
             self._bar.stop_task(self._task)
             self._task = None
 

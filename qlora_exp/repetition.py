@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def hydra_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(hydra_value(entry) for entry in value) + "]"
     text = str(value)
-    if text and all(character.isalnum() or character in "_-./" for character in text) and not _reads_otherwise(text):
+    if re.fullmatch(r"[A-Za-z0-9_./-]+", text) and not _reads_otherwise(text):
         return text
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 

@@ -285,7 +285,7 @@ def test_the_shell_completes_a_verb() -> None:
 
 def test_ctrl_c_ends_with_exit_code_130(runs: Runs, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "qlora_exp.cli", "rerun", runs.first, "training.max_steps=100000"]
+    command = [sys.executable, "-m", "qlora_exp.cli", "rerun", runs.first, "training.max_steps=5000"]
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*command, f"output_root={tmp_path / 'outputs'}", "--output-root", str(runs.output)],

@@ -60,26 +60,14 @@ def test_a_redacted_value_is_not_taken_for_a_setting() -> None:
     assert not [text for text in overrides_of(record_of(config)) if REDACTED in text]
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "plain",
-        "",
-        "with space",
-        "a,b",
-        "it's",
-        'say "x"',
-        "back\\slash",
-        "end\\",
-        "1",
-        "1e3",
-        "true",
-        "null",
-        "nan",
-        "[x]",
-    ]
-    + ["{q}\nA:", "a=b", "ü", "$x", "#", 1, 1.5, 1e-05, True, None, ["a b", "c"], {"train": "a-b", "test": "c d"}],
+AWKWARD: tuple[Any, ...] = (
+    *("plain", "", "with space", "a,b", "it's", 'say "x"', "back\\slash", "end\\", "1", "1e3", "true", "null", "nan"),
+    *("[x]", "{q}\nA:", "a=b", "ü", "$x", "#", 1, 1.5, 1e-05, True, None),
+    *(["a b", "c"], {"train": "a-b", "test": "c d"}),
 )
+
+
+@pytest.mark.parametrize("value", AWKWARD, ids=repr)
 def test_a_value_is_read_back_by_hydra_as_it_was(value: Any) -> None:
     assert plain(OverridesParser.create().parse_override(f"key={hydra_value(value)}").value()) == value
 
