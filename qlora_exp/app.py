@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import secrets
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from qlora_exp import compose, environment, redaction
 from qlora_exp.config import Config, to_plain
-from qlora_exp.errors import ConfigError, QloraExpError
+from qlora_exp.errors import ConfigError, DataError, QloraExpError, RecordError
 from qlora_exp.paths import OutputPaths, RunPaths, slug
 from qlora_exp.records import SCHEMA_VERSION, Failure, RunRecord, Status, read_record, write_json, write_text
 
@@ -65,7 +69,7 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     """
     set_threads(config.training.threads)
     quiet_libraries()
-    from qlora_exp import tracking
+    from qlora_exp import checkpoints, tracking
     from qlora_exp.one_run import prepare, run
 
     outputs = OutputPaths.of(config.output_root)
@@ -73,6 +77,8 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     if observer is not None:
         observer.phase("prepare")
     prepared = prepare(config, probed)  # wrong input ends here, before a run exists
+    if resume is not None:
+        _check_same_data(read_record(outputs.run(resume).record), prepared.splits.record.fingerprint)
     record, paths = _begin(config, outputs, probed, resume)
     try:
         tracker = tracking.Tracker(config.tracking, outputs)
@@ -83,18 +89,39 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     tracker.start(record, paths)
     if observer is not None:
         observer.note(f"run {record.run_id}")
-    wrong: QloraExpError | None = None
-    try:
-        finished = run(config, prepared, record, paths, _Told(observer, tracker))
-    except QloraExpError as error:  # wrong input that showed itself late (a weight file torn inside): the run exists
-        told = Failure(type(error).__name__, redaction.redact_text(str(error)), phase="load", hint=error.hint)
-        wrong, finished = error, record.replace(status=Status.FAILED, failure=told)
+    with _terminated_like_interrupted():
+        finished, wrong = run(config, prepared, record, paths, _Told(observer, tracker))
     finished = finished.replace(ended_at=_now(), process=None)
     write_json(paths.record, finished)
+    if finished.status is Status.COMPLETED:
+        paths.trained.unlink(missing_ok=True)
+        checkpoints.discard(paths.checkpoints)  # the adapter is saved; what else is there are optimizer states
     tracker.finish(finished)
     if wrong is not None:
         raise wrong
     return finished
+
+
+def _check_same_data(record: RunRecord, fingerprint: str) -> None:
+    if record.data is not None and record.data.fingerprint != fingerprint:
+        raise DataError("the data have changed since this run began", record.run_id, f"qlora-exp rerun {record.run_id}")
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """TERM (a scheduler's, a container's) is told like Ctrl-C in every phase; training has a gentler way of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class _Told:
@@ -190,17 +217,25 @@ def end_killed_run(config: Config, pid: int, number: int) -> None:
     from qlora_exp import tracking
 
     outputs = OutputPaths.of(config.output_root)
+    told = Failure(
+        kind="Killed",
+        message=f"the run's process was ended by signal {number}",
+        hint="if it was the system's out-of-memory killer (dmesg says so): a smaller training.micro_batch_size",
+    )
+    print(f"error: {told.message}\n  do:    {told.hint}", file=sys.stderr)
+    here = environment.process_identity()
     for path in outputs.runs.glob("*/record.json"):
-        record = read_record(path)
-        if record.status is Status.RUNNING and record.process is not None and record.process.pid == pid:
-            told = Failure(
-                kind="Killed",
-                message=f"the run's process was ended by signal {number}",
-                hint="if it was the system's out-of-memory killer (dmesg says so): a smaller training.micro_batch_size",
-            )
-            write_json(path, record.replace(status=Status.FAILED, ended_at=_now(), process=None, failure=told))
-            print(f"error: {told.message} ({record.run_id})\n  do:    {told.hint}", file=sys.stderr)
-    tracking.sync(outputs.root)
+        with contextlib.suppress(RecordError):
+            record = read_record(path)
+            owner = record.process
+            if (
+                record.status is Status.RUNNING
+                and owner is not None
+                and (owner.pid, owner.boot_id) == (pid, here.boot_id)
+            ):
+                write_json(path, record.replace(status=Status.FAILED, ended_at=_now(), process=None, failure=told))
+    if config.tracking.enabled:
+        tracking.sync(outputs.root)
 
 
 def run_and_tell(config: Config, resume: str | None = None) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from qlora_exp.measurement import tensor_bytes
+from qlora_exp.records import write_text
 
 EXCLUDED_STEPS = 5
 LOGGED = {
@@ -93,7 +94,12 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         self.optimizer_bytes: int | None = None
         self._pending_tokens = 0
         self._started = 0.0
+        self.earlier_seconds = 0.0
         self.began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds of this training so far, those before a resume included."""
+        return self.earlier_seconds + time.perf_counter() - self.began
 
     def count(self, tokens: int, loss_tokens: int) -> None:
         """Called by the trainer for each micro-batch: unpadded tokens, and those among them that carry a loss."""
@@ -127,16 +133,31 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         return self.step_seconds[first:], sum(self.step_tokens[first:])
 
 
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The curve's points, one per step (the last one written); a line that a killed process left torn is skipped."""
+    points: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            point = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(point, dict) and isinstance(point.get("step"), int):
+            points[point["step"]] = points.get(point["step"], {}) | point
+    return [points[step] for step in sorted(points)]
+
+
 class Curve(TrainerCallback):  # type: ignore[misc]
     """Appends each logged point to curve.jsonl, and tells the observer."""
 
-    def __init__(self, path: Path, meter: StepMeter, observer: Observer, fresh: bool) -> None:
+    def __init__(self, path: Path, meter: StepMeter, observer: Observer, resumed_step: int = 0) -> None:
+        """``resumed_step``: points after it were written by a part of the training that a resumed one repeats."""
         self.path, self.meter, self.observer = path, meter, observer
-        self.first_loss: float | None = None
-        self.final_loss: float | None = None
+        kept = [point for point in read_curve(path) if point["step"] <= resumed_step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            path.write_text("")
+        write_text(path, "".join(json.dumps(point) + "\n" for point in kept))
+        losses = [point["loss"] for point in kept if point.get("loss") is not None]
+        self.first_loss: float | None = losses[0] if losses else None
+        self.final_loss: float | None = losses[-1] if losses else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -146,7 +167,7 @@ class Curve(TrainerCallback):  # type: ignore[misc]
         if "loss" in numbers:
             self.first_loss = numbers["loss"] if self.first_loss is None else self.first_loss
             self.final_loss = numbers["loss"]
-        passed = {"tokens": self.meter.tokens, "seconds": round(time.perf_counter() - self.meter.began, 3)}
+        passed = {"tokens": self.meter.tokens, "seconds": round(self.meter.seconds(), 3)}
         kept = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": state.global_step, **passed, **kept}) + "\n")
@@ -156,11 +177,13 @@ class Curve(TrainerCallback):  # type: ignore[misc]
 class TokenBudget(TrainerCallback):  # type: ignore[misc]
     """Stops at the first step that has processed ``max_tokens`` unpadded tokens."""
 
-    def __init__(self, max_tokens: int, meter: StepMeter) -> None:
+    def __init__(self, max_tokens: int | None, meter: StepMeter) -> None:
         self.max_tokens, self.meter = max_tokens, meter
+        self.spent = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.meter.tokens >= self.max_tokens:
+        if self.max_tokens is not None and self.meter.tokens >= self.max_tokens:
+            self.spent = True
             control.should_training_stop = True
 
 

@@ -33,7 +33,7 @@ class Seal(TrainerCallback):  # type: ignore[misc]
 def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint whose seal is whole and whose files still have the sealed digests, and what it carries."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    for path in sorted(found, key=step_of, reverse=True):
         try:
             seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
             if seal["files"] == _digests(path):
@@ -41,6 +41,11 @@ def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint folder was written at."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def total_bytes(folder: Path) -> int | None:

@@ -74,11 +74,13 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
     for text in overrides:
         try:
             override = _parse(text)
+            if not _is_hydra(override):
+                found.extend(_problems_of_one(override, text, multirun))
         except ConfigError as error:
             found.append(error)
-            continue
-        if not _is_hydra(override):
-            found.extend(_problems_of_one(override, text, multirun))
+        except HydraException as error:  # interval(…), glob(…): sweeps that only a search can walk through
+            what = f"{text} can't be listed value by value: {str(error).splitlines()[0]}"
+            found.append(ConfigError(what, "command line", "name the values: key=a,b,c or key=range(1,4)"))
     return found
 
 

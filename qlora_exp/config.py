@@ -86,7 +86,7 @@ class ModelConfig:
     """A directory (safetensors) or a GGUF file on disk; only for ``model=local``."""
     revision: str | None
     chat_template: str | None
-    """A .jinja file, used where the tokenizer brings no chat template."""
+    """A .jinja file that takes the place of the tokenizer's own template."""
     template_tokens_trained: dict[str, bool]
     """By variant: has the model seen the chat template's special tokens?"""
     attention: str
@@ -165,7 +165,7 @@ class TaskConfig:
 class TrainingConfig:
     max_steps: int | None
     max_tokens: int | None
-    """A budget in processed (unpadded) tokens: training stops at the first step that reaches it."""
+    """A budget in processed (unpadded) tokens, in place of max_steps; the first step that reaches it is the last."""
     batch_size: int
     micro_batch_size: int | None
     learning_rate: float

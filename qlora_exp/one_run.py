@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_exp import measurement, models, plan
 from qlora_exp.callbacks import Diverged, Interrupted, Observer, Pruned, Report, Silent, never_stop
+from qlora_exp.checkpoints import newest_valid, step_of
 from qlora_exp.config import Config, EvaluationSplit
-from qlora_exp.data import Item, Splits, load_data, load_rows
-from qlora_exp.errors import QloraExpError
-from qlora_exp.evaluation import Evaluation
+from qlora_exp.data import Splits, load_data, load_rows
+from qlora_exp.errors import DataError, ModelError, QloraExpError
+from qlora_exp.evaluation import Evaluation, answer_goal
+from qlora_exp.metrics import hub_metric
 from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.records import Environment, Failure, Memory, Plan, RunRecord, ScoreTable, Speed, Status
+from qlora_exp.records import (
+    Environment,
+    Failure,
+    Memory,
+    Plan,
+    RunRecord,
+    ScoreTable,
+    Speed,
+    Status,
+    from_dict,
+    write_json,
+)
 from qlora_exp.redaction import redact_text
-from qlora_exp.train import Trained, train
-from qlora_exp.untouched import Untouched, baselines_of, score, untouched_scores
+from qlora_exp.train import Trained, Watch, train
+from qlora_exp.untouched import Untouched, baselines_of, limited, score, untouched_scores, write_items
 
 
 @dataclass(frozen=True)
@@ -36,11 +49,38 @@ class Prepared:
 
 @dataclass
 class Progress:
-    """What is known so far; whatever ends the run, the record holds it."""
+    """What is known so far; whatever ends the run, its record holds it."""
 
     record: RunRecord
-    phase: str = "plan"
-    step: int | None = None
+    paths: RunPaths
+    meter: measurement.Meter
+    earlier_seconds: float
+    """What the parts of a resumed run took before."""
+    phase: str = "prepare"
+    weights: models.WeightBytes | None = None
+    resident_bytes: int | None = None
+    watch: Watch | None = None
+    trained: Trained | None = None
+    untouched: Untouched | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    def enter(self, phase: str, observer: Observer) -> None:
+        """A phase begins: what is known is written, so that even a killed run's record has it."""
+        self.phase = phase
+        write_json(self.paths.record, self.known())
+        observer.phase(phase)
+
+    def watching(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def known(self) -> RunRecord:
+        """The record with every figure that has been measured by now."""
+        trained = self.trained or (self.watch.so_far() if self.watch else None)
+        return self.record.replace(
+            memory=_memory(self, trained),
+            speed=_speed(self, trained),
+            training=trained.training if trained else None,
+        )
 
 
 def run(
@@ -50,22 +90,20 @@ def run(
     paths: RunPaths,
     observer: Observer | None = None,
     report: Report = never_stop,
-) -> RunRecord:
-    """Run ``config`` to its end, and return its record: completed, or with the failure that ended it.
-
-    Wrong input (:class:`QloraExpError`) is raised as it is: it is the caller's to tell, and no run of it exists.
-    """
-    progress = Progress(record)
-    clock = time.perf_counter()
+) -> tuple[RunRecord, QloraExpError | None]:
+    """Run ``config`` to its end. Returns its record — completed, or with the failure that ended it — and the error
+    where wrong input showed itself only now (a weight file torn inside, say): the caller tells it."""
+    progress = Progress(
+        record.replace(plan=prepared.plan, data=prepared.splits.record),
+        paths,
+        measurement.Meter(prepared.plan.device, host_reused=_host_is_reused()),
+        earlier_seconds=record.speed.total_seconds or 0.0,
+    )
     try:
-        finished = _straight_line(config, prepared, progress, paths, observer or Silent(), report)
-        return finished.replace(
-            status=Status.COMPLETED, speed=replace(finished.speed, total_seconds=time.perf_counter() - clock)
-        )
-    except QloraExpError:
-        raise
+        _straight_line(config, prepared, progress, observer or Silent(), report)
+        return progress.known().replace(status=Status.COMPLETED), None
     except (Exception, KeyboardInterrupt) as error:
-        return _failed(progress, error, time.perf_counter() - clock)
+        return _failed(progress, error), error if isinstance(error, QloraExpError) else None
 
 
 def prepare(config: Config, environment: Environment) -> Prepared:
@@ -75,87 +113,95 @@ def prepare(config: Config, environment: Environment) -> Prepared:
     modules = models.resolve_targets(architecture, config.targets)
     tokenizer = models.load_tokenizer(config.model)
     splits = load_data(config, tokenizer, config.training.max_length)
+    _check_scores_can_be_had(config, splits)
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)
-    if config.training.max_steps is None:
+    if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
     return Prepared(planned, modules, tokenizer, splits)
 
 
+def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
+    """What evaluation needs, asked before a training is paid for."""
+    for name in config.evaluation.metrics:
+        hub_metric(name)
+    if config.evaluation.split is EvaluationSplit.test and not splits.test:
+        raise DataError("there are no test items", "evaluation.split = test", "task.test_fraction=0.1, or a test file")
+
+
+SHORT_ROWS = 1.02
+"""The rows that are drawn may be a little shorter than the mean row; the token budget, not the last step, ends it."""
+
+
 def _steps_for_tokens(config: Config, splits: Splits) -> int:
-    """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact token."""
+    """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
     assert config.training.max_tokens is not None
     rows = splits.train
     mean = sum(len(i.prompt_ids) + len(i.completion_ids) + len(i.end_ids) for i in rows) / len(rows)
-    return max(1, -(-config.training.max_tokens // max(1, int(mean * config.training.batch_size))))
+    return 1 + int(SHORT_ROWS * config.training.max_tokens / (mean * config.training.batch_size))
 
 
-def _straight_line(
-    config: Config,
-    prepared: Prepared,
-    progress: Progress,
-    paths: RunPaths,
-    observer: Observer,
-    report: Report,
-) -> RunRecord:
-    def enter(phase: str) -> None:
-        progress.phase = phase
-        observer.phase(phase)
-
-    environment = progress.record.environment
+def _straight_line(config: Config, prepared: Prepared, progress: Progress, observer: Observer, report: Report) -> None:
     planned, tokenizer, splits = prepared.plan, prepared.tokenizer, prepared.splits
-    progress.record = progress.record.replace(plan=planned, data=splits.record)
-    outputs = OutputPaths.of(config.output_root)
-    meter = measurement.Meter(planned.device, host_reused=_host_is_reused())
-    resident = measurement.resident_bytes()
+    paths, meter = progress.paths, progress.meter
+    cache = OutputPaths.of(config.output_root).cache
+    progress.resident_bytes = measurement.resident_bytes()
 
-    enter("load")
+    progress.enter("load", observer)
     with meter.phase("load"):
         base = models.load_base(config, planned.device)
+    _check_same_model(progress.record, base.fingerprint)
     progress.record = progress.record.replace(model_fingerprint=base.fingerprint)
 
-    enter("evaluate untouched")
-    items = splits.validation
+    progress.enter("evaluate untouched", observer)
     with meter.phase("untouched"):
-        untouched = untouched_scores(base.model, tokenizer, splits, config, planned, base.fingerprint, outputs.cache)
-        baselines = baselines_of(splits, config, outputs.cache)
-    untouched.write_items(paths.items("before", "validation"))
-    progress.record = progress.record.replace(
-        scores=ScoreTable(before=untouched.scores, test_before=untouched.test_scores), baselines=baselines
-    )
+        untouched = untouched_scores(base.model, tokenizer, splits, config, planned, base.fingerprint, cache)
+        baselines = baselines_of(splits, config, cache)
+    untouched.write_items(paths)
+    progress.untouched = untouched
+    before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores)
+    progress.record = progress.record.replace(scores=before, baselines=baselines)
 
-    enter("train")
-    model = models.attach_adapters(base.model, config, prepared.modules)
-    weights = models.weight_bytes(model)
-    progress.record = progress.record.replace(memory=_memory(meter, weights, resident, None))
-    model.train()
-    with meter.phase("train"):
-        trained = train(planned, model, tokenizer, splits.train, items, config, paths, report, observer)
-    progress.record = progress.record.replace(
-        training=trained.training,
-        memory=_memory(meter, weights, resident, trained),
-        speed=_speed(meter, trained, planned, environment, untouched, config),
-    )
-    models.save_adapter(model, paths.adapter)
+    progress.enter("train", observer)
+    progress.trained = _trained_before(paths)
+    if progress.trained is not None:  # the run was interrupted after its training
+        model = models.load_adapter(base, paths.adapter)
+        progress.weights = models.weight_bytes(model)
+    else:
+        model = models.attach_adapters(base.model, config, prepared.modules)
+        progress.weights = models.weight_bytes(model)
+        model.train()
+        validation = limited(splits.validation, config)
+        with meter.phase("train"):
+            progress.trained = train(
+                planned, model, tokenizer, splits.train, validation, config, paths, report, observer, progress.watching
+            )
+        models.save_adapter(model, paths.adapter)
+        write_json(paths.trained, progress.trained)
 
-    enter("evaluate")
+    progress.enter("evaluate", observer)
     with meter.phase("evaluate"):
         after, test, forgotten = score(model, tokenizer, splits, config, untouched)
-    after.write(paths.items("after", "validation"))
+    write_items(after.items, paths.items("after", "validation"))
     if test is not None:
-        test.write(paths.items("after", "test"))
-    answered = _goal(config, after, test)
-    return progress.record.replace(
-        scores=ScoreTable(
-            before=untouched.scores,
-            after=after.scores,
-            test=test.scores if test else None,
-            test_before=untouched.test_scores,
-            forgetting=forgotten,
-        ),
-        goal=answered,
-        memory=_memory(meter, weights, resident, trained),
-        speed=_speed(meter, trained, planned, environment, untouched, config),
-    )
+        write_items(test.items, paths.items("after", "test"))
+    table = replace(before, after=after.scores, test=test.scores if test else None, forgetting=forgotten)
+    progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+
+
+def _trained_before(paths: RunPaths) -> Trained | None:
+    """What an interrupted run had trained to its end; the file is written after the adapter."""
+    try:
+        return from_dict(Trained, json.loads(paths.trained.read_text(encoding="utf-8")), str(paths.trained))
+    except (OSError, ValueError, QloraExpError):
+        return None
+
+
+def _check_same_model(record: RunRecord, fingerprint: str) -> None:
+    """A run that is resumed on other weights would be a mixture that its record doesn't tell of."""
+    if record.model_fingerprint not in (None, fingerprint):
+        raise ModelError(
+            "the model's files have changed since this run began", record.run_id, f"qlora-exp rerun {record.run_id}"
+        )
 
 
 _runs_in_this_process = itertools.count()
@@ -168,24 +214,21 @@ def _host_is_reused() -> bool:
 
 
 def _goal(config: Config, after: Evaluation, test: Evaluation | None) -> Any:
-    from qlora_exp.evaluation import answer_goal
-
     if config.task.goal is None:
         return None
     split = config.evaluation.split
     return answer_goal(config.task.goal, test if split is EvaluationSplit.test and test else after, split.value)
 
 
-def _memory(
-    meter: measurement.Meter, weights: models.WeightBytes, resident: int | None, trained: Trained | None
-) -> Memory:
+def _memory(progress: Progress, trained: Trained | None) -> Memory:
+    meter, weights = progress.meter, progress.weights
     return Memory(
-        base_weight_bytes=weights.base_weight_bytes,
-        quantization_state_bytes=weights.quantization_state_bytes,
-        adapter_bytes=weights.adapter_bytes,
-        gradient_bytes=trained.meter.gradient_bytes if trained else None,
-        optimizer_bytes=trained.meter.optimizer_bytes if trained else None,
-        resident_after_imports_bytes=resident,
+        base_weight_bytes=weights.base_weight_bytes if weights else None,
+        quantization_state_bytes=weights.quantization_state_bytes if weights else None,
+        adapter_bytes=weights.adapter_bytes if weights else None,
+        gradient_bytes=trained.gradient_bytes if trained else None,
+        optimizer_bytes=trained.optimizer_bytes if trained else None,
+        resident_after_imports_bytes=progress.resident_bytes,
         peak_load_bytes=meter.of("load").peak_bytes,
         peak_train_bytes=meter.of("train").peak_bytes,
         peak_evaluation_bytes=meter.of("evaluate").peak_bytes,
@@ -196,40 +239,44 @@ def _memory(
     )
 
 
-def _speed(
-    meter: measurement.Meter,
-    trained: Trained,
-    planned: Plan,
-    environment: Environment,
-    untouched: Untouched,
-    config: Config,
-) -> Speed:
-    seconds, tokens = trained.meter.counted()
-    rate = tokens / sum(seconds) if seconds and sum(seconds) > 0 else None
-    ordered = sorted(seconds)
-    flops = measurement.flops_per_token(planned.total_parameters, planned.trainable_parameters, recomputed=False)
-    evaluation = meter.of("evaluate").seconds
-    paid = sum(p.seconds or 0.0 for p in meter.phases.values())
-    price = config.budget.usd_per_hour
-    return Speed(
+def _speed(progress: Progress, trained: Trained | None) -> Speed:
+    record, meter, untouched = progress.record, progress.meter, progress.untouched
+    total = progress.earlier_seconds + time.perf_counter() - progress.started
+    price = record.config.get("budget", {}).get("usd_per_hour")
+    speed = Speed(
         load_seconds=meter.of("load").seconds,
-        train_seconds=(meter.of("train").seconds or 0.0) + trained.earlier_seconds,
-        evaluation_seconds=evaluation,
+        evaluation_seconds=meter.of("evaluate").seconds,
         untouched_evaluation_seconds=meter.of("untouched").seconds,
-        untouched_cached=untouched.cached,
+        untouched_cached=untouched.cached if untouched else False,
+        total_seconds=total,
+        cost_usd=total / 3600.0 * price if price is not None else None,
+    )
+    if trained is None:
+        return speed
+    counted = sum(trained.counted_seconds)
+    rate = trained.counted_tokens / counted if counted > 0 else None
+    ordered = sorted(trained.counted_seconds)
+    return replace(
+        speed,
+        train_seconds=trained.seconds,
         steps=trained.training.steps,
-        excluded_steps=len(trained.meter.step_seconds) - len(seconds),
-        train_tokens=trained.meter.tokens,
-        loss_tokens=trained.meter.loss_tokens,
+        excluded_steps=trained.excluded_steps,
+        train_tokens=trained.tokens,
+        loss_tokens=trained.loss_tokens,
         train_tokens_per_second=rate,
         step_seconds_p50=_quantile(ordered, 0.5),
         step_seconds_p95=_quantile(ordered, 0.95),
-        model_flops_utilisation=measurement.model_flops_utilisation(environment.device.name, flops, rate)
-        if rate is not None and planned.device == "cuda"
-        else None,
+        model_flops_utilisation=_utilisation(record, rate),
         energy_joules=meter.of("train").energy_joules,
-        cost_usd=paid / 3600.0 * price if price is not None else None,
     )
+
+
+def _utilisation(record: RunRecord, tokens_per_second: float | None) -> float | None:
+    if record.plan is None or tokens_per_second is None or record.plan.device != "cuda":
+        return None
+    plan = record.plan
+    flops = measurement.flops_per_token(plan.total_parameters, plan.trainable_parameters, recomputed=False)
+    return measurement.model_flops_utilisation(record.environment.device.name, flops, tokens_per_second)
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float | None:
@@ -239,7 +286,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float | None:
     return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]
 
 
-def _failed(progress: Progress, error: BaseException, seconds: float) -> RunRecord:
+def _failed(progress: Progress, error: BaseException) -> RunRecord:
     status = _status_of(error)
     message = redact_text(str(error) or type(error).__name__)
     trace = redact_text("".join(traceback.format_exception(error))[-8000:]) if status is Status.FAILED else None
@@ -247,12 +294,11 @@ def _failed(progress: Progress, error: BaseException, seconds: float) -> RunReco
         kind=type(error).__name__,
         message=message[:4000],
         phase=progress.phase,
-        step=getattr(error, "step", progress.step),
-        hint=_hint(status, progress.record.run_id),
-        traceback=trace,
+        step=getattr(error, "step", None) or (progress.watch.so_far().training.steps if progress.watch else None),
+        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress.paths),
+        traceback=None if isinstance(error, QloraExpError) else trace,
     )
-    speed = replace(progress.record.speed, total_seconds=seconds)
-    return progress.record.replace(status=status, failure=failure, speed=speed)
+    return progress.known().replace(status=status, failure=failure)
 
 
 def _status_of(error: BaseException) -> Status:
@@ -272,24 +318,14 @@ def _no_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in told or "can't allocate memory" in told)
 
 
-def _hint(status: Status, run_id: str) -> str | None:
+def _hint(status: Status, paths: RunPaths) -> str | None:
+    newest = newest_valid(paths.checkpoints)
+    start = f"goes on at step {step_of(newest[0])}" if newest else "starts again: no step was saved"
+    if paths.trained.exists():
+        start = "goes on with the evaluation"
     return {
-        Status.INTERRUPTED: f"qlora-exp run --resume {run_id} goes on from the last checkpoint",
+        Status.INTERRUPTED: f"qlora-exp run --resume {shlex.quote(str(paths.folder))} {start}",
         Status.OUT_OF_MEMORY: "halve training.micro_batch_size (accumulation keeps the batch), set "
         "training.gradient_checkpointing=on, or quantization=nf4",
         Status.DIVERGED: "lower training.learning_rate, or raise training.warmup_ratio",
     }.get(status)
-
-
-def read_curve(path: Path) -> list[dict[str, float | None]]:
-    """The training curve's points; a torn last line (a killed run) is left out."""
-    points = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            points.append(json.loads(line))
-        except ValueError:
-            break
-    return points
-
-
-__all__ = ["Item", "prepare", "read_curve", "run"]

@@ -78,8 +78,9 @@ class RunPaths:
         return self.folder / "checkpoints"
 
     @property
-    def log(self) -> Path:
-        return self.folder / "run.log"
+    def trained(self) -> Path:
+        """What the training did, once it has ended; until the run is complete."""
+        return self.folder / "trained.json"
 
     @property
     def tracking_state(self) -> Path:

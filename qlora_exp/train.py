@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,50 @@ class Trained:
     """What a training did and what it weighed; seconds and tokens include those of a resumed run's earlier parts."""
 
     training: Training
-    meter: StepMeter
-    earlier_seconds: float
+    seconds: float
+    tokens: int
+    loss_tokens: int
+    counted_seconds: tuple[float, ...]
+    """Seconds of each counted step (warm-up excluded)."""
+    counted_tokens: int
+    excluded_steps: int
+    gradient_bytes: int | None
+    optimizer_bytes: int | None
     checkpoint_bytes: int | None
+
+
+@dataclass
+class Watch:
+    """The live side of a training: what a failure can still tell."""
+
+    meter: StepMeter
+    curve: Curve
+    plan: Plan
+    resumed_from_step: int | None = None
+    steps: int = 0
+
+    def so_far(self) -> Trained:
+        """What is known now, of a training that may still run or that failed."""
+        counted, tokens = self.meter.counted()
+        return Trained(
+            training=Training(
+                steps=self.steps or (self.resumed_from_step or 0) + len(self.meter.step_seconds),
+                first_loss=self.curve.first_loss,
+                final_loss=self.curve.final_loss,
+                epochs=None,
+                resumed_from_step=self.resumed_from_step,
+                micro_batch_size=self.plan.micro_batch_size,
+            ),
+            seconds=self.meter.seconds(),
+            tokens=self.meter.tokens,
+            loss_tokens=self.meter.loss_tokens,
+            counted_seconds=tuple(counted),
+            counted_tokens=tokens,
+            excluded_steps=len(self.meter.step_seconds) - len(counted),
+            gradient_bytes=self.meter.gradient_bytes,
+            optimizer_bytes=self.meter.optimizer_bytes,
+            checkpoint_bytes=None,
+        )
 
 
 def train(
@@ -54,55 +95,54 @@ def train(
     paths: RunPaths,
     report: Report = never_stop,
     observer: Observer | None = None,
+    watching: Callable[[Watch], None] = lambda watch: None,
 ) -> Trained:
     """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
+
+    ``watching`` is given the live side before the first step, so that a failed training can be told of too.
 
     Raises:
         Diverged: a loss or gradient is not finite.
         Pruned: ``report`` said stop.
         Interrupted: Ctrl-C; a checkpoint was saved first.
     """
-    observer = observer or Silent()
     meter = StepMeter()
     resumed = checkpoints.newest_valid(paths.checkpoints) if config.training.resume else None
+    resumed_step = checkpoints.step_of(resumed[0]) if resumed else None
     carried = resumed[1] if resumed else {}
     meter.tokens, meter.loss_tokens = carried.get("tokens", 0), carried.get("loss_tokens", 0)
-    earlier_seconds = float(carried.get("seconds", 0.0))
+    meter.earlier_seconds = float(carried.get("seconds", 0.0))
 
     def carry() -> dict[str, Any]:
-        seconds = earlier_seconds + sum(meter.step_seconds)
-        return {"tokens": meter.tokens, "loss_tokens": meter.loss_tokens, "seconds": seconds}
+        return {"tokens": meter.tokens, "loss_tokens": meter.loss_tokens, "seconds": meter.seconds()}
 
-    curve = Curve(paths.curve, meter, observer, fresh=resumed is None)
-    interruption = Interruption()
-    watchers = [meter, curve, AskStudy(report), interruption, checkpoints.Seal(carry)]
-    if config.training.max_tokens is not None:
-        watchers.insert(1, TokenBudget(config.training.max_tokens, meter))
+    curve = Curve(paths.curve, meter, observer or Silent(), resumed_step or 0)
+    watch = Watch(meter, curve, plan, resumed_step)
+    watching(watch)
+    interruption, budget = Interruption(), TokenBudget(config.training.max_tokens, meter)
+    watchers = [meter, budget, curve, AskStudy(report), interruption, checkpoints.Seal(carry)]
     if config.training.early_stopping_patience is not None:
         watchers.append(EarlyStoppingCallback(config.training.early_stopping_patience))
-    trainer = _trainer(
-        plan, model, tokenizer, train_items, validation_items, config, paths.checkpoints, watchers, meter
-    )
-    with ExitStack() as stack:
-        stack.enter_context(interruption)
+    folder = paths.checkpoints
+    trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, watchers, meter)
+    with interruption:
+        meter.began = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
-    if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(trainer.state.global_step)
-    _check_adapters_finite(model, trainer.state.global_step)
-    steps = int(trainer.state.global_step)
-    return Trained(
-        training=Training(
-            steps=steps,
-            first_loss=curve.first_loss,
-            final_loss=curve.final_loss,
+    watch.steps = steps = int(trainer.state.global_step)
+    if interruption.asked and steps < trainer.state.max_steps:
+        raise Interrupted(steps)
+    _check_adapters_finite(model, steps)
+    # On CUDA accelerate wrapped forward in autocast for good; scores before and after must be computed alike.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    so_far = watch.so_far()
+    return replace(
+        so_far,
+        training=replace(
+            so_far.training,
             epochs=float(result.metrics.get("epoch", 0.0)) or None,
-            resumed_from_step=int(resumed[0].name.removeprefix("checkpoint-")) if resumed else None,
             best_step=_best_step(trainer),
-            stopped_early=steps < trainer.state.max_steps and config.training.max_tokens is None,
-            micro_batch_size=plan.micro_batch_size,
+            stopped_early=steps < trainer.state.max_steps and not budget.spent,
         ),
-        meter=meter,
-        earlier_seconds=earlier_seconds,
         checkpoint_bytes=checkpoints.total_bytes(paths.checkpoints),
     )
 
@@ -121,6 +161,22 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise Diverged("the loss", self.state.global_step + 1)
         return loss
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """The validation loss as it is defined everywhere: nats of all tokens / all tokens, not a mean of batch means,
+        so that it doesn't depend on the batch size."""
+        self.model.eval()
+        nats, tokens = 0.0, 0
+        for batch in self.get_eval_dataloader():
+            inputs = self._prepare_inputs(batch)
+            count = int((inputs["labels"][:, 1:] != -100).sum())
+            with torch.no_grad(), self.compute_loss_context_manager():
+                nats += float(self.compute_loss(self.model, inputs)) * count
+            tokens += count
+        metrics = {f"{metric_key_prefix}_loss": nats / tokens}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -207,6 +263,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         load_best_model_at_end=training.keep_best,
         metric_for_best_model="eval_loss" if every else None,
         greater_is_better=False if every else None,
+        restore_callback_states_from_checkpoint=True,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
@@ -217,7 +274,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
 
 def _best_step(trainer: SFTTrainer) -> int | None:
     best = trainer.state.best_model_checkpoint
-    return int(Path(best).name.removeprefix("checkpoint-")) if best else None
+    return checkpoints.step_of(Path(best)) if best else None
 
 
 def _check_adapters_finite(model: Any, step: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qlora_exp import evaluation
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.data import Item, Splits
 from qlora_exp.evaluation import Evaluation
+from qlora_exp.paths import RunPaths
 from qlora_exp.records import Baselines, Forgetting, Plan, Scores, from_dict, write_json
 
 DocumentLoss = tuple[float, int]
@@ -31,12 +33,13 @@ class Untouched:
     scores: Scores | None
     test_scores: Scores | None
     general: tuple[DocumentLoss, ...]
-    items: pa.Table | None
+    items: dict[str, pa.Table]
+    """Per-item results by split."""
     cached: bool
 
-    def write_items(self, path: Path) -> None:
-        if self.items is not None:
-            write_items(self.items, path)
+    def write_items(self, paths: RunPaths) -> None:
+        for split, table in self.items.items():
+            write_items(table, paths.items("before", split))
 
 
 def write_items(items: pa.Table, path: Path) -> None:
@@ -62,22 +65,31 @@ def untouched_scores(
 ) -> Untouched:
     """Score the base as it came, or read what an earlier run with the same fingerprints measured."""
     if not config.evaluation.before:
-        return Untouched(None, None, _general_losses(model, tokenizer, splits, config), None, cached=False)
-    key = _key(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device)
+        return Untouched(None, None, _general_losses(model, tokenizer, splits, config), {}, cached=False)
+    general = "\n".join(splits.general_text)
+    key = _key(
+        plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device, general
+    )
     folder = cache / "untouched"
-    facts, table = folder / f"{key}.json", folder / f"{key}.parquet"
+    facts = folder / f"{key}.json"
     if not config.evaluation.cache:
         return _measure(model, tokenizer, splits, config)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder / f"{key}.lock")):
-        known = _read_untouched(facts, table)
+        known = _read_untouched(facts)
         if known is not None:
             return known
         measured = _measure(model, tokenizer, splits, config)
-        measured.write_items(table)
+        for split, table in measured.items.items():
+            write_items(table, _table(facts, split))
         write_json(
             facts,
-            {"scores": measured.scores, "test_scores": measured.test_scores, "general": measured.general},
+            {
+                "scores": measured.scores,
+                "test_scores": measured.test_scores,
+                "general": measured.general,
+                "splits": list(measured.items),
+            },
         )
     return measured
 
@@ -88,7 +100,7 @@ def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, con
         scores=before.scores,
         test_scores=test.scores if test else None,
         general=_general_losses(model, tokenizer, splits, config),
-        items=before.items,
+        items={"validation": before.items} | ({"test": test.items} if test else {}),
         cached=False,
     )
 
@@ -123,7 +135,11 @@ def _general_losses(
     return tuple(evaluation.nats_per_byte_by_document(model, tokenizer, documents, config))
 
 
-def _read_untouched(facts: Path, table: Path) -> Untouched | None:
+def _table(facts: Path, split: str) -> Path:
+    return facts.with_name(f"{facts.stem}.{split}.parquet")
+
+
+def _read_untouched(facts: Path) -> Untouched | None:
     """``None`` where nothing is cached, or what is there can't be read: then it is measured again."""
     try:
         raw = json.loads(facts.read_text(encoding="utf-8"))
@@ -131,7 +147,7 @@ def _read_untouched(facts: Path, table: Path) -> Untouched | None:
             scores=from_dict(Scores, raw["scores"], str(facts)),
             test_scores=from_dict(Scores, raw["test_scores"], str(facts)) if raw["test_scores"] else None,
             general=tuple((float(nats), int(size)) for nats, size in raw["general"]),
-            items=pq.read_table(table),
+            items={split: pq.read_table(_table(facts, split)) for split in raw["splits"]},
             cached=True,
         )
     except Exception:
@@ -154,20 +170,32 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
     if not config.evaluation.baselines or not splits.labels:
         return None
     split = config.evaluation.split.value
+    scored = replace(
+        splits, validation=tuple(limited(splits.validation, config)), test=tuple(limited(splits.test, config))
+    )
+    if not config.evaluation.cache:
+        return evaluation.baselines(scored, split)
     folder = cache / "baselines"
-    path = folder / f"{_key(splits.record.fingerprint, split)}.json"
+    path = folder / f"{_key(splits.record.fingerprint, split, str(config.evaluation.max_items))}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if config.evaluation.cache and path.exists():
+        if path.exists():
             try:
                 return from_dict(Baselines, json.loads(path.read_text(encoding="utf-8")), str(path))
             except Exception:
                 path.unlink()
-        found = evaluation.baselines(splits, split)
+        found = evaluation.baselines(scored, split)
         if found is not None:
             write_json(path, found)
         return found
 
 
+MEASURED_WITH = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")
+"""An upgrade of one of these can change a score; what it measured before is then measured again."""
+
+
 def _key(*parts: str) -> str:
+    """A name for what is cached: the fingerprints, and the versions that it was measured with."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in MEASURED_WITH]
+    parts = (*parts, *versions)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -57,7 +57,7 @@ def completed(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("completed")
     task = write_colour_task(folder / "colours.jsonl")
     output = folder / "outputs"
-    goal = ["task.goal='accuracy >= 0.5'", "quantization=nf4", "budget.usd_per_hour=2"]
+    goal = ["task.goal='accuracy >= 0.5'", "quantization=nf4", "budget.usd_per_hour=2", "training.save_every_steps=2"]
     return run(*overrides(output, *local(tiny_models["llama"], task), *goal)), output
 
 
@@ -182,11 +182,11 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
     [folder] = output.glob("runs/*")
     record = load_run(str(folder))
     assert record.status is Status.INTERRUPTED
-    assert f"--resume {record.run_id}" in shown
+    assert f"--resume {folder}" in shown
     assert mlflow_statuses(output) == ["KILLED"]
 
     resumed = subprocess.run(
-        [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", record.run_id, "--output-root", str(output)],
+        [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(folder)],
         text=True,
         capture_output=True,
         check=False,
@@ -229,3 +229,33 @@ def test_a_multirun_leaves_one_finished_run_a_point_each_in_a_process_of_its_own
     assert mlflow_statuses(output) == ["FINISHED"] * 4
     assert all(not record.memory.host_reused for record in records)
     assert all(record.memory.peak_train_bytes for record in records)
+
+
+def test_a_run_interrupted_while_it_is_scored_keeps_its_training(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    """A run is stopped in its last phase by TERM; resumed, it evaluates the adapter that it had trained."""
+    output = tmp_path / "outputs"
+    given = overrides(output, *local(tiny_models["llama"], colour_task), "evaluation.max_items=null")
+    command = [sys.executable, "-m", "qlora_exp", *given, "training.max_steps=8", "evaluation.batch_size=1"]
+    child = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("runs/*/trained.json")):
+        assert time.monotonic() < deadline
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.002)
+    child.terminate()
+    child.communicate(timeout=60)
+    [folder] = output.glob("runs/*")
+    stopped = load_run(str(folder))
+    assert child.returncode == 130, stopped.status
+    assert stopped.status is Status.INTERRUPTED
+    assert stopped.training is not None
+    assert stopped.training.steps == 8
+    assert stopped.memory.peak_train_bytes
+    verb = [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(folder)]
+    resumed = subprocess.run(verb, text=True, capture_output=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    finished = load_run(str(folder))
+    assert finished.training == stopped.training
+    assert finished.scores.after is not None

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from qlora_exp import checkpoints, environment, models
-from qlora_exp.callbacks import Diverged, Pruned
+from qlora_exp.callbacks import Diverged, Pruned, read_curve
 from qlora_exp.compose import compose
 from qlora_exp.config import Config
-from qlora_exp.one_run import prepare, read_curve
+from qlora_exp.evaluation import evaluate_model
+from qlora_exp.one_run import prepare
 from qlora_exp.paths import RunPaths
 from qlora_exp.train import Trained, train
 
@@ -107,7 +108,7 @@ def test_a_resumed_training_is_bit_equal_to_an_undisturbed_one(
 ) -> None:
     common = [f"quantization={quantization}", "lora.dropout=0.1", "training.save_every_steps=3"]
     whole = configured(tiny_models["llama"], colour_task, *common)
-    _, undisturbed = train_once(whole, tmp_path / "whole")
+    first, undisturbed = train_once(whole, tmp_path / "whole")
     train_once(whole, tmp_path / "part")
     newest = checkpoints.newest_valid(RunPaths(tmp_path / "part").checkpoints)
     assert newest is not None
@@ -117,7 +118,9 @@ def test_a_resumed_training_is_bit_equal_to_an_undisturbed_one(
     assert trained.training.resumed_from_step == 3
     expected = adapters(undisturbed)
     assert all(torch.equal(value, expected[name]) for name, value in adapters(resumed).items())
-    assert trained.meter.tokens > 0
+    assert (trained.tokens, trained.loss_tokens) == (first.tokens, first.loss_tokens)
+    assert trained.training.first_loss == first.training.first_loss
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
 
 
 def test_checkpoints_hold_no_training_arguments(
@@ -168,10 +171,11 @@ def test_a_token_budget_stops_at_the_first_step_that_reaches_it(
         tiny_models["llama"], colour_task, "training.max_steps=50", "training.max_tokens=400", "training.batch_size=4"
     )
     trained, _ = train_once(config, tmp_path)
-    per_step = trained.meter.step_tokens
-    assert sum(per_step) == trained.meter.tokens
-    assert trained.meter.tokens >= 400
-    assert trained.meter.tokens - per_step[-1] < 400
+    tokens = [point["tokens"] for point in read_curve(RunPaths(tmp_path).curve)]
+    assert tokens[-1] == trained.tokens
+    assert trained.tokens >= 400
+    assert tokens[-2] < 400
+    assert not trained.training.stopped_early
 
 
 def test_micro_batches_give_the_same_training(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
@@ -191,3 +195,26 @@ def test_the_curve_is_json_lines_with_finite_numbers_only(
     assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "learning_rate", "gradient_norm", "tokens"} <= set(points[0])
     assert read_curve(RunPaths(tmp_path).curve) == points
+
+
+def test_the_validation_loss_of_a_training_is_the_defined_one_whatever_the_batch(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    """Nats of all tokens / all tokens, over the items that the scores are of."""
+    shown = {}
+    for size in ("8", "2"):
+        config = configured(
+            tiny_models["llama"],
+            colour_task,
+            "quantization=fp32",
+            "training.learning_rate=1e-12",
+            "training.evaluate_every_steps=6",
+            f"training.micro_batch_size={size}",
+        )
+        train_once(config, tmp_path / size)
+        shown[size] = read_curve(RunPaths(tmp_path / size).curve)[-1]["validation_loss"]
+    ready = prepare(config, environment.probe(config.training.device))
+    base = models.load_base(config, "cpu")
+    scored = evaluate_model(base.model, ready.tokenizer, ready.splits.validation, ready.splits, config)
+    assert shown["8"] == pytest.approx(shown["2"], abs=1e-5)
+    assert shown["8"] == pytest.approx(scored.scores.loss, abs=1e-4)

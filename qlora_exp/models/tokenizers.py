@@ -19,8 +19,8 @@ SPARE_NAMES = re.compile(r"reserved|unused|extra_id", re.IGNORECASE)
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the right with a token that is not EOS where the vocabulary has one.
 
-    Its chat template is the tokenizer's own, else ``model.chat_template``'s file, else the instruct sibling's, else
-    ``None``. Raises :class:`ModelError` for a missing or broken tokenizer or template.
+    Its chat template is ``model.chat_template``'s file where one is given, else the tokenizer's own, else the instruct
+    sibling's, else ``None``. Raises :class:`ModelError` for a missing or broken tokenizer or template.
     """
     source = resolve_source(model)
     tokenizer = _load(source)
@@ -29,7 +29,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         raise ModelError(what, source.where, "set eos_token in its tokenizer_config.json")
     _set_pad_token(tokenizer)
     tokenizer.padding_side = "right"
-    if not tokenizer.chat_template:
+    if model.chat_template or not tokenizer.chat_template:
         tokenizer.chat_template = _template(model)
     return tokenizer
 

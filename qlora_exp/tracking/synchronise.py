@@ -197,7 +197,7 @@ def _repair_records(output: OutputPaths) -> dict[str, str]:
 
 def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
     """The record of a run whose process ended without a word; its end is the last sign of life in the folder."""
-    files = [file for file in (paths.record, paths.curve, paths.log) if file.is_file()]
+    files = [file for file in (paths.record, paths.curve) if file.is_file()]
     last = datetime.fromtimestamp(max(file.stat().st_mtime for file in files), UTC).isoformat(timespec="seconds")
     pid = f"process {record.process.pid}" if record.process is not None else "the process"
     return record.replace(
