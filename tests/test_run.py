@@ -168,7 +168,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "outputs"
-    long = [*local(tiny_models["llama"], colour_task), "training.max_steps=400", "evaluation.baselines=false"]
+    long = [*local(tiny_models["llama"], colour_task), "training.max_steps=200", "evaluation.baselines=false"]
     command = [sys.executable, "-m", "qlora_exp", *overrides(output, *long)]
     child = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
@@ -194,7 +194,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
     assert resumed.returncode == 0, resumed.stderr
     finished = load_run(str(folder))
     assert finished.training is not None
-    assert finished.training.steps == 400
+    assert finished.training.steps == 200
     assert finished.training.resumed_from_step
     assert mlflow_statuses(output) == ["FINISHED"]
     undisturbed = run(*overrides(tmp_path / "other", *long))
