@@ -61,6 +61,12 @@ def save_tiny_model(family: str, folder: Path, hidden: int = 64) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-xdist tells its workers a width; output that isn't a terminal's is not cut to one."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family → folder of a random tiny model."""

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_card": {"records", "redaction"},
     "history": {"records"},
     "environment": {"config", "records"},
-    "callbacks": {"measurement"},
+    "callbacks": {"measurement", "records"},
     "tables": {"catalogue", "records"},
     "plan": {"checks", "config", "records"},
     "compose": {"config", "plan"},
@@ -47,11 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "untouched": {"config", "data", "evaluation", "records"},
     "tracking": {"config", "environment", "model_card", "records", "redaction"},
     "one_run": {
-        *("callbacks", "config", "data", "evaluation", "measurement", "models"),
+        *("callbacks", "checkpoints", "config", "data", "evaluation", "measurement", "metrics", "models"),
         *("plan", "records", "redaction", "train", "untouched"),
     },
     "app": {
-        *("callbacks", "compose", "config", "environment", "one_run"),
+        *("callbacks", "checkpoints", "compose", "config", "environment", "one_run"),
         *("progress", "records", "redaction", "tracking"),
     },
     "hydra_app": {"app", "compose", "config"},
