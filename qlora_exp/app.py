@@ -145,7 +145,7 @@ class _Told:
 
 
 def _begin(config: Config, outputs: OutputPaths, probed: Any, resume: str | None) -> tuple[RunRecord, RunPaths]:
-    plain = redaction.redact(to_plain(config))
+    plain = redaction.redact({key: value for key, value in to_plain(config).items() if key not in ("sweep", "workers")})
     if resume is not None:
         paths = outputs.run(resume)
         old = read_record(paths.record)
@@ -274,6 +274,8 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        # A run's record doesn't keep the settings of the sweep that it belongs to.
+        plain = {"sweep": None, "workers": None, **plain}
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None

@@ -185,13 +185,22 @@ def _schema_type(key: str) -> Any:
             if typing.get_origin(current) is dict:
                 return typing.get_args(current)[1]
             return ConfigError(f"{'.'.join(walked)} holds a single value", key, f"{'.'.join(walked)}=VALUE")
-        hints = typing.get_type_hints(current)
+        hints = _hints(current)
         if part not in hints:
             where = ".".join(walked) or "the configuration"
             return ConfigError(f"there is no key {key!r}", where, _nearest_key(part, walked, hints))
         walked.append(part)
         current = hints[part]
     return current
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """A schema's keys and types; a group that may be absent counts as the group."""
+    return {name: _present(hint) for name, hint in typing.get_type_hints(kind).items()}
+
+
+def _present(hint: Any) -> Any:
+    return next((kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)), hint)
 
 
 def _nearest_key(part: str, walked: list[str], hints: dict[str, Any]) -> str:
@@ -208,7 +217,7 @@ def _nearest_key(part: str, walked: list[str], hints: dict[str, Any]) -> str:
 
 def _all_keys(kind: Any, prefix: str = "") -> list[str]:
     found = []
-    for name, hint in typing.get_type_hints(kind).items():
+    for name, hint in _hints(kind).items():
         path = f"{prefix}{name}"
         found.extend(_all_keys(hint, f"{path}.") if dataclasses.is_dataclass(hint) else [path])
     return found

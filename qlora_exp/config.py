@@ -70,6 +70,48 @@ class EvaluationSplit(Enum):
     test = "test"
 
 
+class Engine(Enum):
+    sft = "sft"
+    """TRL's SFTTrainer."""
+    sleep = "sleep"
+    """Sleeps in place of training and scores by a formula; SYNTHETIC, for trying out orchestration."""
+
+
+class SleepFault(Enum):
+    none = "none"
+    out_of_memory = "out_of_memory"
+    diverge = "diverge"
+    hang = "hang"
+    crash = "crash"
+    fail = "fail"
+
+
+class Sampler(Enum):
+    auto = "auto"
+    grid = "grid"
+    random = "random"
+    tpe = "tpe"
+    gp = "gp"
+    nsga2 = "nsga2"
+    qmc = "qmc"
+    cmaes = "cmaes"
+
+
+class Pruner(Enum):
+    none = "none"
+    median = "median"
+    asha = "asha"
+    hyperband = "hyperband"
+    wilcoxon = "wilcoxon"
+
+
+class Isolation(Enum):
+    warm = "warm"
+    """Trials of one host share a loaded base."""
+    fresh = "fresh"
+    """Each trial has a process of its own."""
+
+
 class DeviceChoice(Enum):
     auto = "auto"
     cpu = "cpu"
@@ -186,6 +228,11 @@ class TrainingConfig:
     device: DeviceChoice
     threads: int | None
     """CPU threads of torch; null: as many as cores."""
+    engine: Engine
+    sleep_seconds: float
+    """engine=sleep: how long a trial takes."""
+    sleep_fault: SleepFault
+    """engine=sleep: what goes wrong half-way."""
 
 
 @dataclass
@@ -220,8 +267,64 @@ class BudgetConfig:
 
 
 @dataclass
+class SweepConfig:
+    """A study: its space, its search and its end. Plain runs don't look at it."""
+
+    name: str | None
+    """null: made from the overrides, so that the same command goes on with the same study."""
+    question: str | None
+    params: dict[str, str]
+    """Axis → values in the override grammar, e.g. ``lora.r: choice(4,8,16)``."""
+    conditions: dict[str, str]
+    """Axis → when it is searched, e.g. ``lora.alpha: lora.alpha_policy == fixed``; otherwise conf/'s value stands."""
+    objectives: list[str]
+    """``minimize FIELD`` or ``maximize FIELD``, FIELD a path into the record."""
+    constraints: list[str]
+    """``FIELD <= NUMBER``; a trial that breaks one is infeasible to the sampler."""
+    sampler: Sampler
+    sampler_options: dict[str, Any]
+    pruner: Pruner
+    pruner_options: dict[str, Any]
+    n_trials: int | None
+    """A total, whatever is killed and started again; null: every point of a grid."""
+    seed: int
+    enqueue: list[dict[str, Any]]
+    """Configurations to try first: axis → value."""
+    warm_start: list[str]
+    """Earlier studies (names) whose trials the sampler learns from."""
+    storage: str | None
+    """Optuna storage URL; null: SQLite at optuna.db under output_root."""
+    max_failures: float | None
+    """At least 1: a number of trials; below 1: a share of n_trials. Reached: no further trial starts."""
+    max_attempts: int
+    """How often a trial whose process died, hung or was lost is started, the first time included."""
+    out_of_memory_retries: int
+    """Retries with half the micro-batch and double accumulation."""
+    join: bool
+    """Share a study that another orchestrator is working on."""
+
+
+@dataclass
+class WorkersConfig:
+    """Who runs a study's trials."""
+
+    count: int | None
+    """Trials at once in one worker; null: one per GPU, or one."""
+    jobs: int
+    """Workers: launcher jobs (more than one on Slurm, Ray or joblib)."""
+    job: int | None
+    """Which launcher job this is; set by the sweeper."""
+    isolation: Isolation
+    heartbeat_seconds: float
+    lease_seconds: float
+    """A trial without a heartbeat for so long is taken over (at once where its process is seen to be dead)."""
+    hang_seconds: float
+    """A host that tells nothing for so long is dumped, ended and replaced."""
+
+
+@dataclass
 class Config:
-    """One run."""
+    """One run; with ``-m`` or ``sweep`` the runs of a study."""
 
     model: ModelConfig
     quantization: QuantizationConfig
@@ -232,6 +335,8 @@ class Config:
     evaluation: EvaluationConfig
     tracking: TrackingConfig
     budget: BudgetConfig
+    sweep: SweepConfig | None
+    workers: WorkersConfig | None
     seed: int
     name: str | None
     output_root: str

@@ -46,8 +46,61 @@ class OutputPaths:
     def mlflow_artifacts(self) -> Path:
         return self.root.parent / "mlartifacts"
 
+    @property
+    def optuna_database(self) -> Path:
+        return self.root / "optuna.db"
+
+    @property
+    def studies(self) -> Path:
+        return self.root / "studies"
+
     def run(self, run_id: str) -> RunPaths:
         return RunPaths(self.runs / slug(run_id, limit=120))
+
+    def study(self, name: str) -> StudyPaths:
+        return StudyPaths(self.studies / slug(name))
+
+
+@dataclass(frozen=True)
+class StudyPaths:
+    """One study's files; its trials are runs of their own."""
+
+    folder: Path
+
+    @property
+    def spec(self) -> Path:
+        """What the study asks and how it searches: ``study.types.StudySpec`` as JSON."""
+        return self.folder / "study.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held for moments: whoever asks, requeues or enqueues."""
+        return self.folder / "lock"
+
+    @property
+    def orchestrator(self) -> Path:
+        """Which process orchestrates the study now."""
+        return self.folder / "orchestrator.json"
+
+    @property
+    def stop(self) -> Path:
+        """A request to stop: ``gracefully`` or ``now``."""
+        return self.folder / "stop.json"
+
+    @property
+    def workers(self) -> Path:
+        """One JSON file per worker: what each of its hosts is doing."""
+        return self.folder / "workers"
+
+    @property
+    def logs(self) -> Path:
+        """What trial hosts printed."""
+        return self.folder / "logs"
+
+    @property
+    def tracking_state(self) -> Path:
+        """What the tracking store has of the study's parent run."""
+        return self.folder / "tracking.json"
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def adapter_dtype(lora: LoraConfig) -> str:
 def config_fingerprint(config: Config) -> str:
     """SHA-256 over every setting that can change a result; names, places, prices and tracking can't."""
     plain = to_plain(config)
-    for group in ("tracking", "budget", "name", "output_root"):
+    for group in ("tracking", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
         del plain["training"][key]

@@ -275,6 +275,16 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Which trial of which study a run is. ``params``: axis → value; ``attempt`` counts from 1."""
+
+    study: str
+    number: int
+    attempt: int
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """All that is known of one run; complete even when the run failed (what was not reached is ``None``)."""
 
@@ -299,6 +309,11 @@ class RunRecord:
     goal: Goal | None = None
     failure: Failure | None = None
     warnings: tuple[str, ...] = ()
+    trial: Trial | None = None
+    earlier_failures: tuple[Failure, ...] = ()
+    """Of earlier attempts at the same trial."""
+    synthetic: bool = False
+    """No model was trained (``training.engine=sleep``); analysis and reports refuse it."""
 
     def replace(self, **changes: Any) -> RunRecord:
         return dataclasses.replace(self, **changes)

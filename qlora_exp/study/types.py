@@ -1,0 +1,142 @@
+"""What a study is and what goes in and out of it, as plain frozen types: no optuna, so that anyone may hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from qlora_exp.records import Failure, Process, Status
+
+Value = str | int | float | bool | None
+
+
+class AxisKind(StrEnum):
+    CHOICE = "choice"
+    INT = "int"
+    FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the search. ``choice``: ``values``; ``int`` and ``float``: ``low`` to ``high``, both included,
+    in steps of ``step`` where given, on a log scale where ``log``."""
+
+    key: str
+    """The override's key: ``lora.r``, or a group such as ``quantization``."""
+    kind: AxisKind
+    text: str
+    """As the user wrote it."""
+    values: tuple[Any, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    log: bool = False
+    condition: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """Everything that a worker needs to go on with a study; kept as studies/NAME/study.json."""
+
+    name: str
+    question: str | None
+    created_at: str
+    overrides: tuple[str, ...]
+    """The fixed overrides of every trial, ``sweeps=NAME`` included."""
+    axes: tuple[Axis, ...]
+    objectives: tuple[str, ...]
+    constraints: tuple[str, ...]
+    sampler: str
+    """Resolved: never ``auto``."""
+    sampler_options: dict[str, Any]
+    pruner: str
+    pruner_options: dict[str, Any]
+    n_trials: int
+    seed: int
+    enqueue: tuple[dict[str, Any], ...]
+    warm_start: tuple[str, ...]
+    storage: str
+    """URL; redacted of passwords in the file (``sweep.storage`` of the command is used then)."""
+    output_root: str
+    max_failures: float | None
+    max_attempts: int
+    out_of_memory_retries: int
+    synthetic: bool = False
+    space: dict[str, str] = field(default_factory=dict)
+    """Axis → text, for people and for the tracking view."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who runs a trial: a worker's process, and which of its slots."""
+
+    process: Process
+    worker: str
+    slot: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this worker may run now, and nobody else."""
+
+    number: int
+    trial_id: int
+    params: dict[str, Any]
+    overrides: tuple[str, ...]
+    """The axes as overrides, to be added to the spec's."""
+    attempt: int
+    run_id: str | None
+    """The run of an earlier attempt, to be gone on with; ``None`` for a new trial."""
+    out_of_memory_retries: int = 0
+    """How often the micro-batch has been halved so far."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended, for telling: the record's status and the objectives' and constraints' values.
+
+    ``values``: one per objective, ``None`` where unknown; ``violations``: one per constraint, above 0 where broken.
+    """
+
+    status: Status
+    values: tuple[float | None, ...]
+    violations: tuple[float, ...]
+    seconds: float | None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial as tables and reports see it."""
+
+    number: int
+    state: str
+    """Optuna's: WAITING, RUNNING, COMPLETE, PRUNED, FAIL."""
+    status: Status | None
+    """Ours, once the trial has ended."""
+    values: tuple[float | None, ...]
+    run_id: str | None
+    seconds: float | None
+    params: dict[str, Any]
+    attempt: int
+    feasible: bool | None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Trials by state; ``to_ask`` are those that don't exist yet."""
+
+    total: int
+    completed: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+    to_ask: int
+
+    @property
+    def finished(self) -> int:
+        return self.completed + self.pruned + self.failed
