@@ -184,7 +184,13 @@ def _straight_line(config: Config, prepared: Prepared, progress: Progress, obser
     write_items(after.items, paths.items("after", "validation"))
     if test is not None:
         write_items(test.items, paths.items("after", "test"))
-    table = replace(before, after=after.scores, test=test.scores if test else None, forgetting=forgotten)
+    table = replace(
+        before,
+        after=after.scores,
+        test=test.scores if test else None,
+        forgetting=forgotten.text,
+        forgetting_chat=forgotten.chat,
+    )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
 
 

@@ -202,7 +202,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Loss on general text in nats per byte, after − before; the interval is over documents (95 %)."""
+    """Loss on held-out text in nats per byte, after − before; the interval is over documents (95 %)."""
 
     before_nats_per_byte: float
     after_nats_per_byte: float
@@ -211,6 +211,8 @@ class Forgetting:
     high: float | None
     documents: int
     text: str
+    tokens: int | None = None
+    """Tokens scored; ``None`` in records of versions that didn't count them."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,8 @@ class ScoreTable:
     """Tuned model on the test split; only with ``evaluation.split=test``."""
     test_before: Scores | None = None
     forgetting: Forgetting | None = None
+    forgetting_chat: Forgetting | None = None
+    """On the answers of held-out chats; only for runs in the chat format."""
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,12 @@ def evaluate_model(
     with scoring_mode(model):
         causal = CausalModel(model)
         rule = _stop_rule(causal, tokenizer, splits, config) if config.evaluation.generate else None
-        results = _score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
+        results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
         if trie is not None and label_marginal is None and items:
             estimated_on = results
             if split != "validation":
                 chosen = splits.validation[: config.evaluation.max_items]
-                estimated_on = _score_items(causal, tokenizer, chosen, trie, None, config.evaluation.batch_size)
+                estimated_on = score_items(causal, tokenizer, chosen, trie, None, config.evaluation.batch_size)
             label_marginal = dict(zip(splits.labels, marginal(option_matrix(estimated_on)).tolist(), strict=True))
     option_texts = [_text(tokenizer, ids) for ids in trie.options] if trie else []
     table = item_table(items, results, splits, label_marginal, option_texts)
@@ -98,7 +98,7 @@ def marginal(log_likelihoods: np.ndarray) -> np.ndarray:
     return mean
 
 
-def _score_items(
+def score_items(
     model: CausalModel,
     tokenizer: Any,
     items: Sequence[Item],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_exp.evaluation import evaluate_model, nats_per_byte_by_document
+from qlora_exp.evaluation import evaluate_model, text_losses
 from qlora_exp.evaluation.context import CausalModel, read, scoring_mode
 from qlora_exp.evaluation.generation import StopRule, generate, stop_rule
 
@@ -143,7 +143,7 @@ def test_evaluation_leaves_modes_configuration_and_tokenizer_as_they_were_and_tr
         {name: value.clone() for name, value in model.state_dict().items()},
     )
     evaluate_model(model, tokenizer, colours.validation, colours, make_config())
-    nats_per_byte_by_document(model, tokenizer, ["some text"], make_config())
+    text_losses(model, tokenizer, ["some text"], make_config())
     assert [module.training for module in model.modules()] == before[0]
     assert model.config.to_dict() == before[1]
     assert model.generation_config.to_dict() == before[2]
