@@ -61,6 +61,8 @@ class Architecture:
     layers: int
     hidden_size: int
     vocabulary_size: int
+    positions: int | None = None
+    """The longest sequence that it takes, in tokens; ``None`` where its configuration doesn't say."""
 
 
 def effective_alpha(lora: LoraConfig) -> float:

@@ -198,6 +198,8 @@ class Scores:
     token_f1: float | None = None
     other: dict[str, float] = field(default_factory=dict)
     """Metrics named in ``evaluation.metrics``."""
+    max_new_tokens: int | None = None
+    """What a generated answer was limited to; ``None`` where nothing was generated."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from qlora_exp.config import Config
 from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
-from qlora_exp.evaluation.generation import StopRule, generate, stop_rule
+from qlora_exp.evaluation.generation import StopRule, generate, max_new_tokens, stop_rule
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
 from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
 from qlora_exp.metrics import hub_metric
@@ -85,6 +85,8 @@ def evaluate_model(
     option_texts = [_text(tokenizer, ids) for ids in trie.options] if trie else []
     table = item_table(items, results, splits, label_marginal, option_texts)
     scores = scores_of(split, table, splits.labels, option_texts)
+    if rule is not None:
+        scores = replace(scores, max_new_tokens=rule.max_new_tokens)
     if further and items:
         scores.other.update(_further(further, table))
     return Evaluation(scores, table, tuple(splits.labels), dict(label_marginal) if label_marginal else None)
@@ -131,7 +133,7 @@ def _stop_rule(model: CausalModel, tokenizer: Any, splits: Splits, config: Confi
         tokenizer,
         end_ids=[item.end_ids for item in known],
         answers=[item.answer for item in known],
-        max_new_tokens=config.evaluation.max_new_tokens,
+        max_new_tokens=max_new_tokens(splits, config),
     )
 
 
