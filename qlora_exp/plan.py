@@ -26,6 +26,7 @@ __all__ = [
     "config_fingerprint",
     "effective_alpha",
     "goal_of",
+    "inputs_rounded_in",
     "lora_parameters",
     "make_plan",
     "scale",
@@ -104,6 +105,15 @@ def compute_dtype(quantization: QuantizationConfig, device_kind: str, bf16: bool
     return "bfloat16" if bf16 else "float16"
 
 
+def inputs_rounded_in(mode: Quantization, device_kind: str) -> tuple[str, ...]:
+    """The modes of a forward pass in which a quantized layer rounds its inputs to 8 bits a row (by way of float16;
+    outlier columns stay in the compute dtype). bitsandbytes does it with int8 alone, and on a CPU not in training:
+    there it multiplies by dequantized weights (``bitsandbytes/autograd/_functions.py``, ``matmul``)."""
+    if mode is not Quantization.int8:
+        return ()
+    return ("evaluation",) if device_kind == "cpu" else ("training", "evaluation")
+
+
 def adapter_dtype(lora: LoraConfig) -> str:
     """``auto`` is float32, as in the QLoRA recipe: 16-bit adapters lose small updates to rounding."""
     return "float32" if lora.dtype is ComputeDtype.auto else str(lora.dtype.value)
@@ -171,6 +181,7 @@ def make_plan(
         gradient_accumulation_steps=training.batch_size // micro_batch_size,
         gradient_checkpointing=_checkpointing(training.gradient_checkpointing, device.kind, architecture),
         format=format,
+        inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),
     )
 
 

@@ -103,6 +103,7 @@ class Plan:
     device: str
     weight_dtype: str
     compute_dtype: str
+    """What the unquantized rest is stored and computed in, and what quantized layers take and give."""
     adapter_dtype: str
     max_steps: int
     batch_size: int
@@ -111,6 +112,9 @@ class Plan:
     gradient_checkpointing: bool
     format: str
     """``chat`` or ``plain``."""
+    inputs_rounded_in: tuple[str, ...] | None = None
+    """Where the quantized layers' inputs are rounded to 8 bits too, out of ``training`` and ``evaluation``: only with
+    int8. ``None`` in records of versions that didn't say."""
 
 
 @dataclass(frozen=True)

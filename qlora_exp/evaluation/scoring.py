@@ -59,7 +59,7 @@ def evaluate_model(
     ``items`` when they are the validation split, else from a further pass over the validation items.
 
     The model's mode, its configuration and the tokenizer are left as they were. Scores don't depend on the batch size,
-    but for rounding; with ``int8_threshold`` > 0 they do, because LLM.int8() picks outlier columns over a whole batch.
+    but for rounding; with int8 they do: it picks outlier columns over a whole batch, and rounds inputs to 8 bits.
 
     Raises:
         ConfigError: a metric of ``evaluation.metrics`` can't be had; before anything is scored.
