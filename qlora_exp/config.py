@@ -242,7 +242,8 @@ class EvaluationConfig:
     max_items: int | None
     batch_size: int
     generate: bool
-    max_new_tokens: int
+    max_new_tokens: int | None
+    """null: the longest label, or for free text the longest completion of the training split, and a few more."""
     forgetting: bool
     forgetting_documents: int | None
     baselines: bool

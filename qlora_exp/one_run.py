@@ -15,7 +15,7 @@ from qlora_exp import measurement, models, plan
 from qlora_exp.callbacks import Diverged, Interrupted, Observer, Pruned, Report, Silent, never_stop
 from qlora_exp.checkpoints import newest_valid, step_of
 from qlora_exp.config import Config, EvaluationSplit
-from qlora_exp.data import Splits, load_data, load_rows
+from qlora_exp.data import Splits, check_positions, load_data, load_rows
 from qlora_exp.errors import DataError, ModelError, QloraExpError
 from qlora_exp.evaluation import Evaluation, answer_goal
 from qlora_exp.metrics import hub_metric
@@ -113,6 +113,7 @@ def prepare(config: Config, environment: Environment) -> Prepared:
     modules = models.resolve_targets(architecture, config.targets)
     tokenizer = models.load_tokenizer(config.model)
     splits = load_data(config, tokenizer, config.training.max_length)
+    check_positions(splits, architecture.positions)
     _check_scores_can_be_had(config, splits)
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:
@@ -184,7 +185,13 @@ def _straight_line(config: Config, prepared: Prepared, progress: Progress, obser
     write_items(after.items, paths.items("after", "validation"))
     if test is not None:
         write_items(test.items, paths.items("after", "test"))
-    table = replace(before, after=after.scores, test=test.scores if test else None, forgetting=forgotten)
+    table = replace(
+        before,
+        after=after.scores,
+        test=test.scores if test else None,
+        forgetting=forgotten.text,
+        forgetting_chat=forgotten.chat,
+    )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
 
 

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_exp import load_run, run
+from qlora_exp.errors import DataError
+from qlora_exp.paths import EMBEDDED
 from qlora_exp.records import RunRecord, Status
 
 QUICK = [
@@ -134,6 +136,47 @@ def test_other_architectures_run_to_a_record(
     assert record.status is Status.COMPLETED, record.failure
     assert record.plan is not None
     assert record.plan.adapted_modules == {"gpt2": 8, "phi3": 8}[family]
+
+
+def test_a_run_in_the_chat_format_is_also_measured_on_held_out_chats(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    template = f"model.chat_template={EMBEDDED / 'instruct' / 'chat_template.jinja'}"
+    chat = [*local(tiny_models["llama"], colour_task), "task.format=chat", template, "evaluation.baselines=false"]
+    first, again = (run(*overrides(tmp_path / "outputs", *chat)) for _ in range(2))
+    assert first.status is Status.COMPLETED, first.failure
+    on_text, on_chats = first.scores.forgetting, first.scores.forgetting_chat
+    assert on_text is not None
+    assert on_chats is not None
+    assert (on_text.documents, on_chats.documents) == (3, 3)
+    assert on_text.tokens is not None
+    assert on_chats.tokens is not None
+    assert 0 < on_chats.tokens < on_text.tokens
+    assert on_chats.difference != on_text.difference != 0
+    assert again.speed.untouched_cached
+    assert again.scores == first.scores
+    plain = run(*overrides(tmp_path / "outputs", *local(tiny_models["llama"], colour_task)))
+    assert plain.scores.forgetting_chat is None
+
+
+@pytest.mark.parametrize("kind", ["generation", "classification"])
+def test_a_row_longer_than_the_models_context_is_refused_before_there_is_a_run(
+    tiny_models: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    task = tmp_path / "task.jsonl"
+    rows = [{"prompt": f"number {number} is", "completion": ("odd", "even")[number % 2]} for number in range(40)]
+    if kind == "generation":
+        rows[3]["completion"] = "1 2 3 " * 240
+    else:
+        rows[3]["prompt"] = "1 2 3 " * 240 + "is"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [*local(tiny_models["gpt2"], task), f"task.kind={kind}", "training.max_length=2000"]
+    with pytest.raises(DataError) as caught:
+        run(*overrides(tmp_path / "outputs", *given))
+    assert "the model takes 512" in caught.value.what
+    assert caught.value.where == "task.jsonl, row 4"
+    assert ("training.max_length=512" in caught.value.hint) == (kind == "generation")
+    assert not list((tmp_path / "outputs").glob("runs/*"))
 
 
 def test_a_diverged_run_is_told_as_such(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:

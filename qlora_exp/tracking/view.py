@@ -213,6 +213,8 @@ def _figures(record: RunRecord) -> Iterator[tuple[str, float | None]]:
     yield "speed/train_seconds", speed.train_seconds
     if scores.forgetting is not None:
         yield "score/forgetting_nats_per_byte", scores.forgetting.difference
+    if scores.forgetting_chat is not None:
+        yield "score/forgetting_chat_nats_per_byte", scores.forgetting_chat.difference
     if record.baselines is not None:
         yield "baseline/tfidf_accuracy", record.baselines.tfidf_accuracy
         yield "baseline/majority_accuracy", record.baselines.majority_accuracy
@@ -265,6 +267,10 @@ def _facts(record: RunRecord) -> Iterator[str]:
             f"baselines on {record.baselines.split}: majority class {_figure(record.baselines.majority_accuracy)}, "
             f"TF-IDF + logistic regression {_figure(record.baselines.tfidf_accuracy)}"
         )
+    for gone in (record.scores.forgetting, record.scores.forgetting_chat):
+        if gone is not None:
+            interval = f"95 % interval {_figure(gone.low)} to {_figure(gone.high)}"
+            yield f"loss on {gone.text} changed by {_figure(gone.difference)} nats per byte ({interval})"
     if record.plan is not None:
         yield f"{record.plan.trainable_parameters:,} trainable of {record.plan.total_parameters:,} parameters"
     if record.memory.peak_train_bytes is not None:
