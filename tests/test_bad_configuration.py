@@ -57,6 +57,12 @@ WRONG = [
     (["training.max_length=0"], ["training.max_length"]),
     (["training.gradient_checkpointing=maybe"], ["training.gradient_checkpointing", "auto"]),
     (["training.keep_best=true"], ["training.keep_best", "training.evaluate_every_steps"]),
+    (
+        ["training.keep_best=true", "training.evaluate_every_steps=10", "training.save_every_steps=5"],
+        ["training.save_every_steps = 5", "training.save_every_steps=null", "10"],
+    ),
+    (["model.revision=main"], ["model.revision", "Hub"]),
+    (["model=local", "model.path=/some/where", "model.revision=v1"], ["model.revision", "Hub"]),
     (["training.early_stopping_patience=3"], ["training.early_stopping_patience", "training.evaluate_every_steps"]),
     (["training.device=tpu"], ["training.device", "cuda"]),
     (["training.threads=0"], ["training.threads"]),
@@ -115,6 +121,9 @@ def test_a_multirun_is_refused_for_any_of_its_points() -> None:
         ["training.max_steps=null", "training.max_tokens=10000"],
         ["task.prompt='Is \"{a}\", or {b}?'"],
         ["model=local", "model.path=/some/where"],
+        ["model=smollm2_135m", "model.revision=main"],
+        ["training.keep_best=true", "training.evaluate_every_steps=10", "training.save_every_steps=10"],
+        ["training.keep_best=true", "training.evaluate_every_steps=10"],
     ],
     ids=lambda overrides: " ".join(overrides) or "nothing",
 )
