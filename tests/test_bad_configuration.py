@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_exp.compose import check_multirun, compose
+from qlora_exp.compose import check_multirun, compose, groups, without_globs
 from qlora_exp.errors import QloraExpError
 
 # (overrides, texts that the message must hold)
@@ -108,6 +108,26 @@ def test_a_multirun_is_refused_for_any_of_its_points() -> None:
     with pytest.raises(QloraExpError, match="pissa"):
         check_multirun(["quantization=fp32,nf4", "lora.init=kaiming,pissa"])
     check_multirun(["quantization=nf4,int8", "lora.r=8,16", "model.variant=base,instruct"])
+
+
+@pytest.mark.parametrize("group", ["quantization", "lora", "targets", "evaluation"])
+def test_a_glob_means_every_choice_of_its_group(group: str) -> None:
+    check_multirun([f"{group}=glob(*)"])
+    [spelt_out] = without_globs([f"{group}=glob(*)"], [f"{group}=glob(*)"])
+    assert spelt_out == f"{group}={','.join(groups()[group])}"
+
+
+def test_a_globs_points_are_checked_like_any_other() -> None:
+    with pytest.raises(QloraExpError, match="pissa"):
+        check_multirun(["quantization=glob(*)", "lora.init=pissa"])
+    check_multirun(["quantization=glob([fp32,*16])", "lora.init=pissa"])
+    check_multirun(["quantization=glob(*, exclude=[*4,int8])", "lora.init=pissa"])
+
+
+@pytest.mark.parametrize("glob", ["quantization=glob(x*)", "lora.r=glob(*)"])
+def test_a_glob_that_means_nothing_is_told(glob: str) -> None:
+    with pytest.raises(QloraExpError, match="fits no choice"):
+        check_multirun([glob])
 
 
 @pytest.mark.parametrize(
