@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import secrets
 import signal
@@ -11,9 +12,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from qlora_exp import compose, environment, redaction
 from qlora_exp.config import Config, to_plain
@@ -54,6 +57,8 @@ def quiet_libraries() -> None:
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }.items():
         os.environ.setdefault(key, value)
+    # bitsandbytes names an optional kernel at import, and at each layer's first forward that LLM.int8() takes 16 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers 5.23 warns of names that TRL itself passes; nobody at the terminal can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -62,11 +67,20 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     """Run ``config``, keep its record, and show it in MLflow.
 
     Args:
-        resume: the id of an interrupted run to go on with; its own configuration is used by the caller.
+        resume: the id of an interrupted run to go on with; its own configuration is used by the caller. It goes on
+            from its newest checkpoint whatever ``training.resume`` says.
 
     Raises:
-        QloraExpError: wrong input; nothing was started.
+        QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
+    with contextlib.ExitStack() as held:
+        if resume is not None:
+            config = replace(config, training=replace(config.training, resume=True))
+            held.enter_context(_owned(OutputPaths.of(config.output_root).run(resume)))
+        return _execute(config, observer, resume, held)
+
+
+def _execute(config: Config, observer: Observer | None, resume: str | None, held: contextlib.ExitStack) -> RunRecord:
     set_threads(config.training.threads)
     quiet_libraries()
     from qlora_exp import checkpoints, tracking
@@ -80,6 +94,8 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     if resume is not None:
         _check_same_data(read_record(outputs.run(resume).record), prepared.splits.record.fingerprint)
     record, paths = _begin(config, outputs, probed, resume)
+    if resume is None:
+        held.enter_context(_owned(paths))
     try:
         tracker = tracking.Tracker(config.tracking, outputs)
     except QloraExpError:
@@ -100,6 +116,22 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     if wrong is not None:
         raise wrong
     return finished
+
+
+@contextlib.contextmanager
+def _owned(paths: RunPaths) -> Iterator[None]:
+    """Hold the run's folder for this process alone; the kernel lets go of it when the process ends, however it ends."""
+    owner = read_record(paths.record).process
+    lock = FileLock(paths.lock)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        who = "another process" if owner is None else f"process {owner.pid} on {owner.host or 'this host'}"
+        raise RecordError(f"{who} executes this run", str(paths.folder), "wait for it, or stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_same_data(record: RunRecord, fingerprint: str) -> None:
@@ -178,7 +210,7 @@ def _begin(config: Config, outputs: OutputPaths, probed: Any, resume: str | None
 
 
 def _remove(paths: RunPaths) -> None:
-    for file in (paths.record, paths.config):
+    for file in (paths.record, paths.config, paths.lock):
         file.unlink(missing_ok=True)
     paths.folder.rmdir()
 
