@@ -12,11 +12,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout, UnixFileLock
 
 from qlora_exp import compose, environment, redaction
 from qlora_exp.config import Config, to_plain
@@ -67,15 +66,13 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     """Run ``config``, keep its record, and show it in MLflow.
 
     Args:
-        resume: the id of an interrupted run to go on with; its own configuration is used by the caller. It goes on
-            from its newest checkpoint whatever ``training.resume`` says.
+        resume: the id of an interrupted run to go on with; its own configuration is used by the caller.
 
     Raises:
         QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
     with contextlib.ExitStack() as held:
         if resume is not None:
-            config = replace(config, training=replace(config.training, resume=True))
             held.enter_context(_owned(OutputPaths.of(config.output_root).run(resume)))
         return _execute(config, observer, resume, held)
 
@@ -121,13 +118,16 @@ def _execute(config: Config, observer: Observer | None, resume: str | None, held
 @contextlib.contextmanager
 def _owned(paths: RunPaths) -> Iterator[None]:
     """Hold the run's folder for this process alone; the kernel lets go of it when the process ends, however it ends."""
-    owner = read_record(paths.record).process
+    read_record(paths.record)  # no record, no run: nothing is made in its folder
     lock = FileLock(paths.lock)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        who = "another process" if owner is None else f"process {owner.pid} on {owner.host or 'this host'}"
+        who = paths.lock.read_text(encoding="utf-8") or "another process"
         raise RecordError(f"{who} executes this run", str(paths.folder), "wait for it, or stop it first") from None
+    if isinstance(lock, UnixFileLock):  # where the disk has no flock, the file's content is filelock's own
+        me = environment.process_identity()
+        paths.lock.write_text(f"process {me.pid} on {me.host or 'an unnamed host'}", encoding="utf-8")
     try:
         yield
     finally:

@@ -66,7 +66,7 @@ class RunPaths:
 
     @property
     def lock(self) -> Path:
-        """Held by the process that executes the run. The file stays: only who holds it counts."""
+        """Held by the process that executes the run, and names it. The file stays: only who holds it counts."""
         return self.folder / ".lock"
 
     @property

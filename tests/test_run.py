@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from filelock import FileLock
 
 from qlora_exp import load_run, run
 from qlora_exp.environment import process_identity
@@ -275,15 +274,21 @@ def test_the_verb_resumes_whatever_the_settings_say(interrupted: Path) -> None:
 
 
 def test_a_run_is_executed_by_one_process_at_a_time(interrupted: Path) -> None:
-    record = load_run(str(interrupted))
-    write_json(interrupted / "record.json", record.replace(process=replace(process_identity(), pid=4321)))
-    with FileLock(interrupted / ".lock"):
-        refused = resume(interrupted)
+    verb = [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(interrupted)]
+    first = subprocess.Popen(verb, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (interrupted / ".lock").read_text().startswith(f"process {first.pid} on "):
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it holds the run, and hasn't written its record yet
+    refused = resume(interrupted)
+    first.kill()
+    first.communicate()
     assert refused.returncode == 2
-    assert f"process 4321 on {process_identity().host} executes this run" in refused.stderr
+    assert f"process {first.pid} on {process_identity().host} executes this run" in refused.stderr
     assert "Traceback" not in refused.stderr
-    assert load_run(str(interrupted)).status is Status.INTERRUPTED
-    assert resume(interrupted).returncode == 0  # let go of, though the lock's file is still there
+    assert resume(interrupted).returncode == 0  # the kernel has let go of it, though the lock's file is still there
 
 
 def test_a_run_left_by_another_host_can_be_resumed_where_nobody_holds_it(interrupted: Path) -> None:

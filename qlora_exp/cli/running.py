@@ -107,7 +107,9 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
     record = read_record(paths.record)
     _check_resumable(record)
     config = config_from_plain(record.config)
-    return run_and_tell(replace(config, output_root=str(paths.folder.parent.parent)), record.run_id)
+    training = replace(config.training, resume=True)  # the verb says so
+    again = replace(config, training=training, output_root=str(paths.folder.parent.parent))
+    return run_and_tell(again, record.run_id)
 
 
 def _check_resumable(record: RunRecord) -> None:
