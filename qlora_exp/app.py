@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import secrets
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout, UnixFileLock
 
 from qlora_exp import compose, environment, redaction
 from qlora_exp.config import Config, to_plain
@@ -54,6 +56,8 @@ def quiet_libraries() -> None:
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }.items():
         os.environ.setdefault(key, value)
+    # bitsandbytes names an optional kernel at import, and at each layer's first forward that LLM.int8() takes 16 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers 5.23 warns of names that TRL itself passes; nobody at the terminal can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -65,8 +69,15 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
         resume: the id of an interrupted run to go on with; its own configuration is used by the caller.
 
     Raises:
-        QloraExpError: wrong input; nothing was started.
+        QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
+    with contextlib.ExitStack() as held:
+        if resume is not None:
+            held.enter_context(_owned(OutputPaths.of(config.output_root).run(resume)))
+        return _execute(config, observer, resume, held)
+
+
+def _execute(config: Config, observer: Observer | None, resume: str | None, held: contextlib.ExitStack) -> RunRecord:
     set_threads(config.training.threads)
     quiet_libraries()
     from qlora_exp import checkpoints, tracking
@@ -80,6 +91,8 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     if resume is not None:
         _check_same_data(read_record(outputs.run(resume).record), prepared.splits.record.fingerprint)
     record, paths = _begin(config, outputs, probed, resume)
+    if resume is None:
+        held.enter_context(_owned(paths))
     try:
         tracker = tracking.Tracker(config.tracking, outputs)
     except QloraExpError:
@@ -100,6 +113,25 @@ def execute(config: Config, observer: Observer | None = None, resume: str | None
     if wrong is not None:
         raise wrong
     return finished
+
+
+@contextlib.contextmanager
+def _owned(paths: RunPaths) -> Iterator[None]:
+    """Hold the run's folder for this process alone; the kernel lets go of it when the process ends, however it ends."""
+    read_record(paths.record)  # no record, no run: nothing is made in its folder
+    lock = FileLock(paths.lock)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        who = paths.lock.read_text(encoding="utf-8") or "another process"
+        raise RecordError(f"{who} executes this run", str(paths.folder), "wait for it, or stop it first") from None
+    if isinstance(lock, UnixFileLock):  # where the disk has no flock, the file's content is filelock's own
+        me = environment.process_identity()
+        paths.lock.write_text(f"process {me.pid} on {me.host or 'an unnamed host'}", encoding="utf-8")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_same_data(record: RunRecord, fingerprint: str) -> None:
@@ -178,7 +210,7 @@ def _begin(config: Config, outputs: OutputPaths, probed: Any, resume: str | None
 
 
 def _remove(paths: RunPaths) -> None:
-    for file in (paths.record, paths.config):
+    for file in (paths.record, paths.config, paths.lock):
         file.unlink(missing_ok=True)
     paths.folder.rmdir()
 

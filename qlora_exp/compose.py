@@ -15,7 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -57,7 +57,8 @@ def compose(overrides: Sequence[str]) -> Config:
 def check_multirun(overrides: Sequence[str]) -> None:
     """Raise for any wrong point of a grid (``lora.r=8,16``) before its first run starts."""
     raise_all(problems_of(overrides, multirun=True))
-    axes = [_choices(override) for override in _parsed(overrides) if not _is_hydra(override)]
+    listed = without_globs(overrides, overrides)
+    axes = [_choices(override) for override in _parsed(listed) if not _is_hydra(override)]
     errors: dict[str, QloraExpError] = {}
     for point in itertools.islice(itertools.product(*axes), GRID_CHECK_LIMIT):
         try:
@@ -66,6 +67,26 @@ def check_multirun(overrides: Sequence[str]) -> None:
             for one in getattr(error, "errors", (error,)):
                 errors.setdefault(str(one), one)
     raise_all(list(errors.values()))
+
+
+def without_globs(texts: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """``texts`` with each glob among the ``overrides`` spelt out: ``lora=glob(*)`` names every choice of that group.
+
+    Hydra would count the groups' shared parts (``_mode.yaml``), which are no choices, too.
+    """
+    return [_without_glob(text) if text in overrides else text for text in texts]
+
+
+def _without_glob(text: str) -> str:
+    override = _parse(text)
+    fitting = _globbed(override)
+    return f"{override.get_key_element()}={','.join(fitting)}" if fitting else text
+
+
+def _globbed(override: Override) -> list[str]:
+    """The choices of its group that a ``glob(…)`` means; none for every other override."""
+    value = override.value()
+    return value.filter(groups().get(override.key_or_group, [])) if isinstance(value, Glob) else []
 
 
 def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]:
@@ -78,7 +99,7 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
                 found.extend(_problems_of_one(override, text, multirun))
         except ConfigError as error:
             found.append(error)
-        except HydraException as error:  # interval(…), glob(…): sweeps that only a search can walk through
+        except HydraException as error:  # interval(…): sweeps that only a search can walk through
             what = f"{text} can't be listed value by value: {str(error).splitlines()[0]}"
             found.append(ConfigError(what, "command line", "name the values: key=a,b,c or key=range(1,4)"))
     return found
@@ -125,6 +146,10 @@ def _problems_of_one(override: Override, text: str, multirun: bool) -> Iterable[
     key = override.key_or_group
     if any(name in key.split(".") for name in UNSAFE):
         yield ConfigError(f"{key} can't be set", text, "remote code and object construction are off, on purpose")
+        return
+    if isinstance(override.value(), Glob) and multirun:
+        if not _globbed(override):
+            yield ConfigError(f"{text} fits no choice", "command line", f"a glob is for a group: {', '.join(groups())}")
         return
     if override.is_sweep_override() and not multirun:
         yield ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from hydra._internal.utils import get_args_parser
 
 from qlora_exp import compose
 from qlora_exp.app import (
@@ -21,20 +23,22 @@ from qlora_exp.app import (
     tell,
 )
 from qlora_exp.config import Config, register, to_plain
-from qlora_exp.errors import QloraExpError
+from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.paths import CONF
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The Hydra door. Exit codes: 0, 1 a run failed, 2 wrong input, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    overrides = [text for text in given if not text.startswith("-")]
-    multirun = any(text in ("-m", "--multirun") for text in given)
-    asks = any(text.startswith(("--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c")) for text in given)
+    flags = get_args_parser().parse_args(given)  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
+    multirun = flags.multirun
+    asks = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
     codes: list[int] = []
     try:
+        _check_flags(flags)
         if not asks:
-            (compose.check_multirun if multirun else compose.compose)(overrides)
+            (compose.check_multirun if multirun else compose.compose)(flags.overrides)
+        given = compose.without_globs(given, flags.overrides)
         _hydra(given, lambda config: codes.append(_one_job(config, multirun)))
     except QloraExpError as error:
         tell(error)
@@ -44,6 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return max(codes, default=EXIT_COMPLETED)
+
+
+NOT_OURS = {
+    "config_name": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
+    "config_path": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
+    "config_dir": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
+    "experimental_rerun": "qlora-exp rerun RUN",
+}
+"""Hydra's flags that would read another configuration in the place of ours (the last one a pickle), and what to do."""
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    for name, hint in NOT_OURS.items():
+        value = getattr(flags, name)
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            what = f"{flag} can't be used: a run's settings come from the conf/ of qlora-exp"
+            raise ConfigError(what, f"{flag} {value}", hint)
 
 
 class _Stop(KeyboardInterrupt):

@@ -118,6 +118,11 @@ class RunPaths:
         return self.folder / "config.yaml"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that executes the run, and names it. The file stays: only who holds it counts."""
+        return self.folder / ".lock"
+
+    @property
     def curve(self) -> Path:
         """Training curve, one JSON object per logged step: step, loss, learning_rate, gradient_norm, tokens."""
         return self.folder / "curve.jsonl"

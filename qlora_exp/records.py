@@ -74,11 +74,13 @@ class Environment:
 
 @dataclass(frozen=True)
 class Process:
-    """Which process owns a RUNNING record: ``start_ticks`` and ``boot_id`` tell a reused pid from the same process."""
+    """Which process owns a RUNNING record: ``start_ticks`` and ``boot_id`` tell a reused pid from the same process,
+    ``host`` (a name) whether it can be seen from here at all."""
 
     pid: int
     start_ticks: int | None
     boot_id: str | None
+    host: str | None = None
 
 
 @dataclass(frozen=True)

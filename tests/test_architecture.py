@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"config", "data", "metrics", "plan", "records"},
     "train": {"callbacks", "checkpoints", "config", "data", "models", "records"},
     "untouched": {"config", "data", "evaluation", "records"},
-    "tracking": {"config", "environment", "model_card", "records", "redaction"},
+    "tracking": {"config", "environment", "history", "model_card", "records", "redaction"},
     "one_run": {
         *("callbacks", "checkpoints", "config", "data", "evaluation", "measurement", "metrics", "models"),
         *("plan", "records", "redaction", "train", "untouched"),

@@ -76,9 +76,10 @@ from qlora_exp.paths import CONF, EMBEDDED, PACKAGE, SWEEPS
 print(qlora_exp.__file__, qlora_exp.analysis.__file__, qlora_exp.cli.__file__, qlora_exp.starter.FILES, sep="\\n")
 print(PACKAGE, CONF / "config.yaml", SWEEPS, EMBEDDED / "base" / "model.safetensors", sep="\\n")
 print(EMBEDDED / "instruct" / "model.safetensors", EMBEDDED / "task" / "test.jsonl", sep="\\n")
+print(EMBEDDED / "SHA256SUMS")
 """
     places = [Path(line) for line in run_installed(installed, tmp_path, "-c", code).splitlines()]
-    assert len(places) == 10
+    assert len(places) == 11
     assert [place for place in places if not place.is_relative_to(installed)] == []
     # An empty folder is in no wheel: sweeps/ comes with the first sweep.
     expected = [place for place in places if place.name != "sweeps" or any((ROOT / "sweeps").iterdir())]

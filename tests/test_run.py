@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_exp import load_run, run
+from qlora_exp.environment import process_identity
 from qlora_exp.errors import DataError
 from qlora_exp.paths import EMBEDDED
-from qlora_exp.records import RunRecord, Status
+from qlora_exp.records import RunRecord, Status, write_json
 
 QUICK = [
     "training.device=cpu",
@@ -261,7 +263,7 @@ def test_a_multirun_leaves_one_finished_run_a_point_each_in_a_process_of_its_own
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "outputs"
-    axes = ["quantization=nf4,fp32", "lora.r=2,4"]
+    axes = ["quantization=glob([nf4,fp32])", "lora.r=2,4"]
     result = door(
         "-m", *overrides(output, *local(tiny_models["llama"], colour_task), *axes), "evaluation.generate=false"
     )
@@ -272,6 +274,81 @@ def test_a_multirun_leaves_one_finished_run_a_point_each_in_a_process_of_its_own
     assert mlflow_statuses(output) == ["FINISHED"] * 4
     assert all(not record.memory.host_reused for record in records)
     assert all(record.memory.peak_train_bytes for record in records)
+
+
+@pytest.fixture
+def interrupted(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> Path:
+    """The folder of a run that was told to stop at its third step of twelve; its settings say not to resume."""
+    given = [*local(tiny_models["llama"], colour_task), "evaluation=quick", "quantization=fp32"]
+    saved = ["training.max_steps=12", "training.save_every_steps=2", "training.resume=false", "tracking=off"]
+    command = [sys.executable, "-c", STOPPED_AT_STEP_3, *overrides(tmp_path / "outputs", *given, *saved)]
+    subprocess.run(command, check=False, capture_output=True)
+    [folder] = (tmp_path / "outputs").glob("runs/*")
+    assert load_run(str(folder)).status is Status.INTERRUPTED
+    return folder
+
+
+STOPPED_AT_STEP_3 = """
+import os, signal, sys
+from qlora_exp.app import execute
+from qlora_exp.callbacks import Silent
+from qlora_exp.compose import compose
+
+class StopAtStep3(Silent):
+    def step(self, step, total, metrics):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+execute(compose(sys.argv[1:]), StopAtStep3())
+"""
+
+
+def resume(folder: Path) -> subprocess.CompletedProcess[str]:
+    verb = [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(folder)]
+    return subprocess.run(verb, text=True, capture_output=True, check=False)
+
+
+def test_the_verb_resumes_whatever_the_settings_say(interrupted: Path) -> None:
+    done = resume(interrupted)
+    assert done.returncode == 0, done.stderr
+    training = load_run(str(interrupted)).training
+    assert training is not None
+    assert training.resumed_from_step
+
+
+def test_a_run_is_executed_by_one_process_at_a_time(interrupted: Path) -> None:
+    verb = [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(interrupted)]
+    first = subprocess.Popen(verb, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (interrupted / ".lock").read_text().startswith(f"process {first.pid} on "):
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it holds the run, and hasn't written its record yet
+    refused = resume(interrupted)
+    first.kill()
+    first.communicate()
+    assert refused.returncode == 2
+    assert f"process {first.pid} on {process_identity().host} executes this run" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert resume(interrupted).returncode == 0  # the kernel has let go of it, though the lock's file is still there
+
+
+def test_a_run_left_by_another_host_can_be_resumed_where_nobody_holds_it(interrupted: Path) -> None:
+    gone = replace(process_identity(), host="another-host")
+    record = load_run(str(interrupted))
+    write_json(interrupted / "record.json", record.replace(status=Status.RUNNING, process=gone))
+    assert resume(interrupted).returncode == 0
+    assert load_run(str(interrupted)).status is Status.COMPLETED
+
+
+def test_a_quantized_run_says_nothing_of_bitsandbytes_optional_kernels(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    given = [*local(tiny_models["llama"], colour_task), "evaluation=quick", "quantization=nf4", "tracking=off"]
+    done = door(*overrides(tmp_path / "outputs", *given, "training.max_steps=1"))
+    assert done.returncode == 0, done.stderr
+    assert "kernels" not in done.stderr
 
 
 def test_a_run_interrupted_while_it_is_scored_keeps_its_training(

@@ -64,6 +64,7 @@ def sync(
         "delivered": report.delivered,
         "already there": report.already,
         "still running": report.running,
+        "running on another host": report.elsewhere,
         "deleted in MLflow": report.deleted,
         "told as interrupted": report.repaired,
         "failed": report.failed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from filelock import FileLock
 from qlora_exp.config import TrackingConfig
 from qlora_exp.environment import alive
 from qlora_exp.errors import QloraExpError, RecordError, TrackingError
+from qlora_exp.history import run_folders
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import Failure, RunRecord, Status, read_record, write_json
 from qlora_exp.redaction import REDACTED
@@ -32,6 +33,8 @@ class SyncReport:
     delivered: tuple[str, ...] = ()
     already: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    """RUNNING by a process of another host, which can't be seen from here; left as they are."""
     deleted: tuple[str, ...] = ()
     """Deleted in MLflow by a person; they stay deleted."""
     repaired: tuple[str, ...] = ()
@@ -58,6 +61,8 @@ def sync(output_root: str | Path, uri: str | None = None) -> SyncReport:
 def repair(output_root: str | Path) -> tuple[str, ...]:
     """Tell runs whose process is dead as INTERRUPTED, in the record and (KILLED) in MLflow. Returns their run ids.
 
+    A run of another host stays RUNNING: whether it lives can't be seen from here.
+
     Costs a look at each record; MLflow is only asked when there was something to repair. A store that doesn't answer
     leaves them to :func:`sync`.
     """
@@ -80,7 +85,7 @@ class _Sync:
         self._broken: dict[Store, str] = {}
 
     def deliver(self, only: Set[str] | None = None) -> SyncReport:
-        found: dict[str, list[str]] = {"delivered": [], "already": [], "running": [], "deleted": []}
+        found: dict[str, list[str]] = {"delivered": [], "already": [], "running": [], "elsewhere": [], "deleted": []}
         failed: dict[str, str] = {}
         for paths in run_folders(self._output):
             if only is not None and paths.folder.name not in only:
@@ -98,7 +103,7 @@ class _Sync:
         from qlora_exp.tracking.store import bounded_calls, reason
 
         if not record.status.ended:
-            return "running"
+            return "elsewhere" if record.process is not None and alive(record.process) is None else "running"
         store = _locate(self._tracking(record), self._output)
         opened = self._open(store)
         present = self._present[store]
@@ -171,15 +176,6 @@ class _Sync:
         )
 
 
-def run_folders(output: OutputPaths) -> Iterator[RunPaths]:
-    """Folders with a record, by name."""
-    if output.runs.is_dir():
-        for folder in sorted(output.runs.iterdir()):
-            paths = RunPaths(folder)
-            if paths.record.is_file():
-                yield paths
-
-
 def _repair_records(output: OutputPaths) -> dict[str, str]:
     """Run ids of the repaired, by folder name."""
     repaired = {}
@@ -188,7 +184,7 @@ def _repair_records(output: OutputPaths) -> dict[str, str]:
             record = read_record(paths.record)
         except RecordError:
             continue  # told by ls and sync; nothing of it can be repaired
-        if record.status is not Status.RUNNING or (record.process is not None and alive(record.process)):
+        if record.status is not Status.RUNNING or (record.process is not None and alive(record.process) is not False):
             continue
         write_json(paths.record, _interrupted(record, paths))
         repaired[paths.folder.name] = record.run_id

@@ -12,6 +12,7 @@ import synthetic
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
+from qlora_exp.cli import main
 from qlora_exp.config import TrackingConfig
 from qlora_exp.errors import TrackingError
 from qlora_exp.paths import OutputPaths, RunPaths
@@ -203,6 +204,18 @@ def test_a_run_whose_process_died_is_told_so_and_a_living_one_is_left_alone(outp
     assert read_record(output.run("living").record).status is Status.RUNNING
     assert {run.data.tags[TAG]: run.info.status for run in runs_of(output)} == {"dead": "KILLED", "living": "RUNNING"}
     assert repair(output.root) == ()
+
+
+def test_a_run_of_another_host_is_left_running_and_told_so(
+    output: OutputPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = synthetic.running("far").replace(process=Process(2**22 + 1, 1, "another boot", "another-host"))
+    paths = synthetic.write_run(output, record)
+    assert repair(output.root) == ()
+    assert sync(output.root).elsewhere == ("far",)
+    assert read_record(paths.record).status is Status.RUNNING
+    assert main(["ls", "runs", "--output-root", str(output.root)]) == 0
+    assert "on another-host, which can't be seen from here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("behaviour", ["500", "429", "401", "garbage", "dies", "hang", "closed"])
