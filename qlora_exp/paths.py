@@ -78,6 +78,11 @@ class StudyPaths:
         return self.folder / "lock"
 
     @property
+    def created(self) -> Path:
+        """There once the storage has held the study: a storage without it has then lost it."""
+        return self.folder / "created"
+
+    @property
     def orchestrator(self) -> Path:
         """Which process orchestrates the study now."""
         return self.folder / "orchestrator.json"

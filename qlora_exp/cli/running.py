@@ -132,6 +132,6 @@ def _check_resumable(record: RunRecord) -> None:
 
 
 def _output_root_override(folder: Path) -> str:
-    from qlora_exp.repetition import hydra_value
+    from qlora_exp.overrides import hydra_value
 
     return f"output_root={hydra_value(str(folder))}"
