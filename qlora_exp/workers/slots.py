@@ -67,7 +67,12 @@ class Stopped:
     """The host was ended because the worker was told to stop."""
 
 
-End = Ended | Wrong | DiskFull | Died | Hung | Stopped
+@dataclass(frozen=True)
+class TakenOver:
+    """Another worker runs the trial by now; the host was ended, and its run is that worker's."""
+
+
+End = Ended | Wrong | DiskFull | Died | Hung | Stopped | TakenOver
 
 
 class Slot(threading.Thread):
@@ -115,7 +120,7 @@ class Slot(threading.Thread):
                 self._conclude(claim, paths, end)
                 break
             if not self._pause(paths):
-                self.worker.requeue(self.number, claim, "stopped while the disk was full", counted=False)
+                self.worker.give_back(self.number, claim)
                 break
         vars(self.state).update(vars(SlotState(self.number, host_pid=self.state.host_pid)))
         if self.setting.workers.isolation is Isolation.fresh:
@@ -175,6 +180,9 @@ class Slot(threading.Thread):
             if stop_at is not None and (self.worker.killing or clock > stop_at):
                 self._end_host(politely=False)
                 return Stopped()
+            if (claim.trial_id, claim.attempt) in self.worker.taken_over:
+                self._end_host(politely=False)
+                return TakenOver()
             if clock - heard > (patience if started else max(patience, START_SECONDS)):
                 host.dump_and_kill()
                 self._host = None
@@ -183,50 +191,45 @@ class Slot(threading.Thread):
     # How it ended.
 
     def _conclude(self, claim: Claim, paths: RunPaths, end: End) -> None:
+        if isinstance(end, TakenOver):
+            return self.worker.let_go(self.number)
         record = _record(paths)
-        ended = record is not None and not _to_be_gone_on_with(record)
-        if isinstance(end, Hung | Died) and not ended:
-            return self._lost(claim, paths, record, str(end))
-        if isinstance(end, Wrong) and not ended:
+        if record is not None and not _to_be_gone_on_with(record):
+            if record.status is Status.OUT_OF_MEMORY:
+                self._end_host()  # what an allocator does after it failed is nobody's guess
+                if self._retry_with_half(claim, paths, record):
+                    return None
+            return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
+        if isinstance(end, Wrong):
             failure = Failure(end.kind, end.what, phase="prepare", hint=end.hint)
-            return self.worker.tell(self.number, claim, Outcome(Status.FAILED, self._unknown(), (), None, failure))
-        if record is None or not ended:
-            by_us = self.worker.stopping == NOW
-            why = "the worker was told to stop" if by_us else "the run was interrupted from outside"
-            return self.worker.requeue(self.number, claim, why, counted=not by_us)
-        if record.status is Status.OUT_OF_MEMORY:
-            self._end_host()  # what an allocator does after it failed is nobody's guess
-            if self._retry_with_half(claim, paths, record):
-                return None
-        return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
+            unknown = (None,) * len(self.setting.spec.objectives)
+            return self.worker.tell(self.number, claim, Outcome(Status.FAILED, unknown, (), None, failure))
+        if self.worker.stopping == NOW and not isinstance(end, Hung | Died):
+            return self.worker.give_back(self.number, claim)
+        why = str(end) if isinstance(end, Hung | Died) else "the run was interrupted from outside"
+        return self._lost(claim, paths, record, why)
 
     def _lost(self, claim: Claim, paths: RunPaths, record: RunRecord | None, why: str) -> None:
         """The host died or hung. The record says so; the trial is run again from its newest checkpoint, unless this was
         its last attempt."""
-        failure = Failure(
-            kind="Lost",
-            message=why,
-            phase=self.state.phase,
-            step=self.state.step,
-            hint="if it was the system's out-of-memory killer (dmesg says so): a smaller training.micro_batch_size",
-        )
-        last = claim.attempt >= self.setting.spec.max_attempts
-        status = Status.FAILED if last else Status.INTERRUPTED
-        if record is not None:
-            record = record.replace(status=status, ended_at=now(), process=None, failure=failure)
-            _write(paths, record)
+        if not self.worker.still_ours(claim):
+            return self.worker.let_go(self.number)
         print(f"trial {claim.number}, attempt {claim.attempt}: {why}", file=sys.stderr, flush=True)
-        if not last:
-            self.worker.requeue(self.number, claim, why, counted=True)
-        elif record is not None:
-            self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
-        else:
-            self.worker.tell(self.number, claim, Outcome(Status.FAILED, self._unknown(), (), None, failure))
+        hint = "if it was the system's out-of-memory killer (dmesg says so): a smaller training.micro_batch_size"
+        failure = Failure("Lost", why, phase=self.state.phase, step=self.state.step, hint=hint)
+        if record is not None:
+            record = record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure)
+            _write(paths, record)
+        if not self.worker.requeue(self.number, claim, why) and record is not None:
+            _write(paths, record.replace(status=Status.FAILED))
+        return None
 
     def _retry_with_half(self, claim: Claim, paths: RunPaths, record: RunRecord) -> bool:
         """Give the trial back to be run with half the micro-batch, where the study allows it. The record is opened
         again first: whoever claims the trial then goes on with it."""
         if claim.out_of_memory_retries >= self.setting.spec.out_of_memory_retries or _micro_batch(record) <= 1:
+            return False
+        if not self.worker.still_ours(claim):
             return False
         half = _micro_batch(record) // 2
         told = (
@@ -244,9 +247,6 @@ class Slot(threading.Thread):
             return True
         _write(paths, record)
         return False
-
-    def _unknown(self) -> tuple[None, ...]:
-        return (None,) * len(self.setting.spec.objectives)
 
     # A full disk.
 

@@ -18,7 +18,7 @@ from qlora_exp.config import Engine, WorkersConfig
 from qlora_exp.endings import disk_full
 from qlora_exp.environment import process_identity
 from qlora_exp.paths import StudyPaths
-from qlora_exp.records import RunRecord
+from qlora_exp.records import RunRecord, Status
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec
 from qlora_exp.workers.devices import environment_of, slots_of, threads_per_host
 from qlora_exp.workers.live import SlotState, remove_state, state_of, worker_name, write_state
@@ -37,10 +37,10 @@ class Studied(Protocol):
 
     def claim(self, owner: Owner, lease_seconds: float) -> Claim | None: ...
     def set_run(self, claim: Claim, run_id: str) -> None: ...
-    def heartbeat(self, claim: Claim) -> None: ...
+    def heartbeat(self, claim: Claim) -> bool: ...
     def report(self, claim: Claim, step: int, value: float) -> bool: ...
     def tell(self, claim: Claim, outcome: Outcome) -> None: ...
-    def requeue(self, claim: Claim, why: str, counted: bool = True) -> None: ...
+    def requeue(self, claim: Claim, why: str) -> bool: ...
     def request_memory_retry(self, claim: Claim) -> bool: ...
     def counts(self) -> Counts: ...
     def failures_reached(self) -> bool: ...
@@ -105,6 +105,8 @@ class Worker:
         self.killing = False
         self.told = 0
         self.error: BaseException | None = None
+        self.taken_over: set[tuple[int, int]] = set()
+        """Trial ids and attempts that are somebody else's by now."""
         self._process = process_identity()
         self._asked_from_outside = stop
         self._claims: dict[int, Claim] = {}
@@ -161,27 +163,40 @@ class Worker:
     def tell(self, slot: int, claim: Claim, outcome: Outcome) -> None:
         self._ask(lambda: self.study.tell(claim, outcome))
         self.told += 1
-        self._let_go(slot)
+        self.let_go(slot)
 
-    def requeue(self, slot: int, claim: Claim, why: str, counted: bool) -> None:
-        self._ask(lambda: self.study.requeue(claim, why, counted=counted))
-        self._let_go(slot)
+    def requeue(self, slot: int, claim: Claim, why: str) -> bool:
+        """Give the trial back for another attempt. ``False``: there is none left, and it is told as failed."""
+        again = self._ask(lambda: self.study.requeue(claim, why))
+        self.let_go(slot)
+        return again
+
+    def give_back(self, slot: int, claim: Claim) -> None:
+        """The trial was interrupted because the worker stops: no fault of its own."""
+        unknown = (None,) * len(self.setting.spec.objectives)
+        self._ask(lambda: self.study.tell(claim, Outcome(Status.INTERRUPTED, unknown, (), None)))
+        self.let_go(slot)
+
+    def still_ours(self, claim: Claim) -> bool:
+        """Whether nobody has taken the trial over (from a machine that slept longer than the lease, say)."""
+        return self._ask(lambda: self.study.heartbeat(claim))
 
     def memory_retry(self, slot: int, claim: Claim) -> bool:
         granted = self._ask(lambda: self.study.request_memory_retry(claim))
         if granted:
-            self._let_go(slot)
+            self.let_go(slot)
         return granted
+
+    def let_go(self, slot: int) -> None:
+        """The slot has no trial any more."""
+        self._claims.pop(slot, None)
+        with self._changed:
+            self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """A slot met what it can't handle: the worker ends, its trials free for others."""
         self.error = self.error or error
         self._stop(NOW)
-
-    def _let_go(self, slot: int) -> None:
-        self._claims.pop(slot, None)
-        with self._changed:
-            self._changed.notify_all()
 
     def _ask(self, call: Callable[[], T]) -> T:
         """One call to the study. A full disk is waited for: nothing that has been reached may be lost."""
@@ -217,7 +232,8 @@ class Worker:
         """One that fails is made up for by the next; the lease is many heartbeats long."""
         try:
             with self._calls:
-                self.study.heartbeat(claim)
+                if not self.study.heartbeat(claim):
+                    self.taken_over.add((claim.trial_id, claim.attempt))
         except Exception as error:  # as in _ask
             print(f"trial {claim.number}: no heartbeat: {error}", file=sys.stderr, flush=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_exp.config import Isolation, WorkersConfig
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records import RunRecord, Status
+from qlora_exp.records import Failure, RunRecord, Status
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec
 
 SLEEP = ("training.engine=sleep", "tracking=off", "model=embedded")
@@ -96,22 +96,35 @@ class SmallStudy:
     def set_run(self, claim: Claim, run_id: str) -> None:
         self.run_ids[claim.number] = run_id
 
-    def heartbeat(self, claim: Claim) -> None:
+    def heartbeat(self, claim: Claim) -> bool:
         self.heartbeats += 1
+        return self._mine(claim)
 
     def report(self, claim: Claim, step: int, value: float) -> bool:
         self.reports.append((claim.number, step, value))
         return self.prune_at is not None and step >= self.prune_at
 
     def tell(self, claim: Claim, outcome: Outcome) -> None:
+        if outcome.status is Status.INTERRUPTED:
+            self._back(claim)
+            return
         with self._lock:
-            assert claim.number not in self.told
-            del self.running[claim.number]
-            self.told[claim.number] = outcome
+            if self._mine(claim):
+                del self.running[claim.number]
+                self.told[claim.number] = outcome
 
-    def requeue(self, claim: Claim, why: str, counted: bool = True) -> None:
-        self._back(claim, attempt=claim.attempt + counted)
+    def requeue(self, claim: Claim, why: str) -> bool:
+        if not self._mine(claim):
+            return False
         self.requeued.append((claim.number, why))
+        if claim.attempt >= self.spec.max_attempts:
+            self.tell(claim, Outcome(Status.FAILED, (None,), (), None, Failure("AttemptsExhausted", why)))
+            return False
+        self._back(claim, attempt=claim.attempt + 1)
+        return True
+
+    def _mine(self, claim: Claim) -> bool:
+        return self.running.get(claim.number) == claim
 
     def request_memory_retry(self, claim: Claim) -> bool:
         self._back(claim, out_of_memory_retries=claim.out_of_memory_retries + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -223,6 +224,18 @@ def test_stopping_now_gives_the_trial_back_without_costing_an_attempt(tmp_path: 
     assert [claim.attempt for claim in study.waiting] == [1]
     assert record_of(study, 0).status is Status.INTERRUPTED
     assert not alive(pid)
+
+
+def test_a_trial_that_was_taken_over_is_left_to_its_new_owner(tmp_path: Path) -> None:
+    study = small(tmp_path, ("lora.r=2",), seconds=30.0)
+    thread = in_thread(study, tmp_path)
+    pid = live(paths_of(tmp_path))["slots"][0]["host_pid"]
+    study.running[0] = dataclasses.replace(study.running[0], attempt=2)
+    until(lambda: not alive(pid))
+    assert record_of(study, 0).status is Status.RUNNING
+    del study.running[0]
+    thread.join()
+    assert study.told == {}
 
 
 def test_too_many_failures_end_the_worker(tmp_path: Path) -> None:
