@@ -7,24 +7,36 @@ import datetime
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 from filelock import FileLock, Timeout, UnixFileLock
 
-from qlora_exp import compose, environment, redaction
-from qlora_exp.config import Config, to_plain
+from qlora_exp import compose, environment, redaction, synthetic
+from qlora_exp.config import Config, Engine, to_plain
+from qlora_exp.endings import Observer, Report, never_stop
 from qlora_exp.errors import ConfigError, DataError, QloraExpError, RecordError
 from qlora_exp.paths import OutputPaths, RunPaths, slug
-from qlora_exp.records import SCHEMA_VERSION, Failure, RunRecord, Status, read_record, write_json, write_text
+from qlora_exp.records import (
+    SCHEMA_VERSION,
+    Environment,
+    Failure,
+    RunRecord,
+    Status,
+    Trial,
+    read_record,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
-    from qlora_exp.callbacks import Observer
+    from qlora_exp.one_run import Bases
 
 EXIT_COMPLETED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -62,54 +74,80 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def execute(config: Config, observer: Observer | None = None, resume: str | None = None) -> RunRecord:
+def execute(
+    config: Config,
+    observer: Observer | None = None,
+    resume: str | None = None,
+    *,
+    run_id: str | None = None,
+    trial: Trial | None = None,
+    report: Report = never_stop,
+    bases: Bases | None = None,
+    deliver: Callable[[Callable[[], object]], object] | None = None,
+) -> RunRecord:
     """Run ``config``, keep its record, and show it in MLflow.
 
     Args:
-        resume: the id of an interrupted run to go on with; its own configuration is used by the caller.
+        resume: the id of an interrupted run to go on with; its own configuration is used by the caller. Where it has
+            no checkpoint it starts again in the same folder.
+        run_id: the id of a new run; ``None``: one is made.
+        trial: which trial of which study the run is.
+        report: asked after each validation during training whether to stop.
+        bases: where the base model comes from; ``None``: it is loaded.
+        deliver: does the last delivery to MLflow, e.g. in a thread; ``None``: at once. Whoever gives it need not wait
+            for MLflow at the run's start either.
 
     Raises:
         QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
-    with contextlib.ExitStack() as held:
-        if resume is not None:
-            held.enter_context(_owned(OutputPaths.of(config.output_root).run(resume)))
-        return _execute(config, observer, resume, held)
-
-
-def _execute(config: Config, observer: Observer | None, resume: str | None, held: contextlib.ExitStack) -> RunRecord:
     set_threads(config.training.threads)
     quiet_libraries()
-    from qlora_exp import checkpoints, tracking
-    from qlora_exp.one_run import prepare, run
-
     outputs = OutputPaths.of(config.output_root)
-    probed = environment.probe(config.training.device)
-    if observer is not None:
-        observer.phase("prepare")
-    prepared = prepare(config, probed)  # wrong input ends here, before a run exists
-    if resume is not None:
-        _check_same_data(read_record(outputs.run(resume).record), prepared.splits.record.fingerprint)
-    record, paths = _begin(config, outputs, probed, resume)
-    if resume is None:
-        held.enter_context(_owned(paths))
-    try:
-        tracker = tracking.Tracker(config.tracking, outputs)
-    except QloraExpError:
+    with contextlib.ExitStack() as held:
+        if resume is not None:
+            held.enter_context(_owned(outputs.run(resume)))
+        if observer is not None:
+            observer.phase("prepare")
+        prepared = _prepare(config, bases)  # wrong input ends here, before a run exists
+        if resume is not None:
+            _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
+        record, paths = _begin(config, outputs, prepared.environment, resume, run_id, trial)
         if resume is None:
+            held.enter_context(_owned(paths))
+        return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver)
+
+
+def _run_and_deliver(
+    config: Config,
+    prepared: _Prepared,
+    record: RunRecord,
+    paths: RunPaths,
+    observer: Observer | None,
+    resumed: bool,
+    report: Report,
+    deliver: Callable[[Callable[[], object]], object] | None,
+) -> RunRecord:
+    outputs = OutputPaths.of(config.output_root)
+    try:
+        tracker = _tracker(config, outputs)
+    except QloraExpError:
+        if not resumed:
             _remove(paths)
         raise
-    tracker.start(record, paths)
+    tracker.start(record, paths, wait=deliver is None)
     if observer is not None:
         observer.note(f"run {record.run_id}")
     with _terminated_like_interrupted():
-        finished, wrong = run(config, prepared, record, paths, _Told(observer, tracker))
+        finished, wrong = prepared.run(record, paths, _Told(observer, tracker), report)
     finished = finished.replace(ended_at=_now(), process=None)
     write_json(paths.record, finished)
     if finished.status is Status.COMPLETED:
         paths.trained.unlink(missing_ok=True)
-        checkpoints.discard(paths.checkpoints)  # the adapter is saved; what else is there are optimizer states
-    tracker.finish(finished)
+        shutil.rmtree(paths.checkpoints, ignore_errors=True)  # the adapter is saved; what is left: optimizer states
+    if deliver is None:
+        tracker.finish(finished)
+    else:
+        deliver(lambda: tracker.finish(finished))
     if wrong is not None:
         raise wrong
     return finished
@@ -134,7 +172,76 @@ def _owned(paths: RunPaths) -> Iterator[None]:
         lock.release()
 
 
-def _check_same_data(record: RunRecord, fingerprint: str) -> None:
+class _Prepared(Protocol):
+    """A run that may begin."""
+
+    environment: Environment
+    data_fingerprint: str | None
+
+    def run(
+        self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
+    ) -> tuple[RunRecord, QloraExpError | None]: ...
+
+
+def _prepare(config: Config, bases: Bases | None) -> _Prepared:
+    return _Sleep(config) if config.training.engine is Engine.sleep else _Training(config, bases)
+
+
+class _Training:
+    """A run that trains a model."""
+
+    def __init__(self, config: Config, bases: Bases | None) -> None:
+        from qlora_exp import one_run
+
+        self.config, self.bases = config, bases
+        self.environment = environment.probe(config.training.device)
+        self.prepared = one_run.prepare(config, self.environment, self.bases)
+        self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
+
+    def run(
+        self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
+    ) -> tuple[RunRecord, QloraExpError | None]:
+        from qlora_exp import one_run
+
+        return one_run.run(self.config, self.prepared, record, paths, observer, report, self.bases)
+
+
+class _Sleep:
+    """A run that trains nothing: neither torch nor data are touched."""
+
+    data_fingerprint: str | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.environment = environment.probe_without_torch()
+
+    def run(
+        self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
+    ) -> tuple[RunRecord, QloraExpError | None]:
+        return synthetic.run(self.config, record, paths, observer, report), None
+
+
+def _tracker(config: Config, outputs: OutputPaths) -> Any:
+    """The tracker; for ``tracking=off`` one that does nothing, and for which MLflow isn't imported."""
+    if not config.tracking.enabled:
+        return _Untracked()
+    from qlora_exp import tracking
+
+    return tracking.Tracker(config.tracking, outputs)
+
+
+class _Untracked:
+    def start(self, record: RunRecord, paths: RunPaths, wait: bool) -> None:
+        return
+
+    def log_curve(self, points: Any) -> None:
+        return
+
+    def finish(self, record: RunRecord) -> bool:
+        return False
+
+
+def _check_same_data(record: RunRecord, fingerprint: str | None) -> None:
     if record.data is not None and record.data.fingerprint != fingerprint:
         raise DataError("the data have changed since this run began", record.run_id, f"qlora-exp rerun {record.run_id}")
 
@@ -176,7 +283,14 @@ class _Told:
             self.observer.note(text)
 
 
-def _begin(config: Config, outputs: OutputPaths, probed: Any, resume: str | None) -> tuple[RunRecord, RunPaths]:
+def _begin(
+    config: Config,
+    outputs: OutputPaths,
+    probed: Environment,
+    resume: str | None,
+    run_id: str | None,
+    trial: Trial | None,
+) -> tuple[RunRecord, RunPaths]:
     plain = redaction.redact({key: value for key, value in to_plain(config).items() if key not in ("sweep", "workers")})
     if resume is not None:
         paths = outputs.run(resume)
@@ -184,14 +298,17 @@ def _begin(config: Config, outputs: OutputPaths, probed: Any, resume: str | None
         record = old.replace(
             status=Status.RUNNING,
             ended_at=None,
+            config=plain if trial is not None else old.config,
             failure=None,
+            earlier_failures=(*old.earlier_failures, *((old.failure,) if old.failure is not None else ())),
             environment=probed,
             process=environment.process_identity(),
+            trial=trial or old.trial,
         )
     else:
-        run_id = _new_run_id(config)
+        run_id = run_id or _new_run_id(config)
         paths = outputs.run(run_id)
-        paths.folder.mkdir(parents=True)
+        paths.folder.mkdir(parents=True, exist_ok=trial is not None)
         record = RunRecord(
             schema_version=SCHEMA_VERSION,
             run_id=run_id,
@@ -203,7 +320,10 @@ def _begin(config: Config, outputs: OutputPaths, probed: Any, resume: str | None
             environment=probed,
             process=environment.process_identity(),
             seed=config.seed,
+            trial=trial,
         )
+        if config.training.engine is Engine.sleep:
+            record = synthetic.marked(record)
     write_text(paths.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     write_json(paths.record, record)
     return record, paths

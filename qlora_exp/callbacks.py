@@ -7,13 +7,13 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora_exp.endings import Observer, Pruned, Report
 from qlora_exp.measurement import tensor_bytes
 from qlora_exp.records import write_text
 
@@ -26,60 +26,6 @@ LOGGED = {
 }
 """The trainer's names, and ours in curve.jsonl."""
 SCALER_PATIENCE = 10
-
-Report = Callable[[int, float], bool]
-"""``report(step, validation_loss) -> stop?``: asked after each validation during training."""
-
-
-def never_stop(step: int, value: float) -> bool:
-    return False
-
-
-class Observer(Protocol):
-    """Who is told how a run goes: a progress bar, a log, a tracker. None of them may slow or stop it."""
-
-    def phase(self, name: str) -> None: ...
-
-    def step(self, step: int, total: int, metrics: dict[str, float]) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
-class Silent:
-    """An observer that does nothing."""
-
-    def phase(self, name: str) -> None:
-        return
-
-    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        return
-
-    def note(self, text: str) -> None:
-        return
-
-
-class Diverged(Exception):
-    """A loss or gradient that is no longer finite."""
-
-    def __init__(self, what: str, step: int) -> None:
-        super().__init__(f"{what} is not finite at step {step}")
-        self.step = step
-
-
-class Pruned(Exception):
-    """The study asked this run to stop."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by the study at step {step}")
-        self.step = step
-
-
-class Interrupted(Exception):
-    """The user asked to stop; the state was saved first. ``step``: where it can go on."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"interrupted at step {step}")
-        self.step = step
 
 
 class StepMeter(TrainerCallback):  # type: ignore[misc]

@@ -233,7 +233,7 @@ class TrainingConfig:
     sleep_seconds: float
     """engine=sleep: how long a trial takes."""
     sleep_fault: SleepFault
-    """engine=sleep: what goes wrong half-way."""
+    """engine=sleep: what goes wrong half-way; out_of_memory only while the micro-batch is the whole batch."""
 
 
 @dataclass

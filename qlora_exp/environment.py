@@ -42,15 +42,24 @@ def probe(device_choice: DeviceChoice = DeviceChoice.auto) -> Environment:
     :class:`ConfigError`. Imports torch (for devices and threads), no other ML library."""
     import torch
 
+    return _environment(_device(device_choice), torch.get_num_threads())
+
+
+def probe_without_torch() -> Environment:
+    """The same for a run that computes nothing: its device is the CPU, and torch has no part in it."""
+    return _environment(_cpu_device(), None)
+
+
+def _environment(device: Device, torch_threads: int | None) -> Environment:
     commit, dirty = git_state(PACKAGE)
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
         packages=package_versions(),
-        device=_device(device_choice),
+        device=device,
         cpu_cores=available_cores(),
         memory_bytes=total_memory_bytes(),
-        torch_threads=torch.get_num_threads(),
+        torch_threads=torch_threads,
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         omp_wait_policy=os.environ.get("OMP_WAIT_POLICY"),
         git_commit=commit,

@@ -7,15 +7,16 @@ import json
 import shlex
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from qlora_exp import measurement, models, plan
-from qlora_exp.callbacks import Diverged, Interrupted, Observer, Pruned, Report, Silent, never_stop
 from qlora_exp.checkpoints import newest_valid, step_of
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.data import Splits, check_positions, load_data, load_rows
+from qlora_exp.endings import Observer, Report, Silent, never_stop, status_of
 from qlora_exp.errors import DataError, ModelError, QloraExpError
 from qlora_exp.evaluation import Evaluation, answer_goal
 from qlora_exp.metrics import hub_metric
@@ -35,6 +36,8 @@ from qlora_exp.records import (
 from qlora_exp.redaction import redact_text
 from qlora_exp.train import Trained, Watch, train
 from qlora_exp.untouched import Untouched, baselines_of, limited, score, untouched_scores, write_items
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,19 @@ class Progress:
         )
 
 
+class Bases(Protocol):
+    """Where a run's base comes from, and what else a host that makes many runs need not make twice."""
+
+    def lend(self, config: Config, device_kind: str) -> models.Base:
+        """The base that ``config`` asks for, as :func:`models.load_base` loads it."""
+
+    def model(self, base: models.Base) -> Any:
+        """A model to evaluate or to train; what is done to it does the base no harm, or nobody needs the base again."""
+
+    def kept(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+        """``make()``, or what it gave the last time with the same key."""
+
+
 def run(
     config: Config,
     prepared: Prepared,
@@ -90,6 +106,7 @@ def run(
     paths: RunPaths,
     observer: Observer | None = None,
     report: Report = never_stop,
+    bases: Bases | None = None,
 ) -> tuple[RunRecord, QloraExpError | None]:
     """Run ``config`` to its end. Returns its record — completed, or with the failure that ended it — and the error
     where wrong input showed itself only now (a weight file torn inside, say): the caller tells it."""
@@ -100,25 +117,38 @@ def run(
         earlier_seconds=record.speed.total_seconds or 0.0,
     )
     try:
-        _straight_line(config, prepared, progress, observer or Silent(), report)
+        _straight_line(config, prepared, progress, observer or Silent(), report, bases or models.ColdBases())
         return progress.known().replace(status=Status.COMPLETED), None
     except (Exception, KeyboardInterrupt) as error:
         return _failed(progress, error), error if isinstance(error, QloraExpError) else None
 
 
-def prepare(config: Config, environment: Environment) -> Prepared:
+def prepare(config: Config, environment: Environment, bases: Bases | None = None) -> Prepared:
     """Check rows, target modules and plan, in the order of their cost. Raises :class:`QloraExpError`."""
-    load_rows(config.task)
-    architecture = models.describe(config.model)
+    bases = bases or models.ColdBases()
+    rows = (repr(config.task), _state_of_files(config.task.path))
+    bases.kept("rows", rows, lambda: load_rows(config.task))
+    model = models.model_key(config.model)
+    architecture = bases.kept("architecture", model, lambda: models.describe(config.model))
     modules = models.resolve_targets(architecture, config.targets)
     tokenizer = models.load_tokenizer(config.model)
-    splits = load_data(config, tokenizer, config.training.max_length)
+    length = config.training.max_length
+    splits = bases.kept("splits", (rows, model, length), lambda: load_data(config, tokenizer, length))
     check_positions(splits, architecture.positions)
     _check_scores_can_be_had(config, splits)
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
     return Prepared(planned, modules, tokenizer, splits)
+
+
+def _state_of_files(path: str | None) -> Hashable:
+    """Sizes and times of change of a local task's files: rows read before are those there now while they are equal."""
+    if path is None:
+        return None
+    place = Path(path).expanduser()
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
 
 
 def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
@@ -141,7 +171,9 @@ def _steps_for_tokens(config: Config, splits: Splits) -> int:
     return 1 + int(SHORT_ROWS * config.training.max_tokens / (mean * config.training.batch_size))
 
 
-def _straight_line(config: Config, prepared: Prepared, progress: Progress, observer: Observer, report: Report) -> None:
+def _straight_line(
+    config: Config, prepared: Prepared, progress: Progress, observer: Observer, report: Report, bases: Bases
+) -> None:
     planned, tokenizer, splits = prepared.plan, prepared.tokenizer, prepared.splits
     paths, meter = progress.paths, progress.meter
     cache = OutputPaths.of(config.output_root).cache
@@ -149,13 +181,13 @@ def _straight_line(config: Config, prepared: Prepared, progress: Progress, obser
 
     progress.enter("load", observer)
     with meter.phase("load"):
-        base = models.load_base(config, planned.device)
+        base = bases.lend(config, planned.device)
     _check_same_model(progress.record, base.fingerprint)
     progress.record = progress.record.replace(model_fingerprint=base.fingerprint)
 
     progress.enter("evaluate untouched", observer)
     with meter.phase("untouched"):
-        untouched = untouched_scores(base.model, tokenizer, splits, config, planned, base.fingerprint, cache)
+        untouched = untouched_scores(bases.model(base), tokenizer, splits, config, planned, base.fingerprint, cache)
         baselines = baselines_of(splits, config, cache)
     untouched.write_items(paths)
     progress.untouched = untouched
@@ -168,7 +200,7 @@ def _straight_line(config: Config, prepared: Prepared, progress: Progress, obser
         model = models.load_adapter(base, paths.adapter)
         progress.weights = models.weight_bytes(model)
     else:
-        model = models.attach_adapters(base.model, config, prepared.modules)
+        model = models.attach_adapters(bases.model(base), config, prepared.modules)
         progress.weights = models.weight_bytes(model)
         model.train()
         validation = limited(splits.validation, config)
@@ -294,7 +326,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def _failed(progress: Progress, error: BaseException) -> RunRecord:
-    status = _status_of(error)
+    status = status_of(error)
     message = redact_text(str(error) or type(error).__name__)
     trace = redact_text("".join(traceback.format_exception(error))[-8000:]) if status is Status.FAILED else None
     failure = Failure(
@@ -306,23 +338,6 @@ def _failed(progress: Progress, error: BaseException) -> RunRecord:
         traceback=None if isinstance(error, QloraExpError) else trace,
     )
     return progress.known().replace(status=status, failure=failure)
-
-
-def _status_of(error: BaseException) -> Status:
-    if isinstance(error, KeyboardInterrupt | Interrupted):
-        return Status.INTERRUPTED
-    if isinstance(error, Pruned):
-        return Status.PRUNED
-    if isinstance(error, Diverged):
-        return Status.DIVERGED
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _no_memory(error):
-        return Status.OUT_OF_MEMORY
-    return Status.FAILED
-
-
-def _no_memory(error: BaseException) -> bool:
-    told = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in told or "can't allocate memory" in told)
 
 
 def _hint(status: Status, paths: RunPaths) -> str | None:

@@ -98,6 +98,11 @@ class StudyPaths:
         return self.folder / "workers"
 
     @property
+    def threads(self) -> Path:
+        """CPU threads of each trial host, fixed by the study's first worker: results are bit-equal at equal counts."""
+        return self.folder / "threads.json"
+
+    @property
     def logs(self) -> Path:
         """What trial hosts printed."""
         return self.folder / "logs"

@@ -14,22 +14,10 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from qlora_exp import checkpoints, models
-from qlora_exp.callbacks import (
-    SCALER_PATIENCE,
-    AskStudy,
-    Curve,
-    Diverged,
-    Interrupted,
-    Interruption,
-    Observer,
-    Report,
-    Silent,
-    StepMeter,
-    TokenBudget,
-    never_stop,
-)
+from qlora_exp.callbacks import SCALER_PATIENCE, AskStudy, Curve, Interruption, StepMeter, TokenBudget
 from qlora_exp.config import Config
 from qlora_exp.data import Item, to_training_dataset
+from qlora_exp.endings import Diverged, Interrupted, Observer, Report, Silent, never_stop
 from qlora_exp.paths import RunPaths
 from qlora_exp.records import Plan, Training
 

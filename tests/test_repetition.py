@@ -12,8 +12,8 @@ from hydra.core.override_parser.types import QuotedString
 
 from qlora_exp.compose import compose
 from qlora_exp.config import to_plain
-from qlora_exp.plan import config_fingerprint
 from qlora_exp.overrides import hydra_value
+from qlora_exp.plan import config_fingerprint
 from qlora_exp.records import Device, Environment, RunRecord, Status
 from qlora_exp.redaction import REDACTED
 from qlora_exp.repetition import flat_overrides, overrides_of

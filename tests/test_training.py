@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from qlora_exp import checkpoints, environment, models
-from qlora_exp.callbacks import Diverged, Pruned, read_curve
+from qlora_exp.callbacks import read_curve
 from qlora_exp.compose import compose
 from qlora_exp.config import Config
+from qlora_exp.endings import Diverged, Pruned
 from qlora_exp.evaluation import evaluate_model
 from qlora_exp.one_run import prepare
 from qlora_exp.paths import RunPaths

@@ -10,6 +10,7 @@ from qlora_exp.models.adapters import (
 from qlora_exp.models.base import Base, load_base, shell
 from qlora_exp.models.bytes import WeightBytes, weight_bytes
 from qlora_exp.models.describe import describe
+from qlora_exp.models.lending import ColdBases, WarmBases, model_key
 from qlora_exp.models.selftest import SelfTest, quantization_self_test
 from qlora_exp.models.sources import ModelSource, fingerprint, resolve_source
 from qlora_exp.models.targets import resolve_targets
@@ -17,8 +18,10 @@ from qlora_exp.models.tokenizers import load_tokenizer
 
 __all__ = [
     "Base",
+    "ColdBases",
     "ModelSource",
     "SelfTest",
+    "WarmBases",
     "WeightBytes",
     "adapter_parameters",
     "attach_adapters",
@@ -27,6 +30,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_tokenizer",
+    "model_key",
     "quantization_self_test",
     "recast_adapters",
     "resolve_source",

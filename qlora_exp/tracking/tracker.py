@@ -42,13 +42,14 @@ class Tracker:
         if self._store is not None and self._store.database is not None:
             self._opened = open_store(self._store)
 
-    def start(self, record: RunRecord, paths: RunPaths) -> None:
-        """Create the MLflow run (RUNNING). Waits for it at most ``tracking.timeout_seconds``."""
+    def start(self, record: RunRecord, paths: RunPaths, wait: bool = True) -> None:
+        """Create the MLflow run (RUNNING). With ``wait``: waits for it, at most ``tracking.timeout_seconds``."""
         if self._store is None:
             return
         self._delivery = _Delivery(self._store, self._opened, paths)
         self._delivery.put(record)
-        self._delivery.started.wait(self._store.timeout_seconds)
+        if wait:
+            self._delivery.started.wait(self._store.timeout_seconds)
 
     def log_curve(self, points: Iterable[Mapping[str, Any]]) -> None:
         """Queue points of the training curve (the objects of curve.jsonl); returns at once."""

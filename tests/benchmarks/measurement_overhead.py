@@ -20,9 +20,10 @@ from trl import SFTTrainer
 
 from qlora_exp import environment, models
 from qlora_exp.app import quiet_libraries
-from qlora_exp.callbacks import Curve, Interruption, Silent, StepMeter
+from qlora_exp.callbacks import Curve, Interruption, StepMeter
 from qlora_exp.compose import compose
 from qlora_exp.data import to_training_dataset
+from qlora_exp.endings import Silent
 from qlora_exp.one_run import prepare
 from qlora_exp.train import _MeteredTrainer, arguments
 

@@ -1,0 +1,136 @@
+"""Which GPU and how many threads each trial host gets."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_exp.config import Config, DeviceChoice, Engine
+from qlora_exp.environment import available_cores
+from qlora_exp.errors import ConfigError, QloraExpError, raise_all
+from qlora_exp.records import write_json
+
+
+@dataclass(frozen=True)
+class GpuUser:
+    """A process that holds memory on a GPU."""
+
+    pid: int
+    name: str | None
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as NVML tells of it."""
+
+    index: int
+    uuid: str
+    name: str
+    users: tuple[GpuUser, ...] = ()
+
+
+def assign(
+    gpus: Sequence[Gpu], visible: str | None, slots: int | None, own_pids: Collection[int] = ()
+) -> tuple[str | None, ...]:
+    """Each slot's GPU (its UUID), ``None`` where there is none. Slots beyond the GPUs share them in turn.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES; only those GPUs are used, in that order.
+        slots: how many hosts; ``None``: one per GPU, or one.
+        own_pids: processes that may hold memory.
+
+    Raises :class:`ConfigError` or :class:`Problems` naming whoever holds memory on one of the GPUs that would be used.
+    """
+    usable = _visible(gpus, visible)
+    count = slots if slots is not None else max(1, len(usable))
+    if not usable:
+        return (None,) * count
+    chosen = usable[:count]
+    raise_all([_occupied(gpu, user) for gpu in chosen for user in gpu.users if user.pid not in own_pids])
+    return tuple(chosen[slot % len(chosen)].uuid for slot in range(count))
+
+
+def _visible(gpus: Sequence[Gpu], visible: str | None) -> list[Gpu]:
+    """As CUDA reads the variable: the list ends at the first entry that names no GPU."""
+    if visible is None:
+        return list(gpus)
+    found: list[Gpu] = []
+    for entry in (part.strip() for part in visible.split(",")):
+        named = [gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
+        if not named:
+            break
+        found.append(named[0])
+    return found
+
+
+def _occupied(gpu: Gpu, user: GpuUser) -> QloraExpError:
+    held = f"{user.memory_bytes / 2**30:.1f} GiB" if user.memory_bytes is not None else "memory"
+    who = f"process {user.pid}{f' ({user.name})' if user.name else ''}"
+    return ConfigError(
+        f"GPU {gpu.index} is in use: {who} holds {held} on it",
+        f"{gpu.name}, {gpu.uuid}",
+        "wait for it, end it, or choose other GPUs with CUDA_VISIBLE_DEVICES",
+    )
+
+
+def inventory() -> tuple[Gpu, ...]:
+    """The machine's GPUs and who uses them; empty where there are none or NVML isn't installed."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return tuple(_described(index) for index in range(pynvml.nvmlDeviceGetCount()))
+    except Exception:  # NVML has many ways to be absent
+        return ()
+
+
+def _described(index: int) -> Gpu:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    users = tuple(
+        GpuUser(int(process.pid), _name_of(int(process.pid)), process.usedGpuMemory)
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    )
+    return Gpu(index, _text(pynvml.nvmlDeviceGetUUID(handle)), _text(pynvml.nvmlDeviceGetName(handle)), users)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _name_of(pid: int) -> str | None:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def slots_of(config: Config, count: int | None) -> tuple[str | None, ...]:
+    """:func:`assign` on this machine, for a study whose trials are like ``config``."""
+    uses_gpu = config.training.engine is not Engine.sleep and config.training.device is not DeviceChoice.cpu
+    gpus = inventory() if uses_gpu else ()
+    return assign(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"), count, {os.getpid()})
+
+
+def threads_per_host(asked: int | None, slots: int, kept: Path) -> int:
+    """``training.threads``, or the cores divided among the slots. The study's first worker fixes it in ``kept``; a
+    study that is gone on with elsewhere keeps it, since results are bit-equal at equal thread counts only."""
+    if asked is not None:
+        return asked
+    try:
+        return max(1, int(json.loads(kept.read_text(encoding="utf-8"))["threads"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        threads = max(1, (available_cores() or 1) // slots)
+        write_json(kept, {"threads": threads})
+        return threads
+
+
+def environment_of(gpu: str | None, threads: int) -> Mapping[str, str]:
+    """A host's environment variables, read by libraries when they are imported."""
+    fixed = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return fixed if gpu is None else {**fixed, "CUDA_VISIBLE_DEVICES": gpu}

@@ -1,0 +1,271 @@
+"""A worker: runs a study's trials in supervised trial hosts until nothing is left, or it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
+
+import qlora_exp.study as study_room
+from qlora_exp import compose
+from qlora_exp.config import Engine, WorkersConfig
+from qlora_exp.endings import disk_full
+from qlora_exp.environment import process_identity
+from qlora_exp.paths import StudyPaths
+from qlora_exp.records import RunRecord, Status
+from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec
+from qlora_exp.workers.devices import environment_of, slots_of, threads_per_host
+from qlora_exp.workers.live import SlotState, remove_state, state_of, worker_name, write_state
+from qlora_exp.workers.slots import GRACEFULLY, NOW, Setting, Slot
+
+T = TypeVar("T")
+
+FAILURES = "failures"
+TICK_SECONDS = 0.5
+STATE_SECONDS = 1.0
+FULL_SECONDS = 2.0
+
+
+class Studied(Protocol):
+    """What a worker asks of a study; :class:`qlora_exp.study.Study` is one."""
+
+    def claim(self, owner: Owner, lease_seconds: float) -> Claim | None: ...
+    def set_run(self, claim: Claim, run_id: str) -> None: ...
+    def heartbeat(self, claim: Claim) -> bool: ...
+    def report(self, claim: Claim, step: int, value: float) -> bool: ...
+    def tell(self, claim: Claim, outcome: Outcome) -> None: ...
+    def requeue(self, claim: Claim, why: str) -> bool: ...
+    def request_memory_retry(self, claim: Claim) -> bool: ...
+    def counts(self) -> Counts: ...
+    def failures_reached(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """``told``: how many trials this worker told the end of. ``stopped``: why it ended before the study did —
+    ``gracefully``, ``now`` or ``failures`` — or ``None``."""
+
+    told: int
+    stopped: str | None
+
+
+def run_worker(
+    spec: StudySpec,
+    paths: StudyPaths,
+    workers: WorkersConfig,
+    job: int = 0,
+    stop: Callable[[], str | None] = lambda: None,
+    study: Studied | None = None,
+    outcome_of: Callable[[RunRecord, StudySpec], Outcome] | None = None,
+) -> WorkerResult:
+    """Run trials until the study has none left.
+
+    Args:
+        stop: asked twice a second for ``gracefully`` or ``now``, beside the file ``paths.stop`` and, in a main thread,
+            INT and TERM (the second one ends the hosts at once).
+        study: the study, where it is open already; ``outcome_of`` likewise.
+
+    Raises:
+        QloraExpError: the study can't be opened, or a GPU is in use by another process; nothing was started.
+    """
+    config = compose.compose(spec.overrides)
+    gpus = slots_of(config, workers.count)
+    threads = threads_per_host(config.training.threads, len(gpus), paths.threads)
+    preload = () if config.training.engine is Engine.sleep else ("training",)
+    room = cast(Any, study_room)
+    setting = Setting(
+        spec=spec,
+        paths=paths,
+        workers=workers,
+        preload=(*preload, "tracking") if config.tracking.enabled else preload,
+        outcome_of=outcome_of or room.outcome_of,
+    )
+    worker = Worker(setting, study if study is not None else room.Study.open(spec, paths), job, len(gpus), stop)
+    slots = [
+        Slot(worker, state.slot, environment_of(gpu, threads), state)
+        for state, gpu in zip(worker.states, gpus, strict=True)
+    ]
+    return worker.run(slots)
+
+
+class Worker:
+    """What the slots of one worker share: the study, one call at a time, and whether to stop."""
+
+    def __init__(self, setting: Setting, study: Studied, job: int, slots: int, stop: Callable[[], str | None]) -> None:
+        self.setting, self.study, self.job = setting, study, job
+        self.name = worker_name()
+        self.states = [SlotState(number) for number in range(slots)]
+        self.stopping: str | None = None
+        self.killing = False
+        self.told = 0
+        self.error: BaseException | None = None
+        self.taken_over: set[tuple[int, int]] = set()
+        """Trial ids and attempts that are somebody else's by now."""
+        self._process = process_identity()
+        self._asked_from_outside = stop
+        self._claims: dict[int, Claim] = {}
+        self._calls = threading.RLock()
+        self._changed = threading.Condition()
+        self._next_heartbeat = self._next_state = 0.0
+
+    def run(self, slots: list[Slot]) -> WorkerResult:
+        try:
+            with self._signals():
+                for slot in slots:
+                    slot.start()
+                while alive := [slot for slot in slots if slot.is_alive()]:
+                    self._tick()
+                    alive[-1].join(TICK_SECONDS)
+        finally:
+            remove_state(self.setting.paths.workers, self.name)
+        if self.error is not None:
+            raise self.error
+        return WorkerResult(self.told, self.stopping)
+
+    # What slots ask.
+
+    def claim(self, slot: int) -> Claim | None:
+        """A trial for ``slot``; ``None``: there is none now."""
+        owner = Owner(self._process, self.name, slot)
+        claim = self._ask(lambda: self.study.claim(owner, self.setting.workers.lease_seconds))
+        if claim is not None:
+            self._claims[slot] = claim
+        return claim
+
+    def may_claim(self) -> bool:
+        """Whether a new trial may start; sees to it that too many failures end the study."""
+        if self.stopping is None and self._ask(self.study.failures_reached):
+            self._stop(FAILURES)
+        return self.stopping is None
+
+    def nothing_left(self) -> bool:
+        """Whether no trial will ever be free again: all have ended. One that somebody else runs may still be lost."""
+        counts = self._ask(self.study.counts)
+        return counts.running + counts.waiting + counts.to_ask == 0
+
+    def wait(self, seconds: float) -> None:
+        """Until another slot tells or gives back a trial, at most ``seconds``."""
+        with self._changed:
+            self._changed.wait(seconds)
+
+    def set_run(self, claim: Claim, run_id: str) -> None:
+        self._ask(lambda: self.study.set_run(claim, run_id))
+
+    def report(self, claim: Claim, step: int, value: float) -> bool:
+        return self._ask(lambda: self.study.report(claim, step, value))
+
+    def tell(self, slot: int, claim: Claim, outcome: Outcome) -> None:
+        self._ask(lambda: self.study.tell(claim, outcome))
+        self.told += 1
+        self.let_go(slot)
+
+    def requeue(self, slot: int, claim: Claim, why: str) -> bool:
+        """Give the trial back for another attempt. ``False``: there is none left, and it is told as failed."""
+        again = self._ask(lambda: self.study.requeue(claim, why))
+        self.let_go(slot)
+        return again
+
+    def give_back(self, slot: int, claim: Claim) -> None:
+        """The trial was interrupted because the worker stops: no fault of its own."""
+        unknown = (None,) * len(self.setting.spec.objectives)
+        self._ask(lambda: self.study.tell(claim, Outcome(Status.INTERRUPTED, unknown, (), None)))
+        self.let_go(slot)
+
+    def still_ours(self, claim: Claim) -> bool:
+        """Whether nobody has taken the trial over (from a machine that slept longer than the lease, say)."""
+        return self._ask(lambda: self.study.heartbeat(claim))
+
+    def memory_retry(self, slot: int, claim: Claim) -> bool:
+        granted = self._ask(lambda: self.study.request_memory_retry(claim))
+        if granted:
+            self.let_go(slot)
+        return granted
+
+    def let_go(self, slot: int) -> None:
+        """The slot has no trial any more."""
+        self._claims.pop(slot, None)
+        with self._changed:
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """A slot met what it can't handle: the worker ends, its trials free for others."""
+        self.error = self.error or error
+        self._stop(NOW)
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """One call to the study. A full disk is waited for: nothing that has been reached may be lost."""
+        told = False
+        while True:
+            try:
+                with self._calls:
+                    return call()
+            except Exception as error:  # whatever the storage's driver raises
+                if not disk_full(error) or self.killing:
+                    raise
+                if not told:
+                    print(f"the study can't be written: {error}; waiting for space", file=sys.stderr, flush=True)
+                    told = True
+                time.sleep(FULL_SECONDS)
+
+    # What happens twice a second.
+
+    def _tick(self) -> None:
+        mode = self._asked_from_outside() or self._stop_file()
+        if mode is not None:
+            self._stop(mode)
+        now = time.monotonic()
+        if now >= self._next_heartbeat:
+            self._next_heartbeat = now + self.setting.workers.heartbeat_seconds
+            for claim in list(self._claims.values()):
+                self._heartbeat(claim)
+        if now >= self._next_state:
+            self._next_state = now + STATE_SECONDS
+            write_state(self.setting.paths.workers, state_of(self.name, self.job, self.stopping, self.states))
+
+    def _heartbeat(self, claim: Claim) -> None:
+        """One that fails is made up for by the next; the lease is many heartbeats long."""
+        try:
+            with self._calls:
+                if not self.study.heartbeat(claim):
+                    self.taken_over.add((claim.trial_id, claim.attempt))
+        except Exception as error:  # as in _ask
+            print(f"trial {claim.number}: no heartbeat: {error}", file=sys.stderr, flush=True)
+
+    def _stop_file(self) -> str | None:
+        try:
+            asked = json.loads(self.setting.paths.stop.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return GRACEFULLY
+        return NOW if isinstance(asked, dict) and asked.get("mode") == NOW else GRACEFULLY
+
+    def _stop(self, mode: str) -> None:
+        if self.stopping != NOW:
+            self.stopping = mode
+        with self._changed:
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """INT and TERM: as a request to stop now; the second: without mercy."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def asked(number: int, frame: object) -> None:
+            self.killing = self.stopping == NOW
+            self.stopping = NOW
+
+        previous = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

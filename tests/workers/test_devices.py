@@ -1,0 +1,64 @@
+"""Each slot has a GPU of its own where there are enough, occupied ones are refused, and threads stay what they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_exp.errors import ConfigError
+from qlora_exp.workers.devices import Gpu, GpuUser, assign, environment_of, threads_per_host
+
+GPUS = (Gpu(0, "GPU-aaa", "H200"), Gpu(1, "GPU-bbb", "H200"), Gpu(2, "GPU-ccc", "H200"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "slots", "assigned"),
+    [
+        (None, None, ("GPU-aaa", "GPU-bbb", "GPU-ccc")),
+        (None, 2, ("GPU-aaa", "GPU-bbb")),
+        ("2,0", None, ("GPU-ccc", "GPU-aaa")),
+        ("GPU-bbb", None, ("GPU-bbb",)),
+        ("1,-1,0", None, ("GPU-bbb",)),
+        ("1", 2, ("GPU-bbb", "GPU-bbb")),
+        ("", None, (None,)),
+        ("", 3, (None, None, None)),
+    ],
+)
+def test_slots_get_the_visible_gpus_in_turn(
+    visible: str | None, slots: int | None, assigned: tuple[str | None, ...]
+) -> None:
+    assert assign(GPUS, visible, slots) == assigned
+
+
+def test_without_gpus_there_is_one_slot() -> None:
+    assert assign((), None, None) == (None,)
+
+
+def test_a_gpu_in_use_is_refused_with_its_user_named() -> None:
+    occupied = (GPUS[0], Gpu(1, "GPU-bbb", "H200", (GpuUser(4321, "python", 3 * 2**30),)))
+    with pytest.raises(ConfigError, match="GPU 1") as told:
+        assign(occupied, None, None)
+    assert "4321" in str(told.value)
+    assert "python" in str(told.value)
+    assert "3.0 GiB" in str(told.value)
+    assert assign(occupied, None, None, own_pids={4321}) == ("GPU-aaa", "GPU-bbb")
+    assert assign(occupied, "0", None) == ("GPU-aaa",)
+
+
+def test_a_studys_threads_are_fixed_by_its_first_worker(tmp_path: Path) -> None:
+    kept = tmp_path / "threads.json"
+    assert threads_per_host(3, 1, kept) == 3
+    assert not kept.exists()
+    first = threads_per_host(None, 1_000_000, kept)
+    assert first == 1
+    assert threads_per_host(None, 1, kept) == first
+
+
+def test_a_host_is_pinned_by_its_environment() -> None:
+    assert environment_of("GPU-bbb", 2) == {
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "GPU-bbb",
+    }
+    assert "CUDA_VISIBLE_DEVICES" not in environment_of(None, 2)
