@@ -73,7 +73,9 @@ def _choices_in(folder: Path) -> list[Choice]:
 
 def _read(path: Path) -> Choice:
     text = path.read_text(encoding="utf-8")
-    first = next((line for line in text.splitlines() if not line.startswith("# @")), "")  # Hydra wants its own line first
+    first = next(
+        (line for line in text.splitlines() if not line.startswith("# @")), ""
+    )  # Hydra wants its own line first
     header = first.removeprefix("#").strip() if first.startswith("#") else ""
     meaning, gap, command = header.partition("  ")
     cost = re.search(r"^# cost: (.+)$", text, re.MULTILINE)

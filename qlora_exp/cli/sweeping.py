@@ -47,9 +47,9 @@ def sweep(
     join: Annotated[bool, typer.Option("--join", help="Share a study that another process works on")] = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Answer a question with a study: train its trials, go on where it was left.
+    """Train the trials of a study.
 
-    The same as python -m qlora_exp -m sweeps=NAME …
+    The same command again goes on with it. The same as python -m qlora_exp -m sweeps=NAME …
     """
     given = [f"sweeps={name}", *given_overrides(source, overrides)]
     return _hydra([*given, *_join(join), *_root(output_root)])
@@ -82,7 +82,10 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second; Ctrl-C ends")] = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Show how a study stands: running, finished, failed, best so far, time left."""
+    """Show how a study stands.
+
+    Running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
+    """
     from qlora_exp.standing import show_standing, watch_status
     from qlora_exp.sweep import orchestrator
 
@@ -111,7 +114,10 @@ def stop(
 
 
 def best(study: Study, output_root: OutputRoot = None) -> int:
-    """Show the best trial as a command; of several objectives, the Pareto front."""
+    """Show the best trial as a command.
+
+    Of several objectives, the Pareto front.
+    """
     import shlex
 
     from qlora_exp.errors import RecordError
@@ -155,9 +161,9 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what would go")] = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Free disk space: checkpoints, then adapters that are not among the best.
+    """Free disk space.
 
-    Records, per-item results and curves always stay.
+    Checkpoints go first, then adapters that are not among the best. Records, per-item results and curves always stay.
     """
     from qlora_exp.paths import OutputPaths
     from qlora_exp.retention import best_first, delete, disposable, kept_numbers
