@@ -41,6 +41,14 @@ if TYPE_CHECKING:
 EXIT_COMPLETED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
+class Ended(KeyboardInterrupt):
+    """Leaves Hydra (which turns an ordinary exception into a trace and exit code 1) with an exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
 def set_threads(threads: int | None) -> None:
     """Fix the CPU threads before torch is imported. Two OpenMP pools that spin on the same cores slow each other down
     many times over, so waiting is passive."""

@@ -259,14 +259,13 @@ def test_no_secret_reaches_a_record_or_the_tracking_database(
     assert holding == []
 
 
-def test_a_multirun_leaves_one_finished_run_a_point_each_in_a_process_of_its_own(
+def test_the_basic_sweeper_leaves_one_finished_run_a_point_each_in_a_process_of_its_own(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "outputs"
     axes = ["quantization=glob([nf4,fp32])", "lora.r=2,4"]
-    result = door(
-        "-m", *overrides(output, *local(tiny_models["llama"], colour_task), *axes), "evaluation.generate=false"
-    )
+    given = overrides(output, *local(tiny_models["llama"], colour_task), *axes)
+    result = door("-m", "hydra/sweeper=basic", *given, "evaluation.generate=false")
     assert result.returncode == 0, result.stderr
     records = [load_run(str(path)) for path in output.glob("runs/*")]
     points = {(record.config["quantization"]["mode"], record.config["lora"]["r"]) for record in records}
