@@ -49,6 +49,13 @@ class OutputPaths:
     def run(self, run_id: str) -> RunPaths:
         return RunPaths(self.runs / slug(run_id, limit=120))
 
+    @property
+    def studies(self) -> Path:
+        return self.root / "studies"
+
+    def study(self, name: str) -> StudyPaths:
+        return StudyPaths(self.studies / slug(name))
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -90,3 +97,25 @@ class RunPaths:
     def items(self, moment: str, split: str) -> Path:
         """Per-item results (Parquet); ``moment`` is ``before`` or ``after``."""
         return self.folder / f"items_{moment}_{split}.parquet"
+
+
+@dataclass(frozen=True)
+class StudyPaths:
+    """One study's artefacts, one property each."""
+
+    folder: Path
+
+    @property
+    def definition(self) -> Path:
+        """What is asked: question, space, objectives, sampler, pruner, budget."""
+        return self.folder / "study.json"
+
+    @property
+    def summary(self) -> Path:
+        """What was last told to the tracking store: status, best trials, all trials."""
+        return self.folder / "summary.json"
+
+    @property
+    def tracking_state(self) -> Path:
+        """What the tracking store has of this study: its parent run's id there, and whether all was delivered."""
+        return self.folder / "tracking.json"

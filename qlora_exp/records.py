@@ -275,6 +275,16 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Which trial of a study a run is. ``params``: the value of each swept key; ``attempt`` counts from 1."""
+
+    study: str
+    number: int
+    attempt: int
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """All that is known of one run; complete even when the run failed (what was not reached is ``None``)."""
 
@@ -299,6 +309,7 @@ class RunRecord:
     goal: Goal | None = None
     failure: Failure | None = None
     warnings: tuple[str, ...] = ()
+    trial: Trial | None = None
 
     def replace(self, **changes: Any) -> RunRecord:
         return dataclasses.replace(self, **changes)

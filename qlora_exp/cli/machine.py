@@ -63,6 +63,7 @@ def sync(
     counts = {
         "delivered": report.delivered,
         "already there": report.already,
+        "studies delivered": report.studies,
         "still running": report.running,
         "deleted in MLflow": report.deleted,
         "told as interrupted": report.repaired,

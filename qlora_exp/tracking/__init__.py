@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_exp.tracking.state import TrackingState as TrackingState
     from qlora_exp.tracking.state import read_state as read_state
+    from qlora_exp.tracking.study import StudyTracker as StudyTracker
+    from qlora_exp.tracking.study_view import StudyDefinition as StudyDefinition
+    from qlora_exp.tracking.study_view import TrialRow as TrialRow
     from qlora_exp.tracking.synchronise import SyncReport as SyncReport
     from qlora_exp.tracking.synchronise import repair as repair
     from qlora_exp.tracking.synchronise import sync as sync
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Tracker": "tracker",
+    "StudyTracker": "study",
+    "StudyDefinition": "study_view",
+    "TrialRow": "study_view",
     "sync": "synchronise",
     "repair": "synchronise",
     "SyncReport": "synchronise",
