@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qlora_exp.tracking.synchronise import repair as repair
     from qlora_exp.tracking.synchronise import sync as sync
     from qlora_exp.tracking.tracker import Tracker as Tracker
+    from qlora_exp.tracking.ui import charts_url as charts_url
     from qlora_exp.tracking.ui import compare_url as compare_url
     from qlora_exp.tracking.ui import runs_url as runs_url
     from qlora_exp.tracking.ui import ui_command as ui_command
@@ -33,6 +34,7 @@ _HOMES = {
     "SyncReport": "synchronise",
     "ui_command": "ui",
     "ui_environment": "ui",
+    "charts_url": "ui",
     "compare_url": "ui",
     "runs_url": "ui",
     "TrackingState": "state",

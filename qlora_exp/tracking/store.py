@@ -195,6 +195,9 @@ def _experiment_id(client: MlflowClient, store: Store) -> str:
             "tracking.experiment",
             "use another tracking.experiment, or tracking.uri=http://127.0.0.1:PORT of that server",
         )
+    for key, value in EXPERIMENT_TAGS.items():  # a store of an earlier version has an earlier view
+        if experiment.tags.get(key) != value:
+            client.set_experiment_tag(experiment.experiment_id, key, value)
     return str(experiment.experiment_id)
 
 
