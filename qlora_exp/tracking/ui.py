@@ -44,6 +44,7 @@ VIEW_PLOTS = {
 """Plots of all axes against a few metrics, the last of which colours the lines. A plot leaves out runs that lack one
 of its metrics and hides where all do, so that what only some tasks or machines have gets a plot of its own."""
 
+VIEW_FIGURES = "Quality, memory, speed"
 VIEW_BARS = ("score/accuracy", "score/loss_per_item", "memory/peak_train_mib", "speed/train_tokens_per_second")
 
 
@@ -53,8 +54,7 @@ def _charts() -> list[dict[str, Any]]:
         {
             "type": "PARALLEL",
             "uuid": name,
-            "displayName": name,
-            "metricSectionId": "axes",
+            "metricSectionId": name,
             "selectedParams": VIEW_PARAMS,
             "selectedMetrics": metrics,
             "showAllRuns": True,
@@ -66,7 +66,7 @@ def _charts() -> list[dict[str, Any]]:
             "type": "BAR",
             "uuid": key,
             "displayName": key,
-            "metricSectionId": "figures",
+            "metricSectionId": VIEW_FIGURES,
             "metricKey": key,
             "runsCountToCompare": 20,
         }
@@ -75,10 +75,10 @@ def _charts() -> list[dict[str, Any]]:
     return [chart | {"isGenerated": False, "deleted": False} for chart in (*plots, *bars)]
 
 
-def _section(uuid: str, name: str, columns: int, height: int) -> dict[str, Any]:
-    """``columns`` charts side by side, each ``height`` pixels high."""
-    shown = {"display": True, "isReordered": True, "columns": columns, "cardHeight": height}
-    return {"uuid": uuid, "name": name} | shown
+def _section(name: str, columns: int, height_pixels: int) -> dict[str, Any]:
+    """Charts under a heading, ``columns`` side by side. A plot has one of its own: the UI gives plots no titles."""
+    shown = {"display": True, "isReordered": True, "columns": columns, "cardHeight": height_pixels}
+    return {"uuid": name, "name": name} | shown
 
 
 TABLE_VIEW = {"selectedColumns": VIEW_COLUMNS}
@@ -88,16 +88,16 @@ CHARTS_VIEW = TABLE_VIEW | {
     "orderByAsc": True,
     "runsHiddenMode": "FIRST_20_RUNS",
     "compareRunCharts": _charts(),
-    "compareRunSections": [_section("axes", "Axes", 1, 400), _section("figures", "Quality, memory, speed", 2, 300)],
+    "compareRunSections": [*(_section(name, 1, 400) for name in VIEW_PLOTS), _section(VIEW_FIGURES, 2, 300)],
     "isAccordionReordered": True,
 }
 """Columns of the runs table and first charts of the comparison, as the UI stores a view that a person shares."""
 
-EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development",
+VIEW_TAGS = {
     f"mlflow.sharedViewState.{VIEW_KEY}": json.dumps(TABLE_VIEW),
     f"mlflow.sharedViewState.{CHARTS_VIEW_KEY}": json.dumps(CHARTS_VIEW, separators=(",", ":")),
 }
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"} | VIEW_TAGS
 """Without them the UI takes an experiment for one about agents, its runs table shows neither settings nor scores, and
 its charts are one per metric, by name. :func:`runs_url` and :func:`charts_url` open the views."""
 
