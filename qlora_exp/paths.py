@@ -108,8 +108,13 @@ class StudyPaths:
         return self.folder / "logs"
 
     @property
+    def summary(self) -> Path:
+        """What was last told to the tracking store: status, best trials, all trials."""
+        return self.folder / "summary.json"
+
+    @property
     def tracking_state(self) -> Path:
-        """What the tracking store has of the study's parent run."""
+        """What the tracking store has of the study's parent run: its run id there, and whether all was delivered."""
         return self.folder / "tracking.json"
 
 

@@ -38,6 +38,8 @@ class SyncReport:
     deleted: tuple[str, ...] = ()
     """Deleted in MLflow by a person; they stay deleted."""
     repaired: tuple[str, ...] = ()
+    studies: tuple[str, ...] = ()
+    """Names of the studies whose parent run was delivered."""
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -83,8 +85,12 @@ class _Sync:
         self._opened: dict[Store, OpenStore] = {}
         self._present: dict[Store, dict[str, str | None]] = {}
         self._broken: dict[Store, str] = {}
+        self._parents: dict[tuple[Store, str], str | None] = {}
+        self._studies: dict[tuple[Store, str], None] = {}
 
     def deliver(self, only: Set[str] | None = None) -> SyncReport:
+        from qlora_exp.tracking.store import reason
+
         found: dict[str, list[str]] = {"delivered": [], "already": [], "running": [], "elsewhere": [], "deleted": []}
         failed: dict[str, str] = {}
         for paths in run_folders(self._output):
@@ -95,7 +101,13 @@ class _Sync:
                 found[self._one(record, paths)].append(record.run_id)
             except QloraExpError as error:
                 failed[paths.folder.name] = str(error)
-        return SyncReport(**{name: tuple(ids) for name, ids in found.items()}, failed=failed)
+        studies = []
+        for store, name in self._studies:
+            try:
+                studies += [name] if self._study(store, name) else []
+            except Exception as error:  # every backend raises its own kinds
+                failed[f"study {name}"] = f"not delivered: {reason(error)}"
+        return SyncReport(**{name: tuple(ids) for name, ids in found.items()}, studies=tuple(studies), failed=failed)
 
     def _one(self, record: RunRecord, paths: RunPaths) -> str:
         from qlora_exp.tracking.delivery import deliver_all, find_or_create
@@ -106,6 +118,8 @@ class _Sync:
             return "elsewhere" if record.process is not None and alive(record.process) is None else "running"
         store = _locate(self._tracking(record), self._output)
         opened = self._open(store)
+        if record.trial is not None:
+            self._studies[store, record.trial.study] = None
         present = self._present[store]
         mlflow_run_id = present.get(record.run_id)
         if record.run_id in present and mlflow_run_id is None:
@@ -121,8 +135,9 @@ class _Sync:
         told = TrackingState(store.shown_uri, store.experiment, opened.experiment_id)
         try:
             with bounded_calls(store.timeout_seconds):
-                mlflow_run_id = mlflow_run_id or find_or_create(opened.client, opened.experiment_id, record)
-                deliver_all(opened.client, mlflow_run_id, record, paths)
+                parent = self._parent(store, opened, record)
+                mlflow_run_id = mlflow_run_id or find_or_create(opened.client, opened.experiment_id, record, parent)
+                deliver_all(opened.client, mlflow_run_id, record, paths, parent)
         except Exception as error:  # every backend raises its own kinds
             why = reason(error)
             self._forget_if_gone(store)
@@ -130,6 +145,37 @@ class _Sync:
             raise TrackingError(f"not delivered: {why}", store.shown_uri, "qlora-exp sync tries again") from None
         write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, delivered=True, record_digest=digest))
         return "delivered"
+
+    def _parent(self, store: Store, opened: OpenStore, record: RunRecord) -> str | None:
+        from qlora_exp.tracking.study import parent_run
+
+        if record.trial is None:
+            return None
+        key = (store, record.trial.study)
+        if key not in self._parents:
+            self._parents[key] = parent_run(store, opened, self._output, record)
+        return self._parents[key]
+
+    def _study(self, store: Store, name: str) -> bool:
+        """Deliver a study's parent run, where the store lacks something of it. A living sweep does so itself."""
+        from qlora_exp.tracking.state import read_state, write_state
+        from qlora_exp.tracking.study import deliver_study, read_definition, read_summary, study_digest
+
+        paths = self._output.study(name)
+        definition, summary = read_definition(paths), read_summary(paths)
+        if definition is None or summary is None or not summary.status.ended:
+            return False
+        opened = self._open(store)
+        state = read_state(paths)
+        if (
+            state is not None
+            and state.delivered
+            and state.record_digest == study_digest(paths)
+            and (state.uri, state.experiment_id) == (store.shown_uri, opened.experiment_id)
+        ):
+            return False
+        write_state(paths, deliver_study(store, opened, paths, definition, summary))
+        return True
 
     def _open(self, store: Store) -> OpenStore:
         from qlora_exp.tracking.delivery import present_runs

@@ -17,8 +17,9 @@ from qlora_exp.config import TrackingConfig
 from qlora_exp.errors import TrackingError
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import Process, Status, read_record, write_json
-from qlora_exp.tracking import Tracker, compare_url, repair, sync, ui_command, ui_environment
+from qlora_exp.tracking import Tracker, compare_url, repair, sync, ui_command, ui_environment, view
 from qlora_exp.tracking.delivery import read_curve
+from qlora_exp.tracking.ui import VIEW_BARS, VIEW_PARAMS, VIEW_PLOTS, VIEW_TAGS
 
 EXPERIMENT = "qlora-exp"
 
@@ -451,6 +452,25 @@ def test_the_ui_stays_on_loopback_and_sends_no_telemetry(output: OutputPaths) ->
     assert compare_url("http://127.0.0.1:1", "1", ["a", "b"]).endswith(
         "/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%221%22%5D"
     )
+
+
+def test_a_store_of_an_earlier_version_gets_the_views_of_this_one(output: OutputPaths) -> None:
+    Tracker(tracking(), output)
+    client = client_of(output)
+    experiment_id = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    for key in VIEW_TAGS:
+        client.set_experiment_tag(experiment_id, key, "{}")
+    client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "a person's choice")
+    Tracker(tracking(), output)
+    tags = client.get_experiment(experiment_id).tags
+    assert {key: tags[key] for key in VIEW_TAGS} == VIEW_TAGS
+    assert tags["mlflow.experimentKind"] == "a person's choice"
+
+
+def test_the_first_charts_are_of_parameters_and_metrics_that_runs_have() -> None:
+    record = synthetic.completed()
+    assert set(VIEW_PARAMS) <= set(view.params(record))
+    assert {*VIEW_BARS, *(key for keys in VIEW_PLOTS.values() for key in keys)} <= set(view.metrics(record))
 
 
 def test_a_place_with_blanks_and_accents_works(tmp_path: Path) -> None:
