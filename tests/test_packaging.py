@@ -97,8 +97,8 @@ def test_the_installed_command_line_works_from_anywhere(installed: Path, tmp_pat
 
 
 def test_plugins_are_installed_under_hydras_own_namespace(installed: Path) -> None:
-    """Hydra finds plugins in the top-level ``hydra_plugins``, a namespace package: an ``__init__.py`` of ours there would
-    hide everybody else's."""
+    """Hydra finds plugins in the top-level ``hydra_plugins``, a namespace package: an ``__init__.py`` of ours there
+    would hide everybody else's."""
     assert not (installed / "hydra_plugins" / "__init__.py").exists()
     assert [path.name for path in (installed / "hydra_plugins").iterdir()] == ["qlora_exp_sweeper"]
 
