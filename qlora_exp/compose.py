@@ -83,7 +83,8 @@ def _with_values(
 ) -> DictConfig:
     """As :func:`compose_raw`; Hydra, which takes a tenth of a second, composes each combination of ``known`` groups
     once only. The values are set on a copy: Hydra sets them last, too."""
-    chosen, values = [], []
+    chosen: list[str] = []
+    values: list[str] = []
     for text in overrides:
         override = _parse(text)
         plain = override.type is OverrideType.CHANGE and _is_ours(override) and override.key_or_group not in known
@@ -252,7 +253,7 @@ def _values(override: Override) -> list[Any]:
     if not override.is_sweep_override():
         value = override.value()
         return [value.text if isinstance(value, QuotedString) else value]
-    swept = override.value()
+    swept: Any = override.value()
     if isinstance(swept, IntervalSweep):
         return [swept.start, swept.end]
     if isinstance(swept, Glob):

@@ -57,7 +57,7 @@ def read_spec(paths: StudyPaths) -> StudySpec:
 
 def running(paths: StudyPaths) -> list[Running]:
     """What the living workers' slots are doing now."""
-    found = []
+    found: list[Running] = []
     for file in sorted(paths.workers.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, RecordError, KeyError, AttributeError, TypeError):
             raw = json.loads(file.read_text(encoding="utf-8"))

@@ -196,7 +196,7 @@ def _sampler(sampler: Sampler, grid: bool) -> str:
     if sampler is Sampler.grid and not grid:
         raise ConfigError("a grid needs lists of values, not intervals", "sweep.sampler=grid", "sweep.sampler=tpe")
     if sampler is not Sampler.auto:
-        return sampler.value
+        return str(sampler.value)
     return Sampler.grid.value if grid else Sampler.tpe.value
 
 

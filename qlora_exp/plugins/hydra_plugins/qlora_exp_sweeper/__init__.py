@@ -32,4 +32,5 @@ class QloraOptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from qlora_exp.sweep import sweep_for_hydra
 
+        assert self.config is not None
         return sweep_for_hydra(self.config, arguments, self.params, self.launcher)
