@@ -85,6 +85,7 @@ def _check(overrides: Sequence[str], multirun: bool) -> None:
         compose.check_multirun(overrides)
     else:
         raise_all(compose.problems_of(overrides, multirun=True))
+        compose.compose_raw([text for text in overrides if not compose.is_swept(text)])
 
 
 def _with_search_path(arguments: Sequence[str]) -> list[str]:

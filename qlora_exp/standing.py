@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qlora_exp.environment import alive
+from qlora_exp.environment import alive, process_identity
 from qlora_exp.errors import RecordError
 from qlora_exp.paths import StudyPaths
 from qlora_exp.records import Process, Status, from_dict
@@ -225,7 +225,7 @@ class Watch:
     def _look(self, live: Any) -> None:
         counts = self._opened.counts()
         if live is not None:
-            live.update(standing(self._spec, self._opened, self._paths, None), refresh=True)
+            live.update(standing(self._spec, self._opened, self._paths, process_identity()), refresh=True)
         if counts == self._counts:
             return
         self._counts = counts
