@@ -136,7 +136,7 @@ class Study:
             self._storage.set_trial_user_attr(claim.trial_id, ITEMS_ATTRIBUTE.format(step=step), losses)
         trial = Trial(self._study, claim.trial_id)
         trial.report(value, step)
-        return trial.should_prune()
+        return bool(trial.should_prune())  # some pruners answer with NumPy's
 
     def tell(self, claim: Claim, outcome: Outcome) -> None:
         """Say how the trial ended. A trial that has ended or was taken over is left as it is; an interrupted one waits
