@@ -99,15 +99,15 @@ class Study:
         Trials of processes that are dead, or silent for ``lease_seconds``, are taken back first.
         """
         with FileLock(self._paths.lock):
-            trials = self._read()
-            lost = [(trial, why) for trial in trials if (why := _lost(trial, lease_seconds))]
+            unfinished = self._unfinished()
+            lost = [(trial, why) for trial in unfinished if (why := _lost(trial, lease_seconds))]
             for trial, why in lost:
                 self._take_back(trial, why)
-            now = self._read() if lost else trials
-            waiting = [trial for trial in now if trial.state is TrialState.WAITING]
+            unfinished = self._unfinished() if lost else unfinished
+            waiting = [trial for trial in unfinished if trial.state is TrialState.WAITING]
             if waiting:
                 return self._start(waiting[0], owner)
-            if len(trials) < self.spec.n_trials:
+            if not self._all_asked():
                 return self._start(None, owner)
         return None
 
@@ -136,7 +136,7 @@ class Study:
             self._storage.set_trial_user_attr(claim.trial_id, ITEMS_ATTRIBUTE.format(step=step), losses)
         trial = Trial(self._study, claim.trial_id)
         trial.report(value, step)
-        return trial.should_prune()
+        return bool(trial.should_prune())  # some pruners answer with NumPy's
 
     def tell(self, claim: Claim, outcome: Outcome) -> None:
         """Say how the trial ended. A trial that has ended or was taken over is left as it is; an interrupted one waits
@@ -193,6 +193,19 @@ class Study:
     def _read(self) -> list[FrozenTrial]:
         """All trials by number; finished ones come from memory."""
         return self._storage.get_all_trials(self._study._study_id, deepcopy=False)
+
+    def _unfinished(self) -> list[FrozenTrial]:
+        """Waiting and running trials by number, without a look at each of the finished."""
+        states = (TrialState.WAITING, TrialState.RUNNING)
+        return self._storage.get_all_trials(self._study._study_id, deepcopy=False, states=states)
+
+    def _all_asked(self) -> bool:
+        last = self.spec.n_trials - 1
+        try:
+            self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, last)
+        except KeyError:
+            return False
+        return True
 
     def _mine(self, claim: Claim) -> FrozenTrial | None:
         trial = self._storage.get_trial(claim.trial_id)
