@@ -31,15 +31,13 @@ def run(*overrides: str) -> RunRecord:
 
 
 def load_run(run: str, output_root: str = "outputs") -> RunRecord:
-    """The record of a run by its id or folder.
+    """The record of a run by its id, a unique beginning or end of one, ``last``, or its folder.
 
     Raises:
         qlora_exp.errors.RecordError: there is no such record, or it can't be read.
     """
-    from pathlib import Path
-
+    from qlora_exp.history import find_run
     from qlora_exp.paths import OutputPaths
     from qlora_exp.records import read_record
 
-    folder = Path(run)
-    return read_record(folder / "record.json" if folder.is_dir() else OutputPaths.of(output_root).run(run).record)
+    return read_record(find_run(run, OutputPaths.of(output_root)).record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
+from filelock import FileLock, Timeout, UnixFileLock
 
 from qlora_exp import compose, environment, redaction, synthetic
 from qlora_exp.config import Config, Engine, to_plain
@@ -37,6 +39,14 @@ if TYPE_CHECKING:
     from qlora_exp.one_run import Bases
 
 EXIT_COMPLETED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class Ended(KeyboardInterrupt):
+    """Leaves Hydra (which turns an ordinary exception into a trace and exit code 1) with an exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
 
 
 def set_threads(threads: int | None) -> None:
@@ -66,6 +76,8 @@ def quiet_libraries() -> None:
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }.items():
         os.environ.setdefault(key, value)
+    # bitsandbytes names an optional kernel at import, and at each layer's first forward that LLM.int8() takes 16 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers 5.23 warns of names that TRL itself passes; nobody at the terminal can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -94,21 +106,40 @@ def execute(
             for MLflow at the run's start either.
 
     Raises:
-        QloraExpError: wrong input; nothing was started.
+        QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
     set_threads(config.training.threads)
     quiet_libraries()
     outputs = OutputPaths.of(config.output_root)
-    if observer is not None:
-        observer.phase("prepare")
-    prepared = _prepare(config, bases)  # wrong input ends here, before a run exists
-    if resume is not None:
-        _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
-    record, paths = _begin(config, outputs, prepared.environment, resume, run_id, trial)
+    with contextlib.ExitStack() as held:
+        if resume is not None:
+            held.enter_context(_owned(outputs.run(resume)))
+        if observer is not None:
+            observer.phase("prepare")
+        prepared = _prepare(config, bases)  # wrong input ends here, before a run exists
+        if resume is not None:
+            _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
+        record, paths = _begin(config, outputs, prepared.environment, resume, run_id, trial)
+        if resume is None:
+            held.enter_context(_owned(paths))
+        return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver)
+
+
+def _run_and_deliver(
+    config: Config,
+    prepared: _Prepared,
+    record: RunRecord,
+    paths: RunPaths,
+    observer: Observer | None,
+    resumed: bool,
+    report: Report,
+    deliver: Callable[[Callable[[], object]], object] | None,
+) -> RunRecord:
+    outputs = OutputPaths.of(config.output_root)
     try:
         tracker = _tracker(config, outputs)
     except QloraExpError:
-        if resume is None:
+        if not resumed:
             _remove(paths)
         raise
     tracker.start(record, paths, wait=deliver is None)
@@ -128,6 +159,25 @@ def execute(
     if wrong is not None:
         raise wrong
     return finished
+
+
+@contextlib.contextmanager
+def _owned(paths: RunPaths) -> Iterator[None]:
+    """Hold the run's folder for this process alone; the kernel lets go of it when the process ends, however it ends."""
+    read_record(paths.record)  # no record, no run: nothing is made in its folder
+    lock = FileLock(paths.lock)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        who = paths.lock.read_text(encoding="utf-8") or "another process"
+        raise RecordError(f"{who} executes this run", str(paths.folder), "wait for it, or stop it first") from None
+    if isinstance(lock, UnixFileLock):  # where the disk has no flock, the file's content is filelock's own
+        me = environment.process_identity()
+        paths.lock.write_text(f"process {me.pid} on {me.host or 'an unnamed host'}", encoding="utf-8")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _Prepared(Protocol):
@@ -288,7 +338,7 @@ def _begin(
 
 
 def _remove(paths: RunPaths) -> None:
-    for file in (paths.record, paths.config):
+    for file in (paths.record, paths.config, paths.lock):
         file.unlink(missing_ok=True)
     paths.folder.rmdir()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ LISTED = {"models": "model", "quantizations": "quantization", "targets": "target
 
 @dataclass(frozen=True)
 class Choice:
-    """One file of a group: its name, its first line's meaning and command, and its keys as written."""
+    """One file of a group: its name, its first line's meaning and command, and its keys as written; of a sweep also
+    what it costs."""
 
     name: str
     meaning: str
     command: str | None
     keys: dict[str, Any]
+    cost: str | None = None
 
 
 OVERLAYS = ("model_training",)
@@ -53,8 +56,10 @@ def choices(group: str) -> list[Choice]:
 
 
 def sweeps() -> list[Choice]:
-    """The sweeps that come with the package: one file per question."""
-    return _choices_in(SWEEPS) if SWEEPS.is_dir() else []
+    """One file per question: the sweeps that come with the package, then those of the current folder."""
+    own = Path.cwd() / "sweeps"
+    folders = [SWEEPS, *([own] if own.resolve() != SWEEPS else [])]
+    return [choice for folder in folders if folder.is_dir() for choice in _choices_in(folder)]
 
 
 def default_output_root() -> str:
@@ -68,8 +73,17 @@ def _choices_in(folder: Path) -> list[Choice]:
 
 def _read(path: Path) -> Choice:
     text = path.read_text(encoding="utf-8")
-    first = text.partition("\n")[0]
+    first = next(
+        (line for line in text.splitlines() if not line.startswith("# @")), ""
+    )  # Hydra wants its own line first
     header = first.removeprefix("#").strip() if first.startswith("#") else ""
     meaning, gap, command = header.partition("  ")
+    cost = re.search(r"^# cost: (.+)$", text, re.MULTILINE)
     keys = yaml.safe_load(text)
-    return Choice(path.stem, meaning, command.strip() if gap else None, keys if isinstance(keys, dict) else {})
+    return Choice(
+        path.stem,
+        meaning,
+        command.strip() if gap else None,
+        keys if isinstance(keys, dict) else {},
+        cost[1] if cost else None,
+    )

@@ -132,6 +132,7 @@ def _one_of(key: str, value: str, valid: tuple[str, ...]) -> Iterator[ConfigErro
 
 def _model(model: ModelConfig) -> Iterator[ConfigError]:
     yield from _one_of("model.attention", model.attention, ATTENTIONS)
+    yield from _revision(model)
     if model.family == "local":
         if not model.path:
             yield _error("a local model needs a path", "model.path", model.path, "model.path=DIRECTORY_OR_FILE.gguf")
@@ -150,6 +151,13 @@ def _model(model: ModelConfig) -> Iterator[ConfigError]:
             yield _error(f"there is no variant called {name}", key, checkpoint, nearest(name, ("base", "instruct")))
         if not re.fullmatch(r"embedded:[\w-]+|[\w.-]+/[\w.-]+", checkpoint):
             yield _error("a checkpoint is a Hub id or embedded:NAME", key, checkpoint, "e.g. Qwen/Qwen3-0.6B")
+
+
+def _revision(model: ModelConfig) -> Iterator[ConfigError]:
+    checkpoint = model.checkpoints.get(model.variant.value, "")
+    if model.revision is not None and (model.family == "local" or checkpoint.startswith("embedded:")):
+        what = "only a model of the Hub has revisions: this one is read from disk"
+        yield _error(what, "model.revision", model.revision, "model.revision=null")
 
 
 def _quantization(quantization: QuantizationConfig) -> Iterator[ConfigError]:
@@ -248,6 +256,11 @@ def _training(training: TrainingConfig) -> Iterator[ConfigError]:
         if getattr(training, key) and training.evaluate_every_steps is None:
             what = f"training.{key} needs validation losses during training"
             yield _error(what, f"training.{key}", getattr(training, key), "training.evaluate_every_steps=20")
+    evaluates, saves = training.evaluate_every_steps, training.save_every_steps
+    if training.keep_best and evaluates is not None and saves not in (None, evaluates):
+        what = f"training.keep_best saves at every evaluation, every {evaluates} steps"
+        hint = f"training.save_every_steps=null, or {evaluates} for both"
+        yield _error(what, "training.save_every_steps", saves, hint)
 
 
 def _budget(training: TrainingConfig) -> Iterator[ConfigError]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import types
@@ -15,18 +16,20 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qlora_exp import plan
 from qlora_exp.config import Config, register, typed
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
-from qlora_exp.paths import CONF
+from qlora_exp.paths import CONF, SWEEPS
 
 GRID_CHECK_LIMIT = 256
 """Configurations of a multirun that are composed and checked before its first run; the rest are checked by axis."""
+
+SEARCH_PATH = "hydra.searchpath"
 
 UNSAFE = ("_target_", "trust_remote_code")
 
@@ -57,37 +60,131 @@ def compose(overrides: Sequence[str]) -> Config:
 def check_multirun(overrides: Sequence[str]) -> None:
     """Raise for any wrong point of a grid (``lora.r=8,16``) before its first run starts."""
     raise_all(problems_of(overrides, multirun=True))
-    axes = [_choices(override) for override in _parsed(overrides) if not _is_hydra(override)]
+    listed = without_globs(overrides, overrides)
+    axes = [_choices(override) for override in _parsed(listed) if _is_ours(override)]
+    check_points(itertools.islice(itertools.product(*axes), GRID_CHECK_LIMIT))
+
+
+def check_points(points: Iterable[Sequence[str]]) -> None:
+    """Compose each of ``points`` (overrides) and raise what is wrong with any of them, each problem once."""
     errors: dict[str, QloraExpError] = {}
-    for point in itertools.islice(itertools.product(*axes), GRID_CHECK_LIMIT):
+    composed: dict[tuple[str, ...], DictConfig] = {}
+    known = frozenset(groups())
+    for point in points:
         try:
-            _compose_checked(point)
+            checked(_with_values(point, known, composed))
         except QloraExpError as error:
             for one in getattr(error, "errors", (error,)):
                 errors.setdefault(str(one), one)
     raise_all(list(errors.values()))
 
 
+def without_globs(texts: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """``texts`` with each glob among the ``overrides`` spelt out: ``lora=glob(*)`` names every choice of that group.
+
+    Hydra would count the groups' shared parts (``_mode.yaml``), which are no choices, too.
+    """
+    return [_without_glob(text) if text in overrides else text for text in texts]
+
+
+def _without_glob(text: str) -> str:
+    override = _parse(text)
+    fitting = _globbed(override)
+    return f"{override.get_key_element()}={','.join(fitting)}" if fitting else text
+
+
+def _globbed(override: Override) -> list[str]:
+    """The choices of its group that a ``glob(…)`` means; none for every other override."""
+    value = override.value()
+    return value.filter(groups().get(override.key_or_group, [])) if isinstance(value, Glob) else []
+
+
+def _with_values(
+    overrides: Sequence[str], known: frozenset[str], composed: dict[tuple[str, ...], DictConfig]
+) -> DictConfig:
+    """As :func:`compose_raw`; Hydra, which takes a tenth of a second, composes each combination of ``known`` groups
+    once only. The values are set on a copy: Hydra sets them last, too."""
+    chosen: list[str] = []
+    values: list[str] = []
+    for text in overrides:
+        override = _parse(text)
+        plain = override.type is OverrideType.CHANGE and _is_ours(override) and override.key_or_group not in known
+        (values if plain else chosen).append(text)
+    if tuple(chosen) not in composed:
+        composed[tuple(chosen)] = compose_raw(chosen)
+    config = copy.deepcopy(composed[tuple(chosen)])
+    try:
+        for override in _parsed(values):
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+    except OmegaConfBaseException as error:
+        raise _not_composed(error, overrides) from None
+    return config
+
+
 def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]:
     """Every problem that can be seen in the overrides one by one."""
     found: list[QloraExpError] = []
+    try:
+        searched = search_folders(overrides)
+    except ConfigError as error:
+        return [error]
     for text in overrides:
         try:
             override = _parse(text)
-            if not _is_hydra(override):
-                found.extend(_problems_of_one(override, text, multirun))
+            if _is_ours(override):
+                found.extend(_problems_of_one(override, text, multirun, searched))
         except ConfigError as error:
             found.append(error)
-        except HydraException as error:  # interval(…), glob(…): sweeps that only a search can walk through
+        except HydraException as error:  # a sweep that can be neither listed nor bounded
             what = f"{text} can't be listed value by value: {str(error).splitlines()[0]}"
             found.append(ConfigError(what, "command line", "name the values: key=a,b,c or key=range(1,4)"))
     return found
 
 
-def groups() -> dict[str, list[str]]:
-    """Choices of each configuration group, e.g. ``{"quantization": ["bf16", "fp16", …]}``."""
+def groups(searched: Sequence[Path] = (SWEEPS.parent,)) -> dict[str, list[str]]:
+    """Choices of each configuration group, e.g. ``{"quantization": ["bf16", "fp16", …]}``; ``sweeps`` are those of
+    ``searched``'s folders."""
     folders = sorted(path for path in CONF.iterdir() if path.is_dir())
-    return {folder.name: _choices_of_group(folder) for folder in folders if folder.name != "model_training"}
+    found = {folder.name: _choices_of_group(folder) for folder in folders if folder.name != "model_training"}
+    return {**found, "sweeps": sorted({name for folder in searched for name in _choices_of_group(folder / "sweeps")})}
+
+
+def search_folders(overrides: Sequence[str]) -> list[Path]:
+    """The folders whose ``sweeps/`` is searched: ours, those of ``hydra.searchpath``, the current one where it has any.
+
+    Raises:
+        ConfigError: two of them have a sweep of the same name.
+    """
+    given = [override.value() for override in _parsed(overrides) if override.key_or_group == SEARCH_PATH]
+    entries = [str(entry).removeprefix("file://") for value in given if isinstance(value, list) for entry in value]
+    folders = [SWEEPS.parent]
+    for folder in (*map(Path, entries), Path.cwd()):
+        if (folder / "sweeps").is_dir() and (folder / "sweeps").resolve() not in [f / "sweeps" for f in folders]:
+            folders.append(folder.resolve())
+    owners: dict[str, Path] = {}
+    for folder in folders:
+        for name in _choices_of_group(folder / "sweeps"):
+            if name in owners:
+                where = " and ".join(str(place / "sweeps" / f"{name}.yaml") for place in (owners[name], folder))
+                raise ConfigError(f"there are two sweeps {name!r}", where, "rename yours")
+            owners[name] = folder
+    return folders
+
+
+def search_path(folders: Sequence[Path]) -> str:
+    """``hydra.searchpath=[…]`` under which Hydra finds ``sweeps=NAME`` in the ``sweeps/`` of ``folders``."""
+    entries = [QuotedString(text=f"file://{folder}", quote=Quote.single).with_quotes() for folder in folders]
+    return f"{SEARCH_PATH}=[{','.join(entries)}]"
+
+
+def key_of(text: str) -> str:
+    """The key or group that an override is for."""
+    return _parse(text).key_or_group
+
+
+def is_swept(text: str) -> bool:
+    """Whether an override has several values: ``lora.r=4,8``, ``training.learning_rate=interval(1e-4,1e-2)``."""
+    return _parse(text).is_sweep_override()
 
 
 def _choices_of_group(folder: Path) -> list[str]:
@@ -110,8 +207,13 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
     return [_parse(text) for text in overrides]
 
 
-def _is_hydra(override: Override) -> bool:
-    return override.key_or_group == "hydra" or override.key_or_group.startswith(("hydra.", "hydra/"))
+def is_hydra(key: str) -> bool:
+    """Whether a key or group is Hydra's own: how a configuration is launched, not what it is."""
+    return key == "hydra" or key.startswith(("hydra.", "hydra/"))
+
+
+def _is_ours(override: Override) -> bool:
+    return not is_hydra(override.key_or_group)
 
 
 def _choices(override: Override) -> list[str]:
@@ -121,10 +223,16 @@ def _choices(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def _problems_of_one(override: Override, text: str, multirun: bool) -> Iterable[QloraExpError]:
+def _problems_of_one(
+    override: Override, text: str, multirun: bool, searched: Sequence[Path]
+) -> Iterable[QloraExpError]:
     key = override.key_or_group
     if any(name in key.split(".") for name in UNSAFE):
         yield ConfigError(f"{key} can't be set", text, "remote code and object construction are off, on purpose")
+        return
+    if isinstance(override.value(), Glob) and multirun:
+        if not _globbed(override):
+            yield ConfigError(f"{text} fits no choice", "command line", f"a glob is for a group: {', '.join(groups())}")
         return
     if override.is_sweep_override() and not multirun:
         yield ConfigError(
@@ -136,7 +244,7 @@ def _problems_of_one(override: Override, text: str, multirun: bool) -> Iterable[
     if not key:
         yield ConfigError("an override without a key", text, "write key=value")
         return
-    choices = groups()
+    choices = groups(searched)
     if key in choices:
         yield from _problems_of_choice(override, text, choices[key])
         return
@@ -157,17 +265,24 @@ def _problems_of_choice(override: Override, text: str, valid: list[str]) -> Iter
     key = override.key_or_group
     for value in _values(override):
         name = str(value)
-        if name not in valid:
+        if name not in valid and not (key == "sweeps" and value is None):
             hint = nearest(name, valid)
             if key == "model" and Path(name).expanduser().exists():
                 hint = f"model=local model.path={name}"
-            yield ConfigError(f"{key} has no choice {name!r}", f"{text} (conf/{key}/)", hint)
+            yield ConfigError(
+                f"{key} has no choice {name!r}", f"{text} ({'sweeps' if key == 'sweeps' else f'conf/{key}'}/)", hint
+            )
 
 
 def _values(override: Override) -> list[Any]:
     if not override.is_sweep_override():
         value = override.value()
         return [value.text if isinstance(value, QuotedString) else value]
+    swept: Any = override.value()
+    if isinstance(swept, IntervalSweep):
+        return [swept.start, swept.end]
+    if isinstance(swept, Glob):
+        return _globbed(override)
     return [_plain(text) for text in override.sweep_string_iterator()]
 
 
@@ -259,18 +374,27 @@ def _hint_for(kind: Any, value: Any) -> str:
 
 
 def _compose_checked(overrides: Sequence[str]) -> Config:
+    return checked(compose_raw(overrides))
+
+
+def compose_raw(overrides: Sequence[str]) -> DictConfig:
+    """What Hydra composes, unchecked: values may still be missing, and interpolations are not resolved.
+
+    Raises:
+        ConfigError: it can't be composed.
+    """
     register()
-    own = [text for text in overrides if not _is_hydra(_parse(text))]
+    own = [text for text in overrides if _is_ours(_parse(text))]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = typed(hydra_compose("config", overrides=own))
-    except MissingMandatoryValue as error:
-        raise _missing(error) from None
+            return hydra_compose("config", overrides=[search_path(search_folders(overrides)), *own])
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).splitlines()[0], " ".join(own) or "conf/", "qlora-exp validate …") from None
-    raise_all(plan.check(config))
-    return config
+        raise _not_composed(error, own) from None
+
+
+def _not_composed(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
+    return ConfigError(str(error).splitlines()[0], " ".join(overrides) or "conf/", "qlora-exp validate …")
 
 
 def _missing(error: MissingMandatoryValue) -> ConfigError:
@@ -284,5 +408,7 @@ def checked(config: Any) -> Config:
         built = typed(config)
     except MissingMandatoryValue as error:
         raise _missing(error) from None
+    except OmegaConfBaseException as error:
+        raise _not_composed(error) from None
     raise_all(plan.check(built))
     return built

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -242,7 +243,8 @@ class EvaluationConfig:
     max_items: int | None
     batch_size: int
     generate: bool
-    max_new_tokens: int
+    max_new_tokens: int | None
+    """null: the longest label, or for free text the longest completion of the training split, and a few more."""
     forgetting: bool
     forgetting_documents: int | None
     baselines: bool
@@ -351,10 +353,19 @@ def register() -> None:
 
 
 def typed(config: DictConfig) -> Config:
-    """The composed configuration as plain dataclasses, interpolations resolved."""
+    """The composed configuration as plain dataclasses, interpolations resolved. Paths are made absolute, so that a
+    record and a fingerprint name the same file whichever folder a command is called in."""
     built = OmegaConf.to_object(config)
     assert isinstance(built, Config)
+    built.task.path = _absolute(built.task.path)
+    built.model.path = _absolute(built.model.path)
+    built.model.chat_template = _absolute(built.model.chat_template)
     return built
+
+
+def _absolute(path: str | None) -> str | None:
+    """Links stay as they are: a file of the Hub's cache is one, and its target has no ending."""
+    return os.path.abspath(os.path.expanduser(path)) if path else path
 
 
 def to_plain(config: Config) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def embedded_assets() -> Check:
     listing = EMBEDDED / "SHA256SUMS"
     fix = "reinstall qlora-exp, or in a checkout: git restore qlora_exp/embedded"
     if not listing.is_file():
-        return Check("embedded model", None, "its build wrote no list of hashes")
+        return Check("embedded model", False, f"{listing} is missing", fix)
     wrong, entries = [], listing.read_text(encoding="utf-8").splitlines()
     for entry in entries:
         digest, _, name = entry.partition("  ")

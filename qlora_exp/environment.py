@@ -69,16 +69,20 @@ def _environment(device: Device, torch_threads: int | None) -> Environment:
 
 def process_identity() -> Process:
     """This process, so that a later one can tell whether it still lives. Unknown parts are ``None`` (not on Linux)."""
-    return Process(pid=os.getpid(), start_ticks=_start_ticks(os.getpid()), boot_id=_boot_id())
+    return Process(os.getpid(), _start_ticks(os.getpid()), _boot_id(), _host())
 
 
-def alive(process: Process) -> bool:
+def alive(process: Process) -> bool | None:
     """Whether ``process`` still runs on this machine since this boot: a reused pid is not the same process.
 
-    Where start time or boot are unknown, the pid alone decides. A zombie counts as dead.
+    ``None``: it belongs to another host (or container), whose processes can't be seen from here. Where start time or
+    boot are unknown, the pid alone decides. A zombie counts as dead.
     """
     boot_id = _boot_id()
-    if process.boot_id is not None and boot_id is not None and process.boot_id != boot_id:
+    rebooted = process.boot_id is not None and boot_id is not None and process.boot_id != boot_id
+    if process.host != _host() and (process.host is not None or rebooted):
+        return None
+    if rebooted:
         return False
     try:
         os.kill(process.pid, 0)
@@ -245,6 +249,10 @@ def _stat_fields(pid: int) -> list[str] | None:
 def _boot_id() -> str | None:
     text = _read(Path("/proc/sys/kernel/random/boot_id"))
     return text.strip() if text else None
+
+
+def _host() -> str | None:
+    return platform.node() or None
 
 
 def _read(path: Path) -> str | None:

@@ -46,6 +46,10 @@ class TrackingError(QloraExpError):
     """The tracking store can't be opened. Raised at the start only: later trouble is spooled, never raised."""
 
 
+class StudyError(QloraExpError):
+    """A study that can't be opened: a damaged database, or one that asks something else under the same name."""
+
+
 class Problems(QloraExpError):
     """Several errors found together, so that a user mends them in one go."""
 

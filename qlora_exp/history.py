@@ -1,4 +1,4 @@
-"""The runs that there are, and which of them a person means by an id, a part of one, ``last`` or a folder."""
+"""The runs and studies that there are, and which of them a person means by an id, a part of one, or ``last``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qlora_exp.errors import RecordError, nearest
-from qlora_exp.paths import OutputPaths, RunPaths
+from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
 from qlora_exp.records import RunRecord, read_record
 
 LAST = "last"
@@ -74,6 +74,33 @@ def _nearest_run(run: str, names: list[str]) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+
+
+def study_names(outputs: OutputPaths) -> list[str]:
+    """The studies under ``output_root``, the newest last."""
+    if not outputs.studies.is_dir():
+        return []
+    files = [StudyPaths(folder).spec for folder in outputs.studies.iterdir()]
+    there = [file for file in files if file.is_file()]
+    return [file.parent.name for file in sorted(there, key=lambda file: (file.stat().st_mtime, file.parent.name))]
+
+
+def find_study(name: str, outputs: OutputPaths) -> StudyPaths:
+    """The study of that name, a unique beginning of one, or ``last``.
+
+    Raises:
+        RecordError: there is none, or several begin like this.
+    """
+    names = study_names(outputs)
+    if not names:
+        raise RecordError("there are no studies yet", str(outputs.studies), "qlora-exp sweep NAME makes one")
+    exact = [names[-1]] if name == LAST else [one for one in names if one == outputs.study(name).folder.name]
+    fitting = exact or [one for one in names if name and one.startswith(name)]
+    if len(fitting) == 1:
+        return StudyPaths(outputs.studies / fitting[0])
+    if fitting:
+        raise RecordError(f"{name!r} fits {len(fitting)} studies", str(outputs.studies), ", ".join(sorted(fitting)))
+    raise RecordError(f"there is no study {name!r}", str(outputs.studies), nearest(name, names))
 
 
 def tracking_uri(records: Sequence[RunRecord]) -> str | None:

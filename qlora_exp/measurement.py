@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,19 +10,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Dense 16-bit tensor throughput without sparsity, FLOP/s, from the makers' data sheets; other cards: unknown.
 DENSE_FLOPS_PER_SECOND = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
+    "B200": 2250e12,
+    "H200": 989.5e12,
+    "H200 NVL": 835.5e12,
+    "H100 HBM3": 989.5e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIE": 756.5e12,
+    "A100 SXM4": 312e12,
+    "A100 PCIE": 312e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
     "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100 SXM2": 125e12,
+    "V100 PCIE": 112e12,
     "T4": 65e12,
+    "RTX A6000": 154.8e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
 }
+"""Dense 16-bit tensor throughput with 32-bit accumulation, FLOP/s, from the makers' data sheets (half of a figure that
+is given with sparsity), by :func:`card_of`. Form factors differ, so each has its own entry; other cards are unknown."""
+CARD_PREFIXES = {"NVIDIA", "TESLA", "GEFORCE"}
+
+
+def card_of(device_name: str) -> str:
+    """A driver's device name without maker, line and memory size: ``NVIDIA A100-SXM4-80GB`` is an ``A100 SXM4``."""
+    words = device_name.upper().replace("-", " ").split()
+    return " ".join(word for word in words if word not in CARD_PREFIXES and not re.fullmatch(r"\d+GB", word))
 
 
 @dataclass
@@ -155,10 +175,8 @@ def model_flops_utilisation(device_name: str | None, flops_of_a_token: float, to
 
     Recomputation counts as no useful work, so pass :func:`flops_per_token` with ``recomputed=False``.
     """
-    for name in sorted(DENSE_FLOPS_PER_SECOND, key=len, reverse=True):
-        if device_name and name in device_name:
-            return tokens_per_second * flops_of_a_token / DENSE_FLOPS_PER_SECOND[name]
-    return None
+    peak = DENSE_FLOPS_PER_SECOND.get(card_of(device_name)) if device_name else None
+    return tokens_per_second * flops_of_a_token / peak if peak is not None else None
 
 
 def tensor_bytes(tensors: Any) -> int:

@@ -94,12 +94,12 @@ def _scores(record: RunRecord) -> Iterator[str]:
             f"To clear, on {record.baselines.split}: majority class {_figure(record.baselines.majority_accuracy)}, "
             f"TF-IDF + logistic regression {_figure(record.baselines.tfidf_accuracy)} (accuracy)."
         )
-    if table.forgetting is not None:
-        gone = table.forgetting
-        yield (
-            f"Loss on general text ({gone.documents} documents) changed by {_figure(gone.difference)} nats per byte "
-            f"(95 % interval {_figure(gone.low)} to {_figure(gone.high)})."
-        )
+    for gone in (table.forgetting, table.forgetting_chat):
+        if gone is not None:
+            yield (
+                f"Loss on {gone.text} ({gone.documents} documents) changed by {_figure(gone.difference)} nats per byte "
+                f"(95 % interval {_figure(gone.low)} to {_figure(gone.high)})."
+            )
     if record.goal is not None:
         yield f"Goal `{record.goal.text}` on {record.goal.split}: {record.goal.answer}."
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from qlora_exp import measurement, models, plan
 from qlora_exp.checkpoints import newest_valid, step_of
 from qlora_exp.config import Config, EvaluationSplit
-from qlora_exp.data import Splits, load_data, load_rows
+from qlora_exp.data import Splits, check_positions, load_data, load_rows
 from qlora_exp.endings import Observer, Report, Silent, never_stop, status_of
 from qlora_exp.errors import DataError, ModelError, QloraExpError
 from qlora_exp.evaluation import Evaluation, answer_goal
@@ -134,6 +134,7 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     tokenizer = models.load_tokenizer(config.model)
     length = config.training.max_length
     splits = bases.kept("splits", (rows, model, length), lambda: load_data(config, tokenizer, length))
+    check_positions(splits, architecture.positions)
     _check_scores_can_be_had(config, splits)
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:
@@ -216,7 +217,13 @@ def _straight_line(
     write_items(after.items, paths.items("after", "validation"))
     if test is not None:
         write_items(test.items, paths.items("after", "test"))
-    table = replace(before, after=after.scores, test=test.scores if test else None, forgetting=forgotten)
+    table = replace(
+        before,
+        after=after.scores,
+        test=test.scores if test else None,
+        forgetting=forgotten.text,
+        forgetting_chat=forgotten.chat,
+    )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
 
 

@@ -78,6 +78,11 @@ class StudyPaths:
         return self.folder / "lock"
 
     @property
+    def created(self) -> Path:
+        """There once the storage has held the study: a storage without it has then lost it."""
+        return self.folder / "created"
+
+    @property
     def orchestrator(self) -> Path:
         """Which process orchestrates the study now."""
         return self.folder / "orchestrator.json"
@@ -103,8 +108,13 @@ class StudyPaths:
         return self.folder / "logs"
 
     @property
+    def summary(self) -> Path:
+        """What was last told to the tracking store: status, best trials, all trials."""
+        return self.folder / "summary.json"
+
+    @property
     def tracking_state(self) -> Path:
-        """What the tracking store has of the study's parent run."""
+        """What the tracking store has of the study's parent run: its run id there, and whether all was delivered."""
         return self.folder / "tracking.json"
 
 
@@ -121,6 +131,11 @@ class RunPaths:
     @property
     def config(self) -> Path:
         return self.folder / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that executes the run, and names it. The file stays: only who holds it counts."""
+        return self.folder / ".lock"
 
     @property
     def curve(self) -> Path:

@@ -26,6 +26,7 @@ __all__ = [
     "config_fingerprint",
     "effective_alpha",
     "goal_of",
+    "inputs_rounded_in",
     "lora_parameters",
     "make_plan",
     "scale",
@@ -61,6 +62,8 @@ class Architecture:
     layers: int
     hidden_size: int
     vocabulary_size: int
+    positions: int | None = None
+    """The longest sequence that it takes, in tokens; ``None`` where its configuration doesn't say."""
 
 
 def effective_alpha(lora: LoraConfig) -> float:
@@ -100,6 +103,15 @@ def compute_dtype(quantization: QuantizationConfig, device_kind: str, bf16: bool
     if device_kind == "cpu":
         return "float32"
     return "bfloat16" if bf16 else "float16"
+
+
+def inputs_rounded_in(mode: Quantization, device_kind: str) -> tuple[str, ...]:
+    """The modes of a forward pass in which a quantized layer rounds its inputs to 8 bits a row (by way of float16;
+    outlier columns stay in the compute dtype). bitsandbytes does it with int8 alone, and on a CPU not in training:
+    there it multiplies by dequantized weights (``bitsandbytes/autograd/_functions.py``, ``matmul``)."""
+    if mode is not Quantization.int8:
+        return ()
+    return ("evaluation",) if device_kind == "cpu" else ("training", "evaluation")
 
 
 def adapter_dtype(lora: LoraConfig) -> str:
@@ -169,6 +181,7 @@ def make_plan(
         gradient_accumulation_steps=training.batch_size // micro_batch_size,
         gradient_checkpointing=_checkpointing(training.gradient_checkpointing, device.kind, architecture),
         format=format,
+        inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),
     )
 
 

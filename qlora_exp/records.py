@@ -74,11 +74,13 @@ class Environment:
 
 @dataclass(frozen=True)
 class Process:
-    """Which process owns a RUNNING record: ``start_ticks`` and ``boot_id`` tell a reused pid from the same process."""
+    """Which process owns a RUNNING record: ``start_ticks`` and ``boot_id`` tell a reused pid from the same process,
+    ``host`` (a name) whether it can be seen from here at all."""
 
     pid: int
     start_ticks: int | None
     boot_id: str | None
+    host: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Plan:
     device: str
     weight_dtype: str
     compute_dtype: str
+    """What the unquantized rest is stored and computed in, and what quantized layers take and give."""
     adapter_dtype: str
     max_steps: int
     batch_size: int
@@ -111,6 +114,9 @@ class Plan:
     gradient_checkpointing: bool
     format: str
     """``chat`` or ``plain``."""
+    inputs_rounded_in: tuple[str, ...] | None = None
+    """Where the quantized layers' inputs are rounded to 8 bits too, out of ``training`` and ``evaluation``: only with
+    int8. ``None`` in records of versions that didn't say."""
 
 
 @dataclass(frozen=True)
@@ -198,11 +204,13 @@ class Scores:
     token_f1: float | None = None
     other: dict[str, float] = field(default_factory=dict)
     """Metrics named in ``evaluation.metrics``."""
+    max_new_tokens: int | None = None
+    """What a generated answer was limited to; ``None`` where nothing was generated."""
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Loss on general text in nats per byte, after − before; the interval is over documents (95 %)."""
+    """Loss on held-out text in nats per byte, after − before; the interval is over documents (95 %)."""
 
     before_nats_per_byte: float
     after_nats_per_byte: float
@@ -211,6 +219,8 @@ class Forgetting:
     high: float | None
     documents: int
     text: str
+    tokens: int | None = None
+    """Tokens scored; ``None`` in records of versions that didn't count them."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +231,8 @@ class ScoreTable:
     """Tuned model on the test split; only with ``evaluation.split=test``."""
     test_before: Scores | None = None
     forgetting: Forgetting | None = None
+    forgetting_chat: Forgetting | None = None
+    """On the answers of held-out chats; only for runs in the chat format."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ TOKENIZER_WORDS = frozenset(
 )
 """``pad_token`` and the like name a tokenizer's symbols."""
 
+WORKING_FOLDERS = ("PWD", "OLDPWD")
+"""The shell's, no passwords: blacked out, every path under the current folder would be unreadable."""
+
 SHORTEST_ENVIRONMENT_SECRET = 8
 """Shorter values (``test``, ``1234``) would black out ordinary words."""
 
@@ -109,7 +112,7 @@ def redact_overrides(overrides: Iterable[str]) -> list[str]:
 def environment_secrets() -> list[str]:
     """Values of this process's secret environment variables (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD`` …), longest
     first, so that a secret that contains another goes as a whole."""
-    values = {value for name, value in os.environ.items() if is_secret_key(name)}
+    values = {value for name, value in os.environ.items() if is_secret_key(name) and name not in WORKING_FOLDERS}
     return sorted((value for value in values if len(value) >= SHORTEST_ENVIRONMENT_SECRET), key=len, reverse=True)
 
 

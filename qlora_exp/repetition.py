@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-from hydra.core.override_parser.types import Quote, QuotedString
 
 from qlora_exp.catalogue import choices
 from qlora_exp.compose import compose, groups
 from qlora_exp.config import to_plain
 from qlora_exp.errors import RecordError
+from qlora_exp.overrides import hydra_value
 from qlora_exp.records import RunRecord
 from qlora_exp.redaction import REDACTED
 
@@ -57,35 +55,6 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _leaves(value, path)
         else:
             yield path, value
-
-
-def hydra_value(value: Any) -> str:
-    """``value`` (JSON types) in Hydra's override grammar, quoted so that it is read back as it is."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{hydra_value(entry)}" for key, entry in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(hydra_value(entry) for entry in value) + "]"
-    text = str(value)
-    if re.fullmatch(r"[A-Za-z0-9_./-]+", text) and not _reads_otherwise(text):
-        return text
-    return QuotedString(text=text, quote=Quote.single).with_quotes()
-
-
-def _reads_otherwise(text: str) -> bool:
-    """Whether an unquoted ``text`` would be a number, a boolean or null."""
-    if text.lower() in ("null", "true", "false", "none"):
-        return True
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _chosen_groups(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -33,7 +33,7 @@ def show(renderable: RenderableType, stream: TextIO | None = None) -> None:
 
 def runs_table(records: Sequence[RunRecord]) -> Table:
     """One row a run: what was run, what came of it, and what it cost."""
-    table = _table("run", "model", "variant", "quantization", "r", "targets")
+    table = simple_table("run", "model", "variant", "quantization", "r", "targets")
     for name in ("quality before → after", "base weights", "peak memory", "tokens/s", "status"):
         table.add_column(name, justify="right" if name in ("base weights", "peak memory", "tokens/s") else "left")
     for record in records:
@@ -67,11 +67,15 @@ def quality(record: RunRecord) -> str:
 
 
 def choices_table(choices: Iterable[Choice], keys: Sequence[str] = ()) -> Table:
-    """Name, meaning, the given ``keys`` (dotted) of each file, and the command that uses it."""
-    table = _table("name", *(key.rsplit(".", 1)[-1] for key in keys), "meaning", "command")
-    for choice in choices:
+    """Name, meaning, the given ``keys`` (dotted) of each file, what it costs where told, and the command."""
+    shown = list(choices)
+    costs = any(choice.cost is not None for choice in shown)
+    columns = (*(key.rsplit(".", 1)[-1] for key in keys), "meaning", *(["cost"] if costs else []))
+    table = simple_table("name", *columns, "command")
+    for choice in shown:
         values = [_plain(_lookup(choice.keys, key)) for key in keys]
-        table.add_row(choice.name, *values, choice.meaning or UNKNOWN, choice.command or UNKNOWN)
+        cost = [choice.cost or UNKNOWN] if costs else []
+        table.add_row(choice.name, *values, choice.meaning or UNKNOWN, *cost, choice.command or UNKNOWN)
     return table
 
 
@@ -99,7 +103,7 @@ def differences(left: RunRecord, right: RunRecord) -> list[tuple[str, Any, Any]]
 
 def difference_table(left: RunRecord, right: RunRecord) -> Table:
     """What differs: settings, environment and figures, with the change where both are numbers."""
-    table = _table("key")
+    table = simple_table("key")
     for heading in (left.run_id, right.run_id, "change"):
         table.add_column(heading, overflow="fold", justify="right")
     for key, first, second in differences(left, right):
@@ -130,7 +134,8 @@ def number(value: float | None, digits: int = 3) -> str:
     return UNKNOWN if value is None else f"{value:,.{digits}f}"
 
 
-def _table(*columns: str) -> Table:
+def simple_table(*columns: str) -> Table:
+    """An empty table as all of ours look; the first column is bold."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, overflow="fold", style="bold" if position == 0 else "")

@@ -18,12 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from qlora_exp import evaluation
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.data import Item, Splits
-from qlora_exp.evaluation import Evaluation
+from qlora_exp.evaluation import DocumentLoss, Evaluation
 from qlora_exp.paths import RunPaths
 from qlora_exp.records import Baselines, Forgetting, Plan, Scores, from_dict, write_json
 
-DocumentLoss = tuple[float, int]
-"""Nats and bytes of one document of general text."""
+
+@dataclass(frozen=True)
+class GeneralLosses:
+    """Loss on held-out text, document by document; empty where it isn't measured."""
+
+    text: tuple[DocumentLoss, ...] = ()
+    chat: tuple[DocumentLoss, ...] = ()
+    """On the answers of chats; only for runs in the chat format."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Untouched:
 
     scores: Scores | None
     test_scores: Scores | None
-    general: tuple[DocumentLoss, ...]
+    general: GeneralLosses
     items: dict[str, pa.Table]
     """Per-item results by split."""
     cached: bool
@@ -66,7 +72,7 @@ def untouched_scores(
     """Score the base as it came, or read what an earlier run with the same fingerprints measured."""
     if not config.evaluation.before:
         return Untouched(None, None, _general_losses(model, tokenizer, splits, config), {}, cached=False)
-    general = "\n".join(splits.general_text)
+    general = "\n".join([*splits.general_text, *(chat.prompt + chat.completion for chat in splits.general_chats)])
     key = _key(
         plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device, general
     )
@@ -126,13 +132,13 @@ def _evaluate(
     return validation, test
 
 
-def _general_losses(
-    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config
-) -> tuple[DocumentLoss, ...]:
+def _general_losses(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> GeneralLosses:
     if not config.evaluation.forgetting:
-        return ()
-    documents = splits.general_text[: config.evaluation.forgetting_documents]
-    return tuple(evaluation.nats_per_byte_by_document(model, tokenizer, documents, config))
+        return GeneralLosses()
+    return GeneralLosses(
+        tuple(evaluation.text_losses(model, tokenizer, splits.general_text, config)),
+        tuple(evaluation.answer_losses(model, tokenizer, splits.general_chats, config)),
+    )
 
 
 def _table(facts: Path, split: str) -> Path:
@@ -146,7 +152,9 @@ def _read_untouched(facts: Path) -> Untouched | None:
         return Untouched(
             scores=from_dict(Scores, raw["scores"], str(facts)),
             test_scores=from_dict(Scores, raw["test_scores"], str(facts)) if raw["test_scores"] else None,
-            general=tuple((float(nats), int(size)) for nats, size in raw["general"]),
+            general=GeneralLosses(
+                **{kind: tuple(DocumentLoss(*loss) for loss in losses) for kind, losses in raw["general"].items()}
+            ),
             items={split: pq.read_table(_table(facts, split)) for split in raw["splits"]},
             cached=True,
         )
@@ -154,15 +162,28 @@ def _read_untouched(facts: Path) -> Untouched | None:
         return None
 
 
+@dataclass(frozen=True)
+class Forgotten:
+    """What tuning cost the model elsewhere; ``None`` where it isn't measured."""
+
+    text: Forgetting | None
+    chat: Forgetting | None
+
+
 def score(
     model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, untouched: Untouched
-) -> tuple[Evaluation, Evaluation | None, Forgetting | None]:
+) -> tuple[Evaluation, Evaluation | None, Forgotten]:
     """Scores of the tuned model: validation, test where asked, and what it forgot."""
     after, test = _evaluate(model, tokenizer, splits, config)
-    forgotten = None
-    if config.evaluation.forgetting and untouched.general:
-        forgotten = evaluation.forgetting(untouched.general, _general_losses(model, tokenizer, splits, config))
-    return after, test, forgotten
+    before, now = untouched.general, _general_losses(model, tokenizer, splits, config)
+    return (
+        after,
+        test,
+        Forgotten(
+            text=evaluation.forgetting(before.text, now.text, "general text") if before.text else None,
+            chat=evaluation.forgetting(before.chat, now.chat, "answers in general chats") if before.chat else None,
+        ),
+    )
 
 
 def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | None:

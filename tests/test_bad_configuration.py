@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_exp.compose import check_multirun, compose
+from qlora_exp.compose import check_multirun, compose, groups, without_globs
 from qlora_exp.errors import QloraExpError
 
 # (overrides, texts that the message must hold)
@@ -57,6 +57,12 @@ WRONG = [
     (["training.max_length=0"], ["training.max_length"]),
     (["training.gradient_checkpointing=maybe"], ["training.gradient_checkpointing", "auto"]),
     (["training.keep_best=true"], ["training.keep_best", "training.evaluate_every_steps"]),
+    (
+        ["training.keep_best=true", "training.evaluate_every_steps=10", "training.save_every_steps=5"],
+        ["training.save_every_steps = 5", "training.save_every_steps=null", "10"],
+    ),
+    (["model.revision=main"], ["model.revision", "Hub"]),
+    (["model=local", "model.path=/some/where", "model.revision=v1"], ["model.revision", "Hub"]),
     (["training.early_stopping_patience=3"], ["training.early_stopping_patience", "training.evaluate_every_steps"]),
     (["training.device=tpu"], ["training.device", "cuda"]),
     (["training.threads=0"], ["training.threads"]),
@@ -104,6 +110,26 @@ def test_a_multirun_is_refused_for_any_of_its_points() -> None:
     check_multirun(["quantization=nf4,int8", "lora.r=8,16", "model.variant=base,instruct"])
 
 
+@pytest.mark.parametrize("group", ["quantization", "lora", "targets", "evaluation"])
+def test_a_glob_means_every_choice_of_its_group(group: str) -> None:
+    check_multirun([f"{group}=glob(*)"])
+    [spelt_out] = without_globs([f"{group}=glob(*)"], [f"{group}=glob(*)"])
+    assert spelt_out == f"{group}={','.join(groups()[group])}"
+
+
+def test_a_globs_points_are_checked_like_any_other() -> None:
+    with pytest.raises(QloraExpError, match="pissa"):
+        check_multirun(["quantization=glob(*)", "lora.init=pissa"])
+    check_multirun(["quantization=glob([fp32,*16])", "lora.init=pissa"])
+    check_multirun(["quantization=glob(*, exclude=[*4,int8])", "lora.init=pissa"])
+
+
+@pytest.mark.parametrize("glob", ["quantization=glob(x*)", "lora.r=glob(*)"])
+def test_a_glob_that_means_nothing_is_told(glob: str) -> None:
+    with pytest.raises(QloraExpError, match="fits no choice"):
+        check_multirun([glob])
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -115,6 +141,9 @@ def test_a_multirun_is_refused_for_any_of_its_points() -> None:
         ["training.max_steps=null", "training.max_tokens=10000"],
         ["task.prompt='Is \"{a}\", or {b}?'"],
         ["model=local", "model.path=/some/where"],
+        ["model=smollm2_135m", "model.revision=main"],
+        ["training.keep_best=true", "training.evaluate_every_steps=10", "training.save_every_steps=10"],
+        ["training.keep_best=true", "training.evaluate_every_steps=10"],
     ],
     ids=lambda overrides: " ".join(overrides) or "nothing",
 )

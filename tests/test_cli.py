@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import pytest
 from qlora_exp import load_run
 from qlora_exp.cli import main
 from qlora_exp.cli.arguments import complete_overrides, complete_runs
-from qlora_exp.doctor import checks, disk_space, writable
-from qlora_exp.paths import OutputPaths
+from qlora_exp.doctor import checks, disk_space, embedded_assets, writable
+from qlora_exp.paths import EMBEDDED, OutputPaths
 from qlora_exp.progress import Progress
 from qlora_exp.records import Status, write_json
 from qlora_exp.tables import bytes_text
@@ -70,6 +71,20 @@ def test_rerun_with_the_same_seed_gives_the_same_losses(runs: Runs) -> None:
     assert len(runs.losses(runs.first)) == 3
     assert runs.losses(runs.again) == runs.losses(runs.first)
     assert runs.losses(runs.wider) != runs.losses(runs.first)
+
+
+def test_rerun_finds_the_data_from_another_folder(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs.output.parent)
+    recorded = load_run(str(runs.output / "runs" / runs.first)).config["model"]["path"]
+    given = ["model=local", f"model.path={recorded}", "task=local", "task.kind=classification"]
+    output = tmp_path / "outputs"
+    assert main(["run", *QUICK, *given, "task.path=colours.jsonl", f"output_root={output}", "tracking=off"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["rerun", "last", "--output-root", str(output)]) == 0
+    first, again = (load_run(path.name, str(output)) for path in sorted((output / "runs").iterdir()))
+    assert first.data == again.data
+    assert first.scores == again.scores
 
 
 def test_ls_runs_is_one_table_and_the_command_that_opens_it(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,6 +263,20 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it(tmp_path: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     problem = next(position for position, line in enumerate(lines) if line.startswith("PROBLEM mlflow database"))
     assert lines[problem + 1].strip().startswith("do: ")
+
+
+def test_doctor_tells_an_embedded_file_that_is_not_as_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert embedded_assets().ok
+    copy = shutil.copytree(EMBEDDED, tmp_path / "embedded")
+    monkeypatch.setattr("qlora_exp.doctor.EMBEDDED", copy)
+    (copy / "task" / "test.jsonl").write_text("{}\n")
+    (copy / "base" / "model.safetensors").unlink()
+    found = embedded_assets()
+    assert found.ok is False
+    assert "base/model.safetensors, task/test.jsonl" in found.detail
+    assert found.fix
+    (copy / "SHA256SUMS").unlink()
+    assert embedded_assets().ok is False
 
 
 def test_doctor_looks_where_the_output_would_be_made(tmp_path: Path) -> None:

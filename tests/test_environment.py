@@ -66,7 +66,18 @@ def test_a_dead_process_a_reused_pid_and_another_boot_are_not_alive() -> None:
     if me.start_ticks is not None:
         assert not alive(replace(me, start_ticks=me.start_ticks - 1))
     if me.boot_id is not None:
-        assert not alive(replace(me, boot_id="another boot"))
+        assert alive(replace(me, boot_id="another boot")) is False
+
+
+def test_a_process_of_another_host_is_unknown_whatever_its_pid_and_boot() -> None:
+    me = process_identity()
+    assert me.host
+    elsewhere = replace(me, host=f"not-{me.host}")
+    assert alive(elsewhere) is None
+    assert alive(replace(elsewhere, boot_id="another boot", pid=2**22 + 1)) is None
+    assert alive(replace(me, host=None)) is True  # written by an earlier version
+    if me.boot_id is not None:
+        assert alive(replace(me, host=None, boot_id="another boot")) is None
 
 
 def test_a_zombie_is_not_alive() -> None:

@@ -76,13 +76,12 @@ from qlora_exp.paths import CONF, EMBEDDED, PACKAGE, SWEEPS
 print(qlora_exp.__file__, qlora_exp.analysis.__file__, qlora_exp.cli.__file__, qlora_exp.starter.FILES, sep="\\n")
 print(PACKAGE, CONF / "config.yaml", SWEEPS, EMBEDDED / "base" / "model.safetensors", sep="\\n")
 print(EMBEDDED / "instruct" / "model.safetensors", EMBEDDED / "task" / "test.jsonl", sep="\\n")
+print(EMBEDDED / "SHA256SUMS")
 """
     places = [Path(line) for line in run_installed(installed, tmp_path, "-c", code).splitlines()]
-    assert len(places) == 10
+    assert len(places) == 11
     assert [place for place in places if not place.is_relative_to(installed)] == []
-    # An empty folder is in no wheel: sweeps/ comes with the first sweep.
-    expected = [place for place in places if place.name != "sweeps" or any((ROOT / "sweeps").iterdir())]
-    assert [place for place in expected if not place.exists()] == []
+    assert [place for place in places if not place.exists()] == []
 
 
 def test_the_installed_command_line_works_from_anywhere(installed: Path, tmp_path: Path) -> None:
@@ -90,13 +89,27 @@ def test_the_installed_command_line_works_from_anywhere(installed: Path, tmp_pat
     told = run_installed(installed, tmp_path, "-m", "qlora_exp", "lora.r=4", "--cfg", "job")
     assert "r: 4" in told
     run_installed(installed, tmp_path, "-m", "qlora_exp.cli", "init", "mine")
-    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["README.md", "task.jsonl", "task.yaml"]
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "README.md",
+        "sweeps",
+        "task.jsonl",
+        "task.yaml",
+    ]
 
 
 def test_plugins_are_installed_under_hydras_own_namespace(installed: Path) -> None:
-    """Hydra finds plugins in the top-level ``hydra_plugins``; each folder of ours has to end up there."""
-    ours = {path.name for path in (ROOT / "qlora_exp" / "plugins" / "hydra_plugins").glob("*/__init__.py")}
-    assert {path.name for path in (installed / "hydra_plugins").glob("*/__init__.py")} == ours
+    """Hydra finds plugins in the top-level ``hydra_plugins``, a namespace package: an ``__init__.py`` of ours there
+    would hide everybody else's."""
+    assert not (installed / "hydra_plugins" / "__init__.py").exists()
+    assert [path.name for path in (installed / "hydra_plugins").iterdir()] == ["qlora_exp_sweeper"]
+
+
+def test_the_installed_application_has_our_sweeper_and_finds_our_sweeps(installed: Path, tmp_path: Path) -> None:
+    told = run_installed(installed, tmp_path, "-m", "qlora_exp", "sweeps=demo", "--cfg", "all")
+    assert "_target_: hydra_plugins.qlora_exp_sweeper.QloraOptunaSweeper" in told
+    assert "model.variant: base,instruct" in told
+    where = "import hydra_plugins.qlora_exp_sweeper as plugin; print(plugin.__file__)"
+    assert Path(run_installed(installed, tmp_path, "-c", where).strip()).is_relative_to(installed)
 
 
 def test_the_wheel_is_small_and_holds_neither_tests_nor_symlinks(wheel: Path) -> None:

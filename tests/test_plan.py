@@ -73,6 +73,17 @@ def test_dtypes_are_those_of_mode_and_device(mode: str, kind: str, bf16: bool, d
     assert made.adapter_dtype == "float32"
 
 
+def test_only_int8_rounds_inputs_and_on_a_cpu_only_in_evaluation() -> None:
+    rounded = {
+        (mode, kind): planned(f"quantization={mode}", kind=kind).inputs_rounded_in
+        for mode in ("fp32", "nf4", "int8")
+        for kind in ("cpu", "cuda")
+    }
+    assert rounded.pop(("int8", "cpu")) == ("evaluation",)
+    assert rounded.pop(("int8", "cuda")) == ("training", "evaluation")
+    assert set(rounded.values()) == {()}
+
+
 def test_steps_accumulation_and_checkpointing() -> None:
     made = planned("training.batch_size=32", "training.micro_batch_size=4", "training.max_steps=70")
     assert (made.batch_size, made.micro_batch_size, made.gradient_accumulation_steps) == (32, 4, 8)

@@ -105,3 +105,11 @@ def test_secret_keys_are_known(key: str) -> None:
 )
 def test_other_keys_are_not(key: str) -> None:
     assert not is_secret_key(key)
+
+
+def test_the_shells_working_folder_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/someone/project")
+    monkeypatch.setenv("OLDPWD", "/home/someone/other")
+    assert redact_text("sqlite:////home/someone/project/outputs/optuna.db") == (
+        "sqlite:////home/someone/project/outputs/optuna.db"
+    )

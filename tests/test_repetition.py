@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from hydra.core.override_parser.types import QuotedString
 
 from qlora_exp.compose import compose
 from qlora_exp.config import to_plain
+from qlora_exp.overrides import hydra_value
+from qlora_exp.plan import config_fingerprint
 from qlora_exp.records import Device, Environment, RunRecord, Status
 from qlora_exp.redaction import REDACTED
-from qlora_exp.repetition import flat_overrides, hydra_value, overrides_of
+from qlora_exp.repetition import flat_overrides, overrides_of
 
 DEVICE = Device("cpu", None, 1, None, None, None, False)
 ENVIRONMENT = Environment("3.11", "linux", {}, DEVICE, None, None, None, None, None, None, None)
@@ -39,6 +42,24 @@ RECORDED = [
 def test_the_overrides_of_a_record_compose_to_its_configuration(overrides: list[str]) -> None:
     config = to_plain(compose(overrides))
     assert to_plain(compose(overrides_of(record_of(config)))) == config
+
+
+def test_a_record_names_its_files_wherever_it_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here := tmp_path / "here").mkdir()
+    (there := tmp_path / "there").mkdir()
+    monkeypatch.chdir(here)
+    given = ["task=local", "task.path=rows.jsonl", "model=local", "model.path=../model", "model.chat_template=t.jinja"]
+    config = compose(given)
+    assert (config.task.path, config.model.path) == (str(here / "rows.jsonl"), str(tmp_path / "model"))
+    assert config.model.chat_template == str(here / "t.jinja")
+    monkeypatch.chdir(there)
+    again = compose(overrides_of(record_of(to_plain(config))))
+    assert again == config
+    assert config_fingerprint(again) == config_fingerprint(config)
+    same_file = compose(
+        ["task=local", "task.path=../here/rows.jsonl", *given[2:4], f"model.chat_template={here}/t.jinja"]
+    )
+    assert config_fingerprint(same_file) == config_fingerprint(config)
 
 
 def test_changes_win_and_a_changed_group_takes_its_own_values() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_exp import load_run, run
-from qlora_exp.records import RunRecord, Status
+from qlora_exp.environment import process_identity
+from qlora_exp.errors import DataError
+from qlora_exp.paths import EMBEDDED
+from qlora_exp.records import RunRecord, Status, write_json
 
 QUICK = [
     "training.device=cpu",
@@ -136,6 +140,47 @@ def test_other_architectures_run_to_a_record(
     assert record.plan.adapted_modules == {"gpt2": 8, "phi3": 8}[family]
 
 
+def test_a_run_in_the_chat_format_is_also_measured_on_held_out_chats(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    template = f"model.chat_template={EMBEDDED / 'instruct' / 'chat_template.jinja'}"
+    chat = [*local(tiny_models["llama"], colour_task), "task.format=chat", template, "evaluation.baselines=false"]
+    first, again = (run(*overrides(tmp_path / "outputs", *chat)) for _ in range(2))
+    assert first.status is Status.COMPLETED, first.failure
+    on_text, on_chats = first.scores.forgetting, first.scores.forgetting_chat
+    assert on_text is not None
+    assert on_chats is not None
+    assert (on_text.documents, on_chats.documents) == (3, 3)
+    assert on_text.tokens is not None
+    assert on_chats.tokens is not None
+    assert 0 < on_chats.tokens < on_text.tokens
+    assert on_chats.difference != on_text.difference != 0
+    assert again.speed.untouched_cached
+    assert again.scores == first.scores
+    plain = run(*overrides(tmp_path / "outputs", *local(tiny_models["llama"], colour_task)))
+    assert plain.scores.forgetting_chat is None
+
+
+@pytest.mark.parametrize("kind", ["generation", "classification"])
+def test_a_row_longer_than_the_models_context_is_refused_before_there_is_a_run(
+    tiny_models: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    task = tmp_path / "task.jsonl"
+    rows = [{"prompt": f"number {number} is", "completion": ("odd", "even")[number % 2]} for number in range(40)]
+    if kind == "generation":
+        rows[3]["completion"] = "1 2 3 " * 240
+    else:
+        rows[3]["prompt"] = "1 2 3 " * 240 + "is"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [*local(tiny_models["gpt2"], task), f"task.kind={kind}", "training.max_length=2000"]
+    with pytest.raises(DataError) as caught:
+        run(*overrides(tmp_path / "outputs", *given))
+    assert "the model takes 512" in caught.value.what
+    assert caught.value.where == "task.jsonl, row 4"
+    assert ("training.max_length=512" in caught.value.hint) == (kind == "generation")
+    assert not list((tmp_path / "outputs").glob("runs/*"))
+
+
 def test_a_diverged_run_is_told_as_such(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
     given = [*local(tiny_models["llama"], colour_task), "training.learning_rate=1e30", "training.max_steps=40"]
     result = door(*overrides(tmp_path / "outputs", *given))
@@ -214,14 +259,13 @@ def test_no_secret_reaches_a_record_or_the_tracking_database(
     assert holding == []
 
 
-def test_a_multirun_leaves_one_finished_run_a_point_each_in_a_process_of_its_own(
+def test_the_basic_sweeper_leaves_one_finished_run_a_point_each_in_a_process_of_its_own(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "outputs"
-    axes = ["quantization=nf4,fp32", "lora.r=2,4"]
-    result = door(
-        "-m", *overrides(output, *local(tiny_models["llama"], colour_task), *axes), "evaluation.generate=false"
-    )
+    axes = ["quantization=glob([nf4,fp32])", "lora.r=2,4"]
+    given = overrides(output, *local(tiny_models["llama"], colour_task), *axes)
+    result = door("-m", "hydra/sweeper=basic", *given, "evaluation.generate=false")
     assert result.returncode == 0, result.stderr
     records = [load_run(str(path)) for path in output.glob("runs/*")]
     points = {(record.config["quantization"]["mode"], record.config["lora"]["r"]) for record in records}
@@ -229,6 +273,81 @@ def test_a_multirun_leaves_one_finished_run_a_point_each_in_a_process_of_its_own
     assert mlflow_statuses(output) == ["FINISHED"] * 4
     assert all(not record.memory.host_reused for record in records)
     assert all(record.memory.peak_train_bytes for record in records)
+
+
+@pytest.fixture
+def interrupted(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> Path:
+    """The folder of a run that was told to stop at its third step of twelve; its settings say not to resume."""
+    given = [*local(tiny_models["llama"], colour_task), "evaluation=quick", "quantization=fp32"]
+    saved = ["training.max_steps=12", "training.save_every_steps=2", "training.resume=false", "tracking=off"]
+    command = [sys.executable, "-c", STOPPED_AT_STEP_3, *overrides(tmp_path / "outputs", *given, *saved)]
+    subprocess.run(command, check=False, capture_output=True)
+    [folder] = (tmp_path / "outputs").glob("runs/*")
+    assert load_run(str(folder)).status is Status.INTERRUPTED
+    return folder
+
+
+STOPPED_AT_STEP_3 = """
+import os, signal, sys
+from qlora_exp.app import execute
+from qlora_exp.callbacks import Silent
+from qlora_exp.compose import compose
+
+class StopAtStep3(Silent):
+    def step(self, step, total, metrics):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+execute(compose(sys.argv[1:]), StopAtStep3())
+"""
+
+
+def resume(folder: Path) -> subprocess.CompletedProcess[str]:
+    verb = [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(folder)]
+    return subprocess.run(verb, text=True, capture_output=True, check=False)
+
+
+def test_the_verb_resumes_whatever_the_settings_say(interrupted: Path) -> None:
+    done = resume(interrupted)
+    assert done.returncode == 0, done.stderr
+    training = load_run(str(interrupted)).training
+    assert training is not None
+    assert training.resumed_from_step
+
+
+def test_a_run_is_executed_by_one_process_at_a_time(interrupted: Path) -> None:
+    verb = [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(interrupted)]
+    first = subprocess.Popen(verb, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (interrupted / ".lock").read_text().startswith(f"process {first.pid} on "):
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it holds the run, and hasn't written its record yet
+    refused = resume(interrupted)
+    first.kill()
+    first.communicate()
+    assert refused.returncode == 2
+    assert f"process {first.pid} on {process_identity().host} executes this run" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert resume(interrupted).returncode == 0  # the kernel has let go of it, though the lock's file is still there
+
+
+def test_a_run_left_by_another_host_can_be_resumed_where_nobody_holds_it(interrupted: Path) -> None:
+    gone = replace(process_identity(), host="another-host")
+    record = load_run(str(interrupted))
+    write_json(interrupted / "record.json", record.replace(status=Status.RUNNING, process=gone))
+    assert resume(interrupted).returncode == 0
+    assert load_run(str(interrupted)).status is Status.COMPLETED
+
+
+def test_a_quantized_run_says_nothing_of_bitsandbytes_optional_kernels(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    given = [*local(tiny_models["llama"], colour_task), "evaluation=quick", "quantization=nf4", "tracking=off"]
+    done = door(*overrides(tmp_path / "outputs", *given, "training.max_steps=1"))
+    assert done.returncode == 0, done.stderr
+    assert "kernels" not in done.stderr
 
 
 def test_a_run_interrupted_while_it_is_scored_keeps_its_training(

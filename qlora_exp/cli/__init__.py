@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from qlora_exp.cli import compare, listing, machine, prepare, running
+from qlora_exp.cli import compare, listing, machine, prepare, running, sweeping
 from qlora_exp.errors import QloraExpError
 
 EPILOG = (
@@ -27,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 running.add_to(app)
+sweeping.add_to(app)
 prepare.add_to(app)
 listing.add_to(app)
 compare.add_to(app)

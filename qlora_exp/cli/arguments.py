@@ -35,6 +35,20 @@ def complete_runs(incomplete: str) -> list[str]:
     return [name for name in [LAST, *reversed(ids)] if name.startswith(incomplete)]
 
 
+def complete_studies(incomplete: str) -> list[str]:
+    """``last``, then the studies under the default output root, newest first."""
+    from qlora_exp.history import LAST, study_names
+
+    names = study_names(outputs_of(None))
+    return [name for name in [LAST, *reversed(names)] if name.startswith(incomplete)]
+
+
+def complete_sweeps(incomplete: str) -> list[str]:
+    from qlora_exp.catalogue import sweeps
+
+    return [choice.name for choice in sweeps() if choice.name.startswith(incomplete)]
+
+
 def outputs_of(output_root: str | None) -> OutputPaths:
     """The output paths that ``--output-root`` means; without it, those of conf/config.yaml."""
     from qlora_exp.catalogue import default_output_root
@@ -58,6 +72,15 @@ Run = Annotated[
         metavar="RUN",
         help="A run's id, a unique beginning or end of one, 'last', or its folder",
         autocompletion=complete_runs,
+        show_default=False,
+    ),
+]
+Study = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help="A study's name, a unique beginning of one, or 'last'",
+        autocompletion=complete_studies,
         show_default=False,
     ),
 ]

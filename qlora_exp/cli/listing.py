@@ -9,7 +9,7 @@ import typer
 from qlora_exp.cli.arguments import OutputRoot, examples, outputs_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from qlora_exp.paths import OutputPaths
     from qlora_exp.records import RunRecord
@@ -63,6 +63,8 @@ def _runs(outputs: OutputPaths, limit: int | None) -> int:
     show(runs_table(shown))
     for error in unreadable:
         print(f"not shown: {error}")
+    for line in _elsewhere(shown):
+        print(line)
     print(_ui_told(shown, outputs))
     return 0
 
@@ -79,6 +81,20 @@ def _repair(outputs: OutputPaths) -> None:
             repair(outputs.root)
     except (OSError, QloraExpError) as error:
         print(f"runs left by dead processes were not repaired: {error}", file=sys.stderr)
+
+
+def _elsewhere(records: Sequence[RunRecord]) -> Iterator[str]:
+    """A line for each run that another host's process has left, or keeps, RUNNING."""
+    from qlora_exp.environment import alive
+
+    for record in records:
+        owner = record.process
+        if not record.status.ended and owner is not None and alive(owner) is None:
+            owned_by = f"process {owner.pid} on {owner.host or 'another host'}"
+            yield (
+                f"{record.run_id} was started by {owned_by}, which can't be seen from here; "
+                f"if it has ended: qlora-exp run --resume {record.run_id}"
+            )
 
 
 def _ui_told(records: Sequence[RunRecord], outputs: OutputPaths) -> str:

@@ -63,7 +63,9 @@ def sync(
     counts = {
         "delivered": report.delivered,
         "already there": report.already,
+        "studies delivered": report.studies,
         "still running": report.running,
+        "running on another host": report.elsewhere,
         "deleted in MLflow": report.deleted,
         "told as interrupted": report.repaired,
         "failed": report.failed,
@@ -85,12 +87,18 @@ def ui(
     import os
 
     from qlora_exp.history import read_runs, tracking_uri
-    from qlora_exp.tracking import ui_command, ui_environment
+    from qlora_exp.tracking import charts_url, read_state, runs_url, ui_command, ui_environment
 
     outputs = outputs_of(output_root)
-    command = ui_command(tracking_uri(read_runs(outputs)[0]), outputs.mlflow_database, port)
+    records = read_runs(outputs)[0]
+    command = ui_command(tracking_uri(records), outputs.mlflow_database, port)
     _check_free(port)
-    print(f"MLflow UI: http://127.0.0.1:{port}", flush=True)
+    address = f"http://127.0.0.1:{port}"
+    print(f"MLflow UI: {address}", flush=True)
+    state = read_state(outputs.run(records[-1].run_id)) if records else None
+    if state is not None and state.experiment_id is not None:
+        print(f"   table:  {runs_url(address, state.experiment_id)}", flush=True)
+        print(f"   charts: {charts_url(address, state.experiment_id)}", flush=True)
     # The server takes this process's place: signals and exit codes are then its own.
     os.execve(command[0], command, ui_environment())
 

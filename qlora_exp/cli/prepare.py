@@ -91,6 +91,11 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared]:
     return config, prepare(config, probe(config.training.device))
 
 
+def _rounded(planned: Plan) -> str:
+    where = " and ".join(planned.inputs_rounded_in or ())
+    return f", inputs rounded to 8 bits in {where}" if where else ""
+
+
 def _told(config: Config, planned: Plan, data: Data) -> list[str]:
     share = planned.trainable_parameters / planned.total_parameters
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
@@ -98,7 +103,7 @@ def _told(config: Config, planned: Plan, data: Data) -> list[str]:
         "valid",
         f"  model    {config.model.family} {config.model.variant.value} ({planned.architecture}, "
         f"{planned.total_parameters:,} parameters), {planned.weight_dtype} weights, "
-        f"computing in {planned.compute_dtype} on {planned.device}",
+        f"computing in {planned.compute_dtype} on {planned.device}{_rounded(planned)}",
         f"  LoRA     r={config.lora.r} alpha={planned.alpha:g} on {planned.adapted_modules} modules "
         f"({', '.join(planned.target_modules)}): {planned.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "

@@ -107,7 +107,9 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
     record = read_record(paths.record)
     _check_resumable(record)
     config = config_from_plain(record.config)
-    return run_and_tell(replace(config, output_root=str(paths.folder.parent.parent)), record.run_id)
+    training = replace(config.training, resume=True)  # the verb says so
+    again = replace(config, training=training, output_root=str(paths.folder.parent.parent))
+    return run_and_tell(again, record.run_id)
 
 
 def _check_resumable(record: RunRecord) -> None:
@@ -120,6 +122,7 @@ def _check_resumable(record: RunRecord) -> None:
         raise RecordError(f"the run is {record.status}: nothing is left to do", record.run_id, "qlora-exp rerun …")
     if record.status is Status.RUNNING and record.process is not None and alive(record.process):
         raise RecordError("the run is still running", f"{record.run_id}, process {record.process.pid}", "wait for it")
+    # A process of another host can't be seen from here: the lock on the run's folder decides.
     if REDACTED in str(record.config):
         raise RecordError(
             "the record keeps a setting without its secret, so it can't be resumed as it was",
@@ -129,6 +132,6 @@ def _check_resumable(record: RunRecord) -> None:
 
 
 def _output_root_override(folder: Path) -> str:
-    from qlora_exp.repetition import hydra_value
+    from qlora_exp.overrides import hydra_value
 
     return f"output_root={hydra_value(str(folder))}"

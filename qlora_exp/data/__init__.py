@@ -3,6 +3,7 @@
 from qlora_exp.data.formatting import plain_prompt, resolve_format
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.loading import load_data, to_training_dataset
+from qlora_exp.data.positions import check_positions
 from qlora_exp.data.preview import PreviewItem, PreviewToken, preview
 from qlora_exp.data.rows import Example, Message
 from qlora_exp.data.splits import RawSplits, load_rows
@@ -15,6 +16,7 @@ __all__ = [
     "PreviewToken",
     "RawSplits",
     "Splits",
+    "check_positions",
     "load_data",
     "load_rows",
     "plain_prompt",

@@ -57,3 +57,5 @@ class Splits:
     record: records.Data
     general_text: tuple[str, ...]
     """Untemplated documents on which forgetting is measured, the same for every task and model."""
+    general_chats: tuple[Item, ...] = ()
+    """Held-out chats in the model's own template, the last answer as the completion; empty for the plain format."""

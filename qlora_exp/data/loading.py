@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from qlora_exp.data.formatting import Encoding, Tokenizer, check_tokenizer, enco
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.problems import RowProblem, add_counts, settle
 from qlora_exp.data.rows import Example
-from qlora_exp.data.sources import SPLIT_NAMES, read_general_text
+from qlora_exp.data.sources import SPLIT_NAMES, read_general_chats, read_general_text
 from qlora_exp.data.splits import RawSplits, load_rows
 from qlora_exp.errors import DataError
 
@@ -73,6 +74,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int) -> Splits:
         format,
         record,
         read_general_text(),
+        _general_chats(tokenizer) if format == "chat" else (),
     )
 
 
@@ -123,6 +125,15 @@ def _item(
         cut_bytes = len(text.strip().encode("utf-8"))
         item = replace(item, completion=text, completion_ids=completion[:room], completion_bytes=cut_bytes)
     return item, room < len(completion) + len(end)
+
+
+def _general_chats(tokenizer: Tokenizer) -> tuple[Item, ...]:
+    """The general chats that this tokenizer's template can write (many take no system message), never cut."""
+    examples = read_general_chats()
+    results = zip(examples, encode(examples, tokenizer, "chat"), strict=True)
+    encoded = [(example, result) for example, result in results if isinstance(result, Encoding)]
+    items = [_item(example, result, tokenizer, sys.maxsize, False) for example, result in encoded]
+    return tuple(item[0] for item in items if not isinstance(item, RowProblem))
 
 
 def _require_items(items: dict[str, tuple[Item, ...]], problems: Sequence[RowProblem]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_exp.config import TaskConfig, TaskSource
 from qlora_exp.data.files import ENDINGS, RawFile, RawRow, read_file
+from qlora_exp.data.rows import Example, Message
 from qlora_exp.errors import DataError, nearest
 from qlora_exp.paths import EMBEDDED
 
@@ -40,6 +41,17 @@ def read_general_text() -> tuple[str, ...]:
     """The fixed documents on which forgetting is measured, the same for every model and task."""
     rows = read_file(EMBEDDED / "general_text.jsonl").rows
     return tuple(str(row.values["text"]) for row in rows)
+
+
+def read_general_chats() -> tuple[Example, ...]:
+    """The fixed chats on which forgetting is measured in the chat format; the last answer is the completion."""
+    file = read_file(EMBEDDED / "general_chat.jsonl")
+    return tuple(_chat(file.name, row) for row in file.rows)
+
+
+def _chat(file: str, row: RawRow) -> Example:
+    *asked, answer = (Message(message["role"], message["content"]) for message in row.values["messages"])
+    return Example(file, row.number, tuple(asked), True, answer.content, None, {})
 
 
 def _nearby(path: Path) -> str:

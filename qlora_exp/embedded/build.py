@@ -8,6 +8,7 @@ slower machine takes longer and trains the same.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -51,6 +52,7 @@ INSTRUCT = Schedule(steps=300, rows=32, learning_rate=1e-3, warmup_steps=20)
 CHATS = 40_000
 CHATS_HELD_OUT = 200
 TEXTS = "training_texts.txt.xz"
+HASHED = ("base/*", "instruct/*", "task/*", "general_*.jsonl")
 STAGES = ("corpus", "tokenizer", "base", "instruct", "card")
 
 
@@ -78,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         facts = stages[stage]()
         seconds, load = time.perf_counter() - start, os.getloadavg()[2]  # seconds mean little on a busy machine
         _note(given.out, stage, facts | {"stage_seconds": round(seconds, 1), "load_average": round(load, 1)})
+    write_hashes(given.out)
 
 
 def build_corpus(wordnet_directory: Path, out: Path) -> dict[str, Any]:
@@ -151,6 +154,13 @@ def build_instruct(out: Path, schedule: Schedule) -> dict[str, Any]:
     facts = train(model, chat_batches(chats, tokenizer, SEED, schedule.rows, ROW_TOKENS), schedule, _say)
     _save(model, out / "instruct", eos=tokenizer.eos_token_id)
     return {"schedule": asdict(schedule), **asdict(facts)}
+
+
+def write_hashes(out: Path) -> None:
+    """SHA-256 of what a run reads, as ``sha256sum --check`` and ``qlora-exp doctor`` take it; not of the reports."""
+    files = sorted(path for pattern in HASHED for path in out.glob(pattern))
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out).as_posix()}\n" for path in files]
+    (out / "SHA256SUMS").write_text("".join(lines), "utf-8")
 
 
 def _shortened(schedule: Schedule, steps: int) -> Schedule:

@@ -88,8 +88,8 @@ class CausalModel:
     def max_positions(self) -> int | None:
         """How many tokens the model takes; None where its configuration doesn't say."""
         text_config = self.base.config.get_text_config()
-        limit = getattr(text_config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        limit = int(getattr(text_config, "max_position_embeddings", 0) or 0)
+        return limit if limit > 0 else None
 
     def __call__(
         self, ids: Tensor, mask: Tensor, keep: int, cache: Cache | None, use_cache: bool

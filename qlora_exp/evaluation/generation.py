@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qlora_exp.config import Config
 from qlora_exp.evaluation.context import Context
+
+if TYPE_CHECKING:
+    from qlora_exp.data import Splits
+
+# Room beyond the longest expected answer: an answer that goes on must be seen to go on, or cut it would count as right.
+MARGIN_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,15 @@ class StopRule:
     token_ids: frozenset[int]
     at_newline: bool
     max_new_tokens: int
+
+
+def max_new_tokens(splits: Splits, config: Config) -> int:
+    """``evaluation.max_new_tokens``, or where it isn't given the tokens of the longest label (for free text: of the
+    longest completion of the training split, as ``max_length`` leaves it) and MARGIN_TOKENS more."""
+    if config.evaluation.max_new_tokens is not None:
+        return config.evaluation.max_new_tokens
+    expected = splits.label_ids.values() if splits.labels else [item.completion_ids for item in splits.train]
+    return max((len(ids) for ids in expected), default=0) + MARGIN_TOKENS
 
 
 def stop_rule(

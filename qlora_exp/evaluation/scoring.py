@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from qlora_exp.config import Config
 from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
-from qlora_exp.evaluation.generation import StopRule, generate, stop_rule
+from qlora_exp.evaluation.generation import StopRule, generate, max_new_tokens, stop_rule
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
 from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
 from qlora_exp.metrics import hub_metric
@@ -59,7 +59,7 @@ def evaluate_model(
     ``items`` when they are the validation split, else from a further pass over the validation items.
 
     The model's mode, its configuration and the tokenizer are left as they were. Scores don't depend on the batch size,
-    but for rounding; with ``int8_threshold`` > 0 they do, because LLM.int8() picks outlier columns over a whole batch.
+    but for rounding; with int8 they do: it picks outlier columns over a whole batch, and rounds inputs to 8 bits.
 
     Raises:
         ConfigError: a metric of ``evaluation.metrics`` can't be had; before anything is scored.
@@ -75,16 +75,18 @@ def evaluate_model(
     with scoring_mode(model):
         causal = CausalModel(model)
         rule = _stop_rule(causal, tokenizer, splits, config) if config.evaluation.generate else None
-        results = _score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
+        results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
         if trie is not None and label_marginal is None and items:
             estimated_on = results
             if split != "validation":
                 chosen = splits.validation[: config.evaluation.max_items]
-                estimated_on = _score_items(causal, tokenizer, chosen, trie, None, config.evaluation.batch_size)
+                estimated_on = score_items(causal, tokenizer, chosen, trie, None, config.evaluation.batch_size)
             label_marginal = dict(zip(splits.labels, marginal(option_matrix(estimated_on)).tolist(), strict=True))
     option_texts = [_text(tokenizer, ids) for ids in trie.options] if trie else []
     table = item_table(items, results, splits, label_marginal, option_texts)
     scores = scores_of(split, table, splits.labels, option_texts)
+    if rule is not None:
+        scores = replace(scores, max_new_tokens=rule.max_new_tokens)
     if further and items:
         scores.other.update(_further(further, table))
     return Evaluation(scores, table, tuple(splits.labels), dict(label_marginal) if label_marginal else None)
@@ -98,7 +100,7 @@ def marginal(log_likelihoods: np.ndarray) -> np.ndarray:
     return mean
 
 
-def _score_items(
+def score_items(
     model: CausalModel,
     tokenizer: Any,
     items: Sequence[Item],
@@ -131,7 +133,7 @@ def _stop_rule(model: CausalModel, tokenizer: Any, splits: Splits, config: Confi
         tokenizer,
         end_ids=[item.end_ids for item in known],
         answers=[item.answer for item in known],
-        max_new_tokens=config.evaluation.max_new_tokens,
+        max_new_tokens=max_new_tokens(splits, config),
     )
 
 

@@ -1,6 +1,5 @@
 """Base models, their quantization and their adapters. The only importer of bitsandbytes and peft."""
 
-from qlora_exp.models import bitsandbytes_log as bitsandbytes_log
 from qlora_exp.models.adapters import (
     adapter_parameters,
     attach_adapters,

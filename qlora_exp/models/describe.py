@@ -50,6 +50,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     """Describe a built model (unquantized, without adapters). Expert weights that are bare three-dimensional parameters
     count in the total; they are no linear layers and can't be targets."""
     text = model.config.get_text_config()
+    positions = int(getattr(text, "max_position_embeddings", 0) or 0)
     return Architecture(
         model_type=model.config.model_type,
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -58,6 +59,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         layers=int(getattr(text, "num_hidden_layers", 0) or 0),
         hidden_size=int(getattr(text, "hidden_size", 0) or 0),
         vocabulary_size=int(getattr(text, "vocab_size", 0) or 0),
+        positions=positions if positions > 0 else None,
     )
 
 

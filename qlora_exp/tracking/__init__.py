@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_exp.tracking.state import TrackingState as TrackingState
     from qlora_exp.tracking.state import read_state as read_state
+    from qlora_exp.tracking.study import StudyTracker as StudyTracker
+    from qlora_exp.tracking.study_view import StudyDefinition as StudyDefinition
+    from qlora_exp.tracking.study_view import TrialRow as TrialRow
     from qlora_exp.tracking.synchronise import SyncReport as SyncReport
     from qlora_exp.tracking.synchronise import repair as repair
     from qlora_exp.tracking.synchronise import sync as sync
     from qlora_exp.tracking.tracker import Tracker as Tracker
+    from qlora_exp.tracking.ui import charts_url as charts_url
     from qlora_exp.tracking.ui import compare_url as compare_url
     from qlora_exp.tracking.ui import runs_url as runs_url
     from qlora_exp.tracking.ui import ui_command as ui_command
@@ -22,11 +26,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Tracker": "tracker",
+    "StudyTracker": "study",
+    "StudyDefinition": "study_view",
+    "TrialRow": "study_view",
     "sync": "synchronise",
     "repair": "synchronise",
     "SyncReport": "synchronise",
     "ui_command": "ui",
     "ui_environment": "ui",
+    "charts_url": "ui",
     "compare_url": "ui",
     "runs_url": "ui",
     "TrackingState": "state",

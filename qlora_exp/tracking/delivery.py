@@ -24,23 +24,23 @@ ADAPTER_SUFFIXES = frozenset({".safetensors", ".json", ".jinja"})
 """What of adapter/ is shown: never pickles (``.bin``, ``.pt``), which run code when they are loaded."""
 
 
-def find_or_create(client: MlflowClient, experiment_id: str, record: RunRecord) -> str:
+def find_or_create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
     """The MLflow run of this record, by its tag: also when an earlier process made it and could not note its id."""
     query = f"tags.`{view.RUN_ID_TAG}` = '{record.run_id}'"
     found = client.search_runs([experiment_id], query, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
     if found:
         return str(found[0].info.run_id)
     run = client.create_run(
-        experiment_id, start_time=view.start_milliseconds(record), tags=view.tags(record), run_name=record.name
+        experiment_id, start_time=view.start_milliseconds(record), tags=view.tags(record, parent), run_name=record.name
     )
     return str(run.info.run_id)
 
 
-def deliver_start(client: MlflowClient, run_id: str, record: RunRecord) -> None:
+def deliver_start(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
     """A run that goes on: RUNNING (also after an interruption), its parameters as far as they are known."""
     client.update_run(run_id, status="RUNNING", name=record.name)
     _deliver_params(client, run_id, record)
-    _deliver_tags(client, run_id, record)
+    _deliver_tags(client, run_id, record, parent)
 
 
 def deliver_curve(client: MlflowClient, run_id: str, record: RunRecord, points: Iterable[Mapping[str, Any]]) -> None:
@@ -48,13 +48,13 @@ def deliver_curve(client: MlflowClient, run_id: str, record: RunRecord, points: 
     _log_metrics(client, run_id, view.curve_metrics(record, points))
 
 
-def deliver_all(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
+def deliver_all(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths, parent: str | None) -> None:
     """All that the run folder holds. The status goes before the artifacts: a slow upload must not leave it RUNNING."""
     _deliver_params(client, run_id, record)
     _deliver_missing_curve(client, run_id, record, paths)
     moment = view.end_milliseconds(record)
     _log_metrics(client, run_id, [Metric(key, value, moment, 0) for key, value in view.metrics(record).items()])
-    _deliver_tags(client, run_id, record)
+    _deliver_tags(client, run_id, record, parent)
     client.set_tag(run_id, view.NOTE_TAG, view.note(record))
     dataset = view.dataset_input(record)
     if dataset is not None:
@@ -103,16 +103,20 @@ def present_runs(client: MlflowClient, experiment_id: str) -> dict[str, str | No
             return present
 
 
-def _deliver_params(client: MlflowClient, run_id: str, record: RunRecord) -> None:
+def log_missing_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
     """Parameters that are not there yet: MLflow refuses to change one."""
     present = client.get_run(run_id).data.params
-    missing = [Param(key, value) for key, value in view.params(record).items() if key not in present]
+    missing = [Param(key, value) for key, value in params.items() if key not in present]
     if missing:
         client.log_batch(run_id, params=missing)
 
 
-def _deliver_tags(client: MlflowClient, run_id: str, record: RunRecord) -> None:
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in view.tags(record).items()])
+def _deliver_params(client: MlflowClient, run_id: str, record: RunRecord) -> None:
+    log_missing_params(client, run_id, view.params(record))
+
+
+def _deliver_tags(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in view.tags(record, parent).items()])
 
 
 def _deliver_missing_curve(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:

@@ -1,19 +1,21 @@
-"""``tracking.json``: what the tracking store has of one run, and why not all of it."""
+"""``tracking.json``: what the tracking store has of one run or study, and why not all of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from qlora_exp.errors import RecordError
-from qlora_exp.paths import RunPaths
+from qlora_exp.paths import RunPaths, StudyPaths
 from qlora_exp.records import from_dict, write_json
 
 
 @dataclass(frozen=True)
 class TrackingState:
-    """``uri`` is redacted. ``record_digest`` is the SHA-256 of the record.json that was delivered last as a whole."""
+    """``uri`` is redacted. ``record_digest`` is the SHA-256 of the record.json that was delivered last as a whole
+    (of a study: study.json and summary.json)."""
 
     uri: str
     experiment: str
@@ -24,7 +26,7 @@ class TrackingState:
     error: str | None = None
 
 
-def read_state(paths: RunPaths) -> TrackingState | None:
+def read_state(paths: RunPaths | StudyPaths) -> TrackingState | None:
     """The state, or ``None`` where there is none or it can't be read: then the run is delivered (again), which the
     store takes without doubling anything."""
     try:
@@ -33,9 +35,14 @@ def read_state(paths: RunPaths) -> TrackingState | None:
         return None
 
 
-def write_state(paths: RunPaths, state: TrackingState) -> None:
+def write_state(paths: RunPaths | StudyPaths, state: TrackingState) -> None:
     write_json(paths.tracking_state, state)
 
 
 def record_digest(paths: RunPaths) -> str:
-    return hashlib.sha256(paths.record.read_bytes()).hexdigest()
+    return file_digest(paths.record)
+
+
+def file_digest(*files: Path) -> str:
+    """SHA-256 over the files' contents; one that is missing counts as empty."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()

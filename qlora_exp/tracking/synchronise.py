@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from filelock import FileLock
 from qlora_exp.config import TrackingConfig
 from qlora_exp.environment import alive
 from qlora_exp.errors import QloraExpError, RecordError, TrackingError
+from qlora_exp.history import run_folders
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import Failure, RunRecord, Status, read_record, write_json
 from qlora_exp.redaction import REDACTED
@@ -32,9 +33,13 @@ class SyncReport:
     delivered: tuple[str, ...] = ()
     already: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    """RUNNING by a process of another host, which can't be seen from here; left as they are."""
     deleted: tuple[str, ...] = ()
     """Deleted in MLflow by a person; they stay deleted."""
     repaired: tuple[str, ...] = ()
+    studies: tuple[str, ...] = ()
+    """Names of the studies whose parent run was delivered."""
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -58,6 +63,8 @@ def sync(output_root: str | Path, uri: str | None = None) -> SyncReport:
 def repair(output_root: str | Path) -> tuple[str, ...]:
     """Tell runs whose process is dead as INTERRUPTED, in the record and (KILLED) in MLflow. Returns their run ids.
 
+    A run of another host stays RUNNING: whether it lives can't be seen from here.
+
     Costs a look at each record; MLflow is only asked when there was something to repair. A store that doesn't answer
     leaves them to :func:`sync`.
     """
@@ -78,9 +85,13 @@ class _Sync:
         self._opened: dict[Store, OpenStore] = {}
         self._present: dict[Store, dict[str, str | None]] = {}
         self._broken: dict[Store, str] = {}
+        self._parents: dict[tuple[Store, str], str | None] = {}
+        self._studies: dict[tuple[Store, str], None] = {}
 
     def deliver(self, only: Set[str] | None = None) -> SyncReport:
-        found: dict[str, list[str]] = {"delivered": [], "already": [], "running": [], "deleted": []}
+        from qlora_exp.tracking.store import reason
+
+        found: dict[str, list[str]] = {"delivered": [], "already": [], "running": [], "elsewhere": [], "deleted": []}
         failed: dict[str, str] = {}
         for paths in run_folders(self._output):
             if only is not None and paths.folder.name not in only:
@@ -90,7 +101,13 @@ class _Sync:
                 found[self._one(record, paths)].append(record.run_id)
             except QloraExpError as error:
                 failed[paths.folder.name] = str(error)
-        return SyncReport(**{name: tuple(ids) for name, ids in found.items()}, failed=failed)
+        studies = []
+        for store, name in self._studies:
+            try:
+                studies += [name] if self._study(store, name) else []
+            except Exception as error:  # every backend raises its own kinds
+                failed[f"study {name}"] = f"not delivered: {reason(error)}"
+        return SyncReport(**{name: tuple(ids) for name, ids in found.items()}, studies=tuple(studies), failed=failed)
 
     def _one(self, record: RunRecord, paths: RunPaths) -> str:
         from qlora_exp.tracking.delivery import deliver_all, find_or_create
@@ -98,9 +115,11 @@ class _Sync:
         from qlora_exp.tracking.store import bounded_calls, reason
 
         if not record.status.ended:
-            return "running"
+            return "elsewhere" if record.process is not None and alive(record.process) is None else "running"
         store = _locate(self._tracking(record), self._output)
         opened = self._open(store)
+        if record.trial is not None:
+            self._studies[store, record.trial.study] = None
         present = self._present[store]
         mlflow_run_id = present.get(record.run_id)
         if record.run_id in present and mlflow_run_id is None:
@@ -116,8 +135,9 @@ class _Sync:
         told = TrackingState(store.shown_uri, store.experiment, opened.experiment_id)
         try:
             with bounded_calls(store.timeout_seconds):
-                mlflow_run_id = mlflow_run_id or find_or_create(opened.client, opened.experiment_id, record)
-                deliver_all(opened.client, mlflow_run_id, record, paths)
+                parent = self._parent(store, opened, record)
+                mlflow_run_id = mlflow_run_id or find_or_create(opened.client, opened.experiment_id, record, parent)
+                deliver_all(opened.client, mlflow_run_id, record, paths, parent)
         except Exception as error:  # every backend raises its own kinds
             why = reason(error)
             self._forget_if_gone(store)
@@ -125,6 +145,37 @@ class _Sync:
             raise TrackingError(f"not delivered: {why}", store.shown_uri, "qlora-exp sync tries again") from None
         write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, delivered=True, record_digest=digest))
         return "delivered"
+
+    def _parent(self, store: Store, opened: OpenStore, record: RunRecord) -> str | None:
+        from qlora_exp.tracking.study import parent_run
+
+        if record.trial is None:
+            return None
+        key = (store, record.trial.study)
+        if key not in self._parents:
+            self._parents[key] = parent_run(store, opened, self._output, record)
+        return self._parents[key]
+
+    def _study(self, store: Store, name: str) -> bool:
+        """Deliver a study's parent run, where the store lacks something of it. A living sweep does so itself."""
+        from qlora_exp.tracking.state import read_state, write_state
+        from qlora_exp.tracking.study import deliver_study, read_definition, read_summary, study_digest
+
+        paths = self._output.study(name)
+        definition, summary = read_definition(paths), read_summary(paths)
+        if definition is None or summary is None or not summary.status.ended:
+            return False
+        opened = self._open(store)
+        state = read_state(paths)
+        if (
+            state is not None
+            and state.delivered
+            and state.record_digest == study_digest(paths)
+            and (state.uri, state.experiment_id) == (store.shown_uri, opened.experiment_id)
+        ):
+            return False
+        write_state(paths, deliver_study(store, opened, paths, definition, summary))
+        return True
 
     def _open(self, store: Store) -> OpenStore:
         from qlora_exp.tracking.delivery import present_runs
@@ -171,15 +222,6 @@ class _Sync:
         )
 
 
-def run_folders(output: OutputPaths) -> Iterator[RunPaths]:
-    """Folders with a record, by name."""
-    if output.runs.is_dir():
-        for folder in sorted(output.runs.iterdir()):
-            paths = RunPaths(folder)
-            if paths.record.is_file():
-                yield paths
-
-
 def _repair_records(output: OutputPaths) -> dict[str, str]:
     """Run ids of the repaired, by folder name."""
     repaired = {}
@@ -188,7 +230,7 @@ def _repair_records(output: OutputPaths) -> dict[str, str]:
             record = read_record(paths.record)
         except RecordError:
             continue  # told by ls and sync; nothing of it can be repaired
-        if record.status is not Status.RUNNING or (record.process is not None and alive(record.process)):
+        if record.status is not Status.RUNNING or (record.process is not None and alive(record.process) is not False):
             continue
         write_json(paths.record, _interrupted(record, paths))
         repaired[paths.folder.name] = record.run_id

@@ -16,6 +16,7 @@ from qlora_exp.records import RunRecord
 from qlora_exp.tracking.delivery import adapter_files, deliver_all, deliver_curve, deliver_start, find_or_create
 from qlora_exp.tracking.state import TrackingState, record_digest, write_state
 from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, reason
+from qlora_exp.tracking.study import parent_run
 
 CURVE_SECONDS = 5.0
 """Curve points are gathered this long before one batch is written: a batch costs milliseconds of the trainer's core."""
@@ -36,6 +37,7 @@ class Tracker:
     """
 
     def __init__(self, tracking: TrackingConfig, output: OutputPaths) -> None:
+        self._output = output
         self._store: Store | None = locate(tracking, output) if tracking.enabled else None
         self._opened: OpenStore | None = None
         self._delivery: _Delivery | None = None
@@ -46,7 +48,7 @@ class Tracker:
         """Create the MLflow run (RUNNING). With ``wait``: waits for it, at most ``tracking.timeout_seconds``."""
         if self._store is None:
             return
-        self._delivery = _Delivery(self._store, self._opened, paths)
+        self._delivery = _Delivery(self._store, self._opened, self._output, paths)
         self._delivery.put(record)
         if wait:
             self._delivery.started.wait(self._store.timeout_seconds)
@@ -75,16 +77,18 @@ class Tracker:
 class _Delivery(threading.Thread):
     """Takes records and curve points from a queue. A daemon: a hanging server must not keep the process alive."""
 
-    def __init__(self, store: Store, opened: OpenStore | None, paths: RunPaths) -> None:
+    def __init__(self, store: Store, opened: OpenStore | None, output: OutputPaths, paths: RunPaths) -> None:
         super().__init__(name="qlora-exp-tracking", daemon=True)
         self.opened = opened
         self.delivered = False
         self.started = threading.Event()
         """Set when the start was delivered or has failed."""
         self._store = store
+        self._output = output
         self._paths = paths
         self._queue: queue.SimpleQueue[RunRecord | list[Mapping[str, Any]] | None] = queue.SimpleQueue()
         self._record: RunRecord | None = None
+        self._parent: str | None = None
         self._state = TrackingState(store.shown_uri, store.experiment)
         self._save(error="not delivered yet")
         self.start()
@@ -134,15 +138,17 @@ class _Delivery(threading.Thread):
         self._record = record
         with bounded_calls(self._store.timeout_seconds):
             client = self.opened.client
+            self._parent = self._parent or parent_run(self._store, self.opened, self._output, record)
             if self._state.mlflow_run_id is None:
                 experiment_id = self.opened.experiment_id
-                self._save(experiment_id=experiment_id, mlflow_run_id=find_or_create(client, experiment_id, record))
+                found = find_or_create(client, experiment_id, record, self._parent)
+                self._save(experiment_id=experiment_id, mlflow_run_id=found)
             run_id = str(self._state.mlflow_run_id)
             if not record.status.ended:
-                deliver_start(client, run_id, record)
+                deliver_start(client, run_id, record, self._parent)
                 return
             digest = record_digest(self._paths)
-            deliver_all(client, run_id, record, self._paths)
+            deliver_all(client, run_id, record, self._paths, self._parent)
         self.delivered = True
         self._save(delivered=True, record_digest=digest, error=None)
 

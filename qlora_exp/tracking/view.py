@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ from qlora_exp.redaction import redact, redact_text
 
 RUN_ID_TAG = "qlora_exp.run_id"
 NOTE_TAG = "mlflow.note.content"
+PARENT_TAG = "mlflow.parentRunId"
 
 MAX_METRIC_KEYS = 30
 """MLflow draws one chart per key; more than this is no overview."""
@@ -106,7 +108,9 @@ def params(record: RunRecord) -> dict[str, str]:
         values["plan.trainable_parameters"] = record.plan.trainable_parameters
         values["plan.target_modules"] = ",".join(record.plan.target_modules)
         values["plan.device"] = record.plan.device
-    return {key: _param(value) for key, value in values.items() if value is not None}
+    if record.trial is not None:
+        values |= {param_key(key): value for key, value in redact(record.trial.params).items()}
+    return {key: shown_text(value) for key, value in values.items() if value is not None}
 
 
 def metrics(record: RunRecord) -> dict[str, float]:
@@ -132,8 +136,8 @@ def curve_metrics(record: RunRecord, points: Iterable[Mapping[str, Any]]) -> lis
     return rows
 
 
-def tags(record: RunRecord) -> dict[str, str]:
-    """What runs are filtered by."""
+def tags(record: RunRecord, parent: str | None = None) -> dict[str, str]:
+    """What runs are filtered by. ``parent``: the MLflow run id of the study that the run is a trial of."""
     environment = record.environment
     values = {
         RUN_ID_TAG: record.run_id,
@@ -150,8 +154,13 @@ def tags(record: RunRecord) -> dict[str, str]:
         "mlflow.source.name": "qlora-exp",
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": environment.git_commit,
+        PARENT_TAG: parent,
     }
-    return {key: _param(value) for key, value in values.items() if value is not None}
+    if record.trial is not None:
+        values["qlora_exp.trial.study"] = record.trial.study
+        values["qlora_exp.trial.number"] = record.trial.number
+        values["qlora_exp.trial.attempt"] = record.trial.attempt
+    return {key: shown_text(value) for key, value in values.items() if value is not None}
 
 
 def note(record: RunRecord) -> str:
@@ -164,8 +173,7 @@ def note(record: RunRecord) -> str:
         if record.failure.hint:
             lines.append(f"What to do: {record.failure.hint}")
     lines += [f"\n> {warning}" for warning in record.warnings[:10]]
-    text = redact_text("\n".join(lines).strip())
-    return text if len(text) <= MAX_TAG_LENGTH else f"{text[: MAX_TAG_LENGTH - 1]}…"
+    return shown_text("\n".join(lines).strip(), MAX_TAG_LENGTH)
 
 
 def dataset_input(record: RunRecord) -> DatasetInput | None:
@@ -199,6 +207,21 @@ def end_milliseconds(record: RunRecord) -> int:
     return _milliseconds(record.ended_at or record.started_at)
 
 
+def shown_text(value: Any, limit: int | None = MAX_PARAM_LENGTH) -> str:
+    """A value as text without secrets, cut where it would fill the table."""
+    text = redact_text(f"{value:g}" if isinstance(value, float) else str(value))
+    return text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def shown_figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def param_key(key: str) -> str:
+    """``key`` with what MLflow refuses in a name left out: ``+lora.r`` is ``lora.r``."""
+    return re.sub(r"[^\w./ :-]", "", key)
+
+
 def _figures(record: RunRecord) -> Iterator[tuple[str, float | None]]:
     scores, memory, speed = record.scores, record.memory, record.speed
     yield from _score_figures("score", scores.after, SCORE_FIELDS)
@@ -213,6 +236,8 @@ def _figures(record: RunRecord) -> Iterator[tuple[str, float | None]]:
     yield "speed/train_seconds", speed.train_seconds
     if scores.forgetting is not None:
         yield "score/forgetting_nats_per_byte", scores.forgetting.difference
+    if scores.forgetting_chat is not None:
+        yield "score/forgetting_chat_nats_per_byte", scores.forgetting_chat.difference
     if record.baselines is not None:
         yield "baseline/tfidf_accuracy", record.baselines.tfidf_accuracy
         yield "baseline/majority_accuracy", record.baselines.majority_accuracy
@@ -238,8 +263,8 @@ def _headline(record: RunRecord) -> str:
     name = next((name for name in HEADLINE_FIELDS if getattr(after, name) is not None), None)
     if name is None:
         return "**completed**"
-    change = f"{_figure(getattr(before, name) if before is not None else None)} → **{_figure(getattr(after, name))}**"
-    return f"{name.replace('_', ' ')} on {after.split}: {change}"
+    untouched = shown_figure(getattr(before, name) if before is not None else None)
+    return f"{name.replace('_', ' ')} on {after.split}: {untouched} → **{shown_figure(getattr(after, name))}**"
 
 
 def _score_table(record: RunRecord) -> Iterator[str]:
@@ -253,7 +278,7 @@ def _score_table(record: RunRecord) -> Iterator[str]:
     for name in (*SCORE_FIELDS, "bits_per_byte"):
         values = [getattr(scores, name) if scores is not None else None for scores in (before, after)]
         if any(value is not None for value in values):
-            yield f"| {name.replace('_', ' ')} | {_figure(values[0])} | {_figure(values[1])} |"
+            yield f"| {name.replace('_', ' ')} | {shown_figure(values[0])} | {shown_figure(values[1])} |"
     yield ""
 
 
@@ -262,13 +287,18 @@ def _facts(record: RunRecord) -> Iterator[str]:
         yield f"goal `{record.goal.text}` on {record.goal.split}: **{record.goal.answer}**"
     if record.baselines is not None:
         yield (
-            f"baselines on {record.baselines.split}: majority class {_figure(record.baselines.majority_accuracy)}, "
-            f"TF-IDF + logistic regression {_figure(record.baselines.tfidf_accuracy)}"
+            f"baselines on {record.baselines.split}: "
+            f"majority class {shown_figure(record.baselines.majority_accuracy)}, "
+            f"TF-IDF + logistic regression {shown_figure(record.baselines.tfidf_accuracy)}"
         )
+    for gone in (record.scores.forgetting, record.scores.forgetting_chat):
+        if gone is not None:
+            interval = f"95 % interval {shown_figure(gone.low)} to {shown_figure(gone.high)}"
+            yield f"loss on {gone.text} changed by {shown_figure(gone.difference)} nats per byte ({interval})"
     if record.plan is not None:
         yield f"{record.plan.trainable_parameters:,} trainable of {record.plan.total_parameters:,} parameters"
     if record.memory.peak_train_bytes is not None:
-        yield f"peak while training {_figure(_mib(record.memory.peak_train_bytes))} MiB ({record.memory.source})"
+        yield f"peak while training {shown_figure(_mib(record.memory.peak_train_bytes))} MiB ({record.memory.source})"
     if record.speed.train_tokens_per_second is not None:
         yield f"{record.speed.train_tokens_per_second:,.0f} tokens/s on {record.environment.device.name}"
     if record.environment.git_dirty:
@@ -292,16 +322,6 @@ def _lookup(config: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
-
-
-def _param(value: Any) -> str:
-    """A value as text without secrets, cut where it would fill the table."""
-    text = redact_text(f"{value:g}" if isinstance(value, float) else str(value))
-    return text if len(text) <= MAX_PARAM_LENGTH else f"{text[: MAX_PARAM_LENGTH - 1]}…"
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
 
 
 def _mib(size: int | None) -> float | None:

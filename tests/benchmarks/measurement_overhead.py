@@ -60,7 +60,7 @@ def main() -> None:
             model = models.attach_adapters(models.shell(base), config, ready.modules)
             clock, meter = Clock(), StepMeter()
             with tempfile.TemporaryDirectory() as folder:
-                curve = Curve(Path(folder) / "curve.jsonl", meter, Silent(), fresh=True)
+                curve = Curve(Path(folder) / "curve.jsonl", meter, Silent())
                 watchers = [clock, *([meter, curve, Interruption()] if kind == "metered" else [])]
                 trainer = (_MeteredTrainer if kind == "metered" else SFTTrainer)(
                     model=model,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_exp.embedded.build import write_hashes
 from qlora_exp.embedded.pretrain import Schedule
 from qlora_exp.embedded.tokenizer import END_OF_TEXT, PAD, TURN_END
 from qlora_exp.embedded.wordnet import split_gloss
@@ -26,6 +29,12 @@ def load(variant: str):
 def test_both_models_together_are_at_most_24_megabytes() -> None:
     size = sum(file.stat().st_size for variant in VARIANTS for file in (EMBEDDED / variant).iterdir())
     assert size <= 24_000_000
+
+
+def test_the_list_of_hashes_is_what_the_build_writes_for_these_files(tmp_path: Path) -> None:
+    copy = shutil.copytree(EMBEDDED, tmp_path / "embedded")
+    write_hashes(copy)
+    assert (copy / "SHA256SUMS").read_text() == (EMBEDDED / "SHA256SUMS").read_text()
 
 
 @pytest.mark.parametrize(("variant", "end"), [("base", END_OF_TEXT), ("instruct", TURN_END)])

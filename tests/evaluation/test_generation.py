@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_exp.evaluation import evaluate_model, nats_per_byte_by_document
+from qlora_exp.data import check_positions
+from qlora_exp.errors import DataError
+from qlora_exp.evaluation import evaluate_model, text_losses
 from qlora_exp.evaluation.context import CausalModel, read, scoring_mode
-from qlora_exp.evaluation.generation import StopRule, generate, stop_rule
+from qlora_exp.evaluation.generation import MARGIN_TOKENS, StopRule, generate, max_new_tokens, stop_rule
 
 PROMPTS = ["a", "a much longer prompt than the others:", "bb b", "tell me:"]
 
@@ -127,6 +129,59 @@ def test_free_text_is_scored_by_overlap(
     assert scores.invalid_answer_rate is None
 
 
+def test_the_limit_follows_the_longest_label_or_training_answer_and_a_given_number_wins(
+    make_model: Callable[..., Any],
+    tokenizer: Any,
+    make_item: Callable[..., Any],
+    make_splits: Callable[..., Any],
+    make_config: Callable[..., Any],
+) -> None:
+    short, long = make_item("1", "a:", "word", "word"), make_item("2", "b:", "a longer answer", "a longer answer")
+    free = make_splits([short, long], [short])
+    labelled = make_splits([short], [short], labels=("word", "another"))
+    longest_answer, longest_label = len(long.completion_ids), len(labelled.label_ids["another"])
+    assert max_new_tokens(free, make_config(max_new_tokens=None)) == longest_answer + MARGIN_TOKENS
+    assert max_new_tokens(labelled, make_config(max_new_tokens=None)) == longest_label + MARGIN_TOKENS
+    assert max_new_tokens(free, make_config(max_new_tokens=3)) == 3
+    model = make_model("gpt2")
+    for splits, given, used in ((free, None, longest_answer + MARGIN_TOKENS), (labelled, 3, 3)):
+        scores = evaluate_model(model, tokenizer, [short], splits, make_config(max_new_tokens=given)).scores
+        assert scores.max_new_tokens == used
+    assert evaluate_model(model, tokenizer, [short], free, make_config(generate=False)).scores.max_new_tokens is None
+
+
+def test_an_answer_that_begins_like_the_longest_label_and_goes_on_is_wrong(
+    taught: Any,
+    tokenizer: Any,
+    make_item: Callable[..., Any],
+    make_splits: Callable[..., Any],
+    make_config: Callable[..., Any],
+) -> None:
+    items = [make_item("4", "q4:", "red", "red")]  # the model says redredredredred
+    splits = make_splits(items, items, labels=("red", "x"))
+    scores = evaluate_model(taught, tokenizer, items, splits, make_config(max_new_tokens=None)).scores
+    assert (scores.exact_match, scores.invalid_answer_rate) == (0.0, 1.0)
+    cut = evaluate_model(taught, tokenizer, items, splits, make_config(max_new_tokens=4)).scores
+    assert cut.exact_match == 1.0  # what the margin is for
+
+
+def test_prompts_that_fill_the_context_are_scored_and_their_answers_end_with_it(
+    make_model: Callable[..., Any],
+    tokenizer: Any,
+    make_item: Callable[..., Any],
+    make_splits: Callable[..., Any],
+    make_config: Callable[..., Any],
+) -> None:
+    model = make_model("gpt2", n_positions=24)
+    item = make_item("1", "p" * 19, "red", "red")  # 19 + 4 + 1
+    splits = make_splits([item], [item], labels=("red", "x"))
+    check_positions(splits, 24)
+    found = evaluate_model(model, tokenizer, [item], splits, make_config(max_new_tokens=50))
+    assert len(found.items["generated"][0].as_py()) <= 24 - 19 + 1
+    with pytest.raises(DataError, match="takes 23"):
+        check_positions(splits, 23)
+
+
 def test_evaluation_leaves_modes_configuration_and_tokenizer_as_they_were_and_training_goes_on(
     make_model: Callable[..., Any], tokenizer: Any, colours: Any, make_config: Callable[..., Any]
 ) -> None:
@@ -143,7 +198,7 @@ def test_evaluation_leaves_modes_configuration_and_tokenizer_as_they_were_and_tr
         {name: value.clone() for name, value in model.state_dict().items()},
     )
     evaluate_model(model, tokenizer, colours.validation, colours, make_config())
-    nats_per_byte_by_document(model, tokenizer, ["some text"], make_config())
+    text_losses(model, tokenizer, ["some text"], make_config())
     assert [module.training for module in model.modules()] == before[0]
     assert model.config.to_dict() == before[1]
     assert model.generation_config.to_dict() == before[2]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from qlora_exp.compose import compose
+from qlora_exp.data import load_data
 from qlora_exp.evaluation import evaluate_model, likelihood
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
+from qlora_exp.models import load_base, load_tokenizer
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "mistral", "lfm2", "mamba")
 OPTIONS = [(5,), (5, 6), (5, 6, 7), (5, 9, 7, 8), (11, 12), (13,), (5, 6, 8)]
@@ -104,6 +108,32 @@ def test_batches_hold_every_index_once_within_the_bounds() -> None:
         for batch in found:
             assert len(batch) <= rows
             assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= tokens
+
+
+@pytest.mark.parametrize(
+    ("quantization", "independent"),
+    [
+        (["quantization=fp32"], True),
+        (["quantization=nf4"], True),
+        (["quantization=int8", "quantization.int8_threshold=2"], False),  # low, so that a tiny model has outliers
+    ],
+    ids=["fp32", "nf4", "int8"],
+)
+def test_only_int8_with_outlier_columns_scores_an_item_by_what_else_is_in_its_batch(
+    quantization: list[str], independent: bool, tiny_models: dict[str, Path], colour_task: Path
+) -> None:
+    """What docs/measures.md says of the batch size."""
+    local = ["model=local", f"model.path={tiny_models['llama']}", "task=local", f"task.path={colour_task}"]
+    given = [*local, *quantization, "task.kind=classification", "evaluation.generate=false"]
+    configs = [compose([*given, f"evaluation.batch_size={rows}"]) for rows in (1, 3, 64)]
+    tokenizer = load_tokenizer(configs[0].model)
+    splits = load_data(configs[0], tokenizer, 64)
+    model = load_base(configs[0], "cpu").model
+    alone, few, many = (
+        evaluate_model(model, tokenizer, splits.train[:20], splits, config).items["loss_sum_nats"].to_pylist()
+        for config in configs
+    )
+    assert (alone == pytest.approx(many, rel=1e-5) and few == pytest.approx(many, rel=1e-5)) == independent
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])

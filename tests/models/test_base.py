@@ -26,6 +26,7 @@ from qlora_exp.models import (
     weight_bytes,
 )
 from qlora_exp.models.selftest import dequantized
+from qlora_exp.plan import inputs_rounded_in
 
 MODES = [mode.value for mode in Quantization]
 FAMILIES = ["llama", "gpt2", "phi3"]
@@ -111,6 +112,21 @@ def test_quantized_training_is_exact_on_the_dequantized_weights_before_and_after
         assert torch.equal(gradient, after[name]), name
         error = (gradient - reference[name]).norm() / reference[name].norm()
         assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
+def test_on_a_cpu_only_int8_rounds_its_inputs_and_only_in_evaluation(mode: str, tiny_models: dict[str, Path]) -> None:
+    """What Plan.inputs_rounded_in says. The weights alone are rounded in the reference."""
+    base = load_base(configured(tiny_models["llama"], mode), "cpu").model
+    layer = base.model.layers[0].mlp.up_proj
+    weights = dequantized(base).model.layers[0].mlp.up_proj
+    torch.manual_seed(0)
+    x = torch.randn(6, 64)
+    with torch.no_grad():
+        exact, scored, trained = weights(x), layer.eval()(x), layer.train()(x)
+    in_training, in_evaluation = (float((found - exact).norm() / exact.norm()) > 1e-4 for found in (trained, scored))
+    told = inputs_rounded_in(Quantization(mode), "cpu")
+    assert (in_training, in_evaluation) == ("training" in told, "evaluation" in told)
 
 
 def test_bitsandbytes_still_repacks_four_bit_weights_at_an_evaluation(tiny_models: dict[str, Path]) -> None:

@@ -12,12 +12,14 @@ import synthetic
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
+from qlora_exp.cli import main
 from qlora_exp.config import TrackingConfig
 from qlora_exp.errors import TrackingError
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import Process, Status, read_record, write_json
-from qlora_exp.tracking import Tracker, compare_url, repair, sync, ui_command, ui_environment
+from qlora_exp.tracking import Tracker, compare_url, repair, sync, ui_command, ui_environment, view
 from qlora_exp.tracking.delivery import read_curve
+from qlora_exp.tracking.ui import VIEW_BARS, VIEW_PARAMS, VIEW_PLOTS, VIEW_TAGS
 
 EXPERIMENT = "qlora-exp"
 
@@ -203,6 +205,18 @@ def test_a_run_whose_process_died_is_told_so_and_a_living_one_is_left_alone(outp
     assert read_record(output.run("living").record).status is Status.RUNNING
     assert {run.data.tags[TAG]: run.info.status for run in runs_of(output)} == {"dead": "KILLED", "living": "RUNNING"}
     assert repair(output.root) == ()
+
+
+def test_a_run_of_another_host_is_left_running_and_told_so(
+    output: OutputPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = synthetic.running("far").replace(process=Process(2**22 + 1, 1, "another boot", "another-host"))
+    paths = synthetic.write_run(output, record)
+    assert repair(output.root) == ()
+    assert sync(output.root).elsewhere == ("far",)
+    assert read_record(paths.record).status is Status.RUNNING
+    assert main(["ls", "runs", "--output-root", str(output.root)]) == 0
+    assert "on another-host, which can't be seen from here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("behaviour", ["500", "429", "401", "garbage", "dies", "hang", "closed"])
@@ -438,6 +452,25 @@ def test_the_ui_stays_on_loopback_and_sends_no_telemetry(output: OutputPaths) ->
     assert compare_url("http://127.0.0.1:1", "1", ["a", "b"]).endswith(
         "/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%221%22%5D"
     )
+
+
+def test_a_store_of_an_earlier_version_gets_the_views_of_this_one(output: OutputPaths) -> None:
+    Tracker(tracking(), output)
+    client = client_of(output)
+    experiment_id = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    for key in VIEW_TAGS:
+        client.set_experiment_tag(experiment_id, key, "{}")
+    client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "a person's choice")
+    Tracker(tracking(), output)
+    tags = client.get_experiment(experiment_id).tags
+    assert {key: tags[key] for key in VIEW_TAGS} == VIEW_TAGS
+    assert tags["mlflow.experimentKind"] == "a person's choice"
+
+
+def test_the_first_charts_are_of_parameters_and_metrics_that_runs_have() -> None:
+    record = synthetic.completed()
+    assert set(VIEW_PARAMS) <= set(view.params(record))
+    assert {*VIEW_BARS, *(key for keys in VIEW_PLOTS.values() for key in keys)} <= set(view.metrics(record))
 
 
 def test_a_place_with_blanks_and_accents_works(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import synthetic
 
 from qlora_exp.model_card import model_card
-from qlora_exp.records import Scores, Status
+from qlora_exp.records import Forgetting, Scores, Status
 from qlora_exp.tracking import view
 
 
@@ -35,11 +37,28 @@ def test_a_run_without_plan_still_has_its_configured_axes() -> None:
 def test_no_run_has_more_than_thirty_metric_keys_and_all_are_grouped() -> None:
     full = synthetic.completed()
     scores = Scores("validation", 5, *([0.5] * 14), other={f"hub_{n}": 0.1 for n in range(20)})
-    full = full.replace(scores=type(full.scores)(before=scores, after=scores, test=scores))
+    gone = Forgetting(1.2, 1.3, 0.1, 0.05, 0.2, 9, "general text")
+    full = full.replace(
+        scores=type(full.scores)(before=scores, after=scores, test=scores, forgetting=gone, forgetting_chat=gone)
+    )
     keys = set(view.metrics(full)) | set(view.CURVE_KEYS.values())
     assert len(keys) == view.MAX_METRIC_KEYS
     assert all("/" in key for key in keys)
     assert {"score/accuracy", "score/loss_per_item", "score/hub_0"} <= keys
+
+
+def test_what_was_forgotten_is_shown_for_text_and_for_chats() -> None:
+    text, chat = (
+        Forgetting(1.2, 1.3, difference, 0.05, 0.2, 9, name, 70)
+        for difference, name in ((0.1, "general text"), (0.15, "answers in general chats"))
+    )
+    record = synthetic.completed()
+    record = record.replace(scores=replace(record.scores, forgetting=text, forgetting_chat=chat))
+    shown = view.metrics(record)
+    assert (shown["score/forgetting_nats_per_byte"], shown["score/forgetting_chat_nats_per_byte"]) == (0.1, 0.15)
+    for page in (view.note(record).lower(), model_card(record).lower()):
+        assert "loss on general text" in page
+        assert "loss on answers in general chats" in page
 
 
 def test_what_was_not_measured_is_no_metric() -> None:

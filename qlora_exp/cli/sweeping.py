@@ -1,0 +1,238 @@
+"""Verbs for studies: ``sweep``, ``resume``, ``status``, ``stop``, ``best``, ``trials``, ``clean``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_exp.cli.arguments import (
+    OutputRoot,
+    Overrides,
+    Source,
+    Study,
+    complete_sweeps,
+    examples,
+    given_overrides,
+    outputs_of,
+)
+
+if TYPE_CHECKING:
+    from qlora_exp.paths import StudyPaths
+    from qlora_exp.study.types import StudySpec
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "sweep",
+        epilog=examples(
+            "qlora-exp sweep demo",
+            "qlora-exp sweep lora_search model=embedded sweep.n_trials=20 workers.count=2",
+            "qlora-exp sweep rank_by_quantization lora.r=4,8 seed=1,2",
+            "qlora-exp sweep my_sweep --from task.yaml          # sweeps/my_sweep.yaml of the current folder",
+        ),
+    )(sweep)
+    app.command("resume", epilog=examples("qlora-exp resume last", "qlora-exp resume demo workers.count=2"))(resume)
+    app.command("status", epilog=examples("qlora-exp status", "qlora-exp status demo --watch"))(status)
+    app.command("stop", epilog=examples("qlora-exp stop last", "qlora-exp stop demo --now"))(stop)
+    app.command("best", epilog=examples("qlora-exp best last"))(best)
+    app.command("trials", epilog=examples("qlora-exp trials last", "qlora-exp trials demo --csv > demo.csv"))(trials)
+    app.command("clean", epilog=examples("qlora-exp clean last", "qlora-exp clean demo --keep best:3 --yes"))(clean)
+
+
+def sweep(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A file of sweeps/", autocompletion=complete_sweeps)],
+    overrides: Overrides = None,
+    source: Source = None,
+    join: Annotated[bool, typer.Option("--join", help="Share a study that another process works on")] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """Train the trials of a study.
+
+    The same command again goes on with it. The same as python -m qlora_exp -m sweeps=NAME …
+    """
+    given = [f"sweeps={name}", *given_overrides(source, overrides)]
+    return _hydra([*given, *_join(join), *_root(output_root)])
+
+
+def resume(
+    study: Study,
+    overrides: Overrides = None,
+    join: Annotated[bool, typer.Option("--join", help="Share it with the process that works on it")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make a damaged study database again from the runs' records")
+    ] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """Go on with a study: exactly the missing trials."""
+    from qlora_exp.overrides import hydra_value
+
+    spec, paths = _found(study, output_root)
+    if rebuild:
+        _rebuild(spec, paths)
+    changed = {text.lstrip("+~").partition("=")[0] for text in overrides or []}
+    again = [*spec.overrides, *(f"{axis.key}={axis.text}" for axis in spec.axes)]
+    kept = [text for text in again if text.lstrip("+~").partition("=")[0] not in changed]
+    _check_secrets(kept, spec)
+    return _hydra([*kept, *(overrides or []), f"sweep.name={hydra_value(spec.name)}", *_join(join)])
+
+
+def status(
+    study: Study = "last",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second; Ctrl-C ends")] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """Show how a study stands.
+
+    Running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
+    """
+    from qlora_exp.standing import show_standing, watch_status
+    from qlora_exp.sweep import orchestrator
+
+    spec, paths = _found(study, output_root)
+    opened = _opened(spec, paths)
+    if watch:
+        watch_status(spec, opened, paths, orchestrator)
+    else:
+        show_standing(spec, opened, paths, orchestrator(paths))
+    return 0
+
+
+def stop(
+    study: Study,
+    now: Annotated[bool, typer.Option("--now", help="Don't wait for the running trials: they save and end")] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """Stop a study after its running trials; called twice: now."""
+    from qlora_exp.sweep import request_stop
+
+    spec, paths = _found(study, output_root)
+    mode = request_stop(paths, spec.name, now)
+    what = "running trials save their state and end" if mode == "now" else "no further trial starts; again: stop now"
+    print(f"study {spec.name}: {what}\nlater: qlora-exp resume {spec.name}")
+    return 0
+
+
+def best(study: Study, output_root: OutputRoot = None) -> int:
+    """Show the best trial as a command.
+
+    Of several objectives, the Pareto front.
+    """
+    import shlex
+
+    from qlora_exp.errors import RecordError
+    from qlora_exp.standing import best_table
+    from qlora_exp.sweep import run_overrides
+    from qlora_exp.tables import show
+
+    spec, paths = _found(study, output_root)
+    rows = _opened(spec, paths).best()
+    if not rows:
+        raise RecordError("no trial has completed yet", f"study {spec.name}", f"qlora-exp status {spec.name}")
+    show(best_table(rows, spec))
+    for row in rows:
+        print(f"qlora-exp run {shlex.join(run_overrides(spec, row.params))}")
+    return 0
+
+
+def trials(
+    study: Study,
+    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated, for other tools")] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """List a study's trials, one row each."""
+    import sys
+
+    from qlora_exp.standing import trials_table, write_csv
+    from qlora_exp.tables import show
+
+    spec, paths = _found(study, output_root)
+    rows = _opened(spec, paths).trials()
+    if csv:
+        write_csv(rows, spec, sys.stdout)
+    else:
+        show(trials_table(rows, spec))
+    return 0
+
+
+def clean(
+    study: Study,
+    keep: Annotated[str, typer.Option("--keep", help="Adapters that stay: best:K or all")] = "best:1",
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what would go")] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """Free disk space.
+
+    Checkpoints go first, then adapters that are not among the best. Records, per-item results and curves always stay.
+    """
+    from qlora_exp.paths import OutputPaths
+    from qlora_exp.retention import best_first, delete, disposable, kept_numbers
+    from qlora_exp.tables import bytes_text
+
+    spec, paths = _found(study, output_root)
+    opened = _opened(spec, paths)
+    rows = opened.trials()
+    ranked = best_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
+    found = disposable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
+    if yes:
+        print(f"{bytes_text(delete(found))} freed in {len(found)} folders")
+        return 0
+    for one in found:
+        print(f"{bytes_text(one.size_bytes):>8}  {one.folder}")
+    print(f"{bytes_text(sum(one.size_bytes for one in found))} would be freed in {len(found)} folders; --yes does it")
+    return 0
+
+
+def _hydra(overrides: list[str]) -> int:
+    from qlora_exp.hydra_app import main
+
+    return main(["--multirun", *overrides])
+
+
+def _join(join: bool) -> list[str]:
+    return ["sweep.join=true"] if join else []
+
+
+def _root(output_root: str | None) -> list[str]:
+    from pathlib import Path
+
+    from qlora_exp.overrides import hydra_value
+
+    return [f"output_root={hydra_value(str(Path(output_root).expanduser().absolute()))}"] if output_root else []
+
+
+def _found(study: str, output_root: str | None) -> tuple[StudySpec, StudyPaths]:
+    from qlora_exp.history import find_study
+    from qlora_exp.standing import read_spec
+
+    paths = find_study(study, outputs_of(output_root))
+    return read_spec(paths), paths
+
+
+def _opened(spec: StudySpec, paths: StudyPaths) -> Any:
+    from qlora_exp.study import Study
+
+    return Study.open(spec, paths, spec.storage)
+
+
+def _rebuild(spec: StudySpec, paths: StudyPaths) -> None:
+    from qlora_exp.history import read_runs
+    from qlora_exp.paths import OutputPaths
+    from qlora_exp.study import Study
+
+    records, _ = read_runs(OutputPaths(paths.folder.parent.parent))
+    own = [record for record in records if record.trial is not None and record.trial.study == spec.name]
+    Study.rebuild(spec, paths, own)
+    print(f"study {spec.name} made again from {len(own)} runs")
+
+
+def _check_secrets(overrides: list[str], spec: StudySpec) -> None:
+    from qlora_exp.errors import RecordError
+    from qlora_exp.redaction import REDACTED
+
+    hidden = [text for text in overrides if REDACTED in text]
+    if hidden:
+        keys = " ".join(f"{text.partition('=')[0]}=…" for text in hidden)
+        raise RecordError(
+            "the study keeps a setting without its secret", " ".join(hidden), f"qlora-exp resume {spec.name} {keys}"
+        )

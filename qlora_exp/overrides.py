@@ -1,0 +1,38 @@
+"""Values in the grammar of Hydra's overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+
+def hydra_value(value: Any) -> str:
+    """``value`` (JSON types) in Hydra's override grammar, quoted so that it is read back as it is."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{hydra_value(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(hydra_value(entry) for entry in value) + "]"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9_./-]+", text) and not _reads_otherwise(text):
+        return text
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _reads_otherwise(text: str) -> bool:
+    """Whether an unquoted ``text`` would be a number, a boolean or null."""
+    if text.lower() in ("null", "true", "false", "none"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

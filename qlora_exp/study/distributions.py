@@ -1,0 +1,83 @@
+"""Axes as Optuna's distributions, and values between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
+
+from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.overrides import hydra_value
+from qlora_exp.study.conditions import in_order, is_active
+from qlora_exp.study.types import Axis, AxisKind
+
+
+def distribution(axis: Axis) -> BaseDistribution:
+    if axis.kind is AxisKind.CHOICE:
+        return CategoricalDistribution([encoded(value) for value in axis.values])
+    assert axis.low is not None
+    assert axis.high is not None
+    if axis.kind is AxisKind.INT:
+        return IntDistribution(int(axis.low), int(axis.high), axis.log, int(axis.step or 1))
+    return FloatDistribution(float(axis.low), float(axis.high), axis.log, axis.step)
+
+
+def encoded(value: Any) -> Any:
+    """``value`` as Optuna keeps it: scalars as they are, lists and mappings as override text."""
+    return hydra_value(value) if isinstance(value, list | tuple | Mapping) else value
+
+
+def decoded(axis: Axis, stored: Any) -> Any:
+    """The axis's value for what Optuna holds."""
+    for value in axis.values if axis.kind is AxisKind.CHOICE else ():
+        if encoded(value) == stored and isinstance(stored, bool) == isinstance(value, bool):
+            return value
+    return stored
+
+
+def decoded_params(axes: Sequence[Axis], stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {axis.key: decoded(axis, stored[axis.key]) for axis in axes if axis.key in stored}
+
+
+def suggest(axes: Sequence[Axis], trial: Trial) -> dict[str, Any]:
+    """Ask for a value of every active axis: one that the trial has already is kept."""
+    params: dict[str, Any] = {}
+    for axis in in_order(axes):
+        if is_active(axis, params):
+            params[axis.key] = decoded(axis, _suggest(axis, trial))
+    return {axis.key: params[axis.key] for axis in axes if axis.key in params}
+
+
+def fits(axis: Axis, value: Any) -> bool:
+    """Whether ``value`` lies on the axis."""
+    kind = distribution(axis)
+    try:
+        return kind._contains(kind.to_internal_repr(encoded(value)))
+    except ValueError:
+        return False
+
+
+def check_points(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) -> list[ConfigError]:
+    """What is wrong with configurations to try first."""
+    by_key = {axis.key: axis for axis in axes}
+    errors = []
+    for index, point in enumerate(points):
+        for key, value in point.items():
+            where = f"sweep.enqueue[{index}].{key}: {value}"
+            if key not in by_key:
+                errors.append(ConfigError(f"{key} is no axis of this search", where, nearest(key, by_key)))
+            elif not fits(by_key[key], value):
+                errors.append(ConfigError(f"{value} is outside the search", where, f"searched: {by_key[key].text}"))
+    return errors
+
+
+def _suggest(axis: Axis, trial: Trial) -> Any:
+    kind = distribution(axis)
+    if isinstance(kind, CategoricalDistribution):
+        return trial.suggest_categorical(axis.key, kind.choices)
+    if isinstance(kind, IntDistribution):
+        return trial.suggest_int(axis.key, kind.low, kind.high, step=kind.step, log=kind.log)
+    assert isinstance(kind, FloatDistribution)
+    return trial.suggest_float(axis.key, kind.low, kind.high, step=kind.step, log=kind.log)

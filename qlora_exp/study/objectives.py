@@ -1,0 +1,142 @@
+"""What a study optimises and what it must keep to: paths into the run's record, checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.records import Memory, RunRecord
+from qlora_exp.study.types import Outcome, StudySpec
+
+MODEL_STATE = "memory.model_state_bytes"
+"""Derived: what training keeps besides activations: base, quantization state, adapter, gradients and optimizer."""
+
+
+Direction = Literal["minimize", "maximize"]
+DIRECTIONS: dict[str, Direction] = {"minimize": "minimize", "maximize": "maximize"}
+
+
+@dataclass(frozen=True)
+class Objective:
+    direction: Direction
+    field: str
+
+
+@dataclass(frozen=True)
+class Constraint:
+    field: str
+    sign: str
+    """``<=`` or ``>=``."""
+    bound: float
+
+
+def parse_objective(text: str) -> Objective:
+    """``minimize FIELD`` or ``maximize FIELD``, FIELD a path to a number in the record.
+
+    Raises:
+        ConfigError: another form, or no such field.
+    """
+    word, _, field = text.strip().partition(" ")
+    where = f"sweep.objectives: {text}"
+    if word not in DIRECTIONS:
+        raise ConfigError("an objective begins with minimize or maximize", where, "minimize FIELD")
+    return Objective(DIRECTIONS[word], _checked_field(field.strip(), where))
+
+
+def parse_constraint(text: str) -> Constraint:
+    """``FIELD <= NUMBER`` or ``FIELD >= NUMBER``.
+
+    Raises:
+        ConfigError: another form, or no such field.
+    """
+    where = f"sweep.constraints: {text}"
+    match = re.fullmatch(r"\s*(?P<field>\S+?)\s*(?P<sign><=|>=)\s*(?P<bound>\S+)\s*", text)
+    try:
+        bound = float(match["bound"]) if match else math.nan
+    except ValueError:
+        bound = math.nan
+    if match is None or not math.isfinite(bound):
+        raise ConfigError("a constraint that can't be read", where, "FIELD <= NUMBER, or FIELD >= NUMBER")
+    return Constraint(_checked_field(match["field"], where), match["sign"], bound)
+
+
+def value_of(record: RunRecord, field: str) -> float | None:
+    """The number at ``field``; ``None`` where it is unknown or not finite."""
+    if field == MODEL_STATE:
+        return _model_state_bytes(record.memory)
+    value: Any = record
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def violation_of(record: RunRecord, constraint: Constraint) -> float:
+    """How far the constraint is broken, in the field's unit; at most 0 where it is kept.
+
+    An unknown value counts as kept (0): a missing measurement must not turn a whole study infeasible.
+    """
+    value = value_of(record, constraint.field)
+    if value is None:
+        return 0.0
+    return value - constraint.bound if constraint.sign == "<=" else constraint.bound - value
+
+
+def outcome_of(record: RunRecord, spec: StudySpec) -> Outcome:
+    """What is told of an ended run."""
+    return Outcome(
+        status=record.status,
+        values=tuple(value_of(record, parse_objective(text).field) for text in spec.objectives),
+        violations=tuple(violation_of(record, parse_constraint(text)) for text in spec.constraints),
+        seconds=record.speed.total_seconds,
+        failure=record.failure,
+    )
+
+
+@cache
+def numeric_fields() -> tuple[str, ...]:
+    """Paths of all numbers in a record; ``….*`` where any name may follow."""
+    return (MODEL_STATE, *_numbers(RunRecord, ""))
+
+
+def _model_state_bytes(memory: Memory) -> float | None:
+    parts = (
+        memory.base_weight_bytes,
+        memory.quantization_state_bytes,
+        memory.adapter_bytes,
+        memory.gradient_bytes,
+        memory.optimizer_bytes,
+    )
+    known = [part for part in parts if part is not None]
+    return float(sum(known)) if len(known) == len(parts) else None
+
+
+def _checked_field(field: str, where: str) -> str:
+    fields = numeric_fields()
+    open_ended = (path.removesuffix("*") for path in fields if path.endswith("*"))
+    if field in fields or any(field.startswith(path) and len(field) > len(path) for path in open_ended):
+        return field
+    raise ConfigError(f"a record has no number {field!r}", where, nearest(field, fields))
+
+
+def _numbers(kind: Any, path: str) -> Iterator[str]:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for option in typing.get_args(kind):
+            yield from _numbers(option, path)
+    elif dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            yield from _numbers(hints[item.name], f"{path}.{item.name}" if path else item.name)
+    elif typing.get_origin(kind) is dict and typing.get_args(kind)[1] in (Any, int, float):
+        yield f"{path}.*"
+    elif kind in (int, float):
+        yield path

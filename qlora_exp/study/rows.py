@@ -1,0 +1,67 @@
+"""Optuna's trials as tables and reports see them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from optuna.trial import FrozenTrial, TrialState
+
+from qlora_exp.records import Status
+from qlora_exp.study.distributions import decoded_params
+from qlora_exp.study.types import Counts, StudySpec, TrialRow
+
+
+def attempt(trial: FrozenTrial) -> int:
+    """How often the trial has been claimed; 0 for one that never was."""
+    return int((trial.user_attrs.get("claim") or {}).get("attempt", 0))
+
+
+def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
+    by_state = Counter(trial.state for trial in trials)
+    return Counts(
+        total=max(n_trials, len(trials)),
+        completed=by_state[TrialState.COMPLETE],
+        pruned=by_state[TrialState.PRUNED],
+        failed=by_state[TrialState.FAIL],
+        running=by_state[TrialState.RUNNING],
+        waiting=by_state[TrialState.WAITING],
+        to_ask=max(n_trials - len(trials), 0),
+    )
+
+
+def row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
+    attributes = trial.user_attrs
+    ended = trial.state.is_finished()
+    complete = trial.state is TrialState.COMPLETE
+    failure = attributes.get("failure") or {}
+    return TrialRow(
+        number=trial.number,
+        state=trial.state.name,
+        status=Status(attributes["status"]) if ended and "status" in attributes else None,
+        values=tuple(trial.values) if complete else (None,) * len(spec.objectives),
+        run_id=attributes.get("run_id"),
+        seconds=attributes.get("seconds"),
+        params=decoded_params(spec.axes, trial.params),
+        attempt=attempt(trial),
+        feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
+        failure=f"{failure['kind']}: {failure['message']}" if failure else None,
+    )
+
+
+def best(rows: Sequence[TrialRow], directions: Sequence[str]) -> list[TrialRow]:
+    """Completed feasible trials that no other is better than in every objective; one only for a single objective."""
+    candidates = [row for row in rows if row.state == "COMPLETE" and row.feasible]
+    losses = {row.number: _losses(row, directions) for row in candidates}
+    if len(directions) == 1:
+        return sorted(candidates, key=lambda row: (losses[row.number], row.number))[:1]
+    return [row for row in candidates if not any(_dominates(loss, losses[row.number]) for loss in losses.values())]
+
+
+def _losses(row: TrialRow, directions: Sequence[str]) -> tuple[float, ...]:
+    known = [value for value in row.values if value is not None]
+    return tuple(value if way == "minimize" else -value for value, way in zip(known, directions, strict=True))
+
+
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))

@@ -1,0 +1,186 @@
+"""The search space: override texts to axes, grids of them, and chosen values back to overrides."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Glob,
+    IntervalSweep,
+    Override,
+    RangeSweep,
+    Sweep,
+    Transformer,
+)
+from hydra.errors import HydraException
+
+from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
+from qlora_exp.overrides import hydra_value
+from qlora_exp.study.conditions import active_part, check_conditions
+from qlora_exp.study.types import Axis, AxisKind
+
+GRAMMAR = "lora.r=8,16 · choice(8,16) · range(1,10,3) · interval(0,0.2) · tag(log, int(interval(1,64)))"
+
+
+def parse_axes(
+    params: Mapping[str, str],
+    conditions: Mapping[str, str],
+    group_choices: Callable[[str], list[str]] | None = None,
+) -> tuple[Axis, ...]:
+    """Axes of the search, in the order of ``params``: key → text in Hydra's override grammar.
+
+    Lists (``8,16``, ``choice(8,16)``, ``glob(*)``) and single values are choices; ``interval`` is continuous, or whole
+    numbers with ``int(…)``. ``range(1,4)`` is read as people know it: a grid has 1, 2, 3 as in Hydra, a sampler draws
+    from 1 to 4 as in the official Optuna sweeper. ``shuffle`` shuffles the same way each time, so that a study that is
+    opened again has the same axes. ``group_choices`` names the files of a configuration group, for ``glob``.
+
+    Raises:
+        ConfigError, or Problems for several: a text or a condition that can't be meant.
+    """
+    axes: list[Axis] = []
+    errors: list[QloraExpError] = []
+    for key, text in params.items():
+        try:
+            axes.append(_axis(key, str(text), conditions.get(key), group_choices))
+        except ConfigError as error:
+            errors.append(error)
+    for key in conditions:
+        if key not in params:
+            errors.append(
+                ConfigError("a condition for what isn't searched", f"sweep.conditions.{key}", nearest(key, params))
+            )
+    if not errors:
+        errors += check_conditions(axes)
+    raise_all(errors)
+    return tuple(axes)
+
+
+def is_grid(axes: Sequence[Axis]) -> bool:
+    """Whether every axis is a list, so that all points can be tried."""
+    return all(axis.values for axis in axes)
+
+
+def grid(axes: Sequence[Axis]) -> list[dict[str, Any]]:
+    """Every point, the last axis varying fastest; axes whose condition doesn't hold are left out, and what is then
+    equal comes once.
+
+    Raises:
+        ConfigError: an axis is an interval.
+    """
+    raise_all([_not_a_list(axis) for axis in axes if not axis.values])
+    points: dict[tuple[str, ...], dict[str, Any]] = {}
+    for values in itertools.product(*(axis.values for axis in axes)):
+        point = active_part(axes, dict(zip((axis.key for axis in axes), values, strict=True)))
+        points.setdefault(overrides_of(point), point)
+    return list(points.values())
+
+
+def overrides_of(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """``params`` (axis → value) as Hydra overrides, quoted so that they are read back as they are."""
+    return tuple(f"{key}={hydra_value(value)}" for key, value in params.items())
+
+
+def _not_a_list(axis: Axis) -> ConfigError:
+    return ConfigError(
+        "a grid needs lists, and this is an interval",
+        f"sweep.params.{axis.key}: {axis.text}",
+        "name the values, e.g. 1e-4,3e-4,1e-3, or take another sampler, e.g. sweep.sampler=tpe",
+    )
+
+
+def _axis(key: str, text: str, condition: str | None, group_choices: Callable[[str], list[str]] | None) -> Axis:
+    override = _parsed(key, text)
+    value = override.value()
+    tags = tuple(sorted(value.tags)) if isinstance(value, Sweep) else ()
+    axis = Axis(override.get_key_element(), AxisKind.CHOICE, text, condition=condition, tags=tags)
+    if isinstance(value, IntervalSweep):
+        return _interval(axis, value)
+    if "log" in tags:
+        raise _wrong(key, text, "a log scale needs an interval", "tag(log, interval(lo,hi))")
+    if isinstance(value, RangeSweep):
+        return _range(axis, value)
+    return _choice(axis, _listed(override, value, group_choices))
+
+
+def _parsed(key: str, text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={text}")
+    except (HydraException, ValueError) as error:
+        raise _wrong(key, text, f"can't be read: {str(error).splitlines()[0]}", GRAMMAR) from None
+    if override.is_delete():
+        raise _wrong(key, text, "a deletion can't be searched", "choose what the key may be instead, e.g. null")
+    return override
+
+
+def _listed(override: Override, value: Any, group_choices: Callable[[str], list[str]] | None) -> list[Any]:
+    key, text = override.get_key_element(), str(override.input_line).partition("=")[2]
+    if isinstance(value, Glob):
+        names = group_choices(override.key_or_group) if group_choices else []
+        found = value.filter(names)
+        if not found:
+            raise _wrong(key, text, "nothing in this group matches", nearest(text, names))
+        return list(found)
+    if not isinstance(value, ChoiceSweep):
+        return [value]
+    return _shuffled([_parsed(key, Transformer.str(entry)).value() for entry in value.list], value.shuffle)
+
+
+def _shuffled(values: list[Any], shuffle: bool) -> list[Any]:
+    if shuffle:
+        random.Random(repr(values)).shuffle(values)
+    return values
+
+
+def _choice(axis: Axis, values: Sequence[Any]) -> Axis:
+    distinct = {hydra_value(value): value for value in values}
+    if not distinct:
+        raise _wrong(axis.key, axis.text, "there is nothing to choose from", GRAMMAR)
+    return replace(axis, values=tuple(distinct.values()))
+
+
+def _range(axis: Axis, value: RangeSweep) -> Axis:
+    assert value.start is not None
+    assert value.stop is not None
+    if not value.step or not all(map(math.isfinite, (value.start, value.stop, value.step))):
+        raise _wrong(axis.key, axis.text, "a range needs finite numbers and a step other than 0", "range(1,10,3)")
+    points = list(value.range())
+    if not points:
+        raise _wrong(axis.key, axis.text, "an empty range", "range(start,stop,step): stop comes after start")
+    if value.shuffle or value.step < 0:
+        return _choice(axis, _shuffled(points, value.shuffle))
+    whole = all(isinstance(number, int) for number in (value.start, value.stop, value.step))
+    start, stop, step = (Decimal(str(number)) for number in (value.start, value.stop, value.step))
+    last = start + (stop - start) // step * step
+    return replace(
+        axis,
+        kind=AxisKind.INT if whole else AxisKind.FLOAT,
+        values=tuple(points if whole else (float(start + index * step) for index in range(len(points)))),
+        low=value.start,
+        high=int(last) if whole else float(last),
+        step=value.step,
+    )
+
+
+def _interval(axis: Axis, value: IntervalSweep) -> Axis:
+    low, high = value.start, value.end
+    assert low is not None
+    assert high is not None
+    log = "log" in axis.tags
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise _wrong(axis.key, axis.text, "an interval goes from a number to a larger one", "interval(0,0.2)")
+    if log and low <= 0:
+        raise _wrong(axis.key, axis.text, "a log scale begins above 0", "tag(log, interval(1e-5,1e-2))")
+    whole = isinstance(low, int) and isinstance(high, int)
+    return replace(axis, kind=AxisKind.INT if whole else AxisKind.FLOAT, low=low, high=high, log=log)
+
+
+def _wrong(key: str, text: str, what: str, hint: str) -> ConfigError:
+    return ConfigError(what, f"sweep.params.{key}: {text}", hint)

@@ -1,0 +1,237 @@
+"""A study's parent run in MLflow: found by its tag or made from ``study.json``, and told how the study stands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage, Metric, RunTag, ViewType
+
+from qlora_exp.config import TrackingConfig
+from qlora_exp.environment import alive, process_identity
+from qlora_exp.errors import RecordError
+from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.records import RunRecord, Status, from_dict, write_json
+from qlora_exp.tracking import study_view
+from qlora_exp.tracking.delivery import log_missing_params
+from qlora_exp.tracking.state import TrackingState, file_digest, read_state, write_state
+from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, reason
+from qlora_exp.tracking.study_view import StudyDefinition, StudySummary, TrialRow
+from qlora_exp.tracking.view import MLFLOW_STATUS, NOTE_TAG
+
+FINISH_SECONDS = 60.0
+"""How long the end of a sweep waits for a local database, which others may keep busy."""
+
+LOCK_SECONDS = 60.0
+"""Making a parent run takes a call or two; the trials that start together wait for the first."""
+
+
+class StudyTracker:
+    """Tells MLflow of one study: :meth:`start`, :meth:`update` after each trial, :meth:`finish`.
+
+    The constructor raises :class:`TrackingError` for a URI that can't be meant and for a local database that can't
+    be opened. From then on nothing raises and only :meth:`start` and :meth:`finish` wait: what could not be delivered
+    is in ``summary.json``, the reason in ``tracking.json``, and the next update or ``qlora-exp sync`` tries again.
+    """
+
+    def __init__(self, tracking: TrackingConfig, output: OutputPaths, name: str) -> None:
+        self._paths = output.study(name)
+        self._store: Store | None = locate(tracking, output) if tracking.enabled else None
+        self._opened: OpenStore | None = None
+        self._delivery: _Delivery | None = None
+        self._summary = read_summary(self._paths) or StudySummary(Status.RUNNING, _now())
+        if self._store is not None and self._store.database is not None:
+            self._opened = open_store(self._store)
+
+    def start(self, definition: StudyDefinition) -> None:
+        """Create the parent run, or reopen that of an earlier sweep of this name. Waits for it at most
+        ``tracking.timeout_seconds``."""
+        if self._store is not None:
+            self._delivery = _Delivery(self._store, self._opened, self._paths, definition)
+        self._tell(status=Status.RUNNING, process=process_identity())
+        if self._delivery is not None and self._store is not None:
+            self._delivery.started.wait(self._store.timeout_seconds)
+
+    def update(self, trials: Sequence[TrialRow], best: Sequence[int] = ()) -> None:
+        """How the study stands: every trial so far, and the numbers of the best ones, best first. Returns at once."""
+        self._tell(trials=tuple(trials), best=tuple(best))
+
+    def finish(self, status: Status) -> bool:
+        """Deliver the end. Whether all was delivered in time: at most ``tracking.timeout_seconds`` for a server, a
+        minute for a local database."""
+        self._tell(status=status, process=None)
+        if self._store is None or self._delivery is None:
+            return False
+        delivery, self._delivery = self._delivery, None
+        delivery.close(self._store.timeout_seconds if self._store.is_server else FINISH_SECONDS)
+        return not delivery.is_alive() and delivery.state.delivered
+
+    def _tell(self, **changes: Any) -> None:
+        self._summary = replace(self._summary, updated_at=_now(), **changes)
+        with contextlib.suppress(OSError):  # a full disk is the sweep's to report
+            write_json(self._paths.summary, self._summary)
+        if self._delivery is not None:
+            self._delivery.put(self._summary)
+
+
+class _Delivery(threading.Thread):
+    """Takes summaries from a queue and delivers the newest. A daemon: a hanging server must not keep the process."""
+
+    def __init__(self, store: Store, opened: OpenStore | None, paths: StudyPaths, definition: StudyDefinition) -> None:
+        super().__init__(name="qlora-exp-study-tracking", daemon=True)
+        self.started = threading.Event()
+        """Set when the first summary was delivered or has failed."""
+        self.state = TrackingState(store.shown_uri, store.experiment, error="not delivered yet")
+        self._store, self._opened = store, opened
+        self._paths, self._definition = paths, definition
+        self._queue: queue.SimpleQueue[StudySummary | None] = queue.SimpleQueue()
+        self.start()
+
+    def put(self, summary: StudySummary) -> None:
+        self._queue.put(summary)
+
+    def close(self, seconds: float) -> None:
+        self._queue.put(None)
+        self.join(seconds)
+
+    def run(self) -> None:
+        summary: StudySummary | None = None
+        while True:
+            work = self._queue.get()
+            summary = work or summary
+            if work is not None and not self._queue.empty():
+                continue  # a newer one waits
+            if summary is not None:
+                self._deliver(summary)
+                summary = None
+            self.started.set()
+            if work is None:
+                return
+
+    def _deliver(self, summary: StudySummary) -> None:
+        try:
+            if self._opened is None:
+                self._opened = open_store(self._store)
+            self.state = deliver_study(self._store, self._opened, self._paths, self._definition, summary)
+        except Exception as error:  # never into the sweep: every backend raises its own kinds
+            self.state = replace(self.state, delivered=False, error=reason(error))
+        with contextlib.suppress(OSError):
+            write_state(self._paths, self.state)
+
+
+def read_definition(paths: StudyPaths) -> StudyDefinition | None:
+    """``study.json``, or ``None`` where there is none or it can't be read."""
+    try:
+        return from_dict(StudyDefinition, json.loads(paths.spec.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecordError):
+        return None
+
+
+def read_summary(paths: StudyPaths) -> StudySummary | None:
+    """``summary.json``, or ``None`` where there is none or it can't be read. A sweep that died without a word is
+    INTERRUPTED."""
+    try:
+        summary = from_dict(StudySummary, json.loads(paths.summary.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecordError):
+        return None
+    if summary.status is Status.RUNNING and (summary.process is None or not alive(summary.process)):
+        return replace(summary, status=Status.INTERRUPTED, process=None)
+    return summary
+
+
+def parent_run(store: Store, opened: OpenStore, output: OutputPaths, record: RunRecord) -> str | None:
+    """The MLflow run id of the study that ``record`` is a trial of, made from ``study.json`` where the store has none
+    yet. ``None``: no trial, a study of which nothing is known here, or a parent that a person has deleted."""
+    if record.trial is None:
+        return None
+    paths = output.study(record.trial.study)
+    definition = read_definition(paths)
+    if definition is None:
+        state = read_state(paths)
+        return state.mlflow_run_id if state is not None and state.uri == store.shown_uri else None
+    return find_or_create_parent(store, opened, paths, definition)
+
+
+def find_or_create_parent(
+    store: Store, opened: OpenStore, paths: StudyPaths, definition: StudyDefinition
+) -> str | None:
+    """The parent's MLflow run id, kept in ``tracking.json``; ``None`` where a person has deleted it. Under a file
+    lock: trials that start together make one parent."""
+    paths.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(paths.folder / "tracking.lock", timeout=LOCK_SECONDS):
+        run_id, deleted = _find_parent(opened, definition)
+        if run_id is None and not deleted:
+            run_id = _create_parent(opened, definition)
+        state = read_state(paths)
+        told = (state.uri, state.experiment_id, state.mlflow_run_id) if state is not None else None
+        if told != (store.shown_uri, opened.experiment_id, run_id):
+            write_state(paths, TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id))
+    return run_id
+
+
+def deliver_study(
+    store: Store, opened: OpenStore, paths: StudyPaths, definition: StudyDefinition, summary: StudySummary
+) -> TrackingState:
+    """All of the study into its parent run; may be repeated, nothing is doubled. Returns what the store then has: a
+    study that goes on is never delivered as a whole."""
+    digest = study_digest(paths)
+    with bounded_calls(store.timeout_seconds):
+        run_id = find_or_create_parent(store, opened, paths, definition)
+        if run_id is not None:
+            _deliver(opened.client, run_id, definition, summary)
+    return TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id, summary.status.ended, digest)
+
+
+def study_digest(paths: StudyPaths) -> str:
+    return file_digest(paths.spec, paths.summary)
+
+
+def _deliver(client: MlflowClient, run_id: str, definition: StudyDefinition, summary: StudySummary) -> None:
+    log_missing_params(client, run_id, study_view.params(definition))
+    moment, step = study_view.milliseconds(summary.updated_at), len(summary.trials)
+    rows = [Metric(key, value, moment, step) for key, value in study_view.metrics(definition, summary).items()]
+    tags = study_view.tags(definition) | {
+        NOTE_TAG: study_view.note(definition, summary),
+        "qlora_exp.status": summary.status.value,
+    }
+    client.log_batch(run_id, metrics=rows, tags=[RunTag(key, value) for key, value in tags.items()])
+    if summary.status is Status.RUNNING:
+        client.update_run(run_id, status="RUNNING")
+    else:
+        client.set_terminated(run_id, MLFLOW_STATUS[summary.status], end_time=moment)
+    client.log_text(run_id, study_view.trials_csv(definition, summary), "trials.csv")
+    best = study_view.best_yaml(definition, summary)
+    if best is not None:
+        client.log_text(run_id, best, "best.yaml")
+
+
+def _find_parent(opened: OpenStore, definition: StudyDefinition) -> tuple[str | None, bool]:
+    """Its run id, and whether there is only a deleted one. Names are compared here: MLflow's query language has no
+    way to quote them all."""
+    name = study_view.tags(definition)[study_view.STUDY_TAG]
+    query = f"tags.`{study_view.STUDY_TAG}` != ''"
+    runs = opened.client.search_runs([opened.experiment_id], query, ViewType.ALL, max_results=1000)
+    found = [run for run in runs if run.data.tags.get(study_view.STUDY_TAG) == name]
+    active = [run for run in found if run.info.lifecycle_stage == LifecycleStage.ACTIVE]
+    return (str(active[0].info.run_id) if active else None), bool(found)
+
+
+def _create_parent(opened: OpenStore, definition: StudyDefinition) -> str:
+    start = study_view.milliseconds(definition.created_at) if definition.created_at is not None else None
+    run = opened.client.create_run(
+        opened.experiment_id, start_time=start, tags=study_view.tags(definition), run_name=definition.name
+    )
+    log_missing_params(opened.client, run.info.run_id, study_view.params(definition))
+    return str(run.info.run_id)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

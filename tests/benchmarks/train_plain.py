@@ -1,0 +1,71 @@
+"""One trial as it is written today: load, quantize, adapt, SFTTrainer, evaluate, save; called once per trial.
+
+python tests/benchmarks/train_plain.py --r 8 --learning-rate 1e-3 --seed 1 --steps 20 --items 64 --output DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "qlora_exp" / "embedded"
+
+
+def rows(split: str, limit: int | None = None) -> Dataset:
+    lines = (EMBEDDED / "task" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
+    items = [json.loads(line) for line in lines]
+    return Dataset.from_list(
+        [{"prompt": f"Definition: {i['definition']}\nCategory:", "completion": f" {i['category']}"} for i in items]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, kind in (("r", int), ("learning-rate", float), ("seed", int), ("steps", int), ("items", int)):
+        parser.add_argument(f"--{name}", type=kind, required=True)
+    parser.add_argument("--output", required=True)
+    given = parser.parse_args()
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(
+            EMBEDDED / "base", quantization_config=quantized, dtype=torch.float32, device_map="cpu"
+        ),
+        args=SFTConfig(
+            output_dir=given.output,
+            max_steps=given.steps,
+            per_device_train_batch_size=16,
+            learning_rate=given.learning_rate,
+            seed=given.seed,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=rows("train"),
+        eval_dataset=rows("validation", given.items),
+        processing_class=AutoTokenizer.from_pretrained(EMBEDDED / "base"),
+        peft_config=LoraConfig(
+            r=given.r, lora_alpha=2 * given.r, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+        ),
+    )
+    trainer.train()
+    print(json.dumps(trainer.evaluate()))
+    trainer.save_model(given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A card's peak is found by its whole name as the driver tells it, and by no part of another's."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_exp.measurement import flops_per_token, model_flops_utilisation
+
+# Device names as NVML and torch give them, and the data sheets' dense 16-bit TFLOP/s.
+KNOWN = {
+    "NVIDIA B200": 2250,
+    "NVIDIA H200": 989.5,
+    "NVIDIA H200 NVL": 835.5,
+    "NVIDIA H100 80GB HBM3": 989.5,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "A100-SXM4-40GB": 312,
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A30": 165,
+    "NVIDIA A40": 149.7,
+    "NVIDIA A10": 125,
+    "NVIDIA A10G": 70,
+    "NVIDIA L4": 121,
+    "NVIDIA L40": 181,
+    "NVIDIA L40S": 362,
+    "Tesla V100-SXM2-16GB": 125,
+    "Tesla V100-PCIE-32GB": 112,
+    "Tesla T4": 65,
+    "NVIDIA RTX A6000": 154.8,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71,
+}
+UNKNOWN = (
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA GH200 480GB",
+    "NVIDIA T400 4GB",
+    "NVIDIA A1000",
+    "AMD Instinct MI300X",
+    "",
+    None,
+)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_known_card_is_measured_against_its_own_data_sheet(name: str) -> None:
+    assert model_flops_utilisation(name, 1e9, 1000) == pytest.approx(1e12 / (KNOWN[name] * 1e12))
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_another_card_is_unknown_and_not_the_nearest_name(name: str | None) -> None:
+    assert model_flops_utilisation(name, 1e9, 1000) is None
+
+
+def test_a_frozen_base_costs_four_flops_a_parameter_and_token_and_two_more_recomputed() -> None:
+    assert flops_per_token(1000, 10, recomputed=False) == 4060
+    assert flops_per_token(1000, 10, recomputed=True) == 6060

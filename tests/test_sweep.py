@@ -1,0 +1,263 @@
+"""A sweep through its doors: what a command means, who may work on a study, what the verbs show."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_exp import sweep
+from qlora_exp.cli import main
+from qlora_exp.compose import compose
+from qlora_exp.environment import process_identity
+from qlora_exp.errors import QloraExpError
+from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.records import read_record, write_json
+from qlora_exp.standing import read_spec
+
+SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]
+SWEEPS = ["demo", "lora_search", "pareto", "rank_by_quantization"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def hydra(*arguments: str) -> int:
+    from qlora_exp.hydra_app import main as application
+
+    return application(["-m", *arguments])
+
+
+def only_study() -> StudyPaths:
+    [folder] = Path("outputs/studies").absolute().iterdir()
+    return StudyPaths(folder)
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def trials(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
+    capsys.readouterr()
+    assert main(["trials", "last", "--csv"]) == 0
+    return rows(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_each_sweep_composes_at_every_corner_and_ends(name: str) -> None:
+    asked = sweep.ask([f"sweeps={name}"])
+    assert asked.spec.name == name
+    assert asked.spec.question
+    assert 6 <= asked.spec.n_trials <= 24
+    assert compose([f"sweeps={name}"]).sweep is not None
+
+
+def test_the_same_settings_in_another_order_are_the_same_study() -> None:
+    one = sweep.ask(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=5"]).spec
+    other = sweep.ask(["training.max_steps=5", "quantization=nf4,int8", "lora.r=4,8", "workers.count=2"]).spec
+    different = sweep.ask(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=6"]).spec
+    assert one.name == other.name != different.name
+    assert one.name.startswith("multirun-")
+    assert one.n_trials == 4
+    assert one.sampler == "grid"
+
+
+def test_the_command_line_goes_before_the_file_and_the_file_before_hydras_params() -> None:
+    file = sweep.ask(["sweeps=rank_by_quantization"], {"lora.r": "1,2", "seed": "1,2"}).spec
+    assert file.space == {"lora.r": "4,8,16,32", "quantization": "fp16,int8,nf4", "seed": "1,2"}
+    given = sweep.ask(["sweeps=rank_by_quantization", "lora.r=64,128", "quantization=nf4"]).spec
+    assert given.space == {"lora.r": "64,128", "quantization": "nf4"}
+    assert given.n_trials == 2
+
+
+def test_a_search_over_intervals_needs_an_end() -> None:
+    with pytest.raises(QloraExpError) as caught:
+        sweep.ask(["training.learning_rate=tag(log,interval(1e-4,1e-2))"])
+    assert "sweep.n_trials" in str(caught.value)
+    spec = sweep.ask(["training.learning_rate=tag(log,interval(1e-4,1e-2))", "sweep.n_trials=7"]).spec
+    assert (spec.sampler, spec.n_trials) == ("tpe", 7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["lora.r=interval(0,8)", "sweep.n_trials=2"], ["lora.r"]),
+        (["lora.r=int(interval(0,8))", "sweep.n_trials=2"], ["lora.r", "0"]),
+        (["lora.dropout=interval(0.0,1.5)", "sweep.n_trials=2"], ["lora.dropout", "1.5"]),
+        (["quantization=fp32,nf4", "lora.init=kaiming,pissa"], ["pissa"]),
+        (["sweep.params={lora.rank: '4,8'}"], ["lora.rank", "lora.r"]),
+        (["sweeps=lora_serch"], ["lora_serch", "lora_search"]),
+        (["sweeps=demo,pareto"], ["sweeps"]),
+        (["workers.count=1,2"], ["workers.count", "axis"]),
+        (["lora.r=4,8", "sweep.pruner=median"], ["evaluate_every_steps"]),
+        (["lora.r=4,8", "sweep.n_trials=0"], ["sweep.n_trials"]),
+        (["lora.r=4,8", "sweep.objectives=[minimize scores.after.los]"], ["scores.after.loss"]),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_first_trial(
+    overrides: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hydra(*overrides, *SLEEP) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert [text for text in expected if text not in told] == []
+    assert not list(Path.cwd().glob("outputs/runs/*"))
+
+
+def test_a_sweep_of_ones_own_is_found_and_may_not_take_a_name_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "mine"]) == 0
+    os.chdir("mine")
+    spec = sweep.ask(["sweeps=my_sweep"]).spec
+    assert spec.space["lora.r"] == "4,8,16"
+    capsys.readouterr()
+    assert main(["ls", "sweeps"]) == 0
+    shown = capsys.readouterr().out
+    assert "my_sweep" in shown
+    assert "lora_search" in shown
+    Path("sweeps/my_sweep.yaml").rename("sweeps/demo.yaml")
+    with pytest.raises(QloraExpError) as caught:
+        sweep.ask(["sweeps=demo"])
+    assert str(Path.cwd() / "sweeps" / "demo.yaml") in str(caught.value)
+
+
+def test_a_grid_is_run_once_and_the_same_command_finds_it_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quantization=nf4,int8", "lora.r=4,8", *SLEEP]
+    assert hydra(*command) == 0
+    shown = trials(capsys)
+    assert list(shown[0]) == ["number", "status", "value", "run_id", "seconds", "quantization", "lora.r"]
+    assert [(row["quantization"], row["lora.r"]) for row in shown] == [
+        *(("nf4", "4"), ("nf4", "8"), ("int8", "4"), ("int8", "8")),
+    ]
+    assert {row["status"] for row in shown} == {"COMPLETED"}
+    assert hydra(*command) == 0
+    assert "sweep.name" in capsys.readouterr().out
+    assert trials(capsys) == shown
+    assert not only_study().orchestrator.exists()
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_two_trials_of_each_sweep_run_without_a_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", name, "sweep.n_trials=2", *SLEEP]) == 0
+    shown = trials(capsys)
+    assert len(shown) == 2
+    assert ("value" in shown[0]) == (name != "pareto")
+
+
+def test_best_is_a_command_that_composes_to_the_best_trials_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    import shlex
+
+    assert main(["sweep", "rank_by_quantization", "lora.r=4,8", *SLEEP]) == 0
+    best = min(trials(capsys), key=lambda row: float(row["value"]))
+    assert main(["best", "last"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("qlora-exp run"))
+    config = compose(shlex.split(line)[2:])
+    assert (config.lora.r, config.quantization.mode.value) == (int(best["lora.r"]), best["quantization"])
+    assert config.training.max_steps == 200
+
+
+def test_a_study_that_somebody_works_on_is_refused_with_the_holder_unless_joined(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    try:
+        paths = OutputPaths.of("outputs").study("held")
+        stat = Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()
+        mine = process_identity()
+        write_json(paths.orchestrator, {"pid": holder.pid, "start_ticks": int(stat[19]), "boot_id": mine.boot_id})
+        command = ["lora.r=4,8", "sweep.name=held", *SLEEP]
+        assert hydra(*command) == 2
+        assert str(holder.pid) in capsys.readouterr().err
+        assert hydra(*command, "sweep.join=true") == 0
+        assert json.loads(paths.orchestrator.read_text())["pid"] == holder.pid
+    finally:
+        holder.communicate()
+    assert hydra(*command, "sweep.n_trials=2") == 0
+    assert not paths.orchestrator.exists()
+
+
+def test_a_stopped_study_resumes_without_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sweep", "rank_by_quantization", "lora.r=4,8,16", "quantization=nf4", *SLEEP]
+    slow = [sys.executable, "-m", "qlora_exp.cli", *command, "training.sleep_seconds=3", "sweep.name=slow"]
+    child = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    paths = OutputPaths.of("outputs").study("slow")
+    deadline = time.monotonic() + 120
+    while not any('"RUNNING"' in file.read_text() for file in Path("outputs").glob("runs/*/record.json")):
+        assert time.monotonic() < deadline
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.05)
+    assert main(["status", "slow"]) == 0
+    assert f"process {child.pid}" in capsys.readouterr().out
+    assert main(["stop", "slow"]) == 0
+    told, _ = child.communicate(timeout=120)
+    assert child.returncode == 130, told
+    assert "qlora-exp resume slow" in told
+    assert main(["resume", "slow"]) == 0
+    shown = trials(capsys)
+    assert [row["status"] for row in shown] == ["COMPLETED"] * 3
+    assert len({row["run_id"] for row in shown}) == 3
+    assert len(list(Path("outputs/runs").iterdir())) == 3
+    assert not paths.orchestrator.exists()
+
+
+def test_a_killed_orchestrators_study_goes_on_with_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["lora.r=2,4,8", *SLEEP, "training.sleep_seconds=1"]
+    child = subprocess.Popen([sys.executable, "-m", "qlora_exp", "-m", *command], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(Path("outputs").glob("runs/*/record.json")):
+        assert time.monotonic() < deadline
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert hydra(*command) == 0
+    shown = trials(capsys)
+    assert [(row["lora.r"], row["status"]) for row in shown] == [(r, "COMPLETED") for r in ("2", "4", "8")]
+
+
+def test_too_many_failures_end_a_study_with_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["seed=range(1,9)", *SLEEP, "training.sleep_fault=fail", "sweep.max_failures=2", "sweep.max_attempts=1"]
+    assert hydra(*command) == 1
+    assert len(list(Path("outputs/runs").iterdir())) < 8
+
+
+def test_cleaning_says_first_and_never_takes_a_record(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hydra("lora.r=2,4,8", *SLEEP) == 0
+    shown = trials(capsys)
+    outputs = OutputPaths.of("outputs")
+    for row in shown:
+        for folder in (outputs.run(row["run_id"]).adapter, outputs.run(row["run_id"]).checkpoints):
+            folder.mkdir()
+            (folder / "weights").write_bytes(b"0" * 1000)
+    best = min(shown, key=lambda row: float(row["value"]))["run_id"]
+    assert main(["clean", "last"]) == 0
+    assert "5 kB would be freed" in capsys.readouterr().out
+    assert all(outputs.run(row["run_id"]).adapter.is_dir() for row in shown)
+    assert main(["clean", "last", "--yes"]) == 0
+    assert [row["run_id"] for row in shown if outputs.run(row["run_id"]).adapter.is_dir()] == [best]
+    assert not any(outputs.run(row["run_id"]).checkpoints.is_dir() for row in shown)
+    assert all(read_record(outputs.run(row["run_id"]).record).synthetic for row in shown)
+
+
+def test_the_studys_file_holds_no_password() -> None:
+    uri = "http://user:geheim1@127.0.0.1:9"
+    asked = sweep.ask(["lora.r=4,8", "training.engine=sleep", f"tracking.uri='{uri}'"])
+    sweep._write_spec(asked.spec, asked.paths)
+    assert "geheim1" not in asked.paths.spec.read_text()
+    assert any("geheim1" in text for text in asked.spec.overrides)
+    assert read_spec(asked.paths).synthetic
+
+
+def test_the_basic_sweeper_is_still_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hydra("hydra/sweeper=basic", "lora.r=4,8", *SLEEP) == 0
+    assert len(list(Path("outputs/runs").iterdir())) == 2
+    assert not Path("outputs/studies").exists()
