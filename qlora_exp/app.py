@@ -137,7 +137,7 @@ def _run_and_deliver(
 ) -> RunRecord:
     outputs = OutputPaths.of(config.output_root)
     try:
-        tracker = _tracker(config, outputs)
+        tracker = _tracker(config, outputs, warm=deliver is not None)
     except QloraExpError:
         if not resumed:
             _remove(paths)
@@ -229,13 +229,13 @@ class _Sleep:
         return synthetic.run(self.config, record, paths, observer, report), None
 
 
-def _tracker(config: Config, outputs: OutputPaths) -> Any:
+def _tracker(config: Config, outputs: OutputPaths, warm: bool) -> Any:
     """The tracker; for ``tracking=off`` one that does nothing, and for which MLflow isn't imported."""
     if not config.tracking.enabled:
         return _Untracked()
     from qlora_exp import tracking
 
-    return tracking.Tracker(config.tracking, outputs)
+    return tracking.Tracker(config.tracking, outputs, warm)
 
 
 class _Untracked:

@@ -59,7 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "study": {"config", "environment", "overrides", "records"},
     "workers": {
-        *("app", "compose", "config", "endings", "environment", "models", "one_run", "records", "study", "tracking"),
+        *("app", "compose", "config", "endings", "environment", "models", "one_run", "records"),
+        *("redaction", "study", "tracking"),
     },
     "standing": {"environment", "records", "study", "tables", "tracking"},
     "retention": {"records", "study"},

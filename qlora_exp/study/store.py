@@ -30,8 +30,8 @@ from qlora_exp.study.space import grid, overrides_of
 from qlora_exp.study.storage import check_whole, connect, damaged, set_aside, sqlite_file
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
 
-CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES = (
-    *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries"),
+CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, UNCOUNTED = (
+    *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
 )
 INFEASIBLE = (Status.OUT_OF_MEMORY, Status.DIVERGED)
 """Told as PRUNED with a broken constraint of that name: samplers learn nothing from FAIL."""
@@ -140,12 +140,14 @@ class Study:
 
     def tell(self, claim: Claim, outcome: Outcome) -> None:
         """Say how the trial ended. A trial that has ended or was taken over is left as it is; an interrupted one waits
-        to be gone on with."""
-        if outcome.status is Status.INTERRUPTED:
-            self.requeue(claim, "interrupted")
-            return
+        to be gone on with, and is none the worse for it: that attempt doesn't count."""
         with FileLock(self._paths.lock):
-            if trial := self._mine(claim):
+            trial = self._mine(claim)
+            if trial and outcome.status is Status.INTERRUPTED:
+                uncounted = trial.user_attrs.get(UNCOUNTED, 0) + 1
+                self._storage.set_trial_user_attr(claim.trial_id, UNCOUNTED, uncounted)
+                self._release(trial)
+            elif trial:
                 self._tell(trial, outcome)
 
     def requeue(self, claim: Claim, why: str) -> bool:
@@ -243,7 +245,7 @@ class Study:
         return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
 
     def _take_back(self, trial: FrozenTrial, why: str) -> bool:
-        retries = trial.user_attrs.get(MEMORY_RETRIES, 0)
+        retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + trial.user_attrs.get(UNCOUNTED, 0)
         attempt = rows.attempt(trial)
         if attempt - retries < self.spec.max_attempts:
             self._release(trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -36,13 +37,15 @@ class Tracker:
     says so, and ``qlora-exp sync`` delivers the rest from the run folder.
     """
 
-    def __init__(self, tracking: TrackingConfig, output: OutputPaths) -> None:
+    def __init__(self, tracking: TrackingConfig, output: OutputPaths, warm: bool = False) -> None:
+        """``warm``: a store that this process opened before is taken for open still; a host's next trial then doesn't
+        wait for the delivery of its last."""
         self._output = output
         self._store: Store | None = locate(tracking, output) if tracking.enabled else None
         self._opened: OpenStore | None = None
         self._delivery: _Delivery | None = None
         if self._store is not None and self._store.database is not None:
-            self._opened = open_store(self._store)
+            self._opened = _opened_once(self._store) if warm else open_store(self._store)
 
     def start(self, record: RunRecord, paths: RunPaths, wait: bool = True) -> None:
         """Create the MLflow run (RUNNING). With ``wait``: waits for it, at most ``tracking.timeout_seconds``."""
@@ -72,6 +75,9 @@ class Tracker:
         delivery.close(seconds if self._store.is_server else max(LOCAL_SECONDS, seconds))
         self._opened = delivery.opened
         return delivery.delivered
+
+
+_opened_once = functools.lru_cache(maxsize=8)(open_store)
 
 
 class _Delivery(threading.Thread):

@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
-import qlora_exp.study as study_room
 from qlora_exp import compose
+from qlora_exp import study as study_room
 from qlora_exp.config import Engine, WorkersConfig
 from qlora_exp.endings import disk_full
 from qlora_exp.environment import process_identity
@@ -78,15 +78,14 @@ def run_worker(
     gpus = slots_of(config, workers.count)
     threads = threads_per_host(config.training.threads, len(gpus), paths.threads)
     preload = () if config.training.engine is Engine.sleep else ("training",)
-    room = cast(Any, study_room)
     setting = Setting(
         spec=spec,
         paths=paths,
         workers=workers,
         preload=(*preload, "tracking") if config.tracking.enabled else preload,
-        outcome_of=outcome_of or room.outcome_of,
+        outcome_of=outcome_of or study_room.outcome_of,
     )
-    worker = Worker(setting, study if study is not None else room.Study.open(spec, paths), job, len(gpus), stop)
+    worker = Worker(setting, study if study is not None else study_room.Study.open(spec, paths), job, len(gpus), stop)
     slots = [
         Slot(worker, state.slot, environment_of(gpu, threads), state)
         for state, gpu in zip(worker.states, gpus, strict=True)

@@ -328,3 +328,15 @@ def test_a_host_of_synthetic_trials_loads_nothing_heavy(tmp_path: Path) -> None:
     thread.join()
     assert "python" in mapped
     assert "libtorch" not in mapped
+
+
+def test_every_trial_is_delivered_to_mlflow_before_the_worker_ends(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    output = tmp_path / "outputs"
+    study = small(output, ("lora.r=2",), ("training.sleep_fault=fail",), ("lora.r=8",))
+    study.spec = dataclasses.replace(study.spec, overrides=(*study.spec.overrides, "tracking.enabled=true"))
+    work(study, output)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert sorted(run.info.status for run in client.search_runs(experiments)) == ["FAILED", "FINISHED", "FINISHED"]
