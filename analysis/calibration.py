@@ -82,7 +82,8 @@ WORLDS = (
     World("10 % of the runs fail, at the edge", seed_sd=EDGE, item_sd=0.5, failing=0.1),
     World("10 % of the runs fail, beyond", seed_sd=BEYOND, item_sd=0.5, failing=0.1),
     World("seed sd rises 2.5× with rank, to the edge", seed_sd=EDGE / 2.5, item_sd=0.5, growth=2.5, goal=0.07),
-    World("seed sd rises 2.5× with rank, beyond", seed_sd=EDGE, item_sd=0.5, growth=2.5, goal=0.07),
+    World("seed sd rises 2.5× with rank, from the edge", seed_sd=EDGE, item_sd=0.5, growth=2.5, goal=0.07),
+    World("seed sd rises 2.5× with rank, beyond", seed_sd=BEYOND, item_sd=0.5, growth=2.5, goal=0.07),
 )
 
 

@@ -59,9 +59,15 @@ def half_width(noise: Noise, seeds: int, items: int, rule: Rule) -> float:
     """Expected half-width of the interval at the last look of the first doubling; infinite with a single seed."""
     if seeds < 2:
         return float("inf")
-    parts = [np.array(x) for x in (0.0, noise.seed_sd**2 / seeds, noise.item_sd**2 / items)]
     item_df = items - 1 if noise.item_sd > 0 and items > 1 else np.inf
-    split = VarianceSplit(*parts, np.array(seeds - 1.0), np.array(float(item_df)), np.array(float(seeds)))
+    split = VarianceSplit(
+        gain=np.array(0.0),
+        seed_part=np.array(noise.seed_sd**2 / seeds),
+        item_part=np.array(noise.item_sd**2 / items),
+        seed_df=np.array(seeds - 1.0),
+        item_df=np.array(float(item_df)),
+        seeds=np.array(float(seeds)),
+    )
     t_continue, t_stop = t_quantiles(split.df, rule, LAST_LOOK)
     return float((t_continue + t_stop) / 2 * np.sqrt(split.variance))
 

@@ -118,15 +118,18 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
         purchase = _purchase(split, found, items, rule) if look == FIRST_LOOK else None
         verdict = Verdict.INCONCLUSIVE if purchase is None else Verdict.BUY
     return Decision(
-        verdict,
-        float(split.gain),
-        *(_known(value) for value in (found.low, found.high, found.se, found.df)),
-        int(split.seeds),
-        items,
-        _known(split.seed_part),
-        _known(split.item_part) if items is not None else None,
-        purchase,
-        takes,
+        verdict=verdict,
+        gain=float(split.gain),
+        low=_known(found.low),
+        high=_known(found.high),
+        se=_known(found.se),
+        df=_known(found.df),
+        seeds=int(split.seeds),
+        items=items,
+        seed_part=_known(split.seed_part),
+        item_part=_known(split.item_part) if items is not None else None,
+        purchase=purchase,
+        what_it_takes=takes,
     )
 
 
