@@ -68,14 +68,15 @@ class World:
         return half_width(noise, MOST_SEEDS, ITEMS, RULE)
 
 
-EDGE, BEYOND = 0.67, 1.6
-"""Seed standard deviations at which the planned half-width is about w, and more than twice that. Errors are commonest
-beyond: where noise is small, bounds within the half-zone leave no room for them."""
+EDGE, PAST, BEYOND = 0.67, 1.0, 1.6
+"""Seed standard deviations at which the planned half-width is about w, half as much again, and more than twice that.
+Errors are commonest past the edge: where noise is small, the half-zone leaves no room for them."""
 
 WORLDS = (
     World("Gaussian, little noise", seed_sd=0.2, item_sd=0.5),
     World("Gaussian, at the edge of the plan", seed_sd=EDGE, item_sd=0.5),
     World("Gaussian, at the edge, items as much as seeds", seed_sd=0.5, item_sd=2.2),
+    World("Gaussian, past the edge", seed_sd=PAST, item_sd=0.5),
     World("Gaussian, beyond the plan", seed_sd=BEYOND, item_sd=0.5),
     World("t₃, at the edge", seed_sd=EDGE, item_sd=0.5, t3=True),
     World("t₃, beyond", seed_sd=BEYOND, item_sd=0.5, t3=True),
@@ -117,7 +118,7 @@ def all_gains_at(gain: float) -> Gains:
 
 
 def random_gains(rng: np.random.Generator, ladders: int) -> Array:
-    """The first gain uniform on 0 to 5 margins, each next one a share of the last, uniform on 0.3 to 0.8 a ladder."""
+    """The first uniform on 0 to 5 margins, each next one a share of the last; the share uniform on 0.3 to 0.8."""
     first = rng.uniform(0, 5 * RULE.margin, (ladders, 1))
     return np.asarray(first * rng.uniform(0.3, 0.8, (ladders, 1)) ** np.arange(RULE.doublings))
 
@@ -268,16 +269,19 @@ def document(cells: Sequence[Cell], ladders: int, seed: int) -> str:
         f"Written by `{COMMAND} --ladders {ladders} --seed {seed}` (`make calibration`); the rule is in",
         "[statistics.md](statistics.md).",
         "",
-        f"{ladders:,} simulated ladders a cell: {RULE.doublings} doublings, {FIRST_SEEDS} seeds a rank and at most "
-        f"{MOST_SEEDS} after the purchase, {ITEMS} items,",
-        f"margin m = {RULE.margin:g} and half-zone w = {RULE.half_zone:g}. *Wrong continue*: said at a doubling whose "
-        "true gain is ≤ m − w; *wrong stop*: at one ≥ m + w;",
-        "*inconclusive*: the ladder ended undecided. Shares of ladders, ± half of the simulation's own 95 % interval. "
-        "The *planned half-width*",
-        "is that of `analysis/planning.py` with the most seeds: above 1, the plan says before training that it can't "
-        "settle every gain.",
-        "`Random` gains: " + " ".join((random_gains.__doc__ or "").split()),
-        "*Inconclusive* has a goal on homoscedastic random ladders whose planned half-width is at most w.",
+        f"{ladders:,} simulated ladders a cell: {RULE.doublings} doublings, {FIRST_SEEDS} seeds a rank and at most"
+        f" {MOST_SEEDS} after a purchase, {ITEMS} items, margin",
+        f"m = {RULE.margin:g} and half-zone w = {RULE.half_zone:g}. Shares of ladders, ± half of the simulation's own"
+        " 95 % interval.",
+        "",
+        "* *Wrong continue*: said at a doubling whose true gain is ≤ m − w. *Wrong stop*: at one whose gain is ≥ m + w.",
+        "* *Inconclusive*: the ladder ended undecided. It has a goal on homoscedastic random ladders that the plan can"
+        " settle.",
+        "* The *planned half-width* (`analysis/planning.py`, with the most seeds and the smallest rank's noise) says so"
+        " before training:",
+        "  above 1, not every gain can be settled.",
+        "* *Random* gains: the first uniform on 0 to 5 margins, each next one a share of the last; the share uniform on"
+        " 0.3 to 0.8.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * len(HEADINGS),

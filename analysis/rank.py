@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -195,6 +196,28 @@ def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str) -> Answer:
     verdict = last.decision.verdict
     recommended = {Verdict.CONTINUE: last.to_rank, Verdict.STOP: last.from_rank}.get(verdict)
     return Answer(verdict, recommended, rule, tuple(comparisons), _sentence(last, rule, unit))
+
+
+def as_object(found: Answer) -> dict[str, Any]:
+    """The answer in plain JSON types, as ``analyze --json`` prints it and a sweep's record keeps it."""
+    return {
+        "decision": str(found.verdict),
+        "recommended_rank": found.recommended_rank,
+        "margin": found.rule.margin,
+        "half_zone": found.rule.half_zone,
+        "comparisons": [
+            {
+                "from_rank": step.from_rank,
+                "to_rank": step.to_rank,
+                "gain": step.decision.gain,
+                "low": step.decision.low,
+                "high": step.decision.high,
+                "decision": str(step.decision.verdict),
+            }
+            for step in found.comparisons
+        ],
+        "sentence": found.sentence,
+    }
 
 
 def _sentence(last: Comparison, rule: Rule, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Any table with a rank and a score, whatever made it (CSV, TSV, JSON, JSON lines, Parquet): the rank question answered.
+"""Any table with a rank and a score, of any tool (CSV, TSV, JSON, JSON lines, Parquet): the rank question answered.
 
 A table without replicates is not refused: it is told what can't be concluded from it.
 """
@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.rank import Answer, Comparison, Decision, answer, decide_published, unreplicated, walk
+from qlora_exp.analysis.rank import (
+    Answer,
+    Comparison,
+    Decision,
+    answer,
+    as_object,
+    decide_published,
+    unreplicated,
+    walk,
+)
 from qlora_exp.analysis.rule import Rule, make_rule
 from qlora_exp.errors import AnalysisError, Problems, nearest, raise_all
 
@@ -498,29 +507,5 @@ def _saved(found: Answer, results: Sequence[Result]) -> Iterable[str]:
 
 def as_json(found: Sequence[TableAnswer]) -> dict[str, Any]:
     """The object that ``--json`` prints: one answer, or ``configurations`` with one each."""
-    objects = [_object(one) for one in found]
+    objects = [{"configuration": x.configuration, **as_object(x.answer), "notes": list(x.notes)} for x in found]
     return objects[0] if len(objects) == 1 else {"configurations": objects}
-
-
-def _object(found: TableAnswer) -> dict[str, Any]:
-    result = found.answer
-    return {
-        "configuration": found.configuration,
-        "decision": str(result.verdict),
-        "recommended_rank": result.recommended_rank,
-        "margin": result.rule.margin,
-        "half_zone": result.rule.half_zone,
-        "comparisons": [
-            {
-                "from_rank": step.from_rank,
-                "to_rank": step.to_rank,
-                "gain": step.decision.gain,
-                "low": step.decision.low,
-                "high": step.decision.high,
-                "decision": str(step.decision.verdict),
-            }
-            for step in result.comparisons
-        ],
-        "sentence": result.sentence,
-        "notes": list(found.notes),
-    }
