@@ -274,14 +274,14 @@ def document(cells: Sequence[Cell], ladders: int, seed: int) -> str:
         f"m = {RULE.margin:g} and half-zone w = {RULE.half_zone:g}. Shares of ladders, ± half of the simulation's own"
         " 95 % interval.",
         "",
-        "* *Wrong continue*: said at a doubling whose true gain is ≤ m − w. *Wrong stop*: at one whose gain is ≥ m + w.",
+        "* *Wrong continue*: said at a doubling whose true gain is ≤ m − w. *Wrong stop*: at one with a gain ≥ m + w.",
         "* *Inconclusive*: the ladder ended undecided. It has a goal on homoscedastic random ladders that the plan can"
         " settle.",
         "* The *planned half-width* (`analysis/planning.py`, with the most seeds and the smallest rank's noise) says so"
         " before training:",
         "  above 1, not every gain can be settled.",
-        "* *Random* gains: the first uniform on 0 to 5 margins, each next one a share of the last; the share uniform on"
-        " 0.3 to 0.8.",
+        "* *Random* gains: the first uniform on 0 to 5 margins, each next one a share of the last;",
+        "  the share uniform on 0.3 to 0.8.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * len(HEADINGS),

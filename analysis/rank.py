@@ -148,14 +148,6 @@ def decide_published(gain: float, se: float, rule: Rule) -> Decision:
     return Decision(verdict, gain, float(found.low), float(found.high), se, None, 1, None, None, None, None, takes)
 
 
-def unreplicated(gain: float, items: int | None = None) -> Decision:
-    """The gain between two single runs: nothing tells how much of it is the seed's."""
-    takes = "It would take more than one seed a rank, or a published standard error."
-    return Decision(
-        Verdict.INCONCLUSIVE, gain, None, None, None, None, 1, items, None, None, what_it_takes=takes
-    )  # fmt: skip
-
-
 def walk(
     ladder: Mapping[int, Array],
     rule: Rule,

@@ -5,11 +5,9 @@ A table without replicates is not refused: it is told what can't be concluded fr
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_exp.analysis.columns import Columns, find_columns
 from qlora_exp.analysis.rank import (
     Answer,
     Comparison,
@@ -24,46 +23,11 @@ from qlora_exp.analysis.rank import (
     answer,
     as_object,
     decide_published,
-    unreplicated,
     walk,
 )
+from qlora_exp.analysis.reading import Row, read_rows
 from qlora_exp.analysis.rule import Rule, make_rule
-from qlora_exp.errors import AnalysisError, Problems, nearest, raise_all
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "rank": ("rank", "r", "lora_r", "lora_rank", "lora.r", "lora.rank", "config.lora.r", "params.lora.r", "peft.r"),
-    "seed": ("seed", "random_seed", "config.seed", "params.seed", "training.seed"),
-    "item": ("item", "item_id", "example", "example_id", "sample_id", "question_id"),
-    "memory": ("memory", "memory_bytes", "peak_memory", "peak_memory_bytes", "peak_train_bytes", "vram", "max_memory"),
-    "seconds": ("seconds", "train_seconds", "runtime", "_runtime", "train_runtime", "train_time", "duration", "time"),
-    "std": ("std", "sd", "stdev", "stddev"),
-    "se": ("se", "sem", "stderr", "std_err", "standard_error"),
-    "count": ("n", "n_seeds", "num_seeds", "seeds", "runs", "n_runs"),
-}
-"""Column names by meaning, in lower case, the likeliest first."""
-
-CONFIGURATION = ("configuration", "config", "model", "variant", "quantization", "targets", "task", "dataset", "method")
-"""Columns that tell configurations apart; all that are there count."""
-
-LOWER_IS_BETTER = (
-    *(
-        "loss_per_item",
-        "eval_loss",
-        "eval/loss",
-        "test_loss",
-        "val_loss",
-        "validation_loss",
-        "loss",
-        "nll",
-        "perplexity",
-    ),
-    *("ppl", "bits_per_byte", "error", "error_rate", "wer", "cer", "mae", "mse", "rmse"),
-)
-HIGHER_IS_BETTER = (
-    *("accuracy", "acc", "eval_accuracy", "eval/accuracy", "test_accuracy", "test/accuracy", "exact_match", "macro_f1"),
-    *("f1", "rouge_l", "rougel", "rouge", "bleu", "auc", "mcc", "win_rate", "pass@1", "em", "score"),
-)
-"""Names of scores whose direction is known; ``score`` as scikit-learn has it."""
+from qlora_exp.errors import AnalysisError, Problems, raise_all
 
 ASSUMED_MARGIN_SHARE = 0.01
 """Of the smallest rank's mean score, where no margin is given: said in every answer that rests on it."""
@@ -80,6 +44,12 @@ class Options:
     margin: float | None = None
     se: float | None = None
     """A published standard error of every score, in its units."""
+
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """Meaning → column, of those that were named."""
+        given = {"rank": self.rank_column, "score": self.score_column, "configuration": self.configuration_column}
+        return {meaning: name for meaning, name in given.items() if name is not None}
 
 
 @dataclass(frozen=True)
@@ -107,181 +77,21 @@ class TableAnswer:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Meaning → the name that the file has for it."""
-
-    named: dict[str, str]
-    score: str
-    configuration: tuple[str, ...]
-    higher_is_better: bool
-    notes: tuple[str, ...]
-
-
 def analyze_table(file: Path, options: Options) -> list[TableAnswer]:
     """One answer a configuration, in the file's order.
 
     Raises:
         AnalysisError, Problems: the file, a column, a row or a number that no answer can be drawn from.
     """
+    if options.se is not None and not (math.isfinite(options.se) and options.se > 0):
+        raise AnalysisError(f"a standard error of {options.se:g} is none", "--se", "a number above 0")
     rows = read_rows(file)
-    columns = find_columns(rows, options, file)
+    columns = find_columns(rows, options.named_columns, options.higher_is_better, file)
     by_configuration = _results(rows, columns, options, file)
     return [_answer(name, results, columns, options, file) for name, results in by_configuration.items()]
 
 
-def read_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, column → value) of every row, nested JSON flattened to dotted names.
-
-    Raises:
-        AnalysisError: no such file, an unknown kind of file, one that isn't what its name says, or no row.
-    """
-    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows}
-    readers[".parquet"] = _parquet_rows
-    suffix = file.suffix.lower()
-    if suffix not in readers:
-        raise AnalysisError(f"{suffix or 'no ending'!r} is no table's", str(file), f"valid: {', '.join(readers)}")
-    try:
-        rows = list(readers[suffix](file))
-    except FileNotFoundError:
-        raise AnalysisError("there is no such file", str(file), "give the path of a table") from None
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
-        text = str(error).splitlines()[0]
-        raise AnalysisError(f"this can't be read as {suffix}: {text}", str(file), "export the table again") from None
-    if not rows:
-        raise AnalysisError("the table has no row", str(file), "columns rank and score, and a row for each result")
-    return rows
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        head = stream.readline()
-        stream.seek(0)
-        delimiter = max("\t;,", key=head.count)
-        reader = csv.DictReader(stream, delimiter=delimiter, skipinitialspace=True)
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"line {reader.line_num} doesn't have the {len(reader.fieldnames or ())} columns")
-            yield f"line {reader.line_num}", {str(name).strip(): value for name, value in row.items()}
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list)]
-        if len(lists) == len(found) and len({len(value) for value in lists}) == 1:
-            found = [dict(zip(found, values, strict=True)) for values in zip(*lists, strict=True)]
-        else:
-            found = next((v for v in lists if v and all(isinstance(entry, dict) for entry in v)), None)
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise ValueError("a list of objects is wanted, or an object of lists of one length")
-    yield from ((f"row {number}", dict(_flat(row))) for number, row in enumerate(found, start=1))
-
-
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no object")
-            yield f"line {number}", dict(_flat(row))
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(file).to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(str(error)) from None
-    yield from ((f"row {number}", dict(_flat(row))) for number, row in enumerate(rows, start=1))
-
-
-def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def find_columns(rows: Sequence[tuple[str, dict[str, Any]]], options: Options, file: Path) -> Columns:
-    """Which column means what. Names are compared without regard to case.
-
-    Raises:
-        AnalysisError: no rank or score column, or a score whose better direction isn't known.
-    """
-    names = list(dict.fromkeys(name for _, row in rows for name in row))
-    by_lower = {name.lower(): name for name in reversed(names)}
-    named = {
-        meaning: by_lower[next(alias for alias in aliases if alias in by_lower)]
-        for meaning, aliases in ALIASES.items()
-        if any(alias in by_lower for alias in aliases)
-    }
-    given = {"rank": options.rank_column, "configuration": options.configuration_column}
-    for meaning, name in given.items():
-        if name is not None:
-            named[meaning] = _chosen(name, by_lower, meaning, file)
-    if "rank" not in named:
-        raise AnalysisError(
-            "there is no column with the rank", f"{file}: {', '.join(names)}", "name it with --rank-column"
-        )
-    score = _score_column(options.score_column, by_lower, names, file)
-    if "configuration" in named:
-        configuration: tuple[str, ...] = (named.pop("configuration"),)
-    else:
-        taken = {score, *named.values()}
-        configuration = tuple(by_lower[n] for n in CONFIGURATION if n in by_lower and by_lower[n] not in taken)
-    higher, note = _direction(score, options.higher_is_better, file)
-    return Columns(named, score, configuration, higher, (note,) if note else ())
-
-
-def _chosen(name: str, by_lower: Mapping[str, str], meaning: str, file: Path) -> str:
-    if name.lower() not in by_lower:
-        raise AnalysisError(
-            f"there is no column {name!r}", f"{file} (--{meaning}-column)", nearest(name, by_lower.values())
-        )
-    return by_lower[name.lower()]
-
-
-def _score_column(chosen: str | None, by_lower: Mapping[str, str], names: Sequence[str], file: Path) -> str:
-    if chosen is not None:
-        return _chosen(chosen, by_lower, "score", file)
-    if "score" in by_lower:
-        return by_lower["score"]
-    found = [name for name in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER) if name in by_lower]
-    if not found:
-        raise AnalysisError(
-            "there is no column with the score", f"{file}: {', '.join(names)}", "name it with --score-column"
-        )
-    if len(found) > 1:
-        raise AnalysisError(
-            f"several columns could be the score: {', '.join(by_lower[name] for name in found)}",
-            str(file),
-            "name one with --score-column",
-        )
-    return by_lower[found[0]]
-
-
-def _direction(score: str, given: bool | None, file: Path) -> tuple[bool, str | None]:
-    if given is not None:
-        return given, None
-    name = score.lower()
-    last = name.replace("/", ".").rsplit(".", 1)[-1]
-    for names, higher in ((LOWER_IS_BETTER, False), (HIGHER_IS_BETTER, True)):
-        if name in names or last in names:
-            return higher, f"{'Higher' if higher else 'Lower'} is taken to be better, by the name {score!r}."
-    raise AnalysisError(
-        f"whether a higher {score!r} is better can't be told from its name",
-        f"{file}, column {score}",
-        "add --higher-is-better or --lower-is-better",
-    )
-
-
-def _results(
-    rows: Sequence[tuple[str, dict[str, Any]]], columns: Columns, options: Options, file: Path
-) -> dict[str | None, list[Result]]:
+def _results(rows: Sequence[Row], columns: Columns, options: Options, file: Path) -> dict[str | None, list[Result]]:
     """Results by configuration; every wrong number is told, the first ten of them."""
     by_configuration: dict[str | None, list[Result]] = defaultdict(list)
     errors: list[AnalysisError] = []
@@ -332,7 +142,7 @@ def _standard_error(
     found = given if given is not None else se
     if found is None and std is not None:
         found = std / math.sqrt(count) if count is not None and count >= 1 else std
-    if found is not None and found <= 0:
+    if found is not None and not found > 0:
         raise AnalysisError(f"a standard error of {found:g} is none", where, "above 0, or leave it out")
     return found
 
@@ -419,22 +229,22 @@ def _decided(
 ) -> tuple[Answer, list[str]]:
     sign = -1.0 if columns.higher_is_better else 1.0
     losses = [replace(result, score=sign * result.score) for result in results]
-    seeds = sorted({result.seed for result in results if result.seed is not None})
+    seeds = sorted({result.seed or "" for result in results})
     items = sorted({result.item for result in results if result.item is not None})
-    if len(seeds) > 1:
-        ladder = _cube(losses, ranks, seeds, items, where)
-        notes = [] if items else ["Scores without items: the answer is for these test items, not for others."]
-        if any(result.se is not None for result in results):
-            notes.append("The standard errors are not used: the seeds themselves tell more.")
-        return walk(ladder, rule, complete=True, unit=f"in {columns.score}"), notes
-    steps = [
-        Comparison(a, b, _step([x for x in losses if x.rank == a], [x for x in losses if x.rank == b], items))
-        if any(result.se is None for result in results) or items
-        else Comparison(a, b, _published(losses, a, b, rule))
-        for a, b in pairwise(ranks)
-    ]
-    replicated = steps[0].decision.se is not None
-    return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED if replicated else _SINGLE]
+    with_se = [result for result in results if result.se is not None]
+    if len(seeds) == 1 and not items and len(with_se) == len(results):
+        by_rank = {result.rank: result for result in losses}
+        steps = [Comparison(a, b, _published(by_rank[a], by_rank[b], rule)) for a, b in pairwise(ranks)]
+        return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED]
+    notes = [_SINGLE] if len(seeds) == 1 else []
+    if len(seeds) > 1 and not items:
+        notes.append("Scores without items: the answer is for these test items, not for others.")
+    if with_se:
+        notes.append(
+            "The standard errors are not used: they are given for some rows only, or seeds and items tell more."
+        )
+    ladder = _cube(losses, ranks, seeds, items, where)
+    return walk(ladder, rule, complete=True, unit=f"in {columns.score}"), notes
 
 
 _PUBLISHED = (
@@ -447,15 +257,8 @@ _SINGLE = (
 )
 
 
-def _step(smaller: Sequence[Result], larger: Sequence[Result], items: Sequence[str]) -> Decision:
-    gain = float(np.mean([x.score for x in smaller]) - np.mean([x.score for x in larger]))
-    return unreplicated(gain, len(items) or None)
-
-
-def _published(losses: Sequence[Result], smaller: int, larger: int, rule: Rule) -> Decision:
-    by_rank = {result.rank: result for result in losses}
-    a, b = by_rank[smaller], by_rank[larger]
-    return decide_published(a.score - b.score, math.hypot(a.se or 0.0, b.se or 0.0), rule)
+def _published(smaller: Result, larger: Result, rule: Rule) -> Decision:
+    return decide_published(smaller.score - larger.score, math.hypot(smaller.se or 0.0, larger.se or 0.0), rule)
 
 
 def _cube(
@@ -469,9 +272,8 @@ def _cube(
     seed_of, item_of = ({name: number for number, name in enumerate(names)} for names in (seeds, items))
     ladder = {rank: np.full((len(seeds), max(len(items), 1)), np.nan) for rank in ranks}
     for result in losses:
-        if result.seed is None or (items and result.item is None):
-            raise AnalysisError("a row has no seed or no item", f"{where}, {result.where}", "mend the row")
-        ladder[result.rank][seed_of[result.seed], item_of[result.item] if result.item is not None else 0] = result.score
+        item = 0 if result.item is None else item_of[result.item]
+        ladder[result.rank][seed_of[result.seed or ""], item] = result.score
     for rank, values in ladder.items():
         counts = (~np.isnan(values)).sum(axis=1)
         short = [seed for seed, count in zip(seeds, counts, strict=True) if 0 < count < values.shape[1]]

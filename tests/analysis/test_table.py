@@ -139,6 +139,14 @@ def test_nested_json_is_read_by_dotted_names(tmp_path: Path, capsys: pytest.Capt
     assert found["decision"] == "continue"
 
 
+def test_items_of_a_single_run_do_not_stand_in_for_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row for row in long_table((0.4, 0.0), items=30) if row["seed"] == 0]
+    found = answered(capsys, written(tmp_path, json.dumps({"rows": rows}), "table.json"), "--margin", "0.1")
+    assert found["decision"] == "inconclusive"
+    assert found["comparisons"][0]["gain"] == pytest.approx(0.4, abs=0.05)
+    assert found["comparisons"][0]["low"] is None
+
+
 def test_a_margin_that_is_not_given_is_assumed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = answered(capsys, published(tmp_path, WIKISQL), "--se", "0.5")
     assert found["margin"] == 0.73
@@ -197,5 +205,7 @@ def test_a_score_whose_direction_is_not_known_asks_for_it(tmp_path: Path, capsys
     file = written(tmp_path, "rank,points\n8,1\n16,2")
     assert main(["analyze", str(file), "--score-column", "points", "--margin", "1"]) == 2
     assert "--higher-is-better or --lower-is-better" in capsys.readouterr().err
+    assert main(["analyze", str(file), "--score-column", "points", "--higher-is-better", "--se", "0"]) == 2
+    assert "a standard error of 0 is none" in capsys.readouterr().err
     assert main(["analyze", str(file), "--score-column", "point"]) == 2
     assert "did you mean points" in capsys.readouterr().err
