@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 DEMO_OUTPUT ?= outputs
 
-.PHONY: demo test lint types test-slow test-faults test-browser clean
+.PHONY: demo test lint types test-slow test-faults test-browser calibration clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -49,6 +49,9 @@ test-browser: $(STAMP)
 	    $$(test "$$(id -u)" = 0 || echo sudo) apt-get install -y -qq chromium; } ; } || \
 	  { echo "Chromium is needed for these tests: install it so that 'chromium' is found"; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+calibration: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m qlora_exp.analysis.calibration --output docs/calibration.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist build

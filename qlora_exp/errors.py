@@ -42,6 +42,10 @@ class RecordError(QloraExpError):
     """A record or run folder that can't be found or read."""
 
 
+class AnalysisError(QloraExpError):
+    """A table, ladder or rule that no answer can be drawn from."""
+
+
 class TrackingError(QloraExpError):
     """The tracking store can't be opened. Raised at the start only: later trouble is spooled, never raised."""
 

@@ -111,6 +111,14 @@ def difference_table(left: RunRecord, right: RunRecord) -> Table:
     return table
 
 
+def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of texts."""
+    table = _table(*headings)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of nested mappings; lists and empty mappings are values."""
     if isinstance(value, Mapping) and value:

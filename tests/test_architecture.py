@@ -14,7 +14,7 @@ import pytest
 import qlora_exp
 
 PACKAGE = Path(qlora_exp.__file__).resolve().parent
-ELSEWHERE = {"conf", "sweeps", "analysis", "plugins"}
+ELSEWHERE = {"conf", "sweeps", "plugins"}
 """Symlinks to top-level folders, and Hydra's plugin namespace, which is no room of ours."""
 
 FOUNDATION = {"errors", "paths"}
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "overrides": set(),
     "progress": set(),
     "records": set(),
+    "analysis": {"records"},
     "config": set(),
     "catalogue": set(),
     "checks": {"config", "records"},
@@ -74,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"config", "environment", "models", "tracking"},
     "embedded": {"app", "compose", "records"},
     "cli": {
-        *("__init__", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "history"),
+        *("__init__", "analysis", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "history"),
         *("hydra_app", "one_run", "overrides", "records", "redaction", "repetition", "retention", "standing"),
         *("starter", "study", "sweep", "tables", "tracking"),
     },
@@ -101,7 +102,9 @@ def room_of(file: Path) -> str:
 
 
 def source_files() -> list[Path]:
-    return [file for file in sorted(PACKAGE.rglob("*.py")) if room_of(file) not in ELSEWHERE]
+    """``rglob`` doesn't go through the symlink to analysis/, which is a room like any other."""
+    files = {*PACKAGE.rglob("*.py"), *(PACKAGE / "analysis").rglob("*.py")}
+    return [file for file in sorted(files) if room_of(file) not in ELSEWHERE]
 
 
 def imported_names(file: Path) -> Iterator[str]:
@@ -162,6 +165,13 @@ def loaded_after(code: str) -> set[str]:
 def test_importing_the_command_line_loads_neither_torch_nor_mlflow() -> None:
     heavy = {"torch", "mlflow", "transformers", "hydra", "omegaconf", "numpy", "rich"}
     assert not heavy & loaded_after("import qlora_exp.cli")
+
+
+def test_the_analysis_loads_no_library_of_training_or_searching() -> None:
+    modules = [file.stem for file in (PACKAGE / "analysis").glob("*.py") if file.stem != "__init__"]
+    code = "\n".join(f"import qlora_exp.analysis.{module}" for module in modules)
+    assert "rank" in modules
+    assert not {"torch", "mlflow", "transformers", "trl", "optuna", "hydra"} & loaded_after(code)
 
 
 def test_rooms_for_arithmetic_and_records_do_not_load_torch() -> None:

@@ -1,0 +1,118 @@
+"""Which column of a table means what, and whether its score is better high or low."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_exp.analysis.reading import Row
+from qlora_exp.errors import AnalysisError, nearest
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "rank": ("rank", "r", "lora_r", "lora_rank", "lora.r", "lora.rank", "config.lora.r", "params.lora.r", "peft.r"),
+    "seed": ("seed", "random_seed", "config.seed", "params.seed", "training.seed"),
+    "item": ("item", "item_id", "example", "example_id", "sample_id", "question_id"),
+    "memory": ("memory", "memory_bytes", "peak_memory", "peak_memory_bytes", "peak_train_bytes", "vram", "max_memory"),
+    "seconds": ("seconds", "train_seconds", "runtime", "_runtime", "train_runtime", "train_time", "duration", "time"),
+    "std": ("std", "sd", "stdev", "stddev"),
+    "se": ("se", "sem", "stderr", "std_err", "standard_error"),
+    "count": ("n", "n_seeds", "num_seeds", "seeds", "runs", "n_runs"),
+}
+"""Column names by meaning, in lower case, the likeliest first."""
+
+CONFIGURATION = ("configuration", "config", "model", "variant", "quantization", "targets", "task", "dataset", "method")
+"""Columns that tell configurations apart; all that are there count."""
+
+LOWER_IS_BETTER = (
+    *("loss_per_item", "eval_loss", "eval/loss", "test_loss", "val_loss", "validation_loss", "loss", "nll", "ppl"),
+    *("perplexity", "bits_per_byte", "error", "error_rate", "wer", "cer", "mae", "mse", "rmse"),
+)
+HIGHER_IS_BETTER = (
+    *("accuracy", "acc", "eval_accuracy", "eval/accuracy", "test_accuracy", "test/accuracy", "exact_match", "macro_f1"),
+    *("f1", "rouge_l", "rougel", "rouge", "bleu", "auc", "mcc", "win_rate", "pass@1", "em", "score"),
+)
+"""Names of scores whose direction is known; ``score`` as scikit-learn has it."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Meaning → the name that the file has for it."""
+
+    named: dict[str, str]
+    score: str
+    configuration: tuple[str, ...]
+    higher_is_better: bool
+    notes: tuple[str, ...]
+
+
+def find_columns(rows: Sequence[Row], chosen: Mapping[str, str], higher_is_better: bool | None, file: Path) -> Columns:
+    """Which column means what. Names are compared without regard to case.
+
+    Args:
+        chosen: ``rank``, ``score`` or ``configuration`` → the column that a person named.
+        higher_is_better: as a person said; ``None`` where the score's name has to tell.
+
+    Raises:
+        AnalysisError: no rank or score column, or a score whose better direction isn't known.
+    """
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    by_lower = {name.lower(): name for name in reversed(names)}
+    named = {
+        meaning: by_lower[next(alias for alias in aliases if alias in by_lower)]
+        for meaning, aliases in ALIASES.items()
+        if any(alias in by_lower for alias in aliases)
+    }
+    named |= {meaning: _chosen(name, by_lower, meaning, file) for meaning, name in chosen.items()}
+    if "rank" not in named:
+        raise AnalysisError(
+            "there is no column with the rank", f"{file}: {', '.join(names)}", "name it with --rank-column"
+        )
+    score = named.pop("score", None) or _score_column(by_lower, names, file)
+    if "configuration" in named:
+        configuration: tuple[str, ...] = (named.pop("configuration"),)
+    else:
+        taken = {score, *named.values()}
+        configuration = tuple(by_lower[n] for n in CONFIGURATION if n in by_lower and by_lower[n] not in taken)
+    higher, note = _direction(score, higher_is_better, file)
+    return Columns(named, score, configuration, higher, (note,) if note else ())
+
+
+def _chosen(name: str, by_lower: Mapping[str, str], meaning: str, file: Path) -> str:
+    if name.lower() not in by_lower:
+        raise AnalysisError(
+            f"there is no column {name!r}", f"{file} (--{meaning}-column)", nearest(name, by_lower.values())
+        )
+    return by_lower[name.lower()]
+
+
+def _score_column(by_lower: Mapping[str, str], names: Sequence[str], file: Path) -> str:
+    if "score" in by_lower:
+        return by_lower["score"]
+    found = [name for name in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER) if name in by_lower]
+    if not found:
+        raise AnalysisError(
+            "there is no column with the score", f"{file}: {', '.join(names)}", "name it with --score-column"
+        )
+    if len(found) > 1:
+        raise AnalysisError(
+            f"several columns could be the score: {', '.join(by_lower[name] for name in found)}",
+            str(file),
+            "name one with --score-column",
+        )
+    return by_lower[found[0]]
+
+
+def _direction(score: str, given: bool | None, file: Path) -> tuple[bool, str | None]:
+    if given is not None:
+        return given, None
+    name = score.lower()
+    last = name.replace("/", ".").rsplit(".", 1)[-1]
+    for names, higher in ((LOWER_IS_BETTER, False), (HIGHER_IS_BETTER, True)):
+        if name in names or last in names:
+            return higher, f"{'Higher' if higher else 'Lower'} is taken to be better, by the name {score!r}."
+    raise AnalysisError(
+        f"whether a higher {score!r} is better can't be told from its name",
+        f"{file}, column {score}",
+        "add --higher-is-better or --lower-is-better",
+    )

@@ -1,0 +1,313 @@
+"""Any table with a rank and a score, of any tool (CSV, TSV, JSON, JSON lines, Parquet): the rank question answered.
+
+A table without replicates is not refused: it is told what can't be concluded from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_exp.analysis.columns import Columns, find_columns
+from qlora_exp.analysis.rank import (
+    Answer,
+    Comparison,
+    Decision,
+    answer,
+    as_object,
+    decide_published,
+    walk,
+)
+from qlora_exp.analysis.reading import Row, read_rows
+from qlora_exp.analysis.rule import Rule, make_rule
+from qlora_exp.errors import AnalysisError, Problems, raise_all
+
+ASSUMED_MARGIN_SHARE = 0.01
+"""Of the smallest rank's mean score, where no margin is given: said in every answer that rests on it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a table is to be read; ``None`` is to be found out."""
+
+    rank_column: str | None = None
+    score_column: str | None = None
+    configuration_column: str | None = None
+    higher_is_better: bool | None = None
+    margin: float | None = None
+    se: float | None = None
+    """A published standard error of every score, in its units."""
+
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """Meaning → column, of those that were named."""
+        given = {"rank": self.rank_column, "score": self.score_column, "configuration": self.configuration_column}
+        return {meaning: name for meaning, name in given.items() if name is not None}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row. ``where`` says which, for a message."""
+
+    where: str
+    rank: int
+    score: float
+    seed: str | None
+    item: str | None
+    se: float | None
+    memory: float | None
+    seconds: float | None
+    others: dict[str, str]
+    """The columns that have no meaning here, as text."""
+
+
+@dataclass(frozen=True)
+class TableAnswer:
+    """One configuration's answer, with what was assumed in reading it."""
+
+    configuration: str | None
+    answer: Answer
+    notes: tuple[str, ...]
+
+
+def analyze_table(file: Path, options: Options) -> list[TableAnswer]:
+    """One answer a configuration, in the file's order.
+
+    Raises:
+        AnalysisError, Problems: the file, a column, a row or a number that no answer can be drawn from.
+    """
+    if options.se is not None and not (math.isfinite(options.se) and options.se > 0):
+        raise AnalysisError(f"a standard error of {options.se:g} is none", "--se", "a number above 0")
+    rows = read_rows(file)
+    columns = find_columns(rows, options.named_columns, options.higher_is_better, file)
+    by_configuration = _results(rows, columns, options, file)
+    return [_answer(name, results, columns, options, file) for name, results in by_configuration.items()]
+
+
+def _results(rows: Sequence[Row], columns: Columns, options: Options, file: Path) -> dict[str | None, list[Result]]:
+    """Results by configuration; every wrong number is told, the first ten of them."""
+    by_configuration: dict[str | None, list[Result]] = defaultdict(list)
+    errors: list[AnalysisError] = []
+    for where, row in rows:
+        try:
+            result = _result(where, row, columns, options, file)
+        except AnalysisError as error:
+            errors.append(error)
+            continue
+        values = [_text(row.get(name)) for name in columns.configuration]
+        by_configuration[", ".join(values) if columns.configuration else None].append(result)
+    if len(errors) > 10:
+        raise Problems([*errors[:10], AnalysisError(f"{len(errors) - 10} more rows are wrong", str(file))])
+    raise_all(errors)
+    return by_configuration
+
+
+def _result(where: str, row: Mapping[str, Any], columns: Columns, options: Options, file: Path) -> Result:
+    def number(meaning: str) -> float | None:
+        name = columns.named.get(meaning)
+        return None if name is None or _text(row.get(name)) == "" else _number(row.get(name), f"{file}, {where}", name)
+
+    def text(meaning: str) -> str | None:
+        return _text(row.get(columns.named[meaning])) if meaning in columns.named else None
+
+    rank_name = columns.named["rank"]
+    rank = _number(row.get(rank_name), f"{file}, {where}", rank_name)
+    if rank < 1 or rank != int(rank):
+        raise AnalysisError(f"{rank:g} is no rank", f"{file}, {where}, column {rank_name}", "a whole number from 1 on")
+    known = {columns.score, *columns.named.values(), *columns.configuration}
+    return Result(
+        where=where,
+        rank=int(rank),
+        score=_number(row.get(columns.score), f"{file}, {where}", columns.score),
+        seed=text("seed"),
+        item=text("item"),
+        se=_standard_error(number("se"), number("std"), number("count"), options.se, f"{file}, {where}"),
+        memory=number("memory"),
+        seconds=number("seconds"),
+        others={name: _text(value) for name, value in row.items() if name not in known},
+    )
+
+
+def _standard_error(
+    se: float | None, std: float | None, count: float | None, given: float | None, where: str
+) -> float | None:
+    """``--se``, else the se column, else std over the root of the number of runs, else std itself."""
+    found = given if given is not None else se
+    if found is None and std is not None:
+        found = std / math.sqrt(count) if count is not None and count >= 1 else std
+    if found is not None and not found > 0:
+        raise AnalysisError(f"a standard error of {found:g} is none", where, "above 0, or leave it out")
+    return found
+
+
+def _number(value: Any, where: str, column: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        told = "is missing" if _text(value) == "" else f"is {_text(value)!r}, no number"
+        raise AnalysisError(
+            f"column {column} {told}", where, "mend the row, or leave out the runs without a result"
+        ) from None
+    if not math.isfinite(number):
+        raise AnalysisError(f"column {column} is {number}", where, "leave out the runs without a result") from None
+    return number
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _answer(name: str | None, results: Sequence[Result], columns: Columns, options: Options, file: Path) -> TableAnswer:
+    where = f"{file}, configuration {name}" if name is not None else str(file)
+    ranks = sorted({result.rank for result in results})
+    if len(ranks) < 2:
+        raise AnalysisError(
+            f"r = {ranks[0]} is the only rank, and one rank can't be compared", where, "add rows of another rank"
+        )
+    _refuse_repeated(results, where)
+    margin, margin_notes = _margin(results, ranks[0], options.margin)
+    rule = make_rule(margin, len(ranks) - 1)
+    found, notes = _decided(results, ranks, rule, columns, where)
+    notes = [*columns.notes, *margin_notes, *_step_notes(ranks), *notes, *_saved(found, results)]
+    return TableAnswer(name, found, tuple(notes))
+
+
+def _refuse_repeated(results: Sequence[Result], where: str) -> None:
+    """Two scores for one rank, seed and item: a row given twice, or configurations that nothing tells apart."""
+    first: dict[tuple[int, str | None, str | None], Result] = {}
+    for result in results:
+        key = (result.rank, result.seed, result.item)
+        other = first.setdefault(key, result)
+        if other is result:
+            continue
+        named = f"r = {result.rank}" + "".join(
+            f", {what} {value}" for what, value in (("seed", result.seed), ("item", result.item)) if value is not None
+        )
+        differing = [name for name, value in result.others.items() if other.others.get(name) != value]
+        hint = "leave each result in once"
+        if differing:
+            hint = (
+                f"these rows differ in {', '.join(differing[:3])}: if that is a configuration, --configuration-column"
+            )
+        elif result.seed is None:
+            hint = "if these are repetitions, add a column seed; if configurations, a column configuration"
+        raise AnalysisError(f"{named} has two scores ({other.where} and {result.where})", where, hint)
+
+
+def _margin(results: Sequence[Result], smallest: int, given: float | None) -> tuple[float, list[str]]:
+    if given is not None:
+        return given, []
+    level = abs(float(np.mean([result.score for result in results if result.rank == smallest])))
+    margin = float(f"{ASSUMED_MARGIN_SHARE * level:.2g}")
+    if margin <= 0:
+        raise AnalysisError(
+            f"no margin can be assumed from a score of {level:g}",
+            "--margin",
+            "say how much a step must gain to be worth paying for",
+        )
+    note = (
+        f"No margin was given: {margin:g} is assumed, {ASSUMED_MARGIN_SHARE:.0%} of the score at r = {smallest}. Fix"
+        " beforehand what a step must gain to be worth paying for, and give it with --margin."
+    )
+    return margin, [note]
+
+
+def _step_notes(ranks: Sequence[int]) -> list[str]:
+    others = [f"{a} → {b}" for a, b in pairwise(ranks) if b != 2 * a]
+    return [f"Not every step is a doubling ({', '.join(others)}): each is held to the same margin."] if others else []
+
+
+def _decided(
+    results: Sequence[Result], ranks: Sequence[int], rule: Rule, columns: Columns, where: str
+) -> tuple[Answer, list[str]]:
+    sign = -1.0 if columns.higher_is_better else 1.0
+    losses = [replace(result, score=sign * result.score) for result in results]
+    seeds = sorted({result.seed or "" for result in results})
+    items = sorted({result.item for result in results if result.item is not None})
+    with_se = [result for result in results if result.se is not None]
+    if len(seeds) == 1 and not items and len(with_se) == len(results):
+        by_rank = {result.rank: result for result in losses}
+        steps = [Comparison(a, b, _published(by_rank[a], by_rank[b], rule)) for a, b in pairwise(ranks)]
+        return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED]
+    notes = [_SINGLE] if len(seeds) == 1 else []
+    if len(seeds) > 1 and not items:
+        notes.append("Scores without items: the answer is for these test items, not for others.")
+    if with_se:
+        notes.append(
+            "The standard errors are not used: they are given for some rows only, or seeds and items tell more."
+        )
+    ladder = _cube(losses, ranks, seeds, items, where)
+    return walk(ladder, rule, complete=True, unit=f"in {columns.score}"), notes
+
+
+_PUBLISHED = (
+    "The standard errors are taken as known, and two ranks' scores as independent: with the same seeds and items at"
+    " every rank, paired results would tell more."
+)
+_SINGLE = (
+    "One run a rank: the gains are those of these runs. Nothing in the table tells how much of them is the seed's, so"
+    " they neither show that returns continue nor that they have diminished."
+)
+
+
+def _published(smaller: Result, larger: Result, rule: Rule) -> Decision:
+    return decide_published(smaller.score - larger.score, math.hypot(smaller.se or 0.0, larger.se or 0.0), rule)
+
+
+def _cube(
+    losses: Sequence[Result], ranks: Sequence[int], seeds: Sequence[str], items: Sequence[str], where: str
+) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]]:
+    """Rank → (seeds, items) or (seeds,), NaN for a run that isn't there.
+
+    Raises:
+        AnalysisError: neighbouring ranks without a common seed, or runs scored on different items.
+    """
+    seed_of, item_of = ({name: number for number, name in enumerate(names)} for names in (seeds, items))
+    ladder = {rank: np.full((len(seeds), max(len(items), 1)), np.nan) for rank in ranks}
+    for result in losses:
+        item = 0 if result.item is None else item_of[result.item]
+        ladder[result.rank][seed_of[result.seed or ""], item] = result.score
+    for rank, values in ladder.items():
+        counts = (~np.isnan(values)).sum(axis=1)
+        short = [seed for seed, count in zip(seeds, counts, strict=True) if 0 < count < values.shape[1]]
+        if short:
+            raise AnalysisError(
+                f"r = {rank}, seed {short[0]} lacks some of the {len(items)} items",
+                where,
+                "score every run on the same items",
+            )
+    for a, b in pairwise(ranks):
+        if np.isnan(ladder[a] + ladder[b]).all():
+            raise AnalysisError(f"r = {a} and r = {b} share no seed", where, "run both with the same seeds")
+    return ladder if items else {rank: values[:, 0] for rank, values in ladder.items()}
+
+
+def _saved(found: Answer, results: Sequence[Result]) -> Iterable[str]:
+    """What the recommended rank saves against the largest one in the table."""
+    largest = max(result.rank for result in results)
+    if found.recommended_rank in (None, largest):
+        return
+    for what in ("memory", "seconds"):
+        known = Counter(result.rank for result in results if getattr(result, what) is not None)
+        if not (known[found.recommended_rank or 0] and known[largest]):
+            continue
+        here, there = (
+            float(np.mean([getattr(r, what) for r in results if r.rank == rank and getattr(r, what) is not None]))
+            for rank in (found.recommended_rank, largest)
+        )
+        if there > 0:
+            word = "less" if here <= there else "more"
+            yield f"r = {found.recommended_rank} takes {abs(1 - here / there):.0%} {word} {what} than r = {largest}."
+
+
+def as_json(found: Sequence[TableAnswer]) -> dict[str, Any]:
+    """The object that ``--json`` prints: one answer, or ``configurations`` with one each."""
+    objects = [{"configuration": x.configuration, **as_object(x.answer), "notes": list(x.notes)} for x in found]
+    return objects[0] if len(objects) == 1 else {"configurations": objects}

@@ -1,0 +1,85 @@
+"""``analyze``: the rank question asked of any table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_exp.cli.arguments import examples
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qlora_exp.analysis.table import TableAnswer
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "analyze",
+        epilog=examples(
+            "qlora-exp analyze results.csv --margin 0.02",
+            "qlora-exp analyze paper.csv --score-column wikisql --higher-is-better --se 0.5 --margin 0.5",
+            "qlora-exp analyze export.parquet --margin 0.02 --json | jq .decision",
+        ),
+    )(analyze)
+
+
+def analyze(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet")],
+    margin: Annotated[
+        float | None, typer.Option(help="What a step must gain to be worth paying for, in the score's units")
+    ] = None,
+    higher_is_better: Annotated[
+        bool | None,
+        typer.Option("--higher-is-better/--lower-is-better", help="By the score's name where that tells"),
+    ] = None,
+    rank_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column with the rank")] = None,
+    score_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column with the score")] = None,
+    configuration_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The column that tells configurations apart")
+    ] = None,
+    se: Annotated[float | None, typer.Option(help="A published standard error of every score")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The answer as one JSON object")] = False,
+) -> int:
+    """Answer the rank question from a table of any tool: columns rank and score, and seed and item where there are.
+
+    Without seeds or a standard error it says what can't be concluded. An answer, whatever it is, exits 0.
+    """
+    from qlora_exp.analysis.table import Options, analyze_table, as_json
+
+    options = Options(rank_column, score_column, configuration_column, higher_is_better, margin, se)
+    found = analyze_table(file, options)
+    if json:
+        from json import dumps
+
+        print(dumps(as_json(found), indent=1, ensure_ascii=False, allow_nan=False))
+        return 0
+    from qlora_exp.tables import show
+
+    for one in found:
+        if one.configuration is not None:
+            print(f"{one.configuration}:")
+        print(one.answer.sentence)
+        show(_comparisons(one))
+        for note in one.notes:
+            print(note)
+    return 0
+
+
+def _comparisons(found: TableAnswer) -> Table:
+    from qlora_exp.tables import plain_table
+
+    rows = [
+        (f"{step.from_rank} → {step.to_rank}", *map(_figure, (d.gain, d.low, d.high)), str(d.verdict))
+        for step in found.answer.comparisons
+        for d in (step.decision,)
+    ]
+    return plain_table(("step", "gain", "low", "high", "decision"), rows)
+
+
+def _figure(value: float | None) -> str:
+    from qlora_exp.tables import UNKNOWN
+
+    return UNKNOWN if value is None else f"{value:+.4g}"

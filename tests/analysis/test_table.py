@@ -1,0 +1,211 @@
+"""``qlora-exp analyze``: published tables, long tables, and the tables that no answer can be drawn from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qlora_exp.cli import main
+
+RANKS = (1, 2, 4, 8, 64)
+WIKISQL = (73.4, 73.3, 73.7, 73.8, 73.5)
+MNLI = (91.3, 91.4, 91.3, 91.6, 91.4)
+"""LoRA paper (Hu et al. 2021), table 6, GPT-3 with Wq and Wv adapted; ±0.5 and ±0.1."""
+
+
+def published(folder: Path, scores: tuple[float, ...], name: str = "accuracy") -> Path:
+    lines = [f"rank,{name}", *(f"{rank},{score}" for rank, score in zip(RANKS, scores, strict=True))]
+    return written(folder, "\n".join(lines))
+
+
+def written(folder: Path, text: str, name: str = "table.csv") -> Path:
+    file = folder / name
+    file.write_text(text + "\n", encoding="utf-8")
+    return file
+
+
+def answered(capsys: pytest.CaptureFixture[str], file: Path, *options: str) -> Any:
+    assert main(["analyze", str(file), *options, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_lora_papers_wikisql_is_inconclusive_at_half_a_point_and_stops_at_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = published(tmp_path, WIKISQL)
+    fine = answered(capsys, file, "--se", "0.5", "--margin", "0.5")
+    assert (fine["decision"], fine["recommended_rank"], fine["margin"]) == ("inconclusive", None, 0.5)
+    coarse = answered(capsys, file, "--se", "0.5", "--margin", "2")
+    assert (coarse["decision"], coarse["recommended_rank"]) == ("stop", 1)
+    steps = [(step["from_rank"], step["to_rank"]) for step in fine["comparisons"]]
+    assert steps == [(1, 2), (2, 4), (4, 8), (8, 64)]
+    assert [step["gain"] for step in fine["comparisons"]] == pytest.approx([-0.1, 0.4, 0.1, -0.3])
+    assert any("8 → 64" in note for note in fine["notes"])
+
+
+def test_the_lora_papers_mnli_stops_at_rank_1_at_half_a_point_and_is_open_at_a_tenth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = published(tmp_path, MNLI)
+    coarse = answered(capsys, file, "--se", "0.1", "--margin", "0.5")
+    # 0.1 + 2.498 · 0.1·√2 = 0.453, below 0.5 + 0.25.
+    assert (coarse["decision"], coarse["recommended_rank"]) == ("stop", 1)
+    assert coarse["comparisons"][0]["high"] == pytest.approx(0.453, abs=0.001)
+    assert answered(capsys, file, "--se", "0.1", "--margin", "0.1")["decision"] == "inconclusive"
+
+
+def test_a_steep_table_continues_in_either_direction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    up = answered(capsys, published(tmp_path, (50, 60, 70, 80, 90)), "--se", "0.5", "--margin", "1")
+    assert (up["decision"], up["recommended_rank"]) == ("continue", 64)
+    file = published(tmp_path, (5, 4, 3, 2, 1), name="eval_loss")
+    down = answered(capsys, file, "--se", "0.05", "--margin", "0.1")
+    assert (down["decision"], [step["gain"] for step in down["comparisons"]]) == ("continue", [1, 1, 1, 1])
+    assert answered(capsys, file, "--se", "0.05", "--margin", "0.1", "--higher-is-better")["decision"] == "stop"
+
+
+def test_one_number_a_rank_concludes_nothing_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = published(tmp_path, (50, 60, 70, 80, 90))
+    found = answered(capsys, file, "--margin", "1")
+    assert (found["decision"], found["recommended_rank"]) == ("inconclusive", None)
+    assert {step["low"] for step in found["comparisons"]} == {None}
+    assert main(["analyze", str(file), "--margin", "1"]) == 0
+    assert "One run a rank" in capsys.readouterr().out
+
+
+def test_a_std_with_the_number_of_runs_is_a_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spread = written(tmp_path, "r,accuracy,std,n\n8,50,1,4\n16,60,1,4", "std.csv")
+    error = written(tmp_path, "LoRA_r;Accuracy;SE\n8;50;0.5\n16;60;0.5", "se.csv")
+    first, second = (answered(capsys, file, "--margin", "2")["comparisons"] for file in (spread, error))
+    assert first == second
+
+
+def long_table(gains: tuple[float, ...], seeds: int = 5, items: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    by_seed = rng.normal(0, 0.3, seeds)
+    rows = []
+    for step, level in enumerate(-np.cumsum([0.0, *gains])):
+        for seed in range(seeds):
+            noise = by_seed[seed] + rng.normal(0, 0.005)
+            common = {"Rank": 8 * 2**step, "seed": seed, "memory": 1e9 * 2**step}
+            if not items:
+                rows.append({**common, "eval_loss": 2 + level + noise})
+            for item in range(items):
+                rows.append({**common, "item": f"q{item}", "eval_loss": 2 + item + level + noise + rng.normal(0, 0.02)})
+    return rows
+
+
+@pytest.mark.parametrize("items", [0, 30])
+def test_seeds_are_paired_and_every_format_gives_the_same_answer(
+    items: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = long_table((0.4, 0.3, 0.0), items=items)
+    names = list(rows[0])
+    text = "\n".join(",".join(map(str, row)) for row in [names, *([row[n] for n in names] for row in rows)])
+    files = [
+        written(tmp_path, text),
+        written(tmp_path, text.replace(",", "\t"), "table.tsv"),
+        written(tmp_path, json.dumps(rows), "table.json"),
+        written(tmp_path, json.dumps({name: [row[name] for row in rows] for name in names}), "columns.json"),
+        written(tmp_path, "\n".join(json.dumps(row) for row in reversed(rows)), "table.jsonl"),
+        tmp_path / "table.parquet",
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), files[-1])
+    found = [answered(capsys, file, "--margin", "0.1") for file in files]
+    assert (found[0]["decision"], found[0]["recommended_rank"]) == ("stop", 32)
+    assert any("50% less memory than r = 64" in note for note in found[0]["notes"])
+    assert [one["decision"] for one in found] == ["stop"] * len(files)
+    for one in found[1:]:
+        for step, other in zip(one["comparisons"], found[0]["comparisons"], strict=True):
+            assert step == pytest.approx(other)
+
+
+def test_each_configuration_has_an_answer_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "quantization": name} for name in ("nf4", "int8") for row in long_table((0.4, 0.0))]
+    found = answered(capsys, written(tmp_path, json.dumps(rows), "table.json"), "--margin", "0.1")
+    assert [one["configuration"] for one in found["configurations"]] == ["nf4", "int8"]
+    assert {one["recommended_rank"] for one in found["configurations"]} == {16}
+
+
+def test_nested_json_is_read_by_dotted_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"lora": {"r": r}, "se": 0.1, "metrics": {"exact": s}} for r, s in ((8, 50.0), (16, 60.0))]
+    file = written(tmp_path, json.dumps(rows), "table.json")
+    found = answered(capsys, file, "--score-column", "metrics.exact", "--higher-is-better", "--margin", "1")
+    assert found["decision"] == "continue"
+
+
+def test_items_of_a_single_run_do_not_stand_in_for_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row for row in long_table((0.4, 0.0), items=30) if row["seed"] == 0]
+    found = answered(capsys, written(tmp_path, json.dumps({"rows": rows}), "table.json"), "--margin", "0.1")
+    assert found["decision"] == "inconclusive"
+    assert found["comparisons"][0]["gain"] == pytest.approx(0.4, abs=0.05)
+    assert found["comparisons"][0]["low"] is None
+
+
+def test_a_margin_that_is_not_given_is_assumed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answered(capsys, published(tmp_path, WIKISQL), "--se", "0.5")
+    assert found["margin"] == 0.73
+    assert any("No margin was given" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no row"),
+        ("rank,accuracy", "no row"),
+        ("size,accuracy\n8,1\n16,2", "no column with the rank"),
+        ("rank,points\n8,1\n16,2", "no column with the score"),
+        ("rank,loss,accuracy\n8,1,1\n16,2,2", "several columns could be the score"),
+        ("rank,accuracy\n8,nan\n16,2", "line 2.*leave out the runs"),
+        ("rank,accuracy\n8,\n16,2", "accuracy is missing"),
+        ("rank,accuracy\n8,good\n16,2", "'good', no number"),
+        ("rank,accuracy\neight,1\n16,2", "'eight', no number"),
+        ("rank,accuracy\n8.5,1\n16,2", "8.5 is no rank"),
+        ("rank,accuracy\n8,1\n8,2", "only rank"),
+        ("rank,seed,accuracy\n8,1,1\n16,1,2\n16,1,2", "r = 16, seed 1 has two scores"),
+        ("rank,seed,precision,accuracy\n8,1,nf4,1\n8,1,int8,1\n16,1,nf4,2", "differ in precision"),
+        ("rank,accuracy\n8,1\n8,2\n16,3", "add a column seed"),
+        ("rank,seed,accuracy\n8,1,1\n8,2,1\n16,3,2\n16,4,2", "share no seed"),
+        ("rank,seed,item,loss\n8,1,a,1\n8,1,b,1\n8,2,a,1\n16,1,a,1\n16,2,a,1", "seed 2 lacks some of the 2 items"),
+        ("rank,accuracy\n8,1,3\n16,2", "columns"),
+        ("rank,accuracy,se\n8,1,-1\n16,2,1", "standard error"),
+    ],
+)
+def test_a_table_without_an_answer_is_one_clear_message_and_exit_2(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    assert main(["analyze", str(written(tmp_path, text)), "--margin", "0.5"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert re.search(words, told.err.replace("\n", " "))
+    assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.json", "{"), ("t.json", '{"a": 1}'), ("t.jsonl", "[1]"), ("t.parquet", "no"), ("t.xlsx", ""), ("t.csv", None)],
+)
+def test_files_that_are_not_what_they_are_called_are_told(
+    name: str, content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        written(tmp_path, content, name)
+    assert main(["analyze", str(tmp_path / name), "--margin", "1"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_score_whose_direction_is_not_known_asks_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, "rank,points\n8,1\n16,2")
+    assert main(["analyze", str(file), "--score-column", "points", "--margin", "1"]) == 2
+    assert "--higher-is-better or --lower-is-better" in capsys.readouterr().err
+    assert main(["analyze", str(file), "--score-column", "points", "--higher-is-better", "--se", "0"]) == 2
+    assert "a standard error of 0 is none" in capsys.readouterr().err
+    assert main(["analyze", str(file), "--score-column", "point"]) == 2
+    assert "did you mean points" in capsys.readouterr().err
