@@ -113,7 +113,7 @@ def difference_table(left: RunRecord, right: RunRecord) -> Table:
 
 def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table of texts."""
-    table = _table(*headings)
+    table = simple_table(*headings)
     for row in rows:
         table.add_row(*row)
     return table

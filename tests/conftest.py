@@ -89,3 +89,7 @@ def write_colour_task(path: Path, rows: int = 120) -> Path:
 @pytest.fixture
 def colour_task(tmp_path: Path) -> Path:
     return write_colour_task(tmp_path / "colours.jsonl")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kill-rounds", type=int, default=None, help="rounds of the tests that kill sweeps at random")
