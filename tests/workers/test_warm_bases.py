@@ -25,7 +25,8 @@ QUICK = [
 ]
 A = ["lora.r=4", "targets=attention"]
 B = ["lora.r=8", "targets=all_linear", "lora.dropout=0.1", "training.gradient_checkpointing=on", "seed=2"]
-C = ["lora.r=2", "targets=mlp", "lora.dora=true", "training.evaluate_every_steps=2", "training.max_length=128"]
+C = ["lora.r=2", "targets=mlp", "lora.rslora=true", "training.evaluate_every_steps=2", "training.max_length=128"]
+DORA = ["lora.r=4", "targets=attention", "lora.dora=true"]
 PISSA = ["lora.r=4", "targets=attention", "lora.init=pissa"]
 
 
@@ -95,11 +96,12 @@ def test_every_warm_trial_equals_one_in_a_fresh_process(tmp_path: Path, mode: st
         assert run(tmp_path, mode, trials[name], bases) == fresh[name], name
 
 
-def test_pissa_leaves_a_lent_base_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trial", [PISSA, DORA], ids=["pissa", "dora"])
+def test_other_kinds_of_adapters_leave_a_lent_base_as_it_was(tmp_path: Path, trial: list[str]) -> None:
     bases = models.WarmBases()
-    base = bases.lend(compose(overrides(tmp_path, "fp32", PISSA)), "cpu")
+    base = bases.lend(compose(overrides(tmp_path, "fp32", trial)), "cpu")
     before = state(base.model)
-    assert run(tmp_path, "fp32", PISSA, bases) == run(tmp_path, "fp32", PISSA)
+    assert run(tmp_path, "fp32", trial, bases) == run(tmp_path, "fp32", trial)
     assert state(base.model) == before
 
 
