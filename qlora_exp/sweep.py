@@ -375,7 +375,9 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> int:
     option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {outputs.root}"
     if not _is_complete(counts):
         failed = opened.failures_reached()
-        print(f"{'too many trials failed' if failed else 'not complete'}: qlora-exp resume {spec.name}{option}")
+        why = f"sweep.max_failures={spec.max_failures:g} is reached" if failed else "not complete"
+        allow = " sweep.max_failures=null" if failed else ""
+        print(f"{why}: qlora-exp resume {spec.name}{allow}{option}")
         return EXIT_RUN_FAILED if failed else EXIT_INTERRUPTED
     print(f"  qlora-exp best {spec.name}{option}\n  qlora-exp trials {spec.name} --csv{option}")
     return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED
