@@ -153,6 +153,13 @@ def test_a_published_gain_is_decided_by_the_normal_quantiles() -> None:
     assert (found.low, found.high) == pytest.approx((1 - 1.959964 * 0.1, 1 + 1.959964 * 0.1))
 
 
+@pytest.mark.parametrize(("gain", "verdict"), [(0.49, Verdict.STOP), (0.51, Verdict.CONTINUE)])
+def test_where_either_answer_would_do_the_mean_is_held_against_the_margin(gain: float, verdict: Verdict) -> None:
+    found = decide_published(gain, 0.01, make_rule(0.5, 3))
+    assert 0.25 < found.low < found.high < 0.75
+    assert found.verdict is verdict
+
+
 @pytest.mark.parametrize(
     ("ladder", "words"),
     [
