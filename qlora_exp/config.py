@@ -96,6 +96,17 @@ class Sampler(Enum):
     nsga2 = "nsga2"
     qmc = "qmc"
     cmaes = "cmaes"
+    ladder = "ladder"
+    """Rank doubling: sweep.ladder says how."""
+
+
+class LrPolicy(Enum):
+    search = "search"
+    """Pilots at every rank choose among lr_factors × the centre."""
+    fixed = "fixed"
+    """training.learning_rate at every rank."""
+    transfer = "transfer"
+    """Pilots at r_start only; other ranks take what was chosen there, scaled as the centre is."""
 
 
 class Pruner(Enum):
@@ -269,6 +280,30 @@ class BudgetConfig:
 
 
 @dataclass
+class LadderConfig:
+    """Rank doubling (``sweep.sampler=ladder``): r_start, 2·r_start … until returns have diminished, or r_max."""
+
+    r_start: int
+    r_max: int
+    seeds: int
+    """Seeds a rank at the first look, from ``seed`` upwards; one purchase may add to them, to 8 in all."""
+    pilot_seed: int
+    """Of the runs that choose learning rates; it plays no part in any decision."""
+    margin: float | None
+    """The least gain of a doubling that is worth paying for, in nats per test item; to be said."""
+    half_zone: float | None
+    """Gains within margin ± half_zone may be called either way; null: margin / 2."""
+    lr_policy: LrPolicy
+    lr_factors: list[float]
+    """Of the centre: training.learning_rate at r_start, ∝ r^−½ for alpha = 2r and r, constant for the others."""
+    seed_sd: float | None
+    """Expected standard deviation over seeds of one seed's mean difference of two ranks, nats per item; null: not
+    known."""
+    item_sd: float | None
+    """Expected standard deviation over items of the difference of two ranks, nats; null: not known."""
+
+
+@dataclass
 class SweepConfig:
     """A study: its space, its search and its end. Plain runs don't look at it."""
 
@@ -285,10 +320,11 @@ class SweepConfig:
     """``FIELD <= NUMBER``; a trial that breaks one is infeasible to the sampler."""
     sampler: Sampler
     sampler_options: dict[str, Any]
+    ladder: LadderConfig
     pruner: Pruner
     pruner_options: dict[str, Any]
     n_trials: int | None
-    """A total, whatever is killed and started again; null: every point of a grid."""
+    """A total, whatever is killed and started again; null: every point of a grid, whatever a ladder asks for."""
     seed: int
     enqueue: list[dict[str, Any]]
     """Configurations to try first: axis → value."""

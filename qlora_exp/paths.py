@@ -113,6 +113,11 @@ class StudyPaths:
         return self.folder / "summary.json"
 
     @property
+    def ladder(self) -> Path:
+        """What rank doubling found, one object a ladder."""
+        return self.folder / "ladder.json"
+
+    @property
     def tracking_state(self) -> Path:
         """What the tracking store has of the study's parent run: its run id there, and whether all was delivered."""
         return self.folder / "tracking.json"

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp import compose, study
+from qlora_exp import compose, rank_doubling, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
 from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.environment import alive, process_identity
@@ -25,7 +25,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Process, Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact_overrides, redact_text
 from qlora_exp.standing import Watch, best_table, read_spec, running, show_progress
-from qlora_exp.study.types import Axis, AxisKind, Counts, StudySpec
+from qlora_exp.study.types import Axis, AxisKind, Counts, LadderSpec, StudySpec
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job, returns when all have ended; the results have Hydra's ``return_value``."""
@@ -86,7 +86,10 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     texts |= {compose.key_of(text): text.partition("=")[2] for text in fixed if compose.key_of(text) in texts}
     fixed = [text for text in fixed if compose.key_of(text) not in texts]
     axes = _axes(texts, settings)
-    points = study.grid(axes) if study.is_grid(axes) else None
+    ladder = rank_doubling.ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
+    points = study.grid(axes) if study.is_grid(axes) and ladder is None else None
+    if ladder is not None:
+        axes = (*axes, *study.own_axes(ladder))
     output_root = OutputPaths.of(str(raw.output_root))
     name = settings.name or _name(fixed, swept)
     paths = output_root.study(name)
@@ -102,7 +105,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         sampler_options=dict(settings.sampler_options),
         pruner=settings.pruner.value,
         pruner_options=dict(settings.pruner_options),
-        n_trials=_n_trials(settings, points, name),
+        n_trials=_n_trials(settings, points, ladder, name),
         seed=settings.seed,
         enqueue=tuple(settings.enqueue),
         warm_start=tuple(settings.warm_start),
@@ -113,6 +116,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         out_of_memory_retries=settings.out_of_memory_retries,
         synthetic=raw.training.engine is Engine.sleep,
         space={axis.key: axis.text for axis in axes},
+        ladder=ladder,
     )
     compose.check_points([*spec.overrides, *point] for point in _points_to_check(axes))
     _check_pruner(settings, raw)
@@ -137,6 +141,8 @@ def sweep(asked: Asked, launch: Launch) -> int:
             print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
             return _conclude(opened, spec, paths)
         print(_announcement(asked, opened.counts()), file=sys.stderr, flush=True)
+        if spec.ladder is not None:
+            rank_doubling.announce(spec, asked.sweep.ladder)
         tracker = _tracker(asked) if first else None
         try:
             with Watch(spec, opened, paths, tracker):
@@ -200,11 +206,13 @@ def _sampler(sampler: Sampler, grid: bool) -> str:
     return str((Sampler.grid if grid else Sampler.tpe).value)
 
 
-def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, name: str) -> int:
+def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, ladder: LadderSpec | None, name: str) -> int:
     if settings.n_trials is not None:
         if settings.n_trials < 1:
             raise ConfigError("a study has at least one trial", f"sweep.n_trials={settings.n_trials}", "at least 1")
         return settings.n_trials
+    if ladder is not None:
+        return study.most_trials(ladder)
     if points is None or settings.sampler not in (Sampler.auto, Sampler.grid):
         raise ConfigError("this search has no end of its own", f"study {name}", "say how many: sweep.n_trials=20")
     return len(points)
@@ -223,6 +231,7 @@ def _points_to_check(axes: tuple[Axis, ...]) -> Iterator[Sequence[str]]:
     """Overrides of every point where they are few; else each axis's values with the others at their first. Of an
     interval, both ends."""
     corners = tuple(_corners(axis) for axis in axes)
+    corners = tuple(replace(axis, values=axis.values[:1]) if _is_ladders_seed(axis) else axis for axis in corners)
     if math.prod(len(axis.values) for axis in corners) <= compose.GRID_CHECK_LIMIT:
         spaces = [corners]
     else:
@@ -230,6 +239,10 @@ def _points_to_check(axes: tuple[Axis, ...]) -> Iterator[Sequence[str]]:
         spaces = [tuple(axis if axis is one else first[i] for i, axis in enumerate(corners)) for one in corners]
     points = (study.overrides_of(params) for space in spaces for params in study.grid(space))
     return itertools.islice(points, compose.GRID_CHECK_LIMIT)
+
+
+def _is_ladders_seed(axis: Axis) -> bool:
+    return axis.key == "seed" and "ladder" in axis.tags
 
 
 def _corners(axis: Axis) -> Axis:
@@ -361,14 +374,17 @@ def _announcement(asked: Asked, counts: Counts) -> str:
     gone_on = f", {counts.finished} of them done" if counts.finished else ""
     axes = " × ".join(f"{axis.key}={axis.text}" for axis in spec.axes) or "no axes"
     search = f"{spec.sampler}, pruner {spec.pruner}"
-    return f"{synthetic}study {spec.name}: {spec.n_trials} trials{gone_on} ({search})\n  {axes}"
+    at_most = "at most " if spec.ladder is not None else ""
+    return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{gone_on} ({search})\n  {axes}"
 
 
 def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> int:
     from qlora_exp.tables import show
 
     counts, best = opened.counts(), opened.best()
-    if best:
+    if spec.ladder is not None:
+        rank_doubling.conclude(opened, spec, paths)
+    elif best:
         show(best_table(best, spec))
     print(("SYNTHETIC " if spec.synthetic else "") + show_progress(counts))
     outputs = OutputPaths(paths.folder.parent.parent)

@@ -8,12 +8,14 @@ import hashlib
 import json
 import math
 import os
+import random
 import signal
 import time
 import traceback
+from collections.abc import Sequence
 from typing import NoReturn
 
-from qlora_exp.config import Config, Quantization, SleepFault
+from qlora_exp.config import Config, EvaluationSplit, Quantization, SleepFault
 from qlora_exp.endings import Diverged, Observer, Pruned, Report, Silent, never_stop, status_of
 from qlora_exp.paths import RunPaths
 from qlora_exp.plan import effective_alpha
@@ -57,7 +59,7 @@ def run(
         speed=_speed(config, seconds, earlier),
         memory=_memory(config),
         training=Training(steps=slept.step, first_loss=loss_at(config, 1), final_loss=slept.loss, epochs=None),
-        scores=ScoreTable(after=_scores(config)) if status is Status.COMPLETED else record.scores,
+        scores=_score_table(config, paths) if status is Status.COMPLETED else record.scores,
     )
 
 
@@ -115,6 +117,33 @@ def loss_at(config: Config, step: int) -> float:
 def _scores(config: Config) -> Scores:
     loss = final_loss(config)
     return Scores(split="validation", items=ITEMS, loss=loss, loss_per_item=loss, accuracy=1.0 / (1.0 + loss))
+
+
+def _score_table(config: Config, paths: RunPaths) -> ScoreTable:
+    if config.evaluation.split is not EvaluationSplit.test:
+        return ScoreTable(after=_scores(config))
+    losses = item_losses(config)
+    _write_items(losses, paths)
+    mean = math.fsum(losses) / len(losses)
+    test = Scores(split="test", items=len(losses), loss=mean, loss_per_item=mean)
+    return ScoreTable(after=_scores(config), test=test)
+
+
+def item_losses(config: Config) -> list[float]:
+    """Nats of each test item: the run's loss, times how hard the item is, and 0.05 of noise of the item and the run."""
+    own = random.Random(f"{config.seed}/{config.lora.r}/{config.quantization.mode.value}")
+    hard = random.Random("items")
+    loss = final_loss(config)
+    return [loss * (0.5 + hard.random()) + own.gauss(0.0, 0.05) for _ in range(ITEMS)]
+
+
+def _write_items(losses: Sequence[float], paths: RunPaths) -> None:
+    """Only those of the test split: pyarrow is slow to import, and the other columns would be made up."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"item_id": [f"item-{number:04}" for number in range(len(losses))], "loss_sum_nats": list(losses)}
+    pq.write_table(pa.table(columns), paths.items("after", "test"))
 
 
 def _memory(config: Config) -> Memory:

@@ -58,15 +58,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("checkpoints", "compose", "config", "endings", "environment", "one_run"),
         *("progress", "records", "redaction", "synthetic", "tracking"),
     },
-    "study": {"config", "environment", "overrides", "records"},
+    "study": {"analysis", "config", "environment", "overrides", "records"},
     "workers": {
         *("app", "compose", "config", "endings", "environment", "models", "one_run", "records"),
         *("redaction", "study", "tracking"),
     },
     "standing": {"environment", "records", "study", "tables", "tracking"},
     "retention": {"records", "study"},
+    "rank_doubling": {"compose", "config", "records", "study"},
     "sweep": {
-        *("app", "compose", "config", "environment", "records", "redaction"),
+        *("app", "compose", "config", "environment", "rank_doubling", "records", "redaction"),
         *("standing", "study", "tables", "tracking", "workers"),
     },
     "hydra_app": {"app", "compose", "config", "sweep"},

@@ -71,7 +71,7 @@ def resume(
     if rebuild:
         _rebuild(spec, paths)
     changed = {text.lstrip("+~").partition("=")[0] for text in overrides or []}
-    again = [*spec.overrides, *(f"{axis.key}={axis.text}" for axis in spec.axes)]
+    again = [*spec.overrides, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)]
     kept = [text for text in again if text.lstrip("+~").partition("=")[0] not in changed]
     _check_secrets(kept, spec)
     return _hydra([*kept, *(overrides or []), f"sweep.name={hydra_value(spec.name)}", *_join(join)])

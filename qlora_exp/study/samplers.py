@@ -31,6 +31,7 @@ warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 SAMPLERS: dict[str, type[BaseSampler]] = {
     "grid": RandomSampler,  # its points are enqueued by number; random once they are all asked
+    "ladder": RandomSampler,  # never asked: each trial has its point
     "random": RandomSampler,
     "tpe": optuna.samplers.TPESampler,
     "gp": optuna.samplers.GPSampler,
@@ -68,9 +69,21 @@ def check_search(spec: StudySpec) -> None:
             check()
         except QloraExpError as error:
             errors.append(error)
+    errors += _wrong_on_a_ladder(spec) if spec.ladder is not None else []
     if not spec.objectives:
         errors.append(ConfigError("a study needs an objective", "sweep.objectives", "minimize FIELD"))
     raise_all([*errors, *check_points(spec.axes, spec.enqueue)])
+
+
+def _wrong_on_a_ladder(spec: StudySpec) -> list[QloraExpError]:
+    errors: list[QloraExpError] = []
+    if spec.pruner != "none":
+        what = "a ladder compares runs of equal length: none may be pruned"
+        errors.append(ConfigError(what, f"sweep.pruner: {spec.pruner}", "sweep.pruner=none"))
+    for key in ("enqueue", "warm_start"):
+        if getattr(spec, key):
+            errors.append(ConfigError("a ladder asks for its own trials", f"sweep.{key}", f"sweep.{key}=[]"))
+    return errors
 
 
 def make_sampler(spec: StudySpec, history: Sequence[FrozenTrial] = ()) -> BaseSampler:

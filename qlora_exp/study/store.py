@@ -3,15 +3,16 @@
 A trial is RUNNING from its claim on; its user attributes say who claimed it for which attempt (``claim``) and when that
 process was last heard of (``heartbeat``, Unix seconds). Whoever claims holds the study's lock, so a RUNNING trial
 without an owner was left by a process that died while it asked. What trial number n tries first (enqueued
-configurations, then a grid's points) follows from n, so nothing can be enqueued twice or be lost.
+configurations, then a grid's points) follows from n, so nothing can be enqueued twice or be lost. What a ladder's trial
+tries follows from the trials that have ended, and is kept in the trial from its creation on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from filelock import FileLock
@@ -19,10 +20,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from qlora_exp.environment import alive
 from qlora_exp.errors import StudyError
-from qlora_exp.paths import StudyPaths
+from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Failure, Process, RunRecord, Status, from_dict, to_dict, write_text
 from qlora_exp.study import rows
-from qlora_exp.study.distributions import encoded, suggest
+from qlora_exp.study.distributions import decoded_params, encoded, suggest
 from qlora_exp.study.history import earlier_trials, trials_of_records
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.samplers import ITEMS_ATTRIBUTE, check_search, make_pruner, make_sampler
@@ -30,9 +31,14 @@ from qlora_exp.study.space import grid, overrides_of
 from qlora_exp.study.storage import check_whole, connect, damaged, set_aside, sqlite_file
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
 
+if TYPE_CHECKING:
+    from qlora_exp.study.ladder import LadderTrial
+
 CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, UNCOUNTED = (
     *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
 )
+FIXED = "fixed_params"
+"""Optuna's own name for what a trial was enqueued with."""
 INFEASIBLE = (Status.OUT_OF_MEMORY, Status.DIVERGED)
 """Told as PRUNED with a broken constraint of that name: samplers learn nothing from FAIL."""
 
@@ -45,6 +51,7 @@ class Study:
         self._paths = paths
         self._study = study
         self._storage = study._storage
+        self._ended: dict[int, LadderTrial] = {}
 
     @classmethod
     def open(cls, spec: StudySpec, paths: StudyPaths, storage_url: str | None = None) -> Study:
@@ -105,6 +112,8 @@ class Study:
                 self._take_back(trial, why)
             unfinished = self._unfinished() if lost else unfinished
             waiting = [trial for trial in unfinished if trial.state is TrialState.WAITING]
+            if self.spec.ladder is not None:
+                return self._start_on_ladder(waiting, owner)
             if waiting:
                 return self._start(waiting[0], owner)
             if not self._all_asked():
@@ -169,7 +178,13 @@ class Study:
             return True
 
     def counts(self) -> Counts:
-        return rows.counts(self._read(), self.spec.n_trials)
+        trials = self._read()
+        if self.spec.ladder is not None:
+            from qlora_exp.study.ladder import is_done
+
+            if is_done(self.spec.ladder, self.on_ladder()):
+                return rows.counts(trials, len(trials))
+        return rows.counts(trials, self.spec.n_trials)
 
     def trials(self) -> list[TrialRow]:
         """Every trial, by number."""
@@ -178,6 +193,21 @@ class Study:
     def best(self) -> list[TrialRow]:
         """The best completed trial that breaks no constraint, or the Pareto front of several objectives."""
         return rows.best(self.trials(), [parse_objective(text).direction for text in self.spec.objectives])
+
+    def on_ladder(self) -> list[LadderTrial]:
+        """The trials as rank doubling sees them, with what their runs left; without those that were never asked."""
+        from qlora_exp.study.ladder import LadderTrial
+        from qlora_exp.study.ladder_runs import ended_trial
+
+        outputs = OutputPaths(self._paths.folder.parent.parent)
+        seen: list[LadderTrial] = []
+        for trial in self._read():
+            if trial.number not in self._ended and (point := self._point(trial)):
+                if trial.state.is_finished():
+                    self._ended[trial.number] = ended_trial(point, trial.user_attrs.get(RUN), outputs)
+                else:
+                    seen.append(LadderTrial(point, ended=False))
+        return [*self._ended.values(), *seen]
 
     def failures_reached(self) -> bool:
         """Whether ``max_failures`` is reached: trials told as FAIL, not those out of memory or diverged."""
@@ -214,14 +244,38 @@ class Study:
         ours = trial.state is TrialState.RUNNING and rows.attempt(trial) == claim.attempt
         return trial if ours else None
 
-    def _start(self, waiting: FrozenTrial | None, owner: Owner) -> Claim:
+    def _start_on_ladder(self, waiting: Sequence[FrozenTrial], owner: Owner) -> Claim | None:
+        from qlora_exp.study.ladder import is_done, next_point
+
+        assert self.spec.ladder is not None
+        asked = [trial for trial in waiting if self._point(trial)]
+        if asked:
+            return self._start(asked[0], owner)
+        seen = self.on_ladder()
+        point = next_point(self.spec.ladder, seen)
+        if point is None and waiting and is_done(self.spec.ladder, seen):  # a lost trial that nothing depends on
+            for trial in waiting:
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        if point is None or (not waiting and self._all_asked()):
+            return None
+        return self._start(waiting[0] if waiting else None, owner, point)
+
+    def _point(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What a ladder's trial tries; empty for one that was never asked."""
+        return decoded_params(self.spec.axes, trial.system_attrs.get(FIXED) or trial.params)
+
+    def _start(self, waiting: FrozenTrial | None, owner: Owner, point: Mapping[str, Any] | None = None) -> Claim:
+        """``point``: what the trial tries, where that doesn't follow from its number."""
         attempt = rows.attempt(waiting) + 1 if waiting else 1
         mark = {CLAIM: {"attempt": attempt, "owner": to_dict(owner)}, HEARTBEAT: time.time()}
+        fixed: dict[str, Any] = {FIXED: {key: encoded(value) for key, value in point.items()}} if point else {}
         if waiting is None:
-            template = create_trial(state=TrialState.RUNNING, user_attrs=mark)
+            template = create_trial(state=TrialState.RUNNING, user_attrs=mark, system_attrs=fixed)
             trial_id = self._storage.create_new_trial(self._study._study_id, template)
         else:
             trial_id = waiting._trial_id
+            for key, value in fixed.items():
+                self._storage.set_trial_system_attr(trial_id, key, value)
             for key, value in mark.items():
                 self._storage.set_trial_user_attr(trial_id, key, value)
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
@@ -238,9 +292,9 @@ class Study:
         )
 
     def _ask(self, trial: FrozenTrial) -> dict[str, Any]:
-        if trial.number < len(self._planned) and "fixed_params" not in trial.system_attrs:
+        if trial.number < len(self._planned) and FIXED not in trial.system_attrs:
             planned = {key: encoded(value) for key, value in self._planned[trial.number].items()}
-            self._storage.set_trial_system_attr(trial._trial_id, "fixed_params", planned)
+            self._storage.set_trial_system_attr(trial._trial_id, FIXED, planned)
         self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see what is told by now
         return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
 
@@ -347,7 +401,9 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
 
 def _question(spec: StudySpec) -> dict[str, Any]:
     """What can't change once trials exist: later ones couldn't be compared, or would repeat earlier ones."""
+    ladder = {} if spec.ladder is None else {"ladder": to_dict(spec.ladder)}
     return {
+        **ladder,
         "axes": [f"{axis.key}={axis.text}" + (f" if {axis.condition}" if axis.condition else "") for axis in spec.axes],
         "objectives": list(spec.objectives),
         "constraints": list(spec.constraints),

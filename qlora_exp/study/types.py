@@ -37,6 +37,37 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class OneLadder:
+    """Rank doubling at one point of the other axes."""
+
+    axes: dict[str, Any]
+    """The other axes' values."""
+    learning_rate: float
+    """The centre at r_start."""
+    rate_exponent: float
+    """The centre is ∝ r to this power."""
+    alpha: str
+    """The alpha policy, in words."""
+
+
+@dataclass(frozen=True)
+class LadderSpec:
+    """``sweep.ladder`` of a study, resolved; fixed before its first trial."""
+
+    r_start: int
+    r_max: int
+    seeds: int
+    first_seed: int
+    pilot_seed: int
+    margin: float
+    """Nats per test item."""
+    half_zone: float | None
+    lr_policy: str
+    lr_factors: tuple[float, ...]
+    ladders: tuple[OneLadder, ...]
+
+
+@dataclass(frozen=True)
 class StudySpec:
     """Everything that a worker needs to go on with a study; kept as studies/NAME/study.json."""
 
@@ -66,6 +97,8 @@ class StudySpec:
     synthetic: bool = False
     space: dict[str, str] = field(default_factory=dict)
     """Axis → text, for people and for the tracking view."""
+    ladder: LadderSpec | None = None
+    """Only with the sampler ``ladder``."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Rank doubling as a sweep: what the command means, what is said before, and the answer at its end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_exp import compose, study
+from qlora_exp.config import LadderConfig, SweepConfig
+from qlora_exp.errors import ConfigError, raise_all
+from qlora_exp.paths import StudyPaths
+from qlora_exp.records import write_json
+from qlora_exp.study.types import Axis, LadderSpec, OneLadder, StudySpec
+
+
+def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, ...]) -> LadderSpec:
+    """One ladder for each point of the axes that the sweep has besides the ladder's own.
+
+    ``fixed``: the overrides of every trial; ``seed`` among them is the first one, ``training.learning_rate`` the centre
+    at r_start.
+
+    Raises:
+        ConfigError, Problems: nothing was started.
+    """
+    from qlora_exp.study.ladder import RANK, SPLIT, resolve
+
+    own = (RANK, "seed", "training.learning_rate", SPLIT)
+    taken = [axis.key for axis in others if axis.key in own]
+    taken += [key for text in fixed if (key := compose.key_of(text)) in (RANK, SPLIT)]
+    hint = "sweep.ladder.r_start, r_max, seeds and lr_factors say which; another sampler searches freely"
+    raise_all([ConfigError("the ladder itself chooses this", f"{key}=…", hint) for key in taken])
+    ladders = [_one(fixed, point) for point in study.grid(others)]
+    seed = int(compose.compose_raw(fixed).seed)
+    return resolve(settings.ladder, seed, ladders)
+
+
+def _one(fixed: Sequence[str], point: dict[str, Any]) -> OneLadder:
+    """As the point's own configuration has it: another model may bring another learning rate."""
+    raw = compose.compose_raw([*fixed, *study.overrides_of(point)])
+    constant = raw.lora.rslora or raw.lora.alpha_policy == "fixed"
+    alpha = f"fixed at {raw.lora.alpha:g}" if raw.lora.alpha_policy == "fixed" else str(raw.lora.alpha_policy)
+    return OneLadder(
+        axes=point,
+        learning_rate=float(raw.training.learning_rate),
+        rate_exponent=0.0 if constant else -0.5,
+        alpha=f"{alpha}, rsLoRA" if raw.lora.rslora else alpha,
+    )
+
+
+def announce(spec: StudySpec, config: LadderConfig) -> None:
+    """Say before training whether the planned seeds and items can settle the margin."""
+    from qlora_exp.study.ladder import rule_of
+    from qlora_exp.study.ladder_runs import plan_sentence
+
+    assert spec.ladder is not None
+    raw = compose.compose_raw(spec.overrides)
+    limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
+    settles, told = plan_sentence(rule_of(spec.ladder), config.seed_sd, config.item_sd, min(limits, default=None))
+    print(f"  {'' if settles else 'warning: '}{told}", file=sys.stderr, flush=True)
+
+
+def conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> None:
+    """Write the answers to ``ladder.json``, and print them."""
+    from qlora_exp.study.ladder_runs import answers
+
+    assert spec.ladder is not None
+    found = answers(spec.ladder, opened.on_ladder())
+    write_json(paths.ladder, {"study": spec.name, "synthetic": spec.synthetic, "ladders": found})
+    for one in found:
+        name = ", ".join(f"{key}={value}" for key, value in one["axes"].items())
+        marks = [text for text in ("SYNTHETIC" if spec.synthetic else "", name) if text]
+        print(": ".join([*marks, one["sentence"]]))
+        for warning in one["warnings"]:
+            print(f"  warning: {warning}")
+    print(f"  {paths.ladder}")

@@ -1,0 +1,374 @@
+"""Rank doubling: which rank, seed and learning rate to run next. Pure over the trials that have ended, so that a study
+that was killed asks what an undisturbed one would have asked.
+
+A doubling r → 2r is decided by :mod:`qlora_exp.analysis.rank` from the test losses of runs with shared seeds. The
+learning rate of a rank is chosen before, on the validation loss of pilots, whose seed is in no decision. A run is asked
+for once it is surely needed, whatever the runs still under way will show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from qlora_exp.analysis.rank import Comparison, Decision, decide, pooled_noise
+from qlora_exp.analysis.rule import FIRST_LOOK, LAST_LOOK, MOST_SEEDS, Rule, Verdict, make_rule
+from qlora_exp.analysis.variance import Array
+from qlora_exp.config import LadderConfig, LrPolicy
+from qlora_exp.errors import AnalysisError, ConfigError, QloraExpError, raise_all
+from qlora_exp.records import RunRecord, Status
+from qlora_exp.study.space import overrides_of, parse_axes
+from qlora_exp.study.types import Axis, LadderSpec, OneLadder
+
+RANK, SEED, RATE, SPLIT = "lora.r", "seed", "training.learning_rate", "evaluation.split"
+OWN_KEYS = (RANK, SEED, RATE, SPLIT)
+"""What a ladder sets in each of its trials: no axes of anybody else's."""
+
+Point = dict[str, Any]
+"""Axis → value of one trial."""
+
+
+@dataclass(frozen=True)
+class LadderTrial:
+    """A trial as the ladder sees it."""
+
+    params: Point
+    ended: bool
+    record: RunRecord | None = None
+    """``None`` until it has ended, and where it left none."""
+    losses: Mapping[str, float] | None = None
+    """Item → nats on the test split; ``None`` where it left none."""
+
+    @property
+    def completed(self) -> bool:
+        return self.record is not None and self.record.status is Status.COMPLETED
+
+
+@dataclass(frozen=True)
+class Pilot:
+    learning_rate: float
+    validation_loss: float | None
+    """Nats per item; ``None``: the run left none (it diverged, failed, or ran out of memory)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The learning rate of one rank. ``unresolved``: the best pilot is at the edge of the grid, extended once."""
+
+    rank: int
+    learning_rate: float
+    unresolved: bool = False
+    pilots: tuple[Pilot, ...] = ()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a ladder has come. ``needs``: points that it waits for, running ones included; none: it has ended."""
+
+    needs: tuple[Point, ...]
+    choices: tuple[Choice, ...]
+    comparisons: tuple[Comparison, ...]
+    runs: Mapping[int, tuple[LadderTrial, ...]]
+    """Rank → its decision runs that have ended, by seed."""
+    trouble: str | None = None
+    """Why it ended without an answer."""
+
+
+def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[OneLadder]) -> LadderSpec:
+    """``sweep.ladder``, checked.
+
+    Raises:
+        ConfigError, or Problems for several.
+    """
+    where = "sweep.ladder"
+    errors: list[QloraExpError] = []
+    if config.margin is None:
+        what = "a ladder needs a margin, fixed before anything is trained"
+        errors.append(ConfigError(what, f"{where}.margin", "the least gain worth paying for, nats per item: 0.05, say"))
+    elif doublings_of(config.r_start, config.r_max):
+        try:
+            make_rule(config.margin, doublings_of(config.r_start, config.r_max), config.half_zone)
+        except AnalysisError as error:
+            errors.append(ConfigError(error.what, f"{where}.margin", error.hint))
+    if not 1 <= config.r_start <= config.r_max // 2:
+        what = f"from r = {config.r_start} to {config.r_max} there is nothing to double"
+        errors.append(ConfigError(what, f"{where}.r_max={config.r_max}", f"at least {2 * max(config.r_start, 1)}"))
+    if not 2 <= config.seeds <= MOST_SEEDS:
+        what = f"{config.seeds} seeds can't decide" if config.seeds < 2 else "more seeds than the rule was tried with"
+        errors.append(ConfigError(what, f"{where}.seeds={config.seeds}", f"from 2 to {MOST_SEEDS}; 3 is usual"))
+    if config.pilot_seed in range(first_seed, first_seed + MOST_SEEDS):
+        what = "the pilots' seed would enter the decision"
+        hint = f"outside {first_seed} … {first_seed + MOST_SEEDS - 1}"
+        errors.append(ConfigError(what, f"{where}.pilot_seed={config.pilot_seed}", hint))
+    factors = sorted(set(config.lr_factors))
+    few = len(factors) < 2 and config.lr_policy is not LrPolicy.fixed
+    if few or not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        what = "learning rates are chosen among at least two, all above 0"
+        errors.append(ConfigError(what, f"{where}.lr_factors={config.lr_factors}", "[0.5,1,2], or lr_policy=fixed"))
+    raise_all(errors)
+    assert config.margin is not None
+    return LadderSpec(
+        r_start=config.r_start,
+        r_max=config.r_max,
+        seeds=config.seeds,
+        first_seed=first_seed,
+        pilot_seed=config.pilot_seed,
+        margin=config.margin,
+        half_zone=config.half_zone,
+        lr_policy=config.lr_policy.value,
+        lr_factors=tuple(factors),
+        ladders=tuple(ladders),
+    )
+
+
+def doublings_of(r_start: int, r_max: int) -> int:
+    """How often r_start can be doubled without passing r_max."""
+    return (r_max // r_start).bit_length() - 1 if 1 <= r_start <= r_max else 0
+
+
+def ranks_of(spec: LadderSpec) -> list[int]:
+    return [spec.r_start << step for step in range(doublings_of(spec.r_start, spec.r_max) + 1)]
+
+
+def rule_of(spec: LadderSpec) -> Rule:
+    return make_rule(spec.margin, doublings_of(spec.r_start, spec.r_max), spec.half_zone)
+
+
+def most_trials(spec: LadderSpec) -> int:
+    """What all ladders together can ask for at most: per rank its pilots, one of them beyond the grid, and seeds."""
+    ranks = len(ranks_of(spec))
+    searched = {LrPolicy.search.value: ranks, LrPolicy.transfer.value: 1}.get(spec.lr_policy, 0)
+    return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * MOST_SEEDS)
+
+
+def own_axes(spec: LadderSpec) -> tuple[Axis, ...]:
+    """The axes that the ladder's trials have besides the others'."""
+    rates = [rate for one in spec.ladders for rank in ranks_of(spec) for rate in _rates(spec, one, rank)]
+    rates += [one.learning_rate for one in spec.ladders]
+    reach = max(high / low for low, high in pairwise(spec.lr_factors)) if len(spec.lr_factors) > 1 else 2.0
+    low, high = _rounded(min(rates) / reach / 2), _rounded(max(rates) * reach * 2)
+    seeds = (*range(spec.first_seed, spec.first_seed + MOST_SEEDS), spec.pilot_seed)
+    texts = {
+        RANK: ",".join(map(str, ranks_of(spec))),
+        SEED: ",".join(map(str, seeds)),
+        RATE: f"tag(log,interval({low},{high}))",
+        SPLIT: "validation,test",
+    }
+    return tuple(replace(axis, tags=("ladder",)) for axis in parse_axes(texts, {}))
+
+
+def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> Point | None:
+    """What the next trial tries; ``None``: nothing now (see :func:`is_done`).
+
+    The first ladder that has something to ask for goes first, so that a host keeps its base; the others go on while it
+    waits for results.
+    """
+    taken = {_key(trial.params) for trial in trials}
+    for one in spec.ladders:
+        for point in stand(spec, one, trials).needs:
+            if _key(point) not in taken:
+                return point
+    return None
+
+
+def is_done(spec: LadderSpec, trials: Sequence[LadderTrial]) -> bool:
+    """Whether every ladder has its answer, or can't have one."""
+    return not any(stand(spec, one, trials).needs for one in spec.ladders)
+
+
+def stand(spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial]) -> Standing:
+    """How far one ladder has come by the trials that have ended."""
+    walk = _Walk(spec, one, trials)
+    try:
+        comparisons = tuple(walk.steps())
+        trouble = None
+    except AnalysisError as error:
+        comparisons, trouble = tuple(walk.comparisons), error.what
+        walk.needs.clear()
+    return Standing(tuple(walk.needs), tuple(walk.choices.values()), comparisons, walk.all_runs(), trouble)
+
+
+class _Walk:
+    """One ladder walked from its start, as far as its trials have come."""
+
+    def __init__(self, spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial]) -> None:
+        self.spec, self.one, self.rule = spec, one, rule_of(spec)
+        self.trials = {_key(trial.params): trial for trial in trials}
+        self.needs: list[Point] = []
+        self.choices: dict[int, Choice] = {}
+        self.comparisons: list[Comparison] = []
+        self.seeds: dict[int, int] = {}
+        """Rank → how many seeds it was to be run with, as the walk stands."""
+
+    def steps(self) -> list[Comparison]:
+        for smaller, larger in pairwise(ranks_of(self.spec)):
+            self._ask_for(smaller, larger, self.spec.seeds)
+            if self.needs:
+                break
+            decision = self._decided(smaller, larger, FIRST_LOOK)
+            if decision.purchase is not None and decision.purchase.seeds is None:
+                decision = _items_are_missing(decision)
+            elif decision.purchase is not None and decision.purchase.seeds is not None:
+                bought = max(decision.purchase.seeds, self.spec.seeds + 1)
+                self._ask_for(smaller, larger, min(bought, MOST_SEEDS))
+                if not self.needs:
+                    decision = self._decided(smaller, larger, LAST_LOOK)
+            self.comparisons.append(Comparison(smaller, larger, decision))
+            if decision.verdict is not Verdict.CONTINUE:
+                break
+        return self.comparisons
+
+    def all_runs(self) -> dict[int, tuple[LadderTrial, ...]]:
+        return {rank: tuple(self._runs(rank)) for rank in self.seeds if rank in self.choices}
+
+    def _ask_for(self, smaller: int, larger: int, seeds: int) -> None:
+        for rank in (smaller, larger):
+            self.seeds[rank] = max(self.seeds.get(rank, 0), seeds)
+            choice = self.choices.get(rank) or self._choose(rank)
+            if choice is not None:
+                self.choices[rank] = choice
+                for seed in range(self.seeds[rank]):
+                    self._ended(self._point(rank, self.spec.first_seed + seed, choice.learning_rate, "test"))
+
+    def _ended(self, point: Point) -> LadderTrial | None:
+        trial = self.trials.get(_key(point))
+        if trial is not None and trial.ended:
+            return trial
+        if point not in self.needs:
+            self.needs.append(point)
+        return None
+
+    def _point(self, rank: int, seed: int, rate: float, split: str) -> Point:
+        return {**self.one.axes, RANK: rank, SEED: seed, RATE: rate, SPLIT: split}
+
+    # Learning rates.
+
+    def _choose(self, rank: int) -> Choice | None:
+        """``None``: pilots are still missing."""
+        if self.spec.lr_policy == LrPolicy.fixed.value:
+            return Choice(rank, _rounded(self.one.learning_rate))
+        if self.spec.lr_policy == LrPolicy.transfer.value and rank != self.spec.r_start:
+            start = self.choices.get(self.spec.r_start)
+            return start and Choice(rank, _rounded(start.learning_rate * _drift(self.spec, self.one, rank)))
+        return self._searched(rank)
+
+    def _searched(self, rank: int) -> Choice | None:
+        rates = _rates(self.spec, self.one, rank)
+        pilots = self._pilots(rank, rates)
+        if pilots is None:
+            return None
+        best = _best(pilots, rank)
+        if best in (rates[0], rates[-1]):
+            beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
+            rates = sorted([*rates, _rounded(beyond)])
+            pilots = self._pilots(rank, rates)
+            if pilots is None:
+                return None
+            best = _best(pilots, rank)
+        return Choice(rank, best, best in (rates[0], rates[-1]), tuple(pilots))
+
+    def _pilots(self, rank: int, rates: Sequence[float]) -> list[Pilot] | None:
+        ended = [self._ended(self._point(rank, self.spec.pilot_seed, rate, "validation")) for rate in rates]
+        known = [trial for trial in ended if trial is not None]
+        if len(known) < len(ended):
+            return None
+        return [Pilot(rate, _validation_loss(trial)) for rate, trial in zip(rates, known, strict=True)]
+
+    # Decisions.
+
+    def _decided(self, smaller: int, larger: int, look: int) -> Decision:
+        ranks = [rank for rank in ranks_of(self.spec) if rank <= larger]
+        ladder = dict(zip(ranks, self._losses(ranks), strict=True))
+        pooled = pooled_noise(list(ladder.values()))
+        return decide(ladder[smaller], ladder[larger], pooled, self.rule, look)
+
+    def _losses(self, ranks: Sequence[int]) -> Iterator[Array]:
+        """(MOST_SEEDS, items) for each rank, NaN for a run that doesn't exist; the items in the same order."""
+        runs = {rank: list(self._runs(rank)) for rank in ranks}
+        whole = [trial for several in runs.values() for trial in several if trial.completed]
+        for rank, several in runs.items():
+            if not any(trial.completed for trial in several):
+                raise AnalysisError(f"no run at r = {rank} completed: {_why(several)}", f"r = {rank}")
+        _check_comparable([trial.record for trial in whole if trial.record is not None])
+        items = sorted(whole[0].losses or ())
+        for trial in whole:
+            if not trial.losses or sorted(trial.losses) != items:
+                run = trial.record.run_id if trial.record else "a run"
+                raise AnalysisError(f"the per-item losses of {run} are missing, or are of other items", "test split")
+        for several in runs.values():
+            losses = np.full((MOST_SEEDS, len(items)), np.nan)
+            for row, trial in enumerate(several):
+                if trial.completed and trial.losses:
+                    losses[row] = [trial.losses[item] for item in items]
+            yield losses
+
+    def _runs(self, rank: int) -> Iterator[LadderTrial]:
+        """The ended decision runs of ``rank``, by seed, as many as it was to be run with."""
+        rate = self.choices[rank].learning_rate
+        for seed in range(self.seeds[rank]):
+            trial = self.trials.get(_key(self._point(rank, self.spec.first_seed + seed, rate, "test")))
+            if trial is not None and trial.ended:
+                yield trial
+
+
+def _best(pilots: Sequence[Pilot], rank: int) -> float:
+    known = [(pilot.validation_loss, pilot.learning_rate) for pilot in pilots if pilot.validation_loss is not None]
+    if not known:
+        raise AnalysisError(f"no pilot at r = {rank} left a validation loss", f"r = {rank}")
+    return min(known)[1]
+
+
+def _validation_loss(trial: LadderTrial) -> float | None:
+    after = trial.record.scores.after if trial.completed and trial.record else None
+    loss = after.loss_per_item if after else None
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
+def _rates(spec: LadderSpec, one: OneLadder, rank: int) -> list[float]:
+    """Rising."""
+    centre = one.learning_rate * _drift(spec, one, rank)
+    return [_rounded(centre * factor) for factor in spec.lr_factors]
+
+
+def _drift(spec: LadderSpec, one: OneLadder, rank: int) -> float:
+    return float((rank / spec.r_start) ** one.rate_exponent)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.4g}")
+
+
+def _key(point: Point) -> frozenset[str]:
+    return frozenset(overrides_of(point))
+
+
+def _items_are_missing(decision: Decision) -> Decision:
+    items = decision.purchase.items if decision.purchase else None
+    takes = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
+    return replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None, what_it_takes=takes)
+
+
+def _why(trials: Sequence[LadderTrial]) -> str:
+    failures = [trial.record.failure for trial in trials if trial.record is not None]
+    told = {f"{failure.kind}: {failure.message.splitlines()[0]}" for failure in failures if failure is not None}
+    return "; ".join(sorted(told)) or "they left no record"
+
+
+def _check_comparable(records: Sequence[RunRecord]) -> None:
+    """Raises :class:`AnalysisError` with the difference named."""
+    told: dict[str, set[str]] = {
+        "the data": {record.data.fingerprint for record in records if record.data},
+        "the model's files": {record.model_fingerprint for record in records if record.model_fingerprint},
+        "the training steps": {str(record.plan.max_steps) for record in records if record.plan},
+        "the adapters' type": {record.plan.adapter_dtype for record in records if record.plan},
+        "the computing type": {record.plan.compute_dtype for record in records if record.plan},
+        "whether a model was trained": {str(record.synthetic) for record in records},
+    }
+    for what, values in told.items():
+        if len(values) > 1:
+            raise AnalysisError(f"the ladder's runs differ in {what}: {', '.join(sorted(values))}", "decision runs")

@@ -1,0 +1,261 @@
+"""What a ladder's runs left, and what follows from it: the answer, what it saves, and what to be careful about.
+
+Everything is made from the runs' records and per-item files; nothing else is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_exp.analysis.planning import Noise, half_width, plan
+from qlora_exp.analysis.rank import Answer, Comparison, answer, as_object
+from qlora_exp.analysis.rule import MOST_SEEDS, Rule, Verdict
+from qlora_exp.config import LrPolicy
+from qlora_exp.errors import RecordError
+from qlora_exp.paths import OutputPaths, RunPaths
+from qlora_exp.records import RunRecord, Status, read_record, to_dict
+from qlora_exp.study.ladder import SPLIT, Choice, LadderTrial, Standing, rule_of, stand
+from qlora_exp.study.objectives import MODEL_STATE, value_of
+from qlora_exp.study.types import LadderSpec, OneLadder
+
+UNIT = "nats per item"
+COSTS = {
+    "model_state_bytes": MODEL_STATE,
+    "peak_train_bytes": "memory.peak_train_bytes",
+    "adapter_bytes": "memory.adapter_bytes",
+    "train_seconds": "speed.train_seconds",
+    "cost_usd": "speed.cost_usd",
+}
+SAME_CURVE = 0.005
+"""Of what training gained: final training losses of two ranks nearer than this can't be told apart."""
+
+
+def ended_trial(params: dict[str, Any], run_id: str | None, outputs: OutputPaths) -> LadderTrial:
+    """A trial that has ended, with what its run left."""
+    record, losses = None, None
+    if run_id is not None:
+        paths = outputs.run(run_id)
+        with contextlib.suppress(RecordError):
+            record = read_record(paths.record)
+        if record is not None and params.get(SPLIT) == "test":
+            losses = _test_losses(paths)
+    return LadderTrial(params, ended=True, record=record, losses=losses)
+
+
+def trials_of(records: Sequence[RunRecord], outputs: OutputPaths) -> list[LadderTrial]:
+    """The ended trials of a study from its runs' records: enough to make its answer again without the database."""
+    ended = [record for record in records if record.status not in (Status.RUNNING, Status.INTERRUPTED)]
+    return [ended_trial(record.trial.params, record.run_id, outputs) for record in ended if record.trial is not None]
+
+
+def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, Any]]:
+    """One object a ladder, in plain JSON types: that of :func:`~qlora_exp.analysis.rank.as_object`, and
+
+    ``status`` (``open``, ``decided``, ``failed``), ``axes``, ``alpha``, ``learning_rates`` with their pilots, ``seeds``
+    by rank, ``items``, ``saves`` (what the recommended rank saves against the other of the last doubling, a run; bytes,
+    seconds, dollars; negative: it costs more), ``spent``, ``warnings``.
+    """
+    return [_object(spec, one, stand(spec, one, trials), _own(one, trials)) for one in spec.ladders]
+
+
+def plan_sentence(rule: Rule, seed_sd: float | None, item_sd: float | None, items: int | None) -> tuple[bool, str]:
+    """Whether the plan can settle the margin, as far as the expected noise is known; and the word on it.
+
+    Args:
+        seed_sd, item_sd: expected, in nats per item and nats; ``None``: unknown.
+        items: test items; ``None``: not limited, so not known before the data are read.
+    """
+    if seed_sd is not None and item_sd is not None and items is not None:
+        found = plan(Noise(seed_sd, item_sd), MOST_SEEDS, items, rule)
+        return found.settles, found.sentence
+    by_seeds = rule.half_zone / half_width(Noise(1.0, 0.0), MOST_SEEDS, 1, rule)
+    settles = seed_sd is None or seed_sd <= by_seeds
+    told = f"With {MOST_SEEDS} seeds after a purchase the margin can be settled if a doubling's gain varies by at most "
+    told += f"{by_seeds:.2g} {UNIT} (sd) from seed to seed"
+    if items is not None:
+        by_items = rule.half_zone / half_width(Noise(0.0, 1.0), MOST_SEEDS, items, rule)
+        settles = settles and (item_sd is None or item_sd <= by_items)
+        told += f", and by less than {by_items:.2g} nats from item to item ({items} items)"
+    known = [f"{sd:g} over {what}" for sd, what in ((seed_sd, "seeds"), (item_sd, "items")) if sd is not None]
+    told += f"; expected: {', '.join(known)}." if known else "; what it will vary by isn't known yet."
+    return settles, told
+
+
+def _test_losses(paths: RunPaths) -> dict[str, float] | None:
+    """Item → nats; ``None`` where there is no such file, or it can't be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(paths.items("after", "test"), columns=["item_id", "loss_sum_nats"])
+    except (OSError, pa.ArrowException):
+        return None
+    return dict(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True))
+
+
+def _own(one: OneLadder, trials: Sequence[LadderTrial]) -> list[LadderTrial]:
+    return [trial for trial in trials if one.axes.items() <= trial.params.items()]
+
+
+def _object(spec: LadderSpec, one: OneLadder, standing: Standing, own: Sequence[LadderTrial]) -> dict[str, Any]:
+    found = answer(standing.comparisons, rule_of(spec), UNIT) if standing.comparisons else None
+    last = _last(found) if found is not None else None
+    rule = rule_of(spec)
+    nothing: dict[str, Any] = {"decision": None, "recommended_rank": None, "comparisons": [], "margin": rule.margin}
+    saves = _saves(last, standing) if last is not None else None
+    told = nothing | {"half_zone": rule.half_zone} if found is None else as_object(found)
+    return told | {
+        "status": "open" if standing.needs else "decided" if standing.trouble is None else "failed",
+        "axes": one.axes,
+        "alpha": one.alpha,
+        "lr_policy": spec.lr_policy,
+        "learning_rates": [to_dict(choice) for choice in standing.choices],
+        "seeds": {str(rank): sum(trial.completed for trial in runs) for rank, runs in standing.runs.items()},
+        "items": last.decision.items if last is not None else None,
+        "saves": saves,
+        "spent": _spent(own),
+        "warnings": _warnings(spec, standing, last),
+        "sentence": " ".join(_sentences(spec, one, standing, found, saves)),
+    }
+
+
+def _last(found: Answer) -> Comparison:
+    return next((c for c in found.comparisons if c.decision.verdict is not Verdict.CONTINUE), found.comparisons[-1])
+
+
+def _saves(last: Comparison, standing: Standing) -> dict[str, Any] | None:
+    """``None`` where no rank is recommended."""
+    ranks = {
+        Verdict.STOP: (last.from_rank, last.to_rank),
+        Verdict.CONTINUE: (last.to_rank, last.from_rank),
+    }.get(last.decision.verdict)
+    if ranks is None:
+        return None
+    chosen, other = (_costs(standing.runs.get(rank, ())) for rank in ranks)
+    differences = {
+        name: theirs - ours
+        for name in COSTS
+        if (ours := chosen[name]) is not None and (theirs := other[name]) is not None
+    }
+    return {"against_rank": ranks[1]} | {name: differences.get(name) for name in COSTS}
+
+
+def _costs(runs: Sequence[LadderTrial]) -> dict[str, float | None]:
+    """Means over the runs that completed."""
+    records = [trial.record for trial in runs if trial.record is not None and trial.completed]
+    known = {name: [value_of(record, field) for record in records] for name, field in COSTS.items()}
+    return {name: _mean([value for value in values if value is not None]) for name, values in known.items()}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _spent(own: Sequence[LadderTrial]) -> dict[str, Any]:
+    """All runs of the ladder, pilots and failures included."""
+    records = [trial.record for trial in own if trial.record is not None]
+    seconds = [record.speed.total_seconds for record in records if record.speed.total_seconds is not None]
+    usd = [record.speed.cost_usd for record in records if record.speed.cost_usd is not None]
+    pilots = sum(trial.ended and trial.params[SPLIT] == "validation" for trial in own)
+    return {
+        "runs": len([trial for trial in own if trial.ended]),
+        "pilots": pilots,
+        "seconds": math.fsum(seconds),
+        "cost_usd": math.fsum(usd) if usd else None,
+    }
+
+
+# Words.
+
+
+def _sentences(
+    spec: LadderSpec, one: OneLadder, standing: Standing, found: Answer | None, saves: Mapping[str, Any] | None
+) -> list[str]:
+    if found is None:
+        return [f"No answer: {standing.trouble}." if standing.trouble else "Nothing is decided yet."]
+    told = [found.sentence]
+    if standing.needs:
+        told.append("The ladder isn't finished.")
+    if standing.trouble:
+        told.append(f"It ended there: {standing.trouble}.")
+    told.append(_learning_rate_words(spec, one, standing.choices))
+    if saves is not None and (costs := _cost_words(saves)):
+        told.append(f"A run at r = {found.recommended_rank} {costs} than one at r = {saves['against_rank']}.")
+    return told
+
+
+def _learning_rate_words(spec: LadderSpec, one: OneLadder, choices: Sequence[Choice]) -> str:
+    rates = ", ".join(f"{choice.learning_rate:g} at r = {choice.rank}" for choice in choices)
+    told = f"alpha: {one.alpha}. "
+    if spec.lr_policy == LrPolicy.search.value:
+        return told + f"Learning rate chosen at every rank: {rates}."
+    if spec.lr_policy == LrPolicy.transfer.value:
+        return told + f"At this learning rate, chosen at r = {spec.r_start} and carried over: {rates}."
+    return told + f"At this learning rate: {one.learning_rate:g} at every rank."
+
+
+def _cost_words(saves: Mapping[str, Any]) -> str:
+    memory = saves["peak_train_bytes"] if saves["peak_train_bytes"] is not None else saves["model_state_bytes"]
+    parts = [
+        f"{_more(memory)} memory ({abs(memory) / 1e6:.3g} MB)" if memory else None,
+        f"{_more(saves['train_seconds'])} training time ({abs(saves['train_seconds']):.3g} s)"
+        if saves["train_seconds"]
+        else None,
+        f"{_more(saves['cost_usd'])} money ({abs(saves['cost_usd']):.3g} USD)" if saves["cost_usd"] else None,
+    ]
+    known = [part for part in parts if part]
+    return f"takes {', '.join(known)}" if known else ""
+
+
+def _more(saved: float) -> str:
+    return "less" if saved > 0 else "more"
+
+
+def _warnings(spec: LadderSpec, standing: Standing, last: Comparison | None) -> list[str]:
+    told = [
+        f"r = {choice.rank}: the best learning rate of the pilots, {choice.learning_rate:g}, is at the edge of the "
+        "grid after one extension: unresolved. Other sweep.ladder.lr_factors, or another training.learning_rate"
+        for choice in standing.choices
+        if choice.unresolved
+    ]
+    lost = sum(not trial.completed for runs in standing.runs.values() for trial in runs)
+    if lost:
+        told.append(f"{lost} decision runs left no result")
+    told += [
+        f"the training losses of r = {step.from_rank} and {step.to_rank} coincide: the budget is too short for ranks "
+        "to differ. More training.max_steps"
+        for step in standing.comparisons
+        if _coincide(standing.runs.get(step.from_rank, ()), standing.runs.get(step.to_rank, ()))
+    ]
+    if last is not None and last.from_rank == spec.r_start and last.decision.verdict is Verdict.STOP:
+        told.append(
+            f"r = {spec.r_start} is the smallest rank that was run, and halving it may do as well: "
+            f"sweep.ladder.r_start={max(spec.r_start // 2, 1)}"
+        )
+        rule = rule_of(spec)
+        if last.decision.high is not None and last.decision.high < rule.margin - rule.half_zone:
+            told.append(f"r = {spec.r_start} saturates: what r = {last.to_rank} gains is below the whole zone in doubt")
+    return told
+
+
+def _coincide(smaller: Sequence[LadderTrial], larger: Sequence[LadderTrial]) -> bool:
+    """Whether the training losses of the same seeds end together, for every seed that both ranks have."""
+    by_seed = {trial.params["seed"]: trial.record for trial in larger if trial.completed}
+    pairs = [(trial.record, by_seed.get(trial.params["seed"])) for trial in smaller if trial.completed]
+    distances = [_distance(one, other) for one, other in pairs if one is not None and other is not None]
+    known = [distance for distance in distances if distance is not None]
+    return bool(known) and max(known) < SAME_CURVE
+
+
+def _distance(one: RunRecord, other: RunRecord) -> float | None:
+    """|final loss − final loss| as a share of what training gained."""
+    if one.training is None or other.training is None:
+        return None
+    first, final, other_final = one.training.first_loss, one.training.final_loss, other.training.final_loss
+    if first is None or final is None or other_final is None or first <= min(final, other_final):
+        return None
+    return abs(final - other_final) / (first - min(final, other_final))
