@@ -24,7 +24,7 @@ from qlora_exp.records import read_record, write_json
 from qlora_exp.standing import read_spec
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]
-SWEEPS = ["demo", "lora_search", "pareto", "rank_by_quantization"]
+SWEEPS = ["demo", "lora_search", "pareto", "rank_by_quantization", "rank_doubling"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_each_sweep_composes_at_every_corner_and_ends(name: str) -> None:
     asked = sweep.ask([f"sweeps={name}"])
     assert asked.spec.name == name
     assert asked.spec.question
-    assert 6 <= asked.spec.n_trials <= 24
+    assert 6 <= asked.spec.n_trials <= 48
     assert compose([f"sweeps={name}"]).sweep is not None
 
 

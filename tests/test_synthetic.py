@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from qlora_exp.app import execute
@@ -38,6 +39,20 @@ def test_its_score_depends_on_the_axes_and_the_seed_only(tmp_path: Path) -> None
     assert first.scores == again.scores
     for axis in ("lora.r=64", "training.learning_rate=1e-2", "quantization=fp4", "seed=7"):
         assert run(tmp_path, "lora.r=4", axis).scores != first.scores
+
+
+def test_its_test_items_say_what_its_score_says_and_are_the_same_each_time(tmp_path: Path) -> None:
+    def losses(*more: str) -> list[float]:
+        record = run(tmp_path, "evaluation.split=test", *more)
+        table = pq.read_table(OutputPaths.of(tmp_path).run(record.run_id).items("after", "test"))
+        found: list[float] = table["loss_sum_nats"].to_pylist()
+        assert record.scores.test is not None
+        assert record.scores.test.loss_per_item == pytest.approx(sum(found) / len(found))
+        return found
+
+    assert losses("lora.r=4") == losses("lora.r=4")
+    means = [sum(losses(f"lora.r={r}")) for r in (2, 4, 8)]
+    assert means[0] - means[1] > means[1] - means[2] > 0
 
 
 @pytest.mark.parametrize(
