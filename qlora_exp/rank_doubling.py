@@ -39,7 +39,7 @@ def _one(fixed: Sequence[str], point: dict[str, Any]) -> OneLadder:
     """As the point's own configuration has it: another model may bring another learning rate."""
     raw = compose.compose_raw([*fixed, *study.overrides_of(point)])
     constant = raw.lora.rslora or raw.lora.alpha_policy == "fixed"
-    alpha = f"fixed at {raw.lora.alpha:g}" if raw.lora.alpha_policy == "fixed" else str(raw.lora.alpha_policy)
+    alpha = f"fixed at {raw.lora.alpha}" if raw.lora.alpha_policy == "fixed" else str(raw.lora.alpha_policy)
     return OneLadder(
         axes=point,
         learning_rate=float(raw.training.learning_rate),

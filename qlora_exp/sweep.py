@@ -395,7 +395,9 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> int:
         allow = " sweep.max_failures=null" if failed else ""
         print(f"{why}: qlora-exp resume {spec.name}{allow}{option}")
         return EXIT_RUN_FAILED if failed else EXIT_INTERRUPTED
-    print(f"  qlora-exp best {spec.name}{option}\n  qlora-exp trials {spec.name} --csv{option}")
+    if spec.ladder is None:  # the answer of a ladder is no single trial
+        print(f"  qlora-exp best {spec.name}{option}")
+    print(f"  qlora-exp trials {spec.name} --csv{option}")
     return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED
 
 

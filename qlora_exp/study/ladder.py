@@ -42,7 +42,7 @@ class LadderTrial:
     record: RunRecord | None = None
     """``None`` until it has ended, and where it left none."""
     losses: Mapping[str, float] | None = None
-    """Item → nats on the test split; ``None`` where it left none."""
+    """Item → nats on the test split, sorted by item; ``None`` where it left none."""
 
     @property
     def completed(self) -> bool:
@@ -295,16 +295,16 @@ class _Walk:
             if not any(trial.completed for trial in several):
                 raise AnalysisError(f"no run at r = {rank} completed: {_why(several)}", f"r = {rank}")
         _check_comparable([trial.record for trial in whole if trial.record is not None])
-        items = sorted(whole[0].losses or ())
+        items = list(whole[0].losses or ())
         for trial in whole:
-            if not trial.losses or sorted(trial.losses) != items:
+            if not trial.losses or list(trial.losses) != items:
                 run = trial.record.run_id if trial.record else "a run"
                 raise AnalysisError(f"the per-item losses of {run} are missing, or are of other items", "test split")
         for several in runs.values():
             losses = np.full((MOST_SEEDS, len(items)), np.nan)
             for row, trial in enumerate(several):
                 if trial.completed and trial.losses:
-                    losses[row] = [trial.losses[item] for item in items]
+                    losses[row] = list(trial.losses.values())
             yield losses
 
     def _runs(self, rank: int) -> Iterator[LadderTrial]:

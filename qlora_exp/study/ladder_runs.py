@@ -86,7 +86,7 @@ def plan_sentence(rule: Rule, seed_sd: float | None, item_sd: float | None, item
 
 
 def _test_losses(paths: RunPaths) -> dict[str, float] | None:
-    """Item → nats; ``None`` where there is no such file, or it can't be read."""
+    """Item → nats, sorted by item; ``None`` where there is no such file, or it can't be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -94,7 +94,7 @@ def _test_losses(paths: RunPaths) -> dict[str, float] | None:
         table = pq.read_table(paths.items("after", "test"), columns=["item_id", "loss_sum_nats"])
     except (OSError, pa.ArrowException):
         return None
-    return dict(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True))
+    return dict(sorted(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True)))
 
 
 def _own(one: OneLadder, trials: Sequence[LadderTrial]) -> list[LadderTrial]:

@@ -52,6 +52,7 @@ class Study:
         self._study = study
         self._storage = study._storage
         self._ended: dict[int, LadderTrial] = {}
+        self._done: dict[int, bool] = {}
 
     @classmethod
     def open(cls, spec: StudySpec, paths: StudyPaths, storage_url: str | None = None) -> Study:
@@ -179,12 +180,8 @@ class Study:
 
     def counts(self) -> Counts:
         trials = self._read()
-        if self.spec.ladder is not None:
-            from qlora_exp.study.ladder import is_done
-
-            if is_done(self.spec.ladder, self.on_ladder()):
-                return rows.counts(trials, len(trials))
-        return rows.counts(trials, self.spec.n_trials)
+        done = self.spec.ladder is not None and self._ladder_is_done()
+        return rows.counts(trials, len(trials) if done else self.spec.n_trials)
 
     def trials(self) -> list[TrialRow]:
         """Every trial, by number."""
@@ -244,8 +241,18 @@ class Study:
         ours = trial.state is TrialState.RUNNING and rows.attempt(trial) == claim.attempt
         return trial if ours else None
 
+    def _ladder_is_done(self) -> bool:
+        """Asked often, and the answer changes with the ended trials alone."""
+        from qlora_exp.study.ladder import is_done
+
+        assert self.spec.ladder is not None
+        seen = self.on_ladder()
+        if len(self._ended) not in self._done:
+            self._done[len(self._ended)] = is_done(self.spec.ladder, seen)
+        return self._done[len(self._ended)]
+
     def _start_on_ladder(self, waiting: Sequence[FrozenTrial], owner: Owner) -> Claim | None:
-        from qlora_exp.study.ladder import is_done, next_point
+        from qlora_exp.study.ladder import next_point
 
         assert self.spec.ladder is not None
         asked = [trial for trial in waiting if self._point(trial)]
@@ -253,7 +260,7 @@ class Study:
             return self._start(asked[0], owner)
         seen = self.on_ladder()
         point = next_point(self.spec.ladder, seen)
-        if point is None and waiting and is_done(self.spec.ladder, seen):  # a lost trial that nothing depends on
+        if point is None and waiting and self._ladder_is_done():  # a lost trial that nothing depends on
             for trial in waiting:
                 self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         if point is None or (not waiting and self._all_asked()):

@@ -433,6 +433,13 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_answer(elsewhere: Path) -> N
     assert answers(spec.ladder, trials_of(records, outputs)) == [ladder]
 
 
+def test_a_margin_can_not_change_once_there_are_runs(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sweep", "rank_doubling", *ASLEEP, *SMALL, "sweep.name=mine", "sweep.n_trials=1"]
+    assert main(command) == 0
+    assert main([*command, "sweep.ladder.margin=0.2"]) == 2
+    assert "0.2" in capsys.readouterr().err
+
+
 def test_a_lost_database_is_made_again_and_the_ladder_resumed(
     elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
