@@ -189,7 +189,10 @@ def _sentences(
 
 
 def _learning_rate_words(spec: LadderSpec, one: OneLadder, choices: Sequence[Choice]) -> str:
-    rates = ", ".join(f"{choice.learning_rate:g} at r = {choice.rank}" for choice in choices)
+    rates = ", ".join(
+        f"{choice.learning_rate:g} at r = {choice.rank}{' (unresolved)' if choice.unresolved else ''}"
+        for choice in choices
+    )
     told = f"alpha: {one.alpha}. "
     if spec.lr_policy == LrPolicy.search.value:
         return told + f"Learning rate chosen at every rank: {rates}."

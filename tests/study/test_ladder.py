@@ -213,6 +213,7 @@ def test_an_optimum_at_the_edge_extends_the_grid_once(best: float, tried: float,
     found = answer_of(spec, trials)
     assert [choice["unresolved"] for choice in found["learning_rates"]] == [unresolved] * 2
     assert any("unresolved" in warning for warning in found["warnings"]) == unresolved
+    assert ("unresolved" in found["sentence"]) == unresolved
 
 
 def test_a_rate_that_diverges_is_not_chosen() -> None:
