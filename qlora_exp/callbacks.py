@@ -105,6 +105,11 @@ class Curve(TrainerCallback):  # type: ignore[misc]
         self.first_loss: float | None = losses[0] if losses else None
         self.final_loss: float | None = losses[-1] if losses else None
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step's loss is logged wherever ``training.logging_steps`` falls."""
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            control.should_log = True
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         numbers = {ours: float(logs[theirs]) for theirs, ours in LOGGED.items() if theirs in logs}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -196,11 +198,16 @@ def _parse(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         first = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{text!r} can't be read as an override: {first}",
-            "command line",
-            "write key=value; quote values that hold spaces, commas or brackets: 'task.prompt=\"…\"'",
-        ) from None
+        what = f"{text!r} can't be read as an override: {first}"
+        raise ConfigError(what, "command line", _in_quotes(text) or "write key=value") from None
+
+
+def _in_quotes(text: str) -> str | None:
+    """``key=value`` with its value as a text that Hydra reads, itself quoted for a shell; ``None`` without a key."""
+    key, sign, value = text.partition("=")
+    if not (sign and re.fullmatch(r"[\w.+]+", key)):
+        return None
+    return shlex.quote(f"{key}={QuotedString(text=value, quote=Quote.double).with_quotes()}")
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
@@ -394,6 +401,13 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
 
 
 def _not_composed(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
+    refused = re.match(r"Could not override '([\w.]+)'", str(error))
+    for text in overrides if refused else ():
+        # Overrides are checked against the schema before: what Hydra still refuses is a new entry of a mapping.
+        if refused and key_of(text) == refused[1]:
+            return ConfigError(
+                f"{refused[1]} isn't there yet", text, f"a + in front adds it: {shlex.quote(f'+{text}')}"
+            )
     return ConfigError(str(error).splitlines()[0], " ".join(overrides) or "conf/", "qlora-exp validate …")
 
 

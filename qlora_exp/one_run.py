@@ -188,7 +188,7 @@ def _straight_line(
     progress.enter("evaluate untouched", observer)
     with meter.phase("untouched"):
         untouched = untouched_scores(bases.model(base), tokenizer, splits, config, planned, base.fingerprint, cache)
-        baselines = baselines_of(splits, config, cache)
+    baselines = baselines_of(splits, config, cache)
     untouched.write_items(paths)
     progress.untouched = untouched
     before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores)

@@ -21,7 +21,7 @@ from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXI
 from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.environment import alive, process_identity
 from qlora_exp.errors import ConfigError, QloraExpError, RecordError, raise_all
-from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.paths import OutputPaths, StudyPaths, make_folder
 from qlora_exp.records import Process, Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact_overrides, redact_text
 from qlora_exp.standing import Watch, best_table, read_spec, running, show_progress
@@ -287,7 +287,7 @@ def _orchestrating(paths: StudyPaths, name: str, join: bool) -> Iterator[bool]:
     """
     from filelock import FileLock
 
-    paths.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(paths.folder)
     me = process_identity()
     with FileLock(paths.lock):
         holder = orchestrator(paths)

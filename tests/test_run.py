@@ -17,7 +17,7 @@ import pytest
 
 from qlora_exp import load_run, run
 from qlora_exp.environment import process_identity
-from qlora_exp.errors import DataError
+from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.paths import EMBEDDED
 from qlora_exp.records import RunRecord, Status, write_json
 
@@ -207,6 +207,15 @@ def test_wrong_data_ends_with_exit_code_2_and_no_run(tiny_models: dict[str, Path
         assert "task.jsonl" in result.stderr
         assert "row 2" in result.stderr or "line 2" in result.stderr
     assert not list((tmp_path / "outputs").glob("runs/*"))
+
+
+def test_an_output_folder_that_can_not_be_made_is_told(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output folder can't be made") as caught:
+        run(*overrides(tmp_path / "file", *local(tiny_models["llama"], colour_task)))
+    assert "output_root" in str(caught.value.hint)
 
 
 def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(

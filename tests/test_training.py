@@ -179,6 +179,15 @@ def test_a_token_budget_stops_at_the_first_step_that_reaches_it(
     assert not trained.training.stopped_early
 
 
+def test_the_curve_ends_at_the_last_step_whatever_is_logged_between(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    trained, _ = train_once(configured(tiny_models["llama"], colour_task, "training.logging_steps=4"), tmp_path)
+    points = read_curve(RunPaths(tmp_path).curve)
+    assert [point["step"] for point in points] == [1, 4, 6]
+    assert trained.training.final_loss == points[-1]["loss"]
+
+
 def test_micro_batches_give_the_same_training(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
     whole = configured(tiny_models["llama"], colour_task, "quantization=fp32")
     parts = configured(tiny_models["llama"], colour_task, "quantization=fp32", "training.micro_batch_size=2")

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qlora_exp.config import Config
-from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
 from qlora_exp.evaluation.generation import StopRule, generate, max_new_tokens, stop_rule
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
@@ -62,15 +61,10 @@ def evaluate_model(
     but for rounding; with int8 they do: it picks outlier columns over a whole batch, and rounds inputs to 8 bits.
 
     Raises:
-        ConfigError: a metric of ``evaluation.metrics`` can't be had; before anything is scored.
+        ConfigError: a metric of ``evaluation.metrics`` can't be had; before anything is scored. Further metrics are of
+            generated answers (:mod:`qlora_exp.checks` asks for ``evaluation.generate``).
     """
     further = {name: hub_metric(name) for name in config.evaluation.metrics}
-    if further and not config.evaluation.generate:
-        raise ConfigError(
-            "further metrics are computed on generated answers, and nothing is generated",
-            f"evaluation.metrics={list(further)}",
-            "evaluation.generate=true, or evaluation.metrics=[]",
-        )
     trie = OptionTrie.of([splits.label_ids[label] for label in splits.labels]) if splits.labels else None
     with scoring_mode(model):
         causal = CausalModel(model)

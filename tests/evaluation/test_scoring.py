@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation import evaluate_model
 from qlora_exp.evaluation.scoring import marginal
 
@@ -168,10 +167,3 @@ def test_adapters_take_part_in_the_scores(
             torch.nn.init.normal_(parameter)
     changed = evaluate_model(adapted, tokenizer, colours.validation, colours, make_config()).scores
     assert changed.loss != pytest.approx(plain.loss, rel=1e-3)
-
-
-def test_metrics_on_answers_without_answers_are_refused_before_anything_is_scored(
-    model: Any, tokenizer: Any, colours: Any, make_config: Callable[..., Any]
-) -> None:
-    with pytest.raises(ConfigError, match="sacrebleu"):
-        evaluate_model(model, tokenizer, colours.validation, colours, make_config(metrics=["sacrebleu"]))
