@@ -22,7 +22,7 @@ from qlora_exp import compose, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
 from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.environment import alive, process_identity
-from qlora_exp.errors import ConfigError, QloraExpError, RecordError, raise_all
+from qlora_exp.errors import ConfigError, QloraExpError, RecordError, StudyError, raise_all
 from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Process, Status, from_dict, to_dict, write_json
@@ -144,7 +144,7 @@ def sweep(asked: Asked, launch: Launch) -> int:
         tracker = _tracker(asked) if first else None
         try:
             with Watch(spec, opened, paths, tracker):
-                code = _launch(launch, _jobs(asked))
+                code = _launch(launch, _jobs(asked), spec.name)
             code = code or _conclude(opened, spec, paths)
         finally:
             if tracker is not None:
@@ -355,8 +355,8 @@ def orchestrator(paths: StudyPaths) -> Process | None:
     return None if alive(holder) is False else holder
 
 
-def _launch(launch: Launch, jobs: list[list[str]]) -> int:
-    """Run the jobs to their end. An exit code other than 0: a worker that could not work at all."""
+def _launch(launch: Launch, jobs: list[list[str]], name: str) -> int:
+    """Run the jobs to their end. An exit code other than 0: a worker that could not work at all, or was killed."""
     code = EXIT_COMPLETED
     try:
         results = launch(jobs)
@@ -364,6 +364,11 @@ def _launch(launch: Launch, jobs: list[list[str]]) -> int:
         return ended.code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:  # every launcher has its own for a job that was killed
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        hint = f"qlora-exp resume {name} goes on with it"
+        tell(StudyError(f"the launcher lost a worker: {reason}", f"study {name}", hint))
+        return EXIT_RUN_FAILED
     for result in results:
         try:
             _ = result.return_value
