@@ -45,7 +45,7 @@ class Ended(KeyboardInterrupt):
     """Leaves Hydra (which turns an ordinary exception into a trace and exit code 1) with an exit code."""
 
     def __init__(self, code: int) -> None:
-        super().__init__()
+        super().__init__(code)  # a launcher brings it from another process
         self.code = code
 
 

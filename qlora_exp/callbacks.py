@@ -25,6 +25,8 @@ LOGGED = {
     "eval_loss": "validation_loss",
 }
 """The trainer's names, and ours in curve.jsonl."""
+ITEM_NATS = "eval_item_nats"
+"""Beside ``eval_loss`` where a report wants it: nats of each validation item, in their order."""
 SCALER_PATIENCE = 10
 
 
@@ -145,8 +147,9 @@ class AskStudy(TrainerCallback):  # type: ignore[misc]
         self.report = report
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = (kwargs.get("metrics") or {}).get("eval_loss")
-        if loss is not None and self.report(state.global_step, float(loss)):
+        metrics = kwargs.get("metrics") or {}
+        loss = metrics.get("eval_loss")
+        if loss is not None and self.report.ask(state.global_step, float(loss), metrics.get(ITEM_NATS)):
             raise Pruned(state.global_step)
 
 

@@ -13,6 +13,7 @@ from qlora_exp.config import (
     AdapterInit,
     ComputeDtype,
     Config,
+    DeviceChoice,
     EvaluationConfig,
     LoraConfig,
     ModelConfig,
@@ -193,8 +194,18 @@ def _quantization(quantization: QuantizationConfig) -> Iterator[ConfigError]:
     yield from _at_least("quantization.int8_threshold", quantization.int8_threshold, 0)
 
 
+def int8_dora(config: Config) -> ConfigError | None:
+    """The problem of a configuration that would train DoRA over int8 on a CPU; ``None`` for every other."""
+    if not (config.lora.dora and config.quantization.mode is Quantization.int8):
+        return None
+    what = "DoRA can't be trained over int8 on a CPU: peft 0.21 loses the weights' scales when it unpacks them there"
+    return _error(what, "lora.dora", config.lora.dora, "quantization=nf4, or lora.dora=false, or a GPU")
+
+
 def _lora(config: Config) -> Iterator[ConfigError]:
     lora, mode = config.lora, config.quantization.mode
+    if config.training.device is DeviceChoice.cpu and (problem := int8_dora(config)):
+        yield problem
     yield from _within("lora.r", lora.r, 1, LARGEST_RANK)
     yield from _within("lora.dropout", lora.dropout, 0, 1, open_end=True)
     yield from _alpha(lora)

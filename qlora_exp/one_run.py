@@ -125,6 +125,8 @@ def run(
 
 def prepare(config: Config, environment: Environment, bases: Bases | None = None) -> Prepared:
     """Check rows, target modules and plan, in the order of their cost. Raises :class:`QloraExpError`."""
+    if environment.device.kind == "cpu" and (problem := plan.int8_dora(config)):
+        raise problem  # with training.device=auto the machine decides, which is known only here
     bases = bases or models.ColdBases()
     rows = (repr(config.task), _state_of_files(config.task.path))
     bases.kept("rows", rows, lambda: load_rows(config.task))

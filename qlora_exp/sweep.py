@@ -8,9 +8,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,11 +22,12 @@ from qlora_exp import compose, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
 from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.environment import alive, process_identity
-from qlora_exp.errors import ConfigError, QloraExpError, RecordError, raise_all
+from qlora_exp.errors import ConfigError, QloraExpError, RecordError, StudyError, raise_all
+from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import OutputPaths, StudyPaths, make_folder
 from qlora_exp.records import Process, Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact_overrides, redact_text
-from qlora_exp.standing import Watch, best_table, read_spec, running, show_progress
+from qlora_exp.standing import STORAGE_VARIABLE, Watch, best_table, read_spec, running, show_progress, storage_of
 from qlora_exp.study.types import Axis, AxisKind, Counts, StudySpec
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
@@ -85,7 +88,8 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
     texts |= {compose.key_of(text): text.partition("=")[2] for text in fixed if compose.key_of(text) in texts}
     fixed = [text for text in fixed if compose.key_of(text) not in texts]
-    axes = _axes(texts, settings)
+    fixed = _with_absolute_places(fixed, raw)
+    axes = tuple(_with_absolute_places_on(axis) for axis in _axes(texts, settings))
     points = study.grid(axes) if study.is_grid(axes) else None
     output_root = OutputPaths.of(str(raw.output_root))
     name = settings.name or _name(fixed, swept)
@@ -104,9 +108,9 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         pruner_options=dict(settings.pruner_options),
         n_trials=_n_trials(settings, points, name),
         seed=settings.seed,
-        enqueue=tuple(settings.enqueue),
+        enqueue=tuple({key: _absolute(key, value) for key, value in point.items()} for point in settings.enqueue),
         warm_start=tuple(settings.warm_start),
-        storage=settings.storage or f"sqlite:///{output_root.optuna_database}",
+        storage=_storage(settings, output_root),
         output_root=str(output_root.root),
         max_failures=settings.max_failures,
         max_attempts=settings.max_attempts,
@@ -140,7 +144,7 @@ def sweep(asked: Asked, launch: Launch) -> int:
         tracker = _tracker(asked) if first else None
         try:
             with Watch(spec, opened, paths, tracker):
-                code = _launch(launch, _jobs(asked))
+                code = _launch(launch, _jobs(asked), spec.name)
             code = code or _conclude(opened, spec, paths)
         finally:
             if tracker is not None:
@@ -156,14 +160,45 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
     paths = OutputPaths.of(str(raw.output_root)).study(str(raw.sweep.name))
     spec, workers = read_spec(paths), _settings(raw.workers, WorkersConfig)
     # The file holds no secrets; the command line that brought this job here does.
-    own = [text for text in overrides if not text.startswith(("workers.job=", "sweep.name="))]
+    own = [text for text in overrides if not text.startswith(("workers.job=", "sweep.name=", "sweep.storage="))]
     kept = [text for text in spec.overrides if compose.is_hydra(compose.key_of(text))]
-    spec = replace(spec, overrides=(*own, *kept), storage=raw.sweep.storage or spec.storage)
     try:
+        spec = replace(spec, overrides=(*own, *kept), storage=storage_of(spec, raw.sweep.storage))
         return run_worker(spec, paths, workers, int(raw.workers.job))
     except QloraExpError as error:
         tell(error)
         raise Ended(error.exit_code) from None
+
+
+PLACES = ("task.path", "model.path", "tracking.uri", "sweep.storage")
+"""Settings that may name a place relative to the folder that the command was given in."""
+
+
+def _with_absolute_places(fixed: Sequence[str], raw: DictConfig) -> list[str]:
+    """``fixed``, and what a file of sweeps/ sets, so that they mean the same places from every folder."""
+    places = {key: OmegaConf.select(raw, key) for key in PLACES}
+    changed = {key: _absolute(key, value) for key, value in places.items() if value != _absolute(key, value)}
+    return [*(text for text in fixed if compose.key_of(text) not in changed), *study.overrides_of(changed)]
+
+
+def _with_absolute_places_on(axis: Axis) -> Axis:
+    values = tuple(_absolute(axis.key, value) for value in axis.values)
+    return axis if values == axis.values else replace(axis, values=values, text=",".join(map(hydra_value, values)))
+
+
+def _absolute(key: str, value: Any) -> Any:
+    if key not in PLACES or not isinstance(value, str):
+        return value
+    if key.endswith(".path"):
+        return str(Path(value).expanduser().absolute())
+    scheme, found, name = value.partition("sqlite:///")
+    relative = found and not scheme and name and not name.startswith(("/", ":", "file:"))
+    return f"sqlite:///{Path(name).absolute()}" if relative else value
+
+
+def _storage(settings: SweepConfig, outputs: OutputPaths) -> str:
+    chosen = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{outputs.optuna_database}"
+    return str(_absolute("sweep.storage", chosen))
 
 
 def _settings(node: Any, kind: type[Any]) -> Any:
@@ -253,7 +288,8 @@ def _name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
 
 
 def _trial_overrides(fixed: Sequence[str], outputs: OutputPaths) -> Iterator[str]:
-    yield from (text for text in fixed if compose.key_of(text) not in ("sweep.name", "output_root", "sweep.join"))
+    not_theirs = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
+    yield from (text for text in fixed if compose.key_of(text) not in not_theirs)
     yield from study.overrides_of({"output_root": str(outputs.root)})
 
 
@@ -274,8 +310,10 @@ def _shown(spec: StudySpec) -> StudySpec:
 def _jobs(asked: Asked) -> list[list[str]]:
     spec = asked.spec
     own = [text for text in spec.overrides if not compose.is_hydra(compose.key_of(text))]
-    name = study.overrides_of({"sweep.name": spec.name})
-    return [[*own, *name, f"workers.job={job}"] for job in range(asked.workers.jobs)]
+    named: dict[str, Any] = {"sweep.name": spec.name}
+    if asked.sweep.storage is not None:
+        named["sweep.storage"] = spec.storage
+    return [[*own, *study.overrides_of(named), f"workers.job={job}"] for job in range(asked.workers.jobs)]
 
 
 @contextlib.contextmanager
@@ -317,8 +355,8 @@ def orchestrator(paths: StudyPaths) -> Process | None:
     return None if alive(holder) is False else holder
 
 
-def _launch(launch: Launch, jobs: list[list[str]]) -> int:
-    """Run the jobs to their end. An exit code other than 0: a worker that could not work at all."""
+def _launch(launch: Launch, jobs: list[list[str]], name: str) -> int:
+    """Run the jobs to their end. An exit code other than 0: a worker that could not work at all, or was killed."""
     code = EXIT_COMPLETED
     try:
         results = launch(jobs)
@@ -326,6 +364,11 @@ def _launch(launch: Launch, jobs: list[list[str]]) -> int:
         return ended.code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:  # every launcher has its own for a job that was killed
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        hint = f"qlora-exp resume {name} goes on with it"
+        tell(StudyError(f"the launcher lost a worker: {reason}", f"study {name}", hint))
+        return EXIT_RUN_FAILED
     for result in results:
         try:
             _ = result.return_value
@@ -397,6 +440,8 @@ def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
 
 
 def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
-    """What ``qlora-exp run`` needs to run a trial's configuration by itself."""
-    fixed = [text for text in spec.overrides if not _belongs(compose.key_of(text), ("sweep", "workers", "output_root"))]
+    """What ``qlora-exp run`` needs to run a trial's configuration by itself, wherever it is called."""
+    not_its = ("sweep", "workers", "output_root")
+    keys = {text: compose.key_of(text) for text in spec.overrides}
+    fixed = [text for text, key in keys.items() if key == compose.SEARCH_PATH or not _belongs(key, not_its)]
     return [*fixed, *study.overrides_of(params)]

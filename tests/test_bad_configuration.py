@@ -31,6 +31,7 @@ WRONG = [
     (["lora.alpha_policy=fixed", "lora.alpha=-1"], ["lora.alpha"]),
     (["lora.init=pizza"], ["lora.init", "pissa"]),
     (["lora.init=pissa", "quantization=nf4"], ["pissa", "quantiz"]),
+    (["lora.dora=true", "quantization=int8", "training.device=cpu"], ["lora.dora", "int8", "nf4"]),
     (["lora.dtype=float8"], ["lora.dtype", "float32"]),
     (["r=8"], ["lora.r"]),
     (["targets=attn"], ["attn", "attention"]),

@@ -12,7 +12,7 @@ from qlora_exp import checkpoints, environment, models
 from qlora_exp.callbacks import read_curve
 from qlora_exp.compose import compose
 from qlora_exp.config import Config
-from qlora_exp.endings import Diverged, Pruned
+from qlora_exp.endings import Diverged, Pruned, Report
 from qlora_exp.evaluation import evaluate_model
 from qlora_exp.one_run import prepare
 from qlora_exp.paths import RunPaths
@@ -155,14 +155,35 @@ def test_a_study_can_stop_a_training(tiny_models: dict[str, Path], colour_task: 
     config = configured(tiny_models["llama"], colour_task, "training.evaluate_every_steps=2")
     seen: list[tuple[int, float]] = []
 
-    def report(step: int, value: float) -> bool:
+    def ask(step: int, value: float, items: object) -> bool:
+        assert items is None
         seen.append((step, value))
         return step >= 4
 
     with pytest.raises(Pruned) as caught:
-        train_once(config, tmp_path, report)
+        train_once(config, tmp_path, Report(ask))
     assert caught.value.step == 4
     assert [step for step, _ in seen] == [2, 4]
+
+
+def test_a_study_that_wants_it_is_told_each_items_nats_by_the_same_pass(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    every = ["training.max_steps=2", "training.evaluate_every_steps=2", "quantization=fp32"]
+    config = configured(tiny_models["llama"], colour_task, *every)
+    told: dict[bool, tuple[float, object]] = {}
+    for wanted in (False, True):
+
+        def ask(step: int, value: float, items: object, wanted: bool = wanted) -> bool:
+            told[wanted] = (value, items)
+            return False
+
+        _, model = train_once(config, tmp_path / str(wanted), Report(ask, per_item=wanted))
+    ready = prepare(config, environment.probe(config.training.device))
+    scored = evaluate_model(model, ready.tokenizer, ready.splits.validation, ready.splits, config)
+    assert told[False][1] is None
+    assert told[True][0] == pytest.approx(told[False][0], rel=1e-6)
+    assert told[True][1] == pytest.approx(scored.items["loss_sum_nats"].to_pylist(), rel=1e-4)
 
 
 def test_a_token_budget_stops_at_the_first_step_that_reaches_it(

@@ -138,6 +138,7 @@ class Slot(threading.Thread):
                 resume=record is not None,
                 trial=Trial(spec.name, claim.number, claim.attempt, dict(claim.params)),
                 micro_batch_size=_micro_batch_asked(record),
+                per_item=spec.pruner == "wilcoxon",
             )
         )
         try:
@@ -166,8 +167,8 @@ class Slot(threading.Thread):
             match message:
                 case Ended() | Wrong() | DiskFull():
                     return message
-                case Question(step, value):
-                    stop = value is not None and self.worker.report(claim, step, value)
+                case Question(step, value, items):
+                    stop = value is not None and self.worker.report(claim, step, value, items)
                     host.send(Answer(stop))
                 case Phase(name):
                     self.state.phase = name
