@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -394,7 +395,12 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
 
 
 def _not_composed(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
-    return ConfigError(str(error).splitlines()[0], " ".join(overrides) or "conf/", "qlora-exp validate …")
+    told = str(error).splitlines()[0]
+    absent = re.fullmatch(r"Could not override '(\S+)'\.", told)  # a key of an open mapping, e.g. sweep.sampler_options
+    if absent:
+        where = next((text for text in overrides if text.startswith(f"{absent[1]}=")), absent[1])
+        return ConfigError(f"{absent[1]} isn't set, so that it can't be changed", where, f"add it: +{where}")
+    return ConfigError(told, " ".join(overrides) or "conf/", "qlora-exp validate …")
 
 
 def _missing(error: MissingMandatoryValue) -> ConfigError:
