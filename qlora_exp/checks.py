@@ -19,11 +19,13 @@ from qlora_exp.config import (
     ModelConfig,
     Quantization,
     QuantizationConfig,
+    SweepConfig,
     TargetsConfig,
     TaskConfig,
     TaskKind,
     TaskSource,
     TrainingConfig,
+    WorkersConfig,
 )
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.records import Scores
@@ -121,6 +123,8 @@ def check(config: Config) -> list[ConfigError]:
         _training(config.training),
         _evaluation(config.evaluation),
         _rest(config),
+        _sweep(config.sweep),
+        _workers(config.workers),
     )
     return [problem for part in parts for problem in part]
 
@@ -347,3 +351,24 @@ def _rest(config: Config) -> Iterator[ConfigError]:
         yield _error("the experiment needs a name", "tracking.experiment", "''", "tracking.experiment=qlora-exp")
     if not config.output_root.strip():
         yield _error("there is no output folder", "output_root", "''", "output_root=outputs")
+
+
+def _sweep(sweep: SweepConfig | None) -> Iterator[ConfigError]:
+    if sweep is not None:
+        yield from _at_least("sweep.n_trials", sweep.n_trials, 1)
+        yield from _at_least("sweep.max_failures", sweep.max_failures, 0)
+        yield from _at_least("sweep.max_attempts", sweep.max_attempts, 1)
+        yield from _at_least("sweep.out_of_memory_retries", sweep.out_of_memory_retries, 0)
+
+
+def _workers(workers: WorkersConfig | None) -> Iterator[ConfigError]:
+    if workers is None:
+        return
+    yield from _at_least("workers.count", workers.count, 1)
+    yield from _at_least("workers.jobs", workers.jobs, 1)
+    for key in ("heartbeat_seconds", "lease_seconds", "hang_seconds"):
+        yield from _above_zero(f"workers.{key}", getattr(workers, key))
+    if not workers.lease_seconds > workers.heartbeat_seconds:
+        what = "a trial's lease ends before its next heartbeat"
+        hint = f"more than workers.heartbeat_seconds={workers.heartbeat_seconds:g}"
+        yield _error(what, "workers.lease_seconds", workers.lease_seconds, hint)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import shlex
 import sys
 import threading
 import time
@@ -164,7 +165,7 @@ def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Process | 
     head = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {show_progress(counts)}"
     if counts.running + counts.waiting + counts.to_ask:
         head += f", {_duration(left)} left" if left is not None and slots else ""
-        nobody = f"nobody works on it: qlora-exp resume {spec.name}"
+        nobody = f"nobody works on it: qlora-exp resume {shlex.quote(spec.name)}"
         head += f"\nworked on by process {holder.pid}" if holder else f"\n{nobody}"
     parts: list[RenderableType] = [Text(head)]
     if slots:

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +27,10 @@ from qlora_exp.errors import ConfigError, QloraExpError, RecordError, StudyError
 from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import OutputPaths, StudyPaths, make_folder
 from qlora_exp.records import Process, Status, from_dict, to_dict, write_json
-from qlora_exp.redaction import redact_overrides, redact_text
+from qlora_exp.redaction import redact, redact_overrides, redact_text
 from qlora_exp.standing import STORAGE_VARIABLE, Watch, best_table, read_spec, running, show_progress, storage_of
 from qlora_exp.study.types import Axis, AxisKind, Counts, StudySpec
+from qlora_exp.tables import flat
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job, returns when all have ended; the results have Hydra's ``return_value``."""
@@ -84,20 +86,23 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     fixed = [text for text in overrides if compose.key_of(text) not in swept]
     raw = compose.compose_raw(fixed)
     settings = _settings(raw.sweep, SweepConfig)
-    texts = {**(params or {}), **settings.params, **swept}
+    declared = {**(params or {}), **settings.params}
+    texts = {**declared, **swept}
     # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
     texts |= {compose.key_of(text): text.partition("=")[2] for text in fixed if compose.key_of(text) in texts}
     fixed = [text for text in fixed if compose.key_of(text) not in texts]
     fixed = _with_absolute_places(fixed, raw)
-    axes = tuple(_with_absolute_places_on(axis) for axis in _axes(texts, settings))
+    narrowed = [key for key, text in declared.items() if texts[key] != text]
+    axes = tuple(_with_absolute_places_on(axis) for axis in _axes(texts, settings, narrowed))
     points = study.grid(axes) if study.is_grid(axes) else None
     output_root = OutputPaths.of(str(raw.output_root))
     name = settings.name or _name(fixed, swept)
     paths = output_root.study(name)
+    earlier = _earlier(paths, name)
     spec = StudySpec(
         name=name,
         question=settings.question,
-        created_at=_created_at(paths),
+        created_at=earlier.created_at if earlier else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         overrides=tuple(_trial_overrides(fixed, output_root)),
         axes=axes,
         objectives=tuple(settings.objectives),
@@ -117,9 +122,11 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         out_of_memory_retries=settings.out_of_memory_retries,
         synthetic=raw.training.engine is Engine.sleep,
         space={axis.key: axis.text for axis in axes},
+        settings=_alike(raw, axes),
     )
     compose.check_points([*spec.overrides, *point] for point in _points_to_check(axes))
     _check_pruner(settings, raw)
+    study.check_search(spec)
     workers, tracking = _settings(raw.workers, WorkersConfig), _settings(raw.tracking, TrackingConfig)
     return Asked(spec, paths, settings, workers, tracking)
 
@@ -210,7 +217,7 @@ def _settings(node: Any, kind: type[Any]) -> Any:
     return built
 
 
-def _axes(texts: Mapping[str, str], settings: SweepConfig) -> tuple[Axis, ...]:
+def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[str]) -> tuple[Axis, ...]:
     raise_all(
         [
             ConfigError(f"{key} can't be an axis", f"{key}={text}", "search what a run is, not how runs are run")
@@ -219,12 +226,21 @@ def _axes(texts: Mapping[str, str], settings: SweepConfig) -> tuple[Axis, ...]:
         ]
     )
     raise_all(compose.problems_of([f"{key}={text}" for key, text in texts.items()], multirun=True))
-    axes: tuple[Axis, ...] = study.parse_axes(texts, settings.conditions, lambda group: compose.groups()[group])
+    axes: tuple[Axis, ...] = study.parse_axes(
+        texts, settings.conditions, lambda group: compose.groups()[group], narrowed
+    )
     return axes
 
 
 def _belongs(key: str, names: Sequence[str]) -> bool:
     return compose.is_hydra(key) or any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _alike(raw: DictConfig, axes: Sequence[Axis]) -> dict[str, Any]:
+    """What every trial has alike, key → value, as far as it can change a trial's result."""
+    free = (*NOT_SWEPT, "budget", "name", *(axis.key for axis in axes))
+    plain = OmegaConf.to_container(raw, enum_to_str=True)
+    return {key: value for key, value in flat(redact(plain)) if not _belongs(key, free)}
 
 
 def _sampler(sampler: Sampler, grid: bool) -> str:
@@ -237,8 +253,6 @@ def _sampler(sampler: Sampler, grid: bool) -> str:
 
 def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, name: str) -> int:
     if settings.n_trials is not None:
-        if settings.n_trials < 1:
-            raise ConfigError("a study has at least one trial", f"sweep.n_trials={settings.n_trials}", "at least 1")
         return settings.n_trials
     if points is None or settings.sampler not in (Sampler.auto, Sampler.grid):
         raise ConfigError("this search has no end of its own", f"study {name}", "say how many: sweep.n_trials=20")
@@ -293,10 +307,17 @@ def _trial_overrides(fixed: Sequence[str], outputs: OutputPaths) -> Iterator[str
     yield from study.overrides_of({"output_root": str(outputs.root)})
 
 
-def _created_at(paths: StudyPaths) -> str:
-    with contextlib.suppress(RecordError):
-        return read_spec(paths).created_at
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def _earlier(paths: StudyPaths, name: str) -> StudySpec | None:
+    """What was asked before under this name; ``None``: nothing, or it can't be read."""
+    try:
+        earlier = read_spec(paths)
+    except RecordError:
+        return None
+    if earlier.name != name:  # folders have letters, digits, - and _ alone
+        raise ConfigError(
+            f"the study {earlier.name!r} has the folder that {name!r} would have", str(paths.folder), "sweep.name=OTHER"
+        )
+    return earlier
 
 
 def _write_spec(spec: StudySpec, paths: StudyPaths) -> None:
@@ -415,14 +436,15 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> int:
         show(best_table(best, spec))
     print(("SYNTHETIC " if spec.synthetic else "") + show_progress(counts))
     outputs = OutputPaths(paths.folder.parent.parent)
-    option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {outputs.root}"
+    option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
+    name = shlex.quote(spec.name)
     if not _is_complete(counts):
         failed = opened.failures_reached()
         why = f"sweep.max_failures={spec.max_failures:g} is reached" if failed else "not complete"
         allow = " sweep.max_failures=null" if failed else ""
-        print(f"{why}: qlora-exp resume {spec.name}{allow}{option}")
+        print(f"{why}: qlora-exp resume {name}{allow}{option}")
         return EXIT_RUN_FAILED if failed else EXIT_INTERRUPTED
-    print(f"  qlora-exp best {spec.name}{option}\n  qlora-exp trials {spec.name} --csv{option}")
+    print(f"  qlora-exp best {name}{option}\n  qlora-exp trials {name} --csv{option}")
     return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED
 
 
@@ -433,7 +455,9 @@ def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
         RecordError: nobody works on the study.
     """
     if orchestrator(paths) is None and not running(paths):
-        raise RecordError("nobody works on the study", f"study {name}", f"qlora-exp resume {name} goes on with it")
+        raise RecordError(
+            "nobody works on the study", f"study {name}", f"qlora-exp resume {shlex.quote(name)} goes on with it"
+        )
     mode = "now" if now or paths.stop.is_file() else "gracefully"
     write_json(paths.stop, {"mode": mode})
     return mode

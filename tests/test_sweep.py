@@ -147,6 +147,56 @@ def test_a_grid_is_run_once_and_the_same_command_finds_it_complete(capsys: pytes
     assert not only_study().orchestrator.exists()
 
 
+def test_a_searched_key_can_be_fixed_though_others_depend_on_it() -> None:
+    spec = sweep.ask(["sweeps=lora_search", "lora.alpha_policy=2r", "lora.r=4,8"]).spec
+    assert spec.space["lora.alpha_policy"] == "2r"
+
+
+def test_a_study_goes_on_with_the_settings_that_it_began_with_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sweeps").mkdir()
+    file = Path("sweeps/mine.yaml")
+    text = "# @package _global_\nsweep: {params: {lora.r: '4,8'}}\ntraining: {max_steps: STEPS}\n"
+    file.write_text(text.replace("STEPS", "5"))
+    assert main(["sweep", "mine", *SLEEP]) == 0
+    before = read_spec(only_study())
+    file.write_text(text.replace("STEPS", "7"))
+    assert main(["sweep", "mine", *SLEEP]) == 2
+    assert "training.max_steps: 5 there, 7 now" in capsys.readouterr().err
+    assert read_spec(only_study()) == before
+    file.write_text(text.replace("STEPS", "5"))
+    assert main(["sweep", "mine", *SLEEP, "sweep.n_trials=3", "budget.usd_per_hour=2", "sweep.name=mine"]) == 0
+
+
+def test_two_names_with_one_folder_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hydra("lora.r=4", *SLEEP, "sweep.name='a b'") == 0
+    told = capsys.readouterr().out
+    assert "qlora-exp best 'a b'\n" in told
+    assert hydra("lora.r=4", *SLEEP, "sweep.name=a-b") == 2
+    assert "'a b'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("workers.count=0", "workers.count must be at least 1"),
+        ("workers.jobs=0", "workers.jobs must be at least 1"),
+        ("workers.lease_seconds=1", "lease"),
+        ("workers.hang_seconds=0", "workers.hang_seconds must be above 0"),
+        ("sweep.n_trials=0", "sweep.n_trials must be at least 1"),
+        ("sweep.max_failures=-1", "sweep.max_failures must be at least 0"),
+        ("sweep.max_attempts=0", "sweep.max_attempts must be at least 1"),
+        ("sweep.out_of_memory_retries=-1", "sweep.out_of_memory_retries must be at least 0"),
+        ("sweep.sampler_options.multivariate=true", "+sweep.sampler_options.multivariate=true"),
+        ("+sweep.pruner_options.multivariate=true", "NopPruner has no option"),
+        ("sweep.constraints=['memory.peak <= x']", "a constraint that can't be read"),
+    ],
+)
+def test_a_wrong_search_is_told_and_writes_nothing(wrong: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hydra("lora.r=4,8", *SLEEP, wrong) == 2
+    assert told in capsys.readouterr().err
+    assert list(Path.cwd().iterdir()) == []
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_two_trials_of_each_sweep_run_without_a_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", name, "sweep.n_trials=2", *SLEEP]) == 0

@@ -113,12 +113,14 @@ def stop(
     output_root: OutputRoot = None,
 ) -> int:
     """Stop a study after its running trials; called twice: now."""
+    import shlex
+
     from qlora_exp.sweep import request_stop
 
     spec, paths = _found(study, output_root)
     mode = request_stop(paths, spec.name, now)
     what = "running trials save their state and end" if mode == "now" else "no further trial starts; again: stop now"
-    print(f"study {spec.name}: {what}\nlater: qlora-exp resume {spec.name}")
+    print(f"study {spec.name}: {what}\nlater: qlora-exp resume {shlex.quote(spec.name)}")
     return 0
 
 
@@ -139,8 +141,8 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
     if not rows:
         raise RecordError("no trial has completed yet", f"study {spec.name}", f"qlora-exp status {spec.name}")
     show(best_table(rows, spec))
-    for row in rows:
-        print(f"qlora-exp run {shlex.join(run_overrides(spec, row.params))}")
+    for command in dict.fromkeys(shlex.join(run_overrides(spec, row.params)) for row in rows):
+        print(f"qlora-exp run {command}")
     return 0
 
 
