@@ -299,8 +299,8 @@ def interrupted(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path)
 STOPPED_AT_STEP_3 = """
 import os, signal, sys
 from qlora_exp.app import execute
-from qlora_exp.callbacks import Silent
 from qlora_exp.compose import compose
+from qlora_exp.endings import Silent
 
 class StopAtStep3(Silent):
     def step(self, step, total, metrics):

@@ -149,6 +149,10 @@ class Worker:
         counts = self._ask(self.study.counts)
         return counts.running + counts.waiting + counts.to_ask == 0
 
+    def nothing_has_ended(self) -> bool:
+        """Whether no trial of the study has ended yet, however."""
+        return self._ask(self.study.counts).finished == 0
+
     def wait(self, seconds: float) -> None:
         """Until another slot tells or gives back a trial, at most ``seconds``."""
         with self._changed:
