@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shlex
 import time
 import traceback
@@ -16,7 +17,7 @@ from qlora_exp import measurement, models, plan
 from qlora_exp.checkpoints import newest_valid, step_of
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.data import Splits, check_positions, load_data, load_rows
-from qlora_exp.endings import Observer, Report, Silent, never_stop, status_of
+from qlora_exp.endings import Diverged, Observer, Report, Silent, never_stop, status_of
 from qlora_exp.errors import DataError, ModelError, QloraExpError
 from qlora_exp.evaluation import Evaluation, answer_goal
 from qlora_exp.metrics import hub_metric
@@ -216,6 +217,7 @@ def _straight_line(
     progress.enter("evaluate", observer)
     with meter.phase("evaluate"):
         after, test, forgotten = score(model, tokenizer, splits, config, untouched)
+    _check_finite(after, progress.trained)
     write_items(after.items, paths.items("after", "validation"))
     if test is not None:
         write_items(test.items, paths.items("after", "test"))
@@ -227,6 +229,13 @@ def _straight_line(
         forgetting_chat=forgotten.chat,
     )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+
+
+def _check_finite(after: Evaluation, trained: Trained) -> None:
+    """The last step can spoil an adapter after the last loss of the training: its weights may still be finite, and an
+    argmax over NaN would look like an accuracy."""
+    if after.scores.loss is not None and not math.isfinite(after.scores.loss):
+        raise Diverged("the tuned model's loss", trained.training.steps)
 
 
 def _trained_before(paths: RunPaths) -> Trained | None:

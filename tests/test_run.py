@@ -195,6 +195,17 @@ def test_a_diverged_run_is_told_as_such(tiny_models: dict[str, Path], colour_tas
     assert "learning_rate" in result.stdout
 
 
+def test_a_model_that_its_last_step_spoiled_is_no_completed_run(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    last = ["training.max_steps=1", "training.warmup_ratio=0", "training.learning_rate=1e30", "quantization=fp32"]
+    record = run(*overrides(tmp_path / "outputs", *local(tiny_models["llama"], colour_task), *last))
+    assert record.status is Status.DIVERGED
+    assert record.failure is not None
+    assert record.failure.phase == "evaluate"
+    assert record.scores.after is None
+
+
 def test_wrong_data_ends_with_exit_code_2_and_no_run(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     task = tmp_path / "task.jsonl"
     rows = [{"prompt": f"item {number}", "completion": "ab"[number % 2]} for number in range(40)]

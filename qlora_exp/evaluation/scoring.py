@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qlora_exp.config import Config
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
@@ -33,13 +31,6 @@ class Evaluation:
     """All of the task's labels, whether they occur among the items or not."""
     label_marginal: dict[str, float] | None = None
     """Mean predicted probability of each option over the validation items: what calibration divides by."""
-
-    def write(self, path: Path) -> None:
-        """Keep the per-item results as Parquet; a reader never sees half a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        pq.write_table(self.items, temporary)
-        temporary.replace(path)
 
 
 def evaluate_model(

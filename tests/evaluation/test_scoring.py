@@ -14,6 +14,7 @@ import torch
 
 from qlora_exp.evaluation import evaluate_model
 from qlora_exp.evaluation.scoring import marginal
+from qlora_exp.untouched import write_items
 
 
 def nats(model: Any, prompt: tuple[int, ...], target: tuple[int, ...]) -> float:
@@ -125,7 +126,7 @@ def test_items_come_back_from_parquet_as_they_were(
     model: Any, tokenizer: Any, colours: Any, make_config: Callable[..., Any], tmp_path: Path
 ) -> None:
     found = evaluate_model(model, tokenizer, colours.validation, colours, make_config())
-    found.write(tmp_path / "run" / "items.parquet")
+    write_items(found.items, tmp_path / "run" / "items.parquet")
     assert pq.read_table(tmp_path / "run" / "items.parquet") == found.items
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["items.parquet"]
 
