@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp import compose, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
-from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
+from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig, absolute_path
 from qlora_exp.environment import alive, process_identity
 from qlora_exp.errors import ConfigError, QloraExpError, RecordError, StudyError, raise_all
 from qlora_exp.overrides import hydra_value
@@ -177,13 +177,13 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
         raise Ended(error.exit_code) from None
 
 
-PLACES = ("task.path", "model.path", "tracking.uri", "sweep.storage")
+FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.uri", "sweep.storage")
 """Settings that may name a place relative to the folder that the command was given in."""
 
 
 def _with_absolute_places(fixed: Sequence[str], raw: DictConfig) -> list[str]:
     """``fixed``, and what a file of sweeps/ sets, so that they mean the same places from every folder."""
-    places = {key: OmegaConf.select(raw, key) for key in PLACES}
+    places = {key: OmegaConf.select(raw, key) for key in (*FILES, *STORES)}
     changed = {key: _absolute(key, value) for key, value in places.items() if value != _absolute(key, value)}
     return [*(text for text in fixed if compose.key_of(text) not in changed), *study.overrides_of(changed)]
 
@@ -194,10 +194,10 @@ def _with_absolute_places_on(axis: Axis) -> Axis:
 
 
 def _absolute(key: str, value: Any) -> Any:
-    if key not in PLACES or not isinstance(value, str):
+    if key in FILES and isinstance(value, str):
+        return absolute_path(value)
+    if key not in STORES or not isinstance(value, str):
         return value
-    if key.endswith(".path"):
-        return str(Path(value).expanduser().absolute())
     scheme, found, name = value.partition("sqlite:///")
     relative = found and not scheme and name and not name.startswith(("/", ":", "file:"))
     return f"sqlite:///{Path(name).absolute()}" if relative else value

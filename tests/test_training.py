@@ -11,8 +11,9 @@ import torch
 from qlora_exp import checkpoints, environment, models
 from qlora_exp.callbacks import read_curve
 from qlora_exp.compose import compose
-from qlora_exp.config import Config
+from qlora_exp.config import Config, DeviceChoice
 from qlora_exp.endings import Diverged, Pruned, Report
+from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation import evaluate_model
 from qlora_exp.one_run import prepare
 from qlora_exp.paths import RunPaths
@@ -249,3 +250,9 @@ def test_the_validation_loss_of_a_training_is_the_defined_one_whatever_the_batch
     scored = evaluate_model(base.model, ready.tokenizer, ready.splits.validation, ready.splits, config)
     assert shown["8"] == pytest.approx(shown["2"], abs=1e-5)
     assert shown["8"] == pytest.approx(scored.scores.loss, abs=1e-4)
+
+
+def test_dora_over_int8_is_refused_where_the_device_turns_out_to_be_a_cpu() -> None:
+    config = compose(["training.device=auto", "quantization=int8", "lora.dora=true"])
+    with pytest.raises(ConfigError, match="int8"):
+        prepare(config, environment.probe(DeviceChoice.cpu))
