@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -312,3 +313,14 @@ def test_the_basic_sweeper_is_still_there(capsys: pytest.CaptureFixture[str]) ->
     assert hydra("hydra/sweeper=basic", "lora.r=4,8", *SLEEP) == 0
     assert len(list(Path("outputs/runs").iterdir())) == 2
     assert not Path("outputs/studies").exists()
+
+
+def test_a_complete_study_is_delivered_with_its_trials_where_mlflow_lacks_them() -> None:
+    """As after a kill between the last trial's end and its delivery."""
+    command = ["lora.r=4,8", *SLEEP[:2], "sweep.name=late"]
+    assert hydra(*command, "tracking=off") == 0
+    assert hydra(*command) == 0
+    with sqlite3.connect("mlflow.db") as database:
+        assert database.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)] * 3
+        children = database.execute("SELECT COUNT(*) FROM tags WHERE key = 'mlflow.parentRunId'").fetchone()
+    assert children == (2,)
