@@ -28,7 +28,16 @@ from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import OutputPaths, StudyPaths, make_folder
 from qlora_exp.records import Process, Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact, redact_overrides, redact_text
-from qlora_exp.standing import STORAGE_VARIABLE, Watch, best_table, read_spec, running, show_progress, storage_of
+from qlora_exp.standing import (
+    STORAGE_VARIABLE,
+    Watch,
+    best_table,
+    read_spec,
+    running,
+    show_progress,
+    storage_of,
+    tracked,
+)
 from qlora_exp.study.types import Axis, AxisKind, Counts, StudySpec
 from qlora_exp.tables import flat
 
@@ -146,17 +155,15 @@ def sweep(asked: Asked, launch: Launch) -> int:
         _write_spec(spec, paths)
         if _is_complete(opened.counts()):
             print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
+            with _tracked(asked, opened, first and not _end_is_told(paths)) as tracker:
+                if tracker is not None:
+                    tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
             return _conclude(opened, spec, paths)
         print(_announcement(asked, opened.counts()), file=sys.stderr, flush=True)
-        tracker = _tracker(asked) if first else None
-        try:
+        with _tracked(asked, opened, first) as tracker:
             with Watch(spec, opened, paths, tracker):
                 code = _launch(launch, _jobs(asked), spec.name)
-            code = code or _conclude(opened, spec, paths)
-        finally:
-            if tracker is not None:
-                tracker.finish(_status(opened.counts()))
-    return code
+            return code or _conclude(opened, spec, paths)
 
 
 def work(raw: Any, overrides: Sequence[str]) -> Any:
@@ -399,14 +406,30 @@ def _launch(launch: Launch, jobs: list[list[str]], name: str) -> int:
     return code
 
 
-def _tracker(asked: Asked) -> Any:
-    if not asked.tracking.enabled:
-        return None
+@contextlib.contextmanager
+def _tracked(asked: Asked, opened: Any, wanted: bool) -> Iterator[Any]:
+    """The study's tracker, told of the end however that comes; what killed hosts could not deliver goes before it."""
+    if not (wanted and asked.tracking.enabled):
+        yield None
+        return
     from qlora_exp import tracking
 
-    tracker = tracking.StudyTracker(asked.tracking, OutputPaths(asked.paths.folder.parent.parent), asked.spec.name)
-    tracker.start(from_dict(tracking.StudyDefinition, to_dict(_shown(asked.spec))))
-    return tracker
+    outputs = OutputPaths(asked.paths.folder.parent.parent)
+    tracker = tracking.StudyTracker(asked.tracking, outputs, asked.spec.name)
+    try:
+        tracker.start(from_dict(tracking.StudyDefinition, to_dict(_shown(asked.spec))))
+        yield tracker
+    finally:
+        told = [row.run_id for row in opened.trials() if row.run_id is not None and row.status is not None]
+        tracking.deliver_runs(outputs, told, asked.tracking.uri)
+        tracker.finish(_status(opened.counts()))
+
+
+def _end_is_told(paths: StudyPaths) -> bool:
+    from qlora_exp.tracking import read_state
+
+    state = read_state(paths)
+    return state is not None and state.delivered
 
 
 def _is_complete(counts: Counts) -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -389,3 +390,14 @@ def test_a_study_begun_with_the_environments_storage_names_it_nowhere(
     assert asked.spec.storage.endswith("@db/studies")
     assert not any(PASSWORD in text for text in asked.spec.overrides)
     assert not any(PASSWORD in text for job in sweep._jobs(asked) for text in job)
+
+
+def test_a_complete_study_is_delivered_with_its_trials_where_mlflow_lacks_them() -> None:
+    """As after a kill between the last trial's end and its delivery."""
+    command = ["lora.r=4,8", *SLEEP[:2], "sweep.name=late"]
+    assert hydra(*command, "tracking=off") == 0
+    assert hydra(*command) == 0
+    with sqlite3.connect("mlflow.db") as database:
+        assert database.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)] * 3
+        children = database.execute("SELECT COUNT(*) FROM tags WHERE key = 'mlflow.parentRunId'").fetchone()
+    assert children == (2,)
