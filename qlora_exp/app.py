@@ -22,7 +22,7 @@ from qlora_exp import compose, environment, redaction, synthetic
 from qlora_exp.config import Config, Engine, to_plain
 from qlora_exp.endings import Observer, Report, never_stop
 from qlora_exp.errors import ConfigError, DataError, QloraExpError, RecordError
-from qlora_exp.paths import OutputPaths, RunPaths, slug
+from qlora_exp.paths import OutputPaths, RunPaths, make_folder, slug
 from qlora_exp.records import (
     SCHEMA_VERSION,
     Environment,
@@ -45,7 +45,7 @@ class Ended(KeyboardInterrupt):
     """Leaves Hydra (which turns an ordinary exception into a trace and exit code 1) with an exit code."""
 
     def __init__(self, code: int) -> None:
-        super().__init__()
+        super().__init__(code)  # a launcher brings it from another process
         self.code = code
 
 
@@ -316,7 +316,7 @@ def _begin(
     else:
         run_id = run_id or _new_run_id(config)
         paths = outputs.run(run_id)
-        paths.folder.mkdir(parents=True, exist_ok=trial is not None)
+        make_folder(paths.folder, exist_ok=trial is not None)
         record = RunRecord(
             schema_version=SCHEMA_VERSION,
             run_id=run_id,

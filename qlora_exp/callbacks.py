@@ -25,6 +25,8 @@ LOGGED = {
     "eval_loss": "validation_loss",
 }
 """The trainer's names, and ours in curve.jsonl."""
+ITEM_NATS = "eval_item_nats"
+"""Beside ``eval_loss`` where a report wants it: nats of each validation item, in their order."""
 SCALER_PATIENCE = 10
 
 
@@ -105,6 +107,11 @@ class Curve(TrainerCallback):  # type: ignore[misc]
         self.first_loss: float | None = losses[0] if losses else None
         self.final_loss: float | None = losses[-1] if losses else None
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step's loss is logged wherever ``training.logging_steps`` falls."""
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            control.should_log = True
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         numbers = {ours: float(logs[theirs]) for theirs, ours in LOGGED.items() if theirs in logs}
@@ -140,8 +147,9 @@ class AskStudy(TrainerCallback):  # type: ignore[misc]
         self.report = report
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = (kwargs.get("metrics") or {}).get("eval_loss")
-        if loss is not None and self.report(state.global_step, float(loss)):
+        metrics = kwargs.get("metrics") or {}
+        loss = metrics.get("eval_loss")
+        if loss is not None and self.report.ask(state.global_step, float(loss), metrics.get(ITEM_NATS)):
             raise Pruned(state.global_step)
 
 

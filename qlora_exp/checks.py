@@ -13,16 +13,19 @@ from qlora_exp.config import (
     AdapterInit,
     ComputeDtype,
     Config,
+    DeviceChoice,
     EvaluationConfig,
     LoraConfig,
     ModelConfig,
     Quantization,
     QuantizationConfig,
+    SweepConfig,
     TargetsConfig,
     TaskConfig,
     TaskKind,
     TaskSource,
     TrainingConfig,
+    WorkersConfig,
 )
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.records import Scores
@@ -61,6 +64,9 @@ OPTIMIZERS_NEEDING_MORE = re.compile(
 )
 """Names of transformers that need another package, another machine or a list of weight matrices of their own."""
 
+LARGEST_RANK = 65_536
+"""Above the width of every model there is, beyond which no rank adds anything."""
+
 GOAL = re.compile(r"\s*([A-Za-z_]\w*)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -70,10 +76,23 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 }
 
 
+OF_LABELS = (
+    "accuracy", "accuracy_calibrated", "accuracy_normalized", "balanced_accuracy", "macro_f1", "invalid_answer_rate",
+)  # fmt: skip
+OF_FREE_TEXT = ("rouge_l", "token_f1")
+OF_GENERATED = ("exact_match", "invalid_answer_rate", *OF_FREE_TEXT)
+SHARES = (*OF_LABELS, *OF_FREE_TEXT, "exact_match", "token_accuracy")
+
+
 def goal_metrics() -> tuple[str, ...]:
     """Names that ``task.goal`` can speak of: the numbers of :class:`~qlora_exp.records.Scores`."""
     hints = typing.get_type_hints(Scores)
     return tuple(field.name for field in dataclasses.fields(Scores) if hints[field.name] == (float | None))
+
+
+def _goal(text: str) -> str:
+    """As it is written in a shell: Hydra wants quotes around spaces and signs, too."""
+    return f"'task.goal=\"{text}\"'"
 
 
 def goal_of(text: str) -> tuple[str, str, float]:
@@ -81,10 +100,14 @@ def goal_of(text: str) -> tuple[str, str, float]:
     where = f"task.goal = {text}"
     found = GOAL.fullmatch(text)
     if not found:
-        raise ConfigError("the goal can't be read", where, "write METRIC >= NUMBER, e.g. task.goal='accuracy >= 0.6'")
+        raise ConfigError("the goal can't be read", where, f"write METRIC >= NUMBER, e.g. {_goal('accuracy >= 0.6')}")
     metric, sign, threshold = found[1], found[2], float(found[3])
     if metric not in goal_metrics():
         raise ConfigError(f"there is no metric called {metric}", where, nearest(metric, goal_metrics()))
+    if metric in SHARES and not 0 <= threshold <= 1:
+        what = f"{metric} is a share, between 0 and 1"
+        likely = threshold / 100 if 1 < threshold <= 100 else 0.5
+        raise ConfigError(what, where, f"e.g. {_goal(f'{metric} {sign} {likely:g}')}")
     return metric, sign, threshold
 
 
@@ -96,9 +119,12 @@ def check(config: Config) -> list[ConfigError]:
         _lora(config),
         _targets(config.targets),
         _task(config.task),
+        _goal_can_be_answered(config),
         _training(config.training),
         _evaluation(config.evaluation),
         _rest(config),
+        _sweep(config.sweep),
+        _workers(config.workers),
     )
     return [problem for part in parts for problem in part]
 
@@ -121,7 +147,7 @@ def _above_zero(key: str, value: float | None) -> Iterator[ConfigError]:
 def _within(key: str, value: float, low: float, high: float, open_end: bool = False) -> Iterator[ConfigError]:
     inside = low <= value < high if open_end else low <= value <= high
     if not inside:
-        upto = f"below {high:g}" if open_end else f"{high:g}"
+        upto = f"below {high:g}" if open_end else f"{high:.10g}"
         yield _error(f"{key} must lie between {low:g} and {upto}", key, value, f"e.g. {key}={low:g}")
 
 
@@ -172,9 +198,19 @@ def _quantization(quantization: QuantizationConfig) -> Iterator[ConfigError]:
     yield from _at_least("quantization.int8_threshold", quantization.int8_threshold, 0)
 
 
+def int8_dora(config: Config) -> ConfigError | None:
+    """The problem of a configuration that would train DoRA over int8 on a CPU; ``None`` for every other."""
+    if not (config.lora.dora and config.quantization.mode is Quantization.int8):
+        return None
+    what = "DoRA can't be trained over int8 on a CPU: peft 0.21 loses the weights' scales when it unpacks them there"
+    return _error(what, "lora.dora", config.lora.dora, "quantization=nf4, or lora.dora=false, or a GPU")
+
+
 def _lora(config: Config) -> Iterator[ConfigError]:
     lora, mode = config.lora, config.quantization.mode
-    yield from _at_least("lora.r", lora.r, 1)
+    if config.training.device is DeviceChoice.cpu and (problem := int8_dora(config)):
+        yield problem
+    yield from _within("lora.r", lora.r, 1, LARGEST_RANK)
     yield from _within("lora.dropout", lora.dropout, 0, 1, open_end=True)
     yield from _alpha(lora)
     if lora.init is AdapterInit.pissa and mode in QUANTIZED:
@@ -227,11 +263,23 @@ def _task(task: TaskConfig) -> Iterator[ConfigError]:
         yield _error("labels must be two or more, all different", "task.labels", task.labels, "task.labels=[yes,no]")
     if task.labels is not None and task.kind is not TaskKind.classification:
         yield _error("labels are for classification", "task.kind", task.kind.value, "task.kind=classification")
-    if task.goal is not None:
-        try:
-            goal_of(task.goal)
-        except ConfigError as problem:
-            yield problem
+
+
+def _goal_can_be_answered(config: Config) -> Iterator[ConfigError]:
+    task, text = config.task, config.task.goal
+    if text is None:
+        return
+    try:
+        metric, _, _ = goal_of(text)
+    except ConfigError as problem:
+        yield problem
+        return
+    other = {TaskKind.classification: OF_FREE_TEXT, TaskKind.generation: OF_LABELS}[task.kind]
+    if metric in other:
+        what = f"{metric} isn't measured for task.kind={task.kind.value}"
+        yield _error(what, "task.goal", text, f"task.goal=null, or another metric, e.g. {_goal('exact_match >= 0.5')}")
+    elif metric in OF_GENERATED and not config.evaluation.generate:
+        yield _error(f"{metric} needs generated answers", "task.goal", text, "evaluation.generate=true")
 
 
 def _training(training: TrainingConfig) -> Iterator[ConfigError]:
@@ -288,6 +336,11 @@ def _batches(training: TrainingConfig) -> Iterator[ConfigError]:
 def _evaluation(evaluation: EvaluationConfig) -> Iterator[ConfigError]:
     for key in ("batch_size", "max_new_tokens", "max_items", "forgetting_documents"):
         yield from _at_least(f"evaluation.{key}", getattr(evaluation, key), 1)
+    if evaluation.metrics and not evaluation.generate:
+        what = "further metrics are computed on generated answers, and nothing is generated"
+        yield _error(
+            what, "evaluation.metrics", evaluation.metrics, "evaluation.generate=true, or evaluation.metrics=[]"
+        )
 
 
 def _rest(config: Config) -> Iterator[ConfigError]:
@@ -298,3 +351,24 @@ def _rest(config: Config) -> Iterator[ConfigError]:
         yield _error("the experiment needs a name", "tracking.experiment", "''", "tracking.experiment=qlora-exp")
     if not config.output_root.strip():
         yield _error("there is no output folder", "output_root", "''", "output_root=outputs")
+
+
+def _sweep(sweep: SweepConfig | None) -> Iterator[ConfigError]:
+    if sweep is not None:
+        yield from _at_least("sweep.n_trials", sweep.n_trials, 1)
+        yield from _at_least("sweep.max_failures", sweep.max_failures, 0)
+        yield from _at_least("sweep.max_attempts", sweep.max_attempts, 1)
+        yield from _at_least("sweep.out_of_memory_retries", sweep.out_of_memory_retries, 0)
+
+
+def _workers(workers: WorkersConfig | None) -> Iterator[ConfigError]:
+    if workers is None:
+        return
+    yield from _at_least("workers.count", workers.count, 1)
+    yield from _at_least("workers.jobs", workers.jobs, 1)
+    for key in ("heartbeat_seconds", "lease_seconds", "hang_seconds"):
+        yield from _above_zero(f"workers.{key}", getattr(workers, key))
+    if not workers.lease_seconds > workers.heartbeat_seconds:
+        what = "a trial's lease ends before its next heartbeat"
+        hint = f"more than workers.heartbeat_seconds={workers.heartbeat_seconds:g}"
+        yield _error(what, "workers.lease_seconds", workers.lease_seconds, hint)

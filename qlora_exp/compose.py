@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -68,15 +70,49 @@ def check_multirun(overrides: Sequence[str]) -> None:
 def check_points(points: Iterable[Sequence[str]]) -> None:
     """Compose each of ``points`` (overrides) and raise what is wrong with any of them, each problem once."""
     errors: dict[str, QloraExpError] = {}
-    composed: dict[tuple[str, ...], DictConfig] = {}
-    known = frozenset(groups())
+    composer = Composer()
     for point in points:
         try:
-            checked(_with_values(point, known, composed))
+            checked(composer.raw(point))
         except QloraExpError as error:
             for one in getattr(error, "errors", (error,)):
                 errors.setdefault(str(one), one)
     raise_all(list(errors.values()))
+
+
+class Composer:
+    """Composes one configuration after the other. Hydra, which takes a tenth of a second, composes each combination of
+    group choices once only; the values are set on a copy of it: Hydra sets them last, too."""
+
+    def __init__(self) -> None:
+        self._groups = frozenset(groups())
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def compose(self, overrides: Sequence[str]) -> Config:
+        """As :func:`compose`."""
+        raise_all(problems_of(overrides, multirun=False))
+        return checked(self.raw(overrides))
+
+    def raw(self, overrides: Sequence[str]) -> DictConfig:
+        """As :func:`compose_raw`."""
+        chosen: list[str] = []
+        values: list[Override] = []
+        for text in overrides:
+            override = _parse(text)
+            plain = override.type is OverrideType.CHANGE and _is_ours(override)
+            if plain and override.key_or_group not in self._groups:
+                values.append(override)
+            else:
+                chosen.append(text)
+        if tuple(chosen) not in self._composed:
+            self._composed[tuple(chosen)] = compose_raw(chosen)
+        config = copy.deepcopy(self._composed[tuple(chosen)])
+        try:
+            for override in values:
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException:
+            return compose_raw(overrides)  # which says what is wrong
+        return config
 
 
 def without_globs(texts: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -97,28 +133,6 @@ def _globbed(override: Override) -> list[str]:
     """The choices of its group that a ``glob(…)`` means; none for every other override."""
     value = override.value()
     return value.filter(groups().get(override.key_or_group, [])) if isinstance(value, Glob) else []
-
-
-def _with_values(
-    overrides: Sequence[str], known: frozenset[str], composed: dict[tuple[str, ...], DictConfig]
-) -> DictConfig:
-    """As :func:`compose_raw`; Hydra, which takes a tenth of a second, composes each combination of ``known`` groups
-    once only. The values are set on a copy: Hydra sets them last, too."""
-    chosen: list[str] = []
-    values: list[str] = []
-    for text in overrides:
-        override = _parse(text)
-        plain = override.type is OverrideType.CHANGE and _is_ours(override) and override.key_or_group not in known
-        (values if plain else chosen).append(text)
-    if tuple(chosen) not in composed:
-        composed[tuple(chosen)] = compose_raw(chosen)
-    config = copy.deepcopy(composed[tuple(chosen)])
-    try:
-        for override in _parsed(values):
-            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-    except OmegaConfBaseException as error:
-        raise _not_composed(error, overrides) from None
-    return config
 
 
 def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]:
@@ -196,11 +210,16 @@ def _parse(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         first = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{text!r} can't be read as an override: {first}",
-            "command line",
-            "write key=value; quote values that hold spaces, commas or brackets: 'task.prompt=\"…\"'",
-        ) from None
+        what = f"{text!r} can't be read as an override: {first}"
+        raise ConfigError(what, "command line", _in_quotes(text) or "write key=value") from None
+
+
+def _in_quotes(text: str) -> str | None:
+    """``key=value`` with its value as a text that Hydra reads, itself quoted for a shell; ``None`` without a key."""
+    key, sign, value = text.partition("=")
+    if not (sign and re.fullmatch(r"[\w.+]+", key)):
+        return None
+    return shlex.quote(f"{key}={QuotedString(text=value, quote=Quote.double).with_quotes()}")
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
@@ -394,6 +413,13 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
 
 
 def _not_composed(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
+    refused = re.match(r"Could not override '([\w.]+)'", str(error))
+    for text in overrides if refused else ():
+        # Overrides are checked against the schema before: what Hydra still refuses is a new entry of a mapping.
+        if refused and key_of(text) == refused[1]:
+            return ConfigError(
+                f"{refused[1]} isn't there yet", text, f"a + in front adds it: {shlex.quote(f'+{text}')}"
+            )
     return ConfigError(str(error).splitlines()[0], " ".join(overrides) or "conf/", "qlora-exp validate …")
 
 

@@ -393,13 +393,13 @@ def typed(config: DictConfig) -> Config:
     record and a fingerprint name the same file whichever folder a command is called in."""
     built = OmegaConf.to_object(config)
     assert isinstance(built, Config)
-    built.task.path = _absolute(built.task.path)
-    built.model.path = _absolute(built.model.path)
-    built.model.chat_template = _absolute(built.model.chat_template)
+    built.task.path = absolute_path(built.task.path)
+    built.model.path = absolute_path(built.model.path)
+    built.model.chat_template = absolute_path(built.model.chat_template)
     return built
 
 
-def _absolute(path: str | None) -> str | None:
+def absolute_path(path: str | None) -> str | None:
     """Links stay as they are: a file of the Hub's cache is one, and its target has no ending."""
     return os.path.abspath(os.path.expanduser(path)) if path else path
 

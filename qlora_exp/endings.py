@@ -4,17 +4,24 @@ status. Light: a run that trains nothing needs it too."""
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from qlora_exp.records import Status
 
-Report = Callable[[int, float], bool]
-"""``report(step, validation_loss) -> stop?``: asked after each validation during training."""
+
+@dataclass(frozen=True)
+class Report:
+    """Whom a training asks after each validation whether to stop."""
+
+    ask: Callable[[int, float, Sequence[float] | None], bool]
+    """``ask(step, validation_loss, items) -> stop?``; ``items``: nats per validation item, in their order."""
+    per_item: bool = False
+    """Whether ``items`` are wanted; ``None`` is given otherwise."""
 
 
-def never_stop(step: int, value: float) -> bool:
-    return False
+never_stop = Report(lambda step, loss, items: False)
 
 
 class Observer(Protocol):

@@ -99,6 +99,7 @@ def alive(process: Process) -> bool | None:
     return process.start_ticks is None or start_ticks is None or start_ticks == process.start_ticks
 
 
+@lru_cache
 def package_versions() -> dict[str, str]:
     """Installed versions by distribution name, without importing any; what isn't installed is left out."""
     versions = {}

@@ -60,6 +60,7 @@ class Problems(QloraExpError):
     def __init__(self, errors: Sequence[QloraExpError]) -> None:
         super().__init__(f"{len(errors)} problems" if len(errors) != 1 else errors[0].what)
         self.errors = tuple(errors)
+        self.args = (self.errors,)  # what it is made from again in another process
 
     def __str__(self) -> str:
         if len(self.errors) == 1:

@@ -216,8 +216,8 @@ def hub_metric(name: str) -> Any:
         raise ConfigError(f"the metric {name!r} needs a package that isn't installed: {error}", where) from None
     except Exception as error:  # the library raises OSError, FileNotFoundError, HTTP and parsing errors alike
         logging.getLogger(__name__).debug("evaluate.load failed", exc_info=True)
-        raise ConfigError(
-            f"the metric {name!r} can't be loaded from the Hub ({type(error).__name__})",
-            where,
-            f"go online once (HF_HUB_OFFLINE unset), or leave it out; {nearest(name, HUB_TEXT_METRICS)}",
-        ) from None
+        hint = "go online once (HF_HUB_OFFLINE unset), or leave it out"
+        if name not in HUB_TEXT_METRICS:
+            hint = f"{nearest(name, HUB_TEXT_METRICS)} If it is that name: {hint}"
+        what = f"the metric {name!r} can't be loaded from the Hub ({type(error).__name__})"
+        raise ConfigError(what, where, hint) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shlex
 import time
 import traceback
@@ -16,7 +17,7 @@ from qlora_exp import measurement, models, plan
 from qlora_exp.checkpoints import newest_valid, step_of
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.data import Splits, check_positions, load_data, load_rows
-from qlora_exp.endings import Observer, Report, Silent, never_stop, status_of
+from qlora_exp.endings import Diverged, Observer, Report, Silent, never_stop, status_of
 from qlora_exp.errors import DataError, ModelError, QloraExpError
 from qlora_exp.evaluation import Evaluation, answer_goal
 from qlora_exp.metrics import hub_metric
@@ -125,6 +126,8 @@ def run(
 
 def prepare(config: Config, environment: Environment, bases: Bases | None = None) -> Prepared:
     """Check rows, target modules and plan, in the order of their cost. Raises :class:`QloraExpError`."""
+    if environment.device.kind == "cpu" and (problem := plan.int8_dora(config)):
+        raise problem  # with training.device=auto the machine decides, which is known only here
     bases = bases or models.ColdBases()
     rows = (repr(config.task), _state_of_files(config.task.path))
     bases.kept("rows", rows, lambda: load_rows(config.task))
@@ -188,7 +191,7 @@ def _straight_line(
     progress.enter("evaluate untouched", observer)
     with meter.phase("untouched"):
         untouched = untouched_scores(bases.model(base), tokenizer, splits, config, planned, base.fingerprint, cache)
-        baselines = baselines_of(splits, config, cache)
+    baselines = baselines_of(splits, config, cache)
     untouched.write_items(paths)
     progress.untouched = untouched
     before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores)
@@ -214,6 +217,7 @@ def _straight_line(
     progress.enter("evaluate", observer)
     with meter.phase("evaluate"):
         after, test, forgotten = score(model, tokenizer, splits, config, untouched)
+    _check_finite(after, progress.trained)
     write_items(after.items, paths.items("after", "validation"))
     if test is not None:
         write_items(test.items, paths.items("after", "test"))
@@ -225,6 +229,13 @@ def _straight_line(
         forgetting_chat=forgotten.chat,
     )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+
+
+def _check_finite(after: Evaluation, trained: Trained) -> None:
+    """The last step can spoil an adapter after the last loss of the training: its weights may still be finite, and an
+    argmax over NaN would look like an accuracy."""
+    if after.scores.loss is not None and not math.isfinite(after.scores.loss):
+        raise Diverged("the tuned model's loss", trained.training.steps)
 
 
 def _trained_before(paths: RunPaths) -> Trained | None:

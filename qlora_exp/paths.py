@@ -7,6 +7,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_exp.errors import ConfigError
+
 PACKAGE = Path(__file__).resolve().parent
 CONF = (PACKAGE / "conf").resolve()
 SWEEPS = (PACKAGE / "sweeps").resolve()
@@ -17,6 +19,15 @@ def slug(text: str, limit: int = 64) -> str:
     """``text`` as a file name that stays inside its folder: lower-case ASCII letters, digits, ``-`` and ``_``."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9_]+", "-", ascii_text.lower()).strip("-")[:limit].strip("-") or "unnamed"
+
+
+def make_folder(folder: Path, exist_ok: bool = True) -> None:
+    """Make an output folder and those above it. Raises :class:`ConfigError` where that can't be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        what = f"the output folder can't be made: {error.strerror}"
+        raise ConfigError(what, str(folder), "output_root=FOLDER, one that you may write to") from None
 
 
 @dataclass(frozen=True)

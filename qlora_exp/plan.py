@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_exp.checks import NATIVE_DTYPES, OPTIMIZERS, SCHEDULERS, TARGET_SETS, check, goal_of
+from qlora_exp.checks import NATIVE_DTYPES, OPTIMIZERS, SCHEDULERS, TARGET_SETS, check, goal_of, int8_dora
 from qlora_exp.config import Checkpointing, ComputeDtype, Config, LoraConfig, Quantization, QuantizationConfig, to_plain
 from qlora_exp.records import Environment, Plan
 
@@ -27,6 +27,7 @@ __all__ = [
     "effective_alpha",
     "goal_of",
     "inputs_rounded_in",
+    "int8_dora",
     "lora_parameters",
     "make_plan",
     "scale",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
+import shlex
 import sys
 import threading
 import time
@@ -15,15 +17,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_exp.environment import alive, process_identity
-from qlora_exp.errors import RecordError
+from qlora_exp.errors import RecordError, StudyError
 from qlora_exp.paths import StudyPaths
 from qlora_exp.records import Process, Status, from_dict
+from qlora_exp.redaction import REDACTED
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.tables import UNKNOWN, bytes_text, number, show, simple_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+
+STORAGE_VARIABLE = "QLORA_EXP_STORAGE"
+"""Environment variable with the URL of the storage: a password stays off command lines and out of files."""
 
 LOOK_SECONDS = 1.0
 SHOWN_BEST = 5
@@ -53,6 +59,21 @@ def read_spec(paths: StudyPaths) -> StudySpec:
         return from_dict(StudySpec, json.loads(paths.spec.read_text(encoding="utf-8")), str(paths.spec))
     except (OSError, ValueError) as error:
         raise RecordError(f"the study can't be read: {error}", str(paths.spec), "start the sweep again") from None
+
+
+def storage_of(spec: StudySpec, given: str | None = None) -> str:
+    """The URL of a study's storage: ``given``, else that of ``study.json``; where this one was stripped of its
+    password, the one of the environment.
+
+    Raises:
+        StudyError: the password is nowhere.
+    """
+    hidden = REDACTED in spec.storage
+    url = given or (os.environ.get(STORAGE_VARIABLE) if hidden else None) or spec.storage
+    if REDACTED in url:
+        hint = f"--storage URL, or {STORAGE_VARIABLE}=URL in the environment"
+        raise StudyError("the study's file doesn't keep its storage's password", spec.storage, hint)
+    return url
 
 
 def running(paths: StudyPaths) -> list[Running]:
@@ -144,7 +165,7 @@ def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Process | 
     head = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {show_progress(counts)}"
     if counts.running + counts.waiting + counts.to_ask:
         head += f", {_duration(left)} left" if left is not None and slots else ""
-        nobody = f"nobody works on it: qlora-exp resume {spec.name}"
+        nobody = f"nobody works on it: qlora-exp resume {shlex.quote(spec.name)}"
         head += f"\nworked on by process {holder.pid}" if holder else f"\n{nobody}"
     parts: list[RenderableType] = [Text(head)]
     if slots:

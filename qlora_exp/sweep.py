@@ -8,9 +8,12 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,14 +21,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp import compose, rank_doubling, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
-from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
+from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig, absolute_path
 from qlora_exp.environment import alive, process_identity
-from qlora_exp.errors import ConfigError, QloraExpError, RecordError, raise_all
-from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.errors import ConfigError, QloraExpError, RecordError, StudyError, raise_all
+from qlora_exp.overrides import hydra_value
+from qlora_exp.paths import OutputPaths, StudyPaths, make_folder
 from qlora_exp.records import Process, Status, from_dict, to_dict, write_json
-from qlora_exp.redaction import redact_overrides, redact_text
-from qlora_exp.standing import Watch, best_table, read_spec, running, show_progress
+from qlora_exp.redaction import redact, redact_overrides, redact_text
+from qlora_exp.standing import (
+    STORAGE_VARIABLE,
+    Watch,
+    best_table,
+    read_spec,
+    running,
+    show_progress,
+    storage_of,
+    tracked,
+)
 from qlora_exp.study.types import Axis, AxisKind, Counts, LadderSpec, StudySpec
+from qlora_exp.tables import flat
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job, returns when all have ended; the results have Hydra's ``return_value``."""
@@ -81,11 +95,14 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     fixed = [text for text in overrides if compose.key_of(text) not in swept]
     raw = compose.compose_raw(fixed)
     settings = _settings(raw.sweep, SweepConfig)
-    texts = {**(params or {}), **settings.params, **swept}
+    declared = {**(params or {}), **settings.params}
+    texts = {**declared, **swept}
     # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
     texts |= {compose.key_of(text): text.partition("=")[2] for text in fixed if compose.key_of(text) in texts}
     fixed = [text for text in fixed if compose.key_of(text) not in texts]
-    axes = _axes(texts, settings)
+    fixed = _with_absolute_places(fixed, raw)
+    narrowed = [key for key, text in declared.items() if texts[key] != text]
+    axes = tuple(_with_absolute_places_on(axis) for axis in _axes(texts, settings, narrowed))
     ladder = rank_doubling.ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
     points = study.grid(axes) if study.is_grid(axes) and ladder is None else None
     if ladder is not None:
@@ -93,10 +110,11 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     output_root = OutputPaths.of(str(raw.output_root))
     name = settings.name or _name(fixed, swept)
     paths = output_root.study(name)
+    earlier = _earlier(paths, name)
     spec = StudySpec(
         name=name,
         question=settings.question,
-        created_at=_created_at(paths),
+        created_at=earlier.created_at if earlier else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         overrides=tuple(_trial_overrides(fixed, output_root)),
         axes=axes,
         objectives=tuple(settings.objectives),
@@ -107,19 +125,21 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         pruner_options=dict(settings.pruner_options),
         n_trials=_n_trials(settings, points, ladder, name),
         seed=settings.seed,
-        enqueue=tuple(settings.enqueue),
+        enqueue=tuple({key: _absolute(key, value) for key, value in point.items()} for point in settings.enqueue),
         warm_start=tuple(settings.warm_start),
-        storage=settings.storage or f"sqlite:///{output_root.optuna_database}",
+        storage=_storage(settings, output_root),
         output_root=str(output_root.root),
         max_failures=settings.max_failures,
         max_attempts=settings.max_attempts,
         out_of_memory_retries=settings.out_of_memory_retries,
         synthetic=raw.training.engine is Engine.sleep,
         space={axis.key: axis.text for axis in axes},
+        settings=_alike(raw, axes),
         ladder=ladder,
     )
     compose.check_points([*spec.overrides, *point] for point in _points_to_check(axes))
     _check_pruner(settings, raw)
+    study.check_search(spec)
     workers, tracking = _settings(raw.workers, WorkersConfig), _settings(raw.tracking, TrackingConfig)
     return Asked(spec, paths, settings, workers, tracking)
 
@@ -139,19 +159,17 @@ def sweep(asked: Asked, launch: Launch) -> int:
         _write_spec(spec, paths)
         if _is_complete(opened.counts()):
             print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
+            with _tracked(asked, opened, first and not _end_is_told(paths)) as tracker:
+                if tracker is not None:
+                    tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
             return _conclude(opened, spec, paths)
         print(_announcement(asked, opened.counts()), file=sys.stderr, flush=True)
         if spec.ladder is not None:
             rank_doubling.announce(spec, asked.sweep.ladder)
-        tracker = _tracker(asked) if first else None
-        try:
+        with _tracked(asked, opened, first) as tracker:
             with Watch(spec, opened, paths, tracker):
-                code = _launch(launch, _jobs(asked))
-            code = code or _conclude(opened, spec, paths)
-        finally:
-            if tracker is not None:
-                tracker.finish(_status(opened.counts()))
-    return code
+                code = _launch(launch, _jobs(asked), spec.name)
+            return code or _conclude(opened, spec, paths)
 
 
 def work(raw: Any, overrides: Sequence[str]) -> Any:
@@ -162,14 +180,45 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
     paths = OutputPaths.of(str(raw.output_root)).study(str(raw.sweep.name))
     spec, workers = read_spec(paths), _settings(raw.workers, WorkersConfig)
     # The file holds no secrets; the command line that brought this job here does.
-    own = [text for text in overrides if not text.startswith(("workers.job=", "sweep.name="))]
+    own = [text for text in overrides if not text.startswith(("workers.job=", "sweep.name=", "sweep.storage="))]
     kept = [text for text in spec.overrides if compose.is_hydra(compose.key_of(text))]
-    spec = replace(spec, overrides=(*own, *kept), storage=raw.sweep.storage or spec.storage)
     try:
+        spec = replace(spec, overrides=(*own, *kept), storage=storage_of(spec, raw.sweep.storage))
         return run_worker(spec, paths, workers, int(raw.workers.job))
     except QloraExpError as error:
         tell(error)
         raise Ended(error.exit_code) from None
+
+
+FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.uri", "sweep.storage")
+"""Settings that may name a place relative to the folder that the command was given in."""
+
+
+def _with_absolute_places(fixed: Sequence[str], raw: DictConfig) -> list[str]:
+    """``fixed``, and what a file of sweeps/ sets, so that they mean the same places from every folder."""
+    places = {key: OmegaConf.select(raw, key) for key in (*FILES, *STORES)}
+    changed = {key: _absolute(key, value) for key, value in places.items() if value != _absolute(key, value)}
+    return [*(text for text in fixed if compose.key_of(text) not in changed), *study.overrides_of(changed)]
+
+
+def _with_absolute_places_on(axis: Axis) -> Axis:
+    values = tuple(_absolute(axis.key, value) for value in axis.values)
+    return axis if values == axis.values else replace(axis, values=values, text=",".join(map(hydra_value, values)))
+
+
+def _absolute(key: str, value: Any) -> Any:
+    if key in FILES and isinstance(value, str):
+        return absolute_path(value)
+    if key not in STORES or not isinstance(value, str):
+        return value
+    scheme, found, name = value.partition("sqlite:///")
+    relative = found and not scheme and name and not name.startswith(("/", ":", "file:"))
+    return f"sqlite:///{Path(name).absolute()}" if relative else value
+
+
+def _storage(settings: SweepConfig, outputs: OutputPaths) -> str:
+    chosen = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{outputs.optuna_database}"
+    return str(_absolute("sweep.storage", chosen))
 
 
 def _settings(node: Any, kind: type[Any]) -> Any:
@@ -181,7 +230,7 @@ def _settings(node: Any, kind: type[Any]) -> Any:
     return built
 
 
-def _axes(texts: Mapping[str, str], settings: SweepConfig) -> tuple[Axis, ...]:
+def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[str]) -> tuple[Axis, ...]:
     raise_all(
         [
             ConfigError(f"{key} can't be an axis", f"{key}={text}", "search what a run is, not how runs are run")
@@ -190,12 +239,21 @@ def _axes(texts: Mapping[str, str], settings: SweepConfig) -> tuple[Axis, ...]:
         ]
     )
     raise_all(compose.problems_of([f"{key}={text}" for key, text in texts.items()], multirun=True))
-    axes: tuple[Axis, ...] = study.parse_axes(texts, settings.conditions, lambda group: compose.groups()[group])
+    axes: tuple[Axis, ...] = study.parse_axes(
+        texts, settings.conditions, lambda group: compose.groups()[group], narrowed
+    )
     return axes
 
 
 def _belongs(key: str, names: Sequence[str]) -> bool:
     return compose.is_hydra(key) or any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _alike(raw: DictConfig, axes: Sequence[Axis]) -> dict[str, Any]:
+    """What every trial has alike, key → value, as far as it can change a trial's result."""
+    free = (*NOT_SWEPT, "budget", "name", *(axis.key for axis in axes))
+    plain = OmegaConf.to_container(raw, enum_to_str=True)
+    return {key: value for key, value in flat(redact(plain)) if not _belongs(key, free)}
 
 
 def _sampler(sampler: Sampler, grid: bool) -> str:
@@ -208,8 +266,6 @@ def _sampler(sampler: Sampler, grid: bool) -> str:
 
 def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, ladder: LadderSpec | None, name: str) -> int:
     if settings.n_trials is not None:
-        if settings.n_trials < 1:
-            raise ConfigError("a study has at least one trial", f"sweep.n_trials={settings.n_trials}", "at least 1")
         return settings.n_trials
     if ladder is not None:
         return study.most_trials(ladder)
@@ -266,14 +322,22 @@ def _name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
 
 
 def _trial_overrides(fixed: Sequence[str], outputs: OutputPaths) -> Iterator[str]:
-    yield from (text for text in fixed if compose.key_of(text) not in ("sweep.name", "output_root", "sweep.join"))
+    not_theirs = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
+    yield from (text for text in fixed if compose.key_of(text) not in not_theirs)
     yield from study.overrides_of({"output_root": str(outputs.root)})
 
 
-def _created_at(paths: StudyPaths) -> str:
-    with contextlib.suppress(RecordError):
-        return read_spec(paths).created_at
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def _earlier(paths: StudyPaths, name: str) -> StudySpec | None:
+    """What was asked before under this name; ``None``: nothing, or it can't be read."""
+    try:
+        earlier = read_spec(paths)
+    except RecordError:
+        return None
+    if earlier.name != name:  # folders have letters, digits, - and _ alone
+        raise ConfigError(
+            f"the study {earlier.name!r} has the folder that {name!r} would have", str(paths.folder), "sweep.name=OTHER"
+        )
+    return earlier
 
 
 def _write_spec(spec: StudySpec, paths: StudyPaths) -> None:
@@ -287,8 +351,10 @@ def _shown(spec: StudySpec) -> StudySpec:
 def _jobs(asked: Asked) -> list[list[str]]:
     spec = asked.spec
     own = [text for text in spec.overrides if not compose.is_hydra(compose.key_of(text))]
-    name = study.overrides_of({"sweep.name": spec.name})
-    return [[*own, *name, f"workers.job={job}"] for job in range(asked.workers.jobs)]
+    named: dict[str, Any] = {"sweep.name": spec.name}
+    if asked.sweep.storage is not None:
+        named["sweep.storage"] = spec.storage
+    return [[*own, *study.overrides_of(named), f"workers.job={job}"] for job in range(asked.workers.jobs)]
 
 
 @contextlib.contextmanager
@@ -300,7 +366,7 @@ def _orchestrating(paths: StudyPaths, name: str, join: bool) -> Iterator[bool]:
     """
     from filelock import FileLock
 
-    paths.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(paths.folder)
     me = process_identity()
     with FileLock(paths.lock):
         holder = orchestrator(paths)
@@ -330,8 +396,8 @@ def orchestrator(paths: StudyPaths) -> Process | None:
     return None if alive(holder) is False else holder
 
 
-def _launch(launch: Launch, jobs: list[list[str]]) -> int:
-    """Run the jobs to their end. An exit code other than 0: a worker that could not work at all."""
+def _launch(launch: Launch, jobs: list[list[str]], name: str) -> int:
+    """Run the jobs to their end. An exit code other than 0: a worker that could not work at all, or was killed."""
     code = EXIT_COMPLETED
     try:
         results = launch(jobs)
@@ -339,6 +405,11 @@ def _launch(launch: Launch, jobs: list[list[str]]) -> int:
         return ended.code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:  # every launcher has its own for a job that was killed
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        hint = f"qlora-exp resume {name} goes on with it"
+        tell(StudyError(f"the launcher lost a worker: {reason}", f"study {name}", hint))
+        return EXIT_RUN_FAILED
     for result in results:
         try:
             _ = result.return_value
@@ -348,14 +419,30 @@ def _launch(launch: Launch, jobs: list[list[str]]) -> int:
     return code
 
 
-def _tracker(asked: Asked) -> Any:
-    if not asked.tracking.enabled:
-        return None
+@contextlib.contextmanager
+def _tracked(asked: Asked, opened: Any, wanted: bool) -> Iterator[Any]:
+    """The study's tracker, told of the end however that comes; what killed hosts could not deliver goes before it."""
+    if not (wanted and asked.tracking.enabled):
+        yield None
+        return
     from qlora_exp import tracking
 
-    tracker = tracking.StudyTracker(asked.tracking, OutputPaths(asked.paths.folder.parent.parent), asked.spec.name)
-    tracker.start(from_dict(tracking.StudyDefinition, to_dict(_shown(asked.spec))))
-    return tracker
+    outputs = OutputPaths(asked.paths.folder.parent.parent)
+    tracker = tracking.StudyTracker(asked.tracking, outputs, asked.spec.name)
+    try:
+        tracker.start(from_dict(tracking.StudyDefinition, to_dict(_shown(asked.spec))))
+        yield tracker
+    finally:
+        told = [row.run_id for row in opened.trials() if row.run_id is not None and row.status is not None]
+        tracking.deliver_runs(outputs, told, asked.tracking.uri)
+        tracker.finish(_status(opened.counts()))
+
+
+def _end_is_told(paths: StudyPaths) -> bool:
+    from qlora_exp.tracking import read_state
+
+    state = read_state(paths)
+    return state is not None and state.delivered
 
 
 def _is_complete(counts: Counts) -> bool:
@@ -388,16 +475,17 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> int:
         show(best_table(best, spec))
     print(("SYNTHETIC " if spec.synthetic else "") + show_progress(counts))
     outputs = OutputPaths(paths.folder.parent.parent)
-    option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {outputs.root}"
+    option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
+    name = shlex.quote(spec.name)
     if not _is_complete(counts):
         failed = opened.failures_reached()
         why = f"sweep.max_failures={spec.max_failures:g} is reached" if failed else "not complete"
         allow = " sweep.max_failures=null" if failed else ""
-        print(f"{why}: qlora-exp resume {spec.name}{allow}{option}")
+        print(f"{why}: qlora-exp resume {name}{allow}{option}")
         return EXIT_RUN_FAILED if failed else EXIT_INTERRUPTED
     if spec.ladder is None:  # the answer of a ladder is no single trial
-        print(f"  qlora-exp best {spec.name}{option}")
-    print(f"  qlora-exp trials {spec.name} --csv{option}")
+        print(f"  qlora-exp best {name}{option}")
+    print(f"  qlora-exp trials {name} --csv{option}")
     return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED
 
 
@@ -408,13 +496,17 @@ def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
         RecordError: nobody works on the study.
     """
     if orchestrator(paths) is None and not running(paths):
-        raise RecordError("nobody works on the study", f"study {name}", f"qlora-exp resume {name} goes on with it")
+        raise RecordError(
+            "nobody works on the study", f"study {name}", f"qlora-exp resume {shlex.quote(name)} goes on with it"
+        )
     mode = "now" if now or paths.stop.is_file() else "gracefully"
     write_json(paths.stop, {"mode": mode})
     return mode
 
 
 def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
-    """What ``qlora-exp run`` needs to run a trial's configuration by itself."""
-    fixed = [text for text in spec.overrides if not _belongs(compose.key_of(text), ("sweep", "workers", "output_root"))]
+    """What ``qlora-exp run`` needs to run a trial's configuration by itself, wherever it is called."""
+    not_its = ("sweep", "workers", "output_root")
+    keys = {text: compose.key_of(text) for text in spec.overrides}
+    fixed = [text for text, key in keys.items() if key == compose.SEARCH_PATH or not _belongs(key, not_its)]
     return [*fixed, *study.overrides_of(params)]

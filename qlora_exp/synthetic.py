@@ -24,6 +24,7 @@ from qlora_exp.redaction import redact_text
 
 STEPS = 20
 ITEMS = 1000
+REPORTED_ITEMS = 50
 PENALTY = {Quantization.int8: 0.01, Quantization.nf4: 0.02, Quantization.fp4: 0.04}
 BYTES = {Quantization.fp32: 4.0, Quantization.int8: 1.0, Quantization.nf4: 0.5, Quantization.fp4: 0.5}
 PARAMETERS, ADAPTER_PARAMETERS_PER_RANK = 1_000_000, 1_000
@@ -88,7 +89,7 @@ class _Slept:
             every = training.evaluate_every_steps
             if every is not None and step % every == 0:
                 self.observer.step(step, STEPS, {"validation_loss": self.loss})
-                if self.report(step, self.loss):
+                if self.report.ask(step, self.loss, _items_of(self.loss) if self.report.per_item else None):
                     raise Pruned(step)
         self.paths.curve.write_text("".join(json.dumps(point) + "\n" for point in points), encoding="utf-8")
 
@@ -112,6 +113,11 @@ def final_loss(config: Config) -> float:
 def loss_at(config: Config, step: int) -> float:
     """The validation loss at ``step``: falls towards the final one."""
     return final_loss(config) * (1.0 + 2.0 * math.exp(-5.0 * step / STEPS))
+
+
+def _items_of(loss: float) -> list[float]:
+    """Losses of single items whose mean is ``loss``: the same items are the hard ones in every run."""
+    return [loss * 2.0 * (item + 1) / (REPORTED_ITEMS + 1) for item in range(REPORTED_ITEMS)]
 
 
 def _scores(config: Config) -> Scores:

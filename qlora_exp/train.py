@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from qlora_exp import checkpoints, models
-from qlora_exp.callbacks import SCALER_PATIENCE, AskStudy, Curve, Interruption, StepMeter, TokenBudget
+from qlora_exp.callbacks import ITEM_NATS, SCALER_PATIENCE, AskStudy, Curve, Interruption, StepMeter, TokenBudget
 from qlora_exp.config import Config
 from qlora_exp.data import Item, to_training_dataset
 from qlora_exp.endings import Diverged, Interrupted, Observer, Report, Silent, never_stop
@@ -113,6 +114,7 @@ def train(
         watchers.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     folder = paths.checkpoints
     trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, watchers, meter)
+    trainer.per_item = report.per_item
     with interruption:
         meter.began = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
@@ -139,6 +141,7 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that counts real tokens, and refuses to step on a gradient that isn't finite."""
 
     meter: StepMeter
+    per_item = False
     bad_gradients = 0
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -152,19 +155,30 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The validation loss as it is defined everywhere: nats of all tokens / all tokens, not a mean of batch means,
-        so that it doesn't depend on the batch size."""
+        so that it doesn't depend on the batch size. Where each item's nats are wanted, the same pass gives them."""
         self.model.eval()
-        nats, tokens = 0.0, 0
+        nats: list[float] = []
+        tokens = 0
         for batch in self.get_eval_dataloader():
             inputs = self._prepare_inputs(batch)
             count = int((inputs["labels"][:, 1:] != -100).sum())
             with torch.no_grad(), self.compute_loss_context_manager():
-                nats += float(self.compute_loss(self.model, inputs)) * count
+                if self.per_item:
+                    nats += self._item_nats(inputs)
+                else:
+                    nats.append(float(self.compute_loss(self.model, inputs)) * count)
             tokens += count
-        metrics = {f"{metric_key_prefix}_loss": nats / tokens}
+        metrics = {f"{metric_key_prefix}_loss": sum(nats) / tokens}
         self.log(metrics)
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        told = {**metrics, ITEM_NATS: nats} if self.per_item else metrics
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
         return metrics
+
+    def _item_nats(self, inputs: dict[str, Any]) -> list[float]:
+        """Of each row its nats over the tokens that carry a loss, in float32; one row's logits at a time are upcast."""
+        logits = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        rows = zip(logits[:, :-1], inputs["labels"][:, 1:], strict=True)
+        return [float(cross_entropy(row.float(), labels, ignore_index=-100, reduction="sum")) for row, labels in rows]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -63,11 +63,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("app", "compose", "config", "endings", "environment", "models", "one_run", "records"),
         *("redaction", "study", "tracking"),
     },
-    "standing": {"environment", "records", "study", "tables", "tracking"},
+    "standing": {"environment", "records", "redaction", "study", "tables", "tracking"},
     "retention": {"records", "study"},
     "rank_doubling": {"compose", "config", "records", "study"},
     "sweep": {
-        *("app", "compose", "config", "environment", "rank_doubling", "records", "redaction"),
+        *("app", "compose", "config", "environment", "overrides", "rank_doubling", "records", "redaction"),
         *("standing", "study", "tables", "tracking", "workers"),
     },
     "hydra_app": {"app", "compose", "config", "sweep"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from qlora_exp.compose import check_multirun, compose, groups, without_globs
@@ -20,6 +22,7 @@ WRONG = [
     (["lora.r=8.5"], ["lora.r", "whole number"]),
     (["lora.r=0"], ["lora.r", "0"]),
     (["lora.r=-4"], ["lora.r", "-4"]),
+    (["lora.r=1000000"], ["lora.r", "65536"]),
     (["lora.dropout=1.5"], ["lora.dropout", "1.5"]),
     (["lora.dropout=-0.1"], ["lora.dropout"]),
     (["lora.alpha=7"], ["lora.alpha", "alpha_policy"]),
@@ -28,6 +31,7 @@ WRONG = [
     (["lora.alpha_policy=fixed", "lora.alpha=-1"], ["lora.alpha"]),
     (["lora.init=pizza"], ["lora.init", "pissa"]),
     (["lora.init=pissa", "quantization=nf4"], ["pissa", "quantiz"]),
+    (["lora.dora=true", "quantization=int8", "training.device=cpu"], ["lora.dora", "int8", "nf4"]),
     (["lora.dtype=float8"], ["lora.dtype", "float32"]),
     (["r=8"], ["lora.r"]),
     (["targets=attn"], ["attn", "attention"]),
@@ -42,6 +46,12 @@ WRONG = [
     (["task.invalid_rows=skip"], ["task.invalid_rows", "drop"]),
     (["task.goal='be good'"], ["task.goal"]),
     (["task.goal='acuracy >= 0.5'"], ["acuracy", "accuracy"]),
+    (["task.goal=accuracy >= 0.5"], ["'task.goal=\"accuracy >= 0.5\"'"]),
+    (["task.goal='accuracy >= 60'"], ["accuracy", "between 0 and 1", "0.6"]),
+    (["task.goal='rouge_l >= 0.5'"], ["rouge_l", "classification"]),
+    (["task=local", "task.path=x.jsonl", "task.goal='accuracy >= 0.5'"], ["accuracy", "generation"]),
+    (["task.goal='exact_match >= 0.5'", "evaluation=quick"], ["exact_match", "evaluation.generate"]),
+    (["task=hub", "task.hub_id=a/b", "task.splits.validation=dev"], ["isn't there yet", "+task.splits.validation=dev"]),
     (["task.validation_fraction=0.7", "task.test_fraction=0.5"], ["fraction"]),
     (["training.max_steps=0"], ["training.max_steps"]),
     (["training.max_steps=null"], ["training.max_steps", "training.max_tokens"]),
@@ -69,6 +79,7 @@ WRONG = [
     (["evaluation.split=train"], ["evaluation.split", "validation", "test"]),
     (["evaluation.batch_size=0"], ["evaluation.batch_size"]),
     (["evaluation.max_new_tokens=0"], ["evaluation.max_new_tokens"]),
+    (["evaluation.metrics=[sacrebleu]", "evaluation.generate=false"], ["evaluation.metrics", "evaluation.generate"]),
     (["evaluation.generate=perhaps"], ["evaluation.generate", "true or false"]),
     (["tracking.timeout_seconds=0"], ["tracking.timeout_seconds"]),
     (["tracking=wandb"], ["wandb", "mlflow"]),
@@ -94,6 +105,19 @@ def test_a_wrong_override_is_told_with_its_key_and_what_to_do(overrides: list[st
     assert "where:" in message
     assert "do:" in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    "text", ["task.goal=accuracy >= 0.5", 'task.prompt=Is "{a}", or {b}?\nAnswer:', "name=it's [1]"]
+)
+def test_the_remedy_for_an_unquoted_value_can_be_pasted_into_a_shell(text: str) -> None:
+    with pytest.raises(QloraExpError) as caught:
+        compose([text])
+    [pasted] = shlex.split(str(caught.value.hint))
+    key, _, value = text.partition("=")
+    group, _, name = key.rpartition(".")
+    config = compose([pasted])
+    assert getattr(config.task if group else config, name) == value
 
 
 def test_all_mistakes_are_told_together() -> None:

@@ -31,7 +31,12 @@ RECORDED = [
     ["model.variant=instruct", "quantization=fp16", "lora.r=4", "seed=7"],
     ["model=local", "model.path=/some/dir with spaces", "training.max_steps=3"],
     ["model=llama3_1_8b", "lora.alpha_policy=fixed", "lora.alpha=32", "targets.modules=[q_proj,v_proj]"],
-    ["task=local", "task.path=rows.jsonl", "'task.prompt=\"Q: {q}\\nA:\"'".strip("'"), "task.goal='accuracy >= 0.6'"],
+    [
+        "task=local",
+        "task.path=rows.jsonl",
+        "'task.prompt=\"Q: {q}\\nA:\"'".strip("'"),
+        "task.goal='rouge_l >= 0.6'",
+    ],
     ["task=hub", "task.hub_id=owner/name", 'task.prompt="{question}"', 'task.completion="{answer}"'],
     ["tracking=off", "training.max_steps=null", "training.max_tokens=1000", "name='it''s'".replace("''", "\\'")],
     ["evaluation=quick", "training.scheduler=linear", "task.labels=[a,'1','true',null_]", "task.kind=classification"],

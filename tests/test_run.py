@@ -17,7 +17,7 @@ import pytest
 
 from qlora_exp import load_run, run
 from qlora_exp.environment import process_identity
-from qlora_exp.errors import DataError
+from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.paths import EMBEDDED
 from qlora_exp.records import RunRecord, Status, write_json
 
@@ -195,6 +195,17 @@ def test_a_diverged_run_is_told_as_such(tiny_models: dict[str, Path], colour_tas
     assert "learning_rate" in result.stdout
 
 
+def test_a_model_that_its_last_step_spoiled_is_no_completed_run(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    last = ["training.max_steps=1", "training.warmup_ratio=0", "training.learning_rate=1e30", "quantization=fp32"]
+    record = run(*overrides(tmp_path / "outputs", *local(tiny_models["llama"], colour_task), *last))
+    assert record.status is Status.DIVERGED
+    assert record.failure is not None
+    assert record.failure.phase == "evaluate"
+    assert record.scores.after is None
+
+
 def test_wrong_data_ends_with_exit_code_2_and_no_run(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     task = tmp_path / "task.jsonl"
     rows = [{"prompt": f"item {number}", "completion": "ab"[number % 2]} for number in range(40)]
@@ -207,6 +218,15 @@ def test_wrong_data_ends_with_exit_code_2_and_no_run(tiny_models: dict[str, Path
         assert "task.jsonl" in result.stderr
         assert "row 2" in result.stderr or "line 2" in result.stderr
     assert not list((tmp_path / "outputs").glob("runs/*"))
+
+
+def test_an_output_folder_that_can_not_be_made_is_told(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output folder can't be made") as caught:
+        run(*overrides(tmp_path / "file", *local(tiny_models["llama"], colour_task)))
+    assert "output_root" in str(caught.value.hint)
 
 
 def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
@@ -290,8 +310,8 @@ def interrupted(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path)
 STOPPED_AT_STEP_3 = """
 import os, signal, sys
 from qlora_exp.app import execute
-from qlora_exp.callbacks import Silent
 from qlora_exp.compose import compose
+from qlora_exp.endings import Silent
 
 class StopAtStep3(Silent):
     def step(self, step, total, metrics):

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import os
+import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -146,6 +148,56 @@ def test_a_grid_is_run_once_and_the_same_command_finds_it_complete(capsys: pytes
     assert not only_study().orchestrator.exists()
 
 
+def test_a_searched_key_can_be_fixed_though_others_depend_on_it() -> None:
+    spec = sweep.ask(["sweeps=lora_search", "lora.alpha_policy=2r", "lora.r=4,8"]).spec
+    assert spec.space["lora.alpha_policy"] == "2r"
+
+
+def test_a_study_goes_on_with_the_settings_that_it_began_with_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sweeps").mkdir()
+    file = Path("sweeps/mine.yaml")
+    text = "# @package _global_\nsweep: {params: {lora.r: '4,8'}}\ntraining: {max_steps: STEPS}\n"
+    file.write_text(text.replace("STEPS", "5"))
+    assert main(["sweep", "mine", *SLEEP]) == 0
+    before = read_spec(only_study())
+    file.write_text(text.replace("STEPS", "7"))
+    assert main(["sweep", "mine", *SLEEP]) == 2
+    assert "training.max_steps: 5 there, 7 now" in capsys.readouterr().err
+    assert read_spec(only_study()) == before
+    file.write_text(text.replace("STEPS", "5"))
+    assert main(["sweep", "mine", *SLEEP, "sweep.n_trials=3", "budget.usd_per_hour=2", "sweep.name=mine"]) == 0
+
+
+def test_two_names_with_one_folder_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hydra("lora.r=4", *SLEEP, "sweep.name='a b'") == 0
+    told = capsys.readouterr().out
+    assert "qlora-exp best 'a b'\n" in told
+    assert hydra("lora.r=4", *SLEEP, "sweep.name=a-b") == 2
+    assert "'a b'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("workers.count=0", "workers.count must be at least 1"),
+        ("workers.jobs=0", "workers.jobs must be at least 1"),
+        ("workers.lease_seconds=1", "lease"),
+        ("workers.hang_seconds=0", "workers.hang_seconds must be above 0"),
+        ("sweep.n_trials=0", "sweep.n_trials must be at least 1"),
+        ("sweep.max_failures=-1", "sweep.max_failures must be at least 0"),
+        ("sweep.max_attempts=0", "sweep.max_attempts must be at least 1"),
+        ("sweep.out_of_memory_retries=-1", "sweep.out_of_memory_retries must be at least 0"),
+        ("sweep.sampler_options.multivariate=true", "+sweep.sampler_options.multivariate=true"),
+        ("+sweep.pruner_options.multivariate=true", "NopPruner has no option"),
+        ("sweep.constraints=['memory.peak <= x']", "a constraint that can't be read"),
+    ],
+)
+def test_a_wrong_search_is_told_and_writes_nothing(wrong: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hydra("lora.r=4,8", *SLEEP, wrong) == 2
+    assert told in capsys.readouterr().err
+    assert list(Path.cwd().iterdir()) == []
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_two_trials_of_each_sweep_run_without_a_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", name, "sweep.n_trials=2", *SLEEP]) == 0
@@ -155,8 +207,6 @@ def test_two_trials_of_each_sweep_run_without_a_model(name: str, capsys: pytest.
 
 
 def test_best_is_a_command_that_composes_to_the_best_trials_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    import shlex
-
     assert main(["sweep", "rank_by_quantization", "lora.r=4,8", *SLEEP]) == 0
     best = min(trials(capsys), key=lambda row: float(row["value"]))
     assert main(["best", "last"]) == 0
@@ -262,3 +312,92 @@ def test_the_basic_sweeper_is_still_there(capsys: pytest.CaptureFixture[str]) ->
     assert hydra("hydra/sweeper=basic", "lora.r=4,8", *SLEEP) == 0
     assert len(list(Path("outputs/runs").iterdir())) == 2
     assert not Path("outputs/studies").exists()
+
+
+def test_a_base_configuration_may_need_its_axes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hydra("lora.alpha_policy=fixed", "lora.alpha=8,16", *SLEEP) == 0
+    assert [(row["lora.alpha"], row["status"]) for row in trials(capsys)] == [("8", "COMPLETED"), ("16", "COMPLETED")]
+
+
+@pytest.mark.parametrize(
+    "pruner", [("wilcoxon",), ("asha", "+sweep.pruner_options={min_resource: 4, reduction_factor: 2}")]
+)
+def test_a_worse_trial_is_pruned(pruner: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    name, *options = pruner
+    command = ["training.learning_rate=1e-3,1e-9", "training.evaluate_every_steps=4", f"sweep.pruner={name}"]
+    assert hydra(*command, *options, *SLEEP) == 0
+    assert [row["status"] for row in trials(capsys)] == ["COMPLETED", "PRUNED"]
+
+
+def test_a_study_goes_on_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a sweep and a task of the folder that it began in."""
+    Path("sweeps").mkdir()
+    own = "# @package _global_\ntask: {source: local, path: rows.jsonl}\nsweep: {params: {lora.r: '4,8'}}\n"
+    Path("sweeps/mine.yaml").write_text(own, encoding="utf-8")
+    command = ["model=local", "model.path=one,two", "tracking.uri=sqlite:///runs.db", "sweep.max_failures=null"]
+    assert main(["sweep", "mine", *command, *SLEEP, "sweep.n_trials=1"]) == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    root = ["--output-root", str(tmp_path / "outputs")]
+    assert main(["resume", "mine", "sweep.n_trials=4", *root]) == 0
+    capsys.readouterr()
+    assert main(["trials", "mine", "--csv", *root]) == 0
+    shown = rows(capsys.readouterr().out)
+    paths = [str(tmp_path / name) for name in ("one", "one", "two", "two")]
+    assert sorted(row["model.path"] for row in shown) == paths
+    configs = [read_record(OutputPaths.of(tmp_path / "outputs").run(row["run_id"]).record).config for row in shown]
+    assert {config["task"]["path"] for config in configs} == {str(tmp_path / "rows.jsonl")}
+    assert {config["tracking"]["uri"] for config in configs} == {f"sqlite:///{tmp_path / 'runs.db'}"}
+    assert list(elsewhere.iterdir()) == []
+    assert main(["best", "mine", *root]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("qlora-exp run"))
+    assert compose(shlex.split(line)[2:]).task.path == str(tmp_path / "rows.jsonl")
+
+
+PASSWORD = "geheim4711"
+
+
+def test_the_password_of_a_studys_storage_is_in_no_file_and_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///file:{tmp_path}/outputs/studies.db?password={PASSWORD}&uri=true"
+    assert hydra("lora.r=4,8", f"sweep.storage='{url}'", "sweep.name=s", "sweep.n_trials=1", *SLEEP) == 0
+    assert (tmp_path / "outputs" / "studies.db").is_file()
+    for verb in ("status", "best", "trials", "clean", "resume"):
+        assert main([verb, "s"]) == 2
+        assert "QLORA_EXP_STORAGE" in capfd.readouterr().err
+        if verb != "resume":
+            assert main([verb, "s", "--storage", url]) == 0
+    assert main(["resume", "s", "sweep.n_trials=2", "--storage", url]) == 0
+    monkeypatch.setenv("QLORA_EXP_STORAGE", url)
+    assert main(["resume", "s", "sweep.n_trials=2"]) == 0
+    assert main(["trials", "s", "--csv"]) == 0
+    told = capfd.readouterr()
+    assert told.out.count("COMPLETED") == 2
+    assert PASSWORD not in told.out + told.err
+    holding = [file for file in tmp_path.rglob("*") if file.is_file() and PASSWORD.encode() in file.read_bytes()]
+    assert holding == []
+
+
+def test_a_study_begun_with_the_environments_storage_names_it_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_EXP_STORAGE", "postgresql://user:geheim4711@db/studies")
+    asked = sweep.ask(["lora.r=4,8"])
+    assert asked.spec.storage.endswith("@db/studies")
+    assert not any(PASSWORD in text for text in asked.spec.overrides)
+    assert not any(PASSWORD in text for job in sweep._jobs(asked) for text in job)
+
+
+def test_a_complete_study_is_delivered_with_its_trials_where_mlflow_lacks_them() -> None:
+    """As after a kill between the last trial's end and its delivery."""
+    command = ["lora.r=4,8", *SLEEP[:2], "sweep.name=late"]
+    assert hydra(*command, "tracking=off") == 0
+    assert hydra(*command) == 0
+    with sqlite3.connect("mlflow.db") as database:
+        assert database.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)] * 3
+        children = database.execute("SELECT COUNT(*) FROM tags WHERE key = 'mlflow.parentRunId'").fetchone()
+    assert children == (2,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ import pytest
 from qlora_exp.app import execute
 from qlora_exp.compose import compose
 from qlora_exp.config import Config
+from qlora_exp.endings import Report
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records import RunRecord, Status, Trial, read_record
 
@@ -74,11 +76,13 @@ def test_memory_suffices_with_half_the_micro_batch(tmp_path: Path) -> None:
 def test_it_asks_whether_to_stop_and_stops(tmp_path: Path) -> None:
     asked: list[tuple[int, float]] = []
 
-    def report(step: int, loss: float) -> bool:
+    def ask(step: int, loss: float, items: Sequence[float] | None) -> bool:
+        assert items is not None
+        assert sum(items) / len(items) == pytest.approx(loss)
         asked.append((step, loss))
         return step >= 10
 
-    record = execute(sleeping(tmp_path, "training.evaluate_every_steps=5"), report=report)
+    record = execute(sleeping(tmp_path, "training.evaluate_every_steps=5"), report=Report(ask, per_item=True))
     assert record.status is Status.PRUNED
     assert [step for step, _ in asked] == [5, 10]
     assert asked[0][1] > asked[1][1]

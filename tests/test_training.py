@@ -11,8 +11,9 @@ import torch
 from qlora_exp import checkpoints, environment, models
 from qlora_exp.callbacks import read_curve
 from qlora_exp.compose import compose
-from qlora_exp.config import Config
-from qlora_exp.endings import Diverged, Pruned
+from qlora_exp.config import Config, DeviceChoice
+from qlora_exp.endings import Diverged, Pruned, Report
+from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation import evaluate_model
 from qlora_exp.one_run import prepare
 from qlora_exp.paths import RunPaths
@@ -155,14 +156,35 @@ def test_a_study_can_stop_a_training(tiny_models: dict[str, Path], colour_task: 
     config = configured(tiny_models["llama"], colour_task, "training.evaluate_every_steps=2")
     seen: list[tuple[int, float]] = []
 
-    def report(step: int, value: float) -> bool:
+    def ask(step: int, value: float, items: object) -> bool:
+        assert items is None
         seen.append((step, value))
         return step >= 4
 
     with pytest.raises(Pruned) as caught:
-        train_once(config, tmp_path, report)
+        train_once(config, tmp_path, Report(ask))
     assert caught.value.step == 4
     assert [step for step, _ in seen] == [2, 4]
+
+
+def test_a_study_that_wants_it_is_told_each_items_nats_by_the_same_pass(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    every = ["training.max_steps=2", "training.evaluate_every_steps=2", "quantization=fp32"]
+    config = configured(tiny_models["llama"], colour_task, *every)
+    told: dict[bool, tuple[float, object]] = {}
+    for wanted in (False, True):
+
+        def ask(step: int, value: float, items: object, wanted: bool = wanted) -> bool:
+            told[wanted] = (value, items)
+            return False
+
+        _, model = train_once(config, tmp_path / str(wanted), Report(ask, per_item=wanted))
+    ready = prepare(config, environment.probe(config.training.device))
+    scored = evaluate_model(model, ready.tokenizer, ready.splits.validation, ready.splits, config)
+    assert told[False][1] is None
+    assert told[True][0] == pytest.approx(told[False][0], rel=1e-6)
+    assert told[True][1] == pytest.approx(scored.items["loss_sum_nats"].to_pylist(), rel=1e-4)
 
 
 def test_a_token_budget_stops_at_the_first_step_that_reaches_it(
@@ -177,6 +199,15 @@ def test_a_token_budget_stops_at_the_first_step_that_reaches_it(
     assert trained.tokens >= 400
     assert tokens[-2] < 400
     assert not trained.training.stopped_early
+
+
+def test_the_curve_ends_at_the_last_step_whatever_is_logged_between(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    trained, _ = train_once(configured(tiny_models["llama"], colour_task, "training.logging_steps=4"), tmp_path)
+    points = read_curve(RunPaths(tmp_path).curve)
+    assert [point["step"] for point in points] == [1, 4, 6]
+    assert trained.training.final_loss == points[-1]["loss"]
 
 
 def test_micro_batches_give_the_same_training(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
@@ -219,3 +250,9 @@ def test_the_validation_loss_of_a_training_is_the_defined_one_whatever_the_batch
     scored = evaluate_model(base.model, ready.tokenizer, ready.splits.validation, ready.splits, config)
     assert shown["8"] == pytest.approx(shown["2"], abs=1e-5)
     assert shown["8"] == pytest.approx(scored.scores.loss, abs=1e-4)
+
+
+def test_dora_over_int8_is_refused_where_the_device_turns_out_to_be_a_cpu() -> None:
+    config = compose(["training.device=auto", "quantization=int8", "lora.dora=true"])
+    with pytest.raises(ConfigError, match="int8"):
+        prepare(config, environment.probe(DeviceChoice.cpu))

@@ -90,8 +90,14 @@ OutputRoot = Annotated[
         "--output-root", metavar="DIR", help="Where the runs are; by default output_root of the configuration"
     ),
 ]
-
-
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="Where the study is, if it has a password: its file keeps none. Or QLORA_EXP_STORAGE in the environment",
+    ),
+]
 Source = Annotated[
     Path | None, typer.Option("--from", metavar="FILE", help="A YAML file of overrides; those given here win")
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +13,7 @@ from qlora_exp.cli.arguments import (
     OutputRoot,
     Overrides,
     Source,
+    Storage,
     Study,
     complete_sweeps,
     examples,
@@ -62,24 +66,29 @@ def resume(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Make a damaged study database again from the runs' records")
     ] = False,
+    storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
     """Go on with a study: exactly the missing trials."""
     from qlora_exp.overrides import hydra_value
+    from qlora_exp.standing import STORAGE_VARIABLE, storage_of
 
     spec, paths = _found(study, output_root)
+    url = storage_of(spec, storage)
     if rebuild:
-        _rebuild(spec, paths)
+        _rebuild(spec, paths, url)
     changed = {text.lstrip("+~").partition("=")[0] for text in overrides or []}
     again = [*spec.overrides, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)]
     kept = [text for text in again if text.lstrip("+~").partition("=")[0] not in changed]
     _check_secrets(kept, spec)
-    return _hydra([*kept, *(overrides or []), f"sweep.name={hydra_value(spec.name)}", *_join(join)])
+    with _in_environment(STORAGE_VARIABLE, url):  # a password is then in no override that a launcher would write
+        return _hydra([*kept, *(overrides or []), f"sweep.name={hydra_value(spec.name)}", *_join(join)])
 
 
 def status(
     study: Study = "last",
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second; Ctrl-C ends")] = False,
+    storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
     """Show how a study stands.
@@ -90,7 +99,7 @@ def status(
     from qlora_exp.sweep import orchestrator
 
     spec, paths = _found(study, output_root)
-    opened = _opened(spec, paths)
+    opened = _opened(spec, paths, storage)
     if watch:
         watch_status(spec, opened, paths, orchestrator)
     else:
@@ -104,16 +113,18 @@ def stop(
     output_root: OutputRoot = None,
 ) -> int:
     """Stop a study after its running trials; called twice: now."""
+    import shlex
+
     from qlora_exp.sweep import request_stop
 
     spec, paths = _found(study, output_root)
     mode = request_stop(paths, spec.name, now)
     what = "running trials save their state and end" if mode == "now" else "no further trial starts; again: stop now"
-    print(f"study {spec.name}: {what}\nlater: qlora-exp resume {spec.name}")
+    print(f"study {spec.name}: {what}\nlater: qlora-exp resume {shlex.quote(spec.name)}")
     return 0
 
 
-def best(study: Study, output_root: OutputRoot = None) -> int:
+def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) -> int:
     """Show the best trial as a command.
 
     Of several objectives, the Pareto front.
@@ -126,18 +137,19 @@ def best(study: Study, output_root: OutputRoot = None) -> int:
     from qlora_exp.tables import show
 
     spec, paths = _found(study, output_root)
-    rows = _opened(spec, paths).best()
+    rows = _opened(spec, paths, storage).best()
     if not rows:
         raise RecordError("no trial has completed yet", f"study {spec.name}", f"qlora-exp status {spec.name}")
     show(best_table(rows, spec))
-    for row in rows:
-        print(f"qlora-exp run {shlex.join(run_overrides(spec, row.params))}")
+    for command in dict.fromkeys(shlex.join(run_overrides(spec, row.params)) for row in rows):
+        print(f"qlora-exp run {command}")
     return 0
 
 
 def trials(
     study: Study,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated, for other tools")] = False,
+    storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
     """List a study's trials, one row each."""
@@ -147,7 +159,7 @@ def trials(
     from qlora_exp.tables import show
 
     spec, paths = _found(study, output_root)
-    rows = _opened(spec, paths).trials()
+    rows = _opened(spec, paths, storage).trials()
     if csv:
         write_csv(rows, spec, sys.stdout)
     else:
@@ -159,6 +171,7 @@ def clean(
     study: Study,
     keep: Annotated[str, typer.Option("--keep", help="Adapters that stay: best:K or all")] = "best:1",
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what would go")] = False,
+    storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
     """Free disk space.
@@ -170,7 +183,7 @@ def clean(
     from qlora_exp.tables import bytes_text
 
     spec, paths = _found(study, output_root)
-    opened = _opened(spec, paths)
+    opened = _opened(spec, paths, storage)
     rows = opened.trials()
     ranked = best_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
     found = disposable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
@@ -209,20 +222,33 @@ def _found(study: str, output_root: str | None) -> tuple[StudySpec, StudyPaths]:
     return read_spec(paths), paths
 
 
-def _opened(spec: StudySpec, paths: StudyPaths) -> Any:
+def _opened(spec: StudySpec, paths: StudyPaths, storage: str | None) -> Any:
+    from qlora_exp.standing import storage_of
     from qlora_exp.study import Study
 
-    return Study.open(spec, paths, spec.storage)
+    return Study.open(spec, paths, storage_of(spec, storage))
 
 
-def _rebuild(spec: StudySpec, paths: StudyPaths) -> None:
+@contextlib.contextmanager
+def _in_environment(variable: str, value: str) -> Iterator[None]:
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
+
+
+def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
     from qlora_exp.history import read_runs
     from qlora_exp.paths import OutputPaths
     from qlora_exp.study import Study
 
     records, _ = read_runs(OutputPaths(paths.folder.parent.parent))
     own = [record for record in records if record.trial is not None and record.trial.study == spec.name]
-    Study.rebuild(spec, paths, own)
+    Study.rebuild(spec, paths, own, url)
     print(f"study {spec.name} made again from {len(own)} runs")
 
 

@@ -158,7 +158,19 @@ def _label_ids(rows: RawSplits, context: Example, tokenizer: Tokenizer, format: 
         if owners.setdefault(ids, label) != label:
             what = f"the labels {owners[ids]!r} and {label!r} have the same tokens"
             raise DataError(what, "task.labels", "use labels that this tokenizer can tell apart")
+    _check_beginnings(owners)
     return label_ids
+
+
+def _check_beginnings(owners: dict[tuple[int, ...], str]) -> None:
+    """A label whose tokens begin another's is at least as likely as that one after any prompt: a choice between the two
+    would say nothing."""
+    for ids, label in owners.items():
+        for length in range(1, len(ids)):
+            if shorter := owners.get(ids[:length]):
+                what = f"the tokens of the label {shorter!r} begin those of {label!r}, which could then never be chosen"
+                hint = "rename one of them in the data; or task.kind=generation, which compares generated answers"
+                raise DataError(what, "task.labels, or the labels of the training rows", hint)
 
 
 def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]]) -> None:
@@ -169,7 +181,7 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]]) 
             raise DataError(
                 f"the label {item.label!r} has other tokens after this prompt than after the first one",
                 f"{file}, row {row}",
-                "let all prompts end alike, e.g. by a template: task.prompt='{COLUMN}\\nLabel:'",
+                "let all prompts end alike, e.g. by a template: 'task.prompt=\"{COLUMN}\\nLabel:\"'",
             )
 
 

@@ -128,7 +128,7 @@ def _source(name: str, template: str | None, column: str | None, raw: RawFile) -
         raise DataError(
             f"nothing says which text is the {name}",
             f"task.{name}, task.columns.{name}",
-            f"task.columns.{name}=COLUMN or a template task.{name}='{{COLUMN}}'; columns: {', '.join(raw.columns)}",
+            f"task.columns.{name}=COLUMN, or 'task.{name}=\"{{COLUMN}}\"'; columns: {', '.join(raw.columns)}",
         )
     _check_column(column, f"task.columns.{name}", raw)
     return column

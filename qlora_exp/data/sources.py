@@ -58,6 +58,8 @@ def _nearby(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {str(folder)!r} either; relative paths start where the command is called"
+    if path.is_symlink():
+        return f"it is a link to {str(path.readlink())!r}, which isn't there"
     names = [entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix.lower() in ENDINGS]
     return nearest(path.name, names)
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qlora_exp.config import Config
-from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
 from qlora_exp.evaluation.generation import StopRule, generate, max_new_tokens, stop_rule
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
@@ -35,13 +32,6 @@ class Evaluation:
     label_marginal: dict[str, float] | None = None
     """Mean predicted probability of each option over the validation items: what calibration divides by."""
 
-    def write(self, path: Path) -> None:
-        """Keep the per-item results as Parquet; a reader never sees half a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        pq.write_table(self.items, temporary)
-        temporary.replace(path)
-
 
 def evaluate_model(
     model: Any,
@@ -62,15 +52,10 @@ def evaluate_model(
     but for rounding; with int8 they do: it picks outlier columns over a whole batch, and rounds inputs to 8 bits.
 
     Raises:
-        ConfigError: a metric of ``evaluation.metrics`` can't be had; before anything is scored.
+        ConfigError: a metric of ``evaluation.metrics`` can't be had; before anything is scored. Further metrics are of
+            generated answers (:mod:`qlora_exp.checks` asks for ``evaluation.generate``).
     """
     further = {name: hub_metric(name) for name in config.evaluation.metrics}
-    if further and not config.evaluation.generate:
-        raise ConfigError(
-            "further metrics are computed on generated answers, and nothing is generated",
-            f"evaluation.metrics={list(further)}",
-            "evaluation.generate=true, or evaluation.metrics=[]",
-        )
     trie = OptionTrie.of([splits.label_ids[label] for label in splits.labels]) if splits.labels else None
     with scoring_mode(model):
         causal = CausalModel(model)

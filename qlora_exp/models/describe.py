@@ -31,7 +31,19 @@ OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", r
 def describe(model: ModelConfig) -> Architecture:
     """The architecture of ``model``. Raises :class:`ModelError` for what can't be found or built."""
     source = resolve_source(model)
-    return architecture_of(build_meta(model_config(source), source))
+    built = build_meta(model_config(source), source)
+    if model.attention.startswith("flash"):
+        _check_attention(built, model.attention)
+    return architecture_of(built)
+
+
+def _check_attention(model: PreTrainedModel, attention: str) -> None:
+    """Whether the package that ``attention`` needs is installed, asked before a weight is read."""
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        what = f"{attention} can't be had: {str(error).splitlines()[0]}"
+        raise ModelError(what, f"model.attention = {attention}", "model.attention=sdpa") from None
 
 
 def build_meta(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel:

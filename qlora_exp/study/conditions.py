@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -46,13 +46,16 @@ class Clause:
         return self.key in params and bool(SIGNS[self.sign](params[self.key], self.value))
 
 
-def check_conditions(axes: Sequence[Axis]) -> list[QloraExpError]:
-    """What is wrong with the axes' conditions: grammar, names, values that can't be, cycles."""
+def check_conditions(axes: Sequence[Axis], narrowed: Collection[str] = ()) -> list[QloraExpError]:
+    """What is wrong with the axes' conditions: grammar, names, values that can't be, cycles.
+
+    ``narrowed``: axes that search less than was declared; that a condition over one never holds is then meant.
+    """
     by_key = {axis.key: axis for axis in axes}
     errors: list[QloraExpError] = []
     for axis in axes:
         try:
-            errors += [error for clause in clauses(axis) if (error := _wrong(clause, axis, by_key))]
+            errors += [error for clause in clauses(axis) if (error := _wrong(clause, axis, by_key, narrowed))]
         except ConfigError as error:
             errors.append(error)
     if not errors:
@@ -113,7 +116,7 @@ def _value(text: str, where: str) -> Any:
         raise ConfigError(f"{text} is no value", where, HINT) from None
 
 
-def _wrong(clause: Clause, axis: Axis, by_key: Mapping[str, Axis]) -> ConfigError | None:
+def _wrong(clause: Clause, axis: Axis, by_key: Mapping[str, Axis], narrowed: Collection[str]) -> ConfigError | None:
     where = f"sweep.conditions.{axis.key}: {axis.condition}"
     if clause.key not in by_key:
         others = [key for key in by_key if key != axis.key]
@@ -123,7 +126,8 @@ def _wrong(clause: Clause, axis: Axis, by_key: Mapping[str, Axis]) -> ConfigErro
     other = by_key[clause.key]
     if clause.sign in ("<", "<=", ">", ">=") and not all(map(_is_number, [clause.value, *other.values])):
         return ConfigError(f"{clause.sign} compares numbers", where, HINT)
-    if other.low is None and not any(clause.holds({other.key: value}) for value in other.values):
+    can_hold = other.low is not None or other.key in narrowed
+    if not can_hold and not any(clause.holds({other.key: value}) for value in other.values):
         return ConfigError("a condition that never holds", where, f"{other.key} is searched over {other.text}")
     return None
 

@@ -3,11 +3,12 @@ that a resumed study asks what an undisturbed one would have asked."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,7 +28,6 @@ from qlora_exp.study.space import grid
 from qlora_exp.study.types import StudySpec
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 SAMPLERS: dict[str, type[BaseSampler]] = {
     "grid": RandomSampler,  # its points are enqueued by number; random once they are all asked
@@ -137,9 +137,19 @@ def _constructed(make: Any, kind: type, options: dict[str, Any], where: str) -> 
         ]
     )
     try:
-        return make()
+        with _may_be_experimental():
+            return make()
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{kind.__name__} can't be made: {error}", where, f"options: {options}") from None
+
+
+@contextlib.contextmanager
+def _may_be_experimental() -> Iterator[None]:
+    """Optuna calls conditional TPE, QMC and Wilcoxon experimental each time one is made; nobody at the terminal can do
+    anything about it. Said here and not once for the process: whoever resets the filters would bring it back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
 
 
 class SeededSampler(BaseSampler):
@@ -155,6 +165,10 @@ class SeededSampler(BaseSampler):
         self._asked: dict[int, BaseSampler] = {}
 
     def inner(self, number: int, axis: str = "") -> BaseSampler:
+        with _may_be_experimental():
+            return self._inner(number, axis)
+
+    def _inner(self, number: int, axis: str) -> BaseSampler:
         seed = _seed(self._spec.seed, number, axis)
         kind, options = SAMPLERS[self._spec.sampler], dict(self._spec.sampler_options)
         conditional = any(axis.condition for axis in self._spec.axes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -34,13 +34,15 @@ def parse_axes(
     params: Mapping[str, str],
     conditions: Mapping[str, str],
     group_choices: Callable[[str], list[str]] | None = None,
+    narrowed: Collection[str] = (),
 ) -> tuple[Axis, ...]:
     """Axes of the search, in the order of ``params``: key → text in Hydra's override grammar.
 
     Lists (``8,16``, ``choice(8,16)``, ``glob(*)``) and single values are choices; ``interval`` is continuous, or whole
     numbers with ``int(…)``. ``range(1,4)`` is read as people know it: a grid has 1, 2, 3 as in Hydra, a sampler draws
     from 1 to 4 as in the official Optuna sweeper. ``shuffle`` shuffles the same way each time, so that a study that is
-    opened again has the same axes. ``group_choices`` names the files of a configuration group, for ``glob``.
+    opened again has the same axes. ``group_choices`` names the files of a configuration group, for ``glob``;
+    ``narrowed`` the keys that search less than was declared, so that a condition over them may never hold.
 
     Raises:
         ConfigError, or Problems for several: a text or a condition that can't be meant.
@@ -58,7 +60,7 @@ def parse_axes(
                 ConfigError("a condition for what isn't searched", f"sweep.conditions.{key}", nearest(key, params))
             )
     if not errors:
-        errors += check_conditions(axes)
+        errors += check_conditions(axes, narrowed)
     raise_all(errors)
     return tuple(axes)
 

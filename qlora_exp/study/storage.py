@@ -33,8 +33,11 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The database file of an SQLite URL; ``None`` for a server's."""
-    return Path(url.removeprefix(SQLITE)) if url.startswith(SQLITE) else None
+    """The database file of an SQLite URL (``file:…?uri=true`` as well); ``None`` for a server's."""
+    if not url.startswith(SQLITE):
+        return None
+    name = url.removeprefix(SQLITE)
+    return Path(name.removeprefix("file:").partition("?")[0] if name.startswith("file:") else name)
 
 
 def check_whole(file: Path, name: str) -> None:

@@ -394,10 +394,11 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
     asked, stored = _question(spec), study.user_attrs.get("asks")
     if stored is None:
         study.set_user_attr("asks", asked)
-    elif stored != asked:
-        changes = [
-            f"{key}: {stored.get(key)} there, {value} now" for key, value in asked.items() if stored.get(key) != value
-        ]
+        return study
+    # A key that only one of them has came or went with another version of this package.
+    both = [key for key in asked if key in stored]
+    changes = [f"{key}: {stored[key]} there, {asked[key]} now" for key in both if stored[key] != asked[key]]
+    if changes:
         raise StudyError(
             f"the study {spec.name} exists and asks something else",
             "; ".join(changes),
@@ -416,7 +417,7 @@ def _question(spec: StudySpec) -> dict[str, Any]:
         "constraints": list(spec.constraints),
         "enqueue": [list(overrides_of(point)) for point in spec.enqueue],
         "grid": spec.sampler == "grid",
-    }
+    } | spec.settings
 
 
 def _clear_damage(url: str, name: str) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qlora_exp.tracking.study_view import StudyDefinition as StudyDefinition
     from qlora_exp.tracking.study_view import TrialRow as TrialRow
     from qlora_exp.tracking.synchronise import SyncReport as SyncReport
+    from qlora_exp.tracking.synchronise import deliver_runs as deliver_runs
     from qlora_exp.tracking.synchronise import repair as repair
     from qlora_exp.tracking.synchronise import sync as sync
     from qlora_exp.tracking.tracker import Tracker as Tracker
@@ -31,6 +32,7 @@ _HOMES = {
     "TrialRow": "study_view",
     "sync": "synchronise",
     "repair": "synchronise",
+    "deliver_runs": "synchronise",
     "SyncReport": "synchronise",
     "ui_command": "ui",
     "ui_environment": "ui",

@@ -121,10 +121,10 @@ def note(definition: StudyDefinition, summary: StudySummary) -> str:
 
 
 def trials_csv(definition: StudyDefinition, summary: StudySummary) -> str:
-    """All trials, a column for each swept key; several objectives have ``value_1``, ``value_2`` …"""
+    """All trials, a column for each swept key; several objectives have ``value_FIELD`` each."""
     keys = _swept_keys(definition, summary)
     several = len(definition.objectives) > 1
-    values = [f"value_{place + 1}" for place in range(len(definition.objectives))] if several else ["value"]
+    values = [f"value_{_measure(objective)}" for objective in definition.objectives] if several else ["value"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["number", "status", *values, "run_id", "seconds", *keys])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+import contextlib
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,6 +75,22 @@ def repair(output_root: str | Path) -> tuple[str, ...]:
         with FileLock(output.root / "sync.lock"):
             _Sync(output, None).deliver(only=set(repaired))
     return tuple(repaired.values())
+
+
+def deliver_runs(output: OutputPaths, run_ids: Iterable[str], uri: str | None = None) -> None:
+    """Deliver those of these runs whose own process could not, because it was killed, say. Never raises; MLflow is only
+    asked where something is missing. ``uri`` as for :func:`sync`."""
+    missing = {paths.folder.name for run_id in run_ids if not _is_delivered(paths := output.run(run_id))}
+    if missing:
+        with contextlib.suppress(OSError), FileLock(output.root / "sync.lock"):
+            _Sync(output, uri).deliver(only=missing)
+
+
+def _is_delivered(paths: RunPaths) -> bool:
+    from qlora_exp.tracking.state import read_state, record_digest
+
+    state = read_state(paths)
+    return state is not None and state.delivered and state.record_digest == record_digest(paths)
 
 
 class _Sync:

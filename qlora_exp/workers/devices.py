@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_exp.config import Config, DeviceChoice, Engine
+from qlora_exp.config import DeviceChoice, Engine
 from qlora_exp.environment import available_cores
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.records import write_json
@@ -110,9 +110,9 @@ def _name_of(pid: int) -> str | None:
         return None
 
 
-def slots_of(config: Config, count: int | None) -> tuple[str | None, ...]:
-    """:func:`assign` on this machine, for a study whose trials are like ``config``."""
-    uses_gpu = config.training.engine is not Engine.sleep and config.training.device is not DeviceChoice.cpu
+def slots_of(engine: Engine, device: DeviceChoice, count: int | None) -> tuple[str | None, ...]:
+    """:func:`assign` on this machine, for a study whose trials run so."""
+    uses_gpu = engine is not Engine.sleep and device is not DeviceChoice.cpu
     gpus = inventory() if uses_gpu else ()
     return assign(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"), count, {os.getpid()})
 

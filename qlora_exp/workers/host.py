@@ -13,17 +13,19 @@ import ctypes
 import faulthandler
 import gc
 import importlib
+import math
 import os
 import queue
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from qlora_exp.config import Config
-from qlora_exp.endings import disk_full
+from qlora_exp.endings import Report, disk_full
 from qlora_exp.errors import QloraExpError
 from qlora_exp.redaction import redact_text
 from qlora_exp.workers.protocol import (
@@ -120,20 +122,22 @@ class _Host:
     """An observer of its runs, which it tells the worker of."""
 
     def __init__(self, line: Line, deliveries: ThreadPoolExecutor, bases: Bases | None) -> None:
+        from qlora_exp.compose import Composer
+
         self.line, self.deliveries, self.bases = line, deliveries, bases
+        self.composer = Composer()
 
     def run(self, command: Run) -> None:
         from qlora_exp.app import execute
-        from qlora_exp.compose import compose
 
         try:
             execute(
-                _changed(compose(command.overrides), command),
+                _changed(self.composer.compose(command.overrides), command),
                 self,
                 resume=command.run_id if command.resume else None,
                 run_id=command.run_id,
                 trial=command.trial,
-                report=self.report,
+                report=Report(self.ask, command.per_item),
                 bases=self.bases,
                 deliver=self.deliveries.submit,
             )
@@ -146,8 +150,9 @@ class _Host:
                 raise
             self.line.tell(DiskFull(str(error)))
 
-    def report(self, step: int, value: float) -> bool:
-        self.line.tell(Question(step, value))
+    def ask(self, step: int, value: float, items: Sequence[float] | None) -> bool:
+        finite = items is not None and math.isfinite(value)
+        self.line.tell(Question(step, value, tuple(items) if items is not None and finite else None))
         answer = self.line.next()
         assert isinstance(answer, Answer)
         return answer.stop

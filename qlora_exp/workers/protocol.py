@@ -21,6 +21,8 @@ class Run:
     trial: Trial
     micro_batch_size: int | None
     """In place of the configuration's, after memory ran out."""
+    per_item: bool
+    """Whether a :class:`Question` is to bring the loss of each item."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class Note:
 
 @dataclass(frozen=True)
 class Question:
-    """From the host: the validation loss at a step; it waits for the :class:`Answer`."""
+    """From the host: the validation loss at a step; it waits for the :class:`Answer`. ``items``: nats per item."""
 
     step: int
     value: float | None
+    items: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from qlora_exp.config import Isolation, WorkersConfig
 from qlora_exp.endings import disk_full
 from qlora_exp.environment import alive
-from qlora_exp.errors import RecordError
+from qlora_exp.errors import QloraExpError, RecordError
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, slug
 from qlora_exp.records import Failure, RunRecord, Status, Trial, read_record, write_json
 from qlora_exp.study.types import Claim, Outcome, StudySpec
@@ -138,6 +138,7 @@ class Slot(threading.Thread):
                 resume=record is not None,
                 trial=Trial(spec.name, claim.number, claim.attempt, dict(claim.params)),
                 micro_batch_size=_micro_batch_asked(record),
+                per_item=spec.pruner == "wilcoxon",
             )
         )
         try:
@@ -166,8 +167,8 @@ class Slot(threading.Thread):
             match message:
                 case Ended() | Wrong() | DiskFull():
                     return message
-                case Question(step, value):
-                    stop = value is not None and self.worker.report(claim, step, value)
+                case Question(step, value, items):
+                    stop = value is not None and self.worker.report(claim, step, value, items)
                     host.send(Answer(stop))
                 case Phase(name):
                     self.state.phase = name
@@ -200,6 +201,10 @@ class Slot(threading.Thread):
                 if self._retry_with_half(claim, paths, record):
                     return None
             return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
+        if isinstance(end, Wrong) and self.worker.nothing_has_ended():
+            # The first trial shows what is wrong for all of them: data, a model's files, a name that fits no module.
+            self.worker.give_back(self.number, claim)
+            return self.worker.fail(QloraExpError(end.what, end.where, end.hint))
         if isinstance(end, Wrong):
             failure = Failure(end.kind, end.what, phase="prepare", hint=end.hint)
             unknown = (None,) * len(self.setting.spec.objectives)

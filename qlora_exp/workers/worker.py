@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -38,7 +38,7 @@ class Studied(Protocol):
     def claim(self, owner: Owner, lease_seconds: float) -> Claim | None: ...
     def set_run(self, claim: Claim, run_id: str) -> None: ...
     def heartbeat(self, claim: Claim) -> bool: ...
-    def report(self, claim: Claim, step: int, value: float) -> bool: ...
+    def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool: ...
     def tell(self, claim: Claim, outcome: Outcome) -> None: ...
     def requeue(self, claim: Claim, why: str) -> bool: ...
     def request_memory_retry(self, claim: Claim) -> bool: ...
@@ -74,8 +74,9 @@ def run_worker(
     Raises:
         QloraExpError: the study can't be opened, or a GPU is in use by another process; nothing was started.
     """
-    config = compose.compose(spec.overrides)
-    gpus = slots_of(config, workers.count)
+    # Unchecked: without its axes a trial may lack what makes it possible.
+    config = compose.compose_raw(spec.overrides)
+    gpus = slots_of(config.training.engine, config.training.device, workers.count)
     threads = threads_per_host(config.training.threads, len(gpus), paths.threads)
     preload = () if config.training.engine is Engine.sleep else ("training",)
     setting = Setting(
@@ -148,6 +149,10 @@ class Worker:
         counts = self._ask(self.study.counts)
         return counts.running + counts.waiting + counts.to_ask == 0
 
+    def nothing_has_ended(self) -> bool:
+        """Whether no trial of the study has ended yet, however."""
+        return self._ask(self.study.counts).finished == 0
+
     def wait(self, seconds: float) -> None:
         """Until another slot tells or gives back a trial, at most ``seconds``."""
         with self._changed:
@@ -156,8 +161,8 @@ class Worker:
     def set_run(self, claim: Claim, run_id: str) -> None:
         self._ask(lambda: self.study.set_run(claim, run_id))
 
-    def report(self, claim: Claim, step: int, value: float) -> bool:
-        return self._ask(lambda: self.study.report(claim, step, value))
+    def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool:
+        return self._ask(lambda: self.study.report(claim, step, value, items))
 
     def tell(self, slot: int, claim: Claim, outcome: Outcome) -> None:
         self._ask(lambda: self.study.tell(claim, outcome))

@@ -101,10 +101,10 @@ def test_weights_that_are_not_of_the_described_model_are_refused_at_the_loading(
     assert caught.value.where == str(folder)
 
 
-def test_an_unknown_attention_is_refused(folder: Path) -> None:
+def test_an_attention_without_its_package_is_refused_at_the_description(folder: Path) -> None:
     config = compose(["model=local", f"model.path={folder}", "model.attention=flash_attention_2"])
-    with pytest.raises(ModelError, match="can't be loaded"):
-        load_base(config, "cpu")
+    with pytest.raises(ModelError, match="flash_attention_2 can't be had"):
+        describe(config.model)
 
 
 def test_files_that_are_no_gguf_are_refused(folder: Path, tmp_path: Path) -> None:

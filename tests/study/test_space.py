@@ -158,6 +158,11 @@ def test_a_condition_that_cant_be_meant_is_told(condition: str, word: str | None
     assert word in str(caught.value)
 
 
+def test_a_narrowed_axis_may_switch_off_what_depends_on_it() -> None:
+    axes = parse_axes({"lora.r": "4", "lora.alpha": "16,32"}, {"lora.alpha": "lora.r > 8"}, narrowed=["lora.r"])
+    assert grid(axes) == [{"lora.r": 4}]
+
+
 def test_conditions_that_wait_for_each_other_are_told() -> None:
     with pytest.raises(ConfigError, match="wait for each other"):
         parse_axes({"a": "1,2", "b": "1,2"}, {"a": "b == 1", "b": "a == 1"})

@@ -6,6 +6,7 @@ import dataclasses
 import signal
 import sqlite3
 import time
+import warnings
 from pathlib import Path
 
 import optuna
@@ -333,3 +334,12 @@ def test_optunas_own_tools_read_the_study(tmp_path: Path) -> None:
     assert study.best_value == opened(spec).best()[0].values[0]
     with sqlite3.connect(tmp_path / "optuna.db") as database:
         assert database.execute("PRAGMA quick_check").fetchone() == ("ok",)
+
+
+def test_optunas_experimental_warnings_reach_nobody(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        study = opened(a_spec(tmp_path, sampler="tpe", pruner="wilcoxon"))
+        study.tell(claimed(study), completed(1.0))
+        claimed(study)
+    assert [str(one.message) for one in told if "experimental" in str(one.message)] == []

@@ -100,7 +100,7 @@ class SmallStudy:
         self.heartbeats += 1
         return self._mine(claim)
 
-    def report(self, claim: Claim, step: int, value: float) -> bool:
+    def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool:
         self.reports.append((claim.number, step, value))
         return self.prune_at is not None and step >= self.prune_at
 

@@ -1,0 +1,41 @@
+"""What a warm host composes equals what Hydra composes."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_exp.compose import Composer, compose
+from qlora_exp.errors import QloraExpError
+
+COMPOSED = [
+    ["lora.r=4", "training.learning_rate=1e-3"],
+    ["lora.r=8", "training.learning_rate=1e-3"],
+    ["sweeps=demo", "lora.r=16", "sweep.n_trials=2"],
+    ["sweeps=demo", "quantization=int8", "lora.dropout=0.1"],
+    ["lora.alpha_policy=fixed", "lora.alpha=8"],
+    ["lora.alpha_policy=fixed", "lora.alpha=16", "targets.modules=[q_proj,v_proj]", "quantization.compute_dtype=auto"],
+    ["name='a ${seed} b'", "seed=7", "task.prompt='x, {y} \\'z\\''"],
+    ["model.checkpoints.base=a/b", "+sweep.params={lora.r: '1,2'}", "tracking=off", "training.threads=null"],
+    ["model=qwen3_0_6b", "training.max_steps=5"],
+    ["model=embedded", "training.max_steps=5"],
+]
+
+
+def test_one_composer_gives_what_hydra_gives_one_by_one() -> None:
+    composer = Composer()
+    for overrides in [*COMPOSED, *reversed(COMPOSED)]:
+        assert composer.compose(overrides) == compose(overrides)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["lora.r=x", "lora.rank=4", "lora.alpha=7", "quantization=nf5", "sweep.params={a: b}"]
+)
+def test_it_tells_what_is_wrong_in_the_same_words(wrong: str) -> None:
+    composer = Composer()
+    composer.compose(["lora.r=4"])
+    with pytest.raises(QloraExpError) as one:
+        composer.compose(["lora.r=4", wrong])
+    with pytest.raises(QloraExpError) as other:
+        compose(["lora.r=4", wrong])
+    assert str(one.value) == str(other.value)
+    assert composer.compose(["lora.r=4"]) == compose(["lora.r=4"])
