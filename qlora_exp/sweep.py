@@ -118,6 +118,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         out_of_memory_retries=settings.out_of_memory_retries,
         synthetic=raw.training.engine is Engine.sleep,
         space={axis.key: axis.text for axis in axes},
+        fixed={compose.key_of(text): compose.value_of(text) for text in _of_a_run(fixed)},
         settings=_alike(raw, axes),
     )
     compose.check_points([*spec.overrides, *point] for point in _points_to_check(axes))
@@ -287,7 +288,12 @@ def _write_spec(spec: StudySpec, paths: StudyPaths) -> None:
 
 
 def _shown(spec: StudySpec) -> StudySpec:
-    return replace(spec, overrides=tuple(redact_overrides(spec.overrides)), storage=redact_text(spec.storage))
+    return replace(
+        spec,
+        overrides=tuple(redact_overrides(spec.overrides)),
+        fixed=redact(spec.fixed),
+        storage=redact_text(spec.storage),
+    )
 
 
 def _jobs(asked: Asked) -> list[list[str]]:
@@ -436,5 +442,8 @@ def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
 
 def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
     """What ``qlora-exp run`` needs to run a trial's configuration by itself."""
-    fixed = [text for text in spec.overrides if not _belongs(compose.key_of(text), ("sweep", "workers", "output_root"))]
-    return [*fixed, *study.overrides_of(params)]
+    return [*_of_a_run(spec.overrides), *study.overrides_of(params)]
+
+
+def _of_a_run(overrides: Sequence[str]) -> list[str]:
+    return [text for text in overrides if not _belongs(compose.key_of(text), ("sweep", "workers", "output_root"))]
