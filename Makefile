@@ -22,9 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m qlora_exp -m model.variant=base,instruct quantization=fp16,int8,nf4 lora.r=8 \
-	  targets=all_linear training.max_steps=40 evaluation.max_items=250 evaluation.forgetting_documents=32 \
-	  output_root=$(DEMO_OUTPUT)
+	$(BIN)/python -m qlora_exp -m sweeps=demo sweep.name=demo training.device=cpu \
+	  workers.count=2 workers.isolation=fresh output_root=$(DEMO_OUTPUT)
 	$(BIN)/qlora-exp ls runs --output-root $(DEMO_OUTPUT)
 
 test: $(STAMP)

@@ -320,7 +320,7 @@ def _begin(
         record = RunRecord(
             schema_version=SCHEMA_VERSION,
             run_id=run_id,
-            name=redaction.redact_text(config.name or display_name(config)),
+            name=redaction.redact_text(_name(config, trial)),
             status=Status.RUNNING,
             started_at=_now(),
             ended_at=None,
@@ -343,6 +343,11 @@ def _remove(paths: RunPaths) -> None:
     paths.folder.rmdir()
 
 
+def _name(config: Config, trial: Trial | None) -> str:
+    name = config.name or display_name(config)
+    return name if trial is None else f"{name} #{trial.number}"
+
+
 def display_name(config: Config) -> str:
     """The axes in a few words, e.g. ``embedded-base nf4 r8 attention s1``."""
     where = "+".join(config.targets.modules) if config.targets.modules else config.targets.set
@@ -357,7 +362,7 @@ def _new_run_id(config: Config) -> str:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def exit_code_of(status: Status) -> int:

@@ -196,6 +196,12 @@ def key_of(text: str) -> str:
     return _parse(text).key_or_group
 
 
+def value_of(text: str) -> Any:
+    """The value of an override that has one."""
+    [value] = _values(_parse(text))
+    return value
+
+
 def is_swept(text: str) -> bool:
     """Whether an override has several values: ``lora.r=4,8``, ``training.learning_rate=interval(1e-4,1e-2)``."""
     return _parse(text).is_sweep_override()

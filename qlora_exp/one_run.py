@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shlex
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
@@ -162,16 +163,19 @@ def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
         raise DataError("there are no test items", "evaluation.split = test", "task.test_fraction=0.1, or a test file")
 
 
-SHORT_ROWS = 1.02
-"""The rows that are drawn may be a little shorter than the mean row; the token budget, not the last step, ends it."""
+SHORT_ROWS_SIGMAS = 4.0
+"""How many standard errors the rows that are drawn may be shorter than the mean row: the token budget, not the last
+step, ends a training."""
 
 
 def _steps_for_tokens(config: Config, splits: Splits) -> int:
     """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
     assert config.training.max_tokens is not None
-    rows = splits.train
-    mean = sum(len(i.prompt_ids) + len(i.completion_ids) + len(i.end_ids) for i in rows) / len(rows)
-    return 1 + int(SHORT_ROWS * config.training.max_tokens / (mean * config.training.batch_size))
+    lengths = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.train]
+    mean = statistics.fmean(lengths)
+    rows = config.training.max_tokens / mean
+    longest = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
+    return 1 + math.ceil(longest * rows / config.training.batch_size)
 
 
 def _straight_line(

@@ -134,6 +134,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         out_of_memory_retries=settings.out_of_memory_retries,
         synthetic=raw.training.engine is Engine.sleep,
         space={axis.key: axis.text for axis in axes},
+        fixed={compose.key_of(text): compose.value_of(text) for text in _of_a_run(fixed)},
         settings=_alike(raw, axes),
         ladder=ladder,
     )
@@ -345,7 +346,12 @@ def _write_spec(spec: StudySpec, paths: StudyPaths) -> None:
 
 
 def _shown(spec: StudySpec) -> StudySpec:
-    return replace(spec, overrides=tuple(redact_overrides(spec.overrides)), storage=redact_text(spec.storage))
+    return replace(
+        spec,
+        overrides=tuple(redact_overrides(spec.overrides)),
+        fixed=redact(spec.fixed),
+        storage=redact_text(spec.storage),
+    )
 
 
 def _jobs(asked: Asked) -> list[list[str]]:
@@ -506,7 +512,9 @@ def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
 
 def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
     """What ``qlora-exp run`` needs to run a trial's configuration by itself, wherever it is called."""
-    not_its = ("sweep", "workers", "output_root")
-    keys = {text: compose.key_of(text) for text in spec.overrides}
-    fixed = [text for text, key in keys.items() if key == compose.SEARCH_PATH or not _belongs(key, not_its)]
-    return [*fixed, *study.overrides_of(params)]
+    searched = [text for text in spec.overrides if compose.key_of(text) == compose.SEARCH_PATH]
+    return [*searched, *_of_a_run(spec.overrides), *study.overrides_of(params)]
+
+
+def _of_a_run(overrides: Sequence[str]) -> list[str]:
+    return [text for text in overrides if not _belongs(compose.key_of(text), ("sweep", "workers", "output_root"))]

@@ -18,7 +18,9 @@ import pytest
 
 from qlora_exp import sweep
 from qlora_exp.cli import main
+from qlora_exp.cli.arguments import given_overrides
 from qlora_exp.compose import compose
+from qlora_exp.config import to_plain
 from qlora_exp.environment import process_identity
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths, StudyPaths
@@ -401,3 +403,15 @@ def test_a_complete_study_is_delivered_with_its_trials_where_mlflow_lacks_them()
         assert database.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)] * 3
         children = database.execute("SELECT COUNT(*) FROM tags WHERE key = 'mlflow.parentRunId'").fetchone()
     assert children == (2,)
+
+
+def test_best_yaml_in_mlflow_is_the_best_trials_configuration() -> None:
+    """With what all trials have alike, the file of the sweep included."""
+    always = [*SLEEP[:2], "training.max_steps=30", "task.goal='accuracy >= 0.6'"]
+    assert main(["sweep", "rank_by_quantization", "lora.r=4,8", "quantization=nf4", "workers.count=1", *always]) == 0
+    [file] = Path("mlartifacts").rglob("best.yaml")
+    again = compose(given_overrides(file, None))
+    records = [read_record(file) for file in Path("outputs/runs").glob("*/record.json")]
+    [best] = (record for record in records if record.config["lora"]["r"] == 8)  # the larger rank is better asleep, too
+    kept = ("lora", "targets", "quantization", "training", "task")
+    assert {key: to_plain(again)[key] for key in kept} == {key: best.config[key] for key in kept}

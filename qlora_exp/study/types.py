@@ -97,6 +97,8 @@ class StudySpec:
     synthetic: bool = False
     space: dict[str, str] = field(default_factory=dict)
     """Axis → text, for people and for the tracking view."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """Those of ``overrides`` that make a trial what it is, key → value: with a trial's axes, its configuration."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What all trials have alike, key → value, secrets redacted: a study goes on with the same alone."""
     ladder: LadderSpec | None = None

@@ -37,6 +37,8 @@ class StudyDefinition:
     n_trials: int | None = None
     created_at: str | None = None
     overrides: tuple[str, ...] = ()
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """What every trial has besides the swept keys, as overrides: key → value."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,8 @@ def best_yaml(definition: StudyDefinition, summary: StudySummary) -> str | None:
     lines = [f"# Trial {best.number} of {definition.name}: {_values_told(definition, best)}"]
     if best.run_id is not None:
         lines.append(f"# The same run once more: qlora-exp rerun {best.run_id}")
-    if definition.overrides:
-        lines.append(f"# Every trial also had: {' '.join(redact_overrides(definition.overrides))}")
-    return shown_text("\n".join(lines), None) + "\n" + yaml.safe_dump(redact(best.params), allow_unicode=True)
+    settings = redact({**definition.fixed, **best.params})
+    return shown_text("\n".join(lines), None) + "\n" + yaml.safe_dump(settings, allow_unicode=True)
 
 
 def milliseconds(moment: str) -> int:
