@@ -254,7 +254,7 @@ def _alike(raw: DictConfig, axes: Sequence[Axis]) -> dict[str, Any]:
     """What every trial has alike, key → value, as far as it can change a trial's result."""
     free = (*NOT_SWEPT, "budget", "name", *(axis.key for axis in axes))
     plain = OmegaConf.to_container(raw, enum_to_str=True)
-    return {key: value for key, value in flat(redact(plain)) if not _belongs(key, free)}
+    return {key: _absolute(key, value) for key, value in flat(redact(plain)) if not _belongs(key, free)}
 
 
 def _sampler(sampler: Sampler, grid: bool) -> str:
