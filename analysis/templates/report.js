@@ -1,0 +1,169 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const PAGE = 100;
+
+/* Plots */
+function colours() {
+  const style = getComputedStyle(document.documentElement);
+  const of = (name) => style.getPropertyValue(name).trim();
+  return { text: of("--text"), line: of("--line"), panel: of("--panel") };
+}
+
+function themed(layout, narrow) {
+  const { text, line, panel } = colours();
+  const axis = { gridcolor: line, linecolor: line, zerolinecolor: line };
+  return {
+    ...layout,
+    xaxis: { ...layout.xaxis, ...axis },
+    yaxis: { ...layout.yaxis, ...axis },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: text, size: narrow ? 11 : 13, family: "system-ui, sans-serif" },
+    hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: text }, align: "left" },
+  };
+}
+
+function draw() {
+  for (const place of document.querySelectorAll("[data-figure]")) {
+    const figure = data.figures[Number(place.dataset.figure)];
+    const layout = themed(figure.layout, place.clientWidth < 500);
+    Plotly.react(place, figure.data, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    if (!place.dataset.clickable) {
+      place.dataset.clickable = "yes";
+      place.on("plotly_click", (event) => {
+        const run = event.points[0].customdata;
+        if (run) showRun(run);
+      });
+    }
+  }
+}
+
+/* Figures as a person reads them */
+function shown(value, kind) {
+  if (value === null) return "–";
+  if (typeof value === "string") return value;
+  const short = (number, digits) => Number(number.toPrecision(digits)).toString();
+  if (kind === "integer") return Math.round(value).toLocaleString("en");
+  if (kind === "bytes") {
+    for (const [unit, factor] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
+      if (Math.abs(value) >= factor) return `${short(value / factor, 3)} ${unit}`;
+    }
+    return `${value} B`;
+  }
+  if (kind === "seconds") return `${value.toLocaleString("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 })} s`;
+  if (kind === "usd") return `$${value.toFixed(2)}`;
+  return Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en") : short(value, 4);
+}
+
+function compare(a, b, direction) {
+  if (a === b) return 0;
+  if (a === null) return 1;
+  if (b === null) return -1;
+  if (typeof a === "number" && typeof b === "number") return (a - b) * direction;
+  return String(a).localeCompare(String(b), "en", { numeric: true }) * direction;
+}
+
+function mark(heads, chosen) {
+  const direction = chosen.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  heads.forEach((head) => head.removeAttribute("aria-sort"));
+  chosen.setAttribute("aria-sort", direction === 1 ? "ascending" : "descending");
+  return direction;
+}
+
+/* Small tables: their rows are in the page */
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => head.addEventListener("click", () => {
+    const direction = mark(heads, head);
+    const value = (row) => {
+      const cell = row.cells[column];
+      return cell.dataset.value !== undefined ? Number(cell.dataset.value) : cell.textContent === "–" ? null : cell.textContent;
+    };
+    const rows = [...table.tBodies[0].rows].sort((a, b) => compare(value(a), value(b), direction));
+    table.tBodies[0].append(...rows);
+  }));
+}
+
+/* Every run: a page of rows at a time, so that thousands open at once */
+const used = data.columns.map((_, column) => data.runs.some((row) => row[column] !== null));
+const columns = data.columns.map((_, column) => column).filter((column) => used[column]);
+const table = document.getElementById("run-table");
+const filter = document.getElementById("filter");
+let rows = data.runs;
+let page = 0;
+let chosenRun = null;
+
+function cellOf(value, kind, column) {
+  const cell = document.createElement("td");
+  cell.className = kind;
+  if (column === 0 && data.runsAt !== null) {
+    const link = document.createElement("a");
+    link.href = `${data.runsAt}/${encodeURIComponent(value)}/record.json`;
+    link.textContent = value;
+    cell.append(link);
+  } else {
+    cell.textContent = shown(value, kind);
+  }
+  return cell;
+}
+
+function fill(most = PAGE) {
+  const start = page * most;
+  const body = table.tBodies[0];
+  body.replaceChildren(...rows.slice(start, start + most).map((row) => {
+    const line = document.createElement("tr");
+    if (row[0] === chosenRun) line.className = "chosen";
+    line.append(...columns.map((column) => cellOf(row[column], data.columns[column][1], column)));
+    return line;
+  }));
+  const last = Math.min(start + most, rows.length);
+  document.getElementById("count").textContent =
+    rows.length ? `${start + 1}–${last} of ${rows.length.toLocaleString("en")} runs` : "no run has all of these";
+  document.getElementById("previous").disabled = page === 0;
+  document.getElementById("next").disabled = last >= rows.length;
+}
+
+const heads = columns.map((column) => {
+  const [name, kind] = data.columns[column];
+  const head = document.createElement("th");
+  head.scope = "col";
+  head.className = kind;
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = name;
+  head.append(button);
+  head.addEventListener("click", () => {
+    const direction = mark(heads, head);
+    rows = [...rows].sort((a, b) => compare(a[column], b[column], direction));
+    page = 0;
+    fill();
+  });
+  return head;
+});
+
+function showRun(run) {
+  chosenRun = run;
+  filter.value = "";
+  rows = data.runs;
+  heads.forEach((head) => head.removeAttribute("aria-sort"));
+  page = Math.floor(Math.max(0, rows.findIndex((row) => row[0] === run)) / PAGE);
+  fill();
+  const line = table.querySelector("tr.chosen");
+  if (line) line.scrollIntoView({ block: "center" });
+}
+
+const head = document.createElement("tr");
+head.append(...heads);
+table.tHead.append(head);
+filter.addEventListener("input", () => {
+  const words = filter.value.toLowerCase().split(/[\s,]+/).filter(Boolean);
+  rows = data.runs.filter((row) => words.every((word) => row.some((value) => value !== null && String(value).toLowerCase().includes(word))));
+  heads.forEach((one) => one.removeAttribute("aria-sort"));
+  page = 0;
+  fill();
+});
+document.getElementById("previous").addEventListener("click", () => { page -= 1; fill(); });
+document.getElementById("next").addEventListener("click", () => { page += 1; fill(); });
+fill();
+if (data.figures.length) draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
