@@ -37,7 +37,7 @@ def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
     return {
         "data": traces,
         "layout": _layout(titles[horizontal], f"{measure.label} ({best})")
-        | {"hovermode": "closest", "legend": {"orientation": "h", "y": 1.12, "x": 0}},
+        | {"hovermode": "closest", "showlegend": True},
     }
 
 
@@ -47,7 +47,7 @@ def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Fig
     for configuration in configurations:
         if configuration.quality is not None:
             others = [(k, v) for k, v in configuration.settings.items() if k not in ("lora.r", "lora.alpha")]
-            lines[tuple(f"{key.rsplit('.', 1)[-1]} {shown(value)}" for key, value in others)].append(configuration)
+            lines[tuple(_named(key, value) for key, value in others)].append(configuration)
     long = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))
     if not long:
         return None
@@ -61,7 +61,7 @@ def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Fig
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": escape(" · ".join(_short(name)) or measure.name.replace("_", " ")),
+                "name": escape(" · ".join(part for part in name if part) or measure.name.replace("_", " ")),
                 "x": [int(c.first.config["lora"]["r"]) for c in ordered],
                 "y": [e.mean for e in estimates],
                 "error_y": _error([e.half_width() for e in estimates]),
@@ -72,7 +72,7 @@ def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Fig
                 "marker": {"size": 8},
             }
         )
-    layout = _layout("rank r", measure.label) | {"legend": {"orientation": "h", "y": 1.12, "x": 0}}
+    layout = _layout("rank r", measure.label)
     layout["xaxis"] |= {"type": "log", "tickvals": sorted(ranks), "ticktext": [str(rank) for rank in sorted(ranks)]}
     return {"data": traces, "layout": layout}
 
@@ -148,7 +148,7 @@ def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
         for number, part in enumerate(PARTS)
     ]
     layout = _layout("memory, MB", "") | {"barmode": "stack", "height": 130 + 34 * len(names)}
-    layout |= {"legend": {"orientation": "h", "y": -0.25, "yref": "paper", "x": 0, "traceorder": "normal"}}
+    layout["legend"] |= {"traceorder": "normal"}
     return {"data": traces, "layout": layout}
 
 
@@ -204,8 +204,11 @@ def _every(values: Sequence[Any], most: int) -> list[Any]:
     return list(values[::step])
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    return [name for name in names if not name.startswith(("double_quantization", "compute_dtype", "int8_threshold"))]
+def _named(key: str, value: Any) -> str:
+    """A setting as a legend has room for it; empty where another one tells it too."""
+    if key in ("quantization.double_quantization", "quantization.compute_dtype", "quantization.int8_threshold"):
+        return ""
+    return value if isinstance(value, str) else f"{key.rsplit('.', 1)[-1].replace('_', ' ')} {shown(value)}"
 
 
 def _error(halves: Sequence[float | None]) -> Figure:
@@ -227,5 +230,6 @@ def _layout(horizontal: str, vertical: str) -> Figure:
         "xaxis": {"title": {"text": horizontal}, "automargin": True},
         "yaxis": {"title": {"text": vertical}, "automargin": True},
         "margin": {"l": 10, "r": 10, "t": 40, "b": 10},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "height": 420,
     }

@@ -13,7 +13,7 @@ import jinja2
 from qlora_exp.analysis.content import UNKNOWN, Report, Table, shown
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-DIGITS = 6
+DIGITS = 5
 """Significant digits of the figures in the page's own data: more than are shown, fewer bytes."""
 
 
@@ -34,11 +34,12 @@ def to_html(report: Report, runs_at: str | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters["shown"] = shown
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     drawn = [figure for section in report.sections for figure in section.figures]
     data = {
         "figures": _rounded(drawn),
         "columns": [[column.name, column.kind] for column in report.runs.columns],
-        "runs": _rounded([list(row) for row in report.runs.rows]),
+        "runs": [_packed(_rounded(list(column))) for column in zip(*report.runs.rows, strict=True)],
         "runsAt": runs_at,
     }
     return environment.get_template("report.html.jinja").render(
@@ -95,6 +96,15 @@ def _row(cells: Iterable[str]) -> str:
 def _plain(text: str) -> str:
     """One line, without what Markdown would take for HTML."""
     return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _packed(values: list[Any]) -> dict[str, list[Any]]:
+    """A column as it is, or as its distinct values and where each stands: 10,000 runs must not fill the file."""
+    distinct = list(dict.fromkeys(values))
+    if len(distinct) > len(values) / 2:
+        return {"values": values}
+    place = {value: number for number, value in enumerate(distinct)}
+    return {"distinct": distinct, "places": [place[value] for value in values]}
 
 
 def _rounded(value: Any) -> Any:

@@ -43,8 +43,8 @@ class Front:
 
 @dataclass(frozen=True)
 class Contrast:
-    """``level`` against ``reference`` over otherwise equal runs. ``gain``: how much better, in the score's units. Ratios
-    are level / reference."""
+    """``level`` against ``reference`` over otherwise equal runs. ``gain``: how much better, in the score's units.
+    Ratios are level / reference."""
 
     level: str
     reference: str

@@ -1,16 +1,28 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 100;
+const DARK = matchMedia("(prefers-color-scheme: dark)");
+
+/* Columns come packed; a run is a row of them */
+const packed = data.runs.map((column) => column.values || column.places.map((place) => column.distinct[place]));
+const allRuns = packed.length ? packed[0].map((_, row) => packed.map((column) => column[row])) : [];
 
 /* Plots */
+const LIGHTER = { "#0072b2": "#4aa3df", "#7f7f7f": "#a8a8a8", "#8c564b": "#c49c94" };
+
 function colours() {
   const style = getComputedStyle(document.documentElement);
   const of = (name) => style.getPropertyValue(name).trim();
-  return { text: of("--text"), line: of("--line"), panel: of("--panel") };
+  return { text: of("--text"), line: of("--line"), panel: of("--panel"), quiet: of("--quiet") };
+}
+
+function coloured(traces, dark) {
+  const text = JSON.stringify(traces);
+  return JSON.parse(dark ? text.replace(/"#[0-9a-f]{6}"/g, (found) => `"${LIGHTER[found.slice(1, -1)] || found.slice(1, -1)}"`) : text);
 }
 
 function themed(layout, narrow) {
-  const { text, line, panel } = colours();
+  const { text, line, panel, quiet } = colours();
   const axis = { gridcolor: line, linecolor: line, zerolinecolor: line };
   return {
     ...layout,
@@ -19,6 +31,7 @@ function themed(layout, narrow) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: text, size: narrow ? 11 : 13, family: "system-ui, sans-serif" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: quiet },
     hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: text }, align: "left" },
   };
 }
@@ -26,8 +39,14 @@ function themed(layout, narrow) {
 function draw() {
   for (const place of document.querySelectorAll("[data-figure]")) {
     const figure = data.figures[Number(place.dataset.figure)];
-    const layout = themed(figure.layout, place.clientWidth < 500);
-    Plotly.react(place, figure.data, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    const narrow = place.clientWidth < 500;
+    const layout = themed(figure.layout, narrow);
+    Plotly.react(place, coloured(figure.data, DARK.matches), layout, {
+      responsive: true,
+      displaylogo: false,
+      displayModeBar: narrow ? false : "hover",
+      modeBarButtonsToRemove: ["select2d", "lasso2d"],
+    });
     if (!place.dataset.clickable) {
       place.dataset.clickable = "yes";
       place.on("plotly_click", (event) => {
@@ -85,11 +104,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 
 /* Every run: a page of rows at a time, so that thousands open at once */
-const used = data.columns.map((_, column) => data.runs.some((row) => row[column] !== null));
+const used = data.columns.map((_, column) => allRuns.some((row) => row[column] !== null));
 const columns = data.columns.map((_, column) => column).filter((column) => used[column]);
 const table = document.getElementById("run-table");
 const filter = document.getElementById("filter");
-let rows = data.runs;
+let rows = allRuns;
 let page = 0;
 let chosenRun = null;
 
@@ -144,7 +163,7 @@ const heads = columns.map((column) => {
 function showRun(run) {
   chosenRun = run;
   filter.value = "";
-  rows = data.runs;
+  rows = allRuns;
   heads.forEach((head) => head.removeAttribute("aria-sort"));
   page = Math.floor(Math.max(0, rows.findIndex((row) => row[0] === run)) / PAGE);
   fill();
@@ -157,7 +176,7 @@ head.append(...heads);
 table.tHead.append(head);
 filter.addEventListener("input", () => {
   const words = filter.value.toLowerCase().split(/[\s,]+/).filter(Boolean);
-  rows = data.runs.filter((row) => words.every((word) => row.some((value) => value !== null && String(value).toLowerCase().includes(word))));
+  rows = allRuns.filter((row) => words.every((word) => row.some((value) => value !== null && String(value).toLowerCase().includes(word))));
   heads.forEach((one) => one.removeAttribute("aria-sort"));
   page = 0;
   fill();
@@ -166,4 +185,4 @@ document.getElementById("previous").addEventListener("click", () => { page -= 1;
 document.getElementById("next").addEventListener("click", () => { page += 1; fill(); });
 fill();
 if (data.figures.length) draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+DARK.addEventListener("change", () => data.figures.length && draw());
