@@ -127,6 +127,16 @@ def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Confi
     return [_configuration(tuple(runs.values()), varying, values[key], sd, df, source) for key, runs in by_key.items()]
 
 
+def best_on_validation(found: Sequence[Configuration], measure: Measure) -> Configuration | None:
+    """What a person would choose: on validation, to be judged on test. ``None`` where no configuration has a score."""
+
+    def on_validation(configuration: Configuration) -> float:
+        known = [value for run in configuration.runs if (value := measure.of(run.scores.after)) is not None]
+        return measure.sign * float(np.mean(known)) if known else -math.inf
+
+    return max((c for c in found if c.quality is not None), key=on_validation, default=None)
+
+
 def settings_of(record: RunRecord) -> dict[str, Any]:
     """Dotted key → value, of the settings that make a configuration."""
     return dict(_flat(record.config, ""))

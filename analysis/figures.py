@@ -16,8 +16,9 @@ Figure = dict[str, Any]
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
 """Okabe and Ito's, told apart by colour-blind readers too, with a darker yellow for white paper."""
 SYMBOLS = dict(zip(PRECISION, ("circle", "square", "diamond", "cross", "x", "star"), strict=True))
-MOST_DOMINATED = 1500
+MOST_DOMINATED = 1000
 """Points beyond these are left to the table: a plot of 10,000 is slow to open and shows no more."""
+PART_COLOURS = (*PALETTE[:5], PALETTE[6])
 MOST_LINES = len(PALETTE)
 MOST_BARS = 16
 
@@ -142,7 +143,7 @@ def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
             "name": part,
             "y": names,
             "x": [None if (size := b.parts[part]) is None else size / 1e6 for b in reversed(largest)],
-            "marker": {"color": PALETTE[number]},
+            "marker": {"color": PART_COLOURS[number]},
             "hovertemplate": "%{y}<br>" + part + " %{x:.3g} MB<extra></extra>",
         }
         for number, part in enumerate(PARTS)

@@ -113,25 +113,18 @@ def verdict(difference: Difference | None, margin: float | None) -> str:
     return "worse" if difference.high < 0 else "not settled"
 
 
-def baseline_note(records: Sequence[RunRecord]) -> str | None:
-    """Whether the best run beats the traditional baselines; ``None`` where there are none."""
-    scored = [
-        (scores.accuracy, record.baselines)
-        for record in records
-        if record.baselines is not None
-        and (scores := answering_scores(record)) is not None
-        and scores.accuracy is not None
-    ]
-    known = [(accuracy, b) for accuracy, b in scored if b.tfidf_accuracy is not None]
-    if not known:
+def baseline_note(configuration: Configuration) -> str | None:
+    """Whether the configuration beats the traditional baseline on the same split; ``None`` where that wasn't made."""
+    scores, baselines = answering_scores(configuration.first), configuration.first.baselines
+    accuracy = mean(_of(answering_scores(run), "accuracy") for run in configuration.runs)
+    if scores is None or baselines is None or baselines.tfidf_accuracy is None or accuracy is None:
         return None
-    accuracy, baselines = max(known, key=lambda pair: pair[0])
-    assert baselines.tfidf_accuracy is not None
-    beaten = "beats" if accuracy > baselines.tfidf_accuracy else "does not beat"
-    return (
-        f"The best run's accuracy of {accuracy:.3f} {beaten} TF-IDF with logistic regression"
-        f" ({baselines.tfidf_accuracy:.3f} on {baselines.split})."
-    )
+    if baselines.split != scores.split:
+        return None
+    baseline = f"TF-IDF with logistic regression ({baselines.tfidf_accuracy:.3f} on {baselines.split})"
+    if accuracy > baselines.tfidf_accuracy:
+        return f"Its accuracy of {accuracy:.3f} is above that of {baseline}."
+    return f"Its accuracy of {accuracy:.3f} does not beat {baseline}, which costs next to nothing."
 
 
 def _cell(variant: str, written: str, configurations: Sequence[Configuration]) -> Cell:

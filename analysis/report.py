@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from qlora_exp.analysis import sections
 from qlora_exp.analysis.comparable import Group, answering_scores, differences, groups_of, refuse_synthetic
-from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of
+from qlora_exp.analysis.configurations import Configuration, Measure, best_on_validation, configurations, measure_of
 from qlora_exp.analysis.content import Asked, Report, Section
 from qlora_exp.analysis.instruct_base import Losses, baseline_note
 from qlora_exp.analysis.tradeoffs import GoalAnswer, goal_answer
@@ -97,7 +96,7 @@ def _of_group(
             sections.tradeoff_section(found, measure),
             sections.equal_everything_section(found, measure),
             Section("goal", "The cheapest that is good enough", (goal.sentence,)) if goal else None,
-            sections.instruct_section(group, found, losses, margin),
+            sections.instruct_section(found, losses, margin),
         ]
     parts += [sections.memory_section(found, group.records), sections.speed_section(group.records)]
     kept = [part for part in parts if part is not None]
@@ -149,35 +148,27 @@ def _headline(
     ]
     if group.protocol.split != "test":
         return tuple(said)
-    if not said and measure is not None:
-        said.append(_best(found, measure))
+    best = best_on_validation(found, measure) if measure is not None else None
+    if best is not None and measure is not None and not said:
+        said.append(_chosen(best, len(found), measure))
+        note = baseline_note(best)
+        said += [note] if note else []
     said += [goal.sentence] if goal is not None and goal.split == "test" else []
-    note = baseline_note(group.records)
-    return tuple([*said, note] if note else said)
+    return tuple(said)
 
 
-def _best(found: Sequence[Configuration], measure: Measure) -> str:
-    """The best on validation, with its score on test: what was chosen on one split is judged on another."""
-    best = max(found, key=lambda c: _on_validation(c, measure))
+def _chosen(best: Configuration, among: int, measure: Measure) -> str:
+    """What was chosen on one split is judged on another."""
     estimate = best.quality
     assert estimate is not None
     told = f"{measure.name.replace('_', ' ')} {estimate.mean:.4g}"
     if estimate.low is not None and estimate.high is not None:
-        told += (
-            f" [95 % over {estimate.seeds} seed{'s' * (estimate.seeds > 1)}: {estimate.low:.4g}, {estimate.high:.4g}]"
-        )
+        seeds = f"{estimate.seeds} seed{'s' * (estimate.seeds > 1)}"
+        told += f" [95 % over {seeds}: {estimate.low:.4g}, {estimate.high:.4g}]"
     else:
         told += " (one seed: no interval)"
-    among = (
-        f"Of {len(found)} configurations the best on validation is" if len(found) > 1 else "The only configuration is"
-    )
-    return f"{among} {best.label}; on test it has {told}."
-
-
-def _on_validation(configuration: Configuration, measure: Measure) -> float:
-    values = [measure.of(run.scores.after) for run in configuration.runs]
-    known = [measure.sign * value for value in values if value is not None]
-    return sum(known) / len(known) if known and configuration.quality is not None else -math.inf
+    begin = f"Of {among} configurations the best on validation is" if among > 1 else "The only configuration is"
+    return f"{begin} {best.label}; on test it has {told}."
 
 
 def _limits(

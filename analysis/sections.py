@@ -73,6 +73,8 @@ def rank_section(configurations: Sequence[Configuration], measure: Measure, with
     said = "Means over seeds; bars are 95 % intervals from the variance over seeds, pooled over the configurations."
     if all(c.quality is None or c.quality.se is None for c in configurations):
         said = "One seed a configuration: nothing tells how much of a difference is the seed's."
+    if len(figure["data"]) == figures.MOST_LINES:
+        said += f" At most {figures.MOST_LINES} lines are drawn, those with the most ranks."
     described = "" if with_ladder else " A description, not a decision: for one, qlora-exp sweep rank_doubling."
     return Section("rank", "Quality by rank", (said + described,), (), (figure,))
 
@@ -118,7 +120,7 @@ def equal_everything_section(configurations: Sequence[Configuration], measure: M
 
 
 def instruct_section(
-    group: Group, configurations: Sequence[Configuration], losses: Losses | None, margin: float | None
+    configurations: Sequence[Configuration], losses: Losses | None, margin: float | None
 ) -> Section | None:
     found = instruct_base.compare(configurations, losses, margin)
     if found is None:
@@ -136,7 +138,7 @@ def instruct_section(
         for c in found.cells
     ]
     points = [f"Not run: {', '.join(found.missing)}."] if found.missing else []
-    note = instruct_base.baseline_note(group.records)
+    notes = [(c.name, instruct_base.baseline_note(c.configuration)) for c in found.cells]
     if len({c.searched for c in found.cells}) > 1:
         counts = ", ".join(f"{c.searched} for {c.name}" for c in found.cells)
         points.append(f"The cells were not searched equally ({counts} configurations): the more are tried, the better.")
@@ -144,7 +146,7 @@ def instruct_section(
     if len(forgetful) > 1:
         most = max(forgetful, key=lambda c: c.forgetting or 0.0)
         points.append(f"{most.name} forgets most: {most.forgetting:+.3g} nats per byte of general text.")
-    points += [note] if note else []
+    points += [f"{name}: {note}" for name, note in notes if note]
     return Section(
         "instruct-base", "Instruct or base", (found.sentence,), (table(columns, rows),), points=tuple(points)
     )
