@@ -112,7 +112,7 @@ def measure_of(records: Sequence[RunRecord]) -> Measure | None:
 
 def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Configuration]:
     """Configurations in the order in which they were first run. The variance over seeds is pooled over all of them,
-    with Σ(seeds − 1) degrees of freedom."""
+    with Σ(seeds − 1) degrees of freedom. A seed that was run twice counts once, by its last run."""
     settings = [settings_of(record) for record in records]
     varying = varying_keys(settings)
     by_key: dict[tuple[Any, ...], dict[int | None, RunRecord]] = defaultdict(dict)
@@ -138,8 +138,8 @@ def best_on_validation(found: Sequence[Configuration], measure: Measure) -> Conf
 
 
 def settings_of(record: RunRecord) -> dict[str, Any]:
-    """Dotted key → value, of the settings that make a configuration."""
-    return dict(_flat(record.config, ""))
+    """Dotted key → value, of the settings that make a configuration; ``format`` as it was resolved."""
+    return {**dict(_flat(record.config, "")), "format": record.plan.format if record.plan is not None else None}
 
 
 def varying_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -195,14 +195,16 @@ def _configuration(
 
 
 def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
+    written = [str(flat.get("format"))] if "format" in varying else []
     parts = [
         str(flat.get("model.variant")),
+        *written,
         str(flat.get("quantization.mode")),
         f"r {flat.get('lora.r')}",
         shown(flat.get("targets.modules") or flat.get("targets.set")),
     ]
     implied = ("model.template_tokens_trained", "quantization.", "targets.")
-    others = [key for key in varying if key not in SHOWN[:4] and not key.startswith(implied)]
+    others = [key for key in varying if key not in (*SHOWN[:4], "format") and not key.startswith(implied)]
     names = {"training.learning_rate": "lr", "lora.alpha": "alpha"}
     parts += [f"{names.get(key, key.rsplit('.', 1)[-1])} {shown(flat.get(key))}" for key in others]
     return " · ".join(parts)

@@ -37,7 +37,7 @@ def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
     best = "higher is better" if measure.higher_is_better else "lower is better"
     return {
         "data": traces,
-        "layout": _layout(titles[horizontal], f"{measure.label} ({best})")
+        "layout": _layout(titles[horizontal], f"{measure.name.replace('_', ' ')} ({best})")
         | {"hovermode": "closest", "showlegend": True},
     }
 

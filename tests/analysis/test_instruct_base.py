@@ -43,6 +43,13 @@ def test_a_clear_gain_of_instruct_is_called_better_and_its_opposite_worse() -> N
     assert ": worse." in compared(study(-0.5)).sentence
 
 
+def test_all_four_cells_are_compared_and_none_hides_another() -> None:
+    found = compared(study(0.5))
+    assert [c.name for c in found.cells] == ["base, plain", "base, chat", "instruct, plain", "instruct, chat"]
+    assert found.missing == ()
+    assert "The chat template gains within each: base" in found.sentence
+
+
 def test_equivalence_is_said_only_within_a_margin_that_was_given() -> None:
     assert ": not settled." in compared(study(0.0)).sentence
     assert ": equivalent within ±0.1." in compared(study(0.0), margin=0.1).sentence
