@@ -68,10 +68,28 @@ def report(
     files = {"report.html": to_html(made, _runs_at(outputs, folder)), "report.md": to_markdown(made)}
     for name, text in (files | {"runs.csv": to_csv(made)}).items():
         _write(folder / name, text, write_text)
+    for paths in found if output is None else ():
+        _track(paths, own, outputs)
     for sentence in made.headline or [str(made.why_none)]:
         print(sentence)
     print(f"report: {folder / 'report.html'}")
     return 0
+
+
+def _track(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:
+    """Into the study's parent run, where the tracking store has one."""
+    import sys
+
+    from qlora_exp import tracking
+    from qlora_exp.config import TrackingConfig
+
+    raw = records[-1].config.get("tracking") or {}
+    if tracking.read_state(paths) is None or not raw.get("enabled"):
+        return
+    config = TrackingConfig(True, raw.get("uri"), raw["experiment"], float(raw["timeout_seconds"]))
+    why = tracking.deliver_report(config, outputs, paths.folder.name)
+    if why is not None:
+        print(f"the report is not in MLflow yet: {why}\n  do:    qlora-exp sync", file=sys.stderr)
 
 
 def _check_equivalence(margin: float | None) -> None:
