@@ -3,10 +3,6 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 100;
 const DARK = matchMedia("(prefers-color-scheme: dark)");
 
-/* Columns come packed; a run is a row of them */
-const packed = data.runs.map((column) => column.values || column.places.map((place) => column.distinct[place]));
-const allRuns = packed.length ? packed[0].map((_, row) => packed.map((column) => column[row])) : [];
-
 /* Plots */
 const LIGHTER = { "#0072b2": "#4aa3df", "#7f7f7f": "#a8a8a8", "#8c564b": "#c49c94" };
 
@@ -103,86 +99,100 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }));
 }
 
-/* Every run: a page of rows at a time, so that thousands open at once */
-const used = data.columns.map((_, column) => allRuns.some((row) => row[column] !== null));
-const columns = data.columns.map((_, column) => column).filter((column) => used[column]);
-const table = document.getElementById("run-table");
-const filter = document.getElementById("filter");
-let rows = allRuns;
-let page = 0;
-let chosenRun = null;
+/* Every run: unpacked column by column, shown a page of rows at a time, so that thousands open at once */
+async function readRuns() {
+  const bytes = Uint8Array.from(atob(data.runs), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const byColumn = JSON.parse(await new Response(stream).text());
+  return byColumn[0].map((_, row) => byColumn.map((column) => column[row]));
+}
 
-function cellOf(value, kind, column) {
-  const cell = document.createElement("td");
-  cell.className = kind;
-  if (column === 0 && data.runsAt !== null) {
-    const link = document.createElement("a");
-    link.href = `${data.runsAt}/${encodeURIComponent(value)}/record.json`;
-    link.textContent = value;
-    cell.append(link);
-  } else {
-    cell.textContent = shown(value, kind);
+function runTable(allRuns) {
+  const used = data.columns.map((_, column) => allRuns.some((row) => row[column] !== null));
+  const columns = data.columns.map((_, column) => column).filter((column) => used[column]);
+  const table = document.getElementById("run-table");
+  const filter = document.getElementById("filter");
+  const previous = document.getElementById("previous");
+  const next = document.getElementById("next");
+  let rows = allRuns;
+  let page = 0;
+  let chosen = null;
+
+  function cellOf(value, kind, column) {
+    const cell = document.createElement("td");
+    cell.className = kind;
+    if (column === 0 && data.runsAt !== null) {
+      const link = document.createElement("a");
+      link.href = `${data.runsAt}/${encodeURIComponent(value)}/record.json`;
+      link.textContent = value;
+      cell.append(link);
+    } else {
+      cell.textContent = shown(value, kind);
+    }
+    return cell;
   }
-  return cell;
-}
 
-function fill(most = PAGE) {
-  const start = page * most;
-  const body = table.tBodies[0];
-  body.replaceChildren(...rows.slice(start, start + most).map((row) => {
-    const line = document.createElement("tr");
-    if (row[0] === chosenRun) line.className = "chosen";
-    line.append(...columns.map((column) => cellOf(row[column], data.columns[column][1], column)));
-    return line;
-  }));
-  const last = Math.min(start + most, rows.length);
-  document.getElementById("count").textContent =
-    rows.length ? `${start + 1}–${last} of ${rows.length.toLocaleString("en")} runs` : "no run has all of these";
-  document.getElementById("previous").disabled = page === 0;
-  document.getElementById("next").disabled = last >= rows.length;
-}
+  function fill() {
+    const start = page * PAGE;
+    table.tBodies[0].replaceChildren(...rows.slice(start, start + PAGE).map((row) => {
+      const line = document.createElement("tr");
+      if (row[0] === chosen) line.className = "chosen";
+      line.append(...columns.map((column) => cellOf(row[column], data.columns[column][1], column)));
+      return line;
+    }));
+    const last = Math.min(start + PAGE, rows.length);
+    document.getElementById("count").textContent =
+      rows.length ? `${start + 1}–${last} of ${rows.length.toLocaleString("en")} runs` : "no run has all of these";
+    previous.disabled = page === 0;
+    next.disabled = last >= rows.length;
+  }
 
-const heads = columns.map((column) => {
-  const [name, kind] = data.columns[column];
-  const head = document.createElement("th");
-  head.scope = "col";
-  head.className = kind;
-  const button = document.createElement("button");
-  button.type = "button";
-  button.textContent = name;
-  head.append(button);
-  head.addEventListener("click", () => {
-    const direction = mark(heads, head);
-    rows = [...rows].sort((a, b) => compare(a[column], b[column], direction));
-    page = 0;
-    fill();
+  const heads = columns.map((column) => {
+    const [name, kind] = data.columns[column];
+    const head = document.createElement("th");
+    head.scope = "col";
+    head.className = kind;
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = name;
+    head.append(button);
+    head.addEventListener("click", () => {
+      const direction = mark(heads, head);
+      rows = [...rows].sort((a, b) => compare(a[column], b[column], direction));
+      page = 0;
+      fill();
+    });
+    return head;
   });
-  return head;
-});
 
-function showRun(run) {
-  chosenRun = run;
-  filter.value = "";
-  rows = allRuns;
-  heads.forEach((head) => head.removeAttribute("aria-sort"));
-  page = Math.floor(Math.max(0, rows.findIndex((row) => row[0] === run)) / PAGE);
+  function keep(kept, first) {
+    rows = kept;
+    heads.forEach((head) => head.removeAttribute("aria-sort"));
+    page = Math.floor(first / PAGE);
+    fill();
+  }
+
+  const line = document.createElement("tr");
+  line.append(...heads);
+  table.tHead.append(line);
+  filter.addEventListener("input", () => {
+    const words = filter.value.toLowerCase().split(/[\s,]+/).filter(Boolean);
+    const has = (row, word) => row.some((value) => value !== null && String(value).toLowerCase().includes(word));
+    keep(allRuns.filter((row) => words.every((word) => has(row, word))), 0);
+  });
+  previous.addEventListener("click", () => { page -= 1; fill(); });
+  next.addEventListener("click", () => { page += 1; fill(); });
   fill();
-  const line = table.querySelector("tr.chosen");
-  if (line) line.scrollIntoView({ block: "center" });
+  return (run) => {
+    chosen = run;
+    filter.value = "";
+    keep(allRuns, Math.max(0, allRuns.findIndex((row) => row[0] === run)));
+    const line = table.querySelector("tr.chosen");
+    if (line) line.scrollIntoView({ block: "center" });
+  };
 }
 
-const head = document.createElement("tr");
-head.append(...heads);
-table.tHead.append(head);
-filter.addEventListener("input", () => {
-  const words = filter.value.toLowerCase().split(/[\s,]+/).filter(Boolean);
-  rows = allRuns.filter((row) => words.every((word) => row.some((value) => value !== null && String(value).toLowerCase().includes(word))));
-  heads.forEach((one) => one.removeAttribute("aria-sort"));
-  page = 0;
-  fill();
-});
-document.getElementById("previous").addEventListener("click", () => { page -= 1; fill(); });
-document.getElementById("next").addEventListener("click", () => { page += 1; fill(); });
-fill();
+let showRun = () => {};
+readRuns().then((runs) => { showRun = runTable(runs); });
 if (data.figures.length) draw();
 DARK.addEventListener("change", () => data.figures.length && draw());

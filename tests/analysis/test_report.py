@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import io
 import json
 import re
@@ -43,7 +45,8 @@ def of(records: list[RunRecord], **asked: Any) -> Report:
 def data_of(page: str) -> Any:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert found is not None
-    return json.loads(found[1])
+    data = json.loads(found[1])
+    return data | {"runs": json.loads(gzip.decompress(base64.b64decode(data["runs"])))}
 
 
 def test_html_markdown_and_csv_have_the_same_figures() -> None:
@@ -57,8 +60,7 @@ def test_html_markdown_and_csv_have_the_same_figures() -> None:
                         assert value.replace("|", "\\|") in text
     rows = list(csv.reader(io.StringIO(to_csv(report))))
     assert len(rows) == 61
-    column = data_of(page)["runs"][0]
-    assert (column.get("values") or column["distinct"]) == [row[0] for row in rows[1:]]
+    assert data_of(page)["runs"][0] == [row[0] for row in rows[1:]]
 
 
 def test_the_page_asks_nothing_of_a_network() -> None:
