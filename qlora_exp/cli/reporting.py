@@ -104,7 +104,7 @@ def _check_equivalence(margin: float | None) -> None:
 def _asked(
     found: list[StudyPaths], records: list[RunRecord], outputs: OutputPaths
 ) -> tuple[list[Asked], list[RunRecord]]:
-    """What each study asked, and the runs that are theirs: the last attempt at each trial."""
+    """What each study asked, and the runs that are theirs."""
     from qlora_exp.analysis.content import Asked
     from qlora_exp.standing import read_spec
 
