@@ -113,7 +113,7 @@ def equal_everything_section(configurations: Sequence[Configuration], measure: M
     tables = tuple(_contrasts(caption, contrasts, measure) for caption, contrasts in asked if contrasts)
     note = (
         f"Gain in {measure.label}: above 0, the first is better. Runs are paired by configuration and seed; the 95 %"
-        " interval is over these pairs, on these test items."
+        " interval is over these pairs, on these items."
     )
     nothing = "No two runs differ in nothing but their quantization or target modules: there is nothing to hold equal."
     return Section("equal", "At equal everything else", (note if tables else nothing,), tables)
@@ -350,14 +350,13 @@ def _contrasts(caption: str, contrasts: Sequence[tradeoffs.Contrast], measure: M
 
 def _counted(front: tradeoffs.Front) -> str:
     counts = Counter(front.standings)
-    noise = ""
-    if all(c.quality is None or c.quality.se is None for c in front.configurations):
-        noise = " With one seed a configuration, a place on the front may be luck."
     near = counts[tradeoffs.Standing.NEAR]
+    noise = f"; {near} more can't be told from the front (95 %, over seeds)."
+    if all(c.quality is None or c.quality.se is None for c in front.configurations):
+        noise = ". With one seed a configuration, a place on the front may be luck."
     return (
         f"{counts[tradeoffs.Standing.FRONT]} of {len(front.configurations)} configurations are beaten by none in"
-        f" quality, memory and speed at once (large marks); {near} more can't be told from the front (95 %, over"
-        f" seeds).{noise}"
+        f" quality, memory and speed at once (large marks){noise}"
     )
 
 
