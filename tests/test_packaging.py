@@ -164,3 +164,13 @@ def test_every_pin_lies_within_the_declared_ranges() -> None:
         assert requirement.specifier.contains(pins[name], prereleases=True), f"{requirement} but {name}=={pins[name]}"
     assert [name for name in pins if name.startswith(("nvidia-cu", "triton", "qlora"))] == []
     assert "+" not in pins["torch"], "a local version label is found at one index only"
+
+
+def test_the_installed_report_has_its_templates_and_draws(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "from qlora_exp.analysis.content import Report, Section, table;"
+        "from qlora_exp.analysis.rendering import to_html;"
+        "section = Section('s', 'S', figures=({'data': [], 'layout': {}},));"
+        "print(len(to_html(Report('t', None, ('h',), None, (section,), table(('run',), [('r',)]), 'now'))))"
+    )
+    assert int(run_installed(installed, tmp_path, "-c", code)) > 1_000_000

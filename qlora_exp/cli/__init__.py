@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from qlora_exp.cli import analyzing, compare, listing, machine, prepare, running, sweeping
+from qlora_exp.cli import analyzing, compare, listing, machine, prepare, reporting, running, sweeping
 from qlora_exp.errors import QloraExpError
 
 EPILOG = (
@@ -32,6 +32,7 @@ prepare.add_to(app)
 listing.add_to(app)
 compare.add_to(app)
 analyzing.add_to(app)
+reporting.add_to(app)
 machine.add_to(app)
 
 

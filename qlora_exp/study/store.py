@@ -25,6 +25,7 @@ from qlora_exp.records import Failure, Process, RunRecord, Status, from_dict, to
 from qlora_exp.study import rows
 from qlora_exp.study.distributions import decoded_params, encoded, suggest
 from qlora_exp.study.history import earlier_trials, trials_of_records
+from qlora_exp.study.importance import importances
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.samplers import ITEMS_ATTRIBUTE, check_search, make_pruner, make_sampler
 from qlora_exp.study.space import grid, overrides_of
@@ -205,6 +206,10 @@ class Study:
                 else:
                     seen.append(LadderTrial(point, ended=False))
         return [*self._ended.values(), *seen]
+
+    def importances(self) -> dict[str, dict[str, float]]:
+        """Objective → axis → share of its variance, of the completed trials."""
+        return importances(self._study, self.spec)
 
     def failures_reached(self) -> bool:
         """Whether ``max_failures`` is reached: trials told as FAIL, not those out of memory or diverged."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qlora_exp.tracking.state import TrackingState as TrackingState
     from qlora_exp.tracking.state import read_state as read_state
     from qlora_exp.tracking.study import StudyTracker as StudyTracker
+    from qlora_exp.tracking.study import deliver_report as deliver_report
     from qlora_exp.tracking.study_view import StudyDefinition as StudyDefinition
     from qlora_exp.tracking.study_view import TrialRow as TrialRow
     from qlora_exp.tracking.synchronise import SyncReport as SyncReport
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Tracker": "tracker",
     "StudyTracker": "study",
+    "deliver_report": "study",
     "StudyDefinition": "study_view",
     "TrialRow": "study_view",
     "sync": "synchronise",

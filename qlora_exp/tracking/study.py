@@ -30,6 +30,9 @@ from qlora_exp.tracking.view import MLFLOW_STATUS, NOTE_TAG
 FINISH_SECONDS = 60.0
 """How long the end of a sweep waits for a local database, which others may keep busy."""
 
+REPORT_FILES = ("report.html", "report.md", "runs.csv")
+"""What ``qlora-exp report`` writes into a study's folder."""
+
 LOCK_SECONDS = 60.0
 """Making a parent run takes a call or two; the trials that start together wait for the first."""
 
@@ -187,11 +190,29 @@ def deliver_study(
         run_id = find_or_create_parent(store, opened, paths, definition)
         if run_id is not None:
             _deliver(opened.client, run_id, definition, summary)
+            for file in (paths.folder / name for name in REPORT_FILES):
+                if file.is_file():
+                    opened.client.log_artifact(run_id, str(file))
     return TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id, summary.status.ended, digest)
 
 
 def study_digest(paths: StudyPaths) -> str:
-    return file_digest(paths.spec, paths.summary)
+    return file_digest(paths.spec, paths.summary, *(paths.folder / name for name in REPORT_FILES))
+
+
+def deliver_report(tracking: TrackingConfig, output: OutputPaths, name: str) -> str | None:
+    """The study with its report into its parent run. Why it could not be, or ``None``; ``qlora-exp sync`` tries
+    again."""
+    paths = output.study(name)
+    definition, summary = read_definition(paths), read_summary(paths)
+    if definition is None or summary is None:
+        return "nothing is known of the study"
+    try:
+        store = locate(tracking, output)
+        write_state(paths, deliver_study(store, open_store(store), paths, definition, summary))
+    except Exception as error:  # every backend raises its own kinds
+        return reason(error)
+    return None
 
 
 def _deliver(client: MlflowClient, run_id: str, definition: StudyDefinition, summary: StudySummary) -> None:

@@ -19,7 +19,7 @@ from mlflow.entities import Run, ViewType
 from qlora_exp.config import TrackingConfig
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records import RunRecord, Status, Trial, from_dict, read_record, write_json
-from qlora_exp.tracking import StudyDefinition, StudyTracker, Tracker, TrialRow, sync
+from qlora_exp.tracking import StudyDefinition, StudyTracker, Tracker, TrialRow, deliver_report, sync
 
 STUDY = 'which rank: it\'s "quoted"'
 PARENT = "mlflow.parentRunId"
@@ -172,6 +172,24 @@ def test_parent_and_children_are_rebuilt_on_a_new_store(output: OutputPaths, emp
 
     once_more = sync(output.root, uri=f"sqlite:///{other}")
     assert (once_more.delivered, once_more.studies) == ((), ())
+
+
+def test_a_report_is_an_artifact_of_the_parent_run_and_comes_with_it_to_a_new_store(output: OutputPaths) -> None:
+    write_definition(output)
+    study = StudyTracker(tracking(), output, STUDY)
+    study.start(definition())
+    run_trial(output, trial_record(0))
+    study.update([row(0, value=2.0)], best=[0])
+    study.finish(Status.COMPLETED)
+    (output.study(STUDY).folder / "report.html").write_text("the answer")
+
+    assert deliver_report(tracking(), output, STUDY) is None
+    parent, _ = family(output.mlflow_database)
+    client = MlflowClient(tracking_uri=f"sqlite:///{output.mlflow_database}")
+    assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert sync(output.root).studies == ()
+    (output.study(STUDY).folder / "report.html").write_text("another answer")
+    assert sync(output.root).studies == (STUDY,)
 
 
 def test_a_sweep_without_tracking_is_delivered_later(output: OutputPaths) -> None:

@@ -1,0 +1,236 @@
+"""The report's plots as plain plotly figures (``data`` and ``layout``); the page colours them for light and dark."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from qlora_exp.analysis.configurations import Configuration, Measure, shown
+from qlora_exp.analysis.memory import PARTS, Breakdown
+from qlora_exp.analysis.tradeoffs import PRECISION, Front, Standing, mode_of
+
+Figure = dict[str, Any]
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
+"""Okabe and Ito's, told apart by colour-blind readers too, with a darker yellow for white paper."""
+SYMBOLS = dict(zip(PRECISION, ("circle", "square", "diamond", "cross", "x", "star"), strict=True))
+MOST_DOMINATED = 1000
+"""Points beyond these are left to the table: a plot of 10,000 is slow to open and shows no more."""
+PART_COLOURS = (*PALETTE[:5], PALETTE[6])
+MOST_LINES = len(PALETTE)
+MOST_BARS = 16
+
+
+def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
+    """Quality against ``memory`` or ``speed``, one trace a quantization; the front's points are outlined."""
+    drawn = _thinned(front)
+    by_mode: dict[str, list[tuple[Configuration, Standing | None]]] = defaultdict(list)
+    for configuration, standing in drawn:
+        by_mode[mode_of(configuration)].append((configuration, standing))
+    traces = [
+        _cloud(mode, by_mode[mode], horizontal, PALETTE[number % len(PALETTE)])
+        for number, mode in enumerate(sorted(by_mode, key=_by_precision))
+    ]
+    titles = {"memory": "memory, MB", "speed": "training speed, tokens/s"}
+    best = "higher is better" if measure.higher_is_better else "lower is better"
+    return {
+        "data": traces,
+        "layout": _layout(titles[horizontal], f"{measure.name.replace('_', ' ')} ({best})")
+        | {"hovermode": "closest", "showlegend": True},
+    }
+
+
+def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Figure | None:
+    """Quality by rank with 95 % intervals over seeds, one line for each setting of everything else."""
+    lines: dict[tuple[str, ...], list[Configuration]] = defaultdict(list)
+    for configuration in configurations:
+        if configuration.quality is not None:
+            others = [(k, v) for k, v in configuration.settings.items() if k not in ("lora.r", "lora.alpha")]
+            lines[tuple(_named(key, value) for key, value in others)].append(configuration)
+    long = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))
+    if not long:
+        return None
+    traces: list[Figure] = []
+    ranks: set[int] = set()
+    for number, (name, points) in enumerate(long[:MOST_LINES]):
+        ordered = sorted(points, key=lambda c: int(c.first.config["lora"]["r"]))
+        estimates = [c.quality for c in ordered if c.quality is not None]
+        ranks.update(int(c.first.config["lora"]["r"]) for c in ordered)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": escape(" · ".join(part for part in name if part) or measure.name.replace("_", " ")),
+                "x": [int(c.first.config["lora"]["r"]) for c in ordered],
+                "y": [e.mean for e in estimates],
+                "error_y": _error([e.half_width() for e in estimates]),
+                "customdata": [c.first.run_id for c in ordered],
+                "text": [escape(c.label) for c in ordered],
+                "hovertemplate": "%{text}<br>%{y:.4g}<extra></extra>",
+                "line": {"color": PALETTE[number], "width": 2},
+                "marker": {"size": 8},
+            }
+        )
+    layout = _layout("rank r", measure.label)
+    layout["xaxis"] |= {"type": "log", "tickvals": sorted(ranks), "ticktext": [str(rank) for rank in sorted(ranks)]}
+    return {"data": traces, "layout": layout}
+
+
+def ladder(answer: Mapping[str, Any]) -> Figure | None:
+    """Each doubling's gain with its bounds, against the margin and its zone."""
+    steps = [step for step in answer.get("comparisons") or [] if step.get("gain") is not None]
+    margin = answer.get("margin")
+    if not steps or margin is None:
+        return None
+    zone = answer.get("half_zone") or margin / 2
+    layout = _layout("doubling", "gain")
+    layout["shapes"] = [
+        {
+            "type": "rect",
+            "xref": "paper",
+            "x0": 0,
+            "x1": 1,
+            "y0": margin - zone,
+            "y1": margin + zone,
+            "fillcolor": PALETTE[4],
+            "opacity": 0.15,
+            "line": {"width": 0},
+        },
+        {
+            "type": "line",
+            "xref": "paper",
+            "x0": 0,
+            "x1": 1,
+            "y0": margin,
+            "y1": margin,
+            "line": {"color": PALETTE[4], "dash": "dash", "width": 2},
+        },
+    ]
+    gains = [step["gain"] for step in steps]
+    error = _error([None if step.get("high") is None else step["high"] - step["gain"] for step in steps])
+    error |= {
+        "symmetric": False,
+        "arrayminus": [0 if step.get("low") is None else step["gain"] - step["low"] for step in steps],
+    }
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [f"{step['from_rank']} → {step['to_rank']}" for step in steps],
+        "y": gains,
+        "error_y": error,
+        "text": [escape(str(step.get("decision"))) for step in steps],
+        "hovertemplate": "%{x}: %{y:.4g}<br>%{text}<extra></extra>",
+        "marker": {"size": 11, "color": PALETTE[0]},
+        "showlegend": False,
+    }
+    layout["xaxis"]["type"] = "category"
+    return {"data": [trace], "layout": layout}
+
+
+def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
+    """Memory by part, stacked, the largest configurations first."""
+    known = [b for b in breakdowns if any(b.parts.values())]
+    largest = sorted(known, key=lambda b: -sum(part or 0 for part in b.parts.values()))[:MOST_BARS]
+    if not largest:
+        return None
+    names = [escape(b.label) for b in reversed(largest)]
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": part,
+            "y": names,
+            "x": [None if (size := b.parts[part]) is None else size / 1e6 for b in reversed(largest)],
+            "marker": {"color": PART_COLOURS[number]},
+            "hovertemplate": "%{y}<br>" + part + " %{x:.3g} MB<extra></extra>",
+        }
+        for number, part in enumerate(PARTS)
+    ]
+    layout = _layout("memory, MB", "") | {"barmode": "stack", "height": 130 + 34 * len(names)}
+    layout["legend"] |= {"traceorder": "normal"}
+    return {"data": traces, "layout": layout}
+
+
+def importance_bars(shares: Mapping[str, float]) -> Figure:
+    ordered = sorted(shares.items(), key=lambda pair: pair[1])
+    trace = {
+        "type": "bar",
+        "orientation": "h",
+        "y": [escape(name) for name, _ in ordered],
+        "x": [share for _, share in ordered],
+        "marker": {"color": PALETTE[0]},
+        "hovertemplate": "%{y}: %{x:.2f}<extra></extra>",
+    }
+    return {"data": [trace], "layout": _layout("share of the variance", "") | {"height": 130 + 32 * len(ordered)}}
+
+
+def _cloud(mode: str, points: Sequence[tuple[Configuration, Standing | None]], horizontal: str, colour: str) -> Figure:
+    kept = [(c, s) for c, s in points if c.quality is not None]
+    estimates = [c.quality for c, _ in kept if c.quality is not None]
+    on_front = [standing is Standing.FRONT for _, standing in kept]
+    values = [c.memory_bytes if horizontal == "memory" else c.tokens_per_second for c, _ in kept]
+    halves = [e.half_width() if front else None for e, front in zip(estimates, on_front, strict=True)]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": escape(mode),
+        "x": [None if v is None else v / 1e6 if horizontal == "memory" else v for v in values],
+        "y": [e.mean for e in estimates],
+        "error_y": _error(halves),
+        "text": [escape(c.label) + (f"<br>{s}" if s is not None else "") for c, s in kept],
+        "customdata": [c.first.run_id for c, _ in kept],
+        "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.4g}<extra></extra>",
+        "marker": {
+            "color": colour,
+            "symbol": SYMBOLS.get(mode, "circle"),
+            "size": [13 if front else 8 for front in on_front],
+            "opacity": [1.0 if front or s is None else 0.45 for front, (_, s) in zip(on_front, kept, strict=True)],
+        },
+    }
+
+
+def _thinned(front: Front) -> list[tuple[Configuration, Standing | None]]:
+    """All of the front, and evenly many of the rest."""
+    if not front.standings:
+        return [(c, None) for c in _every(front.configurations, MOST_DOMINATED)]
+    pairs = list(zip(front.configurations, front.standings, strict=True))
+    rest = [pair for pair in pairs if pair[1] is not Standing.FRONT]
+    return [*_every(rest, MOST_DOMINATED), *(pair for pair in pairs if pair[1] is Standing.FRONT)]
+
+
+def _every(values: Sequence[Any], most: int) -> list[Any]:
+    step = max(1, -(-len(values) // most))
+    return list(values[::step])
+
+
+def _named(key: str, value: Any) -> str:
+    """A setting as a legend has room for it; empty where another one tells it too."""
+    if key in ("quantization.double_quantization", "quantization.compute_dtype", "quantization.int8_threshold"):
+        return ""
+    return value if isinstance(value, str) else f"{key.rsplit('.', 1)[-1].replace('_', ' ')} {shown(value)}"
+
+
+def _error(halves: Sequence[float | None]) -> Figure:
+    return {
+        "type": "data",
+        "array": [half or 0 for half in halves],
+        "visible": any(halves),
+        "thickness": 1.2,
+        "width": 3,
+    }
+
+
+def _by_precision(mode: str) -> tuple[int, str]:
+    return (PRECISION.index(mode) if mode in PRECISION else len(PRECISION), mode)
+
+
+def _layout(horizontal: str, vertical: str) -> Figure:
+    return {
+        "xaxis": {"title": {"text": horizontal}, "automargin": True},
+        "yaxis": {"title": {"text": vertical}, "automargin": True},
+        "margin": {"l": 10, "r": 10, "t": 40, "b": 10},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "height": 420,
+    }

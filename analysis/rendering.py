@@ -1,0 +1,117 @@
+"""A report as one HTML file that needs no network, as Markdown, and its runs as CSV: the same figures in each."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from qlora_exp.analysis.content import UNKNOWN, Report, Table, shown
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+DIGITS = 5
+"""Significant digits of the figures in the page's own data: more than are shown, fewer bytes."""
+
+
+def to_html(report: Report, runs_at: str | None = None) -> str:
+    """One file with script, style and data inside.
+
+    Args:
+        runs_at: where the run folders are, relative to the file; ``None``: runs are not linked.
+    """
+    from plotly.offline import get_plotlyjs
+
+    # Labels, messages and settings are other people's text: all of it is escaped, and the script writes text only.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = shown
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    drawn = [figure for section in report.sections for figure in section.figures]
+    data = {
+        "figures": _rounded(drawn),
+        "columns": [[column.name, column.kind] for column in report.runs.columns],
+        "runs": _compressed([_rounded(list(column)) for column in zip(*report.runs.rows, strict=True)]),
+        "runsAt": runs_at,
+    }
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        data=data,
+        plotly=get_plotlyjs() if drawn else "",
+        script=(TEMPLATES / "report.js").read_text(encoding="utf-8"),
+        style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+    )
+
+
+def to_markdown(report: Report) -> str:
+    """The same sentences and tables; the runs are in the CSV."""
+    return "\n".join(_markdown(report)).rstrip() + "\n"
+
+
+def to_csv(report: Report) -> str:
+    """Every run, raw values, unknown ones empty."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([column.name.replace(" ", "_") for column in report.runs.columns])
+    writer.writerows(report.runs.rows)
+    return stream.getvalue()
+
+
+def markdown_table(table: Table) -> Iterator[str]:
+    yield _row(column.name for column in table.columns)
+    yield "|" + "|".join("---" if column.kind == "text" else "---:" for column in table.columns) + "|"
+    for row in table.rows:
+        yield _row(shown(value, column.kind) for value, column in zip(row, table.columns, strict=True))
+
+
+def _markdown(report: Report) -> Iterator[str]:
+    yield from (f"# {_plain(report.title)}", "", *([_plain(report.question), ""] if report.question else []))
+    for sentence in report.headline or [report.why_none or UNKNOWN]:
+        yield from (f"**{_plain(sentence)}**", "")
+    for section in report.sections:
+        yield from (f"## {_plain(section.title)}", "")
+        for paragraph in section.paragraphs:
+            yield from (_plain(paragraph), "")
+        for point in section.points:
+            yield f"* {_plain(point)}"
+        yield from [""] if section.points else []
+        for table in section.tables:
+            yield from [f"{_plain(table.caption)}:", ""] if table.caption else []
+            yield from (*markdown_table(table), "")
+    yield f"Made {report.made}."
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """One line, without what Markdown would take for HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _compressed(value: Any) -> str:
+    """JSON, gzipped, in base64: 10,000 runs must not fill the file."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_rounded(entry) for entry in value]
+    return value

@@ -1,0 +1,201 @@
+"""A study's report: the answer in words with its confidence, and everything it rests on. From records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from qlora_exp.analysis import sections
+from qlora_exp.analysis.comparable import Group, answering_scores, differences, groups_of, refuse_synthetic
+from qlora_exp.analysis.configurations import Configuration, Measure, best_on_validation, configurations, measure_of
+from qlora_exp.analysis.content import Asked, Report, Section
+from qlora_exp.analysis.instruct_base import Losses, baseline_note
+from qlora_exp.analysis.tradeoffs import GoalAnswer, goal_answer
+from qlora_exp.errors import AnalysisError
+from qlora_exp.records import RunRecord, Status
+
+MOST_GROUPS = 3
+"""Groups of comparable runs that are shown; further ones are named."""
+LEAST_SEEDS = 2
+
+
+def build(
+    records: Sequence[RunRecord],
+    asked: Sequence[Asked],
+    losses: Losses | None = None,
+    margin: float | None = None,
+    unreadable: int = 0,
+) -> Report:
+    """What there is to say of these runs.
+
+    Args:
+        records: all runs of the studies, failed ones too.
+        asked: one for each study.
+        losses: per-item values for the instruct-or-base interval; without them it is over seeds alone.
+        margin: bits per byte within which instruct and base count as equivalent.
+        unreadable: records that could not be read; told, not guessed at.
+
+    Raises:
+        AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
+    """
+    where = "study " + ", ".join(one.name for one in asked)
+    if not records:
+        raise AnalysisError("the study has no run", where, "qlora-exp status shows how it stands")
+    refuse_synthetic(records)
+    groups = groups_of(records)
+    if not groups:
+        states = ", ".join(sorted({record.status.value for record in records}))
+        raise AnalysisError(
+            f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
+        )
+    looked_at = [_looked_at(group) for group in groups[:MOST_GROUPS]]
+    first, measure, found = looked_at[0]
+    goal = goal_answer(found)
+    why_none = _why_no_headline(groups, asked, measure)
+    parts = [
+        *sections.ladder_sections(asked),
+        *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], len(groups), asked, losses, margin)),
+        sections.importance_section(asked, sum(record.status is Status.COMPLETED for record in records)),
+        sections.failure_section(records),
+        sections.method_section(groups, records, measure),
+        _limits(records, groups, found, measure, why_none, unreadable),
+    ]
+    return Report(
+        title=", ".join(one.name for one in asked),
+        question=next((one.question for one in asked if one.question), None),
+        headline=() if why_none else _headline(asked, first, measure, found, goal),
+        why_none=why_none,
+        sections=tuple(part for part in parts if part is not None),
+        runs=sections.runs_table(records),
+        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
+    )
+
+
+def _looked_at(group: Group) -> tuple[Group, Measure | None, list[Configuration]]:
+    measure = measure_of(group.records)
+    return group, measure, configurations(group.records, measure or Measure("loss_per_item", False))
+
+
+def _of_group(
+    group: Group,
+    measure: Measure | None,
+    found: Sequence[Configuration],
+    main: bool,
+    groups: int,
+    asked: Sequence[Asked],
+    losses: Losses | None,
+    margin: float | None,
+) -> list[Section]:
+    """The comparisons, which hold within one group only; where there are several, each says so in its titles."""
+    parts: list[Section | None] = []
+    if measure is not None:
+        goal = goal_answer(found)
+        parts = [
+            sections.rank_section(found, measure, any(one.ladder for one in asked)),
+            sections.tradeoff_section(found, measure),
+            sections.equal_everything_section(found, measure),
+            Section("goal", "The cheapest that is good enough", (goal.sentence,)) if goal else None,
+            sections.instruct_section(found, losses, margin),
+        ]
+    parts += [sections.memory_section(found, group.records), sections.speed_section(group.records)]
+    kept = [part for part in parts if part is not None]
+    if groups == 1:
+        return kept
+    p = group.protocol
+    apart = f"{len(group.records)} runs, {p.max_steps} steps, {p.scored_items} {p.split} items"
+    number = "" if main else f"-{id_of(group)}"
+    return [replace(part, name=part.name + number, title=f"{part.title} ({apart})") for part in kept]
+
+
+def id_of(group: Group) -> str:
+    p = group.protocol
+    return f"{p.max_steps}-{p.scored_items}-{p.split}-{p.batch_size}-{p.adapter_dtype}-{p.data_version}"
+
+
+def _why_no_headline(groups: Sequence[Group], asked: Sequence[Asked], measure: Measure | None) -> str | None:
+    """A headline needs a score, one protocol, and a split that nothing was chosen on."""
+    if any(sections.ladders_of(one) for one in asked):
+        return None
+    if measure is None:
+        return "No headline: no finished run has a score."
+    if len(groups) > 1:
+        return f"No headline: the runs aren't all comparable ({'; '.join(differences(groups))}); they are shown apart."
+    searched = [text for one in asked for text in one.objectives if "scores.test" in text]
+    if searched:
+        return f"No headline: the test split was searched ({searched[0]}), so its scores flatter what was found."
+    split = groups[0].protocol.split
+    if split != "test":
+        return (
+            f"No headline: these are scores of the {split} split, which the search itself used. Score the finalists on"
+            " the test split: evaluation.split=test with other seeds."
+        )
+    return None
+
+
+def _headline(
+    asked: Sequence[Asked],
+    group: Group,
+    measure: Measure | None,
+    found: Sequence[Configuration],
+    goal: GoalAnswer | None,
+) -> tuple[str, ...]:
+    said = [
+        (f"{name}: " if len(ladders) > 1 else "") + str(answer.get("sentence") or answer["decision"])
+        for one in asked
+        for ladders in (sections.ladders_of(one),)
+        for name, answer in ladders
+    ]
+    if group.protocol.split != "test":
+        return tuple(said)
+    best = best_on_validation(found, measure) if measure is not None else None
+    if best is not None and measure is not None and not said:
+        said.append(_chosen(best, len(found), measure))
+        note = baseline_note(best)
+        said += [note] if note else []
+    said += [goal.sentence] if goal is not None and goal.split == "test" else []
+    return tuple(said)
+
+
+def _chosen(best: Configuration, among: int, measure: Measure) -> str:
+    """What was chosen on one split is judged on another."""
+    estimate = best.quality
+    assert estimate is not None
+    told = f"{measure.name.replace('_', ' ')} {estimate.mean:.4g}"
+    if estimate.low is not None and estimate.high is not None:
+        seeds = f"{estimate.seeds} seed{'s' * (estimate.seeds > 1)}"
+        told += f" [95 % over {seeds}: {estimate.low:.4g}, {estimate.high:.4g}]"
+    else:
+        told += " (one seed: no interval)"
+    begin = f"Of {among} configurations the best on validation is" if among > 1 else "The only configuration is"
+    return f"{begin} {best.label}; on test it has {told}."
+
+
+def _limits(
+    records: Sequence[RunRecord],
+    groups: Sequence[Group],
+    found: Sequence[Configuration],
+    measure: Measure | None,
+    why_none: str | None,
+    unreadable: int,
+) -> Section:
+    """What can't be concluded, and what it would take."""
+    points = [why_none] if why_none else []
+    if len(groups) > 1:
+        points.append(f"The groups can't be compared with each other: {'; '.join(differences(groups))}.")
+    if len(groups) > MOST_GROUPS:
+        points.append(f"{len(groups) - MOST_GROUPS} smaller groups of runs are only in the table of runs.")
+    if all(len(c.runs) < LEAST_SEEDS for c in found):
+        points.append("One seed a configuration: no difference can be told from chance. It takes seed=1,2,3.")
+    ranks = {int(c.first.config["lora"]["r"]) for c in found}
+    if len(ranks) == 1:
+        points.append(f"Only r = {ranks.pop()} was run: nothing follows about the rank. It takes lora.r=8,16,32.")
+    running = sum(not record.status.ended for record in records)
+    points += [f"{running} runs have not ended: the answer may change."] if running else []
+    scored = sum(measure is not None and measure.of(answering_scores(r)) is None for g in groups for r in g.records)
+    points += [f"{scored} finished runs have no finite score and are left out of every comparison."] if scored else []
+    unscored = sum(r.status is Status.COMPLETED for r in records) - sum(len(g.records) for g in groups)
+    points += [f"{unscored} completed runs lack scores, plan or data and are left out."] if unscored else []
+    points += [f"{unreadable} records could not be read: qlora-exp ls runs names them."] if unreadable else []
+    points.append("Intervals are over seeds, on these items: another test set may answer differently.")
+    return Section("limits", "What can't be concluded, and what it would take", points=tuple(points))

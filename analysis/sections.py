@@ -1,0 +1,395 @@
+"""The report's sections, one function each: what a group of comparable runs, or a study as a whole, has to say."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_exp.analysis import figures, instruct_base, memory, tradeoffs
+from qlora_exp.analysis.comparable import Group, answering_scores, untouched_scores
+from qlora_exp.analysis.configurations import Configuration, Measure, mean, model_state_bytes
+from qlora_exp.analysis.content import Asked, Section, Table, Value, shown, table
+from qlora_exp.analysis.instruct_base import Losses
+from qlora_exp.records import RunRecord, Status
+
+MOST_ROWS = 25
+"""Rows of a table that is cut; all runs are in the last one."""
+LEAST_TRIALS = 10
+"""Per axis: below, an importance is a guess."""
+
+
+def ladders_of(asked: Asked) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name, answer) of each ladder, whether the study kept one, a list of them, or one a configuration."""
+    raw = asked.ladder
+    if isinstance(raw, Mapping) and "decision" in raw:
+        return [(asked.name, raw)]
+    if isinstance(raw, Mapping):
+        inner = raw.get("ladders") or raw.get("configurations")
+        if inner is None:
+            return [(str(name), one) for name, one in raw.items() if isinstance(one, Mapping) and "decision" in one]
+        raw = inner
+    if isinstance(raw, Mapping):
+        raw = [{"configuration": name, **one} for name, one in raw.items() if isinstance(one, Mapping)]
+    if not isinstance(raw, list):
+        return []
+    named = [one for one in raw if isinstance(one, Mapping) and "decision" in one]
+    return [(_ladder_name(one, number), one) for number, one in enumerate(named, start=1)]
+
+
+def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
+    found = [(name, answer) for one in asked for name, answer in ladders_of(one)]
+    sections = []
+    for number, (name, answer) in enumerate(found, start=1):
+        figure = figures.ladder(answer)
+        rows = [
+            (
+                f"{s.get('from_rank')} → {s.get('to_rank')}",
+                s.get("gain"),
+                s.get("low"),
+                s.get("high"),
+                s.get("decision"),
+            )
+            for s in answer.get("comparisons") or []
+        ]
+        columns = ("doubling", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "decision")
+        notes = [str(note) for note in answer.get("notes") or [] if note]
+        sections.append(
+            Section(
+                name=f"ladder-{number}",
+                title="Rank doubling" + (f": {name}" if len(found) > 1 else ""),
+                paragraphs=(str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}."), *notes),
+                tables=(table(columns, rows, f"margin {_figure(answer.get('margin'))}"),),
+                figures=(figure,) if figure else (),
+            )
+        )
+    return sections
+
+
+def rank_section(configurations: Sequence[Configuration], measure: Measure, with_ladder: bool) -> Section | None:
+    figure = figures.rank_curve(configurations, measure)
+    if figure is None:
+        return None
+    said = "Means over seeds; bars are 95 % intervals from the variance over seeds, pooled over the configurations."
+    if all(c.quality is None or c.quality.se is None for c in configurations):
+        said = "One seed a configuration: nothing tells how much of a difference is the seed's."
+    if len(figure["data"]) == figures.MOST_LINES:
+        said += f" At most {figures.MOST_LINES} lines are drawn, those with the most ranks."
+    described = "" if with_ladder else " A description, not a decision: for one, qlora-exp sweep rank_doubling."
+    return Section("rank", "Quality by rank", (said + described,), (), (figure,))
+
+
+def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
+    front = tradeoffs.front(configurations, measure)
+    if not front.configurations:
+        return Section("tradeoffs", "Quality, memory and speed", (str(front.why_none),))
+    plots = tuple(figures.pareto(front, measure, axis) for axis in ("memory", "speed"))
+    paragraphs = [front.why_none] if front.why_none else [_counted(front)]
+    if len(front.configurations) > figures.MOST_DOMINATED:
+        paragraphs.append(
+            f"About {figures.MOST_DOMINATED:,} of the dominated points are drawn; the last table has all."
+        )
+    unbeaten = [
+        (c, standing)
+        for c, standing in zip(front.configurations, front.standings or [None] * len(front.configurations), strict=True)
+        if standing is not tradeoffs.Standing.DOMINATED
+    ]
+    unbeaten.sort(key=lambda pair: -measure.sign * (pair[0].quality.mean if pair[0].quality else 0.0))
+    rows = [(*_configuration_row(c), str(standing) if standing else None) for c, standing in unbeaten[:MOST_ROWS]]
+    columns = (*_configuration_columns(measure), "standing")
+    caption = (
+        f"The best {MOST_ROWS} of {len(unbeaten)} that nothing clearly beats" if len(unbeaten) > MOST_ROWS else None
+    )
+    return Section("tradeoffs", "Quality, memory and speed", tuple(paragraphs), (table(columns, rows, caption),), plots)
+
+
+def equal_everything_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
+    """Quantization modes and target sets against each other, matched in everything else."""
+    asked = (
+        ("Quantizations, everything else equal", tradeoffs.quantization_contrasts(configurations, measure)),
+        ("Target modules at equal rank", tradeoffs.target_contrasts(configurations, measure)),
+        ("Target modules at equally many parameters", tradeoffs.targets_at_equal_parameters(configurations, measure)),
+    )
+    tables = tuple(_contrasts(caption, contrasts, measure) for caption, contrasts in asked if contrasts)
+    note = (
+        f"Gain in {measure.label}: above 0, the first is better. Runs are paired by configuration and seed; the 95 %"
+        " interval is over these pairs, on these items."
+    )
+    nothing = "No two runs differ in nothing but their quantization or target modules: there is nothing to hold equal."
+    return Section("equal", "At equal everything else", (note if tables else nothing,), tables)
+
+
+def instruct_section(
+    configurations: Sequence[Configuration], losses: Losses | None, margin: float | None
+) -> Section | None:
+    found = instruct_base.compare(configurations, losses, margin)
+    if found is None:
+        return None
+    columns = (
+        *("cell", ("untouched bits/byte", "figure"), ("tuned bits/byte", "figure"), ("sd over seeds", "figure")),
+        *(("untouched accuracy", "figure"), ("tuned accuracy", "figure"), ("exact match", "figure")),
+        *(("forgetting, nats/byte", "figure"), "configuration", ("chosen among", "integer")),
+    )
+    rows = [
+        (
+            *(c.name, c.untouched, c.tuned, c.seed_sd, c.untouched_accuracy, c.accuracy, c.exact_match, c.forgetting),
+            *(c.configuration.label, c.searched),
+        )
+        for c in found.cells
+    ]
+    points = [f"Not run: {', '.join(found.missing)}."] if found.missing else []
+    notes = [(c.name, instruct_base.baseline_note(c.configuration)) for c in found.cells]
+    if len({c.searched for c in found.cells}) > 1:
+        counts = ", ".join(f"{c.searched} for {c.name}" for c in found.cells)
+        points.append(f"The cells were not searched equally ({counts} configurations): the more are tried, the better.")
+    forgetful = [c for c in found.cells if c.forgetting is not None]
+    if len(forgetful) > 1:
+        most = max(forgetful, key=lambda c: c.forgetting or 0.0)
+        points.append(f"{most.name} forgets most: {most.forgetting:+.3g} nats per byte of general text.")
+    points += [f"{name}: {note}" for name, note in notes if note]
+    return Section(
+        "instruct-base", "Instruct or base", (found.sentence,), (table(columns, rows),), points=tuple(points)
+    )
+
+
+def memory_section(configurations: Sequence[Configuration], records: Sequence[RunRecord]) -> Section:
+    parts = memory.breakdowns(configurations)
+    figure = figures.memory_bars(parts)
+    rows = [(b.label, *(b.parts[part] for part in memory.PARTS)) for b in parts[:MOST_ROWS]]
+    broken_down = table(("configuration", *((part, "bytes") for part in memory.PARTS)), rows, "Memory by part")
+    sizes: list[tuple[Value, ...]] = [
+        (f"{s.bits} bits", s.nominal_bytes, ", ".join(f"{m} {_bytes(b)}" for m, b in s.measured_bytes.items()) or None)
+        for s in memory.weight_sizes(records)
+    ]
+    weights = table(
+        ("weights at", ("parameters × bits / 8", "bytes"), "measured, with quantization state"),
+        sizes,
+        "Size of the base's weights",
+    )
+    adapters = memory.adapter_sizes(records)
+    columns = (("r", "integer"), "targets", ("parameters", "integer"), ("adapter", "bytes"))
+    sized = [(a.rank, a.targets, a.parameters, a.adapter_bytes) for a in adapters[:MOST_ROWS]]
+    note = (
+        "Activations are the peak of training less what else was held; unknown where a process ran several trials on a"
+        " CPU. Embeddings and norms stay unquantized, so that measured weights are larger than the bare product."
+    )
+    tables = tuple(t for t in (broken_down, weights, table(columns, sized, "Size of the adapters")) if t.rows)
+    return Section("memory", "Memory", (note,), tables, (figure,) if figure else ())
+
+
+def speed_section(records: Sequence[RunRecord]) -> Section:
+    by_kind: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
+    for record in records:
+        device = record.environment.device
+        by_kind[str(record.config["quantization"]["mode"]), device.name or device.kind].append(record)
+    rows = [
+        (
+            *(mode, device, len(runs)),
+            *(
+                _known_mean(r.speed.train_tokens_per_second for r in runs),
+                _known_mean(r.speed.step_seconds_p50 for r in runs),
+            ),
+            *(_known_mean(r.speed.train_seconds for r in runs), _known_mean(r.speed.cost_usd for r in runs)),
+        )
+        for (mode, device), runs in by_kind.items()
+    ]
+    columns = (
+        *("quantization", "device", ("runs", "integer"), ("tokens/s", "figure"), ("step, median", "figure")),
+        *(("training", "seconds"), ("cost", "usd")),
+    )
+    note = (
+        "Means over runs; the first steps, evaluation and saving are not counted. Compare on one device only, and only"
+    )
+    note += " where nothing else ran beside it."
+    return Section("speed", "Speed and cost", (note,), (table(columns, rows),))
+
+
+def importance_section(asked: Sequence[Asked], trials: int) -> Section | None:
+    found = [(objective, shares) for one in asked for objective, shares in one.importance.items() if shares]
+    if not found:
+        return None
+    rows = [(objective, axis, share) for objective, shares in found for axis, share in shares.items()]
+    axes = max(len(shares) for _, shares in found)
+    note = (
+        "Share of the objective's variance over the trials that each axis explains (fANOVA): a description of what was"
+    )
+    note += " searched, not of what would matter elsewhere."
+    points: tuple[str, ...] = ()
+    if trials < LEAST_TRIALS * axes:
+        points = (f"{trials} trials for {axes} axes are too few to trust it: at least {LEAST_TRIALS} an axis.",)
+    columns = ("objective", "axis", ("share", "percent"))
+    drawn = tuple(figures.importance_bars(shares) for _, shares in found)
+    return Section("importance", "What mattered", (note,), (table(columns, rows),), drawn, points)
+
+
+def failure_section(records: Sequence[RunRecord]) -> Section:
+    ended = [r for r in records if r.status is not Status.COMPLETED]
+    if not ended:
+        return Section("failures", "Failures", ("Every run completed.",))
+    seconds: dict[Status, float] = defaultdict(float)
+    for record in records:
+        seconds[record.status] += record.speed.total_seconds or 0.0
+    total = sum(seconds.values())
+    counts = Counter(record.status for record in records)
+    rows = [(str(s), counts[s], seconds[s], seconds[s] / total if total else None) for s in counts]
+    columns = ("status", ("runs", "integer"), ("time", "seconds"), ("of all time", "percent"))
+    kinds = Counter((r.status.value, _first_line(r)) for r in ended if r.failure is not None)
+    reasons = [(status, why, count) for (status, why), count in kinds.most_common(MOST_ROWS)]
+    tables = [table(columns, rows)]
+    tables += [table(("status", "why", ("runs", "integer")), reasons, "Reasons")] if reasons else []
+    wasted = total - seconds[Status.COMPLETED]
+    told = f"{len(ended)} of {len(records)} runs did not complete; they took {wasted / 60:,.1f} minutes."
+    return Section("failures", "Failures and what they cost", (told,), tuple(tables))
+
+
+def method_section(groups: Sequence[Group], records: Sequence[RunRecord], measure: Measure | None) -> Section:
+    rows: list[tuple[Value, Value]] = []
+    if measure is not None:
+        rows.append(("quality", f"{measure.label}, {'higher' if measure.higher_is_better else 'lower'} is better"))
+    for number, group in enumerate(groups[:3], start=1):
+        p = group.protocol
+        rows += [
+            (f"protocol {number}" if len(groups) > 1 else "protocol", f"{len(group.records)} finished runs"),
+            ("task", f"{p.task}: {p.train_items} training items, {len(p.labels)} labels"),
+            ("scored on", f"{p.scored_items} items of the {p.split} split"),
+            ("training", f"{p.max_steps} steps × {p.batch_size}; adapters in {p.adapter_dtype}"),
+        ]
+    finished = [record for group in groups for record in group.records]
+    rows.append(("seeds", ", ".join(sorted({str(r.seed) for r in finished}, key=lambda s: (len(s), s))[:MOST_ROWS])))
+    rows.append(("devices", _distinct(r.environment.device.name or r.environment.device.kind for r in finished)))
+    for package in ("qlora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes"):
+        rows.append((package, _distinct(r.environment.packages.get(package) for r in finished)))
+    rows.append(("git commit", _distinct(_commit(r) for r in finished)))
+    warned = Counter(warning for record in records for warning in record.warnings)
+    points = tuple(f"{warning} ({count} runs)" for warning, count in warned.most_common(10))
+    return Section("method", "How it was measured", (), (table(("what", "how"), rows),), points=points)
+
+
+def runs_table(records: Sequence[RunRecord]) -> Table:
+    """Every run, raw values."""
+    columns = (
+        *(
+            "run",
+            "status",
+            "study",
+            ("trial", "integer"),
+            "model",
+            "variant",
+            "format",
+            "quantization",
+            ("r", "integer"),
+        ),
+        *(("alpha", "figure"), "targets", ("learning rate", "figure"), ("seed", "integer"), "split"),
+        *(
+            ("loss per item", "figure"),
+            ("accuracy", "figure"),
+            ("untouched accuracy", "figure"),
+            ("bits/byte", "figure"),
+        ),
+        *(("forgetting", "figure"), ("parameters", "integer"), ("weights", "bytes"), ("model state", "bytes")),
+        *(
+            ("peak memory", "bytes"),
+            ("tokens/s", "figure"),
+            ("training", "seconds"),
+            ("total", "seconds"),
+            ("cost", "usd"),
+        ),
+    )
+    return table(columns, [_run_row(record) for record in records], whole=True)
+
+
+def _run_row(record: RunRecord) -> tuple[Value, ...]:
+    config, plan, speed = record.config, record.plan, record.speed
+    scores, before = answering_scores(record), untouched_scores(record)
+    targets = config.get("targets") or {}
+    modules = targets.get("modules")
+    weights = record.memory.base_weight_bytes
+    return (
+        *(record.run_id, record.status.value, record.trial.study if record.trial else None),
+        record.trial.number if record.trial else None,
+        *(config["model"]["family"], config["model"]["variant"], plan.format if plan else None),
+        *(config["quantization"]["mode"], config["lora"]["r"], plan.alpha if plan else None),
+        "+".join(map(str, modules)) if modules else targets.get("set"),
+        *(config["training"]["learning_rate"], record.seed, scores.split if scores else None),
+        *(scores.loss_per_item if scores else None, scores.accuracy if scores else None),
+        *(before.accuracy if before else None, scores.bits_per_byte if scores else None),
+        record.scores.forgetting.difference if record.scores.forgetting else None,
+        *(plan.trainable_parameters if plan else None, weights, model_state_bytes(record)),
+        *(record.memory.peak_train_bytes, speed.train_tokens_per_second),
+        *(speed.train_seconds, speed.total_seconds, speed.cost_usd),
+    )
+
+
+def _configuration_columns(measure: Measure) -> tuple[tuple[str, str] | str, ...]:
+    return (
+        *("configuration", ("seeds", "integer"), (measure.name.replace("_", " "), "figure"), ("low", "figure")),
+        *(("high", "figure"), ("memory", "bytes"), ("tokens/s", "figure"), ("training", "seconds"), ("cost", "usd")),
+    )
+
+
+def _configuration_row(c: Configuration) -> tuple[Value, ...]:
+    q = c.quality
+    quality = (q.seeds, q.mean, q.low, q.high) if q is not None else (0, None, None, None)
+    return (c.label, *quality, c.memory_bytes, c.tokens_per_second, c.train_seconds, c.cost_usd)
+
+
+def _contrasts(caption: str, contrasts: Sequence[tradeoffs.Contrast], measure: Measure) -> Table:
+    columns = (
+        *("against", ("pairs", "integer"), ("gain", "figure"), ("low", "figure"), ("high", "figure")),
+        *(("memory", "percent"), ("speed", "percent"), ("parameters", "percent")),
+    )
+    rows = [
+        (
+            *(f"{c.level} against {c.reference}", c.gain.seeds, c.gain.mean, c.gain.low, c.gain.high),
+            *(c.memory_ratio, c.speed_ratio, c.parameters_ratio),
+        )
+        for c in contrasts
+    ]
+    return table(columns, rows, caption)
+
+
+def _counted(front: tradeoffs.Front) -> str:
+    counts = Counter(front.standings)
+    near = counts[tradeoffs.Standing.NEAR]
+    noise = f"; {near} more can't be told from the front (95 %, over seeds)."
+    if all(c.quality is None or c.quality.se is None for c in front.configurations):
+        noise = ". With one seed a configuration, a place on the front may be luck."
+    return (
+        f"{counts[tradeoffs.Standing.FRONT]} of {len(front.configurations)} configurations are beaten by none in"
+        f" quality, memory and speed at once (large marks){noise}"
+    )
+
+
+def _ladder_name(answer: Mapping[str, Any], number: int) -> str:
+    name = answer.get("configuration") or answer.get("name") or number
+    if isinstance(name, Mapping):
+        return ", ".join(f"{key}={value}" for key, value in name.items())
+    return str(name)
+
+
+def _first_line(record: RunRecord) -> str:
+    assert record.failure is not None
+    lines = record.failure.message.splitlines() or [""]
+    return f"{record.failure.kind}: {lines[0]}"[:200]
+
+
+def _known_mean(values: Any) -> float | None:
+    return mean(value for value in values if value is not None)
+
+
+def _distinct(values: Any) -> str:
+    found = Counter(str(value) for value in values if value is not None)
+    return ", ".join(value for value, _ in found.most_common(4)) + (", …" if len(found) > 4 else "")
+
+
+def _commit(record: RunRecord) -> str | None:
+    commit = record.environment.git_commit
+    return None if commit is None else commit[:10] + (" (with changes)" if record.environment.git_dirty else "")
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "unknown"
+
+
+def _bytes(value: float) -> str:
+    return shown(value, "bytes")

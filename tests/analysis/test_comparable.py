@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import made_up
+
+from qlora_exp.analysis.comparable import differences, groups_of, require_comparable
+from qlora_exp.errors import AnalysisError
+from qlora_exp.records import RunRecord, Status
+
+
+def other_plan(record: RunRecord, **changes: object) -> RunRecord:
+    assert record.plan is not None
+    return record.replace(plan=replace(record.plan, **changes))
+
+
+def other_data(record: RunRecord, **changes: object) -> RunRecord:
+    assert record.data is not None
+    return record.replace(data=replace(record.data, **changes))
+
+
+def test_runs_that_differ_in_their_configuration_alone_are_one_group() -> None:
+    records = [made_up.run(0, r=8), made_up.run(1, r=16), made_up.run(2, mode="fp16", learning_rate=0.004)]
+    assert len(require_comparable(records).records) == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (other_plan(made_up.run(9), max_steps=7), "max_steps: 80 in 2 runs, 7 in 1 runs"),
+        (other_plan(made_up.run(9), adapter_dtype="bfloat16"), "adapter_dtype"),
+        (other_plan(made_up.run(9), batch_size=4), "batch_size"),
+        (other_data(made_up.run(9), fingerprint="other rows"), "data_version"),
+        (other_data(made_up.run(9), task="another"), "task"),
+        (made_up.run(9, split="validation"), "split: test in 2 runs, validation in 1 runs"),
+    ],
+)
+def test_a_comparison_of_runs_that_are_not_comparable_is_refused_with_the_difference_named(
+    changed: RunRecord, named: str
+) -> None:
+    with pytest.raises(AnalysisError, match="aren't comparable") as refused:
+        require_comparable([made_up.run(0), made_up.run(1, r=16), changed])
+    assert named in refused.value.what
+
+
+def test_base_and_instruct_read_the_same_rows_by_other_tokenizers_and_stay_comparable() -> None:
+    base = made_up.run(0)
+    instruct = other_data(made_up.run(1, variant="instruct", written="chat"), fingerprint="read as chat")
+    assert len(groups_of([base, instruct])) == 1
+
+
+def test_synthetic_runs_are_refused() -> None:
+    with pytest.raises(AnalysisError, match="SYNTHETIC"):
+        require_comparable([made_up.run(0), made_up.run(1).replace(synthetic=True)])
+
+
+def test_runs_that_did_not_finish_are_in_no_group() -> None:
+    groups = groups_of([made_up.run(0), made_up.failed(1), made_up.run(2).replace(status=Status.RUNNING)])
+    assert [len(group.records) for group in groups] == [1]
+    assert differences(groups) == []

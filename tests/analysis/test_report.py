@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import made_up
+
+from qlora_exp.analysis.content import Asked, Report
+from qlora_exp.analysis.rendering import to_csv, to_html, to_markdown
+from qlora_exp.analysis.report import build
+from qlora_exp.cli import main
+from qlora_exp.errors import AnalysisError
+from qlora_exp.paths import OutputPaths
+from qlora_exp.records import RunRecord, Status, to_dict, write_json
+
+LADDER: dict[str, Any] = {
+    "decision": "stop",
+    "recommended_rank": 16,
+    "margin": 0.02,
+    "half_zone": 0.01,
+    "comparisons": [
+        {"from_rank": 8, "to_rank": 16, "gain": 0.09, "low": 0.07, "high": 0.11, "decision": "continue"},
+        {"from_rank": 16, "to_rank": 32, "gain": 0.004, "low": -0.005, "high": 0.012, "decision": "stop"},
+    ],
+    "sentence": "Returns have diminished at r = 16.",
+}
+
+
+def of(records: list[RunRecord], **asked: Any) -> Report:
+    return build(records, [Asked("made-up", **asked)])
+
+
+def data_of(page: str) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    data = json.loads(found[1])
+    return data | {"runs": json.loads(gzip.decompress(base64.b64decode(data["runs"])))}
+
+
+def test_html_markdown_and_csv_have_the_same_figures() -> None:
+    report = of(made_up.many(60))
+    page, text = to_html(report), to_markdown(report)
+    for section in report.sections:
+        for table in section.tables:
+            for row in table.rows:
+                for value in row:
+                    if isinstance(value, str) and value:
+                        assert value.replace("|", "\\|") in text
+    rows = list(csv.reader(io.StringIO(to_csv(report))))
+    assert len(rows) == 61
+    assert data_of(page)["runs"][0] == [row[0] for row in rows[1:]]
+
+
+def test_the_page_asks_nothing_of_a_network() -> None:
+    page = to_html(of(made_up.many(30)))
+    own = page.replace(re.search(r"</script>\s*<script>(.*?)</script>", page, re.DOTALL)[1], "")  # type: ignore[index]
+    assert not re.search(r"""(src|href)\s*=\s*["'](https?:)?//""", own)
+    assert "default-src 'none'" in page
+    assert page.count("Plotly.react(") == 1
+    assert len(page.encode()) < 6.5e6
+
+
+def test_what_other_people_wrote_is_text_never_markup() -> None:
+    nasty = "</script><img src=x onerror=alert(1)>"
+    record = made_up.run(0, targets="mlp").replace(warnings=(nasty,), run_id=nasty)
+    broken = made_up.failed(1, Status.FAILED, nasty)
+    page = to_html(build([record, broken], [Asked(nasty, question=nasty, ladder={**LADDER, "sentence": nasty})]))
+    assert "<img src=x" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+def test_a_headline_from_the_validation_split_is_refused_and_the_table_is_shown() -> None:
+    report = of([made_up.run(n, r=2**n, split="validation") for n in (2, 3, 4)])
+    assert report.headline == ()
+    assert "validation split" in str(report.why_none)
+    assert "No headline" in to_markdown(report)
+    assert len(report.runs.rows) == 3
+
+
+def test_a_headline_from_a_test_split_that_was_searched_is_refused() -> None:
+    records = [made_up.run(n, r=2**n) for n in (2, 3, 4)]
+    assert of(records).headline != ()
+    assert "was searched" in str(of(records, objectives=("minimize scores.test.loss_per_item",)).why_none)
+
+
+def test_the_headline_is_chosen_on_validation_and_told_on_test() -> None:
+    lucky = made_up.run(0, r=4, loss=1.0, validation_loss=2.0)
+    chosen = made_up.run(1, r=8, loss=1.5, validation_loss=1.4)
+    (sentence,) = of([lucky, chosen]).headline
+    assert "r 8" in sentence
+    assert "1.5" in sentence
+
+
+def test_the_ladders_sentence_is_the_headline_and_its_interval_is_drawn() -> None:
+    report = of([made_up.run(n, r=2**n) for n in (3, 4, 5)], ladder=LADDER)
+    assert report.headline[0] == LADDER["sentence"]
+    section = next(s for s in report.sections if s.name == "ladder-1")
+    assert section.tables[0].rows[1] == ("16 → 32", 0.004, -0.005, 0.012, "stop")
+    assert section.figures[0]["data"][0]["y"] == [0.09, 0.004]
+
+
+@pytest.mark.parametrize(
+    "several", [[LADDER, LADDER], {"ladders": [LADDER, LADDER]}, {"base": LADDER, "instruct": LADDER}]
+)
+def test_several_ladders_are_told_apart(several: Any) -> None:
+    report = of([made_up.run(n, r=2**n) for n in (3, 4, 5)], ladder=several)
+    assert len([s for s in report.sections if s.name.startswith("ladder-")]) == 2
+    assert len(set(report.headline[:2])) == 2
+
+
+def test_runs_of_several_protocols_are_shown_apart_without_a_headline() -> None:
+    records = [made_up.run(n, r=2**n) for n in (2, 3, 4)]
+    odd = made_up.run(9)
+    assert odd.plan is not None
+    report = of([*records, odd.replace(plan=replace(odd.plan, max_steps=7))])
+    assert "max_steps: 80 in 3 runs, 7 in 1 runs" in str(report.why_none)
+    assert any("7 steps" in section.title for section in report.sections)
+    assert len({section.name for section in report.sections}) == len(report.sections)
+
+
+def test_failures_are_counted_with_what_they_cost() -> None:
+    report = of([made_up.run(0), made_up.failed(1), made_up.failed(2)])
+    text = to_markdown(report)
+    assert "2 of 3 runs did not complete; they took 1.3 minutes." in text
+    assert "| OUT_OF_MEMORY | OutOfMemoryError: no memory left | 2 |" in text
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        ([], "no run"),
+        ([made_up.failed(0)], "no run has finished: 1 are OUT_OF_MEMORY"),
+        ([made_up.run(0).replace(synthetic=True)], "SYNTHETIC"),
+    ],
+)
+def test_a_study_without_an_answer_is_refused_in_a_sentence(records: list[RunRecord], told: str) -> None:
+    with pytest.raises(AnalysisError, match=told):
+        of(records)
+
+
+def test_one_seed_one_rank_and_scores_that_are_not_numbers_are_told_as_limits() -> None:
+    lost = made_up.run(2, mode="fp16", loss=float("nan"), accuracy=float("nan"))
+    text = to_markdown(of([made_up.run(0), made_up.run(1, mode="int8"), lost]))
+    assert "One seed a configuration" in text
+    assert "Only r = 8 was run" in text
+    assert "1 finished runs have no finite score" in text
+    assert "nan" not in text.lower().replace("finance", "")
+
+
+def test_without_any_score_nothing_is_drawn_of_quality() -> None:
+    report = of([made_up.run(0, loss=float("nan"), accuracy=float("nan"))])
+    assert "no finished run has a score" in str(report.why_none)
+    assert "tradeoffs" not in {section.name for section in report.sections}
+
+
+def write_runs(output: OutputPaths, records: list[RunRecord]) -> None:
+    for record in records:
+        write_json(output.run(record.run_id).record, to_dict(record))
+
+
+def test_the_verb_writes_the_three_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = OutputPaths.of(tmp_path / "outputs")
+    write_runs(output, made_up.many(12))
+    assert main(["report", "--output-root", str(output.root), "--output", str(tmp_path / "out")]) == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"report.html", "report.md", "runs.csv"}
+    assert data_of((tmp_path / "out" / "report.html").read_text())["runsAt"] == "../outputs/runs"
+    assert "best on validation" in capsys.readouterr().out
+
+
+def test_the_verb_refuses_what_no_report_can_be_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = OutputPaths.of(tmp_path / "outputs")
+    assert main(["report", "no-such-study", "--output-root", str(output.root)]) == 2
+    write_runs(output, [made_up.run(0)])
+    assert main(["report", "--equivalence", "-1", "--output-root", str(output.root)]) == 2
+    assert "is no margin" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import made_up
+
+from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of
+from qlora_exp.analysis.tradeoffs import (
+    Standing,
+    front,
+    goal_answer,
+    quantization_contrasts,
+    target_contrasts,
+    targets_at_equal_parameters,
+)
+from qlora_exp.records import RunRecord
+
+LOSS = Measure("loss_per_item", False)
+
+
+def of(*records: RunRecord) -> list[Configuration]:
+    return configurations(records, LOSS)
+
+
+def standings(*records: RunRecord) -> dict[float, Standing]:
+    found = front(of(*records), LOSS)
+    return {
+        round(c.quality.mean, 3): standing
+        for c, standing in zip(found.configurations, found.standings, strict=True)
+        if c.quality is not None
+    }
+
+
+def test_the_front_is_what_no_other_configuration_beats_by_brute_force() -> None:
+    draw = np.random.default_rng(3)
+    records = [
+        made_up.run(
+            number, loss=float(a), memory=float(b * 1e7), speed=float(c * 1e3), r=1, learning_rate=1e-5 * (number + 1),
+            mode=("nf4", "fp16")[number % 2],
+        )
+        for number, (a, b, c) in enumerate(draw.uniform(1, 2, (120, 3)).round(1))
+    ]  # fmt: skip
+    found = front(of(*records), LOSS)
+    points = [(c.quality.mean, c.memory_bytes, -c.tokens_per_second) for c in found.configurations]  # type: ignore
+    for point, standing in zip(points, found.standings, strict=True):
+        beaten = any(all(x <= y for x, y in zip(other, point, strict=True)) and other != point for other in points)
+        assert (standing is Standing.FRONT) == (not beaten)
+
+
+def test_a_configuration_within_the_seeds_noise_of_the_front_is_not_called_dominated() -> None:
+    noisy = [
+        made_up.run(number, loss=level + shift, seed=seed, mode=mode, memory=memory)
+        for number, (level, shift, seed, mode, memory) in enumerate(
+            (level, shift, seed, mode, memory)
+            for level, mode, memory in ((1.5, "fp16", 1e7), (1.52, "nf4", 2e7), (2.5, "int8", 3e7))
+            for seed, shift in ((1, -0.05), (2, 0.05), (3, 0.0))
+        )
+    ]
+    assert standings(*noisy) == {1.5: Standing.FRONT, 1.52: Standing.NEAR, 2.5: Standing.DOMINATED}
+
+
+def test_no_front_is_drawn_with_a_single_quantization() -> None:
+    found = front(of(made_up.run(0, r=8), made_up.run(1, r=16)), LOSS)
+    assert found.standings == ()
+    assert "only nf4 was" in str(found.why_none)
+
+
+def test_quantizations_are_compared_at_equal_everything_else_only() -> None:
+    records = [
+        *(made_up.run(s, seed=s, mode="fp16", loss=1.0 + s / 10) for s in (1, 2, 3)),
+        *(made_up.run(10 + s, seed=s, mode="nf4", loss=1.02 + s / 10) for s in (1, 2, 3)),
+        made_up.run(20, seed=1, mode="nf4", loss=9.0, r=64),
+    ]
+    (contrast,) = quantization_contrasts(of(*records), LOSS)
+    assert (contrast.level, contrast.reference, contrast.gain.seeds) == ("nf4", "fp16", 3)
+    assert contrast.gain.mean == pytest.approx(-0.02)
+    assert contrast.gain.high == pytest.approx(-0.02)
+    assert contrast.memory_ratio is not None
+    assert contrast.memory_ratio < 0.4
+
+
+def test_targets_are_compared_at_equal_rank_and_at_equally_many_parameters() -> None:
+    records = [
+        made_up.run(0, targets="all_linear", r=8, loss=1.5),
+        made_up.run(1, targets="attention", r=8, loss=1.7),
+        made_up.run(2, targets="attention", r=22, loss=1.6),
+    ]
+    (at_rank,) = target_contrasts(of(*records), LOSS)
+    (at_parameters,) = targets_at_equal_parameters(of(*records), LOSS)
+    assert at_rank.gain.mean == pytest.approx(-0.2)
+    assert at_parameters.gain.mean == pytest.approx(-0.1)
+    assert at_parameters.parameters_ratio == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_cheapest_that_meets_the_goal_is_that_of_least_memory_among_those_shown() -> None:
+    goal = "accuracy >= 0.5"
+    records = [
+        made_up.run(0, mode="fp16", accuracy=0.7, goal=goal),
+        made_up.run(1, mode="int8", accuracy=0.7, goal=goal),
+        made_up.run(2, mode="nf4", accuracy=0.51, goal=goal),
+    ]
+    found = goal_answer(of(*records))
+    assert found is not None
+    assert found.shown == 2
+    assert found.cheapest is not None
+    assert "int8" in found.cheapest.label
+
+
+def test_seeds_that_disagree_do_not_show_that_a_goal_is_met() -> None:
+    goal = "accuracy >= 0.5"
+    steady = [made_up.run(s, seed=s, accuracy=0.6, goal=goal) for s in (1, 2, 3)]
+    wild = [made_up.run(s, seed=s, accuracy=0.6 + d, goal=goal) for s, d in ((1, -0.2), (2, 0.2), (3, 0.0))]
+    assert [found.shown for records in (steady, wild) if (found := goal_answer(of(*records)))] == [1, 0]
+
+
+def test_the_score_that_every_run_has_is_the_one_compared() -> None:
+    with_loss = made_up.run(0)
+    assert with_loss.scores.test is not None
+    assert measure_of([with_loss]) == LOSS
+    nan = made_up.run(1, loss=float("nan"))
+    assert measure_of([with_loss, nan]) == Measure("accuracy", True)
+
+
+def test_seeds_of_one_configuration_share_its_interval() -> None:
+    (found,) = of(*(made_up.run(s, seed=s, loss=loss) for s, loss in ((1, 1.0), (2, 1.2), (3, 1.4))))
+    assert found.quality is not None
+    assert found.quality.low is not None
+    assert found.quality.mean == pytest.approx(1.2)
+    assert found.quality.low == pytest.approx(1.2 - 4.302653 * 0.2 / 3**0.5)
