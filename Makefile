@@ -27,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/qlora-exp ls runs --output-root $(DEMO_OUTPUT)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=25
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -255,7 +255,7 @@ class Watch:
             for row in rows:
                 if row.status is not None and row.status.ended and row.number not in self._told:
                     self._told.add(row.number)
-                    print(trial_line(row, counts), file=self._stream, flush=True)
+                    print(trial_line(row, len(self._told), counts.total), file=self._stream, flush=True)
         if self._tracker is not None:
             self._tracker.update(tracked(rows), [row.number for row in self._opened.best()])
 
@@ -268,14 +268,14 @@ class Watch:
         return Live(console=Console(file=self._stream), auto_refresh=False, transient=True)
 
 
-def trial_line(row: TrialRow, counts: Counts) -> str:
+def trial_line(row: TrialRow, done: int, total: int) -> str:
     """``[4/20] trial 3 COMPLETED 0.8123  lora.r=8 quantization=nf4  (12.1 s)``."""
     values = " ".join(_value(value) for value in row.values if value is not None)
     params = " ".join(f"{key}={_text(value)}" for key, value in row.params.items())
     why = f"  {row.failure.splitlines()[0]}" if row.failure else ""
     seconds = f"  ({row.seconds:.1f} s)" if row.seconds is not None else ""
     told = f"{status_text(row)} {values}".strip()
-    return f"[{counts.finished}/{counts.total}] trial {row.number} {told}  {params}{seconds}{why}"
+    return f"[{done}/{total}] trial {row.number} {told}  {params}{seconds}{why}"
 
 
 def tracked(rows: Sequence[TrialRow]) -> list[Any]:

@@ -146,7 +146,8 @@ class Study:
             losses = [float(f"{loss:.6g}") for loss in items]
             self._storage.set_trial_user_attr(claim.trial_id, ITEMS_ATTRIBUTE.format(step=step), losses)
         trial = Trial(self._study, claim.trial_id)
-        trial.report(value, step)
+        if step not in self._storage.get_trial(claim.trial_id).intermediate_values:  # of an attempt that was killed
+            trial.report(value, step)
         return bool(trial.should_prune())  # some pruners answer with NumPy's
 
     def tell(self, claim: Claim, outcome: Outcome) -> None:
