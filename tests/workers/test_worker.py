@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from qlora_exp.config import Isolation
+from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import RunRecord, Status, read_record, write_json
 from qlora_exp.workers.worker import WorkerResult, run_worker
@@ -163,13 +164,20 @@ def test_a_trial_that_fails_by_itself_is_told_at_once(tmp_path: Path, fault: str
     assert study.requeued == []
 
 
-def test_wrong_input_fails_the_trial_and_not_the_worker(tmp_path: Path) -> None:
-    study = small(tmp_path, ("lora.rank=4",), ("lora.r=4",))
+def test_wrong_input_of_a_later_trial_fails_that_trial_alone(tmp_path: Path) -> None:
+    study = small(tmp_path, ("lora.r=4",), ("lora.rank=4",), ("lora.r=8",))
     work(study, tmp_path)
-    assert study.told[0].status is Status.FAILED
-    assert study.told[0].failure is not None
-    assert "lora.rank" in study.told[0].failure.message
-    assert study.told[1].status is Status.COMPLETED
+    assert study.told[1].status is Status.FAILED
+    assert study.told[1].failure is not None
+    assert "lora.rank" in study.told[1].failure.message
+    assert [study.told[number].status for number in (0, 2)] == [Status.COMPLETED] * 2
+
+
+def test_wrong_input_of_the_first_trial_is_told_before_another_starts(tmp_path: Path) -> None:
+    study = small(tmp_path, ("lora.rank=4",), ("lora.r=4",))
+    with pytest.raises(QloraExpError, match="no key"):
+        work(study, tmp_path)
+    assert not [outcome for outcome in study.told.values() if outcome.status is not Status.INTERRUPTED]
 
 
 def test_the_study_prunes(tmp_path: Path) -> None:
