@@ -223,8 +223,8 @@ def _trainer(
 def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     """The trainer's settings. What differs from TRL's defaults, and why:
 
-    * ``completion_only_loss``: the prompt is given, not learned. ``packing`` off: without FlashAttention, packed rows
-      would see each other.
+    * ``skip_prepare_dataset``: rows come tokenized, cut and labelled; the prompt is given, not learned. ``packing``
+      off: without FlashAttention, packed rows would see each other.
     * ``logging_nan_inf_filter`` off: a NaN must be seen.
     * ``report_to`` empty: tracking is a view of the record, not a side effect of training.
     * ``gradient_checkpointing`` only where the plan says that memory needs it: it costs about a third of the speed.
@@ -249,6 +249,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         data_seed=config.seed,
         max_length=training.max_length,
         completion_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
         bf16=cuda and plan.compute_dtype == "bfloat16",
         fp16=cuda and plan.compute_dtype == "float16",

@@ -78,16 +78,21 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int) -> Splits:
     )
 
 
-def to_training_dataset(items: Sequence[Item]) -> Any:
-    """A ``datasets.Dataset`` of ``input_ids`` and ``completion_mask``: what SFTTrainer takes as already tokenized.
+IGNORED = -100
+"""torch's ``ignore_index``: a label without a loss."""
 
-    SFTTrainer has to be given ``completion_only_loss=True``: it can't guess it from these columns.
-    """
+
+def to_training_dataset(items: Sequence[Item]) -> Any:
+    """A ``datasets.Dataset`` of ``input_ids`` and ``labels`` (-100 where there is no loss): nothing is left for
+    SFTTrainer to prepare. Each of its own passes over 8,000 rows would cost a third of a second in every trial."""
     import datasets
 
     columns = {
         "input_ids": [list(item.ids) for item in items],
-        "completion_mask": [list(item.completion_mask) for item in items],
+        "labels": [
+            [token if learned else IGNORED for token, learned in zip(item.ids, item.completion_mask, strict=True)]
+            for item in items
+        ],
     }
     return datasets.Dataset.from_dict(columns)
 

@@ -60,6 +60,7 @@ def run_sweep(root: Path) -> float:
             f"seed={','.join(map(str, SEEDS))}",
             "quantization=nf4",
             f"training.max_steps={STEPS}",
+            "training.batch_size=16",
             "training.threads=2",
             "evaluation=quick",
             f"evaluation.max_items={ITEMS}",

@@ -25,6 +25,9 @@ PLAIN = ("plain", "bos", "bos_eos", "sentencepiece")
 PROMPTS = ["What colour is the sky?", "Answer: ", "a cat:\n", "Grüße, 東京?", "Is it red or green", "x\n\nCategory:\t"]
 
 
+AS_IT_STANDS = {"completion_only_loss": True, "dataset_kwargs": {"skip_prepare_dataset": True}}
+
+
 def sft(tokenizer: Any, data: Any, tmp_path: Path, max_length: int, **settings: Any) -> list[tuple[list[int], Any]]:
     """(input_ids, labels) of every row, as SFTTrainer prepares them."""
     torch.manual_seed(0)
@@ -126,7 +129,7 @@ def test_trl_trains_on_our_data_set_as_it_stands(
 ) -> None:
     splits = load_data(in_format(configure(folder), name), tokenizers[name], 512)
     ours = to_training_dataset(splits.train)
-    assert expected(splits) == sft(tokenizers[name], ours, tmp_path / "out", 512, completion_only_loss=True)
+    assert expected(splits) == sft(tokenizers[name], ours, tmp_path / "out", 512, **AS_IT_STANDS)
 
 
 def test_auto_is_chat_for_instruct_and_plain_for_base(folder: Path, configure: Configure) -> None:
