@@ -64,6 +64,7 @@ def test_every_fault_is_told_as_what_it_was_and_the_sweep_goes_on(tmp_path: Path
     assert not survivors(root)
 
 
+@pytest.mark.faults
 def test_a_hung_host_leaves_a_stack_dump(tmp_path: Path) -> None:
     root = tmp_path / "outputs"
     finish(
@@ -176,7 +177,10 @@ def test_interrupted_by_the_keyboard_it_saves_says_how_to_go_on_and_leaves_nothi
     assert set(mlflow_statuses(root)) == {"FINISHED"}
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbled", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", pytest.param("garbled", marks=pytest.mark.faults), pytest.param("empty", marks=pytest.mark.faults)],
+)
 def test_a_damaged_study_database_is_told_and_rebuilt_from_the_records(tmp_path: Path, damage: str) -> None:
     root = tmp_path / "outputs"
     command = multirun(root, "seed=1,2,3", *SLEEP, "sweep.name=damaged")
@@ -236,8 +240,13 @@ def tracking_server(code: int, body: bytes) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("code", "body"),
-    [(500, b""), (429, b'{"error_code": "RESOURCE_EXHAUSTED"}'), (200, b""), (200, b"<html>not MLflow</html>")],
-    ids=["500", "429", "nothing", "garbage"],
+    [
+        (500, b""),
+        (200, b"<html>not MLflow</html>"),
+        pytest.param(429, b'{"error_code": "RESOURCE_EXHAUSTED"}', marks=pytest.mark.faults),
+        pytest.param(200, b"", marks=pytest.mark.faults),
+    ],
+    ids=["500", "garbage", "429", "nothing"],
 )
 def test_a_hostile_tracking_server_costs_a_sweep_nothing_and_sync_delivers_later(
     tmp_path: Path, code: int, body: bytes
