@@ -27,7 +27,7 @@ from typing import Any
 PLAIN = Path(__file__).with_name("train_plain.py")
 RANKS, RATES, SEEDS = (2, 4, 8), (5e-4, 1e-3), (1, 2)
 STEPS, ITEMS = 20, 64
-LENGTHS = tuple(round(0.4 + 0.2 * ((7 * n) % 12), 1) for n in range(24))
+LENGTHS = tuple(round(2.0 + 0.5 * ((7 * n) % 12), 1) for n in range(24))
 
 
 def command(*overrides: str, root: Path) -> list[str]:
@@ -95,14 +95,13 @@ def moments(record: dict[str, Any]) -> tuple[float, float]:
 def idle() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "outputs"
-        lengths = ",".join(map(str, LENGTHS))
         # A seed each, so that equal lengths are trials of their own.
         wall = timed(
             command(
                 "training.engine=sleep",
                 "tracking=off",
-                f"training.sleep_seconds={','.join(sorted({str(x) for x in LENGTHS}))}",
                 "seed=1,2",
+                f"training.sleep_seconds={','.join(dict.fromkeys(str(length) for length in LENGTHS))}",
                 "workers.count=2",
                 root=root,
             )
