@@ -273,7 +273,7 @@ def test_a_hostile_tracking_server_costs_a_sweep_nothing_and_sync_delivers_later
 def test_a_full_disk_pauses_the_sweep_and_space_lets_it_go_on(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("this container may not mount a tmpfs")
     try:
         root = disk / "outputs"
