@@ -116,7 +116,7 @@ def one_job(raw: Any) -> Any:
     from omegaconf import OmegaConf
 
     if raw.workers.job is not None:
-        from qlora_exp.sweep.line import work
+        from qlora_exp.sweep import work
 
         return work(raw, list(HydraConfig.get().overrides.task))
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN

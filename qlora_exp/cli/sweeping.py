@@ -96,7 +96,7 @@ def status(
     Running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
     """
     from qlora_exp.standing import show_standing, watch_status
-    from qlora_exp.sweep.orchestrator import orchestrator
+    from qlora_exp.sweep import orchestrator
 
     spec, paths = _found(study, output_root)
     opened = _opened(spec, paths, storage)
@@ -115,7 +115,7 @@ def stop(
     """Stop a study after its running trials; called twice: now."""
     import shlex
 
-    from qlora_exp.sweep.orchestrator import request_stop
+    from qlora_exp.sweep import request_stop
 
     spec, paths = _found(study, output_root)
     mode = request_stop(paths, spec.name, now)
@@ -133,7 +133,7 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
 
     from qlora_exp.errors import RecordError
     from qlora_exp.standing import best_table
-    from qlora_exp.sweep.asking import run_overrides
+    from qlora_exp.sweep import run_overrides
     from qlora_exp.tables import show
 
     spec, paths = _found(study, output_root)

@@ -21,7 +21,7 @@ from qlora_exp.redaction import redact, redact_overrides, redact_text
 from qlora_exp.standing import Watch, best_table, read_spec, show_progress, storage_of, tracked
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.sweep.asking import Asked, ask, settings_of
-from qlora_exp.sweep.orchestrator import orchestrating
+from qlora_exp.sweep.orchestration import orchestrating
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job, returns when all have ended; the results have Hydra's ``return_value``."""
@@ -58,7 +58,7 @@ def sweep(asked: Asked, launch: Launch) -> int:
     spec, paths = asked.spec, asked.paths
     with orchestrating(paths, spec.name, asked.sweep.join) as first:
         opened = study.Study.open(spec, paths, spec.storage)
-        _write_spec(spec, paths)
+        write_spec(spec, paths)
         if _is_complete(opened.counts()):
             print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
             with _tracked(asked, opened, first and not _end_is_told(paths)) as tracker:
@@ -70,7 +70,7 @@ def sweep(asked: Asked, launch: Launch) -> int:
             rank_doubling.announce(spec, asked.sweep.ladder)
         with _tracked(asked, opened, first) as tracker:
             with Watch(spec, opened, paths, tracker):
-                code = _launch(launch, _jobs(asked), spec.name)
+                code = _launch(launch, jobs_of(asked), spec.name)
             return code or _conclude(opened, spec, paths)
 
 
@@ -92,7 +92,8 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
         raise Ended(error.exit_code) from None
 
 
-def _write_spec(spec: StudySpec, paths: StudyPaths) -> None:
+def write_spec(spec: StudySpec, paths: StudyPaths) -> None:
+    """``study.json``: without secrets."""
     write_json(paths.spec, _shown(spec))
 
 
@@ -105,7 +106,8 @@ def _shown(spec: StudySpec) -> StudySpec:
     )
 
 
-def _jobs(asked: Asked) -> list[list[str]]:
+def jobs_of(asked: Asked) -> list[list[str]]:
+    """The overrides of each launcher job."""
     spec = asked.spec
     own = [text for text in spec.overrides if not compose.is_hydra(compose.key_of(text))]
     named: dict[str, Any] = {"sweep.name": spec.name}

@@ -18,7 +18,7 @@ ConfigStore.instance().store(
 
 
 class QloraOptunaSweeper(Sweeper):
-    """Hands the sweep to :mod:`qlora_exp.sweep.line`, and its workers to whatever launcher Hydra was given."""
+    """Hands the sweep to :mod:`qlora_exp.sweep`, and its workers to whatever launcher Hydra was given."""
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = dict(params or {})
@@ -30,7 +30,7 @@ class QloraOptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from qlora_exp.sweep.line import sweep_for_hydra
+        from qlora_exp.sweep import sweep_for_hydra
 
         assert self.config is not None
         return sweep_for_hydra(self.config, arguments, self.params, self.launcher)
