@@ -258,6 +258,10 @@ class EvaluationConfig:
     """null: the longest label, or for free text the longest completion of the training split, and a few more."""
     forgetting: bool
     forgetting_documents: int | None
+    few_shots: int | None
+    """Worked examples of the training split before each prompt, to score the untouched model with; null: it isn't."""
+    few_shot_draws: int
+    """How many sets of examples are drawn; the same ones for every model, format and run."""
     baselines: bool
     metrics: list[str]
     """Further metrics by Hub name (online), computed on generated answers."""

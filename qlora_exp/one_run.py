@@ -21,6 +21,7 @@ from qlora_exp.data import Splits, check_positions, load_data, load_rows
 from qlora_exp.endings import Diverged, Observer, Report, Silent, never_stop, status_of
 from qlora_exp.errors import DataError, ModelError, QloraExpError
 from qlora_exp.evaluation import Evaluation, answer_goal
+from qlora_exp.few_shot import few_shot_scores
 from qlora_exp.metrics import hub_metric
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import (
@@ -161,6 +162,10 @@ def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
         hub_metric(name)
     if config.evaluation.split is EvaluationSplit.test and not splits.test:
         raise DataError("there are no test items", "evaluation.split = test", "task.test_fraction=0.1, or a test file")
+    shots = config.evaluation.few_shots
+    if shots is not None and shots > len(splits.train):
+        what = f"{shots} worked examples can't be drawn from {len(splits.train)} training items"
+        raise DataError(what, f"evaluation.few_shots={shots}", f"at most {len(splits.train)}")
 
 
 SHORT_ROWS_SIGMAS = 4.0
@@ -194,12 +199,15 @@ def _straight_line(
 
     progress.enter("evaluate untouched", observer)
     with meter.phase("untouched"):
-        untouched = untouched_scores(bases.model(base), tokenizer, splits, config, planned, base.fingerprint, cache)
+        model = bases.model(base)
+        untouched = untouched_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
+        shown = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
     baselines = baselines_of(splits, config, cache)
     untouched.write_items(paths)
+    shown.write_items(paths)
     progress.untouched = untouched
-    before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores)
-    progress.record = progress.record.replace(scores=before, baselines=baselines)
+    before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores, few_shot=shown.draws)
+    progress.record = _warned(progress.record.replace(scores=before, baselines=baselines), shown.warning())
 
     progress.enter("train", observer)
     progress.trained = _trained_before(paths)
@@ -233,6 +241,13 @@ def _straight_line(
         forgetting_chat=forgotten.chat,
     )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+
+
+def _warned(record: RunRecord, warning: str | None) -> RunRecord:
+    """A resumed run is told once."""
+    if warning is None or warning in record.warnings:
+        return record
+    return record.replace(warnings=(*record.warnings, warning))
 
 
 def _check_finite(after: Evaluation, trained: Trained) -> None:
