@@ -294,7 +294,8 @@ class LadderConfig:
     pilot_seed: int
     """Of the runs that choose learning rates; it plays no part in any decision."""
     margin: float | None
-    """The least gain of a doubling that is worth paying for, in nats per test item; to be said."""
+    """The least gain of a doubling that is worth paying for, in nats per test item; to be said. Where r_max is r_start
+    nothing is doubled: each point of the other axes gets its learning rate and its seeds, and no margin is needed."""
     half_zone: float | None
     """Gains within margin ± half_zone may be called either way; null: margin / 2."""
     lr_policy: LrPolicy
