@@ -47,17 +47,17 @@ class Difference:
 
 
 def difference(first: Side, second: Side, score: str, items: ItemScores | None) -> Difference | None:
-    """``None`` where a score is missing, or the sides share no seed. Without per-item values, or where they are of
-    other items, the interval is over seeds alone."""
-    pairs = _pairs(first, second)
+    """``None`` where the sides share no seed of which both have a finite score; other seeds are left out. Without
+    per-item values, or where they are of other items, the interval is over seeds alone."""
+    pairs = scored_pairs(first, second, score)
+    if not pairs:
+        return None
     trained = "after" in (first.moment, second.moment)
     cells = _items(pairs, score, items)
     if cells is not None:
         return interval(cells, f"{_count(len(pairs), _rows(first, second))} and {cells.shape[1]} items", trained)
     values = [(_value(a, score), _value(b, score)) for a, b in pairs]
     known = [_minus(score, a, b) for a, b in values if a is not None and b is not None]
-    if not known or len(known) < len(values):
-        return None
     return interval(np.array(known)[:, None], _count(len(known), _rows(first, second)), trained)
 
 
@@ -69,7 +69,7 @@ def gain_difference(
     before, after = (difference(a, b, score, items) for a, b in sides)
     if before is None or after is None:
         return None
-    cells = [_items(_pairs(a, b), score, items) for a, b in sides]
+    cells = [_items(scored_pairs(a, b, score), score, items) for a, b in sides]
     if cells[0] is not None and cells[1] is not None and cells[0].shape[1] == cells[1].shape[1]:
         return interval(cells[1] - cells[0], after.over, trained=True)
     low, high = (None if bound is None else bound - before.value for bound in (after.low, after.high))
@@ -123,6 +123,11 @@ def finite(value: float | None) -> float | None:
 
 
 _Row = tuple[RunRecord, str]
+
+
+def scored_pairs(first: Side, second: Side, score: str) -> list[tuple[_Row, _Row]]:
+    """The pairs of which both have a finite score."""
+    return [pair for pair in _pairs(first, second) if None not in (_value(pair[0], score), _value(pair[1], score))]
 
 
 def _pairs(first: Side, second: Side) -> list[tuple[_Row, _Row]]:

@@ -301,11 +301,19 @@ def _notes(instruct: Cell, base: Cell, tuned: Difference | None, items: ItemScor
     if not seeds[0] & seeds[1]:
         return [f"{instruct.name} and {base.name} share no seed: nothing pairs. Run both with seed=1,2,3."]
     notes = []
+    if instruct.runs[0].scores.test is None:
+        notes.append(
+            "These are scores of the validation split, on which the cells were chosen too: they flatter the choice."
+            " It takes evaluation.split=test with other seeds."
+        )
     if len(seeds[0] & seeds[1]) < LEAST_SEEDS:
         notes.append("One seed: nothing tells what another seed would have trained. It takes seed=1,2,3.")
+    shared = len(seeds[0] & seeds[1])
+    if lost := shared - (tuned.seeds if tuned is not None else 0):
+        notes.append(f"{lost} of {shared} shared seeds have no finite score on both sides and are left out.")
     if tuned is None:
-        notes.append("A score of the primary contrast is missing or not finite: it is unknown.")
-    elif items is not None and "items" not in tuned.over:
+        return notes
+    if items is not None and "items" not in tuned.over:
         notes.append("Per-item results are missing, or are of other items: the interval is over seeds alone.")
     return notes
 

@@ -19,10 +19,11 @@ def settled(contrast: Contrast) -> bool:
 
 
 def primary_sentence(found: InstructBase) -> str:
-    data = found.instruct.configuration.first.data
-    task = data.task if data is not None else "this task"
+    first = found.instruct.configuration.first
+    task = first.data.task if first.data is not None else "this task"
+    where = task if first.scores.test is not None else f"{task} (its validation split)"
     return (
-        f"On {task}, for this pair of checkpoints ({found.instruct.name} against {found.base.name}, chosen"
+        f"On {where}, for this pair of checkpoints ({found.instruct.name} against {found.base.name}, chosen"
         f" {found.chosen_by}), in bits per byte of the answer: untouched, instruct gains {told(found.untouched)};"
         f" tuning adds {told(found.gain)}; after tuning {told(found.tuned)}: {verdict(found.tuned, found.margin)}."
     )

@@ -148,24 +148,26 @@ def test_items_that_do_not_pair_are_told_and_leave_the_seeds() -> None:
     assert any("of other items" in note for note in found.notes)
 
 
-def test_a_score_that_is_not_finite_leaves_the_answer_open() -> None:
-    records = study(0.5)
-    broken = records[-1]
-    assert broken.scores.test is not None
-    test = replace(broken.scores.test, bits_per_byte=float("nan"))
-    records[-1] = broken.replace(scores=replace(broken.scores, test=test))
-    found = compare(configurations(records, LOSS), pilots=pilots_that_choose("chat"))
-    assert found is not None
-    assert found.tuned is None
-    assert any("not finite" in note for note in found.notes)
-    assert "not settled" in paragraph(found)
+def without_score(record: RunRecord) -> RunRecord:
+    assert record.scores.test is not None
+    test = replace(record.scores.test, bits_per_byte=float("nan"))
+    return record.replace(scores=replace(record.scores, test=test))
 
 
-def pilots_that_choose(written: str) -> list[RunRecord]:
-    return [
-        made_up.run(600 + n, variant=v, written=w, seed=1000, split="validation", loss=1.0 + (w != written))
-        for n, (v, w) in enumerate(CELLS)
-    ]
+def test_a_seed_whose_score_is_not_finite_is_left_out_and_told() -> None:
+    found = compared([without_score(run) if run.seed == 3 else run for run in study(0.5)])
+    assert found.tuned is not None
+    assert found.tuned.over == "2 seeds"
+    assert "1 of 3 shared seeds have no finite score on both sides and are left out." in found.notes
+    none_left = compared([without_score(run) for run in study(0.5)])
+    assert none_left.tuned is None
+    assert "an unknown amount: not settled" in paragraph(none_left)
+
+
+def test_scores_of_the_split_that_was_searched_are_told_to_be() -> None:
+    found = compared(study(0.5, split="validation"))
+    assert "On embedded (its validation split)" in paragraph(found)
+    assert any("flatter" in note for note in found.notes)
 
 
 def test_adjusted_p_is_holms() -> None:
