@@ -99,17 +99,12 @@ def _scored(
     draw: FewShotDraw, model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, on_test: bool
 ) -> tuple[FewShot, pa.Table]:
     """Calibrated, as everywhere, by the label marginal on validation — with the same examples before it."""
-    prefix = draw.prefix
-    first = evaluation.evaluate_model(
-        model, tokenizer, draw.validation, splits, config, split="validation", prefix=prefix
-    )
+    first = evaluation.evaluate_model(model, tokenizer, draw.validation, splits, config, split="validation")
     second = None
     if on_test:
+        marginal = first.label_marginal
         second = evaluation.evaluate_model(
-            *(model, tokenizer, draw.test, splits, config),
-            split="test",
-            label_marginal=first.label_marginal,
-            prefix=prefix,
+            model, tokenizer, draw.test, splits, config, split="test", label_marginal=marginal
         )
     asked = config.evaluation.few_shots
     assert asked is not None

@@ -32,14 +32,6 @@ class FewShotDraw:
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
 
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """The tokens that all of its prompts begin with, at least one less than the shortest."""
-        prompts = [item.prompt_ids for item in (*self.validation, *self.test)]
-        first, last = min(prompts), max(prompts)  # whatever these two share, all between them share
-        shared = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        return first[: min(shared, min(map(len, prompts)) - 1)]
-
 
 def few_shot_draws(
     config: Config,

@@ -135,14 +135,12 @@ class Context:
             cache.batch_select_indices(index)
         return Context(self.model, self.ids[index], self.mask[index], cache)
 
-    def extend(self, ids: Tensor, mask: Tensor, keep: int | None = None) -> tuple[Tensor, Context]:
-        """Read ``ids`` (rows, k) after the text: fp32 logits after each of them, or after the last ``keep``, of shape
-        (rows, k, vocabulary), and the context."""
+    def extend(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Context]:
+        """Read ``ids`` (rows, k) after the text: fp32 logits after each (rows, k, vocabulary), and the context."""
         all_ids, all_mask = torch.cat([self.ids, ids], dim=1), torch.cat([self.mask, mask], dim=1)
         cache = _fork(self.cache) if self.cache is not None else None
-        kept = ids.shape[1] if keep is None else keep
         logits, cache = self.model(
-            all_ids if cache is None else ids, all_mask, keep=kept, cache=cache, use_cache=cache is not None
+            all_ids if cache is None else ids, all_mask, keep=ids.shape[1], cache=cache, use_cache=cache is not None
         )
         return logits, Context(self.model, all_ids, all_mask, cache if self.cache is not None else None)
 
@@ -152,14 +150,6 @@ def read(model: CausalModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Co
     ids, mask = padded(texts, "left", model.device)
     logits, cache = model(ids, mask, keep=1, cache=None, use_cache=True)
     return logits[:, 0], Context(model, ids, mask, cache if _forkable(cache) else None)
-
-
-def read_on(context: Context, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Context]:
-    """One pass over ``texts``, all of one length, each after the single text of ``context``: as :func:`read`. Equal
-    lengths need no padding in the middle, which a sliding window would count as text."""
-    ids = torch.tensor([list(text) for text in texts], dtype=torch.long, device=context.model.device)
-    logits, read_context = context.select([0] * len(ids)).extend(ids, torch.ones_like(ids), keep=1)
-    return logits[:, 0], read_context
 
 
 def start_token(tokenizer: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from qlora_exp.config import Config
-from qlora_exp.evaluation.context import CausalModel, batches, read, read_on, scoring_mode, start_token
+from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
 from qlora_exp.evaluation.generation import StopRule, generate, max_new_tokens, stop_rule
-from qlora_exp.evaluation.likelihood import OptionTrie, Tokens, completion_scores, option_log_likelihoods
+from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
 from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
 from qlora_exp.metrics import hub_metric
 from qlora_exp.records import Scores
@@ -43,13 +42,11 @@ def evaluate_model(
     *,
     split: str = "validation",
     label_marginal: Mapping[str, float] | None = None,
-    prefix: Tokens = (),
 ) -> Evaluation:
     """Score ``items`` of ``split`` by likelihood and, with ``evaluation.generate``, by greedy generation.
 
     ``label_marginal`` is that of an evaluation of the validation split. Where it isn't given it is estimated: from
-    ``items`` when they are the validation split, else from a further pass over the validation items. ``prefix``: tokens
-    that every prompt of ``items`` begins with, and goes on from; they are read once.
+    ``items`` when they are the validation split, else from a further pass over the validation items.
 
     The model's mode, its configuration and the tokenizer are left as they were. Scores don't depend on the batch size,
     but for rounding; with int8 they do: it picks outlier columns over a whole batch, and rounds inputs to 8 bits.
@@ -63,7 +60,7 @@ def evaluate_model(
     with scoring_mode(model):
         causal = CausalModel(model)
         rule = _stop_rule(causal, tokenizer, splits, config) if config.evaluation.generate else None
-        results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size, prefix)
+        results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
         if trie is not None and label_marginal is None and items:
             estimated_on = results
             if split != "validation":
@@ -95,18 +92,13 @@ def score_items(
     trie: OptionTrie | None,
     rule: StopRule | None,
     batch_size: int,
-    prefix: Tokens = (),
 ) -> list[ItemResult]:
-    """Every prompt is read once, and a ``prefix`` of all of them once for all; completion, options and generation all
-    go on from there. In the items' order."""
+    """Every prompt is read once; completion, options and generation all go on from there. In the items' order."""
     results: dict[int, ItemResult] = {}
-    head = read(model, [prefix])[1] if prefix else None
-    for batch in _batches(items, batch_size, alike=head is not None):
+    lengths = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in items]
+    for batch in batches(lengths, batch_size):
         chosen = [items[index] for index in batch]
-        if head is None:
-            next_logits, context = read(model, [item.prompt_ids or (start_token(tokenizer),) for item in chosen])
-        else:
-            next_logits, context = read_on(head, [item.prompt_ids[len(prefix) :] for item in chosen])
+        next_logits, context = read(model, [item.prompt_ids or (start_token(tokenizer),) for item in chosen])
         completions = completion_scores(
             next_logits, context, [item.completion_ids for item in chosen], [item.end_ids for item in chosen]
         )
@@ -117,21 +109,6 @@ def score_items(
                 completions[row], None if options is None else options[row], texts[row] if texts else None
             )
     return [results[index] for index in range(len(items))]
-
-
-def _batches(items: Sequence[Item], batch_size: int, alike: bool) -> list[list[int]]:
-    """Indices in batches of similar length; ``alike``: of prompts of equal length."""
-    lengths = [len(item.ids) for item in items]
-    if not alike:
-        return batches(lengths, batch_size)
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, item in enumerate(items):
-        by_length[len(item.prompt_ids)].append(index)
-    return [
-        [group[position] for position in batch]
-        for _, group in sorted(by_length.items(), reverse=True)
-        for batch in batches([lengths[index] for index in group], batch_size)
-    ]
 
 
 def _stop_rule(model: CausalModel, tokenizer: Any, splits: Splits, config: Config) -> StopRule:
