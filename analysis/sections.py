@@ -104,10 +104,12 @@ def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) 
 
 def equal_everything_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
     """Quantization modes and target sets against each other, matched in everything else."""
+    at_equal_size = tradeoffs.targets_at_equal_parameters(configurations, measure)
+    hint = None if at_equal_size else tradeoffs.equal_parameters_hint(configurations)
     asked = (
         ("Quantizations, everything else equal", tradeoffs.quantization_contrasts(configurations, measure)),
         ("Target modules at equal rank", tradeoffs.target_contrasts(configurations, measure)),
-        ("Target modules at equally many parameters", tradeoffs.targets_at_equal_parameters(configurations, measure)),
+        ("Target modules at equally many parameters", at_equal_size),
     )
     tables = tuple(_contrasts(caption, contrasts, measure) for caption, contrasts in asked if contrasts)
     note = (
@@ -115,7 +117,9 @@ def equal_everything_section(configurations: Sequence[Configuration], measure: M
         " interval is over these pairs, on these items."
     )
     nothing = "No two runs differ in nothing but their quantization or target modules: there is nothing to hold equal."
-    return Section("equal", "At equal everything else", (note if tables else nothing,), tables)
+    return Section(
+        "equal", "At equal everything else", (note if tables else nothing,), tables, points=(hint,) if hint else ()
+    )
 
 
 def memory_section(configurations: Sequence[Configuration], records: Sequence[RunRecord]) -> Section:
