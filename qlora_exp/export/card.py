@@ -33,11 +33,11 @@ def _chapter(export: Export) -> Iterator[str]:
     if any(artefact.runtime for artefact in export.artefacts):
         yield FOUR_BIT_NOTE
     yield ""
-    yield f"**{export.phone.question.capitalize()}: {export.phone.answer}**" + (
-        f" ({export.phone.artefact})." if export.phone.artefact else "."
-    )
+    phone = export.phone
+    of_which = f" (`{phone.artefact}`)" if phone.artefact else ""
+    yield f"**{phone.question[0].upper()}{phone.question[1:]}: {phone.answer}**{of_which}."
     yield ""
-    for criterion in export.phone.criteria:
+    for criterion in phone.criteria:
         yield f"* {criterion.name}: {criterion.answer} – {criterion.detail}"
 
 

@@ -1,4 +1,4 @@
-"""Does an exported file still answer the task? The same items, by the same definitions, beside the run's own answers."""
+"""Does an exported file still answer the task? The same items, by the same definitions, beside what the run said."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _compared(
         split=asked.split,
         label_marginal=marginal or None,
     ).items
-    check = replace(
+    return replace(
         compare(asked.answers, found, tolerance),
         engine=engine,
         split=asked.split,
@@ -120,7 +120,6 @@ def _compared(
         run_loss_per_item=_mean(asked.answers["loss_sum_nats"].to_pylist()),
         exported_loss_per_item=_mean(found["loss_sum_nats"].to_pylist()),
     )
-    return check
 
 
 def compare(run: pa.Table, exported: pa.Table, tolerance: float) -> TaskCheck:

@@ -1,4 +1,4 @@
-"""The straight line of an export: check everything, merge, write, ask again, judge; the folder appears when it is whole."""
+"""The straight line of an export: check, merge, write, ask again, judge. The folder appears when it is whole."""
 
 from __future__ import annotations
 

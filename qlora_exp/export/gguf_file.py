@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ BLOCK = 32
 """Weights of a row that share a scale. The K types (Q4_K …) share over 256: no choice for rows of 192."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TRAINING_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+"""Mark the assistant's words for training in transformers; other readers of a template stumble over them."""
 PRE_TOKENIZERS: dict[tuple[tuple[str, Any], ...], str] = {
     (("ByteLevel", True),): "gpt-2",
     (("Digits", True), ("ByteLevel", True)): "smollm",
@@ -141,12 +144,12 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ModelError(f"GGUF has no place for the weight {name}", config.model_type, "--formats adapter,merged")
-        values = tensor.detach().to(torch.float32).cpu().numpy()
+        values: np.ndarray = tensor.detach().to(torch.float32).cpu().numpy()
         if architecture in PERMUTED and ".q_proj." in name:
             values = _in_pairs(values, config.num_attention_heads)
         elif architecture in PERMUTED and ".k_proj." in name:
             values = _in_pairs(values, config.num_key_value_heads)
-        yield found, values
+        yield str(found), values
 
 
 def _in_pairs(values: np.ndarray, heads: int) -> np.ndarray:
@@ -218,4 +221,7 @@ def _add_vocabulary(writer: Any, folder: Path, size: int) -> None:
     writer.add_tokenizer_pre(_pre_tokenizer_of(raw))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
+    if isinstance(special.chat_template, str):
+        special.chat_template = TRAINING_MARKS.sub("", special.chat_template)
+    special.add_to_gguf(writer, quiet=True)
