@@ -73,25 +73,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hydra_app": {"app", "compose", "config", "sweep"},
     "job": {"app"},
     "repetition": {"catalogue", "compose", "config", "overrides", "records", "redaction"},
-    "export": {
-        *("app", "config", "data", "evaluation", "model_card", "models", "records"),
-    },
+    "export": {"app", "config", "data", "evaluation", "model_card", "models", "records"},
     "doctor": {"config", "environment", "models", "tracking"},
     "embedded": {"app", "compose", "records"},
     "cli": {
         *("__init__", "analysis", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "export"),
-        *(
-            "history",
-            "hydra_app",
-            "one_run",
-            "overrides",
-            "records",
-            "redaction",
-            "repetition",
-            "retention",
-            "standing",
-        ),
-        *("starter", "study", "sweep", "tables", "tracking"),
+        *("history", "hydra_app", "one_run", "overrides", "records", "redaction", "repetition", "retention"),
+        *("standing", "starter", "study", "sweep", "tables", "tracking"),
     },
     "__init__": {"app", "compose", "history", "records"},
     "__main__": {"hydra_app"},
@@ -107,6 +95,8 @@ ONE_IMPORTER = {
     "optuna": "study",
     "typer": "cli",
     "plotly": "analysis",
+    "gguf": "export",
+    "llama_cpp": "export",
 }
 
 TORCH_FREE = ("config", "records", "paths", "errors", "redaction", "environment", "plan", "compose", "history", "app")
