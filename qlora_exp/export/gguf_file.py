@@ -187,7 +187,7 @@ def _pre_tokenizer_of(raw: dict[str, Any]) -> str | None:
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         return None
     steps = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
-    return PRE_TOKENIZERS.get(tuple((step.get("type"), _said(step)) for step in steps))
+    return PRE_TOKENIZERS.get(tuple((str(step.get("type")), _said(step)) for step in steps))
 
 
 def _said(step: dict[str, Any]) -> Any:
