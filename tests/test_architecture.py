@@ -89,7 +89,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedded": {"app", "compose", "records"},
     "cli": {
         *("__init__", "analysis", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "export"),
-        *("history", "hydra_app", "one_run", "overrides", "records", "redaction", "repetition", "retention"),
+        *(
+            "history",
+            "hydra_app",
+            "one_run",
+            "overrides",
+            "progress",
+            "records",
+            "redaction",
+            "repetition",
+            "retention",
+        ),
         *("standing", "starter", "study", "sweep", "tables", "tracking"),
     },
     "__init__": {"app", "compose", "history", "records"},

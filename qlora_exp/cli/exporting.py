@@ -59,6 +59,7 @@ def export(
     quiet_libraries()
     paths = find_run(run, outputs_of(output_root))
     from qlora_exp.export import export_run, load_settings
+    from qlora_exp.progress import Progress
 
     settings = load_settings(
         {
@@ -71,7 +72,8 @@ def export(
             "phone_memory_bytes": phone_memory_bytes,
         }
     )
-    made, folder = export_run(paths, to, settings)
+    with Progress() as observer:
+        made, folder = export_run(paths, to, settings, observer.phase)
     if as_json:
         print((folder / "export.json").read_text(encoding="utf-8"), end="")
         return 0

@@ -101,7 +101,11 @@ def _compared(
     model: Any, tokenizer: Any, asked: Questions, tolerance: float, engine: str, batch_size: int
 ) -> TaskCheck:
     config = asked.config
-    settings = replace(config.evaluation, batch_size=batch_size, metrics=[], max_items=len(asked.items))
+    # With labels accuracy is compared, and generating would be for nothing.
+    generate = config.evaluation.generate and not asked.splits.labels
+    settings = replace(
+        config.evaluation, batch_size=batch_size, metrics=[], max_items=len(asked.items), generate=generate
+    )
     marginal = {label: 1 / len(asked.splits.labels) for label in asked.splits.labels}  # spares a pass to estimate it
     found = evaluate_model(
         model,

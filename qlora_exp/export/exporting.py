@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,12 @@ class _Source:
     tokenizer: Any
 
 
-def export_run(paths: RunPaths, to: Path | None, settings: ExportConfig) -> tuple[Export, Path]:
+def export_run(
+    paths: RunPaths, to: Path | None, settings: ExportConfig, tell: Callable[[str], None] = lambda _: None
+) -> tuple[Export, Path]:
     """Export the run in ``paths`` to ``to`` (by default the run's own ``export/``); what was made, and where.
+
+    ``tell`` hears of each step as it begins.
 
     Raises:
         ExportError: the run has nothing to export, or the folder can't be written.
@@ -57,7 +61,7 @@ def export_run(paths: RunPaths, to: Path | None, settings: ExportConfig) -> tupl
     target = (to or paths.export).expanduser().absolute()
     _check_target(target, source.record, settings)
     with _staged(target) as folder:
-        export = _export(source, folder, settings)
+        export = _export(source, folder, settings, tell)
     return export, target
 
 
@@ -116,7 +120,7 @@ def _staged(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(source: _Source, folder: Path, settings: ExportConfig) -> Export:
+def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callable[[str], None]) -> Export:
     # Everything is made of the merged model; a format that wasn't asked for stays in a folder that is deleted.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work:
         merged_folder = folder / "merged" if "merged" in settings.formats else Path(work)
@@ -125,13 +129,14 @@ def _export(source: _Source, folder: Path, settings: ExportConfig) -> Export:
         artefacts = [_adapter(source, folder)] if "adapter" in settings.formats else []
         fingerprint = source.record.model_fingerprint or ""
         if settings.formats != ["adapter"]:
+            tell("merge")
             merged, fingerprint = models.merged_model(source.config, source.paths.adapter)
-            files = [
-                _gguf(source, merged, merged_folder, folder, kind, asked, settings)
-                for kind in settings.formats
-                if kind in BLOCK_TYPES
-            ]
-            if "merged" in settings.formats:
+            files = []
+            for kind in (name for name in settings.formats if name in BLOCK_TYPES):
+                tell(f"write and check {kind}")
+                files.append(_gguf(source, merged, merged_folder, folder, kind, asked, settings))
+            if "merged" in settings.formats:  # last: it is rounded in place
+                tell("write and check the merged model")
                 artefacts.append(_merged(source, merged, folder, asked, settings))
             artefacts += files
     export = _told(source, artefacts, fingerprint or models.fingerprint(source.model), settings)
@@ -174,7 +179,9 @@ def _gguf(
 ) -> Artefact:
     path = folder / f"model-{kind}.gguf"
     write_gguf(merged, tokenizer, path, kind, source.record.name)
-    runtime = measure(path, settings.context_tokens, settings.generated_tokens)
+    positions = getattr(merged.config, "max_position_embeddings", None)
+    context = min(settings.context_tokens, positions or settings.context_tokens)
+    runtime = measure(path, context, settings.generated_tokens)
     # A file that llama.cpp can't run would end this process too: it is asked only where the other one lived.
     check = not_checked(runtime.why, settings.tolerance) if runtime.why else None
     check = check or check_gguf(path, merged, source.tokenizer, asked, settings.tolerance)

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,25 +36,19 @@ def measure(path: Path, context_tokens: int, generated_tokens: int) -> Runtime:
     """Memory and speed of ``path`` on one thread. What could not be measured is ``None``, and ``why`` says why."""
     unknown = Runtime(None, _processor(), 1, context_tokens)
     if (missing := why_not()) is not None:
-        return _without(unknown, missing)
+        return replace(unknown, why=missing)
     script = Path(__file__).with_name("measure_llama_cpp.py")
     # -P: the script's own folder is no place to import from.
     command = [sys.executable, "-P", str(script), str(path), str(context_tokens), str(generated_tokens)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MEASURE_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return _without(unknown, f"llama.cpp was not done after {MEASURE_SECONDS:.0f} seconds")
+        return replace(unknown, why=f"llama.cpp was not done after {MEASURE_SECONDS:.0f} seconds")
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return _without(unknown, f"llama.cpp can't run the file: {last[:300]}")
+        return replace(unknown, why=f"llama.cpp can't run the file: {last[:300]}")
     measured = json.loads(done.stdout.strip().splitlines()[-1])
     return Runtime(processor=_processor(), threads=1, context_tokens=context_tokens, **measured)
-
-
-def _without(runtime: Runtime, why: str) -> Runtime:
-    from dataclasses import replace
-
-    return replace(runtime, why=why)
 
 
 def _processor() -> str | None:
