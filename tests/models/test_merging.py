@@ -37,6 +37,9 @@ def test_the_merged_model_is_base_and_adapter(
     with torch.no_grad():
         found = merged(input_ids=TOKENS).logits
     assert fingerprint == base.fingerprint
+    tied = base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) is tied
+    assert bool(merged.config.tie_word_embeddings) is tied
     assert not list(adapter_parameters(merged))
     assert (wanted - untouched).abs().max() > 1e-3
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
