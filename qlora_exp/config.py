@@ -284,6 +284,26 @@ class BudgetConfig:
 
 
 @dataclass
+class ExportConfig:
+    """``qlora-exp export``: conf/export.yaml, no part of a run's configuration."""
+
+    formats: list[str]
+    """adapter, merged, or a GGUF block type."""
+    dtype: ComputeDtype
+    """Of the merged model: bfloat16 or float16."""
+    check_items: int
+    tolerance: float
+    """Accuracy that an exported file may lose against the run's own, as a share of items."""
+    context_tokens: int
+    generated_tokens: int
+    usd_per_hour: float | None
+    """null: the record's cost."""
+    phone_file_bytes: int
+    phone_memory_bytes: int
+    phone_usd: float
+
+
+@dataclass
 class LadderConfig:
     """Rank doubling (``sweep.sampler=ladder``): r_start, 2·r_start … until returns have diminished, or r_max."""
 

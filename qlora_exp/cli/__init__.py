@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from qlora_exp.cli import analyzing, compare, listing, machine, prepare, reporting, running, sweeping
+from qlora_exp.cli import analyzing, compare, exporting, listing, machine, prepare, reporting, running, sweeping
 from qlora_exp.errors import QloraExpError
 
 EPILOG = (
@@ -33,6 +33,7 @@ listing.add_to(app)
 compare.add_to(app)
 analyzing.add_to(app)
 reporting.add_to(app)
+exporting.add_to(app)
 machine.add_to(app)
 
 
