@@ -5,6 +5,7 @@ Nothing here reads a weight into memory: what is wrong is found and told before 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -264,6 +265,7 @@ def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
     try:
         commit = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS).sha
         if commit is not None:
+            _remember(repository, revision)
             return str(commit), False
     except GatedRepoError:
         hint = f"accept its licence at https://huggingface.co/{repository} and run: hf auth login"
@@ -278,6 +280,13 @@ def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
     except (httpx2.HTTPError, OfflineModeIsEnabled, OSError):
         pass  # no network: the local cache may have it
     return _cached_commit(repository, revision), True
+
+
+def _remember(repository: str, revision: str | None) -> None:
+    """What is loaded by its commit leaves no trace in the cache of the name that meant it: without a network it would
+    not be found again. A file asked for by that name leaves one."""
+    with contextlib.suppress(HfHubHTTPError, httpx2.HTTPError, OSError):
+        huggingface_hub.hf_hub_download(repository, "config.json", revision=revision, etag_timeout=HUB_SECONDS)
 
 
 def _cached_commit(repository: str, revision: str | None) -> str:
