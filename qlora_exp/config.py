@@ -421,12 +421,20 @@ def typed(config: DictConfig) -> Config:
     built.task.path = absolute_path(built.task.path)
     built.model.path = absolute_path(built.model.path)
     built.model.chat_template = absolute_path(built.model.chat_template)
+    built.tracking.uri = absolute_store(built.tracking.uri)
     return built
 
 
 def absolute_path(path: str | None) -> str | None:
     """Links stay as they are: a file of the Hub's cache is one, and its target has no ending."""
     return os.path.abspath(os.path.expanduser(path)) if path else path
+
+
+def absolute_store(uri: str | None) -> str | None:
+    """A SQLite address whose file is relative to the current folder, as the same file's from every folder."""
+    scheme, found, name = (uri or "").partition("sqlite:///")
+    relative = found and not scheme and name and not name.startswith(("/", ":", "file:"))
+    return f"sqlite:///{absolute_path(name)}" if relative else uri
 
 
 def to_plain(config: Config) -> dict[str, Any]:

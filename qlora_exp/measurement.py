@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ class Meter:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return None
-        return None if self.host_reused else reset_resident_peak()
+        return None if self.host_reused or not give_back_freed_memory() else reset_resident_peak()
 
     def _peaks(self, started_with: int | None) -> tuple[int | None, int | None]:
         if self.device == "cuda":
@@ -124,6 +125,18 @@ def _highest(one: int | None, other: int | None) -> int | None:
 def resident_bytes() -> int | None:
     """Resident memory of this process now; ``None`` where the system doesn't say."""
     return _status_bytes("VmRSS")
+
+
+def give_back_freed_memory() -> bool:
+    """Hand what has been freed back to the system (glibc's ``malloc_trim``); False where the C library can't.
+
+    The allocator keeps what one phase freed and gives it to the next: its peak would then be too small by that much.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library, or a system without one of that kind
+        return False
+    return True
 
 
 def reset_resident_peak() -> int | None:

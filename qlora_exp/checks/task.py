@@ -25,7 +25,8 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 OF_LABELS = (
-    "accuracy", "accuracy_calibrated", "accuracy_normalized", "balanced_accuracy", "macro_f1", "invalid_answer_rate",
+    "accuracy", "accuracy_calibrated", "accuracy_normalized", "accuracy_pmi", "balanced_accuracy", "macro_f1",
+    "invalid_answer_rate",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -20,6 +20,8 @@ from qlora_exp.records import Baselines
 
 if TYPE_CHECKING:
     from qlora_exp.data import Item, Splits
+
+TextOrTokens = TypeVar("TextOrTokens", str, tuple[int, ...])
 
 CANDIDATES_OF_C = (1.0, 3.0, 10.0, 30.0)
 FOLDS = 3
@@ -71,7 +73,8 @@ def common_frame(prompts: Sequence[str]) -> tuple[str, str]:
     return ("", "") if len(prefix) + len(suffix) >= len(first) else (prefix, suffix)
 
 
-def common_start(texts: Sequence[str]) -> str:
+def common_start(texts: Sequence[TextOrTokens]) -> TextOrTokens:
+    """What all ``texts`` (or token ids) begin with."""
     first, last = min(texts), max(texts)  # whatever these two share, all between them share
     return next((first[:at] for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), first)
 

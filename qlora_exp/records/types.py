@@ -184,6 +184,7 @@ class Scores:
     accuracy: float | None = None
     accuracy_calibrated: float | None = None
     accuracy_normalized: float | None = None
+    accuracy_pmi: float | None = None
     balanced_accuracy: float | None = None
     macro_f1: float | None = None
     exact_match: float | None = None
