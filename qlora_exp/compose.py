@@ -436,11 +436,59 @@ def _missing(error: MissingMandatoryValue) -> ConfigError:
 
 def checked(config: Any) -> Config:
     """The same checks for a configuration that Hydra composed itself."""
+    result = built(config)
+    raise_all(plan.check(result))
+    return result
+
+
+def built(config: Any) -> Config:
+    """A composed configuration as dataclasses; what must hold between its keys is not looked at.
+
+    Raises:
+        ConfigError: a value is missing, or an interpolation names nothing.
+    """
     try:
-        built = typed(config)
+        return typed(config)
     except MissingMandatoryValue as error:
         raise _missing(error) from None
     except OmegaConfBaseException as error:
         raise _not_composed(error) from None
-    raise_all(plan.check(built))
-    return built
+
+
+def typed_value(key: str, value: Any) -> Any:
+    """``value`` as the schema has it at ``key``: ``nf4`` as its enum, ``1`` as a float where one is asked for.
+
+    Raises:
+        ConfigError: there is no such key, or it can't be that.
+    """
+    kind = _schema_type(key)
+    problem = kind if isinstance(kind, ConfigError) else _problem_of_value(key, value, kind, f"{key}={value}")
+    if problem is not None:
+        raise problem
+    node = OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", kind)]))
+    node.value = value
+    return typing.cast(Any, OmegaConf.to_object(node)).value
+
+
+def default_choices() -> dict[str, str]:
+    """Group → the choice that conf/config.yaml makes."""
+    raw: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"), resolve=False)
+    entries = [entry for entry in raw["defaults"] if isinstance(entry, dict)]
+    own = groups()
+    return {key: name for entry in entries for key, name in entry.items() if key in own and key != "sweeps"}
+
+
+def read_choice(group: str, name: str) -> Any:
+    """The file ``conf/GROUP/NAME.yaml`` as the schema has it, its folder's shared parts included; ``None`` where Hydra
+    alone can say what it means: other defaults, interpolations, values still to be given."""
+    own = OmegaConf.load(CONF / group / f"{name}.yaml")
+    assert isinstance(own, DictConfig)
+    parts = own.pop("defaults", ["_self_"])
+    if any(not isinstance(part, str) or not (part == "_self_" or part.startswith("_")) for part in parts):
+        return None
+    schema = _hints(Config)[group]
+    files = [own if part == "_self_" else OmegaConf.load(CONF / group / f"{part}.yaml") for part in parts]
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *files))
+    except OmegaConfBaseException:
+        return None
