@@ -76,6 +76,7 @@ def plan(
 
     Nothing is loaded, and nothing is downloaded for the families that come with the package.
     """
+    from qlora_exp.errors import raise_all
     from qlora_exp.planning.devices import device_called, size_bytes
     from qlora_exp.planning.planned import Planner
     from qlora_exp.planning.points import points_of
@@ -93,6 +94,8 @@ def plan(
     asked = points_of(overrides)
     planner = Planner(chosen, budget_bytes)
     runs = [planner.plan(point) for point in asked.points]
+    if all(run.memory is None for run in runs):
+        raise_all(planner.problems)
     if html is not None:
         _write(runs, html)
     if as_json:
@@ -114,7 +117,6 @@ def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
     from qlora_exp.tables import show
 
     show(plan_table(runs))
-    _tell_rest(runs)
     print(f"\n{summary(runs, asked.trials, asked.sampled)}")
     for reason in reasons(runs):
         print(f"  {reason}")
@@ -125,31 +127,22 @@ def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
 def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
     from qlora_exp.errors import ConfigError
     from qlora_exp.planning.fit import BEST, best_first, undominated
-    from qlora_exp.planning.shown import LEGEND, plan_table
+    from qlora_exp.planning.shown import LEGEND, name_of, plan_table
     from qlora_exp.tables import show
 
     found = best_first(runs)
     if not found:
-        least = min((run for run in runs if run.memory is not None), key=_needed, default=None)
-        why = (least or runs[0]).reason
-        raise ConfigError(f"nothing fits: the smallest {why}", f"--fit {fit}", "a smaller model, or a larger card")
+        least = min((run for run in runs if run.memory is not None), key=_needed)
+        what = f"nothing fits: the smallest, {name_of(least)}, {least.reason}"
+        raise ConfigError(what, f"--fit {fit}", "a smaller model, or a larger card")
     best = undominated(found)
     show(plan_table(best))
-    _tell_rest(best)
-    print(
-        f"\n{len(found):,} of {len(runs):,} fit into {fit}; shown are those that no other beats in everything: {BEST}"
-    )
+    print(f"\n{len(found):,} of {len(runs):,} fit into {fit}; shown are those that no other beats in everything")
+    print(f"best first: {BEST}")
     if any(run.fits is None for run in best):
         print("  the activations' memory isn't known here: what is shown may still need more")
     print(LEGEND)
     return 0
-
-
-def _tell_rest(runs: Sequence[PlannedRun]) -> None:
-    from qlora_exp.planning.shown import ROWS_SHOWN
-
-    if len(runs) > ROWS_SHOWN:
-        print(f"… and {len(runs) - ROWS_SHOWN:,} more: --json or --html FILE has them all")
 
 
 def _needed(run: PlannedRun) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qlora_exp import compose
 from qlora_exp.planning.planned import PlannedRun, Planner
@@ -30,13 +30,14 @@ def searched(overrides: Sequence[str]) -> list[str]:
     first = next((point.config for point in points_of(overrides).points if point.config is not None), None)
     if first is not None:
         batch, longest = first.training.batch_size, Planner().architecture(first.model).positions
-        fitting = {
-            "training.micro_batch_size": lambda value: batch % value == 0,
-            "training.max_length": lambda value: longest is None or value <= longest,
-        }
-        for key in fitting.keys() & axes.keys():
-            axes[key] = tuple(value for value in axes[key] if fitting[key](int(value))) or axes[key][:1]
+        _narrow(axes, "training.micro_batch_size", lambda value: batch % value == 0)
+        _narrow(axes, "training.max_length", lambda value: longest is None or value <= longest)
     return [*overrides, *(f"{key}={','.join(values)}" for key, values in axes.items())]
+
+
+def _narrow(axes: dict[str, tuple[str, ...]], key: str, fitting: Callable[[int], bool]) -> None:
+    if key in axes:
+        axes[key] = tuple(value for value in axes[key] if fitting(int(value))) or axes[key][:1]
 
 
 def best_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,7 +54,7 @@ class PlannedRun:
 
     params: dict[str, Any]
     settings: dict[str, Any]
-    device: str
+    device: str | None
     trainable_parameters: int | None
     total_parameters: int | None
     memory: PlannedMemory | None
@@ -76,17 +75,23 @@ class Planner:
         self._architectures: dict[str, Architecture | QloraExpError] = {}
         self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
         self._bases: dict[tuple[Any, ...], BaseBytes] = {}
+        self._problems: dict[str, QloraExpError] = {}
 
     def plan(self, point: Point) -> PlannedRun:
         """The figures of one point; what can't be run becomes a row with its reason, too."""
         config = point.config
         if config is None:
-            return _impossible(point.params, {}, "unknown", point.problem or "can't be run")
-        device = self._device or device_of(config)
+            assert point.problem is not None
+            return self._impossible(point.params, None, point.problem)
         try:
-            return self._planned(point.params, config, device)
+            return self._planned(point.params, config, self._device or device_of(config))
         except QloraExpError as error:
-            return _impossible(point.params, _settings(config), device.name, error.what)
+            return self._impossible(point.params, config, error)
+
+    @property
+    def problems(self) -> list[QloraExpError]:
+        """Why points can't be run, each problem once."""
+        return list(self._problems.values())
 
     def architecture(self, model: ModelConfig) -> Architecture:
         """As the package's table has it, or else described from its configuration file (which loads torch).
@@ -157,6 +162,24 @@ class Planner:
             reason=reason,
         )
 
+    def _impossible(self, params: dict[str, Any], config: Config | None, error: QloraExpError) -> PlannedRun:
+        parts = getattr(error, "errors", (error,))
+        for one in parts:
+            self._problems.setdefault(str(one), one)
+        return PlannedRun(
+            params=params,
+            settings=_settings(config) if config is not None else {},
+            device=(self._device or device_of(config)).name if config is not None else None,
+            trainable_parameters=None,
+            total_parameters=None,
+            memory=None,
+            disk=None,
+            seconds=None,
+            usd=None,
+            fits=False,
+            reason=f"can't be run: {'; '.join(one.what for one in parts)}",
+        )
+
 
 def _described(model: ModelConfig) -> Architecture:
     from qlora_exp import models
@@ -200,22 +223,6 @@ def _settings(config: Config) -> dict[str, Any]:
         "micro_batch_size": training.micro_batch_size or training.batch_size,
         "max_length": training.max_length,
     }
-
-
-def _impossible(params: dict[str, Any], settings: Mapping[str, Any], device: str, reason: str) -> PlannedRun:
-    return PlannedRun(
-        params=params,
-        settings=dict(settings),
-        device=device,
-        trainable_parameters=None,
-        total_parameters=None,
-        memory=None,
-        disk=None,
-        seconds=None,
-        usd=None,
-        fits=False,
-        reason=f"can't be run: {reason}",
-    )
 
 
 def _model_key(model: ModelConfig) -> str:

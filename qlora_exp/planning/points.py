@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from qlora_exp import compose
 from qlora_exp.checks import check
 from qlora_exp.config import Config, Sampler, SweepConfig
-from qlora_exp.errors import ConfigError, QloraExpError, raise_all
+from qlora_exp.errors import ConfigError, Problems, QloraExpError, raise_all
 from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import CONF
 from qlora_exp.study.space import grid, is_grid, overrides_of, parse_axes
@@ -30,7 +30,7 @@ class Point:
 
     params: dict[str, Any]
     config: Config | None
-    problem: str | None = None
+    problem: QloraExpError | None = None
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class Variants:
         try:
             config = self._config(params)
         except QloraExpError as error:
-            return Point(shown, None, error.what)
+            return Point(shown, None, error)
         problems = check(config)
-        return Point(shown, None, "; ".join(one.what for one in problems)) if problems else Point(shown, config)
+        return Point(shown, None, Problems(problems)) if problems else Point(shown, config)
 
     def _config(self, params: Mapping[str, Any]) -> Config:
         chosen = {key: str(value) for key, value in params.items() if key in self._groups}

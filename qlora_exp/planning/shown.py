@@ -25,6 +25,7 @@ PARTS = {
 """Part of :class:`PlannedMemory` → (letter in a bar, words)."""
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
 BAR_CHARACTERS = 24
+REASONS_SHOWN = 8
 ROWS_SHOWN = 40
 """More rows than a screen or two holds; --json and --html have all."""
 
@@ -40,11 +41,17 @@ def _object(run: PlannedRun) -> dict[str, Any]:
 
 
 def plan_table(runs: Sequence[PlannedRun]) -> Table:
-    """One row a configuration, the first :data:`ROWS_SHOWN`."""
+    """One row for all configurations with the same figures, the first :data:`ROWS_SHOWN` rows."""
     table = simple_table("configuration", "trainable", "memory by part", "peak", "fits", "seconds", "usd", "disk")
     scale = _scale(runs)
-    for run in runs[:ROWS_SHOWN]:
-        table.add_row(*_row(run, scale))
+    alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
+    for run in runs:
+        figures = (run.trainable_parameters, run.memory, run.disk, run.fits, run.seconds, run.usd)
+        alike.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
+    for first, *others in list(alike.values())[:ROWS_SHOWN]:
+        table.add_row(*_row(first, scale, f" (and {len(others):,} alike)" if others else ""))
+    if len(alike) > ROWS_SHOWN:
+        table.add_row(f"… and {len(alike) - ROWS_SHOWN:,} more rows: --json or --html FILE has them all")
     return table
 
 
@@ -52,17 +59,20 @@ def summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> st
     """How many there are, and how many of them fit."""
     count = f"{len(runs):,} configuration{'s' if len(runs) != 1 else ''}"
     if sampled:
-        count = (
-            f"{'an unknown number of' if trials is None else f'{trials:,}'} trials among {count} (ends of intervals)"
-        )
+        count = f"{'an unknown number of' if trials is None else f'{trials:,}'} trials among {count}"
     verdicts = {True: "fit", False: "don't fit or can't be run", None: "unknown"}
     told = [f"{sum(run.fits is verdict for run in runs):,} {words}" for verdict, words in verdicts.items()]
     return f"{count}: {', '.join(text for text in told if not text.startswith('0 '))}"
 
 
 def reasons(runs: Sequence[PlannedRun]) -> list[str]:
-    """Why configurations of the shown rows don't fit or can't be told, each reason once."""
-    return list(dict.fromkeys(f"{name_of(run)}: {run.reason}" for run in runs[:ROWS_SHOWN] if run.fits is not True))
+    """Why configurations don't fit, can't be run or can't be told: each reason once, the first few."""
+    first: dict[str, PlannedRun] = {}
+    for run in runs:
+        if run.fits is not True:
+            first.setdefault(run.reason if run.fits is False else run.reason.rpartition("; ")[2], run)
+    told = [f"{name_of(run)}: {reason}" if run.fits is False else reason for reason, run in first.items()]
+    return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
 
 
 def write_page(runs: Sequence[PlannedRun], title: str, file: Path) -> None:
@@ -100,9 +110,9 @@ def name_of(run: PlannedRun) -> str:
     return f"{settings['model']} {settings['quantization']} r={settings['r']} {settings['targets']}"
 
 
-def _row(run: PlannedRun, scale: int) -> list[str]:
+def _row(run: PlannedRun, scale: int, more: str) -> list[str]:
     return [
-        name_of(run),
+        f"{name_of(run)}{more}",
         number(run.trainable_parameters, 0),
         _bar(run.memory, scale),
         _peak(run.memory),
