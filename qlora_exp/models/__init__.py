@@ -13,8 +13,8 @@ from qlora_exp.models.describe import describe
 from qlora_exp.models.lending import ColdBases, WarmBases, model_key
 from qlora_exp.models.selftest import SelfTest, quantization_self_test
 from qlora_exp.models.sources import ModelSource, fingerprint, resolve_source
-from qlora_exp.models.targets import resolve_targets
 from qlora_exp.models.tokenizers import load_tokenizer
+from qlora_exp.plan.targets import resolve_targets
 
 __all__ = [
     "Base",
