@@ -155,6 +155,9 @@ class Memory:
     peak_train_bytes: int | None = None
     peak_evaluation_bytes: int | None = None
     peak_train_reserved_bytes: int | None = None
+    train_working_set_bytes: int | None = None
+    """All that training needed at its peak, the base included: what ``plan.predicted_peak_train_bytes`` predicts. CUDA:
+    allocated bytes; CPU: the resident peak less ``resident_after_imports_bytes``."""
     checkpoint_bytes: int | None = None
     host_reused: bool = False
     source: str | None = None

@@ -27,6 +27,7 @@ __all__ = [
     "config_fingerprint",
     "effective_alpha",
     "goal_of",
+    "gradient_checkpointing",
     "inputs_rounded_in",
     "int8_dora",
     "lora_parameters",
@@ -152,7 +153,7 @@ def make_plan(
         batch_size=training.batch_size,
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=training.batch_size // micro_batch_size,
-        gradient_checkpointing=_checkpointing(training.gradient_checkpointing, device.kind, architecture),
+        gradient_checkpointing=gradient_checkpointing(training.gradient_checkpointing, device.kind, architecture),
         format=format,
         inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),
     )
@@ -166,7 +167,7 @@ def _max_steps(config: Config) -> int:
     return math.ceil(training.max_tokens / training.batch_size)
 
 
-def _checkpointing(choice: Checkpointing, device_kind: str, architecture: Architecture) -> bool:
+def gradient_checkpointing(choice: Checkpointing, device_kind: str, architecture: Architecture) -> bool:
     if choice is not Checkpointing.auto:
         return choice is Checkpointing.on
     return device_kind == "cuda" and architecture.total_parameters > CHECKPOINTING_FROM_PARAMETERS

@@ -24,6 +24,7 @@ SMALLEST_IN_8_BIT = 4096
 
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
+WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
 
 Shape = tuple[int, ...]
 
