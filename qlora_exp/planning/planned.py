@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_exp.config import Config, ModelConfig, TargetsConfig
 from qlora_exp.errors import QloraExpError
 from qlora_exp.plan import Architecture, WeightShape, compute_dtype, int8_dora
+from qlora_exp.plan.peak import predicted_peak
 from qlora_exp.plan.tables import known_architecture
 from qlora_exp.plan.targets import resolve_targets
 from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
@@ -136,16 +137,21 @@ class Planner:
         _refuse(config, device)
         architecture = self.architecture(config.model)
         base = self.base(config, device)
-        adapters = adapter_bytes(self.adapted(config.model, config.targets), config.lora, config.training.optimizer)
-        memory = PlannedMemory(
+        adapted = self.adapted(config.model, config.targets)
+        adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
+        peak = predicted_peak(
+            architecture, [shape.name for shape in adapted], config, device.kind, bf16=device.bf16
+        ).needed_bytes
+        known = PlannedMemory(
             base_weight_bytes=base.base_weight_bytes,
             quantization_state_bytes=base.quantization_state_bytes,
             adapter_bytes=adapters.adapter_bytes,
             gradient_bytes=adapters.gradient_bytes,
             optimizer_bytes=adapters.optimizer_bytes,
             activation_bytes=None,
-            peak_bytes=None,
+            peak_bytes=peak,
         )
+        memory = replace(known, activation_bytes=max(peak - known.known_bytes, 0))
         limit = self._budget_bytes if self._budget_bytes is not None else device.memory_bytes
         fits, reason = _fits(memory, limit)
         return PlannedRun(
