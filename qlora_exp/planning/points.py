@@ -85,7 +85,7 @@ class Variants:
         self._values: dict[tuple[str, str], Any] = {}
         if raw is not None:
             with contextlib.suppress(QloraExpError):  # a value may be missing that an axis gives
-                self._bases[tuple(compose.default_choices().items())] = compose.built(raw)
+                self._begin(compose.built(raw))
 
     def point(self, params: Mapping[str, Any]) -> Point:
         """``params``: axis (key or group) → value."""
@@ -96,6 +96,12 @@ class Variants:
             return Point(shown, None, error)
         problems = check(config)
         return Point(shown, None, Problems(problems)) if problems else Point(shown, config)
+
+    def _begin(self, base: Config) -> None:
+        """Remember what conf/config.yaml chose for ``base``, as far as no sweep's file chose otherwise."""
+        chosen = compose.default_choices().items()
+        alike = [(group, name) for group, name in chosen if self._node(group, name) == getattr(base, group)]
+        self._bases[tuple(alike)] = base
 
     def _config(self, params: Mapping[str, Any]) -> Config:
         chosen = {key: str(value) for key, value in params.items() if key in self._groups}
@@ -151,10 +157,15 @@ class Variants:
         return self._node(group, own) == getattr(base, group) and self._node(group, name) is not None
 
     def _node(self, group: str, name: str) -> Any:
-        """A group's file read without Hydra; ``None`` where its defaults are more than files of its own folder, or
-        where a value is still to be given."""
+        """A group's file read without Hydra, with the values that are fixed; ``None`` where its defaults are more than
+        files of its own folder, or where a value is still to be given."""
         if (group, name) not in self._nodes:
-            self._nodes[group, name] = compose.read_choice(group, name)
+            node = compose.read_choice(group, name)
+            for text in self._fixed if node is not None else ():
+                first, _, rest = compose.key_of(text).partition(".")
+                if first == group and rest and not text.startswith("~"):
+                    _set(node, rest, compose.typed_value(f"{group}.{rest}", compose.value_of(text)))
+            self._nodes[group, name] = node
         return self._nodes[group, name]
 
 

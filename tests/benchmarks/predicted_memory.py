@@ -6,15 +6,12 @@ python tests/benchmarks/predicted_memory.py                  # predicts again fo
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
