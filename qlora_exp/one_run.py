@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from qlora_exp import measurement, models, plan
+from qlora_exp.calibration import known_rate
 from qlora_exp.checkpoints import newest_valid, step_of
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.data import Splits, check_positions, load_data, load_rows
@@ -23,6 +24,8 @@ from qlora_exp.errors import DataError, ModelError, QloraExpError
 from qlora_exp.evaluation import Evaluation, answer_goal
 from qlora_exp.metrics import hub_metric
 from qlora_exp.paths import OutputPaths, RunPaths
+from qlora_exp.plan.peak import predicted_peak
+from qlora_exp.plan.seconds import predicted_seconds, predicted_usd, train_flops_per_token
 from qlora_exp.records import (
     Environment,
     Failure,
@@ -143,7 +146,55 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
+    planned = _with_predictions(planned, config, environment, architecture, modules, splits)
     return Prepared(planned, modules, tokenizer, splits)
+
+
+def _with_predictions(
+    planned: Plan,
+    config: Config,
+    environment: Environment,
+    architecture: plan.Architecture,
+    modules: Sequence[str],
+    splits: Splits,
+) -> Plan:
+    """The plan with what memory, time and money are expected to be, for the rows that there are."""
+    device, lengths = environment.device, _row_lengths(splits)
+    scored = sum(len(item.completion_ids) + len(item.end_ids) for item in splits.train)
+    peak = predicted_peak(
+        architecture,
+        modules,
+        config,
+        device.kind,
+        bf16=device.bf16,
+        length=max(lengths),
+        padded=min(lengths) < max(lengths),
+        loss_share=scored / sum(lengths),
+    )
+    row = statistics.fmean(lengths)
+    rate = known_rate(environment, config.quantization.mode)
+    tokens = config.training.max_tokens or round(planned.max_steps * planned.batch_size * row)
+    seconds = predicted_seconds(architecture, modules, config, device.kind, rate, tokens=tokens, length=row)
+    usd = predicted_usd(seconds, config.budget.usd_per_hour)
+    return replace(
+        planned,
+        predicted_peak_train_bytes=peak.peak_bytes,
+        predicted_activation_bytes=peak.activation_bytes,
+        predicted_logits_bytes=peak.logits_bytes,
+        train_flops_per_token=train_flops_per_token(
+            architecture, planned.trainable_parameters, row, planned.gradient_checkpointing
+        ),
+        predicted_train_seconds=seconds.middle if seconds else None,
+        predicted_train_seconds_low=seconds.low if seconds else None,
+        predicted_train_seconds_high=seconds.high if seconds else None,
+        predicted_train_seconds_basis=seconds.basis if seconds else None,
+        predicted_train_usd=usd.middle if usd else None,
+    )
+
+
+def _row_lengths(splits: Splits) -> list[int]:
+    """Tokens of each training row."""
+    return [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.train]
 
 
 def _state_of_files(path: str | None) -> Hashable:
@@ -171,7 +222,7 @@ step, ends a training."""
 def _steps_for_tokens(config: Config, splits: Splits) -> int:
     """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
     assert config.training.max_tokens is not None
-    lengths = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.train]
+    lengths = _row_lengths(splits)
     mean = statistics.fmean(lengths)
     rows = config.training.max_tokens / mean
     longest = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))

@@ -41,9 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "endings": {"records"},
     "callbacks": {"endings", "measurement", "records"},
     "tables": {"catalogue", "records"},
-    "plan": {"checks", "config", "records"},
+    "plan": {"checks", "config", "measurement", "records"},
     "compose": {"config", "plan"},
     "models": {"checks", "config", "plan"},
+    "calibration": {"config", "models", "plan", "records"},
     "data": {"config", "records"},
     "evaluation": {"config", "data", "metrics", "plan", "records"},
     "train": {"callbacks", "checkpoints", "config", "data", "endings", "models", "records"},
@@ -51,8 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "untouched": {"config", "data", "evaluation", "records"},
     "tracking": {"config", "environment", "history", "model_card", "records", "redaction"},
     "one_run": {
-        *("callbacks", "checkpoints", "config", "data", "endings", "evaluation", "measurement", "metrics"),
-        *("models", "plan", "records", "redaction", "train", "untouched"),
+        *("calibration", "callbacks", "checkpoints", "config", "data", "endings", "evaluation", "measurement"),
+        *("metrics", "models", "plan", "records", "redaction", "train", "untouched"),
     },
     "app": {
         *("checkpoints", "compose", "config", "endings", "environment", "one_run"),
@@ -78,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         *("__init__", "analysis", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "history"),
         *("hydra_app", "one_run", "overrides", "records", "redaction", "repetition", "retention", "standing"),
-        *("starter", "study", "sweep", "tables", "tracking"),
+        *("calibration", "starter", "study", "sweep", "tables", "tracking"),
     },
     "__init__": {"app", "compose", "history", "records"},
     "__main__": {"hydra_app"},

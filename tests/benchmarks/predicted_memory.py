@@ -1,20 +1,17 @@
 """Predicted and measured peak of training, one fresh process a configuration: the table behind docs/plan_accuracy.md.
 
-python tests/benchmarks/predicted_memory.py --measure        # 15 minutes on one core: docs/predicted_memory.csv
-python tests/benchmarks/predicted_memory.py                  # predicts again for the measured rows, and draws the picture
+python tests/benchmarks/predicted_memory.py --measure   # a quarter of an hour on an idle core: docs/predicted_memory.csv
+python tests/benchmarks/predicted_memory.py             # predicts again for the measured rows, and draws the picture
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
