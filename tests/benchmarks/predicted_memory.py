@@ -84,7 +84,7 @@ CASES = (
     Case("opt", 512, 4, 8192, "fp16", 8, "all_linear", 4, 128),
     Case("opt", 512, 4, 8192, "int8", 32, "all_linear", 4, 128),
     Case("falcon", 512, 4, 4096, "fp32", 8, "attention", 4, 256),
-    Case("falcon", 512, 4, 8192, "nf4", 16, "all_linear", 4, 256),
+    Case("falcon", 512, 4, 8192, "fp16", 16, "all_linear", 4, 256),
     Case("falcon", 384, 6, 16384, "bf16", 8, "all_linear", 4, 256),
     Case("falcon", 512, 6, 8192, "fp32", 64, "mlp", 4, 256, checkpointing=True),
     Case("embedded", 192, 4, 4096, "fp32", 8, "all_linear", 16, 256),
@@ -95,7 +95,9 @@ CASES = (
 def shape_of(case: Case) -> dict[str, Any]:
     """The architecture's own names for its sizes; heads of 64, half as many for keys and values where it has them."""
     heads = case.hidden // 64
-    modern = {
+    # A table that only the input reads is mapped from its file, and rows that no token names are never resident.
+    tied = {"tie_word_embeddings": case.vocabulary >= 16384}
+    modern = tied | {
         "hidden_size": case.hidden,
         "intermediate_size": 3 * case.hidden,
         "num_hidden_layers": case.layers,
@@ -103,17 +105,18 @@ def shape_of(case: Case) -> dict[str, Any]:
         "num_key_value_heads": heads // 2,
         "max_position_embeddings": 1024,
     }
-    plain = {"hidden_size": case.hidden, "num_hidden_layers": case.layers, "num_attention_heads": heads}
+    plain = tied | {"hidden_size": case.hidden, "num_hidden_layers": case.layers, "num_attention_heads": heads}
     return {
         "llama": modern,
         "qwen3": modern | {"head_dim": 64},
-        "gemma3_text": modern | {"head_dim": 64},
+        "gemma3_text": modern | {"head_dim": 64, "tie_word_embeddings": True},
         "phi3": modern | {"original_max_position_embeddings": 1024},
         "gpt2": {"n_embd": case.hidden, "n_layer": case.layers, "n_head": heads, "n_positions": 1024},
         "gpt_neox": plain | {"intermediate_size": 4 * case.hidden, "max_position_embeddings": 1024},
         "opt": plain
+        | {"tie_word_embeddings": True}
         | {"ffn_dim": 4 * case.hidden, "word_embed_proj_dim": case.hidden, "max_position_embeddings": 1024},
-        "falcon": plain | {"max_position_embeddings": 1024},
+        "falcon": plain | {"tie_word_embeddings": True, "max_position_embeddings": 1024},
     }[case.architecture]
 
 
