@@ -19,8 +19,8 @@ from qlora_exp.plan.weights import WIDTHS_OF, adapter_bytes, base_bytes
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 """TRL's fused head (``trl/kernels/chunked_logprob.py``) computes logits in tiles of so many tokens and words."""
 HEAD_BYTES_WITHOUT_TRITON = 29
-"""A logit in a tile's backward pass in plain torch, besides the tile itself (``_backward_tile``): y, z, log p, p and the
-gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
+"""A logit in a tile's backward pass in plain torch, besides the tile itself (``_backward_tile``): y, z, log p, p and
+the gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
 
 HEAP_FACTOR = 2.0
 """On CPUs: resident bytes for each byte that forward keeps. glibc serves aligned requests of less than 32 MiB from its
@@ -31,7 +31,7 @@ CODE_BYTES = 85_000_000
 """On CPUs: code and data that the libraries load at the first use, after imports. Fitted likewise."""
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
-"""Driver, kernels and cuBLAS workspaces on the card, outside of torch's allocator. Not confirmed here: no GPU at hand."""
+"""Driver, kernels and cuBLAS workspaces on the card, outside of torch's allocator. Not confirmed: no GPU at hand."""
 CUDA_FRAGMENTS = 0.05
 """What torch's allocator takes from the card beyond what is allocated, as a share of it. Not confirmed here."""
 

@@ -203,7 +203,7 @@ def _ranks(settings: SweepConfig) -> Iterator[int]:
 
 def _most_trials(settings: SweepConfig, fixed: Sequence[str], axes: tuple[Axis, ...]) -> int:
     from qlora_exp.rank_doubling import ladder_of
-    from qlora_exp.study.ladder import most_trials
+    from qlora_exp.study.ladder_plan import most_trials
 
     return most_trials(ladder_of(settings, fixed, axes))
 
