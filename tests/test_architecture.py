@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("rank_doubling", "records", "study", "tables"),
     },
     "models": {"catalogue", "checks", "config", "plan"},
-    "calibration": {"config", "models", "plan", "records"},
+    "calibration": {"config", "measurement", "models", "plan", "records"},
     "data": {"config", "records"},
     "evaluation": {"config", "data", "metrics", "plan", "records"},
     "train": {"callbacks", "checkpoints", "config", "data", "endings", "models", "records"},

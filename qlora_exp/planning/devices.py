@@ -9,27 +9,28 @@ from qlora_exp.config import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
 
 MIB = 2**20
-CARDS: dict[str, tuple[int, bool]] = {
-    "t4": (15_360, False),
-    "v100_16gb": (16_384, False),
-    "v100_32gb": (32_768, False),
-    "rtx3060_12gb": (12_288, True),
-    "rtx3090": (24_576, True),
-    "rtx4060ti_16gb": (16_380, True),
-    "rtx4070": (12_282, True),
-    "rtx4080": (16_376, True),
-    "rtx4090": (24_564, True),
-    "rtx5090": (32_607, True),
-    "rtxa6000": (49_140, True),
-    "a10g": (23_028, True),
-    "l4": (23_034, True),
-    "l40s": (46_068, True),
-    "a100_40gb": (40_960, True),
-    "a100_80gb": (81_920, True),
-    "h100_80gb": (81_559, True),
-    "h200": (143_771, True),
+CARDS: dict[str, tuple[int, bool, str]] = {
+    "t4": (15_360, False, "T4"),
+    "v100_16gb": (16_384, False, "V100 SXM2"),
+    "v100_32gb": (32_768, False, "V100 SXM2"),
+    "rtx3060_12gb": (12_288, True, "RTX 3060"),
+    "rtx3090": (24_576, True, "RTX 3090"),
+    "rtx4060ti_16gb": (16_380, True, "RTX 4060 Ti"),
+    "rtx4070": (12_282, True, "RTX 4070"),
+    "rtx4080": (16_376, True, "RTX 4080"),
+    "rtx4090": (24_564, True, "RTX 4090"),
+    "rtx5090": (32_607, True, "RTX 5090"),
+    "rtxa6000": (49_140, True, "RTX A6000"),
+    "a10g": (23_028, True, "A10G"),
+    "l4": (23_034, True, "L4"),
+    "l40s": (46_068, True, "L40S"),
+    "a100_40gb": (40_960, True, "A100 SXM4"),
+    "a100_80gb": (81_920, True, "A100 SXM4"),
+    "h100_80gb": (81_559, True, "H100 HBM3"),
+    "h200": (143_771, True, "H200"),
 }
-"""Card → (memory in MiB as nvidia-smi tells it, whether it has bfloat16)."""
+"""Card → (memory in MiB as nvidia-smi tells it, whether it has bfloat16, its name in conf/prices.yaml). From
+their makers' data sheets; none of them was at hand."""
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -37,12 +38,14 @@ SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True)
 class PlanDevice:
-    """``kind`` is ``cpu`` or ``cuda``; ``memory_bytes`` is ``None`` where no card is named."""
+    """``kind`` is ``cpu`` or ``cuda``; ``memory_bytes`` and ``card`` (as a driver names it, without its maker) are
+    ``None`` where no card is named."""
 
     name: str
     kind: str
     bf16: bool
     memory_bytes: int | None
+    card: str | None = None
 
 
 CUDA = PlanDevice("cuda", "cuda", bf16=True, memory_bytes=None)
@@ -63,8 +66,8 @@ def device_called(name: str) -> PlanDevice:
     if name not in CARDS:
         what = f"no card called {name!r} is known"
         raise ConfigError(what, f"plan.device={name}", nearest(name, ("cpu", "cuda", *CARDS)))
-    memory_mib, bf16 = CARDS[name]
-    return PlanDevice(name, "cuda", bf16, memory_mib * MIB)
+    memory_mib, bf16, card = CARDS[name]
+    return PlanDevice(name, "cuda", bf16, memory_mib * MIB, card)
 
 
 def device_of(config: Config) -> PlanDevice:

@@ -14,6 +14,7 @@ from qlora_exp.plan.tables import known_architecture
 from qlora_exp.plan.targets import resolve_targets
 from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
 from qlora_exp.planning.devices import PlanDevice, device_of
+from qlora_exp.planning.paying import Cashier
 from qlora_exp.planning.points import Point
 from qlora_exp.tables import bytes_text
 
@@ -61,7 +62,9 @@ class PlannedRun:
     memory: PlannedMemory | None
     disk: PlannedDisk | None
     seconds: float | None
+    seconds_interval: tuple[float, float] | None
     usd: float | None
+    usd_interval: tuple[float, float] | None
     fits: bool | None
     reason: str
 
@@ -76,6 +79,7 @@ class Planner:
         self._architectures: dict[str, Architecture | QloraExpError] = {}
         self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
         self._bases: dict[tuple[Any, ...], BaseBytes] = {}
+        self._cashier = Cashier()
         self._problems: dict[str, QloraExpError] = {}
 
     def plan(self, point: Point) -> PlannedRun:
@@ -139,9 +143,9 @@ class Planner:
         base = self.base(config, device)
         adapted = self.adapted(config.model, config.targets)
         adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
-        peak = predicted_peak(
-            architecture, [shape.name for shape in adapted], config, device.kind, bf16=device.bf16
-        ).needed_bytes
+        names = [shape.name for shape in adapted]
+        peak = predicted_peak(architecture, names, config, device.kind, bf16=device.bf16).needed_bytes
+        paid = self._cashier.payment(config, device, architecture, names)
         known = PlannedMemory(
             base_weight_bytes=base.base_weight_bytes,
             quantization_state_bytes=base.quantization_state_bytes,
@@ -162,8 +166,10 @@ class Planner:
             total_parameters=architecture.total_parameters,
             memory=memory,
             disk=PlannedDisk(adapters.file_bytes, adapters.checkpoint_bytes),
-            seconds=None,
-            usd=None,
+            seconds=paid.seconds,
+            seconds_interval=paid.seconds_interval,
+            usd=paid.usd,
+            usd_interval=paid.usd_interval,
             fits=fits,
             reason=reason,
         )
@@ -181,7 +187,9 @@ class Planner:
             memory=None,
             disk=None,
             seconds=None,
+            seconds_interval=None,
             usd=None,
+            usd_interval=None,
             fits=False,
             reason=f"can't be run: {'; '.join(one.what for one in parts)}",
         )
