@@ -24,7 +24,7 @@ def add_to(app: typer.Typer) -> None:
         "plan",
         epilog=examples(
             "qlora-exp plan model=llama3_1_8b quantization=nf4 lora.r=16",
-            "qlora-exp plan model=qwen3_8b quantization=bf16,int8,nf4 lora.r=8,16,32 plan.device=rtx4090",
+            "qlora-exp plan model=qwen3_8b quantization=bf16,int8,nf4 lora.r=8,16,32 --device rtx4090",
             "qlora-exp plan demo                                    # a sweep of sweeps/",
             "qlora-exp plan --fit 24GB model=llama3_1_8b            # the reverse: what fits, best first",
             "qlora-exp plan --sizes model=llama3_1_8b lora.r=32     # the size of its weights at 32, 16, 8, 4 bits",
@@ -113,11 +113,13 @@ def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[s
 
 
 def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
-    from qlora_exp.planning.shown import LEGEND, plan_table, reasons, summary
+    from qlora_exp.planning.shown import LEGEND, costs, plan_table, reasons, summary
     from qlora_exp.tables import show
 
     show(plan_table(runs))
     print(f"\n{summary(runs, asked.trials, asked.sampled)}")
+    if not asked.sampled and (told := costs(runs)):
+        print(told)
     for reason in reasons(runs):
         print(f"  {reason}")
     print(LEGEND)

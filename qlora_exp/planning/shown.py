@@ -65,6 +65,29 @@ def summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> st
     return f"{count}: {', '.join(text for text in told if not text.startswith('0 '))}"
 
 
+def costs(runs: Sequence[PlannedRun]) -> str | None:
+    """Time and money of training all that may be run, one after the other, with their intervals added up; ``None`` where
+    one of them is unknown."""
+    counted = [run for run in runs if run.fits is not False]
+    seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted])
+    if seconds is None:
+        return None
+    usd = _total([run.usd for run in counted], [run.usd_interval for run in counted])
+    hours = [figure / 3600 for figure in seconds]
+    paid = "" if usd is None else ", {:.2f} usd ({:.2f} to {:.2f})".format(*usd)
+    return "training: {:.2g} h ({:.2g} to {:.2g} h){}".format(*hours, paid)
+
+
+def _total(
+    middles: Sequence[float | None], intervals: Sequence[tuple[float, float] | None]
+) -> tuple[float, float, float] | None:
+    known = [(m, *interval) for m, interval in zip(middles, intervals, strict=True) if m is not None and interval]
+    if not known or len(known) < len(middles):
+        return None
+    middle, low, high = (sum(column) for column in zip(*known, strict=True))
+    return middle, low, high
+
+
 def reasons(runs: Sequence[PlannedRun]) -> list[str]:
     """Why configurations don't fit, can't be run or can't be told: each reason once, the first few."""
     first: dict[str, PlannedRun] = {}

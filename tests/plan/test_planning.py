@@ -215,3 +215,21 @@ def test_sizes_are_read_in_both_kinds_of_units() -> None:
     assert size_bytes("24GB") == 24 * 10**9
     assert size_bytes("1.5 GiB") == 3 * 2**29
     assert size_bytes("rtx4090") == 24_564 * 2**20
+
+
+def test_time_and_money_are_known_once_the_machine_is_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = ("model=llama3_1_8b", "lora.r=8,16", "plan.device=rtx4090", "budget.usd_per_hour=0.5")
+    assert {run["seconds"] for run in planned(capsys, *asked)} == {None}
+    rates = tmp_path / "qlora-exp" / "rates.json"
+    rates.parent.mkdir()
+    rates.write_text(json.dumps({"cuda, NVIDIA GeForce RTX 4090, 2.13.0": {"nf4": 1e14}}))
+    for run in planned(capsys, *asked):
+        low, high = run["seconds_interval"]
+        assert 0 < low < run["seconds"] < high
+        assert run["usd"] == pytest.approx(run["seconds"] / 3600 * 0.5)
+    assert main(["plan", *asked]) == 0
+    assert "training: " in capsys.readouterr().out
+    assert {run["seconds"] for run in planned(capsys, *asked, "plan.device=t4")} == {None}
