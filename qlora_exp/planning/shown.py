@@ -66,16 +66,16 @@ def summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> st
 
 
 def costs(runs: Sequence[PlannedRun]) -> str | None:
-    """Time and money of training all that may be run, one after the other, with their intervals added up; ``None`` where
-    one of them is unknown."""
+    """Time and money of training all that may be run, one after the other, with their intervals added up; ``None``
+    where one of them is unknown."""
     counted = [run for run in runs if run.fits is not False]
     seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted])
     if seconds is None:
         return None
+    hours, low, high = (figure / 3600 for figure in seconds)
+    told = f"training: {hours:.2g} h ({low:.2g} to {high:.2g} h)"
     usd = _total([run.usd for run in counted], [run.usd_interval for run in counted])
-    hours = [figure / 3600 for figure in seconds]
-    paid = "" if usd is None else ", {:.2f} usd ({:.2f} to {:.2f})".format(*usd)
-    return "training: {:.2g} h ({:.2g} to {:.2g} h){}".format(*hours, paid)
+    return told if usd is None else f"{told}, {usd[0]:.2f} usd ({usd[1]:.2f} to {usd[2]:.2f})"
 
 
 def _total(
