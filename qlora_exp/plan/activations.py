@@ -272,8 +272,8 @@ def _output_is_kept(layer: Layer, setting: _Setting) -> bool:
 
 def _freed(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting) -> float:
     """Bytes a token that one layer's forward pass makes and frees: around each adapted projection its own output, the
-    adapter's, the scaled one, the sum's casts and PEFT's copy of a 4-bit layer's; the rotation's products; norms' squares and quotients; outputs that
-    nothing keeps."""
+    adapter's, the scaled one, the sum's casts and PEFT's copy of a 4-bit layer's; the rotation's products; norms'
+    squares and quotients; outputs that nothing keeps."""
     width, same_dtype = setting.compute_bytes, setting.compute_bytes == setting.adapter_bytes
     around = 3 * FLOAT32 + (0 if same_dtype else width) + (width if setting.four_bit else 0)
     total = float(sum(shape.out_features * around for shape, flag in zip(shapes, adapted, strict=True) if flag))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_exp.checks import QUANTIZED
+from qlora_exp.checks import FOUR_BIT, QUANTIZED
 from qlora_exp.config import Config, Quantization
 from qlora_exp.plan import adapter_dtype, compute_dtype, gradient_checkpointing
 from qlora_exp.plan.activations import FLOAT32, Kept, kept_per_token
