@@ -1,7 +1,8 @@
 """The peak of training in memory, predicted: what is known exactly, and on top what forward keeps and the head needs.
 
 Two moments can be the highest. *At the head*, when backward begins: everything that forward kept is there, and the
-logits with their gradient. *In a layer*, with checkpointing: the layers' inputs, and one layer computed again.
+logits with their gradient. *In a layer*, with checkpointing: the layers' inputs, and one layer computed again. On a CPU
+the second leaves gaps in the heap that are still there at the first, one step later, so there they add up.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_exp.checks import QUANTIZED
+from qlora_exp.checks import FOUR_BIT, QUANTIZED
 from qlora_exp.config import Config, Quantization
 from qlora_exp.plan import adapter_dtype, compute_dtype, gradient_checkpointing
-from qlora_exp.plan.activations import FLOAT32, kept_per_token, layers_of
+from qlora_exp.plan.activations import FLOAT32, Kept, kept_per_token
 from qlora_exp.plan.architecture import Architecture, WeightShape
 from qlora_exp.plan.weights import WIDTHS_OF, adapter_bytes, base_bytes
 
@@ -22,13 +23,20 @@ HEAD_BYTES_WITHOUT_TRITON = 29
 """A logit in a tile's backward pass in plain torch, besides the tile itself (``_backward_tile``): y, z, log p, p and
 the gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
 
-HEAP_FACTOR = 2.0
-"""On CPUs: resident bytes for each byte that forward keeps. glibc serves aligned requests of less than 32 MiB from its
-heap, where the gap that a freed tensor leaves is too small for the next of its size; larger ones are mapped one by one.
-Fitted: docs/plan_accuracy.md."""
+CODE_BYTES = 44_000_000
+"""On CPUs: code and data that the libraries load at first use, after imports."""
+GAPS_FLOAT32, GAPS_16_BIT = 0.33, 0.015
+"""On CPUs: of what layers' forward passes free again, the share that stays resident as gaps between what is kept. glibc
+serves aligned requests of less than 32 MiB from its heap, where the gap that a freed tensor leaves is a little too
+small for the next of its size. In 16 bit the gaps lie side by side and are used again."""
+GAPS_RECOMPUTED = 1.25
+"""With checkpointing: of one layer's kept and freed bytes, what stays resident after it was computed again."""
+GAPS_LOGITS = 0.74
+"""Of the head's bytes, where its tensors are below 32 MiB."""
 MAPPED_FROM_BYTES = 32 * 2**20
-CODE_BYTES = 85_000_000
-"""On CPUs: code and data that the libraries load at the first use, after imports. Fitted likewise."""
+"""glibc's largest threshold (``M_MMAP_THRESHOLD``): larger requests are mapped one by one, and given back at once.
+The five figures above are fitted to docs/predicted_memory.csv, rows of llama, gpt2 and gpt_neox: docs/plan_accuracy.md.
+"""
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """Driver, kernels and cuBLAS workspaces on the card, outside of torch's allocator. Not confirmed: no GPU at hand."""
@@ -88,16 +96,19 @@ def predicted_peak(
         int8=config.quantization.mode is Quantization.int8,
         length=shape.length,
         padded=padded,
+        four_bit=config.quantization.mode in FOUR_BIT,
         cuda=shape.cuda,
         lora_dropout=config.lora.dropout > 0,
     )
     logits = _logits(architecture, shape, loss_share)
     unpacked = _unpacked(architecture, config, shape)
-    inputs = shape.tokens * (kept.inputs if shape.checkpointing else kept.layers)
-    at_head = _Moment(resting, shape.tokens * kept.outside + inputs, logits, 0)
+    outer = shape.tokens * (kept.outside + (kept.inputs if shape.checkpointing else kept.layers))
+    if not shape.cuda:
+        return _peak(_Moment(resting, outer, logits, 0, _gaps(kept, architecture, shape, logits)), shape)
     recomputed = shape.tokens * kept.layer * 2 if shape.checkpointing else 0
-    in_layer = _Moment(resting + adapters.gradient_bytes, inputs + recomputed, 0, unpacked)
-    return max((_peak(moment, architecture, shape) for moment in (at_head, in_layer)), key=lambda peak: peak.peak_bytes)
+    at_head = _Moment(resting, outer, logits, 0, 0)
+    in_layer = _Moment(resting + adapters.gradient_bytes, outer + recomputed, 0, unpacked, 0)
+    return max((_peak(moment, shape) for moment in (at_head, in_layer)), key=lambda peak: peak.peak_bytes)
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,7 @@ class _Moment:
     activations: float
     logits: float
     unpacked: float
+    slack: float
 
 
 def _logits(architecture: Architecture, shape: _Shape, loss_share: float) -> float:
@@ -162,22 +174,26 @@ def _matrix(weight: WeightShape) -> int:
     return weight.in_features * weight.out_features
 
 
-def _peak(moment: _Moment, architecture: Architecture, shape: _Shape) -> Peak:
+def _gaps(kept: Kept, architecture: Architecture, shape: _Shape, logits: float) -> float:
+    """What a CPU's process holds beyond its tensors."""
+    freed = shape.tokens * kept.freed
+    if shape.checkpointing:
+        held = GAPS_RECOMPUTED * (shape.tokens * kept.layer + freed / max(1, architecture.layers))
+    else:
+        held = freed * (GAPS_FLOAT32 if shape.width == FLOAT32 else GAPS_16_BIT)
+    tile = min(shape.rows * (shape.length - 1), HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
+    return CODE_BYTES + held + (GAPS_LOGITS * logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0)
+
+
+def _peak(moment: _Moment, shape: _Shape) -> Peak:
     needed = moment.exact + moment.activations + moment.logits + moment.unpacked
-    slack = 0.0 if shape.cuda else CODE_BYTES + (_heap_factor(architecture, shape) - 1) * moment.activations
     context = CUDA_CONTEXT_BYTES + CUDA_FRAGMENTS * needed if shape.cuda else 0.0
     return Peak(
         exact_bytes=round(moment.exact),
         activation_bytes=round(moment.activations),
         logits_bytes=round(moment.logits),
         dequantization_bytes=round(moment.unpacked),
-        slack_bytes=round(slack),
+        slack_bytes=round(moment.slack),
         context_bytes=round(context),
-        peak_bytes=round(needed + slack),
+        peak_bytes=round(needed + moment.slack),
     )
-
-
-def _heap_factor(architecture: Architecture, shape: _Shape) -> float:
-    """Between 1, where the widest tensors are mapped, and the heap's."""
-    widest = max((layer.intermediate for layer, _ in layers_of(architecture)), default=0) * shape.tokens * shape.width
-    return 1.0 if widest >= MAPPED_FROM_BYTES else HEAP_FACTOR

@@ -1,7 +1,7 @@
 """Predicted and measured peak of training, one fresh process a configuration: the table behind docs/plan_accuracy.md.
 
-python tests/benchmarks/predicted_memory.py --measure   # a quarter of an hour on an idle core
-python tests/benchmarks/predicted_memory.py             # predicts again for the measured rows, and draws them
+python tests/benchmarks/predicted_memory.py --measure --again   # half an hour on an idle core
+python tests/benchmarks/predicted_memory.py                     # predicts again for the measured rows, and draws them
 """
 
 from __future__ import annotations
@@ -330,14 +330,15 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="train every configuration again")
-    if parser.parse_args().measure:
-        rows = []
-        for case in CASES:
+    parser.add_argument("--measure", action="store_true", help="train the configurations that the table lacks")
+    parser.add_argument("--again", action="store_true", help="and those that it has")
+    given = parser.parse_args()
+    rows = [] if given.again or not TABLE.exists() else read_rows()
+    for case in CASES if given.measure else ():
+        if case not in {row.case for row in rows}:
             rows.append(row_of(case, measure(case)))
+            write_table(rows)
             print(rows[-1], flush=True)
-    else:
-        rows = read_rows()
     write_table(rows)
     draw(rows)
     print(*summary(rows), sep="\n")

@@ -10,21 +10,21 @@ import pytest
 
 from qlora_exp.plan.activations import kept_per_token
 
-HIDDEN, ROWS, LENGTH = 128, 2, 24
+HIDDEN, ROWS, LENGTH = 512, 2, 24
 MODERN = {
     "hidden_size": HIDDEN,
     "intermediate_size": 3 * HIDDEN,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 64,
 }
-PLAIN = {"hidden_size": HIDDEN, "num_attention_heads": 2, "max_position_embeddings": 64}
+PLAIN = {"hidden_size": HIDDEN, "num_attention_heads": 8, "max_position_embeddings": 64}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": MODERN,
     "qwen3": MODERN | {"head_dim": 64},
     "gemma3_text": MODERN | {"head_dim": 64},
     "phi3": MODERN | {"original_max_position_embeddings": 64},
-    "gpt2": {"n_embd": HIDDEN, "n_head": 2, "n_positions": 64},
+    "gpt2": {"n_embd": HIDDEN, "n_head": 8, "n_positions": 64},
     "gpt_neox": PLAIN | {"intermediate_size": 4 * HIDDEN},
     "opt": PLAIN | {"ffn_dim": 4 * HIDDEN, "word_embed_proj_dim": HIDDEN},
     "falcon": PLAIN,
@@ -101,10 +101,10 @@ def test_a_llama_layer_in_numbers() -> None:
     """fp32, no adapters: two norms' inputs, q and output, k and v, three of the intermediate width, a sum a head."""
     _, (described, _) = saved_bytes("llama", 1, "float32", False, False)
     kept = kept_per_token(described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False)
-    elements = 2 * 128 + 128 + 128 + 2 * 64 + 3 * 384 + 2
+    elements = 2 * 512 + 512 + 512 + 2 * 256 + 3 * 1536 + 8
     # the first layer's first norm keeps nothing, nor does its attention: its input needs no gradient
-    assert kept.layers == 4 * (elements - 128 - (128 + 128 + 2 * 64 + 2))
-    assert kept.inputs == 4 * 128
+    assert kept.layers == 4 * (elements - 512 - (512 + 512 + 2 * 256 + 8))
+    assert kept.inputs == 4 * 512
 
 
 def test_counting_loads_no_torch() -> None:
