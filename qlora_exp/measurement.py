@@ -51,6 +51,8 @@ class Phase:
 
     seconds: float | None = None
     peak_bytes: int | None = None
+    resident_peak_bytes: int | None = None
+    """CPU: the resident peak itself, all that was resident at the phase's start included."""
     reserved_bytes: int | None = None
     energy_joules: float | None = None
 
@@ -83,6 +85,8 @@ class Meter:
             known.seconds = (known.seconds or 0.0) + time.perf_counter() - clock
             peak, reserved = self._peaks(started_with)
             known.peak_bytes = _highest(known.peak_bytes, peak)
+            if peak is not None and started_with is not None:
+                known.resident_peak_bytes = _highest(known.resident_peak_bytes, started_with + peak)
             known.reserved_bytes = _highest(known.reserved_bytes, reserved)
             spent = energy_joules(self.device)
             if joules is not None and spent is not None:

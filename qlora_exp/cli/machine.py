@@ -1,4 +1,4 @@
-"""Verbs about this machine and the tracking store: ``doctor``, ``sync``, ``ui``, ``version``."""
+"""Verbs about this machine and the tracking store: ``doctor``, ``calibrate``, ``sync``, ``ui``, ``version``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp doctor sweeps=demo                           # is there disk for this sweep?",
         ),
     )(doctor)
+    app.command("calibrate", epilog=examples("qlora-exp calibrate", "qlora-exp calibrate --threads 4"))(calibrate)
     app.command(
         "sync",
         epilog=examples("qlora-exp sync", "qlora-exp sync --uri http://127.0.0.1:5000"),
@@ -54,6 +55,28 @@ def doctor(
         print(_line(check), flush=True)
     print("no problem found" if not problems else f"{problems} problem{'s' if problems != 1 else ''}")
     return 1 if problems else 0
+
+
+def calibrate(
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch; a rate is kept for each number of them")
+    ] = None,
+) -> int:
+    """Measure how fast this machine trains in each quantization mode, for plans (ten seconds).
+
+    The rates are kept in the user's cache, by device and number of threads.
+    """
+    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.calibration import calibrate as measure
+    from qlora_exp.calibration import rates_file
+    from qlora_exp.environment import probe
+
+    set_threads(threads)
+    quiet_libraries()
+    for mode, flops_per_second in measure(probe()):
+        print(f"{mode:6}{flops_per_second / 1e9:10.1f} GFLOP/s", flush=True)
+    print(f"kept in {rates_file()}")
+    return 0
 
 
 def sync(
