@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -35,7 +36,15 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
     with FileLock(f"{file}.lock"):
         check_whole(file, name)
         braces_escaped = url.replace("{", "{{").replace("}", "}}")
-        return _opened(braces_escaped, {"connect_args": {"timeout": BUSY_SECONDS}}, name, on_local_disk(file))
+        write_ahead = on_local_disk(file)
+        if write_ahead:
+            # A disk that is full, or a database in use in its old mode: it then keeps that mode.
+            with (
+                contextlib.suppress(sqlite3.OperationalError),
+                closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as database,
+            ):
+                database.execute("PRAGMA journal_mode=WAL")
+        return _opened(braces_escaped, {"connect_args": {"timeout": BUSY_SECONDS}}, name, write_ahead)
 
 
 def on_local_disk(file: Path) -> bool:
@@ -96,7 +105,7 @@ def _opened(
         storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_options)
         if write_ahead:
             storage.engine.dispose()  # connections of before
-            sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
+            sqlalchemy.event.listen(storage.engine, "connect", _do_not_wait)
         return optuna.storages.get_storage(storage)
     except ImportError as error:
         raise StudyError(
@@ -109,10 +118,9 @@ def _opened(
         ) from None
 
 
-def _write_ahead(connection: Any, _: object) -> None:
-    """A commit then is one write without a wait for the disk. What is committed outlives every process that is killed;
-    a power failure may take back the last commits, never damage the file."""
-    connection.execute("PRAGMA journal_mode=WAL")
+def _do_not_wait(connection: Any, _: object) -> None:
+    """A commit to the write-ahead log then is one write without a wait for the disk. What is committed outlives every
+    process that is killed; a power failure may take back the last commits, never damage the file."""
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
