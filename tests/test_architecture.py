@@ -220,3 +220,11 @@ def test_the_analysis_loads_no_library_of_training_or_searching() -> None:
 def test_rooms_for_arithmetic_and_records_do_not_load_torch() -> None:
     code = "\n".join(f"import qlora_exp.{room}" for room in TORCH_FREE)
     assert not {"torch", "mlflow", "transformers"} & loaded_after(code)
+
+
+def test_what_a_trial_imports_leaves_out_the_compiler_that_nothing_uses() -> None:
+    assert "torch._inductor.compile_fx" not in loaded_after("import qlora_exp.one_run")
+
+
+def test_opening_a_study_does_not_load_what_only_importances_need() -> None:
+    assert "sklearn" not in loaded_after("import qlora_exp.study.store")

@@ -8,17 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import KFold, StratifiedKFold
-from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import Pipeline, make_pipeline
 
 from qlora_exp.metrics import Accuracy, BalancedAccuracy, MacroF1, score
 from qlora_exp.records import Baselines
 
 if TYPE_CHECKING:
+    from sklearn.model_selection import KFold, StratifiedKFold
+    from sklearn.pipeline import Pipeline
+
     from qlora_exp.data import Item, Splits
 
 TextOrTokens = TypeVar("TextOrTokens", str, tuple[int, ...])
@@ -85,6 +82,8 @@ def without_frame(item: Item, prefix: str, suffix: str) -> str:
 
 def _choose_c(texts: np.ndarray, labels: np.ndarray) -> float:
     """The C with the most correct predictions over the folds; the smaller of equals."""
+    from sklearn.model_selection import KFold, StratifiedKFold
+
     rarest = min(Counter(labels.tolist()).values())
     folds: KFold | StratifiedKFold
     if rarest >= FOLDS:
@@ -102,6 +101,12 @@ def _choose_c(texts: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _fit(texts: np.ndarray, labels: np.ndarray, c: float) -> Pipeline:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.pipeline import make_pipeline
+
     # One-vs-rest with liblinear's dual solver: on 8,000 definitions × 25 labels 0.8 s where the multinomial lbfgs needs
     # 20 s, and no less accurate (0.718 against 0.704 at C = 30).
     regression = LogisticRegression(C=c, solver="liblinear", dual=True, random_state=0)

@@ -1,5 +1,8 @@
 """Base models, their quantization and their adapters. The only importer of bitsandbytes and peft."""
 
+from qlora_exp.models import libraries as libraries  # before the others: see there
+
+# isort: split
 from qlora_exp.models.adapters import (
     adapter_parameters,
     attach_adapters,

@@ -34,14 +34,14 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     if environment.device.kind == "cpu" and (problem := plan.int8_dora(config)):
         raise problem  # with training.device=auto the machine decides, which is known only here
     bases = bases or models.ColdBases()
-    rows = (repr(config.task), _state_of_files(config.task.path))
-    bases.kept("rows", rows, lambda: load_rows(config.task))
+    task = (repr(config.task), _state_of_files(config.task.path))
+    rows = bases.kept("rows", task, lambda: load_rows(config.task))
     model = models.model_key(config.model)
     architecture = bases.kept("architecture", model, lambda: models.describe(config.model))
     modules = models.resolve_targets(architecture, config.targets)
     tokenizer = models.load_tokenizer(config.model)
     length = config.training.max_length
-    splits = bases.kept("splits", (rows, model, length), lambda: load_data(config, tokenizer, length))
+    splits = bases.kept("splits", (task, model, length), lambda: load_data(config, tokenizer, length, rows))
     check_positions(splits, architecture.positions)
     _check_scores_can_be_had(config, splits)
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)

@@ -34,7 +34,7 @@ class Progress:
     def enter(self, phase: str, observer: Observer) -> None:
         """A phase begins: what is known is written, so that even a killed run's record has it."""
         self.phase = phase
-        write_json(self.paths.record, self.known())
+        write_json(self.paths.record, self.known(), durable=False)
         observer.phase(phase)
 
     def watching(self, watch: Watch) -> None:
