@@ -80,7 +80,7 @@ def _opened(url: str, engine_options: dict[str, object], name: str) -> optuna.st
         return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=engine_options))
     except ImportError as error:
         raise StudyError(
-            f"the storage needs a package: {error}", _shown(url), "pip install psycopg2-binary for PostgreSQL"
+            f"the storage needs a package: {error}", _shown(url), "pip install 'psycopg[binary]' for PostgreSQL"
         ) from None
     except Exception as error:  # every driver has its own
         reason = str(error).splitlines()[0]
