@@ -109,7 +109,7 @@ def _opened(
         return optuna.storages.get_storage(storage)
     except ImportError as error:
         raise StudyError(
-            f"the storage needs a package: {error}", _shown(url), "pip install psycopg2-binary for PostgreSQL"
+            f"the storage needs a package: {error}", _shown(url), "pip install 'psycopg[binary]' for PostgreSQL"
         ) from None
     except Exception as error:  # every driver has its own
         reason = str(error).splitlines()[0]
