@@ -192,6 +192,7 @@ def test_two_names_with_one_folder_are_told_apart(capsys: pytest.CaptureFixture[
         ("sweep.sampler_options.multivariate=true", "+sweep.sampler_options.multivariate=true"),
         ("+sweep.pruner_options.multivariate=true", "NopPruner has no option"),
         ("sweep.constraints=['memory.peak <= x']", "a constraint that can't be read"),
+        ("sweep.warm_start=[earlier]", "no earlier study of this name"),
     ],
 )
 def test_a_wrong_search_is_told_and_writes_nothing(wrong: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,6 +309,13 @@ def test_the_studys_file_holds_no_password() -> None:
     assert "geheim1" not in asked.paths.spec.read_text()
     assert any("geheim1" in text for text in asked.spec.overrides)
     assert read_spec(asked.paths).synthetic
+
+
+def test_what_hydra_sets_for_a_job_reaches_its_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    told = "+hydra.job.env_set.PYTHONPROFILEIMPORTTIME='1'"
+    assert hydra("lora.r=4,8", *SLEEP, told) == 0
+    [log] = only_study().logs.iterdir()
+    assert "import time:" in log.read_text()
 
 
 def test_the_basic_sweeper_is_still_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,9 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
         hydra.append(compose.search_path(own))
     try:
         asked = ask([*arguments, *hydra], params)
-        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), isinstance(launcher, BasicLauncher))
+        job = config.hydra.job
+        here = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
+        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), here)
     except QloraExpError as error:
         tell(error)
         code = EXIT_WRONG_INPUT
@@ -52,7 +54,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
 def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
     """Work on the study until it is complete, stopped or has failed too often, and tell what came of it.
 
-    ``here``: whether ``launch`` runs its jobs in this process.
+    ``here``: whether ``launch`` runs its jobs in this process, as it is now: same environment, same folder.
 
     Exit codes: 0 complete; 1 ``sweep.max_failures`` reached, no trial completed, or a worker failed; 130 interrupted.
 
