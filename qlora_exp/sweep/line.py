@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from qlora_exp import compose, rank_doubling, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
 from qlora_exp.config import WorkersConfig
-from qlora_exp.errors import QloraExpError, StudyError
+from qlora_exp.errors import QloraExpError, StudyError, unwritable
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact, redact_overrides, redact_text
@@ -47,6 +47,12 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
         code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), here)
     except QloraExpError as error:
         tell(error)
+        code = EXIT_WRONG_INPUT
+    except OSError as error:
+        told = unwritable(error)
+        if told is None:
+            raise
+        tell(told)
         code = EXIT_WRONG_INPUT
     raise Ended(code)
 
