@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,6 +44,7 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         self._pending_tokens = 0
         self._started = 0.0
         self.earlier_seconds = 0.0
+        self.earlier_tokens = 0
         self.began = time.perf_counter()
 
     def seconds(self) -> float:
@@ -138,6 +140,20 @@ class TokenBudget(TrainerCallback):  # type: ignore[misc]
         if self.max_tokens is not None and self.meter.tokens >= self.max_tokens:
             self.spent = True
             control.should_training_stop = True
+
+
+class Budget(TrainerCallback):  # type: ignore[misc]
+    """Stops after the step at which a budget is spent, and saves a checkpoint."""
+
+    def __init__(self, exhausted: Callable[[], str | None]) -> None:
+        self.exhausted = exhausted
+        self.ended_by: str | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        name = self.exhausted()
+        if name is not None and state.global_step < state.max_steps:
+            self.ended_by = name
+            control.should_save = control.should_training_stop = True
 
 
 class AskStudy(TrainerCallback):  # type: ignore[misc]

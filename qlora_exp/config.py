@@ -279,6 +279,15 @@ class TrackingConfig:
 
 @dataclass
 class BudgetConfig:
+    """What a run may spend, or all trials of a sweep together; null: no limit."""
+
+    seconds: float | None
+    """Of a run, loading and the untouched model's scores included; of a sweep its runs' seconds, added up."""
+    tokens: int | None
+    """Processed (unpadded) training tokens, those of failed and repeated parts included."""
+    usd: float | None
+    kwh: float | None
+    """By the card's own counter."""
     usd_per_hour: float | None
     """Price of this machine; null: cost unknown."""
 

@@ -10,7 +10,7 @@ tries follows from the trials that have ended, and is kept in the trial from its
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -71,16 +71,19 @@ class Study:
         rebuild_study(spec, paths, records, storage_url or spec.storage)
         return cls.open(spec, paths, storage_url)
 
-    def claim(self, owner: Owner, lease_seconds: float) -> Claim | None:
+    def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool] = lambda: True) -> Claim | None:
         """A trial for ``owner`` to run now; ``None``: there is none at the moment, or for good (see :meth:`counts`).
 
-        Trials of processes that are dead, or silent for ``lease_seconds``, are taken back first.
+        Trials of processes that are dead, or silent for ``lease_seconds``, are taken back first. ``affordable``: asked
+        then, while nobody else can claim; False: none.
         """
         with FileLock(self._paths.lock):
             unfinished = self._unfinished()
             lost = [(trial, why) for trial in unfinished if (why := why_lost(trial, lease_seconds))]
             for trial, why in lost:
                 self._take_back(trial, why)
+            if not affordable():
+                return None
             unfinished = self._unfinished() if lost else unfinished
             waiting = [trial for trial in unfinished if trial.state is TrialState.WAITING]
             if self.spec.ladder is not None:
