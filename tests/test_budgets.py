@@ -124,7 +124,7 @@ def test_what_a_killed_trial_spent_stays_spent() -> None:
         "sweep.max_attempts=1",
         "sweep.max_failures=null",
     ]
-    assert sweep(*crash, *once, "budget.seconds=1") == 1
+    assert sweep(*crash, "budget.seconds=1") == 1
     [record] = records()
     assert record.status is Status.FAILED
     assert record.spent is not None
