@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qlora_exp.config import Quantization
+from qlora_exp.measurement import card_of
 from qlora_exp.plan.seconds import Rate, machine_of, rate_from_calibration
 from qlora_exp.records import Environment, write_json
 
@@ -28,6 +29,21 @@ def known_rate(environment: Environment, quantization: Quantization) -> Rate | N
     mode = "nf4" if quantization is Quantization.fp4 else quantization.value
     found = _read().get(machine, {}).get(mode)
     return rate_from_calibration(found, machine, quantization.value) if found else None
+
+
+def known_card_rate(card: str | None, quantization: Quantization) -> Rate | None:
+    """The rate kept for a CUDA card by its name; without one, that of the only card that was calibrated here."""
+    mode = "nf4" if quantization is Quantization.fp4 else quantization.value
+    rates = {machine: found for machine, found in _read().items() if machine.startswith("cuda, ")}
+    fitting = {
+        machine: found
+        for machine, found in rates.items()
+        if card is None or card_of(machine.split(", ")[1]) == card_of(card)
+    }
+    if len(fitting) != 1:
+        return None
+    [(machine, found)] = fitting.items()
+    return rate_from_calibration(found[mode], machine, quantization.value) if mode in found else None
 
 
 def calibrate(environment: Environment, seconds_a_mode: float = SECONDS_A_MODE) -> Iterator[tuple[str, float]]:

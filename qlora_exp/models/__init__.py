@@ -9,7 +9,7 @@ from qlora_exp.models.adapters import (
 )
 from qlora_exp.models.base import Base, load_base, shell
 from qlora_exp.models.bytes import WeightBytes, weight_bytes
-from qlora_exp.models.describe import describe
+from qlora_exp.models.describe import describe, describe_file
 from qlora_exp.models.lending import ColdBases, WarmBases, model_key
 from qlora_exp.models.selftest import SelfTest, quantization_self_test
 from qlora_exp.models.sources import ModelSource, fingerprint, resolve_source
@@ -26,6 +26,7 @@ __all__ = [
     "adapter_parameters",
     "attach_adapters",
     "describe",
+    "describe_file",
     "fingerprint",
     "load_adapter",
     "load_base",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError
-from qlora_exp.models.sources import ModelSource, model_config, resolve_source
+from qlora_exp.models.sources import ModelSource, check_config, model_config, resolve_source
 from qlora_exp.plan.architecture import AS_ASKED, DTYPES, Architecture, OtherTensor, WeightShape, Widths
 
 ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
@@ -38,6 +40,32 @@ def describe(model: ModelConfig) -> Architecture:
     if model.attention.startswith("flash"):
         _check_attention(built, model.attention)
     return architecture_of(built)
+
+
+def describe_file(file: Path) -> Architecture:
+    """The architecture that a config.json alone describes: no weights, no tokenizer beside it.
+
+    Raises :class:`ModelError` for a file that can't be read, or that doesn't say how large the model is.
+    """
+    if not file.is_file():
+        raise ModelError("there is no such configuration file", str(file), "model.path=FOLDER/config.json")
+    check_config(file)
+    source = ModelSource(file.parent.name or file.stem, str(file), None, None, is_local=True)
+    config = model_config(source)
+    _check_sizes(file, config)
+    return architecture_of(build_meta(config, source))
+
+
+def _check_sizes(file: Path, config: PretrainedConfig) -> None:
+    """transformers fills in a missing size with that of some model of the architecture."""
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    given = {**raw, **(raw.get("text_config") or {})}
+    aliases = config.get_text_config().attribute_map
+    names = {size: aliases.get(size, size) for size in ("hidden_size", "num_hidden_layers")}
+    missing = [name for size, name in names.items() if given.get(size) is None and given.get(name) is None]
+    if missing:
+        what = f"config.json doesn't say {' and '.join(missing)}"
+        raise ModelError(what, str(file), "restore it from the model's source")
 
 
 def _check_attention(model: PreTrainedModel, attention: str) -> None:

@@ -171,7 +171,7 @@ def _local(path: Path) -> ModelSource:
         hint = f"model.path={ggufs[0]}" if ggufs else "a model directory holds config.json and *.safetensors"
         raise ModelError("the directory has no config.json", str(path), hint)
     source = ModelSource(path.name, str(path), None, None, True)
-    _check_config(path / "config.json")
+    check_config(path / "config.json")
     _check_weights(path)
     model_config(source)
     return source
@@ -192,7 +192,8 @@ def _gguf(path: Path) -> ModelSource:
     return source
 
 
-def _check_config(file: Path) -> None:
+def check_config(file: Path) -> None:
+    """Raise :class:`ModelError` for a config.json that is none, or of an architecture that transformers hasn't."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
