@@ -56,7 +56,8 @@ def announce(spec: StudySpec, config: LadderConfig) -> None:
     assert spec.ladder is not None
     raw = compose.compose_raw(spec.overrides)
     limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
-    settles, told = plan_sentence(rule_of(spec.ladder), config.seed_sd, config.item_sd, min(limits, default=None))
+    rule, items = rule_of(spec.ladder), min(limits, default=None)
+    settles, told = plan_sentence(rule, config.seed_sd, config.item_sd, items, spec.ladder.most_seeds)
     print(f"  {'' if settles else 'warning: '}{told}", file=sys.stderr, flush=True)
 
 

@@ -101,6 +101,10 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[OneLadder])
     if not 2 <= config.seeds <= MOST_SEEDS:
         what = f"{config.seeds} seeds can't decide" if config.seeds < 2 else "more seeds than the rule was tried with"
         errors.append(ConfigError(what, f"{where}.seeds={config.seeds}", f"from 2 to {MOST_SEEDS}; 3 is usual"))
+    elif not config.seeds <= config.most_seeds <= MOST_SEEDS:
+        what = f"a purchase can't make {config.most_seeds} of {config.seeds} seeds"
+        hint = f"from {config.seeds} (none is bought) to {MOST_SEEDS}"
+        errors.append(ConfigError(what, f"{where}.most_seeds={config.most_seeds}", hint))
     if config.pilot_seed in range(first_seed, first_seed + MOST_SEEDS):
         what = "the pilots' seed would enter the decision"
         hint = f"outside {first_seed} … {first_seed + MOST_SEEDS - 1}"
@@ -123,6 +127,7 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[OneLadder])
         lr_policy=config.lr_policy.value,
         lr_factors=tuple(factors),
         ladders=tuple(ladders),
+        most_seeds=config.most_seeds,
     )
 
 
@@ -143,7 +148,7 @@ def most_trials(spec: LadderSpec) -> int:
     """What all ladders together can ask for at most: per rank its pilots, one of them beyond the grid, and seeds."""
     ranks = len(ranks_of(spec))
     searched = {LrPolicy.search.value: ranks, LrPolicy.transfer.value: 1}.get(spec.lr_policy, 0)
-    return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * MOST_SEEDS)
+    return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * spec.most_seeds)
 
 
 def own_axes(spec: LadderSpec) -> tuple[Axis, ...]:
@@ -214,9 +219,11 @@ class _Walk:
             if decision.purchase is not None and decision.purchase.seeds is None:
                 decision = _items_are_missing(decision)
             elif decision.purchase is not None and decision.purchase.seeds is not None:
-                bought = max(decision.purchase.seeds, self.spec.seeds + 1)
-                self._ask_for(smaller, larger, min(bought, MOST_SEEDS))
-                if not self.needs:
+                bought = min(max(decision.purchase.seeds, self.spec.seeds + 1), self.spec.most_seeds)
+                self._ask_for(smaller, larger, bought)
+                if bought <= self.spec.seeds:
+                    decision = replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None)
+                elif not self.needs:
                     decision = self._decided(smaller, larger, LAST_LOOK)
             self.comparisons.append(Comparison(smaller, larger, decision))
             if decision.verdict is not Verdict.CONTINUE:

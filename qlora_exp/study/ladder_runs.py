@@ -62,22 +62,25 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
     return [_object(spec, one, stand(spec, one, trials), _own(one, trials)) for one in spec.ladders]
 
 
-def plan_sentence(rule: Rule, seed_sd: float | None, item_sd: float | None, items: int | None) -> tuple[bool, str]:
+def plan_sentence(
+    rule: Rule, seed_sd: float | None, item_sd: float | None, items: int | None, seeds: int = MOST_SEEDS
+) -> tuple[bool, str]:
     """Whether the plan can settle the margin, as far as the expected noise is known; and the word on it.
 
     Args:
         seed_sd, item_sd: expected, in nats per item and nats; ``None``: unknown.
         items: test items; ``None``: not limited, so not known before the data are read.
+        seeds: a rank, after the purchase.
     """
     if seed_sd is not None and item_sd is not None and items is not None:
-        found = plan(Noise(seed_sd, item_sd), MOST_SEEDS, items, rule)
+        found = plan(Noise(seed_sd, item_sd), seeds, items, rule)
         return found.settles, found.sentence
-    by_seeds = rule.half_zone / half_width(Noise(1.0, 0.0), MOST_SEEDS, 1, rule)
+    by_seeds = rule.half_zone / half_width(Noise(1.0, 0.0), seeds, 1, rule)
     settles = seed_sd is None or seed_sd <= by_seeds
-    told = f"With {MOST_SEEDS} seeds after a purchase the margin can be settled if a doubling's gain varies by at most "
+    told = f"With {seeds} seeds after a purchase the margin can be settled if a doubling's gain varies by at most "
     told += f"{by_seeds:.2g} {UNIT} (sd) from seed to seed"
     if items is not None:
-        by_items = rule.half_zone / half_width(Noise(0.0, 1.0), MOST_SEEDS, items, rule)
+        by_items = rule.half_zone / half_width(Noise(0.0, 1.0), seeds, items, rule)
         settles = settles and (item_sd is None or item_sd <= by_items)
         told += f", and by less than {by_items:.2g} nats from item to item ({items} items)"
     known = [f"{sd:g} over {what}" for sd, what in ((seed_sd, "seeds"), (item_sd, "items")) if sd is not None]

@@ -44,6 +44,7 @@ CONFIG = LadderConfig(
     r_start=8,
     r_max=64,
     seeds=3,
+    most_seeds=8,
     pilot_seed=1000,
     margin=0.05,
     half_zone=None,
@@ -151,6 +152,14 @@ def test_an_open_doubling_buys_seeds_once() -> None:
     bought = max(seed for _, seed in decision_runs(trials))
     assert 4 <= bought <= 8
     assert [seed for rank, seed in decision_runs(trials) if rank == 8] == list(range(1, bought + 1))
+
+
+@pytest.mark.parametrize(("most_seeds", "runs"), [(5, 10), (3, 6)])
+def test_a_purchase_can_be_capped_or_left_out(most_seeds: int, runs: int) -> None:
+    spec = spec_of(r_max=16, most_seeds=most_seeds)
+    trials = play(spec, gains(0.05, off=0.2))
+    assert answer_of(spec, trials)["decision"] == "inconclusive"
+    assert len(trials) == most_trials(spec) == runs
 
 
 def test_what_no_purchase_settles_is_inconclusive_with_what_it_would_take() -> None:
@@ -346,6 +355,8 @@ def test_the_plan_says_beforehand_whether_it_can_settle_the_margin() -> None:
         ({"r_start": 0}, "r_max"),
         ({"seeds": 1}, "seeds"),
         ({"seeds": 9}, "seeds"),
+        ({"most_seeds": 2}, "most_seeds"),
+        ({"most_seeds": 9}, "most_seeds"),
         ({"pilot_seed": 4}, "pilot_seed"),
         ({"lr_policy": LrPolicy.search, "lr_factors": [1.0]}, "lr_factors"),
         ({"lr_factors": [1.0, -1.0]}, "lr_factors"),
