@@ -288,8 +288,8 @@ class LadderConfig:
     seeds: int
     """Seeds a rank at the first look, from ``seed`` upwards."""
     most_seeds: int
-    """Seeds a rank in all that the one purchase of a doubling may make of them, at most 8; as many as ``seeds``: none is
-    bought."""
+    """Seeds a rank in all, at most 8, that the one purchase of a doubling may make of them; as many as ``seeds``: none
+    is bought."""
     pilot_seed: int
     """Of the runs that choose learning rates; it plays no part in any decision."""
     margin: float | None

@@ -139,6 +139,9 @@ class Data:
     template_tokens_trained: bool | None
     """Whether the base ever saw the template's special tokens (LoRA leaves embeddings frozen)."""
     truncated_items: int
+    rows_fingerprint: str | None = None
+    """SHA-256 over the rows alone, whichever tokenizer reads them in whichever format; ``None`` in records of versions
+    that didn't have it."""
 
 
 @dataclass(frozen=True)
@@ -451,3 +454,16 @@ def read_record(path: Path) -> RunRecord:
             "upgrade qlora-exp",
         )
     return from_dict(RunRecord, raw, str(path))
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The curve's points, one per step (the last one written); a line that a killed process left torn is skipped."""
+    points: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            point = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(point, dict) and isinstance(point.get("step"), int):
+            points[point["step"]] = points.get(point["step"], {}) | point
+    return [points[step] for step in sorted(points)]

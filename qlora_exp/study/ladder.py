@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -43,6 +43,8 @@ class LadderTrial:
     """``None`` until it has ended, and where it left none."""
     losses: Mapping[str, float] | None = None
     """Item → nats on the test split, sorted by item; ``None`` where it left none."""
+    curve: Mapping[int, float] = field(default_factory=dict)
+    """Step → training loss, as far as logged."""
 
     @property
     def completed(self) -> bool:

@@ -17,7 +17,7 @@ from qlora_exp.analysis.rule import MOST_SEEDS, Rule, Verdict
 from qlora_exp.config import LrPolicy
 from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.records import RunRecord, Status, read_record, to_dict
+from qlora_exp.records import RunRecord, Status, read_curve, read_record, to_dict
 from qlora_exp.study.ladder import SPLIT, Choice, LadderTrial, Standing, rule_of, stand
 from qlora_exp.study.objectives import MODEL_STATE, value_of
 from qlora_exp.study.types import LadderSpec, OneLadder
@@ -31,19 +31,20 @@ COSTS = {
     "cost_usd": "speed.cost_usd",
 }
 SAME_CURVE = 0.005
-"""Of what training gained: final training losses of two ranks nearer than this can't be told apart."""
+"""Of what training gained: training losses of two ranks that are nearer than this at every step are the same curve."""
 
 
 def ended_trial(params: dict[str, Any], run_id: str | None, outputs: OutputPaths) -> LadderTrial:
     """A trial that has ended, with what its run left."""
-    record, losses = None, None
+    record, losses, curve = None, None, {}
     if run_id is not None:
         paths = outputs.run(run_id)
         with contextlib.suppress(RecordError):
             record = read_record(paths.record)
         if record is not None and params.get(SPLIT) == "test":
             losses = _test_losses(paths)
-    return LadderTrial(params, ended=True, record=record, losses=losses)
+            curve = {point["step"]: point["loss"] for point in read_curve(paths.curve) if "loss" in point}
+    return LadderTrial(params, ended=True, record=record, losses=losses, curve=curve)
 
 
 def trials_of(records: Sequence[RunRecord], outputs: OutputPaths) -> list[LadderTrial]:
@@ -186,8 +187,9 @@ def _sentences(
     if standing.trouble:
         told.append(f"It ended there: {standing.trouble}.")
     told.append(_learning_rate_words(spec, one, standing.choices))
-    if saves is not None and (costs := _cost_words(saves)):
-        told.append(f"A run at r = {found.recommended_rank} {costs} than one at r = {saves['against_rank']}.")
+    if saves is not None:
+        chosen = f"Beside one at r = {saves['against_rank']}, a run at r = {found.recommended_rank}"
+        told.append(f"{chosen} {_cost_words(saves)}.")
     return told
 
 
@@ -205,20 +207,19 @@ def _learning_rate_words(spec: LadderSpec, one: OneLadder, choices: Sequence[Cho
 
 
 def _cost_words(saves: Mapping[str, Any]) -> str:
-    memory = saves["peak_train_bytes"] if saves["peak_train_bytes"] is not None else saves["model_state_bytes"]
+    memory, seconds, usd = saves["peak_train_bytes"], saves["train_seconds"], saves["cost_usd"]
+    if memory is None:
+        memory = saves["model_state_bytes"]
+    money = "an unknown sum (budget.usd_per_hour isn't set)" if usd is None else _difference(usd, "USD")
     parts = [
-        f"{_more(memory)} memory ({abs(memory) / 1e6:.3g} MB)" if memory else None,
-        f"{_more(saves['train_seconds'])} training time ({abs(saves['train_seconds']):.3g} s)"
-        if saves["train_seconds"]
-        else None,
-        f"{_more(saves['cost_usd'])} money ({abs(saves['cost_usd']):.3g} USD)" if saves["cost_usd"] else None,
+        "unknown memory" if memory is None else f"{_difference(memory / 1e6, 'MB')} of memory",
+        "unknown training time" if seconds is None else f"{_difference(seconds, 's')} of training",
     ]
-    known = [part for part in parts if part]
-    return f"takes {', '.join(known)}" if known else ""
+    return f"takes {', '.join(parts)} and {money}"
 
 
-def _more(saved: float) -> str:
-    return "less" if saved > 0 else "more"
+def _difference(saved: float, unit: str) -> str:
+    return f"{abs(saved):.3g} {unit} {'less' if saved > 0 else 'more'}"
 
 
 def _warnings(spec: LadderSpec, standing: Standing, last: Comparison | None) -> list[str]:
@@ -249,19 +250,18 @@ def _warnings(spec: LadderSpec, standing: Standing, last: Comparison | None) -> 
 
 
 def _coincide(smaller: Sequence[LadderTrial], larger: Sequence[LadderTrial]) -> bool:
-    """Whether the training losses of the same seeds end together, for every seed that both ranks have."""
-    by_seed = {trial.params["seed"]: trial.record for trial in larger if trial.completed}
-    pairs = [(trial.record, by_seed.get(trial.params["seed"])) for trial in smaller if trial.completed]
-    distances = [_distance(one, other) for one, other in pairs if one is not None and other is not None]
+    """Whether the training curves of the same seeds are one, for every seed that both ranks have."""
+    by_seed = {trial.params["seed"]: trial.curve for trial in larger if trial.completed}
+    distances = [_distance(trial.curve, by_seed.get(trial.params["seed"], {})) for trial in smaller if trial.completed]
     known = [distance for distance in distances if distance is not None]
     return bool(known) and max(known) < SAME_CURVE
 
 
-def _distance(one: RunRecord, other: RunRecord) -> float | None:
-    """|final loss − final loss| as a share of what training gained."""
-    if one.training is None or other.training is None:
+def _distance(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
+    """The largest difference of two training curves (step → loss) at a step of both, as a share of what training
+    gained."""
+    steps = sorted(one.keys() & other.keys())
+    if not steps:
         return None
-    first, final, other_final = one.training.first_loss, one.training.final_loss, other.training.final_loss
-    if first is None or final is None or other_final is None or first <= min(final, other_final):
-        return None
-    return abs(final - other_final) / (first - min(final, other_final))
+    gained = one[steps[0]] - min(*one.values(), *other.values())
+    return max(abs(one[step] - other[step]) for step in steps) / gained if gained > 0 else None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qlora_exp.cli import main
 from qlora_exp.config import LadderConfig, LrPolicy
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import Failure, RunRecord, Scores, ScoreTable, Status, Training
+from qlora_exp.records import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
 from qlora_exp.standing import read_spec
 from qlora_exp.study.ladder import (
     LadderTrial,
@@ -85,13 +86,14 @@ def ran(point: Point, level: Level, item_sd: float) -> LadderTrial:
         failure = Failure("OutOfMemoryError", "no memory")
         return LadderTrial(point, True, record.replace(status=Status.OUT_OF_MEMORY, failure=failure))
     after = Scores("validation", ITEMS, loss_per_item=loss)
-    record = record.replace(scores=ScoreTable(after=after), training=Training(10, 9.0, loss, None))
+    record = record.replace(scores=ScoreTable(after=after))
+    curve = {1: 9.0, 5: (9.0 + loss) / 2, 10: loss}
     rng = np.random.default_rng(ITEMS)
     hard = rng.normal(0.0, 0.5, ITEMS)
     own = np.random.default_rng(point["lora.r"]).normal(0.0, item_sd, ITEMS)
     values = loss + hard - hard.mean() + own - own.mean()
     losses = {f"i{number}": float(value) for number, value in enumerate(values)}
-    return LadderTrial(point, True, record, losses if point["evaluation.split"] == "test" else None)
+    return LadderTrial(point, True, record, losses if point["evaluation.split"] == "test" else None, curve)
 
 
 def play(spec: LadderSpec, level: Level, at_once: int = 1, seed: int = 0, item_sd: float = 0.01) -> list[LadderTrial]:
@@ -332,6 +334,32 @@ def test_a_first_rank_that_is_enough_is_said_to_be_perhaps_too_much() -> None:
     assert any("saturates" in warning for warning in flat["warnings"])
     assert any("coincide" in warning for warning in flat["warnings"])
     assert not answer_of(spec, play(spec, gains(0.3, 0.3, 0.3)))["warnings"]
+
+
+def test_curves_that_end_together_but_went_apart_do_not_coincide() -> None:
+    spec = spec_of(r_max=16)
+    trials = play(spec, gains(0.0))
+    assert any("coincide" in warning for warning in answer_of(spec, trials)["warnings"])
+    apart = [replace(t, curve={**t.curve, 5: 3.0 + 0.1 * t.params["lora.r"]}) for t in trials]
+    assert not any("coincide" in warning for warning in answer_of(spec, apart)["warnings"])
+
+
+@pytest.mark.parametrize(("usd", "told"), [(0.5, "0.5 USD less"), (None, "an unknown sum (budget.usd_per_hour")])
+def test_the_sentence_says_what_the_rank_saves_in_memory_time_and_money(usd: float | None, told: str) -> None:
+    def with_costs(trial: LadderTrial) -> LadderTrial:
+        assert trial.record is not None
+        doublings = trial.params["lora.r"] // 8
+        memory = Memory(peak_train_bytes=1_000_000_000 + 2_000_000 * doublings)
+        speed = Speed(train_seconds=10.0 + 3 * doublings, cost_usd=None if usd is None else usd * doublings)
+        return replace(trial, record=trial.record.replace(memory=memory, speed=speed))
+
+    spec = spec_of(r_max=16)
+    found = answer_of(spec, [with_costs(trial) for trial in play(spec, gains(0.0))])
+    assert found["saves"]["cost_usd"] == usd
+    assert (
+        "Beside one at r = 16, a run at r = 8 takes 2 MB less of memory, 3 s less of training and" in found["sentence"]
+    )
+    assert told in found["sentence"]
 
 
 def test_the_plan_says_beforehand_whether_it_can_settle_the_margin() -> None:
