@@ -54,6 +54,7 @@ def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
         ]
         columns = ("doubling", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "decision")
         notes = [str(note) for note in answer.get("notes") or [] if note]
+        warnings = tuple(str(warning) for warning in answer.get("warnings") or [])
         sections.append(
             Section(
                 name=f"ladder-{number}",
@@ -61,6 +62,7 @@ def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
                 paragraphs=(str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}."), *notes),
                 tables=(table(columns, rows, f"margin {_figure(answer.get('margin'))}"),),
                 figures=(figure,) if figure else (),
+                points=warnings,
             )
         )
     return sections
@@ -361,7 +363,7 @@ def _counted(front: tradeoffs.Front) -> str:
 
 
 def _ladder_name(answer: Mapping[str, Any], number: int) -> str:
-    name = answer.get("configuration") or answer.get("name") or number
+    name = answer.get("configuration") or answer.get("axes") or answer.get("name") or number
     if isinstance(name, Mapping):
         return ", ".join(f"{key}={value}" for key, value in name.items())
     return str(name)

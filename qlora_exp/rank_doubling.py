@@ -63,15 +63,21 @@ def announce(spec: StudySpec, config: LadderConfig) -> None:
 
 def conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> None:
     """Write the answers to ``ladder.json``, and print them."""
+    found = show_answers(opened, spec)
+    write_json(paths.ladder, {"study": spec.name, "synthetic": spec.synthetic, "ladders": found})
+    print(f"  {paths.ladder}")
+
+
+def show_answers(opened: Any, spec: StudySpec) -> list[dict[str, Any]]:
+    """Print each ladder's sentence and warnings, as far as it has come; its answers as ``ladder.json`` has them."""
     from qlora_exp.study.ladder_runs import answers
 
     assert spec.ladder is not None
-    found = answers(spec.ladder, opened.on_ladder())
-    write_json(paths.ladder, {"study": spec.name, "synthetic": spec.synthetic, "ladders": found})
+    found: list[dict[str, Any]] = answers(spec.ladder, opened.on_ladder())
     for one in found:
         name = ", ".join(f"{key}={value}" for key, value in one["axes"].items())
         marks = [text for text in ("SYNTHETIC" if spec.synthetic else "", name) if text]
         print(": ".join([*marks, one["sentence"]]))
         for warning in one["warnings"]:
             print(f"  warning: {warning}")
-    print(f"  {paths.ladder}")
+    return found

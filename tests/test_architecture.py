@@ -77,8 +77,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedded": {"app", "compose", "records"},
     "cli": {
         *("__init__", "analysis", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "history"),
-        *("hydra_app", "one_run", "overrides", "records", "redaction", "repetition", "retention", "standing"),
-        *("starter", "study", "sweep", "tables", "tracking"),
+        *("hydra_app", "one_run", "overrides", "rank_doubling", "records", "redaction", "repetition", "retention"),
+        *("standing", "starter", "study", "sweep", "tables", "tracking"),
     },
     "__init__": {"app", "compose", "history", "records"},
     "__main__": {"hydra_app"},

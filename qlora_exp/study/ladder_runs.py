@@ -63,6 +63,18 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
     return [_object(spec, one, stand(spec, one, trials), _own(one, trials)) for one in spec.ladders]
 
 
+def recommended(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, Any]]:
+    """Parameters of the completed decision runs at the ranks that the ladders recommend, by ladder and seed."""
+    found = []
+    for one in spec.ladders:
+        standing = stand(spec, one, trials)
+        if standing.comparisons and not standing.needs:
+            rank = answer(standing.comparisons, rule_of(spec), UNIT).recommended_rank
+            runs = standing.runs.get(rank, ()) if rank is not None else ()
+            found += [trial.params for trial in runs if trial.completed]
+    return found
+
+
 def plan_sentence(
     rule: Rule, seed_sd: float | None, item_sd: float | None, items: int | None, seeds: int = MOST_SEEDS
 ) -> tuple[bool, str]:

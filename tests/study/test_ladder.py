@@ -492,3 +492,9 @@ def test_a_lost_database_is_made_again_and_the_ladder_resumed(
     assert ladder["decision"] in (Verdict.STOP, Verdict.CONTINUE)
     assert sum(ladder["seeds"].values()) == len(list(outputs.runs.iterdir()))
     capsys.readouterr()
+
+    assert main(["best", "last"]) == 0
+    told = capsys.readouterr().out
+    assert ladder["sentence"] in told
+    [command] = [line for line in told.splitlines() if line.startswith("qlora-exp run ")]
+    assert f"lora.r={ladder['recommended_rank']} seed=3 " in command
