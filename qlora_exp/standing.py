@@ -115,7 +115,7 @@ def objective_fields(spec: StudySpec) -> list[str]:
 
 
 def best_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
-    """The best trial, the Pareto front of several objectives, or a ladder's runs at the recommended rank, a row each."""
+    """The best trial, the Pareto front of several objectives, or a ladder's runs at its recommended rank."""
     table = simple_table("best", *objective_fields(spec), *(axis.key for axis in spec.axes), "run")
     for row in rows:
         values = [_value(value) for value in row.values]
