@@ -49,27 +49,35 @@ def build(
         raise AnalysisError(
             f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
         )
-    looked_at = [_looked_at(group) for group in groups[:MOST_GROUPS]]
+    answering = _answering(groups, asked)
+    looked_at = [_looked_at(group) for group in answering[:MOST_GROUPS]]
     first, measure, found = looked_at[0]
     goal = goal_answer(found)
     why_none = _why_no_headline(groups, asked, measure)
     parts = [
         *sections.ladder_sections(asked),
-        *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], len(groups), asked, losses, margin)),
+        *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], len(answering), asked, losses, margin)),
         sections.importance_section(asked, sum(record.status is Status.COMPLETED for record in records)),
         sections.failure_section(records),
         sections.method_section(groups, records, measure),
         _limits(records, groups, found, measure, why_none, unreadable),
     ]
+    by_variant = [part.paragraphs[0] for part in parts if part is not None and part.name == "instruct-base"]
     return Report(
         title=", ".join(one.name for one in asked),
         question=next((one.question for one in asked if one.question), None),
-        headline=() if why_none else _headline(asked, first, measure, found, goal),
+        headline=() if why_none else _headline(asked, first, measure, found, goal, by_variant),
         why_none=why_none,
         sections=tuple(part for part in parts if part is not None),
         runs=sections.runs_table(records),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
     )
+
+
+def _answering(groups: Sequence[Group], asked: Sequence[Asked]) -> Sequence[Group]:
+    """Without the pilots of a ladder, which chose learning rates on validation: they are in the table of all runs."""
+    judged = [group for group in groups if group.protocol.split == "test"]
+    return judged if judged and all(sections.ladders_of(one) for one in asked) else groups
 
 
 def _looked_at(group: Group) -> tuple[Group, Measure | None, list[Configuration]]:
@@ -139,6 +147,7 @@ def _headline(
     measure: Measure | None,
     found: Sequence[Configuration],
     goal: GoalAnswer | None,
+    by_variant: Sequence[str],
 ) -> tuple[str, ...]:
     said = [
         (f"{name}: " if len(ladders) > 1 else "") + str(answer.get("sentence") or answer["decision"])
@@ -153,6 +162,7 @@ def _headline(
         said.append(_chosen(best, len(found), measure))
         note = baseline_note(best)
         said += [note] if note else []
+    said += by_variant
     said += [goal.sentence] if goal is not None and goal.split == "test" else []
     return tuple(said)
 

@@ -223,12 +223,12 @@ def _cost_words(saves: Mapping[str, Any]) -> str:
     memory, seconds, usd = saves["peak_train_bytes"], saves["train_seconds"], saves["cost_usd"]
     if memory is None:
         memory = saves["model_state_bytes"]
-    money = "an unknown sum (budget.usd_per_hour isn't set)" if usd is None else _difference(usd, "USD")
+    money = "; the money is unknown: budget.usd_per_hour isn't set" if usd is None else f", {_difference(usd, 'USD')}"
     parts = [
         "unknown memory" if memory is None else f"{_difference(memory / 1e6, 'MB')} of memory",
         "unknown training time" if seconds is None else f"{_difference(seconds, 's')} of training",
     ]
-    return f"takes {', '.join(parts)} and {money}"
+    return f"takes {', '.join(parts)}{money}"
 
 
 def _difference(saved: float, unit: str) -> str:

@@ -111,6 +111,25 @@ def test_the_ladders_sentence_is_the_headline_and_its_interval_is_drawn() -> Non
     assert section.figures[0]["data"][0]["y"] == [0.09, 0.004]
 
 
+def test_a_ladders_pilots_are_in_the_table_of_runs_and_in_no_comparison() -> None:
+    pilots = [made_up.run(n, r=8, learning_rate=rate, split="validation") for n, rate in enumerate((0.001, 0.002))]
+    decisive = [made_up.run(9 + n, r=r, seed=seed) for n, (r, seed) in enumerate([(8, 1), (8, 2), (16, 1), (16, 2)])]
+    report = of([*pilots, *decisive], ladder=LADDER)
+    assert not [section for section in report.sections if "validation" in section.title]
+    assert len(report.runs.rows) == 6
+    assert any("split: test in 4 runs" in point for s in report.sections if s.name == "limits" for point in s.points)
+
+
+def test_rates_that_follow_the_rank_are_one_line_and_others_a_line_each() -> None:
+    def lines(*points: tuple[int, float]) -> int:
+        report = of([made_up.run(n, r=r, learning_rate=rate) for n, (r, rate) in enumerate(points)])
+        [figure] = [f for s in report.sections if s.name == "rank" for f in s.figures]
+        return len(figure["data"])
+
+    assert lines((8, 4e-3), (16, 2.8e-3), (32, 2e-3)) == 1
+    assert lines((8, 1e-3), (16, 1e-3), (8, 4e-3), (16, 4e-3)) == 2
+
+
 @pytest.mark.parametrize(
     "several", [[LADDER, LADDER], {"ladders": [LADDER, LADDER]}, {"base": LADDER, "instruct": LADDER}]
 )

@@ -17,8 +17,10 @@ import pytest
 from studies import ENVIRONMENT
 
 from qlora_exp import history, sweep
+from qlora_exp.analysis.content import Asked
 from qlora_exp.analysis.planning import Noise, half_width
 from qlora_exp.analysis.rule import Verdict
+from qlora_exp.analysis.sections import ladder_sections
 from qlora_exp.cli import main
 from qlora_exp.config import LadderConfig, LrPolicy
 from qlora_exp.errors import QloraExpError
@@ -341,7 +343,7 @@ def test_curves_that_end_together_but_went_apart_do_not_coincide() -> None:
     assert not any("coincide" in warning for warning in answer_of(spec, apart)["warnings"])
 
 
-@pytest.mark.parametrize(("usd", "told"), [(0.5, "0.5 USD less"), (None, "an unknown sum (budget.usd_per_hour")])
+@pytest.mark.parametrize(("usd", "told"), [(0.5, "0.5 USD less"), (None, "the money is unknown: budget.usd_per_hour")])
 def test_the_sentence_says_what_the_rank_saves_in_memory_time_and_money(usd: float | None, told: str) -> None:
     def with_costs(trial: LadderTrial) -> LadderTrial:
         assert trial.record is not None
@@ -353,10 +355,33 @@ def test_the_sentence_says_what_the_rank_saves_in_memory_time_and_money(usd: flo
     spec = spec_of(r_max=16)
     found = answer_of(spec, [with_costs(trial) for trial in play(spec, gains(0.0))])
     assert found["saves"]["cost_usd"] == usd
-    assert (
-        "Beside one at r = 16, a run at r = 8 takes 2 MB less of memory, 3 s less of training and" in found["sentence"]
-    )
+    assert "Beside one at r = 16, a run at r = 8 takes 2 MB less of memory, 3 s less of training" in found["sentence"]
     assert told in found["sentence"]
+
+
+def test_the_report_has_the_ladders_own_figures_words_and_warnings() -> None:
+    ladders = [OneLadder({"model.variant": variant}, CENTRE, 0.0, "2r") for variant in ("base", "instruct")]
+    spec = spec_of(*ladders)
+    base, instruct = found = answers(spec, play(spec, gains(0.2, 0.01)))
+    sections = ladder_sections([Asked("doubling", ladder={"ladders": found})])
+    assert [section.title for section in sections] == [
+        "Rank doubling: model.variant=base",
+        "Rank doubling: model.variant=instruct",
+    ]
+    for section, one in zip(sections, (base, instruct), strict=True):
+        assert section.paragraphs[0] == one["sentence"]
+        assert f"{one['spent']['runs']} runs" in section.paragraphs[1]
+        assert section.points == tuple(one["warnings"])
+        [table], [figure] = section.tables, section.figures
+        steps = one["comparisons"]
+        assert table.rows == tuple(
+            (f"{s['from_rank']} → {s['to_rank']}", s["gain"], s["low"], s["high"], s["decision"]) for s in steps
+        )
+        drawn = figure["data"][0]
+        assert drawn["y"] == [step["gain"] for step in steps]
+        assert [y + up for y, up in zip(drawn["y"], drawn["error_y"]["array"], strict=True)] == pytest.approx(
+            [step["high"] for step in steps]
+        )
 
 
 def test_the_plan_says_beforehand_whether_it_can_settle_the_margin() -> None:
