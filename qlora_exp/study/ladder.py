@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.rank import Comparison, Decision, decide, pooled_noise
+from qlora_exp.analysis.rank import Comparison, Decision, Purchase, decide, pooled_noise
 from qlora_exp.analysis.rule import FIRST_LOOK, LAST_LOOK, MOST_SEEDS, Verdict
 from qlora_exp.analysis.variance import Array
 from qlora_exp.config import LrPolicy
@@ -134,7 +134,9 @@ class _Walk:
                 self._ask_for(smaller, larger, bought)
                 if bought <= self.spec.seeds:
                     decision = replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None)
-                elif not self.needs:
+                elif self.needs:
+                    decision = replace(decision, purchase=Purchase(bought, None))
+                else:
                     decision = self._decided(smaller, larger, LAST_LOOK)
             self.comparisons.append(Comparison(smaller, larger, decision))
             if decision.verdict is not Verdict.CONTINUE:

@@ -155,6 +155,12 @@ def test_an_open_doubling_buys_seeds_once() -> None:
     assert [seed for rank, seed in decision_runs(trials) if rank == 8] == list(range(1, bought + 1))
 
 
+def test_what_is_asked_for_before_the_last_look_is_the_capped_number_of_seeds() -> None:
+    spec = spec_of(r_max=16, most_seeds=5)
+    first = [t for t in play(spec, gains(0.05, off=0.2)) if t.params["seed"] <= spec.seeds]
+    assert "Run 5 seeds in all" in answer_of(spec, first)["sentence"]
+
+
 @pytest.mark.parametrize(("most_seeds", "runs"), [(5, 10), (3, 6)])
 def test_a_purchase_can_be_capped_or_left_out(most_seeds: int, runs: int) -> None:
     spec = spec_of(r_max=16, most_seeds=most_seeds)
