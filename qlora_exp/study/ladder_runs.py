@@ -59,7 +59,7 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
 
     ``status`` (``open``, ``decided``, ``failed``), ``axes``, ``alpha``, ``learning_rates`` with their pilots, ``seeds``
     by rank, ``items``, ``saves`` (what the recommended rank saves against the other of the last doubling, a run; bytes,
-    seconds, dollars; negative: it costs more), ``spent``, ``warnings``.
+    seconds, dollars; negative: it costs more; no seconds where the two ranks' runs overlap), ``spent``, ``warnings``.
     """
     return [_object(spec, one, stand(spec, one, trials), _own(one, trials)) for one in spec.ladders]
 
@@ -154,22 +154,21 @@ def _saves(last: Comparison, standing: Standing) -> dict[str, Any] | None:
         return None
     chosen, other = (_costs(standing.runs.get(rank, ())) for rank in ranks)
     differences = {
-        name: theirs - ours
+        name: statistics.fmean(other[name]) - statistics.fmean(chosen[name])
         for name in COSTS
-        if (ours := chosen[name]) is not None and (theirs := other[name]) is not None
+        if chosen[name] and other[name]
     }
+    ours, theirs = chosen["train_seconds"], other["train_seconds"]
+    if ours and theirs and min(ours) <= max(theirs) and min(theirs) <= max(ours):
+        del differences["train_seconds"]  # what else the machine did differed by more
     return {"against_rank": ranks[1]} | {name: differences.get(name) for name in COSTS}
 
 
-def _costs(runs: Sequence[LadderTrial]) -> dict[str, float | None]:
-    """Means over the runs that completed."""
+def _costs(runs: Sequence[LadderTrial]) -> dict[str, list[float]]:
+    """What is known of the runs that completed."""
     records = [trial.record for trial in runs if trial.record is not None and trial.completed]
     known = {name: [value_of(record, field) for record in records] for name, field in COSTS.items()}
-    return {name: _mean([value for value in values if value is not None]) for name, values in known.items()}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+    return {name: [value for value in values if value is not None] for name, values in known.items()}
 
 
 def _spent(own: Sequence[LadderTrial]) -> dict[str, Any]:
@@ -224,10 +223,13 @@ def _cost_words(saves: Mapping[str, Any]) -> str:
     if memory is None:
         memory = saves["model_state_bytes"]
     money = "; the money is unknown: budget.usd_per_hour isn't set" if usd is None else f", {_difference(usd, 'USD')}"
+    noise = "a training time that can't be told apart (the runs of one rank differ by more)"
     parts = [
         "unknown memory" if memory is None else f"{_difference(memory / 1e6, 'MB')} of memory",
-        "unknown training time" if seconds is None else f"{_difference(seconds, 's')} of training",
+        noise if seconds is None else f"{_difference(seconds, 's')} of training",
     ]
+    if usd is not None and seconds is None:
+        money = ", and so with the money"
     return f"takes {', '.join(parts)}{money}"
 
 

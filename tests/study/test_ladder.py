@@ -349,6 +349,18 @@ def test_curves_that_end_together_but_went_apart_do_not_coincide() -> None:
     assert not any("coincide" in warning for warning in answer_of(spec, apart)["warnings"])
 
 
+def test_training_times_that_overlap_are_no_saving() -> None:
+    def timed(trial: LadderTrial) -> LadderTrial:
+        assert trial.record is not None
+        speed = Speed(train_seconds=10.0 + trial.params["seed"] + 0.1 * trial.params["lora.r"])
+        return replace(trial, record=trial.record.replace(speed=speed))
+
+    spec = spec_of(r_max=16)
+    found = answer_of(spec, [timed(trial) for trial in play(spec, gains(0.0))])
+    assert found["saves"]["train_seconds"] is None
+    assert "can't be told apart" in found["sentence"]
+
+
 @pytest.mark.parametrize(("usd", "told"), [(0.5, "0.5 USD less"), (None, "the money is unknown: budget.usd_per_hour")])
 def test_the_sentence_says_what_the_rank_saves_in_memory_time_and_money(usd: float | None, told: str) -> None:
     def with_costs(trial: LadderTrial) -> LadderTrial:
