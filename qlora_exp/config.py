@@ -258,6 +258,10 @@ class EvaluationConfig:
     """null: the longest label, or for free text the longest completion of the training split, and a few more."""
     forgetting: bool
     forgetting_documents: int | None
+    few_shots: int | None
+    """Worked examples of the training split before each prompt, to score the untouched model with; null: it isn't."""
+    few_shot_draws: int
+    """How many sets of examples are drawn; the same ones for every model, format and run."""
     baselines: bool
     metrics: list[str]
     """Further metrics by Hub name (online), computed on generated answers."""
@@ -280,6 +284,26 @@ class BudgetConfig:
 
 
 @dataclass
+class ExportConfig:
+    """``qlora-exp export``: conf/export.yaml, no part of a run's configuration."""
+
+    formats: list[str]
+    """adapter, merged, or a GGUF block type."""
+    dtype: ComputeDtype
+    """Of the merged model: bfloat16 or float16."""
+    check_items: int
+    tolerance: float
+    """Accuracy that an exported file may lose against the run's own, as a share of items."""
+    context_tokens: int
+    generated_tokens: int
+    usd_per_hour: float | None
+    """null: the record's cost."""
+    phone_file_bytes: int
+    phone_memory_bytes: int
+    phone_usd: float
+
+
+@dataclass
 class LadderConfig:
     """Rank doubling (``sweep.sampler=ladder``): r_start, 2·r_start … until returns have diminished, or r_max."""
 
@@ -293,7 +317,8 @@ class LadderConfig:
     pilot_seed: int
     """Of the runs that choose learning rates; it plays no part in any decision."""
     margin: float | None
-    """The least gain of a doubling that is worth paying for, in nats per test item; to be said."""
+    """The least gain of a doubling that is worth paying for, in nats per test item; to be said. Where r_max is r_start
+    nothing is doubled: each point of the other axes gets its learning rate and its seeds, and no margin is needed."""
     half_zone: float | None
     """Gains within margin ± half_zone may be called either way; null: margin / 2."""
     lr_policy: LrPolicy

@@ -163,6 +163,11 @@ class RunPaths:
         return self.folder / "adapter"
 
     @property
+    def export(self) -> Path:
+        """Where ``qlora-exp export`` writes unless it is told otherwise."""
+        return self.folder / "export"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
@@ -177,5 +182,5 @@ class RunPaths:
         return self.folder / "tracking.json"
 
     def items(self, moment: str, split: str) -> Path:
-        """Per-item results (Parquet); ``moment`` is ``before`` or ``after``."""
+        """Per-item results (Parquet); ``moment`` is ``before``, ``after`` or ``few_shot_DRAW``."""
         return self.folder / f"items_{moment}_{split}.parquet"

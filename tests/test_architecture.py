@@ -49,10 +49,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"callbacks", "checkpoints", "config", "data", "endings", "models", "records"},
     "synthetic": {"config", "endings", "plan", "records", "redaction"},
     "untouched": {"config", "data", "evaluation", "records"},
+    "few_shot": {"config", "data", "evaluation", "records", "untouched"},
     "tracking": {"config", "environment", "history", "model_card", "records", "redaction"},
     "one_run": {
-        *("callbacks", "checkpoints", "config", "data", "endings", "evaluation", "measurement", "metrics"),
-        *("models", "plan", "records", "redaction", "train", "untouched"),
+        *("callbacks", "checkpoints", "config", "data", "endings", "evaluation", "few_shot", "measurement"),
+        *("metrics", "models", "plan", "records", "redaction", "train", "untouched"),
     },
     "app": {
         *("checkpoints", "compose", "config", "endings", "environment", "one_run"),
@@ -73,11 +74,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hydra_app": {"app", "compose", "config", "sweep"},
     "job": {"app"},
     "repetition": {"catalogue", "compose", "config", "overrides", "records", "redaction"},
-    "doctor": {"config", "environment", "models", "tracking"},
+    "export": {"app", "config", "data", "evaluation", "model_card", "models", "records"},
+    "doctor": {
+        "compose",
+        "config",
+        "environment",
+        "measurement",
+        "models",
+        "plan",
+        "study",
+        "sweep",
+        "tracking",
+        "workers",
+    },
     "embedded": {"app", "compose", "records"},
     "cli": {
-        *("__init__", "analysis", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "history"),
-        *("hydra_app", "one_run", "overrides", "rank_doubling", "records", "redaction", "repetition", "retention"),
+        *("__init__", "analysis", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "export"),
+        *("history", "hydra_app", "one_run", "overrides", "progress", "rank_doubling", "records", "redaction"),
+        *("repetition", "retention"),
         *("standing", "starter", "study", "sweep", "tables", "tracking"),
     },
     "__init__": {"app", "compose", "history", "records"},
@@ -94,6 +108,8 @@ ONE_IMPORTER = {
     "optuna": "study",
     "typer": "cli",
     "plotly": "analysis",
+    "gguf": "export",
+    "llama_cpp": "export",
 }
 
 TORCH_FREE = ("config", "records", "paths", "errors", "redaction", "environment", "plan", "compose", "history", "app")

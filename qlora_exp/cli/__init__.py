@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from qlora_exp.cli import analyzing, compare, listing, machine, prepare, reporting, running, sweeping
+from qlora_exp.cli import analyzing, compare, exporting, listing, machine, prepare, reporting, running, sweeping
 from qlora_exp.errors import QloraExpError
 
 EPILOG = (
@@ -33,6 +33,7 @@ listing.add_to(app)
 compare.add_to(app)
 analyzing.add_to(app)
 reporting.add_to(app)
+exporting.add_to(app)
 machine.add_to(app)
 
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(error)
         return error.exit_code
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # `… | head` has read enough. Python would complain again when it flushes at exit.

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_exp.cli.arguments import OutputRoot, examples, outputs_of
+from qlora_exp.cli.arguments import OutputRoot, Overrides, examples, outputs_of
 
 if TYPE_CHECKING:
     from qlora_exp.doctor import Check
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("doctor", epilog=examples("qlora-exp doctor", "qlora-exp doctor --no-self-test"))(doctor)
+    app.command(
+        "doctor",
+        epilog=examples(
+            "qlora-exp doctor",
+            "qlora-exp doctor --no-self-test",
+            "qlora-exp doctor sweeps=demo                           # is there disk for this sweep?",
+        ),
+    )(doctor)
     app.command(
         "sync",
         epilog=examples("qlora-exp sync", "qlora-exp sync --uri http://127.0.0.1:5000"),
@@ -23,20 +31,25 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(
-    self_test: Annotated[bool, typer.Option(help="Also train through every quantization mode on this machine")] = True,
+    overrides: Overrides = None,
+    self_test: Annotated[
+        bool, typer.Option(help="Also measure this machine's speed, and train through every quantization mode on it")
+    ] = True,
     output_root: OutputRoot = None,
 ) -> int:
-    """Check this machine: ok, or problem and fix.
+    """Check this machine: ok, or problem and fix; with overrides also whether their runs fit on its disk.
 
     Exit code 1 where there is a problem.
     """
     from qlora_exp.app import quiet_libraries, set_threads
-    from qlora_exp.doctor import checks
 
     set_threads(None)
     quiet_libraries()
+    from qlora_exp.doctor import checks, sweep_disk
+
     problems = 0
-    for check in checks(outputs_of(output_root).root, self_test):
+    asked = [sweep_disk(overrides, output_root)] if overrides else []
+    for check in itertools.chain(asked, checks(outputs_of(output_root).root, self_test)):
         problems += check.ok is False
         print(_line(check), flush=True)
     print("no problem found" if not problems else f"{problems} problem{'s' if problems != 1 else ''}")

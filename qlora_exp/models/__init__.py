@@ -11,8 +11,9 @@ from qlora_exp.models.base import Base, load_base, shell
 from qlora_exp.models.bytes import WeightBytes, weight_bytes
 from qlora_exp.models.describe import describe
 from qlora_exp.models.lending import ColdBases, WarmBases, model_key
+from qlora_exp.models.merging import merged_model
 from qlora_exp.models.selftest import SelfTest, quantization_self_test
-from qlora_exp.models.sources import ModelSource, fingerprint, resolve_source
+from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
 from qlora_exp.models.targets import resolve_targets
 from qlora_exp.models.tokenizers import load_tokenizer
 
@@ -30,6 +31,8 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_tokenizer",
+    "merged_model",
+    "model_config",
     "model_key",
     "quantization_self_test",
     "recast_adapters",

@@ -22,7 +22,7 @@ from qlora_exp.analysis.variance import Array
 from qlora_exp.config import LrPolicy
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records import RunRecord, Status
-from qlora_exp.study.ladder_plan import RANK, RATE, SEED, SPLIT, drift, ranks_of, rates_of, rounded, rule_of
+from qlora_exp.study.ladder_plan import RANK, RATE, SEED, SPLIT, drift, is_single, ranks_of, rates_of, rounded, rule_of
 from qlora_exp.study.space import overrides_of
 from qlora_exp.study.types import LadderSpec, OneLadder
 
@@ -113,7 +113,7 @@ class _Walk:
     """One ladder walked from its start, as far as its trials have come."""
 
     def __init__(self, spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial]) -> None:
-        self.spec, self.one, self.rule = spec, one, rule_of(spec)
+        self.spec, self.one = spec, one
         self.trials = {_key(trial.params): trial for trial in trials}
         self.needs: list[Point] = []
         self.choices: dict[int, Choice] = {}
@@ -122,6 +122,8 @@ class _Walk:
         """Rank → how many seeds it was to be run with, as the walk stands."""
 
     def steps(self) -> list[Comparison]:
+        if is_single(self.spec):
+            self._ask_for(self.spec.r_start, self.spec.r_start, self.spec.seeds)
         for smaller, larger in pairwise(ranks_of(self.spec)):
             self._ask_for(smaller, larger, self.spec.seeds)
             if self.needs:
@@ -205,7 +207,7 @@ class _Walk:
         ranks = [rank for rank in ranks_of(self.spec) if rank <= larger]
         ladder = dict(zip(ranks, self._losses(ranks), strict=True))
         pooled = pooled_noise(list(ladder.values()))
-        return decide(ladder[smaller], ladder[larger], pooled, self.rule, look)
+        return decide(ladder[smaller], ladder[larger], pooled, rule_of(self.spec), look)
 
     def _losses(self, ranks: Sequence[int]) -> Iterator[Array]:
         """(MOST_SEEDS, items) for each rank, NaN for a run that doesn't exist; the items in the same order."""
