@@ -22,9 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m qlora_exp -m sweeps=demo sweep.name=demo training.device=cpu \
-	  workers.count=2 workers.isolation=fresh output_root=$(DEMO_OUTPUT)
-	$(BIN)/qlora-exp ls runs --output-root $(DEMO_OUTPUT)
+	$(BIN)/python -m qlora_exp -m sweeps=demo sweep.name=demo training.device=cpu workers.count=2 \
+	  output_root=$(DEMO_OUTPUT)
+	$(BIN)/qlora-exp report demo --output-root $(DEMO_OUTPUT)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=25

@@ -21,6 +21,7 @@ MOST_DOMINATED = 1000
 PART_COLOURS = (*PALETTE[:5], PALETTE[6])
 MOST_LINES = len(PALETTE)
 MOST_BARS = 16
+RATE = "training.learning_rate"
 
 
 def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
@@ -43,12 +44,12 @@ def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
 
 
 def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Figure | None:
-    """Quality by rank with 95 % intervals over seeds, one line for each setting of everything else."""
-    lines: dict[tuple[str, ...], list[Configuration]] = defaultdict(list)
-    for configuration in configurations:
-        if configuration.quality is not None:
-            others = [(k, v) for k, v in configuration.settings.items() if k not in ("lora.r", "lora.alpha")]
-            lines[tuple(_named(key, value) for key, value in others)].append(configuration)
+    """Quality by rank with 95 % intervals over seeds, one line for each setting of everything else; of the learning
+    rate only where a rank has several."""
+    scored = [configuration for configuration in configurations if configuration.quality is not None]
+    lines = _lines(scored, ("lora.r", "lora.alpha", RATE))
+    if any(len({c.settings.get("lora.r") for c in line}) < len(line) for line in lines.values()):
+        lines = _lines(scored, ("lora.r", "lora.alpha"))
     long = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))
     if not long:
         return None
@@ -78,6 +79,17 @@ def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Fig
     return {"data": traces, "layout": layout}
 
 
+def _lines(
+    configurations: Sequence[Configuration], of_a_line: Sequence[str]
+) -> dict[tuple[str, ...], list[Configuration]]:
+    """By all settings but those that change along a line."""
+    lines: dict[tuple[str, ...], list[Configuration]] = defaultdict(list)
+    for configuration in configurations:
+        others = [(key, value) for key, value in configuration.settings.items() if key not in of_a_line]
+        lines[tuple(_named(key, value) for key, value in others)].append(configuration)
+    return lines
+
+
 def ladder(answer: Mapping[str, Any]) -> Figure | None:
     """Each doubling's gain with its bounds, against the margin and its zone."""
     steps = [step for step in answer.get("comparisons") or [] if step.get("gain") is not None]
@@ -85,7 +97,7 @@ def ladder(answer: Mapping[str, Any]) -> Figure | None:
     if not steps or margin is None:
         return None
     zone = answer.get("half_zone") or margin / 2
-    layout = _layout("doubling", "gain")
+    layout = _layout("doubling", "gain, nats per item")
     layout["shapes"] = [
         {
             "type": "rect",

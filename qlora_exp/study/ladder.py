@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.rank import Comparison, Decision, decide, pooled_noise
+from qlora_exp.analysis.rank import Comparison, Decision, Purchase, decide, pooled_noise
 from qlora_exp.analysis.rule import FIRST_LOOK, LAST_LOOK, MOST_SEEDS, Verdict
 from qlora_exp.analysis.variance import Array
 from qlora_exp.config import LrPolicy
@@ -40,6 +40,8 @@ class LadderTrial:
     """``None`` until it has ended, and where it left none."""
     losses: Mapping[str, float] | None = None
     """Item → nats on the test split, sorted by item; ``None`` where it left none."""
+    curve: Mapping[int, float] = field(default_factory=dict)
+    """Step → training loss, as far as logged."""
 
     @property
     def completed(self) -> bool:
@@ -130,9 +132,13 @@ class _Walk:
             if decision.purchase is not None and decision.purchase.seeds is None:
                 decision = _items_are_missing(decision)
             elif decision.purchase is not None and decision.purchase.seeds is not None:
-                bought = max(decision.purchase.seeds, self.spec.seeds + 1)
-                self._ask_for(smaller, larger, min(bought, MOST_SEEDS))
-                if not self.needs:
+                bought = min(max(decision.purchase.seeds, self.spec.seeds + 1), self.spec.most_seeds)
+                self._ask_for(smaller, larger, bought)
+                if bought <= self.spec.seeds:
+                    decision = replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None)
+                elif self.needs:
+                    decision = replace(decision, purchase=Purchase(bought, None))
+                else:
                     decision = self._decided(smaller, larger, LAST_LOOK)
             self.comparisons.append(Comparison(smaller, larger, decision))
             if decision.verdict is not Verdict.CONTINUE:
