@@ -193,6 +193,15 @@ def stand(spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial]) -> St
     return Standing(tuple(walk.needs), tuple(walk.choices.values()), comparisons, walk.all_runs(), trouble)
 
 
+def choose(
+    spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial], rank: int
+) -> tuple[Choice | None, tuple[Point, ...]]:
+    """The learning rate of ``rank`` by the pilots that have ended, whatever the ladder would ask for first; and the
+    pilots that it still waits for."""
+    walk = _Walk(spec, one, trials)
+    return walk._choose(rank), tuple(walk.needs)
+
+
 class _Walk:
     """One ladder walked from its start, as far as its trials have come."""
 
