@@ -23,10 +23,9 @@ def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, .
     Raises:
         ConfigError, Problems: nothing was started.
     """
-    from qlora_exp.study.ladder import RANK, SPLIT, resolve
+    from qlora_exp.study.ladder_plan import OWN_KEYS, RANK, SPLIT, resolve
 
-    own = (RANK, "seed", "training.learning_rate", SPLIT)
-    taken = [axis.key for axis in others if axis.key in own]
+    taken = [axis.key for axis in others if axis.key in OWN_KEYS]
     taken += [key for text in fixed if (key := compose.key_of(text)) in (RANK, SPLIT)]
     hint = "sweep.ladder.r_start, r_max, seeds and lr_factors say which; another sampler searches freely"
     raise_all([ConfigError("the ladder itself chooses this", f"{key}=…", hint) for key in taken])
@@ -50,7 +49,7 @@ def _one(fixed: Sequence[str], point: dict[str, Any]) -> OneLadder:
 
 def announce(spec: StudySpec, config: LadderConfig) -> None:
     """Say before training whether the planned seeds and items can settle the margin."""
-    from qlora_exp.study.ladder import rule_of
+    from qlora_exp.study.ladder_plan import rule_of
     from qlora_exp.study.ladder_runs import plan_sentence
 
     assert spec.ladder is not None

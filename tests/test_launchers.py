@@ -83,7 +83,7 @@ def test_what_a_launcher_carries_can_be_pickled(tmp_path: Path) -> None:
     asked = sweep.ask(["lora.r=4,8", "training.engine=sleep", f"output_root={tmp_path}"])
     from qlora_exp.compose import compose_raw
 
-    carried = (one_job, sweep._jobs(asked), compose_raw(["training.engine=sleep"]))
+    carried = (one_job, sweep.jobs_of(asked), compose_raw(["training.engine=sleep"]))
     task, jobs, config = cloudpickle.loads(cloudpickle.dumps(carried))
     assert task is one_job
     assert jobs == carried[1]

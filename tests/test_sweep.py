@@ -304,7 +304,7 @@ def test_cleaning_says_first_and_never_takes_a_record(capsys: pytest.CaptureFixt
 def test_the_studys_file_holds_no_password() -> None:
     uri = "http://user:geheim1@127.0.0.1:9"
     asked = sweep.ask(["lora.r=4,8", "training.engine=sleep", f"tracking.uri='{uri}'"])
-    sweep._write_spec(asked.spec, asked.paths)
+    sweep.write_spec(asked.spec, asked.paths)
     assert "geheim1" not in asked.paths.spec.read_text()
     assert any("geheim1" in text for text in asked.spec.overrides)
     assert read_spec(asked.paths).synthetic
@@ -391,7 +391,7 @@ def test_a_study_begun_with_the_environments_storage_names_it_nowhere(
     asked = sweep.ask(["lora.r=4,8"])
     assert asked.spec.storage.endswith("@db/studies")
     assert not any(PASSWORD in text for text in asked.spec.overrides)
-    assert not any(PASSWORD in text for job in sweep._jobs(asked) for text in job)
+    assert not any(PASSWORD in text for job in sweep.jobs_of(asked) for text in job)
 
 
 def test_a_complete_study_is_delivered_with_its_trials_where_mlflow_lacks_them() -> None:

@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_exp.study.ladder import most_trials as most_trials
-    from qlora_exp.study.ladder import own_axes as own_axes
+    from qlora_exp.study.ladder_plan import most_trials as most_trials
+    from qlora_exp.study.ladder_plan import own_axes as own_axes
     from qlora_exp.study.objectives import outcome_of as outcome_of
     from qlora_exp.study.objectives import parse_constraint as parse_constraint
     from qlora_exp.study.objectives import parse_objective as parse_objective
@@ -30,8 +30,8 @@ _HOMES = {
     "is_grid": "space",
     "grid": "space",
     "overrides_of": "space",
-    "most_trials": "ladder",
-    "own_axes": "ladder",
+    "most_trials": "ladder_plan",
+    "own_axes": "ladder_plan",
     "parse_objective": "objectives",
     "parse_constraint": "objectives",
     "value_of": "objectives",

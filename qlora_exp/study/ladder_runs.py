@@ -18,7 +18,8 @@ from qlora_exp.config import LrPolicy
 from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import RunRecord, Status, read_record, to_dict
-from qlora_exp.study.ladder import SPLIT, Choice, LadderTrial, Standing, rule_of, stand
+from qlora_exp.study.ladder import Choice, LadderTrial, Standing, stand
+from qlora_exp.study.ladder_plan import SPLIT, rule_of
 from qlora_exp.study.objectives import MODEL_STATE, value_of
 from qlora_exp.study.types import LadderSpec, OneLadder
 

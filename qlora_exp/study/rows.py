@@ -8,13 +8,9 @@ from collections.abc import Sequence
 from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.records import Status
+from qlora_exp.study.attributes import attempt_of
 from qlora_exp.study.distributions import decoded_params
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
-
-
-def attempt(trial: FrozenTrial) -> int:
-    """How often the trial has been claimed; 0 for one that never was."""
-    return int((trial.user_attrs.get("claim") or {}).get("attempt", 0))
 
 
 def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
@@ -43,7 +39,7 @@ def row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
         run_id=attributes.get("run_id"),
         seconds=attributes.get("seconds"),
         params=decoded_params(spec.axes, trial.params),
-        attempt=attempt(trial),
+        attempt=attempt_of(trial),
         feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
         failure=f"{failure['kind']}: {failure['message']}" if failure else None,
     )

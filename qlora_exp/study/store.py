@@ -18,30 +18,21 @@ import optuna
 from filelock import FileLock
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from qlora_exp.environment import alive
-from qlora_exp.errors import StudyError
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records import Failure, Process, RunRecord, Status, from_dict, to_dict, write_text
+from qlora_exp.records import Failure, RunRecord, Status, to_dict
 from qlora_exp.study import rows
+from qlora_exp.study.attributes import CLAIM, FIXED, HEARTBEAT, MEMORY_RETRIES, RUN, UNCOUNTED, attempt_of, why_lost
 from qlora_exp.study.distributions import decoded_params, encoded, suggest
-from qlora_exp.study.history import earlier_trials, trials_of_records
 from qlora_exp.study.importance import importances
 from qlora_exp.study.objectives import parse_objective
-from qlora_exp.study.samplers import ITEMS_ATTRIBUTE, check_search, make_pruner, make_sampler
+from qlora_exp.study.opening import open_study, rebuild_study
+from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
 from qlora_exp.study.space import grid, overrides_of
-from qlora_exp.study.storage import check_whole, connect, damaged, set_aside, sqlite_file
+from qlora_exp.study.telling import tell_end
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
 
 if TYPE_CHECKING:
     from qlora_exp.study.ladder import LadderTrial
-
-CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, UNCOUNTED = (
-    *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
-)
-FIXED = "fixed_params"
-"""Optuna's own name for what a trial was enqueued with."""
-INFEASIBLE = (Status.OUT_OF_MEMORY, Status.DIVERGED)
-"""Told as PRUNED with a broken constraint of that name: samplers learn nothing from FAIL."""
 
 
 class Study:
@@ -65,19 +56,7 @@ class Study:
             ConfigError, Problems: a search that can't be done. StudyError: a damaged database, or a study of that name
             that asks something else.
         """
-        check_search(spec)
-        paths.folder.mkdir(parents=True, exist_ok=True)
-        url = storage_url or spec.storage
-        with FileLock(paths.lock):
-            storage = connect(url, spec.name)
-            if paths.created.exists() and not _holds(storage, spec.name):
-                raise damaged(
-                    f"the database doesn't hold the study {spec.name} any more", url.rpartition("@")[2], spec.name
-                )
-            study = _created(spec, storage)
-            if not paths.created.exists():
-                write_text(paths.created, "")
-        return cls(spec, paths, study)
+        return cls(spec, paths, open_study(spec, paths, storage_url or spec.storage))
 
     @classmethod
     def rebuild(
@@ -90,16 +69,7 @@ class Study:
         Raises:
             as :meth:`open`.
         """
-        check_search(spec)
-        url = storage_url or spec.storage
-        paths.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(paths.lock):
-            _clear_damage(url, spec.name)
-            storage = connect(url, spec.name)
-            if not _holds(storage, spec.name):
-                study = _created(spec, storage)
-                study.add_trials(trials_of_records(spec, records))
-            write_text(paths.created, "")
+        rebuild_study(spec, paths, records, storage_url or spec.storage)
         return cls.open(spec, paths, storage_url)
 
     def claim(self, owner: Owner, lease_seconds: float) -> Claim | None:
@@ -109,7 +79,7 @@ class Study:
         """
         with FileLock(self._paths.lock):
             unfinished = self._unfinished()
-            lost = [(trial, why) for trial in unfinished if (why := _lost(trial, lease_seconds))]
+            lost = [(trial, why) for trial in unfinished if (why := why_lost(trial, lease_seconds))]
             for trial, why in lost:
                 self._take_back(trial, why)
             unfinished = self._unfinished() if lost else unfinished
@@ -160,7 +130,7 @@ class Study:
                 self._storage.set_trial_user_attr(claim.trial_id, UNCOUNTED, uncounted)
                 self._release(trial)
             elif trial:
-                self._tell(trial, outcome)
+                tell_end(self._study, self.spec, trial, outcome)
 
     def requeue(self, claim: Claim, why: str) -> bool:
         """Let the trial be claimed again, with its number, parameters and run; False: no attempt is left (then it has
@@ -244,7 +214,7 @@ class Study:
 
     def _mine(self, claim: Claim) -> FrozenTrial | None:
         trial = self._storage.get_trial(claim.trial_id)
-        ours = trial.state is TrialState.RUNNING and rows.attempt(trial) == claim.attempt
+        ours = trial.state is TrialState.RUNNING and attempt_of(trial) == claim.attempt
         return trial if ours else None
 
     def _ladder_is_done(self) -> bool:
@@ -279,7 +249,7 @@ class Study:
 
     def _start(self, waiting: FrozenTrial | None, owner: Owner, point: Mapping[str, Any] | None = None) -> Claim:
         """``point``: what the trial tries, where that doesn't follow from its number."""
-        attempt = rows.attempt(waiting) + 1 if waiting else 1
+        attempt = attempt_of(waiting) + 1 if waiting else 1
         mark = {CLAIM: {"attempt": attempt, "owner": to_dict(owner)}, HEARTBEAT: time.time()}
         fixed: dict[str, Any] = {FIXED: {key: encoded(value) for key, value in point.items()}} if point else {}
         if waiting is None:
@@ -313,127 +283,16 @@ class Study:
 
     def _take_back(self, trial: FrozenTrial, why: str) -> bool:
         retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + trial.user_attrs.get(UNCOUNTED, 0)
-        attempt = rows.attempt(trial)
+        attempt = attempt_of(trial)
         if attempt - retries < self.spec.max_attempts:
             self._release(trial)
             return True
         failure = Failure("AttemptsExhausted", f"{why}; attempt {attempt - retries} of {self.spec.max_attempts}")
         unknown = (None,) * len(self.spec.objectives)
-        self._tell(trial, Outcome(Status.FAILED, unknown, (), None, failure))
+        tell_end(self._study, self.spec, trial, Outcome(Status.FAILED, unknown, (), None, failure))
         return False
 
     def _release(self, trial: FrozenTrial) -> None:
-        left = {"attempt": rows.attempt(trial), "owner": None}
+        left = {"attempt": attempt_of(trial), "owner": None}
         self._storage.set_trial_user_attr(trial._trial_id, CLAIM, left)
         self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-
-    def _tell(self, trial: FrozenTrial, outcome: Outcome) -> None:
-        complete = outcome.status is Status.COMPLETED and None not in outcome.values
-        failure = outcome.failure
-        if outcome.status is Status.COMPLETED and not complete:
-            failure = Failure("UnknownObjective", f"the run completed without a value for {self.spec.objectives}")
-        status = Status.FAILED if failure and not complete and outcome.status is Status.COMPLETED else outcome.status
-        self._constrain(trial, outcome)
-        for key, value in ((STATUS, status.value), (SECONDS, outcome.seconds), (FAILURE, failure and to_dict(failure))):
-            if value is not None:
-                self._storage.set_trial_user_attr(trial._trial_id, key, value)
-        if complete:
-            self._study.tell(trial.number, [float(value) for value in outcome.values if value is not None])
-        elif status in (Status.PRUNED, *INFEASIBLE):
-            self._study.tell(trial.number, state=TrialState.PRUNED)
-        else:
-            self._study.tell(trial.number, state=TrialState.FAIL)
-
-    def _constrain(self, trial: FrozenTrial, outcome: Outcome) -> None:
-        """Set the trial's constraints; those of an earlier telling that was cut short are overwritten, which
-        ``Trial.set_constraint`` refuses."""
-        wanted = dict.fromkeys(trial.constraints, 0.0) | dict(
-            zip(self.spec.constraints, outcome.violations, strict=False)
-        )
-        if outcome.status in INFEASIBLE:
-            wanted[outcome.status.value.lower()] = 1.0
-        if wanted:
-            handle = Trial(self._study, trial._trial_id)
-            for name, violation in wanted.items():
-                if name not in trial.constraints:
-                    handle.set_constraint(name, violation)
-                elif trial.constraints[name] != violation:
-                    self._storage.set_trial_system_attr(trial._trial_id, f"constraints:{name}", violation)
-
-
-def _lost(trial: FrozenTrial, lease_seconds: float) -> str | None:
-    """Why a RUNNING trial has nobody who runs it; ``None``: somebody does, or it isn't RUNNING."""
-    if trial.state is not TrialState.RUNNING:
-        return None
-    owner = (trial.user_attrs.get(CLAIM) or {}).get("owner")
-    if owner is None:
-        return "left while it was asked or requeued"
-    process = from_dict(Process, owner["process"])
-    if alive(process) is False:
-        return f"its worker {owner['worker']} (process {process.pid}) died"
-    silent_seconds = time.time() - trial.user_attrs.get(HEARTBEAT, 0.0)
-    return (
-        f"its worker {owner['worker']} was silent for {silent_seconds:.0f} s"
-        if silent_seconds > lease_seconds
-        else None
-    )
-
-
-def _holds(storage: optuna.storages.BaseStorage, name: str) -> bool:
-    try:
-        storage.get_study_id_from_name(name)
-    except KeyError:
-        return False
-    return True
-
-
-def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.Study:
-    """The study in ``storage``, new or of before; raises :class:`StudyError` where it asks something else."""
-    study = optuna.create_study(
-        study_name=spec.name,
-        storage=storage,
-        sampler=make_sampler(spec, earlier_trials(spec, storage)),
-        pruner=make_pruner(spec),
-        directions=[parse_objective(text).direction for text in spec.objectives],
-        load_if_exists=True,
-    )
-    asked, stored = _question(spec), study.user_attrs.get("asks")
-    if stored is None:
-        study.set_user_attr("asks", asked)
-        return study
-    # A key that only one of them has came or went with another version of this package.
-    both = [key for key in asked if key in stored]
-    changes = [f"{key}: {stored[key]} there, {asked[key]} now" for key in both if stored[key] != asked[key]]
-    if changes:
-        raise StudyError(
-            f"the study {spec.name} exists and asks something else",
-            "; ".join(changes),
-            "go on with the same settings, or start another with sweep.name=NAME",
-        )
-    return study
-
-
-def _question(spec: StudySpec) -> dict[str, Any]:
-    """What can't change once trials exist: later ones couldn't be compared, or would repeat earlier ones."""
-    ladder = {} if spec.ladder is None else {"ladder": to_dict(spec.ladder)}
-    return {
-        **ladder,
-        "axes": [f"{axis.key}={axis.text}" + (f" if {axis.condition}" if axis.condition else "") for axis in spec.axes],
-        "objectives": list(spec.objectives),
-        "constraints": list(spec.constraints),
-        "enqueue": [list(overrides_of(point)) for point in spec.enqueue],
-        "grid": spec.sampler == "grid",
-    } | spec.settings
-
-
-def _clear_damage(url: str, name: str) -> None:
-    file = sqlite_file(url)
-    if file is None or not file.exists():
-        return
-    with FileLock(f"{file}.lock"):
-        try:
-            check_whole(file, name)
-        except StudyError as error:
-            if "damaged" not in error.what:
-                raise
-            set_aside(file)

@@ -28,13 +28,10 @@ from qlora_exp.study.ladder import (
     LadderTrial,
     Point,
     is_done,
-    most_trials,
     next_point,
-    own_axes,
-    resolve,
-    rule_of,
     stand,
 )
+from qlora_exp.study.ladder_plan import most_trials, own_axes, resolve, rule_of
 from qlora_exp.study.ladder_runs import answers, plan_sentence, trials_of
 from qlora_exp.study.types import LadderSpec, OneLadder
 

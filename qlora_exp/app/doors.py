@@ -1,0 +1,87 @@
+"""What the doors share: a run that is told at the terminal, and one in a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+from qlora_exp import compose, environment
+from qlora_exp.app.beginning import now
+from qlora_exp.app.execution import execute
+from qlora_exp.app.process import exit_code_of
+from qlora_exp.config import Config
+from qlora_exp.errors import ConfigError, RecordError
+from qlora_exp.paths import OutputPaths
+from qlora_exp.records import Failure, RunRecord, Status, read_record, write_json
+
+
+def run_and_tell(config: Config, resume: str | None = None) -> int:
+    """Run with progress on stderr, print the summary on stdout, and return the exit code."""
+    from qlora_exp.progress import Progress
+
+    with Progress() as observer:
+        record = execute(config, observer, resume)
+    print(summary(record, config))
+    return exit_code_of(record.status)
+
+
+def summary(record: RunRecord, config: Config) -> str:
+    """Three lines after a run: what came of it, and where to look."""
+    lines = [f"{record.status}: {record.name}  ({record.run_id})"]
+    before, after = record.scores.before, record.scores.after
+    if after is not None:
+        for name in ("accuracy", "exact_match", "loss"):
+            if getattr(after, name) is not None:
+                old = getattr(before, name) if before else None
+                shown = f"{old:.3f} → " if old is not None else ""
+                lines.append(f"  {name} {shown}{getattr(after, name):.3f} on {after.items} {after.split} items")
+    if record.failure is not None:
+        lines.append(
+            f"  {record.failure.kind} in phase {record.failure.phase}: {record.failure.message.splitlines()[0]}"
+        )
+        if record.failure.hint:
+            lines.append(f"  do: {record.failure.hint}")
+    lines.append(f"  record: {OutputPaths.of(config.output_root).run(record.run_id).record}")
+    return "\n".join(lines)
+
+
+def config_from_plain(plain: dict[str, Any]) -> Config:
+    """A configuration from a record or a child's standard input, checked like any other."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        # A run's record doesn't keep the settings of the sweep that it belongs to.
+        plain = {"sweep": None, "workers": None, **plain}
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None
+    return compose.checked(merged)
+
+
+def end_killed_run(config: Config, pid: int, number: int) -> None:
+    """A child that was killed could not end its own record. SIGKILL without a sender is how Linux ends a process that
+    asks for more memory than there is."""
+    from qlora_exp import tracking
+
+    outputs = OutputPaths.of(config.output_root)
+    told = Failure(
+        kind="Killed",
+        message=f"the run's process was ended by signal {number}",
+        hint="if it was the system's out-of-memory killer (dmesg says so): a smaller training.micro_batch_size",
+    )
+    print(f"error: {told.message}\n  do:    {told.hint}", file=sys.stderr)
+    here = environment.process_identity()
+    for path in outputs.runs.glob("*/record.json"):
+        with contextlib.suppress(RecordError):
+            record = read_record(path)
+            owner = record.process
+            if (
+                record.status is Status.RUNNING
+                and owner is not None
+                and (owner.pid, owner.boot_id) == (pid, here.boot_id)
+            ):
+                write_json(path, record.replace(status=Status.FAILED, ended_at=now(), process=None, failure=told))
+    if config.tracking.enabled:
+        tracking.sync(outputs.root)

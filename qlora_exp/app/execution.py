@@ -1,0 +1,233 @@
+"""Joins configuration, run and tracking; what every door (Hydra, the verbs, Python) calls."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from filelock import FileLock, Timeout, UnixFileLock
+
+from qlora_exp import environment, synthetic
+from qlora_exp.app.beginning import begin, now, remove
+from qlora_exp.app.process import quiet_libraries, set_threads
+from qlora_exp.config import Config, Engine
+from qlora_exp.endings import Observer, Report, never_stop
+from qlora_exp.errors import DataError, QloraExpError, RecordError
+from qlora_exp.paths import OutputPaths, RunPaths
+from qlora_exp.records import Environment, RunRecord, Status, Trial, read_record, write_json
+
+if TYPE_CHECKING:
+    from qlora_exp.one_run import Bases
+
+
+def execute(
+    config: Config,
+    observer: Observer | None = None,
+    resume: str | None = None,
+    *,
+    run_id: str | None = None,
+    trial: Trial | None = None,
+    report: Report = never_stop,
+    bases: Bases | None = None,
+    deliver: Callable[[Callable[[], object]], object] | None = None,
+) -> RunRecord:
+    """Run ``config``, keep its record, and show it in MLflow.
+
+    Args:
+        resume: the id of an interrupted run to go on with; its own configuration is used by the caller. Where it has
+            no checkpoint it starts again in the same folder.
+        run_id: the id of a new run; ``None``: one is made.
+        trial: which trial of which study the run is.
+        report: asked after each validation during training whether to stop.
+        bases: where the base model comes from; ``None``: it is loaded.
+        deliver: does the last delivery to MLflow, e.g. in a thread; ``None``: at once. Whoever gives it need not wait
+            for MLflow at the run's start either.
+
+    Raises:
+        QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
+    """
+    set_threads(config.training.threads)
+    quiet_libraries()
+    outputs = OutputPaths.of(config.output_root)
+    with contextlib.ExitStack() as held:
+        if resume is not None:
+            held.enter_context(_owned(outputs.run(resume)))
+        if observer is not None:
+            observer.phase("prepare")
+        prepared = _prepare(config, bases)  # wrong input ends here, before a run exists
+        if resume is not None:
+            _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
+        record, paths = begin(config, outputs, prepared.environment, resume, run_id, trial)
+        if resume is None:
+            held.enter_context(_owned(paths))
+        return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver)
+
+
+def _run_and_deliver(
+    config: Config,
+    prepared: _Prepared,
+    record: RunRecord,
+    paths: RunPaths,
+    observer: Observer | None,
+    resumed: bool,
+    report: Report,
+    deliver: Callable[[Callable[[], object]], object] | None,
+) -> RunRecord:
+    outputs = OutputPaths.of(config.output_root)
+    try:
+        tracker = _tracker(config, outputs, warm=deliver is not None)
+    except QloraExpError:
+        if not resumed:
+            remove(paths)
+        raise
+    tracker.start(record, paths, wait=deliver is None)
+    if observer is not None:
+        observer.note(f"run {record.run_id}")
+    with _terminated_like_interrupted():
+        finished, wrong = prepared.run(record, paths, _Told(observer, tracker), report)
+    finished = finished.replace(ended_at=now(), process=None)
+    write_json(paths.record, finished)
+    if finished.status is Status.COMPLETED:
+        paths.trained.unlink(missing_ok=True)
+        shutil.rmtree(paths.checkpoints, ignore_errors=True)  # the adapter is saved; what is left: optimizer states
+    if deliver is None:
+        tracker.finish(finished)
+    else:
+        deliver(lambda: tracker.finish(finished))
+    if wrong is not None:
+        raise wrong
+    return finished
+
+
+@contextlib.contextmanager
+def _owned(paths: RunPaths) -> Iterator[None]:
+    """Hold the run's folder for this process alone; the kernel lets go of it when the process ends, however it ends."""
+    read_record(paths.record)  # no record, no run: nothing is made in its folder
+    lock = FileLock(paths.lock)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        who = paths.lock.read_text(encoding="utf-8") or "another process"
+        raise RecordError(f"{who} executes this run", str(paths.folder), "wait for it, or stop it first") from None
+    if isinstance(lock, UnixFileLock):  # where the disk has no flock, the file's content is filelock's own
+        me = environment.process_identity()
+        paths.lock.write_text(f"process {me.pid} on {me.host or 'an unnamed host'}", encoding="utf-8")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Prepared(Protocol):
+    """A run that may begin."""
+
+    environment: Environment
+    data_fingerprint: str | None
+
+    def run(
+        self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
+    ) -> tuple[RunRecord, QloraExpError | None]: ...
+
+
+def _prepare(config: Config, bases: Bases | None) -> _Prepared:
+    return _Sleep(config) if config.training.engine is Engine.sleep else _Training(config, bases)
+
+
+class _Training:
+    """A run that trains a model."""
+
+    def __init__(self, config: Config, bases: Bases | None) -> None:
+        from qlora_exp import one_run
+
+        self.config, self.bases = config, bases
+        self.environment = environment.probe(config.training.device)
+        self.prepared = one_run.prepare(config, self.environment, self.bases)
+        self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
+
+    def run(
+        self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
+    ) -> tuple[RunRecord, QloraExpError | None]:
+        from qlora_exp import one_run
+
+        return one_run.run(self.config, self.prepared, record, paths, observer, report, self.bases)
+
+
+class _Sleep:
+    """A run that trains nothing: neither torch nor data are touched."""
+
+    data_fingerprint: str | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.environment = environment.probe_without_torch()
+
+    def run(
+        self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
+    ) -> tuple[RunRecord, QloraExpError | None]:
+        return synthetic.run(self.config, record, paths, observer, report), None
+
+
+def _tracker(config: Config, outputs: OutputPaths, warm: bool) -> Any:
+    """The tracker; for ``tracking=off`` one that does nothing, and for which MLflow isn't imported."""
+    if not config.tracking.enabled:
+        return _Untracked()
+    from qlora_exp import tracking
+
+    return tracking.Tracker(config.tracking, outputs, warm)
+
+
+class _Untracked:
+    def start(self, record: RunRecord, paths: RunPaths, wait: bool) -> None:
+        return
+
+    def log_curve(self, points: Any) -> None:
+        return
+
+    def finish(self, record: RunRecord) -> bool:
+        return False
+
+
+def _check_same_data(record: RunRecord, fingerprint: str | None) -> None:
+    if record.data is not None and record.data.fingerprint != fingerprint:
+        raise DataError("the data have changed since this run began", record.run_id, f"qlora-exp rerun {record.run_id}")
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """TERM (a scheduler's, a container's) is told like Ctrl-C in every phase; training has a gentler way of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _Told:
+    """Passes what a run tells on to the person who watches, and its curve to the tracker."""
+
+    def __init__(self, observer: Observer | None, tracker: Any) -> None:
+        self.observer, self.tracker = observer, tracker
+
+    def phase(self, name: str) -> None:
+        if self.observer is not None:
+            self.observer.phase(name)
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        self.tracker.log_curve([{"step": step, **metrics}])
+        if self.observer is not None:
+            self.observer.step(step, total, metrics)
+
+    def note(self, text: str) -> None:
+        if self.observer is not None:
+            self.observer.note(text)

@@ -1,0 +1,24 @@
+"""Where a run takes its base model from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar
+
+from qlora_exp import models
+from qlora_exp.config import Config
+
+T = TypeVar("T")
+
+
+class Bases(Protocol):
+    """Where a run's base comes from, and what else a host that makes many runs need not make twice."""
+
+    def lend(self, config: Config, device_kind: str) -> models.Base:
+        """The base that ``config`` asks for, as :func:`models.load_base` loads it."""
+
+    def model(self, base: models.Base) -> Any:
+        """A model to evaluate or to train; what is done to it does the base no harm, or nobody needs the base again."""
+
+    def kept(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+        """``make()``, or what it gave the last time with the same key."""

@@ -1,0 +1,81 @@
+"""What can be known and checked before a weight is read."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qlora_exp import models, plan
+from qlora_exp.config import Config, EvaluationSplit
+from qlora_exp.data import Splits, check_positions, load_data, load_rows
+from qlora_exp.errors import DataError
+from qlora_exp.metrics import hub_metric
+from qlora_exp.one_run.bases import Bases
+from qlora_exp.records import Environment, Plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be known and checked before a weight is read."""
+
+    plan: Plan
+    modules: tuple[str, ...]
+    tokenizer: Any
+    splits: Splits
+
+
+def prepare(config: Config, environment: Environment, bases: Bases | None = None) -> Prepared:
+    """Check rows, target modules and plan, in the order of their cost. Raises :class:`QloraExpError`."""
+    if environment.device.kind == "cpu" and (problem := plan.int8_dora(config)):
+        raise problem  # with training.device=auto the machine decides, which is known only here
+    bases = bases or models.ColdBases()
+    rows = (repr(config.task), _state_of_files(config.task.path))
+    bases.kept("rows", rows, lambda: load_rows(config.task))
+    model = models.model_key(config.model)
+    architecture = bases.kept("architecture", model, lambda: models.describe(config.model))
+    modules = models.resolve_targets(architecture, config.targets)
+    tokenizer = models.load_tokenizer(config.model)
+    length = config.training.max_length
+    splits = bases.kept("splits", (rows, model, length), lambda: load_data(config, tokenizer, length))
+    check_positions(splits, architecture.positions)
+    _check_scores_can_be_had(config, splits)
+    planned = plan.make_plan(config, environment, architecture, modules, splits.format)
+    if config.training.max_tokens is not None:
+        planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
+    return Prepared(planned, modules, tokenizer, splits)
+
+
+def _state_of_files(path: str | None) -> Hashable:
+    """Sizes and times of change of a local task's files: rows read before are those there now while they are equal."""
+    if path is None:
+        return None
+    place = Path(path).expanduser()
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
+
+
+def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
+    """What evaluation needs, asked before a training is paid for."""
+    for name in config.evaluation.metrics:
+        hub_metric(name)
+    if config.evaluation.split is EvaluationSplit.test and not splits.test:
+        raise DataError("there are no test items", "evaluation.split = test", "task.test_fraction=0.1, or a test file")
+
+
+SHORT_ROWS_SIGMAS = 4.0
+"""How many standard errors the rows that are drawn may be shorter than the mean row: the token budget, not the last
+step, ends a training."""
+
+
+def _steps_for_tokens(config: Config, splits: Splits) -> int:
+    """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
+    assert config.training.max_tokens is not None
+    lengths = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.train]
+    mean = statistics.fmean(lengths)
+    rows = config.training.max_tokens / mean
+    longest = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
+    return 1 + math.ceil(longest * rows / config.training.batch_size)

@@ -1,0 +1,50 @@
+"""What is known of a run: its types, how they become JSON, and their files."""
+
+from qlora_exp.records.files import read_record, write_json, write_text
+from qlora_exp.records.schema import from_dict, to_dict
+from qlora_exp.records.types import (
+    SCHEMA_VERSION,
+    Baselines,
+    Data,
+    Device,
+    Environment,
+    Failure,
+    Forgetting,
+    Goal,
+    Memory,
+    Plan,
+    Process,
+    RunRecord,
+    Scores,
+    ScoreTable,
+    Speed,
+    Status,
+    Training,
+    Trial,
+)
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Baselines",
+    "Data",
+    "Device",
+    "Environment",
+    "Failure",
+    "Forgetting",
+    "Goal",
+    "Memory",
+    "Plan",
+    "Process",
+    "RunRecord",
+    "ScoreTable",
+    "Scores",
+    "Speed",
+    "Status",
+    "Training",
+    "Trial",
+    "from_dict",
+    "read_record",
+    "to_dict",
+    "write_json",
+    "write_text",
+]

@@ -1,0 +1,57 @@
+"""Records on disk: written whole or not at all, read with every doubt told."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.errors import RecordError
+from qlora_exp.records.schema import from_dict, to_dict
+from qlora_exp.records.types import SCHEMA_VERSION, RunRecord
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half of one, whatever is killed when."""
+    write_text(path, json.dumps(to_dict(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` atomically and durably (file and folder are synced)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read a ``record.json``. A missing, torn or foreign file raises :class:`RecordError`."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError("there is no record", str(path), "qlora-exp ls runs shows the runs that there are") from None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"the record can't be read: {error}", str(path), "restore it, or run again") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("schema_version"), int):
+        raise RecordError("this is no record of a run: schema_version is missing", str(path))
+    if raw["schema_version"] > SCHEMA_VERSION:
+        raise RecordError(
+            f"the record has schema version {raw['schema_version']}, this version reads up to {SCHEMA_VERSION}",
+            str(path),
+            "upgrade qlora-exp",
+        )
+    return from_dict(RunRecord, raw, str(path))

@@ -1,0 +1,209 @@
+"""The straight line of a sweep: what is asked, the study, its parent run, the workers, the conclusion."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import DictConfig
+
+from qlora_exp import compose, rank_doubling, study
+from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
+from qlora_exp.config import WorkersConfig
+from qlora_exp.errors import QloraExpError, StudyError
+from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.records import Status, from_dict, to_dict, write_json
+from qlora_exp.redaction import redact, redact_overrides, redact_text
+from qlora_exp.standing import Watch, best_table, read_spec, show_progress, storage_of, tracked
+from qlora_exp.study.types import Counts, StudySpec
+from qlora_exp.sweep.asking import Asked, ask, settings_of
+from qlora_exp.sweep.orchestration import orchestrating
+
+Launch = Callable[[list[list[str]]], Sequence[Any]]
+"""Takes the overrides of each job, returns when all have ended; the results have Hydra's ``return_value``."""
+
+
+def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mapping[str, str], launcher: Any) -> None:
+    """Hydra's door: ``arguments`` are the command line's overrides, ``params`` those of ``hydra.sweeper.params``.
+
+    Leaves by :class:`~qlora_exp.app.Ended`: Hydra drops what a sweeper returns.
+    """
+    hydra = [text for text in config.hydra.overrides.hydra if not text.startswith(("hydra.mode=", compose.SEARCH_PATH))]
+    given = [text for text in config.hydra.overrides.hydra if text.startswith(compose.SEARCH_PATH)]
+    own = compose.search_folders(given)[1:]
+    if own:
+        hydra.append(compose.search_path(own))
+    try:
+        asked = ask([*arguments, *hydra], params)
+        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0))
+    except QloraExpError as error:
+        tell(error)
+        code = EXIT_WRONG_INPUT
+    raise Ended(code)
+
+
+def sweep(asked: Asked, launch: Launch) -> int:
+    """Work on the study until it is complete, stopped or has failed too often, and tell what came of it.
+
+    Exit codes: 0 complete; 1 ``sweep.max_failures`` reached, no trial completed, or a worker failed; 130 interrupted.
+
+    Raises:
+        QloraExpError: another process orchestrates the study (and ``sweep.join`` is false), or the study can't be
+            opened, or was begun with another space; nothing was started.
+    """
+    spec, paths = asked.spec, asked.paths
+    with orchestrating(paths, spec.name, asked.sweep.join) as first:
+        opened = study.Study.open(spec, paths, spec.storage)
+        write_spec(spec, paths)
+        if _is_complete(opened.counts()):
+            print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
+            with _tracked(asked, opened, first and not _end_is_told(paths)) as tracker:
+                if tracker is not None:
+                    tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
+            return _conclude(opened, spec, paths)
+        print(_announcement(asked, opened.counts()), file=sys.stderr, flush=True)
+        if spec.ladder is not None:
+            rank_doubling.announce(spec, asked.sweep.ladder)
+        with _tracked(asked, opened, first) as tracker:
+            with Watch(spec, opened, paths, tracker):
+                code = _launch(launch, jobs_of(asked), spec.name)
+            return code or _conclude(opened, spec, paths)
+
+
+def work(raw: Any, overrides: Sequence[str]) -> Any:
+    """One launcher job: a worker that runs trials until nothing is left. Needs only the study's name and place, so
+    that any launcher can carry it to another machine that shares the folder."""
+    from qlora_exp.workers import run_worker
+
+    paths = OutputPaths.of(str(raw.output_root)).study(str(raw.sweep.name))
+    spec, workers = read_spec(paths), settings_of(raw.workers, WorkersConfig)
+    # The file holds no secrets; the command line that brought this job here does.
+    own = [text for text in overrides if not text.startswith(("workers.job=", "sweep.name=", "sweep.storage="))]
+    kept = [text for text in spec.overrides if compose.is_hydra(compose.key_of(text))]
+    try:
+        spec = replace(spec, overrides=(*own, *kept), storage=storage_of(spec, raw.sweep.storage))
+        return run_worker(spec, paths, workers, int(raw.workers.job))
+    except QloraExpError as error:
+        tell(error)
+        raise Ended(error.exit_code) from None
+
+
+def write_spec(spec: StudySpec, paths: StudyPaths) -> None:
+    """``study.json``: without secrets."""
+    write_json(paths.spec, _shown(spec))
+
+
+def _shown(spec: StudySpec) -> StudySpec:
+    return replace(
+        spec,
+        overrides=tuple(redact_overrides(spec.overrides)),
+        fixed=redact(spec.fixed),
+        storage=redact_text(spec.storage),
+    )
+
+
+def jobs_of(asked: Asked) -> list[list[str]]:
+    """The overrides of each launcher job."""
+    spec = asked.spec
+    own = [text for text in spec.overrides if not compose.is_hydra(compose.key_of(text))]
+    named: dict[str, Any] = {"sweep.name": spec.name}
+    if asked.sweep.storage is not None:
+        named["sweep.storage"] = spec.storage
+    return [[*own, *study.overrides_of(named), f"workers.job={job}"] for job in range(asked.workers.jobs)]
+
+
+def _launch(launch: Launch, jobs: list[list[str]], name: str) -> int:
+    """Run the jobs to their end. An exit code other than 0: a worker that could not work at all, or was killed."""
+    code = EXIT_COMPLETED
+    try:
+        results = launch(jobs)
+    except Ended as ended:
+        return ended.code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:  # every launcher has its own for a job that was killed
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        hint = f"qlora-exp resume {name} goes on with it"
+        tell(StudyError(f"the launcher lost a worker: {reason}", f"study {name}", hint))
+        return EXIT_RUN_FAILED
+    for result in results:
+        try:
+            _ = result.return_value
+        except QloraExpError as error:
+            tell(error)
+            code = error.exit_code
+    return code
+
+
+@contextlib.contextmanager
+def _tracked(asked: Asked, opened: Any, wanted: bool) -> Iterator[Any]:
+    """The study's tracker, told of the end however that comes; what killed hosts could not deliver goes before it."""
+    if not (wanted and asked.tracking.enabled):
+        yield None
+        return
+    from qlora_exp import tracking
+
+    outputs = OutputPaths(asked.paths.folder.parent.parent)
+    tracker = tracking.StudyTracker(asked.tracking, outputs, asked.spec.name)
+    try:
+        tracker.start(from_dict(tracking.StudyDefinition, to_dict(_shown(asked.spec))))
+        yield tracker
+    finally:
+        told = [row.run_id for row in opened.trials() if row.run_id is not None and row.status is not None]
+        tracking.deliver_runs(outputs, told, asked.tracking.uri)
+        tracker.finish(_status(opened.counts()))
+
+
+def _end_is_told(paths: StudyPaths) -> bool:
+    from qlora_exp.tracking import read_state
+
+    state = read_state(paths)
+    return state is not None and state.delivered
+
+
+def _is_complete(counts: Counts) -> bool:
+    return counts.running + counts.waiting + counts.to_ask == 0
+
+
+def _status(counts: Counts) -> Status:
+    if not _is_complete(counts):
+        return Status.INTERRUPTED
+    return Status.COMPLETED if counts.completed else Status.FAILED
+
+
+def _announcement(asked: Asked, counts: Counts) -> str:
+    spec = asked.spec
+    synthetic = "SYNTHETIC " if spec.synthetic else ""
+    gone_on = f", {counts.finished} of them done" if counts.finished else ""
+    axes = " × ".join(f"{axis.key}={axis.text}" for axis in spec.axes) or "no axes"
+    search = f"{spec.sampler}, pruner {spec.pruner}"
+    at_most = "at most " if spec.ladder is not None else ""
+    return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{gone_on} ({search})\n  {axes}"
+
+
+def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> int:
+    from qlora_exp.tables import show
+
+    counts, best = opened.counts(), opened.best()
+    if spec.ladder is not None:
+        rank_doubling.conclude(opened, spec, paths)
+    elif best:
+        show(best_table(best, spec))
+    print(("SYNTHETIC " if spec.synthetic else "") + show_progress(counts))
+    outputs = OutputPaths(paths.folder.parent.parent)
+    option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
+    name = shlex.quote(spec.name)
+    if not _is_complete(counts):
+        failed = opened.failures_reached()
+        why = f"sweep.max_failures={spec.max_failures:g} is reached" if failed else "not complete"
+        allow = " sweep.max_failures=null" if failed else ""
+        print(f"{why}: qlora-exp resume {name}{allow}{option}")
+        return EXIT_RUN_FAILED if failed else EXIT_INTERRUPTED
+    if spec.ladder is None:  # the answer of a ladder is no single trial
+        print(f"  qlora-exp best {name}{option}")
+    print(f"  qlora-exp trials {name} --csv{option}")
+    return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED
