@@ -5,8 +5,8 @@ The rule, its formulas and its sources are in docs/statistics.md, its measured e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -132,6 +132,29 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
         purchase=purchase,
         what_it_takes=takes,
     )
+
+
+def decide_doubling(run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule) -> Decision | None:
+    """One doubling with its two looks and the one purchase between them.
+
+    Args:
+        run: seeds in all → losses of the ladder's ranks so far, the doubling's two last, both with so many seeds;
+            ``None`` where runs are still missing.
+        first_seeds: of the first look.
+
+    Returns:
+        The decision, a *buy* while what was bought is missing; ``None`` while the first look's runs are.
+    """
+    ladder = run(first_seeds)
+    if ladder is None:
+        return None
+    decision = decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, FIRST_LOOK)
+    if decision.purchase is None:
+        return decision
+    if decision.purchase.seeds is None:
+        return _items_are_missing(decision, decision.purchase.items)
+    ladder = run(min(max(decision.purchase.seeds, first_seeds + 1), MOST_SEEDS))
+    return decision if ladder is None else decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, LAST_LOOK)
 
 
 def decide_published(gain: float, se: float, rule: Rule) -> Decision:
@@ -261,6 +284,11 @@ def _purchase(split: VarianceSplit, found: Bounds, items: int | None, rule: Rule
     if split.seeds >= MOST_SEEDS:
         return None
     return Purchase(int(seeds_to_buy(found.half_width, split.seeds, rule)), None)
+
+
+def _items_are_missing(decision: Decision, items: int | None) -> Decision:
+    takes = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
+    return replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None, what_it_takes=takes)
 
 
 def _noise(split: VarianceSplit, items: int | None) -> Noise:

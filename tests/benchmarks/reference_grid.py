@@ -21,7 +21,8 @@ from typing import Any
 
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records import read_record
-from qlora_exp.study.ladder import RANK, RATE, SEED, SPLIT, LadderTrial, Point, choose, ranks_of
+from qlora_exp.study.ladder import LadderTrial, Point, choose
+from qlora_exp.study.ladder_plan import RANK, RATE, SEED, SPLIT, ranks_of
 from qlora_exp.study.ladder_runs import trials_of
 from qlora_exp.study.types import LadderSpec, OneLadder
 
