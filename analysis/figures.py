@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from qlora_exp.analysis.configurations import Configuration, Measure, shown
@@ -21,6 +22,14 @@ MOST_DOMINATED = 1000
 PART_COLOURS = (*PALETTE[:5], PALETTE[6])
 MOST_LINES = len(PALETTE)
 MOST_BARS = 16
+
+
+def write_figure(figure: Figure | None, path: Path) -> None:
+    """One HTML file that needs no network. Nothing is written for a figure that can't be drawn."""
+    from plotly.io import write_html
+
+    if figure is not None:
+        write_html(figure, path, include_plotlyjs=True, full_html=True)
 
 
 def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
