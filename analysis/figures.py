@@ -32,6 +32,18 @@ def write_figure(figure: Figure | None, path: Path) -> None:
         write_html(figure, path, include_plotlyjs=True, full_html=True)
 
 
+def lines(named: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tuple[str, str], goal: float) -> Figure:
+    """(x, y) by name, against a dashed line at ``goal``. ``axes``: titles, horizontal and vertical."""
+    traces = [
+        {"type": "scatter", "mode": "lines+markers", "name": escape(name), "x": list(x), "y": list(y)}
+        | {"line": {"color": PALETTE[number % len(PALETTE)]}}
+        for number, (name, (x, y)) in enumerate(named.items())
+    ]
+    dashed = {"color": PALETTE[-2], "dash": "dash", "width": 2}
+    shape = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": goal, "y1": goal, "line": dashed}
+    return {"data": traces, "layout": _layout(*axes) | {"shapes": [shape]}}
+
+
 def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
     """Quality against ``memory`` or ``speed``, one trace a quantization; the front's points are outlined."""
     drawn = _thinned(front)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -268,3 +269,14 @@ def _of(scores: Scores | None, name: str) -> float | None:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The answer and its tables of a folder of runs; ``--page FILE`` saves the plots."""
+    from qlora_exp.analysis.ask import main as ask
+
+    ask(["instruct_base", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    main()

@@ -5,9 +5,11 @@ The rule, its formulas and its sources are in docs/statistics.md, its measured e
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -311,8 +313,13 @@ def _plain(value: float) -> str:
     return f"{value:+.3g}"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The rule on a made-up ladder: gains 0.09, 0.05, 0.005 nats per item, margin 0.02, three seeds, then eight."""
+    from qlora_exp.analysis import figures
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--figure", type=Path, help="also draw the last answer's doublings into this HTML file")
+    given = parser.parse_args(arguments)
     rng = np.random.default_rng(0)
     item = rng.normal(0.9, 0.4, 1000)
     losses = {
@@ -330,6 +337,8 @@ def main() -> None:
             )
             print(f" {d.verdict} |")
         print(f"\n{found.sentence}\n")
+    if given.figure is not None:
+        figures.write_figure(figures.ladder(as_object(found)), given.figure)
 
 
 if __name__ == "__main__":

@@ -4,39 +4,27 @@ committed page follows from the committed runs."""
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qlora_exp.analysis.replay import DATA, ReferenceGrid, allowed, climb, load, noise_of, replay, save
+sys.path.insert(0, str(Path(__file__).parent))
+
+from made_up_grid import RANKS, SEEDS, made_up_grid
+
+from qlora_exp.analysis.replay import DATA, allowed, climb, load, noise_of, replay, save
 from qlora_exp.analysis.replay_page import document
 from qlora_exp.analysis.rule import FIRST_SEEDS, Verdict, make_rule
 from qlora_exp.errors import AnalysisError
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS, SEEDS, ITEMS = (1, 2, 4, 8, 16), 8, 200
-GAINS = (0.5, 0.3, 0.01, 0.01)
-
-
-def made_up(
-    gains: tuple[float, ...] = GAINS, seed_sd: float = 0.01, item_sd: float = 0.1, seed: int = 0
-) -> ReferenceGrid:
-    """Known gains; ``seed_sd`` and ``item_sd`` are of a difference of two ranks."""
-    rng = np.random.default_rng(seed)
-    levels = 3 - np.cumsum([0.0, *gains])[:, None, None]
-    by_item = rng.normal(0, 0.5, ITEMS) + rng.normal(0, item_sd / np.sqrt(2), (len(RANKS), 1, ITEMS))
-    pools = []
-    for _ in range(2):
-        by_seed = rng.normal(0, seed_sd / np.sqrt(2), (len(RANKS), SEEDS, 1))
-        pools.append(levels + by_item + by_seed + rng.normal(0, 0.01, (len(RANKS), SEEDS, ITEMS)))
-    flops = np.array(RANKS, dtype=float) + 100
-    return ReferenceGrid(RANKS, pools[0], pools[1], flops, 3 * flops, {"note": "made up"})
 
 
 def test_a_clear_answer_is_found_by_every_ladder_at_a_fraction_of_the_grid() -> None:
-    row = replay(made_up(), margin=0.1, r_start=1, draws=20, seed=1)
+    row = replay(made_up_grid(), margin=0.1, r_start=1, draws=20, seed=1)
     assert (row.grid.verdict, row.grid.recommended_rank) == (Verdict.STOP, 4)
     assert (row.decided, row.compatible, row.unjudged, row.exact, row.grids_agree) == (1, 1, 0, 1, 1)
     # Ranks 1, 2, 4 and 8 of five, three seeds of eight, all with their three pilots.
@@ -46,13 +34,13 @@ def test_a_clear_answer_is_found_by_every_ladder_at_a_fraction_of_the_grid() -> 
 
 
 def test_a_pool_that_contradicts_the_grid_is_counted_as_incompatible() -> None:
-    reference = replace(made_up(), pool=made_up(gains=(0.5, 0.01, 0.01, 0.01)).pool)
+    reference = replace(made_up_grid(), pool=made_up_grid(gains=(0.5, 0.01, 0.01, 0.01)).pool)
     row = replay(reference, margin=0.1, r_start=1, draws=10, seed=1)
     assert (row.decided, row.compatible, row.exact) == (1, 0, 0)
 
 
 def test_gains_at_the_margin_may_be_called_either_way() -> None:
-    reference = made_up(gains=(0.1, 0.1, 0.1, 0.1), item_sd=0.05)
+    reference = made_up_grid(gains=(0.1, 0.1, 0.1, 0.1), item_sd=0.05)
     rule = make_rule(0.1, 4)
     limits = [allowed(comparison, rule) for comparison in reference.answer(rule).comparisons]
     assert limits == [frozenset({Verdict.CONTINUE, Verdict.STOP})] * 4
@@ -60,35 +48,35 @@ def test_gains_at_the_margin_may_be_called_either_way() -> None:
 
 
 def test_a_grid_that_is_itself_inconclusive_judges_nobody() -> None:
-    clear = made_up()
-    noisy = made_up(gains=(0.1, 0.1, 0.1, 0.1), seed_sd=1.0, seed=3).grid
+    clear = made_up_grid()
+    noisy = made_up_grid(gains=(0.1, 0.1, 0.1, 0.1), seed_sd=1.0, seed=3).grid
     row = replay(replace(clear, grid=noisy), margin=0.1, r_start=1, draws=5, seed=1)
     assert row.grid.verdict is Verdict.INCONCLUSIVE
     assert (row.decided, row.unjudged, row.compatible) == (1, 1, None)
 
 
 def test_noise_buys_seeds_and_no_more_than_there_are() -> None:
-    noisy = made_up(gains=(0.1, 0.1, 0.1, 0.1), seed_sd=0.15, seed=4)
+    noisy = made_up_grid(gains=(0.1, 0.1, 0.1, 0.1), seed_sd=0.15, seed=4)
     ladder = climb(noisy.pool, RANKS, make_rule(0.1, 4))
     assert FIRST_SEEDS < ladder.seeds[0] <= SEEDS
     assert all(comparison.decision.verdict is not Verdict.BUY for comparison in ladder.comparisons)
 
 
 def test_a_ladder_that_starts_higher_is_held_against_the_grid_from_there() -> None:
-    row = replay(made_up(), margin=0.1, r_start=4, draws=5, seed=1)
+    row = replay(made_up_grid(), margin=0.1, r_start=4, draws=5, seed=1)
     assert (row.grid.verdict, row.grid.recommended_rank, row.exact) == (Verdict.STOP, 4, 1)
 
 
 def test_measured_noise_is_that_of_the_differences() -> None:
-    together = np.concatenate([made_up(seed_sd=0.2, item_sd=0.4, seed=n).pool[:2] for n in range(20)], axis=1)
+    together = np.concatenate([made_up_grid(seed_sd=0.2, item_sd=0.4, seed=n).pool[:2] for n in range(20)], axis=1)
     noise = noise_of(together)
     assert noise.seed_sd == pytest.approx(0.2, rel=0.2)
-    one = made_up(seed_sd=0.2, item_sd=0.4).pool[:2]
+    one = made_up_grid(seed_sd=0.2, item_sd=0.4).pool[:2]
     assert noise_of(one).item_sd == pytest.approx(0.4, rel=0.2)
 
 
 def test_a_reference_grid_is_kept_and_read_again(tmp_path: Path) -> None:
-    reference = made_up()
+    reference = made_up_grid()
     save(reference, tmp_path / "grid.npz")
     again = load(tmp_path / "grid.npz")
     assert (again.ranks, again.provenance) == (reference.ranks, reference.provenance)
