@@ -185,7 +185,7 @@ def replay(whole: ReferenceGrid, margin: float, r_start: int, draws: int, seed: 
     judged = _judged([(one, grid) for one in ladders])
     agree, in_halves = _halves(reference, rule, rng)
     exact = [_same(one.found, grid) for one in decided]
-    noise = noise_of(reference.pool[:2])
+    noise = noise_of(all_seeds(reference)[:2])
     shares = np.array([_flops(reference, one) for one in ladders])
     levels = dict(zip(whole.ranks, np.nanmean(whole.grid, axis=(1, 2)), strict=True))
     regrets = [
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description="Replay the rank decision against a reference grid.")
     parser.add_argument("--data", type=Path, default=DATA, help="default: %(default)s")
-    parser.add_argument("--draws", type=int, default=200, help="a row (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=100, help="a row (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="also write the page to this Markdown file")
     parser.add_argument("--figure", type=Path, help="also draw the grid's doublings into this HTML file")

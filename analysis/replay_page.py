@@ -25,24 +25,29 @@ HEADINGS = (
     *("(c) same answer", "two grids agree", "(d) regret, median / p90", "(e) FLOPs of the grid's, median / p90"),
     *("of one's own grid's", "seeds a rank", "reached"),
 )
+COMPATIBLE, DECIDED, FLOPS_MEDIAN, FLOPS_P90 = 0.95, 0.80, 0.35, 0.50
+"""The goals."""
 
 
 def document(reference: ReferenceGrid, rows: Sequence[Row], draws: int, seed: int) -> str:
-    return "\n".join([_head(reference, draws, seed), *_table(rows), "", *_noise(reference), _how(reference)]) + "\n"
+    return (
+        "\n".join(
+            [_head(reference, draws, seed), *_table(rows), "", *_summary(rows), *_noise(reference), _how(reference)]
+        )
+        + "\n"
+    )
 
 
 def reached(row: Row) -> str:
-    """The goals that a row misses, by letter; "yes" where none."""
-    missed = [
-        letter
-        for letter, holds in (
-            ("a", row.compatible is None or row.compatible >= 0.95),
-            ("b", row.decided >= 0.80),
-            ("e", row.flops[0] <= 0.35 and row.flops[1] <= 0.50),
-        )
-        if not holds
-    ]
-    return f"**no: {', '.join(missed)}**" if missed else "yes"
+    """The goals that a row misses, by letter; "yes" where none, "(a) unknown" where no ladder could be judged."""
+    holds = {
+        "a": row.compatible is None or row.compatible >= COMPATIBLE,
+        "b": row.decided >= DECIDED,
+        "e": row.flops[0] <= FLOPS_MEDIAN and row.flops[1] <= FLOPS_P90,
+    }
+    missed = [letter for letter, held in holds.items() if not held]
+    told = [f"**no: {', '.join(missed)}**"] if missed else [] if row.compatible is None else ["yes"]
+    return "; ".join(told + (["(a) unknown"] if row.compatible is None else []))
 
 
 def said(found: Answer) -> str:
@@ -85,6 +90,32 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
     yield "|" + "---|" * len(HEADINGS)
     for row in rows:
         yield "| " + " | ".join(cells(row)) + " |"
+
+
+def _summary(rows: Sequence[Row]) -> Iterator[str]:
+    yield from ("## What it shows", "")
+    for name, some in (
+        ("The plan can settle (planned half-width ≤ w)", [row for row in rows if row.planned <= 1]),
+        ("The plan can't settle", [row for row in rows if row.planned > 1]),
+    ):
+        known = [row.compatible for row in some if row.compatible is not None]
+        halves = [row.compatible_in_halves for row in some if row.compatible_in_halves is not None]
+        yield f"* {name}: {len(some)} rows."
+        yield f"  (b) is reached in {_reached([row.decided for row in some], DECIDED)};"
+        yield f"  (a), where it can be judged, in {_reached(known, COMPATIBLE)}, over halves in"
+        yield f"  {_reached(halves, COMPATIBLE)}."
+    cheap = sum(row.flops[0] <= FLOPS_MEDIAN and row.flops[1] <= FLOPS_P90 for row in rows)
+    yield f"* (e) is reached in {cheap} of {len(rows)} rows: medians{_range([row.flops[0] for row in rows])}, 90th"
+    yield f"  percentiles{_range([row.flops[1] for row in rows])}; of one's own grid{_range([row.flops_of_own for row in rows])}."
+    yield ""
+
+
+def _reached(shares: Sequence[float], goal: float) -> str:
+    return f"{sum(share >= goal for share in shares)} of {len(shares)}{_range(shares)}"
+
+
+def _range(shares: Sequence[float]) -> str:
+    return f" ({_percent(min(shares))} to {_percent(max(shares))})" if shares else ""
 
 
 def cells(row: Row) -> tuple[str, ...]:
