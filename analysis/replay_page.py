@@ -106,7 +106,8 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
         yield f"  {_reached(halves, COMPATIBLE)}."
     cheap = sum(row.flops[0] <= FLOPS_MEDIAN and row.flops[1] <= FLOPS_P90 for row in rows)
     yield f"* (e) is reached in {cheap} of {len(rows)} rows: medians{_range([row.flops[0] for row in rows])}, 90th"
-    yield f"  percentiles{_range([row.flops[1] for row in rows])}; of one's own grid{_range([row.flops_of_own for row in rows])}."
+    yield f"  percentiles{_range([row.flops[1] for row in rows])};"
+    yield f"  of one's own grid{_range([row.flops_of_own for row in rows])}."
     yield ""
 
 
