@@ -13,6 +13,7 @@ from qlora_exp.analysis import sections
 from qlora_exp.analysis.comparable import require_comparable
 from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of
 from qlora_exp.analysis.content import Report, Section
+from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.rendering import to_html, to_markdown
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records import RunRecord, read_record, write_text
@@ -23,7 +24,7 @@ QUESTIONS: dict[str, Answer] = {
     "rank": lambda records, found, measure: sections.rank_section(found, measure, with_ladder=False),
     "tradeoffs": lambda records, found, measure: sections.tradeoff_section(found, measure),
     "equal": lambda records, found, measure: sections.equal_everything_section(found, measure),
-    "instruct_base": lambda records, found, measure: sections.instruct_section(found, None, None),
+    "instruct_base": lambda records, found, measure: instruct_section(found),
     "memory": lambda records, found, measure: sections.memory_section(found, records),
     "speed": lambda records, found, measure: sections.speed_section(records),
 }

@@ -66,6 +66,11 @@ def refuse_synthetic(records: Sequence[RunRecord]) -> None:
         )
 
 
+def is_pilot(record: RunRecord) -> bool:
+    """Whether a ladder ran it to choose a learning rate: such a run is scored on validation and answers nothing."""
+    return record.trial is not None and record.trial.params.get("evaluation.split") == "validation"
+
+
 def finished(records: Iterable[RunRecord]) -> list[RunRecord]:
     """Completed runs of which scores, plan and data are known."""
     return [

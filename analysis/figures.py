@@ -150,6 +150,42 @@ def ladder(answer: Mapping[str, Any]) -> Figure | None:
     return {"data": [trace], "layout": layout}
 
 
+def accuracy_by_cell(
+    cells: Sequence[tuple[str, float | None, float | None, float | None]], lines: Sequence[tuple[str, float]]
+) -> Figure | None:
+    """Accuracy of each cell untouched, with worked examples and tuned; ``lines`` are what there is to beat."""
+    names = [escape(name) for name, *_ in cells]
+    traces: list[Figure] = []
+    for number, label in enumerate(("untouched", "with examples", "tuned")):
+        values = [cell[number + 1] for cell in cells]
+        if any(value is not None for value in values):
+            traces.append(
+                {
+                    "type": "bar",
+                    "name": label,
+                    "x": names,
+                    "y": values,
+                    "marker": {"color": PALETTE[number]},
+                    "hovertemplate": "%{x}, " + label + ": %{y:.3f}<extra></extra>",
+                }
+            )
+    if not traces:
+        return None
+    for number, (label, value) in enumerate(lines):
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": escape(label),
+                "x": names,
+                "y": [value] * len(names),
+                "line": {"color": PALETTE[6 + number], "dash": "dash", "width": 2},
+                "hovertemplate": "%{y:.3f}<extra></extra>",
+            }
+        )
+    return {"data": traces, "layout": _layout("", "accuracy, by likelihood") | {"barmode": "group"}}
+
+
 def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
     """Memory by part, stacked, the largest configurations first."""
     known = [b for b in breakdowns if any(b.parts.values())]

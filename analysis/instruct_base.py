@@ -1,274 +1,326 @@
-"""Is it better to start from the instruct model or from the base? The 2 × 2 of variant and format, and its sentence."""
+"""Is it better to start from the instruct model or from the base? The 2 × 2 of variant and format, and its paragraph.
+
+Named beforehand, the primary contrast: best instruct cell − best base cell after tuning, cells chosen on validation.
+Every other contrast is secondary, and its p is Holm-adjusted over all of them.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from qlora_exp.analysis import equal_tokens
 from qlora_exp.analysis.comparable import answering_scores, untouched_scores
 from qlora_exp.analysis.configurations import Configuration, mean
-from qlora_exp.analysis.variance import Array, split_variance
+from qlora_exp.analysis.contrasts import (
+    INTERVAL,
+    LEAST_SEEDS,
+    Difference,
+    ItemScores,
+    Side,
+    difference,
+    finite,
+    gain_difference,
+    holm,
+    scores_at,
+)
+from qlora_exp.analysis.equal_tokens import TokenCheck, cell_of, processed_tokens
 from qlora_exp.records import RunRecord, Scores
 
-INTERVAL = 0.90
-LEAST_SEEDS = 2
-"""Below, nothing tells what another seed would have trained."""
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
+BITS = "bits_per_byte"
 
-Losses = Callable[[RunRecord, str], Mapping[str, float] | None]
-"""(run, ``before`` or ``after``) → bits per byte of each test item's answer, scaled so that their mean is the score;
-``None`` where there are none."""
+
+@dataclass(frozen=True)
+class Level:
+    """One model's scores: bits per byte of the answer (comparable across formats), accuracy by likelihood, exact match
+    by generation. Means over seeds or draws; ``None`` is unknown."""
+
+    bits_per_byte: float | None
+    accuracy: float | None
+    exact_match: float | None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One variant in one format, at the configuration that was best on validation. Bits per byte of the answer, which
-    may be compared across formats; ``None`` is unknown."""
+    """One variant in one format, at the configuration that was best on validation."""
 
     variant: str
     written: str
     """``plain`` or ``chat``."""
     configuration: Configuration
-    untouched: float | None
-    tuned: float | None
-    untouched_accuracy: float | None
-    accuracy: float | None
-    exact_match: float | None
+    searched: int
+    """Configurations that the cell's was chosen among: pilots of other seeds, or its own runs."""
+    untouched: Level
+    few_shot: Level | None
+    """The untouched model with worked examples; ``None`` where that wasn't scored."""
+    shots: int | None
+    """The fewest examples of a draw."""
+    tuned: Level
     forgetting: float | None
     """Nats per byte of general text."""
     seed_sd: float | None
-    searched: int
-    """Configurations that the cell's was chosen among."""
+    """Of the tuned bits per byte; low and high: 90 %."""
+    seed_sd_low: float | None
+    seed_sd_high: float | None
+    tokens: float | None
+    """Processed in a training."""
 
     @property
     def name(self) -> str:
         return f"{self.variant}, {self.written}"
 
+    @property
+    def runs(self) -> tuple[RunRecord, ...]:
+        return self.configuration.runs
+
 
 @dataclass(frozen=True)
-class Difference:
-    """Bits per byte by which instruct is better; low and high: 90 % over seeds and items, ``None`` where unknown."""
+class Contrast:
+    """A secondary contrast: by how much the first that is named is better."""
 
-    value: float
-    low: float | None
-    high: float | None
-    seeds: int
-    over: str
+    name: str
+    unit: str
+    difference: Difference
+    adjusted_p: float | None
 
 
 @dataclass(frozen=True)
 class InstructBase:
     cells: tuple[Cell, ...]
     missing: tuple[str, ...]
+    instruct: Cell
+    """The better of its variant, on validation."""
+    base: Cell
+    chosen_by: str
     untouched: Difference | None
     gain: Difference | None
     tuned: Difference | None
-    sentence: str
+    """The primary contrast."""
+    secondary: tuple[Contrast, ...]
+    tokens: TokenCheck
+    margin: float | None
+    notes: tuple[str, ...]
+    """What is less than it should be."""
+
+
+@dataclass(frozen=True)
+class _Pilot:
+    best: float
+    """Bits per byte on validation, of the best of them."""
+    runs: int
+
+
+_Pilots = Mapping[tuple[str, str], _Pilot]
+"""(variant, format) → its pilots."""
 
 
 def compare(
-    configurations: Sequence[Configuration], losses: Losses | None = None, margin: float | None = None
+    configurations: Sequence[Configuration],
+    items: ItemScores | None = None,
+    margin: float | None = None,
+    pilots: Sequence[RunRecord] = (),
+    budgeted: Sequence[RunRecord] = (),
 ) -> InstructBase | None:
-    """The cells that there are, and the primary contrast: best instruct cell − best base cell after tuning, cells and
-    configurations chosen on validation. ``None`` where only one variant was run.
+    """The cells that there are, and their contrasts. ``None`` where only one variant was run.
 
     Args:
-        losses: per-item values; without them the interval is over seeds alone.
+        items: per-item values; without them intervals are over seeds alone.
         margin: bits per byte within which both count as equivalent; ``None``: equivalence is never said.
+        pilots: runs that were scored on validation only; where every cell has some, of seeds that answer nothing, the
+            cells are chosen by them instead of by their own runs' validation scores.
+        budgeted: runs that were trained to a number of tokens, for the equal-token check.
     """
     by_cell: dict[tuple[str, str], list[Configuration]] = defaultdict(list)
     for configuration in configurations:
-        plan = configuration.first.plan
-        variant = str((configuration.first.config.get("model") or {}).get("variant"))
-        by_cell[variant, plan.format if plan is not None else "plain"].append(configuration)
+        by_cell[cell_of(configuration.first)].append(configuration)
     if {"base", "instruct"} - {variant for variant, _ in by_cell}:
         return None
-    cells = tuple(_cell(*key, by_cell[key]) for key in CELLS if key in by_cell)
-    missing = tuple(
-        f"{variant} in the {written} format" for variant, written in CELLS if (variant, written) not in by_cell
-    )
+    piloted = _piloted(by_cell, pilots)
+    cells = tuple(_cell(*key, by_cell[key], piloted) for key in CELLS if key in by_cell)
     best = {
-        variant: min((c for c in cells if c.variant == variant), key=_on_validation) for variant in ("base", "instruct")
+        variant: min((c for c in cells if c.variant == variant), key=lambda cell: _on_validation(cell, piloted))
+        for variant in ("base", "instruct")
     }
-    pair = best["instruct"].configuration, best["base"].configuration
-    untouched = _difference(*pair, losses, "before")
-    tuned = _difference(*pair, losses, "after")
-    gain = _gain(*pair, losses, untouched, tuned)
-    return InstructBase(cells, missing, untouched, gain, tuned, _sentence(best, cells, untouched, gain, tuned, margin))
+    instruct, base = best["instruct"], best["base"]
+    untouched = difference(Side(instruct.runs, "before"), Side(base.runs, "before"), BITS, items)
+    tuned = difference(Side(instruct.runs, "after"), Side(base.runs, "after"), BITS, items)
+    gain = gain_difference(instruct.runs, base.runs, BITS, items)
+    return InstructBase(
+        cells=cells,
+        missing=tuple(f"{v} in the {w} format" for v, w in CELLS if (v, w) not in by_cell),
+        instruct=instruct,
+        base=base,
+        chosen_by="by pilots of seeds that answer nothing" if piloted else "by the same runs' validation scores",
+        untouched=untouched,
+        gain=gain,
+        tuned=tuned,
+        secondary=_secondary(cells, instruct, base, untouched, gain, items),
+        tokens=equal_tokens.check(instruct.runs, base.runs, budgeted, items),
+        margin=margin,
+        notes=tuple(_notes(instruct, base, tuned, items)),
+    )
 
 
-def verdict(difference: Difference | None, margin: float | None) -> str:
+def verdict(found: Difference | None, margin: float | None) -> str:
     """``better``, ``worse``, ``equivalent within ±m`` or ``not settled``: of instruct, after tuning."""
-    if difference is None or difference.low is None or difference.high is None or difference.seeds < LEAST_SEEDS:
+    if found is None or found.low is None or found.high is None or found.seeds < LEAST_SEEDS:
         return "not settled"
-    if margin is not None and -margin < difference.low and difference.high < margin:
+    if margin is not None and -margin < found.low and found.high < margin:
         return f"equivalent within ±{margin:g}"
-    if difference.low > 0:
+    if found.low > 0:
         return "better"
-    return "worse" if difference.high < 0 else "not settled"
+    return "worse" if found.high < 0 else "not settled"
 
 
 def baseline_note(configuration: Configuration) -> str | None:
-    """Whether the configuration beats the traditional baseline on the same split; ``None`` where that wasn't made."""
+    """Whether the configuration beats the traditional baselines on the same split; ``None`` where none was made."""
     scores, baselines = answering_scores(configuration.first), configuration.first.baselines
     accuracy = mean(_of(answering_scores(run), "accuracy") for run in configuration.runs)
-    if scores is None or baselines is None or baselines.tfidf_accuracy is None or accuracy is None:
+    if scores is None or baselines is None or accuracy is None or baselines.split != scores.split:
         return None
-    if baselines.split != scores.split:
+    majority, linear = baselines.majority_accuracy, baselines.tfidf_accuracy
+    if majority is not None and accuracy <= majority:
+        told_of = f"always answering {baselines.majority_label!r} ({majority:.3f} on {baselines.split})"
+        return f"Its accuracy of {accuracy:.3f} does not even beat {told_of}."
+    if linear is None:
         return None
-    baseline = f"TF-IDF with logistic regression ({baselines.tfidf_accuracy:.3f} on {baselines.split})"
-    if accuracy > baselines.tfidf_accuracy:
-        return f"Its accuracy of {accuracy:.3f} is above that of {baseline}."
-    return f"Its accuracy of {accuracy:.3f} does not beat {baseline}, which costs next to nothing."
+    told_of = f"TF-IDF with logistic regression ({linear:.3f} on {baselines.split})"
+    if accuracy > linear:
+        return f"Its accuracy of {accuracy:.3f} is above that of {told_of}."
+    return f"Its accuracy of {accuracy:.3f} does not beat {told_of}, which costs next to nothing."
 
 
-def _cell(variant: str, written: str, configurations: Sequence[Configuration]) -> Cell:
+# Cells.
+
+
+def _cell(variant: str, written: str, configurations: Sequence[Configuration], piloted: _Pilots) -> Cell:
     chosen = min(configurations, key=_validation_loss)
-    tuned = [scores.bits_per_byte for run in chosen.runs if (scores := answering_scores(run)) is not None]
-    known = [value for value in tuned if value is not None]
+    runs = chosen.runs
+    tuned = [_of(answering_scores(run), BITS) for run in runs]
+    sd, low, high = _spread([value for value in tuned if value is not None])
+    shown = runs[0].scores.few_shot
     return Cell(
         variant=variant,
         written=written,
         configuration=chosen,
-        untouched=mean(_of(untouched_scores(run), "bits_per_byte") for run in chosen.runs),
-        tuned=mean(tuned),
-        untouched_accuracy=mean(_of(untouched_scores(run), "accuracy") for run in chosen.runs),
-        accuracy=mean(_of(answering_scores(run), "accuracy") for run in chosen.runs),
-        exact_match=mean(_of(answering_scores(run), "exact_match") for run in chosen.runs),
-        forgetting=mean(run.scores.forgetting.difference if run.scores.forgetting else None for run in chosen.runs),
-        seed_sd=float(np.std(known, ddof=1)) if len(known) > 1 else None,
-        searched=len(configurations),
+        searched=piloted[variant, written].runs if piloted else len(configurations),
+        untouched=_level([untouched_scores(run) for run in runs]),
+        few_shot=_level([scores_at(runs[0], f"few_shot_{one.draw}") for one in shown]) if shown else None,
+        shots=min((len(one.examples) for one in shown), default=None),
+        tuned=_level([answering_scores(run) for run in runs]),
+        forgetting=mean(run.scores.forgetting.difference if run.scores.forgetting else None for run in runs),
+        seed_sd=sd,
+        seed_sd_low=low,
+        seed_sd_high=high,
+        tokens=processed_tokens(runs),
     )
 
 
-def _difference(instruct: Configuration, base: Configuration, losses: Losses | None, moment: str) -> Difference | None:
-    """base − instruct in bits per byte: above 0, instruct is better."""
-    by_seed = [{run.seed: run for run in side.runs} for side in (instruct, base)]
-    seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
-    pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in seeds]
-    # An untouched model has no seed: one pair is all there is.
-    pairs = pairs[:1] if moment == "before" else pairs
-    items = _item_differences(pairs, losses, moment)
-    if items is not None:
-        return _interval(items, f"{_count(len(pairs), 'seed')} and {items.shape[1]} items")
-    values = [
-        second - first
-        for a, b in pairs
-        if (first := _of(_at(a, moment), "bits_per_byte")) is not None
-        and (second := _of(_at(b, moment), "bits_per_byte")) is not None
-    ]
-    return _interval(np.array(values)[:, None], _count(len(values), "seed")) if values else None
+def _level(found: Sequence[Scores | None]) -> Level:
+    return Level(*(mean(_of(scores, name) for scores in found) for name in (BITS, "accuracy", "exact_match")))
 
 
-def _gain(
-    instruct: Configuration,
-    base: Configuration,
-    losses: Losses | None,
-    untouched: Difference | None,
-    tuned: Difference | None,
-) -> Difference | None:
-    """How much more tuning gains from instruct: the tuned difference less the untouched one."""
-    if untouched is None or tuned is None:
-        return None
-    by_seed = [{run.seed: run for run in side.runs} for side in (instruct, base)]
-    pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in by_seed[0] if seed in by_seed[1]]
-    after, before = _item_differences(pairs, losses, "after"), _item_differences(pairs[:1], losses, "before")
-    if after is not None and before is not None and after.shape[1] == before.shape[1]:
-        return _interval(after - before, tuned.over)
-    shift = untouched.value
-    low, high = (None if bound is None else bound - shift for bound in (tuned.low, tuned.high))
-    return Difference(tuned.value - shift, low, high, tuned.seeds, tuned.over)
+def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Standard deviation over seeds with its 90 % interval, from the chi-squared distribution of (n − 1)·s²/σ²."""
+    if len(values) < LEAST_SEEDS:
+        return None, None, None
+    df, sd = len(values) - 1, float(np.std(values, ddof=1))
+    upper, lower = (float(stats.chi2.ppf(share, df)) for share in ((1 + INTERVAL) / 2, (1 - INTERVAL) / 2))
+    return sd, sd * math.sqrt(df / upper), sd * math.sqrt(df / lower)
 
 
-def _item_differences(pairs: Sequence[tuple[RunRecord, RunRecord]], losses: Losses | None, moment: str) -> Array | None:
-    """(seeds, items) of base − instruct; ``None`` where a run has no per-item values or they are of other items."""
-    if losses is None or not pairs:
-        return None
-    rows = []
-    for instruct, base in pairs:
-        own, other = losses(instruct, moment), losses(base, moment)
-        if own is None or other is None or own.keys() != other.keys():
-            return None
-        rows.append([other[item] - own[item] for item in own])
-    return np.array(rows, dtype=float) if len({len(row) for row in rows}) == 1 else None
+def _on_validation(cell: Cell, piloted: _Pilots) -> float:
+    return piloted[cell.variant, cell.written].best if piloted else _validation_loss(cell.configuration)
 
 
-def _interval(values: Array, over: str) -> Difference:
-    """The mean of (seeds, items) with its 90 % interval: over both, over the items of a single seed, or none."""
-    seeds, items = values.shape
-    value = float(values.mean())
-    if seeds > 1:
-        split = split_variance(values, np.array(np.nan), np.array(seeds - 1.0))
-        half = float(stats.t.ppf((1 + INTERVAL) / 2, split.df)) * math.sqrt(float(split.variance))
-    elif items > 1:
-        half = float(stats.t.ppf((1 + INTERVAL) / 2, items - 1)) * float(values.std(ddof=1)) / math.sqrt(items)
-        over = f"{items} items alone"
-    else:
-        return Difference(value, None, None, seeds, over)
-    return Difference(value, value - half, value + half, seeds, over)
-
-
-def _sentence(
-    best: Mapping[str, Cell],
-    cells: Sequence[Cell],
-    untouched: Difference | None,
-    gain: Difference | None,
-    tuned: Difference | None,
-    margin: float | None,
-) -> str:
-    run = best["instruct"].configuration.first
-    task = run.data.task if run.data is not None else "this task"
-    template = [
-        f"{variant} {plain.tuned - chat.tuned:+.3g}"
-        for variant in ("base", "instruct")
-        for plain in cells
-        for chat in cells
-        if (plain.variant, plain.written, chat.variant, chat.written) == (variant, "plain", variant, "chat")
-        and plain.tuned is not None
-        and chat.tuned is not None
-    ]
-    worth = f" The chat template gains within each: {', '.join(template)}." if template else ""
-    return (
-        f"On {task}, for this pair of checkpoints ({best['instruct'].name} against {best['base'].name}), in bits per"
-        f" byte of the answer: untouched, instruct gains {_told(untouched)}; tuning adds {_told(gain)}; after tuning"
-        f" {_told(tuned)}: {verdict(tuned, margin)}.{worth} This says nothing about instruct models in general."
-    )
-
-
-def _told(difference: Difference | None) -> str:
-    if difference is None:
-        return "an unknown amount"
-    if difference.low is None or difference.high is None:
-        return f"{difference.value:+.3g} (no interval: {difference.over})"
-    return f"{difference.value:+.3g} [90 % {difference.low:+.3g}, {difference.high:+.3g}; {difference.over}]"
-
-
-def _on_validation(cell: Cell) -> float:
-    return _validation_loss(cell.configuration)
+def _piloted(by_cell: Mapping[tuple[str, str], Sequence[Configuration]], pilots: Sequence[RunRecord]) -> _Pilots:
+    """Empty unless every cell has pilots with a score and of seeds that answer nothing in it."""
+    bits: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for run in pilots:
+        key, value = cell_of(run), _of(run.scores.after, BITS)
+        answering = {other.seed for configuration in by_cell.get(key, ()) for other in configuration.runs}
+        if value is not None and run.seed not in answering:
+            bits[key].append(value)
+    if any(not bits[key] for key in by_cell):
+        return {}
+    return {key: _Pilot(min(bits[key]), len(bits[key])) for key in by_cell}
 
 
 def _validation_loss(configuration: Configuration) -> float:
-    value = mean(_of(run.scores.after, "bits_per_byte") for run in configuration.runs)
+    value = mean(_of(run.scores.after, BITS) for run in configuration.runs)
     return math.inf if value is None else value
 
 
-def _at(record: RunRecord, moment: str) -> Scores | None:
-    return answering_scores(record) if moment == "after" else untouched_scores(record)
+# Contrasts.
+
+
+def _secondary(
+    cells: Sequence[Cell],
+    instruct: Cell,
+    base: Cell,
+    untouched: Difference | None,
+    gain: Difference | None,
+    items: ItemScores | None,
+) -> tuple[Contrast, ...]:
+    """All that is looked at besides the primary contrast, so that Holm's m is what it says."""
+    pair = Side(instruct.runs, "after"), Side(base.runs, "after")
+    found = [
+        ("instruct over base, untouched", BITS, untouched),
+        ("what tuning adds, instruct over base", BITS, gain),
+        ("instruct over base, tuned, by likelihood", "accuracy", difference(*pair, "accuracy", items)),
+        ("instruct over base, tuned, by generation", "exact_match", difference(*pair, "exact_match", items)),
+        ("instruct over base, general text kept", "forgetting", difference(*pair, "forgetting", None)),
+    ]
+    for variant in ("base", "instruct"):
+        by_format = {cell.written: cell for cell in cells if cell.variant == variant}
+        chat, plain = by_format.get("chat"), by_format.get("plain")
+        if chat is None or plain is None:
+            continue
+        for moment, when in (("before", "untouched"), ("after", "tuned")):
+            sides = Side(chat.runs, moment), Side(plain.runs, moment)
+            found.append((f"chat over plain, {variant}, {when}", BITS, difference(*sides, BITS, items)))
+    for cell in (base, instruct):
+        if cell.few_shot is not None:
+            sides = Side(cell.runs, "few_shot"), Side(cell.runs, "before")
+            name = f"{cell.shots} examples over none, {cell.name}, untouched"
+            found.append((name, BITS, difference(*sides, BITS, items)))
+    known = [(name, score, one) for name, score, one in found if one is not None]
+    units = {BITS: "bits/byte", "forgetting": "nats/byte", "accuracy": "accuracy", "exact_match": "exact match"}
+    adjusted = holm([one.p for _, _, one in known])
+    return tuple(Contrast(name, units[score], one, p) for (name, score, one), p in zip(known, adjusted, strict=True))
+
+
+def _notes(instruct: Cell, base: Cell, tuned: Difference | None, items: ItemScores | None) -> list[str]:
+    seeds = [{run.seed for run in cell.runs} for cell in (instruct, base)]
+    if not seeds[0] & seeds[1]:
+        return [f"{instruct.name} and {base.name} share no seed: nothing pairs. Run both with seed=1,2,3."]
+    notes = []
+    if instruct.runs[0].scores.test is None:
+        notes.append(
+            "These are scores of the validation split, on which the cells were chosen too: they flatter the choice."
+            " It takes evaluation.split=test with other seeds."
+        )
+    if len(seeds[0] & seeds[1]) < LEAST_SEEDS:
+        notes.append("One seed: nothing tells what another seed would have trained. It takes seed=1,2,3.")
+    shared = len(seeds[0] & seeds[1])
+    if lost := shared - (tuned.seeds if tuned is not None else 0):
+        notes.append(f"{lost} of {shared} shared seeds have no finite score on both sides and are left out.")
+    if tuned is None:
+        return notes
+    if items is not None and "items" not in tuned.over:
+        notes.append("Per-item results are missing, or are of other items: the interval is over seeds alone.")
+    return notes
 
 
 def _of(scores: Scores | None, name: str) -> float | None:
-    value = getattr(scores, name) if scores is not None else None
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+    return finite(getattr(scores, name)) if scores is not None else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from qlora_exp.analysis import sections
-from qlora_exp.analysis.comparable import Group, answering_scores, differences, groups_of, refuse_synthetic
+from qlora_exp.analysis.comparable import (
+    Group,
+    answering_scores,
+    differences,
+    finished,
+    groups_of,
+    is_pilot,
+    refuse_synthetic,
+)
 from qlora_exp.analysis.configurations import Configuration, Measure, best_on_validation, configurations, measure_of
 from qlora_exp.analysis.content import Asked, Report, Section
-from qlora_exp.analysis.instruct_base import Losses, baseline_note
+from qlora_exp.analysis.contrasts import ItemScores
+from qlora_exp.analysis.equal_tokens import token_groups
+from qlora_exp.analysis.instruct_base import baseline_note, compare
+from qlora_exp.analysis.instruct_base_section import instruct_section
+from qlora_exp.analysis.instruct_base_words import primary_sentence
 from qlora_exp.analysis.tradeoffs import GoalAnswer, goal_answer
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records import RunRecord, Status
@@ -23,7 +35,7 @@ LEAST_SEEDS = 2
 def build(
     records: Sequence[RunRecord],
     asked: Sequence[Asked],
-    losses: Losses | None = None,
+    items: ItemScores | None = None,
     margin: float | None = None,
     unreadable: int = 0,
 ) -> Report:
@@ -32,7 +44,7 @@ def build(
     Args:
         records: all runs of the studies, failed ones too.
         asked: one for each study.
-        losses: per-item values for the instruct-or-base interval; without them it is over seeds alone.
+        items: per-item values for the instruct-or-base intervals; without them they are over seeds alone.
         margin: bits per byte within which instruct and base count as equivalent.
         unreadable: records that could not be read; told, not guessed at.
 
@@ -43,7 +55,7 @@ def build(
     if not records:
         raise AnalysisError("the study has no run", where, "qlora-exp status shows how it stands")
     refuse_synthetic(records)
-    groups = groups_of(records)
+    groups, aside = _divided(records)
     if not groups:
         states = ", ".join(sorted({record.status.value for record in records}))
         raise AnalysisError(
@@ -52,24 +64,44 @@ def build(
     looked_at = [_looked_at(group) for group in groups[:MOST_GROUPS]]
     first, measure, found = looked_at[0]
     goal = goal_answer(found)
-    why_none = _why_no_headline(groups, asked, measure)
+    compared = compare(found, items, margin, aside.pilots, aside.budgeted)
+    sentence = primary_sentence(compared) if compared is not None else None
+    why_none, several = _why_no_headline(groups, asked, measure), len(groups) > 1
     parts = [
         *sections.ladder_sections(asked),
-        *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], len(groups), asked, losses, margin)),
+        *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], several, asked, items, aside, margin)),
         sections.importance_section(asked, sum(record.status is Status.COMPLETED for record in records)),
         sections.failure_section(records),
         sections.method_section(groups, records, measure),
-        _limits(records, groups, found, measure, why_none, unreadable),
+        _limits(records, groups, aside, found, measure, why_none, unreadable),
     ]
     return Report(
         title=", ".join(one.name for one in asked),
         question=next((one.question for one in asked if one.question), None),
-        headline=() if why_none else _headline(asked, first, measure, found, goal),
+        headline=() if why_none else _headline(asked, first, measure, found, goal, sentence),
         why_none=why_none,
         sections=tuple(part for part in parts if part is not None),
         runs=sections.runs_table(records),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
     )
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Finished runs that answer nothing themselves."""
+
+    pilots: tuple[RunRecord, ...]
+    """They chose learning rates."""
+    budgeted: tuple[RunRecord, ...]
+    """Trained to a number of tokens, where the others were trained to a number of steps."""
+
+
+def _divided(records: Sequence[RunRecord]) -> tuple[list[Group], Aside]:
+    """Groups to compare within, and what is set aside. Where nothing else has ended yet, pilots are what there is."""
+    pilots = [record for record in records if is_pilot(record)]
+    answering = groups_of([record for record in records if not is_pilot(record)])
+    groups, budgeted = token_groups(answering or groups_of(pilots))
+    return groups, Aside(tuple(finished(pilots)) if answering else (), tuple(budgeted))
 
 
 def _looked_at(group: Group) -> tuple[Group, Measure | None, list[Configuration]]:
@@ -82,9 +114,10 @@ def _of_group(
     measure: Measure | None,
     found: Sequence[Configuration],
     main: bool,
-    groups: int,
+    several: bool,
     asked: Sequence[Asked],
-    losses: Losses | None,
+    items: ItemScores | None,
+    aside: Aside,
     margin: float | None,
 ) -> list[Section]:
     """The comparisons, which hold within one group only; where there are several, each says so in its titles."""
@@ -96,11 +129,11 @@ def _of_group(
             sections.tradeoff_section(found, measure),
             sections.equal_everything_section(found, measure),
             Section("goal", "The cheapest that is good enough", (goal.sentence,)) if goal else None,
-            sections.instruct_section(found, losses, margin),
+            instruct_section(found, items, margin, aside.pilots, aside.budgeted if main else ()),
         ]
     parts += [sections.memory_section(found, group.records), sections.speed_section(group.records)]
     kept = [part for part in parts if part is not None]
-    if groups == 1:
+    if not several:
         return kept
     p = group.protocol
     apart = f"{len(group.records)} runs, {p.max_steps} steps, {p.scored_items} {p.split} items"
@@ -139,6 +172,7 @@ def _headline(
     measure: Measure | None,
     found: Sequence[Configuration],
     goal: GoalAnswer | None,
+    instruct_or_base: str | None,
 ) -> tuple[str, ...]:
     said = [
         (f"{name}: " if len(ladders) > 1 else "") + str(answer.get("sentence") or answer["decision"])
@@ -148,8 +182,10 @@ def _headline(
     ]
     if group.protocol.split != "test":
         return tuple(said)
+    decided = bool(said)
+    said += [instruct_or_base] if instruct_or_base is not None else []
     best = best_on_validation(found, measure) if measure is not None else None
-    if best is not None and measure is not None and not said:
+    if best is not None and measure is not None and not decided:
         said.append(_chosen(best, len(found), measure))
         note = baseline_note(best)
         said += [note] if note else []
@@ -174,6 +210,7 @@ def _chosen(best: Configuration, among: int, measure: Measure) -> str:
 def _limits(
     records: Sequence[RunRecord],
     groups: Sequence[Group],
+    aside: Aside,
     found: Sequence[Configuration],
     measure: Measure | None,
     why_none: str | None,
@@ -194,8 +231,11 @@ def _limits(
     points += [f"{running} runs have not ended: the answer may change."] if running else []
     scored = sum(measure is not None and measure.of(answering_scores(r)) is None for g in groups for r in g.records)
     points += [f"{scored} finished runs have no finite score and are left out of every comparison."] if scored else []
-    unscored = sum(r.status is Status.COMPLETED for r in records) - sum(len(g.records) for g in groups)
+    told = sum(len(g.records) for g in groups) + len(aside.pilots) + len(aside.budgeted)
+    unscored = sum(r.status is Status.COMPLETED for r in records) - told
     points += [f"{unscored} completed runs lack scores, plan or data and are left out."] if unscored else []
     points += [f"{unreadable} records could not be read: qlora-exp ls runs names them."] if unreadable else []
+    if aside.pilots:
+        points.append(f"{len(aside.pilots)} pilots chose learning rates on validation and are in no comparison.")
     points.append("Intervals are over seeds, on these items: another test set may answer differently.")
     return Section("limits", "What can't be concluded, and what it would take", points=tuple(points))

@@ -6,11 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_exp.analysis import figures, instruct_base, memory, tradeoffs
+from qlora_exp.analysis import figures, memory, tradeoffs
 from qlora_exp.analysis.comparable import Group, answering_scores, untouched_scores
 from qlora_exp.analysis.configurations import Configuration, Measure, mean, model_state_bytes
 from qlora_exp.analysis.content import Asked, Section, Table, Value, shown, table
-from qlora_exp.analysis.instruct_base import Losses
 from qlora_exp.records import RunRecord, Status
 
 MOST_ROWS = 25
@@ -105,10 +104,12 @@ def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) 
 
 def equal_everything_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
     """Quantization modes and target sets against each other, matched in everything else."""
+    at_equal_size = tradeoffs.targets_at_equal_parameters(configurations, measure)
+    hint = None if at_equal_size else tradeoffs.equal_parameters_hint(configurations)
     asked = (
         ("Quantizations, everything else equal", tradeoffs.quantization_contrasts(configurations, measure)),
         ("Target modules at equal rank", tradeoffs.target_contrasts(configurations, measure)),
-        ("Target modules at equally many parameters", tradeoffs.targets_at_equal_parameters(configurations, measure)),
+        ("Target modules at equally many parameters", at_equal_size),
     )
     tables = tuple(_contrasts(caption, contrasts, measure) for caption, contrasts in asked if contrasts)
     note = (
@@ -116,39 +117,8 @@ def equal_everything_section(configurations: Sequence[Configuration], measure: M
         " interval is over these pairs, on these items."
     )
     nothing = "No two runs differ in nothing but their quantization or target modules: there is nothing to hold equal."
-    return Section("equal", "At equal everything else", (note if tables else nothing,), tables)
-
-
-def instruct_section(
-    configurations: Sequence[Configuration], losses: Losses | None, margin: float | None
-) -> Section | None:
-    found = instruct_base.compare(configurations, losses, margin)
-    if found is None:
-        return None
-    columns = (
-        *("cell", ("untouched bits/byte", "figure"), ("tuned bits/byte", "figure"), ("sd over seeds", "figure")),
-        *(("untouched accuracy", "figure"), ("tuned accuracy", "figure"), ("exact match", "figure")),
-        *(("forgetting, nats/byte", "figure"), "configuration", ("chosen among", "integer")),
-    )
-    rows = [
-        (
-            *(c.name, c.untouched, c.tuned, c.seed_sd, c.untouched_accuracy, c.accuracy, c.exact_match, c.forgetting),
-            *(c.configuration.label, c.searched),
-        )
-        for c in found.cells
-    ]
-    points = [f"Not run: {', '.join(found.missing)}."] if found.missing else []
-    notes = [(c.name, instruct_base.baseline_note(c.configuration)) for c in found.cells]
-    if len({c.searched for c in found.cells}) > 1:
-        counts = ", ".join(f"{c.searched} for {c.name}" for c in found.cells)
-        points.append(f"The cells were not searched equally ({counts} configurations): the more are tried, the better.")
-    forgetful = [c for c in found.cells if c.forgetting is not None]
-    if len(forgetful) > 1:
-        most = max(forgetful, key=lambda c: c.forgetting or 0.0)
-        points.append(f"{most.name} forgets most: {most.forgetting:+.3g} nats per byte of general text.")
-    points += [f"{name}: {note}" for name, note in notes if note]
     return Section(
-        "instruct-base", "Instruct or base", (found.sentence,), (table(columns, rows),), points=tuple(points)
+        "equal", "At equal everything else", (note if tables else nothing,), tables, points=(hint,) if hint else ()
     )
 
 

@@ -128,6 +128,20 @@ def targets_at_equal_parameters(configurations: Sequence[Configuration], measure
     return found
 
 
+def equal_parameters_hint(configurations: Sequence[Configuration]) -> str | None:
+    """Which ranks would make target sets equally large, where several sets were run and none is; else ``None``."""
+    per_rank = {targets_of(c): _parameters(c) / int(c.first.config["lora"]["r"]) for c in configurations}
+    order = _targets_by_size(configurations)
+    if len(order) < 2:
+        return None
+    rank = max(int(c.first.config["lora"]["r"]) for c in configurations if targets_of(c) == order[0])
+    as_large = [f"{name} at r = {round(rank * per_rank[order[0]] / per_rank[name])}" for name in order[1:]]
+    return (
+        f"No two target sets were run with equally many parameters: {', '.join(as_large)} would have as many as"
+        f" {order[0]} at r = {rank}."
+    )
+
+
 def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
     """The cheapest configuration that is shown to meet ``task.goal``; ``None`` where no run was asked about one.
 

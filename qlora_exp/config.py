@@ -258,6 +258,10 @@ class EvaluationConfig:
     """null: the longest label, or for free text the longest completion of the training split, and a few more."""
     forgetting: bool
     forgetting_documents: int | None
+    few_shots: int | None
+    """Worked examples of the training split before each prompt, to score the untouched model with; null: it isn't."""
+    few_shot_draws: int
+    """How many sets of examples are drawn; the same ones for every model, format and run."""
     baselines: bool
     metrics: list[str]
     """Further metrics by Hub name (online), computed on generated answers."""
@@ -290,7 +294,8 @@ class LadderConfig:
     pilot_seed: int
     """Of the runs that choose learning rates; it plays no part in any decision."""
     margin: float | None
-    """The least gain of a doubling that is worth paying for, in nats per test item; to be said."""
+    """The least gain of a doubling that is worth paying for, in nats per test item; to be said. Where r_max is r_start
+    nothing is doubled: each point of the other axes gets its learning rate and its seeds, and no margin is needed."""
     half_zone: float | None
     """Gains within margin ± half_zone may be called either way; null: margin / 2."""
     lr_policy: LrPolicy

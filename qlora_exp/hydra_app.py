@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Ended as ended:
         return ended.code
     except KeyboardInterrupt:
+        print("interrupted; the same command begins again where it can" if asks else "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return max(_codes, default=EXIT_COMPLETED)
 

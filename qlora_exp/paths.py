@@ -177,5 +177,5 @@ class RunPaths:
         return self.folder / "tracking.json"
 
     def items(self, moment: str, split: str) -> Path:
-        """Per-item results (Parquet); ``moment`` is ``before`` or ``after``."""
+        """Per-item results (Parquet); ``moment`` is ``before``, ``after`` or ``few_shot_DRAW``."""
         return self.folder / f"items_{moment}_{split}.parquet"

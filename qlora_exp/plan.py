@@ -133,9 +133,10 @@ def config_fingerprint(config: Config) -> str:
 
 def base_fingerprint(config: Config, format: str) -> str:
     """SHA-256 over what the untouched base's scores depend on: model, quantization, task, evaluation, the longest
-    sequence, the device and the data format (``chat`` or ``plain``)."""
+    sequence, the device and the data format (``chat`` or ``plain``). Scores with worked examples are kept apart."""
     plain = to_plain(config)
-    evaluation = {key: value for key, value in plain["evaluation"].items() if key not in ("before", "cache")}
+    apart = ("before", "cache", "few_shots", "few_shot_draws")
+    evaluation = {key: value for key, value in plain["evaluation"].items() if key not in apart}
     task = {key: value for key, value in plain["task"].items() if key != "goal"}
     return _digest(
         {

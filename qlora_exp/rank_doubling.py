@@ -48,11 +48,13 @@ def _one(fixed: Sequence[str], point: dict[str, Any]) -> OneLadder:
 
 
 def announce(spec: StudySpec, config: LadderConfig) -> None:
-    """Say before training whether the planned seeds and items can settle the margin."""
-    from qlora_exp.study.ladder_plan import rule_of
+    """Say before training whether the planned seeds and items can settle the margin, where there is one."""
+    from qlora_exp.study.ladder_plan import is_single, rule_of
     from qlora_exp.study.ladder_runs import plan_sentence
 
     assert spec.ladder is not None
+    if is_single(spec.ladder):
+        return
     raw = compose.compose_raw(spec.overrides)
     limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
     settles, told = plan_sentence(rule_of(spec.ladder), config.seed_sd, config.item_sd, min(limits, default=None))

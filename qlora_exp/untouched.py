@@ -73,7 +73,7 @@ def untouched_scores(
     if not config.evaluation.before:
         return Untouched(None, None, _general_losses(model, tokenizer, splits, config), {}, cached=False)
     general = "\n".join([*splits.general_text, *(chat.prompt + chat.completion for chat in splits.general_chats)])
-    key = _key(
+    key = cache_key(
         plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device, general
     )
     folder = cache / "untouched"
@@ -197,7 +197,7 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
     if not config.evaluation.cache:
         return evaluation.baselines(scored, split)
     folder = cache / "baselines"
-    path = folder / f"{_key(splits.record.fingerprint, split, str(config.evaluation.max_items))}.json"
+    path = folder / f"{cache_key(splits.record.fingerprint, split, str(config.evaluation.max_items))}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.exists():
@@ -215,7 +215,7 @@ MEASURED_WITH = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-l
 """An upgrade of one of these can change a score; what it measured before is then measured again."""
 
 
-def _key(*parts: str) -> str:
+def cache_key(*parts: str) -> str:
     """A name for what is cached: the fingerprints, and the versions that it was measured with."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in MEASURED_WITH]
     parts = (*parts, *versions)

@@ -49,10 +49,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"callbacks", "checkpoints", "config", "data", "endings", "models", "records"},
     "synthetic": {"config", "endings", "plan", "records", "redaction"},
     "untouched": {"config", "data", "evaluation", "records"},
+    "few_shot": {"config", "data", "evaluation", "records", "untouched"},
     "tracking": {"config", "environment", "history", "model_card", "records", "redaction"},
     "one_run": {
-        *("callbacks", "checkpoints", "config", "data", "endings", "evaluation", "measurement", "metrics"),
-        *("models", "plan", "records", "redaction", "train", "untouched"),
+        *("callbacks", "checkpoints", "config", "data", "endings", "evaluation", "few_shot", "measurement"),
+        *("metrics", "models", "plan", "records", "redaction", "train", "untouched"),
     },
     "app": {
         *("checkpoints", "compose", "config", "endings", "environment", "one_run"),

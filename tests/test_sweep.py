@@ -28,7 +28,7 @@ from qlora_exp.records import read_record, write_json
 from qlora_exp.standing import read_spec
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]
-SWEEPS = ["demo", "lora_search", "pareto", "rank_by_quantization", "rank_doubling"]
+SWEEPS = ["demo", "instruct_or_base", "lora_search", "pareto", "rank_by_quantization", "rank_doubling"]
 
 
 @pytest.fixture(autouse=True)
@@ -329,6 +329,22 @@ def test_a_worse_trial_is_pruned(pruner: tuple[str, ...], capsys: pytest.Capture
     command = ["training.learning_rate=1e-3,1e-9", "training.evaluate_every_steps=4", f"sweep.pruner={name}"]
     assert hydra(*command, *options, *SLEEP) == 0
     assert [row["status"] for row in trials(capsys)] == ["COMPLETED", "PRUNED"]
+
+
+def test_hyperband_stops_worse_trials_of_a_study_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each process that works on the study must see a trial in the same bracket."""
+    options = "+sweep.pruner_options={min_resource: 4, max_resource: 40, reduction_factor: 2}"
+    command = ["training.learning_rate=1e-3,1e-9", "seed=1,2,3,4,5,6", "training.evaluate_every_steps=4"]
+    command += ["sweep.pruner=hyperband", options, "sweep.name=bands", *SLEEP]
+    assert hydra(*command, "sweep.n_trials=6") == 0
+    assert hydra(*command, "sweep.n_trials=12") == 0
+    shown = trials(capsys)
+    assert len(shown) == 12
+    ended = {row["training.learning_rate"]: set[str]() for row in shown}
+    for row in shown:
+        ended[row["training.learning_rate"]].add(row["status"])
+    assert "PRUNED" in ended["1e-09"]
+    assert ended["0.001"] == {"COMPLETED"}
 
 
 def test_a_study_goes_on_from_another_folder(

@@ -31,7 +31,7 @@ def check(config: Config) -> list[ConfigError]:
 
 
 def evaluation_problems(evaluation: EvaluationConfig) -> Iterator[ConfigError]:
-    for key in ("batch_size", "max_new_tokens", "max_items", "forgetting_documents"):
+    for key in ("batch_size", "max_new_tokens", "max_items", "forgetting_documents", "few_shots", "few_shot_draws"):
         yield from at_least(f"evaluation.{key}", getattr(evaluation, key), 1)
     if evaluation.metrics and not evaluation.generate:
         what = "further metrics are computed on generated answers, and nothing is generated"

@@ -63,7 +63,7 @@ def report(
     _check_equivalence(equivalence)
     records, unreadable = read_runs(outputs)
     asked, own = _asked(found, records, outputs)
-    made = build(own, asked, _losses(outputs), equivalence, len(unreadable))
+    made = build(own, asked, _item_scores(outputs), equivalence, len(unreadable))
     folder = output or (found[0].folder if found else outputs.root)
     files = {"report.html": to_html(made, _runs_at(outputs, folder)), "report.md": to_markdown(made)}
     for name, text in (files | {"runs.csv": to_csv(made)}).items():
@@ -153,31 +153,42 @@ def _read_json(file: Path) -> Any:
         raise RecordError(f"the file can't be read: {error}", str(file), "delete it, or resume the study") from None
 
 
-def _losses(outputs: OutputPaths) -> Any:
+SCORED = {"accuracy": "correct", "exact_match": "exact"}
+"""Score → the column that has it item by item."""
+
+
+def _item_scores(outputs: OutputPaths) -> Any:
+    """What :data:`qlora_exp.analysis.contrasts.ItemScores` asks for, from the runs' per-item files."""
     from functools import lru_cache
 
     @lru_cache(maxsize=KEPT_ITEMS)
-    def read(run_id: str, moment: str, split: str) -> Mapping[str, float] | None:
-        import math
-
+    def read(run_id: str, moment: str, split: str) -> dict[str, list[Any]] | None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        file = outputs.run(run_id).items(moment, split)
+        columns = ["item_id", "completion_nats", "completion_bytes", *SCORED.values()]
         try:
-            items = pq.read_table(file, columns=["item_id", "completion_nats", "completion_bytes"]).to_pydict()
+            table = pq.read_table(outputs.run(run_id).items(moment, split), columns=columns)
         except (OSError, pa.ArrowException, KeyError):
             return None
-        size = sum(items["completion_bytes"]) / max(len(items["completion_bytes"]), 1)
-        if not size:
+        return dict(table.to_pydict())
+
+    def scores(record: RunRecord, moment: str, score: str) -> Mapping[str, float] | None:
+        import math
+
+        items = read(record.run_id, moment, "test" if record.scores.test is not None else "validation")
+        if items is None:
             return None
-        nats = zip(items["item_id"], items["completion_nats"], strict=True)
-        return {item: value / math.log(2) / size for item, value in nats}
+        if score in SCORED:
+            values = items[SCORED[score]]
+        else:
+            size = sum(items["completion_bytes"]) / max(len(items["completion_bytes"]), 1)
+            values = [nats / math.log(2) / size for nats in items["completion_nats"]] if size else [None]
+        if None in values:
+            return None
+        return {item: float(value) for item, value in zip(items["item_id"], values, strict=True)}
 
-    def losses(record: RunRecord, moment: str) -> Mapping[str, float] | None:
-        return read(record.run_id, moment, "test" if record.scores.test is not None else "validation")
-
-    return losses
+    return scores
 
 
 def _runs_at(outputs: OutputPaths, folder: Path) -> str:

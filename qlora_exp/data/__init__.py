@@ -1,5 +1,6 @@
 """A task's data: read, validated row by row, divided, formatted as a chat or plainly, and tokenized."""
 
+from qlora_exp.data.few_shots import FewShotDraw, few_shot_draws
 from qlora_exp.data.formatting import plain_prompt, resolve_format
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.loading import load_data, to_training_dataset
@@ -10,6 +11,7 @@ from qlora_exp.data.splits import RawSplits, load_rows
 
 __all__ = [
     "Example",
+    "FewShotDraw",
     "Item",
     "Message",
     "PreviewItem",
@@ -17,6 +19,7 @@ __all__ = [
     "RawSplits",
     "Splits",
     "check_positions",
+    "few_shot_draws",
     "load_data",
     "load_rows",
     "plain_prompt",

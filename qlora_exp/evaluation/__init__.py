@@ -1,6 +1,7 @@
 """Scoring a model on a task, before and after tuning. Definitions of every figure: docs/measures.md."""
 
 from qlora_exp.evaluation.baselines import baselines
+from qlora_exp.evaluation.context import max_positions
 from qlora_exp.evaluation.forgetting import DocumentLoss, answer_losses, forgetting, text_losses
 from qlora_exp.evaluation.goal import answer_goal
 from qlora_exp.evaluation.scoring import Evaluation, evaluate_model
@@ -13,5 +14,6 @@ __all__ = [
     "baselines",
     "evaluate_model",
     "forgetting",
+    "max_positions",
     "text_losses",
 ]

@@ -46,6 +46,11 @@ def batches(lengths: Sequence[int], rows: int, tokens: int = TOKENS_PER_PASS) ->
     return result
 
 
+def max_positions(model: Any) -> int | None:
+    """How many tokens a model takes; ``None`` where its configuration doesn't say."""
+    return CausalModel(model).max_positions
+
+
 def padded(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask (1: a token, 0: padding), both of shape (sequences, longest), padded on ``side``.
 

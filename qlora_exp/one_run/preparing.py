@@ -64,6 +64,10 @@ def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
         hub_metric(name)
     if config.evaluation.split is EvaluationSplit.test and not splits.test:
         raise DataError("there are no test items", "evaluation.split = test", "task.test_fraction=0.1, or a test file")
+    shots = config.evaluation.few_shots
+    if shots is not None and shots > len(splits.train):
+        what = f"{shots} worked examples can't be drawn from {len(splits.train)} training items"
+        raise DataError(what, f"evaluation.few_shots={shots}", f"at most {len(splits.train)}")
 
 
 SHORT_ROWS_SIGMAS = 4.0

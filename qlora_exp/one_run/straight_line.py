@@ -16,6 +16,7 @@ from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.endings import Diverged, Observer, Report, Silent, never_stop, status_of
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.evaluation import Evaluation, answer_goal
+from qlora_exp.few_shot import few_shot_scores
 from qlora_exp.one_run.bases import Bases
 from qlora_exp.one_run.preparing import Prepared
 from qlora_exp.one_run.progress import Progress
@@ -66,12 +67,15 @@ def _straight_line(
 
     progress.enter("evaluate untouched", observer)
     with meter.phase("untouched"):
-        untouched = untouched_scores(bases.model(base), tokenizer, splits, config, planned, base.fingerprint, cache)
+        model = bases.model(base)
+        untouched = untouched_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
+        shown = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
     baselines = baselines_of(splits, config, cache)
     untouched.write_items(paths)
+    shown.write_items(paths)
     progress.untouched = untouched
-    before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores)
-    progress.record = progress.record.replace(scores=before, baselines=baselines)
+    before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores, few_shot=shown.draws)
+    progress.record = _warned(progress.record.replace(scores=before, baselines=baselines), shown.warning())
 
     progress.enter("train", observer)
     progress.trained = _trained_before(paths)
@@ -105,6 +109,13 @@ def _straight_line(
         forgetting_chat=forgotten.chat,
     )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+
+
+def _warned(record: RunRecord, warning: str | None) -> RunRecord:
+    """A resumed run is told once."""
+    if warning is None or warning in record.warnings:
+        return record
+    return record.replace(warnings=(*record.warnings, warning))
 
 
 def _check_finite(after: Evaluation, trained: Trained) -> None:

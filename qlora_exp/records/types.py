@@ -212,6 +212,21 @@ class Forgetting:
 
 
 @dataclass(frozen=True)
+class FewShot:
+    """The untouched model's scores with worked examples before each prompt, one draw of them."""
+
+    draw: int
+    """From 1."""
+    asked: int
+    """Examples that were asked for; ``examples`` has fewer where the model's context holds no more."""
+    examples: tuple[str, ...]
+    """Item ids of the training split, in order."""
+    validation: Scores
+    test: Scores | None = None
+    """Only with ``evaluation.split=test``."""
+
+
+@dataclass(frozen=True)
 class ScoreTable:
     before: Scores | None = None
     after: Scores | None = None
@@ -221,6 +236,8 @@ class ScoreTable:
     forgetting: Forgetting | None = None
     forgetting_chat: Forgetting | None = None
     """On the answers of held-out chats; only for runs in the chat format."""
+    few_shot: tuple[FewShot, ...] = ()
+    """Only with ``evaluation.few_shots``."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from qlora_exp.analysis.variance import Array
 from qlora_exp.config import LrPolicy
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records import RunRecord, Status
-from qlora_exp.study.ladder_plan import RANK, RATE, SEED, SPLIT, drift, ranks_of, rates_of, rounded, rule_of
+from qlora_exp.study.ladder_plan import RANK, RATE, SEED, SPLIT, drift, is_single, ranks_of, rates_of, rounded, rule_of
 from qlora_exp.study.space import overrides_of
 from qlora_exp.study.types import LadderSpec, OneLadder
 
@@ -121,7 +121,7 @@ class _Walk:
     """One ladder walked from its start, as far as its trials have come."""
 
     def __init__(self, spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial]) -> None:
-        self.spec, self.one, self.rule = spec, one, rule_of(spec)
+        self.spec, self.one = spec, one
         self.trials = {_key(trial.params): trial for trial in trials}
         self.needs: list[Point] = []
         self.choices: dict[int, Choice] = {}
@@ -130,8 +130,10 @@ class _Walk:
         """Rank → how many seeds it was to be run with, as the walk stands."""
 
     def steps(self) -> list[Comparison]:
+        if is_single(self.spec):
+            self._ask_for(self.spec.r_start, self.spec.r_start, self.spec.seeds)
         for smaller, larger in pairwise(ranks_of(self.spec)):
-            decision = decide_doubling(partial(self._seen, smaller, larger), self.spec.seeds, self.rule)
+            decision = decide_doubling(partial(self._seen, smaller, larger), self.spec.seeds, rule_of(self.spec))
             if decision is None:
                 break
             self.comparisons.append(Comparison(smaller, larger, decision))

@@ -26,15 +26,16 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[OneLadder])
     """
     where = "sweep.ladder"
     errors: list[QloraExpError] = []
-    if config.margin is None:
+    single = config.r_start == config.r_max
+    if config.margin is None and not single:
         what = "a ladder needs a margin, fixed before anything is trained"
         errors.append(ConfigError(what, f"{where}.margin", "the least gain worth paying for, nats per item: 0.05, say"))
-    elif doublings_of(config.r_start, config.r_max):
+    elif config.margin is not None and doublings_of(config.r_start, config.r_max):
         try:
             make_rule(config.margin, doublings_of(config.r_start, config.r_max), config.half_zone)
         except AnalysisError as error:
             errors.append(ConfigError(error.what, f"{where}.margin", error.hint))
-    if not 1 <= config.r_start <= config.r_max // 2:
+    if config.r_start < 1 or not (single or config.r_start <= config.r_max // 2):
         what = f"from r = {config.r_start} to {config.r_max} there is nothing to double"
         errors.append(ConfigError(what, f"{where}.r_max={config.r_max}", f"at least {2 * max(config.r_start, 1)}"))
     if not 2 <= config.seeds <= MOST_SEEDS:
@@ -50,7 +51,6 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[OneLadder])
         what = "learning rates are chosen among at least two, all above 0"
         errors.append(ConfigError(what, f"{where}.lr_factors={config.lr_factors}", "[0.5,1,2], or lr_policy=fixed"))
     raise_all(errors)
-    assert config.margin is not None
     return LadderSpec(
         r_start=config.r_start,
         r_max=config.r_max,
@@ -75,14 +75,21 @@ def ranks_of(spec: LadderSpec) -> list[int]:
 
 
 def rule_of(spec: LadderSpec) -> Rule:
+    assert spec.margin is not None  # where there is a doubling, resolve() has refused a missing one
     return make_rule(spec.margin, doublings_of(spec.r_start, spec.r_max), spec.half_zone)
+
+
+def is_single(spec: LadderSpec) -> bool:
+    """Whether nothing is doubled: a learning rate is chosen by pilots, then the seeds are run, and that is all."""
+    return spec.r_start == spec.r_max
 
 
 def most_trials(spec: LadderSpec) -> int:
     """What all ladders together can ask for at most: per rank its pilots, one of them beyond the grid, and seeds."""
     ranks = len(ranks_of(spec))
+    seeds = spec.seeds if is_single(spec) else MOST_SEEDS  # a purchase is a doubling's
     searched = {LrPolicy.search.value: ranks, LrPolicy.transfer.value: 1}.get(spec.lr_policy, 0)
-    return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * MOST_SEEDS)
+    return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * seeds)
 
 
 def own_axes(spec: LadderSpec) -> tuple[Axis, ...]:

@@ -19,7 +19,7 @@ from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import RunRecord, Status, read_record, to_dict
 from qlora_exp.study.ladder import Choice, LadderTrial, Standing, stand
-from qlora_exp.study.ladder_plan import SPLIT, rule_of
+from qlora_exp.study.ladder_plan import SPLIT, is_single, rule_of
 from qlora_exp.study.objectives import MODEL_STATE, value_of
 from qlora_exp.study.types import LadderSpec, OneLadder
 
@@ -58,7 +58,8 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
 
     ``status`` (``open``, ``decided``, ``failed``), ``axes``, ``alpha``, ``learning_rates`` with their pilots, ``seeds``
     by rank, ``items``, ``saves`` (what the recommended rank saves against the other of the last doubling, a run; bytes,
-    seconds, dollars; negative: it costs more), ``spent``, ``warnings``.
+    seconds, dollars; negative: it costs more), ``spent``, ``warnings``. Without ``decision`` and what belongs to it
+    where a single rank is run.
     """
     return [_object(spec, one, stand(spec, one, trials), _own(one, trials)) for one in spec.ladders]
 
@@ -105,10 +106,8 @@ def _own(one: OneLadder, trials: Sequence[LadderTrial]) -> list[LadderTrial]:
 def _object(spec: LadderSpec, one: OneLadder, standing: Standing, own: Sequence[LadderTrial]) -> dict[str, Any]:
     found = answer(standing.comparisons, rule_of(spec), UNIT) if standing.comparisons else None
     last = _last(found) if found is not None else None
-    rule = rule_of(spec)
-    nothing: dict[str, Any] = {"decision": None, "recommended_rank": None, "comparisons": [], "margin": rule.margin}
     saves = _saves(last, standing) if last is not None else None
-    told = nothing | {"half_zone": rule.half_zone} if found is None else as_object(found)
+    told = as_object(found) if found is not None else {} if is_single(spec) else _nothing(rule_of(spec))
     return told | {
         "status": "open" if standing.needs else "decided" if standing.trouble is None else "failed",
         "axes": one.axes,
@@ -122,6 +121,11 @@ def _object(spec: LadderSpec, one: OneLadder, standing: Standing, own: Sequence[
         "warnings": _warnings(spec, standing, last),
         "sentence": " ".join(_sentences(spec, one, standing, found, saves)),
     }
+
+
+def _nothing(rule: Rule) -> dict[str, Any]:
+    undecided: dict[str, Any] = {"decision": None, "recommended_rank": None, "comparisons": []}
+    return undecided | {"margin": rule.margin, "half_zone": rule.half_zone}
 
 
 def _last(found: Answer) -> Comparison:
@@ -176,6 +180,8 @@ def _spent(own: Sequence[LadderTrial]) -> dict[str, Any]:
 def _sentences(
     spec: LadderSpec, one: OneLadder, standing: Standing, found: Answer | None, saves: Mapping[str, Any] | None
 ) -> list[str]:
+    if found is None and is_single(spec) and not standing.needs:
+        return [_learning_rate_words(spec, one, standing.choices)]
     if found is None:
         return [f"No answer: {standing.trouble}." if standing.trouble else "Nothing is decided yet."]
     told = [found.sentence]

@@ -59,8 +59,8 @@ class LadderSpec:
     seeds: int
     first_seed: int
     pilot_seed: int
-    margin: float
-    """Nats per test item."""
+    margin: float | None
+    """Nats per test item; ``None`` only where a single rank is run, and nothing is decided."""
     half_zone: float | None
     lr_policy: str
     lr_factors: tuple[float, ...]

@@ -71,6 +71,8 @@ def sweep(asked: Asked, launch: Launch) -> int:
         with _tracked(asked, opened, first) as tracker:
             with Watch(spec, opened, paths, tracker):
                 code = _launch(launch, jobs_of(asked), spec.name)
+            if code == EXIT_INTERRUPTED:
+                _conclude(opened, spec, paths)
             return code or _conclude(opened, spec, paths)
 
 

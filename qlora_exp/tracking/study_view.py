@@ -78,7 +78,6 @@ def params(definition: StudyDefinition) -> dict[str, str]:
     values = {
         "sampler": definition.sampler,
         "pruner": definition.pruner,
-        "n_trials": definition.n_trials,
         "objective": ", ".join(definition.objectives) or None,
     }
     return {key: shown_text(value) for key, value in values.items() if value is not None}
@@ -87,6 +86,8 @@ def params(definition: StudyDefinition) -> dict[str, str]:
 def tags(definition: StudyDefinition) -> dict[str, str]:
     return {
         STUDY_TAG: shown_text(definition.name),
+        # No parameter: MLflow never changes one, and a study goes on with more trials.
+        **({"qlora_exp.n_trials": str(definition.n_trials)} if definition.n_trials is not None else {}),
         "mlflow.source.name": "qlora-exp sweep",
         "mlflow.source.type": "LOCAL",
     }

@@ -1,62 +1,78 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import made_up
 
 from qlora_exp.analysis.configurations import Measure, configurations
-from qlora_exp.analysis.instruct_base import Difference, InstructBase, Losses, compare, verdict
-from qlora_exp.records import RunRecord
+from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, difference, holm
+from qlora_exp.analysis.instruct_base import InstructBase, compare, verdict
+from qlora_exp.analysis.instruct_base_section import instruct_section
+from qlora_exp.analysis.instruct_base_words import paragraph
+from qlora_exp.records import Baselines, FewShot, Forgetting, RunRecord
 
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
+LOSS = Measure("loss_per_item", False)
 
 
-def study(instruct_gain: float, cells: tuple[tuple[str, str], ...] = CELLS, seeds: int = 3) -> list[RunRecord]:
+def study(
+    instruct_gain: float, cells: Sequence[tuple[str, str]] = CELLS, seeds: int = 3, first: int = 1, **run: Any
+) -> list[RunRecord]:
     draw = np.random.default_rng(1)
     return [
         made_up.run(
-            10 * cell + seed,
+            100 * first + 10 * cell + seed,
             variant=variant,
             written=written,
             seed=seed,
             loss=1.5 - instruct_gain * (variant == "instruct") + float(draw.normal(0, 0.005)),
+            **run,
         )
         for cell, (variant, written) in enumerate(cells)
-        for seed in range(1, seeds + 1)
+        for seed in range(first, first + seeds)
     ]
 
 
-def compared(records: list[RunRecord], losses: Losses | None = None, margin: float | None = None) -> InstructBase:
-    found = compare(configurations(records, Measure("loss_per_item", False)), losses, margin)
+def compared(records: list[RunRecord], items: ItemScores | None = None, **options: Any) -> InstructBase:
+    found = compare(configurations(records, LOSS), items, **options)
     assert found is not None
     return found
 
 
+def told(records: list[RunRecord], **options: Any) -> str:
+    return paragraph(compared(records, **options))
+
+
 def test_a_clear_gain_of_instruct_is_called_better_and_its_opposite_worse() -> None:
-    assert ": better." in compared(study(0.5)).sentence
-    assert ": worse." in compared(study(-0.5)).sentence
+    assert ": better." in told(study(0.5))
+    assert ": worse." in told(study(-0.5))
 
 
 def test_all_four_cells_are_compared_and_none_hides_another() -> None:
     found = compared(study(0.5))
     assert [c.name for c in found.cells] == ["base, plain", "base, chat", "instruct, plain", "instruct, chat"]
     assert found.missing == ()
-    assert "The chat template gains within each: base" in found.sentence
+    assert "The chat template gains within each, tuned: base" in paragraph(found)
 
 
 def test_equivalence_is_said_only_within_a_margin_that_was_given() -> None:
-    assert ": not settled." in compared(study(0.0)).sentence
-    assert ": equivalent within ±0.1." in compared(study(0.0), margin=0.1).sentence
+    assert ": not settled." in told(study(0.0))
+    assert ": equivalent within ±0.1." in told(study(0.0), margin=0.1)
 
 
 def test_a_single_seed_never_settles_what_tuning_did() -> None:
-    assert ": not settled." in compared(study(0.5, seeds=1)).sentence
+    found = compared(study(0.5, seeds=1))
+    assert ": not settled." in paragraph(found)
+    assert any("One seed" in note for note in found.notes)
     assert verdict(Difference(0.5, 0.4, 0.6, 1, "1000 items alone"), None) == "not settled"
 
 
@@ -64,30 +80,208 @@ def test_missing_cells_are_named_and_the_rest_is_compared() -> None:
     found = compared(study(0.5, (("base", "plain"), ("instruct", "chat"))))
     assert found.missing == ("base in the chat format", "instruct in the plain format")
     assert found.tuned is not None
-    assert "chat template gains" not in found.sentence
+    assert "chat template gains" not in paragraph(found)
 
 
 def test_one_variant_alone_is_no_comparison() -> None:
-    assert compare(configurations(study(0.0, CELLS[:2]), Measure("loss_per_item", False))) is None
+    assert compare(configurations(study(0.0, CELLS[:2]), LOSS)) is None
+
+
+def test_cells_without_a_common_seed_are_told_to_have_no_pairs() -> None:
+    found = compared([*study(0.5, CELLS[:2]), *study(0.5, CELLS[2:], first=7)])
+    assert found.tuned is None
+    assert any("share no seed" in note for note in found.notes)
+    assert "an unknown amount: not settled" in paragraph(found)
 
 
 def test_a_cell_is_chosen_on_validation_and_judged_on_test() -> None:
     lucky = made_up.run(90, variant="instruct", written="chat", learning_rate=0.1, loss=0.1, validation_loss=9.0)
     found = compared([*study(0.2), lucky])
     (cell,) = (c for c in found.cells if c.name == "instruct, chat")
-    assert cell.tuned is not None
-    assert cell.tuned > 0.2
+    assert cell.tuned.bits_per_byte is not None
+    assert cell.tuned.bits_per_byte > 0.2
     assert cell.searched == 2
 
 
-def test_items_that_pair_give_an_interval_over_seeds_and_items() -> None:
-    items = np.random.default_rng(0).normal(1.0, 0.5, 200)
+def test_pilots_of_other_seeds_choose_the_cells_and_those_of_the_same_seeds_do_not() -> None:
+    records = study(0.2)
+    pilots = [
+        made_up.run(500 + n, variant=v, written=w, seed=1000, split="validation", loss=1.0 + (v, w).count("plain"))
+        for n, (v, w) in enumerate(CELLS)
+    ]
+    found = compared(records, pilots=pilots)
+    assert (found.instruct.written, found.base.written) == ("chat", "chat")
+    assert "chosen by pilots of seeds that answer nothing" in paragraph(found)
+    leaking = [pilot.replace(seed=1) for pilot in pilots]
+    assert "by the same runs' validation scores" in told(records, pilots=leaking)
+    assert "by the same runs' validation scores" in told(records, pilots=pilots[:3])
 
-    def losses(record: RunRecord, moment: str) -> Mapping[str, float]:
+
+def items_of(shift_of_chat: float = 0.0) -> ItemScores:
+    values = np.random.default_rng(0).normal(1.0, 0.5, 200)
+
+    def items(record: RunRecord, moment: str, score: str) -> Mapping[str, float] | None:
+        if score != "bits_per_byte":
+            return None
         shift = -0.1 * (record.config["model"]["variant"] == "instruct") + 0.001 * (record.seed or 0)
-        return {str(i): float(value) + shift for i, value in enumerate(items)}
+        shift += shift_of_chat * (record.plan is not None and record.plan.format == "chat")
+        noise = np.random.default_rng(record.seed or 0).normal(0, 0.01, len(values))
+        return {str(i): float(value) + shift for i, value in enumerate(values + noise)}
 
-    found = compared(study(0.5), losses)
+    return items
+
+
+def test_items_that_pair_give_an_interval_over_seeds_and_items() -> None:
+    found = compared(study(0.5), items_of())
     assert found.tuned is not None
     assert found.tuned.over == "3 seeds and 200 items"
     assert abs(found.tuned.value - 0.1) < 1e-9
+
+
+def test_items_that_do_not_pair_are_told_and_leave_the_seeds() -> None:
+    def items(record: RunRecord, moment: str, score: str) -> Mapping[str, float]:
+        return {f"{record.config['model']['variant']} {i}": 1.0 for i in range(5)}
+
+    found = compared(study(0.5), items)
+    assert found.tuned is not None
+    assert found.tuned.over == "3 seeds"
+    assert any("of other items" in note for note in found.notes)
+
+
+def without_score(record: RunRecord) -> RunRecord:
+    assert record.scores.test is not None
+    test = replace(record.scores.test, bits_per_byte=float("nan"))
+    return record.replace(scores=replace(record.scores, test=test))
+
+
+def test_a_seed_whose_score_is_not_finite_is_left_out_and_told() -> None:
+    found = compared([without_score(run) if run.seed == 3 else run for run in study(0.5)])
+    assert found.tuned is not None
+    assert found.tuned.over == "2 seeds"
+    assert "1 of 3 shared seeds have no finite score on both sides and are left out." in found.notes
+    none_left = compared([without_score(run) for run in study(0.5)])
+    assert none_left.tuned is None
+    assert "an unknown amount: not settled" in paragraph(none_left)
+
+
+def test_scores_of_the_split_that_was_searched_are_told_to_be() -> None:
+    found = compared(study(0.5, split="validation"))
+    assert "On embedded (its validation split)" in paragraph(found)
+    assert any("flatter" in note for note in found.notes)
+
+
+def test_adjusted_p_is_holms() -> None:
+    # Holm (1979) on four hypotheses: 4 × .01, 3 × .013, 2 × .03 and 1 × .04, each at least the one before.
+    assert holm([0.03, 0.01, 0.04, 0.013]) == pytest.approx([0.06, 0.04, 0.06, 0.04])
+    assert holm([0.5, None, 0.01]) == pytest.approx([1.0, None, 0.03])
+    assert holm([]) == []
+
+
+def test_no_effect_is_found_in_at_most_a_tenth_of_the_families() -> None:
+    draw = np.random.default_rng(5)
+    families = [holm(list(draw.uniform(size=8))) for _ in range(4000)]
+    assert 0.08 < np.mean([min(p for p in family if p is not None) <= 0.1 for family in families]) < 0.12
+
+
+def test_the_templates_effect_is_a_secondary_contrast_within_each_variant() -> None:
+    found = compared(study(0.5), items_of(shift_of_chat=0.2))
+    worth = {c.name: c for c in found.secondary if c.name.startswith("chat over plain")}
+    assert len(worth) == 4
+    for contrast in worth.values():
+        assert contrast.difference.value == pytest.approx(-0.2)
+        assert contrast.adjusted_p is not None
+        assert contrast.difference.p is not None
+        assert contrast.adjusted_p >= contrast.difference.p
+
+
+def test_worked_examples_are_compared_with_none_over_their_draws() -> None:
+    shown = tuple(
+        FewShot(n, 5, ("a", "b", "c"), made_up.scores("validation", 7.0), made_up.scores("test", 7.0 + 0.1 * n, 0.2))
+        for n in (1, 2, 3)
+    )
+    records = [run.replace(scores=replace(run.scores, few_shot=shown)) for run in study(0.5)]
+    found = compared(records)
+    assert found.base.few_shot is not None
+    assert found.base.few_shot.accuracy == pytest.approx(0.2)
+    (contrast,) = (c for c in found.secondary if c.name.startswith("3 examples over none, base"))
+    assert contrast.difference.value == pytest.approx((9.0 - 7.2) / 5)
+    assert contrast.difference.over == "3 draws"
+    assert "With 3 examples in the prompt the untouched base has accuracy 0.200" in paragraph(found)
+
+
+def with_forgetting(record: RunRecord, nats: float) -> RunRecord:
+    forgotten = Forgetting(1.0, 1.0 + nats, nats, None, None, 32, "general text")
+    return record.replace(scores=replace(record.scores, forgetting=forgotten))
+
+
+def test_who_forgets_more_is_said_only_where_it_holds_among_all_contrasts() -> None:
+    def forgetful(base: float, instruct: float, noise: float) -> list[RunRecord]:
+        draw = np.random.default_rng(2)
+        level = {"base": base, "instruct": instruct}
+        records = study(0.5)
+        return [with_forgetting(r, level[r.config["model"]["variant"]] + float(draw.normal(0, noise))) for r in records]
+
+    assert "Base forgets more" in told(forgetful(0.5, 0.1, 1e-5))
+    assert "Instruct forgets more" in told(forgetful(0.1, 0.5, 1e-5))
+    assert "Who forgets more is not settled" in told(forgetful(0.3, 0.3, 0.1))
+
+
+def test_stability_is_a_standard_deviation_with_its_interval() -> None:
+    (cell, *_) = compared(study(0.0)).cells
+    values = [run.scores.test.bits_per_byte for run in cell.runs if run.scores.test is not None]
+    assert cell.seed_sd == pytest.approx(np.std(values, ddof=1))  # type: ignore[arg-type]
+    assert cell.seed_sd_low is not None
+    assert cell.seed_sd_high is not None
+    # 90 %, two degrees of freedom: sd·√(2/5.991) and sd·√(2/0.1026).
+    assert cell.seed_sd_low == pytest.approx(cell.seed_sd * 0.5778, rel=1e-3)
+    assert cell.seed_sd_high == pytest.approx(cell.seed_sd * 4.415, rel=1e-3)
+
+
+def with_tokens(records: list[RunRecord], **tokens: int) -> list[RunRecord]:
+    return [r.replace(speed=replace(r.speed, train_tokens=tokens[r.config["model"]["variant"]])) for r in records]
+
+
+def test_equal_tokens_are_checked_or_said_not_to_be() -> None:
+    assert "Equal examples are equal tokens here" in told(with_tokens(study(0.5), base=1000, instruct=1040))
+    apart = with_tokens(study(0.5), base=1000, instruct=1400)
+    said = told(apart)
+    assert "Equal-token check: not done" in said
+    assert "training.max_tokens=1400" in said
+    base = (compared(apart).base.variant, compared(apart).base.written)
+    again = with_tokens(study(0.2, [base], first=1), base=1410, instruct=0)
+    found = compared(apart, budgeted=again)
+    assert found.tokens.done
+    assert found.tokens.difference is not None
+    assert "At equal tokens (base trained to 1,400)" in paragraph(found)
+    far = with_tokens(study(0.2, [base], first=1), base=1200, instruct=0)
+    assert not compared(apart, budgeted=far).tokens.done
+
+
+def test_a_baseline_that_is_not_beaten_is_said_so_plainly() -> None:
+    def against(majority: float, linear: float) -> str:
+        baselines = Baselines("test", "act", majority, 0.1, linear, linear, 30.0)
+        return told([run.replace(baselines=baselines) for run in study(0.5)])  # accuracy 0.5
+
+    assert "does not even beat always answering 'act' (0.600" in against(0.6, 0.7)
+    assert "does not beat TF-IDF with logistic regression (0.700" in against(0.2, 0.7)
+    assert "is above that of TF-IDF with logistic regression (0.400" in against(0.2, 0.4)
+
+
+def test_an_untouched_model_has_no_seed_and_one_pair_is_all_there_is() -> None:
+    records = study(0.5)
+    found = difference(Side(tuple(records[:3]), "before"), Side(tuple(records[6:9]), "before"), "bits_per_byte", None)
+    assert found is not None
+    assert (found.seeds, found.low, found.p) == (1, None, None)
+
+
+def test_the_section_shows_every_contrast_the_lines_to_beat_and_what_prompts_are_made_of() -> None:
+    baselines = Baselines("test", "act", 0.2, 0.1, 0.7, 0.7, 30.0)
+    section = instruct_section(configurations([r.replace(baselines=baselines) for r in study(0.5)], LOSS))
+    assert section is not None
+    captions = [str(one.caption) for one in section.tables]
+    assert any("Holm" in caption for caption in captions)
+    names = [str(row[0]) for one in section.tables for row in one.rows]
+    assert any(name.startswith("primary: instruct") for name in names)
+    assert "baseline: TF-IDF with logistic regression" in names
+    assert any("prompts are made of" in caption for caption in captions)
+    assert {trace["name"] for trace in section.figures[0]["data"]} >= {"tuned", "baseline: always act"}

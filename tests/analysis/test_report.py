@@ -185,3 +185,50 @@ def test_the_verb_refuses_what_no_report_can_be_made_of(tmp_path: Path, capsys: 
     write_runs(output, [made_up.run(0)])
     assert main(["report", "--equivalence", "-1", "--output-root", str(output.root)]) == 2
     assert "is no margin" in capsys.readouterr().err
+
+
+def cells(number: int, seeds: range, **run: Any) -> list[RunRecord]:
+    kinds = [(variant, written) for variant in ("base", "instruct") for written in ("plain", "chat")]
+    return [
+        made_up.run(
+            number + 10 * cell + place, variant=variant, written=written, seed=seed,
+            loss=1.5 - 0.3 * (variant == "instruct") + 0.01 * place, **run,
+        )
+        for cell, (variant, written) in enumerate(kinds)
+        for place, seed in enumerate(seeds)
+    ]  # fmt: skip
+
+
+def as_pilot(record: RunRecord) -> RunRecord:
+    assert record.trial is not None
+    return record.replace(trial=replace(record.trial, params={"evaluation.split": "validation"}))
+
+
+def test_pilots_are_set_aside_and_the_headline_is_the_instruct_or_base_sentence() -> None:
+    pilots = [as_pilot(run) for run in cells(500, range(1000, 1004), split="validation")]
+    report = of([*cells(0, range(1, 4)), *pilots])
+    assert report.why_none is None
+    assert ": better." in report.headline[0]
+    assert "pilots of seeds that answer nothing" in report.headline[0]
+    limits = next(s for s in report.sections if s.name == "limits")
+    assert any("16 pilots chose learning rates" in point for point in limits.points)
+    assert [s.name for s in report.sections].count("instruct-base") == 1
+    only = of(pilots)
+    assert only.headline == ()
+    assert "validation" in str(only.why_none)
+
+
+def test_runs_trained_to_equal_tokens_are_no_other_protocol_but_a_check_of_the_first() -> None:
+    def read(record: RunRecord, tokens: int) -> RunRecord:
+        return record.replace(speed=replace(record.speed, train_tokens=tokens))
+
+    found = [read(run, 1400 if run.config["model"]["variant"] == "instruct" else 1000) for run in cells(0, range(1, 4))]
+    again = [
+        read(made_up.run(900 + seed, seed=seed, loss=1.4, settings={"training.max_tokens": 1400}), 1400)
+        for seed in (1, 2, 3)
+    ]
+    again = [run.replace(plan=replace(run.plan, max_steps=113)) for run in again if run.plan is not None]
+    report = of([*found, *again])
+    assert report.why_none is None
+    told = next(s for s in report.sections if s.name == "instruct-base").paragraphs[0]
+    assert "At equal tokens (base trained to 1,400): +" in told

@@ -13,6 +13,7 @@ import made_up
 from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of
 from qlora_exp.analysis.tradeoffs import (
     Standing,
+    equal_parameters_hint,
     front,
     goal_answer,
     quantization_contrasts,
@@ -133,3 +134,12 @@ def test_seeds_of_one_configuration_share_its_interval() -> None:
     assert found.quality.low is not None
     assert found.quality.mean == pytest.approx(1.2)
     assert found.quality.low == pytest.approx(1.2 - 4.302653 * 0.2 / 3**0.5)
+
+
+def test_the_ranks_that_would_make_target_sets_equally_large_are_said() -> None:
+    # 14,000, 9,000 and 5,000 parameters per unit of rank.
+    found = of(*(made_up.run(n, targets=name, r=9) for n, name in enumerate(("all_linear", "mlp", "attention"))))
+    told = equal_parameters_hint(found)
+    assert told is not None
+    assert "mlp at r = 14, attention at r = 25 would have as many as all_linear at r = 9" in told
+    assert equal_parameters_hint(found[:1]) is None

@@ -140,6 +140,28 @@ def test_it_stops_at_the_first_doubling_that_gains_too_little_and_runs_nothing_b
     assert {rank for rank, _ in decision_runs(trials)} == {8, 16, 32}
 
 
+def test_a_single_rank_gets_its_learning_rate_and_its_seeds_and_no_decision() -> None:
+    cells = [OneLadder({"task.format": written}, CENTRE, 0.0, "2r") for written in ("plain", "chat")]
+    spec = spec_of(*cells, r_max=8, margin=None, lr_policy=LrPolicy.search)
+
+    def level(point: Point) -> float:
+        best = 1e-3 if point["task.format"] == "plain" else 2e-3
+        return float(2.0 + 0.05 * np.log2(point["training.learning_rate"] / best) ** 2)
+
+    trials = play(spec, level, at_once=3)
+    for one, rate, pilots_run in zip(cells, (1e-3, 2e-3), (3, 4), strict=True):
+        own = [trial.params for trial in trials if one.axes.items() <= trial.params.items()]
+        final = [params for params in own if params["evaluation.split"] == "test"]
+        assert sorted(params["seed"] for params in final) == [1, 2, 3]
+        assert {params["training.learning_rate"] for params in final} == {rate}
+        assert len(own) - len(final) == pilots_run
+    assert len(trials) <= most_trials(spec)
+    for found in answers(spec, trials):
+        assert found["status"] == "decided"
+        assert "decision" not in found
+        assert "Learning rate chosen at every rank" in found["sentence"]
+
+
 def test_an_open_doubling_buys_seeds_once() -> None:
     spec = spec_of()
     trials = play(spec, gains(0.05, 0.0, 0.0, off=0.01))
@@ -339,7 +361,7 @@ def test_the_plan_says_beforehand_whether_it_can_settle_the_margin() -> None:
         ({"margin": None}, "sweep.ladder.margin"),
         ({"margin": -1.0}, "sweep.ladder.margin"),
         ({"half_zone": 1.0}, "half-zone"),
-        ({"r_max": 8}, "r_max"),
+        ({"r_max": 12}, "r_max"),
         ({"r_start": 0}, "r_max"),
         ({"seeds": 1}, "seeds"),
         ({"seeds": 9}, "seeds"),

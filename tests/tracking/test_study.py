@@ -110,7 +110,6 @@ def test_a_sweep_is_one_run_with_its_trials_beneath_it(output: OutputPaths) -> N
     assert parent.data.params == {
         "sampler": "tpe",
         "pruner": "hyperband",
-        "n_trials": "3",
         "objective": "minimize scores.after.loss_per_item",
     }
     assert parent.data.metrics == {

@@ -1,0 +1,149 @@
+"""The report's section on instruct or base: the paragraph, the 2 × 2, what the prompts are made of, every contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora_exp.analysis import figures
+from qlora_exp.analysis.comparable import answering_scores
+from qlora_exp.analysis.configurations import Configuration
+from qlora_exp.analysis.content import Section, Table, Value, table
+from qlora_exp.analysis.contrasts import ItemScores
+from qlora_exp.analysis.instruct_base import Cell, InstructBase, compare, verdict
+from qlora_exp.analysis.instruct_base_words import paragraph, settled
+from qlora_exp.records import Baselines, RunRecord
+
+
+def instruct_section(
+    configurations: Sequence[Configuration],
+    items: ItemScores | None = None,
+    margin: float | None = None,
+    pilots: Sequence[RunRecord] = (),
+    budgeted: Sequence[RunRecord] = (),
+) -> Section | None:
+    """``None`` where only one variant was run; the arguments are those of :func:`~.instruct_base.compare`."""
+    found = compare(configurations, items, margin, pilots, budgeted)
+    if found is None:
+        return None
+    tables = (_bits(found.cells), _answers(found.cells), _prompts(found.cells), _contrasts(found))
+    accuracies = [
+        (c.name, c.untouched.accuracy, c.few_shot.accuracy if c.few_shot else None, c.tuned.accuracy)
+        for c in found.cells
+    ]
+    lines = [(name, value) for name, value in _lines(found.cells) if value is not None]
+    figure = figures.accuracy_by_cell(accuracies, lines)
+    return Section(
+        *("instruct-base", "Instruct or base", (paragraph(found),)),
+        tables=tuple(one for one in tables if one.rows),
+        figures=(figure,) if figure is not None else (),
+        points=tuple(_points(found)),
+    )
+
+
+def _bits(cells: Sequence[Cell]) -> Table:
+    columns = (
+        *("cell", ("untouched", "figure"), ("with examples", "figure"), ("tuned", "figure")),
+        *(("sd over seeds", "figure"), ("sd, low", "figure"), ("sd, high", "figure"), ("seeds", "integer")),
+        *(("forgetting, nats/byte", "figure"), "configuration", ("chosen among", "integer")),
+    )
+    rows = [
+        (
+            *(c.name, c.untouched.bits_per_byte, c.few_shot.bits_per_byte if c.few_shot else None),
+            *(c.tuned.bits_per_byte, c.seed_sd, c.seed_sd_low, c.seed_sd_high, len(c.runs)),
+            *(c.forgetting, c.configuration.label, c.searched),
+        )
+        for c in cells
+    ]
+    return table(columns, rows, "Bits per byte of the answer, lower is better; the sd with its 90 % interval")
+
+
+def _answers(cells: Sequence[Cell]) -> Table:
+    columns = (
+        *("cell", ("untouched accuracy", "figure"), ("with examples", "figure"), ("tuned", "figure")),
+        *(
+            ("untouched exact match", "figure"),
+            ("exact match, examples", "figure"),
+            ("tuned exact match", "figure"),
+        ),
+    )
+    rows: list[tuple[Value, ...]] = []
+    for c in cells:
+        levels = (c.untouched, c.few_shot, c.tuned)
+        by_name = [[getattr(one, name) if one else None for one in levels] for name in ("accuracy", "exact_match")]
+        rows.append((c.name, *by_name[0], *by_name[1]))
+    rows += [(name, None, None, value, None, None, None) for name, value in _lines(cells) if value is not None]
+    return table(columns, rows, "By likelihood (accuracy) and by generation (exact match), and the lines to beat")
+
+
+def _lines(cells: Sequence[Cell]) -> list[tuple[str, float | None]]:
+    """The traditional baselines: the same for all cells, for they are of the same rows."""
+    made = next((one for cell in cells if (one := _baselines(cell.runs[0])) is not None), None)
+    if made is None:
+        return []
+    return [
+        (f"baseline: always {made.majority_label}", made.majority_accuracy),
+        ("baseline: TF-IDF with logistic regression", made.tfidf_accuracy),
+    ]
+
+
+def _baselines(run: RunRecord) -> Baselines | None:
+    scores = answering_scores(run)
+    return run.baselines if run.baselines is not None and scores and run.baselines.split == scores.split else None
+
+
+def _prompts(cells: Sequence[Cell]) -> Table:
+    columns = (
+        *("cell", ("prompt tokens, mean", "figure"), ("of the template", "integer"), "template trained before"),
+        *(("items cut", "integer"), ("tokens of a training", "integer")),
+    )
+    rows: list[tuple[Value, ...]] = []
+    for c in cells:
+        data = c.runs[0].data
+        if data is not None:
+            trained = {True: "yes", False: "no", None: None}[data.template_tokens_trained]
+            rows.append(
+                (c.name, data.mean_prompt_tokens, data.template_tokens, trained, data.truncated_items, c.tokens)
+            )
+    return table(columns, rows, "What the prompts are made of")
+
+
+def _contrasts(found: InstructBase) -> Table:
+    columns = (
+        *("contrast", "in", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "over"),
+        *(("p", "figure"), ("p, adjusted", "figure"), "holds"),
+    )
+    rows: list[tuple[Value, ...]] = []
+    if found.tuned is not None:
+        d = found.tuned
+        name = f"primary: {found.instruct.name} over {found.base.name}, tuned"
+        rows.append((name, "bits/byte", d.value, d.low, d.high, d.over, d.p, None, verdict(d, found.margin)))
+    for contrast in found.secondary:
+        d, holds = contrast.difference, "yes" if settled(contrast) else "not shown"
+        rows.append((contrast.name, contrast.unit, d.value, d.low, d.high, d.over, d.p, contrast.adjusted_p, holds))
+    caption = (
+        "Above 0, the first that is named is better. 90 % intervals; p of the secondary contrasts is adjusted after"
+        f" Holm for all {len(found.secondary)} of them"
+    )
+    return table(columns, rows, caption)
+
+
+def _points(found: InstructBase) -> list[str]:
+    points = [*found.notes]
+    if found.missing:
+        points.append(f"Not run: {', '.join(found.missing)}.")
+    if len({cell.searched for cell in found.cells}) > 1:
+        counts = ", ".join(f"{cell.searched} for {cell.name}" for cell in found.cells)
+        points.append(f"The cells were not searched equally ({counts} tried): the more are tried, the better.")
+    untrained = [c.name for c in found.cells if c.runs[0].data and c.runs[0].data.template_tokens_trained is False]
+    if untrained:
+        points.append(
+            f"{', '.join(untrained)}: this checkpoint never saw the template's tokens, and LoRA leaves embeddings as"
+            " they are."
+        )
+    forgetful = [cell for cell in found.cells if cell.forgetting is not None]
+    if len(forgetful) > 1:
+        most = max(forgetful, key=lambda cell: cell.forgetting or 0.0)
+        points.append(f"{most.name} forgets most of the cells: {most.forgetting:+.3g} nats per byte of general text.")
+    if found.margin is None:
+        points.append("No margin of equivalence was given (--equivalence): that both are equally good can't be said.")
+    return points

@@ -1,0 +1,74 @@
+"""Instruct or base in one paragraph of plain words, each of which follows from a figure beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_exp.analysis.contrasts import INTERVAL, told
+from qlora_exp.analysis.instruct_base import Cell, Contrast, InstructBase, baseline_note, verdict
+
+
+def paragraph(found: InstructBase) -> str:
+    """science.md's sentence, and what follows from the secondary contrasts."""
+    return " ".join([primary_sentence(found), *_more(found), "This says nothing about instruct models in general."])
+
+
+def settled(contrast: Contrast) -> bool:
+    """Whether it holds among all secondary contrasts."""
+    return contrast.adjusted_p is not None and contrast.adjusted_p <= 1 - INTERVAL
+
+
+def primary_sentence(found: InstructBase) -> str:
+    first = found.instruct.configuration.first
+    task = first.data.task if first.data is not None else "this task"
+    where = task if first.scores.test is not None else f"{task} (its validation split)"
+    return (
+        f"On {where}, for this pair of checkpoints ({found.instruct.name} against {found.base.name}, chosen"
+        f" {found.chosen_by}), in bits per byte of the answer: untouched, instruct gains {told(found.untouched)};"
+        f" tuning adds {told(found.gain)}; after tuning {told(found.tuned)}: {verdict(found.tuned, found.margin)}."
+    )
+
+
+def _more(found: InstructBase) -> Iterator[str]:
+    by_name = {contrast.name: contrast for contrast in found.secondary}
+    for when in ("tuned", "untouched"):
+        worth = [
+            f"{variant} {told(contrast.difference)}"
+            for variant in ("base", "instruct")
+            if (contrast := by_name.get(f"chat over plain, {variant}, {when}")) is not None
+        ]
+        if worth:
+            yield f"The chat template gains within each, {when}: {', '.join(worth)}."
+    yield from _shown_examples(found.base)
+    yield from _forgetting(by_name.get("instruct over base, general text kept"))
+    yield from _stability(found)
+    note = baseline_note(found.instruct.configuration), baseline_note(found.base.configuration)
+    yield from (f"{cell.name}: {said}" for cell, said in zip((found.instruct, found.base), note, strict=True) if said)
+    yield found.tokens.sentence
+
+
+def _shown_examples(base: Cell) -> Iterator[str]:
+    if base.few_shot is None or base.few_shot.accuracy is None:
+        return
+    told_of = [("untouched", base.untouched.accuracy), ("tuned", base.tuned.accuracy)]
+    beside = ", ".join(f"{name} {value:.3f}" for name, value in told_of if value is not None)
+    accuracy = base.few_shot.accuracy
+    yield f"With {base.shots} examples in the prompt the untouched base has accuracy {accuracy:.3f} ({beside})."
+
+
+def _forgetting(contrast: Contrast | None) -> Iterator[str]:
+    if contrast is None:
+        return
+    more = "base" if contrast.difference.value > 0 else "instruct"
+    who = f"{more.capitalize()} forgets more" if settled(contrast) else "Who forgets more is not settled"
+    yield f"{who} (base − instruct {told(contrast.difference)} nats per byte of general text)."
+
+
+def _stability(found: InstructBase) -> Iterator[str]:
+    spread = [
+        f"{cell.variant} {cell.seed_sd:.2g} [90 % {cell.seed_sd_low:.2g}, {cell.seed_sd_high:.2g}]"
+        for cell in (found.instruct, found.base)
+        if cell.seed_sd is not None
+    ]
+    if spread:
+        yield f"From seed to seed the tuned score varies by {', '.join(spread)} (sd)."
