@@ -163,8 +163,8 @@ class Row:
     """Of those decided: the grid's own verdict and rank."""
     grids_agree: float
     """Of pairs of whole grids with half of all seeds each."""
-    compatible_in_halves: float | None
-    """``compatible`` with one half as the grid and the other as the pool, one ladder each."""
+    in_halves: tuple[int, int]
+    """Compatible ladders, and those decided and judged, with one half as the grid and the other as the pool."""
     regret: tuple[float, float] | None
     """Nats per item above the best rank of the whole grid, by the grid's means: median and 90th percentile."""
     flops: tuple[float, float]
@@ -201,7 +201,7 @@ def replay(whole: ReferenceGrid, margin: float, r_start: int, draws: int, seed: 
         unjudged=1 - len(judged) / len(decided) if decided else 0.0,
         exact=_share(exact),
         grids_agree=agree,
-        compatible_in_halves=in_halves,
+        in_halves=in_halves,
         regret=_middle_and_high(regrets) if regrets else None,
         flops=_middle_and_high(shares / _grid_flops(whole, whole.grid.shape[1])),
         flops_of_own=float(np.median(shares) / _grid_flops(reference, FIRST_SEEDS)),
@@ -225,7 +225,7 @@ def _drawn(pool: Array, rng: np.random.Generator) -> Array:
     return np.asarray(pool[:, seeds][:, :, items])
 
 
-def _halves(reference: ReferenceGrid, rule: Rule, rng: np.random.Generator) -> tuple[float, float | None]:
+def _halves(reference: ReferenceGrid, rule: Rule, rng: np.random.Generator) -> tuple[float, tuple[int, int]]:
     together = all_seeds(reference)
     half = together.shape[1] // 2
     same, pairs = 0, []
@@ -235,7 +235,8 @@ def _halves(reference: ReferenceGrid, rule: Rule, rng: np.random.Generator) -> t
         one, other = (walk(dict(zip(reference.ranks, runs, strict=True)), rule, complete=True) for runs in (grid, pool))
         same += _same(one, other)
         pairs.append((climb(_drawn(pool, rng), reference.ranks, rule), one))
-    return same / HALVES, _share(_judged(pairs))
+    judged = _judged(pairs)
+    return same / HALVES, (sum(judged), len(judged))
 
 
 def _judged(pairs: Sequence[tuple[Ladder, Answer]]) -> list[bool]:

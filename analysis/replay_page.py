@@ -72,8 +72,10 @@ is there already, so only the decision is replayed.
 
 * **(a) compatible**, goal ≥ 95 % of the decided that can be judged: every step of the ladder is one that the grid
   allows. Either answer is allowed where the grid's interval of the gain lies within m ± w; a step at which the grid
-  itself is inconclusive judges nobody (*not judged*, a share of the decided). The draws of a row share one pool: *in
-  halves*, each of {HALVES} ladders has another random half of all seeds as its pool and the rest as its grid.
+  itself is inconclusive judges nobody (*not judged*, a share of the decided). That is strict: where the grid says
+  *continue* with an interval that reaches beyond m + w, a *stop* counts as incompatible though the truth may lie in the
+  zone. The draws of a row share one pool: *in halves*, each of {HALVES} ladders has another random half of all seeds
+  as its pool and the rest as its grid; told is how many of those that can be judged are compatible.
 * **(b) decided**, goal ≥ 80 %. A *planned half-width* above 1 says before training that not every gain can be settled.
 * **(c) same answer**: the grid's own verdict and rank, among the decided; beside it how often *two grids agree*, each
   with one of those halves. No goal: it can't be much higher than that.
@@ -99,11 +101,11 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
         ("The plan can't settle", [row for row in rows if row.planned > 1]),
     ):
         known = [row.compatible for row in some if row.compatible is not None]
-        halves = [row.compatible_in_halves for row in some if row.compatible_in_halves is not None]
+        halves = [sum(counts) for counts in zip(*(row.in_halves for row in some), strict=True)] or [0, 0]
         yield f"* {name}: {len(some)} rows."
         yield f"  (b) is reached in {_reached([row.decided for row in some], DECIDED)};"
-        yield f"  (a), where it can be judged, in {_reached(known, COMPATIBLE)}, over halves in"
-        yield f"  {_reached(halves, COMPATIBLE)}."
+        yield f"  (a), where it can be judged, in {_reached(known, COMPATIBLE)}, over halves by"
+        yield f"  {halves[0]} of {halves[1]} ladders."
     cheap = sum(row.flops[0] <= FLOPS_MEDIAN and row.flops[1] <= FLOPS_P90 for row in rows)
     yield f"* (e) is reached in {cheap} of {len(rows)} rows: medians{_range([row.flops[0] for row in rows])}, 90th"
     yield f"  percentiles{_range([row.flops[1] for row in rows])};"
@@ -127,7 +129,7 @@ def cells(row: Row) -> tuple[str, ...]:
         said(row.grid),
         _percent(row.decided),
         _percent(row.compatible),
-        _percent(row.compatible_in_halves),
+        "{} of {}".format(*row.in_halves),
         _percent(row.unjudged),
         _percent(row.exact),
         _percent(row.grids_agree),
