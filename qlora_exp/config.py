@@ -284,6 +284,26 @@ class BudgetConfig:
 
 
 @dataclass
+class ExportConfig:
+    """``qlora-exp export``: conf/export.yaml, no part of a run's configuration."""
+
+    formats: list[str]
+    """adapter, merged, or a GGUF block type."""
+    dtype: ComputeDtype
+    """Of the merged model: bfloat16 or float16."""
+    check_items: int
+    tolerance: float
+    """Accuracy that an exported file may lose against the run's own, as a share of items."""
+    context_tokens: int
+    generated_tokens: int
+    usd_per_hour: float | None
+    """null: the record's cost."""
+    phone_file_bytes: int
+    phone_memory_bytes: int
+    phone_usd: float
+
+
+@dataclass
 class LadderConfig:
     """Rank doubling (``sweep.sampler=ladder``): r_start, 2·r_start … until returns have diminished, or r_max."""
 
@@ -401,12 +421,20 @@ def typed(config: DictConfig) -> Config:
     built.task.path = absolute_path(built.task.path)
     built.model.path = absolute_path(built.model.path)
     built.model.chat_template = absolute_path(built.model.chat_template)
+    built.tracking.uri = absolute_store(built.tracking.uri)
     return built
 
 
 def absolute_path(path: str | None) -> str | None:
     """Links stay as they are: a file of the Hub's cache is one, and its target has no ending."""
     return os.path.abspath(os.path.expanduser(path)) if path else path
+
+
+def absolute_store(uri: str | None) -> str | None:
+    """A SQLite address whose file is relative to the current folder, as the same file's from every folder."""
+    scheme, found, name = (uri or "").partition("sqlite:///")
+    relative = found and not scheme and name and not name.startswith(("/", ":", "file:"))
+    return f"sqlite:///{absolute_path(name)}" if relative else uri
 
 
 def to_plain(config: Config) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class RecordError(QloraExpError):
     """A record or run folder that can't be found or read."""
 
 
+class ExportError(QloraExpError):
+    """A run that can't be exported, or a folder that an export can't be written to."""
+
+
 class AnalysisError(QloraExpError):
     """A table, ladder or rule that no answer can be drawn from."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from collections.abc import Iterator
@@ -50,6 +51,8 @@ class Phase:
 
     seconds: float | None = None
     peak_bytes: int | None = None
+    resident_peak_bytes: int | None = None
+    """CPU: the resident peak itself, all that was resident at the phase's start included."""
     reserved_bytes: int | None = None
     energy_joules: float | None = None
 
@@ -82,6 +85,8 @@ class Meter:
             known.seconds = (known.seconds or 0.0) + time.perf_counter() - clock
             peak, reserved = self._peaks(started_with)
             known.peak_bytes = _highest(known.peak_bytes, peak)
+            if peak is not None and started_with is not None:
+                known.resident_peak_bytes = _highest(known.resident_peak_bytes, started_with + peak)
             known.reserved_bytes = _highest(known.reserved_bytes, reserved)
             spent = energy_joules(self.device)
             if joules is not None and spent is not None:
@@ -103,7 +108,7 @@ class Meter:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return None
-        return None if self.host_reused else reset_resident_peak()
+        return None if self.host_reused or not give_back_freed_memory() else reset_resident_peak()
 
     def _peaks(self, started_with: int | None) -> tuple[int | None, int | None]:
         if self.device == "cuda":
@@ -124,6 +129,18 @@ def _highest(one: int | None, other: int | None) -> int | None:
 def resident_bytes() -> int | None:
     """Resident memory of this process now; ``None`` where the system doesn't say."""
     return _status_bytes("VmRSS")
+
+
+def give_back_freed_memory() -> bool:
+    """Hand what has been freed back to the system (glibc's ``malloc_trim``); False where the C library can't.
+
+    The allocator keeps what one phase freed and gives it to the next: its peak would then be too small by that much.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library, or a system without one of that kind
+        return False
+    return True
 
 
 def reset_resident_peak() -> int | None:

@@ -163,6 +163,11 @@ class RunPaths:
         return self.folder / "adapter"
 
     @property
+    def export(self) -> Path:
+        """Where ``qlora-exp export`` writes unless it is told otherwise."""
+        return self.folder / "export"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 

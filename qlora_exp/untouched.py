@@ -216,7 +216,7 @@ MEASURED_WITH = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-l
 
 
 def cache_key(*parts: str) -> str:
-    """A name for what is cached: the fingerprints, and the versions that it was measured with."""
+    """A name for what is cached: the fingerprints, the versions that it was measured with, and what is measured."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in MEASURED_WITH]
-    parts = (*parts, *versions)
+    parts = (*parts, *versions, *evaluation.ITEM_COLUMNS.names)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -41,9 +41,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "endings": {"records"},
     "callbacks": {"endings", "measurement", "records"},
     "tables": {"catalogue", "records"},
-    "plan": {"checks", "config", "records"},
+    "plan": {"checks", "config", "measurement", "records"},
     "compose": {"config", "plan"},
-    "models": {"checks", "config", "plan"},
+    "planning": {
+        *("calibration", "checks", "compose", "config", "environment", "models", "overrides", "plan"),
+        *("rank_doubling", "records", "study", "tables"),
+    },
+    "models": {"catalogue", "checks", "config", "plan"},
+    "calibration": {"config", "measurement", "models", "plan", "records"},
     "data": {"config", "records"},
     "evaluation": {"config", "data", "metrics", "plan", "records"},
     "train": {"callbacks", "checkpoints", "config", "data", "endings", "models", "records"},
@@ -52,7 +57,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "few_shot": {"config", "data", "evaluation", "records", "untouched"},
     "tracking": {"config", "environment", "history", "model_card", "records", "redaction"},
     "one_run": {
-        *("callbacks", "checkpoints", "config", "data", "endings", "evaluation", "few_shot", "measurement"),
+        *(
+            "calibration",
+            "callbacks",
+            "checkpoints",
+            "config",
+            "data",
+            "endings",
+            "evaluation",
+            "few_shot",
+            "measurement",
+        ),
         *("metrics", "models", "plan", "records", "redaction", "train", "untouched"),
     },
     "app": {
@@ -74,12 +89,35 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hydra_app": {"app", "compose", "config", "sweep"},
     "job": {"app"},
     "repetition": {"catalogue", "compose", "config", "overrides", "records", "redaction"},
-    "doctor": {"config", "environment", "models", "tracking"},
+    "export": {"app", "config", "data", "evaluation", "model_card", "models", "records"},
+    "doctor": {
+        "compose",
+        "config",
+        "environment",
+        "measurement",
+        "models",
+        "plan",
+        "study",
+        "sweep",
+        "tracking",
+        "workers",
+    },
     "embedded": {"app", "compose", "records"},
     "cli": {
-        *("__init__", "analysis", "app", "catalogue", "compose", "config", "data", "doctor", "environment", "history"),
-        *("hydra_app", "one_run", "overrides", "records", "redaction", "repetition", "retention", "standing"),
-        *("starter", "study", "sweep", "tables", "tracking"),
+        *(
+            "__init__",
+            "analysis",
+            "app",
+            "calibration",
+            "catalogue",
+            "compose",
+            "config",
+            "data",
+            "doctor",
+            "environment",
+        ),
+        *("export", "history", "hydra_app", "one_run", "overrides", "planning", "progress", "records", "redaction"),
+        *("repetition", "retention", "standing", "starter", "study", "sweep", "tables", "tracking"),
     },
     "__init__": {"app", "compose", "history", "records"},
     "__main__": {"hydra_app"},
@@ -95,6 +133,8 @@ ONE_IMPORTER = {
     "optuna": "study",
     "typer": "cli",
     "plotly": "analysis",
+    "gguf": "export",
+    "llama_cpp": "export",
 }
 
 TORCH_FREE = ("config", "records", "paths", "errors", "redaction", "environment", "plan", "compose", "history", "app")
@@ -180,3 +220,11 @@ def test_the_analysis_loads_no_library_of_training_or_searching() -> None:
 def test_rooms_for_arithmetic_and_records_do_not_load_torch() -> None:
     code = "\n".join(f"import qlora_exp.{room}" for room in TORCH_FREE)
     assert not {"torch", "mlflow", "transformers"} & loaded_after(code)
+
+
+def test_what_a_trial_imports_leaves_out_the_compiler_that_nothing_uses() -> None:
+    assert "torch._inductor.compile_fx" not in loaded_after("import qlora_exp.one_run")
+
+
+def test_opening_a_study_does_not_load_what_only_importances_need() -> None:
+    assert "sklearn" not in loaded_after("import qlora_exp.study.store")

@@ -268,7 +268,7 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it(tmp_path: Path, capsys: py
 def test_doctor_tells_an_embedded_file_that_is_not_as_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert embedded_assets().ok
     copy = shutil.copytree(EMBEDDED, tmp_path / "embedded")
-    monkeypatch.setattr("qlora_exp.doctor.EMBEDDED", copy)
+    monkeypatch.setattr("qlora_exp.doctor.checks.EMBEDDED", copy)
     (copy / "task" / "test.jsonl").write_text("{}\n")
     (copy / "base" / "model.safetensors").unlink()
     found = embedded_assets()

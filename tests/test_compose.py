@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from qlora_exp.compose import Composer, compose
@@ -39,3 +41,22 @@ def test_it_tells_what_is_wrong_in_the_same_words(wrong: str) -> None:
         compose(["lora.r=4", wrong])
     assert str(one.value) == str(other.value)
     assert composer.compose(["lora.r=4"]) == compose(["lora.r=4"])
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("sqlite:///runs.db", "sqlite:///{here}/runs.db"),
+        ("sqlite:///../runs.db", "sqlite:///{above}/runs.db"),
+        ("sqlite:////data/runs.db", "sqlite:////data/runs.db"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("null", None),
+    ],
+)
+def test_a_store_is_the_same_file_whichever_folder_is_the_current_one_later(
+    given: str, named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = compose([f"tracking.uri={given}"]).tracking.uri
+    assert uri == (named and named.format(here=tmp_path, above=tmp_path.parent))

@@ -1,10 +1,13 @@
-"""A card's peak is found by its whole name as the driver tells it, and by no part of another's."""
+"""A card's peak is found by its whole name as the driver tells it, and by no part of another's; a phase's peak is its
+own."""
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 
-from qlora_exp.measurement import flops_per_token, model_flops_utilisation
+from qlora_exp.measurement import Meter, flops_per_token, model_flops_utilisation
 
 # Device names as NVML and torch give them, and the data sheets' dense 16-bit TFLOP/s.
 KNOWN = {
@@ -60,3 +63,22 @@ def test_another_card_is_unknown_and_not_the_nearest_name(name: str | None) -> N
 def test_a_frozen_base_costs_four_flops_a_parameter_and_token_and_two_more_recomputed() -> None:
     assert flops_per_token(1000, 10, recomputed=False) == 4060
     assert flops_per_token(1000, 10, recomputed=True) == 6060
+
+
+MEGABYTE = 1_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc hands freed memory back when asked")
+def test_a_phases_peak_counts_what_an_earlier_phase_needed_and_freed_too() -> None:
+    meter = Meter("cpu")
+    needed = {"train": 120 * MEGABYTE, "evaluate in small batches": 20 * MEGABYTE, "evaluate": 60 * MEGABYTE}
+    kept = []
+    for phase, wanted in needed.items():
+        with meter.phase(phase):
+            blocks = [bytearray(50_000) for _ in range(wanted // 50_000)]  # too small to be mapped one by one
+            kept.append(bytearray(50_000))  # stands in the way of the heap's shrinking by itself
+            del blocks
+    for phase, wanted in needed.items():
+        peak = meter.of(phase).peak_bytes
+        assert peak is not None
+        assert 0.8 * wanted < peak < 1.2 * wanted, phase

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import re
 import typing
@@ -25,7 +26,8 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 OF_LABELS = (
-    "accuracy", "accuracy_calibrated", "accuracy_normalized", "balanced_accuracy", "macro_f1", "invalid_answer_rate",
+    "accuracy", "accuracy_calibrated", "accuracy_normalized", "accuracy_pmi", "balanced_accuracy", "macro_f1",
+    "invalid_answer_rate",
 )  # fmt: skip
 
 
@@ -38,6 +40,7 @@ OF_GENERATED = ("exact_match", "invalid_answer_rate", *OF_FREE_TEXT)
 SHARES = (*OF_LABELS, *OF_FREE_TEXT, "exact_match", "token_accuracy")
 
 
+@functools.cache
 def goal_metrics() -> tuple[str, ...]:
     """Names that ``task.goal`` can speak of: the numbers of :class:`~qlora_exp.records.Scores`."""
     hints = typing.get_type_hints(Scores)

@@ -9,7 +9,18 @@ from typing import Any
 
 import typer
 
-from qlora_exp.cli import analyzing, compare, listing, machine, prepare, reporting, running, sweeping
+from qlora_exp.cli import (
+    analyzing,
+    compare,
+    exporting,
+    listing,
+    machine,
+    planning,
+    prepare,
+    reporting,
+    running,
+    sweeping,
+)
 from qlora_exp.errors import QloraExpError
 
 EPILOG = (
@@ -28,11 +39,13 @@ app = typer.Typer(
 )
 running.add_to(app)
 sweeping.add_to(app)
+planning.add_to(app)
 prepare.add_to(app)
 listing.add_to(app)
 compare.add_to(app)
 analyzing.add_to(app)
 reporting.add_to(app)
+exporting.add_to(app)
 machine.add_to(app)
 
 

@@ -1,19 +1,28 @@
-"""Verbs about this machine and the tracking store: ``doctor``, ``sync``, ``ui``, ``version``."""
+"""Verbs about this machine and the tracking store: ``doctor``, ``calibrate``, ``sync``, ``ui``, ``version``."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_exp.cli.arguments import OutputRoot, examples, outputs_of
+from qlora_exp.cli.arguments import OutputRoot, Overrides, examples, outputs_of
 
 if TYPE_CHECKING:
     from qlora_exp.doctor import Check
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("doctor", epilog=examples("qlora-exp doctor", "qlora-exp doctor --no-self-test"))(doctor)
+    app.command(
+        "doctor",
+        epilog=examples(
+            "qlora-exp doctor",
+            "qlora-exp doctor --no-self-test",
+            "qlora-exp doctor sweeps=demo                           # is there disk for this sweep?",
+        ),
+    )(doctor)
+    app.command("calibrate", epilog=examples("qlora-exp calibrate", "qlora-exp calibrate --threads 4"))(calibrate)
     app.command(
         "sync",
         epilog=examples("qlora-exp sync", "qlora-exp sync --uri http://127.0.0.1:5000"),
@@ -23,24 +32,51 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(
-    self_test: Annotated[bool, typer.Option(help="Also train through every quantization mode on this machine")] = True,
+    overrides: Overrides = None,
+    self_test: Annotated[
+        bool, typer.Option(help="Also measure this machine's speed, and train through every quantization mode on it")
+    ] = True,
     output_root: OutputRoot = None,
 ) -> int:
-    """Check this machine: ok, or problem and fix.
+    """Check this machine: ok, or problem and fix; with overrides also whether their runs fit on its disk.
 
     Exit code 1 where there is a problem.
     """
     from qlora_exp.app import quiet_libraries, set_threads
-    from qlora_exp.doctor import checks
 
     set_threads(None)
     quiet_libraries()
+    from qlora_exp.doctor import checks, sweep_disk
+
     problems = 0
-    for check in checks(outputs_of(output_root).root, self_test):
+    asked = [sweep_disk(overrides, output_root)] if overrides else []
+    for check in itertools.chain(asked, checks(outputs_of(output_root).root, self_test)):
         problems += check.ok is False
         print(_line(check), flush=True)
     print("no problem found" if not problems else f"{problems} problem{'s' if problems != 1 else ''}")
     return 1 if problems else 0
+
+
+def calibrate(
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch; a rate is kept for each number of them")
+    ] = None,
+) -> int:
+    """Measure how fast this machine trains in each quantization mode, for plans (ten seconds).
+
+    The rates are kept in the user's cache, by device and number of threads.
+    """
+    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.calibration import calibrate as measure
+    from qlora_exp.calibration import rates_file
+    from qlora_exp.environment import probe
+
+    set_threads(threads)
+    quiet_libraries()
+    for mode, flops_per_second in measure(probe()):
+        print(f"{mode:6}{flops_per_second / 1e9:10.1f} GFLOP/s", flush=True)
+    print(f"kept in {rates_file()}")
+    return 0
 
 
 def sync(

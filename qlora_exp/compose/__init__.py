@@ -3,33 +3,39 @@
 from qlora_exp.compose.configuration import (
     GRID_CHECK_LIMIT,
     Composer,
+    built,
     check_multirun,
     check_points,
     checked,
     compose,
     compose_raw,
 )
+from qlora_exp.compose.files import default_choices, read_choice
 from qlora_exp.compose.grammar import is_hydra, is_swept, key_of, value_of, without_globs
 from qlora_exp.compose.groups import groups
-from qlora_exp.compose.problems import problems_of
+from qlora_exp.compose.problems import problems_of, typed_value
 from qlora_exp.compose.search import SEARCH_PATH, search_folders, search_path
 
 __all__ = [
     "GRID_CHECK_LIMIT",
     "SEARCH_PATH",
     "Composer",
+    "built",
     "check_multirun",
     "check_points",
     "checked",
     "compose",
     "compose_raw",
+    "default_choices",
     "groups",
     "is_hydra",
     "is_swept",
     "key_of",
     "problems_of",
+    "read_choice",
     "search_folders",
     "search_path",
+    "typed_value",
     "value_of",
     "without_globs",
 ]

@@ -134,11 +134,20 @@ def _missing(error: MissingMandatoryValue) -> ConfigError:
 
 def checked(config: Any) -> Config:
     """The same checks for a configuration that Hydra composed itself."""
+    result = built(config)
+    raise_all(plan.check(result))
+    return result
+
+
+def built(config: Any) -> Config:
+    """A composed configuration as dataclasses; what must hold between its keys is not looked at.
+
+    Raises:
+        ConfigError: a value is missing, or an interpolation names nothing.
+    """
     try:
-        built = typed(config)
+        return typed(config)
     except MissingMandatoryValue as error:
         raise _missing(error) from None
     except OmegaConfBaseException as error:
         raise _not_composed(error) from None
-    raise_all(plan.check(built))
-    return built

@@ -168,6 +168,21 @@ def _problem_of_value(key: str, value: Any, kind: Any, text: str) -> ConfigError
     return None
 
 
+def typed_value(key: str, value: Any) -> Any:
+    """``value`` as the schema has it at ``key``: ``nf4`` as its enum, ``1`` as a float where one is asked for.
+
+    Raises:
+        ConfigError: there is no such key, or it can't be that.
+    """
+    kind = _schema_type(key)
+    problem = kind if isinstance(kind, ConfigError) else _problem_of_value(key, value, kind, f"{key}={value}")
+    if problem is not None:
+        raise problem
+    node = OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", kind)]))
+    node.value = value
+    return typing.cast(Any, OmegaConf.to_object(node)).value
+
+
 def _describe(kind: Any) -> str:
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):

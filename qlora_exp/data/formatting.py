@@ -45,9 +45,9 @@ class _Texts:
 
 
 class _Refused(Exception):
-    def __init__(self, reason: str, detail: str, hint: str) -> None:
+    def __init__(self, reason: str, detail: str, hint: str, of_template: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.detail, self.hint = reason, detail, hint
+        self.reason, self.detail, self.hint, self.of_template = reason, detail, hint, of_template
 
 
 def resolve_format(config: Config) -> str:
@@ -111,7 +111,9 @@ def plain_prompt(example: Example) -> str:
 
 
 def _problem(example: Example, refused: _Refused) -> RowProblem:
-    return RowProblem(example.file, example.row, None, refused.reason, refused.detail, refused.hint)
+    return RowProblem(
+        example.file, example.row, None, refused.reason, refused.detail, refused.hint, refused.of_template
+    )
 
 
 def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -142,15 +144,17 @@ def _chat_texts(example: Example, tokenizer: Tokenizer) -> _Texts:
     full = _render(messages, tokenizer, generation_prompt=False)
     if not full.startswith(prompt):
         detail = "the chat template writes the prompt otherwise when the answer follows"
-        raise _Refused("template without a stable prompt", detail, _FORMAT_HINT)
+        raise _Refused("template without a stable prompt", detail, _FORMAT_HINT, of_template=True)
     rest = full[len(prompt) :]
     begin = rest.rfind(example.completion)
     if begin < 0:
-        raise _Refused("template changes the answer", "the chat template doesn't write it as it is", _FORMAT_HINT)
+        raise _Refused(
+            "template changes the answer", "the chat template doesn't write it as it is", _FORMAT_HINT, of_template=True
+        )
     end = begin + len(example.completion)
     if not rest[end:].strip():
         detail = "the chat template puts nothing after an answer: the model would never learn to stop"
-        raise _Refused("template without an end of turn", detail, _FORMAT_HINT)
+        raise _Refused("template without an end of turn", detail, _FORMAT_HINT, of_template=True)
     return _Texts(prompt, rest[:end], rest[end:])
 
 
@@ -162,7 +166,7 @@ def _render(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt
         hint = _FORMAT_HINT
         if messages[0].role == "system":
             hint = f"many templates take no system message: task.system=null, {hint}"
-        raise _Refused("refused by the chat template", str(error), hint) from None
+        raise _Refused("refused by the chat template", str(error), hint, of_template=True) from None
     return str(text)
 
 

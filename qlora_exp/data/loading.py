@@ -12,22 +12,25 @@ from typing import Any
 from qlora_exp import records
 from qlora_exp.config import Config, TaskKind
 from qlora_exp.data.formatting import Encoding, Tokenizer, check_tokenizer, encode, resolve_format, template_tokens
+from qlora_exp.data.hub import SPLIT_NAMES
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.problems import RowProblem, add_counts, settle
 from qlora_exp.data.rows import Example
-from qlora_exp.data.sources import SPLIT_NAMES, read_general_chats, read_general_text
+from qlora_exp.data.sources import read_general_chats, read_general_text
 from qlora_exp.data.splits import RawSplits, load_rows
 from qlora_exp.errors import DataError
 
 
-def load_data(config: Config, tokenizer: Tokenizer, max_length: int) -> Splits:
+def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSplits | None = None) -> Splits:
     """Every split of the task as token ids, each sequence at most ``max_length`` tokens (the end is cut, as TRL does).
+
+    ``rows``: the task's, where they have been read already.
 
     Raises :class:`DataError` or :class:`Problems` with file, row number, column and reason, as ``load_rows`` does; rows
     that can't be tokenized, or whose completion would be cut away, follow ``task.invalid_rows`` too.
     """
     format = resolve_format(config)
-    rows = load_rows(config.task)
+    rows = rows or load_rows(config.task)
     check_tokenizer(tokenizer, format)
     if max_length < 2:
         raise DataError(f"max_length is {max_length}", "training.max_length", "at least 2: a prompt and an answer")

@@ -24,9 +24,12 @@ class RowProblem:
     reason: str
     detail: str
     hint: str | None = None
+    of_template: bool = False
+    """A fault of the chat template, which every row would have: told once."""
 
-    def error(self) -> DataError:
-        where = f"{self.file}, row {self.row}"
+    def error(self, others: int = 0) -> DataError:
+        """``others``: how many further rows have the very same fault."""
+        where = f"{self.file}, row {self.row}" + (f", and {others} other rows" if others else "")
         if self.column is not None:
             where += f", column {self.column}"
         return DataError(f"{self.reason}: {self.detail}", where, self.hint or _DROP_HINT)
@@ -37,15 +40,26 @@ def settle(problems: Sequence[RowProblem], policy: InvalidRows) -> dict[str, int
     reasons = Counter(problem.reason for problem in problems)
     if not problems or policy is InvalidRows.drop:
         return dict(sorted(reasons.items()))
-    errors = [problem.error() for problem in problems[:_SHOWN]]
-    if len(problems) == 1:
+    told = _each_template_fault_once(problems)
+    errors = [problem.error(others) for problem, others in told[:_SHOWN]]
+    if len(told) == 1:
         (only,) = errors
-        hint = only.hint if only.hint == _DROP_HINT else f"{only.hint}; or {_DROP_HINT}"
+        hint = only.hint if only.hint == _DROP_HINT or told[0][0].of_template else f"{only.hint}; or {_DROP_HINT}"
         raise DataError(only.what, only.where, hint)
     by_reason = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
     files = ", ".join(sorted({problem.file for problem in problems}))
     total = DataError(f"{len(problems)} rows can't be used: {by_reason}", files, _DROP_HINT)
     raise Problems([*errors, total])
+
+
+def _each_template_fault_once(problems: Sequence[RowProblem]) -> list[tuple[RowProblem, int]]:
+    """The problems to tell, and how many further rows each of them stands for."""
+    told: dict[tuple[object, ...], tuple[RowProblem, int]] = {}
+    for number, problem in enumerate(problems):
+        key = (problem.reason, problem.detail, problem.hint) if problem.of_template else (number,)
+        first, others = told.get(key, (problem, -1))
+        told[key] = (first, others + 1)
+    return list(told.values())
 
 
 def add_counts(*counts: dict[str, int]) -> dict[str, int]:

@@ -1,21 +1,17 @@
-"""Where a task's rows come from: the package, a file or folder on disk, or the Hub (the only importer of datasets)."""
+"""Where a task's rows come from: the package, a file or folder on disk, or the Hub."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from qlora_exp.config import TaskConfig, TaskSource
 from qlora_exp.data.files import ENDINGS, RawFile, RawRow, read_file
+from qlora_exp.data.hub import SPLIT_NAMES, read_hub
 from qlora_exp.data.rows import Example, Message
 from qlora_exp.errors import DataError, nearest
 from qlora_exp.paths import EMBEDDED
 
-SPLIT_NAMES = ("train", "validation", "test")
 _OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def read_sources(task: TaskConfig) -> dict[str, RawFile]:
@@ -26,7 +22,7 @@ def read_sources(task: TaskConfig) -> dict[str, RawFile]:
     if task.source is TaskSource.embedded:
         return _read_folder(EMBEDDED / "task")
     if task.source is TaskSource.hub:
-        return _read_hub(task)
+        return read_hub(task)
     if not task.path:
         raise DataError("no data file is named", "task.path", "task.path=FILE.jsonl")
     path = Path(task.path).expanduser()
@@ -81,53 +77,3 @@ def _read_folder(folder: Path) -> dict[str, RawFile]:
         hint = f"name it train{{{','.join(ENDINGS)}}}, or give task.path=FILE; here: {names}"
         raise DataError("the folder holds no train file", str(folder), hint)
     return {split: read_file(found[split]) for split in SPLIT_NAMES if split in found}
-
-
-def _read_hub(task: TaskConfig) -> dict[str, RawFile]:
-    if not task.hub_id or not _HUB_ID.fullmatch(task.hub_id) or Path(task.hub_id).exists():
-        hint = "task.hub_id=OWNER/NAME; files on disk: task=local task.path=…"
-        raise DataError(f"{task.hub_id!r} is no data set of the Hub", "task.hub_id", hint)
-    for split in task.splits:
-        if split not in SPLIT_NAMES:
-            raise DataError(f"there is no split {split!r}", "task.splits", nearest(split, SPLIT_NAMES))
-    if "train" not in task.splits:
-        raise DataError("no training split is named", "task.splits", "task.splits.train=NAME_OF_THEIR_SPLIT")
-    return {ours: _load_hub_split(task, theirs) for ours, theirs in task.splits.items()}
-
-
-def _load_hub_split(task: TaskConfig, theirs: str) -> RawFile:
-    import datasets
-
-    where = f"hub data set {task.hub_id}" + (f" [{task.hub_config}]" if task.hub_config else "") + f", split {theirs}"
-    try:
-        loaded = datasets.load_dataset(task.hub_id, task.hub_config, revision=task.hub_revision, split=theirs)
-    except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = "check the id, task.hub_config, task.splits, your access (hf auth login) and the network; "
-        raise DataError(
-            f"the data set can't be loaded: {reason}", where, hint + "offline: task=local task.path=FILE"
-        ) from None
-    return rows_of_dataset(loaded, f"{task.hub_id}/{theirs}")
-
-
-def rows_of_dataset(loaded: Any, name: str) -> RawFile:
-    """The rows of a ``datasets.Dataset``. Class labels become their names: a number names no answer."""
-    names: Mapping[str, Any] = {
-        column: feature for column, feature in loaded.features.items() if hasattr(feature, "int2str")
-    }
-    rows = [RawRow(name, number, _named(row, names)) for number, row in enumerate(loaded, start=1)]
-    if not rows:
-        raise DataError("the split holds no row", name, "choose another split: task.splits.train=NAME")
-    return RawFile(name, tuple(rows), tuple(_columns_of(loaded)))
-
-
-def _named(row: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        # The Hub marks an unlabelled row by -1.
-        column: names[column].int2str(value) if column in names and isinstance(value, int) and value >= 0 else value
-        for column, value in row.items()
-    }
-
-
-def _columns_of(loaded: Any) -> Iterable[str]:
-    return [str(column) for column in loaded.column_names]

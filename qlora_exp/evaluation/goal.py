@@ -23,6 +23,7 @@ _SHARES = {
     "accuracy": "correct",
     "accuracy_calibrated": "correct_calibrated",
     "accuracy_normalized": "correct_normalized",
+    "accuracy_pmi": "correct_pmi",
     "exact_match": "exact",
     "invalid_answer_rate": "invalid",
 }

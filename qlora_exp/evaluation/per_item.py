@@ -43,9 +43,11 @@ ITEM_COLUMNS = pa.schema(
         ("predicted", pa.string()),
         ("predicted_calibrated", pa.string()),
         ("predicted_normalized", pa.string()),
+        ("predicted_pmi", pa.string()),
         ("correct", pa.bool_()),
         ("correct_calibrated", pa.bool_()),
         ("correct_normalized", pa.bool_()),
+        ("correct_pmi", pa.bool_()),
         ("generated", pa.string()),
         ("exact", pa.bool_()),
         ("invalid", pa.bool_()),
@@ -71,10 +73,11 @@ def item_table(
     results: Sequence[ItemResult],
     splits: Splits,
     label_marginal: Mapping[str, float] | None,
+    priors: np.ndarray | None,
     option_texts: Sequence[str],
 ) -> pa.Table:
     """One row per item, in order; the columns are :data:`ITEM_COLUMNS`, null where something wasn't measured."""
-    predictions = _predictions(results, splits, label_marginal)
+    predictions = _predictions(results, splits, label_marginal, priors)
     valid = {text.casefold() for text in option_texts}
     rows: list[dict[str, Any]] = []
     for number, (item, result) in enumerate(zip(items, results, strict=True)):
@@ -105,10 +108,14 @@ def item_table(
 
 
 def _predictions(
-    results: Sequence[ItemResult], splits: Splits, label_marginal: Mapping[str, float] | None
+    results: Sequence[ItemResult],
+    splits: Splits,
+    label_marginal: Mapping[str, float] | None,
+    priors: np.ndarray | None,
 ) -> dict[str, list[str]]:
     """Predicted labels by rule: the option of largest summed log-likelihood; the same less the log of the label
-    marginal; the same per token. Equal scores go to the option that comes first."""
+    marginal; the same per token; the same less what it is without an item. Equal scores go to the option that comes
+    first."""
     if not splits.labels or not results:
         return {}
     summed = option_matrix(results)
@@ -118,6 +125,8 @@ def _predictions(
         # The floor keeps an option that the model holds for impossible everywhere from winning by a division by 0.
         shares = np.maximum([label_marginal[label] for label in splits.labels], np.finfo(float).tiny)
         rules["_calibrated"] = summed - np.log(shares)
+    if priors is not None:
+        rules["_pmi"] = summed - priors
     return {suffix: [splits.labels[best] for best in scores.argmax(axis=1)] for suffix, scores in rules.items()}
 
 
@@ -155,6 +164,7 @@ def _label_scores(column: Mapping[str, list[Any]], labels: Sequence[str]) -> dic
         "accuracy": score(Accuracy, plain, wanted),
         "accuracy_calibrated": score(Accuracy, predicted("_calibrated"), wanted),
         "accuracy_normalized": score(Accuracy, predicted("_normalized"), wanted),
+        "accuracy_pmi": score(Accuracy, predicted("_pmi"), wanted),
         "balanced_accuracy": score(BalancedAccuracy, plain, wanted),
         "macro_f1": score(MacroF1, plain, wanted, labels=len(labels)),
     }

@@ -14,6 +14,7 @@ from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mod
 from qlora_exp.evaluation.generation import StopRule, generate, max_new_tokens, stop_rule
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
 from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
+from qlora_exp.evaluation.prior import domain_prompt, option_priors
 from qlora_exp.metrics import hub_metric
 from qlora_exp.records import Scores
 
@@ -67,8 +68,9 @@ def evaluate_model(
                 chosen = splits.validation[: config.evaluation.max_items]
                 estimated_on = score_items(causal, tokenizer, chosen, trie, None, config.evaluation.batch_size)
             label_marginal = dict(zip(splits.labels, marginal(option_matrix(estimated_on)).tolist(), strict=True))
+        priors = option_priors(causal, _domain_prompt(tokenizer, splits), trie) if trie is not None else None
     option_texts = [_text(tokenizer, ids) for ids in trie.options] if trie else []
-    table = item_table(items, results, splits, label_marginal, option_texts)
+    table = item_table(items, results, splits, label_marginal, priors, option_texts)
     scores = scores_of(split, table, splits.labels, option_texts)
     if rule is not None:
         scores = replace(scores, max_new_tokens=rule.max_new_tokens)
@@ -120,6 +122,10 @@ def _stop_rule(model: CausalModel, tokenizer: Any, splits: Splits, config: Confi
         answers=[item.answer for item in known],
         max_new_tokens=max_new_tokens(splits, config),
     )
+
+
+def _domain_prompt(tokenizer: Any, splits: Splits) -> tuple[int, ...]:
+    return domain_prompt([item.prompt_ids for item in splits.train]) or (start_token(tokenizer),)
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -1,5 +1,8 @@
 """Base models, their quantization and their adapters. The only importer of bitsandbytes and peft."""
 
+from qlora_exp.models import libraries as libraries  # before the others: see there
+
+# isort: split
 from qlora_exp.models.adapters import (
     adapter_parameters,
     attach_adapters,
@@ -9,12 +12,13 @@ from qlora_exp.models.adapters import (
 )
 from qlora_exp.models.base import Base, load_base, shell
 from qlora_exp.models.bytes import WeightBytes, weight_bytes
-from qlora_exp.models.describe import describe
+from qlora_exp.models.describe import describe, describe_file
 from qlora_exp.models.lending import ColdBases, WarmBases, model_key
+from qlora_exp.models.merging import merged_model
 from qlora_exp.models.selftest import SelfTest, quantization_self_test
-from qlora_exp.models.sources import ModelSource, fingerprint, resolve_source
-from qlora_exp.models.targets import resolve_targets
+from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
 from qlora_exp.models.tokenizers import load_tokenizer
+from qlora_exp.plan.targets import resolve_targets
 
 __all__ = [
     "Base",
@@ -26,10 +30,13 @@ __all__ = [
     "adapter_parameters",
     "attach_adapters",
     "describe",
+    "describe_file",
     "fingerprint",
     "load_adapter",
     "load_base",
     "load_tokenizer",
+    "merged_model",
+    "model_config",
     "model_key",
     "quantization_self_test",
     "recast_adapters",

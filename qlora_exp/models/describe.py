@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError
-from qlora_exp.models.sources import ModelSource, model_config, resolve_source
-from qlora_exp.plan import Architecture, WeightShape
+from qlora_exp.models.sources import ModelSource, check_config, model_config, resolve_source
+from qlora_exp.plan.architecture import AS_ASKED, DTYPES, Architecture, OtherTensor, WeightShape, Widths
 
 ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\d+D)?$")
@@ -37,6 +42,32 @@ def describe(model: ModelConfig) -> Architecture:
     return architecture_of(built)
 
 
+def describe_file(file: Path) -> Architecture:
+    """The architecture that a config.json alone describes: no weights, no tokenizer beside it.
+
+    Raises :class:`ModelError` for a file that can't be read, or that doesn't say how large the model is.
+    """
+    if not file.is_file():
+        raise ModelError("there is no such configuration file", str(file), "model.path=FOLDER/config.json")
+    check_config(file)
+    source = ModelSource(file.parent.name or file.stem, str(file), None, None, is_local=True)
+    config = model_config(source)
+    _check_sizes(file, config)
+    return architecture_of(build_meta(config, source))
+
+
+def _check_sizes(file: Path, config: PretrainedConfig) -> None:
+    """transformers fills in a missing size with that of some model of the architecture."""
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    given = {**raw, **(raw.get("text_config") or {})}
+    aliases = config.get_text_config().attribute_map
+    names = {size: aliases.get(size, size) for size in ("hidden_size", "num_hidden_layers")}
+    missing = [name for size, name in names.items() if given.get(size) is None and given.get(name) is None]
+    if missing:
+        what = f"config.json doesn't say {' and '.join(missing)}"
+        raise ModelError(what, str(file), "restore it from the model's source")
+
+
 def _check_attention(model: PreTrainedModel, attention: str) -> None:
     """Whether the package that ``attention`` needs is installed, asked before a weight is read."""
     try:
@@ -50,7 +81,10 @@ def build_meta(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel
     """The model without weights: every module and shape, no memory."""
     try:
         with torch.device("meta"):
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            # In bfloat16 a buffer shows whether it takes the model's dtype or keeps its own.
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, dtype=torch.bfloat16
+            )
     except Exception as error:  # whatever an ill-formed configuration makes an architecture's constructor raise
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         what = f"transformers can't build this {config.model_type}: {line}"
@@ -72,6 +106,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         hidden_size=int(getattr(text, "hidden_size", 0) or 0),
         vocabulary_size=int(getattr(text, "vocab_size", 0) or 0),
         positions=positions if positions > 0 else None,
+        others=tuple(_others(model)),
     )
 
 
@@ -84,11 +119,10 @@ def output_head(model: PreTrainedModel) -> str | None:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
-    head = output_head(model)
     inside = _language_model_prefix(model)
-    for name, module in model.named_modules():
-        if name == head or not isinstance(module, nn.Linear | Conv1D):
-            continue
+    kept = _kept_from_quantization(model)
+    widths = _Widths(model)
+    for name, module in _linear_layers(model):
         conv = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
         adaptable = name.startswith(inside) and not OTHER_SENSES.search(name) and (conv or _is_plain_linear(module))
@@ -99,7 +133,49 @@ def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
             out_features=columns if conv else rows,
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             role=_role(model, name) if adaptable else "other",
+            quantizable=(conv or type(module) is nn.Linear) and should_convert_module(name, kept),
+            element_bytes=widths.of(f"{name}.weight", module.weight),
         )
+
+
+def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    head = output_head(model)
+    for name, module in model.named_modules():
+        if name != head and isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+def _others(model: PreTrainedModel) -> Iterator[OtherTensor]:
+    """Parameters outside linear layers, a tied one once, and buffers."""
+    counted = {id(parameter) for _, module in _linear_layers(model) for parameter in module.parameters()}
+    widths = _Widths(model)
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in counted:
+            yield OtherTensor(name, parameter.numel(), widths.of(name, parameter))
+    for name, buffer in model.named_buffers():
+        if buffer.numel():
+            yield OtherTensor(name, buffer.numel(), widths.of(name, buffer), buffer=True)
+
+
+def _kept_from_quantization(model: PreTrainedModel) -> list[str]:
+    """Names and patterns that transformers keeps bitsandbytes from (head, tied weights, what stays in float32)."""
+    kept: list[str] = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return kept
+
+
+class _Widths:
+    """Bytes an element of a model's tensors takes, by the dtype that the model is loaded in."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        plans = (model._get_dtype_plan(getattr(torch, dtype)) for dtype in DTYPES)
+        self._float32 = [build_glob_alternation(list(plan))[0] if plan else None for plan in plans]
+
+    def of(self, name: str, tensor: torch.Tensor) -> Widths:
+        if tensor.dtype is not torch.bfloat16:
+            return (tensor.itemsize,) * 3
+        kept = (pattern is not None and bool(pattern.search(name)) for pattern in self._float32)
+        float32, bfloat16, float16 = (4 if keep else width for keep, width in zip(kept, AS_ASKED, strict=True))
+        return float32, bfloat16, float16
 
 
 def _language_model_prefix(model: PreTrainedModel) -> str:

@@ -34,12 +34,18 @@ class WarmBases:
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[Hashable, Any]] = {}
+        self._new = False
+        """Whether something has been made since the last look."""
 
     def lend(self, config: Config, device_kind: str) -> Base:
         """The kept base where ``config`` asks for the same one; else that is freed first, and the new one loaded."""
         _collect()  # the last trial's shell, trainer and optimizer are cycles of references
         key = (model_key(config.model), repr(config.quantization), device_kind)
-        return self.kept("base", key, lambda: load_base(config, device_kind))
+        base = self.kept("base", key, lambda: load_base(config, device_kind))
+        if self._new:
+            gc.freeze()  # what is kept needs no walk between trials: half a second each
+            self._new = False
+        return base
 
     def model(self, base: Base) -> PreTrainedModel:
         return shell(base)
@@ -48,8 +54,9 @@ class WarmBases:
         """What was made of ``key`` last time, or else ``make()``; one of each ``kind`` is kept."""
         if kind not in self._last or self._last[kind][0] != key:
             if self._last.pop(kind, None) is not None:
+                gc.unfreeze()
                 _collect()
-            self._last[kind] = (key, make())
+            self._last[kind], self._new = (key, make()), True
         value: T = self._last[kind][1]
         return value
 

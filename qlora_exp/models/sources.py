@@ -5,6 +5,7 @@ Nothing here reads a weight into memory: what is wrong is found and told before 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -41,6 +42,8 @@ class ModelSource:
     revision: str | None
     gguf_file: str | None
     is_local: bool
+    cached: bool = False
+    """Of the Hub, which doesn't answer: what the local cache has of it is read, and nothing else is asked for."""
 
     @property
     def where(self) -> str:
@@ -59,6 +62,7 @@ class ModelSource:
             arguments["local_files_only"] = True
         else:
             arguments["revision"] = self.revision
+            arguments["local_files_only"] = self.cached
         return arguments
 
 
@@ -171,7 +175,7 @@ def _local(path: Path) -> ModelSource:
         hint = f"model.path={ggufs[0]}" if ggufs else "a model directory holds config.json and *.safetensors"
         raise ModelError("the directory has no config.json", str(path), hint)
     source = ModelSource(path.name, str(path), None, None, True)
-    _check_config(path / "config.json")
+    check_config(path / "config.json")
     _check_weights(path)
     model_config(source)
     return source
@@ -192,7 +196,8 @@ def _gguf(path: Path) -> ModelSource:
     return source
 
 
-def _check_config(file: Path) -> None:
+def check_config(file: Path) -> None:
+    """Raise :class:`ModelError` for a config.json that is none, or of an architecture that transformers hasn't."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -249,19 +254,20 @@ def _no_safetensors(folder: Path) -> ModelError:
 
 
 def _hub(repository: str, revision: str | None) -> ModelSource:
-    commit = _hub_commit(repository, revision)
-    source = ModelSource(repository, repository, commit, None, False)
+    commit, cached = _hub_commit(repository, revision)
+    source = ModelSource(repository, repository, commit, None, False, cached)
     model_config(source)
     return source
 
 
 @functools.lru_cache(maxsize=256)
-def _hub_commit(repository: str, revision: str | None) -> str:
-    """The commit that ``revision`` (default: main) means; asked of the Hub once, else of the local cache."""
+def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
+    """The commit that ``revision`` (default: main) means; asked of the Hub once, else (True) of the local cache."""
     try:
         commit = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS).sha
         if commit is not None:
-            return str(commit)
+            _remember(repository, revision)
+            return str(commit), False
     except GatedRepoError:
         hint = f"accept its licence at https://huggingface.co/{repository} and run: hf auth login"
         raise ModelError(f"{repository} is gated", "model.checkpoints", hint) from None
@@ -274,7 +280,14 @@ def _hub_commit(repository: str, revision: str | None) -> str:
             raise ModelError(what, "model.revision", "model.revision=null for the newest") from None
     except (httpx2.HTTPError, OfflineModeIsEnabled, OSError):
         pass  # no network: the local cache may have it
-    return _cached_commit(repository, revision)
+    return _cached_commit(repository, revision), True
+
+
+def _remember(repository: str, revision: str | None) -> None:
+    """What is loaded by its commit leaves no trace in the cache of the name that meant it: without a network it would
+    not be found again. A file asked for by that name leaves one."""
+    with contextlib.suppress(HfHubHTTPError, httpx2.HTTPError, OSError):
+        huggingface_hub.hf_hub_download(repository, "config.json", revision=revision, etag_timeout=HUB_SECONDS)
 
 
 def _cached_commit(repository: str, revision: str | None) -> str:

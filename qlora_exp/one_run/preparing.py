@@ -15,6 +15,7 @@ from qlora_exp.data import Splits, check_positions, load_data, load_rows
 from qlora_exp.errors import DataError
 from qlora_exp.metrics import hub_metric
 from qlora_exp.one_run.bases import Bases
+from qlora_exp.one_run.predicting import row_lengths, with_predictions
 from qlora_exp.records import Environment, Plan
 
 
@@ -33,19 +34,20 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     if environment.device.kind == "cpu" and (problem := plan.int8_dora(config)):
         raise problem  # with training.device=auto the machine decides, which is known only here
     bases = bases or models.ColdBases()
-    rows = (repr(config.task), _state_of_files(config.task.path))
-    bases.kept("rows", rows, lambda: load_rows(config.task))
+    task = (repr(config.task), _state_of_files(config.task.path))
+    rows = bases.kept("rows", task, lambda: load_rows(config.task))
     model = models.model_key(config.model)
     architecture = bases.kept("architecture", model, lambda: models.describe(config.model))
     modules = models.resolve_targets(architecture, config.targets)
     tokenizer = models.load_tokenizer(config.model)
     length = config.training.max_length
-    splits = bases.kept("splits", (rows, model, length), lambda: load_data(config, tokenizer, length))
+    splits = bases.kept("splits", (task, model, length), lambda: load_data(config, tokenizer, length, rows))
     check_positions(splits, architecture.positions)
     _check_scores_can_be_had(config, splits)
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
+    planned = with_predictions(planned, config, environment, architecture, modules, splits)
     return Prepared(planned, modules, tokenizer, splits)
 
 
@@ -78,7 +80,7 @@ step, ends a training."""
 def _steps_for_tokens(config: Config, splits: Splits) -> int:
     """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
     assert config.training.max_tokens is not None
-    lengths = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.train]
+    lengths = row_lengths(splits)
     mean = statistics.fmean(lengths)
     rows = config.training.max_tokens / mean
     longest = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))

@@ -34,7 +34,7 @@ class Progress:
     def enter(self, phase: str, observer: Observer) -> None:
         """A phase begins: what is known is written, so that even a killed run's record has it."""
         self.phase = phase
-        write_json(self.paths.record, self.known())
+        write_json(self.paths.record, self.known(), durable=False)
         observer.phase(phase)
 
     def watching(self, watch: Watch) -> None:
@@ -63,10 +63,20 @@ def _memory(progress: Progress, trained: Trained | None) -> Memory:
         peak_train_bytes=meter.of("train").peak_bytes,
         peak_evaluation_bytes=meter.of("evaluate").peak_bytes,
         peak_train_reserved_bytes=meter.of("train").reserved_bytes,
+        train_working_set_bytes=_working_set(progress),
         checkpoint_bytes=trained.checkpoint_bytes if trained else None,
         host_reused=meter.host_reused,
         source=meter.source,
     )
+
+
+def _working_set(progress: Progress) -> int | None:
+    train = progress.meter.of("train")
+    if progress.meter.device == "cuda":
+        return train.peak_bytes
+    if train.resident_peak_bytes is None or progress.resident_bytes is None:
+        return None
+    return max(0, train.resident_peak_bytes - progress.resident_bytes)
 
 
 def _speed(progress: Progress, trained: Trained | None) -> Speed:

@@ -13,24 +13,28 @@ from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import SCHEMA_VERSION, RunRecord
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one, whatever is killed when."""
-    write_text(path, json.dumps(to_dict(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(to_dict(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", durable)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` atomically and durably (file and folder are synced)."""
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Write ``text`` atomically. ``durable``: wait for the disk (file and folder are synced), so that it outlives a
+    power failure as well; what will soon be written anew need not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    if not durable:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

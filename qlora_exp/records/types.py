@@ -105,6 +105,18 @@ class Plan:
     inputs_rounded_in: tuple[str, ...] | None = None
     """Where the quantized layers' inputs are rounded to 8 bits too, out of ``training`` and ``evaluation``: only with
     int8. ``None`` in records of versions that didn't say."""
+    predicted_peak_train_bytes: int | None = None
+    """What ``memory.train_working_set_bytes`` was predicted to be."""
+    predicted_activation_bytes: int | None = None
+    predicted_logits_bytes: int | None = None
+    train_flops_per_token: float | None = None
+    """Floating-point operations to train one unpadded token."""
+    predicted_train_seconds: float | None = None
+    """What ``speed.train_seconds`` was predicted to be; ``None`` where this machine's rate is not known."""
+    predicted_train_seconds_low: float | None = None
+    predicted_train_seconds_high: float | None = None
+    predicted_train_seconds_basis: str | None = None
+    predicted_train_usd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,9 @@ class Memory:
     peak_train_bytes: int | None = None
     peak_evaluation_bytes: int | None = None
     peak_train_reserved_bytes: int | None = None
+    train_working_set_bytes: int | None = None
+    """All that training needed at its peak, the base included: what ``plan.predicted_peak_train_bytes`` predicts. CUDA:
+    allocated bytes; CPU: the resident peak less ``resident_after_imports_bytes``."""
     checkpoint_bytes: int | None = None
     host_reused: bool = False
     source: str | None = None
@@ -184,6 +199,7 @@ class Scores:
     accuracy: float | None = None
     accuracy_calibrated: float | None = None
     accuracy_normalized: float | None = None
+    accuracy_pmi: float | None = None
     balanced_accuracy: float | None = None
     macro_f1: float | None = None
     exact_match: float | None = None

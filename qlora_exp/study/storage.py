@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import optuna
+import psutil
+import sqlalchemy
 from filelock import FileLock
 
 from qlora_exp.errors import StudyError
@@ -14,6 +18,9 @@ from qlora_exp.errors import StudyError
 SQLITE = "sqlite:///"
 BUSY_SECONDS = 120.0
 """How long a writer waits for the others'; each holds SQLite for milliseconds."""
+
+LOCAL_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs")
+"""SQLite's write-ahead log needs memory that all writers share: on a network's disk it would damage the database."""
 
 
 def connect(url: str, name: str) -> optuna.storages.BaseStorage:
@@ -29,7 +36,23 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
     with FileLock(f"{file}.lock"):
         check_whole(file, name)
         braces_escaped = url.replace("{", "{{").replace("}", "}}")
-        return _opened(braces_escaped, {"connect_args": {"timeout": BUSY_SECONDS}}, name)
+        write_ahead = on_local_disk(file)
+        if write_ahead:
+            # A disk that is full, or a database in use in its old mode: it then keeps that mode.
+            with (
+                contextlib.suppress(sqlite3.OperationalError),
+                closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as database,
+            ):
+                database.execute("PRAGMA journal_mode=WAL")
+        return _opened(braces_escaped, {"connect_args": {"timeout": BUSY_SECONDS}}, name, write_ahead)
+
+
+def on_local_disk(file: Path) -> bool:
+    """Whether the file is where one machine alone can write it; a disk of an unknown kind may be another's as well."""
+    file = file.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if file.is_relative_to(part.mountpoint)]
+    nearest = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    return nearest is not None and nearest.fstype.lower() in LOCAL_DISKS
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -75,18 +98,30 @@ def set_aside(file: Path) -> Path:
     return file.rename(aside)
 
 
-def _opened(url: str, engine_options: dict[str, object], name: str) -> optuna.storages.BaseStorage:
+def _opened(
+    url: str, engine_options: dict[str, object], name: str, write_ahead: bool = False
+) -> optuna.storages.BaseStorage:
     try:
-        return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=engine_options))
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_options)
+        if write_ahead:
+            storage.engine.dispose()  # connections of before
+            sqlalchemy.event.listen(storage.engine, "connect", _do_not_wait)
+        return optuna.storages.get_storage(storage)
     except ImportError as error:
         raise StudyError(
-            f"the storage needs a package: {error}", _shown(url), "pip install psycopg2-binary for PostgreSQL"
+            f"the storage needs a package: {error}", _shown(url), "pip install 'psycopg[binary]' for PostgreSQL"
         ) from None
     except Exception as error:  # every driver has its own
         reason = str(error).splitlines()[0]
         raise StudyError(
             f"the storage can't be opened: {reason}", _shown(url), f"then qlora-exp resume {name}"
         ) from None
+
+
+def _do_not_wait(connection: Any, _: object) -> None:
+    """A commit to the write-ahead log then is one write without a wait for the disk. What is committed outlives every
+    process that is killed; a power failure may take back the last commits, never damage the file."""
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _shown(url: str) -> str:

@@ -23,7 +23,6 @@ from qlora_exp.records import Failure, RunRecord, Status, to_dict
 from qlora_exp.study import rows
 from qlora_exp.study.attributes import CLAIM, FIXED, HEARTBEAT, MEMORY_RETRIES, RUN, UNCOUNTED, attempt_of, why_lost
 from qlora_exp.study.distributions import decoded_params, encoded, suggest
-from qlora_exp.study.importance import importances
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.opening import open_study, rebuild_study
 from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
@@ -180,6 +179,8 @@ class Study:
 
     def importances(self) -> dict[str, dict[str, float]]:
         """Objective → axis → share of its variance, of the completed trials."""
+        from qlora_exp.study.importance import importances  # brings scikit-learn
+
         return importances(self._study, self.spec)
 
     def failures_reached(self) -> bool:

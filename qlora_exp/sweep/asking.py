@@ -41,6 +41,8 @@ class Asked:
     sweep: SweepConfig
     workers: WorkersConfig
     tracking: TrackingConfig
+    config: DictConfig
+    """Composed without the axes."""
 
 
 def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> Asked:
@@ -103,7 +105,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     _check_pruner(settings, raw)
     study.check_search(spec)
     workers, tracking = settings_of(raw.workers, WorkersConfig), settings_of(raw.tracking, TrackingConfig)
-    return Asked(spec, paths, settings, workers, tracking)
+    return Asked(spec, paths, settings, workers, tracking, raw)
 
 
 def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:

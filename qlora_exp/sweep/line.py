@@ -22,6 +22,7 @@ from qlora_exp.standing import Watch, best_table, read_spec, show_progress, stor
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.sweep.asking import Asked, ask, settings_of
 from qlora_exp.sweep.orchestration import orchestrating
+from qlora_exp.workers.early import started_early
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job, returns when all have ended; the results have Hydra's ``return_value``."""
@@ -32,6 +33,8 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
 
     Leaves by :class:`~qlora_exp.app.Ended`: Hydra drops what a sweeper returns.
     """
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
     hydra = [text for text in config.hydra.overrides.hydra if not text.startswith(("hydra.mode=", compose.SEARCH_PATH))]
     given = [text for text in config.hydra.overrides.hydra if text.startswith(compose.SEARCH_PATH)]
     own = compose.search_folders(given)[1:]
@@ -39,15 +42,17 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
         hydra.append(compose.search_path(own))
     try:
         asked = ask([*arguments, *hydra], params)
-        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0))
+        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), isinstance(launcher, BasicLauncher))
     except QloraExpError as error:
         tell(error)
         code = EXIT_WRONG_INPUT
     raise Ended(code)
 
 
-def sweep(asked: Asked, launch: Launch) -> int:
+def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
     """Work on the study until it is complete, stopped or has failed too often, and tell what came of it.
+
+    ``here``: whether ``launch`` runs its jobs in this process.
 
     Exit codes: 0 complete; 1 ``sweep.max_failures`` reached, no trial completed, or a worker failed; 130 interrupted.
 
@@ -56,7 +61,10 @@ def sweep(asked: Asked, launch: Launch) -> int:
             opened, or was begun with another space; nothing was started.
     """
     spec, paths = asked.spec, asked.paths
-    with orchestrating(paths, spec.name, asked.sweep.join) as first:
+    with contextlib.ExitStack() as held:
+        first = held.enter_context(orchestrating(paths, spec.name, asked.sweep.join))
+        if here:
+            held.enter_context(started_early(asked.config, asked.workers, paths, spec.n_trials))
         opened = study.Study.open(spec, paths, spec.storage)
         write_spec(spec, paths)
         if _is_complete(opened.counts()):

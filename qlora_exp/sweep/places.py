@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from qlora_exp import compose, study
-from qlora_exp.config import absolute_path
+from qlora_exp.config import absolute_path, absolute_store
 from qlora_exp.overrides import hydra_value
 from qlora_exp.study.types import Axis
 
@@ -33,8 +32,4 @@ def with_absolute_places_on(axis: Axis) -> Axis:
 def absolute(key: str, value: Any) -> Any:
     if key in FILES and isinstance(value, str):
         return absolute_path(value)
-    if key not in STORES or not isinstance(value, str):
-        return value
-    scheme, found, name = value.partition("sqlite:///")
-    relative = found and not scheme and name and not name.startswith(("/", ":", "file:"))
-    return f"sqlite:///{Path(name).absolute()}" if relative else value
+    return absolute_store(value) if key in STORES and isinstance(value, str) else value

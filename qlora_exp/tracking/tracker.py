@@ -7,7 +7,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,20 +38,23 @@ class Tracker:
     """
 
     def __init__(self, tracking: TrackingConfig, output: OutputPaths, warm: bool = False) -> None:
-        """``warm``: a store that this process opened before is taken for open still; a host's next trial then doesn't
-        wait for the delivery of its last."""
+        """``warm``: the sweep has opened the store before; it is opened for this process by the thread that delivers,
+        once, and no trial waits for that."""
         self._output = output
         self._store: Store | None = locate(tracking, output) if tracking.enabled else None
         self._opened: OpenStore | None = None
         self._delivery: _Delivery | None = None
-        if self._store is not None and self._store.database is not None:
-            self._opened = _opened_once(self._store) if warm else open_store(self._store)
+        self._warm = warm
+        if self._store is not None and self._store.database is not None and not warm:
+            self._opened = open_store(self._store)
 
     def start(self, record: RunRecord, paths: RunPaths, wait: bool = True) -> None:
         """Create the MLflow run (RUNNING). With ``wait``: waits for it, at most ``tracking.timeout_seconds``."""
         if self._store is None:
             return
-        self._delivery = _Delivery(self._store, self._opened, self._output, paths)
+        self._delivery = _Delivery(
+            self._store, self._opened, self._output, paths, _opened_once if self._warm else open_store
+        )
         self._delivery.put(record)
         if wait:
             self._delivery.started.wait(self._store.timeout_seconds)
@@ -83,9 +86,17 @@ _opened_once = functools.lru_cache(maxsize=8)(open_store)
 class _Delivery(threading.Thread):
     """Takes records and curve points from a queue. A daemon: a hanging server must not keep the process alive."""
 
-    def __init__(self, store: Store, opened: OpenStore | None, output: OutputPaths, paths: RunPaths) -> None:
+    def __init__(
+        self,
+        store: Store,
+        opened: OpenStore | None,
+        output: OutputPaths,
+        paths: RunPaths,
+        open_it: Callable[[Store], OpenStore],
+    ) -> None:
         super().__init__(name="qlora-exp-tracking", daemon=True)
         self.opened = opened
+        self._open = open_it
         self.delivered = False
         self.started = threading.Event()
         """Set when the start was delivered or has failed."""
@@ -140,7 +151,7 @@ class _Delivery(threading.Thread):
 
     def _deliver(self, record: RunRecord) -> None:
         if self.opened is None:
-            self.opened = open_store(self._store)
+            self.opened = self._open(self._store)
         self._record = record
         with bounded_calls(self._store.timeout_seconds):
             client = self.opened.client

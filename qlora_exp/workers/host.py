@@ -176,4 +176,6 @@ def _changed(config: Config, command: Run) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch apart would keep the worker waiting

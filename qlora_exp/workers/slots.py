@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, slug
 from qlora_exp.records import Failure, RunRecord, Status, Trial, read_record, write_json
 from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.workers.children import Died, HostProcess
+from qlora_exp.workers.early import HostStart, started
 from qlora_exp.workers.live import SlotState, now
 from qlora_exp.workers.protocol import Answer, DiskFull, Ended, Phase, Question, Run, Step, Wrong
 
@@ -48,7 +49,6 @@ class Setting:
     spec: StudySpec
     paths: StudyPaths
     workers: WorkersConfig
-    preload: tuple[str, ...]
     outcome_of: Callable[[RunRecord, StudySpec], Outcome]
 
 
@@ -78,11 +78,11 @@ End = Ended | Wrong | DiskFull | Died | Hung | Stopped | TakenOver
 class Slot(threading.Thread):
     """One host at a time, one trial at a time. The thread outlives its hosts: the kernel ties them to it."""
 
-    def __init__(self, worker: Worker, number: int, environment: Mapping[str, str], state: SlotState) -> None:
+    def __init__(self, worker: Worker, number: int, host_start: HostStart, state: SlotState) -> None:
         super().__init__(name=f"slot-{number}")
         self.worker, self.number, self.state = worker, number, state
         self.setting = worker.setting
-        self._environment = environment
+        self._host_start = host_start
         self._host: HostProcess | None = None
         self._pauses = 0
 
@@ -128,7 +128,7 @@ class Slot(threading.Thread):
 
     def _have_run(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:
         spec = self.setting.spec
-        host = self._host = self._host or self._start_host()
+        host = self._host = self._host or started(self._host_start)
         self.state.host_pid = host.pid
         host.send(
             Run(
@@ -149,10 +149,6 @@ class Slot(threading.Thread):
             if self.worker.stopping == NOW:
                 return Stopped()
             return died if isinstance(died, Died) else Died(code)
-
-    def _start_host(self) -> HostProcess:
-        log = self.setting.paths.logs / f"{self.worker.name}-{self.number}.log"
-        return HostProcess(log, self._environment, self.setting.preload)
 
     def _listen(self, host: HostProcess, claim: Claim) -> End:
         """Until the run ends, the host hangs, or time to stop is over. Raises :class:`Died`."""

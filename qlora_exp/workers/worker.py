@@ -14,13 +14,13 @@ from typing import Protocol, TypeVar
 
 from qlora_exp import compose
 from qlora_exp import study as study_room
-from qlora_exp.config import Engine, WorkersConfig
+from qlora_exp.config import WorkersConfig
 from qlora_exp.endings import disk_full
 from qlora_exp.environment import process_identity
 from qlora_exp.paths import StudyPaths
 from qlora_exp.records import RunRecord, Status
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec
-from qlora_exp.workers.devices import environment_of, slots_of, threads_per_host
+from qlora_exp.workers.early import host_starts
 from qlora_exp.workers.live import SlotState, remove_state, state_of, worker_name, write_state
 from qlora_exp.workers.slots import GRACEFULLY, NOW, Setting, Slot
 
@@ -76,21 +76,15 @@ def run_worker(
     """
     # Unchecked: without its axes a trial may lack what makes it possible.
     config = compose.compose_raw(spec.overrides)
-    gpus = slots_of(config.training.engine, config.training.device, workers.count)
-    threads = threads_per_host(config.training.threads, len(gpus), paths.threads)
-    preload = () if config.training.engine is Engine.sleep else ("training",)
+    starts = host_starts(config, workers, paths)
     setting = Setting(
         spec=spec,
         paths=paths,
         workers=workers,
-        preload=(*preload, "tracking") if config.tracking.enabled else preload,
         outcome_of=outcome_of or study_room.outcome_of,
     )
-    worker = Worker(setting, study if study is not None else study_room.Study.open(spec, paths), job, len(gpus), stop)
-    slots = [
-        Slot(worker, state.slot, environment_of(gpu, threads), state)
-        for state, gpu in zip(worker.states, gpus, strict=True)
-    ]
+    worker = Worker(setting, study if study is not None else study_room.Study.open(spec, paths), job, len(starts), stop)
+    slots = [Slot(worker, state.slot, one, state) for state, one in zip(worker.states, starts, strict=True)]
     return worker.run(slots)
 
 

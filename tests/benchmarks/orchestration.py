@@ -4,7 +4,7 @@
 
 loop   12 short trials of the embedded model, one after the other: ``qlora-exp sweep`` beside a fresh
        ``python train_plain.py`` per trial, in turn; and beside the sum of the trials' own train and evaluation seconds
-       plus one load.
+       plus one load, without and with the imports that any process which trains must make once.
 idle   24 sleeping trials of unequal length on two hosts: the share of host time between the first start and the last
        end in which no trial ran; beside it, by arithmetic over the same lengths, what waiting for batches of two costs.
 start  from the command until the first trial runs.
@@ -27,6 +27,9 @@ from typing import Any
 PLAIN = Path(__file__).with_name("train_plain.py")
 RANKS, RATES, SEEDS = (2, 4, 8), (5e-4, 1e-3), (1, 2)
 STEPS, ITEMS = 20, 64
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+ENVIRONMENT["OMP_WAIT_POLICY"] = "PASSIVE"
+"""Of all that is timed. Without bytecode every start would compile this package anew; an installed one is compiled."""
 LENGTHS = tuple(round(2.0 + 0.5 * ((7 * n) % 12), 1) for n in range(24))
 
 
@@ -36,7 +39,7 @@ def command(*overrides: str, root: Path) -> list[str]:
 
 def timed(arguments: list[str]) -> float:
     started = time.perf_counter()
-    subprocess.run(arguments, check=True, capture_output=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+    subprocess.run(arguments, check=True, capture_output=True, env=ENVIRONMENT)
     return time.perf_counter() - started
 
 
@@ -71,8 +74,8 @@ def run_sweep(root: Path) -> float:
 
 def loop(rounds: int) -> None:
     print(
-        "| round | plain loop (s) | sweep (s) | sweep / loop | sweep / (sum of trials + one load) |\n"
-        "|---|---|---|---|---|"
+        "| round | plain loop (s) | sweep (s) | sweep / loop | sweep / (sum of trials + one load) | and imports |\n"
+        "|---|---|---|---|---|---|"
     )
     for number in range(1, rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +86,9 @@ def loop(rounds: int) -> None:
         speeds = [record["speed"] for record in found]
         own = sum(speed["train_seconds"] + speed["evaluation_seconds"] for speed in speeds)
         own += max(speed["load_seconds"] for speed in speeds)
-        print(f"| {number} | {plain:.1f} | {ours:.1f} | {ours / plain:.2f} | {ours / own:.2f} |", flush=True)
+        imports = timed([sys.executable, "-c", "import qlora_exp.one_run"])
+        ratios = f"{ours / plain:.2f} | {ours / own:.2f} | {ours / (own + imports):.2f}"
+        print(f"| {number} | {plain:.1f} | {ours:.1f} | {ratios} |", flush=True)
 
 
 def moments(record: dict[str, Any]) -> tuple[float, float]:

@@ -228,6 +228,8 @@ def test_an_unfit_chat_template_is_told(
     assert says in str(error.value)
     assert "train.jsonl, row 1" in str(error.value)
     assert "task.format=plain" in str(error.value)
+    assert str(error.value).count("where:") == 1  # one message, though every row has the fault
+    assert "other rows" in str(error.value)
 
 
 @pytest.mark.parametrize(("format", "column"), [("plain", "completion"), ("chat", "completion"), ("chat", "prompt")])

@@ -18,7 +18,7 @@ import pytest
 from qlora_exp.compose import compose
 from qlora_exp.config import InvalidRows
 from qlora_exp.data import RawSplits, load_rows
-from qlora_exp.data.sources import rows_of_dataset
+from qlora_exp.data.hub import rows_of_dataset
 from qlora_exp.errors import DataError, Problems
 
 SPLITS = ("train", "validation", "test")
@@ -209,7 +209,7 @@ def test_a_hub_data_set_without_a_network_is_a_clear_error(monkeypatch: pytest.M
     task = compose(["task=hub", "task.hub_id=nobody/no-such-set", "task.prompt='{q}'", "task.completion='{a}'"]).task
     with pytest.raises(DataError) as error:
         load_rows(task)
-    for part in ("can't be loaded", "hub data set nobody/no-such-set, split train", "task=local"):
+    for part in ("the Hub can't be reached", "hub data set nobody/no-such-set, split train", "task=local"):
         assert part in str(error.value)
 
 

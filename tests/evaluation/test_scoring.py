@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qlora_exp.evaluation import evaluate_model
+from qlora_exp.evaluation.prior import domain_prompt
 from qlora_exp.evaluation.scoring import marginal
 from qlora_exp.untouched import write_items
 
@@ -62,7 +63,7 @@ def test_loss_is_what_the_model_itself_calls_loss_on_the_trained_tokens(
     assert evaluate_model(model, tokenizer, [item], colours, make_config()).scores.loss == pytest.approx(expected)
 
 
-def test_accuracies_follow_their_three_rules(
+def test_accuracies_follow_their_four_rules(
     model: Any, tokenizer: Any, colours: Any, make_config: Callable[..., Any]
 ) -> None:
     items, wanted = colours.validation, [item.label for item in colours.validation]
@@ -70,18 +71,22 @@ def test_accuracies_follow_their_three_rules(
     matrix = option_matrix(model, items, colours)
     probabilities = np.exp(matrix) / np.exp(matrix).sum(axis=1, keepdims=True)
     lengths = [len(colours.label_ids[label]) for label in colours.labels]
+    colon = colours.train[0].prompt_ids[-1:]  # all that the prompts have in common
+    priors = np.array([-nats(model, colon, colours.label_ids[label]) for label in colours.labels])
     rules = {
         "predicted": matrix,
         "predicted_calibrated": matrix - np.log(probabilities.mean(axis=0)),
         "predicted_normalized": matrix / lengths,
+        "predicted_pmi": matrix - priors,
     }
     for column, scored in rules.items():
         assert found.items[column].to_pylist() == [colours.labels[best] for best in scored.argmax(axis=1)]
-    assert len({tuple(found.items[column].to_pylist()) for column in rules}) == 3  # this model tells the rules apart
+    assert len({tuple(found.items[column].to_pylist()) for column in rules}) == 4  # this model tells the rules apart
     for score, column in [
         (found.scores.accuracy, "predicted"),
         (found.scores.accuracy_calibrated, "predicted_calibrated"),
         (found.scores.accuracy_normalized, "predicted_normalized"),
+        (found.scores.accuracy_pmi, "predicted_pmi"),
     ]:
         predicted = found.items[column].to_pylist()
         assert score == pytest.approx(sum(a == b for a, b in zip(predicted, wanted, strict=True)) / len(items))
@@ -111,6 +116,23 @@ def test_calibration_by_hand_takes_away_a_constant_preference() -> None:
     log_likelihoods = np.log([[0.6, 0.2], [0.3, 0.1]])  # both items: 3/4 for the first option
     assert marginal(log_likelihoods) == pytest.approx([0.75, 0.25])
     assert marginal(np.array([[-1000.0, -1001.0]])).sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ([(1, 2, 7, 3), (1, 2, 8, 8, 3), (1, 2, 9, 3)], (1, 2, 3)),
+        ([(1, 5), (1, 5, 5), (1, 5, 5, 5)], (1, 5)),  # no token counts twice
+        ([(4, 1), (5, 1)], (1,)),
+        ([(4, 1), (5, 2)], ()),
+        ([(4, 1), (4, 1)], (4, 1)),
+        ([(4, 1), ()], ()),
+    ],
+)
+def test_the_domain_prompt_is_what_all_prompts_begin_and_end_with(
+    prompts: list[tuple[int, ...]], expected: tuple[int, ...]
+) -> None:
+    assert domain_prompt(prompts) == expected
 
 
 def test_the_gold_option_of_an_item_has_the_completions_own_likelihood(

@@ -13,8 +13,8 @@ from qlora_exp.config import TargetsConfig
 from qlora_exp.errors import ModelError, Problems
 from qlora_exp.models import adapter_parameters, attach_adapters, describe, resolve_targets
 from qlora_exp.models.describe import architecture_of
-from qlora_exp.models.targets import feeds
 from qlora_exp.plan import WeightShape, lora_parameters
+from qlora_exp.plan.targets import feeds
 
 LLAMA_LIKE = {
     "hidden_size": 64,

@@ -8,8 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +16,15 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 
 from qlora_exp import environment
+from qlora_exp.doctor.check import Check, guarded
+from qlora_exp.doctor.rate import matmul_rate
+from qlora_exp.doctor.sweep_disk import nearest_folder
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import EMBEDDED, PACKAGE, OutputPaths
 
 if TYPE_CHECKING:
     from qlora_exp.config import Quantization
+    from qlora_exp.workers.devices import Gpu
 
 OLDEST_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2 * 10**9
@@ -31,21 +34,11 @@ BUSY_GPU_BYTES = 10**9
 COMMAND_SECONDS = 20.0
 
 
-@dataclass(frozen=True)
-class Check:
-    """``ok`` is ``None`` where the check does not apply here (``detail`` says why). ``fix`` only with a problem."""
-
-    name: str
-    ok: bool | None
-    detail: str
-    fix: str | None = None
-
-
 def checks(output_root: str | Path, self_test: bool = True) -> Iterator[Check]:
     """All checks, each as soon as it is done. A check that itself fails is a problem, not a crash.
 
     Args:
-        self_test: also train through every quantization mode on this machine (some seconds; loads torch).
+        self_test: also measure its speed, and train through every quantization mode on it (some seconds; loads torch).
     """
     outputs = OutputPaths.of(output_root)
     plain: tuple[tuple[str, Callable[[], Check]], ...] = (
@@ -63,8 +56,9 @@ def checks(output_root: str | Path, self_test: bool = True) -> Iterator[Check]:
         ("embedded model", embedded_assets),
     )
     for name, check in plain:
-        yield _guarded(name, check)
+        yield guarded(name, check)
     if self_test:
+        yield guarded("matmul rate", matmul_rate)
         yield from quantization_modes()
 
 
@@ -144,22 +138,32 @@ def cuda_driver() -> Check:
 
 
 def gpu_neighbours() -> Check:
-    """Another process on the card makes memory peaks and speed untrue."""
-    query = _output("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
-    if query is None:
+    """Another process on a card makes memory peaks and speed untrue."""
+    from qlora_exp.workers.devices import inventory
+
+    if _output("nvidia-smi", "-L") is None:
         return Check("gpu memory", None, "there is no NVIDIA driver on this machine")
-    others = []
-    for line in query.splitlines():
-        pid, _, used = (part.strip() for part in line.partition(","))
-        if pid.isdigit() and int(pid) != os.getpid() and used.isdigit() and int(used) * 2**20 >= BUSY_GPU_BYTES:
-            others.append(f"process {pid} ({int(used)} MiB)")
+    gpus = inventory()
+    if not gpus:
+        return Check("gpu memory", None, "who uses the GPUs can't be seen: pip install 'qlora-exp[gpu]'")
+    return _neighbours(gpus)
+
+
+def _neighbours(gpus: Sequence[Gpu]) -> Check:
+    others = [
+        f"GPU {gpu.index} by process {user.pid}{f' {user.name}' if user.name else ''}"
+        + (f" ({user.memory_bytes / 1e9:.1f} GB)" if user.memory_bytes is not None else "")
+        for gpu in gpus
+        for user in gpu.users
+        if user.pid != os.getpid() and (user.memory_bytes is None or user.memory_bytes >= BUSY_GPU_BYTES)
+    ]
     if others:
-        return Check("gpu memory", False, f"in use by {', '.join(others)}", "wait for it, or set CUDA_VISIBLE_DEVICES")
+        return Check("gpu memory", False, f"in use: {', '.join(others)}", "wait for it, or set CUDA_VISIBLE_DEVICES")
     return Check("gpu memory", True, "no other process holds much of it")
 
 
 def disk_space(outputs: OutputPaths) -> Check:
-    free = shutil.disk_usage(_nearest_folder(outputs.root)).free
+    free = shutil.disk_usage(nearest_folder(outputs.root)).free
     detail = f"{free / 1e9:.1f} GB free for {outputs.root}"
     if free < LOW_DISK_BYTES:
         return Check("disk", False, detail, "make room, or set output_root to another disk")
@@ -167,7 +171,7 @@ def disk_space(outputs: OutputPaths) -> Check:
 
 
 def writable(outputs: OutputPaths) -> Check:
-    folder = _nearest_folder(outputs.root)
+    folder = nearest_folder(outputs.root)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -225,7 +229,7 @@ def quantization_modes() -> Iterator[Check]:
     from qlora_exp.config import Quantization
 
     for mode in Quantization:
-        yield _guarded(f"train in {mode.value}", partial(_self_test, mode))
+        yield guarded(f"train in {mode.value}", partial(_self_test, mode))
 
 
 def _self_test(mode: Quantization) -> Check:
@@ -234,19 +238,6 @@ def _self_test(mode: Quantization) -> Check:
     result = quantization_self_test(mode, environment.probe().device.kind)
     fix = None if result.ok else f"don't use quantization={mode.value} on this machine; update bitsandbytes and torch"
     return Check(f"train in {mode.value}", result.ok, result.detail, fix)
-
-
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    try:
-        return check()
-    except Exception as error:  # a doctor that falls over helps nobody
-        message = (str(error) or type(error).__name__).splitlines()[0]
-        return Check(name, False, f"the check itself failed: {type(error).__name__}: {message}", "report this")
-
-
-def _nearest_folder(path: Path) -> Path:
-    """The folder itself, or the first parent that exists: where it would be made."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _output(*command: str) -> str | None:

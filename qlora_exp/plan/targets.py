@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qlora_exp.checks import TARGET_SETS
 from qlora_exp.config import TargetsConfig
 from qlora_exp.errors import ModelError, nearest, raise_all
-from qlora_exp.plan import Architecture, WeightShape
+from qlora_exp.plan.architecture import Architecture, WeightShape
 
 
 def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple[str, ...]:

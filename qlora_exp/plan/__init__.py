@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.checks import NATIVE_DTYPES, OPTIMIZERS, SCHEDULERS, TARGET_SETS, check, goal_of, int8_dora
 from qlora_exp.config import Checkpointing, ComputeDtype, Config, LoraConfig, Quantization, QuantizationConfig, to_plain
+from qlora_exp.plan.architecture import Architecture, OtherTensor, WeightShape
 from qlora_exp.records import Environment, Plan
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "SCHEDULERS",
     "TARGET_SETS",
     "Architecture",
+    "OtherTensor",
     "WeightShape",
     "adapter_dtype",
     "base_fingerprint",
@@ -26,6 +27,7 @@ __all__ = [
     "config_fingerprint",
     "effective_alpha",
     "goal_of",
+    "gradient_checkpointing",
     "inputs_rounded_in",
     "int8_dora",
     "lora_parameters",
@@ -36,35 +38,6 @@ __all__ = [
 
 CHECKPOINTING_FROM_PARAMETERS = 3_000_000_000
 """``gradient_checkpointing=auto``: smaller models fit as they are, and recomputing costs a third of the speed."""
-
-
-@dataclass(frozen=True)
-class WeightShape:
-    """One weight matrix and its place. ``kind`` is ``linear``, ``conv1d`` (GPT-2's transposed linear) or ``other``
-    (a linear outside the language model, or one whose input can't be adapted); ``role`` is ``attention``, ``mlp`` or
-    ``other``; ``parameters`` includes the bias."""
-
-    name: str
-    kind: str
-    in_features: int
-    out_features: int
-    parameters: int
-    role: str = "other"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a model is made of, known without its weights. ``weights`` lists every linear layer but the output head."""
-
-    model_type: str
-    total_parameters: int
-    weights: tuple[WeightShape, ...]
-    output_head: str | None
-    layers: int
-    hidden_size: int
-    vocabulary_size: int
-    positions: int | None = None
-    """The longest sequence that it takes, in tokens; ``None`` where its configuration doesn't say."""
 
 
 def effective_alpha(lora: LoraConfig) -> float:
@@ -181,7 +154,7 @@ def make_plan(
         batch_size=training.batch_size,
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=training.batch_size // micro_batch_size,
-        gradient_checkpointing=_checkpointing(training.gradient_checkpointing, device.kind, architecture),
+        gradient_checkpointing=gradient_checkpointing(training.gradient_checkpointing, device.kind, architecture),
         format=format,
         inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),
     )
@@ -195,7 +168,7 @@ def _max_steps(config: Config) -> int:
     return math.ceil(training.max_tokens / training.batch_size)
 
 
-def _checkpointing(choice: Checkpointing, device_kind: str, architecture: Architecture) -> bool:
+def gradient_checkpointing(choice: Checkpointing, device_kind: str, architecture: Architecture) -> bool:
     if choice is not Checkpointing.auto:
         return choice is Checkpointing.on
     return device_kind == "cuda" and architecture.total_parameters > CHECKPOINTING_FROM_PARAMETERS

@@ -1,0 +1,198 @@
+"""The verb that counts before anything is loaded: ``plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_exp.cli.arguments import Source, complete_overrides, complete_sweeps, examples, given_overrides
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qlora_exp.planning.devices import PlanDevice
+    from qlora_exp.planning.planned import PlannedRun
+    from qlora_exp.planning.points import Asked
+
+DEVICE_KEY = "plan.device="
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "plan",
+        epilog=examples(
+            "qlora-exp plan model=llama3_1_8b quantization=nf4 lora.r=16",
+            "qlora-exp plan model=qwen3_8b quantization=bf16,int8,nf4 lora.r=8,16,32 --device rtx4090",
+            "qlora-exp plan demo                                    # a sweep of sweeps/",
+            "qlora-exp plan --fit 24GB model=llama3_1_8b            # the reverse: what fits, best first",
+            "qlora-exp plan --sizes model=llama3_1_8b lora.r=32     # the size of its weights at 32, 16, 8, 4 bits",
+            "qlora-exp plan model=local model.path=FOLDER/config.json --json",
+        ),
+    )(plan)
+
+
+def _complete(incomplete: str) -> list[str]:
+    return [*complete_sweeps(incomplete), *complete_overrides(incomplete)]
+
+
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SWEEP] [KEY=VALUE]...",
+            help="A file of sweeps/, and Hydra overrides; key=a,b,c is an axis",
+            autocompletion=_complete,
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A list of objects, in bytes, seconds and US dollars")
+    ] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too")] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="SIZE",
+            help="Search what fits into 24GB (or a card's memory), best first: larger precision, then rank, then "
+            "sequence length, then adapted layers, then micro-batch. What the overrides set isn't searched",
+        ),
+    ] = None,
+    sizes: Annotated[bool, typer.Option("--sizes", help="Only the weights: every quantization, and adapters")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="cpu, cuda or a card (rtx4090, a100_80gb …), as plan.device=DEVICE. By default cuda for models of "
+            "the Hub, cpu for the embedded and local ones",
+        ),
+    ] = None,
+    source: Source = None,
+) -> int:
+    """Count before you pay: parameters, memory, disk and what fits.
+
+    Nothing is loaded, and nothing is downloaded for the families that come with the package.
+    """
+    from qlora_exp.errors import raise_all
+    from qlora_exp.planning.devices import device_called, size_bytes
+    from qlora_exp.planning.planned import Planner
+    from qlora_exp.planning.points import points_of
+
+    overrides, named = _overrides(source, arguments)
+    named = device if device is not None else named
+    chosen = device_called(named) if named is not None else None
+    budget_bytes = size_bytes(fit) if fit is not None else None
+    if sizes:
+        return _sizes(overrides, chosen, as_json)
+    if fit is not None:
+        from qlora_exp.planning.fit import searched
+
+        overrides = searched(overrides)
+    asked = points_of(overrides)
+    planner = Planner(chosen, budget_bytes)
+    runs = [planner.plan(point) for point in asked.points]
+    if all(run.memory is None for run in runs):
+        raise_all(planner.problems)
+    if html is not None:
+        _write(runs, html)
+    if as_json:
+        return _print_json(runs if fit is None else _fitting(runs))
+    return _show(runs, asked) if fit is None else _show_fitting(runs, fit)
+
+
+def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[str], str | None]:
+    """Overrides, a sweep's name among them as ``sweeps=NAME``, and the device that they name."""
+    given = given_overrides(source, arguments)
+    if given and "=" not in given[0]:
+        given[0] = f"sweeps={given[0]}"
+    devices = [text.removeprefix(DEVICE_KEY) for text in given if text.startswith(DEVICE_KEY)]
+    return [text for text in given if not text.startswith(DEVICE_KEY)], devices[-1] if devices else None
+
+
+def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
+    from qlora_exp.planning.shown import LEGEND, costs, plan_table, reasons, summary
+    from qlora_exp.tables import show
+
+    show(plan_table(runs))
+    print(f"\n{summary(runs, asked.trials, asked.sampled)}")
+    if not asked.sampled and (told := costs(runs)):
+        print(told)
+    for reason in reasons(runs):
+        print(f"  {reason}")
+    print(LEGEND)
+    return 0
+
+
+def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
+    from qlora_exp.errors import ConfigError
+    from qlora_exp.planning.fit import BEST, best_first, undominated
+    from qlora_exp.planning.shown import LEGEND, name_of, plan_table
+    from qlora_exp.tables import show
+
+    found = best_first(runs)
+    if not found:
+        least = min((run for run in runs if run.memory is not None), key=_needed)
+        what = f"nothing fits: the smallest, {name_of(least)}, {least.reason}"
+        raise ConfigError(what, f"--fit {fit}", "a smaller model, or a larger card")
+    best = undominated(found)
+    show(plan_table(best))
+    print(f"\n{len(found):,} of {len(runs):,} fit into {fit}; shown are those that no other beats in everything")
+    print(f"best first: {BEST}")
+    if any(run.fits is None for run in best):
+        print("  the activations' memory isn't known here: what is shown may still need more")
+    print(LEGEND)
+    return 0
+
+
+def _needed(run: PlannedRun) -> int:
+    assert run.memory is not None
+    return run.memory.peak_bytes or run.memory.known_bytes
+
+
+def _fitting(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    from qlora_exp.planning.fit import best_first
+
+    return best_first(runs)
+
+
+def _print_json(runs: Sequence[PlannedRun]) -> int:
+    from qlora_exp.planning.shown import as_json
+
+    return _dump(as_json(runs))
+
+
+def _dump(value: Any) -> int:
+    import json
+
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+    return 0
+
+
+def _write(runs: Sequence[PlannedRun], file: Path) -> None:
+    from qlora_exp.errors import ConfigError
+    from qlora_exp.planning.shown import write_page
+
+    try:
+        write_page(runs, "Plan", file)
+    except OSError as error:
+        raise ConfigError(f"the page can't be written: {error.strerror}", f"--html {file}", "name a file") from None
+
+
+def _sizes(overrides: list[str], device: PlanDevice | None, as_json: bool) -> int:
+    from qlora_exp.compose import compose
+    from qlora_exp.planning.devices import device_of
+    from qlora_exp.planning.sizes import adapters_text, sizes_of, sizes_table
+    from qlora_exp.records import to_dict
+    from qlora_exp.tables import show
+
+    config = compose(overrides)
+    sizes = sizes_of(config, device or device_of(config))
+    if as_json:
+        return _dump(to_dict(sizes))
+    print(f"{sizes.model} on {sizes.device}: {sizes.total_parameters:,} parameters")
+    show(sizes_table(sizes))
+    print(f"\n{adapters_text(sizes)}")
+    return 0

@@ -1,0 +1,113 @@
+"""A data set of the Hub: asked for once, so that what can't be had is told at once, and read split by split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from qlora_exp.config import TaskConfig
+from qlora_exp.data.files import RawFile, RawRow
+from qlora_exp.errors import DataError, nearest
+
+HUB_SECONDS = 5.0
+"""Longest wait for the Hub's answer; without one, what is in the local cache is read, or the task refused."""
+
+SPLIT_NAMES = ("train", "validation", "test")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def read_hub(task: TaskConfig) -> dict[str, RawFile]:
+    """The splits that ``task.splits`` names. Raises :class:`DataError` for one that can't be had."""
+    if not task.hub_id or not _HUB_ID.fullmatch(task.hub_id) or Path(task.hub_id).exists():
+        hint = "task.hub_id=OWNER/NAME; files on disk: task=local task.path=…"
+        raise DataError(f"{task.hub_id!r} is no data set of the Hub", "task.hub_id", hint)
+    for split in task.splits:
+        if split not in SPLIT_NAMES:
+            raise DataError(f"there is no split {split!r}", "task.splits", nearest(split, SPLIT_NAMES))
+    if "train" not in task.splits:
+        raise DataError("no training split is named", "task.splits", "task.splits.train=NAME_OF_THEIR_SPLIT")
+    reachable = _is_reachable(task)
+    with _only_the_cache(not reachable):
+        return {ours: _load_hub_split(task, theirs, reachable) for ours, theirs in task.splits.items()}
+
+
+def _is_reachable(task: TaskConfig) -> bool:
+    """Whether the Hub answers. One question: datasets itself asks six times for each split, for minutes."""
+    try:
+        HfApi().dataset_info(str(task.hub_id), revision=task.hub_revision, timeout=HUB_SECONDS)
+    except GatedRepoError:
+        hint = f"ask for access at https://huggingface.co/datasets/{task.hub_id} and run: hf auth login"
+        raise DataError(f"{task.hub_id} is gated", "task.hub_id", hint) from None
+    except RepositoryNotFoundError:
+        hint = "check its spelling; a private one needs: hf auth login"
+        raise DataError(f"the Hub has no data set {task.hub_id}", "task.hub_id", hint) from None
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code != 404:
+            return False
+        what = f"{task.hub_id} has no revision {task.hub_revision}"
+        raise DataError(what, "task.hub_revision", "task.hub_revision=null for the newest") from None
+    except (httpx2.HTTPError, OfflineModeIsEnabled, OSError):
+        return False
+    return True
+
+
+@contextmanager
+def _only_the_cache(wanted: bool) -> Iterator[None]:
+    """Without the Hub, datasets reads its cache or gives up at once."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = wanted or before
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _load_hub_split(task: TaskConfig, theirs: str, reachable: bool) -> RawFile:
+    import datasets
+
+    where = f"hub data set {task.hub_id}" + (f" [{task.hub_config}]" if task.hub_config else "") + f", split {theirs}"
+    try:
+        loaded = datasets.load_dataset(task.hub_id, task.hub_config, revision=task.hub_revision, split=theirs)
+    except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if not reachable:
+            what = f"{task.hub_id} is not in the local cache, and the Hub can't be reached"
+            hint = "run it once on a machine with a network and this cache (HF_HOME), or task=local task.path=FILE"
+            raise DataError(what, where, hint) from None
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "check the id, task.hub_config, task.splits, your access (hf auth login) and the network; "
+        raise DataError(
+            f"the data set can't be loaded: {reason}", where, hint + "offline: task=local task.path=FILE"
+        ) from None
+    return rows_of_dataset(loaded, f"{task.hub_id}/{theirs}")
+
+
+def rows_of_dataset(loaded: Any, name: str) -> RawFile:
+    """The rows of a ``datasets.Dataset``. Class labels become their names: a number names no answer."""
+    names: Mapping[str, Any] = {
+        column: feature for column, feature in loaded.features.items() if hasattr(feature, "int2str")
+    }
+    rows = [RawRow(name, number, _named(row, names)) for number, row in enumerate(loaded, start=1)]
+    if not rows:
+        raise DataError("the split holds no row", name, "choose another split: task.splits.train=NAME")
+    return RawFile(name, tuple(rows), tuple(_columns_of(loaded)))
+
+
+def _named(row: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        # The Hub marks an unlabelled row by -1.
+        column: names[column].int2str(value) if column in names and isinstance(value, int) and value >= 0 else value
+        for column, value in row.items()
+    }
+
+
+def _columns_of(loaded: Any) -> Iterable[str]:
+    return [str(column) for column in loaded.column_names]

@@ -1,0 +1,76 @@
+"""The README.md of an export: the run's model card, and what was exported, checked and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_exp.export.results import Artefact, Export
+from qlora_exp.model_card import model_card
+from qlora_exp.records import RunRecord
+
+FOUR_BIT_NOTE = (
+    "GGUF files were quantized from the merged fp32 weights in blocks of 32 (embeddings and output head in 8 bits in "
+    "all of them; the Q4_K types need rows of 256)."
+)
+
+
+def export_card(record: RunRecord, export: Export) -> str:
+    """Markdown: the model card of the run, with the export's own chapter before its settings."""
+    chapter = "\n".join(_chapter(export))
+    return model_card(record).replace("## Settings\n", f"{chapter}\n\n## Settings\n", 1)
+
+
+def _chapter(export: Export) -> Iterator[str]:
+    yield "## What was exported"
+    yield ""
+    yield from _how_merged(export)
+    yield ""
+    yield "| artefact | MB | measured in | run | exported | within the tolerance | RAM, MB | tokens/s, one thread |"
+    yield "|---|---:|---|---:|---:|---|---:|---:|"
+    yield from (_row(artefact) for artefact in export.artefacts)
+    yield ""
+    yield from (f"{artefact.path}: {why}." for artefact in export.artefacts for why in _why(artefact))
+    if any(artefact.runtime for artefact in export.artefacts):
+        yield FOUR_BIT_NOTE
+    yield ""
+    phone = export.phone
+    of_which = f" (`{phone.artefact}`)" if phone.artefact else ""
+    yield f"**{phone.question[0].upper()}{phone.question[1:]}: {phone.answer}**{of_which}."
+    yield ""
+    for criterion in phone.criteria:
+        yield f"* {criterion.name}: {criterion.answer} – {criterion.detail}"
+
+
+def _how_merged(export: Export) -> Iterator[str]:
+    yield f"Run `{export.run_id}`. The adapter was added to the weights of `{export.base}` in fp32, unquantized, then"
+    yield f"stored as {export.merged_dtype}."
+    if export.trained_against in ("int8", "nf4", "fp4"):
+        yield (
+            f"It was trained against the same base held in {export.trained_against}: its updates also made up for that "
+            "rounding, which the merged model doesn't have. The two are different models; the table says what that "
+            "changed."
+        )
+
+
+def _row(artefact: Artefact) -> str:
+    check, runtime = artefact.check, artefact.runtime
+    cells = [
+        f"`{artefact.path}`",
+        f"{artefact.size_bytes / 1e6:.2f}",
+        (check.engine if check else None) or "–",
+        f"{check.run:.3f}" if check and check.run is not None else "–",
+        f"{check.exported:.3f} ({check.metric})" if check and check.exported is not None else "–",
+        f"{check.answer} (±{check.tolerance:g}, {check.items} items)" if check and check.metric else "–",
+        f"{runtime.peak_resident_bytes / 1e6:.0f}" if runtime and runtime.peak_resident_bytes is not None else "–",
+        f"{runtime.generated_tokens_per_second:.3g}"
+        if runtime and runtime.generated_tokens_per_second is not None
+        else "–",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _why(artefact: Artefact) -> Iterator[str]:
+    if artefact.check is not None and artefact.check.why is not None:
+        yield f"not checked: {artefact.check.why}"
+    if artefact.runtime is not None and artefact.runtime.why is not None:
+        yield f"not measured: {artefact.runtime.why}"

@@ -1,0 +1,227 @@
+"""A merged model as one GGUF file, which llama.cpp runs on phones and elsewhere without Python.
+
+Written with llama.cpp's own ``gguf`` package. llama.cpp's converter is a script of its repository and not to be had
+from PyPI; what it does for the Llama family and Qwen (names, the order of query and key rows, hyperparameters,
+byte-level BPE vocabularies) is done here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_exp.errors import ModelError
+
+ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+"""transformers' model_type → the name of gguf's architecture."""
+PERMUTED = ("LLAMA",)
+"""Architectures that llama.cpp rotates in neighbouring pairs, and transformers in halves."""
+ROPE_TYPES = ("default", "linear", "llama3")
+BLOCK = 32
+"""Weights of a row that share a scale. The K types (Q4_K …) share over 256: no choice for rows of 192."""
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TRAINING_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+"""Mark the assistant's words for training in transformers; other readers of a template stumble over them."""
+PRE_TOKENIZERS: dict[tuple[tuple[str, Any], ...], str] = {
+    (("ByteLevel", True),): "gpt-2",
+    (("Digits", True), ("ByteLevel", True)): "smollm",
+    (("Split", CONTRACTIONS + r"\p{N}{1,3}" + SPACES), ("ByteLevel", False)): "llama-bpe",
+    (("Split", CONTRACTIONS + r"\p{N}" + SPACES), ("ByteLevel", False)): "qwen2",
+}
+"""How a text is cut before merging, as tokenizer.json says it → what llama.cpp calls it. Anything else is refused: a
+text cut otherwise gives other tokens than those that the model was trained on."""
+
+
+def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise :class:`ModelError` for what no GGUF file can be written of: before a weight is read."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("writing GGUF files needs the gguf package", where, "pip install 'qlora-exp[gguf]'")
+    hint = "--formats adapter,merged, and llama.cpp's convert_hf_to_gguf.py on the merged folder"
+    if config.model_type not in ARCHITECTURES:
+        what = f"no GGUF file can be written of the architecture {config.model_type}"
+        raise ModelError(what, where, f"GGUF is for {', '.join(ARCHITECTURES)}; for others: {hint}")
+    rope = _rope(config).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise ModelError(f"no GGUF file can be written of rotary embeddings scaled by {rope}", where, hint)
+    if _pre_tokenizer(tokenizer) is None:
+        what = "no GGUF file can be written of this tokenizer: only byte-level BPE as GPT-2, SmolLM, Llama 3 and Qwen"
+        raise ModelError(f"{what} have it", where, hint)
+
+
+def write_gguf(model: PreTrainedModel, tokenizer: Path, path: Path, kind: str, name: str) -> None:
+    """Write ``model`` (fp32) and the tokenizer of the folder ``tokenizer`` to ``path``.
+
+    Args:
+        kind: the block type of the matrices: ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1`` or ``q4_0``. Embeddings and head
+            take 8 bits in all of them; vectors, and matrices with rows that are no multiple of 32, stay as they are
+            (fp32, fp16).
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, _architecture(model.config).lower())
+    try:
+        writer.add_name(name)
+        writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}"))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_hyperparameters(writer, model.config)
+        _add_vocabulary(writer, tokenizer, model.config.vocab_size)
+        for tensor_name, values in _tensors(model):
+            stored = _type(tensor_name, values, kind)
+            writer.add_tensor(tensor_name, gguf.quants.quantize(values, stored), raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    return ARCHITECTURES[config.model_type]
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    return dict(getattr(config, "rope_parameters", None) or {})
+
+
+def _head_width(config: PretrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _type(name: str, values: np.ndarray, kind: str) -> Any:
+    import gguf
+
+    types = gguf.GGMLQuantizationType
+    if values.ndim == 1:
+        return types.F32
+    if values.shape[-1] % BLOCK:
+        return types.F16
+    return types.Q8_0 if name in ("token_embd.weight", "output.weight") else types[kind.upper()]
+
+
+def _add_hyperparameters(writer: Any, config: PretrainedConfig) -> None:
+    import gguf
+
+    rope = _rope(config)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(_head_width(config))
+    writer.add_value_length(_head_width(config))
+    writer.add_rope_dimension_count(_head_width(config))
+    writer.add_rope_freq_base(rope.get("rope_theta", 10_000.0))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
+    """llama.cpp's name and order of each weight, in fp32."""
+    import gguf
+
+    config = model.config
+    architecture = _architecture(config)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), config.num_hidden_layers)
+    if _rope(config).get("rope_type") == "llama3":
+        yield "rope_freqs.weight", _llama3_rope_factors(config)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ModelError(f"GGUF has no place for the weight {name}", config.model_type, "--formats adapter,merged")
+        values: np.ndarray = tensor.detach().to(torch.float32).cpu().numpy()
+        if architecture in PERMUTED and ".q_proj." in name:
+            values = _in_pairs(values, config.num_attention_heads)
+        elif architecture in PERMUTED and ".k_proj." in name:
+            values = _in_pairs(values, config.num_key_value_heads)
+        yield str(found), values
+
+
+def _in_pairs(values: np.ndarray, heads: int) -> np.ndarray:
+    """Each head's rows from halves (transformers' rotate_half) to neighbours (llama.cpp's rotation): i and i + d/2."""
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+
+
+def _llama3_rope_factors(config: PretrainedConfig) -> np.ndarray:
+    """What each frequency is divided by in Llama 3.1 and later: long waves by ``factor``, short ones not at all, in
+    between smoothly (transformers' modeling_rope_utils; llama.cpp reads the divisors from the file)."""
+    rope, width = _rope(config), _head_width(config)
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    trained = rope["original_max_position_embeddings"]
+    factors = []
+    for index in range(0, width, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (index / width)
+        if wavelength < trained / high:
+            factors.append(1.0)
+        elif wavelength > trained / low:
+            factors.append(float(factor))
+        else:
+            smooth = (trained / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, dtype=np.float32)
+
+
+def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else _pre_tokenizer_of(json.loads(backend.to_str()))
+
+
+def _pre_tokenizer_of(raw: dict[str, Any]) -> str | None:
+    model, cut = raw.get("model") or {}, raw.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        return None
+    steps = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
+    return PRE_TOKENIZERS.get(tuple((str(step.get("type")), _said(step)) for step in steps))
+
+
+def _said(step: dict[str, Any]) -> Any:
+    """The one setting of a step that decides how it cuts; ``None`` for a setting that llama.cpp has no word for."""
+    match step.get("type"):
+        case "ByteLevel":
+            return None if step.get("add_prefix_space") else step.get("use_regex", True)
+        case "Digits":
+            return step.get("individual_digits")
+        case "Split" if step.get("behavior") == "Isolated" and not step.get("invert"):
+            return (step.get("pattern") or {}).get("Regex")
+    return None
+
+
+def _add_vocabulary(writer: Any, folder: Path, size: int) -> None:
+    """Tokens in their byte-level spelling, what kind each is, merges, special tokens and the chat template."""
+    import gguf
+
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    spelled = {number: token for token, number in raw["model"]["vocab"].items()}
+    added = {token["id"]: token for token in raw["added_tokens"]}
+    tokens, types = [], []
+    for number in range(size):
+        if number in added:
+            tokens.append(added[number]["content"])
+            types.append(gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED)
+        else:
+            tokens.append(spelled.get(number, f"[PAD{number}]"))
+            types.append(gguf.TokenType.NORMAL if number in spelled else gguf.TokenType.UNUSED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_tokenizer_of(raw))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
+    if isinstance(special.chat_template, str):
+        special.chat_template = TRAINING_MARKS.sub("", special.chat_template)
+    special.add_to_gguf(writer, quiet=True)

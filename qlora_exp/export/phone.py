@@ -1,0 +1,88 @@
+"""The startup case: does it run on a phone, offline, for at most one dollar? Answered by numbers, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora_exp.config import ExportConfig
+from qlora_exp.export.results import Artefact, Criterion, PhoneAnswer
+
+ORDER = ("no", "not shown", "yes")
+"""From the worst: a case is as good as its worst criterion."""
+
+
+def answer_phone(
+    artefacts: Sequence[Artefact], cost_usd: float | None, training_seconds: float | None, settings: ExportConfig
+) -> PhoneAnswer:
+    """*yes* where one GGUF file meets every criterion, *no* where each breaks one; else *not shown*."""
+    question = f"runs on a phone, offline, for at most {settings.phone_usd:g} USD"
+    files = [artefact for artefact in artefacts if artefact.path.endswith(".gguf")]
+    cost = _cost(cost_usd, training_seconds, settings.phone_usd)
+    if not files:
+        none = Criterion("file", "not shown", "no GGUF file was exported")
+        return PhoneAnswer(question, "not shown", None, (none, cost))
+    judged = [(file, (*_file_criteria(file, settings), cost)) for file in files]
+    best, criteria = max(judged, key=lambda one: (ORDER.index(_worst(one[1])), -one[0].size_bytes))
+    return PhoneAnswer(question, _worst(criteria), best.path, criteria)
+
+
+def _worst(criteria: Sequence[Criterion]) -> str:
+    return min((criterion.answer for criterion in criteria), key=ORDER.index)
+
+
+def _file_criteria(file: Artefact, settings: ExportConfig) -> tuple[Criterion, ...]:
+    return (_size(file, settings.phone_file_bytes), _memory(file, settings), _offline(file), _task(file))
+
+
+def _size(file: Artefact, limit: int) -> Criterion:
+    detail = f"{_megabytes(file.size_bytes)}, limit {_megabytes(limit)}"
+    return Criterion("file size", "yes" if file.size_bytes <= limit else "no", detail)
+
+
+def _memory(file: Artefact, settings: ExportConfig) -> Criterion:
+    runtime, limit = file.runtime, settings.phone_memory_bytes
+    if runtime is None or runtime.peak_resident_bytes is None:
+        why = (runtime.why if runtime else None) or "this system doesn't say a process's peak memory"
+        return Criterion("memory", "not shown", why)
+    peak = runtime.peak_resident_bytes
+    detail = (
+        f"{_megabytes(peak)} resident at {runtime.context_tokens} tokens of context, limit {_megabytes(limit)}; "
+        "measured in llama.cpp on this machine"
+    )
+    return Criterion("memory", "yes" if peak <= limit else "no", detail)
+
+
+def _offline(file: Artefact) -> Criterion:
+    runtime = file.runtime
+    if runtime is None or runtime.generated_tokens_per_second is None:
+        return Criterion("runs offline", "not shown", (runtime.why if runtime else None) or "not run in llama.cpp")
+    detail = (
+        f"llama.cpp generated from the one file, without a network: {runtime.generated_tokens_per_second:.3g} tokens/s "
+        f"on one thread of {runtime.processor or 'this CPU'}"
+    )
+    return Criterion("runs offline", "yes", detail)
+
+
+def _task(file: Artefact) -> Criterion:
+    check = file.check
+    if check is None or check.metric is None or check.run is None or check.exported is None:
+        return Criterion("answers the task", "not shown", (check.why if check else None) or "not checked")
+    detail = (
+        f"{check.metric.replace('_', ' ')} {check.exported:.3f}, the run's own {check.run:.3f} on the same "
+        f"{check.items} items; tolerance {check.tolerance:g}, loss at most {check.high:.3f} (95 %)"
+    )
+    return Criterion("answers the task", check.answer, detail)
+
+
+def _cost(cost_usd: float | None, seconds: float | None, limit: float) -> Criterion:
+    if cost_usd is None:
+        what = "the price of the machine is unknown: --usd-per-hour"
+        if seconds:
+            what += f"; at up to {limit * 3600 / seconds:.3g} USD an hour its {seconds:.0f} seconds cost {limit:g} USD"
+        return Criterion("training cost", "not shown", what)
+    detail = f"{cost_usd:.2g} USD for this run alone ({seconds or 0:.0f} seconds), limit {limit:g} USD"
+    return Criterion("training cost", "yes" if cost_usd <= limit else "no", detail)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

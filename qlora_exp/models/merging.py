@@ -1,0 +1,43 @@
+"""An adapter added into the weights of its base, as one model that needs no adapter any more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_exp.config import ComputeDtype, Config, Quantization
+from qlora_exp.errors import ModelError
+from qlora_exp.models.adapters import load_adapter
+from qlora_exp.models.base import load_base
+
+
+def merged_model(config: Config, adapter: Path) -> tuple[PreTrainedModel, str]:
+    """W + scale · B·A in fp32, on the CPU, from the *unquantized* base; and the fingerprint of that base.
+
+    Raises :class:`ModelError` for a base that can't be loaded, an adapter that doesn't fit it, or one whose weights
+    are not finite.
+    """
+    unquantized = replace(config.quantization, mode=Quantization.fp32, compute_dtype=ComputeDtype.auto)
+    base = load_base(replace(config, quantization=unquantized), "cpu")
+    tied = bool(base.model.config.tie_word_embeddings)
+    adapted = load_adapter(base, adapter)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # PEFT: NaNs detected in the merged weights
+        raise ModelError(f"the adapter can't be merged: {error}", str(adapter), "train it again") from None
+    assert isinstance(merged, PreTrainedModel)
+    if tied:
+        _tie_again(merged)
+    return merged, base.fingerprint
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """PiSSA works on copies of all weights, head and embeddings apart; where they are still equal they are one again.
+    (A head that was adapted itself is another matrix now, and PEFT has said so in the configuration.)"""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and torch.equal(head.weight, embeddings.weight):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()

@@ -1,0 +1,62 @@
+"""What memory, time and money of a run are expected to be, for the rows that there are."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qlora_exp import plan
+from qlora_exp.calibration import known_rate
+from qlora_exp.config import Config
+from qlora_exp.data import Splits
+from qlora_exp.plan.peak import predicted_peak
+from qlora_exp.plan.seconds import predicted_seconds, predicted_usd, train_flops_per_token
+from qlora_exp.records import Environment, Plan
+
+
+def with_predictions(
+    planned: Plan,
+    config: Config,
+    environment: Environment,
+    architecture: plan.Architecture,
+    modules: Sequence[str],
+    splits: Splits,
+) -> Plan:
+    """The plan with its predictions."""
+    device, lengths = environment.device, row_lengths(splits)
+    scored = sum(len(item.completion_ids) + len(item.end_ids) for item in splits.train)
+    peak = predicted_peak(
+        architecture,
+        modules,
+        config,
+        device.kind,
+        bf16=device.bf16,
+        length=max(lengths),
+        padded=min(lengths) < max(lengths),
+        loss_share=scored / sum(lengths),
+    )
+    row = statistics.fmean(lengths)
+    rate = known_rate(environment, config.quantization.mode)
+    tokens = config.training.max_tokens or round(planned.max_steps * planned.batch_size * row)
+    seconds = predicted_seconds(architecture, modules, config, device.kind, rate, tokens=tokens, length=row)
+    usd = predicted_usd(seconds, config.budget.usd_per_hour)
+    return replace(
+        planned,
+        predicted_peak_train_bytes=peak.peak_bytes,
+        predicted_activation_bytes=peak.activation_bytes,
+        predicted_logits_bytes=peak.logits_bytes,
+        train_flops_per_token=train_flops_per_token(
+            architecture, planned.trainable_parameters, row, planned.gradient_checkpointing
+        ),
+        predicted_train_seconds=seconds.middle if seconds else None,
+        predicted_train_seconds_low=seconds.low if seconds else None,
+        predicted_train_seconds_high=seconds.high if seconds else None,
+        predicted_train_seconds_basis=seconds.basis if seconds else None,
+        predicted_train_usd=usd.middle if usd else None,
+    )
+
+
+def row_lengths(splits: Splits) -> list[int]:
+    """Tokens of each training row."""
+    return [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.train]

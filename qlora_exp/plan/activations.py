@@ -1,0 +1,288 @@
+"""What a training step keeps for its backward pass: bytes a token, layer by layer, counted from the layers' shapes.
+
+The bookkeeping is that of Korthikanti et al. 2022 (*Reducing Activation Recomputation in Large Transformer Models*,
+section 4), read again for adapters on a frozen base, operation by operation, from the code that runs: transformers 5
+(modeling files of each architecture), PEFT 0.21 (``tuners/lora/layer.py``, ``bnb.py``), bitsandbytes 0.50
+(``autograd/_functions.py``) and torch 2.13 (``scaled_dot_product_attention``). A frozen linear layer keeps nothing of
+its own: its input is kept only where an adapter (for A's gradient) or LLM.int8() holds it.
+``tests/plan/test_activations.py`` compares the count with what autograd really saves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from qlora_exp.plan.architecture import Architecture, OtherTensor, WeightShape
+from qlora_exp.plan.targets import feeds
+
+FLOAT32 = 4
+LAYER_PLACE = re.compile(r"^(?:.*?\.)?\d+\.")
+DOWN_NAME = re.compile(r"(down|c_proj|4h_to_h|fc2|fc_out|w2|out_proj|dense)[^.]*$")
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What the code of an architecture does that its shapes don't tell."""
+
+    rotary: bool = True
+    """Queries and keys are turned: new tensors beside the projections' outputs."""
+    shared_input: bool = False
+    """Attention and feed-forward read the same residual stream, side by side."""
+    activation_copies: int = 1
+    """Tensors of the intermediate width that the activation keeps; 4 for ``gelu_new``, written out in Python."""
+    keeps_output: bool = False
+    """The activation keeps its output (ReLU), which is the next layer's input too."""
+    dropout: bool = False
+    """Dropout on both branches, in the published configurations."""
+    attention_dropout: bool = False
+    """On CPUs, attention with dropout takes torch's plain path, which keeps the scores."""
+
+
+HABITS = {
+    "gpt2": Habits(rotary=False, activation_copies=4, dropout=True, attention_dropout=True),
+    "gpt_neox": Habits(shared_input=True),
+    "falcon": Habits(shared_input=True),
+    "opt": Habits(rotary=False, keeps_output=True, dropout=True),
+}
+"""Every other architecture is taken to be built as Llama is; what shapes tell (gated or not, fused projections, norms
+of queries and keys, the number and kind of norms) is read from the shapes."""
+USUAL_HEAD = 64
+"""Width of an attention head where nothing tells it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's widths, in elements a token."""
+
+    hidden: int
+    query: int
+    key_value: int
+    fused: int
+    """Output of a fused q, k, v projection; 0 where they are separate."""
+    intermediate: int
+    gated: bool
+    norms: int
+    norm_upcasts: bool
+    """Root-mean-square norms are written out in Python and keep a float32 copy of their input."""
+    normed_heads: bool
+    habits: Habits
+
+    @property
+    def heads(self) -> int:
+        return max(1, self.query // (self.key_value if self.multi_query else USUAL_HEAD))
+
+    @property
+    def multi_query(self) -> bool:
+        """One head of keys and values, fused with the queries (Falcon)."""
+        return bool(self.fused) and self.key_value * 8 <= self.query
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes a token. ``layers``: all decoder layers' together, without checkpointing; ``layer``: the largest one's;
+    ``inputs``: what each layer keeps under checkpointing, together; ``outside``: around the layers; ``freed``: what the
+    layers' forward passes make and free again, together (the allocator's gaps come from these)."""
+
+    layers: float
+    layer: float
+    inputs: float
+    outside: float
+    freed: float
+
+
+def kept_per_token(
+    architecture: Architecture,
+    adapted: Collection[str],
+    *,
+    r: int,
+    compute_bytes: int,
+    adapter_bytes: int,
+    int8: bool,
+    length: int,
+    padded: bool,
+    four_bit: bool = False,
+    cuda: bool = False,
+    lora_dropout: bool = False,
+) -> Kept:
+    """What forward keeps for backward, per token of a batch whose rows are ``length`` long, padding included.
+
+    ``adapted``: full names of the weights with adapters; ``compute_bytes``, ``adapter_bytes``: bytes an element of the
+    two dtypes; ``padded``: rows differ in length, so that attention gets a mask.
+    """
+    setting = _Setting(r, compute_bytes, adapter_bytes, int8, length, padded, four_bit, cuda, lora_dropout)
+    wanted = frozenset(adapted)
+    sizes: list[float] = []
+    freed = 0.0
+    for layer, shapes in layers_of(architecture):
+        flags = tuple(shape.name in wanted for shape in shapes)
+        sizes.append(_layer_bytes(layer, shapes, flags, setting, first=not sizes))
+        freed += _freed(layer, shapes, flags, setting)
+    width = architecture.hidden_size
+    outside = width * (FLOAT32 + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
+    return Kept(sum(sizes), max(sizes, default=0.0), len(sizes) * width * compute_bytes, outside, freed)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    r: int
+    compute_bytes: int
+    adapter_bytes: int
+    int8: bool
+    length: int
+    padded: bool
+    four_bit: bool
+    cuda: bool
+    lora_dropout: bool
+
+
+@lru_cache(maxsize=64)
+def layers_of(architecture: Architecture) -> tuple[tuple[Layer, tuple[WeightShape, ...]], ...]:
+    """Each decoder layer's widths, and its linear layers."""
+    grouped: dict[str, list[WeightShape]] = {}
+    for shape in architecture.weights:
+        place = LAYER_PLACE.match(shape.name)
+        if place and shape.role != "other":
+            grouped.setdefault(place[0], []).append(shape)
+    norms: dict[str, list[OtherTensor]] = {}
+    for tensor in architecture.others:
+        place = LAYER_PLACE.match(tensor.name)
+        if place and not tensor.buffer:
+            norms.setdefault(place[0], []).append(tensor)
+    return tuple(
+        (_layer(architecture, shapes, norms.get(place, [])), tuple(shapes)) for place, shapes in grouped.items()
+    )
+
+
+def _layer(architecture: Architecture, shapes: Sequence[WeightShape], others: Sequence[OtherTensor]) -> Layer:
+    hidden = architecture.hidden_size
+    attention = [shape for shape in shapes if shape.role == "attention"]
+    entering = [shape for shape in attention if feeds(shape.name)]
+    leaving = next((shape for shape in attention if not feeds(shape.name)), None)
+    query = leaving.in_features if leaving else hidden
+    fused = entering[0].out_features if len(entering) == 1 else 0
+    key_value = max(0, sum(shape.out_features for shape in entering) - query) // 2
+    down = [shape for shape in shapes if _leads_down(shape, hidden)]
+    intermediate = sum(shape.in_features for shape in down)
+    up = sum(shape.out_features for shape in shapes if shape.role == "mlp" and shape not in down)
+    weights = [other for other in others if other.name.endswith("weight")]
+    biases = [other for other in others if other.name.endswith("bias")]
+    return Layer(
+        hidden=hidden,
+        query=query,
+        key_value=key_value,
+        fused=fused,
+        intermediate=intermediate,
+        gated=up >= 2 * intermediate > 0,
+        norms=max(1, sum(other.elements == hidden for other in weights)),
+        norm_upcasts=not biases,
+        normed_heads=any(feeds(other.name) for other in weights if other.elements < hidden),
+        habits=HABITS.get(architecture.model_type, Habits()),
+    )
+
+
+def _leads_down(shape: WeightShape, hidden: int) -> bool:
+    return shape.role == "mlp" and shape.out_features == hidden and bool(DOWN_NAME.search(shape.name))
+
+
+def _layer_bytes(
+    layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting, first: bool
+) -> float:
+    """Bytes a token. The first layer's input needs no gradient, so its first norm keeps nothing; neither does its
+    attention before an adapter."""
+    attention_adapted = any(flag and shape.role == "attention" for shape, flag in zip(shapes, adapted, strict=True))
+    kept = _norms(layer, setting) + _feed_forward(layer, setting) + _adapters(layer, shapes, adapted, setting)
+    if first:
+        kept -= _norm_bytes(layer, setting)
+    if not first or attention_adapted:
+        kept += _attention(layer, setting)
+    return kept
+
+
+def _norm_bytes(layer: Layer, setting: _Setting) -> float:
+    return layer.hidden * (FLOAT32 if layer.norm_upcasts else setting.compute_bytes)
+
+
+def _norms(layer: Layer, setting: _Setting) -> float:
+    """Each norm's input (norms that read the same tensor: once), and dropout's noise on both branches."""
+    count = 1 if layer.habits.shared_input else layer.norms
+    noise = 2 * layer.hidden * (1 if setting.cuda else setting.compute_bytes) if layer.habits.dropout else 0
+    return count * _norm_bytes(layer, setting) + noise
+
+
+def _attention(layer: Layer, setting: _Setting) -> float:
+    """Queries, keys, values, output, the scores' logarithmic sums, and the mask as numbers (a copy a layer). With a
+    mask, shared keys and values are repeated for each head. A fused projection is kept whole by its values' view."""
+    width, query, key_value = setting.compute_bytes, layer.query, layer.key_value
+    if not setting.cuda and (layer.habits.attention_dropout or layer.multi_query):
+        scores = 3 if layer.habits.attention_dropout else 1
+        return FLOAT32 * (3 * query + scores * layer.heads * setting.length)
+    repeated = setting.padded and 0 < key_value < query
+    if repeated:
+        three = 3 * query
+    elif layer.fused:
+        three = layer.fused + (query + key_value if layer.habits.rotary else 0)
+    else:
+        three = query + 2 * key_value
+    normed = (query + key_value) * FLOAT32 if layer.normed_heads else 0
+    mask = setting.length * width if setting.padded else 0
+    return (three + query) * width + normed + mask + FLOAT32 * layer.heads
+
+
+def _feed_forward(layer: Layer, setting: _Setting) -> float:
+    """Gated: the gate before and after its activation, and what it multiplies; else what the activation keeps."""
+    return layer.intermediate * setting.compute_bytes * (3 if layer.gated else layer.habits.activation_copies)
+
+
+def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting) -> float:
+    """Inputs kept for A's gradients, and A's outputs for B's. In one dtype, layers that read the same tensor share it,
+    and what attention or ReLU keeps anyway isn't kept twice; where the adapter's dtype differs, each layer casts a copy
+    of its own. LLM.int8() holds its input whether it is adapted or not."""
+    same_dtype = setting.compute_bytes == setting.adapter_bytes
+    per_layer, shared = 0.0, set()
+    for shape, flag in zip(shapes, adapted, strict=True):
+        if flag:
+            per_layer += setting.r * setting.adapter_bytes
+            per_layer += 0 if same_dtype else shape.in_features * setting.adapter_bytes
+            per_layer += 2 * shape.in_features * setting.adapter_bytes if setting.lora_dropout else 0
+        if (flag and same_dtype) or (setting.int8 and shape.quantizable):
+            shared.add((_read_by(layer, shape), shape.in_features))
+    free = {"output"} if _output_is_kept(layer, setting) else set()
+    if layer.habits.keeps_output:
+        free.add("down")
+    return per_layer + setting.compute_bytes * sum(width for place, width in shared if place not in free)
+
+
+def _read_by(layer: Layer, shape: WeightShape) -> str:
+    """Which tensor a linear layer reads: the normed input, attention's output, or the activation's."""
+    if shape.role == "attention":
+        return "input" if feeds(shape.name) else "output"
+    if _leads_down(shape, layer.hidden):
+        return "down"
+    return "input" if layer.habits.shared_input and layer.norms == 1 else "middle"
+
+
+def _output_is_kept(layer: Layer, setting: _Setting) -> bool:
+    """Whether the output projection reads the very tensor that attention keeps; a fused projection's views make it lie
+    otherwise in memory, and it is copied."""
+    return setting.cuda or not (layer.fused or layer.habits.attention_dropout or layer.multi_query)
+
+
+def _freed(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting) -> float:
+    """Bytes a token that one layer's forward pass makes and frees: around each adapted projection its own output, the
+    adapter's, the scaled one, the sum's casts and PEFT's copy of a 4-bit layer's; the rotation's products; norms'
+    squares and quotients; outputs that nothing keeps."""
+    width, same_dtype = setting.compute_bytes, setting.compute_bytes == setting.adapter_bytes
+    around = 3 * FLOAT32 + (0 if same_dtype else width) + (width if setting.four_bit else 0)
+    total = float(sum(shape.out_features * around for shape, flag in zip(shapes, adapted, strict=True) if flag))
+    read = {_read_by(layer, shape) for shape, flag in zip(shapes, adapted, strict=True) if flag and same_dtype}
+    if layer.habits.rotary:
+        total += (layer.query + layer.key_value) * width * (3.5 if layer.fused else 4.5)
+    if layer.norm_upcasts:
+        total += layer.norms * layer.hidden * (2 * FLOAT32 + (0 if same_dtype else width))
+    total += layer.hidden * width * (2 + ("input" not in read) + ("middle" not in read) + (0 if same_dtype else 2))
+    total += layer.intermediate * width * ("down" not in read)
+    total += 4 * layer.intermediate * width * (layer.habits.activation_copies > 1)
+    return total

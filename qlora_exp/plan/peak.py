@@ -1,0 +1,199 @@
+"""The peak of training in memory, predicted: what is known exactly, and on top what forward keeps and the head needs.
+
+Two moments can be the highest. *At the head*, when backward begins: everything that forward kept is there, and the
+logits with their gradient. *In a layer*, with checkpointing: the layers' inputs, and one layer computed again. On a CPU
+the second leaves gaps in the heap that are still there at the first, one step later, so there they add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_exp.checks import FOUR_BIT, QUANTIZED
+from qlora_exp.config import Config, Quantization
+from qlora_exp.plan import adapter_dtype, compute_dtype, gradient_checkpointing
+from qlora_exp.plan.activations import FLOAT32, Kept, kept_per_token
+from qlora_exp.plan.architecture import Architecture, WeightShape
+from qlora_exp.plan.weights import WIDTHS_OF, adapter_bytes, base_bytes
+
+HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
+"""TRL's fused head (``trl/kernels/chunked_logprob.py``) computes logits in tiles of so many tokens and words."""
+HEAD_BYTES_WITHOUT_TRITON = 29
+"""A logit in a tile's backward pass in plain torch, besides the tile itself (``_backward_tile``): y, z, log p, p and
+the gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
+
+CODE_BYTES = 44_000_000
+"""On CPUs: code and data that the libraries load at first use, after imports."""
+GAPS_FLOAT32, GAPS_16_BIT = 0.33, 0.015
+"""On CPUs: of what layers' forward passes free again, the share that stays resident as gaps between what is kept. glibc
+serves aligned requests of less than 32 MiB from its heap, where the gap that a freed tensor leaves is a little too
+small for the next of its size. In 16 bit the gaps lie side by side and are used again."""
+GAPS_RECOMPUTED = 1.25
+"""With checkpointing: of one layer's kept and freed bytes, what stays resident after it was computed again."""
+GAPS_LOGITS = 0.74
+"""Of the head's bytes, where its tensors are below 32 MiB."""
+MAPPED_FROM_BYTES = 32 * 2**20
+"""glibc's largest threshold (``M_MMAP_THRESHOLD``): larger requests are mapped one by one, and given back at once.
+The five figures above are fitted to docs/predicted_memory.csv, rows of llama, gpt2 and gpt_neox: docs/plan_accuracy.md.
+"""
+
+CUDA_CONTEXT_BYTES = 600 * 2**20
+"""Driver, kernels and cuBLAS workspaces on the card, outside of torch's allocator. Not confirmed: no GPU at hand."""
+CUDA_FRAGMENTS = 0.05
+"""What torch's allocator takes from the card beyond what is allocated, as a share of it. Not confirmed here."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes. ``peak_bytes`` is comparable with ``memory.train_working_set_bytes``: on CUDA what torch has allocated, on
+    a CPU what training adds to the process as it is after imports. ``needed_bytes`` is what the device must have free:
+    on CUDA also fragments and the context."""
+
+    exact_bytes: int
+    """Base, quantization state, adapters, optimizer states; gradients too where the peak lies in backward."""
+    activation_bytes: int
+    logits_bytes: int
+    dequantization_bytes: int
+    slack_bytes: int
+    context_bytes: int
+    peak_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.peak_bytes + self.context_bytes
+
+
+def predicted_peak(
+    architecture: Architecture,
+    modules: Sequence[str],
+    config: Config,
+    device_kind: str,
+    *,
+    bf16: bool = True,
+    length: int | None = None,
+    padded: bool = True,
+    loss_share: float = 1.0,
+) -> Peak:
+    """The peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
+
+    ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. ``length``: tokens of the longest row, if
+    known (else ``training.max_length``); ``padded``: rows differ in length; ``loss_share``: the share of tokens that
+    carry a loss, which alone get logits on CUDA.
+    """
+    shape = _Shape.of(config, architecture, device_kind, bf16, length)
+    wanted = set(modules)
+    adapted = [weight for weight in architecture.weights if weight.name in wanted]
+    adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
+    base = base_bytes(architecture, config.quantization, shape.compute)
+    resting = base.base_weight_bytes + base.quantization_state_bytes + adapters.adapter_bytes + adapters.optimizer_bytes
+    kept = kept_per_token(
+        architecture,
+        wanted,
+        r=config.lora.r,
+        compute_bytes=shape.width,
+        adapter_bytes=WIDTHS_OF[adapter_dtype(config.lora)],
+        int8=config.quantization.mode is Quantization.int8,
+        length=shape.length,
+        padded=padded,
+        four_bit=config.quantization.mode in FOUR_BIT,
+        cuda=shape.cuda,
+        lora_dropout=config.lora.dropout > 0,
+    )
+    logits = _logits(architecture, shape, loss_share)
+    unpacked = _unpacked(architecture, config, shape)
+    outer = shape.tokens * (kept.outside + (kept.inputs if shape.checkpointing else kept.layers))
+    if not shape.cuda:
+        return _peak(_Moment(resting, outer, logits, 0, _gaps(kept, architecture, shape, logits)), shape)
+    recomputed = shape.tokens * kept.layer * 2 if shape.checkpointing else 0
+    at_head = _Moment(resting, outer, logits, 0, 0)
+    in_layer = _Moment(resting + adapters.gradient_bytes, outer + recomputed, 0, unpacked, 0)
+    return max((_peak(moment, shape) for moment in (at_head, in_layer)), key=lambda peak: peak.peak_bytes)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a forward pass looks like."""
+
+    compute: str
+    width: int
+    rows: int
+    length: int
+    checkpointing: bool
+    cuda: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @staticmethod
+    def of(config: Config, architecture: Architecture, device_kind: str, bf16: bool, length: int | None) -> _Shape:
+        training = config.training
+        compute = compute_dtype(config.quantization, device_kind, bf16)
+        return _Shape(
+            compute=compute,
+            width=WIDTHS_OF[compute],
+            rows=training.micro_batch_size or training.batch_size,
+            length=min(length or training.max_length, training.max_length),
+            checkpointing=gradient_checkpointing(training.gradient_checkpointing, device_kind, architecture),
+            cuda=device_kind == "cuda",
+        )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    exact: float
+    activations: float
+    logits: float
+    unpacked: float
+    slack: float
+
+
+def _logits(architecture: Architecture, shape: _Shape, loss_share: float) -> float:
+    """One tile of logits and what its backward pass makes of it, and the hidden states' gradient in float32. CUDA: one
+    tile of the full width, whatever the vocabulary, for the tokens that carry a loss."""
+    scored = shape.rows * (shape.length - 1)
+    if shape.cuda:
+        scored = round(scored * loss_share)
+        tile = min(scored, HEAD_TOKENS) * HEAD_VOCABULARY * shape.width
+    else:
+        logits = min(scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
+        tile = logits * (HEAD_BYTES_WITHOUT_TRITON + shape.width)
+    return tile + scored * architecture.hidden_size * FLOAT32
+
+
+def _unpacked(architecture: Architecture, config: Config, shape: _Shape) -> float:
+    """The largest quantized weight in the compute dtype, which every multiplication makes and frees again; LLM.int8()'s
+    forward pass on CUDA multiplies whole numbers, its backward pass unpacks too."""
+    if config.quantization.mode not in QUANTIZED:
+        return 0.0
+    return max((_matrix(weight) for weight in architecture.weights if weight.quantizable), default=0) * shape.width
+
+
+def _matrix(weight: WeightShape) -> int:
+    return weight.in_features * weight.out_features
+
+
+def _gaps(kept: Kept, architecture: Architecture, shape: _Shape, logits: float) -> float:
+    """What a CPU's process holds beyond its tensors."""
+    freed = shape.tokens * kept.freed
+    if shape.checkpointing:
+        held = GAPS_RECOMPUTED * (shape.tokens * kept.layer + freed / max(1, architecture.layers))
+    else:
+        held = freed * (GAPS_FLOAT32 if shape.width == FLOAT32 else GAPS_16_BIT)
+    tile = min(shape.rows * (shape.length - 1), HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
+    return CODE_BYTES + held + (GAPS_LOGITS * logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0)
+
+
+def _peak(moment: _Moment, shape: _Shape) -> Peak:
+    needed = moment.exact + moment.activations + moment.logits + moment.unpacked
+    context = CUDA_CONTEXT_BYTES + CUDA_FRAGMENTS * needed if shape.cuda else 0.0
+    return Peak(
+        exact_bytes=round(moment.exact),
+        activation_bytes=round(moment.activations),
+        logits_bytes=round(moment.logits),
+        dequantization_bytes=round(moment.unpacked),
+        slack_bytes=round(moment.slack),
+        context_bytes=round(context),
+        peak_bytes=round(needed + moment.slack),
+    )

@@ -1,0 +1,68 @@
+"""Time and money of a plan: this machine's calibrated rate, and the table of prices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qlora_exp.calibration import known_card_rate, known_rate
+from qlora_exp.config import Config, Quantization
+from qlora_exp.environment import available_cores, probe_without_torch
+from qlora_exp.plan import Architecture
+from qlora_exp.plan.prices import read_prices, usd_per_hour
+from qlora_exp.plan.seconds import Rate, predicted_seconds, predicted_usd
+from qlora_exp.planning.devices import PlanDevice
+
+
+@dataclass(frozen=True)
+class Payment:
+    """Seconds and US dollars of training, each with its interval (low, high); ``None`` is unknown."""
+
+    seconds: float | None
+    seconds_interval: tuple[float, float] | None
+    usd: float | None
+    usd_interval: tuple[float, float] | None
+
+
+class Cashier:
+    """Looks at the machine, its rates and the prices once.
+
+    Raises:
+        ConfigError: the table of prices can't be read.
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[tuple[str, Quantization, int | None], Rate | None] = {}
+        self._prices: Mapping[str, float] = read_prices()
+
+    def payment(
+        self, config: Config, device: PlanDevice, architecture: Architecture, modules: Sequence[str]
+    ) -> Payment:
+        """Training alone, with every row as long as ``training.max_length``: an upper bound where rows are shorter."""
+        seconds = predicted_seconds(architecture, modules, config, device.kind, self._rate(config, device))
+        hourly = config.budget.usd_per_hour
+        if hourly is None:
+            hourly = usd_per_hour(device.kind, device.card, self._prices)
+        usd = predicted_usd(seconds, hourly)
+        return Payment(
+            seconds.middle if seconds else None,
+            (seconds.low, seconds.high) if seconds else None,
+            usd.middle if usd else None,
+            (usd.low, usd.high) if usd else None,
+        )
+
+    def _rate(self, config: Config, device: PlanDevice) -> Rate | None:
+        mode, threads = config.quantization.mode, config.training.threads
+        key = (device.name, mode, threads)
+        if key not in self._rates:
+            on_cpu = device.kind == "cpu"
+            self._rates[key] = _cpu_rate(mode, threads) if on_cpu else known_card_rate(device.card, mode)
+        return self._rates[key]
+
+
+def _cpu_rate(mode: Quantization, threads: int | None) -> Rate | None:
+    """As a run with so many threads would find it; torch takes OMP_NUM_THREADS, or all cores."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    taken = threads or (int(told) if told.isdigit() else available_cores())
+    return known_rate(replace(probe_without_torch(), torch_threads=taken), mode)

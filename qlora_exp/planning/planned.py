@@ -1,0 +1,250 @@
+"""A configuration's figures: parameters, bytes by part, whether they fit, time, money and disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_exp.config import Config, ModelConfig, TargetsConfig
+from qlora_exp.errors import QloraExpError
+from qlora_exp.plan import Architecture, WeightShape, compute_dtype, int8_dora
+from qlora_exp.plan.peak import predicted_peak
+from qlora_exp.plan.tables import known_architecture
+from qlora_exp.plan.targets import resolve_targets
+from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
+from qlora_exp.planning.devices import PlanDevice, device_of
+from qlora_exp.planning.paying import Cashier
+from qlora_exp.planning.points import Point
+from qlora_exp.tables import bytes_text
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """Bytes by part; ``None`` is unknown. ``activation_bytes`` is whatever training needs at its peak beyond the other
+    parts; ``known_bytes`` the sum of what is known, which no peak lies below."""
+
+    base_weight_bytes: int
+    quantization_state_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int | None
+    peak_bytes: int | None
+
+    @property
+    def known_bytes(self) -> int:
+        parts = (self.base_weight_bytes, self.quantization_state_bytes, self.adapter_bytes)
+        return sum(parts) + self.gradient_bytes + self.optimizer_bytes + (self.activation_bytes or 0)
+
+
+@dataclass(frozen=True)
+class PlannedDisk:
+    """``adapter_file_bytes`` stays after a run; ``checkpoint_bytes`` is one training checkpoint, the optimizer's state
+    included."""
+
+    adapter_file_bytes: int
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One configuration's plan. ``fits`` is ``None`` where the device's memory or the peak isn't known, ``False`` also
+    for what can't be run at all; ``reason`` says why in words."""
+
+    params: dict[str, Any]
+    settings: dict[str, Any]
+    device: str | None
+    trainable_parameters: int | None
+    total_parameters: int | None
+    memory: PlannedMemory | None
+    disk: PlannedDisk | None
+    seconds: float | None
+    seconds_interval: tuple[float, float] | None
+    usd: float | None
+    usd_interval: tuple[float, float] | None
+    fits: bool | None
+    reason: str
+
+
+class Planner:
+    """Plans points one after the other; what several have in common is worked out once. ``device``: for all of them, in
+    place of each one's own; ``budget_bytes``: the memory to fit into, in place of the device's."""
+
+    def __init__(self, device: PlanDevice | None = None, budget_bytes: int | None = None) -> None:
+        self._device = device
+        self._budget_bytes = budget_bytes
+        self._architectures: dict[str, Architecture | QloraExpError] = {}
+        self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
+        self._bases: dict[tuple[Any, ...], BaseBytes] = {}
+        self._cashier = Cashier()
+        self._problems: dict[str, QloraExpError] = {}
+
+    def plan(self, point: Point) -> PlannedRun:
+        """The figures of one point; what can't be run becomes a row with its reason, too."""
+        config = point.config
+        if config is None:
+            assert point.problem is not None
+            return self._impossible(point.params, None, point.problem)
+        try:
+            return self._planned(point.params, config, self._device or device_of(config))
+        except QloraExpError as error:
+            return self._impossible(point.params, config, error)
+
+    @property
+    def problems(self) -> list[QloraExpError]:
+        """Why points can't be run, each problem once."""
+        return list(self._problems.values())
+
+    def architecture(self, model: ModelConfig) -> Architecture:
+        """As the package's table has it, or else described from its configuration file (which loads torch).
+
+        Raises:
+            ModelError: there is no such configuration, or transformers can't build it.
+        """
+        key = _model_key(model)
+        if key not in self._architectures:
+            try:
+                self._architectures[key] = known_architecture(model) or _described(model)
+            except QloraExpError as error:
+                self._architectures[key] = error
+        return _or_raise(self._architectures[key])
+
+    def adapted(self, model: ModelConfig, targets: TargetsConfig) -> tuple[WeightShape, ...]:
+        """The layers that ``targets`` adapt.
+
+        Raises:
+            ModelError: it matches nothing in this architecture.
+        """
+        key = (_model_key(model), repr(targets))
+        if key not in self._adapted:
+            architecture = self.architecture(model)
+            try:
+                names = set(resolve_targets(architecture, targets))
+                self._adapted[key] = tuple(shape for shape in architecture.weights if shape.name in names)
+            except QloraExpError as error:
+                self._adapted[key] = error
+        return _or_raise(self._adapted[key])
+
+    def base(self, config: Config, device: PlanDevice) -> BaseBytes:
+        """Bytes of the frozen base on ``device``."""
+        quantization = config.quantization
+        dtype = compute_dtype(quantization, device.kind, device.bf16)
+        key = (_model_key(config.model), quantization.mode, quantization.double_quantization, dtype)
+        if key not in self._bases:
+            self._bases[key] = base_bytes(self.architecture(config.model), quantization, dtype)
+        return self._bases[key]
+
+    def _planned(self, params: dict[str, Any], config: Config, device: PlanDevice) -> PlannedRun:
+        _refuse(config, device)
+        architecture = self.architecture(config.model)
+        base = self.base(config, device)
+        adapted = self.adapted(config.model, config.targets)
+        adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
+        names = [shape.name for shape in adapted]
+        peak = predicted_peak(architecture, names, config, device.kind, bf16=device.bf16).needed_bytes
+        paid = self._cashier.payment(config, device, architecture, names)
+        known = PlannedMemory(
+            base_weight_bytes=base.base_weight_bytes,
+            quantization_state_bytes=base.quantization_state_bytes,
+            adapter_bytes=adapters.adapter_bytes,
+            gradient_bytes=adapters.gradient_bytes,
+            optimizer_bytes=adapters.optimizer_bytes,
+            activation_bytes=None,
+            peak_bytes=peak,
+        )
+        memory = replace(known, activation_bytes=max(peak - known.known_bytes, 0))
+        limit = self._budget_bytes if self._budget_bytes is not None else device.memory_bytes
+        fits, reason = _fits(memory, limit)
+        return PlannedRun(
+            params=params,
+            settings=_settings(config),
+            device=device.name,
+            trainable_parameters=adapters.trainable_parameters,
+            total_parameters=architecture.total_parameters,
+            memory=memory,
+            disk=PlannedDisk(adapters.file_bytes, adapters.checkpoint_bytes),
+            seconds=paid.seconds,
+            seconds_interval=paid.seconds_interval,
+            usd=paid.usd,
+            usd_interval=paid.usd_interval,
+            fits=fits,
+            reason=reason,
+        )
+
+    def _impossible(self, params: dict[str, Any], config: Config | None, error: QloraExpError) -> PlannedRun:
+        parts = getattr(error, "errors", (error,))
+        for one in parts:
+            self._problems.setdefault(str(one), one)
+        return PlannedRun(
+            params=params,
+            settings=_settings(config) if config is not None else {},
+            device=(self._device or device_of(config)).name if config is not None else None,
+            trainable_parameters=None,
+            total_parameters=None,
+            memory=None,
+            disk=None,
+            seconds=None,
+            seconds_interval=None,
+            usd=None,
+            usd_interval=None,
+            fits=False,
+            reason=f"can't be run: {'; '.join(one.what for one in parts)}",
+        )
+
+
+def _described(model: ModelConfig) -> Architecture:
+    from qlora_exp import models
+
+    path = Path(model.path).expanduser() if model.path else None
+    if path is not None and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path is not None and path.suffix == ".json":
+        return models.describe_file(path)
+    return models.describe(model)
+
+
+def _refuse(config: Config, device: PlanDevice) -> None:
+    problem = int8_dora(config) if device.kind == "cpu" else None
+    if problem is not None:
+        raise problem
+
+
+def _fits(memory: PlannedMemory, limit: int | None) -> tuple[bool | None, str]:
+    needed = memory.peak_bytes if memory.peak_bytes is not None else memory.known_bytes
+    least = "" if memory.peak_bytes is not None else "at least "
+    if limit is None:
+        return None, f"needs {least}{bytes_text(needed)}; no card is named (plan.device=CARD, --fit SIZE)"
+    told = f"needs {least}{bytes_text(needed)} of {bytes_text(limit)}"
+    if needed > limit:
+        held = memory.base_weight_bytes + memory.quantization_state_bytes
+        return False, f"{told}{', the base alone ' + bytes_text(held) if held > limit else ''}"
+    return (None, f"{told}; activations unknown") if memory.peak_bytes is None else (True, told)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    training = config.training
+    return {
+        "model": config.model.family,
+        "variant": config.model.variant.value,
+        "quantization": config.quantization.mode.value,
+        "r": config.lora.r,
+        "targets": config.targets.modules or config.targets.set,
+        "optimizer": training.optimizer,
+        "batch_size": training.batch_size,
+        "micro_batch_size": training.micro_batch_size or training.batch_size,
+        "max_length": training.max_length,
+    }
+
+
+def _model_key(model: ModelConfig) -> str:
+    checkpoint = model.checkpoints.get(model.variant.value)
+    return f"{model.path or ''}|{model.family}|{checkpoint}|{model.revision}"
+
+
+def _or_raise(found: Found | QloraExpError) -> Found:
+    if isinstance(found, QloraExpError):
+        raise found
+    return found

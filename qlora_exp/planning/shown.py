@@ -1,0 +1,175 @@
+"""Plans as a table for a terminal, as a page, and as JSON types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.table import Table
+
+from qlora_exp.overrides import hydra_value
+from qlora_exp.planning.planned import PlannedMemory, PlannedRun
+from qlora_exp.records import to_dict
+from qlora_exp.tables import UNKNOWN, bytes_text, number, simple_table
+
+PARTS = {
+    "base_weight_bytes": ("W", "base weights"),
+    "quantization_state_bytes": ("Q", "quantization state"),
+    "adapter_bytes": ("A", "adapters"),
+    "gradient_bytes": ("G", "gradients"),
+    "optimizer_bytes": ("O", "optimizer"),
+    "activation_bytes": ("+", "activations and all else at the peak"),
+}
+"""Part of :class:`PlannedMemory` → (letter in a bar, words)."""
+LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
+BAR_CHARACTERS = 24
+REASONS_SHOWN = 8
+ROWS_SHOWN = 40
+"""More rows than a screen or two holds; --json and --html have all."""
+
+
+def as_json(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
+    """One object a configuration; bytes, seconds and US dollars; ``null`` is unknown. ``overrides`` are its axes."""
+    return [_object(run) for run in runs]
+
+
+def _object(run: PlannedRun) -> dict[str, Any]:
+    plain = to_dict(run)
+    return {"overrides": plain.pop("params"), **plain}
+
+
+def plan_table(runs: Sequence[PlannedRun]) -> Table:
+    """One row for all configurations with the same figures, the first :data:`ROWS_SHOWN` rows."""
+    table = simple_table("configuration", "trainable", "memory by part", "peak", "fits", "seconds", "usd", "disk")
+    scale = _scale(runs)
+    alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
+    for run in runs:
+        figures = (run.trainable_parameters, run.memory, run.disk, run.fits, run.seconds, run.usd)
+        alike.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
+    for first, *others in list(alike.values())[:ROWS_SHOWN]:
+        table.add_row(*_row(first, scale, f" (and {len(others):,} alike)" if others else ""))
+    if len(alike) > ROWS_SHOWN:
+        table.add_row(f"… and {len(alike) - ROWS_SHOWN:,} more rows: --json or --html FILE has them all")
+    return table
+
+
+def summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> str:
+    """How many there are, and how many of them fit."""
+    count = f"{len(runs):,} configuration{'s' if len(runs) != 1 else ''}"
+    if sampled:
+        count = f"{'an unknown number of' if trials is None else f'{trials:,}'} trials among {count}"
+    verdicts = {True: "fit", False: "don't fit or can't be run", None: "unknown"}
+    told = [f"{sum(run.fits is verdict for run in runs):,} {words}" for verdict, words in verdicts.items()]
+    return f"{count}: {', '.join(text for text in told if not text.startswith('0 '))}"
+
+
+def costs(runs: Sequence[PlannedRun]) -> str | None:
+    """Time and money of training all that may be run, one after the other, with their intervals added up; ``None``
+    where one of them is unknown."""
+    counted = [run for run in runs if run.fits is not False]
+    seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted])
+    if seconds is None:
+        return None
+    hours, low, high = (figure / 3600 for figure in seconds)
+    told = f"training: {hours:.2g} h ({low:.2g} to {high:.2g} h)"
+    usd = _total([run.usd for run in counted], [run.usd_interval for run in counted])
+    return told if usd is None else f"{told}, {usd[0]:.2f} usd ({usd[1]:.2f} to {usd[2]:.2f})"
+
+
+def _total(
+    middles: Sequence[float | None], intervals: Sequence[tuple[float, float] | None]
+) -> tuple[float, float, float] | None:
+    known = [(m, *interval) for m, interval in zip(middles, intervals, strict=True) if m is not None and interval]
+    if not known or len(known) < len(middles):
+        return None
+    middle, low, high = (sum(column) for column in zip(*known, strict=True))
+    return middle, low, high
+
+
+def reasons(runs: Sequence[PlannedRun]) -> list[str]:
+    """Why configurations don't fit, can't be run or can't be told: each reason once, the first few."""
+    first: dict[str, PlannedRun] = {}
+    for run in runs:
+        if run.fits is not True:
+            first.setdefault(run.reason if run.fits is False else run.reason.rpartition("; ")[2], run)
+    told = [f"{name_of(run)}: {reason}" if run.fits is False else reason for reason, run in first.items()]
+    return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
+
+
+def write_page(runs: Sequence[PlannedRun], title: str, file: Path) -> None:
+    """All configurations as one HTML page that needs nothing else.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    scale = _scale(runs)
+    rows = [
+        {
+            "name": name_of(run),
+            "trainable": number(run.trainable_parameters, 0),
+            "parts": _shares(run.memory, scale),
+            "peak": _peak(run.memory),
+            "fits": _verdict(run),
+            "reason": run.reason,
+            "seconds": number(run.seconds, 0),
+            "usd": number(run.usd, 2),
+            "disk": bytes_text(run.disk.checkpoint_bytes if run.disk else None),
+        }
+        for run in runs
+    ]
+    template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
+    legend = [(key, words) for key, (_, words) in PARTS.items()]
+    file.write_text(template.render(title=title, rows=rows, legend=legend), encoding="utf-8")
+
+
+def name_of(run: PlannedRun) -> str:
+    """A configuration by its axes; a single one by what it is."""
+    settings = run.settings
+    if run.params or not settings:
+        return " ".join(f"{key}={hydra_value(value)}" for key, value in run.params.items()) or "configuration"
+    return f"{settings['model']} {settings['quantization']} r={settings['r']} {settings['targets']}"
+
+
+def _row(run: PlannedRun, scale: int, more: str) -> list[str]:
+    return [
+        f"{name_of(run)}{more}",
+        number(run.trainable_parameters, 0),
+        _bar(run.memory, scale),
+        _peak(run.memory),
+        _verdict(run),
+        number(run.seconds, 0),
+        number(run.usd, 2),
+        bytes_text(run.disk.checkpoint_bytes if run.disk else None),
+    ]
+
+
+def _verdict(run: PlannedRun) -> str:
+    return {True: "yes", False: "no", None: UNKNOWN}[run.fits]
+
+
+def _peak(memory: PlannedMemory | None) -> str:
+    if memory is None:
+        return UNKNOWN
+    return bytes_text(memory.peak_bytes) if memory.peak_bytes is not None else f"> {bytes_text(memory.known_bytes)}"
+
+
+def _scale(runs: Sequence[PlannedRun]) -> int:
+    return max((run.memory.known_bytes for run in runs if run.memory is not None), default=1)
+
+
+def _bar(memory: PlannedMemory | None, scale: int) -> str:
+    shares = _shares(memory, scale)
+    bar, end = "", 0.0
+    for part, (letter, _) in PARTS.items():
+        end += shares.get(part, 0.0)
+        bar += letter * (round(end * BAR_CHARACTERS) - len(bar))
+    return bar
+
+
+def _shares(memory: PlannedMemory | None, scale: int) -> dict[str, float]:
+    if memory is None:
+        return {}
+    return {part: (getattr(memory, part) or 0) / scale for part in PARTS}

@@ -1,0 +1,348 @@
+"""Predicted and measured peak of training, one fresh process a configuration: the table behind docs/plan_accuracy.md.
+
+python tests/benchmarks/predicted_memory.py --measure --again   # half an hour on an idle core
+python tests/benchmarks/predicted_memory.py                     # predicts again for the measured rows, and draws them
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.compose import compose
+from qlora_exp.plan import Architecture
+from qlora_exp.plan.peak import Peak, predicted_peak
+from qlora_exp.plan.tables import known_architecture
+from qlora_exp.plan.targets import resolve_targets
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "docs" / "predicted_memory.csv"
+PICTURE = ROOT / "docs" / "pictures" / "predicted_memory.png"
+FITTED = ("llama", "gpt2", "gpt_neox")
+"""Said before anything was measured: constants may be fitted to these architectures; all others are held out."""
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration. Rows are ``length`` tokens long, or with ``ragged`` from half of that upwards."""
+
+    architecture: str
+    hidden: int
+    layers: int
+    vocabulary: int
+    quantization: str
+    r: int
+    targets: str
+    batch: int
+    length: int
+    checkpointing: bool = False
+    ragged: bool = False
+
+    @property
+    def split(self) -> str:
+        return "fit" if self.architecture in FITTED else "held out"
+
+
+CASES = (
+    Case("llama", 768, 4, 4096, "fp32", 8, "attention", 2, 256),
+    Case("llama", 512, 4, 16384, "nf4", 16, "all_linear", 4, 256),
+    Case("llama", 512, 6, 4096, "bf16", 8, "all_linear", 4, 256, ragged=True),
+    Case("llama", 512, 4, 8192, "fp16", 64, "all_linear", 4, 128),
+    Case("llama", 512, 4, 4096, "int8", 8, "all_linear", 4, 256),
+    Case("llama", 512, 8, 8192, "nf4", 8, "attention", 4, 256, checkpointing=True),
+    Case("llama", 512, 4, 32000, "fp32", 4, "attention_qv", 4, 128),
+    Case("llama", 384, 3, 4096, "fp32", 128, "mlp", 16, 256, ragged=True),
+    Case("llama", 768, 6, 4096, "bf16", 16, "all_linear", 2, 512, checkpointing=True),
+    Case("llama", 512, 2, 4096, "fp32", 8, "all_linear", 16, 512),
+    Case("gpt2", 512, 4, 4096, "fp32", 8, "attention", 4, 256),
+    Case("gpt2", 512, 4, 8192, "nf4", 16, "all_linear", 8, 128),
+    Case("gpt2", 384, 6, 16384, "bf16", 8, "all_linear", 4, 256),
+    Case("gpt2", 512, 6, 8192, "int8", 8, "mlp", 4, 256, checkpointing=True),
+    Case("gpt_neox", 512, 4, 4096, "fp32", 16, "all_linear", 4, 256),
+    Case("gpt_neox", 512, 4, 16384, "nf4", 8, "attention", 4, 256, ragged=True),
+    Case("gpt_neox", 512, 6, 4096, "bf16", 32, "all_linear", 4, 256),
+    Case("gpt_neox", 512, 4, 8192, "int8", 8, "all_linear", 2, 384),
+    Case("gpt_neox", 768, 6, 4096, "fp16", 8, "mlp", 2, 256, checkpointing=True),
+    Case("qwen3", 512, 4, 4096, "fp32", 8, "attention", 4, 256),
+    Case("qwen3", 384, 4, 16384, "nf4", 16, "all_linear", 4, 256),
+    Case("qwen3", 512, 4, 4096, "bf16", 16, "all_linear", 4, 256, ragged=True),
+    Case("qwen3", 512, 4, 8192, "int8", 8, "all_linear", 4, 128),
+    Case("qwen3", 512, 8, 8192, "nf4", 64, "all_linear", 2, 384, checkpointing=True),
+    Case("qwen3", 512, 2, 4096, "fp32", 8, "all_linear", 16, 512),
+    Case("gemma3_text", 512, 4, 4096, "fp32", 8, "attention", 4, 256),
+    Case("gemma3_text", 384, 4, 32000, "nf4", 16, "all_linear", 2, 256),
+    Case("gemma3_text", 512, 4, 16384, "bf16", 8, "all_linear", 4, 256),
+    Case("gemma3_text", 512, 6, 4096, "fp32", 8, "mlp", 4, 256, ragged=True),
+    Case("gemma3_text", 512, 6, 8192, "fp32", 8, "all_linear", 4, 256, checkpointing=True),
+    Case("phi3", 512, 4, 4096, "fp32", 16, "all_linear", 4, 256),
+    Case("phi3", 512, 4, 8192, "nf4", 8, "attention", 4, 256),
+    Case("phi3", 384, 6, 16384, "bf16", 32, "all_linear", 2, 384),
+    Case("phi3", 512, 4, 4096, "int8", 8, "all_linear", 4, 256, ragged=True),
+    Case("phi3", 768, 4, 4096, "fp32", 8, "all_linear", 2, 512, checkpointing=True),
+    Case("opt", 512, 4, 4096, "fp32", 8, "attention", 4, 256),
+    Case("opt", 384, 4, 16384, "nf4", 16, "all_linear", 4, 256),
+    Case("opt", 512, 4, 8192, "fp16", 8, "all_linear", 4, 128),
+    Case("opt", 512, 4, 8192, "int8", 32, "all_linear", 4, 128),
+    Case("falcon", 512, 4, 4096, "fp32", 8, "attention", 4, 256),
+    Case("falcon", 512, 4, 8192, "fp16", 16, "all_linear", 4, 256),
+    Case("falcon", 384, 6, 16384, "bf16", 8, "all_linear", 4, 256),
+    Case("falcon", 512, 6, 8192, "fp32", 64, "mlp", 4, 256, checkpointing=True),
+    Case("embedded", 192, 4, 4096, "fp32", 8, "all_linear", 16, 256),
+    Case("embedded", 192, 4, 4096, "nf4", 16, "all_linear", 8, 384),
+)
+
+
+def shape_of(case: Case) -> dict[str, Any]:
+    """The architecture's own names for its sizes; heads of 64, half as many for keys and values where it has them."""
+    heads = case.hidden // 64
+    # A table that only the input reads is mapped from its file, and rows that no token names are never resident.
+    tied = {"tie_word_embeddings": case.vocabulary >= 16384}
+    modern = tied | {
+        "hidden_size": case.hidden,
+        "intermediate_size": 3 * case.hidden,
+        "num_hidden_layers": case.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "max_position_embeddings": 1024,
+    }
+    plain = tied | {"hidden_size": case.hidden, "num_hidden_layers": case.layers, "num_attention_heads": heads}
+    return {
+        "llama": modern,
+        "qwen3": modern | {"head_dim": 64},
+        "gemma3_text": modern | {"head_dim": 64, "tie_word_embeddings": True},
+        "phi3": modern | {"original_max_position_embeddings": 1024},
+        "gpt2": {"n_embd": case.hidden, "n_layer": case.layers, "n_head": heads, "n_positions": 1024},
+        "gpt_neox": plain | {"intermediate_size": 4 * case.hidden, "max_position_embeddings": 1024},
+        "opt": plain
+        | {"tie_word_embeddings": True}
+        | {"ffn_dim": 4 * case.hidden, "word_embed_proj_dim": case.hidden, "max_position_embeddings": 1024},
+        "falcon": plain | {"tie_word_embeddings": True, "max_position_embeddings": 1024},
+    }[case.architecture]
+
+
+def save_model(case: Case, folder: Path) -> Path:
+    """A random model of the case's shape with the embedded pair's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = _tokenizer()
+    tokens = {
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(case.architecture, vocab_size=case.vocabulary, **shape_of(case), **tokens)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    from qlora_exp.paths import EMBEDDED
+
+    return AutoTokenizer.from_pretrained(str(EMBEDDED / "base"))
+
+
+def write_rows(case: Case, path: Path) -> Path:
+    """Distinct rows of as many tokens as the case says: a number, and as often one word as are missing."""
+    tokenizer, rows = _tokenizer(), []
+    count = max(40, 2 * case.batch)
+    for number in range(count):
+        prompt = f"Row {number}:"
+        end = 1
+        length = case.length - (number * case.length // (2 * count) if case.ragged else 0)
+        words = length - len(tokenizer(prompt)["input_ids"]) - end
+        rows.append({"prompt": prompt, "completion": " the" * words})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def overrides(case: Case, folder: Path) -> list[str]:
+    model = ["model=embedded"]
+    if case.architecture != "embedded":
+        model = ["model=local", f"model.path={save_model(case, folder / 'model')}", "model.variant=base"]
+    return [
+        *model,
+        f"quantization={case.quantization}",
+        f"lora.r={case.r}",
+        f"targets={case.targets}",
+        "task=local",
+        f"task.path={write_rows(case, folder / 'rows.jsonl')}",
+        f"training.batch_size={case.batch}",
+        f"training.max_length={case.length}",
+        f"training.max_steps={STEPS}",
+        f"training.gradient_checkpointing={'on' if case.checkpointing else 'off'}",
+        "training.device=cpu",
+        "evaluation=quick",
+        "evaluation.before=false",
+        "evaluation.max_items=1",
+        "tracking=off",
+        f"output_root={folder / 'outputs'}",
+    ]
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """The record of one fresh process that trains ``case`` on one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, "-m", "qlora_exp.cli", "run", *overrides(case, folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        records = list((folder / "outputs").rglob("record.json"))
+        if done.returncode or not records:
+            raise SystemExit(f"{case}\n{done.stdout}\n{done.stderr}")
+        record: dict[str, Any] = json.loads(records[0].read_text(encoding="utf-8"))
+        return record
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured configuration; bytes."""
+
+    case: Case
+    measured_exact_bytes: int
+    """Base, quantization state, adapters and optimizer states, as the run counted them."""
+    measured_peak_bytes: int
+    """``memory.train_working_set_bytes``."""
+
+
+def architecture_of_case(case: Case) -> Architecture:
+    """What ``describe`` says of the case's model, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_exp.models.describe import architecture_of
+
+    if case.architecture == "embedded":
+        known = known_architecture(compose(["model=embedded"]).model)
+        assert known is not None
+        return known
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    config = AutoConfig.for_model(case.architecture, vocab_size=case.vocabulary, **shape_of(case), **tokens)
+    with torch.device("meta"):
+        return architecture_of(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+
+
+def predict(case: Case) -> Peak:
+    architecture = architecture_of_case(case)
+    config = compose(
+        [
+            "model=embedded",
+            f"quantization={case.quantization}",
+            f"lora.r={case.r}",
+            f"targets={case.targets}",
+            f"training.batch_size={case.batch}",
+            f"training.max_length={case.length}",
+            f"training.gradient_checkpointing={'on' if case.checkpointing else 'off'}",
+        ]
+    )
+    modules = resolve_targets(architecture, config.targets)
+    return predicted_peak(architecture, modules, config, "cpu", padded=case.ragged)
+
+
+def row_of(case: Case, record: dict[str, Any]) -> Row:
+    memory = record["memory"]
+    exact = ("base_weight_bytes", "quantization_state_bytes", "adapter_bytes", "optimizer_bytes")
+    return Row(case, sum(memory[name] for name in exact), memory["train_working_set_bytes"])
+
+
+def read_rows(path: Path = TABLE) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return [
+            Row(_case(line), int(line["measured_exact_bytes"]), int(line["measured_peak_bytes"]))
+            for line in csv.DictReader(stream)
+        ]
+
+
+def _case(line: dict[str, str]) -> Case:
+    kinds = {"int": int, "str": str, "bool": lambda text: text == "True"}
+    return Case(**{item.name: kinds[str(item.type)](line[item.name]) for item in fields(Case)})
+
+
+def write_table(rows: Sequence[Row], path: Path = TABLE) -> None:
+    """The measured rows with what is predicted for them now."""
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer: Any = None
+        for row in rows:
+            peak = predict(row.case)
+            line = {
+                "split": row.case.split,
+                **asdict(row.case),
+                "measured_exact_bytes": row.measured_exact_bytes,
+                "predicted_exact_bytes": peak.exact_bytes,
+                "predicted_activation_bytes": peak.activation_bytes,
+                "predicted_logits_bytes": peak.logits_bytes,
+                "predicted_slack_bytes": peak.slack_bytes,
+                "predicted_peak_bytes": peak.peak_bytes,
+                "measured_peak_bytes": row.measured_peak_bytes,
+                "error": f"{peak.peak_bytes / row.measured_peak_bytes - 1:+.3f}",
+            }
+            writer = writer or csv.DictWriter(stream, list(line), lineterminator="\n")
+            if row is rows[0]:
+                writer.writeheader()
+            writer.writerow(line)
+
+
+def draw(rows: Sequence[Row], path: Path = PICTURE) -> None:
+    """Predicted against measured, both in MB, with the band of ±10 %."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 6))
+    for split, marker in (("fit", "o"), ("held out", "s")):
+        chosen = [row for row in rows if row.case.split == split]
+        measured = [row.measured_peak_bytes / 1e6 for row in chosen]
+        axes.scatter(measured, [predict(row.case).peak_bytes / 1e6 for row in chosen], marker=marker, label=split)
+    ends = [200.0, 1.2 * max(row.measured_peak_bytes for row in rows) / 1e6]
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    axes.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="grey", alpha=0.2)
+    axes.set(xscale="log", yscale="log", xlabel="measured, MB", ylabel="predicted, MB")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    for split in ("fit", "held out"):
+        errors = [predict(row.case).peak_bytes / row.measured_peak_bytes - 1 for row in rows if row.case.split == split]
+        if errors:
+            within = sum(abs(error) <= 0.1 for error in errors)
+            sizes = sorted(abs(error) for error in errors)
+            yield (
+                f"{split:9}{len(errors):3} configurations, {within} within 10 %; "
+                f"median error {sizes[len(sizes) // 2]:.1%}, largest {sizes[-1]:.1%}"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="train the configurations that the table lacks")
+    parser.add_argument("--again", action="store_true", help="and those that it has")
+    given = parser.parse_args()
+    rows = [] if given.again or not TABLE.exists() else read_rows()
+    for case in CASES if given.measure else ():
+        if case not in {row.case for row in rows}:
+            rows.append(row_of(case, measure(case)))
+            write_table(rows)
+            print(rows[-1], flush=True)
+    write_table(rows)
+    draw(rows)
+    print(*summary(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

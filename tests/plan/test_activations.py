@@ -1,0 +1,114 @@
+"""What forward keeps for backward, counted from shapes, against what autograd saves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from qlora_exp.plan.activations import kept_per_token
+
+HIDDEN, ROWS, LENGTH = 512, 2, 24
+MODERN = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 3 * HIDDEN,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
+PLAIN = {"hidden_size": HIDDEN, "num_attention_heads": 8, "max_position_embeddings": 64}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": MODERN,
+    "qwen3": MODERN | {"head_dim": 64},
+    "gemma3_text": MODERN | {"head_dim": 64},
+    "phi3": MODERN | {"original_max_position_embeddings": 64},
+    "gpt2": {"n_embd": HIDDEN, "n_head": 8, "n_positions": 64},
+    "gpt_neox": PLAIN | {"intermediate_size": 4 * HIDDEN},
+    "opt": PLAIN | {"ffn_dim": 4 * HIDDEN, "word_embed_proj_dim": HIDDEN},
+    "falcon": PLAIN,
+}
+LAYERS = {"gpt2": "n_layer"}
+
+
+def saved_bytes(architecture: str, layers: int, dtype: str, padded: bool, adapted: bool) -> tuple[int, Any]:
+    """Bytes of distinct tensors, other than weights, that a forward pass in training mode saves."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_exp.models.describe import architecture_of
+
+    count = {LAYERS.get(architecture, "num_hidden_layers"): layers}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    config = AutoConfig.for_model(architecture, vocab_size=128, **SHAPES[architecture], **count, **tokens)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.requires_grad_(False)
+    described = architecture_of(model)
+    names = [shape.name for shape in described.weights]
+    if adapted:
+        settings = LoraConfig(r=4, target_modules=names, fan_in_fan_out=architecture == "gpt2")
+        get_peft_model(model, settings, autocast_adapter_dtype=False)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    model.train()
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    mask[0, LENGTH // 2 :] = 0 if padded else 1
+    ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 128
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del output
+    return total, (described, names if adapted else [])
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "padded", "adapted"),
+    [("float32", False, True), ("bfloat16", True, True), ("float32", True, False)],
+)
+def test_kept_bytes_of_a_layer_are_what_autograd_saves(
+    architecture: str, dtype: str, padded: bool, adapted: bool
+) -> None:
+    three, (described, names) = saved_bytes(architecture, 3, dtype, padded, adapted)
+    two, _ = saved_bytes(architecture, 2, dtype, padded, adapted)
+    kept = kept_per_token(
+        described,
+        names,
+        r=4,
+        compute_bytes=4 if dtype == "float32" else 2,
+        adapter_bytes=4,
+        int8=False,
+        length=LENGTH,
+        padded=padded,
+    )
+    # small vectors (norms' deviations, a number a head) are left out of the count or stand for themselves
+    assert kept.layer * ROWS * LENGTH == pytest.approx(three - two, rel=0.03)
+
+
+def test_a_llama_layer_in_numbers() -> None:
+    """fp32, no adapters: two norms' inputs, q and output, k and v, three of the intermediate width, a sum a head."""
+    _, (described, _) = saved_bytes("llama", 1, "float32", False, False)
+    kept = kept_per_token(described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False)
+    elements = 2 * 512 + 512 + 512 + 2 * 256 + 3 * 1536 + 8
+    # the first layer's first norm keeps nothing, nor does its attention: its input needs no gradient
+    assert kept.layers == 4 * (elements - 512 - (512 + 512 + 2 * 256 + 8))
+    assert kept.inputs == 4 * 512
+
+
+def test_counting_loads_no_torch() -> None:
+    code = (
+        "import sys, qlora_exp.plan.peak, qlora_exp.plan.seconds, qlora_exp.plan.prices; print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,0 +1,235 @@
+"""``qlora-exp plan``: the figures of runs, sweeps and the reverse question, without torch for known families."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_exp.cli import main
+from qlora_exp.compose import compose
+from qlora_exp.planning.devices import size_bytes
+from qlora_exp.planning.points import points_of
+
+PARTS = ("base_weight_bytes", "quantization_state_bytes", "adapter_bytes", "gradient_bytes", "optimizer_bytes")
+TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    assert main(["plan", "--json", *arguments]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_an_8b_model_has_the_known_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    [run] = planned(capsys, "model=llama3_1_8b", "quantization=nf4", "lora.r=32", "plan.device=rtx4090")
+    assert run["total_parameters"] == 8_030_261_248
+    assert run["trainable_parameters"] == 27_262_976
+    memory = run["memory"]
+    assert memory["base_weight_bytes"] + memory["quantization_state_bytes"] == pytest.approx(5.70e9, rel=1e-3)
+    assert memory["adapter_bytes"] == memory["gradient_bytes"] == 4 * 27_262_976
+    assert memory["peak_bytes"] == sum(memory[part] for part in PARTS) + memory["activation_bytes"]
+    assert run["overrides"] == {}
+    assert run["fits"] is True
+    assert {"seconds", "usd", "reason"} <= run.keys()
+
+
+@pytest.mark.parametrize(("device", "nf4", "int8"), [("cuda", 5.70e9, 9.08e9), ("cpu", 7.80e9, 11.18e9)])
+def test_on_a_cpu_the_unquantized_rest_takes_32_bit(
+    device: str, nf4: float, int8: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = planned(capsys, "model=llama3_1_8b", "quantization=nf4,int8", f"plan.device={device}")
+    held = [run["memory"]["base_weight_bytes"] + run["memory"]["quantization_state_bytes"] for run in runs]
+    assert held == pytest.approx([nf4, int8], rel=2e-3)
+
+
+def test_the_size_of_weights_is_as_published(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--sizes", "--json", "model=llama3_1_8b", "lora.r=32", "targets=attention"]) == 0
+    sizes = json.loads(capsys.readouterr().out)
+    told = {size["quantization"]: size["total_bytes"] for size in sizes["modes"]}
+    assert told["fp32"] == pytest.approx(32e9, rel=0.01)
+    assert told["bf16"] == told["fp16"] == pytest.approx(16e9, rel=0.01)
+    assert told["int8"] == pytest.approx(9e9, rel=0.02)
+    assert told["nf4"] == pytest.approx(5.6e9, rel=0.02)
+    assert sizes["trainable_parameters"] == pytest.approx(27.3e6, rel=0.01)
+    assert sizes["adapter_bytes"] == pytest.approx(109e6, rel=0.01)
+
+
+def test_a_thousand_configurations_of_a_known_family_are_planned_without_torch() -> None:
+    axes = (
+        *("quantization=fp32,bf16,fp16,int8,nf4", "targets=attention,attention_qv,mlp,all_linear"),
+        *("lora.r=1,2,4,8,16", "training.max_length=128,256,512,1024,2048", "training.batch_size=4,16"),
+    )
+    program = (
+        "import sys; from qlora_exp.cli import main; code = main(sys.argv[1:]); heavy = {'torch', 'transformers', "
+        "'mlflow', 'optuna'} & set(sys.modules); print(sorted(heavy), file=sys.stderr); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, "plan", "--json", "model=llama3_1_8b", *axes]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    runs = json.loads(done.stdout)
+    assert len(runs) == 1000
+    assert len({json.dumps(run["overrides"]) for run in runs}) == 1000
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        ("model=llama3_1_8b", "quantization.double_quantization=false"),
+        ("sweeps=rank_by_quantization",),
+        ("lora.alpha_policy=fixed", "lora.alpha=16"),
+    ],
+)
+def test_varied_configurations_are_those_that_hydra_composes(fixed: tuple[str, ...]) -> None:
+    common = [*fixed, "model.variant=instruct"]
+    asked = points_of([*common, "quantization=fp16,int8", "targets=mlp,attention", "lora.r=2,4"])
+    assert len(asked.points) == 8
+    for point in asked.points:
+        assert point.config == compose([*common, *(f"{key}={value}" for key, value in point.params.items())])
+
+
+def test_a_model_among_the_axes_brings_its_own_training(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = points_of(["model=qwen3_0_6b,embedded,smollm2_135m", "lora.r=8"])
+    for point in asked.points:
+        assert point.config == compose([f"model={point.params['model']}", "lora.r=8"])
+    totals = [run["total_parameters"] for run in planned(capsys, "model=qwen3_0_6b,smollm2_135m")]
+    assert totals == [596_049_920, 134_515_008]
+
+
+def test_a_sweep_is_planned_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = planned(capsys, "rank_by_quantization")
+    assert [(run["settings"]["quantization"], run["settings"]["r"]) for run in runs] == [
+        (mode, rank) for rank in (4, 8, 16, 32) for mode in ("fp16", "int8", "nf4")
+    ]
+
+
+def test_a_search_is_planned_at_the_ends_of_its_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "lora_search"]) == 0
+    assert "20 trials" in capsys.readouterr().out
+    asked = points_of(["training.learning_rate=tag(log,interval(1e-4,1e-2))", "sweep.n_trials=7"])
+    assert [point.params["training.learning_rate"] for point in asked.points] == [1e-4, 1e-2]
+    assert asked.trials == 7
+
+
+def test_a_ladder_is_planned_at_each_of_its_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [run["settings"]["r"] for run in planned(capsys, "rank_doubling")] == [8, 16, 32, 64]
+
+
+def test_points_that_cannot_be_run_are_rows_with_their_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    axes = ("model=llama3_1_8b", "quantization=bf16,nf4", "lora.init=kaiming,pissa", "plan.device=h200")
+    runs = planned(capsys, *axes)
+    assert [run["fits"] for run in runs] == [True, True, True, False]
+    assert "PiSSA" in runs[-1]["reason"]
+    assert runs[-1]["memory"] is None
+
+
+def test_what_fits_comes_best_first_and_what_is_set_is_not_searched(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = planned(capsys, "--fit", "16GB", "model=llama3_1_8b", "lora.r=8,64", "training.max_length=512")
+    assert runs
+    assert all(run["fits"] and run["memory"]["peak_bytes"] <= 16e9 for run in runs)
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}
+    order = [(bits[run["settings"]["quantization"]], run["settings"]["r"]) for run in runs]
+    assert order == sorted(order, reverse=True)
+    assert {rank for _, rank in order} == {8, 64}
+    assert {run["settings"]["max_length"] for run in runs} == {512}
+    smaller = planned(capsys, "--fit", "8GB", "model=llama3_1_8b", "lora.r=8,64", "training.max_length=512")
+    assert 0 < len(smaller) < len(runs)
+    assert main(["plan", "--fit", "16GB", "model=llama3_1_8b"]) == 0
+    assert "best first: larger precision" in capsys.readouterr().out
+
+
+def test_a_configuration_file_alone_can_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY | {"num_attention_heads": 4}))
+    [run] = planned(capsys, "model=local", f"model.path={file}", "lora.r=4", "targets=all_linear")
+    [same] = planned(capsys, "model=local", f"model.path={tmp_path}", "lora.r=4", "targets=all_linear")
+    layer = 2 * (4 * (64 + 64) * 4 + 3 * (64 + 96) * 4)
+    assert run["trainable_parameters"] == same["trainable_parameters"] == layer
+    assert run["total_parameters"] == 2 * 256 * 64 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("plan.device=rtx490",), "rtx4090"),
+        (("--device", "a100"), "a100_40gb"),
+        (("--fit", "24XB"), "GiB"),
+        (("--fit", "24"), "no unit"),
+        (("--fit", "much"), "a number and a unit"),
+        (("--fit", "0GB"), "nothing fits"),
+        (("--fit", "1GB", "model=llama3_1_8b"), "the base alone"),
+        (("modle=embedded",), "did you mean model"),
+        (("rank_doublings",), "rank_doubling"),
+        (("quantization=nf5",), "nf4"),
+        (("targets.modules=[q_prj]",), "q_proj"),
+        (("lora.init=pissa",), "PiSSA"),
+        (("model=local", "model.path=nowhere/config.json"), "no such"),
+        (("lora.r=range(1,400)", "seed=range(1,400)"), "too many"),
+    ],
+)
+def test_bad_input_is_one_clear_message(
+    arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, *arguments)
+    assert told in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("{", "can't be read"),
+        ("{}", "names no model_type"),
+        ('{"model_type": "lama"}', "llama"),
+        ('{"model_type": "llama"}', "hidden_size and num_hidden_layers"),
+        (json.dumps(TINY | {"num_attention_heads": 7}), "config.json"),
+        (json.dumps(TINY | {"quantization_config": {"quant_method": "gptq"}}), "quantized already"),
+    ],
+)
+def test_a_bad_configuration_file_is_told(
+    config: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert told in refused(capsys, "model=local", f"model.path={tmp_path}/config.json")
+
+
+def test_the_page_escapes_names_and_holds_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "plan.html"
+    assert main(["plan", "--html", str(page), "name='<script>','b'", "lora.r=1,2"]) == 0
+    text = page.read_text()
+    assert text.count("<tr>") == 1 + 4
+    assert "<script>" not in text
+    assert "can't be written" in refused(capsys, "--html", str(tmp_path / "none" / "plan.html"))
+
+
+def test_sizes_are_read_in_both_kinds_of_units() -> None:
+    assert size_bytes("24GB") == 24 * 10**9
+    assert size_bytes("1.5 GiB") == 3 * 2**29
+    assert size_bytes("rtx4090") == 24_564 * 2**20
+
+
+def test_time_and_money_are_known_once_the_machine_is_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = ("model=llama3_1_8b", "lora.r=8,16", "plan.device=rtx4090", "budget.usd_per_hour=0.5")
+    assert {run["seconds"] for run in planned(capsys, *asked)} == {None}
+    rates = tmp_path / "qlora-exp" / "rates.json"
+    rates.parent.mkdir()
+    rates.write_text(json.dumps({"cuda, NVIDIA GeForce RTX 4090, 2.13.0": {"nf4": 1e14}}))
+    for run in planned(capsys, *asked):
+        low, high = run["seconds_interval"]
+        assert 0 < low < run["seconds"] < high
+        assert run["usd"] == pytest.approx(run["seconds"] / 3600 * 0.5)
+    assert main(["plan", *asked]) == 0
+    assert "training: " in capsys.readouterr().out
+    assert {run["seconds"] for run in planned(capsys, *asked, "plan.device=t4")} == {None}

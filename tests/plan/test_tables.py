@@ -1,0 +1,43 @@
+"""The shipped tables say what a described configuration says, and the plan of a known family needs no torch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qlora_exp.catalogue import choices
+from qlora_exp.compose import compose
+from qlora_exp.models import describe
+from qlora_exp.models.tables import CONFIGS, described
+from qlora_exp.plan.tables import FOLDER, from_table, known_architecture, known_families, to_table
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_table_is_the_description_of_the_published_sizes(family: str) -> None:
+    """described() holds the published number of parameters, too."""
+    built = described(family)
+    table = json.loads((FOLDER / f"{family}.json").read_text(encoding="utf-8"))
+    base = next(iter(table["positions"]))
+    assert from_table(table, base) == built
+    assert json.loads(json.dumps(to_table(built, table["positions"]))) == table
+
+
+def test_every_family_of_the_hub_has_a_table_for_all_of_its_checkpoints() -> None:
+    families = [choice.name for choice in choices("model") if choice.name != "local"]
+    assert known_families() == sorted(families)
+    for choice in choices("model"):
+        for variant in choice.keys.get("checkpoints") or {}:
+            model = compose([f"model={choice.name}", f"model.variant={variant}"]).model
+            assert known_architecture(model) is not None
+
+
+@pytest.mark.parametrize("variant", ["base", "instruct"])
+def test_the_embedded_models_table_is_its_description(variant: str) -> None:
+    model = compose([f"model.variant={variant}"]).model
+    assert known_architecture(model) == describe(model)
+
+
+def test_another_checkpoint_of_a_known_family_has_no_table() -> None:
+    other = compose(["model=qwen3_8b", "model.checkpoints.base=someone/else"]).model
+    assert known_architecture(other) is None

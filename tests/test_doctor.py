@@ -1,0 +1,83 @@
+"""What doctor says of speed, neighbours on a GPU, and the disk that a sweep needs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qlora_exp.cli import main
+from qlora_exp.doctor.checks import _neighbours
+from qlora_exp.doctor.rate import judged, measured_flops_per_second
+from qlora_exp.doctor.sweep_disk import RECORD_BYTES, sweep_disk, trial_bytes
+from qlora_exp.workers.devices import Gpu, GpuUser
+
+CARD = "NVIDIA A100-SXM4-80GB"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "rate", "ok", "words"),
+    [
+        ("cuda", CARD, 240e12, True, "77% of the data sheet's 312"),
+        ("cuda", CARD, 90e12, False, "29%"),
+        ("cuda", CARD, 500e12, False, "160%"),
+        ("cuda", "NVIDIA Unheard-of 1", 90e12, None, "no data sheet"),
+        ("cpu", "some CPU", 0.1e12, True, "no data sheet for CPUs"),
+    ],
+)
+def test_a_measured_rate_is_judged_by_the_cards_data_sheet(
+    kind: str, name: str, rate: float, ok: bool | None, words: str
+) -> None:
+    check = judged(kind, name, rate)
+    assert check.ok is ok
+    assert words in check.detail
+    assert (check.fix is not None) is (ok is False)
+
+
+def test_the_rate_of_this_machine_is_one_that_a_machine_can_have() -> None:
+    assert 1e8 < measured_flops_per_second("cpu") < 1e14
+
+
+def test_another_process_on_a_gpu_is_named() -> None:
+    mine, desktop = GpuUser(os.getpid(), "me", 2 * 10**10), GpuUser(7, "Xorg", 10**8)
+    other, unknown = GpuUser(9, "python", 3 * 10**9), GpuUser(11, None, None)
+    assert _neighbours([Gpu(0, "GPU-a", CARD, (mine, desktop))]).ok
+    busy = _neighbours([Gpu(0, "GPU-a", CARD), Gpu(1, "GPU-b", CARD, (other, unknown))])
+    assert busy.ok is False
+    assert "GPU 1 by process 9 python (3.0 GB), GPU 1 by process 11" in busy.detail
+
+
+def test_a_trial_is_its_adapter_its_checkpoints_and_its_record() -> None:
+    given = ["model=embedded", "targets=attention", "lora.r=8"]
+    adapter = 8 * (192 + 192) * 4 * 4 * 4  # r (in + out), q k v o, 4 layers, fp32
+    assert trial_bytes([*given, "training.save_every_steps=null"]) == adapter + RECORD_BYTES
+    assert trial_bytes([*given, "training.save_every_steps=10"]) == 7 * adapter + RECORD_BYTES
+
+
+def test_a_sweep_is_as_many_trials_of_its_largest_adapter(tmp_path: Path) -> None:
+    root = str(tmp_path / "outputs")
+    one = sweep_disk(["lora.r=64", "targets=all_linear"], root)
+    grid = sweep_disk(["lora.r=4,64", "targets=attention,all_linear", "seed=1,2"], root)
+    assert one.ok
+    assert grid.ok
+    assert one.detail.startswith("1 trial of ")
+    assert grid.detail.startswith("8 trials of ")
+    assert one.detail.split(" of ")[1].split(" at ")[0] == grid.detail.split(" of ")[1].split(" at ")[0]
+
+
+def test_a_sweep_that_does_not_fit_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda place: _Usage(10**6))
+    words = ["doctor", "lora.r=4,8", "--no-self-test", "--output-root", str(tmp_path / "outputs")]
+    capsys.readouterr()
+    assert main(words) == 1
+    assert "PROBLEM sweep's disk" in capsys.readouterr().out
+    assert main(["doctor", "lora.rank=4", "--no-self-test"]) == 2
+    assert "lora.r" in capsys.readouterr().err
+
+
+class _Usage:
+    def __init__(self, free: int) -> None:
+        self.free = free
