@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from qlora_exp.analysis.configurations import Configuration, Measure, shown
@@ -22,6 +23,26 @@ PART_COLOURS = (*PALETTE[:5], PALETTE[6])
 MOST_LINES = len(PALETTE)
 MOST_BARS = 16
 RATE = "training.learning_rate"
+
+
+def write_figure(figure: Figure | None, path: Path) -> None:
+    """One HTML file that needs no network. Nothing is written for a figure that can't be drawn."""
+    from plotly.io import write_html
+
+    if figure is not None:
+        write_html(figure, path, include_plotlyjs=True, full_html=True)
+
+
+def lines(named: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tuple[str, str], goal: float) -> Figure:
+    """(x, y) by name, against a dashed line at ``goal``. ``axes``: titles, horizontal and vertical."""
+    traces = [
+        {"type": "scatter", "mode": "lines+markers", "name": escape(name), "x": list(x), "y": list(y)}
+        | {"line": {"color": PALETTE[number % len(PALETTE)]}}
+        for number, (name, (x, y)) in enumerate(named.items())
+    ]
+    dashed = {"color": PALETTE[-2], "dash": "dash", "width": 2}
+    shape = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": goal, "y1": goal, "line": dashed}
+    return {"data": traces, "layout": _layout(*axes) | {"shapes": [shape]}}
 
 
 def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
