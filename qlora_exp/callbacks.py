@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from qlora_exp.endings import Observer, Pruned, Report
 from qlora_exp.measurement import tensor_bytes
-from qlora_exp.records import write_text
+from qlora_exp.records import read_curve, write_text
 
 EXCLUDED_STEPS = 5
 LOGGED = {
@@ -81,19 +81,6 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         first = EXCLUDED_STEPS if len(self.step_seconds) > 2 * EXCLUDED_STEPS else min(1, len(self.step_seconds) - 1)
         first = max(first, 0)
         return self.step_seconds[first:], sum(self.step_tokens[first:])
-
-
-def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The curve's points, one per step (the last one written); a line that a killed process left torn is skipped."""
-    points: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            point = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(point, dict) and isinstance(point.get("step"), int):
-            points[point["step"]] = points.get(point["step"], {}) | point
-    return [points[step] for step in sorted(points)]
 
 
 class Curve(TrainerCallback):  # type: ignore[misc]

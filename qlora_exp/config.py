@@ -319,7 +319,10 @@ class LadderConfig:
     r_start: int
     r_max: int
     seeds: int
-    """Seeds a rank at the first look, from ``seed`` upwards; one purchase may add to them, to 8 in all."""
+    """Seeds a rank at the first look, from ``seed`` upwards."""
+    most_seeds: int
+    """Seeds a rank in all, at most 8, that the one purchase of a doubling may make of them; as many as ``seeds``: none
+    is bought."""
     pilot_seed: int
     """Of the runs that choose learning rates; it plays no part in any decision."""
     margin: float | None

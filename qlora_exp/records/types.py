@@ -138,6 +138,9 @@ class Data:
     template_tokens_trained: bool | None
     """Whether the base ever saw the template's special tokens (LoRA leaves embeddings frozen)."""
     truncated_items: int
+    rows_fingerprint: str | None = None
+    """SHA-256 over the rows alone, whichever tokenizer reads them in whichever format; ``None`` in records of versions
+    that didn't have it."""
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,10 @@ class Study:
         return [rows.row(trial, self.spec) for trial in self._read()]
 
     def best(self) -> list[TrialRow]:
-        """The best completed trial that breaks no constraint, or the Pareto front of several objectives."""
+        """The best completed trial that breaks no constraint, or the Pareto front of several objectives. Of a ladder,
+        which is decided by no single trial, the runs at the recommended rank."""
+        if self.spec.ladder is not None:
+            return self._recommended()
         return rows.best(self.trials(), [parse_objective(text).direction for text in self.spec.objectives])
 
     def on_ladder(self) -> list[LadderTrial]:
@@ -220,6 +223,14 @@ class Study:
         trial = self._storage.get_trial(claim.trial_id)
         ours = trial.state is TrialState.RUNNING and attempt_of(trial) == claim.attempt
         return trial if ours else None
+
+    def _recommended(self) -> list[TrialRow]:
+        from qlora_exp.study.ladder_runs import recommended
+
+        assert self.spec.ladder is not None
+        by_point = {frozenset(overrides_of(row.params)): row for row in self.trials() if row.params}
+        points = recommended(self.spec.ladder, self.on_ladder())
+        return [by_point[key] for point in points if (key := frozenset(overrides_of(point))) in by_point]
 
     def _ladder_is_done(self) -> bool:
         """Asked often, and the answer changes with the ended trials alone."""

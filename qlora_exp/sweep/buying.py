@@ -8,8 +8,12 @@ from typing import Any
 
 from qlora_exp import compose
 from qlora_exp.budget import Account, Purse
+from qlora_exp.errors import QloraExpError
 from qlora_exp.study.types import StudySpec
 from qlora_exp.sweep.asking import Asked
+
+MOST_PLANNED = 1000
+"""More points would keep the first trial waiting."""
 
 Cost = tuple[float, float, float]
 """Low, middle, high."""
@@ -47,11 +51,18 @@ def _planned(spec: StudySpec, name: str) -> Cost | None:
     alone, with rows as long as ``training.max_length``."""
     if name not in ("seconds", "usd") or spec.synthetic:
         return None
+    from qlora_exp.plan.tables import known_architecture
     from qlora_exp.planning.planned import Planner
     from qlora_exp.planning.points import points_of
 
     fixed = [text for text in spec.overrides if not compose.is_hydra(compose.key_of(text))]
-    asked = points_of([*fixed, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)])
+    try:
+        asked = points_of([*fixed, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)])
+    except QloraExpError:  # too many points to plan
+        return None
+    configs = [point.config for point in asked.points]
+    if len(configs) > MOST_PLANNED or not all(one and known_architecture(one.model) for one in configs):
+        return None  # describing another architecture loads torch
     planner = Planner()
     runs = [planner.plan(point) for point in asked.points]
     middles = [run.seconds if name == "seconds" else run.usd for run in runs]

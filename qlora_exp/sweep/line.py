@@ -77,7 +77,7 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
             with _tracked(asked, opened, first and not _end_is_told(paths), purse) as tracker:
                 if tracker is not None:
                     tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
-            return _conclude(opened, spec, paths, purse)
+                return _conclude(opened, spec, paths, purse)
         bought = [f"\n  {text}" for text in what_it_buys(asked, opened, purse)]
         print(_announcement(asked, opened.counts()), *bought, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
@@ -224,7 +224,7 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse) -> 
         allow = " sweep.max_failures=null" if failed else ""
         print(f"{why}: qlora-exp resume {name}{allow}{option}")
         return EXIT_RUN_FAILED if failed else EXIT_INTERRUPTED
-    if spec.ladder is None:  # the answer of a ladder is no single trial
+    if best:
         print(f"  qlora-exp best {name}{option}")
     print(f"  qlora-exp trials {name} --csv{option}")
     return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED
