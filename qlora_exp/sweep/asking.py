@@ -108,6 +108,8 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     compose.check_points([*spec.overrides, *point] for point in _points_to_check(axes))
     _check_pruner(settings, raw)
     study.check_search(spec)
+    if not paths.created.exists():
+        study.check_earlier(spec)
     workers, tracking = settings_of(raw.workers, WorkersConfig), settings_of(raw.tracking, TrackingConfig)
     return Asked(spec, paths, settings, workers, tracking, raw)
 

@@ -15,7 +15,7 @@ from qlora_exp import compose, rank_doubling, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
 from qlora_exp.budget import Purse, budget_of, check_energy
 from qlora_exp.config import WorkersConfig
-from qlora_exp.errors import QloraExpError, StudyError
+from qlora_exp.errors import QloraExpError, StudyError, unwritable
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact, redact_overrides, redact_text
@@ -44,9 +44,17 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
         hydra.append(compose.search_path(own))
     try:
         asked = ask([*arguments, *hydra], params)
-        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), isinstance(launcher, BasicLauncher))
+        job = config.hydra.job
+        here = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
+        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), here)
     except QloraExpError as error:
         tell(error)
+        code = EXIT_WRONG_INPUT
+    except OSError as error:
+        told = unwritable(error)
+        if told is None:
+            raise
+        tell(told)
         code = EXIT_WRONG_INPUT
     raise Ended(code)
 
@@ -54,7 +62,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
 def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
     """Work on the study until it is complete, stopped or has failed too often, and tell what came of it.
 
-    ``here``: whether ``launch`` runs its jobs in this process.
+    ``here``: whether ``launch`` runs its jobs in this process, as it is now: same environment, same folder.
 
     Exit codes: 0 complete; 1 ``sweep.max_failures`` reached, no trial completed, or a worker failed; 130 interrupted.
 
