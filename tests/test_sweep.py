@@ -30,7 +30,9 @@ from qlora_exp.records import read_record, write_json
 from qlora_exp.standing import read_spec
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]
-SWEEPS = ["demo", "instruct_or_base", "lora_search", "pareto", "rank_by_quantization", "rank_doubling"]
+SWEEPS = [
+    *("base_or_instruct", "demo", "instruct_or_base", "lora_search", "pareto", "rank_by_quantization", "rank_doubling"),
+]
 
 
 @pytest.fixture(autouse=True)
