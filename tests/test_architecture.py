@@ -86,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rank_doubling": {"compose", "config", "records", "study"},
     "sweep": {
         *("app", "budget", "compose", "config", "environment", "overrides", "rank_doubling", "records", "redaction"),
-        *("planning", "standing", "study", "tables", "tracking", "workers"),
+        *("plan", "planning", "standing", "study", "tables", "tracking", "workers"),
     },
     "hydra_app": {"app", "compose", "config", "sweep"},
     "job": {"app"},
