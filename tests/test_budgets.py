@@ -10,15 +10,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_exp.budget import Purse, budget_of
+from qlora_exp.calibration import rates_file
 from qlora_exp.cli import main
+from qlora_exp.environment import probe_without_torch
 from qlora_exp.history import read_runs
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import RunRecord, Status
+from qlora_exp.plan.seconds import machine_of
+from qlora_exp.records import RunRecord, Status, write_json
+from qlora_exp.study import Study
+from qlora_exp.sweep import ask
+from qlora_exp.sweep.buying import what_it_buys
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.2", "tracking=off", "training.batch_size=8"]
 TOKENS = 20 * 8 * 10
@@ -220,3 +228,20 @@ def test_a_real_training_that_a_budget_ends_keeps_its_checkpoint_and_is_scored(l
     assert record.spent is not None
     assert record.spent.tokens == record.speed.train_tokens
     assert record.spent.tokens >= 400 if name == "tokens" else record.spent.seconds >= 3
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_calibrated_machine_knows_beforehand_what_a_budget_will_buy(
+    calibrated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if calibrated:
+        machine = machine_of(replace(probe_without_torch(), torch_threads=1))
+        write_json(rates_file(), {machine: {"fp32": 1e10}})
+    limited = ["training.device=cpu", "quantization=fp32", "budget.seconds=600", "tracking=off"]
+    asked = ask([*limited, "lora.r=4,8", "training.learning_rate=1e-4,1e-3,1e-2", "sweep.name=mine"])
+    purse = Purse(budget_of(asked.config), OutputPaths.of("outputs"))
+    [told] = what_it_buys(asked, Study.open(asked.spec, asked.paths), purse)
+    assert (" of 6 trials (" in told) == calibrated
+    assert ("isn't known until the first has ended" in told) != calibrated
