@@ -9,8 +9,9 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 DEMO_OUTPUT ?= outputs
+REPLAY_OUTPUT ?= outputs/reference_grid
 
-.PHONY: demo test lint types test-slow test-faults test-browser calibration clean
+.PHONY: demo test lint types test-slow test-faults test-browser calibration replay replay-measure clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -22,9 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m qlora_exp -m sweeps=demo sweep.name=demo training.device=cpu \
-	  workers.count=2 workers.isolation=fresh output_root=$(DEMO_OUTPUT)
-	$(BIN)/qlora-exp ls runs --output-root $(DEMO_OUTPUT)
+	$(BIN)/python -m qlora_exp -m sweeps=demo sweep.name=demo training.device=cpu workers.count=2 \
+	  output_root=$(DEMO_OUTPUT)
+	$(BIN)/qlora-exp report demo --output-root $(DEMO_OUTPUT)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=25
@@ -51,6 +52,14 @@ test-browser: $(STAMP)
 
 calibration: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m qlora_exp.analysis.calibration --output docs/calibration.md
+
+replay: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m qlora_exp.analysis.replay --output docs/replay.md
+
+# Half an hour on two idle cores; killed and called again, it goes on. Then: make replay
+replay-measure: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT)
+	$(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT) --collect docs/replay.npz
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist build

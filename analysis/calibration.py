@@ -296,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ladders", type=int, default=10_000, help="a cell (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="also write the page to this Markdown file")
+    parser.add_argument("--figure", type=Path, help="also draw the error rates into this HTML file")
     given = parser.parse_args(arguments)
     cells = []
     for cell in calibrate(given.ladders, given.seed):
@@ -305,6 +306,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(page)
     if given.output is not None:
         given.output.write_text(page, encoding="utf-8")
+    if given.figure is not None:
+        _draw(cells, given.figure)
+
+
+def _draw(cells: Sequence[Cell], path: Path) -> None:
+    """The larger of the two error rates by how far the noise is beyond the plan, one line for each setting of gains."""
+    from qlora_exp.analysis.figures import lines, write_figure
+
+    drawn = {}
+    for name, _ in SETTINGS:
+        several = sorted((c for c in cells if c.gains == name), key=lambda c: c.world.planned_half_width)
+        widths = [cell.world.planned_half_width / RULE.half_zone for cell in several]
+        drawn[f"gains {name}"] = (widths, [max(cell.wrong_continue, cell.wrong_stop) for cell in several])
+    axes = ("planned half-width / half-zone", "share of ladders with a wrong answer")
+    write_figure(lines(drawn, axes, goal=0.05), path)
 
 
 if __name__ == "__main__":

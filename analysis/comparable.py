@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.errors import AnalysisError
-from qlora_exp.records import RunRecord, Scores, Status
+from qlora_exp.records import Data, RunRecord, Scores, Status
 
 TOLD = 4
 """Values of a difference that a message names."""
@@ -29,8 +29,8 @@ class Protocol:
     batch_size: int
     adapter_dtype: str
     data_version: int
-    """1 for the data that most runs of a checkpoint and format were trained on, 2 for the next. The data's fingerprint
-    covers tokenizer and format, so it can only be held equal within one checkpoint and format."""
+    """1 for the rows that most runs were trained and scored on, 2 for the next. Records without ``rows_fingerprint``
+    are told apart within one checkpoint and format alone: their fingerprint covers both."""
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,17 @@ def _protocol(record: RunRecord, versions: dict[tuple[str, str], int]) -> Protoc
         max_tokens=training.get("max_tokens"),
         batch_size=plan.batch_size,
         adapter_dtype=plan.adapter_dtype,
-        data_version=versions[_read_as(record), data.fingerprint],
+        data_version=versions[_rows(record, data)],
     )
 
 
 def _data_versions(records: Iterable[RunRecord]) -> dict[tuple[str, str], int]:
-    """(checkpoint and format, fingerprint) → version."""
+    """What :func:`_rows` gives → version."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         if record.data is not None:
-            counts[_read_as(record)][record.data.fingerprint] += 1
+            read_as, fingerprint = _rows(record, record.data)
+            counts[read_as][fingerprint] += 1
     return {
         (read_as, fingerprint): version
         for read_as, found in counts.items()
@@ -159,11 +160,14 @@ def _data_versions(records: Iterable[RunRecord]) -> dict[tuple[str, str], int]:
     }
 
 
-def _read_as(record: RunRecord) -> str:
-    """What the fingerprint depends on besides the rows: which tokenizer reads them, in which format."""
+def _rows(record: RunRecord, data: Data) -> tuple[str, str]:
+    """What the fingerprint depends on besides the rows (which checkpoint's tokenizer reads them, in which format), and
+    the fingerprint."""
+    if data.rows_fingerprint is not None:
+        return "", data.rows_fingerprint
     model = record.config.get("model") or {}
     written = record.plan.format if record.plan is not None else None
-    return f"{model.get('family')} {model.get('path')} {model.get('variant')} {written}"
+    return f"{model.get('family')} {model.get('path')} {model.get('variant')} {written}", data.fingerprint
 
 
 def _plain(value: Any) -> str:

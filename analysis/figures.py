@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from qlora_exp.analysis.configurations import Configuration, Measure, shown
@@ -21,6 +22,27 @@ MOST_DOMINATED = 1000
 PART_COLOURS = (*PALETTE[:5], PALETTE[6])
 MOST_LINES = len(PALETTE)
 MOST_BARS = 16
+RATE = "training.learning_rate"
+
+
+def write_figure(figure: Figure | None, path: Path) -> None:
+    """One HTML file that needs no network. Nothing is written for a figure that can't be drawn."""
+    from plotly.io import write_html
+
+    if figure is not None:
+        write_html(figure, path, include_plotlyjs=True, full_html=True)
+
+
+def lines(named: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tuple[str, str], goal: float) -> Figure:
+    """(x, y) by name, against a dashed line at ``goal``. ``axes``: titles, horizontal and vertical."""
+    traces = [
+        {"type": "scatter", "mode": "lines+markers", "name": escape(name), "x": list(x), "y": list(y)}
+        | {"line": {"color": PALETTE[number % len(PALETTE)]}}
+        for number, (name, (x, y)) in enumerate(named.items())
+    ]
+    dashed = {"color": PALETTE[-2], "dash": "dash", "width": 2}
+    shape = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": goal, "y1": goal, "line": dashed}
+    return {"data": traces, "layout": _layout(*axes) | {"shapes": [shape]}}
 
 
 def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
@@ -43,12 +65,12 @@ def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
 
 
 def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Figure | None:
-    """Quality by rank with 95 % intervals over seeds, one line for each setting of everything else."""
-    lines: dict[tuple[str, ...], list[Configuration]] = defaultdict(list)
-    for configuration in configurations:
-        if configuration.quality is not None:
-            others = [(k, v) for k, v in configuration.settings.items() if k not in ("lora.r", "lora.alpha")]
-            lines[tuple(_named(key, value) for key, value in others)].append(configuration)
+    """Quality by rank with 95 % intervals over seeds, one line for each setting of everything else; of the learning
+    rate only where a rank has several."""
+    scored = [configuration for configuration in configurations if configuration.quality is not None]
+    lines = _lines(scored, ("lora.r", "lora.alpha", RATE))
+    if any(len({c.settings.get("lora.r") for c in line}) < len(line) for line in lines.values()):
+        lines = _lines(scored, ("lora.r", "lora.alpha"))
     long = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))
     if not long:
         return None
@@ -78,6 +100,17 @@ def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Fig
     return {"data": traces, "layout": layout}
 
 
+def _lines(
+    configurations: Sequence[Configuration], of_a_line: Sequence[str]
+) -> dict[tuple[str, ...], list[Configuration]]:
+    """By all settings but those that change along a line."""
+    lines: dict[tuple[str, ...], list[Configuration]] = defaultdict(list)
+    for configuration in configurations:
+        others = [(key, value) for key, value in configuration.settings.items() if key not in of_a_line]
+        lines[tuple(_named(key, value) for key, value in others)].append(configuration)
+    return lines
+
+
 def ladder(answer: Mapping[str, Any]) -> Figure | None:
     """Each doubling's gain with its bounds, against the margin and its zone."""
     steps = [step for step in answer.get("comparisons") or [] if step.get("gain") is not None]
@@ -85,7 +118,7 @@ def ladder(answer: Mapping[str, Any]) -> Figure | None:
     if not steps or margin is None:
         return None
     zone = answer.get("half_zone") or margin / 2
-    layout = _layout("doubling", "gain")
+    layout = _layout("doubling", "gain, nats per item")
     layout["shapes"] = [
         {
             "type": "rect",

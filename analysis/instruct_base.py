@@ -7,6 +7,7 @@ Every other contrast is secondary, and its p is Holm-adjusted over all of them.
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -320,3 +321,14 @@ def _notes(instruct: Cell, base: Cell, tuned: Difference | None, items: ItemScor
 
 def _of(scores: Scores | None, name: str) -> float | None:
     return finite(getattr(scores, name)) if scores is not None else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The answer and its tables of a folder of runs; ``--page FILE`` saves the plots."""
+    from qlora_exp.analysis.ask import main as ask
+
+    ask(["instruct_base", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    main()

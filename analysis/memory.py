@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,3 +107,14 @@ def _targets(record: RunRecord) -> str:
     targets = record.config.get("targets") or {}
     modules = targets.get("modules")
     return "+".join(map(str, modules)) if modules else str(targets.get("set"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The answer and its tables of a folder of runs; ``--page FILE`` saves the plots."""
+    from qlora_exp.analysis.ask import main as ask
+
+    ask(["memory", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -102,14 +104,22 @@ def _fewest(enough: Callable[[int], bool], least: int, most: int) -> int | None:
     return low
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Half-widths in units of the half-zone, for a ladder of five doublings: 1 or less settles every gain."""
-    rule = Rule(margin=2.0, half_zone=1.0, doublings=5)
-    print("| seed sd / half-zone | " + " | ".join(f"{seeds} seeds" for seeds in (FIRST_SEEDS, 4, 6, MOST_SEEDS)) + " |")
+    from qlora_exp.analysis.figures import lines, write_figure
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--figure", type=Path, help="also draw them into this HTML file")
+    given = parser.parse_args(arguments)
+    rule, seeds = Rule(margin=2.0, half_zone=1.0, doublings=5), (FIRST_SEEDS, 4, 6, MOST_SEEDS)
+    widths = {sd: [half_width(Noise(sd, 0.0), n, 1, rule) for n in seeds] for sd in (0.1, 0.25, 0.5, 0.75, 1.0)}
+    print("| seed sd / half-zone | " + " | ".join(f"{n} seeds" for n in seeds) + " |")
     print("|---|---|---|---|---|")
-    for seed_sd in (0.1, 0.25, 0.5, 0.75, 1.0):
-        widths = (half_width(Noise(seed_sd, 0.0), seeds, 1, rule) for seeds in (FIRST_SEEDS, 4, 6, MOST_SEEDS))
-        print(f"| {seed_sd} | " + " | ".join(f"{width:.2f}" for width in widths) + " |")
+    for seed_sd, of_seeds in widths.items():
+        print(f"| {seed_sd} | " + " | ".join(f"{width:.2f}" for width in of_seeds) + " |")
+    if given.figure is not None:
+        drawn = {f"seed sd {sd} half-zones": (seeds, of_seeds) for sd, of_seeds in widths.items()}
+        write_figure(lines(drawn, ("seeds", "half-width / half-zone"), goal=1.0), given.figure)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ The rule, its formulas and its sources are in docs/statistics.md, its measured e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,6 +134,37 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
         purchase=purchase,
         what_it_takes=takes,
     )
+
+
+def decide_doubling(
+    run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule, most_seeds: int = MOST_SEEDS
+) -> Decision | None:
+    """One doubling with its two looks and the one purchase between them.
+
+    Args:
+        run: seeds in all → losses of the ladder's ranks so far, the doubling's two last, both with so many seeds;
+            ``None`` where runs are still missing.
+        first_seeds: of the first look.
+        most_seeds: in all; where that allows no purchase, the first look is the last.
+
+    Returns:
+        The decision, a *buy* while what was bought is missing; ``None`` while the first look's runs are.
+    """
+    ladder = run(first_seeds)
+    if ladder is None:
+        return None
+    decision = decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, FIRST_LOOK)
+    if decision.purchase is None:
+        return decision
+    if decision.purchase.seeds is None:
+        return _items_are_missing(decision, decision.purchase.items)
+    bought = min(max(decision.purchase.seeds, first_seeds + 1), most_seeds)
+    if bought <= first_seeds:
+        return replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None)
+    ladder = run(bought)
+    if ladder is None:
+        return replace(decision, purchase=Purchase(bought, None))
+    return decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, LAST_LOOK)
 
 
 def decide_published(gain: float, se: float, rule: Rule) -> Decision:
@@ -263,6 +296,11 @@ def _purchase(split: VarianceSplit, found: Bounds, items: int | None, rule: Rule
     return Purchase(int(seeds_to_buy(found.half_width, split.seeds, rule)), None)
 
 
+def _items_are_missing(decision: Decision, items: int | None) -> Decision:
+    takes = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
+    return replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None, what_it_takes=takes)
+
+
 def _noise(split: VarianceSplit, items: int | None) -> Noise:
     return Noise(float(np.sqrt(split.seed_part * split.seeds)), float(np.sqrt(split.item_part * (items or 1))))
 
@@ -283,8 +321,13 @@ def _plain(value: float) -> str:
     return f"{value:+.3g}"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The rule on a made-up ladder: gains 0.09, 0.05, 0.005 nats per item, margin 0.02, three seeds, then eight."""
+    from qlora_exp.analysis import figures
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--figure", type=Path, help="also draw the last answer's doublings into this HTML file")
+    given = parser.parse_args(arguments)
     rng = np.random.default_rng(0)
     item = rng.normal(0.9, 0.4, 1000)
     losses = {
@@ -302,6 +345,8 @@ def main() -> None:
             )
             print(f" {d.verdict} |")
         print(f"\n{found.sentence}\n")
+    if given.figure is not None:
+        figures.write_figure(figures.ladder(as_object(found)), given.figure)
 
 
 if __name__ == "__main__":

@@ -53,13 +53,19 @@ def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
         ]
         columns = ("doubling", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "decision")
         notes = [str(note) for note in answer.get("notes") or [] if note]
+        warnings = tuple(str(warning) for warning in answer.get("warnings") or [])
         sections.append(
             Section(
                 name=f"ladder-{number}",
                 title="Rank doubling" + (f": {name}" if len(found) > 1 else ""),
-                paragraphs=(str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}."), *notes),
-                tables=(table(columns, rows, f"margin {_figure(answer.get('margin'))}"),),
+                paragraphs=(
+                    str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}."),
+                    *_ladder_runs(answer),
+                    *notes,
+                ),
+                tables=(table(columns, rows, f"margin {_figure(answer.get('margin'))}"),) if rows else (),
                 figures=(figure,) if figure else (),
+                points=warnings,
             )
         )
     return sections
@@ -330,8 +336,20 @@ def _counted(front: tradeoffs.Front) -> str:
     )
 
 
+def _ladder_runs(answer: Mapping[str, Any]) -> list[str]:
+    """What the ladder was decided from, and what it took; nothing where it doesn't say."""
+    spent, seeds, items = answer.get("spent") or {}, answer.get("seeds") or {}, answer.get("items")
+    if not spent:
+        return []
+    usd = f", {shown(spent['cost_usd'], 'usd')}" if spent.get("cost_usd") is not None else ""
+    told = f"{spent['runs']} runs, {spent['pilots']} of them pilots, took {spent['seconds'] / 60:,.1f} minutes{usd}."
+    if seeds and items:
+        told += f" Decided from {items} test items and {', '.join(f'{n} seeds at r = {r}' for r, n in seeds.items())}."
+    return [told]
+
+
 def _ladder_name(answer: Mapping[str, Any], number: int) -> str:
-    name = answer.get("configuration") or answer.get("name") or number
+    name = answer.get("configuration") or answer.get("axes") or answer.get("name") or number
     if isinstance(name, Mapping):
         return ", ".join(f"{key}={value}" for key, value in name.items())
     return str(name)

@@ -4,6 +4,7 @@ enough."""
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -283,3 +284,14 @@ def _shown(goals: Sequence[Any], text: str, alpha: float) -> bool:
     quantile = float(stats.t.isf(alpha, len(values) - 1) if seed_variance > item_se**2 else stats.norm.isf(alpha))
     bound = float(np.mean(values)) + (-1 if rising else 1) * quantile * math.hypot(item_se, math.sqrt(seed_variance))
     return bound >= threshold if rising else bound <= threshold
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The answer and its tables of a folder of runs; ``--page FILE`` saves the plots."""
+    from qlora_exp.analysis.ask import main as ask
+
+    ask(["tradeoffs", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    main()

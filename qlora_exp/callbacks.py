@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 from qlora_exp.endings import Observer, Pruned, Report
 from qlora_exp.measurement import tensor_bytes
-from qlora_exp.records import write_text
+from qlora_exp.records import read_curve, write_text
 
 EXCLUDED_STEPS = 5
 LOGGED = {
@@ -43,6 +44,7 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         self._pending_tokens = 0
         self._started = 0.0
         self.earlier_seconds = 0.0
+        self.earlier_tokens = 0
         self.began = time.perf_counter()
 
     def seconds(self) -> float:
@@ -79,19 +81,6 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         first = EXCLUDED_STEPS if len(self.step_seconds) > 2 * EXCLUDED_STEPS else min(1, len(self.step_seconds) - 1)
         first = max(first, 0)
         return self.step_seconds[first:], sum(self.step_tokens[first:])
-
-
-def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The curve's points, one per step (the last one written); a line that a killed process left torn is skipped."""
-    points: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            point = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(point, dict) and isinstance(point.get("step"), int):
-            points[point["step"]] = points.get(point["step"], {}) | point
-    return [points[step] for step in sorted(points)]
 
 
 class Curve(TrainerCallback):  # type: ignore[misc]
@@ -138,6 +127,20 @@ class TokenBudget(TrainerCallback):  # type: ignore[misc]
         if self.max_tokens is not None and self.meter.tokens >= self.max_tokens:
             self.spent = True
             control.should_training_stop = True
+
+
+class Budget(TrainerCallback):  # type: ignore[misc]
+    """Stops after the step at which a budget is spent, and saves a checkpoint."""
+
+    def __init__(self, exhausted: Callable[[], str | None]) -> None:
+        self.exhausted = exhausted
+        self.ended_by: str | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        name = self.exhausted()
+        if name is not None and state.global_step < state.max_steps:
+            self.ended_by = name
+            control.should_save = control.should_training_stop = True
 
 
 class AskStudy(TrainerCallback):  # type: ignore[misc]

@@ -279,6 +279,15 @@ class TrackingConfig:
 
 @dataclass
 class BudgetConfig:
+    """What a run may spend, or all trials of a sweep together; null: no limit."""
+
+    seconds: float | None
+    """Of a run, loading and the untouched model's scores included; of a sweep its runs' seconds, added up."""
+    tokens: int | None
+    """Processed (unpadded) training tokens, those of failed and repeated parts included."""
+    usd: float | None
+    kwh: float | None
+    """By the card's own counter."""
     usd_per_hour: float | None
     """Price of this machine; null: cost unknown."""
 
@@ -310,7 +319,10 @@ class LadderConfig:
     r_start: int
     r_max: int
     seeds: int
-    """Seeds a rank at the first look, from ``seed`` upwards; one purchase may add to them, to 8 in all."""
+    """Seeds a rank at the first look, from ``seed`` upwards."""
+    most_seeds: int
+    """Seeds a rank in all, at most 8, that the one purchase of a doubling may make of them; as many as ``seeds``: none
+    is bought."""
     pilot_seed: int
     """Of the runs that choose learning rates; it plays no part in any decision."""
     margin: float | None

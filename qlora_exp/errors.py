@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 
 
@@ -78,6 +79,19 @@ def raise_all(errors: Sequence[QloraExpError]) -> None:
         raise errors[0]
     if errors:
         raise Problems(errors)
+
+
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+
+
+def unwritable(error: OSError) -> QloraExpError | None:
+    """What to tell of a file that may not be used, or of a full disk; ``None`` for every other ``error``."""
+    if error.errno not in UNWRITABLE:
+        return None
+    hint = (
+        "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable, or use another folder"
+    )
+    return QloraExpError(f"{error.strerror}", str(error.filename or "a file"), hint)
 
 
 def nearest(name: str, valid: Iterable[str], limit: int = 5) -> str:

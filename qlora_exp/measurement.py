@@ -180,6 +180,18 @@ def energy_joules(device: str) -> float | None:
         return None
 
 
+def energy_counter_is_there() -> bool:
+    """Whether a card of this machine counts its energy; torch isn't asked."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0))
+    except Exception:  # as in energy_joules
+        return False
+    return True
+
+
 def flops_per_token(total_parameters: int, adapter_parameters: int, recomputed: bool) -> float:
     """FLOPs to train one token with a frozen base: 2N forward + 2N backward (activations' gradients only), 2N more
     where the forward pass is recomputed, and 6 per adapter parameter. After Kaplan et al. 2020, section 2.1; the

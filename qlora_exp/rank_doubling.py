@@ -57,21 +57,28 @@ def announce(spec: StudySpec, config: LadderConfig) -> None:
         return
     raw = compose.compose_raw(spec.overrides)
     limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
-    settles, told = plan_sentence(rule_of(spec.ladder), config.seed_sd, config.item_sd, min(limits, default=None))
+    rule, items = rule_of(spec.ladder), min(limits, default=None)
+    settles, told = plan_sentence(rule, config.seed_sd, config.item_sd, items, spec.ladder.most_seeds)
     print(f"  {'' if settles else 'warning: '}{told}", file=sys.stderr, flush=True)
 
 
 def conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> None:
     """Write the answers to ``ladder.json``, and print them."""
+    found = show_answers(opened, spec)
+    write_json(paths.ladder, {"study": spec.name, "synthetic": spec.synthetic, "ladders": found})
+    print(f"  {paths.ladder}")
+
+
+def show_answers(opened: Any, spec: StudySpec) -> list[dict[str, Any]]:
+    """Print each ladder's sentence and warnings, as far as it has come; its answers as ``ladder.json`` has them."""
     from qlora_exp.study.ladder_runs import answers
 
     assert spec.ladder is not None
-    found = answers(spec.ladder, opened.on_ladder())
-    write_json(paths.ladder, {"study": spec.name, "synthetic": spec.synthetic, "ladders": found})
+    found: list[dict[str, Any]] = answers(spec.ladder, opened.on_ladder())
     for one in found:
         name = ", ".join(f"{key}={value}" for key, value in one["axes"].items())
         marks = [text for text in ("SYNTHETIC" if spec.synthetic else "", name) if text]
         print(": ".join([*marks, one["sentence"]]))
         for warning in one["warnings"]:
             print(f"  warning: {warning}")
-    print(f"  {paths.ladder}")
+    return found

@@ -115,7 +115,7 @@ def objective_fields(spec: StudySpec) -> list[str]:
 
 
 def best_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
-    """The best trial, or the Pareto front of several objectives, one row each."""
+    """The best trial, the Pareto front of several objectives, or a ladder's runs at its recommended rank."""
     table = simple_table("best", *objective_fields(spec), *(axis.key for axis in spec.axes), "run")
     for row in rows:
         values = [_value(value) for value in row.values]
@@ -170,9 +170,11 @@ def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Process | 
     parts: list[RenderableType] = [Text(head)]
     if slots:
         parts.append(_running_table(slots))
-    best = opened.best()[:SHOWN_BEST]
+    best = opened.best()
     if best:
-        parts.append(best_table(best, spec))
+        parts.append(best_table(best[:SHOWN_BEST], spec))
+    if len(best) > SHOWN_BEST:
+        parts.append(Text(f"and {len(best) - SHOWN_BEST} more: qlora-exp best {shlex.quote(spec.name)}"))
     parts.append(Text(machine_use(), style="dim"))
     return Group(*parts)
 

@@ -15,14 +15,16 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from qlora_exp.budget import RECORD_SECONDS, cut_short, exhausted, spent_before
 from qlora_exp.config import Config, EvaluationSplit, Quantization, SleepFault
 from qlora_exp.endings import Diverged, Observer, Pruned, Report, Silent, never_stop, status_of
 from qlora_exp.paths import RunPaths
 from qlora_exp.plan import effective_alpha
-from qlora_exp.records import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status, Training
+from qlora_exp.records import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Spent, Status, Training, write_json
 from qlora_exp.redaction import redact_text
 
 STEPS = 20
+TOKENS_PER_ROW = 10
 ITEMS = 1000
 REPORTED_ITEMS = 50
 PENALTY = {Quantization.int8: 0.01, Quantization.nf4: 0.02, Quantization.fp4: 0.04}
@@ -47,7 +49,7 @@ def run(
     """Sleep ``training.sleep_seconds`` in twenty steps, and return the record with its status, whatever ended it."""
     started = time.perf_counter()
     earlier = record.speed.total_seconds or 0.0
-    slept = _Slept(config, paths, observer or Silent(), report)
+    slept = _Slept(config, record, paths, observer or Silent(), report)
     status, failure = Status.COMPLETED, None
     try:
         slept.through()
@@ -57,9 +59,17 @@ def run(
     return record.replace(
         status=status,
         failure=failure,
-        speed=_speed(config, seconds, earlier),
+        warnings=(*record.warnings, *([cut_short(slept.ended_by, slept.step, STEPS)] if slept.ended_by else [])),
+        spent=slept.spent(),
+        speed=_speed(config, slept.step, seconds, earlier),
         memory=_memory(config),
-        training=Training(steps=slept.step, first_loss=loss_at(config, 1), final_loss=slept.loss, epochs=None),
+        training=Training(
+            steps=slept.step,
+            first_loss=loss_at(config, 1),
+            final_loss=slept.loss,
+            epochs=None,
+            ended_by_budget=slept.ended_by,
+        ),
         scores=_score_table(config, paths) if status is Status.COMPLETED else record.scores,
     )
 
@@ -69,11 +79,20 @@ class _Slept:
     """A training that isn't one."""
 
     config: Config
+    record: RunRecord
     paths: RunPaths
     observer: Observer
     report: Report
     step: int = 0
     loss: float | None = None
+    ended_by: str | None = None
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    written: float = 0.0
+
+    def spent(self) -> Spent:
+        earlier = spent_before(self.record)
+        tokens = self.step * self.config.training.batch_size * TOKENS_PER_ROW
+        return Spent(earlier.seconds + time.perf_counter() - self.started, earlier.tokens + tokens, None)
 
     def through(self) -> None:
         training = self.config.training
@@ -91,7 +110,18 @@ class _Slept:
                 self.observer.step(step, STEPS, {"validation_loss": self.loss})
                 if self.report.ask(step, self.loss, _items_of(self.loss) if self.report.per_item else None):
                     raise Pruned(step)
+            name = self._exhausted()
+            if name is not None and step < STEPS:
+                self.ended_by = name
+                break
         self.paths.curve.write_text("".join(json.dumps(point) + "\n" for point in points), encoding="utf-8")
+
+    def _exhausted(self) -> str | None:
+        spent = self.spent()
+        if spent.seconds - self.written > RECORD_SECONDS:
+            self.written = spent.seconds
+            write_json(self.paths.record, self.record.replace(spent=spent), durable=False)
+        return exhausted(self.config.budget, spent)
 
 
 def final_loss(config: Config) -> float:
@@ -165,13 +195,13 @@ def _memory(config: Config) -> Memory:
     )
 
 
-def _speed(config: Config, seconds: float, earlier_seconds: float) -> Speed:
+def _speed(config: Config, steps: int, seconds: float, earlier_seconds: float) -> Speed:
     tokens_per_second = 1e4 / (1.0 + math.log2(config.lora.r) / 10.0 + PENALTY.get(config.quantization.mode, 0.0))
     return Speed(
         train_seconds=seconds,
         evaluation_seconds=0.0,
         total_seconds=earlier_seconds + seconds,
-        steps=STEPS,
+        steps=steps,
         train_tokens_per_second=tokens_per_second,
     )
 

@@ -15,7 +15,16 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from qlora_exp import checkpoints, models
-from qlora_exp.callbacks import ITEM_NATS, SCALER_PATIENCE, AskStudy, Curve, Interruption, StepMeter, TokenBudget
+from qlora_exp.callbacks import (
+    ITEM_NATS,
+    SCALER_PATIENCE,
+    AskStudy,
+    Budget,
+    Curve,
+    Interruption,
+    StepMeter,
+    TokenBudget,
+)
 from qlora_exp.config import Config
 from qlora_exp.data import Item, to_training_dataset
 from qlora_exp.endings import Diverged, Interrupted, Observer, Report, Silent, never_stop
@@ -85,10 +94,12 @@ def train(
     report: Report = never_stop,
     observer: Observer | None = None,
     watching: Callable[[Watch], None] = lambda watch: None,
+    exhausted: Callable[[], str | None] = lambda: None,
 ) -> Trained:
     """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
 
     ``watching`` is given the live side before the first step, so that a failed training can be told of too.
+    ``exhausted`` is asked after each step which budget is spent.
 
     Raises:
         Diverged: a loss or gradient is not finite.
@@ -100,6 +111,7 @@ def train(
     resumed_step = checkpoints.step_of(resumed[0]) if resumed else None
     carried = resumed[1] if resumed else {}
     meter.tokens, meter.loss_tokens = carried.get("tokens", 0), carried.get("loss_tokens", 0)
+    meter.earlier_tokens = meter.tokens
     meter.earlier_seconds = float(carried.get("seconds", 0.0))
 
     def carry() -> dict[str, Any]:
@@ -108,8 +120,9 @@ def train(
     curve = Curve(paths.curve, meter, observer or Silent(), resumed_step or 0)
     watch = Watch(meter, curve, plan, resumed_step)
     watching(watch)
-    interruption, budget = Interruption(), TokenBudget(config.training.max_tokens, meter)
-    watchers = [meter, budget, curve, AskStudy(report), interruption, checkpoints.Seal(carry)]
+    interruption, token_budget = Interruption(), TokenBudget(config.training.max_tokens, meter)
+    budget = Budget(exhausted)
+    watchers = [meter, token_budget, budget, curve, AskStudy(report), interruption, checkpoints.Seal(carry)]
     if config.training.early_stopping_patience is not None:
         watchers.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     folder = paths.checkpoints
@@ -131,7 +144,8 @@ def train(
             so_far.training,
             epochs=float(result.metrics.get("epoch", 0.0)) or None,
             best_step=_best_step(trainer),
-            stopped_early=steps < trainer.state.max_steps and not budget.spent,
+            stopped_early=steps < trainer.state.max_steps and not token_budget.spent and not budget.ended_by,
+            ended_by_budget=budget.ended_by,
         ),
         checkpoint_bytes=checkpoints.total_bytes(paths.checkpoints),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import BaseFileLock
 
 from qlora_exp import sweep
 from qlora_exp.cli import main
@@ -28,7 +30,9 @@ from qlora_exp.records import read_record, write_json
 from qlora_exp.standing import read_spec
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]
-SWEEPS = ["demo", "instruct_or_base", "lora_search", "pareto", "rank_by_quantization", "rank_doubling"]
+SWEEPS = [
+    *("base_or_instruct", "demo", "instruct_or_base", "lora_search", "pareto", "rank_by_quantization", "rank_doubling"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +196,7 @@ def test_two_names_with_one_folder_are_told_apart(capsys: pytest.CaptureFixture[
         ("sweep.sampler_options.multivariate=true", "+sweep.sampler_options.multivariate=true"),
         ("+sweep.pruner_options.multivariate=true", "NopPruner has no option"),
         ("sweep.constraints=['memory.peak <= x']", "a constraint that can't be read"),
+        ("sweep.warm_start=[earlier]", "no earlier study of this name"),
     ],
 )
 def test_a_wrong_search_is_told_and_writes_nothing(wrong: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,6 +315,13 @@ def test_the_studys_file_holds_no_password() -> None:
     assert read_spec(asked.paths).synthetic
 
 
+def test_what_hydra_sets_for_a_job_reaches_its_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    told = "+hydra.job.env_set.PYTHONPROFILEIMPORTTIME='1'"
+    assert hydra("lora.r=4,8", *SLEEP, told) == 0
+    [log] = only_study().logs.iterdir()
+    assert "import time:" in log.read_text()
+
+
 def test_the_basic_sweeper_is_still_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert hydra("hydra/sweeper=basic", "lora.r=4,8", *SLEEP) == 0
     assert len(list(Path("outputs/runs").iterdir())) == 2
@@ -373,6 +385,39 @@ def test_a_study_goes_on_from_another_folder(
     assert main(["best", "mine", *root]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("qlora-exp run"))
     assert compose(shlex.split(line)[2:]).task.path == str(tmp_path / "rows.jsonl")
+
+
+def test_a_study_goes_on_from_a_folder_with_another_sweep_of_its_sweeps_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "# @package _global_\nsweep: {{params: {{lora.r: '{}'}}}}\n"
+    for folder, ranks in ((tmp_path, "4,8"), (tmp_path / "elsewhere", "2,16,32")):
+        (folder / "sweeps").mkdir(parents=True)
+        (folder / "sweeps" / "mine.yaml").write_text(text.format(ranks), encoding="utf-8")
+    assert main(["sweep", "mine", *SLEEP, "sweep.n_trials=1"]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    root = ["--output-root", str(tmp_path / "outputs")]
+    assert main(["resume", "mine", "sweep.n_trials=2", *root]) == 0
+    capsys.readouterr()
+    assert main(["trials", "mine", "--csv", *root]) == 0
+    assert [row["lora.r"] for row in rows(capsys.readouterr().out)] == ["4", "8"]
+
+
+def test_a_study_on_a_read_only_disk_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hydra("lora.r=4,8", *SLEEP, "sweep.name=s", "sweep.n_trials=1") == 0
+    capsys.readouterr()
+
+    def refuse(lock: BaseFileLock, **_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", lock.lock_file)
+
+    monkeypatch.setattr(BaseFileLock, "acquire", refuse)
+    for verb in ("trials", "resume"):
+        assert main([verb, "s"]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: Read-only file system")
+        assert "Traceback" not in told
 
 
 PASSWORD = "geheim4711"

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from qlora_exp import checkpoints, environment, models
-from qlora_exp.callbacks import read_curve
 from qlora_exp.compose import compose
 from qlora_exp.config import Config, DeviceChoice
 from qlora_exp.endings import Diverged, Pruned, Report
@@ -17,6 +16,7 @@ from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation import evaluate_model
 from qlora_exp.one_run import prepare
 from qlora_exp.paths import RunPaths
+from qlora_exp.records import read_curve
 from qlora_exp.train import Trained, train
 
 SMALL = [

@@ -10,6 +10,7 @@ from qlora_exp import compose, environment
 from qlora_exp.app.beginning import now
 from qlora_exp.app.execution import execute
 from qlora_exp.app.process import exit_code_of
+from qlora_exp.budget import LIMITS
 from qlora_exp.config import Config
 from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.paths import OutputPaths
@@ -36,6 +37,8 @@ def summary(record: RunRecord, config: Config) -> str:
                 old = getattr(before, name) if before else None
                 shown = f"{old:.3f} → " if old is not None else ""
                 lines.append(f"  {name} {shown}{getattr(after, name):.3f} on {after.items} {after.split} items")
+    if record.training is not None and record.training.ended_by_budget is not None:
+        lines.append(f"  {next(text for text in record.warnings if text.startswith('budget.'))}")
     if record.failure is not None:
         lines.append(
             f"  {record.failure.kind} in phase {record.failure.phase}: {record.failure.message.splitlines()[0]}"
@@ -54,6 +57,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
     try:
         # A run's record doesn't keep the settings of the sweep that it belongs to.
         plain = {"sweep": None, "workers": None, **plain}
+        plain["budget"] = {**dict.fromkeys(LIMITS), **plain.get("budget", {})}  # older records have none
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None

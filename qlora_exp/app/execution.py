@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout, UnixFileLock
 from qlora_exp import environment, synthetic
 from qlora_exp.app.beginning import begin, now, remove
 from qlora_exp.app.process import quiet_libraries, set_threads
+from qlora_exp.budget import check_energy, without_limits
 from qlora_exp.config import Config, Engine
 from qlora_exp.endings import Observer, Report, never_stop
 from qlora_exp.errors import DataError, QloraExpError, RecordError
@@ -50,6 +51,9 @@ def execute(
     Raises:
         QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
+    if trial is not None:
+        config = without_limits(config)
+    check_energy(config.budget, config.training.device)
     set_threads(config.training.threads)
     quiet_libraries()
     outputs = OutputPaths.of(config.output_root)
@@ -93,7 +97,8 @@ def _run_and_deliver(
     write_json(paths.record, finished)
     if finished.status is Status.COMPLETED:
         paths.trained.unlink(missing_ok=True)
-        shutil.rmtree(paths.checkpoints, ignore_errors=True)  # the adapter is saved; what is left: optimizer states
+        if finished.training is None or finished.training.ended_by_budget is None:
+            shutil.rmtree(paths.checkpoints, ignore_errors=True)  # the adapter is saved; what is left: optimizer states
     if deliver is None:
         tracker.finish(finished)
     else:

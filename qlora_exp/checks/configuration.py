@@ -43,11 +43,24 @@ def evaluation_problems(evaluation: EvaluationConfig) -> Iterator[ConfigError]:
 def _rest(config: Config) -> Iterator[ConfigError]:
     yield from within("seed", config.seed, 0, 2**32 - 1)  # numpy and transformers take 32 bits
     yield from above_zero("tracking.timeout_seconds", config.tracking.timeout_seconds)
-    yield from at_least("budget.usd_per_hour", config.budget.usd_per_hour, 0)
+    yield from _budget(config)
     if not config.tracking.experiment.strip():
         yield config_error("the experiment needs a name", "tracking.experiment", "''", "tracking.experiment=qlora-exp")
     if not config.output_root.strip():
         yield config_error("there is no output folder", "output_root", "''", "output_root=outputs")
+
+
+def _budget(config: Config) -> Iterator[ConfigError]:
+    budget, batch = config.budget, config.training.batch_size
+    yield from at_least("budget.usd_per_hour", budget.usd_per_hour, 0)
+    for key in ("seconds", "tokens", "usd", "kwh"):
+        yield from above_zero(f"budget.{key}", getattr(budget, key))
+    if budget.usd is not None and not budget.usd_per_hour:
+        what = "dollars can't be counted without what an hour of this machine costs"
+        yield config_error(what, "budget.usd", budget.usd, "budget.usd_per_hour=2.5")
+    if budget.tokens is not None and 0 < budget.tokens < batch:
+        what = f"the budget doesn't buy one step: training.batch_size={batch} rows have a token each at the least"
+        yield config_error(what, "budget.tokens", budget.tokens, "more tokens, or a smaller training.batch_size")
 
 
 def _sweep(sweep: SweepConfig | None) -> Iterator[ConfigError]:

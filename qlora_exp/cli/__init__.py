@@ -21,7 +21,7 @@ from qlora_exp.cli import (
     running,
     sweeping,
 )
-from qlora_exp.errors import QloraExpError
+from qlora_exp.errors import QloraExpError, unwritable
 
 EPILOG = (
     "Each verb has its own help with examples: qlora-exp run --help. The Hydra app itself: python -m qlora_exp --help"
@@ -67,6 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # `… | head` has read enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        told = unwritable(error)
+        if told is None:
+            raise
+        from qlora_exp.app import tell
+
+        tell(told)
+        return told.exit_code
     except Exception as error:
         # typer's own: an unknown verb or option, a missing argument. Anything else is a fault of ours and shows itself.
         if not hasattr(error, "format_message"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +23,7 @@ from qlora_exp.cli.arguments import (
 
 if TYPE_CHECKING:
     from qlora_exp.paths import StudyPaths
-    from qlora_exp.study.types import StudySpec
+    from qlora_exp.study.types import StudySpec, TrialRow
 
 
 def add_to(app: typer.Typer) -> None:
@@ -127,23 +127,39 @@ def stop(
 def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) -> int:
     """Show the best trial as a command.
 
-    Of several objectives, the Pareto front.
+    Of several objectives, the Pareto front; of rank doubling, the recommended rank and its runs.
     """
-    import shlex
-
+    from qlora_exp import rank_doubling
     from qlora_exp.errors import RecordError
     from qlora_exp.standing import best_table
-    from qlora_exp.sweep import run_overrides
     from qlora_exp.tables import show
 
     spec, paths = _found(study, output_root)
-    rows = _opened(spec, paths, storage).best()
-    if not rows:
+    opened = _opened(spec, paths, storage)
+    rows = opened.best()
+    if spec.ladder is not None:
+        rank_doubling.show_answers(opened, spec)
+    elif not rows:
         raise RecordError("no trial has completed yet", f"study {spec.name}", f"qlora-exp status {spec.name}")
-    show(best_table(rows, spec))
-    for command in dict.fromkeys(shlex.join(run_overrides(spec, row.params)) for row in rows):
+    if rows:
+        show(best_table(rows, spec))
+    for command in _commands(rows, spec):
         print(f"qlora-exp run {command}")
     return 0
+
+
+def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
+    """One each, and of a ladder's runs, which differ in their seed alone, the first."""
+    import shlex
+
+    from qlora_exp.sweep import run_overrides
+
+    told = set()
+    for row in rows:
+        params = {key: value for key, value in row.params.items() if spec.ladder is None or key != "seed"}
+        if (same := frozenset(run_overrides(spec, params))) not in told:
+            told.add(same)
+            yield shlex.join(run_overrides(spec, row.params))
 
 
 def trials(

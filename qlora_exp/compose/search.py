@@ -17,19 +17,25 @@ SEARCH_PATH = "hydra.searchpath"
 
 def search_folders(overrides: Sequence[str]) -> list[Path]:
     """The folders whose ``sweeps/`` is searched: ours, those of ``hydra.searchpath``, the current one where it has any.
+    Where one of ``hydra.searchpath`` has a name of the current folder's, as when a study of elsewhere is gone on with,
+    the current one isn't searched.
 
     Raises:
         ConfigError: two of them have a sweep of the same name.
     """
     given = [override.value() for override in parsed(overrides) if override.key_or_group == SEARCH_PATH]
     entries = [str(entry).removeprefix("file://") for value in given if isinstance(value, list) for entry in value]
+    given_folders = [Path(entry).resolve() for entry in entries]
     folders = [SWEEPS.parent]
-    for folder in (*map(Path, entries), Path.cwd()):
+    for folder in (*given_folders, Path.cwd()):
         if (folder / "sweeps").is_dir() and (folder / "sweeps").resolve() not in [f / "sweeps" for f in folders]:
             folders.append(folder.resolve())
     owners: dict[str, Path] = {}
-    for folder in folders:
+    for folder in list(folders):
         for name in choices_of_group(folder / "sweeps"):
+            if name in owners and folder not in given_folders and owners[name] in given_folders:
+                folders.remove(folder)
+                break
             if name in owners:
                 where = " and ".join(str(place / "sweeps" / f"{name}.yaml") for place in (owners[name], folder))
                 raise ConfigError(f"there are two sweeps {name!r}", where, "rename yours")

@@ -55,7 +55,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     _check_labels([item for split in SPLIT_NAMES for item in items[split]], label_ids)
     record = records.Data(
         task=config.task.name,
-        fingerprint=_fingerprint(config, tokenizer, format, used, rows),
+        fingerprint=_fingerprint([format, tokenizer.chat_template if format == "chat" else None], config, used, rows),
         train_items=len(items["train"]),
         validation_items=len(items["validation"]),
         test_items=len(items["test"]),
@@ -67,6 +67,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         template_tokens=template_tokens(tokenizer, format),
         template_tokens_trained=_template_trained(config, format),
         truncated_items=truncated,
+        rows_fingerprint=_fingerprint([], config, used, rows),
     )
     return Splits(
         items["train"],
@@ -193,18 +194,16 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]]) 
             )
 
 
-def _fingerprint(
-    config: Config, tokenizer: Tokenizer, format: str, used: dict[str, list[Example]], rows: RawSplits
-) -> str:
-    """SHA-256 over all rows used, in order, the templates and the format. File names and row numbers have no part."""
+def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list[Example]], rows: RawSplits) -> str:
+    """SHA-256 over all rows used, in order, the task's templates and what they are read as (format and chat template).
+    File names and row numbers have no part."""
     task = config.task
-    chat_template = tokenizer.chat_template if format == "chat" else None
     digest = hashlib.sha256()
 
     def add(value: object) -> None:
         digest.update(json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n")
 
-    add([format, chat_template, task.prompt, task.completion, task.system, list(rows.options.items())])
+    add([*read_as, task.prompt, task.completion, task.system, list(rows.options.items())])
     for split, examples in used.items():
         for example in examples:
             messages = [[message.role, message.content] for message in example.messages]

@@ -1,4 +1,4 @@
-"""What memory, time and money of a run are expected to be, for the rows that there are."""
+"""What a run is expected to need, beside what it will be seen to: memory, seconds, dollars."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qlora_exp import plan
 from qlora_exp.calibration import known_rate
 from qlora_exp.config import Config
 from qlora_exp.data import Splits
+from qlora_exp.plan import Architecture
 from qlora_exp.plan.peak import predicted_peak
 from qlora_exp.plan.seconds import predicted_seconds, predicted_usd, train_flops_per_token
 from qlora_exp.records import Environment, Plan
@@ -19,11 +19,11 @@ def with_predictions(
     planned: Plan,
     config: Config,
     environment: Environment,
-    architecture: plan.Architecture,
+    architecture: Architecture,
     modules: Sequence[str],
     splits: Splits,
 ) -> Plan:
-    """The plan with its predictions."""
+    """The plan with what memory, time and money are expected to be, for the rows that there are."""
     device, lengths = environment.device, row_lengths(splits)
     scored = sum(len(item.completion_ids) + len(item.end_ids) for item in splits.train)
     peak = predicted_peak(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from qlora_exp import measurement, models
+from qlora_exp.budget import RECORD_SECONDS, exhausted, spent_before
+from qlora_exp.config import BudgetConfig
 from qlora_exp.endings import Observer
 from qlora_exp.paths import RunPaths
-from qlora_exp.records import Memory, RunRecord, Speed, write_json
+from qlora_exp.records import Memory, RunRecord, Speed, Spent, write_json
 from qlora_exp.train import Trained, Watch
 from qlora_exp.untouched import Untouched
 
@@ -30,6 +33,13 @@ class Progress:
     trained: Trained | None = None
     untouched: Untouched | None = None
     started: float = field(default_factory=time.perf_counter)
+    earlier: Spent = field(init=False)
+    started_joules: float | None = field(init=False)
+    written: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.earlier = spent_before(self.record)
+        self.started_joules = measurement.energy_joules(self.meter.device)
 
     def enter(self, phase: str, observer: Observer) -> None:
         """A phase begins: what is known is written, so that even a killed run's record has it."""
@@ -40,12 +50,32 @@ class Progress:
     def watching(self, watch: Watch) -> None:
         self.watch = watch
 
+    def exhausted(self, budget: BudgetConfig) -> str | None:
+        """Which limit of ``budget`` is spent. What is known is written now and then, for a run that is killed."""
+        clock = time.perf_counter()
+        if clock - self.written > RECORD_SECONDS:
+            self.written = clock
+            with contextlib.suppress(OSError):  # a full disk; the next write makes up for it
+                write_json(self.paths.record, self.known(), durable=False)
+        return exhausted(budget, self.spent())
+
+    def spent(self) -> Spent:
+        """All of this run's parts, up to now."""
+        joules, tokens = measurement.energy_joules(self.meter.device), 0
+        if self.watch is not None:
+            tokens = self.watch.meter.tokens - self.watch.meter.earlier_tokens
+        if joules is not None and self.started_joules is not None:
+            joules += (self.earlier.joules or 0.0) - self.started_joules
+        seconds = self.earlier.seconds + time.perf_counter() - self.started
+        return Spent(seconds, self.earlier.tokens + tokens, joules)
+
     def known(self) -> RunRecord:
         """The record with every figure that has been measured by now."""
         trained = self.trained or (self.watch.so_far() if self.watch else None)
         return self.record.replace(
             memory=_memory(self, trained),
             speed=_speed(self, trained),
+            spent=self.spent(),
             training=trained.training if trained else None,
         )
 

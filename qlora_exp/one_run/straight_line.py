@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_exp import measurement, models
+from qlora_exp.budget import cut_short
 from qlora_exp.checkpoints import newest_valid, step_of
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.endings import Diverged, Observer, Report, Silent, never_stop, status_of
@@ -21,7 +22,7 @@ from qlora_exp.one_run.bases import Bases
 from qlora_exp.one_run.preparing import Prepared
 from qlora_exp.one_run.progress import Progress
 from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.records import Failure, RunRecord, ScoreTable, Status, from_dict, write_json
+from qlora_exp.records import Failure, Plan, RunRecord, ScoreTable, Status, from_dict, write_json
 from qlora_exp.redaction import redact_text
 from qlora_exp.train import Trained, train
 from qlora_exp.untouched import baselines_of, score, untouched_scores, write_items
@@ -89,10 +90,22 @@ def _straight_line(
         validation = limited(splits.validation, config)
         with meter.phase("train"):
             progress.trained = train(
-                planned, model, tokenizer, splits.train, validation, config, paths, report, observer, progress.watching
+                planned,
+                model,
+                tokenizer,
+                splits.train,
+                validation,
+                config,
+                paths,
+                report,
+                observer,
+                progress.watching,
+                lambda: progress.exhausted(config.budget),
             )
         models.save_adapter(model, paths.adapter)
         write_json(paths.trained, progress.trained)
+
+    progress.record = _warned(progress.record, _cut_short(progress.trained, planned))
 
     progress.enter("evaluate", observer)
     with meter.phase("evaluate"):
@@ -116,6 +129,11 @@ def _warned(record: RunRecord, warning: str | None) -> RunRecord:
     if warning is None or warning in record.warnings:
         return record
     return record.replace(warnings=(*record.warnings, warning))
+
+
+def _cut_short(trained: Trained, planned: Plan) -> str | None:
+    name = trained.training.ended_by_budget
+    return cut_short(name, trained.training.steps, planned.max_steps) if name is not None else None
 
 
 def _check_finite(after: Evaluation, trained: Trained) -> None:

@@ -21,7 +21,7 @@ from qlora_exp.records import RunRecord
 
 CALIBRATED_SHARE = (0.2, 0.45, 0.9)
 """Of the calibration's rate, what a training reaches: low, middle, high. The calibration multiplies matrices; a step
-also has element-wise work, an optimizer and the trainer's own. Seen on the runs of docs/plan_accuracy.md."""
+also has element-wise work, an optimizer and the trainer's own. Assumed, not measured: docs/plan_accuracy.md."""
 T_90 = (math.nan, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Student's t, 95 % one-sided, by degrees of freedom; 1.7 above."""
 

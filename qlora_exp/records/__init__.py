@@ -1,6 +1,6 @@
 """What is known of a run: its types, how they become JSON, and their files."""
 
-from qlora_exp.records.files import read_record, write_json, write_text
+from qlora_exp.records.files import read_curve, read_record, write_json, write_text
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import (
     SCHEMA_VERSION,
@@ -19,6 +19,7 @@ from qlora_exp.records.types import (
     Scores,
     ScoreTable,
     Speed,
+    Spent,
     Status,
     Training,
     Trial,
@@ -41,10 +42,12 @@ __all__ = [
     "ScoreTable",
     "Scores",
     "Speed",
+    "Spent",
     "Status",
     "Training",
     "Trial",
     "from_dict",
+    "read_curve",
     "read_record",
     "to_dict",
     "write_json",

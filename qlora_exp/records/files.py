@@ -59,3 +59,16 @@ def read_record(path: Path) -> RunRecord:
             "upgrade qlora-exp",
         )
     return from_dict(RunRecord, raw, str(path))
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The curve's points, one per step (the last one written); a line that a killed process left torn is skipped."""
+    points: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            point = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(point, dict) and isinstance(point.get("step"), int):
+            points[point["step"]] = points.get(point["step"], {}) | point
+    return [points[step] for step in sorted(points)]

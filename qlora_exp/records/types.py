@@ -138,6 +138,9 @@ class Data:
     template_tokens_trained: bool | None
     """Whether the base ever saw the template's special tokens (LoRA leaves embeddings frozen)."""
     truncated_items: int
+    rows_fingerprint: str | None = None
+    """SHA-256 over the rows alone, whichever tokenizer reads them in whichever format; ``None`` in records of versions
+    that didn't have it."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,16 @@ class Speed:
     model_flops_utilisation: float | None = None
     energy_joules: float | None = None
     cost_usd: float | None = None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run has spent in all its parts, interrupted, killed and repeated ones included (of a killed one all but
+    its last second or so). ``tokens``: processed in training; ``joules``: by the card's counter."""
+
+    seconds: float
+    tokens: int
+    joules: float | None
 
 
 @dataclass(frozen=True)
@@ -293,6 +306,8 @@ class Training:
     best_step: int | None = None
     stopped_early: bool = False
     micro_batch_size: int | None = None
+    ended_by_budget: str | None = None
+    """Which limit of ``budget`` ended the training before its last step, e.g. ``seconds``."""
 
 
 @dataclass(frozen=True)
@@ -336,6 +351,7 @@ class RunRecord:
     data: Data | None = None
     memory: Memory = field(default_factory=Memory)
     speed: Speed = field(default_factory=Speed)
+    spent: Spent | None = None
     training: Training | None = None
     scores: ScoreTable = field(default_factory=ScoreTable)
     baselines: Baselines | None = None

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_exp.study.history import check_earlier as check_earlier
     from qlora_exp.study.ladder_plan import most_trials as most_trials
     from qlora_exp.study.ladder_plan import own_axes as own_axes
     from qlora_exp.study.objectives import outcome_of as outcome_of
@@ -39,6 +40,7 @@ _HOMES = {
     "make_sampler": "samplers",
     "make_pruner": "samplers",
     "check_search": "samplers",
+    "check_earlier": "history",
 }
 
 

@@ -14,6 +14,7 @@ from qlora_exp.records import RunRecord, Status, to_dict
 from qlora_exp.study.distributions import distribution, encoded, fits
 from qlora_exp.study.objectives import outcome_of
 from qlora_exp.study.samplers import WARM_NUMBER
+from qlora_exp.study.storage import sqlite_file
 from qlora_exp.study.types import Axis, StudySpec
 
 STATES = {
@@ -46,6 +47,14 @@ def earlier_trials(spec: StudySpec, storage: optuna.storages.BaseStorage) -> lis
     return [trial for trial in found if _narrowed(trial, spec.axes)]
 
 
+def check_earlier(spec: StudySpec) -> None:
+    """Raise :class:`ConfigError` where ``warm_start`` names studies of a database that doesn't exist: looking for them
+    would make one."""
+    file = sqlite_file(spec.storage)
+    if file is not None and not file.exists():
+        raise_all([error for name in spec.warm_start if (error := _unfit(name, spec, {}))])
+
+
 def trials_of_records(spec: StudySpec, records: Sequence[RunRecord]) -> list[FrozenTrial]:
     """The study's trials by number, from the records of their runs; the last attempt's counts. What has no record, or
     hadn't ended, waits to be claimed."""
@@ -61,7 +70,9 @@ def trials_of_records(spec: StudySpec, records: Sequence[RunRecord]) -> list[Fro
 def _unfit(name: str, spec: StudySpec, studies: Mapping[str, Any]) -> ConfigError | None:
     where = f"sweep.warm_start: {name}"
     if name not in studies or name == spec.name:
-        return ConfigError("no earlier study of this name", where, nearest(name, set(studies) - {spec.name}))
+        others = set(studies) - {spec.name}
+        hint = nearest(name, others) if others else "the storage holds no other study; leave sweep.warm_start out"
+        return ConfigError("no earlier study of this name", where, hint)
     objectives = studies[name].user_attrs.get("asks", {}).get("objectives")
     if objectives != list(spec.objectives):
         return ConfigError(f"its objectives are others: {objectives}", where, f"this study's: {list(spec.objectives)}")

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.rank import Comparison, Decision, decide, pooled_noise
-from qlora_exp.analysis.rule import FIRST_LOOK, LAST_LOOK, MOST_SEEDS, Verdict
+from qlora_exp.analysis.rank import Comparison, decide_doubling
+from qlora_exp.analysis.rule import MOST_SEEDS, Verdict
 from qlora_exp.analysis.variance import Array
 from qlora_exp.config import LrPolicy
 from qlora_exp.errors import AnalysisError
@@ -40,6 +41,8 @@ class LadderTrial:
     """``None`` until it has ended, and where it left none."""
     losses: Mapping[str, float] | None = None
     """Item → nats on the test split, sorted by item; ``None`` where it left none."""
+    curve: Mapping[int, float] = field(default_factory=dict)
+    """Step → training loss, as far as logged."""
 
     @property
     def completed(self) -> bool:
@@ -107,6 +110,15 @@ def stand(spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial]) -> St
     return Standing(tuple(walk.needs), tuple(walk.choices.values()), comparisons, walk.all_runs(), trouble)
 
 
+def choose(
+    spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial], rank: int
+) -> tuple[Choice | None, tuple[Point, ...]]:
+    """The learning rate of ``rank`` by the pilots that have ended, whatever the ladder would ask for first; and the
+    pilots that it still waits for."""
+    walk = _Walk(spec, one, trials)
+    return walk._choose(rank), tuple(walk.needs)
+
+
 class _Walk:
     """One ladder walked from its start, as far as its trials have come."""
 
@@ -123,17 +135,10 @@ class _Walk:
         if is_single(self.spec):
             self._ask_for(self.spec.r_start, self.spec.r_start, self.spec.seeds)
         for smaller, larger in pairwise(ranks_of(self.spec)):
-            self._ask_for(smaller, larger, self.spec.seeds)
-            if self.needs:
+            seen = partial(self._seen, smaller, larger)
+            decision = decide_doubling(seen, self.spec.seeds, rule_of(self.spec), self.spec.most_seeds)
+            if decision is None:
                 break
-            decision = self._decided(smaller, larger, FIRST_LOOK)
-            if decision.purchase is not None and decision.purchase.seeds is None:
-                decision = _items_are_missing(decision)
-            elif decision.purchase is not None and decision.purchase.seeds is not None:
-                bought = max(decision.purchase.seeds, self.spec.seeds + 1)
-                self._ask_for(smaller, larger, min(bought, MOST_SEEDS))
-                if not self.needs:
-                    decision = self._decided(smaller, larger, LAST_LOOK)
             self.comparisons.append(Comparison(smaller, larger, decision))
             if decision.verdict is not Verdict.CONTINUE:
                 break
@@ -197,11 +202,10 @@ class _Walk:
 
     # Decisions.
 
-    def _decided(self, smaller: int, larger: int, look: int) -> Decision:
-        ranks = [rank for rank in ranks_of(self.spec) if rank <= larger]
-        ladder = dict(zip(ranks, self._losses(ranks), strict=True))
-        pooled = pooled_noise(list(ladder.values()))
-        return decide(ladder[smaller], ladder[larger], pooled, rule_of(self.spec), look)
+    def _seen(self, smaller: int, larger: int, seeds: int) -> list[Array] | None:
+        """Losses of the ranks so far, these two with ``seeds`` seeds; ``None``: runs are still missing."""
+        self._ask_for(smaller, larger, seeds)
+        return None if self.needs else list(self._losses([rank for rank in ranks_of(self.spec) if rank <= larger]))
 
     def _losses(self, ranks: Sequence[int]) -> Iterator[Array]:
         """(MOST_SEEDS, items) for each rank, NaN for a run that doesn't exist; the items in the same order."""
@@ -247,12 +251,6 @@ def _validation_loss(trial: LadderTrial) -> float | None:
 
 def _key(point: Point) -> frozenset[str]:
     return frozenset(overrides_of(point))
-
-
-def _items_are_missing(decision: Decision) -> Decision:
-    items = decision.purchase.items if decision.purchase else None
-    takes = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
-    return replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None, what_it_takes=takes)
 
 
 def _why(trials: Sequence[LadderTrial]) -> str:

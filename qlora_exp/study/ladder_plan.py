@@ -41,6 +41,10 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[OneLadder])
     if not 2 <= config.seeds <= MOST_SEEDS:
         what = f"{config.seeds} seeds can't decide" if config.seeds < 2 else "more seeds than the rule was tried with"
         errors.append(ConfigError(what, f"{where}.seeds={config.seeds}", f"from 2 to {MOST_SEEDS}; 3 is usual"))
+    elif not config.seeds <= config.most_seeds <= MOST_SEEDS:
+        what = f"a purchase can't make {config.most_seeds} of {config.seeds} seeds"
+        hint = f"from {config.seeds} (none is bought) to {MOST_SEEDS}"
+        errors.append(ConfigError(what, f"{where}.most_seeds={config.most_seeds}", hint))
     if config.pilot_seed in range(first_seed, first_seed + MOST_SEEDS):
         what = "the pilots' seed would enter the decision"
         hint = f"outside {first_seed} … {first_seed + MOST_SEEDS - 1}"
@@ -62,6 +66,7 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[OneLadder])
         lr_policy=config.lr_policy.value,
         lr_factors=tuple(factors),
         ladders=tuple(ladders),
+        most_seeds=config.most_seeds,
     )
 
 
@@ -87,7 +92,7 @@ def is_single(spec: LadderSpec) -> bool:
 def most_trials(spec: LadderSpec) -> int:
     """What all ladders together can ask for at most: per rank its pilots, one of them beyond the grid, and seeds."""
     ranks = len(ranks_of(spec))
-    seeds = spec.seeds if is_single(spec) else MOST_SEEDS  # a purchase is a doubling's
+    seeds = spec.seeds if is_single(spec) else spec.most_seeds  # a purchase is a doubling's
     searched = {LrPolicy.search.value: ranks, LrPolicy.transfer.value: 1}.get(spec.lr_policy, 0)
     return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * seeds)
 

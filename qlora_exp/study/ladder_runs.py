@@ -17,7 +17,7 @@ from qlora_exp.analysis.rule import MOST_SEEDS, Rule, Verdict
 from qlora_exp.config import LrPolicy
 from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.records import RunRecord, Status, read_record, to_dict
+from qlora_exp.records import RunRecord, Status, read_curve, read_record, to_dict
 from qlora_exp.study.ladder import Choice, LadderTrial, Standing, stand
 from qlora_exp.study.ladder_plan import SPLIT, is_single, rule_of
 from qlora_exp.study.objectives import MODEL_STATE, value_of
@@ -32,19 +32,20 @@ COSTS = {
     "cost_usd": "speed.cost_usd",
 }
 SAME_CURVE = 0.005
-"""Of what training gained: final training losses of two ranks nearer than this can't be told apart."""
+"""Of what training gained: training losses of two ranks that are nearer than this at every step are the same curve."""
 
 
 def ended_trial(params: dict[str, Any], run_id: str | None, outputs: OutputPaths) -> LadderTrial:
     """A trial that has ended, with what its run left."""
-    record, losses = None, None
+    record, losses, curve = None, None, {}
     if run_id is not None:
         paths = outputs.run(run_id)
         with contextlib.suppress(RecordError):
             record = read_record(paths.record)
         if record is not None and params.get(SPLIT) == "test":
             losses = _test_losses(paths)
-    return LadderTrial(params, ended=True, record=record, losses=losses)
+            curve = {point["step"]: point["loss"] for point in read_curve(paths.curve) if "loss" in point}
+    return LadderTrial(params, ended=True, record=record, losses=losses, curve=curve)
 
 
 def trials_of(records: Sequence[RunRecord], outputs: OutputPaths) -> list[LadderTrial]:
@@ -58,28 +59,43 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
 
     ``status`` (``open``, ``decided``, ``failed``), ``axes``, ``alpha``, ``learning_rates`` with their pilots, ``seeds``
     by rank, ``items``, ``saves`` (what the recommended rank saves against the other of the last doubling, a run; bytes,
-    seconds, dollars; negative: it costs more), ``spent``, ``warnings``. Without ``decision`` and what belongs to it
-    where a single rank is run.
+    seconds, dollars; negative: it costs more; no seconds where the two ranks' runs overlap), ``spent``, ``warnings``.
+    Without ``decision`` and what belongs to it where a single rank is run.
     """
     return [_object(spec, one, stand(spec, one, trials), _own(one, trials)) for one in spec.ladders]
 
 
-def plan_sentence(rule: Rule, seed_sd: float | None, item_sd: float | None, items: int | None) -> tuple[bool, str]:
+def recommended(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, Any]]:
+    """Parameters of the completed decision runs at the ranks that the ladders recommend, by ladder and seed."""
+    found = []
+    for one in spec.ladders:
+        standing = stand(spec, one, trials)
+        if standing.comparisons and not standing.needs:
+            rank = answer(standing.comparisons, rule_of(spec), UNIT).recommended_rank
+            runs = standing.runs.get(rank, ()) if rank is not None else ()
+            found += [trial.params for trial in runs if trial.completed]
+    return found
+
+
+def plan_sentence(
+    rule: Rule, seed_sd: float | None, item_sd: float | None, items: int | None, seeds: int = MOST_SEEDS
+) -> tuple[bool, str]:
     """Whether the plan can settle the margin, as far as the expected noise is known; and the word on it.
 
     Args:
         seed_sd, item_sd: expected, in nats per item and nats; ``None``: unknown.
         items: test items; ``None``: not limited, so not known before the data are read.
+        seeds: a rank, after the purchase.
     """
     if seed_sd is not None and item_sd is not None and items is not None:
-        found = plan(Noise(seed_sd, item_sd), MOST_SEEDS, items, rule)
+        found = plan(Noise(seed_sd, item_sd), seeds, items, rule)
         return found.settles, found.sentence
-    by_seeds = rule.half_zone / half_width(Noise(1.0, 0.0), MOST_SEEDS, 1, rule)
+    by_seeds = rule.half_zone / half_width(Noise(1.0, 0.0), seeds, 1, rule)
     settles = seed_sd is None or seed_sd <= by_seeds
-    told = f"With {MOST_SEEDS} seeds after a purchase the margin can be settled if a doubling's gain varies by at most "
+    told = f"With {seeds} seeds after a purchase the margin can be settled if a doubling's gain varies by at most "
     told += f"{by_seeds:.2g} {UNIT} (sd) from seed to seed"
     if items is not None:
-        by_items = rule.half_zone / half_width(Noise(0.0, 1.0), MOST_SEEDS, items, rule)
+        by_items = rule.half_zone / half_width(Noise(0.0, 1.0), seeds, items, rule)
         settles = settles and (item_sd is None or item_sd <= by_items)
         told += f", and by less than {by_items:.2g} nats from item to item ({items} items)"
     known = [f"{sd:g} over {what}" for sd, what in ((seed_sd, "seeds"), (item_sd, "items")) if sd is not None]
@@ -142,22 +158,21 @@ def _saves(last: Comparison, standing: Standing) -> dict[str, Any] | None:
         return None
     chosen, other = (_costs(standing.runs.get(rank, ())) for rank in ranks)
     differences = {
-        name: theirs - ours
+        name: statistics.fmean(other[name]) - statistics.fmean(chosen[name])
         for name in COSTS
-        if (ours := chosen[name]) is not None and (theirs := other[name]) is not None
+        if chosen[name] and other[name]
     }
+    ours, theirs = chosen["train_seconds"], other["train_seconds"]
+    if ours and theirs and min(ours) <= max(theirs) and min(theirs) <= max(ours):
+        del differences["train_seconds"]  # what else the machine did differed by more
     return {"against_rank": ranks[1]} | {name: differences.get(name) for name in COSTS}
 
 
-def _costs(runs: Sequence[LadderTrial]) -> dict[str, float | None]:
-    """Means over the runs that completed."""
+def _costs(runs: Sequence[LadderTrial]) -> dict[str, list[float]]:
+    """What is known of the runs that completed."""
     records = [trial.record for trial in runs if trial.record is not None and trial.completed]
     known = {name: [value_of(record, field) for record in records] for name, field in COSTS.items()}
-    return {name: _mean([value for value in values if value is not None]) for name, values in known.items()}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+    return {name: [value for value in values if value is not None] for name, values in known.items()}
 
 
 def _spent(own: Sequence[LadderTrial]) -> dict[str, Any]:
@@ -190,8 +205,9 @@ def _sentences(
     if standing.trouble:
         told.append(f"It ended there: {standing.trouble}.")
     told.append(_learning_rate_words(spec, one, standing.choices))
-    if saves is not None and (costs := _cost_words(saves)):
-        told.append(f"A run at r = {found.recommended_rank} {costs} than one at r = {saves['against_rank']}.")
+    if saves is not None:
+        chosen = f"Beside one at r = {saves['against_rank']}, a run at r = {found.recommended_rank}"
+        told.append(f"{chosen} {_cost_words(saves)}.")
     return told
 
 
@@ -209,20 +225,22 @@ def _learning_rate_words(spec: LadderSpec, one: OneLadder, choices: Sequence[Cho
 
 
 def _cost_words(saves: Mapping[str, Any]) -> str:
-    memory = saves["peak_train_bytes"] if saves["peak_train_bytes"] is not None else saves["model_state_bytes"]
+    memory, seconds, usd = saves["peak_train_bytes"], saves["train_seconds"], saves["cost_usd"]
+    if memory is None:
+        memory = saves["model_state_bytes"]
+    money = "; the money is unknown: budget.usd_per_hour isn't set" if usd is None else f", {_difference(usd, 'USD')}"
+    noise = "a training time that can't be told apart (the runs of one rank differ by more)"
     parts = [
-        f"{_more(memory)} memory ({abs(memory) / 1e6:.3g} MB)" if memory else None,
-        f"{_more(saves['train_seconds'])} training time ({abs(saves['train_seconds']):.3g} s)"
-        if saves["train_seconds"]
-        else None,
-        f"{_more(saves['cost_usd'])} money ({abs(saves['cost_usd']):.3g} USD)" if saves["cost_usd"] else None,
+        "unknown memory" if memory is None else f"{_difference(memory / 1e6, 'MB')} of memory",
+        noise if seconds is None else f"{_difference(seconds, 's')} of training",
     ]
-    known = [part for part in parts if part]
-    return f"takes {', '.join(known)}" if known else ""
+    if usd is not None and seconds is None:
+        money = ", and so with the money"
+    return f"takes {', '.join(parts)}{money}"
 
 
-def _more(saved: float) -> str:
-    return "less" if saved > 0 else "more"
+def _difference(saved: float, unit: str) -> str:
+    return f"{abs(saved):.3g} {unit} {'less' if saved > 0 else 'more'}"
 
 
 def _warnings(spec: LadderSpec, standing: Standing, last: Comparison | None) -> list[str]:
@@ -253,19 +271,18 @@ def _warnings(spec: LadderSpec, standing: Standing, last: Comparison | None) -> 
 
 
 def _coincide(smaller: Sequence[LadderTrial], larger: Sequence[LadderTrial]) -> bool:
-    """Whether the training losses of the same seeds end together, for every seed that both ranks have."""
-    by_seed = {trial.params["seed"]: trial.record for trial in larger if trial.completed}
-    pairs = [(trial.record, by_seed.get(trial.params["seed"])) for trial in smaller if trial.completed]
-    distances = [_distance(one, other) for one, other in pairs if one is not None and other is not None]
+    """Whether the training curves of the same seeds are one, for every seed that both ranks have."""
+    by_seed = {trial.params["seed"]: trial.curve for trial in larger if trial.completed}
+    distances = [_distance(trial.curve, by_seed.get(trial.params["seed"], {})) for trial in smaller if trial.completed]
     known = [distance for distance in distances if distance is not None]
     return bool(known) and max(known) < SAME_CURVE
 
 
-def _distance(one: RunRecord, other: RunRecord) -> float | None:
-    """|final loss − final loss| as a share of what training gained."""
-    if one.training is None or other.training is None:
+def _distance(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
+    """The largest difference of two training curves (step → loss) at a step of both, as a share of what training
+    gained."""
+    steps = sorted(one.keys() & other.keys())
+    if not steps:
         return None
-    first, final, other_final = one.training.first_loss, one.training.final_loss, other.training.final_loss
-    if first is None or final is None or other_final is None or first <= min(final, other_final):
-        return None
-    return abs(final - other_final) / (first - min(final, other_final))
+    gained = one[steps[0]] - min(*one.values(), *other.values())
+    return max(abs(one[step] - other[step]) for step in steps) / gained if gained > 0 else None

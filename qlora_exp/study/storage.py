@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -37,13 +36,7 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
         check_whole(file, name)
         braces_escaped = url.replace("{", "{{").replace("}", "}}")
         write_ahead = on_local_disk(file)
-        if write_ahead:
-            # A disk that is full, or a database in use in its old mode: it then keeps that mode.
-            with (
-                contextlib.suppress(sqlite3.OperationalError),
-                closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as database,
-            ):
-                database.execute("PRAGMA journal_mode=WAL")
+        _set_journal(file, write_ahead)
         return _opened(braces_escaped, {"connect_args": {"timeout": BUSY_SECONDS}}, name, write_ahead)
 
 
@@ -51,8 +44,24 @@ def on_local_disk(file: Path) -> bool:
     """Whether the file is where one machine alone can write it; a disk of an unknown kind may be another's as well."""
     file = file.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if file.is_relative_to(part.mountpoint)]
-    nearest = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    # Of two on one folder the later hides the earlier.
+    nearest = max(reversed(mounts), key=lambda part: len(part.mountpoint), default=None)
     return nearest is not None and nearest.fstype.lower() in LOCAL_DISKS
+
+
+def _set_journal(file: Path, write_ahead: bool) -> None:
+    """A database keeps its mode: one brought here from a local disk may have to leave it."""
+    try:
+        with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as database:
+            database.execute(f"PRAGMA journal_mode={'WAL' if write_ahead else 'DELETE'}")
+    except sqlite3.OperationalError as error:
+        if write_ahead:  # a disk that is full, or a database in use in its old mode: it then keeps that
+            return
+        raise StudyError(
+            f"the study's database can't leave the write-ahead mode, which a network's disk doesn't carry: {error}",
+            str(file),
+            "wait until nobody uses it, or give all machines a PostgreSQL server: sweep.storage=postgresql://…",
+        ) from None
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -109,7 +118,7 @@ def _opened(
         return optuna.storages.get_storage(storage)
     except ImportError as error:
         raise StudyError(
-            f"the storage needs a package: {error}", _shown(url), "pip install psycopg2-binary for PostgreSQL"
+            f"the storage needs a package: {error}", _shown(url), "pip install 'psycopg[binary]' for PostgreSQL"
         ) from None
     except Exception as error:  # every driver has its own
         reason = str(error).splitlines()[0]

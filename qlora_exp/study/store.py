@@ -10,7 +10,7 @@ tries follows from the trials that have ended, and is kept in the trial from its
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -71,16 +71,19 @@ class Study:
         rebuild_study(spec, paths, records, storage_url or spec.storage)
         return cls.open(spec, paths, storage_url)
 
-    def claim(self, owner: Owner, lease_seconds: float) -> Claim | None:
+    def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool] = lambda: True) -> Claim | None:
         """A trial for ``owner`` to run now; ``None``: there is none at the moment, or for good (see :meth:`counts`).
 
-        Trials of processes that are dead, or silent for ``lease_seconds``, are taken back first.
+        Trials of processes that are dead, or silent for ``lease_seconds``, are taken back first. ``affordable``: asked
+        then, while nobody else can claim; False: none.
         """
         with FileLock(self._paths.lock):
             unfinished = self._unfinished()
             lost = [(trial, why) for trial in unfinished if (why := why_lost(trial, lease_seconds))]
             for trial, why in lost:
                 self._take_back(trial, why)
+            if not affordable():
+                return None
             unfinished = self._unfinished() if lost else unfinished
             waiting = [trial for trial in unfinished if trial.state is TrialState.WAITING]
             if self.spec.ladder is not None:
@@ -159,7 +162,10 @@ class Study:
         return [rows.row(trial, self.spec) for trial in self._read()]
 
     def best(self) -> list[TrialRow]:
-        """The best completed trial that breaks no constraint, or the Pareto front of several objectives."""
+        """The best completed trial that breaks no constraint, or the Pareto front of several objectives. Of a ladder,
+        which is decided by no single trial, the runs at the recommended rank."""
+        if self.spec.ladder is not None:
+            return self._recommended()
         return rows.best(self.trials(), [parse_objective(text).direction for text in self.spec.objectives])
 
     def on_ladder(self) -> list[LadderTrial]:
@@ -217,6 +223,14 @@ class Study:
         trial = self._storage.get_trial(claim.trial_id)
         ours = trial.state is TrialState.RUNNING and attempt_of(trial) == claim.attempt
         return trial if ours else None
+
+    def _recommended(self) -> list[TrialRow]:
+        from qlora_exp.study.ladder_runs import recommended
+
+        assert self.spec.ladder is not None
+        by_point = {frozenset(overrides_of(row.params)): row for row in self.trials() if row.params}
+        points = recommended(self.spec.ladder, self.on_ladder())
+        return [by_point[key] for point in points if (key := frozenset(overrides_of(point))) in by_point]
 
     def _ladder_is_done(self) -> bool:
         """Asked often, and the answer changes with the ended trials alone."""

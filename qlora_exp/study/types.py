@@ -65,6 +65,8 @@ class LadderSpec:
     lr_policy: str
     lr_factors: tuple[float, ...]
     ladders: tuple[OneLadder, ...]
+    most_seeds: int = 8
+    """A rank, in all; studies of versions that didn't say have the rule's own."""
 
 
 @dataclass(frozen=True)

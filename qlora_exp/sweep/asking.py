@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp import compose, rank_doubling, study
+from qlora_exp.budget import LIMITS
 from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.paths import OutputPaths, StudyPaths
@@ -24,10 +25,13 @@ from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 from qlora_exp.sweep.places import absolute, with_absolute_places, with_absolute_places_on
 from qlora_exp.tables import flat
 
-NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking")
+OF_THE_STUDY = tuple(f"budget.{name}" for name in LIMITS)
+"""What a study may spend is no trial's own."""
+NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *OF_THE_STUDY)
 NOT_NAMING = (
     *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
     *("sweep.n_trials", "sweep.max_failures", "sweep.max_attempts"),
+    *OF_THE_STUDY,
 )
 """What may change while a study goes on: the command still means the same study."""
 
@@ -104,6 +108,8 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     compose.check_points([*spec.overrides, *point] for point in _points_to_check(axes))
     _check_pruner(settings, raw)
     study.check_search(spec)
+    if not paths.created.exists():
+        study.check_earlier(spec)
     workers, tracking = settings_of(raw.workers, WorkersConfig), settings_of(raw.tracking, TrackingConfig)
     return Asked(spec, paths, settings, workers, tracking, raw)
 
@@ -115,7 +121,11 @@ def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
 
 
 def _of_a_run(overrides: Sequence[str]) -> list[str]:
-    return [text for text in overrides if not _belongs(compose.key_of(text), ("sweep", "workers", "output_root"))]
+    return [
+        text
+        for text in overrides
+        if not _belongs(compose.key_of(text), ("sweep", "workers", "output_root", *OF_THE_STUDY))
+    ]
 
 
 def _storage(settings: SweepConfig, outputs: OutputPaths) -> str:

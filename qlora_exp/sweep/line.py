@@ -13,14 +13,16 @@ from omegaconf import DictConfig
 
 from qlora_exp import compose, rank_doubling, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
+from qlora_exp.budget import Purse, budget_of, check_energy
 from qlora_exp.config import WorkersConfig
-from qlora_exp.errors import QloraExpError, StudyError
+from qlora_exp.errors import QloraExpError, StudyError, unwritable
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact, redact_overrides, redact_text
 from qlora_exp.standing import Watch, best_table, read_spec, show_progress, storage_of, tracked
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.sweep.asking import Asked, ask, settings_of
+from qlora_exp.sweep.buying import what_it_buys
 from qlora_exp.sweep.orchestration import orchestrating
 from qlora_exp.workers.early import started_early
 
@@ -42,9 +44,17 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
         hydra.append(compose.search_path(own))
     try:
         asked = ask([*arguments, *hydra], params)
-        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), isinstance(launcher, BasicLauncher))
+        job = config.hydra.job
+        here = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
+        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), here)
     except QloraExpError as error:
         tell(error)
+        code = EXIT_WRONG_INPUT
+    except OSError as error:
+        told = unwritable(error)
+        if told is None:
+            raise
+        tell(told)
         code = EXIT_WRONG_INPUT
     raise Ended(code)
 
@@ -52,7 +62,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
 def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
     """Work on the study until it is complete, stopped or has failed too often, and tell what came of it.
 
-    ``here``: whether ``launch`` runs its jobs in this process.
+    ``here``: whether ``launch`` runs its jobs in this process, as it is now: same environment, same folder.
 
     Exit codes: 0 complete; 1 ``sweep.max_failures`` reached, no trial completed, or a worker failed; 130 interrupted.
 
@@ -61,6 +71,9 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
             opened, or was begun with another space; nothing was started.
     """
     spec, paths = asked.spec, asked.paths
+    budget = budget_of(asked.config)
+    check_energy(budget, asked.config.training.device)
+    purse = Purse(budget, OutputPaths.of(spec.output_root))
     with contextlib.ExitStack() as held:
         first = held.enter_context(orchestrating(paths, spec.name, asked.sweep.join))
         if here:
@@ -69,19 +82,20 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
         write_spec(spec, paths)
         if _is_complete(opened.counts()):
             print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
-            with _tracked(asked, opened, first and not _end_is_told(paths)) as tracker:
+            with _tracked(asked, opened, first and not _end_is_told(paths), purse) as tracker:
                 if tracker is not None:
                     tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
-            return _conclude(opened, spec, paths)
-        print(_announcement(asked, opened.counts()), file=sys.stderr, flush=True)
+                return _conclude(opened, spec, paths, purse)
+        bought = [f"\n  {text}" for text in what_it_buys(asked, opened, purse)]
+        print(_announcement(asked, opened.counts()), *bought, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
             rank_doubling.announce(spec, asked.sweep.ladder)
-        with _tracked(asked, opened, first) as tracker:
+        with _tracked(asked, opened, first, purse) as tracker:
             with Watch(spec, opened, paths, tracker):
                 code = _launch(launch, jobs_of(asked), spec.name)
             if code == EXIT_INTERRUPTED:
-                _conclude(opened, spec, paths)
-            return code or _conclude(opened, spec, paths)
+                _conclude(opened, spec, paths, purse)
+            return code or _conclude(opened, spec, paths, purse)
 
 
 def work(raw: Any, overrides: Sequence[str]) -> Any:
@@ -150,7 +164,7 @@ def _launch(launch: Launch, jobs: list[list[str]], name: str) -> int:
 
 
 @contextlib.contextmanager
-def _tracked(asked: Asked, opened: Any, wanted: bool) -> Iterator[Any]:
+def _tracked(asked: Asked, opened: Any, wanted: bool, purse: Purse) -> Iterator[Any]:
     """The study's tracker, told of the end however that comes; what killed hosts could not deliver goes before it."""
     if not (wanted and asked.tracking.enabled):
         yield None
@@ -165,7 +179,7 @@ def _tracked(asked: Asked, opened: Any, wanted: bool) -> Iterator[Any]:
     finally:
         told = [row.run_id for row in opened.trials() if row.run_id is not None and row.status is not None]
         tracking.deliver_runs(outputs, told, asked.tracking.uri)
-        tracker.finish(_status(opened.counts()))
+        tracker.finish(_status(opened.counts(), purse.short(opened.trials()) is not None))
 
 
 def _end_is_told(paths: StudyPaths) -> bool:
@@ -179,8 +193,8 @@ def _is_complete(counts: Counts) -> bool:
     return counts.running + counts.waiting + counts.to_ask == 0
 
 
-def _status(counts: Counts) -> Status:
-    if not _is_complete(counts):
+def _status(counts: Counts, budget_is_spent: bool) -> Status:
+    if not _is_complete(counts) and (counts.running or not budget_is_spent):
         return Status.INTERRUPTED
     return Status.COMPLETED if counts.completed else Status.FAILED
 
@@ -195,7 +209,7 @@ def _announcement(asked: Asked, counts: Counts) -> str:
     return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{gone_on} ({search})\n  {axes}"
 
 
-def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> int:
+def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse) -> int:
     from qlora_exp.tables import show
 
     counts, best = opened.counts(), opened.best()
@@ -209,11 +223,16 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> int:
     name = shlex.quote(spec.name)
     if not _is_complete(counts):
         failed = opened.failures_reached()
+        short = purse.short(opened.trials())
+        if short is not None and not failed and not counts.running:
+            more = f"budget.{short.name}={2 * short.limit:g}"
+            print(f"the budget is spent ({short}): qlora-exp resume {name} {more}{option}")
+            return EXIT_COMPLETED if counts.completed else EXIT_RUN_FAILED
         why = f"sweep.max_failures={spec.max_failures:g} is reached" if failed else "not complete"
         allow = " sweep.max_failures=null" if failed else ""
         print(f"{why}: qlora-exp resume {name}{allow}{option}")
         return EXIT_RUN_FAILED if failed else EXIT_INTERRUPTED
-    if spec.ladder is None:  # the answer of a ladder is no single trial
+    if best:
         print(f"  qlora-exp best {name}{option}")
     print(f"  qlora-exp trials {name} --csv{option}")
     return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED

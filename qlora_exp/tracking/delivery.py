@@ -13,7 +13,7 @@ from mlflow.entities import LifecycleStage, Metric, Param, RunTag, ViewType
 
 from qlora_exp.model_card import model_card
 from qlora_exp.paths import RunPaths
-from qlora_exp.records import RunRecord
+from qlora_exp.records import RunRecord, read_curve
 from qlora_exp.redaction import redact
 from qlora_exp.tracking import view
 
@@ -71,22 +71,6 @@ def adapter_files(paths: RunPaths) -> list[Path]:
     return sorted(files)
 
 
-def read_curve(paths: RunPaths) -> list[dict[str, Any]]:
-    """The curve as written by training, one point per step (the last one: a resumed run repeats steps). A torn last
-    line, as a killed process leaves it, is skipped."""
-    by_step: dict[int, dict[str, Any]] = {}
-    if not paths.curve.is_file():
-        return []
-    for line in paths.curve.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            point = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(point, dict) and isinstance(point.get("step"), int):
-            by_step[point["step"]] = by_step.get(point["step"], {}) | point
-    return [by_step[step] for step in sorted(by_step)]
-
-
 def present_runs(client: MlflowClient, experiment_id: str) -> dict[str, str | None]:
     """MLflow run ids by our run id; ``None`` for a run that a person has deleted in MLflow. One call per 200 runs."""
     present: dict[str, str | None] = {}
@@ -120,7 +104,7 @@ def _deliver_tags(client: MlflowClient, run_id: str, record: RunRecord, parent: 
 
 
 def _deliver_missing_curve(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
-    rows = view.curve_metrics(record, read_curve(paths))
+    rows = view.curve_metrics(record, read_curve(paths.curve))
     present = {
         (key, entry.step) for key in {row.key for row in rows} for entry in client.get_metric_history(run_id, key)
     }

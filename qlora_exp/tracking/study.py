@@ -30,8 +30,8 @@ from qlora_exp.tracking.view import MLFLOW_STATUS, NOTE_TAG
 FINISH_SECONDS = 60.0
 """How long the end of a sweep waits for a local database, which others may keep busy."""
 
-REPORT_FILES = ("report.html", "report.md", "runs.csv")
-"""What ``qlora-exp report`` writes into a study's folder."""
+ANSWER_FILES = ("ladder.json", "report.html", "report.md", "runs.csv")
+"""What rank doubling and ``qlora-exp report`` write into a study's folder."""
 
 LOCK_SECONDS = 60.0
 """Making a parent run takes a call or two; the trials that start together wait for the first."""
@@ -150,6 +150,18 @@ def read_summary(paths: StudyPaths) -> StudySummary | None:
     return summary
 
 
+def read_answers(paths: StudyPaths) -> list[str]:
+    """The sentences of ``ladder.json``, one a ladder, named by what sets it apart; none where there is no such file, or
+    it can't be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = []
+        for one in json.loads(paths.ladder.read_text(encoding="utf-8"))["ladders"]:
+            name = ", ".join(f"{key}={value}" for key, value in one["axes"].items())
+            told.append(f"{name}: {one['sentence']}" if name else str(one["sentence"]))
+        return told
+    return []
+
+
 def parent_run(store: Store, opened: OpenStore, output: OutputPaths, record: RunRecord) -> str | None:
     """The MLflow run id of the study that ``record`` is a trial of, made from ``study.json`` where the store has none
     yet. ``None``: no trial, a study of which nothing is known here, or a parent that a person has deleted."""
@@ -189,15 +201,15 @@ def deliver_study(
     with bounded_calls(store.timeout_seconds):
         run_id = find_or_create_parent(store, opened, paths, definition)
         if run_id is not None:
-            _deliver(opened.client, run_id, definition, summary)
-            for file in (paths.folder / name for name in REPORT_FILES):
+            _deliver(opened.client, run_id, definition, summary, read_answers(paths))
+            for file in (paths.folder / name for name in ANSWER_FILES):
                 if file.is_file():
                     opened.client.log_artifact(run_id, str(file))
     return TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id, summary.status.ended, digest)
 
 
 def study_digest(paths: StudyPaths) -> str:
-    return file_digest(paths.spec, paths.summary, *(paths.folder / name for name in REPORT_FILES))
+    return file_digest(paths.spec, paths.summary, *(paths.folder / name for name in ANSWER_FILES))
 
 
 def deliver_report(tracking: TrackingConfig, output: OutputPaths, name: str) -> str | None:
@@ -215,12 +227,14 @@ def deliver_report(tracking: TrackingConfig, output: OutputPaths, name: str) -> 
     return None
 
 
-def _deliver(client: MlflowClient, run_id: str, definition: StudyDefinition, summary: StudySummary) -> None:
+def _deliver(
+    client: MlflowClient, run_id: str, definition: StudyDefinition, summary: StudySummary, answers: Sequence[str]
+) -> None:
     log_missing_params(client, run_id, study_view.params(definition))
     moment, step = study_view.milliseconds(summary.updated_at), len(summary.trials)
     rows = [Metric(key, value, moment, step) for key, value in study_view.metrics(definition, summary).items()]
     tags = study_view.tags(definition) | {
-        NOTE_TAG: study_view.note(definition, summary),
+        NOTE_TAG: study_view.note(definition, summary, answers),
         "qlora_exp.status": summary.status.value,
     }
     client.log_batch(run_id, metrics=rows, tags=[RunTag(key, value) for key, value in tags.items()])

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -107,10 +107,11 @@ def metrics(definition: StudyDefinition, summary: StudySummary) -> dict[str, flo
     return figures
 
 
-def note(definition: StudyDefinition, summary: StudySummary) -> str:
-    """The study in Markdown: its best so far comes first, the line that is seen without unfolding the note."""
+def note(definition: StudyDefinition, summary: StudySummary, answers: Sequence[str] = ()) -> str:
+    """The study in Markdown: its answers (of rank doubling), else its best so far, come first, the line that is seen
+    without unfolding the note."""
     lines = [
-        _headline(definition, summary),
+        "\n\n".join(answers) or _headline(definition, summary),
         "",
         *([definition.question, ""] if definition.question else []),
         f"- {_progress(definition, summary)}",

@@ -114,7 +114,15 @@ def slots_of(engine: Engine, device: DeviceChoice, count: int | None) -> tuple[s
     """:func:`assign` on this machine, for a study whose trials run so."""
     uses_gpu = engine is not Engine.sleep and device is not DeviceChoice.cpu
     gpus = inventory() if uses_gpu else ()
-    return assign(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"), count, {os.getpid()})
+    return assign(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"), count, _own_pids() if gpus else ())
+
+
+def _own_pids() -> set[int]:
+    """This process and what it has started: its hosts may hold memory before they have a trial."""
+    import psutil
+
+    me = psutil.Process()
+    return {me.pid, *(child.pid for child in me.children(recursive=True))}
 
 
 def threads_per_host(asked: int | None, slots: int, kept: Path) -> int:

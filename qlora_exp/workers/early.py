@@ -54,9 +54,10 @@ def started_early(config: Any, workers: WorkersConfig, paths: StudyPaths, at_mos
 
     Must be used by the main thread: the kernel ends a host with the thread that started it.
     """
-    with contextlib.suppress(QloraExpError):  # the worker meets it too, and tells
-        _started.update((one, one.start()) for one in host_starts(config, workers, paths)[:at_most])
     try:
+        with contextlib.suppress(QloraExpError, OSError):  # the worker meets it too, and tells
+            for one in host_starts(config, workers, paths)[:at_most]:
+                _started[one] = one.start()
         yield
     finally:
         while _started:

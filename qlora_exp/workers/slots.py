@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_exp.config import Isolation, WorkersConfig
+from qlora_exp.config import BudgetConfig, Isolation, WorkersConfig
 from qlora_exp.endings import disk_full
 from qlora_exp.environment import alive
 from qlora_exp.errors import QloraExpError, RecordError
@@ -50,6 +50,7 @@ class Setting:
     paths: StudyPaths
     workers: WorkersConfig
     outcome_of: Callable[[RunRecord, StudySpec], Outcome]
+    budget: BudgetConfig
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,20 @@ from typing import Protocol, TypeVar
 
 from qlora_exp import compose
 from qlora_exp import study as study_room
+from qlora_exp.budget import Purse, budget_of, limits_of
 from qlora_exp.config import WorkersConfig
 from qlora_exp.endings import disk_full
 from qlora_exp.environment import process_identity
-from qlora_exp.paths import StudyPaths
+from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import RunRecord, Status
-from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec
+from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
 from qlora_exp.workers.early import host_starts
 from qlora_exp.workers.live import SlotState, remove_state, state_of, worker_name, write_state
 from qlora_exp.workers.slots import GRACEFULLY, NOW, Setting, Slot
 
 T = TypeVar("T")
 
-FAILURES = "failures"
+FAILURES, BUDGET = "failures", "budget"
 TICK_SECONDS = 0.5
 STATE_SECONDS = 1.0
 FULL_SECONDS = 2.0
@@ -35,7 +36,8 @@ FULL_SECONDS = 2.0
 class Studied(Protocol):
     """What a worker asks of a study; :class:`qlora_exp.study.Study` is one."""
 
-    def claim(self, owner: Owner, lease_seconds: float) -> Claim | None: ...
+    def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool] = ...) -> Claim | None: ...
+    def trials(self) -> list[TrialRow]: ...
     def set_run(self, claim: Claim, run_id: str) -> None: ...
     def heartbeat(self, claim: Claim) -> bool: ...
     def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool: ...
@@ -49,7 +51,7 @@ class Studied(Protocol):
 @dataclass(frozen=True)
 class WorkerResult:
     """``told``: how many trials this worker told the end of. ``stopped``: why it ended before the study did —
-    ``gracefully``, ``now`` or ``failures`` — or ``None``."""
+    ``gracefully``, ``now``, ``failures`` or ``budget`` — or ``None``."""
 
     told: int
     stopped: str | None
@@ -82,6 +84,7 @@ def run_worker(
         paths=paths,
         workers=workers,
         outcome_of=outcome_of or study_room.outcome_of,
+        budget=budget_of(config),
     )
     worker = Worker(setting, study if study is not None else study_room.Study.open(spec, paths), job, len(starts), stop)
     slots = [Slot(worker, state.slot, one, state) for state, one in zip(worker.states, starts, strict=True)]
@@ -103,6 +106,7 @@ class Worker:
         """Trial ids and attempts that are somebody else's by now."""
         self._process = process_identity()
         self._asked_from_outside = stop
+        self._purse = Purse(setting.budget, OutputPaths.of(setting.spec.output_root))
         self._claims: dict[int, Claim] = {}
         self._calls = threading.RLock()
         self._changed = threading.Condition()
@@ -127,10 +131,23 @@ class Worker:
     def claim(self, slot: int) -> Claim | None:
         """A trial for ``slot``; ``None``: there is none now."""
         owner = Owner(self._process, self.name, slot)
-        claim = self._ask(lambda: self.study.claim(owner, self.setting.workers.lease_seconds))
+        lease = self.setting.workers.lease_seconds
+        limited = bool(limits_of(self.setting.budget))
+        claim = self._ask(
+            lambda: self.study.claim(owner, lease, self._affordable) if limited else self.study.claim(owner, lease)
+        )
         if claim is not None:
             self._claims[slot] = claim
         return claim
+
+    def _affordable(self) -> bool:
+        """Whether the budget buys one more trial. Those that run may turn out cheap: it is spent when none does."""
+        trials = self.study.trials()
+        if self._purse.short(trials) is None:
+            return True
+        if not any(trial.state == "RUNNING" for trial in trials):
+            self._stop(BUDGET)
+        return False
 
     def may_claim(self) -> bool:
         """Whether a new trial may start; sees to it that too many failures end the study."""

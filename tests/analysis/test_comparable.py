@@ -30,6 +30,18 @@ def test_runs_that_differ_in_their_configuration_alone_are_one_group() -> None:
     assert len(require_comparable(records).records) == 3
 
 
+def test_the_rows_alone_must_be_equal_across_checkpoints_and_formats() -> None:
+    cells = [(variant, written) for variant in ("base", "instruct") for written in ("plain", "chat")]
+    records = [
+        other_data(made_up.run(n, variant=variant, written=written), fingerprint=written, rows_fingerprint="rows")
+        for n, (variant, written) in enumerate(cells)
+    ]
+    assert len(require_comparable(records).records) == 4
+    others = [other_data(record, rows_fingerprint="fewer rows") for record in records[2:]]
+    with pytest.raises(AnalysisError, match="data_version"):
+        require_comparable([*records[:2], *others])
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [

@@ -111,6 +111,16 @@ def test_the_ladders_sentence_is_the_headline_and_its_interval_is_drawn() -> Non
     assert section.figures[0]["data"][0]["y"] == [0.09, 0.004]
 
 
+def test_rates_that_follow_the_rank_are_one_line_and_others_a_line_each() -> None:
+    def lines(*points: tuple[int, float]) -> int:
+        report = of([made_up.run(n, r=r, learning_rate=rate) for n, (r, rate) in enumerate(points)])
+        [figure] = [f for s in report.sections if s.name == "rank" for f in s.figures]
+        return len(figure["data"])
+
+    assert lines((8, 4e-3), (16, 2.8e-3), (32, 2e-3)) == 1
+    assert lines((8, 1e-3), (16, 1e-3), (8, 4e-3), (16, 4e-3)) == 2
+
+
 @pytest.mark.parametrize(
     "several", [[LADDER, LADDER], {"ladders": [LADDER, LADDER]}, {"base": LADDER, "instruct": LADDER}]
 )

@@ -303,6 +303,21 @@ def test_the_fingerprint_changes_with_any_row_template_or_format_and_nothing_els
     assert first not in others
 
 
+def test_the_fingerprint_of_the_rows_is_the_same_for_every_tokenizer_and_format(
+    rows_file: RowsFile, good_rows: Any, tokenizers: Any, configure: Configure
+) -> None:
+    def fingerprint(rows: Any, tokenizer: str = "chat", format: str = "plain") -> str | None:
+        return load_data(
+            in_format(configure(rows_file(rows)), format), tokenizers[tokenizer], 512
+        ).record.rows_fingerprint
+
+    first = fingerprint(good_rows)
+    assert first is not None
+    assert {fingerprint(good_rows, name) for name in tokenizers} == {first}
+    assert fingerprint(good_rows, format="chat") == first
+    assert fingerprint([{**good_rows[0], "completion": "pink"}, *good_rows[1:]]) != first
+
+
 def test_the_record_says_what_the_template_costs_and_whether_it_was_trained(
     folder: Path, tokenizers: Any, configure: Configure
 ) -> None:

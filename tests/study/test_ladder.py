@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import pytest
 from studies import ENVIRONMENT
 
 from qlora_exp import history, sweep
+from qlora_exp.analysis.content import Asked
 from qlora_exp.analysis.planning import Noise, half_width
 from qlora_exp.analysis.rule import Verdict
+from qlora_exp.analysis.sections import ladder_sections
 from qlora_exp.cli import main
 from qlora_exp.config import LadderConfig, LrPolicy
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import Failure, RunRecord, Scores, ScoreTable, Status, Training
+from qlora_exp.records import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
 from qlora_exp.standing import read_spec
 from qlora_exp.study.ladder import (
     LadderTrial,
@@ -41,6 +44,7 @@ CONFIG = LadderConfig(
     r_start=8,
     r_max=64,
     seeds=3,
+    most_seeds=8,
     pilot_seed=1000,
     margin=0.05,
     half_zone=None,
@@ -81,13 +85,14 @@ def ran(point: Point, level: Level, item_sd: float) -> LadderTrial:
         failure = Failure("OutOfMemoryError", "no memory")
         return LadderTrial(point, True, record.replace(status=Status.OUT_OF_MEMORY, failure=failure))
     after = Scores("validation", ITEMS, loss_per_item=loss)
-    record = record.replace(scores=ScoreTable(after=after), training=Training(10, 9.0, loss, None))
+    record = record.replace(scores=ScoreTable(after=after))
+    curve = {1: 9.0, 5: (9.0 + loss) / 2, 10: loss}
     rng = np.random.default_rng(ITEMS)
     hard = rng.normal(0.0, 0.5, ITEMS)
     own = np.random.default_rng(point["lora.r"]).normal(0.0, item_sd, ITEMS)
     values = loss + hard - hard.mean() + own - own.mean()
     losses = {f"i{number}": float(value) for number, value in enumerate(values)}
-    return LadderTrial(point, True, record, losses if point["evaluation.split"] == "test" else None)
+    return LadderTrial(point, True, record, losses if point["evaluation.split"] == "test" else None, curve)
 
 
 def play(spec: LadderSpec, level: Level, at_once: int = 1, seed: int = 0, item_sd: float = 0.01) -> list[LadderTrial]:
@@ -170,6 +175,20 @@ def test_an_open_doubling_buys_seeds_once() -> None:
     bought = max(seed for _, seed in decision_runs(trials))
     assert 4 <= bought <= 8
     assert [seed for rank, seed in decision_runs(trials) if rank == 8] == list(range(1, bought + 1))
+
+
+def test_what_is_asked_for_before_the_last_look_is_the_capped_number_of_seeds() -> None:
+    spec = spec_of(r_max=16, most_seeds=5)
+    first = [t for t in play(spec, gains(0.05, off=0.2)) if t.params["seed"] <= spec.seeds]
+    assert "Run 5 seeds in all" in answer_of(spec, first)["sentence"]
+
+
+@pytest.mark.parametrize(("most_seeds", "runs"), [(5, 10), (3, 6)])
+def test_a_purchase_can_be_capped_or_left_out(most_seeds: int, runs: int) -> None:
+    spec = spec_of(r_max=16, most_seeds=most_seeds)
+    trials = play(spec, gains(0.05, off=0.2))
+    assert answer_of(spec, trials)["decision"] == "inconclusive"
+    assert len(trials) == most_trials(spec) == runs
 
 
 def test_what_no_purchase_settles_is_inconclusive_with_what_it_would_take() -> None:
@@ -344,6 +363,67 @@ def test_a_first_rank_that_is_enough_is_said_to_be_perhaps_too_much() -> None:
     assert not answer_of(spec, play(spec, gains(0.3, 0.3, 0.3)))["warnings"]
 
 
+def test_curves_that_end_together_but_went_apart_do_not_coincide() -> None:
+    spec = spec_of(r_max=16)
+    trials = play(spec, gains(0.0))
+    assert any("coincide" in warning for warning in answer_of(spec, trials)["warnings"])
+    apart = [replace(t, curve={**t.curve, 5: 3.0 + 0.1 * t.params["lora.r"]}) for t in trials]
+    assert not any("coincide" in warning for warning in answer_of(spec, apart)["warnings"])
+
+
+def test_training_times_that_overlap_are_no_saving() -> None:
+    def timed(trial: LadderTrial) -> LadderTrial:
+        assert trial.record is not None
+        speed = Speed(train_seconds=10.0 + trial.params["seed"] + 0.1 * trial.params["lora.r"])
+        return replace(trial, record=trial.record.replace(speed=speed))
+
+    spec = spec_of(r_max=16)
+    found = answer_of(spec, [timed(trial) for trial in play(spec, gains(0.0))])
+    assert found["saves"]["train_seconds"] is None
+    assert "can't be told apart" in found["sentence"]
+
+
+@pytest.mark.parametrize(("usd", "told"), [(0.5, "0.5 USD less"), (None, "the money is unknown: budget.usd_per_hour")])
+def test_the_sentence_says_what_the_rank_saves_in_memory_time_and_money(usd: float | None, told: str) -> None:
+    def with_costs(trial: LadderTrial) -> LadderTrial:
+        assert trial.record is not None
+        doublings = trial.params["lora.r"] // 8
+        memory = Memory(peak_train_bytes=1_000_000_000 + 2_000_000 * doublings)
+        speed = Speed(train_seconds=10.0 + 3 * doublings, cost_usd=None if usd is None else usd * doublings)
+        return replace(trial, record=trial.record.replace(memory=memory, speed=speed))
+
+    spec = spec_of(r_max=16)
+    found = answer_of(spec, [with_costs(trial) for trial in play(spec, gains(0.0))])
+    assert found["saves"]["cost_usd"] == usd
+    assert "Beside one at r = 16, a run at r = 8 takes 2 MB less of memory, 3 s less of training" in found["sentence"]
+    assert told in found["sentence"]
+
+
+def test_the_report_has_the_ladders_own_figures_words_and_warnings() -> None:
+    ladders = [OneLadder({"model.variant": variant}, CENTRE, 0.0, "2r") for variant in ("base", "instruct")]
+    spec = spec_of(*ladders)
+    base, instruct = found = answers(spec, play(spec, gains(0.2, 0.01)))
+    sections = ladder_sections([Asked("doubling", ladder={"ladders": found})])
+    assert [section.title for section in sections] == [
+        "Rank doubling: model.variant=base",
+        "Rank doubling: model.variant=instruct",
+    ]
+    for section, one in zip(sections, (base, instruct), strict=True):
+        assert section.paragraphs[0] == one["sentence"]
+        assert f"{one['spent']['runs']} runs" in section.paragraphs[1]
+        assert section.points == tuple(one["warnings"])
+        [table], [figure] = section.tables, section.figures
+        steps = one["comparisons"]
+        assert table.rows == tuple(
+            (f"{s['from_rank']} → {s['to_rank']}", s["gain"], s["low"], s["high"], s["decision"]) for s in steps
+        )
+        drawn = figure["data"][0]
+        assert drawn["y"] == [step["gain"] for step in steps]
+        assert [y + up for y, up in zip(drawn["y"], drawn["error_y"]["array"], strict=True)] == pytest.approx(
+            [step["high"] for step in steps]
+        )
+
+
 def test_the_plan_says_beforehand_whether_it_can_settle_the_margin() -> None:
     rule = rule_of(spec_of())
     assert plan_sentence(rule, 0.001, 0.01, 1000)[0]
@@ -365,6 +445,8 @@ def test_the_plan_says_beforehand_whether_it_can_settle_the_margin() -> None:
         ({"r_start": 0}, "r_max"),
         ({"seeds": 1}, "seeds"),
         ({"seeds": 9}, "seeds"),
+        ({"most_seeds": 2}, "most_seeds"),
+        ({"most_seeds": 9}, "most_seeds"),
         ({"pilot_seed": 4}, "pilot_seed"),
         ({"lr_policy": LrPolicy.search, "lr_factors": [1.0]}, "lr_factors"),
         ({"lr_factors": [1.0, -1.0]}, "lr_factors"),
@@ -472,3 +554,9 @@ def test_a_lost_database_is_made_again_and_the_ladder_resumed(
     assert ladder["decision"] in (Verdict.STOP, Verdict.CONTINUE)
     assert sum(ladder["seeds"].values()) == len(list(outputs.runs.iterdir()))
     capsys.readouterr()
+
+    assert main(["best", "last"]) == 0
+    told = capsys.readouterr().out
+    assert ladder["sentence"] in told
+    [command] = [line for line in told.splitlines() if line.startswith("qlora-exp run ")]
+    assert f"lora.r={ladder['recommended_rank']} seed=3 " in command

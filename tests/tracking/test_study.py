@@ -191,6 +191,30 @@ def test_a_report_is_an_artifact_of_the_parent_run_and_comes_with_it_to_a_new_st
     assert sync(output.root).studies == (STUDY,)
 
 
+def test_a_ladders_answer_is_the_note_of_the_parent_run_and_its_file_an_artifact(output: OutputPaths) -> None:
+    write_definition(output)
+    study = StudyTracker(tracking(), output, STUDY)
+    study.start(definition())
+    run_trial(output, trial_record(0))
+    study.update([row(0, value=2.0)], best=[0])
+    ladders = [
+        {"axes": {"model.variant": "base"}, "sentence": "Returns have diminished at r = 8."},
+        {"axes": {"model.variant": "instruct"}, "sentence": "Inconclusive."},
+    ]
+    write_json(output.study(STUDY).ladder, {"study": STUDY, "ladders": ladders})
+    study.finish(Status.COMPLETED)
+
+    parent, _ = family(output.mlflow_database)
+    note = parent.data.tags["mlflow.note.content"]
+    assert note.startswith(
+        "model.variant=base: Returns have diminished at r = 8.\n\nmodel.variant=instruct: Inconclusive."
+    )
+    assert json.loads(artifact(output.mlflow_database, parent, "ladder.json"))["ladders"] == ladders
+    assert sync(output.root).studies == ()
+    write_json(output.study(STUDY).ladder, {"study": STUDY, "ladders": ladders[:1]})
+    assert sync(output.root).studies == (STUDY,)
+
+
 def test_a_sweep_without_tracking_is_delivered_later(output: OutputPaths) -> None:
     write_definition(output)
     study = StudyTracker(TrackingConfig(False, None, "qlora-exp", 1.0), output, STUDY)

@@ -16,9 +16,8 @@ from qlora_exp.cli import main
 from qlora_exp.config import TrackingConfig
 from qlora_exp.errors import TrackingError
 from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.records import Process, Status, read_record, write_json
+from qlora_exp.records import Process, Status, read_curve, read_record, write_json
 from qlora_exp.tracking import Tracker, compare_url, repair, sync, ui_command, ui_environment, view
-from qlora_exp.tracking.delivery import read_curve
 from qlora_exp.tracking.ui import VIEW_BARS, VIEW_PARAMS, VIEW_PLOTS, VIEW_TAGS
 
 EXPERIMENT = "qlora-exp"
@@ -336,7 +335,7 @@ def test_a_torn_curve_is_read_up_to_the_tear_and_repeated_steps_once(output: Out
     paths.curve.write_text(
         '{"step": 5, "loss": 2.0}\n{"step": 10, "loss": 1.5}\n{"step": 5, "loss": 1.9}\n{"step": 15, "lo'
     )
-    assert [(point["step"], point["loss"]) for point in read_curve(paths)] == [(5, 1.9), (10, 1.5)]
+    assert [(point["step"], point["loss"]) for point in read_curve(paths.curve)] == [(5, 1.9), (10, 1.5)]
 
 
 def test_an_unreadable_record_does_not_stop_the_others(output: OutputPaths) -> None:

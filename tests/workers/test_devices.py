@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from qlora_exp.config import DeviceChoice, Engine
 from qlora_exp.errors import ConfigError
+from qlora_exp.workers import devices
 from qlora_exp.workers.devices import Gpu, GpuUser, assign, environment_of, threads_per_host
 
 GPUS = (Gpu(0, "GPU-aaa", "H200"), Gpu(1, "GPU-bbb", "H200"), Gpu(2, "GPU-ccc", "H200"))
@@ -44,6 +49,20 @@ def test_a_gpu_in_use_is_refused_with_its_user_named() -> None:
     assert "3.0 GiB" in str(told.value)
     assert assign(occupied, None, None, own_pids={4321}) == ("GPU-aaa", "GPU-bbb")
     assert assign(occupied, "0", None) == ("GPU-aaa",)
+
+
+def test_a_workers_own_hosts_may_hold_memory_before_they_have_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def used_by(pid: int) -> None:
+        monkeypatch.setattr(devices, "inventory", lambda: (Gpu(0, "GPU-aaa", "H200", (GpuUser(pid, "python", 1),)),))
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as host:
+        used_by(host.pid)
+        assert devices.slots_of(Engine.sft, DeviceChoice.auto, None) == ("GPU-aaa",)
+        host.kill()
+    used_by(os.getppid())
+    with pytest.raises(ConfigError, match="GPU 0 is in use"):
+        devices.slots_of(Engine.sft, DeviceChoice.auto, None)
 
 
 def test_a_studys_threads_are_fixed_by_its_first_worker(tmp_path: Path) -> None:

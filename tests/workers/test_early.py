@@ -37,3 +37,10 @@ def test_no_more_hosts_start_early_than_there_are_trials(tmp_path: Path) -> None
     before = set(psutil.Process().children())
     with started_early(config, workers, paths, at_most=1):
         assert len(set(psutil.Process().children()) - before) == 1
+
+
+def test_what_keeps_hosts_from_starting_early_is_left_for_the_worker_to_tell(tmp_path: Path) -> None:
+    paths = paths_of(tmp_path)
+    paths.logs.write_text("no folder")
+    with started_early(compose_raw(ASLEEP), workers_of(count=1), paths, at_most=1):
+        pass

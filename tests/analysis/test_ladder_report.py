@@ -1,0 +1,53 @@
+"""The report's ladder section against the ladder.json of a real, short ladder on the embedded pair."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qlora_exp.analysis.content import shown
+from qlora_exp.cli import main
+from qlora_exp.paths import OutputPaths
+
+SHORT = [
+    *("sweep.ladder.r_start=2", "sweep.ladder.r_max=4", "sweep.ladder.seeds=2", "sweep.ladder.most_seeds=3"),
+    *("sweep.ladder.margin=0.5", "sweep.ladder.lr_policy=fixed", "sweep.name=short", "tracking=off"),
+    *("training.max_steps=4", "training.batch_size=4", "training.device=cpu", "quantization=fp32"),
+    *("evaluation.max_items=16", "evaluation.before=false", "evaluation.baselines=false", "budget.usd_per_hour=2"),
+]
+
+
+@pytest.mark.slow
+def test_the_report_agrees_with_the_ladder_figure_by_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "rank_doubling", *SHORT]) == 0
+    capsys.readouterr()
+    assert main(["report", "short"]) == 0
+    study = OutputPaths.of("outputs").study("short")
+    [ladder] = json.loads(study.ladder.read_text())["ladders"]
+    assert capsys.readouterr().out.splitlines()[0] == ladder["sentence"]
+
+    text = (study.folder / "report.md").read_text()
+    section = re.search(r"^## Rank doubling\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    assert ladder["sentence"] in section[1]
+    assert all(f"* {warning}" in section[1] for warning in ladder["warnings"])
+    rows = re.findall(r"^\| (\d+) → (\d+) \| (.*) \| (.*) \| (.*) \| (.*) \|$", section[1], re.MULTILINE)
+    assert rows == [
+        (
+            *(str(step["from_rank"]), str(step["to_rank"])),
+            *(shown(step[figure], "figure") for figure in ("gain", "low", "high")),
+            step["decision"],
+        )
+        for step in ladder["comparisons"]
+    ]
+    assert f"{ladder['spent']['runs']} runs" in section[1]
+    assert f"${ladder['spent']['cost_usd']:.2f}" in section[1]
+    assert f"margin {ladder['margin']:.4g}" in section[1]
+    assert re.search(r" USD |money", ladder["sentence"]) or not ladder["saves"]
+    assert sum(ladder["seeds"].values()) == len((study.folder / "runs.csv").read_text().splitlines()) - 1

@@ -1,0 +1,190 @@
+"""Every rank with every seed, for the replay of the rank decision (docs/replay.md): pilots first, then the grid.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/reference_grid.py --output /tmp/reference_grid [--workers 2]
+
+Ranks 1 … 256, eight grid seeds and eight disjoint replay seeds, fp32, alpha = 2r, all linear layers. A rank's learning
+rate is chosen by the ladder's own code from pilots on the validation split, whose seed is in neither pool. Each stage
+is a study of its own: killed and started again, it goes on. Seeds come one after the other, the pools in turn, so that
+what is there after a while is a smaller grid. ``--collect docs/replay.npz`` writes what has been run to that file, the
+same number of seeds for both pools, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_exp.analysis.replay import ReferenceGrid, save
+from qlora_exp.measurement import flops_per_token
+from qlora_exp.paths import OutputPaths
+from qlora_exp.records import RunRecord, read_record
+from qlora_exp.study.ladder import Choice, LadderTrial, Point, choose
+from qlora_exp.study.ladder_plan import RANK, RATE, SEED, SPLIT, ranks_of
+from qlora_exp.study.ladder_runs import trials_of
+from qlora_exp.study.types import LadderSpec, OneLadder
+
+GRID_SEEDS, REPLAY_SEEDS, PILOT_SEED = range(1, 9), range(101, 109), 1000
+CENTRE_AT_8 = 4e-3
+"""Twice that of the default 80 steps × 32: 32 steps × 16 want larger ones."""
+SPEC = LadderSpec(
+    r_start=1,
+    r_max=256,
+    seeds=len(GRID_SEEDS),
+    first_seed=GRID_SEEDS[0],
+    pilot_seed=PILOT_SEED,
+    margin=0.05,
+    half_zone=None,
+    lr_policy="search",
+    lr_factors=(0.5, 1.0, 2.0),
+    ladders=(OneLadder(axes={}, learning_rate=CENTRE_AT_8 * 8**0.5, rate_exponent=-0.5, alpha="2r"),),
+)
+SETTINGS: dict[str, Any] = {
+    "seed": 1,
+    "training": {"device": "cpu", "threads": 1, "batch_size": 16, "max_steps": 32},
+    "evaluation": {"before": False, "generate": False, "forgetting": False, "baselines": False},
+    # kind: generation leaves out the options' likelihoods, most of the scoring: only the loss is needed here.
+    "task": {"kind": "generation", "goal": None, "max_test_items": 500},
+}
+PILOT_ITEMS, UNUSED_ITEMS = 250, 16
+"""Validation items: of pilots, and of grid runs, which are scored on them as well and where nobody reads it."""
+VERSIONS = ("torch", "transformers", "peft", "trl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--collect", type=Path, help="write the replay's data file and run nothing")
+    given = parser.parse_args()
+    root = given.output.resolve()
+    if given.collect is not None:
+        save(collected(root), given.collect)
+        return
+    one = SPEC.ladders[0]
+    for stage in ("pilots", "pilots_beyond"):
+        needs = [point for rank in ranks_of(SPEC) for point in choose(SPEC, one, pilots_in(root), rank)[1]]
+        run_stage(root, stage, needs, PILOT_ITEMS, given.workers)
+    rates = {rank: choice.learning_rate for rank, choice in choices(root).items()}
+    seeds = [seed for pair in zip(GRID_SEEDS, REPLAY_SEEDS, strict=True) for seed in pair]
+    points = [{RANK: rank, SEED: seed, RATE: rate, SPLIT: "test"} for seed in seeds for rank, rate in rates.items()]
+    run_stage(root, "grid", points, UNUSED_ITEMS, given.workers)
+
+
+def choices(root: Path) -> dict[int, Choice]:
+    found = {rank: choose(SPEC, SPEC.ladders[0], pilots_in(root), rank)[0] for rank in ranks_of(SPEC)}
+    return {rank: choice for rank, choice in found.items() if choice is not None}
+
+
+def pilots_in(root: Path) -> list[LadderTrial]:
+    return trials_in(root, "*-pilots*")
+
+
+def trials_in(root: Path, pattern: str) -> list[LadderTrial]:
+    records = [read_record(path) for path in sorted(root.glob(f"runs/{pattern}/record.json"))]
+    return [trial for trial in trials_of(records, OutputPaths.of(str(root))) if trial.completed]
+
+
+def run_stage(root: Path, name: str, points: Sequence[Point], validation_items: int, workers: int) -> None:
+    """A sweep over ``points``; it goes on where it was begun, then with the points of its file."""
+    path = root / "sweeps" / f"reference_{name}.yaml"
+    if not path.exists():
+        if not points:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(sweep_file(name, points, validation_items), encoding="utf-8")
+    command = [sys.executable, "-m", "qlora_exp", "-m", f"sweeps=reference_{name}", f"workers.count={workers}"]
+    subprocess.run([*command, f"output_root={root}", "tracking=off"], cwd=root, check=True, env=dict(os.environ))
+
+
+def sweep_file(name: str, points: Sequence[Point], validation_items: int) -> str:
+    """JSON is YAML."""
+    values = {key: sorted({point[key] for point in points}) for key in (RANK, SEED, RATE, SPLIT)}
+    params = {key: ",".join(map(str, values[key])) for key in (RANK, SEED, SPLIT)}
+    params[RATE] = f"tag(log,interval({values[RATE][0] / 2:.4g},{values[RATE][-1] * 2:.4g}))"
+    settings = {
+        "defaults": [{"override /targets": "all_linear"}, {"override /quantization": "fp32"}],
+        "sweep": {
+            "name": name,
+            "sampler": "random",
+            "n_trials": len(points),
+            "params": params,
+            "enqueue": list(points),
+        },
+        **SETTINGS,
+        "task": {**SETTINGS["task"], "max_validation_items": validation_items},
+    }
+    return f"# @package _global_\n# The reference grid's {name}\n{json.dumps(settings, indent=1)}\n"
+
+
+# The data file.
+
+
+def collected(root: Path) -> ReferenceGrid:
+    """Both pools with as many seeds as are whole in each: a seed at which a rank is missing is left out."""
+    ranks, trials = ranks_of(SPEC), trials_in(root, "*-grid-*")
+    by_run = {(trial.params[RANK], trial.params[SEED]): trial for trial in trials if trial.losses}
+    whole = [[seed for seed in pool if all((r, seed) in by_run for r in ranks)] for pool in (GRID_SEEDS, REPLAY_SEEDS)]
+    kept = [seeds[: min(map(len, whole))] for seeds in whole]
+    if not kept[0]:
+        sys.exit(f"no seed has been run at every rank yet in {root}")
+    items = list(by_run[ranks[0], kept[0][0]].losses or ())
+    assert all(list(trial.losses or ()) == items for trial in by_run.values()), "runs of different items"
+    pools = [[[list((by_run[r, seed].losses or {}).values()) for seed in seeds] for r in ranks] for seeds in kept]
+    pilots = pilots_in(root)
+    return ReferenceGrid(
+        tuple(ranks),
+        *(np.array(pool) for pool in pools),
+        np.array([run_flops(by_run[r, kept[0][0]].record, len(items)) for r in ranks]),
+        np.array([sum(run_flops(p.record, PILOT_ITEMS) for p in pilots if p.params[RANK] == r) for r in ranks]),
+        provenance(root, trials, kept),
+    )
+
+
+def run_flops(record: RunRecord | None, items: int) -> float:
+    """Training, and a forward pass over ``items`` of the mean length of the training examples."""
+    assert record is not None
+    plan, tokens = record.plan, record.speed.train_tokens
+    assert plan is not None
+    assert tokens is not None
+    scored = items * tokens / (plan.max_steps * plan.batch_size)
+    trained = flops_per_token(plan.total_parameters, plan.trainable_parameters, recomputed=False)
+    return trained * tokens + 2.0 * (plan.total_parameters + plan.trainable_parameters) * scored
+
+
+def provenance(root: Path, trials: Sequence[LadderTrial], kept: Sequence[Sequence[int]]) -> dict[str, Any]:
+    records = [trial.record for trial in trials if trial.record is not None]
+    first, chosen = records[0], choices(root)
+    assert first.plan is not None
+    fingerprints = {record.data.fingerprint for record in records if record.data}
+    assert len(fingerprints) == 1, "runs of different data"
+    return {
+        "model": "The embedded base model on the embedded task",
+        "model_fingerprint": first.model_fingerprint,
+        "data_fingerprint": fingerprints.pop(),
+        "quantization": "fp32",
+        "targets": "all linear layers",
+        "device": "one CPU thread a run",
+        "steps": first.plan.max_steps,
+        "batch_size": first.plan.batch_size,
+        "grid_seeds": list(kept[0]),
+        "replay_seeds": list(kept[1]),
+        "pilot_seed": PILOT_SEED,
+        "pilot_items": PILOT_ITEMS,
+        "learning_rates": {str(rank): choice.learning_rate for rank, choice in chosen.items()},
+        "unresolved": [rank for rank, choice in chosen.items() if choice.unresolved],
+        "measured": str(first.started_at)[:10],
+        "versions": {name: first.environment.packages[name] for name in VERSIONS},
+        "settings": SETTINGS,
+    }
+
+
+if __name__ == "__main__":
+    main()
