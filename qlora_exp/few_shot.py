@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from qlora_exp import evaluation
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.data import FewShotDraw, Splits, few_shot_draws
-from qlora_exp.evaluation import max_positions
+from qlora_exp.evaluation import limited, max_positions
 from qlora_exp.paths import RunPaths
 from qlora_exp.records import FewShot, Plan, from_dict, write_json
-from qlora_exp.untouched import cache_key, limited, write_items
+from qlora_exp.untouched import cache_key, write_items
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_exp import evaluation
 from qlora_exp.config import Config, EvaluationSplit
-from qlora_exp.data import Item, Splits
-from qlora_exp.evaluation import DocumentLoss, Evaluation
+from qlora_exp.data import Splits
+from qlora_exp.evaluation import DocumentLoss, Evaluation, limited
 from qlora_exp.paths import RunPaths
 from qlora_exp.records import Baselines, Forgetting, Plan, Scores, from_dict, write_json
 
@@ -53,11 +52,6 @@ def write_items(items: pa.Table, path: Path) -> None:
     temporary = path.with_suffix(".part")
     pq.write_table(items, temporary)
     temporary.replace(path)
-
-
-def limited(items: Sequence[Item], config: Config) -> Sequence[Item]:
-    """The first ``evaluation.max_items`` items (the splits' order is fixed by seed)."""
-    return items if config.evaluation.max_items is None else items[: config.evaluation.max_items]
 
 
 def untouched_scores(
@@ -197,7 +191,8 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
     if not config.evaluation.cache:
         return evaluation.baselines(scored, split)
     folder = cache / "baselines"
-    path = folder / f"{cache_key(splits.record.fingerprint, split, str(config.evaluation.max_items))}.json"
+    drawn = (str(config.evaluation.max_items), str(config.task.split_seed))
+    path = folder / f"{cache_key(splits.record.fingerprint, split, *drawn)}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.exists():

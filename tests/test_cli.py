@@ -190,6 +190,7 @@ def test_an_ambiguous_run_names_the_candidates(runs: Runs, capsys: pytest.Captur
         (["data", "preview", "--split", "tran"], ["tran", "train"]),
         (["ui", "--output-root", "empty"], ["there are no tracked runs yet"]),
         (["validate", "task=local", "task.path=nothing.jsonl"], ["nothing.jsonl"]),
+        (["validate", "tracking.uri=sqlight:///x.db"], ["tracking.uri", "sqlite"]),
     ],
 )
 def test_wrong_input_ends_with_exit_code_2_and_no_traceback(
@@ -265,18 +266,17 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it(tmp_path: Path, capsys: py
     assert lines[problem + 1].strip().startswith("do: ")
 
 
-def test_doctor_tells_an_embedded_file_that_is_not_as_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_tells_an_embedded_file_that_is_not_as_built(tmp_path: Path) -> None:
     assert embedded_assets().ok
     copy = shutil.copytree(EMBEDDED, tmp_path / "embedded")
-    monkeypatch.setattr("qlora_exp.doctor.checks.EMBEDDED", copy)
     (copy / "task" / "test.jsonl").write_text("{}\n")
     (copy / "base" / "model.safetensors").unlink()
-    found = embedded_assets()
+    found = embedded_assets(copy)
     assert found.ok is False
     assert "base/model.safetensors, task/test.jsonl" in found.detail
     assert found.fix
     (copy / "SHA256SUMS").unlink()
-    assert embedded_assets().ok is False
+    assert embedded_assets(copy).ok is False
 
 
 def test_doctor_looks_where_the_output_would_be_made(tmp_path: Path) -> None:

@@ -201,6 +201,16 @@ def test_a_token_budget_stops_at_the_first_step_that_reaches_it(
     assert not trained.training.stopped_early
 
 
+def test_warm_up_and_schedule_span_a_budget_of_tokens(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    budget = ["training.max_steps=null", "training.max_tokens=2000", "training.batch_size=4"]
+    train_once(configured(tiny_models["llama"], colour_task, *budget, "training.warmup_ratio=0.1"), tmp_path)
+    rates = [point["learning_rate"] for point in read_curve(RunPaths(tmp_path).curve)]
+    assert max(rates) > 0.95 * 5e-3
+    assert rates[-1] < 0.1 * 5e-3
+
+
 def test_the_curve_ends_at_the_last_step_whatever_is_logged_between(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:

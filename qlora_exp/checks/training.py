@@ -20,6 +20,7 @@ def training_problems(training: TrainingConfig) -> Iterator[ConfigError]:
     yield from at_least("training.max_length", training.max_length, 2)
     for key in ("logging_steps", "evaluate_every_steps", "save_every_steps", "early_stopping_patience", "threads"):
         yield from at_least(f"training.{key}", getattr(training, key), 1)
+    yield from at_least("training.sleep_seconds", training.sleep_seconds, 0)
     yield from one_of("training.scheduler", training.scheduler, SCHEDULERS)
     yield from one_of("training.optimizer", training.optimizer, OPTIMIZERS)
     if reason := SCHEDULERS_NEEDING_MORE.get(training.scheduler):

@@ -41,6 +41,11 @@ def add_to(app: typer.Typer) -> None:
 def validate(overrides: Overrides = None, source: Source = None) -> int:
     """Check settings and data; read no weight."""
     config, prepared = _prepared(given_overrides(source, overrides))
+    if config.tracking.enabled:
+        from qlora_exp.paths import OutputPaths
+        from qlora_exp.tracking.store import locate
+
+        locate(config.tracking, OutputPaths.of(config.output_root))
     print("\n".join(_told(config, prepared.plan, prepared.splits.record)))
     return 0
 

@@ -150,4 +150,5 @@ def built(config: Any) -> Config:
     except MissingMandatoryValue as error:
         raise _missing(error) from None
     except OmegaConfBaseException as error:
-        raise _not_composed(error) from None
+        key = str(getattr(error, "full_key", None) or "the configuration")
+        raise ConfigError(str(error).splitlines()[0], key, f"{key}=VALUE, without ${{…}}") from None

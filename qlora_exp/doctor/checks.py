@@ -205,18 +205,18 @@ def git() -> Check:
     return Check("git", True, commit[:12])
 
 
-def embedded_assets() -> Check:
+def embedded_assets(assets: Path = EMBEDDED) -> Check:
     """Every file of the embedded pair against the hashes that its build wrote."""
     import hashlib
 
-    listing = EMBEDDED / "SHA256SUMS"
+    listing = assets / "SHA256SUMS"
     fix = "reinstall qlora-exp, or in a checkout: git restore qlora_exp/embedded"
     if not listing.is_file():
         return Check("embedded model", False, f"{listing} is missing", fix)
     wrong, entries = [], listing.read_text(encoding="utf-8").splitlines()
     for entry in entries:
         digest, _, name = entry.partition("  ")
-        path = EMBEDDED / name
+        path = assets / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             wrong.append(name)
     if wrong:

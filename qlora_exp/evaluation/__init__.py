@@ -5,7 +5,7 @@ from qlora_exp.evaluation.context import max_positions
 from qlora_exp.evaluation.forgetting import DocumentLoss, answer_losses, forgetting, text_losses
 from qlora_exp.evaluation.goal import answer_goal
 from qlora_exp.evaluation.per_item import ITEM_COLUMNS
-from qlora_exp.evaluation.scoring import Evaluation, evaluate_model
+from qlora_exp.evaluation.scoring import Evaluation, evaluate_model, limited
 
 __all__ = [
     "ITEM_COLUMNS",
@@ -16,6 +16,7 @@ __all__ = [
     "baselines",
     "evaluate_model",
     "forgetting",
+    "limited",
     "max_positions",
     "text_losses",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from qlora_exp.config import Config
+from qlora_exp.config import Config, TaskSource
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
 from qlora_exp.evaluation.generation import StopRule, generate, max_new_tokens, stop_rule
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
@@ -65,7 +66,7 @@ def evaluate_model(
         if trie is not None and label_marginal is None and items:
             estimated_on = results
             if split != "validation":
-                chosen = splits.validation[: config.evaluation.max_items]
+                chosen = limited(splits.validation, config)
                 estimated_on = score_items(causal, tokenizer, chosen, trie, None, config.evaluation.batch_size)
             label_marginal = dict(zip(splits.labels, marginal(option_matrix(estimated_on)).tolist(), strict=True))
         priors = option_priors(causal, _domain_prompt(tokenizer, splits), trie) if trie is not None else None
@@ -77,6 +78,17 @@ def evaluate_model(
     if further and items:
         scores.other.update(_further(further, table))
     return Evaluation(scores, table, tuple(splits.labels), dict(label_marginal) if label_marginal else None)
+
+
+def limited(items: Sequence[Item], config: Config) -> Sequence[Item]:
+    """``evaluation.max_items`` of them, in their order: drawn by ``task.split_seed``, because a file may be sorted by
+    label; small draws are part of larger ones. The embedded task was shuffled when it was built: its first ones."""
+    limit = config.evaluation.max_items
+    if limit is None or config.task.source is TaskSource.embedded:
+        return items[:limit]
+    order = list(range(len(items)))
+    random.Random(f"max_items/{config.task.split_seed}").shuffle(order)
+    return [items[index] for index in sorted(order[:limit])]
 
 
 def marginal(log_likelihoods: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from qlora_exp.checkpoints import newest_valid, step_of
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.endings import Diverged, Observer, Report, Silent, never_stop, status_of
 from qlora_exp.errors import ModelError, QloraExpError
-from qlora_exp.evaluation import Evaluation, answer_goal
+from qlora_exp.evaluation import Evaluation, answer_goal, limited
 from qlora_exp.few_shot import few_shot_scores
 from qlora_exp.one_run.bases import Bases
 from qlora_exp.one_run.preparing import Prepared
@@ -25,7 +25,7 @@ from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import Failure, Plan, RunRecord, ScoreTable, Status, from_dict, write_json
 from qlora_exp.redaction import redact_text
 from qlora_exp.train import Trained, train
-from qlora_exp.untouched import baselines_of, limited, score, untouched_scores, write_items
+from qlora_exp.untouched import baselines_of, score, untouched_scores, write_items
 
 
 def run(

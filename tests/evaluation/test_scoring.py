@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qlora_exp.evaluation import evaluate_model
+from qlora_exp.compose import compose
+from qlora_exp.evaluation import evaluate_model, limited
 from qlora_exp.evaluation.prior import domain_prompt
 from qlora_exp.evaluation.scoring import marginal
 from qlora_exp.untouched import write_items
@@ -190,3 +191,18 @@ def test_adapters_take_part_in_the_scores(
             torch.nn.init.normal_(parameter)
     changed = evaluate_model(adapted, tokenizer, colours.validation, colours, make_config()).scores
     assert changed.loss != pytest.approx(plain.loss, rel=1e-3)
+
+
+def test_a_limit_draws_from_the_whole_of_a_sorted_file_and_small_draws_are_part_of_larger_ones(
+    make_item: Callable[..., Any],
+) -> None:
+    items = [make_item(f"{number:03}", "Colour:", "red" if number < 50 else "blue") for number in range(100)]
+    few, more = (
+        limited(items, compose(["task=local", "task.path=colours.jsonl", f"evaluation.max_items={limit}"]))
+        for limit in (12, 40)
+    )
+    ids = [[item.item_id for item in drawn] for drawn in (few, more)]
+    assert (len(ids[0]), len(ids[1])) == (12, 40)
+    assert set(ids[0]) < set(ids[1])
+    assert ids[1] == sorted(ids[1])
+    assert {item.answer for item in few} == {"red", "blue"}
