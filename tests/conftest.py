@@ -16,6 +16,20 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 
+LONGEST = ("faults/", "workers/", "test_run.py", "test_cli.py", "test_sweep.py", "tracking/", "test_launchers.py")
+"""Begun first, so that no process ends long after the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(tests).as_posix()
+        return next((i for i, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+
+    items.sort(key=place)
+
+
 FAMILIES = ("llama", "gpt2", "phi3")
 """Separate projections, Conv1D with a fused qkv, and Linear with a fused qkv and gate_up."""
 

@@ -2,7 +2,15 @@
 
 from qlora_exp.checks.adapting import int8_dora
 from qlora_exp.checks.configuration import check
-from qlora_exp.checks.names import FOUR_BIT, NATIVE_DTYPES, OPTIMIZERS, QUANTIZED, SCHEDULERS, TARGET_SETS
+from qlora_exp.checks.names import (
+    FOUR_BIT,
+    NATIVE_DTYPES,
+    OPTIMIZERS,
+    OPTIMIZERS_NEEDING_MORE,
+    QUANTIZED,
+    SCHEDULERS,
+    TARGET_SETS,
+)
 from qlora_exp.checks.task import COMPARE, goal_metrics, goal_of
 
 __all__ = [
@@ -10,6 +18,7 @@ __all__ = [
     "FOUR_BIT",
     "NATIVE_DTYPES",
     "OPTIMIZERS",
+    "OPTIMIZERS_NEEDING_MORE",
     "QUANTIZED",
     "SCHEDULERS",
     "TARGET_SETS",
