@@ -25,6 +25,7 @@ class Protocol:
     train_items: int
     labels: tuple[str, ...]
     max_steps: int
+    """The steps planned, or made where a budget ended the training before."""
     max_tokens: int | None
     batch_size: int
     adapter_dtype: str
@@ -138,12 +139,17 @@ def _protocol(record: RunRecord, versions: dict[tuple[str, str], int]) -> Protoc
         scored_items=scores.items,
         train_items=data.train_items,
         labels=data.labels,
-        max_steps=plan.max_steps,
+        max_steps=_steps(record, plan.max_steps),
         max_tokens=training.get("max_tokens"),
         batch_size=plan.batch_size,
         adapter_dtype=plan.adapter_dtype,
         data_version=versions[_rows(record, data)],
     )
+
+
+def _steps(record: RunRecord, planned: int) -> int:
+    training = record.training
+    return planned if training is None or training.ended_by_budget is None else training.steps
 
 
 def _data_versions(records: Iterable[RunRecord]) -> dict[tuple[str, str], int]:

@@ -20,6 +20,11 @@ def other_plan(record: RunRecord, **changes: object) -> RunRecord:
     return record.replace(plan=replace(record.plan, **changes))
 
 
+def ended_by_budget(record: RunRecord, steps: int) -> RunRecord:
+    assert record.training is not None
+    return record.replace(training=replace(record.training, steps=steps, ended_by_budget="tokens"))
+
+
 def other_data(record: RunRecord, **changes: object) -> RunRecord:
     assert record.data is not None
     return record.replace(data=replace(record.data, **changes))
@@ -46,6 +51,7 @@ def test_the_rows_alone_must_be_equal_across_checkpoints_and_formats() -> None:
     ("changed", "named"),
     [
         (other_plan(made_up.run(9), max_steps=7), "max_steps: 80 in 2 runs, 7 in 1 runs"),
+        (ended_by_budget(made_up.run(9), steps=11), "max_steps: 80 in 2 runs, 11 in 1 runs"),
         (other_plan(made_up.run(9), adapter_dtype="bfloat16"), "adapter_dtype"),
         (other_plan(made_up.run(9), batch_size=4), "batch_size"),
         (other_data(made_up.run(9), fingerprint="other rows"), "data_version"),
