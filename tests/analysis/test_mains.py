@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import made_up
 from made_up_grid import made_up_grid
 
-from qlora_exp.analysis import replay
+from qlora_exp.analysis import replay, replay_page
 from qlora_exp.records import write_json
 
 OF_RUNS = ("tradeoffs", "instruct_base", "memory")
@@ -50,7 +50,8 @@ def test_a_question_about_runs_is_answered_by_a_command(
 def test_the_replay_is_shown_by_a_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay, "HALVES", 1)
+    for module in (replay, replay_page):
+        monkeypatch.setattr(module, "HALVES", 1)
     told = dict.fromkeys(("model", "quantization", "targets", "device", "measured"), "made up")
     told |= {name: [] for name in ("grid_seeds", "replay_seeds", "unresolved")}
     told |= dict.fromkeys(("steps", "batch_size", "pilot_seed", "pilot_items"), 1)
