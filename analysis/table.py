@@ -152,12 +152,16 @@ def _number(value: Any, where: str, column: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         told = "is missing" if _text(value) == "" else f"is {_text(value)!r}, no number"
-        raise AnalysisError(
-            f"column {column} {told}", where, "mend the row, or leave out the runs without a result"
-        ) from None
+        raise AnalysisError(f"column {column} {told}", where, _mend(_text(value))) from None
     if not math.isfinite(number):
         raise AnalysisError(f"column {column} is {number}", where, "leave out the runs without a result") from None
     return number
+
+
+def _mend(text: str) -> str:
+    ways = {"%": "leave the % out", "±": "put what follows ± into a column se", ",": "a decimal point, no comma"}
+    fitting = [way for mark, way in ways.items() if mark in text]
+    return ", and ".join(fitting) or "mend the row, or leave out the runs without a result"
 
 
 def _text(value: Any) -> str:
@@ -172,6 +176,7 @@ def _answer(name: str | None, results: Sequence[Result], columns: Columns, optio
             f"r = {ranks[0]} is the only rank, and one rank can't be compared", where, "add rows of another rank"
         )
     _refuse_repeated(results, where)
+    _refuse_mixed(results, columns, where)
     margin, margin_notes = _margin(results, ranks[0], options.margin)
     rule = make_rule(margin, len(ranks) - 1)
     found, notes = _decided(results, ranks, rule, columns, where)
@@ -196,9 +201,21 @@ def _refuse_repeated(results: Sequence[Result], where: str) -> None:
             hint = (
                 f"these rows differ in {', '.join(differing[:3])}: if that is a configuration, --configuration-column"
             )
-        elif result.seed is None:
-            hint = "if these are repetitions, add a column seed; if configurations, a column configuration"
+        if result.seed is None:
+            hint += "; if these are repetitions, add a column seed"
         raise AnalysisError(f"{named} has two scores ({other.where} and {result.where})", where, hint)
+
+
+def _refuse_mixed(results: Sequence[Result], columns: Columns, where: str) -> None:
+    """Runs that differ in more than their rank and seed: a difference may be that of the steps, not of the ranks."""
+    for name in columns.protocol:
+        values = list(dict.fromkeys(result.others[name] for result in results if name in result.others))
+        if len(values) > 1:
+            raise AnalysisError(
+                f"these runs aren't comparable: {name} is {', '.join(values[:4])}",
+                where,
+                f"--configuration-column {name} answers for each apart",
+            )
 
 
 def _margin(results: Sequence[Result], smallest: int, given: float | None) -> tuple[float, list[str]]:
