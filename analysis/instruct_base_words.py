@@ -22,10 +22,13 @@ def primary_sentence(found: InstructBase) -> str:
     first = found.instruct.configuration.first
     task = first.data.task if first.data is not None else "this task"
     where = task if first.scores.test is not None else f"{task} (its validation split)"
+    names = [cell.name for cell in (found.instruct, found.base)]
+    if found.instruct.rank != found.base.rank:
+        names = [f"{cell.name}, r = {cell.rank}" for cell in (found.instruct, found.base)]
     return (
-        f"On {where}, for this pair of checkpoints ({found.instruct.name} against {found.base.name}, chosen"
-        f" {found.chosen_by}), in bits per byte of the answer: untouched, instruct gains {told(found.untouched)};"
-        f" tuning adds {told(found.gain)}; after tuning {told(found.tuned)}: {verdict(found.tuned, found.margin)}."
+        f"On {where}, for this pair of checkpoints ({names[0]} against {names[1]}, chosen {found.chosen_by}), by how"
+        f" many bits per byte of the answer instruct is better: untouched {told(found.untouched)}; in what tuning gains"
+        f" {told(found.gain)}; after tuning {told(found.tuned)}: {verdict(found.tuned, found.margin)}."
     )
 
 

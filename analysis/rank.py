@@ -241,8 +241,15 @@ def as_object(found: Answer) -> dict[str, Any]:
             }
             for step in found.comparisons
         ],
+        "what_it_takes": _open_end(found),
         "sentence": found.sentence,
     }
+
+
+def _open_end(found: Answer) -> str | None:
+    """Of the step that ended the ladder undecided."""
+    last = next((c.decision for c in found.comparisons if c.decision.verdict is not Verdict.CONTINUE), None)
+    return last.what_it_takes if last is not None and last.verdict is Verdict.INCONCLUSIVE else None
 
 
 def _sentence(last: Comparison, rule: Rule, unit: str) -> str:

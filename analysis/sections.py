@@ -16,6 +16,8 @@ MOST_ROWS = 25
 """Rows of a table that is cut; all runs are in the last one."""
 LEAST_TRIALS = 10
 """Per axis: below, an importance is a guess."""
+ERRS_AT_MOST, ERRS_WITH_GROWING_NOISE = 0.04, 0.06
+"""Shares of simulated ladders with a wrong answer: the largest of docs/calibration.md, rounded up."""
 
 
 def ladders_of(asked: Asked) -> list[tuple[str, Mapping[str, Any]]]:
@@ -61,6 +63,7 @@ def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
                 paragraphs=(
                     str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}."),
                     *_ladder_runs(answer),
+                    *([sure] if (sure := how_sure(answer)) is not None else []),
                     *notes,
                 ),
                 tables=(table(columns, rows, f"margin {_figure(answer.get('margin'))}"),) if rows else (),
@@ -69,6 +72,33 @@ def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
             )
         )
     return sections
+
+
+def how_sure(answer: Mapping[str, Any]) -> str | None:
+    """How a ladder's interval is read, and how often such an answer is wrong; ``None`` where nothing was decided."""
+    margin, zone = answer.get("margin"), answer.get("half_zone")
+    if margin is None or zone is None or not answer.get("comparisons"):
+        return None
+    return (
+        f"Continue is said where the lower bound of a gain is above {margin - zone:.4g}, stop where the upper one is"
+        f" below {margin + zone:.4g}. Of simulated ladders at most {ERRS_AT_MOST:.0%} got a wrong answer,"
+        f" {ERRS_WITH_GROWING_NOISE:.0%} where the seeds' noise grows with the rank (docs/calibration.md)."
+    )
+
+
+def open_ends(asked: Sequence[Asked]) -> list[str]:
+    """What the ladders that ended undecided leave open, and what it would take."""
+    found = [(name, answer) for one in asked for name, answer in ladders_of(one)]
+    return [
+        f"{name}: {_open_step(answer)} is not settled. {answer['what_it_takes']}"
+        for name, answer in found
+        if answer.get("what_it_takes")
+    ]
+
+
+def _open_step(answer: Mapping[str, Any]) -> str:
+    last = answer["comparisons"][-1]
+    return f"whether r = {last['to_rank']} is worth paying for beside r = {last['from_rank']}"
 
 
 def rank_section(configurations: Sequence[Configuration], measure: Measure, with_ladder: bool) -> Section | None:
