@@ -39,7 +39,7 @@ LOWER_IS_BETTER = (
 )
 HIGHER_IS_BETTER = (
     *("accuracy", "acc", "eval_accuracy", "eval.accuracy", "test_accuracy", "test.accuracy", "exact_match", "macro_f1"),
-    *("f1", "rouge_l", "rougel", "rouge", "bleu", "auc", "mcc", "win_rate", "pass@1", "em", "score"),
+    *("f1", "correct", "rouge_l", "rougel", "rouge", "bleu", "auc", "mcc", "win_rate", "pass@1", "em", "score"),
 )
 """Names of scores whose direction is known; ``score`` as scikit-learn has it."""
 

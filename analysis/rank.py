@@ -167,10 +167,11 @@ def decide_doubling(
     return decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, LAST_LOOK)
 
 
-def decide_published(gain: float, se: float, rule: Rule) -> Decision:
-    """Decide from a published gain (positive is better) and its standard error, taken as known (normal)."""
-    t_continue, t_stop = t_quantiles(np.array(np.inf), rule, LAST_LOOK)
-    split = VarianceSplit(*(np.array(x) for x in (gain, se**2, 0.0, np.inf, np.inf, 1.0)))
+def decide_published(gain: float, se: float, rule: Rule, df: float = np.inf) -> Decision:
+    """Decide from a published gain (positive is better) and its standard error with ``df`` degrees of freedom;
+    infinite: taken as known (normal)."""
+    t_continue, t_stop = t_quantiles(np.array(df), rule, LAST_LOOK)
+    split = VarianceSplit(*(np.array(x) for x in (gain, se**2, 0.0, df, np.inf, 1.0)))
     found = bounds(split, rule, LAST_LOOK)
     enough, little = verdicts(split.gain, found, rule)
     verdict = Verdict.CONTINUE if enough else Verdict.STOP if little else Verdict.INCONCLUSIVE

@@ -29,6 +29,8 @@ from qlora_exp.analysis.reading import Row, read_rows
 from qlora_exp.analysis.rule import Rule, make_rule
 from qlora_exp.errors import AnalysisError, Problems, raise_all
 
+TRUTH = {"true": 1.0, "false": 0.0}
+"""Item by item, a right answer is often one of these."""
 ASSUMED_MARGIN_SHARE = 0.01
 """Of the smallest rank's mean score, where no margin is given: said in every answer that rests on it."""
 
@@ -62,6 +64,8 @@ class Result:
     seed: str | None
     item: str | None
     se: float | None
+    df: float
+    """Of ``se``, where it was made from the sd of a known number of runs; else infinite: taken as known."""
     memory: float | None
     seconds: float | None
     others: dict[str, str]
@@ -121,6 +125,7 @@ def _result(where: str, row: Mapping[str, Any], columns: Columns, options: Optio
     rank = _number(row.get(rank_name), f"{file}, {where}", rank_name)
     if rank < 1 or rank != int(rank):
         raise AnalysisError(f"{rank:g} is no rank", f"{file}, {where}, column {rank_name}", "a whole number from 1 on")
+    count = number("count")
     known = {columns.score, *columns.named.values(), *columns.configuration}
     return Result(
         where=where,
@@ -128,7 +133,8 @@ def _result(where: str, row: Mapping[str, Any], columns: Columns, options: Optio
         score=_number(row.get(columns.score), f"{file}, {where}", columns.score),
         seed=text("seed"),
         item=text("item"),
-        se=_standard_error(number("se"), number("std"), number("count"), options.se, f"{file}, {where}"),
+        se=_standard_error(number("se"), number("std"), count, options.se, f"{file}, {where}"),
+        df=count - 1 if options.se is None and count is not None and count > 1 else math.inf,
         memory=number("memory"),
         seconds=number("seconds"),
         others={name: _text(value) for name, value in row.items() if name not in known},
@@ -149,7 +155,7 @@ def _standard_error(
 
 def _number(value: Any, where: str, column: str) -> float:
     try:
-        number = float(value)
+        number = float(TRUTH.get(str(value).strip().lower(), value))
     except (TypeError, ValueError):
         told = "is missing" if _text(value) == "" else f"is {_text(value)!r}, no number"
         raise AnalysisError(f"column {column} {told}", where, _mend(_text(value))) from None
@@ -252,7 +258,8 @@ def _decided(
     if len(seeds) == 1 and not items and len(with_se) == len(results):
         by_rank = {result.rank: result for result in losses}
         steps = [Comparison(a, b, _published(by_rank[a], by_rank[b], rule)) for a, b in pairwise(ranks)]
-        return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED]
+        known = all(math.isinf(result.df) for result in results)
+        return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED if known else _PUBLISHED_RUNS]
     notes = [_SINGLE] if len(seeds) == 1 else []
     if len(seeds) > 1 and not items:
         notes.append("Scores without items: the answer is for these test items, not for others.")
@@ -261,12 +268,26 @@ def _decided(
             "The standard errors are not used: they are given for some rows only, or seeds and items tell more."
         )
     ladder = _cube(losses, ranks, seeds, items, where)
-    return walk(ladder, rule, complete=True, unit=f"in {columns.score}"), notes
+    found = walk(ladder, rule, complete=True, unit=f"in {columns.score}")
+    notes += (
+        [_SAME_SEEDS]
+        if any(step.decision.se is not None and step.decision.se < 1e-12 for step in found.comparisons)
+        else []
+    )
+    return found, notes
 
 
 _PUBLISHED = (
     "The standard errors are taken as known, and two ranks' scores as independent: with the same seeds and items at"
     " every rank, paired results would tell more."
+)
+_PUBLISHED_RUNS = (
+    "The standard errors are those of the runs that stand behind a score (Welch's degrees of freedom), and two ranks'"
+    " scores are taken as independent: with the same seeds and items at every rank, paired results would tell more."
+)
+_SAME_SEEDS = (
+    "At some step every seed gave the very same gain: either the seed changed nothing, or the scores are rounded. The"
+    " answer is no surer than that."
 )
 _SINGLE = (
     "One run a rank: the gains are those of these runs. Nothing in the table tells how much of them is the seed's, so"
@@ -275,7 +296,9 @@ _SINGLE = (
 
 
 def _published(smaller: Result, larger: Result, rule: Rule) -> Decision:
-    return decide_published(smaller.score - larger.score, math.hypot(smaller.se or 0.0, larger.se or 0.0), rule)
+    se = math.hypot(smaller.se or 0.0, larger.se or 0.0)
+    spread = sum((one.se or 0.0) ** 4 / one.df for one in (smaller, larger))
+    return decide_published(smaller.score - larger.score, se, rule, se**4 / spread if spread else math.inf)
 
 
 def _cube(
@@ -311,7 +334,7 @@ def _saved(found: Answer, results: Sequence[Result]) -> Iterable[str]:
     largest = max(result.rank for result in results)
     if found.recommended_rank in (None, largest):
         return
-    for what in ("memory", "seconds"):
+    for what, word in (("memory", "memory"), ("seconds", "time")):
         known = Counter(result.rank for result in results if getattr(result, what) is not None)
         if not (known[found.recommended_rank or 0] and known[largest]):
             continue
@@ -320,8 +343,8 @@ def _saved(found: Answer, results: Sequence[Result]) -> Iterable[str]:
             for rank in (found.recommended_rank, largest)
         )
         if there > 0:
-            word = "less" if here <= there else "more"
-            yield f"r = {found.recommended_rank} takes {abs(1 - here / there):.0%} {word} {what} than r = {largest}."
+            much = f"{abs(1 - here / there):.0%} {'less' if here <= there else 'more'}"
+            yield f"r = {found.recommended_rank} takes {much} {word} than r = {largest}."
 
 
 def as_json(found: Sequence[TableAnswer]) -> dict[str, Any]:

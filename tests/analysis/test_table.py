@@ -78,11 +78,24 @@ def test_one_number_a_rank_concludes_nothing_and_says_so(tmp_path: Path, capsys:
     assert "One run a rank" in capsys.readouterr().out
 
 
-def test_a_std_with_the_number_of_runs_is_a_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_std_of_some_runs_is_a_standard_error_and_few_runs_know_it_badly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spread = written(tmp_path, "r,accuracy,std,n\n8,50,1,4\n16,60,1,4", "std.csv")
     error = written(tmp_path, "LoRA_r;Accuracy;SE\n8;50;0.5\n16;60;0.5", "se.csv")
-    first, second = (answered(capsys, file, "--margin", "2")["comparisons"] for file in (spread, error))
-    assert first == second
+    many = written(tmp_path, "r,accuracy,std,n\n8,50,50,10000\n16,60,50,10000", "many.csv")
+    few, known, large = (answered(capsys, file, "--margin", "2")["comparisons"][0] for file in (spread, error, many))
+    # Student's t with 6 degrees of freedom beside the normal quantile, both at 0.025.
+    assert 10 - few["low"] == pytest.approx(2.447 * 0.5 * 2**0.5, rel=1e-3)
+    assert 10 - known["low"] == pytest.approx(1.960 * 0.5 * 2**0.5, rel=1e-3)
+    assert large["low"] == pytest.approx(known["low"], rel=1e-3)
+
+
+def test_right_and_wrong_answers_are_scores_of_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{r},{s},{i},{(i + s) % 4 < r // 8}" for r in (8, 16) for s in (1, 2, 3) for i in range(40)]
+    found = answered(capsys, written(tmp_path, "\n".join(["rank,seed,item,correct", *rows])), "--margin", "0.1")
+    assert found["comparisons"][0]["gain"] == pytest.approx(0.25)
+    assert any("every seed gave the very same gain" in note for note in found["notes"])
 
 
 def long_table(gains: tuple[float, ...], seeds: int = 5, items: int = 0) -> list[dict[str, Any]]:
