@@ -46,7 +46,11 @@ def _more(found: InstructBase) -> Iterator[str]:
     yield from _forgetting(by_name.get("instruct over base, general text kept"))
     yield from _stability(found)
     note = baseline_note(found.instruct.configuration), baseline_note(found.base.configuration)
-    yield from (f"{cell.name}: {said}" for cell, said in zip((found.instruct, found.base), note, strict=True) if said)
+    yield from (
+        f"{cell.name}: {said[0].lower()}{said[1:]}"
+        for cell, said in zip((found.instruct, found.base), note, strict=True)
+        if said
+    )
     yield found.tokens.sentence
 
 

@@ -73,7 +73,7 @@ def build(
         *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], several, asked, items, aside, margin)),
         sections.importance_section(asked, sum(record.status is Status.COMPLETED for record in records)),
         sections.failure_section(records),
-        sections.method_section(groups, records, measure),
+        sections.method_section(groups, records, measure, asked),
         _limits(records, groups, aside, found, measure, _left_open(asked, compared, why_none), unreadable),
     ]
     return Report(

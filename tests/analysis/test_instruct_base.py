@@ -314,4 +314,6 @@ def test_the_section_shows_every_contrast_the_lines_to_beat_and_what_prompts_are
     assert any(name.startswith("primary: instruct") for name in names)
     assert "baseline: TF-IDF with logistic regression" in names
     assert any("prompts are made of" in caption for caption in captions)
-    assert {trace["name"] for trace in section.figures[0]["data"]} >= {"tuned", "baseline: always act"}
+    assert "tuned" in {trace["name"] for trace in section.figures[0]["data"]}
+    lines = [(shape["name"], shape["y0"]) for shape in section.figures[0]["layout"]["shapes"]]
+    assert lines[0] == ("baseline: always act, 0.200", 0.2)
