@@ -28,7 +28,7 @@ from qlora_exp.compose import compose
 from qlora_exp.data import to_training_dataset
 from qlora_exp.endings import Silent
 from qlora_exp.one_run import prepare
-from qlora_exp.train import _MeteredTrainer, arguments
+from qlora_exp.train import _MeteredTrainer, arguments, logits_where_there_is_a_label
 
 WARM_UP = 5
 
@@ -53,6 +53,14 @@ class Turns:
         with self.changed:
             self.left.add(name)
             self.changed.notify_all()
+
+
+class Plain(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer with our saving in the head, which is no metering."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with logits_where_there_is_a_label():
+            return super().compute_loss(*args, **kwargs)
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -97,7 +105,7 @@ def main() -> None:
                 model, meter = models.attach_adapters(models.shell(base), config, ready.modules), StepMeter()
                 curve = Curve(Path(folder) / "curve.jsonl", meter, Silent())
                 watchers = [clock, *([meter, curve, Interruption()] if name == "metered" else [])]
-                trainers[name] = (_MeteredTrainer if name == "metered" else SFTTrainer)(
+                trainers[name] = (_MeteredTrainer if name == "metered" else Plain)(
                     model=model,
                     args=copy.deepcopy(arguments(ready.plan, config, Path(folder) / name)),
                     train_dataset=dataset,
