@@ -93,6 +93,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "repetition": {"catalogue", "compose", "config", "overrides", "records", "redaction"},
     "export": {"app", "config", "data", "evaluation", "model_card", "models", "records"},
     "doctor": {
+        "calibration",
         "compose",
         "config",
         "environment",
