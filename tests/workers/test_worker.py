@@ -21,6 +21,7 @@ from qlora_exp.config import Isolation
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import RunRecord, Status, read_record, write_json
+from qlora_exp.workers.slots import LAST_OWNER_SECONDS
 from qlora_exp.workers.worker import WorkerResult, run_worker
 from tests.workers.small_study import SmallStudy, outcome_of, paths_of, spec_of, workers_of
 
@@ -310,7 +311,7 @@ def test_a_host_dies_with_its_worker(tmp_path: Path, number: signal.Signals) -> 
     pid = live(paths_of(tmp_path))["slots"][0]["host_pid"]
     worker.send_signal(number)
     told, _ = worker.communicate(timeout=PATIENCE_SECONDS)
-    end = time.monotonic() + 2.0
+    end = time.monotonic() + LAST_OWNER_SECONDS  # then its trial is run again
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.02)
     assert not alive(pid)
