@@ -101,6 +101,7 @@ class Slot(threading.Thread):
             self.worker.fail(error)
         finally:
             self._end_host(politely=not self.worker.killing)
+            self.worker.ended(self.number)
 
     # One trial.
 
