@@ -81,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("app", "budget", "compose", "config", "endings", "environment", "models", "one_run", "records"),
         *("redaction", "study", "tracking"),
     },
-    "standing": {"environment", "records", "redaction", "study", "tables", "tracking"},
+    "standing": {"environment", "overrides", "records", "redaction", "study", "tables", "tracking"},
     "retention": {"records", "study"},
     "rank_doubling": {"compose", "config", "records", "study"},
     "sweep": {
