@@ -231,21 +231,27 @@ def importance_section(asked: Sequence[Asked], trials: int) -> Section | None:
 
 
 def failure_section(records: Sequence[RunRecord]) -> Section:
-    ended = [r for r in records if r.status is not Status.COMPLETED]
+    ended = [r for r in records if r.status.ended and r.status is not Status.COMPLETED]
     if not ended:
-        return Section("failures", "Failures", ("Every run completed.",))
+        whole = all(r.status.ended for r in records)
+        told = "Every run completed." if whole else "Every run that has ended completed."
+        return Section("failures", "Failures", (told,))
     seconds: dict[Status, float] = defaultdict(float)
     for record in records:
         seconds[record.status] += record.speed.total_seconds or 0.0
     total = sum(seconds.values())
     counts = Counter(record.status for record in records)
-    rows = [(str(s), counts[s], seconds[s], seconds[s] / total if total else None) for s in counts]
-    columns = ("status", ("runs", "integer"), ("time", "seconds"), ("of all time", "percent"))
+    usd = {s: [r.speed.cost_usd for r in records if r.status is s and r.speed.cost_usd is not None] for s in counts}
+    rows = [
+        (str(s), counts[s], seconds[s], seconds[s] / total if total else None, sum(usd[s]) if usd[s] else None)
+        for s in counts
+    ]
+    columns = ("status", ("runs", "integer"), ("time", "seconds"), ("of all time", "percent"), ("cost", "usd"))
     kinds = Counter((r.status.value, _first_line(r)) for r in ended if r.failure is not None)
     reasons = [(status, why, count) for (status, why), count in kinds.most_common(MOST_ROWS)]
     tables = [table(columns, rows)]
     tables += [table(("status", "why", ("runs", "integer")), reasons, "Reasons")] if reasons else []
-    wasted = total - seconds[Status.COMPLETED]
+    wasted = sum(record.speed.total_seconds or 0.0 for record in ended)
     told = f"{len(ended)} of {len(records)} runs did not complete; they took {wasted / 60:,.1f} minutes."
     return Section("failures", "Failures and what they cost", (told,), tuple(tables))
 

@@ -189,6 +189,12 @@ def test_failures_are_counted_with_what_they_cost() -> None:
     assert "| OUT_OF_MEMORY | OutOfMemoryError: no memory left | 2 |" in text
 
 
+def test_a_run_that_is_still_running_is_no_failure() -> None:
+    text = to_markdown(of([made_up.run(0), made_up.run(1, r=16).replace(status=Status.RUNNING)]))
+    assert "Every run that has ended completed." in text
+    assert "1 runs have not ended" in text
+
+
 @pytest.mark.parametrize(
     ("records", "told"),
     [
