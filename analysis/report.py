@@ -72,7 +72,7 @@ def build(
     parts = [
         *sections.ladder_sections(asked),
         *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], several, asked, items, aside, margin)),
-        sections.importance_section(asked, sum(record.status is Status.COMPLETED for record in records)),
+        sections.importance_section(asked, [record for record in records if record.status is Status.COMPLETED]),
         sections.failure_section(records),
         sections.method_section(groups, records, measure, asked),
         _limits(records, groups, aside, found, measure, _left_open(asked, compared, why_none), unreadable),
@@ -207,13 +207,13 @@ def _chosen(best: Configuration, found: Sequence[Configuration], measure: Measur
         told += " (one seed: no interval)"
     if len(found) < 2:
         return f"The only configuration is {best.label}; on test it has {told}."
-    begin = f"Of {len(found)} configurations the best on validation is {best.label}; on test it has {told}"
+    said = f"Of {len(found)} configurations the best on validation is {best.label}; on test it has {told}"
+    if estimate.se is None:
+        return f"{said}."
     near = sum(_alike(best, other, measure) for other in found if other is not best)
-    return (
-        f"{begin}."
-        if estimate.se is None
-        else f"{begin}, and {near} of the others can't be told from it or are better."
-    )
+    if near:
+        return f"{said}. Over {near} of the others it isn't shown to be better."
+    return f"{said}. It is shown to be better than each of the others."
 
 
 def _alike(best: Configuration, other: Configuration, measure: Measure) -> bool:

@@ -210,7 +210,7 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
     return Section("speed", "Speed and cost", (note,), (table(columns, rows),))
 
 
-def importance_section(asked: Sequence[Asked], trials: int) -> Section | None:
+def importance_section(asked: Sequence[Asked], completed: Sequence[RunRecord]) -> Section | None:
     found = [(objective, shares) for one in asked for objective, shares in one.importance.items() if shares]
     if not found:
         return None
@@ -220,7 +220,11 @@ def importance_section(asked: Sequence[Asked], trials: int) -> Section | None:
         "Share of the objective's variance over the trials that each axis explains (fANOVA): a description of what was"
     )
     note += " searched, not of what would matter elsewhere."
-    points = []
+    points, trials = [], len(completed)
+    if any(".loss" in objective for objective, _ in found) and len({r.plan.format for r in completed if r.plan}) > 1:
+        points.append(
+            "Formats have end tokens of their own, and a loss counts them: what a format explains is theirs too."
+        )
     if trials < LEAST_TRIALS * axes:
         points.append(f"{trials} trials for {axes} axes are too few to trust it: at least {LEAST_TRIALS} an axis.")
     if any(ladders_of(one) for one in asked):

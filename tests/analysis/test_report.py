@@ -112,7 +112,7 @@ def test_a_winner_is_told_with_how_many_it_cannot_be_told_from() -> None:
         for s in (1, 2, 3)
     ]
     (sentence,) = of(runs).headline
-    assert "2 of the others can't be told from it or are better" in sentence
+    assert "Over 2 of the others it isn't shown to be better." in sentence
 
 
 def test_the_ladders_sentence_is_the_headline_and_its_interval_is_drawn() -> None:
