@@ -180,16 +180,17 @@ class Context:
 
     def _side_by_side(self, paths: Sequence[Sequence[int]]) -> list[Tensor]:
         assert self.cache is not None
-        model, rows, lengths = self.model, len(self.ids), [len(path) for path in paths]
+        model, rows = self.model, len(self.ids)
         ids = torch.tensor([token for path in paths for token in path], device=model.device).expand(rows, -1)
-        depths = torch.tensor([depth for length in lengths for depth in range(length)], device=model.device)
-        own = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool().to(model.device)
+        path_of = torch.tensor([number for number, path in enumerate(paths) for _ in path], device=model.device)
+        depth = torch.tensor([depth for path in paths for depth in range(len(path))], device=model.device)
+        own = (path_of[:, None] == path_of) & (depth[:, None] >= depth)
         seen = torch.cat([self.mask.bool()[:, None].expand(-1, len(own), -1), own.expand(rows, -1, -1)], dim=2)
         dtype = model.base.get_input_embeddings().weight.dtype
         hidden = torch.zeros(seen.shape, dtype=dtype, device=model.device).masked_fill(~seen, torch.finfo(dtype).min)
-        positions = self.mask.sum(dim=1, keepdim=True) + depths
+        positions = self.mask.sum(dim=1, keepdim=True) + depth
         logits, _ = model(ids, hidden[:, None], ids.shape[1], _fork(self.cache), use_cache=True, positions=positions)
-        return list(logits.split(lengths, dim=1))
+        return [logits[:, path_of == number] for number in range(len(paths))]
 
 
 def read(model: CausalModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Context]:
