@@ -30,6 +30,8 @@ TABLE = ROOT / "docs" / "predicted_memory.csv"
 PICTURE = ROOT / "docs" / "pictures" / "predicted_memory.png"
 FITTED = ("llama", "gpt2", "gpt_neox")
 """Said before anything was measured: constants may be fitted to these architectures; all others are held out."""
+FRESH = ("mistral", "qwen2", "olmo2")
+"""Held out, and measured after form and constants of the formula were fixed: nobody had seen them."""
 STEPS = 2
 
 
@@ -52,7 +54,9 @@ class Case:
 
     @property
     def split(self) -> str:
-        return "fit" if self.architecture in FITTED else "held out"
+        if self.architecture in FITTED:
+            return "fit"
+        return "fresh" if self.architecture in FRESH else "held out"
 
 
 CASES = (
@@ -105,6 +109,12 @@ CASES = (
     Case("smollm2_135m", 576, 30, 49152, "fp32", 16, "all_linear", 2, 512),
     Case("smollm2_135m", 576, 30, 49152, "nf4", 8, "attention", 4, 128),
     Case("smollm2_135m", 576, 30, 49152, "nf4", 16, "all_linear", 2, 512),
+    Case("mistral", 512, 4, 8192, "nf4", 8, "all_linear", 4, 256),
+    Case("mistral", 512, 6, 4096, "fp32", 16, "all_linear", 4, 256, checkpointing=True),
+    Case("qwen2", 512, 6, 16384, "bf16", 16, "attention", 4, 256),
+    Case("qwen2", 384, 4, 4096, "int8", 8, "mlp", 8, 256, ragged=True),
+    Case("olmo2", 512, 4, 4096, "fp32", 8, "all_linear", 4, 256),
+    Case("olmo2", 512, 6, 16384, "nf4", 16, "attention", 2, 512),
 )
 
 
@@ -127,6 +137,9 @@ def shape_of(case: Case) -> dict[str, Any]:
     plain = tied | {"hidden_size": case.hidden, "num_hidden_layers": case.layers, "num_attention_heads": heads}
     named: dict[str, dict[str, Any]] = {
         "llama": modern,
+        "mistral": modern | {"head_dim": 64},
+        "qwen2": modern,
+        "olmo2": modern,
         "qwen3": modern | {"head_dim": 64},
         "gemma3_text": modern | {"head_dim": 64, "tie_word_embeddings": True},
         "phi3": modern | {"original_max_position_embeddings": 1024},
@@ -314,7 +327,7 @@ def draw(rows: Sequence[Row], path: Path = PICTURE) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 6))
-    for split, marker in (("fit", "o"), ("held out", "s")):
+    for split, marker in (("fit", "o"), ("held out", "s"), ("fresh", "^")):
         chosen = [row for row in rows if row.case.split == split]
         measured = [row.measured_peak_bytes / 1e6 for row in chosen]
         axes.scatter(measured, [predict(row.case).peak_bytes / 1e6 for row in chosen], marker=marker, label=split)
@@ -327,7 +340,7 @@ def draw(rows: Sequence[Row], path: Path = PICTURE) -> None:
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
-    for split in ("fit", "held out"):
+    for split in ("fit", "held out", "fresh"):
         errors = [predict(row.case).peak_bytes / row.measured_peak_bytes - 1 for row in rows if row.case.split == split]
         if errors:
             within = sum(abs(error) <= 0.1 for error in errors)
