@@ -26,8 +26,11 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
     """Open the storage at ``url``, creating its tables once whoever comes first.
 
     Raises:
-        StudyError: the database is damaged, or can't be reached.
+        StudyError: the database is damaged, can't be reached, or is one in memory.
     """
+    if url == "sqlite://" or (url.startswith(SQLITE) and (":memory:" in url or "mode=memory" in url)):
+        what = "a storage in memory ends with its process, and those of a study are several"
+        raise StudyError(what, url, "sweep.storage=null for optuna.db under output_root, or sqlite:////DIR/FILE.db")
     file = sqlite_file(url)
     if file is None:
         return _opened(url, {}, name)
