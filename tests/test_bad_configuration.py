@@ -77,6 +77,7 @@ WRONG = [
     (["training.device=tpu"], ["training.device", "cuda"]),
     (["training.threads=0"], ["training.threads"]),
     (["training.threads=100000"], ["training.threads", "1024"]),
+    (["lora.dtype=float16"], ["lora.dtype", "adamw_torch", "bfloat16"]),
     (["training.learning_rate=inf"], ["training.learning_rate", "finite"]),
     (["task.path=rows.jsonl"], ["task.path", "task=local task.path="]),
     (["task.hub_id=a/b"], ["task.hub_id", "task=hub task.hub_id=a/b"]),
