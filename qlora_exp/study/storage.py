@@ -130,6 +130,18 @@ def _opened(
         ) from None
 
 
+def unreachable(error: BaseException) -> bool:
+    """Whether ``error`` is that of a storage which doesn't answer: its server is gone, or its file kept locked."""
+    return isinstance(error, sqlalchemy.exc.OperationalError | optuna.exceptions.StorageInternalError)
+
+
+def lost(error: BaseException, url: str, name: str) -> StudyError:
+    """What to tell of an :func:`unreachable` storage."""
+    reason = str(error.__cause__ or error).splitlines()[0]
+    hint = f"when it answers again: qlora-exp resume {name}"
+    return StudyError(f"the study's storage doesn't answer: {reason}", _shown(url), hint)
+
+
 def _do_not_wait(connection: Any, _: object) -> None:
     """A commit to the write-ahead log then is one write without a wait for the disk. What is committed outlives every
     process that is killed; a power failure may take back the last commits, never damage the file."""
