@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 STORAGE_VARIABLE = "QLORA_EXP_STORAGE"
 """Environment variable with the URL of the storage: a password stays off command lines and out of files."""
 
+DOES_NOT_FIT = "DOES_NOT_FIT"
+"""The status of a trial that was not started, since it was predicted not to fit; Optuna's state of it is PRUNED."""
+
 LOOK_SECONDS = 1.0
 SHOWN_BEST = 5
 
@@ -118,8 +121,9 @@ def show_progress(counts: Counts) -> str:
     """``12 of 20 trials done: 9 finished, 2 pruned, 1 failed; 2 running, 6 to come``."""
     told = f"{counts.finished} of {counts.total} trials done: {counts.completed} finished, {counts.pruned} pruned"
     left = counts.waiting + counts.to_ask
+    refused = f", {counts.refused} predicted not to fit" if counts.refused else ""
     more = f"; {counts.running} running, {left} to come" if left or counts.running else ""
-    return f"{told}, {counts.failed} failed{more}"
+    return f"{told}, {counts.failed} failed{refused}{more}"
 
 
 def seconds_left(rows: Sequence[TrialRow], counts: Counts, at_once: int) -> float | None:
@@ -173,6 +177,8 @@ def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
 
 def status_text(row: TrialRow) -> str:
     """Ours where the trial has ended, else Optuna's: WAITING, RUNNING."""
+    if row.refusal is not None:
+        return DOES_NOT_FIT
     return row.status.value if row.status is not None else row.state
 
 

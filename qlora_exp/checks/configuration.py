@@ -53,7 +53,7 @@ def _rest(config: Config) -> Iterator[ConfigError]:
 def _budget(config: Config) -> Iterator[ConfigError]:
     budget, batch = config.budget, config.training.batch_size
     yield from at_least("budget.usd_per_hour", budget.usd_per_hour, 0)
-    for key in ("seconds", "tokens", "usd", "kwh"):
+    for key in ("seconds", "tokens", "usd", "kwh", "memory_bytes"):
         yield from above_zero(f"budget.{key}", getattr(budget, key))
     if budget.usd is not None and not budget.usd_per_hour:
         what = "dollars can't be counted without what an hour of this machine costs"

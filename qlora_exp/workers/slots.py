@@ -25,7 +25,7 @@ from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.workers.children import Died, HostProcess
 from qlora_exp.workers.early import HostStart, started
 from qlora_exp.workers.live import SlotState, now
-from qlora_exp.workers.protocol import Answer, DiskFull, Ended, Phase, Question, Run, Step, Wrong
+from qlora_exp.workers.protocol import Answer, DiskFull, Ended, Phase, Question, Refused, Run, Step, Wrong
 
 if TYPE_CHECKING:
     from qlora_exp.workers.worker import Worker
@@ -51,6 +51,13 @@ class Setting:
     workers: WorkersConfig
     outcome_of: Callable[[RunRecord, StudySpec], Outcome]
     budget: BudgetConfig
+    hosts_per_device: int | None
+    """Of a GPU; ``None``: the hosts have none."""
+
+    @property
+    def limits_memory(self) -> bool:
+        """Whether anything says what a trial must fit into."""
+        return self.budget.memory_bytes is not None or self.hosts_per_device is not None
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class TakenOver:
     """Another worker runs the trial by now; the host was ended, and its run is that worker's."""
 
 
-End = Ended | Wrong | DiskFull | Died | Hung | Stopped | TakenOver
+End = Ended | Wrong | Refused | DiskFull | Died | Hung | Stopped | TakenOver
 
 
 class Slot(threading.Thread):
@@ -141,6 +148,7 @@ class Slot(threading.Thread):
                 trial=Trial(spec.name, claim.number, claim.attempt, dict(claim.params)),
                 micro_batch_size=_micro_batch_asked(record),
                 per_item=spec.pruner == "wilcoxon",
+                memory=self.worker.memory_rule(claim) if record is None else None,
             )
         )
         try:
@@ -163,7 +171,7 @@ class Slot(threading.Thread):
             if message is not None:
                 heard, started = clock, True
             match message:
-                case Ended() | Wrong() | DiskFull():
+                case Ended() | Wrong() | Refused() | DiskFull():
                     return message
                 case Question(step, value, items):
                     stop = value is not None and self.worker.report(claim, step, value, items)
@@ -199,6 +207,8 @@ class Slot(threading.Thread):
                 if self._retry_with_half(claim, paths, record):
                     return None
             return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
+        if isinstance(end, Refused):
+            return self.worker.tell(self.number, claim, self._refused(end))
         if isinstance(end, Wrong) and self.worker.nothing_has_ended():
             # The first trial shows what is wrong for all of them: data, a model's files, a name that fits no module.
             self.worker.give_back(self.number, claim)
@@ -211,6 +221,12 @@ class Slot(threading.Thread):
             return self.worker.give_back(self.number, claim)
         why = str(end) if isinstance(end, Hung | Died) else "the run was interrupted from outside"
         return self._lost(claim, paths, record, why)
+
+    def _refused(self, end: Refused) -> Outcome:
+        spec = self.setting.spec
+        kept = (0.0,) * len(spec.constraints)
+        failure = Failure("PredictedNotToFit", end.what, phase="prepare")
+        return Outcome(Status.PRUNED, (None,) * len(spec.objectives), kept, None, failure, end.refusal)
 
     def _lost(self, claim: Claim, paths: RunPaths, record: RunRecord | None, why: str) -> None:
         """The host died or hung. The record says so; the trial is run again from its newest checkpoint, unless this was
