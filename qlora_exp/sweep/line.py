@@ -20,7 +20,7 @@ from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact, redact_overrides, redact_text
-from qlora_exp.standing import Watch, best_table, read_spec, show_progress, storage_of, tracked
+from qlora_exp.standing import Watch, best_table, predicted_memory, read_spec, show_progress, storage_of, tracked
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.sweep.asking import Asked, ask, settings_of
 from qlora_exp.sweep.buying import what_it_buys
@@ -220,6 +220,9 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse, bud
     elif best:
         show(best_table(best, spec))
     print(("SYNTHETIC " if spec.synthetic else "") + show_progress(counts))
+    predicted = predicted_memory(opened.trials(), paths)
+    if predicted is not None:
+        print(predicted.sentence)
     outputs = OutputPaths(paths.folder.parent.parent)
     option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
     name = shlex.quote(spec.name)
