@@ -30,7 +30,7 @@ def feasibility_section(asked: Sequence[Asked]) -> Section | None:
         tuple(f"{one.predicted_memory['sentence']}." for one in limited),
         (table(("study", *COLUMNS.values()), rows),),
         points=(
-            "Whether a trial that was not started would have fitted after all can't be known; the time saved is what its"
-            " whole training was predicted to take, and it might have run out of memory sooner.",
+            "Whether a trial that was not started would have fitted after all can't be known; the time saved is what"
+            " its whole training was predicted to take, and it might have run out of memory sooner.",
         ),
     )

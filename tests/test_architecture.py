@@ -86,8 +86,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "retention": {"records", "study"},
     "rank_doubling": {"compose", "config", "records", "study"},
     "sweep": {
-        *("app", "budget", "compose", "config", "environment", "feasibility", "overrides", "rank_doubling", "records"),
-        *("plan", "planning", "redaction", "standing", "study", "tables", "tracking", "workers"),
+        *("app", "budget", "compose", "config", "environment", "feasibility", "history", "overrides", "plan"),
+        *("rank_doubling", "records"),
+        *("planning", "redaction", "standing", "study", "tables", "tracking", "workers"),
     },
     "hydra_app": {"app", "compose", "config", "sweep"},
     "job": {"app"},
@@ -111,7 +112,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         *(
             "environment",
             "export",
-            "feasibility",
             "history",
             "hydra_app",
             "one_run",

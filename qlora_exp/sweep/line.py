@@ -23,7 +23,7 @@ from qlora_exp.redaction import redact, redact_overrides, redact_text
 from qlora_exp.standing import Watch, best_table, predicted_memory, read_spec, show_progress, storage_of, tracked
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.sweep.asking import Asked, ask, settings_of
-from qlora_exp.sweep.buying import what_it_buys
+from qlora_exp.sweep.buying import check_memory, what_it_buys
 from qlora_exp.sweep.orchestration import orchestrating
 from qlora_exp.tables import bytes_text
 from qlora_exp.workers.early import started_early
@@ -75,6 +75,8 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
     spec, paths = asked.spec, asked.paths
     budget = budget_of(asked.config)
     check_energy(budget, asked.config.training.device)
+    if budget.memory_bytes is not None:
+        check_memory(asked)
     purse = Purse(budget, OutputPaths.of(spec.output_root))
     with contextlib.ExitStack() as held:
         first = held.enter_context(orchestrating(paths, spec.name, asked.sweep.join))

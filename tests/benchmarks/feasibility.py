@@ -2,10 +2,10 @@
 
     python tests/benchmarks/feasibility.py [--memory-bytes 300000000] [--steps 4]
 
-The embedded model on a CPU, a fresh process a trial, one at a time. Every trial's process may have so many bytes of data
-(RLIMIT_DATA) beyond what it has after its imports: torch is then refused memory, as by a card that is full, and the run
-ends as OUT_OF_MEMORY. (RLIMIT_AS also counts what is only reserved, and a cgroup's limit kills the process.) Without
-prediction (``budget.memory_bytes=null``) every trial is started; with it those that are predicted not to fit are not.
+The embedded model on a CPU, a fresh process a trial, one at a time. Every trial's process may have so many bytes of
+data (RLIMIT_DATA) beyond what it has after its imports: torch is then refused memory, as by a card that is full, and
+the run ends as OUT_OF_MEMORY. (RLIMIT_AS also counts what is only reserved, and a cgroup's limit kills the process.)
+Without prediction (``budget.memory_bytes=null``) every trial is started.
 """
 
 from __future__ import annotations
