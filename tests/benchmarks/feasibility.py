@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 from qlora_exp.paths import OutputPaths
@@ -33,11 +35,13 @@ FIXED = (
 )
 STACKS_BYTES = 64 * 2**20
 """Of threads that a training starts after the imports."""
+IN_VAIN = (Status.OUT_OF_MEMORY, Status.FAILED)
 
 
 @dataclass(frozen=True)
 class Swept:
-    """What came of one sweep. Seconds: of the runs that did not complete, and of the whole command."""
+    """What came of one sweep. Seconds: of the trials that did not complete, the start of their processes included, and of
+    the whole command."""
 
     completed: int
     wasted: int
@@ -79,12 +83,14 @@ def counted(outputs: OutputPaths, name: str, seconds: float) -> Swept:
     paths = outputs.study(name)
     rows = Study.open(read_spec(paths), paths).trials()
     vain = [row for row in rows if row.status is not Status.COMPLETED and row.refusal is None]
-    records = [read_record(outputs.run(row.run_id).record) for row in vain if row.run_id is not None]
+    records = [read_record(outputs.run(row.run_id).record) for row in rows if row.run_id is not None]
+    ended = sorted((datetime.fromisoformat(str(record.ended_at)), record.status) for record in records)
+    in_vain = [(end - before).total_seconds() for (before, _), (end, status) in pairwise(ended) if status in IN_VAIN]
     return Swept(
         completed=sum(row.status is Status.COMPLETED for row in rows),
         wasted=len(vain),
         refused=sum(row.refusal is not None for row in rows),
-        wasted_seconds=sum(record.spent.seconds for record in records if record.spent is not None),
+        wasted_seconds=sum(in_vain),
         seconds=seconds,
     )
 
