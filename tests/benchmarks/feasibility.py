@@ -40,8 +40,8 @@ IN_VAIN = (Status.OUT_OF_MEMORY, Status.FAILED)
 
 @dataclass(frozen=True)
 class Swept:
-    """What came of one sweep. Seconds: of the trials that did not complete, the start of their processes included, and of
-    the whole command."""
+    """What came of one sweep. Seconds: of the trials that did not complete, from their processes' start, and of the
+    whole command."""
 
     completed: int
     wasted: int
