@@ -122,7 +122,7 @@ def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Confi
         key: [value for run in runs.values() if (value := measure.of(answering_scores(run))) is not None]
         for key, runs in by_key.items()
     }
-    sd, df = _pooled(values.values())
+    sd, df = pooled_sd(values.values())
     source = _memory_source(records)
     return [_configuration(tuple(runs.values()), varying, values[key], sd, df, source) for key, runs in by_key.items()]
 
@@ -210,8 +210,9 @@ def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
     return " · ".join(parts)
 
 
-def _pooled(samples: Iterable[Sequence[float]]) -> tuple[float | None, int]:
-    """Pooled standard deviation over seeds and its degrees of freedom."""
+def pooled_sd(samples: Iterable[Sequence[float]]) -> tuple[float | None, int]:
+    """Pooled standard deviation over the seeds of each sample, and its degrees of freedom; ``None`` without a second
+    seed."""
     squares, df = 0.0, 0
     for sample in samples:
         if len(sample) > 1:

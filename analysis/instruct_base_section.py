@@ -110,7 +110,7 @@ def _prompts(cells: Sequence[Cell]) -> Table:
 def _contrasts(found: InstructBase) -> Table:
     columns = (
         *("contrast", "in", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "over"),
-        *(("p", "figure"), ("p, adjusted", "figure"), "holds"),
+        *(("p", "p"), ("p, adjusted", "p"), "holds"),
     )
     rows: list[tuple[Value, ...]] = []
     if found.tuned is not None:

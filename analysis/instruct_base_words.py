@@ -22,10 +22,13 @@ def primary_sentence(found: InstructBase) -> str:
     first = found.instruct.configuration.first
     task = first.data.task if first.data is not None else "this task"
     where = task if first.scores.test is not None else f"{task} (its validation split)"
+    names = [cell.name for cell in (found.instruct, found.base)]
+    if found.instruct.rank != found.base.rank:
+        names = [f"{cell.name}, r = {cell.rank}" for cell in (found.instruct, found.base)]
     return (
-        f"On {where}, for this pair of checkpoints ({found.instruct.name} against {found.base.name}, chosen"
-        f" {found.chosen_by}), in bits per byte of the answer: untouched, instruct gains {told(found.untouched)};"
-        f" tuning adds {told(found.gain)}; after tuning {told(found.tuned)}: {verdict(found.tuned, found.margin)}."
+        f"On {where}, for this pair of checkpoints ({names[0]} against {names[1]}, chosen {found.chosen_by}), by how"
+        f" many bits per byte of the answer instruct is better: untouched {told(found.untouched)}; in what tuning gains"
+        f" {told(found.gain)}; after tuning {told(found.tuned)}: {verdict(found.tuned, found.margin)}."
     )
 
 
@@ -43,7 +46,11 @@ def _more(found: InstructBase) -> Iterator[str]:
     yield from _forgetting(by_name.get("instruct over base, general text kept"))
     yield from _stability(found)
     note = baseline_note(found.instruct.configuration), baseline_note(found.base.configuration)
-    yield from (f"{cell.name}: {said}" for cell, said in zip((found.instruct, found.base), note, strict=True) if said)
+    yield from (
+        f"{cell.name}: {said[0].lower()}{said[1:]}"
+        for cell, said in zip((found.instruct, found.base), note, strict=True)
+        if said
+    )
     yield found.tokens.sentence
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qlora_exp.environment import alive, process_identity
 from qlora_exp.errors import RecordError, StudyError
 from qlora_exp.feasibility import Experience, Predicted
+from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Process, Status, from_dict
 from qlora_exp.redaction import REDACTED
@@ -54,15 +55,35 @@ class Running:
 
 
 def read_spec(paths: StudyPaths) -> StudySpec:
-    """``study.json``.
+    """``study.json``, its places those where it is now.
 
     Raises:
-        RecordError: it can't be read.
+        RecordError: it can't be read, or was moved without its database.
     """
     try:
-        return from_dict(StudySpec, json.loads(paths.spec.read_text(encoding="utf-8")), str(paths.spec))
+        spec = from_dict(StudySpec, json.loads(paths.spec.read_text(encoding="utf-8")), str(paths.spec))
     except (OSError, ValueError) as error:
         raise RecordError(f"the study can't be read: {error}", str(paths.spec), "start the sweep again") from None
+    return _where_it_is(spec, paths)
+
+
+def _where_it_is(spec: StudySpec, paths: StudyPaths) -> StudySpec:
+    """The study under the output root that its folder is in now: outputs are moved, copied and mounted elsewhere."""
+    here, there = OutputPaths(paths.folder.absolute().parent.parent), OutputPaths.of(spec.output_root)
+    if here == there or (there.root.exists() and here.root.samefile(there.root)):
+        return spec
+    own = spec.storage == f"sqlite:///{there.optuna_database}"
+    if own and there.optuna_database.exists() and not here.optuna_database.exists():
+        what = f"the study {spec.name} was moved without its database and its runs"
+        hint = f"move all of {there.root} together: runs/, studies/ and optuna.db"
+        raise RecordError(what, f"{paths.folder}, and {there.optuna_database}", hint)
+    kept = [text for text in spec.overrides if not text.startswith("output_root=")]
+    return replace(
+        spec,
+        output_root=str(here.root),
+        overrides=(*kept, f"output_root={hydra_value(str(here.root))}"),
+        storage=f"sqlite:///{here.optuna_database}" if own else spec.storage,
+    )
 
 
 def storage_of(spec: StudySpec, given: str | None = None) -> str:

@@ -82,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("app", "budget", "compose", "config", "endings", "environment", "feasibility", "models", "one_run", "plan"),
         *("records", "redaction", "study", "tracking"),
     },
-    "standing": {"environment", "feasibility", "records", "redaction", "study", "tables", "tracking"},
+    "standing": {"environment", "feasibility", "overrides", "records", "redaction", "study", "tables", "tracking"},
     "retention": {"records", "study"},
     "rank_doubling": {"compose", "config", "records", "study"},
     "sweep": {
@@ -95,6 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "repetition": {"catalogue", "compose", "config", "overrides", "records", "redaction"},
     "export": {"app", "config", "data", "evaluation", "model_card", "models", "records"},
     "doctor": {
+        "calibration",
         "compose",
         "config",
         "environment",
@@ -109,16 +110,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedded": {"app", "compose", "records"},
     "cli": {
         *("__init__", "analysis", "app", "calibration", "catalogue", "compose", "config", "data", "doctor"),
-        *(
-            "environment",
-            "export",
-            "history",
-            "hydra_app",
-            "one_run",
-            "overrides",
-            "planning",
-            "progress",
-        ),
+        *("environment", "export", "history", "hydra_app", "one_run", "overrides", "planning", "progress"),
         *("rank_doubling", "records", "redaction", "repetition", "retention", "standing", "starter", "study"),
         *("sweep", "tables", "tracking"),
     },

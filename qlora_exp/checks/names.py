@@ -40,5 +40,8 @@ OPTIMIZERS_NEEDING_MORE = re.compile(
 )
 """Names of transformers that need another package, another machine or a list of weight matrices of their own."""
 
+MOST_THREADS = 1024
+"""More than any machine has cores; a thousand times as many end the process that asks for them."""
+
 LARGEST_RANK = 65_536
 """Above the width of every model there is, beyond which no rank adds anything."""

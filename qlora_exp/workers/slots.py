@@ -37,7 +37,7 @@ START_SECONDS = 300.0
 GRACE_SECONDS = 120.0
 """After a request to stop now: the end of a step and a checkpoint."""
 LAST_OWNER_SECONDS = 10.0
-"""A host of a killed worker dies within two seconds of it."""
+"""A host of a killed worker ends with it: within two seconds, a little more on a machine with more work than cores."""
 PROBE_BYTES = 1 << 20
 LONGEST_PAUSE_SECONDS = 300.0
 
@@ -108,6 +108,7 @@ class Slot(threading.Thread):
             self.worker.fail(error)
         finally:
             self._end_host(politely=not self.worker.killing)
+            self.worker.ended(self.number)
 
     # One trial.
 

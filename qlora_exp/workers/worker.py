@@ -113,6 +113,7 @@ class Worker:
         outputs = OutputPaths.of(setting.spec.output_root)
         self._purse, self._experience = Purse(setting.budget, outputs), Experience(outputs)
         self._claims: dict[int, Claim] = {}
+        self._at_work: set[int] = set()
         self._calls = threading.RLock()
         self._changed = threading.Condition()
         self._next_heartbeat = self._next_state = 0.0
@@ -121,15 +122,28 @@ class Worker:
         try:
             with self._signals():
                 for slot in slots:
+                    self._at_work.add(slot.number)
                     slot.start()
-                while alive := [slot for slot in slots if slot.is_alive()]:
-                    self._tick()
-                    alive[-1].join(TICK_SECONDS)
+                try:
+                    self._wait()
+                except BaseException:  # a launcher's signal, as submitit has one: the job's time is over
+                    self._stop(NOW)
+                    self._wait()
+                    raise
         finally:
             remove_state(self.setting.paths.workers, self.name)
         if self.error is not None:
             raise self.error
         return WorkerResult(self.told, self.stopping)
+
+    def _wait(self) -> None:
+        """Until every slot has ended. Not by joining them: an exception out of a signal's handler, in a join, has
+        Python 3.11 and 3.12 take a running thread for an ended one."""
+        while self._at_work:
+            self._tick()
+            with self._changed:
+                if self._at_work:
+                    self._changed.wait(TICK_SECONDS)
 
     # What slots ask.
 
@@ -226,6 +240,12 @@ class Worker:
         """The slot has no trial any more."""
         self._claims.pop(slot, None)
         with self._changed:
+            self._changed.notify_all()
+
+    def ended(self, slot: int) -> None:
+        """The slot has ended its host, and does nothing more."""
+        with self._changed:
+            self._at_work.discard(slot)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
