@@ -21,6 +21,7 @@ from qlora_exp.analysis.configurations import Configuration, Measure, best_on_va
 from qlora_exp.analysis.content import Asked, Report, Section
 from qlora_exp.analysis.contrasts import ItemScores
 from qlora_exp.analysis.equal_tokens import token_groups
+from qlora_exp.analysis.feasibility_section import feasibility_section
 from qlora_exp.analysis.instruct_base import InstructBase, baseline_note, compare
 from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.instruct_base_words import primary_lead, primary_sentence
@@ -74,6 +75,7 @@ def build(
         *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], several, asked, items, aside, margin)),
         sections.importance_section(asked, [record for record in records if record.status is Status.COMPLETED]),
         sections.failure_section(records),
+        feasibility_section(asked),
         sections.method_section(groups, records, measure, asked),
         _limits(records, groups, aside, found, measure, _left_open(asked, compared, why_none), unreadable),
     ]

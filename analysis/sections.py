@@ -311,6 +311,8 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
         *(("forgetting", "figure"), ("parameters", "integer"), ("weights", "bytes"), ("model state", "bytes")),
         *(
             ("peak memory", "bytes"),
+            ("predicted need", "bytes"),
+            ("memory bound", "bytes"),
             ("tokens/s", "figure"),
             ("training", "seconds"),
             ("total", "seconds"),
@@ -337,7 +339,8 @@ def _run_row(record: RunRecord) -> tuple[Value, ...]:
         *(before.accuracy if before else None, scores.bits_per_byte if scores else None),
         record.scores.forgetting.difference if record.scores.forgetting else None,
         *(plan.trainable_parameters if plan else None, weights, model_state_bytes(record)),
-        *(record.memory.peak_train_bytes, speed.train_tokens_per_second),
+        *(record.memory.peak_train_bytes, record.fit.corrected_bytes if record.fit else None),
+        *(record.fit.bound_bytes if record.fit else None, speed.train_tokens_per_second),
         *(speed.train_seconds, speed.total_seconds, speed.cost_usd),
     )
 
