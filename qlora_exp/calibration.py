@@ -25,10 +25,14 @@ def rates_file() -> Path:
 
 def known_rate(environment: Environment, quantization: Quantization) -> Rate | None:
     """The rate kept for this machine, device and number of threads; ``None`` before ``qlora-exp calibrate``."""
-    machine = machine_of(environment)
+    found = kept_flops_per_second(environment, quantization)
+    return rate_from_calibration(found, machine_of(environment), quantization.value) if found else None
+
+
+def kept_flops_per_second(environment: Environment, quantization: Quantization) -> float | None:
+    """As ``qlora-exp calibrate`` measured it on this machine, device and number of threads."""
     mode = "nf4" if quantization is Quantization.fp4 else quantization.value
-    found = _read().get(machine, {}).get(mode)
-    return rate_from_calibration(found, machine, quantization.value) if found else None
+    return _read().get(machine_of(environment), {}).get(mode)
 
 
 def known_card_rate(card: str | None, quantization: Quantization) -> Rate | None:

@@ -290,6 +290,10 @@ class BudgetConfig:
     """By the card's own counter."""
     usd_per_hour: float | None
     """Price of this machine; null: cost unknown."""
+    memory_bytes: int | None
+    """Of a run, at its peak: on a GPU what it takes of the card, on a CPU what training adds to the process as it is
+    after imports. A run that is predicted to need more is refused, and a trial not started. null: on a GPU the card's
+    memory, on a CPU no limit."""
 
 
 @dataclass

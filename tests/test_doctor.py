@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from qlora_exp.calibration import rates_file
 from qlora_exp.cli import main
+from qlora_exp.config import Quantization
 from qlora_exp.doctor.checks import _neighbours
-from qlora_exp.doctor.rate import judged, measured_flops_per_second
+from qlora_exp.doctor.rate import calibration, judged, judged_calibration, measured_flops_per_second
 from qlora_exp.doctor.sweep_disk import RECORD_BYTES, sweep_disk, trial_bytes
+from qlora_exp.environment import probe
+from qlora_exp.plan.seconds import machine_of
+from qlora_exp.records import write_json
 from qlora_exp.workers.devices import Gpu, GpuUser
 
 CARD = "NVIDIA A100-SXM4-80GB"
@@ -33,6 +38,35 @@ def test_a_measured_rate_is_judged_by_the_cards_data_sheet(
     assert check.ok is ok
     assert words in check.detail
     assert (check.fix is not None) is (ok is False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "rate", "ok", "words"),
+    [
+        ("cuda", CARD, 100e12, True, "100 TFLOP/s of training kept in bf16, 32% of the data sheet's 312"),
+        ("cuda", CARD, 3e12, False, "1% of"),
+        ("cuda", CARD, 900e12, False, "288% of"),
+        ("cuda", "NVIDIA Unheard-of 1", 9e12, None, "unknown: no data sheet for NVIDIA Unheard-of 1"),
+        ("cpu", "some CPU", 0.1e12, None, "unknown: no data sheet for CPUs"),
+        ("cuda", CARD, None, None, "qlora-exp calibrate measures it"),
+    ],
+)
+def test_a_calibration_is_judged_by_the_cards_data_sheet(
+    kind: str, name: str, rate: float | None, ok: bool | None, words: str
+) -> None:
+    check = judged_calibration(kind, name, Quantization.bf16, rate)
+    assert check.ok is ok
+    assert words in check.detail
+    assert (check.fix is not None) is (ok is False)
+
+
+def test_the_calibration_that_doctor_judges_is_the_one_that_plans_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "none of this device" in calibration().detail
+    write_json(rates_file(), {machine_of(probe()): dict.fromkeys(("fp32", "fp16", "bf16"), 0.25e12)})
+    assert "0.25 TFLOP/s of training kept" in calibration().detail
 
 
 def test_the_rate_of_this_machine_is_one_that_a_machine_can_have() -> None:

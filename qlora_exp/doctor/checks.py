@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from qlora_exp import environment
 from qlora_exp.doctor.check import Check, guarded
-from qlora_exp.doctor.rate import matmul_rate
+from qlora_exp.doctor.rate import calibration, matmul_rate
 from qlora_exp.doctor.sweep_disk import nearest_folder
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import EMBEDDED, PACKAGE, OutputPaths
@@ -49,6 +49,7 @@ def checks(output_root: str | Path, self_test: bool = True) -> Iterator[Check]:
         ("threads", threads),
         ("cuda driver", cuda_driver),
         ("gpu memory", gpu_neighbours),
+        ("calibration", calibration),
         ("disk", lambda: disk_space(outputs)),
         ("output_root", lambda: writable(outputs)),
         ("mlflow database", lambda: tracking_database(outputs)),

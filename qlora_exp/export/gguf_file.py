@@ -1,8 +1,8 @@
 """A merged model as one GGUF file, which llama.cpp runs on phones and elsewhere without Python.
 
 Written with llama.cpp's own ``gguf`` package. llama.cpp's converter is a script of its repository and not to be had
-from PyPI; what it does for the Llama family and Qwen (names, the order of query and key rows, hyperparameters,
-byte-level BPE vocabularies) is done here.
+from PyPI; what it does for the Llama family, Qwen and Gemma 3 (names, the order of query and key rows, hyperparameters,
+byte-level BPE and SentencePiece vocabularies) is done here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlora_exp.errors import ModelError
 
-ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma3_text": "GEMMA3"}
 """transformers' model_type → the name of gguf's architecture."""
 PERMUTED = ("LLAMA",)
 """Architectures that llama.cpp rotates in neighbouring pairs, and transformers in halves."""
 ROPE_TYPES = ("default", "linear", "llama3")
+FULL_ATTENTION_EVERY = 6
+"""Layers of Gemma 3, as llama.cpp has it; the others attend to a sliding window."""
 BLOCK = 32
 """Weights of a row that share a scale. The K types (Q4_K …) share over 256: no choice for rows of 192."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -40,6 +42,12 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, Any], ...], str] = {
 }
 """How a text is cut before merging, as tokenizer.json says it → what llama.cpp calls it. Anything else is refused: a
 text cut otherwise gives other tokens than those that the model was trained on."""
+SENTENCEPIECE = "default"
+"""What llama.cpp calls a SentencePiece vocabulary with bytes for what it hasn't, as Gemma has it."""
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+SPACES_ONLY = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+"""The one thing that Gemma's tokenizer does to a text before merging."""
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -53,9 +61,11 @@ def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
     rope = _rope(config).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise ModelError(f"no GGUF file can be written of rotary embeddings scaled by {rope}", where, hint)
+    if (unlike := _unlike_llama_cpp(config)) is not None:
+        raise ModelError(f"no GGUF file can be written of this {config.model_type}: {unlike}", where, hint)
     if _pre_tokenizer(tokenizer) is None:
-        what = "no GGUF file can be written of this tokenizer: only byte-level BPE as GPT-2, SmolLM, Llama 3 and Qwen"
-        raise ModelError(f"{what} have it", where, hint)
+        what = "only byte-level BPE as GPT-2, SmolLM, Llama 3 and Qwen have it, and SentencePiece as Gemma has it"
+        raise ModelError(f"no GGUF file can be written of this tokenizer: {what}", where, hint)
 
 
 def write_gguf(model: PreTrainedModel, tokenizer: Path, path: Path, kind: str, name: str) -> None:
@@ -89,8 +99,26 @@ def _architecture(config: PretrainedConfig) -> str:
     return ARCHITECTURES[config.model_type]
 
 
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    return dict(getattr(config, "rope_parameters", None) or {})
+def _rope(config: PretrainedConfig, attention: str = "full_attention") -> dict[str, Any]:
+    """Rotary embeddings; of layers with this ``attention`` where each kind has its own."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    return dict(rope.get(attention) or {}) if "full_attention" in rope else rope
+
+
+def _unlike_llama_cpp(config: PretrainedConfig) -> str | None:
+    """What a configuration of Gemma 3 may say and llama.cpp takes for granted otherwise."""
+    if _architecture(config) != "GEMMA3":
+        return None
+    full = [(layer + 1) % FULL_ATTENTION_EVERY == 0 for layer in range(config.num_hidden_layers)]
+    if [kind == "full_attention" for kind in config.layer_types] != full:
+        return f"not every sixth layer attends to everything: {', '.join(config.layer_types)}"
+    if config.query_pre_attn_scalar != _head_width(config):
+        return f"its scores are scaled by {config.query_pre_attn_scalar}, not by the width of a head"
+    if _rope(config, "sliding_attention").get("rope_type", "default") != "default":
+        return "rotary embeddings are scaled in layers with a sliding window"
+    if config.use_bidirectional_attention or config.attn_logit_softcapping or config.final_logit_softcapping:
+        return "bidirectional attention, or a cap on scores or logits"
+    return None
 
 
 def _head_width(config: PretrainedConfig) -> int:
@@ -127,6 +155,9 @@ def _add_hyperparameters(writer: Any, config: PretrainedConfig) -> None:
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if _architecture(config) == "GEMMA3":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_freq_base_swa(_rope(config, "sliding_attention")["rope_theta"])
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
@@ -149,6 +180,8 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
             values = _in_pairs(values, config.num_attention_heads)
         elif architecture in PERMUTED and ".k_proj." in name:
             values = _in_pairs(values, config.num_key_value_heads)
+        elif architecture == "GEMMA3" and name.endswith("norm.weight"):
+            values = values + 1  # transformers' Gemma3RMSNorm multiplies by 1 + weight
         yield str(found), values
 
 
@@ -184,8 +217,11 @@ def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _pre_tokenizer_of(raw: dict[str, Any]) -> str | None:
     model, cut = raw.get("model") or {}, raw.get("pre_tokenizer") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    if model.get("type") != "BPE":
         return None
+    if model.get("byte_fallback"):  # cutting at spaces does nothing: there are none left
+        at_spaces = not cut or cut.get("pattern") == {"String": " "}
+        return SENTENCEPIECE if raw.get("normalizer") == SPACES_ONLY and at_spaces else None
     steps = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
     return PRE_TOKENIZERS.get(tuple((str(step.get("type")), _said(step)) for step in steps))
 
@@ -203,25 +239,50 @@ def _said(step: dict[str, Any]) -> Any:
 
 
 def _add_vocabulary(writer: Any, folder: Path, size: int) -> None:
-    """Tokens in their byte-level spelling, what kind each is, merges, special tokens and the chat template."""
+    """Tokens as tokenizer.json spells them, what kind each is, merges or scores, special tokens, the chat template."""
     import gguf
 
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    pre = _pre_tokenizer_of(raw)
     spelled = {number: token for token, number in raw["model"]["vocab"].items()}
     added = {token["id"]: token for token in raw["added_tokens"]}
-    tokens, types = [], []
-    for number in range(size):
-        if number in added:
-            tokens.append(added[number]["content"])
-            types.append(gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED)
-        else:
-            tokens.append(spelled.get(number, f"[PAD{number}]"))
-            types.append(gguf.TokenType.NORMAL if number in spelled else gguf.TokenType.UNUSED)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer_of(raw))
-    writer.add_token_list(tokens)
+    tokens = [added[number]["content"] if number in added else spelled.get(number) for number in range(size)]
+    types = [_token_type(raw, added.get(number), token) for number, token in enumerate(tokens)]
+    if pre == SENTENCEPIECE:  # whose added tokens are found in a text before its spaces are replaced
+        tokens = [
+            token.replace(SPACE, " ") if token and kind == gguf.TokenType.USER_DEFINED else token
+            for token, kind in zip(tokens, types, strict=True)
+        ]
+        writer.add_token_scores(_scores(raw, tokens))
+        writer.add_add_space_prefix(False)
+    writer.add_tokenizer_model("llama" if pre == SENTENCEPIECE else "gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([f"[PAD{number}]" if token is None else token for number, token in enumerate(tokens)])
     writer.add_token_types(types)
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
+    special = gguf.SpecialVocab(folder, load_merges=pre != SENTENCEPIECE, n_vocab=size)
     if isinstance(special.chat_template, str):
         special.chat_template = TRAINING_MARKS.sub("", special.chat_template)
     special.add_to_gguf(writer, quiet=True)
+
+
+def _token_type(raw: dict[str, Any], added: dict[str, Any] | None, token: str | None) -> Any:
+    import gguf
+
+    types, model = gguf.TokenType, raw["model"]
+    if token is None:
+        return types.UNUSED
+    if model.get("byte_fallback") and token == model.get("unk_token"):
+        return types.UNKNOWN
+    if added is not None:
+        return types.CONTROL if added["special"] else types.USER_DEFINED
+    return types.BYTE if model.get("byte_fallback") and BYTE.fullmatch(token) else types.NORMAL
+
+
+def _scores(raw: dict[str, Any], tokens: Sequence[str | None]) -> list[float]:
+    """What SentencePiece merges first: the earlier the merge that makes a token, the higher. The order of the merges in
+    tokenizer.json is that of SentencePiece's own scores, of which transformers makes them."""
+    merges = raw["model"]["merges"]
+    made: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        made.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    return [-float(made.get(token or "", len(merges))) for token in tokens]

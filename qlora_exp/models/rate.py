@@ -15,21 +15,24 @@ from qlora_exp.models.describe import architecture_of
 from qlora_exp.models.sources import ModelSource
 from qlora_exp.plan.seconds import train_flops_per_token
 
-ROWS, LENGTH = 4, 128
+SIZES = {"cpu": (512, 4, 4, 128), "cuda": (2048, 2, 16, 512)}
+"""Hidden width, layers, rows, tokens a row: on a card enough work a kernel that it doesn't wait for its host (assumed:
+none was at hand)."""
 VOCABULARY = 4096
 
 
 def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: float) -> float:
     """Floating-point operations a second, counted as :func:`train_flops_per_token` counts them, of forward and backward
-    passes through a frozen base of 17 million parameters, repeated for ``seconds`` after one that isn't counted."""
+    passes through a frozen random base, repeated for ``seconds`` after one that isn't counted."""
     quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0)
+    hidden, layers, rows, length = SIZES[device_kind]
     with tempfile.TemporaryDirectory() as folder, quiet_loading():
-        _llama().save_pretrained(folder)
+        _llama(hidden, layers, length).save_pretrained(folder)
         model = load_model(ModelSource("calibration", folder, None, None, True), quantization, "sdpa", device_kind)
     model.train()
     model.get_input_embeddings().register_forward_hook(_with_gradient)
-    flops = ROWS * LENGTH * train_flops_per_token(architecture_of(model), 0, LENGTH, False, fused_head=False)
-    tokens = torch.arange(ROWS * LENGTH, device=model.device).reshape(ROWS, LENGTH) % VOCABULARY
+    flops = rows * length * train_flops_per_token(architecture_of(model), 0, length, False, fused_head=False)
+    tokens = torch.arange(rows * length, device=model.device).reshape(rows, length) % VOCABULARY
     _pass(model, tokens)
     steps, began = 0, time.perf_counter()
     while steps == 0 or time.perf_counter() - began < seconds:
@@ -38,16 +41,16 @@ def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: flo
     return steps * flops / (time.perf_counter() - began)
 
 
-def _llama() -> LlamaForCausalLM:
+def _llama(hidden: int, layers: int, length: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=4,
-            num_attention_heads=8,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
             vocab_size=VOCABULARY,
-            max_position_embeddings=LENGTH,
+            max_position_embeddings=length,
         )
     )
 
