@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,21 @@ def test_a_study_goes_on_where_its_outputs_were_moved_to(capsys: pytest.CaptureF
     assert main(["resume", "s", "sweep.n_trials=3", *root]) == 0
     assert statuses("second/outputs", capsys) == ["COMPLETED"] * 3
     assert len(list(Path("second/outputs/runs").iterdir())) == 3
-    assert main(["sync", *root]) == 0
-    assert not Path("first").exists()
+    assert not Path("first/outputs").exists()
+
+
+def places_of_artifacts(database: Path) -> set[str]:
+    with closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("SELECT artifact_uri FROM runs UNION SELECT artifact_location FROM experiments")
+        return {str(uri) for (uri,) in rows if "mlartifacts" in str(uri)}
+
+
+def test_artifacts_that_were_moved_with_the_tracking_database_are_found_there() -> None:
+    Path("first").rename("second")
+    assert main(["sync", "--output-root", "second/outputs"]) == 0
+    places = places_of_artifacts(Path("second/mlflow.db"))
+    assert len(places) >= 2
+    assert all(uri.startswith(Path("second/mlartifacts").absolute().as_uri()) for uri in places)
 
 
 def test_a_copy_of_a_study_goes_on_by_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,9 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
             override = parse(text)
             if is_ours(override):
                 found.extend(_problems_of_one(override, text, multirun, searched))
+            elif override.is_sweep_override():
+                what = f"{override.key_or_group} says how runs are launched, and has one value"
+                found.append(ConfigError(what, text, "choose one of them"))
             elif override.key_or_group in PLUGIN_GROUPS:
                 found.extend(_problems_of_plugin(override, text))
         except ConfigError as error:
@@ -113,7 +116,7 @@ def _problems_of_choice(override: Override, text: str, valid: list[str]) -> Iter
     key = override.key_or_group
     for value in values_of(override):
         name = str(value)
-        if name not in valid and not (key == "sweeps" and value is None):
+        if name not in valid:
             hint = nearest(name, valid)
             if key == "model" and Path(name).expanduser().exists():
                 hint = f"model=local model.path={name}"

@@ -140,11 +140,32 @@ def _constructed(make: Any, kind: type, options: dict[str, Any], where: str) -> 
             if name not in valid
         ]
     )
+    raise_all(
+        [
+            ConfigError(f"{kind.__name__}'s {name} can't be {value!r}", f"{where}.{name}", f"its type: {told}")
+            for name, value in options.items()
+            if (told := _other_type(kind, name, value))
+        ]
+    )
     try:
         with _may_be_experimental():
             return make()
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{kind.__name__} can't be made: {error}", where, f"options: {options}") from None
+
+
+PLAIN_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
+
+
+def _other_type(kind: type, name: str, value: Any) -> str | None:
+    """The type that an option should have, where ``value`` isn't of it: the first trial would be the one to find out.
+    Read as it is written: Optuna imports the names in it for type checkers alone."""
+    annotation = inspect.signature(kind).parameters[name].annotation
+    told = str(getattr(annotation, "__name__", annotation))
+    names = [one.strip() for one in told.split("|")]
+    if not all(one in PLAIN_TYPES for one in names):
+        return None
+    return None if any(type(value) in PLAIN_TYPES[one] for one in names) else told
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
     own = compose.search_folders(given)[1:]
     if own:
         hydra.append(compose.search_path(own))
+    asked = None
     try:
         asked = ask([*arguments, *hydra], params)
         job = config.hydra.job
@@ -52,13 +53,20 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
     except QloraExpError as error:
         tell(error)
         code = EXIT_WRONG_INPUT
-    except OSError as error:
-        told = unwritable(error)
+    except Exception as error:
+        told = _told_of(error, asked.spec if asked is not None else None)
         if told is None:
             raise
         tell(told)
         code = EXIT_WRONG_INPUT
     raise Ended(code)
+
+
+def _told_of(error: Exception, spec: StudySpec | None) -> QloraExpError | None:
+    """``None``: a fault of ours, which shows itself."""
+    if isinstance(error, OSError):
+        return unwritable(error)
+    return study.lost(error, spec.storage, spec.name) if spec is not None and study.unreachable(error) else None
 
 
 def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 FAILURES, BUDGET, MEMORY = "failures", "budget", "memory"
 TICK_SECONDS = 0.5
 STATE_SECONDS = 1.0
-FULL_SECONDS = 2.0
+WAIT_SECONDS = 2.0
 
 
 class Studied(Protocol):
@@ -254,19 +254,25 @@ class Worker:
         self._stop(NOW)
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """One call to the study. A full disk is waited for: nothing that has been reached may be lost."""
-        told = False
+        """One call to the study. A full disk is waited for, and a lease long for a server that doesn't answer: nothing
+        that has been reached may be lost."""
+        told, until = False, time.monotonic() + self.setting.workers.lease_seconds
         while True:
             try:
                 with self._calls:
                     return call()
             except Exception as error:  # whatever the storage's driver raises
-                if not disk_full(error) or self.killing:
+                full, gone = disk_full(error), study_room.unreachable(error)
+                if self.killing or not (full or gone):
                     raise
+                problem = study_room.lost(error, self.setting.spec.storage, self.setting.spec.name)
+                if not full and time.monotonic() > until:
+                    raise problem from None
                 if not told:
-                    print(f"the study can't be written: {error}; waiting for space", file=sys.stderr, flush=True)
+                    what = f"the study can't be written: {error}; waiting for space" if full else problem.what
+                    print(what, file=sys.stderr, flush=True)
                     told = True
-                time.sleep(FULL_SECONDS)
+                time.sleep(WAIT_SECONDS)
 
     # What happens twice a second.
 
@@ -290,7 +296,8 @@ class Worker:
                 if not self.study.heartbeat(claim):
                     self.taken_over.add((claim.trial_id, claim.attempt))
         except Exception as error:  # as in _ask
-            print(f"trial {claim.number}: no heartbeat: {error}", file=sys.stderr, flush=True)
+            if not study_room.unreachable(error):  # the next call tells
+                print(f"trial {claim.number}: no heartbeat: {error}", file=sys.stderr, flush=True)
 
     def _stop_file(self) -> str | None:
         try:

@@ -118,14 +118,28 @@ def test_orchestrators_share_a_study_of_a_server_and_one_that_is_killed_costs_no
     assert PASSWORD not in told
 
 
-def test_a_server_that_goes_away_is_told_and_resume_does_the_rest(tmp_path: Path, server: Server) -> None:
+def test_a_server_that_is_restarted_costs_nothing(tmp_path: Path, server: Server) -> None:
     root = tmp_path / "outputs"
-    sweep = Sweep(multirun(root, *EIGHT))
+    sweep = Sweep(multirun(root, *EIGHT, "workers.count=2"))
+    wait_until(lambda: len(records(root)) >= 2 or not sweep.alive, "no two trials begin")
+    server.stop()
+    server.start()
+    code, told = sweep.wait()
+    assert code == 0, told
+    assert [row["status"] for row in trials(root, "served")] == ["COMPLETED"] * 8
+    assert sorted(record["trial"]["number"] for record in records(root)) == list(range(8))
+    assert [record["trial"]["attempt"] for record in records(root)] == [1] * 8
+
+
+def test_a_server_that_stays_away_is_told_and_resume_does_the_rest(tmp_path: Path, server: Server) -> None:
+    root = tmp_path / "outputs"
+    sweep = Sweep(multirun(root, *EIGHT, "workers.lease_seconds=6"))
     wait_until(lambda: len(records(root)) >= 2 or not sweep.alive, "no two trials begin")
     server.stop()
     code, told = sweep.wait()
-    assert code in (1, 2), told
+    assert code == 2, told
     assert "Traceback" not in told
+    assert "qlora-exp resume served" in told
     assert PASSWORD not in told
     text = finish(verb(root, "status", "served"), code=2)
     assert "can't be opened" in text
