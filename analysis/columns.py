@@ -10,27 +10,36 @@ from qlora_exp.analysis.reading import Row
 from qlora_exp.errors import AnalysisError, nearest
 
 ALIASES: dict[str, tuple[str, ...]] = {
-    "rank": ("rank", "r", "lora_r", "lora_rank", "lora.r", "lora.rank", "config.lora.r", "params.lora.r", "peft.r"),
-    "seed": ("seed", "random_seed", "config.seed", "params.seed", "training.seed"),
+    "rank": ("rank", "r", "lora_r", "lora_rank", "lora.r", "lora.rank", "peft.r", "peft_config.r", "lora_config.r"),
+    "seed": ("seed", "random_seed", "training.seed"),
     "item": ("item", "item_id", "example", "example_id", "sample_id", "question_id"),
     "memory": ("memory", "memory_bytes", "peak_memory", "peak_memory_bytes", "peak_train_bytes", "vram", "max_memory"),
     "seconds": ("seconds", "train_seconds", "runtime", "_runtime", "train_runtime", "train_time", "duration", "time"),
-    "std": ("std", "sd", "stdev", "stddev"),
+    "std": ("std", "sd", "stdev", "stddev", "std_dev"),
     "se": ("se", "sem", "stderr", "std_err", "standard_error"),
     "count": ("n", "n_seeds", "num_seeds", "seeds", "runs", "n_runs"),
 }
-"""Column names by meaning, in lower case, the likeliest first."""
+"""Column names by meaning as :func:`_bare` gives them, the likeliest first."""
+
+EXPORTED = ("config", "params", "hparams", "summary", "metrics", "tags", "run_info", "train_info")
+"""What trackers put before a name: ``params.lora.r`` of MLflow, ``config.lora_r`` and ``summary.loss`` of W&B."""
 
 CONFIGURATION = ("configuration", "config", "model", "variant", "quantization", "targets", "task", "dataset", "method")
 """Columns that tell configurations apart; all that are there count."""
 
+PROTOCOL = (
+    *("steps", "max_steps", "train_steps", "epochs", "num_epochs", "num_train_epochs", "max_tokens", "batch_size"),
+    *("split", "data_fingerprint", "fingerprint", "adapter_dtype", "dtype", "max_length", "max_items"),
+)
+"""What has to be equal before two scores mean the same."""
+
 LOWER_IS_BETTER = (
-    *("loss_per_item", "eval_loss", "eval/loss", "test_loss", "val_loss", "validation_loss", "loss", "nll", "ppl"),
+    *("loss_per_item", "eval_loss", "eval.loss", "test_loss", "val_loss", "validation_loss", "loss", "nll", "ppl"),
     *("perplexity", "bits_per_byte", "error", "error_rate", "wer", "cer", "mae", "mse", "rmse"),
 )
 HIGHER_IS_BETTER = (
-    *("accuracy", "acc", "eval_accuracy", "eval/accuracy", "test_accuracy", "test/accuracy", "exact_match", "macro_f1"),
-    *("f1", "rouge_l", "rougel", "rouge", "bleu", "auc", "mcc", "win_rate", "pass@1", "em", "score"),
+    *("accuracy", "acc", "eval_accuracy", "eval.accuracy", "test_accuracy", "test.accuracy", "exact_match", "macro_f1"),
+    *("f1", "correct", "rouge_l", "rougel", "rouge", "bleu", "auc", "mcc", "win_rate", "pass@1", "em", "score"),
 )
 """Names of scores whose direction is known; ``score`` as scikit-learn has it."""
 
@@ -42,6 +51,8 @@ class Columns:
     named: dict[str, str]
     score: str
     configuration: tuple[str, ...]
+    protocol: tuple[str, ...]
+    """Of which no configuration may have two values."""
     higher_is_better: bool
     notes: tuple[str, ...]
 
@@ -58,24 +69,34 @@ def find_columns(rows: Sequence[Row], chosen: Mapping[str, str], higher_is_bette
     """
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     by_lower = {name.lower(): name for name in reversed(names)}
-    named = {
-        meaning: by_lower[next(alias for alias in aliases if alias in by_lower)]
-        for meaning, aliases in ALIASES.items()
-        if any(alias in by_lower for alias in aliases)
-    }
+    named = {meaning: found[0] for meaning, aliases in ALIASES.items() if (found := _known(names, aliases))}
     named |= {meaning: _chosen(name, by_lower, meaning, file) for meaning, name in chosen.items()}
     if "rank" not in named:
         raise AnalysisError(
             "there is no column with the rank", f"{file}: {', '.join(names)}", "name it with --rank-column"
         )
-    score = named.pop("score", None) or _score_column(by_lower, names, file)
+    score = named.pop("score", None) or _score_column(names, file)
     if "configuration" in named:
         configuration: tuple[str, ...] = (named.pop("configuration"),)
     else:
         taken = {score, *named.values()}
-        configuration = tuple(by_lower[n] for n in CONFIGURATION if n in by_lower and by_lower[n] not in taken)
+        configuration = tuple(name for name in _known(names, CONFIGURATION) if name not in taken)
     higher, note = _direction(score, higher_is_better, file)
-    return Columns(named, score, configuration, higher, (note,) if note else ())
+    protocol = tuple(name for name in _known(names, PROTOCOL) if name not in configuration)
+    return Columns(named, score, configuration, protocol, higher, (note,) if note else ())
+
+
+def _known(names: Sequence[str], aliases: Sequence[str]) -> list[str]:
+    """The names that are one of the aliases, in the aliases' order; a name as it stands before one of an export."""
+    found = [(aliases.index(bare), name.count("."), name) for name in names if (bare := _bare(name)) in aliases]
+    return [name for _, _, name in sorted(found)]
+
+
+def _bare(name: str) -> str:
+    parts = name.strip().lower().replace("/", ".").replace(" ", "_").replace("-", "_").split(".")
+    while len(parts) > 1 and parts[0] in EXPORTED:
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def _chosen(name: str, by_lower: Mapping[str, str], meaning: str, file: Path) -> str:
@@ -86,28 +107,24 @@ def _chosen(name: str, by_lower: Mapping[str, str], meaning: str, file: Path) ->
     return by_lower[name.lower()]
 
 
-def _score_column(by_lower: Mapping[str, str], names: Sequence[str], file: Path) -> str:
-    if "score" in by_lower:
-        return by_lower["score"]
-    found = [name for name in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER) if name in by_lower]
+def _score_column(names: Sequence[str], file: Path) -> str:
+    found = _known(names, ("score",)) or _known(names, (*LOWER_IS_BETTER, *HIGHER_IS_BETTER))
     if not found:
         raise AnalysisError(
             "there is no column with the score", f"{file}: {', '.join(names)}", "name it with --score-column"
         )
     if len(found) > 1:
         raise AnalysisError(
-            f"several columns could be the score: {', '.join(by_lower[name] for name in found)}",
-            str(file),
-            "name one with --score-column",
+            f"several columns could be the score: {', '.join(found)}", str(file), "name one with --score-column"
         )
-    return by_lower[found[0]]
+    return found[0]
 
 
 def _direction(score: str, given: bool | None, file: Path) -> tuple[bool, str | None]:
     if given is not None:
         return given, None
-    name = score.lower()
-    last = name.replace("/", ".").rsplit(".", 1)[-1]
+    name = _bare(score)
+    last = name.rsplit(".", 1)[-1]
     for names, higher in ((LOWER_IS_BETTER, False), (HIGHER_IS_BETTER, True)):
         if name in names or last in names:
             return higher, f"{'Higher' if higher else 'Lower'} is taken to be better, by the name {score!r}."

@@ -30,8 +30,8 @@ class Protocol:
     batch_size: int
     adapter_dtype: str
     data_version: int
-    """1 for the rows that most runs were trained and scored on, 2 for the next. Records without ``rows_fingerprint``
-    are told apart within one checkpoint and format alone: their fingerprint covers both."""
+    """1 for the rows that most runs were trained and scored on, 2 for the next. Where a record lacks
+    ``rows_fingerprint`` all are told apart within one checkpoint and format alone: their fingerprint covers both."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def differences(groups: Sequence[Group]) -> list[str]:
     return found
 
 
-def _protocol(record: RunRecord, versions: dict[tuple[str, str], int]) -> Protocol:
+def _protocol(record: RunRecord, versions: dict[str, int]) -> Protocol:
     scores, plan, data = answering_scores(record), record.plan, record.data
     assert scores is not None
     assert plan is not None
@@ -143,7 +143,7 @@ def _protocol(record: RunRecord, versions: dict[tuple[str, str], int]) -> Protoc
         max_tokens=training.get("max_tokens"),
         batch_size=plan.batch_size,
         adapter_dtype=plan.adapter_dtype,
-        data_version=versions[_rows(record, data)],
+        data_version=versions[record.run_id],
     )
 
 
@@ -152,25 +152,28 @@ def _steps(record: RunRecord, planned: int) -> int:
     return planned if training is None or training.ended_by_budget is None else training.steps
 
 
-def _data_versions(records: Iterable[RunRecord]) -> dict[tuple[str, str], int]:
-    """What :func:`_rows` gives → version."""
+def _data_versions(records: Sequence[RunRecord]) -> dict[str, int]:
+    """Run → version of its rows."""
+    everywhere = all(record.data is None or record.data.rows_fingerprint is not None for record in records)
+    read = {
+        record.run_id: ("", record.data.rows_fingerprint or "") if everywhere else _rows(record, record.data)
+        for record in records
+        if record.data is not None
+    }
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in records:
-        if record.data is not None:
-            read_as, fingerprint = _rows(record, record.data)
-            counts[read_as][fingerprint] += 1
-    return {
+    for read_as, fingerprint in read.values():
+        counts[read_as][fingerprint] += 1
+    versions = {
         (read_as, fingerprint): version
         for read_as, found in counts.items()
         for version, (fingerprint, _) in enumerate(found.most_common(), start=1)
     }
+    return {run: versions[rows] for run, rows in read.items()}
 
 
 def _rows(record: RunRecord, data: Data) -> tuple[str, str]:
     """What the fingerprint depends on besides the rows (which checkpoint's tokenizer reads them, in which format), and
     the fingerprint."""
-    if data.rows_fingerprint is not None:
-        return "", data.rows_fingerprint
     model = record.config.get("model") or {}
     written = record.plan.format if record.plan is not None else None
     return f"{model.get('family')} {model.get('path')} {model.get('variant')} {written}", data.fingerprint

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 UNKNOWN = "–"
+MOST_LED = 180
+"""Letters; a paragraph that stands out as a whole doesn't."""
+LEAST_P = 0.0001
+"""Smaller ones say more of the tails of a distribution than of the runs."""
 
 Value = str | int | float | None
 
 
 @dataclass(frozen=True)
 class Column:
-    """``kind``: text, integer, figure (4 digits), bytes, seconds, percent (of 1) or usd."""
+    """``kind``: text, integer, figure (4 digits), p (2 digits), bytes, seconds, percent (of 1) or usd."""
 
     name: str
     kind: str = "text"
@@ -62,6 +66,9 @@ class Asked:
     ladder: Any = None
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Objective → axis → share of the variance."""
+    predicted_memory: Mapping[str, Any] = field(default_factory=dict)
+    """How many trials were not started because they were predicted not to fit, and how right that was; empty where
+    nothing limited their memory."""
 
 
 def shown(value: Value, kind: str) -> str:
@@ -73,9 +80,16 @@ def shown(value: Value, kind: str) -> str:
     return {
         "integer": f"{value:,.0f}",
         "figure": _figure(value),
+        "p": f"{value:.2g}" if value >= LEAST_P else f"< {LEAST_P:g}",
         "bytes": _bytes(value),
         "seconds": f"{value:,.1f} s",
     }.get(kind) or (f"{value:.0%}" if kind == "percent" else f"${value:,.2f}" if kind == "usd" else str(value))
+
+
+def led(sentence: str) -> tuple[str, str]:
+    """What stands out of an answer, its first sentence where that is short, and the rest of it."""
+    first, dot, rest = sentence.partition(". ")
+    return (first + dot.strip(), rest) if len(first) <= MOST_LED else ("", sentence)
 
 
 def table(

@@ -69,9 +69,10 @@ def gain_difference(
     before, after = (difference(a, b, score, items) for a, b in sides)
     if before is None or after is None:
         return None
-    cells = [_items(scored_pairs(a, b, score), score, items) for a, b in sides]
-    if cells[0] is not None and cells[1] is not None and cells[0].shape[1] == cells[1].shape[1]:
-        return interval(cells[1] - cells[0], after.over, trained=True)
+    shared = [scored_pairs(a, b, score) for a, b in sides]
+    cells = _items([*shared[0], *shared[1]], score, items)
+    if cells is not None:
+        return interval(cells[len(shared[0]) :] - cells[: len(shared[0])], after.over, trained=True)
     low, high = (None if bound is None else bound - before.value for bound in (after.low, after.high))
     # What was before is taken as known: its own uncertainty is the items', and they are not at hand.
     return replace(after, value=after.value - before.value, low=low, high=high, p=None)

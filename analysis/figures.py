@@ -159,6 +159,9 @@ def ladder(answer: Mapping[str, Any]) -> Figure | None:
         "showlegend": False,
     }
     layout["xaxis"]["type"] = "category"
+    drawn = [0.0, margin + zone, *gains, *(step[end] for step in steps for end in ("low", "high") if step.get(end))]
+    space = 0.06 * (max(drawn) - min(drawn))
+    layout["yaxis"]["range"] = [min(drawn) - space, max(drawn) + space]
     return {"data": [trace], "layout": layout}
 
 
@@ -183,19 +186,22 @@ def accuracy_by_cell(
             )
     if not traces:
         return None
-    for number, (label, value) in enumerate(lines):
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": escape(label),
-                "x": names,
-                "y": [value] * len(names),
-                "line": {"color": PALETTE[6 + number], "dash": "dash", "width": 2},
-                "hovertemplate": "%{y:.3f}<extra></extra>",
-            }
-        )
-    return {"data": traces, "layout": _layout("", "accuracy, by likelihood") | {"barmode": "group"}}
+    layout = _layout("", "accuracy, by likelihood") | {"barmode": "group"}
+    layout["shapes"] = [
+        {
+            "type": "line",
+            "xref": "paper",
+            "x0": 0,
+            "x1": 1,
+            "y0": value,
+            "y1": value,
+            "name": f"{escape(label)}, {value:.3f}",
+            "showlegend": True,
+            "line": {"color": PALETTE[6 + number], "dash": "dash", "width": 2},
+        }
+        for number, (label, value) in enumerate(lines)
+    ]
+    return {"data": traces, "layout": layout}
 
 
 def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
@@ -216,6 +222,7 @@ def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
             "hovertemplate": "%{y}<br>" + part + " %{x:.3g} MB<extra></extra>",
         }
         for number, part in enumerate(PARTS)
+        if any(b.parts[part] is not None for b in largest)
     ]
     layout = _layout("memory, MB", "") | {"barmode": "stack", "height": 130 + 34 * len(names)}
     layout["legend"] |= {"traceorder": "normal"}

@@ -17,7 +17,7 @@ from scipy import stats
 
 from qlora_exp.analysis import equal_tokens
 from qlora_exp.analysis.comparable import answering_scores, untouched_scores
-from qlora_exp.analysis.configurations import Configuration, mean
+from qlora_exp.analysis.configurations import Configuration, mean, settings_of
 from qlora_exp.analysis.contrasts import (
     INTERVAL,
     LEAST_SEEDS,
@@ -56,7 +56,7 @@ class Cell:
     """``plain`` or ``chat``."""
     configuration: Configuration
     searched: int
-    """Configurations that the cell's was chosen among: pilots of other seeds, or its own runs."""
+    """Configurations that the cell's was chosen among: those of its pilots and of its own runs."""
     untouched: Level
     few_shot: Level | None
     """The untouched model with worked examples; ``None`` where that wasn't scored."""
@@ -79,6 +79,10 @@ class Cell:
     @property
     def runs(self) -> tuple[RunRecord, ...]:
         return self.configuration.runs
+
+    @property
+    def rank(self) -> int:
+        return int(self.configuration.first.config["lora"]["r"])
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class InstructBase:
 class _Pilot:
     best: float
     """Bits per byte on validation, of the best of them."""
-    runs: int
+    runs: tuple[RunRecord, ...]
 
 
 _Pilots = Mapping[tuple[str, str], _Pilot]
@@ -157,7 +161,7 @@ def compare(
         missing=tuple(f"{v} in the {w} format" for v, w in CELLS if (v, w) not in by_cell),
         instruct=instruct,
         base=base,
-        chosen_by="by pilots of seeds that answer nothing" if piloted else "by the same runs' validation scores",
+        chosen_by=_chosen_by(piloted, max(len(several) for several in by_cell.values())),
         untouched=untouched,
         gain=gain,
         tuned=tuned,
@@ -210,7 +214,7 @@ def _cell(variant: str, written: str, configurations: Sequence[Configuration], p
         variant=variant,
         written=written,
         configuration=chosen,
-        searched=piloted[variant, written].runs if piloted else len(configurations),
+        searched=_tried(configurations, piloted[variant, written].runs if piloted else ()),
         untouched=_level([untouched_scores(run) for run in runs]),
         few_shot=_level([scores_at(runs[0], f"few_shot_{one.draw}") for one in shown]) if shown else None,
         shots=min((len(one.examples) for one in shown), default=None),
@@ -242,15 +246,30 @@ def _on_validation(cell: Cell, piloted: _Pilots) -> float:
 
 def _piloted(by_cell: Mapping[tuple[str, str], Sequence[Configuration]], pilots: Sequence[RunRecord]) -> _Pilots:
     """Empty unless every cell has pilots with a score and of seeds that answer nothing in it."""
-    bits: dict[tuple[str, str], list[float]] = defaultdict(list)
+    bits: dict[tuple[str, str], list[tuple[float, RunRecord]]] = defaultdict(list)
     for run in pilots:
         key, value = cell_of(run), _of(run.scores.after, BITS)
         answering = {other.seed for configuration in by_cell.get(key, ()) for other in configuration.runs}
         if value is not None and run.seed not in answering:
-            bits[key].append(value)
+            bits[key].append((value, run))
     if any(not bits[key] for key in by_cell):
         return {}
-    return {key: _Pilot(min(bits[key]), len(bits[key])) for key in by_cell}
+    return {key: _Pilot(min(value for value, _ in bits[key]), tuple(run for _, run in bits[key])) for key in by_cell}
+
+
+def _chosen_by(piloted: _Pilots, configurations: int) -> str:
+    """``configurations``: of the cell that has the most."""
+    own = "by the same runs' validation scores"
+    if not piloted:
+        return own
+    among = f", the configurations within a cell {own}" if configurations > 1 else ""
+    return f"by pilots of seeds that answer nothing{among}"
+
+
+def _tried(configurations: Sequence[Configuration], pilots: Sequence[RunRecord]) -> int:
+    """Different configurations; a pilot's may be one of those that answer."""
+    runs = [*(configuration.first for configuration in configurations), *pilots]
+    return len({str(sorted(settings_of(run).items())) for run in runs})
 
 
 def _validation_loss(configuration: Configuration) -> float:
@@ -271,9 +290,12 @@ def _secondary(
 ) -> tuple[Contrast, ...]:
     """All that is looked at besides the primary contrast, so that Holm's m is what it says."""
     pair = Side(instruct.runs, "after"), Side(base.runs, "after")
+    before = Side(instruct.runs, "before"), Side(base.runs, "before")
     found = [
         ("instruct over base, untouched", BITS, untouched),
         ("what tuning adds, instruct over base", BITS, gain),
+        ("instruct over base, untouched, by likelihood", "accuracy", difference(*before, "accuracy", items)),
+        ("instruct over base, untouched, by generation", "exact_match", difference(*before, "exact_match", items)),
         ("instruct over base, tuned, by likelihood", "accuracy", difference(*pair, "accuracy", items)),
         ("instruct over base, tuned, by generation", "exact_match", difference(*pair, "exact_match", items)),
         ("instruct over base, general text kept", "forgetting", difference(*pair, "forgetting", None)),

@@ -110,7 +110,7 @@ def _prompts(cells: Sequence[Cell]) -> Table:
 def _contrasts(found: InstructBase) -> Table:
     columns = (
         *("contrast", "in", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "over"),
-        *(("p", "figure"), ("p, adjusted", "figure"), "holds"),
+        *(("p", "p"), ("p, adjusted", "p"), "holds"),
     )
     rows: list[tuple[Value, ...]] = []
     if found.tuned is not None:
@@ -140,10 +140,6 @@ def _points(found: InstructBase) -> list[str]:
             f"{', '.join(untrained)}: this checkpoint never saw the template's tokens, and LoRA leaves embeddings as"
             " they are."
         )
-    forgetful = [cell for cell in found.cells if cell.forgetting is not None]
-    if len(forgetful) > 1:
-        most = max(forgetful, key=lambda cell: cell.forgetting or 0.0)
-        points.append(f"{most.name} forgets most of the cells: {most.forgetting:+.3g} nats per byte of general text.")
     if found.margin is None:
         points.append("No margin of equivalence was given (--equivalence): that both are equally good can't be said.")
     return points

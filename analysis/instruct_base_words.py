@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from qlora_exp.analysis.content import shown
 from qlora_exp.analysis.contrasts import INTERVAL, told
 from qlora_exp.analysis.instruct_base import Cell, Contrast, InstructBase, baseline_note, verdict
 
@@ -22,15 +23,19 @@ def primary_sentence(found: InstructBase) -> str:
     first = found.instruct.configuration.first
     task = first.data.task if first.data is not None else "this task"
     where = task if first.scores.test is not None else f"{task} (its validation split)"
+    names = [cell.name for cell in (found.instruct, found.base)]
+    if found.instruct.rank != found.base.rank:
+        names = [f"{cell.name}, r = {cell.rank}" for cell in (found.instruct, found.base)]
     return (
-        f"On {where}, for this pair of checkpoints ({found.instruct.name} against {found.base.name}, chosen"
-        f" {found.chosen_by}), in bits per byte of the answer: untouched, instruct gains {told(found.untouched)};"
-        f" tuning adds {told(found.gain)}; after tuning {told(found.tuned)}: {verdict(found.tuned, found.margin)}."
+        f"On {where}, for this pair of checkpoints ({names[0]} against {names[1]}, chosen {found.chosen_by}), by how"
+        f" many bits per byte of the answer instruct is better: untouched {told(found.untouched)}; in what tuning gains"
+        f" {told(found.gain)}; after tuning {told(found.tuned)}: {verdict(found.tuned, found.margin)}."
     )
 
 
 def _more(found: InstructBase) -> Iterator[str]:
     by_name = {contrast.name: contrast for contrast in found.secondary}
+    yield from _accuracy(by_name)
     for when in ("tuned", "untouched"):
         worth = [
             f"{variant} {told(contrast.difference)}"
@@ -38,13 +43,28 @@ def _more(found: InstructBase) -> Iterator[str]:
             if (contrast := by_name.get(f"chat over plain, {variant}, {when}")) is not None
         ]
         if worth:
-            yield f"The chat template gains within each, {when}: {', '.join(worth)}."
+            yield f"What the chat template is worth within each (below 0: it costs), {when}: {', '.join(worth)}."
     yield from _shown_examples(found.base)
     yield from _forgetting(by_name.get("instruct over base, general text kept"))
     yield from _stability(found)
     note = baseline_note(found.instruct.configuration), baseline_note(found.base.configuration)
-    yield from (f"{cell.name}: {said}" for cell, said in zip((found.instruct, found.base), note, strict=True) if said)
+    yield from (
+        f"{cell.name}: {said[0].lower()}{said[1:]}"
+        for cell, said in zip((found.instruct, found.base), note, strict=True)
+        if said
+    )
     yield found.tokens.sentence
+
+
+def _accuracy(by_name: Mapping[str, Contrast]) -> Iterator[str]:
+    """The other way to score: it need not agree with bits per byte."""
+    known = [
+        f"{when} {told(contrast.difference)}"
+        for when in ("untouched", "tuned")
+        if (contrast := by_name.get(f"instruct over base, {when}, by likelihood")) is not None
+    ]
+    if known:
+        yield f"By accuracy instruct is better by: {', '.join(known)}."
 
 
 def _shown_examples(base: Cell) -> Iterator[str]:
@@ -61,6 +81,8 @@ def _forgetting(contrast: Contrast | None) -> Iterator[str]:
         return
     more = "base" if contrast.difference.value > 0 else "instruct"
     who = f"{more.capitalize()} forgets more" if settled(contrast) else "Who forgets more is not settled"
+    if contrast.adjusted_p is not None:
+        who += f", p = {shown(contrast.adjusted_p, 'p')} after adjustment"
     yield f"{who} (base − instruct {told(contrast.difference)} nats per byte of general text)."
 
 

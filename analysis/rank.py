@@ -167,10 +167,11 @@ def decide_doubling(
     return decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, LAST_LOOK)
 
 
-def decide_published(gain: float, se: float, rule: Rule) -> Decision:
-    """Decide from a published gain (positive is better) and its standard error, taken as known (normal)."""
-    t_continue, t_stop = t_quantiles(np.array(np.inf), rule, LAST_LOOK)
-    split = VarianceSplit(*(np.array(x) for x in (gain, se**2, 0.0, np.inf, np.inf, 1.0)))
+def decide_published(gain: float, se: float, rule: Rule, df: float = np.inf) -> Decision:
+    """Decide from a published gain (positive is better) and its standard error with ``df`` degrees of freedom;
+    infinite: taken as known (normal)."""
+    t_continue, t_stop = t_quantiles(np.array(df), rule, LAST_LOOK)
+    split = VarianceSplit(*(np.array(x) for x in (gain, se**2, 0.0, df, np.inf, 1.0)))
     found = bounds(split, rule, LAST_LOOK)
     enough, little = verdicts(split.gain, found, rule)
     verdict = Verdict.CONTINUE if enough else Verdict.STOP if little else Verdict.INCONCLUSIVE
@@ -241,8 +242,15 @@ def as_object(found: Answer) -> dict[str, Any]:
             }
             for step in found.comparisons
         ],
+        "what_it_takes": _open_end(found),
         "sentence": found.sentence,
     }
+
+
+def _open_end(found: Answer) -> str | None:
+    """Of the step that ended the ladder undecided."""
+    last = next((c.decision for c in found.comparisons if c.decision.verdict is not Verdict.CONTINUE), None)
+    return last.what_it_takes if last is not None and last.verdict is Verdict.INCONCLUSIVE else None
 
 
 def _sentence(last: Comparison, rule: Rule, unit: str) -> str:

@@ -29,7 +29,9 @@ def read_rows(file: Path) -> list[Row]:
         rows = list(readers[suffix](file))
     except FileNotFoundError:
         raise AnalysisError("there is no such file", str(file), "give the path of a table") from None
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise AnalysisError(f"this isn't UTF-8: {error.reason}", str(file), "export the table as UTF-8") from None
+    except (OSError, ValueError, csv.Error) as error:
         text = str(error).splitlines()[0]
         raise AnalysisError(f"this can't be read as {suffix}: {text}", str(file), "export the table again") from None
     if not rows:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from qlora_exp.analysis.content import UNKNOWN, Report, Table, shown
+from qlora_exp.analysis.content import UNKNOWN, Report, Table, led, shown
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 DIGITS = 5
@@ -36,7 +36,7 @@ def to_html(report: Report, runs_at: str | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = shown
+    environment.filters |= {"shown": shown, "led": led}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     drawn = [figure for section in report.sections for figure in section.figures]
     data = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,10 +21,11 @@ from qlora_exp.analysis.configurations import Configuration, Measure, best_on_va
 from qlora_exp.analysis.content import Asked, Report, Section
 from qlora_exp.analysis.contrasts import ItemScores
 from qlora_exp.analysis.equal_tokens import token_groups
-from qlora_exp.analysis.instruct_base import baseline_note, compare
+from qlora_exp.analysis.feasibility_section import feasibility_section
+from qlora_exp.analysis.instruct_base import InstructBase, baseline_note, compare
 from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.instruct_base_words import primary_sentence
-from qlora_exp.analysis.tradeoffs import GoalAnswer, goal_answer
+from qlora_exp.analysis.tradeoffs import goal_answer
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records import RunRecord, Status
 
@@ -63,23 +65,25 @@ def build(
         )
     looked_at = [_looked_at(group) for group in groups[:MOST_GROUPS]]
     first, measure, found = looked_at[0]
-    goal = goal_answer(found)
     compared = compare(found, items, margin, aside.pilots, aside.budgeted)
-    sentence = primary_sentence(compared) if compared is not None else None
     why_none, several = _why_no_headline(groups, asked, measure), len(groups) > 1
+    headline = _of_ladders(asked)
+    if why_none is None:
+        headline += _headline(first, measure, found, compared, decided=bool(headline))
     parts = [
         *sections.ladder_sections(asked),
         *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], several, asked, items, aside, margin)),
-        sections.importance_section(asked, sum(record.status is Status.COMPLETED for record in records)),
+        sections.importance_section(asked, [record for record in records if record.status is Status.COMPLETED]),
         sections.failure_section(records),
-        sections.method_section(groups, records, measure),
-        _limits(records, groups, aside, found, measure, why_none, unreadable),
+        feasibility_section(asked),
+        sections.method_section(groups, records, measure, asked),
+        _limits(records, groups, aside, found, measure, _left_open(asked, compared, why_none), unreadable),
     ]
     return Report(
         title=", ".join(one.name for one in asked),
         question=next((one.question for one in asked if one.question), None),
-        headline=() if why_none else _headline(asked, first, measure, found, goal, sentence),
-        why_none=why_none,
+        headline=headline,
+        why_none=None if headline else why_none,
         sections=tuple(part for part in parts if part is not None),
         runs=sections.runs_table(records),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
@@ -147,9 +151,7 @@ def id_of(group: Group) -> str:
 
 
 def _why_no_headline(groups: Sequence[Group], asked: Sequence[Asked], measure: Measure | None) -> str | None:
-    """A headline needs a score, one protocol, and a split that nothing was chosen on."""
-    if any(sections.ladders_of(one) for one in asked):
-        return None
+    """It needs a score, one protocol, and a split that nothing was chosen on; a ladder's own answer has them."""
     if measure is None:
         return "No headline: no finished run has a score."
     if len(groups) > 1:
@@ -166,34 +168,36 @@ def _why_no_headline(groups: Sequence[Group], asked: Sequence[Asked], measure: M
     return None
 
 
+def _of_ladders(asked: Sequence[Asked]) -> tuple[str, ...]:
+    """Each ladder's sentence, and how sure they are."""
+    said, sure = [], []
+    for one in asked:
+        ladders = sections.ladders_of(one)
+        for name, answer in ladders:
+            said.append((f"{name}: " if len(ladders) > 1 else "") + str(answer.get("sentence") or answer["decision"]))
+            sure.append(sections.how_sure(answer))
+    return (*said, *dict.fromkeys(one for one in sure if one is not None))
+
+
 def _headline(
-    asked: Sequence[Asked],
     group: Group,
     measure: Measure | None,
     found: Sequence[Configuration],
-    goal: GoalAnswer | None,
-    instruct_or_base: str | None,
+    compared: InstructBase | None,
+    decided: bool,
 ) -> tuple[str, ...]:
-    said = [
-        (f"{name}: " if len(ladders) > 1 else "") + str(answer.get("sentence") or answer["decision"])
-        for one in asked
-        for ladders in (sections.ladders_of(one),)
-        for name, answer in ladders
-    ]
-    if group.protocol.split != "test":
-        return tuple(said)
-    decided = bool(said)
-    said += [instruct_or_base] if instruct_or_base is not None else []
+    """Beside the ladders' answers; ``decided``: whether there are any."""
+    said = [primary_sentence(compared)] if compared is not None else []
     best = best_on_validation(found, measure) if measure is not None else None
     if best is not None and measure is not None and not decided:
-        said.append(_chosen(best, len(found), measure))
+        said.append(_chosen(best, found, measure))
         note = baseline_note(best)
         said += [note] if note else []
-    said += [goal.sentence] if goal is not None and goal.split == "test" else []
-    return tuple(said)
+    goal = goal_answer(found)
+    return (*said, *([goal.sentence] if goal is not None and goal.split == group.protocol.split else []))
 
 
-def _chosen(best: Configuration, among: int, measure: Measure) -> str:
+def _chosen(best: Configuration, found: Sequence[Configuration], measure: Measure) -> str:
     """What was chosen on one split is judged on another."""
     estimate = best.quality
     assert estimate is not None
@@ -203,8 +207,31 @@ def _chosen(best: Configuration, among: int, measure: Measure) -> str:
         told += f" [95 % over {seeds}: {estimate.low:.4g}, {estimate.high:.4g}]"
     else:
         told += " (one seed: no interval)"
-    begin = f"Of {among} configurations the best on validation is" if among > 1 else "The only configuration is"
-    return f"{begin} {best.label}; on test it has {told}."
+    if len(found) < 2:
+        return f"The only configuration is {best.label}; on test it has {told}."
+    said = f"Of {len(found)} configurations the best on validation is {best.label}; on test it has {told}"
+    if estimate.se is None:
+        return f"{said}."
+    near = sum(_alike(best, other, measure) for other in found if other is not best)
+    if near:
+        return f"{said}. Over {near} of the others it isn't shown to be better."
+    return f"{said}. It is shown to be better than each of the others."
+
+
+def _alike(best: Configuration, other: Configuration, measure: Measure) -> bool:
+    """Whether it isn't shown (95 %, over seeds) that the best is better."""
+    halves = [c.quality.half_width() if c.quality is not None else None for c in (best, other)]
+    if best.quality is None or other.quality is None or None in halves:
+        return False
+    ahead = measure.sign * (best.quality.mean - other.quality.mean)
+    return ahead <= math.hypot(*(half or 0.0 for half in halves))
+
+
+def _left_open(asked: Sequence[Asked], compared: InstructBase | None, why_none: str | None) -> list[str]:
+    points = [why_none] if why_none else []
+    points += sections.open_ends(asked)
+    points += [compared.tokens.sentence] if compared is not None and not compared.tokens.done else []
+    return points
 
 
 def _limits(
@@ -213,11 +240,11 @@ def _limits(
     aside: Aside,
     found: Sequence[Configuration],
     measure: Measure | None,
-    why_none: str | None,
+    left_open: Sequence[str],
     unreadable: int,
 ) -> Section:
     """What can't be concluded, and what it would take."""
-    points = [why_none] if why_none else []
+    points = [*left_open]
     if len(groups) > 1:
         points.append(f"The groups can't be compared with each other: {'; '.join(differences(groups))}.")
     if len(groups) > MOST_GROUPS:
@@ -237,5 +264,8 @@ def _limits(
     points += [f"{unreadable} records could not be read: qlora-exp ls runs names them."] if unreadable else []
     if aside.pilots:
         points.append(f"{len(aside.pilots)} pilots chose learning rates on validation and are in no comparison.")
-    points.append("Intervals are over seeds, on these items: another test set may answer differently.")
+    points.append(
+        "Intervals are over seeds on these items, a ladder's and those of instruct or base where they say so over items"
+        " of this kind too: another task may answer differently."
+    )
     return Section("limits", "What can't be concluded, and what it would take", points=tuple(points))

@@ -16,6 +16,8 @@ MOST_ROWS = 25
 """Rows of a table that is cut; all runs are in the last one."""
 LEAST_TRIALS = 10
 """Per axis: below, an importance is a guess."""
+ERRS_AT_MOST, ERRS_WITH_GROWING_NOISE = 0.05, 0.06
+"""Shares of simulated ladders with a wrong answer: the largest of docs/calibration.md, rounded up."""
 
 
 def ladders_of(asked: Asked) -> list[tuple[str, Mapping[str, Any]]]:
@@ -44,14 +46,14 @@ def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
         rows = [
             (
                 f"{s.get('from_rank')} → {s.get('to_rank')}",
+                s.get("decision"),
                 s.get("gain"),
                 s.get("low"),
                 s.get("high"),
-                s.get("decision"),
             )
             for s in answer.get("comparisons") or []
         ]
-        columns = ("doubling", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "decision")
+        columns = ("doubling", "decision", ("gain", "figure"), ("low", "figure"), ("high", "figure"))
         notes = [str(note) for note in answer.get("notes") or [] if note]
         warnings = tuple(str(warning) for warning in answer.get("warnings") or [])
         sections.append(
@@ -61,6 +63,7 @@ def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
                 paragraphs=(
                     str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}."),
                     *_ladder_runs(answer),
+                    *([sure] if (sure := how_sure(answer)) is not None else []),
                     *notes,
                 ),
                 tables=(table(columns, rows, f"margin {_figure(answer.get('margin'))}"),) if rows else (),
@@ -69,6 +72,33 @@ def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
             )
         )
     return sections
+
+
+def how_sure(answer: Mapping[str, Any]) -> str | None:
+    """How a ladder's interval is read, and how often such an answer is wrong; ``None`` where nothing was decided."""
+    margin, zone = answer.get("margin"), answer.get("half_zone")
+    if margin is None or zone is None or not answer.get("comparisons"):
+        return None
+    return (
+        f"How sure: continue is said where the lower bound of a gain is above {margin - zone:.4g}, stop where the upper"
+        f" one is below {margin + zone:.4g}; of simulated ladders at most {100 * ERRS_AT_MOST:g} % got a wrong answer,"
+        f" {100 * ERRS_WITH_GROWING_NOISE:g} % where the seeds' noise grows with the rank (docs/calibration.md)."
+    )
+
+
+def open_ends(asked: Sequence[Asked]) -> list[str]:
+    """What the ladders that ended undecided leave open, and what it would take."""
+    found = [(name, answer) for one in asked for name, answer in ladders_of(one)]
+    return [
+        f"{name}: {_open_step(answer)} is not settled. {answer.get('what_it_takes') or ''}".rstrip()
+        for name, answer in found
+        if answer["decision"] == "inconclusive" and answer.get("comparisons")
+    ]
+
+
+def _open_step(answer: Mapping[str, Any]) -> str:
+    last = answer["comparisons"][-1]
+    return f"whether r = {last['to_rank']} is worth paying for beside r = {last['from_rank']}"
 
 
 def rank_section(configurations: Sequence[Configuration], measure: Measure, with_ladder: bool) -> Section | None:
@@ -170,7 +200,7 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
         for (mode, device), runs in by_kind.items()
     ]
     columns = (
-        *("quantization", "device", ("runs", "integer"), ("tokens/s", "figure"), ("step, median", "figure")),
+        *("quantization", "device", ("runs", "integer"), ("tokens/s", "figure"), ("seconds a step, median", "figure")),
         *(("training", "seconds"), ("cost", "usd")),
     )
     note = (
@@ -180,7 +210,7 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
     return Section("speed", "Speed and cost", (note,), (table(columns, rows),))
 
 
-def importance_section(asked: Sequence[Asked], trials: int) -> Section | None:
+def importance_section(asked: Sequence[Asked], completed: Sequence[RunRecord]) -> Section | None:
     found = [(objective, shares) for one in asked for objective, shares in one.importance.items() if shares]
     if not found:
         return None
@@ -190,38 +220,54 @@ def importance_section(asked: Sequence[Asked], trials: int) -> Section | None:
         "Share of the objective's variance over the trials that each axis explains (fANOVA): a description of what was"
     )
     note += " searched, not of what would matter elsewhere."
-    points: tuple[str, ...] = ()
+    points, trials = [], len(completed)
+    if any(".loss" in objective for objective, _ in found) and len({r.plan.format for r in completed if r.plan}) > 1:
+        points.append(
+            "Formats have end tokens of their own, and a loss counts them: what a format explains is theirs too."
+        )
     if trials < LEAST_TRIALS * axes:
-        points = (f"{trials} trials for {axes} axes are too few to trust it: at least {LEAST_TRIALS} an axis.",)
+        points.append(f"{trials} trials for {axes} axes are too few to trust it: at least {LEAST_TRIALS} an axis.")
+    if any(ladders_of(one) for one in asked):
+        points.append("A ladder's trials go where its answer is, not all over the axes: rank and rate change together.")
     columns = ("objective", "axis", ("share", "percent"))
     drawn = tuple(figures.importance_bars(shares) for _, shares in found)
-    return Section("importance", "What mattered", (note,), (table(columns, rows),), drawn, points)
+    return Section("importance", "What mattered", (note,), (table(columns, rows),), drawn, tuple(points))
 
 
 def failure_section(records: Sequence[RunRecord]) -> Section:
-    ended = [r for r in records if r.status is not Status.COMPLETED]
+    ended = [r for r in records if r.status.ended and r.status is not Status.COMPLETED]
     if not ended:
-        return Section("failures", "Failures", ("Every run completed.",))
+        whole = all(r.status.ended for r in records)
+        told = "Every run completed." if whole else "Every run that has ended completed."
+        return Section("failures", "Failures", (told,))
     seconds: dict[Status, float] = defaultdict(float)
     for record in records:
         seconds[record.status] += record.speed.total_seconds or 0.0
     total = sum(seconds.values())
     counts = Counter(record.status for record in records)
-    rows = [(str(s), counts[s], seconds[s], seconds[s] / total if total else None) for s in counts]
-    columns = ("status", ("runs", "integer"), ("time", "seconds"), ("of all time", "percent"))
+    usd = {s: [r.speed.cost_usd for r in records if r.status is s and r.speed.cost_usd is not None] for s in counts}
+    rows = [
+        (str(s), counts[s], seconds[s], seconds[s] / total if total else None, sum(usd[s]) if usd[s] else None)
+        for s in counts
+    ]
+    columns = ("status", ("runs", "integer"), ("time", "seconds"), ("of all time", "percent"), ("cost", "usd"))
     kinds = Counter((r.status.value, _first_line(r)) for r in ended if r.failure is not None)
     reasons = [(status, why, count) for (status, why), count in kinds.most_common(MOST_ROWS)]
     tables = [table(columns, rows)]
     tables += [table(("status", "why", ("runs", "integer")), reasons, "Reasons")] if reasons else []
-    wasted = total - seconds[Status.COMPLETED]
+    wasted = sum(record.speed.total_seconds or 0.0 for record in ended)
     told = f"{len(ended)} of {len(records)} runs did not complete; they took {wasted / 60:,.1f} minutes."
     return Section("failures", "Failures and what they cost", (told,), tuple(tables))
 
 
-def method_section(groups: Sequence[Group], records: Sequence[RunRecord], measure: Measure | None) -> Section:
+def method_section(
+    groups: Sequence[Group], records: Sequence[RunRecord], measure: Measure | None, asked: Sequence[Asked]
+) -> Section:
     rows: list[tuple[Value, Value]] = []
     if measure is not None:
         rows.append(("quality", f"{measure.label}, {'higher' if measure.higher_is_better else 'lower'} is better"))
+    margins = dict.fromkeys(_margin_words(answer) for one in asked for _, answer in ladders_of(one))
+    rows += [("margin, fixed beforehand", margin) for margin in margins]
     for number, group in enumerate(groups[:3], start=1):
         p = group.protocol
         rows += [
@@ -265,6 +311,8 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
         *(("forgetting", "figure"), ("parameters", "integer"), ("weights", "bytes"), ("model state", "bytes")),
         *(
             ("peak memory", "bytes"),
+            ("predicted need", "bytes"),
+            ("memory bound", "bytes"),
             ("tokens/s", "figure"),
             ("training", "seconds"),
             ("total", "seconds"),
@@ -291,7 +339,8 @@ def _run_row(record: RunRecord) -> tuple[Value, ...]:
         *(before.accuracy if before else None, scores.bits_per_byte if scores else None),
         record.scores.forgetting.difference if record.scores.forgetting else None,
         *(plan.trainable_parameters if plan else None, weights, model_state_bytes(record)),
-        *(record.memory.peak_train_bytes, speed.train_tokens_per_second),
+        *(record.memory.peak_train_bytes, record.fit.corrected_bytes if record.fit else None),
+        *(record.fit.bound_bytes if record.fit else None, speed.train_tokens_per_second),
         *(speed.train_seconds, speed.total_seconds, speed.cost_usd),
     )
 
@@ -346,6 +395,12 @@ def _ladder_runs(answer: Mapping[str, Any]) -> list[str]:
     if seeds and items:
         told += f" Decided from {items} test items and {', '.join(f'{n} seeds at r = {r}' for r, n in seeds.items())}."
     return [told]
+
+
+def _margin_words(answer: Mapping[str, Any]) -> str:
+    zone = answer.get("half_zone")
+    either = "" if zone is None else f"; within ± {_figure(zone)} of it either answer does"
+    return f"{_figure(answer.get('margin'))} nats per item a doubling{either}"
 
 
 def _ladder_name(answer: Mapping[str, Any], number: int) -> str:

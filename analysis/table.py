@@ -29,6 +29,8 @@ from qlora_exp.analysis.reading import Row, read_rows
 from qlora_exp.analysis.rule import Rule, make_rule
 from qlora_exp.errors import AnalysisError, Problems, raise_all
 
+TRUTH = {"true": 1.0, "false": 0.0}
+"""Item by item, a right answer is often one of these."""
 ASSUMED_MARGIN_SHARE = 0.01
 """Of the smallest rank's mean score, where no margin is given: said in every answer that rests on it."""
 
@@ -62,6 +64,8 @@ class Result:
     seed: str | None
     item: str | None
     se: float | None
+    df: float
+    """Of ``se``, where it was made from the sd of a known number of runs; else infinite: taken as known."""
     memory: float | None
     seconds: float | None
     others: dict[str, str]
@@ -121,6 +125,7 @@ def _result(where: str, row: Mapping[str, Any], columns: Columns, options: Optio
     rank = _number(row.get(rank_name), f"{file}, {where}", rank_name)
     if rank < 1 or rank != int(rank):
         raise AnalysisError(f"{rank:g} is no rank", f"{file}, {where}, column {rank_name}", "a whole number from 1 on")
+    count = number("count")
     known = {columns.score, *columns.named.values(), *columns.configuration}
     return Result(
         where=where,
@@ -128,7 +133,8 @@ def _result(where: str, row: Mapping[str, Any], columns: Columns, options: Optio
         score=_number(row.get(columns.score), f"{file}, {where}", columns.score),
         seed=text("seed"),
         item=text("item"),
-        se=_standard_error(number("se"), number("std"), number("count"), options.se, f"{file}, {where}"),
+        se=_standard_error(number("se"), number("std"), count, options.se, f"{file}, {where}"),
+        df=count - 1 if options.se is None and count is not None and count > 1 else math.inf,
         memory=number("memory"),
         seconds=number("seconds"),
         others={name: _text(value) for name, value in row.items() if name not in known},
@@ -149,15 +155,19 @@ def _standard_error(
 
 def _number(value: Any, where: str, column: str) -> float:
     try:
-        number = float(value)
+        number = float(TRUTH.get(str(value).strip().lower(), value))
     except (TypeError, ValueError):
         told = "is missing" if _text(value) == "" else f"is {_text(value)!r}, no number"
-        raise AnalysisError(
-            f"column {column} {told}", where, "mend the row, or leave out the runs without a result"
-        ) from None
+        raise AnalysisError(f"column {column} {told}", where, _mend(_text(value))) from None
     if not math.isfinite(number):
         raise AnalysisError(f"column {column} is {number}", where, "leave out the runs without a result") from None
     return number
+
+
+def _mend(text: str) -> str:
+    ways = {"%": "leave the % out", "±": "put what follows ± into a column se", ",": "a decimal point, no comma"}
+    fitting = [way for mark, way in ways.items() if mark in text]
+    return ", and ".join(fitting) or "mend the row, or leave out the runs without a result"
 
 
 def _text(value: Any) -> str:
@@ -172,6 +182,7 @@ def _answer(name: str | None, results: Sequence[Result], columns: Columns, optio
             f"r = {ranks[0]} is the only rank, and one rank can't be compared", where, "add rows of another rank"
         )
     _refuse_repeated(results, where)
+    _refuse_mixed(results, columns, where)
     margin, margin_notes = _margin(results, ranks[0], options.margin)
     rule = make_rule(margin, len(ranks) - 1)
     found, notes = _decided(results, ranks, rule, columns, where)
@@ -196,9 +207,21 @@ def _refuse_repeated(results: Sequence[Result], where: str) -> None:
             hint = (
                 f"these rows differ in {', '.join(differing[:3])}: if that is a configuration, --configuration-column"
             )
-        elif result.seed is None:
-            hint = "if these are repetitions, add a column seed; if configurations, a column configuration"
+        if result.seed is None:
+            hint += "; if these are repetitions, add a column seed"
         raise AnalysisError(f"{named} has two scores ({other.where} and {result.where})", where, hint)
+
+
+def _refuse_mixed(results: Sequence[Result], columns: Columns, where: str) -> None:
+    """Runs that differ in more than their rank and seed: a difference may be that of the steps, not of the ranks."""
+    for name in columns.protocol:
+        values = list(dict.fromkeys(result.others[name] for result in results if name in result.others))
+        if len(values) > 1:
+            raise AnalysisError(
+                f"these runs aren't comparable: {name} is {', '.join(values[:4])}",
+                where,
+                f"--configuration-column {name} answers for each apart",
+            )
 
 
 def _margin(results: Sequence[Result], smallest: int, given: float | None) -> tuple[float, list[str]]:
@@ -235,7 +258,8 @@ def _decided(
     if len(seeds) == 1 and not items and len(with_se) == len(results):
         by_rank = {result.rank: result for result in losses}
         steps = [Comparison(a, b, _published(by_rank[a], by_rank[b], rule)) for a, b in pairwise(ranks)]
-        return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED]
+        known = all(math.isinf(result.df) for result in results)
+        return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED if known else _PUBLISHED_RUNS]
     notes = [_SINGLE] if len(seeds) == 1 else []
     if len(seeds) > 1 and not items:
         notes.append("Scores without items: the answer is for these test items, not for others.")
@@ -244,12 +268,26 @@ def _decided(
             "The standard errors are not used: they are given for some rows only, or seeds and items tell more."
         )
     ladder = _cube(losses, ranks, seeds, items, where)
-    return walk(ladder, rule, complete=True, unit=f"in {columns.score}"), notes
+    found = walk(ladder, rule, complete=True, unit=f"in {columns.score}")
+    notes += (
+        [_SAME_SEEDS]
+        if any(step.decision.se is not None and step.decision.se < 1e-12 for step in found.comparisons)
+        else []
+    )
+    return found, notes
 
 
 _PUBLISHED = (
     "The standard errors are taken as known, and two ranks' scores as independent: with the same seeds and items at"
     " every rank, paired results would tell more."
+)
+_PUBLISHED_RUNS = (
+    "The standard errors are those of the runs that stand behind a score (Welch's degrees of freedom), and two ranks'"
+    " scores are taken as independent: with the same seeds and items at every rank, paired results would tell more."
+)
+_SAME_SEEDS = (
+    "At some step every seed gave the very same gain: either the seed changed nothing, or the scores are rounded. The"
+    " answer is no surer than that."
 )
 _SINGLE = (
     "One run a rank: the gains are those of these runs. Nothing in the table tells how much of them is the seed's, so"
@@ -258,7 +296,9 @@ _SINGLE = (
 
 
 def _published(smaller: Result, larger: Result, rule: Rule) -> Decision:
-    return decide_published(smaller.score - larger.score, math.hypot(smaller.se or 0.0, larger.se or 0.0), rule)
+    se = math.hypot(smaller.se or 0.0, larger.se or 0.0)
+    spread = sum((one.se or 0.0) ** 4 / one.df for one in (smaller, larger))
+    return decide_published(smaller.score - larger.score, se, rule, se**4 / spread if spread else math.inf)
 
 
 def _cube(
@@ -294,7 +334,7 @@ def _saved(found: Answer, results: Sequence[Result]) -> Iterable[str]:
     largest = max(result.rank for result in results)
     if found.recommended_rank in (None, largest):
         return
-    for what in ("memory", "seconds"):
+    for what, word in (("memory", "memory"), ("seconds", "time")):
         known = Counter(result.rank for result in results if getattr(result, what) is not None)
         if not (known[found.recommended_rank or 0] and known[largest]):
             continue
@@ -303,8 +343,8 @@ def _saved(found: Answer, results: Sequence[Result]) -> Iterable[str]:
             for rank in (found.recommended_rank, largest)
         )
         if there > 0:
-            word = "less" if here <= there else "more"
-            yield f"r = {found.recommended_rank} takes {abs(1 - here / there):.0%} {word} {what} than r = {largest}."
+            much = f"{abs(1 - here / there):.0%} {'less' if here <= there else 'more'}"
+            yield f"r = {found.recommended_rank} takes {much} {word} than r = {largest}."
 
 
 def as_json(found: Sequence[TableAnswer]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from qlora_exp.analysis.comparable import answering_scores
-from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, mean
+from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, mean, pooled_sd
 
 PRECISION = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
 """Most bits first: the first that was run is what the others are held against."""
@@ -156,17 +156,20 @@ def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
     text, split = asked[0][1][0].text, asked[0][1][0].split
     if len(texts) > 1:
         return GoalAnswer(text, split, 0, 0, None, f"The runs were asked {len(texts)} different goals: no answer.")
-    met = [c for c, goals in asked if _shown(goals, text, ONE_SIDED / len(asked))]
+    sd, df = pooled_sd([[goal.value for goal in goals if goal.value is not None] for _, goals in asked])
+    met = [c for c, goals in asked if _shown(goals, text, ONE_SIDED / len(asked), sd, df)]
     cheapest = min(met, key=_price) if met else None
-    several = f" (each bound at 5 % / {len(asked)}, for {len(asked)} configurations were looked at)"
+    over = "seeds and items" if sd is not None else "items alone: no configuration has a second seed"
+    divided = f" / {len(asked)}, for {len(asked)} configurations were looked at" if len(asked) > 1 else ""
+    several = f" (each bound at 5 %{divided}; over {over})"
     if cheapest is None:
         best = max((goal.value for _, goals in asked for goal in goals if goal.value is not None), default=None)
         told = "" if best is None or "<" in text else f" The highest value of a run was {best:.3g}."
         sentence = f"No configuration is shown to meet {text} on {split}{several}.{told}"
     else:
         sentence = (
-            f"The cheapest configuration that is shown to meet {text} on {split} is {cheapest.label}; {len(met)} of"
-            f" {len(asked)} are shown to meet it{several}."
+            f"The cheapest configuration (least memory, then time) that is shown to meet {text} on {split} is"
+            f" {cheapest.label}; {len(met)} of {len(asked)} are shown to meet it{several}."
         )
     return GoalAnswer(text, split, len(met), len(asked), cheapest, sentence)
 
@@ -271,7 +274,7 @@ def _price(configuration: Configuration) -> tuple[float, float]:
     return (unknown if memory is None else memory, unknown if seconds is None else seconds)
 
 
-def _shown(goals: Sequence[Any], text: str, alpha: float) -> bool:
+def _shown(goals: Sequence[Any], text: str, alpha: float, seed_sd: float | None, seed_df: int) -> bool:
     """Whether the bound over seeds and items meets the goal. The records' own bounds are at 5 % over items."""
     values = [goal.value for goal in goals if goal.value is not None]
     rising = ">" in text
@@ -280,9 +283,11 @@ def _shown(goals: Sequence[Any], text: str, alpha: float) -> bool:
         return False
     threshold = float(text.replace("=", "").split(">" if rising else "<")[1])
     item_se = max(abs(v - e) for v, e in zip(values, edges, strict=True)) / float(stats.norm.isf(ONE_SIDED))
-    seed_variance = float(np.var(values, ddof=1)) / len(values) if len(values) > 1 else 0.0
-    quantile = float(stats.t.isf(alpha, len(values) - 1) if seed_variance > item_se**2 else stats.norm.isf(alpha))
-    bound = float(np.mean(values)) + (-1 if rising else 1) * quantile * math.hypot(item_se, math.sqrt(seed_variance))
+    seed_variance = 0.0 if seed_sd is None else seed_sd**2 / len(values)
+    variance = item_se**2 + seed_variance
+    # Welch–Satterthwaite; the items' own degrees of freedom are beyond counting.
+    df = variance**2 / seed_variance**2 * seed_df if seed_variance > 0 else math.inf
+    bound = float(np.mean(values)) + (-1 if rising else 1) * float(stats.t.isf(alpha, df)) * math.sqrt(variance)
     return bound >= threshold if rising else bound <= threshold
 
 

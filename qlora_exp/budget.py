@@ -18,6 +18,8 @@ from qlora_exp.records import RunRecord, Spent, Status, read_record
 from qlora_exp.study.types import TrialRow
 
 LIMITS = ("seconds", "tokens", "usd", "kwh")
+"""What is spent; ``memory_bytes`` is what a run must fit into."""
+OF_THE_STUDY = (*LIMITS, "memory_bytes")
 JOULES_PER_KWH = 3.6e6
 RECORD_SECONDS = 1.0
 """How old what a record says may be while its run trains: as much of it is lost where the process is killed."""
@@ -39,7 +41,7 @@ def budget_of(raw: Any) -> BudgetConfig:
 
 def without_limits(config: Config) -> Config:
     """A trial's configuration: the budget is the study's, and trials that it cut short could not be compared."""
-    return dataclasses.replace(config, budget=dataclasses.replace(config.budget, **dict.fromkeys(LIMITS)))
+    return dataclasses.replace(config, budget=dataclasses.replace(config.budget, **dict.fromkeys(OF_THE_STUDY)))
 
 
 def check_energy(budget: BudgetConfig, device: DeviceChoice) -> None:
@@ -129,7 +131,7 @@ class Purse:
 
     def _account(self, name: str, limit: float, rows: Sequence[tuple[TrialRow, Spent]]) -> Account:
         amounts = [(row, amount(spent, name, self._budget.usd_per_hour)) for row, spent in rows]
-        costs = tuple(cost for row, cost in amounts if row.status in MEASURED)
+        costs = tuple(cost for row, cost in amounts if row.status in MEASURED and row.refusal is None)
         expected = statistics.fmean(costs) if costs else 0.0
         held = sum(max(cost, expected) if row.state == "RUNNING" else cost for row, cost in amounts)
         return Account(name, limit, sum(cost for _, cost in amounts), held, costs)

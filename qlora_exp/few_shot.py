@@ -18,7 +18,7 @@ from qlora_exp.data import FewShotDraw, Splits, few_shot_draws
 from qlora_exp.evaluation import limited, max_positions
 from qlora_exp.paths import RunPaths
 from qlora_exp.records import FewShot, Plan, from_dict, write_json
-from qlora_exp.untouched import cache_key, write_items
+from qlora_exp.untouched import cache_key, item_names, write_items
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def few_shot_scores(
         return _measure(model, tokenizer, splits, config)
     shots = f"{wanted.few_shots} × {wanted.few_shot_draws}"
     key = cache_key(
-        plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device, shots
+        *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
+        *(shots, item_names(splits)),
     )
     folder = cache / "few_shot"
     folder.mkdir(parents=True, exist_ok=True)

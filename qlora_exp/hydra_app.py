@@ -84,8 +84,10 @@ def _check(overrides: Sequence[str], multirun: bool) -> None:
         compose.compose(overrides)
     elif BASIC in overrides:
         compose.check_multirun(overrides)
+        compose.check_hydra(overrides)
     else:
         raise_all(compose.problems_of(overrides, multirun=True))
+        compose.check_hydra(overrides)
         compose.compose_raw([text for text in overrides if not compose.is_swept(text)])
 
 

@@ -11,14 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_exp.environment import alive, process_identity
 from qlora_exp.errors import RecordError, StudyError
-from qlora_exp.paths import StudyPaths
+from qlora_exp.feasibility import Experience, Predicted
+from qlora_exp.overrides import hydra_value
+from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Process, Status, from_dict
 from qlora_exp.redaction import REDACTED
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 STORAGE_VARIABLE = "QLORA_EXP_STORAGE"
 """Environment variable with the URL of the storage: a password stays off command lines and out of files."""
+
+DOES_NOT_FIT = "DOES_NOT_FIT"
+"""The status of a trial that was not started, since it was predicted not to fit; Optuna's state of it is PRUNED."""
 
 LOOK_SECONDS = 1.0
 SHOWN_BEST = 5
@@ -50,15 +55,35 @@ class Running:
 
 
 def read_spec(paths: StudyPaths) -> StudySpec:
-    """``study.json``.
+    """``study.json``, its places those where it is now.
 
     Raises:
-        RecordError: it can't be read.
+        RecordError: it can't be read, or was moved without its database.
     """
     try:
-        return from_dict(StudySpec, json.loads(paths.spec.read_text(encoding="utf-8")), str(paths.spec))
+        spec = from_dict(StudySpec, json.loads(paths.spec.read_text(encoding="utf-8")), str(paths.spec))
     except (OSError, ValueError) as error:
         raise RecordError(f"the study can't be read: {error}", str(paths.spec), "start the sweep again") from None
+    return _where_it_is(spec, paths)
+
+
+def _where_it_is(spec: StudySpec, paths: StudyPaths) -> StudySpec:
+    """The study under the output root that its folder is in now: outputs are moved, copied and mounted elsewhere."""
+    here, there = OutputPaths(paths.folder.absolute().parent.parent), OutputPaths.of(spec.output_root)
+    if here == there or (there.root.exists() and here.root.samefile(there.root)):
+        return spec
+    own = spec.storage == f"sqlite:///{there.optuna_database}"
+    if own and there.optuna_database.exists() and not here.optuna_database.exists():
+        what = f"the study {spec.name} was moved without its database and its runs"
+        hint = f"move all of {there.root} together: runs/, studies/ and optuna.db"
+        raise RecordError(what, f"{paths.folder}, and {there.optuna_database}", hint)
+    kept = [text for text in spec.overrides if not text.startswith("output_root=")]
+    return replace(
+        spec,
+        output_root=str(here.root),
+        overrides=(*kept, f"output_root={hydra_value(str(here.root))}"),
+        storage=f"sqlite:///{here.optuna_database}" if own else spec.storage,
+    )
 
 
 def storage_of(spec: StudySpec, given: str | None = None) -> str:
@@ -97,8 +122,9 @@ def show_progress(counts: Counts) -> str:
     """``12 of 20 trials done: 9 finished, 2 pruned, 1 failed; 2 running, 6 to come``."""
     told = f"{counts.finished} of {counts.total} trials done: {counts.completed} finished, {counts.pruned} pruned"
     left = counts.waiting + counts.to_ask
+    refused = f", {counts.refused} predicted not to fit" if counts.refused else ""
     more = f"; {counts.running} running, {left} to come" if left or counts.running else ""
-    return f"{told}, {counts.failed} failed{more}"
+    return f"{told}, {counts.failed} failed{refused}{more}"
 
 
 def seconds_left(rows: Sequence[TrialRow], counts: Counts, at_once: int) -> float | None:
@@ -152,6 +178,8 @@ def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
 
 def status_text(row: TrialRow) -> str:
     """Ours where the trial has ended, else Optuna's: WAITING, RUNNING."""
+    if row.refusal is not None:
+        return DOES_NOT_FIT
     return row.status.value if row.status is not None else row.state
 
 
@@ -167,6 +195,8 @@ def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Process | 
         head += f", {_duration(left)} left" if left is not None and slots else ""
         nobody = f"nobody works on it: qlora-exp resume {shlex.quote(spec.name)}"
         head += f"\nworked on by process {holder.pid}" if holder else f"\n{nobody}"
+    predicted = predicted_memory(rows, paths)
+    head += f"\n{predicted.sentence}" if predicted is not None else ""
     parts: list[RenderableType] = [Text(head)]
     if slots:
         parts.append(_running_table(slots))
@@ -177,6 +207,11 @@ def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Process | 
         parts.append(Text(f"and {len(best) - SHOWN_BEST} more: qlora-exp best {shlex.quote(spec.name)}"))
     parts.append(Text(machine_use(), style="dim"))
     return Group(*parts)
+
+
+def predicted_memory(rows: Sequence[TrialRow], paths: StudyPaths) -> Predicted | None:
+    """What predicting the trials' memory came to; ``None`` where nothing limits it."""
+    return Experience(OutputPaths(paths.folder.parent.parent)).predicted(rows)
 
 
 def _running_table(slots: Sequence[Running]) -> Table:

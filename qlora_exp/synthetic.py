@@ -16,11 +16,26 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qlora_exp.budget import RECORD_SECONDS, cut_short, exhausted, spent_before
-from qlora_exp.config import Config, EvaluationSplit, Quantization, SleepFault
+from qlora_exp.config import Config, EvaluationSplit, Quantization, SleepFault, to_plain
 from qlora_exp.endings import Diverged, Observer, Pruned, Report, Silent, never_stop, status_of
 from qlora_exp.paths import RunPaths
 from qlora_exp.plan import effective_alpha
-from qlora_exp.records import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Spent, Status, Training, write_json
+from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, Need, bound_of, fit_into, key_of
+from qlora_exp.records import (
+    Environment,
+    Failure,
+    Fit,
+    Memory,
+    Refusal,
+    RunRecord,
+    Scores,
+    ScoreTable,
+    Speed,
+    Spent,
+    Status,
+    Training,
+    write_json,
+)
 from qlora_exp.redaction import redact_text
 
 STEPS = 20
@@ -72,6 +87,25 @@ def run(
         ),
         scores=_score_table(config, paths) if status is Status.COMPLETED else record.scores,
     )
+
+
+def fit_of(config: Config, environment: Environment, rule: MemoryRule) -> Fit | None:
+    """As :func:`qlora_exp.one_run.fit_of`, of the bytes that a sleeping run will say it took.
+
+    Raises:
+        DoesNotFit: they are too many.
+    """
+    device = environment.device
+    bound = bound_of(rule, device)
+    if bound is None:
+        return None
+    need = Need(_memory(config).peak_train_bytes or 0, 0, config.training.sleep_seconds, None)
+    fit, may_start = fit_into(bound, need, rule, key_of(to_plain(config), device), device.kind)
+    if may_start:
+        return fit
+    what = f"the run is predicted to need {fit.corrected_bytes} of {fit.bound_bytes} bytes"
+    refusal = Refusal(fit, need.train_seconds, need.train_flops)
+    raise DoesNotFit(what, f"budget.memory_bytes = {bound}", "a smaller lora.r, or quantization=nf4", refusal)
 
 
 @dataclasses.dataclass
@@ -192,6 +226,7 @@ def _memory(config: Config) -> Memory:
         gradient_bytes=adapter,
         optimizer_bytes=2 * adapter,
         peak_train_bytes=base + 4 * adapter,
+        train_working_set_bytes=base + 4 * adapter,
     )
 
 

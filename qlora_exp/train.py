@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from torch.nn.functional import cross_entropy
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -151,6 +153,20 @@ def train(
     )
 
 
+@contextmanager
+def logits_where_there_is_a_label() -> Iterator[None]:
+    """TRL's fused head (``add_fused_lm_head``) computes logits for the tokens that carry a loss alone where it has
+    Triton's kernels; elsewhere for all of them, which it then masks, lest a compiler meets new shapes with every batch.
+    A CPU compiles nothing here, and most tokens are the prompt's. The loss is the same, to rounding."""
+    head = trl.trainer.utils
+    kept = head._use_triton
+    head._use_triton = lambda device: device.type == "cpu" or kept(device)
+    try:
+        yield
+    finally:
+        head._use_triton = kept
+
+
 class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that counts real tokens, and refuses to step on a gradient that isn't finite."""
 
@@ -166,6 +182,10 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise Diverged("the loss", self.state.global_step + 1)
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with logits_where_there_is_a_label():
+            return super().compute_loss(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The validation loss as it is defined everywhere: nats of all tokens / all tokens, not a mean of batch means,

@@ -68,7 +68,8 @@ def untouched_scores(
         return Untouched(None, None, _general_losses(model, tokenizer, splits, config), {}, cached=False)
     general = "\n".join([*splits.general_text, *(chat.prompt + chat.completion for chat in splits.general_chats)])
     key = cache_key(
-        plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device, general
+        *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
+        *(general, item_names(splits)),
     )
     folder = cache / "untouched"
     facts = folder / f"{key}.json"
@@ -204,6 +205,12 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
         if found is not None:
             write_json(path, found)
         return found
+
+
+def item_names(splits: Splits) -> str:
+    """What per-item results are paired by: file and row. The rows' fingerprint leaves them out, so that a file that
+    got another name or an empty line has equal rows, whose results are still paired with nothing."""
+    return "\n".join(item.item_id for split in (splits.train, splits.validation, splits.test) for item in split)
 
 
 MEASURED_WITH = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")

@@ -152,6 +152,27 @@ def test_an_infinite_learning_rate_ends_as_diverged(
     assert caught.value.step < 40
 
 
+def test_logits_are_computed_for_the_tokens_that_carry_a_loss_alone(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl.trainer.utils as head
+
+    projected: list[int] = []
+
+    class Recorded(head._ChunkedLogProbFunction):
+        @classmethod
+        def apply(cls, hidden: torch.Tensor, *arguments: object) -> object:
+            projected.append(len(hidden))
+            return super().apply(hidden, *arguments)
+
+    monkeypatch.setattr(head, "_ChunkedLogProbFunction", Recorded)
+    before = head._use_triton
+    trained, _ = train_once(configured(tiny_models["llama"], colour_task), tmp_path)
+    assert len(projected) == 6
+    assert sum(projected) == trained.loss_tokens < trained.tokens
+    assert head._use_triton is before
+
+
 def test_a_study_can_stop_a_training(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
     config = configured(tiny_models["llama"], colour_task, "training.evaluate_every_steps=2")
     seen: list[tuple[int, float]] = []

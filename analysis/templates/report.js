@@ -17,11 +17,13 @@ function coloured(traces, dark) {
   return JSON.parse(dark ? text.replace(/"#[0-9a-f]{6}"/g, (found) => `"${LIGHTER[found.slice(1, -1)] || found.slice(1, -1)}"`) : text);
 }
 
-function themed(layout, narrow) {
+function themed(layout, narrow, traces) {
   const { text, line, panel, quiet } = colours();
   const axis = { gridcolor: line, linecolor: line, zerolinecolor: line };
   return {
     ...layout,
+    // A narrow legend has a line for each entry: the plot keeps its own height below it.
+    height: layout.height + (narrow && traces > 2 ? 19 * traces : 0),
     xaxis: { ...layout.xaxis, ...axis },
     yaxis: { ...layout.yaxis, ...axis },
     paper_bgcolor: "rgba(0,0,0,0)",
@@ -36,7 +38,7 @@ function draw() {
   for (const place of document.querySelectorAll("[data-figure]")) {
     const figure = data.figures[Number(place.dataset.figure)];
     const narrow = place.clientWidth < 500;
-    const layout = themed(figure.layout, narrow);
+    const layout = themed(coloured(figure.layout, DARK.matches), narrow, figure.data.length);
     Plotly.react(place, coloured(figure.data, DARK.matches), layout, {
       responsive: true,
       displaylogo: false,

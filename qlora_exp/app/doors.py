@@ -10,7 +10,7 @@ from qlora_exp import compose, environment
 from qlora_exp.app.beginning import now
 from qlora_exp.app.execution import execute
 from qlora_exp.app.process import exit_code_of
-from qlora_exp.budget import LIMITS
+from qlora_exp.budget import OF_THE_STUDY
 from qlora_exp.config import Config
 from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.paths import OutputPaths
@@ -57,7 +57,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
     try:
         # A run's record doesn't keep the settings of the sweep that it belongs to.
         plain = {"sweep": None, "workers": None, **plain}
-        plain["budget"] = {**dict.fromkeys(LIMITS), **plain.get("budget", {})}  # older records have none
+        plain["budget"] = {**dict.fromkeys(OF_THE_STUDY), **plain.get("budget", {})}  # older records have none
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import signal
 import threading
@@ -19,7 +20,8 @@ from qlora_exp.config import Config, Engine
 from qlora_exp.endings import Observer, Report, never_stop
 from qlora_exp.errors import DataError, QloraExpError, RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.records import Environment, RunRecord, Status, Trial, read_record, write_json
+from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule
+from qlora_exp.records import Environment, Fit, RunRecord, Status, Trial, read_record, write_json
 
 if TYPE_CHECKING:
     from qlora_exp.one_run import Bases
@@ -35,6 +37,7 @@ def execute(
     report: Report = never_stop,
     bases: Bases | None = None,
     deliver: Callable[[Callable[[], object]], object] | None = None,
+    memory: MemoryRule | None = None,
 ) -> RunRecord:
     """Run ``config``, keep its record, and show it in MLflow.
 
@@ -47,10 +50,13 @@ def execute(
         bases: where the base model comes from; ``None``: it is loaded.
         deliver: does the last delivery to MLflow, e.g. in a thread; ``None``: at once. Whoever gives it need not wait
             for MLflow at the run's start either.
+        memory: what a new run must fit into; ``None``: as the configuration's budget has it.
 
     Raises:
+        DoesNotFit: it is predicted to need more memory than it may take; nothing was started.
         QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
+    memory = memory or _rule_of(config)
     if trial is not None:
         config = without_limits(config)
     check_energy(config.budget, config.training.device)
@@ -62,10 +68,14 @@ def execute(
             held.enter_context(_owned(outputs.run(resume)))
         if observer is not None:
             observer.phase("prepare")
-        prepared = _prepare(config, bases)  # wrong input ends here, before a run exists
-        if resume is not None:
+        if resume is not None:  # it was let in when it began
+            prepared = _prepare(config, bases)
             _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
-        record, paths = begin(config, outputs, prepared.environment, resume, run_id, trial)
+            record, paths = begin(config, outputs, prepared.environment, resume, run_id, trial)
+        else:  # wrong input ends here, before a run exists
+            config, prepared, fit, warnings = _let_in(config, bases, memory)
+            record, paths = begin(config, outputs, prepared.environment, resume, run_id, trial)
+            record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
         if resume is None:
             held.enter_context(_owned(paths))
         return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver)
@@ -133,9 +143,37 @@ class _Prepared(Protocol):
     environment: Environment
     data_fingerprint: str | None
 
+    def fit(self, memory: MemoryRule) -> Fit | None: ...
+
     def run(
         self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
     ) -> tuple[RunRecord, QloraExpError | None]: ...
+
+
+def _rule_of(config: Config) -> MemoryRule:
+    """Of a run by itself: what its budget says is meant; a card's memory is held against a prediction that may err."""
+    bound = config.budget.memory_bytes
+    return MemoryRule(bound, hosts=1, kin=(), tries_the_edge=bound is None, halvings=0)
+
+
+def _let_in(
+    config: Config, bases: Bases | None, memory: MemoryRule
+) -> tuple[Config, _Prepared, Fit | None, tuple[str, ...]]:
+    """The run as it is predicted to fit: with its micro-batch halved, where ``memory`` allows that."""
+    rows = config.training.micro_batch_size or config.training.batch_size
+    smaller = [rows // 2**power for power in range(1, memory.halvings + 1) if rows // 2**power >= 1]
+    try:
+        prepared = _prepare(config, bases)
+        return config, prepared, prepared.fit(memory), ()
+    except DoesNotFit as error:
+        refused = error
+    for half in smaller:
+        halved = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=half))
+        told = f"predicted not to fit with micro-batches of {rows}; run with {half}, the batch unchanged"
+        with contextlib.suppress(DoesNotFit):
+            prepared = _prepare(halved, bases)
+            return halved, prepared, prepared.fit(memory), (told,)
+    raise refused
 
 
 def _prepare(config: Config, bases: Bases | None) -> _Prepared:
@@ -153,6 +191,11 @@ class _Training:
         self.prepared = one_run.prepare(config, self.environment, self.bases)
         self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
 
+    def fit(self, memory: MemoryRule) -> Fit | None:
+        from qlora_exp import one_run
+
+        return one_run.fit_of(self.config, self.prepared, self.environment, memory)
+
     def run(
         self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
     ) -> tuple[RunRecord, QloraExpError | None]:
@@ -169,6 +212,9 @@ class _Sleep:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.environment = environment.probe_without_torch()
+
+    def fit(self, memory: MemoryRule) -> Fit | None:
+        return synthetic.fit_of(self.config, self.environment, memory)
 
     def run(
         self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report

@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterator
 
 from qlora_exp.checks.bounds import above_zero, at_least, config_error, one_of, within
-from qlora_exp.checks.names import ALPHA_POLICIES, ATTENTIONS, LARGEST_RANK, NATIVE_DTYPES, QUANTIZED, TARGET_SETS
+from qlora_exp.checks.names import (
+    ALPHA_POLICIES,
+    ATTENTIONS,
+    DIVIDING_IN_ADAPTERS_DTYPE,
+    LARGEST_RANK,
+    NATIVE_DTYPES,
+    QUANTIZED,
+    TARGET_SETS,
+)
 from qlora_exp.config import (
     AdapterInit,
     ComputeDtype,
@@ -82,6 +90,10 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
     yield from within("lora.r", lora.r, 1, LARGEST_RANK)
     yield from within("lora.dropout", lora.dropout, 0, 1, open_end=True)
     yield from _alpha(lora)
+    optimizer = config.training.optimizer
+    if lora.dtype is ComputeDtype.float16 and optimizer in DIVIDING_IN_ADAPTERS_DTYPE:
+        what = f"{optimizer} can't train float16 adapters: what it divides by, 1e-8 at the least, is 0 in float16"
+        yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
     if lora.init is AdapterInit.pissa and mode in QUANTIZED:
         what = f"PiSSA takes its start from the base's own weights, which {mode.value} has rounded away"
         yield config_error(

@@ -15,12 +15,14 @@ def config_error(what: str, key: str, value: object, hint: str) -> ConfigError:
 def at_least(key: str, value: float | None, least: float) -> Iterator[ConfigError]:
     """A number that may be null but not below ``least``, and never NaN or infinite."""
     if value is not None and not (math.isfinite(value) and value >= least):
-        yield config_error(f"{key} must be at least {least:g}", key, value, f"try {key}={least:g} or more")
+        finite = "" if math.isfinite(value) else " and finite"
+        yield config_error(f"{key} must be at least {least:g}{finite}", key, value, f"try {key}={least:g} or more")
 
 
 def above_zero(key: str, value: float | None) -> Iterator[ConfigError]:
     if value is not None and not (math.isfinite(value) and value > 0):
-        yield config_error(f"{key} must be above 0", key, value, f"give {key} a positive number")
+        finite = "" if math.isfinite(value) else " and finite"
+        yield config_error(f"{key} must be above 0{finite}", key, value, f"give {key} a positive number")
 
 
 def within(key: str, value: float, low: float, high: float, open_end: bool = False) -> Iterator[ConfigError]:

@@ -53,7 +53,7 @@ def _rest(config: Config) -> Iterator[ConfigError]:
 def _budget(config: Config) -> Iterator[ConfigError]:
     budget, batch = config.budget, config.training.batch_size
     yield from at_least("budget.usd_per_hour", budget.usd_per_hour, 0)
-    for key in ("seconds", "tokens", "usd", "kwh"):
+    for key in ("seconds", "tokens", "usd", "kwh", "memory_bytes"):
         yield from above_zero(f"budget.{key}", getattr(budget, key))
     if budget.usd is not None and not budget.usd_per_hour:
         what = "dollars can't be counted without what an hour of this machine costs"
@@ -71,11 +71,16 @@ def _sweep(sweep: SweepConfig | None) -> Iterator[ConfigError]:
         yield from at_least("sweep.out_of_memory_retries", sweep.out_of_memory_retries, 0)
 
 
+MOST_WORKERS = 1024
+"""Each is a process, with a connection to the study's database."""
+
+
 def _workers(workers: WorkersConfig | None) -> Iterator[ConfigError]:
     if workers is None:
         return
-    yield from at_least("workers.count", workers.count, 1)
-    yield from at_least("workers.jobs", workers.jobs, 1)
+    for key in ("count", "jobs"):
+        if (number := getattr(workers, key)) is not None:
+            yield from within(f"workers.{key}", number, 1, MOST_WORKERS)
     for key in ("heartbeat_seconds", "lease_seconds", "hang_seconds"):
         yield from above_zero(f"workers.{key}", getattr(workers, key))
     if not workers.lease_seconds > workers.heartbeat_seconds:

@@ -40,5 +40,11 @@ OPTIMIZERS_NEEDING_MORE = re.compile(
 )
 """Names of transformers that need another package, another machine or a list of weight matrices of their own."""
 
+DIVIDING_IN_ADAPTERS_DTYPE = ("adamw_torch", "rmsprop", "adagrad")
+"""Optimizers of torch that keep their state in the adapters' dtype, epsilon included: NaN at the second step."""
+
+MOST_THREADS = 1024
+"""More than any machine has cores; a thousand times as many end the process that asks for them."""
+
 LARGEST_RANK = 65_536
 """Above the width of every model there is, beyond which no rank adds anything."""

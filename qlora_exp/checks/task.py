@@ -73,6 +73,10 @@ def task_problems(task: TaskConfig) -> Iterator[ConfigError]:
         yield config_error("a local task needs a file", "task.path", task.path, "task.path=FILE.jsonl")
     if task.source is TaskSource.hub and not task.hub_id:
         yield config_error("a Hub task needs a data set's id", "task.hub_id", task.hub_id, "task.hub_id=OWNER/NAME")
+    for source, key, value in ((TaskSource.local, "path", task.path), (TaskSource.hub, "hub_id", task.hub_id)):
+        if value and task.source is not source:
+            hint = f"task={source.value} task.{key}={value}"
+            yield config_error(f"task.{key} is only for task={source.value}", f"task.{key}", value, hint)
     if task.source is TaskSource.hub and "train" not in task.splits:
         yield config_error("the task has no training split", "task.splits", task.splits, "task.splits.train=train")
     for name in task.splits:

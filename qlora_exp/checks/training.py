@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_exp.checks.bounds import above_zero, at_least, config_error, one_of, within
-from qlora_exp.checks.names import OPTIMIZERS, OPTIMIZERS_NEEDING_MORE, SCHEDULERS, SCHEDULERS_NEEDING_MORE
+from qlora_exp.checks.names import (
+    MOST_THREADS,
+    OPTIMIZERS,
+    OPTIMIZERS_NEEDING_MORE,
+    SCHEDULERS,
+    SCHEDULERS_NEEDING_MORE,
+)
 from qlora_exp.config import TrainingConfig
 from qlora_exp.errors import ConfigError
 
@@ -18,8 +24,10 @@ def training_problems(training: TrainingConfig) -> Iterator[ConfigError]:
     yield from at_least("training.weight_decay", training.weight_decay, 0)
     yield from at_least("training.max_grad_norm", training.max_grad_norm, 0)
     yield from at_least("training.max_length", training.max_length, 2)
-    for key in ("logging_steps", "evaluate_every_steps", "save_every_steps", "early_stopping_patience", "threads"):
+    for key in ("logging_steps", "evaluate_every_steps", "save_every_steps", "early_stopping_patience"):
         yield from at_least(f"training.{key}", getattr(training, key), 1)
+    if training.threads is not None:
+        yield from within("training.threads", training.threads, 1, MOST_THREADS)
     yield from at_least("training.sleep_seconds", training.sleep_seconds, 0)
     yield from one_of("training.scheduler", training.scheduler, SCHEDULERS)
     yield from one_of("training.optimizer", training.optimizer, OPTIMIZERS)

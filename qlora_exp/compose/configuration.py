@@ -21,9 +21,9 @@ from qlora_exp import plan
 from qlora_exp.compose.grammar import choices_of, is_ours, key_of, parse, parsed, without_globs
 from qlora_exp.compose.groups import groups
 from qlora_exp.compose.problems import problems_of
-from qlora_exp.compose.search import search_folders, search_path
+from qlora_exp.compose.search import SEARCH_PATH, search_folders, search_path
 from qlora_exp.config import Config, register, typed
-from qlora_exp.errors import ConfigError, QloraExpError, raise_all
+from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.paths import CONF
 
 GRID_CHECK_LIMIT = 256
@@ -37,7 +37,33 @@ def compose(overrides: Sequence[str]) -> Config:
         ConfigError, Problems: a misspelt key or choice, a wrong type, an impossible combination; all together.
     """
     raise_all(problems_of(overrides, multirun=False))
+    check_hydra(overrides)
     return _compose_checked(overrides)
+
+
+def check_hydra(overrides: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` for a wrong setting of Hydra's own (``hydra.launcher.njobs=2``): Hydra tells of it in
+    its own way, and where nothing is launched not at all."""
+    theirs = [text for text in overrides if not is_ours(parse(text)) and key_of(text) != SEARCH_PATH]
+    theirs.sort(key=lambda text: "/" not in key_of(text))  # as Hydra: choices first, which bring the keys
+    for number, text in enumerate(theirs):
+        try:
+            _composed_by_hydra(theirs[: number + 1])
+        except (HydraException, OmegaConfBaseException) as error:
+            key = key_of(text)
+            parent, _, name = key.rpartition(".")
+            node = OmegaConf.select(_composed_by_hydra(theirs[:number]), parent) if parent else None
+            hint = nearest(name, map(str, node)) if isinstance(node, DictConfig) and name not in node else None
+            what = str(error.__cause__ or error).splitlines()[0]
+            raise ConfigError(what, text, hint or f"{key}=VALUE, or leave it out") from None
+
+
+def _composed_by_hydra(overrides: Sequence[str]) -> DictConfig:
+    """Its own settings included."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
 
 
 def check_multirun(overrides: Sequence[str]) -> None:

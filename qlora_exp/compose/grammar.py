@@ -56,7 +56,7 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
 def _in_quotes(text: str) -> str | None:
     """``key=value`` with its value as a text that Hydra reads, itself quoted for a shell; ``None`` without a key."""
     key, sign, value = text.partition("=")
-    if not (sign and re.fullmatch(r"[\w.+]+", key)):
+    if not (sign and re.fullmatch(r"\+{0,2}\w+(\.\w+)*", key)):
         return None
     return shlex.quote(f"{key}={QuotedString(text=value, quote=Quote.double).with_quotes()}")
 

@@ -10,7 +10,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Glob, Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,6 +39,15 @@ OTHER_NAMES = {
 }
 """What other tools call our keys."""
 
+PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
+PACKAGES = {
+    "joblib": "hydra-joblib-launcher",
+    "ray": "hydra-ray-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+}
+"""Launchers that come in packages of their own."""
+
 
 def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]:
     """Every problem that can be seen in the overrides one by one."""
@@ -50,6 +61,11 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
             override = parse(text)
             if is_ours(override):
                 found.extend(_problems_of_one(override, text, multirun, searched))
+            elif override.is_sweep_override():
+                what = f"{override.key_or_group} says how runs are launched, and has one value"
+                found.append(ConfigError(what, text, "choose one of them"))
+            elif override.key_or_group in PLUGIN_GROUPS:
+                found.extend(_problems_of_plugin(override, text))
         except ConfigError as error:
             found.append(error)
         except HydraException as error:  # a sweep that can be neither listed nor bounded
@@ -100,13 +116,24 @@ def _problems_of_choice(override: Override, text: str, valid: list[str]) -> Iter
     key = override.key_or_group
     for value in values_of(override):
         name = str(value)
-        if name not in valid and not (key == "sweeps" and value is None):
+        if name not in valid:
             hint = nearest(name, valid)
             if key == "model" and Path(name).expanduser().exists():
                 hint = f"model=local model.path={name}"
             yield ConfigError(
                 f"{key} has no choice {name!r}", f"{text} ({'sweeps' if key == 'sweeps' else f'conf/{key}'}/)", hint
             )
+
+
+def _problems_of_plugin(override: Override, text: str) -> Iterable[ConfigError]:
+    """Hydra alone would tell of a plugin that isn't there only when a sweep starts, and a single run never."""
+    Plugins.instance()  # imports those that are installed, which name themselves
+    valid = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(override.key_or_group)]
+    for value in values_of(override):
+        if value not in valid:
+            package = PACKAGES.get(str(value))
+            hint = f"pip install {package}" if package else nearest(str(value), valid)
+            yield ConfigError(f"{override.key_or_group} has no choice {value!r}", text, hint)
 
 
 def _schema_type(key: str) -> Any:

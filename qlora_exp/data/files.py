@@ -59,6 +59,8 @@ def read_file(path: Path) -> RawFile:
             str(path),
             _ending_hint(path.suffix.lower()),
         )
+    if path.exists() and not path.is_file():
+        raise DataError("this is no file: it could be read without an end", str(path), "save its rows in a file")
     content = _bytes_of(path)
     if not content.strip():
         raise DataError("the file is empty", str(path), "give a file with at least one row")

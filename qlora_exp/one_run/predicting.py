@@ -10,7 +10,7 @@ from qlora_exp.calibration import known_rate
 from qlora_exp.config import Config
 from qlora_exp.data import Splits
 from qlora_exp.plan import Architecture
-from qlora_exp.plan.peak import predicted_peak
+from qlora_exp.plan.peak import Peak, predicted_peak
 from qlora_exp.plan.seconds import predicted_seconds, predicted_usd, train_flops_per_token
 from qlora_exp.records import Environment, Plan
 
@@ -25,17 +25,7 @@ def with_predictions(
 ) -> Plan:
     """The plan with what memory, time and money are expected to be, for the rows that there are."""
     device, lengths = environment.device, row_lengths(splits)
-    scored = sum(len(item.completion_ids) + len(item.end_ids) for item in splits.train)
-    peak = predicted_peak(
-        architecture,
-        modules,
-        config,
-        device.kind,
-        bf16=device.bf16,
-        length=max(lengths),
-        padded=min(lengths) < max(lengths),
-        loss_share=scored / sum(lengths),
-    )
+    peak = peak_of(config, environment, architecture, modules, splits)
     row = statistics.fmean(lengths)
     rate = known_rate(environment, config.quantization.mode)
     tokens = config.training.max_tokens or round(planned.max_steps * planned.batch_size * row)
@@ -44,8 +34,10 @@ def with_predictions(
     return replace(
         planned,
         predicted_peak_train_bytes=peak.peak_bytes,
+        predicted_context_bytes=peak.context_bytes,
         predicted_activation_bytes=peak.activation_bytes,
         predicted_logits_bytes=peak.logits_bytes,
+        predicted_train_tokens=tokens,
         train_flops_per_token=train_flops_per_token(
             architecture, planned.trainable_parameters, row, planned.gradient_checkpointing
         ),
@@ -54,6 +46,24 @@ def with_predictions(
         predicted_train_seconds_high=seconds.high if seconds else None,
         predicted_train_seconds_basis=seconds.basis if seconds else None,
         predicted_train_usd=usd.middle if usd else None,
+    )
+
+
+def peak_of(
+    config: Config, environment: Environment, architecture: Architecture, modules: Sequence[str], splits: Splits
+) -> Peak:
+    """The peak of training with the rows that there are, and of these the longest in one batch."""
+    device, lengths = environment.device, row_lengths(splits)
+    scored = sum(len(item.completion_ids) + len(item.end_ids) for item in splits.train)
+    return predicted_peak(
+        architecture,
+        modules,
+        config,
+        device.kind,
+        bf16=device.bf16,
+        length=max(lengths),
+        padded=min(lengths) < max(lengths),
+        loss_share=scored / sum(lengths),
     )
 
 

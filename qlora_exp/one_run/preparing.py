@@ -17,6 +17,7 @@ from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.metrics import hub_metric
 from qlora_exp.one_run.bases import Bases
 from qlora_exp.one_run.predicting import row_lengths, with_predictions
+from qlora_exp.plan import Architecture
 from qlora_exp.records import Environment, Plan
 
 
@@ -28,12 +29,16 @@ class Prepared:
     modules: tuple[str, ...]
     tokenizer: Any
     splits: Splits
+    architecture: Architecture
 
 
 def prepare(config: Config, environment: Environment, bases: Bases | None = None) -> Prepared:
     """Check rows, target modules and plan, in the order of their cost. Raises :class:`QloraExpError`."""
     if environment.device.kind == "cpu" and (problem := plan.int8_dora(config)):
         raise problem  # with training.device=auto the machine decides, which is known only here
+    if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
+        what = "FlexAttention can't be trained on a CPU: torch has no backward pass of it there"
+        raise ConfigError(what, "model.attention = flex_attention", "model.attention=sdpa, or a GPU")
     bases = bases or models.ColdBases()
     task = (repr(config.task), _state_of_files(config.task.path))
     rows = bases.kept("rows", task, lambda: load_rows(config.task))
@@ -50,7 +55,7 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
     planned = with_predictions(planned, config, environment, architecture, modules, splits)
     _check_budget_buys_a_step(config, planned, splits)
-    return Prepared(planned, modules, tokenizer, splits)
+    return Prepared(planned, modules, tokenizer, splits, architecture)
 
 
 def _state_of_files(path: str | None) -> Hashable:

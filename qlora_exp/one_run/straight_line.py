@@ -77,6 +77,7 @@ def _straight_line(
     progress.untouched = untouched
     before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores, few_shot=shown.draws)
     progress.record = _warned(progress.record.replace(scores=before, baselines=baselines), shown.warning())
+    progress.record = _warned(progress.record, _short_of_rows(planned, len(splits.train)))
 
     progress.enter("train", observer)
     progress.trained = _trained_before(paths)
@@ -129,6 +130,14 @@ def _warned(record: RunRecord, warning: str | None) -> RunRecord:
     if warning is None or warning in record.warnings:
         return record
     return record.replace(warnings=(*record.warnings, warning))
+
+
+def _short_of_rows(planned: Plan, rows: int) -> str | None:
+    if rows >= planned.batch_size:
+        return None
+    return (
+        f"a step has {rows} rows, not training.batch_size={planned.batch_size}: there are no more in the training split"
+    )
 
 
 def _cut_short(trained: Trained, planned: Plan) -> str | None:

@@ -77,7 +77,7 @@ def predicted_peak(
 
     ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. ``length``: tokens of the longest row, if
     known (else ``training.max_length``); ``padded``: rows differ in length; ``loss_share``: the share of tokens that
-    carry a loss, which alone get logits on CUDA.
+    carry a loss, which alone get logits.
     """
     shape = _Shape.of(config, architecture, device_kind, bf16, length)
     wanted = set(modules)
@@ -97,11 +97,12 @@ def predicted_peak(
         cuda=shape.cuda,
         lora_dropout=config.lora.dropout > 0,
     )
-    logits = _logits(architecture, shape, loss_share)
+    scored = round(shape.rows * (shape.length - 1) * loss_share)
+    logits = _logits(architecture, shape, scored)
     unpacked = _unpacked(architecture, config, shape)
     outer = shape.tokens * (kept.outside + (kept.inputs if shape.checkpointing else kept.layers))
     if not shape.cuda:
-        return _peak(_Moment(resting, outer, logits, 0, _gaps(kept, architecture, shape, logits)), shape)
+        return _peak(_Moment(resting, outer, logits, 0, _gaps(kept, architecture, shape, logits, scored)), shape)
     recomputed = shape.tokens * kept.layer * 2 if shape.checkpointing else 0
     at_head = _Moment(resting, outer, logits, 0, 0)
     in_layer = _Moment(resting + adapters.gradient_bytes, outer + recomputed, 0, unpacked, 0)
@@ -146,12 +147,10 @@ class _Moment:
     slack: float
 
 
-def _logits(architecture: Architecture, shape: _Shape, loss_share: float) -> float:
-    """One tile of logits and what its backward pass makes of it, and the hidden states' gradient in float32. CUDA: one
-    tile of the full width, whatever the vocabulary, for the tokens that carry a loss."""
-    scored = shape.rows * (shape.length - 1)
+def _logits(architecture: Architecture, shape: _Shape, scored: int) -> float:
+    """One tile of logits and what its backward pass makes of it, and the hidden states' gradient in float32, for the
+    ``scored`` tokens that carry a loss. CUDA: one tile of the full width, whatever the vocabulary."""
     if shape.cuda:
-        scored = round(scored * loss_share)
         tile = min(scored, HEAD_TOKENS) * HEAD_VOCABULARY * shape.width
     else:
         logits = min(scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
@@ -171,9 +170,9 @@ def _matrix(weight: WeightShape) -> int:
     return weight.in_features * weight.out_features
 
 
-def _gaps(kept: Kept, architecture: Architecture, shape: _Shape, logits: float) -> float:
+def _gaps(kept: Kept, architecture: Architecture, shape: _Shape, logits: float, scored: int) -> float:
     """What a CPU's process holds beyond its tensors."""
-    tile = min(shape.rows * (shape.length - 1), HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
+    tile = min(scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
     in_heap = logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0
     return CODE_BYTES + GAPS_LAYERS * shape.tokens * kept.layers + GAPS_LOGITS * in_heap
 

@@ -107,8 +107,12 @@ class Plan:
     int8. ``None`` in records of versions that didn't say."""
     predicted_peak_train_bytes: int | None = None
     """What ``memory.train_working_set_bytes`` was predicted to be."""
+    predicted_context_bytes: int | None = None
+    """What a card must hold besides: CUDA's context and the allocator's fragments; 0 on a CPU."""
     predicted_activation_bytes: int | None = None
     predicted_logits_bytes: int | None = None
+    predicted_train_tokens: int | None = None
+    """Processed tokens that training was expected to take."""
     train_flops_per_token: float | None = None
     """Floating-point operations to train one unpadded token."""
     predicted_train_seconds: float | None = None
@@ -117,6 +121,43 @@ class Plan:
     predicted_train_seconds_high: float | None = None
     predicted_train_seconds_basis: str | None = None
     predicted_train_usd: float | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a run was predicted to need of its device's memory, beside what it may take. Bytes."""
+
+    peak_bytes: int
+    """Of training, by arithmetic alone."""
+    context_bytes: int
+    """What the device must hold besides."""
+    corrected_bytes: int
+    """Both, the peak times what measured peaks of its kin were of theirs."""
+    bound_bytes: int
+    error: float
+    """The prediction's, as a share: up to (1 + error) × the bound a trial is tried."""
+    kin: int
+    """Measured peaks that it was corrected by."""
+
+    @property
+    def excess(self) -> float:
+        """Beyond the bound, as a share of it."""
+        return self.corrected_bytes / self.bound_bytes - 1.0
+
+    @property
+    def near_the_edge(self) -> bool:
+        return abs(self.excess) <= self.error
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a trial was not started: it was predicted not to fit."""
+
+    fit: Fit
+    train_seconds: float | None
+    """What its training was predicted to take; ``None`` where the machine's rate is not known."""
+    train_flops: float | None
+    """Floating-point operations of its training."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +389,8 @@ class RunRecord:
     seed: int | None = None
     model_fingerprint: str | None = None
     plan: Plan | None = None
+    fit: Fit | None = None
+    """Only where something limits its memory: ``budget.memory_bytes``, or a card."""
     data: Data | None = None
     memory: Memory = field(default_factory=Memory)
     speed: Speed = field(default_factory=Speed)

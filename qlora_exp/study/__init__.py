@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from qlora_exp.study.space import is_grid as is_grid
     from qlora_exp.study.space import overrides_of as overrides_of
     from qlora_exp.study.space import parse_axes as parse_axes
+    from qlora_exp.study.storage import lost as lost
+    from qlora_exp.study.storage import unreachable as unreachable
     from qlora_exp.study.store import Study as Study
 
 _HOMES = {
@@ -41,6 +43,8 @@ _HOMES = {
     "make_pruner": "samplers",
     "check_search": "samplers",
     "check_earlier": "history",
+    "lost": "storage",
+    "unreachable": "storage",
 }
 
 

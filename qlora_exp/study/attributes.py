@@ -12,6 +12,8 @@ from qlora_exp.records import Process, from_dict
 CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, UNCOUNTED = (
     *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
 )
+REFUSED = "predicted_not_to_fit"
+"""Why a trial was not started (:class:`~qlora_exp.records.Refusal`); also the name of the constraint that it breaks."""
 FIXED = "fixed_params"
 """Optuna's own name for what a trial was enqueued with."""
 

@@ -63,7 +63,8 @@ def check_conditions(axes: Sequence[Axis], narrowed: Collection[str] = ()) -> li
             in_order(axes)
         except CycleError as error:
             around = " → ".join(error.args[1])
-            errors.append(ConfigError(f"conditions that wait for each other: {around}", "sweep.conditions"))
+            what = f"conditions that wait for each other: {around}"
+            errors.append(ConfigError(what, "sweep.conditions", "take one of them out"))
     return errors
 
 

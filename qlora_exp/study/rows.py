@@ -7,23 +7,37 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
-from qlora_exp.records import Status
-from qlora_exp.study.attributes import attempt_of
+from qlora_exp.records import Refusal, Status, from_dict
+from qlora_exp.study.attributes import MEMORY_RETRIES, REFUSED, attempt_of
 from qlora_exp.study.distributions import decoded_params
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
 
 
 def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
     by_state = Counter(trial.state for trial in trials)
+    refused = refused_of(trials)
     return Counts(
         total=max(n_trials, len(trials)),
         completed=by_state[TrialState.COMPLETE],
-        pruned=by_state[TrialState.PRUNED],
+        pruned=by_state[TrialState.PRUNED] - refused,
         failed=by_state[TrialState.FAIL],
         running=by_state[TrialState.RUNNING],
         waiting=by_state[TrialState.WAITING],
         to_ask=max(n_trials - len(trials), 0),
+        refused=refused,
     )
+
+
+def refused_of(trials: Sequence[FrozenTrial]) -> int:
+    """How many were not started because they were predicted not to fit."""
+    return sum(is_refused(trial) for trial in trials)
+
+
+def is_refused(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
+    """Whether the trial was predicted not to fit, into ``bound_bytes`` or more where that is given."""
+    if trial.state is not TrialState.PRUNED or REFUSED not in trial.user_attrs:
+        return False
+    return bound_bytes is None or bool(trial.user_attrs[REFUSED]["fit"]["bound_bytes"] >= bound_bytes)
 
 
 def row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
@@ -42,6 +56,8 @@ def row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
         attempt=attempt_of(trial),
         feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
         failure=f"{failure['kind']}: {failure['message']}" if failure else None,
+        out_of_memory_retries=attributes.get(MEMORY_RETRIES, 0),
+        refusal=from_dict(Refusal, attributes[REFUSED]) if ended and REFUSED in attributes else None,
     )
 
 

@@ -102,6 +102,8 @@ def _axis(key: str, text: str, condition: str | None, group_choices: Callable[[s
     override = _parsed(key, text)
     value = override.value()
     tags = tuple(sorted(value.tags)) if isinstance(value, Sweep) else ()
+    if unknown := [tag for tag in tags if tag != "log"]:
+        raise _wrong(key, text, f"there is no tag {unknown[0]!r}", "tag(log, interval(lo,hi)) searches on a log scale")
     axis = Axis(override.get_key_element(), AxisKind.CHOICE, text, condition=condition, tags=tags)
     if isinstance(value, IntervalSweep):
         return _interval(axis, value)

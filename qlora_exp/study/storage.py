@@ -26,8 +26,11 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
     """Open the storage at ``url``, creating its tables once whoever comes first.
 
     Raises:
-        StudyError: the database is damaged, or can't be reached.
+        StudyError: the database is damaged, can't be reached, or is one in memory.
     """
+    if url == "sqlite://" or (url.startswith(SQLITE) and (":memory:" in url or "mode=memory" in url)):
+        what = "a storage in memory ends with its process, and those of a study are several"
+        raise StudyError(what, url, "sweep.storage=null for optuna.db under output_root, or sqlite:////DIR/FILE.db")
     file = sqlite_file(url)
     if file is None:
         return _opened(url, {}, name)
@@ -125,6 +128,18 @@ def _opened(
         raise StudyError(
             f"the storage can't be opened: {reason}", _shown(url), f"then qlora-exp resume {name}"
         ) from None
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether ``error`` is that of a storage which doesn't answer: its server is gone, or its file kept locked."""
+    return isinstance(error, sqlalchemy.exc.OperationalError | optuna.exceptions.StorageInternalError)
+
+
+def lost(error: BaseException, url: str, name: str) -> StudyError:
+    """What to tell of an :func:`unreachable` storage."""
+    reason = str(error.__cause__ or error).splitlines()[0]
+    hint = f"when it answers again: qlora-exp resume {name}"
+    return StudyError(f"the study's storage doesn't answer: {reason}", _shown(url), hint)
 
 
 def _do_not_wait(connection: Any, _: object) -> None:

@@ -9,6 +9,7 @@ tries follows from the trials that have ended, and is kept in the trial from its
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -155,7 +156,16 @@ class Study:
     def counts(self) -> Counts:
         trials = self._read()
         done = self.spec.ladder is not None and self._ladder_is_done()
-        return rows.counts(trials, len(trials) if done else self.spec.n_trials)
+        return rows.counts(trials, len(trials) if done else self._places(trials))
+
+    def refused_in_a_row(self, bound_bytes: int | None) -> int:
+        """How many of the last trials that a sampler asked for and that have ended were predicted not to fit into
+        ``bound_bytes`` or more; ``None``: into whatever it was. 0 for a grid and a ladder, whose points are done then.
+        """
+        if self._refusing_is_doing:
+            return 0
+        ended = [trial for trial in reversed(self._read()) if trial.state.is_finished()]
+        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_refused(trial, bound_bytes), ended))
 
     def trials(self) -> list[TrialRow]:
         """Every trial, by number."""
@@ -211,8 +221,19 @@ class Study:
         states = (TrialState.WAITING, TrialState.RUNNING)
         return self._storage.get_all_trials(self._study._study_id, deepcopy=False, states=states)
 
+    def _places(self, trials: Sequence[FrozenTrial]) -> int:
+        """How many trials there are to be."""
+        return self.spec.n_trials + (0 if self._refusing_is_doing else rows.refused_of(trials))
+
+    @property
+    def _refusing_is_doing(self) -> bool:
+        """Whether a point that doesn't fit takes one of the places; a sampler asks for another."""
+        return self.spec.sampler in ("grid", "ladder")
+
     def _all_asked(self) -> bool:
-        last = self.spec.n_trials - 1
+        return self._exists(self.spec.n_trials - 1) and self._exists(self._places(self._read()) - 1)
+
+    def _exists(self, last: int) -> bool:
         try:
             self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, last)
         except KeyError:

@@ -6,7 +6,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from qlora_exp.records import Failure, Status, to_dict
-from qlora_exp.study.attributes import FAILURE, SECONDS, STATUS
+from qlora_exp.study.attributes import FAILURE, REFUSED, RUN, SECONDS, STATUS
 from qlora_exp.study.types import Outcome, StudySpec
 
 INFEASIBLE = (Status.OUT_OF_MEMORY, Status.DIVERGED)
@@ -23,6 +23,9 @@ def tell_end(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome: 
     for key, value in ((STATUS, status.value), (SECONDS, outcome.seconds), (FAILURE, failure and to_dict(failure))):
         if value is not None:
             study._storage.set_trial_user_attr(trial._trial_id, key, value)
+    if outcome.refusal is not None:
+        study._storage.set_trial_user_attr(trial._trial_id, REFUSED, to_dict(outcome.refusal))
+        study._storage.set_trial_user_attr(trial._trial_id, RUN, None)  # the run that was to be never began
     if complete:
         study.tell(trial.number, [float(value) for value in outcome.values if value is not None])
     elif status in (Status.PRUNED, *INFEASIBLE):
@@ -37,6 +40,9 @@ def _constrain(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome
     wanted = dict.fromkeys(trial.constraints, 0.0) | dict(zip(spec.constraints, outcome.violations, strict=False))
     if outcome.status in INFEASIBLE:
         wanted[outcome.status.value.lower()] = 1.0
+    if outcome.refusal is not None:
+        fit = outcome.refusal.fit  # refused within its error: one of its kin ran out of memory with no more
+        wanted[REFUSED] = max(fit.excess, fit.error)
     if wanted:
         handle = Trial(study, trial._trial_id)
         for name, violation in wanted.items():

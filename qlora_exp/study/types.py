@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from qlora_exp.records import Failure, Process, Status
+from qlora_exp.records import Failure, Process, Refusal, Status
 
 Value = str | int | float | bool | None
 
@@ -144,6 +144,8 @@ class Outcome:
     violations: tuple[float, ...]
     seconds: float | None
     failure: Failure | None = None
+    refusal: Refusal | None = None
+    """The trial was not started: it was predicted not to fit. ``status`` is then PRUNED."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,16 @@ class TrialRow:
     attempt: int
     feasible: bool | None
     failure: str | None = None
+    out_of_memory_retries: int = 0
+    """How often memory ran out and the micro-batch was halved."""
+    refusal: Refusal | None = None
+    """Why it was not started: it was predicted not to fit."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Trials by state; ``to_ask`` are those that don't exist yet."""
+    """Trials by state; ``to_ask`` are those that don't exist yet, ``refused`` those predicted not to fit, which
+    ``pruned`` leaves out."""
 
     total: int
     completed: int
@@ -175,7 +182,8 @@ class Counts:
     running: int
     waiting: int
     to_ask: int
+    refused: int = 0
 
     @property
     def finished(self) -> int:
-        return self.completed + self.pruned + self.failed
+        return self.completed + self.pruned + self.failed + self.refused

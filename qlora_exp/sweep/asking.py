@@ -14,8 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp import compose, rank_doubling, study
-from qlora_exp.budget import LIMITS
+from qlora_exp import budget, compose, rank_doubling, study
 from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.paths import OutputPaths, StudyPaths
@@ -25,8 +24,8 @@ from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 from qlora_exp.sweep.places import absolute, with_absolute_places, with_absolute_places_on
 from qlora_exp.tables import flat
 
-OF_THE_STUDY = tuple(f"budget.{name}" for name in LIMITS)
-"""What a study may spend is no trial's own."""
+OF_THE_STUDY = tuple(f"budget.{name}" for name in budget.OF_THE_STUDY)
+"""What a study may spend, and what its trials must fit into, is no trial's own."""
 NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *OF_THE_STUDY)
 NOT_NAMING = (
     *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),

@@ -14,16 +14,18 @@ from omegaconf import DictConfig
 from qlora_exp import compose, rank_doubling, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
 from qlora_exp.budget import Purse, budget_of, check_energy
-from qlora_exp.config import WorkersConfig
+from qlora_exp.config import BudgetConfig, WorkersConfig
 from qlora_exp.errors import QloraExpError, StudyError, unwritable
+from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact, redact_overrides, redact_text
-from qlora_exp.standing import Watch, best_table, read_spec, show_progress, storage_of, tracked
+from qlora_exp.standing import Watch, best_table, predicted_memory, read_spec, show_progress, storage_of, tracked
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.sweep.asking import Asked, ask, settings_of
-from qlora_exp.sweep.buying import what_it_buys
+from qlora_exp.sweep.buying import check_memory, what_it_buys
 from qlora_exp.sweep.orchestration import orchestrating
+from qlora_exp.tables import bytes_text
 from qlora_exp.workers.early import started_early
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
@@ -42,6 +44,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
     own = compose.search_folders(given)[1:]
     if own:
         hydra.append(compose.search_path(own))
+    asked = None
     try:
         asked = ask([*arguments, *hydra], params)
         job = config.hydra.job
@@ -50,13 +53,20 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mappin
     except QloraExpError as error:
         tell(error)
         code = EXIT_WRONG_INPUT
-    except OSError as error:
-        told = unwritable(error)
+    except Exception as error:
+        told = _told_of(error, asked.spec if asked is not None else None)
         if told is None:
             raise
         tell(told)
         code = EXIT_WRONG_INPUT
     raise Ended(code)
+
+
+def _told_of(error: Exception, spec: StudySpec | None) -> QloraExpError | None:
+    """``None``: a fault of ours, which shows itself."""
+    if isinstance(error, OSError):
+        return unwritable(error)
+    return study.lost(error, spec.storage, spec.name) if spec is not None and study.unreachable(error) else None
 
 
 def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
@@ -73,6 +83,8 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
     spec, paths = asked.spec, asked.paths
     budget = budget_of(asked.config)
     check_energy(budget, asked.config.training.device)
+    if budget.memory_bytes is not None:
+        check_memory(asked)
     purse = Purse(budget, OutputPaths.of(spec.output_root))
     with contextlib.ExitStack() as held:
         first = held.enter_context(orchestrating(paths, spec.name, asked.sweep.join))
@@ -85,7 +97,7 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
             with _tracked(asked, opened, first and not _end_is_told(paths), purse) as tracker:
                 if tracker is not None:
                     tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
-                return _conclude(opened, spec, paths, purse)
+                return _conclude(opened, spec, paths, purse, budget)
         bought = [f"\n  {text}" for text in what_it_buys(asked, opened, purse)]
         print(_announcement(asked, opened.counts()), *bought, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
@@ -94,8 +106,8 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
             with Watch(spec, opened, paths, tracker):
                 code = _launch(launch, jobs_of(asked), spec.name)
             if code == EXIT_INTERRUPTED:
-                _conclude(opened, spec, paths, purse)
-            return code or _conclude(opened, spec, paths, purse)
+                _conclude(opened, spec, paths, purse, budget)
+            return code or _conclude(opened, spec, paths, purse, budget)
 
 
 def work(raw: Any, overrides: Sequence[str]) -> Any:
@@ -209,7 +221,7 @@ def _announcement(asked: Asked, counts: Counts) -> str:
     return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{gone_on} ({search})\n  {axes}"
 
 
-def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse) -> int:
+def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse, budget: BudgetConfig) -> int:
     from qlora_exp.tables import show
 
     counts, best = opened.counts(), opened.best()
@@ -218,9 +230,15 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse) -> 
     elif best:
         show(best_table(best, spec))
     print(("SYNTHETIC " if spec.synthetic else "") + show_progress(counts))
+    predicted = predicted_memory(opened.trials(), paths)
+    if predicted is not None:
+        print(predicted.sentence)
     outputs = OutputPaths(paths.folder.parent.parent)
     option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
     name = shlex.quote(spec.name)
+    if counts.refused and _nothing_fits(opened, counts, budget):
+        tell(_told_nothing_fits(opened, spec, counts))
+        return EXIT_COMPLETED if counts.completed else EXIT_WRONG_INPUT
     if not _is_complete(counts):
         failed = opened.failures_reached()
         short = purse.short(opened.trials())
@@ -236,3 +254,22 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse) -> 
         print(f"  qlora-exp best {name}{option}")
     print(f"  qlora-exp trials {name} --csv{option}")
     return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED
+
+
+def _nothing_fits(opened: Any, counts: Counts, budget: BudgetConfig) -> bool:
+    """Whether the sampler doesn't find anything that fits any more, or every point of a grid has been refused."""
+    if _is_complete(counts):
+        return counts.finished == counts.refused
+    return not counts.running and opened.refused_in_a_row(budget.memory_bytes) >= MOST_REFUSALS_IN_A_ROW
+
+
+def _told_nothing_fits(opened: Any, spec: StudySpec, counts: Counts) -> QloraExpError:
+    refusals = [row.refusal for row in opened.trials() if row.refusal is not None]
+    least = min(refusal.fit.corrected_bytes for refusal in refusals)
+    bound = refusals[-1].fit.bound_bytes
+    which = "none of them" if not counts.completed else f"none of the last {MOST_REFUSALS_IN_A_ROW}"
+    return StudyError(
+        f"{counts.finished} trials were asked for, and {which} is predicted to fit into {bytes_text(bound)}",
+        f"study {spec.name}: the smallest needs {bytes_text(least)}",
+        f"a space with smaller batches, lengths or models under another sweep.name, or budget.memory_bytes={least}",
+    )

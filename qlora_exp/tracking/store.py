@@ -19,6 +19,7 @@ from qlora_exp.config import TrackingConfig
 from qlora_exp.errors import TrackingError, nearest
 from qlora_exp.paths import OutputPaths
 from qlora_exp.redaction import redact_text
+from qlora_exp.tracking.moved import bring_along
 from qlora_exp.tracking.ui import EXPERIMENT_TAGS, VIEW_TAGS
 
 # Before mlflow is imported: it decides on telemetry at import.
@@ -195,6 +196,8 @@ def _experiment_id(client: MlflowClient, store: Store) -> str:
             "tracking.experiment",
             "use another tracking.experiment, or tracking.uri=http://127.0.0.1:PORT of that server",
         )
+    if store.database is not None and store.artifacts is not None:
+        bring_along(store.database, str(experiment.artifact_location), store.artifacts)
     for key, value in VIEW_TAGS.items():  # a store of an earlier version has earlier views
         if experiment.tags.get(key) != value:
             client.set_experiment_tag(experiment.experiment_id, key, value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ def host_starts(config: Any, workers: WorkersConfig, paths: StudyPaths) -> list[
         HostStart(paths.logs / f"{worker_name()}-{slot}.log", tuple(environment_of(gpu, threads).items()), preload)
         for slot, gpu in enumerate(gpus)
     ]
+
+
+def hosts_per_device(starts: Sequence[HostStart]) -> int | None:
+    """How many hosts share the GPU that most do; ``None``: they have none."""
+    gpus = [gpu for one in starts if (gpu := dict(one.environment).get("CUDA_VISIBLE_DEVICES")) is not None]
+    return max(Counter(gpus).values(), default=None)
 
 
 @contextlib.contextmanager

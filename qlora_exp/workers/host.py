@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from qlora_exp.config import Config
 from qlora_exp.endings import Report, disk_full
 from qlora_exp.errors import QloraExpError
+from qlora_exp.plan.feasibility import DoesNotFit
 from qlora_exp.redaction import redact_text
 from qlora_exp.workers.protocol import (
     Answer,
@@ -37,6 +38,7 @@ from qlora_exp.workers.protocol import (
     Phase,
     Question,
     Ready,
+    Refused,
     Run,
     Step,
     Told,
@@ -140,8 +142,11 @@ class _Host:
                 report=Report(self.ask, command.per_item),
                 bases=self.bases,
                 deliver=self.deliveries.submit,
+                memory=command.memory,
             )
             self.line.tell(Ended())
+        except DoesNotFit as error:
+            self.line.tell(Refused(error.what, error.refusal))
         except QloraExpError as error:
             what = redact_text(error.what if type(error).__str__ is QloraExpError.__str__ else str(error))
             self.line.tell(Wrong(type(error).__name__, what, error.where, error.hint))

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 
 from qlora_exp.errors import RecordError
-from qlora_exp.records import Trial, from_dict, to_dict
+from qlora_exp.plan.feasibility import MemoryRule
+from qlora_exp.records import Refusal, Trial, from_dict, to_dict
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Run:
     """In place of the configuration's, after memory ran out."""
     per_item: bool
     """Whether a :class:`Question` is to bring the loss of each item."""
+    memory: MemoryRule | None = None
+    """What a new run must fit into; ``None``: as its configuration has it."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ class Wrong:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """From the host: the run was not begun, it is predicted not to fit."""
+
+    what: str
+    refusal: Refusal
+
+
+@dataclass(frozen=True)
 class DiskFull:
     """From the host: not even the record could be written."""
 
@@ -97,9 +108,10 @@ class DiskFull:
 
 
 Command = Run | Answer | End
-Told = Ready | Phase | Step | Note | Question | Ended | Wrong | DiskFull
+Told = Ready | Phase | Step | Note | Question | Ended | Wrong | Refused | DiskFull
 _KINDS: dict[str, type] = {
-    kind.__name__: kind for kind in (Run, Answer, End, Ready, Phase, Step, Note, Question, Ended, Wrong, DiskFull)
+    kind.__name__: kind
+    for kind in (Run, Answer, End, Ready, Phase, Step, Note, Question, Ended, Wrong, Refused, DiskFull)
 }
 
 

@@ -25,7 +25,7 @@ from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.workers.children import Died, HostProcess
 from qlora_exp.workers.early import HostStart, started
 from qlora_exp.workers.live import SlotState, now
-from qlora_exp.workers.protocol import Answer, DiskFull, Ended, Phase, Question, Run, Step, Wrong
+from qlora_exp.workers.protocol import Answer, DiskFull, Ended, Phase, Question, Refused, Run, Step, Wrong
 
 if TYPE_CHECKING:
     from qlora_exp.workers.worker import Worker
@@ -37,7 +37,7 @@ START_SECONDS = 300.0
 GRACE_SECONDS = 120.0
 """After a request to stop now: the end of a step and a checkpoint."""
 LAST_OWNER_SECONDS = 10.0
-"""A host of a killed worker dies within two seconds of it."""
+"""A host of a killed worker ends with it: within two seconds, a little more on a machine with more work than cores."""
 PROBE_BYTES = 1 << 20
 LONGEST_PAUSE_SECONDS = 300.0
 
@@ -51,6 +51,13 @@ class Setting:
     workers: WorkersConfig
     outcome_of: Callable[[RunRecord, StudySpec], Outcome]
     budget: BudgetConfig
+    hosts_per_device: int | None
+    """Of a GPU; ``None``: the hosts have none."""
+
+    @property
+    def limits_memory(self) -> bool:
+        """Whether anything says what a trial must fit into."""
+        return self.budget.memory_bytes is not None or self.hosts_per_device is not None
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class TakenOver:
     """Another worker runs the trial by now; the host was ended, and its run is that worker's."""
 
 
-End = Ended | Wrong | DiskFull | Died | Hung | Stopped | TakenOver
+End = Ended | Wrong | Refused | DiskFull | Died | Hung | Stopped | TakenOver
 
 
 class Slot(threading.Thread):
@@ -101,6 +108,7 @@ class Slot(threading.Thread):
             self.worker.fail(error)
         finally:
             self._end_host(politely=not self.worker.killing)
+            self.worker.ended(self.number)
 
     # One trial.
 
@@ -110,6 +118,7 @@ class Slot(threading.Thread):
             self.worker.set_run(claim, run_id)
         paths = OutputPaths.of(self.setting.spec.output_root).run(run_id)
         self._show(claim, run_id)
+        end: End | None = None
         while True:
             _wait_for_last_owner(paths)
             record = _record(paths)
@@ -124,7 +133,7 @@ class Slot(threading.Thread):
                 self.worker.give_back(self.number, claim)
                 break
         vars(self.state).update(vars(SlotState(self.number, host_pid=self.state.host_pid)))
-        if self.setting.workers.isolation is Isolation.fresh:
+        if self.setting.workers.isolation is Isolation.fresh and not isinstance(end, Refused):  # nothing was run in it
             self._end_host()
 
     def _have_run(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:
@@ -140,6 +149,7 @@ class Slot(threading.Thread):
                 trial=Trial(spec.name, claim.number, claim.attempt, dict(claim.params)),
                 micro_batch_size=_micro_batch_asked(record),
                 per_item=spec.pruner == "wilcoxon",
+                memory=self.worker.memory_rule(claim) if record is None else None,
             )
         )
         try:
@@ -162,7 +172,7 @@ class Slot(threading.Thread):
             if message is not None:
                 heard, started = clock, True
             match message:
-                case Ended() | Wrong() | DiskFull():
+                case Ended() | Wrong() | Refused() | DiskFull():
                     return message
                 case Question(step, value, items):
                     stop = value is not None and self.worker.report(claim, step, value, items)
@@ -198,6 +208,8 @@ class Slot(threading.Thread):
                 if self._retry_with_half(claim, paths, record):
                     return None
             return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
+        if isinstance(end, Refused):
+            return self.worker.tell(self.number, claim, self._refused(end))
         if isinstance(end, Wrong) and self.worker.nothing_has_ended():
             # The first trial shows what is wrong for all of them: data, a model's files, a name that fits no module.
             self.worker.give_back(self.number, claim)
@@ -210,6 +222,12 @@ class Slot(threading.Thread):
             return self.worker.give_back(self.number, claim)
         why = str(end) if isinstance(end, Hung | Died) else "the run was interrupted from outside"
         return self._lost(claim, paths, record, why)
+
+    def _refused(self, end: Refused) -> Outcome:
+        spec = self.setting.spec
+        kept = (0.0,) * len(spec.constraints)
+        failure = Failure("PredictedNotToFit", end.what, phase="prepare")
+        return Outcome(Status.PRUNED, (None,) * len(spec.objectives), kept, None, failure, end.refusal)
 
     def _lost(self, claim: Claim, paths: RunPaths, record: RunRecord | None, why: str) -> None:
         """The host died or hung. The record says so; the trial is run again from its newest checkpoint, unless this was

@@ -18,19 +18,21 @@ from qlora_exp.budget import Purse, budget_of, limits_of
 from qlora_exp.config import WorkersConfig
 from qlora_exp.endings import disk_full
 from qlora_exp.environment import process_identity
+from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW, Experience
 from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.plan.feasibility import MemoryRule
 from qlora_exp.records import RunRecord, Status
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
-from qlora_exp.workers.early import host_starts
+from qlora_exp.workers.early import host_starts, hosts_per_device
 from qlora_exp.workers.live import SlotState, remove_state, state_of, worker_name, write_state
 from qlora_exp.workers.slots import GRACEFULLY, NOW, Setting, Slot
 
 T = TypeVar("T")
 
-FAILURES, BUDGET = "failures", "budget"
+FAILURES, BUDGET, MEMORY = "failures", "budget", "memory"
 TICK_SECONDS = 0.5
 STATE_SECONDS = 1.0
-FULL_SECONDS = 2.0
+WAIT_SECONDS = 2.0
 
 
 class Studied(Protocol):
@@ -45,13 +47,14 @@ class Studied(Protocol):
     def requeue(self, claim: Claim, why: str) -> bool: ...
     def request_memory_retry(self, claim: Claim) -> bool: ...
     def counts(self) -> Counts: ...
+    def refused_in_a_row(self, bound_bytes: int | None) -> int: ...
     def failures_reached(self) -> bool: ...
 
 
 @dataclass(frozen=True)
 class WorkerResult:
     """``told``: how many trials this worker told the end of. ``stopped``: why it ended before the study did —
-    ``gracefully``, ``now``, ``failures`` or ``budget`` — or ``None``."""
+    ``gracefully``, ``now``, ``failures``, ``budget`` or ``memory`` — or ``None``."""
 
     told: int
     stopped: str | None
@@ -85,6 +88,7 @@ def run_worker(
         workers=workers,
         outcome_of=outcome_of or study_room.outcome_of,
         budget=budget_of(config),
+        hosts_per_device=hosts_per_device(starts),
     )
     worker = Worker(setting, study if study is not None else study_room.Study.open(spec, paths), job, len(starts), stop)
     slots = [Slot(worker, state.slot, one, state) for state, one in zip(worker.states, starts, strict=True)]
@@ -106,8 +110,10 @@ class Worker:
         """Trial ids and attempts that are somebody else's by now."""
         self._process = process_identity()
         self._asked_from_outside = stop
-        self._purse = Purse(setting.budget, OutputPaths.of(setting.spec.output_root))
+        outputs = OutputPaths.of(setting.spec.output_root)
+        self._purse, self._experience = Purse(setting.budget, outputs), Experience(outputs)
         self._claims: dict[int, Claim] = {}
+        self._at_work: set[int] = set()
         self._calls = threading.RLock()
         self._changed = threading.Condition()
         self._next_heartbeat = self._next_state = 0.0
@@ -116,15 +122,28 @@ class Worker:
         try:
             with self._signals():
                 for slot in slots:
+                    self._at_work.add(slot.number)
                     slot.start()
-                while alive := [slot for slot in slots if slot.is_alive()]:
-                    self._tick()
-                    alive[-1].join(TICK_SECONDS)
+                try:
+                    self._wait()
+                except BaseException:  # a launcher's signal, as submitit has one: the job's time is over
+                    self._stop(NOW)
+                    self._wait()
+                    raise
         finally:
             remove_state(self.setting.paths.workers, self.name)
         if self.error is not None:
             raise self.error
         return WorkerResult(self.told, self.stopping)
+
+    def _wait(self) -> None:
+        """Until every slot has ended. Not by joining them: an exception out of a signal's handler, in a join, has
+        Python 3.11 and 3.12 take a running thread for an ended one."""
+        while self._at_work:
+            self._tick()
+            with self._changed:
+                if self._at_work:
+                    self._changed.wait(TICK_SECONDS)
 
     # What slots ask.
 
@@ -153,7 +172,22 @@ class Worker:
         """Whether a new trial may start; sees to it that too many failures end the study."""
         if self.stopping is None and self._ask(self.study.failures_reached):
             self._stop(FAILURES)
+        if self.stopping is None and self.setting.limits_memory and self._nothing_fits():
+            self._stop(MEMORY)
         return self.stopping is None
+
+    def _nothing_fits(self) -> bool:
+        bound = self.setting.budget.memory_bytes
+        return self._ask(lambda: self.study.refused_in_a_row(bound)) >= MOST_REFUSALS_IN_A_ROW
+
+    def memory_rule(self, claim: Claim) -> MemoryRule | None:
+        """What a trial that begins now must fit into, by all that has ended."""
+        setting = self.setting
+        if not setting.limits_memory:
+            return None
+        bound, halvings = setting.budget.memory_bytes, setting.spec.out_of_memory_retries - claim.out_of_memory_retries
+        kin = self._experience.kin(self._ask(self.study.trials), bound)
+        return MemoryRule(bound, setting.hosts_per_device or 1, kin, tries_the_edge=True, halvings=max(halvings, 0))
 
     def nothing_left(self) -> bool:
         """Whether no trial will ever be free again: all have ended. One that somebody else runs may still be lost."""
@@ -208,25 +242,37 @@ class Worker:
         with self._changed:
             self._changed.notify_all()
 
+    def ended(self, slot: int) -> None:
+        """The slot has ended its host, and does nothing more."""
+        with self._changed:
+            self._at_work.discard(slot)
+            self._changed.notify_all()
+
     def fail(self, error: BaseException) -> None:
         """A slot met what it can't handle: the worker ends, its trials free for others."""
         self.error = self.error or error
         self._stop(NOW)
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """One call to the study. A full disk is waited for: nothing that has been reached may be lost."""
-        told = False
+        """One call to the study. A full disk is waited for, and a lease long for a server that doesn't answer: nothing
+        that has been reached may be lost."""
+        told, until = False, time.monotonic() + self.setting.workers.lease_seconds
         while True:
             try:
                 with self._calls:
                     return call()
             except Exception as error:  # whatever the storage's driver raises
-                if not disk_full(error) or self.killing:
+                full, gone = disk_full(error), study_room.unreachable(error)
+                if self.killing or not (full or gone):
                     raise
+                problem = study_room.lost(error, self.setting.spec.storage, self.setting.spec.name)
+                if not full and time.monotonic() > until:
+                    raise problem from None
                 if not told:
-                    print(f"the study can't be written: {error}; waiting for space", file=sys.stderr, flush=True)
+                    what = f"the study can't be written: {error}; waiting for space" if full else problem.what
+                    print(what, file=sys.stderr, flush=True)
                     told = True
-                time.sleep(FULL_SECONDS)
+                time.sleep(WAIT_SECONDS)
 
     # What happens twice a second.
 
@@ -250,7 +296,8 @@ class Worker:
                 if not self.study.heartbeat(claim):
                     self.taken_over.add((claim.trial_id, claim.attempt))
         except Exception as error:  # as in _ask
-            print(f"trial {claim.number}: no heartbeat: {error}", file=sys.stderr, flush=True)
+            if not study_room.unreachable(error):  # the next call tells
+                print(f"trial {claim.number}: no heartbeat: {error}", file=sys.stderr, flush=True)
 
     def _stop_file(self) -> str | None:
         try:

@@ -47,6 +47,15 @@ def test_the_rows_alone_must_be_equal_across_checkpoints_and_formats() -> None:
         require_comparable([*records[:2], *others])
 
 
+def test_a_record_of_an_older_version_is_not_comparable_with_a_newer_one_of_other_rows() -> None:
+    old, new = made_up.run(0), other_data(made_up.run(1, r=16), rows_fingerprint="rows")
+    assert old.data is not None
+    assert old.data.rows_fingerprint is None
+    assert len(require_comparable([old, new]).records) == 2
+    with pytest.raises(AnalysisError, match="data_version"):
+        require_comparable([old, other_data(new, fingerprint="fewer rows")])
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [

@@ -61,7 +61,7 @@ def test_all_four_cells_are_compared_and_none_hides_another() -> None:
     found = compared(study(0.5))
     assert [c.name for c in found.cells] == ["base, plain", "base, chat", "instruct, plain", "instruct, chat"]
     assert found.missing == ()
-    assert "The chat template gains within each, tuned: base" in paragraph(found)
+    assert "(below 0: it costs), tuned: base" in paragraph(found)
 
 
 def test_equivalence_is_said_only_within_a_margin_that_was_given() -> None:
@@ -76,11 +76,25 @@ def test_a_single_seed_never_settles_what_tuning_did() -> None:
     assert verdict(Difference(0.5, 0.4, 0.6, 1, "1000 items alone"), None) == "not settled"
 
 
+def test_accuracy_stands_beside_bits_per_byte_with_which_it_need_not_agree() -> None:
+    records = [
+        run.replace(scores=replace(run.scores, test_before=made_up.scores("test", 2.0 + gap, 0.3 + gap)))
+        for run in study(0.5)
+        for gap in [-0.1 if run.config["model"]["variant"] == "instruct" else 0.1]
+    ]
+    found = compared(records)
+    assert found.untouched is not None
+    assert found.untouched.value > 0
+    by_name = {contrast.name: contrast.difference.value for contrast in found.secondary}
+    assert by_name["instruct over base, untouched, by likelihood"] == pytest.approx(-0.2)
+    assert "By accuracy instruct is better by: untouched -0.2" in paragraph(found)
+
+
 def test_missing_cells_are_named_and_the_rest_is_compared() -> None:
     found = compared(study(0.5, (("base", "plain"), ("instruct", "chat"))))
     assert found.missing == ("base in the chat format", "instruct in the plain format")
     assert found.tuned is not None
-    assert "chat template gains" not in paragraph(found)
+    assert "chat template is worth" not in paragraph(found)
 
 
 def test_one_variant_alone_is_no_comparison() -> None:
@@ -117,6 +131,20 @@ def test_pilots_of_other_seeds_choose_the_cells_and_those_of_the_same_seeds_do_n
     assert "by the same runs' validation scores" in told(records, pilots=pilots[:3])
 
 
+def test_ranks_that_the_answering_runs_chose_are_told_beside_the_pilots_and_so_are_unequal_ones() -> None:
+    records = study(0.2, (("base", "plain"), ("instruct", "chat")))
+    larger = [made_up.run(700 + s, variant="instruct", written="chat", seed=s, r=32, loss=1.0) for s in (1, 2, 3)]
+    pilots = [
+        made_up.run(800 + n, variant=v, written=w, seed=1000, split="validation", learning_rate=rate)
+        for n, (v, w) in enumerate((("base", "plain"), ("instruct", "chat")))
+        for rate in (0.0005, 0.001)
+    ]
+    found = compared([*records, *larger], pilots=pilots)
+    assert "within a cell by the same runs' validation scores" in paragraph(found)
+    assert "(instruct, chat, r = 32 against base, plain, r = 8," in paragraph(found)
+    assert [cell.searched for cell in found.cells] == [2, 3]
+
+
 def items_of(shift_of_chat: float = 0.0) -> ItemScores:
     values = np.random.default_rng(0).normal(1.0, 0.5, 200)
 
@@ -129,6 +157,22 @@ def items_of(shift_of_chat: float = 0.0) -> ItemScores:
         return {str(i): float(value) + shift for i, value in enumerate(values + noise)}
 
     return items
+
+
+def test_what_tuning_gains_pairs_items_by_name_and_not_by_place() -> None:
+    plain = items_of()
+
+    def turned(record: RunRecord, moment: str, score: str) -> Mapping[str, float] | None:
+        found = plain(record, moment, score)
+        if found is None or moment == "after":
+            return found
+        return {item: 2 * value for item, value in reversed(found.items())}
+
+    found = compared(study(0.5), turned)
+    assert found.gain is not None
+    assert found.gain.low is not None
+    # Paired rightly, an item's own level cancels: only the seeds are left, which are nearly equal here.
+    assert found.gain.value - found.gain.low < 0.01
 
 
 def test_items_that_pair_give_an_interval_over_seeds_and_items() -> None:
@@ -284,4 +328,6 @@ def test_the_section_shows_every_contrast_the_lines_to_beat_and_what_prompts_are
     assert any(name.startswith("primary: instruct") for name in names)
     assert "baseline: TF-IDF with logistic regression" in names
     assert any("prompts are made of" in caption for caption in captions)
-    assert {trace["name"] for trace in section.figures[0]["data"]} >= {"tuned", "baseline: always act"}
+    assert "tuned" in {trace["name"] for trace in section.figures[0]["data"]}
+    lines = [(shape["name"], shape["y0"]) for shape in section.figures[0]["layout"]["shapes"]]
+    assert lines[0] == ("baseline: always act, 0.200", 0.2)

@@ -41,8 +41,8 @@ def test_the_report_agrees_with_the_ladder_figure_by_figure(
     assert rows == [
         (
             *(str(step["from_rank"]), str(step["to_rank"])),
-            *(shown(step[figure], "figure") for figure in ("gain", "low", "high")),
             step["decision"],
+            *(shown(step[figure], "figure") for figure in ("gain", "low", "high")),
         )
         for step in ladder["comparisons"]
     ]

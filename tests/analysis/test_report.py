@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import made_up
 
+from qlora_exp.analysis import sections
 from qlora_exp.analysis.content import Asked, Report
 from qlora_exp.analysis.rendering import to_csv, to_html, to_markdown
 from qlora_exp.analysis.report import build
@@ -103,11 +104,22 @@ def test_the_headline_is_chosen_on_validation_and_told_on_test() -> None:
     assert "1.5" in sentence
 
 
+def test_a_winner_is_told_with_how_many_it_cannot_be_told_from() -> None:
+    levels = {4: 1.9, 8: 1.50, 16: 1.49, 32: 1.2}
+    runs = [
+        made_up.run(10 * r + s, r=r, seed=s, loss=loss + 0.02 * s, validation_loss=1.0 if r == 16 else 2.0)
+        for r, loss in levels.items()
+        for s in (1, 2, 3)
+    ]
+    (sentence,) = of(runs).headline
+    assert "Over 2 of the others it isn't shown to be better." in sentence
+
+
 def test_the_ladders_sentence_is_the_headline_and_its_interval_is_drawn() -> None:
     report = of([made_up.run(n, r=2**n) for n in (3, 4, 5)], ladder=LADDER)
     assert report.headline[0] == LADDER["sentence"]
     section = next(s for s in report.sections if s.name == "ladder-1")
-    assert section.tables[0].rows[1] == ("16 → 32", 0.004, -0.005, 0.012, "stop")
+    assert section.tables[0].rows[1] == ("16 → 32", "stop", 0.004, -0.005, 0.012)
     assert section.figures[0]["data"][0]["y"] == [0.09, 0.004]
 
 
@@ -140,11 +152,47 @@ def test_runs_of_several_protocols_are_shown_apart_without_a_headline() -> None:
     assert len({section.name for section in report.sections}) == len(report.sections)
 
 
+def test_beside_a_ladder_nothing_is_in_the_headline_that_could_not_stand_there_alone() -> None:
+    runs = [made_up.run(n, seed=seed, r=2**n, variant=v) for n, (seed, v) in enumerate([(1, "base"), (1, "instruct")])]
+    assert any("instruct is better" in sentence for sentence in of(runs, ladder=LADDER).headline)
+    searched = of(runs, ladder=LADDER, objectives=("minimize scores.test.loss_per_item",))
+    assert searched.headline[0] == LADDER["sentence"]
+    assert not any("instruct is better" in sentence for sentence in searched.headline)
+    assert any("was searched" in p for s in searched.sections if s.name == "limits" for p in s.points)
+
+
+def test_what_a_ladder_left_open_is_among_what_cannot_be_concluded() -> None:
+    undecided = {**LADDER, "decision": "inconclusive", "what_it_takes": "It would take about 12 seeds."}
+    limits = next(
+        s for s in of([made_up.run(3), made_up.run(4, r=16)], ladder=undecided).sections if s.name == "limits"
+    )
+    assert any("r = 32" in point and "about 12 seeds" in point for point in limits.points)
+
+
+def test_how_often_a_ladder_errs_is_what_the_calibration_found() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*?) \|.*?\| ([\d.]+) ± .*? % \| ([\d.]+) ± .*? % \| ≤", page, re.MULTILINE)
+    assert len(rows) == 39
+    growing = [max(float(a), float(b)) for name, a, b in rows if "rises" in name]
+    others = [max(float(a), float(b)) for name, a, b in rows if "rises" not in name]
+    assert max(others) <= 100 * sections.ERRS_AT_MOST < max(others) + 1
+    assert max(growing) <= 100 * sections.ERRS_WITH_GROWING_NOISE < max(growing) + 1
+    sure = sections.how_sure(LADDER)
+    assert sure is not None
+    assert "at most 5 %" in sure
+
+
 def test_failures_are_counted_with_what_they_cost() -> None:
     report = of([made_up.run(0), made_up.failed(1), made_up.failed(2)])
     text = to_markdown(report)
     assert "2 of 3 runs did not complete; they took 1.3 minutes." in text
     assert "| OUT_OF_MEMORY | OutOfMemoryError: no memory left | 2 |" in text
+
+
+def test_a_run_that_is_still_running_is_no_failure() -> None:
+    text = to_markdown(of([made_up.run(0), made_up.run(1, r=16).replace(status=Status.RUNNING)]))
+    assert "Every run that has ended completed." in text
+    assert "1 runs have not ended" in text
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,24 @@ def test_one_number_a_rank_concludes_nothing_and_says_so(tmp_path: Path, capsys:
     assert "One run a rank" in capsys.readouterr().out
 
 
-def test_a_std_with_the_number_of_runs_is_a_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_std_of_some_runs_is_a_standard_error_and_few_runs_know_it_badly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spread = written(tmp_path, "r,accuracy,std,n\n8,50,1,4\n16,60,1,4", "std.csv")
     error = written(tmp_path, "LoRA_r;Accuracy;SE\n8;50;0.5\n16;60;0.5", "se.csv")
-    first, second = (answered(capsys, file, "--margin", "2")["comparisons"] for file in (spread, error))
-    assert first == second
+    many = written(tmp_path, "r,accuracy,std,n\n8,50,50,10000\n16,60,50,10000", "many.csv")
+    few, known, large = (answered(capsys, file, "--margin", "2")["comparisons"][0] for file in (spread, error, many))
+    # Student's t with 6 degrees of freedom beside the normal quantile, both at 0.025.
+    assert 10 - few["low"] == pytest.approx(2.447 * 0.5 * 2**0.5, rel=1e-3)
+    assert 10 - known["low"] == pytest.approx(1.960 * 0.5 * 2**0.5, rel=1e-3)
+    assert large["low"] == pytest.approx(known["low"], rel=1e-3)
+
+
+def test_right_and_wrong_answers_are_scores_of_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{r},{s},{i},{(i + s) % 4 < r // 8}" for r in (8, 16) for s in (1, 2, 3) for i in range(40)]
+    found = answered(capsys, written(tmp_path, "\n".join(["rank,seed,item,correct", *rows])), "--margin", "0.1")
+    assert found["comparisons"][0]["gain"] == pytest.approx(0.25)
+    assert any("every seed gave the very same gain" in note for note in found["notes"])
 
 
 def long_table(gains: tuple[float, ...], seeds: int = 5, items: int = 0) -> list[dict[str, Any]]:
@@ -139,6 +152,31 @@ def test_nested_json_is_read_by_dotted_names(tmp_path: Path, capsys: pytest.Capt
     assert found["decision"] == "continue"
 
 
+@pytest.mark.parametrize(
+    ("rank", "seed", "score"),
+    [
+        ("params.lora.r", "params.seed", "metrics.eval_loss"),
+        ("config.lora_r", "config.seed", "eval/loss"),
+        ("config/lora/r", "config/seed", "summary/loss"),
+        ("peft_config.r", "Seed", "Eval Loss"),
+    ],
+)
+def test_the_names_of_trackers_exports_are_understood(
+    rank: str, seed: str, score: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"run-{i},finished,{r['Rank']},{r['seed']},{r['eval_loss']}" for i, r in enumerate(long_table((0.4, 0.0)))]
+    file = written(tmp_path, "\n".join([f"Name,State,{rank},{seed},{score}", *rows]))
+    found = answered(capsys, file, "--margin", "0.1")
+    assert (found["decision"], found["recommended_rank"]) == ("stop", 16)
+
+
+def test_several_metrics_of_an_export_ask_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, "params.r,metrics.eval_loss,metrics.accuracy,metrics.train_loss\n8,1,2,3\n16,1,2,3")
+    assert main(["analyze", str(file), "--margin", "1"]) == 2
+    assert "several columns could be the score: metrics.eval_loss, metrics.accuracy" in capsys.readouterr().err
+    assert answered(capsys, file, "--score-column", "metrics.accuracy", "--margin", "1")["decision"] == "inconclusive"
+
+
 def test_items_of_a_single_run_do_not_stand_in_for_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row for row in long_table((0.4, 0.0), items=30) if row["seed"] == 0]
     found = answered(capsys, written(tmp_path, json.dumps({"rows": rows}), "table.json"), "--margin", "0.1")
@@ -173,6 +211,12 @@ def test_a_margin_that_is_not_given_is_assumed_and_said(tmp_path: Path, capsys: 
         ("rank,seed,accuracy\n8,1,1\n8,2,1\n16,3,2\n16,4,2", "share no seed"),
         ("rank,seed,item,loss\n8,1,a,1\n8,1,b,1\n8,2,a,1\n16,1,a,1\n16,2,a,1", "seed 2 lacks some of the 2 items"),
         ("rank,accuracy\n8,1,3\n16,2", "columns"),
+        ("rank,accuracy\n8,73.4%\n16,74%", "leave the % out"),
+        ("rank;accuracy\n8;73,4\n16;74,0", "'73,4', no number.*a decimal point"),
+        ("rank,accuracy\n8,73.4±0.5\n16,74±0.5", "into a column se"),
+        ("Name,r,loss\nr8-seed1,8,1\nr8-seed2,8,2\nx,16,1", "differ in Name.*add a column seed"),
+        ("rank,seed,max_steps,loss\n8,1,100,1\n16,1,200,2", "aren't comparable: max_steps is 100, 200"),
+        ("r,params.split,seed,loss\n8,test,1,1\n16,validation,1,2", "params.split is test, validation"),
         ("rank,accuracy,se\n8,1,-1\n16,2,1", "standard error"),
     ],
 )

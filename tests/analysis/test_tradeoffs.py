@@ -113,6 +113,26 @@ def test_the_cheapest_that_meets_the_goal_is_that_of_least_memory_among_those_sh
     assert "int8" in found.cheapest.label
 
 
+def test_a_goal_that_a_single_seed_meets_is_said_to_be_shown_over_items_alone() -> None:
+    goal = "accuracy >= 0.5"
+    once = goal_answer(of(made_up.run(0, accuracy=0.6, goal=goal)))
+    twice = goal_answer(of(*(made_up.run(s, seed=s, accuracy=0.6, goal=goal) for s in (1, 2))))
+    assert once is not None
+    assert twice is not None
+    assert (once.shown, twice.shown) == (1, 1)
+    assert "items alone: no configuration has a second seed" in once.sentence
+    assert "seeds and items" in twice.sentence
+
+
+def test_few_seeds_that_vary_as_the_items_do_widen_a_goals_bound_beyond_the_normal_one() -> None:
+    # The items' standard error is 0.0158 and the seeds' nearly so: 1.645 of both is 0.037, Student's t with 8 df 0.041.
+    goal = "accuracy >= 0.5"
+    runs = [made_up.run(s, seed=s, accuracy=0.539 + d, goal=goal) for s, d in ((1, -0.027), (2, 0.0), (3, 0.027))]
+    found = goal_answer(of(*runs))
+    assert found is not None
+    assert found.shown == 0
+
+
 def test_seeds_that_disagree_do_not_show_that_a_goal_is_met() -> None:
     goal = "accuracy >= 0.5"
     steady = [made_up.run(s, seed=s, accuracy=0.6, goal=goal) for s in (1, 2, 3)]
@@ -124,6 +144,8 @@ def test_the_score_that_every_run_has_is_the_one_compared() -> None:
     with_loss = made_up.run(0)
     assert with_loss.scores.test is not None
     assert measure_of([with_loss]) == LOSS
+    # A loss per item counts the end tokens, and a template has its own.
+    assert measure_of([with_loss, made_up.run(3, written="chat")]) == Measure("bits_per_byte", False)
     nan = made_up.run(1, loss=float("nan"))
     assert measure_of([with_loss, nan]) == Measure("accuracy", True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -277,6 +278,13 @@ def test_a_missing_file_is_told_with_the_nearest_name(tmp_path: Path, configure:
     told = str(caught(configure(tmp_path / "question.jsonl")))
     assert "did you mean questions.jsonl" in told
     assert "task.path=" in told
+
+
+def test_what_could_be_read_without_an_end_is_refused(tmp_path: Path, configure: Callable[..., Any]) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zeros.jsonl").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zeros.jsonl"):
+        assert "this is no file" in str(caught(configure(tmp_path / name)))
 
 
 @pytest.mark.parametrize(

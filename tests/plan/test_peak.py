@@ -57,6 +57,7 @@ def test_exact_parts_are_those_that_the_runs_counted() -> None:
 def test_the_heads_tile_in_numbers() -> None:
     rows = ("training.batch_size=16", "training.max_length=513", "quantization=bf16")
     assert peak("cpu", *rows).logits_bytes == HEAD_TOKENS * HEAD_VOCABULARY * 31 + 16 * 512 * 4096 * 4
+    assert peak("cpu", *rows, loss_share=0.25).logits_bytes == 2048 * (HEAD_VOCABULARY * 31 + 4096 * 4)
     # the context's half a GB lies outside of the allocator
     on_card = peak("cuda", *rows, "training.gradient_checkpointing=off", loss_share=0.25)
     assert on_card.logits_bytes == 2048 * HEAD_VOCABULARY * 2 + 2048 * 4096 * 4

@@ -66,6 +66,7 @@ def test_a_glob_takes_the_matching_files_of_its_group() -> None:
         ("interval(5,1)", "larger"),
         ("tag(log, interval(0,1))", "above 0"),
         ("tag(log, choice(1,2))", "interval"),
+        ("tag(lg, interval(1,2))", "no tag 'lg'"),
         ("range(5,1)", "empty"),
         ("range(1,5,0)", "step"),
         ("glob(*)", "group"),

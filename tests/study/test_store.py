@@ -8,6 +8,7 @@ import sqlite3
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -187,6 +188,31 @@ def test_all_that_is_wrong_with_a_search_is_told_before_anything_is_made(tmp_pat
     for word in ("scores.after.loss", "n_startup_trials", "single objective", "outside the search", "lora.r"):
         assert word in text
     assert not (tmp_path / "optuna.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"sampler": "tpe", "sampler_options": {"n_startup_trials": "x"}}, "sweep.sampler_options.n_startup_trials"),
+        ({"pruner": "median", "pruner_options": {"n_warmup_steps": 1.5}}, "sweep.pruner_options.n_warmup_steps"),
+        ({"pruner": "asha", "pruner_options": {"min_resource": False}}, "sweep.pruner_options.min_resource"),
+    ],
+)
+def test_an_option_of_another_type_is_told_before_the_first_trial(
+    tmp_path: Path, changes: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(ConfigError, match="can't be") as caught:
+        opened(a_spec(tmp_path, **changes))
+    assert caught.value.where == place
+    opened(a_spec(tmp_path, name="t", sampler="tpe", sampler_options={"prior_weight": 1, "n_startup_trials": 3}))
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file::memory:?uri=true"])
+def test_a_storage_in_memory_is_refused_and_leaves_the_study_to_a_real_one(tmp_path: Path, url: str) -> None:
+    spec = a_spec(tmp_path)
+    with pytest.raises(StudyError, match="memory"):
+        Study.open(spec, paths_of(spec), url)
+    assert opened(spec).counts().finished == 0
 
 
 def test_an_option_that_a_sampler_refuses_is_told(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from qlora_exp.config import Isolation
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import RunRecord, Status, read_record, write_json
+from qlora_exp.workers.slots import LAST_OWNER_SECONDS
 from qlora_exp.workers.worker import WorkerResult, run_worker
 from tests.workers.small_study import SmallStudy, outcome_of, paths_of, spec_of, workers_of
 
@@ -310,11 +311,35 @@ def test_a_host_dies_with_its_worker(tmp_path: Path, number: signal.Signals) -> 
     pid = live(paths_of(tmp_path))["slots"][0]["host_pid"]
     worker.send_signal(number)
     told, _ = worker.communicate(timeout=PATIENCE_SECONDS)
-    end = time.monotonic() + 2.0
+    end = time.monotonic() + LAST_OWNER_SECONDS  # then its trial is run again
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.02)
     assert not alive(pid)
     assert told.split() == ([] if number == signal.SIGKILL else ["now", "1"])
+
+
+LEAVING_BY_A_SIGNAL = """
+import signal
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(3))
+try:
+    run_worker(spec, paths_of(output), workers_of(), study=study, outcome_of=outcome_of)
+finally:
+    print(len(study.waiting), study.waiting[0].attempt, flush=True)
+"""
+
+
+def test_a_worker_that_its_launcher_takes_away_gives_its_trial_back(tmp_path: Path) -> None:
+    """As submitit does before a job's time is over: by an exception out of a signal's handler."""
+    code = WORKER.partition("result =")[0] + LEAVING_BY_A_SIGNAL
+    worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    pid = live(paths_of(tmp_path))["slots"][0]["host_pid"]
+    worker.send_signal(signal.SIGUSR2)
+    told, _ = worker.communicate(timeout=PATIENCE_SECONDS)
+    assert worker.returncode == 3
+    assert told.split() == ["1", "1"]
+    assert not alive(pid)
+    [folder] = OutputPaths.of(tmp_path).runs.iterdir()
+    assert read_record(folder / "record.json").status is Status.INTERRUPTED
 
 
 def test_the_worker_tells_what_it_is_doing(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""Whether a run may start: it is predicted to fit into the memory that it may take, or told what of it would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from qlora_exp.checks import check
+from qlora_exp.config import Checkpointing, ComputeDtype, Config, Quantization, to_plain
+from qlora_exp.one_run.predicting import peak_of, row_lengths
+from qlora_exp.one_run.preparing import Prepared
+from qlora_exp.plan import compute_dtype
+from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, Need, bound_of, fit_into, key_of
+from qlora_exp.plan.peak import Peak
+from qlora_exp.plan.weights import base_bytes
+from qlora_exp.records import Environment, Fit, Plan, Refusal
+from qlora_exp.tables import bytes_text
+
+SMALLER = (Quantization.bf16, Quantization.int8, Quantization.nf4)
+"""Modes to fall back to, the most precise first."""
+WIDTH = {Quantization.fp32: 32, Quantization.bf16: 16, Quantization.fp16: 16, Quantization.int8: 8}
+"""Bits of a weight; 4 for the others."""
+SHORTEST = 16
+"""Tokens; no training of shorter rows is proposed."""
+
+
+def fit_of(config: Config, prepared: Prepared, environment: Environment, rule: MemoryRule) -> Fit | None:
+    """What the run is predicted to need beside what it may take; ``None`` where nothing limits it.
+
+    Raises:
+        DoesNotFit: it is predicted to need too much; with its parts, and what would fit.
+    """
+    device, planned = environment.device, prepared.plan
+    bound = bound_of(rule, device)
+    if bound is None:
+        return None
+    fit, may_start = fit_into(bound, need_of(planned), rule, key_of(to_plain(config), device), device.kind)
+    if may_start:
+        return fit
+    need = need_of(planned)
+    limit = "budget.memory_bytes" if rule.bound_bytes is not None else f"the memory of {device.name}"
+    what, hint = _told(config, prepared, environment, fit)
+    raise DoesNotFit(what, f"{limit} = {bound}", hint, Refusal(fit, need.train_seconds, need.train_flops))
+
+
+def need_of(planned: Plan) -> Need:
+    """A plan with predictions, as feasibility sees it."""
+    tokens = planned.predicted_train_tokens
+    flops = planned.train_flops_per_token
+    return Need(
+        peak_bytes=planned.predicted_peak_train_bytes or 0,
+        context_bytes=planned.predicted_context_bytes or 0,
+        train_seconds=planned.predicted_train_seconds,
+        train_flops=flops * tokens if flops is not None and tokens is not None else None,
+    )
+
+
+def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    mode, least = _smallest_base(config, prepared, environment)
+    if least > fit.bound_bytes:
+        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
+        return what, f"a smaller model, or at least budget.memory_bytes={fit.corrected_bytes}"
+
+    def peak(other: Config) -> Peak:
+        return peak_of(other, environment, prepared.architecture, prepared.modules, prepared.splits)
+
+    corrected = f", corrected by {fit.kin} measured runs of its kin" if fit.kin else ""
+    what = (
+        f"the run is predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.bound_bytes)}{corrected}"
+        f": {_parts(peak(config))}"
+    )
+    scale = (fit.corrected_bytes - fit.context_bytes) / fit.peak_bytes
+
+    def needed(other: Config) -> float:
+        found = peak(other)
+        return scale * found.peak_bytes + found.context_bytes
+
+    alone = list(_smaller(config, prepared, lambda other: needed(other) <= fit.bound_bytes))
+    if alone:
+        return what, "; or ".join(f"{text} ({bytes_text(needed(other))})" for text, other in alone)
+    text, smallest = _smallest(config)
+    if needed(smallest) <= fit.bound_bytes:
+        return what, f"{text} ({bytes_text(needed(smallest))})"
+    least = round(needed(smallest))
+    return what, f"a smaller model; with {text} at least budget.memory_bytes={least}"
+
+
+def _parts(peak: Peak) -> str:
+    parts = {
+        "base, adapters and optimizer": peak.exact_bytes,
+        "activations": peak.activation_bytes,
+        "logits": peak.logits_bytes,
+        "unpacked weights": peak.dequantization_bytes,
+        "gaps in the heap and code": peak.slack_bytes,
+        "context": peak.context_bytes,
+    }
+    return ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
+
+
+def _smallest_base(config: Config, prepared: Prepared, environment: Environment) -> tuple[Quantization, int]:
+    def size(mode: Quantization) -> int:
+        quantization = _in_mode(config, mode).quantization
+        dtype = compute_dtype(quantization, environment.device.kind, environment.device.bf16)
+        found = base_bytes(prepared.architecture, quantization, dtype)
+        return found.base_weight_bytes + found.quantization_state_bytes
+
+    sizes = {mode: size(mode) for mode in Quantization}
+    mode = min(sizes, key=lambda one: sizes[one])
+    return mode, sizes[mode]
+
+
+def _smaller(config: Config, prepared: Prepared, fits: Callable[[Config], bool]) -> Iterator[tuple[str, Config]]:
+    """Of each setting the nearest smaller value that would make it fit by itself."""
+    for values in _settings(config, prepared):
+        found = next(((text, other) for text, other in values if not check(other) and fits(other)), None)
+        if found is not None:
+            yield found
+
+
+def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str, Config]]]:
+    """Each setting's smaller values, the nearest first."""
+    training = config.training
+    rows = training.micro_batch_size or training.batch_size
+    length = min(training.max_length, max(row_lengths(prepared.splits)))
+    modes = [mode for mode in SMALLER if WIDTH.get(mode, 4) < WIDTH.get(config.quantization.mode, 4)]
+
+    def trained(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
+        return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))
+
+    yield (trained("micro_batch_size", n, n) for n in _halves(rows, 1) if training.batch_size % n == 0)
+    yield (trained("max_length", n, n) for n in _halves(length, SHORTEST))
+    yield (trained("gradient_checkpointing", "on", one) for one in [Checkpointing.on])
+    yield ((f"quantization={mode.value}", _in_mode(config, mode)) for mode in modes)
+
+
+def _halves(value: int, least: int) -> Iterator[int]:
+    while (value := value // 2) >= least:
+        yield value
+
+
+def _smallest(config: Config) -> tuple[str, Config]:
+    training = replace(config.training, micro_batch_size=1, gradient_checkpointing=Checkpointing.on)
+    text = "training.micro_batch_size=1 training.gradient_checkpointing=on quantization=nf4"
+    return text, _in_mode(replace(config, training=training), Quantization.nf4)
+
+
+def _in_mode(config: Config, mode: Quantization) -> Config:
+    quantization = replace(config.quantization, mode=mode, compute_dtype=ComputeDtype.auto)
+    return replace(config, quantization=quantization)
