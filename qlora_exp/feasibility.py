@@ -46,14 +46,15 @@ class Predicted:
     @property
     def sentence(self) -> str:
         """All of it in words."""
-        saved = f", about {self.seconds_saved:,.0f} s of training" if self.seconds_saved else ""
-        edge = f", {self.near_the_edge_out_of_memory} of {self.near_the_edge} tried near the bound ran out of memory"
-        return (
-            f"{self.refused} trials predicted not to fit into {bytes_text(self.bound_bytes)} were not started{saved};"
-            f" of {self.compared} that were, {self.wrong} were predicted wrong{edge if self.near_the_edge else ''},"
-            f" {self.out_of_memory} that should have fitted ran out of memory, {self.beyond_the_bound} needed more than"
-            " the bound"
-        )
+        trials, were = ("trial", "was") if self.refused == 1 else ("trials", "were")
+        told = f"{self.refused} {trials} predicted not to fit into {bytes_text(self.bound_bytes)} {were} not started"
+        if self.seconds_saved is not None and self.seconds_saved >= 1:
+            told += f" (about {self.seconds_saved:,.0f} s of training)"
+        told += f"; predictions wrong: {self.wrong} of {self.compared}"
+        if self.near_the_edge or self.wrong:
+            told += f" (out of memory: {self.near_the_edge_out_of_memory} of {self.near_the_edge} tried near the bound,"
+            told += f" {self.out_of_memory} of the others; peak above the bound: {self.beyond_the_bound})"
+        return told
 
 
 class Experience:

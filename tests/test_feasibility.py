@@ -20,8 +20,8 @@ from qlora_exp.compose import compose
 from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW, Experience
 from qlora_exp.history import read_runs
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.feasibility import ERROR, MemoryRule, Need, fit_into, kin_of
-from qlora_exp.records import Fit, Memory, Refusal, RunRecord, Status, write_json
+from qlora_exp.plan.feasibility import ERROR, MemoryRule, Need, bound_of, fit_into, kin_of
+from qlora_exp.records import Device, Fit, Memory, Refusal, RunRecord, Status, write_json
 from qlora_exp.study.types import TrialRow
 from tests.analysis import made_up
 
@@ -125,8 +125,17 @@ def test_a_trial_that_ran_out_of_memory_keeps_its_larger_kin_from_being_started(
     statuses = ["OUT_OF_MEMORY", "DOES_NOT_FIT", "OUT_OF_MEMORY", "DOES_NOT_FIT"]
     assert [row["status"] for row in trials(capsys)] == statuses
     assert main(["status", "mine"]) == 0
-    told = "of 2 that were, 2 were predicted wrong, 1 of 1 tried near the bound ran out of memory, 1 that should have"
+    told = "predictions wrong: 2 of 2 (out of memory: 1 of 1 tried near the bound, 1 of the others;"
     assert told in capsys.readouterr().out
+
+
+def test_a_ladder_ends_below_the_rank_that_does_not_fit_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    ladder = ["sweep.sampler=ladder", "sweep.ladder.r_start=4", "sweep.ladder.r_max=64", "sweep.ladder.margin=0.001"]
+    assert sweep(*ladder, "sweep.ladder.seeds=2", "training.learning_rate=1e-3", "budget.memory_bytes=560000") == 0
+    assert "no pilot at r = 16 left a validation loss: predicted not to fit into memory" in capsys.readouterr().out
+    rows = trials(capsys)
+    assert {row["lora.r"] for row in rows if row["status"] == "DOES_NOT_FIT"} == {"16"}
+    assert all(row["status"] == "COMPLETED" for row in rows if int(row["lora.r"]) < 16)
 
 
 def test_refused_trials_cost_a_budget_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,16 +169,16 @@ SMALL = [
 def test_a_run_that_does_not_fit_is_refused_with_its_parts_and_what_would_fit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["run", *SMALL, "budget.memory_bytes=200000000"]) == 2
+    assert main(["run", *SMALL, "budget.memory_bytes=150000000"]) == 2
     shown = capsys.readouterr().err
     assert shown.count("error:") == 1
-    assert "of 200 MB: base, adapters and optimizer" in shown
+    assert "of 150 MB: base, adapters and optimizer" in shown
     assert "activations" in shown
-    assert "budget.memory_bytes = 200000000" in shown
+    assert "budget.memory_bytes = 150000000" in shown
     assert not Path("outputs/runs").exists()
     [told] = [line for line in shown.splitlines() if "training.micro_batch_size=" in line]
     proposed = next(word for word in told.split() if word.startswith("training.micro_batch_size="))
-    assert main(["run", *SMALL, "budget.memory_bytes=200000000", proposed]) == 0
+    assert main(["run", *SMALL, "budget.memory_bytes=150000000", proposed]) == 0
 
 
 @pytest.mark.parametrize("verb", ["run", "sweep"])
@@ -189,7 +198,8 @@ def test_a_trial_is_run_with_as_much_of_its_micro_batch_as_fits_where_it_may_be_
     record = execute(compose(SMALL), memory=rule)
     assert record.status is Status.COMPLETED
     assert record.plan is not None
-    assert (record.plan.batch_size, record.plan.micro_batch_size) == (16, 4)
+    assert record.plan.batch_size == 16
+    assert record.plan.micro_batch_size < 16
     assert any("predicted not to fit with micro-batches of 16" in warning for warning in record.warnings)
     assert record.fit is not None
     assert record.fit.peak_bytes == record.plan.predicted_peak_train_bytes
@@ -251,6 +261,14 @@ def test_the_edge_is_tried_by_trials_and_not_by_runs() -> None:
     assert not fit_into(800, NEED, rule, "", "cpu")[1]
 
 
+def test_a_cards_memory_is_the_bound_where_nothing_else_is_said() -> None:
+    card = Device("cuda", "H100", 1, 80_000, None, None, True)
+    rule = MemoryRule(None, hosts=2, kin=(), tries_the_edge=True, halvings=0)
+    assert bound_of(rule, card) == 40_000
+    assert bound_of(replace(rule, bound_bytes=90_000), card) == 90_000
+    assert bound_of(rule, replace(card, kind="cpu")) is None
+
+
 # How it is counted.
 
 
@@ -281,7 +299,7 @@ def test_predictions_are_counted_by_what_came_of_them() -> None:
     assert (found.refused, found.seconds_saved) == (2, 120.0)
     assert (found.near_the_edge, found.near_the_edge_out_of_memory) == (3, 1)
     assert (found.out_of_memory, found.beyond_the_bound, found.wrong, found.compared) == (1, 1, 3, 5)
-    assert "2 trials predicted not to fit into 2 kB were not started, about 120 s of training" in found.sentence
+    assert "2 trials predicted not to fit into 2 kB were not started (about 120 s of training)" in found.sentence
     assert Experience(OutputPaths.of("outputs")).predicted([]) is None
 
 
