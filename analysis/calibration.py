@@ -85,6 +85,8 @@ WORLDS = (
     World("seed sd rises 2.5× with rank, to the edge", seed_sd=EDGE / 2.5, item_sd=0.5, growth=2.5, goal=0.07),
     World("seed sd rises 2.5× with rank, from the edge", seed_sd=EDGE, item_sd=0.5, growth=2.5, goal=0.07),
     World("seed sd rises 2.5× with rank, beyond", seed_sd=BEYOND, item_sd=0.5, growth=2.5, goal=0.07),
+    # Where it is worst: seeds that look alike by luck leave the items' part, and with it too many degrees of freedom.
+    World("Gaussian, beyond the plan, items as much as seeds", seed_sd=1.2, item_sd=2.2),
 )
 
 

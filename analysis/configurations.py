@@ -27,7 +27,14 @@ SHOWN = ("model.variant", "quantization.mode", "lora.r", "targets.set", "trainin
 """What a configuration is known by; anything else is shown where it differs."""
 
 QUALITIES = (
-    *(("loss_per_item", False), ("accuracy", True), ("exact_match", True), ("rouge_l", True), ("loss", False)),
+    *(
+        ("loss_per_item", False),
+        ("bits_per_byte", False),
+        ("accuracy", True),
+        ("exact_match", True),
+        ("rouge_l", True),
+        ("loss", False),
+    ),
 )
 
 
@@ -40,7 +47,9 @@ class Measure:
 
     @property
     def label(self) -> str:
-        unit = {"loss_per_item": "nats per item", "loss": "nats per token"}.get(self.name)
+        unit = {"loss_per_item": "nats per item", "loss": "nats per token", "bits_per_byte": "of the answer"}.get(
+            self.name
+        )
         return self.name.replace("_", " ") if unit is None else f"{self.name.replace('_', ' ')}, {unit}"
 
     @property
@@ -100,14 +109,21 @@ class Configuration:
 
 
 def measure_of(records: Sequence[RunRecord]) -> Measure | None:
-    """The first score that every run has: loss per item, accuracy, exact match, ROUGE-L, loss; else the first that any
-    run has. ``None`` without any."""
+    """The first score that every run has: loss per item (bits per byte where the runs were read in several formats or
+    by several models' tokenizers, for its end tokens are theirs), accuracy, exact match, ROUGE-L, loss; else the first
+    that any run has. ``None`` without any."""
+    qualities = QUALITIES[1:] if len({_read_as(record) for record in records}) > 1 else QUALITIES
     for enough in (all, any):
-        for name, higher in QUALITIES:
+        for name, higher in qualities:
             measure = Measure(name, higher)
             if records and enough(measure.of(answering_scores(record)) is not None for record in records):
                 return measure
     return None
+
+
+def _read_as(record: RunRecord) -> tuple[str, ...]:
+    model = record.config.get("model") or {}
+    return (str(record.plan.format if record.plan is not None else None), str(model.get("family")))
 
 
 def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Configuration]:

@@ -66,6 +66,9 @@ class Asked:
     ladder: Any = None
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Objective → axis → share of the variance."""
+    predicted_memory: Mapping[str, Any] = field(default_factory=dict)
+    """How many trials were not started because they were predicted not to fit, and how right that was; empty where
+    nothing limited their memory."""
 
 
 def shown(value: Value, kind: str) -> str:

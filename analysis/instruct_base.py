@@ -290,9 +290,12 @@ def _secondary(
 ) -> tuple[Contrast, ...]:
     """All that is looked at besides the primary contrast, so that Holm's m is what it says."""
     pair = Side(instruct.runs, "after"), Side(base.runs, "after")
+    before = Side(instruct.runs, "before"), Side(base.runs, "before")
     found = [
         ("instruct over base, untouched", BITS, untouched),
         ("what tuning adds, instruct over base", BITS, gain),
+        ("instruct over base, untouched, by likelihood", "accuracy", difference(*before, "accuracy", items)),
+        ("instruct over base, untouched, by generation", "exact_match", difference(*before, "exact_match", items)),
         ("instruct over base, tuned, by likelihood", "accuracy", difference(*pair, "accuracy", items)),
         ("instruct over base, tuned, by generation", "exact_match", difference(*pair, "exact_match", items)),
         ("instruct over base, general text kept", "forgetting", difference(*pair, "forgetting", None)),

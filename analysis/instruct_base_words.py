@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from qlora_exp.analysis.content import shown
 from qlora_exp.analysis.contrasts import INTERVAL, told
 from qlora_exp.analysis.instruct_base import Cell, Contrast, InstructBase, baseline_note, verdict
 
@@ -16,6 +17,10 @@ def paragraph(found: InstructBase) -> str:
 def settled(contrast: Contrast) -> bool:
     """Whether it holds among all secondary contrasts."""
     return contrast.adjusted_p is not None and contrast.adjusted_p <= 1 - INTERVAL
+
+
+def primary_lead(found: InstructBase) -> str:
+    return f"Instruct beside base, tuned: {verdict(found.tuned, found.margin)}."
 
 
 def primary_sentence(found: InstructBase) -> str:
@@ -34,6 +39,7 @@ def primary_sentence(found: InstructBase) -> str:
 
 def _more(found: InstructBase) -> Iterator[str]:
     by_name = {contrast.name: contrast for contrast in found.secondary}
+    yield from _accuracy(by_name)
     for when in ("tuned", "untouched"):
         worth = [
             f"{variant} {told(contrast.difference)}"
@@ -41,7 +47,7 @@ def _more(found: InstructBase) -> Iterator[str]:
             if (contrast := by_name.get(f"chat over plain, {variant}, {when}")) is not None
         ]
         if worth:
-            yield f"The chat template gains within each, {when}: {', '.join(worth)}."
+            yield f"What the chat template is worth within each (below 0: it costs), {when}: {', '.join(worth)}."
     yield from _shown_examples(found.base)
     yield from _forgetting(by_name.get("instruct over base, general text kept"))
     yield from _stability(found)
@@ -52,6 +58,17 @@ def _more(found: InstructBase) -> Iterator[str]:
         if said
     )
     yield found.tokens.sentence
+
+
+def _accuracy(by_name: Mapping[str, Contrast]) -> Iterator[str]:
+    """The other way to score: it need not agree with bits per byte."""
+    known = [
+        f"{when} {told(contrast.difference)}"
+        for when in ("untouched", "tuned")
+        if (contrast := by_name.get(f"instruct over base, {when}, by likelihood")) is not None
+    ]
+    if known:
+        yield f"By accuracy instruct is better by: {', '.join(known)}."
 
 
 def _shown_examples(base: Cell) -> Iterator[str]:
@@ -68,6 +85,8 @@ def _forgetting(contrast: Contrast | None) -> Iterator[str]:
         return
     more = "base" if contrast.difference.value > 0 else "instruct"
     who = f"{more.capitalize()} forgets more" if settled(contrast) else "Who forgets more is not settled"
+    if contrast.adjusted_p is not None:
+        who += f", p = {shown(contrast.adjusted_p, 'p')} after adjustment"
     yield f"{who} (base − instruct {told(contrast.difference)} nats per byte of general text)."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,9 +21,10 @@ from qlora_exp.analysis.configurations import Configuration, Measure, best_on_va
 from qlora_exp.analysis.content import Asked, Report, Section
 from qlora_exp.analysis.contrasts import ItemScores
 from qlora_exp.analysis.equal_tokens import token_groups
+from qlora_exp.analysis.feasibility_section import feasibility_section
 from qlora_exp.analysis.instruct_base import InstructBase, baseline_note, compare
 from qlora_exp.analysis.instruct_base_section import instruct_section
-from qlora_exp.analysis.instruct_base_words import primary_sentence
+from qlora_exp.analysis.instruct_base_words import primary_lead, primary_sentence
 from qlora_exp.analysis.tradeoffs import goal_answer
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records import RunRecord, Status
@@ -71,8 +73,9 @@ def build(
     parts = [
         *sections.ladder_sections(asked),
         *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], several, asked, items, aside, margin)),
-        sections.importance_section(asked, sum(record.status is Status.COMPLETED for record in records)),
+        sections.importance_section(asked, [record for record in records if record.status is Status.COMPLETED]),
         sections.failure_section(records),
+        feasibility_section(asked),
         sections.method_section(groups, records, measure, asked),
         _limits(records, groups, aside, found, measure, _left_open(asked, compared, why_none), unreadable),
     ]
@@ -184,17 +187,17 @@ def _headline(
     decided: bool,
 ) -> tuple[str, ...]:
     """Beside the ladders' answers; ``decided``: whether there are any."""
-    said = [primary_sentence(compared)] if compared is not None else []
+    said = [f"{primary_lead(compared)} {primary_sentence(compared)}"] if compared is not None else []
     best = best_on_validation(found, measure) if measure is not None else None
     if best is not None and measure is not None and not decided:
-        said.append(_chosen(best, len(found), measure))
+        said.append(_chosen(best, found, measure))
         note = baseline_note(best)
         said += [note] if note else []
     goal = goal_answer(found)
     return (*said, *([goal.sentence] if goal is not None and goal.split == group.protocol.split else []))
 
 
-def _chosen(best: Configuration, among: int, measure: Measure) -> str:
+def _chosen(best: Configuration, found: Sequence[Configuration], measure: Measure) -> str:
     """What was chosen on one split is judged on another."""
     estimate = best.quality
     assert estimate is not None
@@ -204,8 +207,24 @@ def _chosen(best: Configuration, among: int, measure: Measure) -> str:
         told += f" [95 % over {seeds}: {estimate.low:.4g}, {estimate.high:.4g}]"
     else:
         told += " (one seed: no interval)"
-    begin = f"Of {among} configurations the best on validation is" if among > 1 else "The only configuration is"
-    return f"{begin} {best.label}; on test it has {told}."
+    if len(found) < 2:
+        return f"The only configuration is {best.label}; on test it has {told}."
+    said = f"Of {len(found)} configurations the best on validation is {best.label}; on test it has {told}"
+    if estimate.se is None:
+        return f"{said}."
+    near = sum(_alike(best, other, measure) for other in found if other is not best)
+    if near:
+        return f"{said}. Over {near} of the others it isn't shown to be better."
+    return f"{said}. It is shown to be better than each of the others."
+
+
+def _alike(best: Configuration, other: Configuration, measure: Measure) -> bool:
+    """Whether it isn't shown (95 %, over seeds) that the best is better."""
+    halves = [c.quality.half_width() if c.quality is not None else None for c in (best, other)]
+    if best.quality is None or other.quality is None or None in halves:
+        return False
+    ahead = measure.sign * (best.quality.mean - other.quality.mean)
+    return ahead <= math.hypot(*(half or 0.0 for half in halves))
 
 
 def _left_open(asked: Sequence[Asked], compared: InstructBase | None, why_none: str | None) -> list[str]:

@@ -16,7 +16,7 @@ MOST_ROWS = 25
 """Rows of a table that is cut; all runs are in the last one."""
 LEAST_TRIALS = 10
 """Per axis: below, an importance is a guess."""
-ERRS_AT_MOST, ERRS_WITH_GROWING_NOISE = 0.04, 0.06
+ERRS_AT_MOST, ERRS_WITH_GROWING_NOISE = 0.05, 0.06
 """Shares of simulated ladders with a wrong answer: the largest of docs/calibration.md, rounded up."""
 
 
@@ -210,7 +210,7 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
     return Section("speed", "Speed and cost", (note,), (table(columns, rows),))
 
 
-def importance_section(asked: Sequence[Asked], trials: int) -> Section | None:
+def importance_section(asked: Sequence[Asked], completed: Sequence[RunRecord]) -> Section | None:
     found = [(objective, shares) for one in asked for objective, shares in one.importance.items() if shares]
     if not found:
         return None
@@ -220,7 +220,11 @@ def importance_section(asked: Sequence[Asked], trials: int) -> Section | None:
         "Share of the objective's variance over the trials that each axis explains (fANOVA): a description of what was"
     )
     note += " searched, not of what would matter elsewhere."
-    points = []
+    points, trials = [], len(completed)
+    if any(".loss" in objective for objective, _ in found) and len({r.plan.format for r in completed if r.plan}) > 1:
+        points.append(
+            "Formats have end tokens of their own, and a loss counts them: what a format explains is theirs too."
+        )
     if trials < LEAST_TRIALS * axes:
         points.append(f"{trials} trials for {axes} axes are too few to trust it: at least {LEAST_TRIALS} an axis.")
     if any(ladders_of(one) for one in asked):
@@ -231,21 +235,27 @@ def importance_section(asked: Sequence[Asked], trials: int) -> Section | None:
 
 
 def failure_section(records: Sequence[RunRecord]) -> Section:
-    ended = [r for r in records if r.status is not Status.COMPLETED]
+    ended = [r for r in records if r.status.ended and r.status is not Status.COMPLETED]
     if not ended:
-        return Section("failures", "Failures", ("Every run completed.",))
+        whole = all(r.status.ended for r in records)
+        told = "Every run completed." if whole else "Every run that has ended completed."
+        return Section("failures", "Failures", (told,))
     seconds: dict[Status, float] = defaultdict(float)
     for record in records:
         seconds[record.status] += record.speed.total_seconds or 0.0
     total = sum(seconds.values())
     counts = Counter(record.status for record in records)
-    rows = [(str(s), counts[s], seconds[s], seconds[s] / total if total else None) for s in counts]
-    columns = ("status", ("runs", "integer"), ("time", "seconds"), ("of all time", "percent"))
+    usd = {s: [r.speed.cost_usd for r in records if r.status is s and r.speed.cost_usd is not None] for s in counts}
+    rows = [
+        (str(s), counts[s], seconds[s], seconds[s] / total if total else None, sum(usd[s]) if usd[s] else None)
+        for s in counts
+    ]
+    columns = ("status", ("runs", "integer"), ("time", "seconds"), ("of all time", "percent"), ("cost", "usd"))
     kinds = Counter((r.status.value, _first_line(r)) for r in ended if r.failure is not None)
     reasons = [(status, why, count) for (status, why), count in kinds.most_common(MOST_ROWS)]
     tables = [table(columns, rows)]
     tables += [table(("status", "why", ("runs", "integer")), reasons, "Reasons")] if reasons else []
-    wasted = total - seconds[Status.COMPLETED]
+    wasted = sum(record.speed.total_seconds or 0.0 for record in ended)
     told = f"{len(ended)} of {len(records)} runs did not complete; they took {wasted / 60:,.1f} minutes."
     return Section("failures", "Failures and what they cost", (told,), tuple(tables))
 
@@ -301,6 +311,8 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
         *(("forgetting", "figure"), ("parameters", "integer"), ("weights", "bytes"), ("model state", "bytes")),
         *(
             ("peak memory", "bytes"),
+            ("predicted need", "bytes"),
+            ("memory bound", "bytes"),
             ("tokens/s", "figure"),
             ("training", "seconds"),
             ("total", "seconds"),
@@ -327,7 +339,8 @@ def _run_row(record: RunRecord) -> tuple[Value, ...]:
         *(before.accuracy if before else None, scores.bits_per_byte if scores else None),
         record.scores.forgetting.difference if record.scores.forgetting else None,
         *(plan.trainable_parameters if plan else None, weights, model_state_bytes(record)),
-        *(record.memory.peak_train_bytes, speed.train_tokens_per_second),
+        *(record.memory.peak_train_bytes, record.fit.corrected_bytes if record.fit else None),
+        *(record.fit.bound_bytes if record.fit else None, speed.train_tokens_per_second),
         *(speed.train_seconds, speed.total_seconds, speed.cost_usd),
     )
 

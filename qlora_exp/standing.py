@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_exp.environment import alive, process_identity
 from qlora_exp.errors import RecordError, StudyError
+from qlora_exp.feasibility import Experience, Predicted
 from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Process, Status, from_dict
@@ -194,6 +195,8 @@ def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Process | 
         head += f", {_duration(left)} left" if left is not None and slots else ""
         nobody = f"nobody works on it: qlora-exp resume {shlex.quote(spec.name)}"
         head += f"\nworked on by process {holder.pid}" if holder else f"\n{nobody}"
+    predicted = predicted_memory(rows, paths)
+    head += f"\n{predicted.sentence}" if predicted is not None else ""
     parts: list[RenderableType] = [Text(head)]
     if slots:
         parts.append(_running_table(slots))
@@ -204,6 +207,11 @@ def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Process | 
         parts.append(Text(f"and {len(best) - SHOWN_BEST} more: qlora-exp best {shlex.quote(spec.name)}"))
     parts.append(Text(machine_use(), style="dim"))
     return Group(*parts)
+
+
+def predicted_memory(rows: Sequence[TrialRow], paths: StudyPaths) -> Predicted | None:
+    """What predicting the trials' memory came to; ``None`` where nothing limits it."""
+    return Experience(OutputPaths(paths.folder.parent.parent)).predicted(rows)
 
 
 def _running_table(slots: Sequence[Running]) -> Table:

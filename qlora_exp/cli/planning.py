@@ -76,11 +76,13 @@ def plan(
 
     Nothing is loaded, and nothing is downloaded for the families that come with the package.
     """
+    from qlora_exp.app import quiet_libraries
     from qlora_exp.errors import raise_all
     from qlora_exp.planning.devices import device_called, size_bytes
     from qlora_exp.planning.planned import Planner
     from qlora_exp.planning.points import points_of
 
+    quiet_libraries()
     overrides, named = _overrides(source, arguments)
     named = device if device is not None else named
     chosen = device_called(named) if named is not None else None

@@ -114,11 +114,32 @@ def _asked(
     for paths in found:
         spec = read_spec(paths)
         importance = {} if spec.synthetic else _importance(spec, paths)
-        asked.append(
-            Asked(spec.name, spec.question, spec.objectives, _read_json(paths.folder / "ladder.json"), importance)
-        )
+        predicted = {} if spec.synthetic else _predicted_memory(spec, paths)
+        ladder = _read_json(paths.folder / "ladder.json")
+        asked.append(Asked(spec.name, spec.question, spec.objectives, ladder, importance, predicted))
     names = {one.name for one in asked}
     return asked, [record for record in records if record.trial is not None and record.trial.study in names]
+
+
+def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
+    """What predicting memory came to, kept beside the study as importances are: trials that were not started have no
+    record. Empty where nothing limited the trials' memory."""
+    from qlora_exp.errors import QloraExpError
+    from qlora_exp.records import to_dict, write_json
+    from qlora_exp.standing import predicted_memory
+    from qlora_exp.study import Study
+
+    file = paths.folder / "predicted_memory.json"
+    try:
+        found = predicted_memory(Study.open(spec, paths, spec.storage).trials(), paths)
+    except QloraExpError:
+        kept = _read_json(file)
+        return kept if isinstance(kept, dict) else {}
+    if found is None:
+        return {}
+    told = {**to_dict(found), "sentence": found.sentence}
+    write_json(file, told)
+    return told
 
 
 def _importance(spec: Any, paths: StudyPaths) -> dict[str, dict[str, float]]:

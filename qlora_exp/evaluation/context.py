@@ -96,14 +96,30 @@ class CausalModel:
         limit = int(getattr(text_config, "max_position_embeddings", 0) or 0)
         return limit if limit > 0 else None
 
+    @property
+    def takes_masks_of_its_callers(self) -> bool:
+        """Whether attention sees what a mask (rows, 1, tokens, all tokens) says, and distances follow from position ids
+        alone."""
+        config = self.base.config.get_text_config()
+        plain = self.base.config._attn_implementation in ("eager", "sdpa") and not getattr(config, "alibi", False)
+        return plain and "position_ids" in self._known
+
     def __call__(
-        self, ids: Tensor, mask: Tensor, keep: int, cache: Cache | None, use_cache: bool
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        keep: int,
+        cache: Cache | None,
+        use_cache: bool,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Cache | None]:
         """Logits in fp32 of the last ``keep`` positions, shape (rows, keep, vocabulary), and the cache.
 
-        ``ids`` are the new tokens; ``mask`` covers the cached ones too.
+        ``ids`` are the new tokens; ``mask`` covers the cached ones too. ``positions``: (rows, new tokens), where they
+        don't follow from a mask of two dimensions.
         """
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if positions is None:
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": use_cache}
         if cache is not None:
             arguments["past_key_values"] = cache
@@ -143,6 +159,38 @@ class Context:
             all_ids if cache is None else ids, all_mask, keep=ids.shape[1], cache=cache, use_cache=cache is not None
         )
         return logits, Context(self.model, all_ids, all_mask, cache if self.cache is not None else None)
+
+    @property
+    def goes_on_side_by_side(self) -> bool:
+        """Whether :meth:`branches` needs one copy of each text, whatever the number of paths."""
+        whole = self.cache is not None and all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        return whole and self.model.takes_masks_of_its_callers
+
+    def branches(self, paths: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Read each of ``paths`` after each text as if it stood there alone: of each path fp32 logits after its tokens,
+        (rows, tokens, vocabulary). Where attention can be told who sees whom, the paths stand side by side behind the
+        text; elsewhere its keys and values are repeated for each."""
+        if self.goes_on_side_by_side:
+            return self._side_by_side(paths)
+        rows = len(self.ids)
+        ids, mask = padded([*paths] * rows, "right", self.model.device)
+        logits, _ = self.select([row for row in range(rows) for _ in paths]).extend(ids, mask)
+        apart = logits.view(rows, len(paths), ids.shape[1], -1)
+        return [apart[:, number, : len(path)] for number, path in enumerate(paths)]
+
+    def _side_by_side(self, paths: Sequence[Sequence[int]]) -> list[Tensor]:
+        assert self.cache is not None
+        model, rows = self.model, len(self.ids)
+        ids = torch.tensor([token for path in paths for token in path], device=model.device).expand(rows, -1)
+        path_of = torch.tensor([number for number, path in enumerate(paths) for _ in path], device=model.device)
+        depth = torch.tensor([depth for path in paths for depth in range(len(path))], device=model.device)
+        own = (path_of[:, None] == path_of) & (depth[:, None] >= depth)
+        seen = torch.cat([self.mask.bool()[:, None].expand(-1, len(own), -1), own.expand(rows, -1, -1)], dim=2)
+        dtype = model.base.get_input_embeddings().weight.dtype
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=model.device).masked_fill(~seen, torch.finfo(dtype).min)
+        positions = self.mask.sum(dim=1, keepdim=True) + depth
+        logits, _ = model(ids, hidden[:, None], ids.shape[1], _fork(self.cache), use_cache=True, positions=positions)
+        return [logits[:, path_of == number] for number in range(len(paths))]
 
 
 def read(model: CausalModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Context]:

@@ -82,20 +82,19 @@ def option_log_likelihoods(next_logits: Tensor, context: Context, trie: OptionTr
     scores = log_softmax(next_logits, dim=-1)[:, [option[0] for option in trie.options]].double()
     rows = len(next_logits)
     for chunk in _chunks(trie.paths, rows, context):
-        ids, mask = padded([trie.paths[number] for number in chunk] * rows, "right", context.model.device)
-        logits, _ = context.select([row for row in range(rows) for _ in chunk]).extend(ids, mask)
-        following = log_softmax(logits, dim=-1).view(rows, len(chunk), ids.shape[1], -1)
+        following = [log_softmax(logits, dim=-1) for logits in context.branches(trie.paths[chunk.start : chunk.stop])]
         for column, (option, reader) in enumerate(zip(trie.options, trie.readers, strict=True)):
             if reader is not None and reader in chunk:
                 for depth, token in enumerate(option[1:]):
-                    scores[:, column] += following[:, reader - chunk.start, depth, token].double()
+                    scores[:, column] += following[reader - chunk.start][:, depth, token].double()
     return scores.cpu()
 
 
 def _chunks(paths: Sequence[Tokens], rows: int, context: Context) -> list[range]:
     """As many paths per pass as the bounds on cached tokens and on logits allow, at least one."""
     longest = max((len(path) for path in paths), default=1)
-    by_tokens = 2 * TOKENS_PER_PASS // (rows * (context.ids.shape[1] + longest))
+    repeated = 0 if context.goes_on_side_by_side else context.ids.shape[1]
+    by_tokens = 2 * TOKENS_PER_PASS // (rows * (repeated + longest))
     by_logits = LOGITS_PER_PASS // (rows * longest * context.model.vocabulary_size)
     step = max(1, min(by_tokens, by_logits))
     return [range(start, min(start + step, len(paths))) for start in range(0, len(paths), step)]

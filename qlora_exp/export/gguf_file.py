@@ -61,8 +61,8 @@ def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
     rope = _rope(config).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise ModelError(f"no GGUF file can be written of rotary embeddings scaled by {rope}", where, hint)
-    if (difference := _unlike_llama_cpp(config)) is not None:
-        raise ModelError(f"no GGUF file can be written of this {config.model_type}: {difference}", where, hint)
+    if (unlike := _unlike_llama_cpp(config)) is not None:
+        raise ModelError(f"no GGUF file can be written of this {config.model_type}: {unlike}", where, hint)
     if _pre_tokenizer(tokenizer) is None:
         what = "only byte-level BPE as GPT-2, SmolLM, Llama 3 and Qwen have it, and SentencePiece as Gemma has it"
         raise ModelError(f"no GGUF file can be written of this tokenizer: {what}", where, hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,8 @@ def load_model(
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"the weights can't be loaded: {line}", source.where, "see the model's card") from error
     _refuse_unquantized(loaded, quantization.mode, source)
+    if quantization.mode in QUANTIZED:
+        _let_go_of_file(loaded)
     return _settle(loaded)
 
 
@@ -169,6 +172,14 @@ def _quantized_shape(module: nn.Module) -> tuple[int, ...] | None:
     if isinstance(module, Linear4bit):
         return tuple(module.weight.quant_state.shape)
     return tuple(module.weight.shape) if isinstance(module, Linear8bitLt) else None
+
+
+def _let_go_of_file(model: PreTrainedModel) -> None:
+    """On a CPU what isn't quantized is a view of the mapped file, and keeps all of it resident, with the weights that
+    were quantized from it: a copy of its own lets the file go."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu" and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def _settle(model: PreTrainedModel) -> PreTrainedModel:

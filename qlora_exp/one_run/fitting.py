@@ -60,9 +60,7 @@ def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit
     """What is wrong, and what to do."""
     mode, least = _smallest_base(config, prepared, environment)
     if least > fit.bound_bytes:
-        what = (
-            f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} before training"
-        )
+        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
         return what, f"a smaller model, or at least budget.memory_bytes={fit.corrected_bytes}"
 
     def peak(other: Config) -> Peak:

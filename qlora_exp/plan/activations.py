@@ -83,14 +83,12 @@ class Layer:
 @dataclass(frozen=True)
 class Kept:
     """Bytes a token. ``layers``: all decoder layers' together, without checkpointing; ``layer``: the largest one's;
-    ``inputs``: what each layer keeps under checkpointing, together; ``outside``: around the layers; ``freed``: what the
-    layers' forward passes make and free again, together (the allocator's gaps come from these)."""
+    ``inputs``: what each layer keeps under checkpointing, together; ``outside``: around the layers."""
 
     layers: float
     layer: float
     inputs: float
     outside: float
-    freed: float
 
 
 def kept_per_token(
@@ -103,7 +101,6 @@ def kept_per_token(
     int8: bool,
     length: int,
     padded: bool,
-    four_bit: bool = False,
     cuda: bool = False,
     lora_dropout: bool = False,
 ) -> Kept:
@@ -112,17 +109,15 @@ def kept_per_token(
     ``adapted``: full names of the weights with adapters; ``compute_bytes``, ``adapter_bytes``: bytes an element of the
     two dtypes; ``padded``: rows differ in length, so that attention gets a mask.
     """
-    setting = _Setting(r, compute_bytes, adapter_bytes, int8, length, padded, four_bit, cuda, lora_dropout)
+    setting = _Setting(r, compute_bytes, adapter_bytes, int8, length, padded, cuda, lora_dropout)
     wanted = frozenset(adapted)
     sizes: list[float] = []
-    freed = 0.0
     for layer, shapes in layers_of(architecture):
         flags = tuple(shape.name in wanted for shape in shapes)
         sizes.append(_layer_bytes(layer, shapes, flags, setting, first=not sizes))
-        freed += _freed(layer, shapes, flags, setting)
     width = architecture.hidden_size
     outside = width * (FLOAT32 + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
-    return Kept(sum(sizes), max(sizes, default=0.0), len(sizes) * width * compute_bytes, outside, freed)
+    return Kept(sum(sizes), max(sizes, default=0.0), len(sizes) * width * compute_bytes, outside)
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,6 @@ class _Setting:
     int8: bool
     length: int
     padded: bool
-    four_bit: bool
     cuda: bool
     lora_dropout: bool
 
@@ -268,21 +262,3 @@ def _output_is_kept(layer: Layer, setting: _Setting) -> bool:
     """Whether the output projection reads the very tensor that attention keeps; a fused projection's views make it lie
     otherwise in memory, and it is copied."""
     return setting.cuda or not (layer.fused or layer.habits.attention_dropout or layer.multi_query)
-
-
-def _freed(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting) -> float:
-    """Bytes a token that one layer's forward pass makes and frees: around each adapted projection its own output, the
-    adapter's, the scaled one, the sum's casts and PEFT's copy of a 4-bit layer's; the rotation's products; norms'
-    squares and quotients; outputs that nothing keeps."""
-    width, same_dtype = setting.compute_bytes, setting.compute_bytes == setting.adapter_bytes
-    around = 3 * FLOAT32 + (0 if same_dtype else width) + (width if setting.four_bit else 0)
-    total = float(sum(shape.out_features * around for shape, flag in zip(shapes, adapted, strict=True) if flag))
-    read = {_read_by(layer, shape) for shape, flag in zip(shapes, adapted, strict=True) if flag and same_dtype}
-    if layer.habits.rotary:
-        total += (layer.query + layer.key_value) * width * (3.5 if layer.fused else 4.5)
-    if layer.norm_upcasts:
-        total += layer.norms * layer.hidden * (2 * FLOAT32 + (0 if same_dtype else width))
-    total += layer.hidden * width * (2 + ("input" not in read) + ("middle" not in read) + (0 if same_dtype else 2))
-    total += layer.intermediate * width * ("down" not in read)
-    total += 4 * layer.intermediate * width * (layer.habits.activation_copies > 1)
-    return total

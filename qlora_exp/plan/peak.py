@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_exp.checks import FOUR_BIT, QUANTIZED
+from qlora_exp.checks import QUANTIZED
 from qlora_exp.config import Config, Quantization
 from qlora_exp.plan import adapter_dtype, compute_dtype, gradient_checkpointing
 from qlora_exp.plan.activations import FLOAT32, Kept, kept_per_token
@@ -25,17 +25,15 @@ the gradient in float32, a mask of one byte, and two float32 temporaries of the 
 
 CODE_BYTES = 44_000_000
 """On CPUs: code and data that the libraries load at first use, after imports."""
-GAPS_FLOAT32, GAPS_16_BIT = 0.33, 0.015
-"""On CPUs: of what layers' forward passes free again, the share that stays resident as gaps between what is kept. glibc
-serves aligned requests of less than 32 MiB from its heap, where the gap that a freed tensor leaves is a little too
-small for the next of its size. In 16 bit the gaps lie side by side and are used again."""
-GAPS_RECOMPUTED = 1.25
-"""With checkpointing: of one layer's kept and freed bytes, what stays resident after it was computed again."""
-GAPS_LOGITS = 0.74
+GAPS_LAYERS = 0.74
+"""On CPUs: of what forward keeps without checkpointing, what stays resident as gaps between it; with checkpointing the
+layers that are computed again leave as much. glibc serves aligned requests of less than 32 MiB from its heap, where the
+gap that a freed tensor leaves is a little too small for the next of its size."""
+GAPS_LOGITS = 0.25
 """Of the head's bytes, where its tensors are below 32 MiB."""
 MAPPED_FROM_BYTES = 32 * 2**20
 """glibc's largest threshold (``M_MMAP_THRESHOLD``): larger requests are mapped one by one, and given back at once.
-The five figures above are fitted to docs/predicted_memory.csv, rows of llama, gpt2 and gpt_neox: docs/plan_accuracy.md.
+The two shares above are fitted to docs/predicted_memory.csv, rows of llama, gpt2 and gpt_neox: docs/plan_accuracy.md.
 """
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
@@ -96,7 +94,6 @@ def predicted_peak(
         int8=config.quantization.mode is Quantization.int8,
         length=shape.length,
         padded=padded,
-        four_bit=config.quantization.mode in FOUR_BIT,
         cuda=shape.cuda,
         lora_dropout=config.lora.dropout > 0,
     )
@@ -175,13 +172,9 @@ def _matrix(weight: WeightShape) -> int:
 
 def _gaps(kept: Kept, architecture: Architecture, shape: _Shape, logits: float, scored: int) -> float:
     """What a CPU's process holds beyond its tensors."""
-    freed = shape.tokens * kept.freed
-    if shape.checkpointing:
-        held = GAPS_RECOMPUTED * (shape.tokens * kept.layer + freed / max(1, architecture.layers))
-    else:
-        held = freed * (GAPS_FLOAT32 if shape.width == FLOAT32 else GAPS_16_BIT)
     tile = min(scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
-    return CODE_BYTES + held + (GAPS_LOGITS * logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0)
+    in_heap = logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0
+    return CODE_BYTES + GAPS_LAYERS * shape.tokens * kept.layers + GAPS_LOGITS * in_heap
 
 
 def _peak(moment: _Moment, shape: _Shape) -> Peak:

@@ -30,8 +30,8 @@ def read_prices(path: Path = PRICES) -> dict[str, float]:
     try:
         raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        line = str(error).splitlines()[0]
-        raise ConfigError(f"the price table can't be read: {line}", str(path), "restore it") from None
+        why = " ".join(str(error).split())
+        raise ConfigError(f"the price table can't be read: {why}", str(path), "restore it") from None
     if not isinstance(raw, dict) or list(raw) != [UNIT]:
         found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
         hint = f"one key, {UNIT}: prices are US dollars an hour; {nearest(found, [UNIT])}"

@@ -11,8 +11,9 @@ from qlora_exp.config import Config, Quantization
 from qlora_exp.environment import available_cores, probe_without_torch
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.prices import read_prices, usd_per_hour
-from qlora_exp.plan.seconds import Rate, predicted_seconds, predicted_usd
+from qlora_exp.plan.seconds import Rate, machine_of, predicted_seconds, predicted_usd, rate_from_records
 from qlora_exp.planning.devices import PlanDevice
+from qlora_exp.records import RunRecord
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Payment:
 
 
 class Cashier:
-    """Looks at the machine, its rates and the prices once.
+    """Looks at the machine, its rates and the prices once. ``records``: finished runs, whose rates go before the
+    machine's calibration.
 
     Raises:
         ConfigError: the table of prices can't be read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, records: Sequence[RunRecord] = ()) -> None:
+        self._records = records
         self._rates: dict[tuple[str, Quantization, int | None], Rate | None] = {}
         self._prices: Mapping[str, float] = read_prices()
 
@@ -57,12 +60,12 @@ class Cashier:
         key = (device.name, mode, threads)
         if key not in self._rates:
             on_cpu = device.kind == "cpu"
-            self._rates[key] = _cpu_rate(mode, threads) if on_cpu else known_card_rate(device.card, mode)
+            self._rates[key] = self._cpu_rate(mode, threads) if on_cpu else known_card_rate(device.card, mode)
         return self._rates[key]
 
-
-def _cpu_rate(mode: Quantization, threads: int | None) -> Rate | None:
-    """As a run with so many threads would find it; torch takes OMP_NUM_THREADS, or all cores."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    taken = threads or (int(told) if told.isdigit() else available_cores())
-    return known_rate(replace(probe_without_torch(), torch_threads=taken), mode)
+    def _cpu_rate(self, mode: Quantization, threads: int | None) -> Rate | None:
+        """As a run with so many threads would find it; torch takes OMP_NUM_THREADS, or all cores."""
+        told = os.environ.get("OMP_NUM_THREADS", "")
+        taken = threads or (int(told) if told.isdigit() else available_cores())
+        here = replace(probe_without_torch(), torch_threads=taken)
+        return rate_from_records(self._records, machine_of(here), mode.value) or known_rate(here, mode)

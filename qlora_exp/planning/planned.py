@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
 from qlora_exp.planning.devices import PlanDevice, device_of
 from qlora_exp.planning.paying import Cashier
 from qlora_exp.planning.points import Point
+from qlora_exp.records import RunRecord
 from qlora_exp.tables import bytes_text
 
 Found = TypeVar("Found")
@@ -71,15 +73,21 @@ class PlannedRun:
 
 class Planner:
     """Plans points one after the other; what several have in common is worked out once. ``device``: for all of them, in
-    place of each one's own; ``budget_bytes``: the memory to fit into, in place of the device's."""
+    place of each one's own; ``budget_bytes``: the memory to fit into, in place of the device's; ``records``: finished
+    runs, by which seconds are told."""
 
-    def __init__(self, device: PlanDevice | None = None, budget_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        device: PlanDevice | None = None,
+        budget_bytes: int | None = None,
+        records: Sequence[RunRecord] = (),
+    ) -> None:
         self._device = device
         self._budget_bytes = budget_bytes
         self._architectures: dict[str, Architecture | QloraExpError] = {}
         self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
         self._bases: dict[tuple[Any, ...], BaseBytes] = {}
-        self._cashier = Cashier()
+        self._cashier = Cashier(records)
         self._problems: dict[str, QloraExpError] = {}
 
     def plan(self, point: Point) -> PlannedRun:

@@ -9,7 +9,7 @@ from rich.table import Table
 from qlora_exp.config import ComputeDtype, Config, Quantization
 from qlora_exp.plan import compute_dtype
 from qlora_exp.plan.weights import adapter_bytes
-from qlora_exp.planning.devices import PlanDevice
+from qlora_exp.planning.devices import PlanDevice, device_of
 from qlora_exp.planning.planned import Planner
 from qlora_exp.tables import bytes_text, simple_table
 
@@ -68,6 +68,11 @@ def sizes_of(config: Config, device: PlanDevice) -> Sizes:
         trainable_parameters=adapters.trainable_parameters,
         adapter_bytes=adapters.adapter_bytes,
     )
+
+
+def smallest_base(config: Config, planner: Planner) -> Size:
+    """The mode of ``config``'s model that takes the least memory by itself, on the device of its own."""
+    return min((_size(config, mode, planner, device_of(config)) for mode in BITS), key=lambda size: size.total_bytes)
 
 
 def sizes_table(sizes: Sizes) -> Table:

@@ -43,6 +43,8 @@ class LadderTrial:
     """Item → nats on the test split, sorted by item; ``None`` where it left none."""
     curve: Mapping[int, float] = field(default_factory=dict)
     """Step → training loss, as far as logged."""
+    refused: bool = False
+    """It was not started: it was predicted not to fit."""
 
     @property
     def completed(self) -> bool:
@@ -183,14 +185,14 @@ class _Walk:
         pilots = self._pilots(rank, rates)
         if pilots is None:
             return None
-        best = _best(pilots, rank)
+        best = self._best(pilots, rank)
         if best in (rates[0], rates[-1]):
             beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
             rates = sorted([*rates, rounded(beyond)])
             pilots = self._pilots(rank, rates)
             if pilots is None:
                 return None
-            best = _best(pilots, rank)
+            best = self._best(pilots, rank)
         return Choice(rank, best, best in (rates[0], rates[-1]), tuple(pilots))
 
     def _pilots(self, rank: int, rates: Sequence[float]) -> list[Pilot] | None:
@@ -199,6 +201,15 @@ class _Walk:
         if len(known) < len(ended):
             return None
         return [Pilot(rate, _validation_loss(trial)) for rate, trial in zip(rates, known, strict=True)]
+
+    def _best(self, pilots: Sequence[Pilot], rank: int) -> float:
+        known = [(pilot.validation_loss, pilot.learning_rate) for pilot in pilots if pilot.validation_loss is not None]
+        if not known:
+            own = [trial for trial in self.trials.values() if trial.params[RANK] == rank]
+            why = _why(own, otherwise="")
+            told = f"no pilot at r = {rank} left a validation loss{f': {why}' if why else ''}"
+            raise AnalysisError(told, f"r = {rank}")
+        return min(known)[1]
 
     # Decisions.
 
@@ -236,13 +247,6 @@ class _Walk:
                 yield trial
 
 
-def _best(pilots: Sequence[Pilot], rank: int) -> float:
-    known = [(pilot.validation_loss, pilot.learning_rate) for pilot in pilots if pilot.validation_loss is not None]
-    if not known:
-        raise AnalysisError(f"no pilot at r = {rank} left a validation loss", f"r = {rank}")
-    return min(known)[1]
-
-
 def _validation_loss(trial: LadderTrial) -> float | None:
     after = trial.record.scores.after if trial.completed and trial.record else None
     loss = after.loss_per_item if after else None
@@ -253,10 +257,11 @@ def _key(point: Point) -> frozenset[str]:
     return frozenset(overrides_of(point))
 
 
-def _why(trials: Sequence[LadderTrial]) -> str:
+def _why(trials: Sequence[LadderTrial], otherwise: str = "they left no record") -> str:
     failures = [trial.record.failure for trial in trials if trial.record is not None]
     told = {f"{failure.kind}: {failure.message.splitlines()[0]}" for failure in failures if failure is not None}
-    return "; ".join(sorted(told)) or "they left no record"
+    told |= {"predicted not to fit into memory" for trial in trials if trial.refused}
+    return "; ".join(sorted(told)) or otherwise
 
 
 def _check_comparable(records: Sequence[RunRecord]) -> None:

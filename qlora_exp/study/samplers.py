@@ -22,6 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
+from qlora_exp.study.attributes import REFUSED
 from qlora_exp.study.distributions import check_points, distribution
 from qlora_exp.study.objectives import parse_constraint, parse_objective
 from qlora_exp.study.space import grid
@@ -47,6 +48,9 @@ NOT_OPTIONS = {
 
 WARM_NUMBER = -1
 """Trials of earlier studies: older than any of this one."""
+
+REFUSED_BEFORE_RANDOM = 5
+"""Trials in a row that did not fit before one is drawn at random."""
 
 ITEMS_ATTRIBUTE = "items:{step}"
 """Per-item losses that a trial reported at a step, in the items' fixed order."""
@@ -189,6 +193,13 @@ class SeededSampler(BaseSampler):
         with _may_be_experimental():
             return self._inner(number, axis)
 
+    def _asking(self, study: optuna.Study, number: int, axis: str = "") -> BaseSampler:
+        """A random draw where several trials before this one were predicted not to fit: GP looks at completed trials
+        alone, and would ask for much the same again."""
+        if _all_refused(study, range(number - REFUSED_BEFORE_RANDOM, number)):
+            return RandomSampler(_seed(self._spec.seed, number, axis))
+        return self.inner(number, axis)
+
     def _inner(self, number: int, axis: str) -> BaseSampler:
         seed = _seed(self._spec.seed, number, axis)
         kind, options = SAMPLERS[self._spec.sampler], dict(self._spec.sampler_options)
@@ -202,7 +213,7 @@ class SeededSampler(BaseSampler):
         return kind(seed=seed, **options)  # type: ignore[call-arg]
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        sampler = self._asked[trial.number] = self.inner(trial.number)
+        sampler = self._asked[trial.number] = self._asking(study, trial.number)
         return sampler.infer_relative_search_space(self._view(study), trial)
 
     def sample_relative(
@@ -213,7 +224,7 @@ class SeededSampler(BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        inner = self.inner(trial.number, param_name)
+        inner = self._asking(study, trial.number, param_name)
         return inner.sample_independent(self._view(study), trial, param_name, param_distribution)
 
     def _view(self, study: optuna.Study) -> optuna.Study:
@@ -266,6 +277,14 @@ class _WithHistory(optuna.Study):
     ) -> list[FrozenTrial]:
         earlier = [trial for trial in self._history if states is None or trial.state in states]
         return earlier + self._seen._get_trials(deepcopy, states, use_cache)
+
+
+def _all_refused(study: optuna.Study, numbers: range) -> bool:
+    """Whether the trials of these numbers exist and were all predicted not to fit."""
+    if numbers.start < 0:
+        return False
+    trials = study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.PRUNED,))
+    return set(numbers) <= {trial.number for trial in trials if REFUSED in trial.user_attrs}
 
 
 def _of_items(losses: Sequence[float]) -> FrozenTrial:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,8 @@ class Study:
         for trial in self._read():
             if trial.number not in self._ended and (point := self._point(trial)):
                 if trial.state.is_finished():
-                    self._ended[trial.number] = ended_trial(point, trial.user_attrs.get(RUN), outputs)
+                    told = ended_trial(point, trial.user_attrs.get(RUN), outputs)
+                    self._ended[trial.number] = replace(told, refused=rows.is_refused(trial))
                 else:
                     seen.append(LadderTrial(point, ended=False))
         return [*self._ended.values(), *seen]

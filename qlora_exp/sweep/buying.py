@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qlora_exp import compose
-from qlora_exp.budget import Account, Purse
-from qlora_exp.errors import QloraExpError
+from qlora_exp.budget import Account, Purse, budget_of
+from qlora_exp.errors import ConfigError, QloraExpError
+from qlora_exp.paths import OutputPaths
 from qlora_exp.study.types import StudySpec
 from qlora_exp.sweep.asking import Asked
+from qlora_exp.tables import bytes_text
+
+if TYPE_CHECKING:
+    from qlora_exp.planning.planned import PlannedRun
+    from qlora_exp.planning.points import Point
 
 MOST_PLANNED = 1000
 """More points would keep the first trial waiting."""
 
 Cost = tuple[float, float, float]
 """Low, middle, high."""
+AT_MOST_SO_LONG = "rows as long as training.max_length"
 
 
 def what_it_buys(asked: Asked, opened: Any, purse: Purse) -> Iterator[str]:
     """A sentence for each limit of the budget."""
-    counts = opened.counts()
+    counts, memory_bytes = opened.counts(), budget_of(asked.config).memory_bytes
     accounts = purse.accounts(opened.trials())
+    runs = None
+    if memory_bytes is not None or any(not account.costs for account in accounts):
+        runs = _planned(asked.spec, memory_bytes)
     for account in accounts:
-        cost, basis = _cost(asked, account)
+        cost, basis = _cost(runs, account)
         left = account.limit - account.spent
         if cost is None:
             yield f"budget.{account.name}={account.limit:g}: what a trial takes isn't known until the first has ended"
@@ -35,36 +45,34 @@ def what_it_buys(asked: Asked, opened: Any, purse: Purse) -> Iterator[str]:
             f"budget.{account.name}={account.limit:g} buys about {about} of {to_come} trials "
             f"({low} to {high}, by {basis})"
         )
+    if memory_bytes is not None:
+        yield _fitting(runs, memory_bytes)
 
 
-def _cost(asked: Asked, account: Account) -> tuple[Cost | None, str]:
+def _fitting(runs: Sequence[PlannedRun] | None, memory_bytes: int) -> str:
+    told = f"budget.memory_bytes={memory_bytes} ({bytes_text(memory_bytes)})"
+    if runs is None:
+        return f"{told}: what fits is predicted trial by trial"
+    fitting = sum(run.fits is True for run in runs)
+    return (
+        f"{told}: at least {fitting} of {len(runs)} configurations fit, with {AT_MOST_SO_LONG}; each trial is predicted"
+        " again from the rows that there are"
+    )
+
+
+def _cost(runs: Sequence[PlannedRun] | None, account: Account) -> tuple[Cost | None, str]:
     """Of one trial: as measured (cheapest, mean, dearest), else as planned."""
     if account.costs:
         count = len(account.costs)
         basis = f"{count} finished trial{'s' if count > 1 else ''}"
         return (min(account.costs), statistics.fmean(account.costs), max(account.costs)), basis
-    return _planned(asked.spec, account.name), "the predicted training of rows as long as training.max_length"
+    return _planned_cost(runs or (), account.name), f"the predicted training of {AT_MOST_SO_LONG}"
 
 
-def _planned(spec: StudySpec, name: str) -> Cost | None:
-    """The mean over the space's points (of an interval, its ends); ``None`` where one of them isn't known. Training
-    alone, with rows as long as ``training.max_length``."""
-    if name not in ("seconds", "usd") or spec.synthetic:
+def _planned_cost(runs: Sequence[PlannedRun], name: str) -> Cost | None:
+    """The mean over the space's points (of an interval, its ends); ``None`` where one of them isn't known."""
+    if name not in ("seconds", "usd"):
         return None
-    from qlora_exp.plan.tables import known_architecture
-    from qlora_exp.planning.planned import Planner
-    from qlora_exp.planning.points import points_of
-
-    fixed = [text for text in spec.overrides if not compose.is_hydra(compose.key_of(text))]
-    try:
-        asked = points_of([*fixed, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)])
-    except QloraExpError:  # too many points to plan
-        return None
-    configs = [point.config for point in asked.points]
-    if len(configs) > MOST_PLANNED or not all(one and known_architecture(one.model) for one in configs):
-        return None  # describing another architecture loads torch
-    planner = Planner()
-    runs = [planner.plan(point) for point in asked.points]
     middles = [run.seconds if name == "seconds" else run.usd for run in runs]
     intervals = [run.seconds_interval if name == "seconds" else run.usd_interval for run in runs]
     known = [(each[0], middle, each[1]) for each, middle in zip(intervals, middles, strict=True) if each and middle]
@@ -75,3 +83,56 @@ def _planned(spec: StudySpec, name: str) -> Cost | None:
         statistics.fmean(middle for _, middle, _ in known),
         max(high for _, _, high in known),
     )
+
+
+def check_memory(asked: Asked) -> None:
+    """Raises:
+    ConfigError: no quantization of any base model of the search fits into ``budget.memory_bytes``."""
+    from qlora_exp.planning.planned import Planner
+    from qlora_exp.planning.sizes import smallest_base
+
+    memory_bytes = budget_of(asked.config).memory_bytes
+    configs = [point.config for point in _points(asked.spec) or () if point.config is not None]
+    if memory_bytes is None or not configs:
+        return
+    planner = Planner()
+    least = min((smallest_base(config, planner) for config in configs), key=lambda size: size.total_bytes)
+    if least.total_bytes > memory_bytes:
+        what = f"no quantization of this base fits: {least.quantization}, the smallest, takes"
+        raise ConfigError(
+            f"{what} {bytes_text(least.total_bytes)} by itself",
+            f"budget.memory_bytes = {memory_bytes}",
+            f"a smaller model, or more than budget.memory_bytes={least.total_bytes}",
+        )
+
+
+def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | None:
+    """The space's points, planned by the rates of the runs that have ended here, else by the machine's calibration.
+    Training alone, with rows as long as ``training.max_length``; ``None``: as :func:`_points`."""
+    from qlora_exp.history import read_runs
+    from qlora_exp.planning.planned import Planner
+
+    points = _points(spec)
+    if points is None:
+        return None
+    planner = Planner(budget_bytes=memory_bytes, records=read_runs(OutputPaths.of(spec.output_root))[0])
+    return [planner.plan(point) for point in points]
+
+
+def _points(spec: StudySpec) -> Sequence[Point] | None:
+    """The space's points (of an interval, its ends); ``None``: nothing is trained, there are too many, or a model's
+    layers aren't known without torch."""
+    if spec.synthetic:
+        return None
+    from qlora_exp.plan.tables import known_architecture
+    from qlora_exp.planning.points import points_of
+
+    fixed = [text for text in spec.overrides if not compose.is_hydra(compose.key_of(text))]
+    try:
+        asked = points_of([*fixed, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)])
+    except QloraExpError:  # too many points to plan
+        return None
+    configs = [point.config for point in asked.points if point.config is not None]
+    if len(asked.points) > MOST_PLANNED or not all(known_architecture(one.model) for one in configs):
+        return None  # describing another architecture loads torch
+    return asked.points

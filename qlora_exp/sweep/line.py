@@ -20,10 +20,10 @@ from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Status, from_dict, to_dict, write_json
 from qlora_exp.redaction import redact, redact_overrides, redact_text
-from qlora_exp.standing import Watch, best_table, read_spec, show_progress, storage_of, tracked
+from qlora_exp.standing import Watch, best_table, predicted_memory, read_spec, show_progress, storage_of, tracked
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.sweep.asking import Asked, ask, settings_of
-from qlora_exp.sweep.buying import what_it_buys
+from qlora_exp.sweep.buying import check_memory, what_it_buys
 from qlora_exp.sweep.orchestration import orchestrating
 from qlora_exp.tables import bytes_text
 from qlora_exp.workers.early import started_early
@@ -83,6 +83,8 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
     spec, paths = asked.spec, asked.paths
     budget = budget_of(asked.config)
     check_energy(budget, asked.config.training.device)
+    if budget.memory_bytes is not None:
+        check_memory(asked)
     purse = Purse(budget, OutputPaths.of(spec.output_root))
     with contextlib.ExitStack() as held:
         first = held.enter_context(orchestrating(paths, spec.name, asked.sweep.join))
@@ -228,6 +230,9 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse, bud
     elif best:
         show(best_table(best, spec))
     print(("SYNTHETIC " if spec.synthetic else "") + show_progress(counts))
+    predicted = predicted_memory(opened.trials(), paths)
+    if predicted is not None:
+        print(predicted.sentence)
     outputs = OutputPaths(paths.folder.parent.parent)
     option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
     name = shlex.quote(spec.name)

@@ -118,6 +118,7 @@ class Slot(threading.Thread):
             self.worker.set_run(claim, run_id)
         paths = OutputPaths.of(self.setting.spec.output_root).run(run_id)
         self._show(claim, run_id)
+        end: End | None = None
         while True:
             _wait_for_last_owner(paths)
             record = _record(paths)
@@ -132,7 +133,7 @@ class Slot(threading.Thread):
                 self.worker.give_back(self.number, claim)
                 break
         vars(self.state).update(vars(SlotState(self.number, host_pid=self.state.host_pid)))
-        if self.setting.workers.isolation is Isolation.fresh:
+        if self.setting.workers.isolation is Isolation.fresh and not isinstance(end, Refused):  # nothing was run in it
             self._end_host()
 
     def _have_run(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:

@@ -61,7 +61,7 @@ def test_all_four_cells_are_compared_and_none_hides_another() -> None:
     found = compared(study(0.5))
     assert [c.name for c in found.cells] == ["base, plain", "base, chat", "instruct, plain", "instruct, chat"]
     assert found.missing == ()
-    assert "The chat template gains within each, tuned: base" in paragraph(found)
+    assert "(below 0: it costs), tuned: base" in paragraph(found)
 
 
 def test_equivalence_is_said_only_within_a_margin_that_was_given() -> None:
@@ -76,11 +76,25 @@ def test_a_single_seed_never_settles_what_tuning_did() -> None:
     assert verdict(Difference(0.5, 0.4, 0.6, 1, "1000 items alone"), None) == "not settled"
 
 
+def test_accuracy_stands_beside_bits_per_byte_with_which_it_need_not_agree() -> None:
+    records = [
+        run.replace(scores=replace(run.scores, test_before=made_up.scores("test", 2.0 + gap, 0.3 + gap)))
+        for run in study(0.5)
+        for gap in [-0.1 if run.config["model"]["variant"] == "instruct" else 0.1]
+    ]
+    found = compared(records)
+    assert found.untouched is not None
+    assert found.untouched.value > 0
+    by_name = {contrast.name: contrast.difference.value for contrast in found.secondary}
+    assert by_name["instruct over base, untouched, by likelihood"] == pytest.approx(-0.2)
+    assert "By accuracy instruct is better by: untouched -0.2" in paragraph(found)
+
+
 def test_missing_cells_are_named_and_the_rest_is_compared() -> None:
     found = compared(study(0.5, (("base", "plain"), ("instruct", "chat"))))
     assert found.missing == ("base in the chat format", "instruct in the plain format")
     assert found.tuned is not None
-    assert "chat template gains" not in paragraph(found)
+    assert "chat template is worth" not in paragraph(found)
 
 
 def test_one_variant_alone_is_no_comparison() -> None:

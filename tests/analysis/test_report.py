@@ -104,6 +104,17 @@ def test_the_headline_is_chosen_on_validation_and_told_on_test() -> None:
     assert "1.5" in sentence
 
 
+def test_a_winner_is_told_with_how_many_it_cannot_be_told_from() -> None:
+    levels = {4: 1.9, 8: 1.50, 16: 1.49, 32: 1.2}
+    runs = [
+        made_up.run(10 * r + s, r=r, seed=s, loss=loss + 0.02 * s, validation_loss=1.0 if r == 16 else 2.0)
+        for r, loss in levels.items()
+        for s in (1, 2, 3)
+    ]
+    (sentence,) = of(runs).headline
+    assert "Over 2 of the others it isn't shown to be better." in sentence
+
+
 def test_the_ladders_sentence_is_the_headline_and_its_interval_is_drawn() -> None:
     report = of([made_up.run(n, r=2**n) for n in (3, 4, 5)], ladder=LADDER)
     assert report.headline[0] == LADDER["sentence"]
@@ -161,14 +172,14 @@ def test_what_a_ladder_left_open_is_among_what_cannot_be_concluded() -> None:
 def test_how_often_a_ladder_errs_is_what_the_calibration_found() -> None:
     page = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.*?) \|.*?\| ([\d.]+) ± .*? % \| ([\d.]+) ± .*? % \| ≤", page, re.MULTILINE)
-    assert len(rows) == 36
+    assert len(rows) == 39
     growing = [max(float(a), float(b)) for name, a, b in rows if "rises" in name]
     others = [max(float(a), float(b)) for name, a, b in rows if "rises" not in name]
     assert max(others) <= 100 * sections.ERRS_AT_MOST < max(others) + 1
     assert max(growing) <= 100 * sections.ERRS_WITH_GROWING_NOISE < max(growing) + 1
     sure = sections.how_sure(LADDER)
     assert sure is not None
-    assert "4 %" in sure
+    assert "at most 5 %" in sure
 
 
 def test_failures_are_counted_with_what_they_cost() -> None:
@@ -176,6 +187,12 @@ def test_failures_are_counted_with_what_they_cost() -> None:
     text = to_markdown(report)
     assert "2 of 3 runs did not complete; they took 1.3 minutes." in text
     assert "| OUT_OF_MEMORY | OutOfMemoryError: no memory left | 2 |" in text
+
+
+def test_a_run_that_is_still_running_is_no_failure() -> None:
+    text = to_markdown(of([made_up.run(0), made_up.run(1, r=16).replace(status=Status.RUNNING)]))
+    assert "Every run that has ended completed." in text
+    assert "1 runs have not ended" in text
 
 
 @pytest.mark.parametrize(

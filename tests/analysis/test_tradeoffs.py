@@ -144,6 +144,8 @@ def test_the_score_that_every_run_has_is_the_one_compared() -> None:
     with_loss = made_up.run(0)
     assert with_loss.scores.test is not None
     assert measure_of([with_loss]) == LOSS
+    # A loss per item counts the end tokens, and a template has its own.
+    assert measure_of([with_loss, made_up.run(3, written="chat")]) == Measure("bits_per_byte", False)
     nan = made_up.run(1, loss=float("nan"))
     assert measure_of([with_loss, nan]) == Measure("accuracy", True)
 

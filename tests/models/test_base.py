@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,17 @@ def test_double_quantization_is_as_asked(tiny_models: dict[str, Path]) -> None:
         state = base.model.model.layers[0].mlp.up_proj.weight.quant_state
         assert state.nested is double
         assert state.quant_type == "nf4"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system doesn't say what is mapped")
+@pytest.mark.parametrize("mode", ["int8", "nf4", "fp4"])
+def test_a_quantized_base_keeps_nothing_of_its_file_in_memory(
+    mode: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_models["llama"], tmp_path / "model")
+    base = load_base(configured(folder, mode), "cpu")
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert base.model.get_input_embeddings().weight.dtype == torch.float32
 
 
 @pytest.mark.gpu

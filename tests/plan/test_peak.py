@@ -41,9 +41,9 @@ def test_held_out_measurements_are_met_within_the_stated_bounds() -> None:
     errors = [
         abs(table.predict(row.case).peak_bytes / row.measured_peak_bytes - 1)
         for row in table.read_rows()
-        if row.case.split == "held out"
+        if row.case.split != "fit"
     ]
-    assert len(errors) >= 10
+    assert len(errors) >= 30
     assert statistics.median(errors) < 0.10
     assert max(errors) < 0.20
 

@@ -157,6 +157,17 @@ def test_a_configuration_file_alone_can_be_planned(tmp_path: Path, capsys: pytes
     assert run["total_parameters"] == 2 * 256 * 64 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64)
 
 
+def test_an_architecture_without_a_table_is_planned_and_nothing_else_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY | {"model_type": "olmo2", "num_attention_heads": 4}))
+    command = [sys.executable, "-m", "qlora_exp.cli", "plan", "--json", "model=local", f"model.path={file}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    [run] = json.loads(done.stdout)
+    assert run["trainable_parameters"] == 2 * 4 * run["settings"]["r"] * (64 + 64)
+    assert run["memory"]["peak_bytes"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -196,7 +196,8 @@ def test_what_no_purchase_settles_is_inconclusive_with_what_it_would_take() -> N
     trials = play(spec, gains(0.05, off=0.2))
     found = answer_of(spec, trials)
     assert (found["decision"], found["recommended_rank"], found["saves"]) == ("inconclusive", None, None)
-    assert "It would take" in found["sentence"]
+    assert "It would take" in found["what_it_takes"]
+    assert found["what_it_takes"] in found["sentence"]
     assert len(trials) == 2 * 8
 
 
@@ -415,7 +416,7 @@ def test_the_report_has_the_ladders_own_figures_words_and_warnings() -> None:
         [table], [figure] = section.tables, section.figures
         steps = one["comparisons"]
         assert table.rows == tuple(
-            (f"{s['from_rank']} → {s['to_rank']}", s["gain"], s["low"], s["high"], s["decision"]) for s in steps
+            (f"{s['from_rank']} → {s['to_rank']}", s["decision"], s["gain"], s["low"], s["high"]) for s in steps
         )
         drawn = figure["data"][0]
         assert drawn["y"] == [step["gain"] for step in steps]

@@ -1,0 +1,36 @@
+"""The report's section on memory that was predicted: which trials that saved, and how often it was wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora_exp.analysis.content import Asked, Section, table
+
+COLUMNS = {
+    "bound_bytes": ("memory", "bytes"),
+    "refused": ("not started", "integer"),
+    "seconds_saved": ("training saved", "seconds"),
+    "near_the_edge": ("tried near the bound", "integer"),
+    "near_the_edge_out_of_memory": ("of these out of memory", "integer"),
+    "out_of_memory": ("out of memory though predicted to fit", "integer"),
+    "beyond_the_bound": ("peak above the bound", "integer"),
+    "compared": ("compared", "integer"),
+}
+
+
+def feasibility_section(asked: Sequence[Asked]) -> Section | None:
+    """``None`` where nothing limited any study's memory."""
+    limited = [one for one in asked if one.predicted_memory]
+    if not limited:
+        return None
+    rows = [(one.name, *(one.predicted_memory.get(key) for key in COLUMNS)) for one in limited]
+    return Section(
+        "feasibility",
+        "Trials that would not have fitted",
+        tuple(f"{one.predicted_memory['sentence']}." for one in limited),
+        (table(("study", *COLUMNS.values()), rows),),
+        points=(
+            "Whether a trial that was not started would have fitted after all can't be known; the time saved is what"
+            " its whole training was predicted to take, and it might have run out of memory sooner.",
+        ),
+    )

@@ -1,0 +1,316 @@
+"""Memory that is predicted: what is refused, what is not started, what is tried, and how it is counted."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from qlora_exp.analysis.content import Asked
+from qlora_exp.analysis.rendering import to_csv, to_markdown
+from qlora_exp.analysis.report import build
+from qlora_exp.app import execute
+from qlora_exp.cli import main
+from qlora_exp.compose import compose
+from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW, Experience
+from qlora_exp.history import read_runs
+from qlora_exp.paths import OutputPaths
+from qlora_exp.plan.feasibility import ERROR, MemoryRule, Need, bound_of, fit_into, kin_of
+from qlora_exp.records import Device, Fit, Memory, Refusal, RunRecord, Status, write_json
+from qlora_exp.study.types import TrialRow
+from tests.analysis import made_up
+
+SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.05", "tracking=off"]
+BOUND = 800_000
+"""A sleeping run takes 500,000 bytes and 16,000 a rank, by its own word: up to r = 18 it fits, up to 27 it is tried."""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def sweep(*overrides: str) -> int:
+    from qlora_exp.hydra_app import main as application
+
+    return application(["-m", *SLEEP, "sweep.name=mine", *overrides])
+
+
+def trials(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
+    capsys.readouterr()
+    assert main(["trials", "mine", "--csv"]) == 0
+    return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
+
+def runs() -> list[RunRecord]:
+    return read_runs(OutputPaths.of("outputs"))[0]
+
+
+GRID = ("lora.r=4,16,32,64", f"budget.memory_bytes={BOUND}")
+
+
+def test_a_grids_points_that_do_not_fit_are_done_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(*GRID) == 0
+    shown = capsys.readouterr()
+    assert "4 of 4 trials done: 2 finished, 0 pruned, 0 failed, 2 predicted not to fit" in shown.out
+    assert "2 trials predicted not to fit into 800 kB were not started" in shown.out
+    assert f"budget.memory_bytes={BOUND} (800 kB)" in shown.err
+    first = trials(capsys)
+    assert [row["status"] for row in first] == ["COMPLETED", "COMPLETED", "DOES_NOT_FIT", "DOES_NOT_FIT"]
+    assert [row["run_id"] for row in first[2:]] == ["", ""]
+    assert sorted(record.run_id for record in runs()) == sorted(row["run_id"] for row in first[:2])
+    assert len(list(Path("outputs/runs").iterdir())) == 2
+    assert sweep(*GRID) == 0
+    assert trials(capsys) == first
+    assert main(["status", "mine"]) == 0
+    assert "2 trials predicted not to fit into 800 kB were not started" in capsys.readouterr().out
+
+
+def test_the_sampler_is_told_what_does_not_fit_and_asks_for_another(capsys: pytest.CaptureFixture[str]) -> None:
+    search = ["lora.r=int(interval(1,128))", "sweep.sampler=tpe", "sweep.n_trials=5", f"budget.memory_bytes={BOUND}"]
+    assert sweep(*search) == 0
+    rows = trials(capsys)
+    assert sum(row["status"] == "COMPLETED" for row in rows) == 5
+    refused = [row for row in rows if row["status"] == "DOES_NOT_FIT"]
+    assert refused
+    assert len(rows) == 5 + len(refused)
+    assert all(int(row["lora.r"]) > 18 for row in refused)
+    assert all(int(row["lora.r"]) <= 27 for row in rows if row not in refused)
+    study = optuna.load_study(study_name="mine", storage="sqlite:///outputs/optuna.db")
+    for row in refused:
+        trial = study.trials[int(row["number"])]
+        excess = (500_000 + 16_000 * int(row["lora.r"])) / BOUND - 1
+        assert trial.state is optuna.trial.TrialState.PRUNED
+        assert trial.constraints["predicted_not_to_fit"] == pytest.approx(excess)
+        assert trial.user_attrs["predicted_not_to_fit"]["fit"]["bound_bytes"] == BOUND
+    assert sweep(*search) == 0
+    assert trials(capsys) == rows
+
+
+def test_what_several_workers_refuse_is_refused_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep("lora.r=" + ",".join(map(str, range(10, 34))), f"budget.memory_bytes={BOUND}", "workers.count=2") == 0
+    rows = trials(capsys)
+    assert [row["lora.r"] for row in rows] == [str(r) for r in range(10, 34)]
+    assert [row["status"] for row in rows] == ["COMPLETED"] * 18 + ["DOES_NOT_FIT"] * 6
+    assert len(runs()) == 18
+
+
+def test_a_space_in_which_nothing_fits_ends_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    search = ["lora.r=int(interval(64,128))", "sweep.sampler=random", "sweep.n_trials=5"]
+    for _ in range(2):
+        assert sweep(*search, f"budget.memory_bytes={BOUND}") == 2
+        shown = capsys.readouterr().err
+        assert shown.count("error:") == 1
+        assert "none of them is predicted to fit into 800 kB" in shown
+        assert len(trials(capsys)) == MOST_REFUSALS_IN_A_ROW
+    assert sweep(*search, "budget.memory_bytes=3000000") == 0
+    assert sum(row["status"] == "COMPLETED" for row in trials(capsys)) == 5
+
+
+def test_a_grid_of_which_nothing_fits_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep("lora.r=64,128", f"budget.memory_bytes={BOUND}") == 2
+    assert "budget.memory_bytes=1524000" in capsys.readouterr().err
+
+
+def test_a_trial_that_ran_out_of_memory_keeps_its_larger_kin_from_being_started(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    full = ["training.sleep_fault=out_of_memory", "lora.r=4,8,2,16", "budget.memory_bytes=2000000"]
+    assert sweep(*full) == 1
+    statuses = ["OUT_OF_MEMORY", "DOES_NOT_FIT", "OUT_OF_MEMORY", "DOES_NOT_FIT"]
+    assert [row["status"] for row in trials(capsys)] == statuses
+    assert main(["status", "mine"]) == 0
+    told = "predictions wrong: 2 of 2 (out of memory: 1 of 1 tried near the bound, 1 of the others;"
+    assert told in capsys.readouterr().out
+
+
+def test_a_ladder_ends_below_the_rank_that_does_not_fit_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    ladder = ["sweep.sampler=ladder", "sweep.ladder.r_start=4", "sweep.ladder.r_max=64", "sweep.ladder.margin=0.001"]
+    assert sweep(*ladder, "sweep.ladder.seeds=2", "training.learning_rate=1e-3", "budget.memory_bytes=560000") == 0
+    assert "no pilot at r = 16 left a validation loss: predicted not to fit into memory" in capsys.readouterr().out
+    rows = trials(capsys)
+    assert {row["lora.r"] for row in rows if row["status"] == "DOES_NOT_FIT"} == {"16"}
+    assert all(row["status"] == "COMPLETED" for row in rows if int(row["lora.r"]) < 16)
+
+
+def test_refused_trials_cost_a_budget_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = 20 * 8 * 10
+    grid = ["lora.r=64,4,32,8,16", "training.batch_size=8", f"budget.memory_bytes={BOUND}"]
+    assert sweep(*grid, f"budget.tokens={2 * tokens}") == 0
+    assert [row["status"] for row in trials(capsys)][:4] == ["DOES_NOT_FIT", "COMPLETED", "DOES_NOT_FIT", "COMPLETED"]
+    assert len(runs()) == 2
+
+
+def test_the_bound_is_the_studys_and_no_axis(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep("budget.memory_bytes=1000000,2000000") == 2
+    assert "budget.memory_bytes can't be an axis" in capsys.readouterr().err
+    assert sweep("budget.memory_bytes=0") == 2
+    assert "budget.memory_bytes must be above 0" in capsys.readouterr().err
+    assert sweep("lora.r=4", f"budget.memory_bytes={BOUND}") == 0
+    [record] = runs()
+    budget: Any = record.config["budget"]
+    assert budget["memory_bytes"] is None
+    assert record.fit is not None
+    assert record.fit.bound_bytes == BOUND
+
+
+SMALL = [
+    *("training.device=cpu", "quantization=fp32", "training.max_steps=1", "training.batch_size=16", "tracking=off"),
+    *("evaluation.before=false", "evaluation.max_items=4", "evaluation.forgetting=false"),
+    *("evaluation.baselines=false", "evaluation.generate=false"),
+]
+
+
+def test_a_run_that_does_not_fit_is_refused_with_its_parts_and_what_would_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["run", *SMALL, "budget.memory_bytes=150000000"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error:") == 1
+    assert "of 150 MB: base, adapters and optimizer" in shown
+    assert "activations" in shown
+    assert "budget.memory_bytes = 150000000" in shown
+    assert not Path("outputs/runs").exists()
+    [told] = [line for line in shown.splitlines() if "training.micro_batch_size=" in line]
+    proposed = next(word for word in told.split() if word.startswith("training.micro_batch_size="))
+    assert main(["run", *SMALL, "budget.memory_bytes=150000000", proposed]) == 0
+
+
+@pytest.mark.parametrize("verb", ["run", "sweep"])
+def test_less_memory_than_the_base_takes_in_any_quantization_is_one_message(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ["budget.memory_bytes=3000000", "training.engine=sft", *SMALL]
+    assert (main(["run", *limits]) if verb == "run" else sweep(*limits, "lora.r=4,8")) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error:") == 1
+    assert "no quantization of this base fits: nf4, the smallest, takes 4.1 MB by itself" in shown
+    assert not Path("outputs/runs").exists()
+
+
+def test_a_trial_is_run_with_as_much_of_its_micro_batch_as_fits_where_it_may_be_halved() -> None:
+    rule = MemoryRule(85_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=2)
+    record = execute(compose(SMALL), memory=rule)
+    assert record.status is Status.COMPLETED
+    assert record.plan is not None
+    assert record.plan.batch_size == 16
+    assert record.plan.micro_batch_size < 16
+    assert any("predicted not to fit with micro-batches of 16" in warning for warning in record.warnings)
+    assert record.fit is not None
+    assert record.fit.peak_bytes == record.plan.predicted_peak_train_bytes
+
+
+# What the kin of a run say.
+
+NEED = Need(1000, 0, None, None)
+
+
+def ended(status: Status, predicted: int, measured: int | None = None, bound: int = 2000) -> RunRecord:
+    record = made_up.run()
+    assert record.plan is not None
+    return record.replace(
+        status=status,
+        plan=replace(record.plan, predicted_peak_train_bytes=predicted),
+        memory=Memory(train_working_set_bytes=measured),
+        fit=Fit(predicted, 0, predicted, bound, ERROR["cpu"], 0),
+    )
+
+
+def judged(records: list[RunRecord], bound: int, need: Need = NEED) -> tuple[Fit, bool]:
+    kin = kin_of(records, bound)
+    key = kin[0].key if kin else "none"
+    return fit_into(bound, need, MemoryRule(bound, 1, kin, tries_the_edge=True, halvings=0), key, "cpu")
+
+
+def test_the_median_of_measured_over_predicted_peaks_corrects_the_next_prediction() -> None:
+    done = [ended(Status.COMPLETED, 100, measured) for measured in (110, 120, 900)]
+    fit, fits = judged(done, 1100)
+    assert (fit.corrected_bytes, fit.kin, fits) == (1200, 3, True)
+    assert fit.near_the_edge
+    assert not judged(done, 1000)[1]
+    assert judged([], 1000)[0].corrected_bytes == 1000
+    unmeasured = [ended(Status.COMPLETED, 100), ended(Status.FAILED, 100, 500)]
+    assert judged(unmeasured, 1000)[0].corrected_bytes == 1000
+
+
+def test_only_kin_count() -> None:
+    other = ended(Status.COMPLETED, 100, 200)
+    other = other.replace(config={**other.config, "quantization": {"mode": "fp32"}})
+    assert len(kin_of([other, ended(Status.COMPLETED, 100, 100)], None)) == 2
+
+
+def test_what_ran_out_of_memory_bounds_its_kin_from_below() -> None:
+    fit, fits = judged([ended(Status.OUT_OF_MEMORY, 900, bound=1500)], 1500)
+    assert not fits
+    assert fit.corrected_bytes >= 1500
+    assert judged([ended(Status.OUT_OF_MEMORY, 1100, bound=1500)], 1500)[1]
+    assert judged([ended(Status.OUT_OF_MEMORY, 900, bound=1500)], 3000)[1]
+    larger_fitted = [ended(Status.OUT_OF_MEMORY, 900), ended(Status.COMPLETED, 1200, 1200)]
+    assert judged(larger_fitted, 2000)[1]
+
+
+def test_the_edge_is_tried_by_trials_and_not_by_runs() -> None:
+    rule = MemoryRule(900, 1, (), tries_the_edge=True, halvings=0)
+    assert fit_into(900, NEED, rule, "", "cpu")[1]
+    assert not fit_into(900, NEED, replace(rule, tries_the_edge=False), "", "cpu")[1]
+    assert not fit_into(800, NEED, rule, "", "cpu")[1]
+
+
+def test_a_cards_memory_is_the_bound_where_nothing_else_is_said() -> None:
+    card = Device("cuda", "H100", 1, 80_000, None, None, True)
+    rule = MemoryRule(None, hosts=2, kin=(), tries_the_edge=True, halvings=0)
+    assert bound_of(rule, card) == 40_000
+    assert bound_of(replace(rule, bound_bytes=90_000), card) == 90_000
+    assert bound_of(rule, replace(card, kind="cpu")) is None
+
+
+# How it is counted.
+
+
+def row(number: int, record: RunRecord | None, refusal: Refusal | None = None) -> TrialRow:
+    if record is not None:
+        paths = OutputPaths.of("outputs").run(f"run-{number}")
+        paths.folder.mkdir(parents=True)
+        write_json(paths.record, record.replace(run_id=f"run-{number}"))
+    status = record.status if record is not None else Status.PRUNED
+    run_id = f"run-{number}" if record is not None else None
+    return TrialRow(number, "COMPLETE", status, (None,), run_id, None, {}, 1, None, refusal=refusal)
+
+
+def test_predictions_are_counted_by_what_came_of_them() -> None:
+    refusal = Refusal(Fit(5000, 0, 5000, 2000, ERROR["cpu"], 0), train_seconds=60.0, train_flops=None)
+    rows = [
+        row(0, ended(Status.COMPLETED, 1000, 900)),
+        row(1, ended(Status.COMPLETED, 1000, 2100)),
+        row(2, ended(Status.OUT_OF_MEMORY, 1000)),
+        row(3, ended(Status.OUT_OF_MEMORY, 2100)),
+        row(4, ended(Status.COMPLETED, 1900, 1950)),
+        row(5, ended(Status.COMPLETED, 1900)),
+        row(6, None, refusal),
+        row(7, None, refusal),
+    ]
+    found = Experience(OutputPaths.of("outputs")).predicted(rows)
+    assert found is not None
+    assert (found.refused, found.seconds_saved) == (2, 120.0)
+    assert (found.near_the_edge, found.near_the_edge_out_of_memory) == (3, 1)
+    assert (found.out_of_memory, found.beyond_the_bound, found.wrong, found.compared) == (1, 1, 3, 5)
+    assert "2 trials predicted not to fit into 2 kB were not started (about 120 s of training)" in found.sentence
+    assert Experience(OutputPaths.of("outputs")).predicted([]) is None
+
+
+def test_the_report_has_what_was_not_started_and_what_was_wrong() -> None:
+    told = {"sentence": "3 trials predicted not to fit", "refused": 3, "seconds_saved": 90.0, "bound_bytes": 2e9}
+    record = made_up.run().replace(fit=Fit(1000, 0, 1100, 2000, ERROR["cpu"], 2))
+    report = build([record], [Asked("one", predicted_memory=told)])
+    page = to_markdown(report)
+    assert "Trials that would not have fitted" in page
+    assert "3 trials predicted not to fit." in page
+    assert "90.0 s" in page
+    [line] = csv.DictReader(io.StringIO(to_csv(report)))
+    assert (line["predicted_need"], line["memory_bound"]) == ("1100", "2000")
+    assert "Trials that would not have fitted" not in to_markdown(build([record], [Asked("one")]))
