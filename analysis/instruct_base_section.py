@@ -44,13 +44,13 @@ def _bits(cells: Sequence[Cell]) -> Table:
     columns = (
         *("cell", ("untouched", "figure"), ("with examples", "figure"), ("tuned", "figure")),
         *(("sd over seeds", "figure"), ("sd, low", "figure"), ("sd, high", "figure"), ("seeds", "integer")),
-        *(("forgetting, nats/byte", "figure"), "configuration", ("chosen among", "integer")),
+        ("forgetting, nats/byte", "figure"),
     )
     rows = [
         (
             *(c.name, c.untouched.bits_per_byte, c.few_shot.bits_per_byte if c.few_shot else None),
             *(c.tuned.bits_per_byte, c.seed_sd, c.seed_sd_low, c.seed_sd_high, len(c.runs)),
-            *(c.forgetting, c.configuration.label, c.searched),
+            c.forgetting,
         )
         for c in cells
     ]
@@ -93,7 +93,8 @@ def _baselines(run: RunRecord) -> Baselines | None:
 
 def _prompts(cells: Sequence[Cell]) -> Table:
     columns = (
-        *("cell", ("prompt tokens, mean", "figure"), ("of the template", "integer"), "template trained before"),
+        *("cell", "configuration", ("chosen among", "integer"), ("prompt tokens, mean", "figure")),
+        *(("of the template", "integer"), "template trained before"),
         *(("items cut", "integer"), ("tokens of a training", "integer")),
     )
     rows: list[tuple[Value, ...]] = []
@@ -101,10 +102,10 @@ def _prompts(cells: Sequence[Cell]) -> Table:
         data = c.runs[0].data
         if data is not None:
             trained = {True: "yes", False: "no", None: None}[data.template_tokens_trained]
-            rows.append(
-                (c.name, data.mean_prompt_tokens, data.template_tokens, trained, data.truncated_items, c.tokens)
-            )
-    return table(columns, rows, "What the prompts are made of")
+            chosen = (c.name, c.configuration.label, c.searched)
+            read = (data.mean_prompt_tokens, data.template_tokens, trained, data.truncated_items, c.tokens)
+            rows.append((*chosen, *read))
+    return table(columns, rows, "What was chosen, and what the prompts are made of")
 
 
 def _contrasts(found: InstructBase) -> Table:

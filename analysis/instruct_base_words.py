@@ -19,6 +19,10 @@ def settled(contrast: Contrast) -> bool:
     return contrast.adjusted_p is not None and contrast.adjusted_p <= 1 - INTERVAL
 
 
+def primary_lead(found: InstructBase) -> str:
+    return f"Instruct beside base, tuned: {verdict(found.tuned, found.margin)}."
+
+
 def primary_sentence(found: InstructBase) -> str:
     first = found.instruct.configuration.first
     task = first.data.task if first.data is not None else "this task"

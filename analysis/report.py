@@ -24,7 +24,7 @@ from qlora_exp.analysis.equal_tokens import token_groups
 from qlora_exp.analysis.feasibility_section import feasibility_section
 from qlora_exp.analysis.instruct_base import InstructBase, baseline_note, compare
 from qlora_exp.analysis.instruct_base_section import instruct_section
-from qlora_exp.analysis.instruct_base_words import primary_sentence
+from qlora_exp.analysis.instruct_base_words import primary_lead, primary_sentence
 from qlora_exp.analysis.tradeoffs import goal_answer
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records import RunRecord, Status
@@ -187,7 +187,7 @@ def _headline(
     decided: bool,
 ) -> tuple[str, ...]:
     """Beside the ladders' answers; ``decided``: whether there are any."""
-    said = [primary_sentence(compared)] if compared is not None else []
+    said = [f"{primary_lead(compared)} {primary_sentence(compared)}"] if compared is not None else []
     best = best_on_validation(found, measure) if measure is not None else None
     if best is not None and measure is not None and not decided:
         said.append(_chosen(best, found, measure))

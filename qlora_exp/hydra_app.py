@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command begins again where it can" if asks else "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # ``… --help | head``, as in the verbs
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return max(_codes, default=EXIT_COMPLETED)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,10 @@ def test_the_value_of_a_flag_is_no_override(tmp_path: Path) -> None:
     ).stdout
     assert "r: 4" in shown
     assert "quantization" not in shown
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -m qlora_exp --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout
+    assert done.stderr == ""

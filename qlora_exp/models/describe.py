@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
@@ -17,7 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError
-from qlora_exp.models.sources import ModelSource, check_config, model_config, resolve_source
+from qlora_exp.models.sources import ModelSource, check_config, model_config, resolve_source, weight_files
 from qlora_exp.plan.architecture import AS_ASKED, DTYPES, Architecture, OtherTensor, WeightShape, Widths
 
 ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
@@ -37,6 +38,8 @@ def describe(model: ModelConfig) -> Architecture:
     """The architecture of ``model``. Raises :class:`ModelError` for what can't be found or built."""
     source = resolve_source(model)
     built = build_meta(model_config(source), source)
+    if source.is_local and source.gguf_file is None:
+        _check_weights_fit(built, Path(source.path_or_id))
     if model.attention.startswith("flash"):
         _check_attention(built, model.attention)
     return architecture_of(built)
@@ -66,6 +69,25 @@ def _check_sizes(file: Path, config: PretrainedConfig) -> None:
     if missing:
         what = f"config.json doesn't say {' and '.join(missing)}"
         raise ModelError(what, str(file), "restore it from the model's source")
+
+
+def _check_weights_fit(model: PreTrainedModel, folder: Path) -> None:
+    """Whether the files' headers have the shapes that config.json makes. What transformers renames while it loads is
+    left to the loading."""
+    made = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    hint = "the files and config.json are not of one model; restore them"
+    for name, shape in found.items():
+        if made.get(name, shape) != shape:
+            what = f"{name} has the shape {shape} in its file, and config.json makes it {made[name]}"
+            raise ModelError(what, str(folder), hint)
+    missing = [name for name, _ in model.named_parameters() if name not in found]
+    if missing and found.keys() <= made.keys():
+        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise ModelError(f"{len(missing)} of the model's weights are not in its files: {some}", str(folder), hint)
 
 
 def _check_attention(model: PreTrainedModel, attention: str) -> None:

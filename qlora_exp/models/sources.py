@@ -218,26 +218,36 @@ def check_config(file: Path) -> None:
 
 def _check_weights(folder: Path) -> None:
     """Safetensors only (a pickle can run code), every shard there, every header and length right."""
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"the list of weight files can't be read: {error!r}", str(index), "restore it") from None
-    else:
-        shards = sorted(path.name for path in folder.glob("model*.safetensors"))
-    if not shards:
+    files = weight_files(folder)
+    if not files:
         raise _no_safetensors(folder)
-    for shard in shards:
-        file = folder / shard
+    for file in files:
         try:
             if not file.is_file():
-                raise ModelError("a weight file is missing", str(file), f"{index.name} lists it; restore it")
+                raise ModelError("a weight file is missing", str(file), f"{WEIGHTS_INDEX} lists it; restore it")
             with safe_open(file, framework="pt") as weights:
                 weights.keys()
         except (SafetensorError, OSError) as error:
             what = f"the weight file is torn: {_first_line(error)}"
             raise ModelError(what, str(file), "copy or download it again") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The directory's safetensors files, as its index lists them where there is one."""
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return sorted(folder.glob("model*.safetensors"))
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        shards = sorted(set(listed["weight_map"].values()))
+        _ = listed["metadata"]  # transformers reads it
+        elsewhere = [shard for shard in shards if Path(shard).name != shard]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"the list of weight files can't be read: {error!r}", str(index), "restore it") from None
+    if elsewhere:
+        what = f"the list of weight files names one outside of the directory: {elsewhere[0]}"
+        raise ModelError(what, str(index), "restore it")
+    return [folder / shard for shard in shards]
 
 
 def _no_safetensors(folder: Path) -> ModelError:

@@ -46,7 +46,13 @@ def pickled(folder: Path) -> None:
 def sharded_with_a_shard_missing(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+
+
+def index_of_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -72,6 +78,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "torn weights": (lambda folder: truncate(folder / "model.safetensors", 20_000), ["torn"]),
     "a torn header": (lambda folder: truncate(folder / "model.safetensors", 5), ["torn"]),
     "a missing shard": (sharded_with_a_shard_missing, ["missing", "00002"]),
+    "an index of elsewhere": (index_of_elsewhere, ["outside of the directory", "../model.safetensors"]),
+    "weights of another shape": (lambda folder: edit(folder, intermediate_size=100), ["shape", "config.json"]),
+    "weights of fewer layers": (lambda folder: edit(folder, num_hidden_layers=3), ["not in its files", "layers.2"]),
     "a torn index": (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), ["index.json"]),
 }
 
