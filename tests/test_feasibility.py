@@ -32,7 +32,7 @@ from tests.analysis import made_up
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.05", "tracking=off"]
 BOUND = 800_000
-"""A sleeping run takes 500,000 bytes and 16,000 a rank, by its own word: up to r = 18 it fits, up to 27 it is tried."""
+"""A sleeping run takes 500,000 bytes and 16,000 a rank, by its own word: up to r = 18 it fits, up to 26 it is tried."""
 
 
 @pytest.fixture(autouse=True)
