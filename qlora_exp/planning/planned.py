@@ -73,8 +73,8 @@ class PlannedRun:
 
 class Planner:
     """Plans points one after the other; what several have in common is worked out once. ``device``: for all of them, in
-    place of each one's own; ``budget_bytes``: the memory to fit into, in place of the device's; ``records``: finished
-    runs, by which seconds are told."""
+    place of each one's own; ``budget_bytes``: the memory to fit into, in place of ``budget.memory_bytes`` and the
+    device's; ``records``: finished runs, by which seconds are told."""
 
     def __init__(
         self,
@@ -164,7 +164,8 @@ class Planner:
             peak_bytes=peak,
         )
         memory = replace(known, activation_bytes=max(peak - known.known_bytes, 0))
-        limit = self._budget_bytes if self._budget_bytes is not None else device.memory_bytes
+        limits = (self._budget_bytes, config.budget.memory_bytes, device.memory_bytes)
+        limit = next((one for one in limits if one is not None), None)
         fits, reason = _fits(memory, limit)
         return PlannedRun(
             params=params,
