@@ -22,7 +22,7 @@ from qlora_exp.environment import probe_without_torch
 from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW, Experience
 from qlora_exp.history import read_runs
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.feasibility import ERROR, MemoryRule, Need, bound_of, fit_into, kin_of
+from qlora_exp.plan.feasibility import ERROR, MemoryRule, Need, bound_of, fit_into, halved, kin_of
 from qlora_exp.records import Device, Fit, Memory, Refusal, RunRecord, Status, write_json
 from qlora_exp.study import Study
 from qlora_exp.study.types import TrialRow
@@ -208,6 +208,25 @@ def test_a_trial_is_run_with_as_much_of_its_micro_batch_as_fits_where_it_may_be_
     assert any("predicted not to fit with micro-batches of 16" in warning for warning in record.warnings)
     assert record.fit is not None
     assert record.fit.peak_bytes == record.plan.predicted_peak_train_bytes
+
+
+def test_a_smaller_micro_batch_divides_the_batch() -> None:
+    for batch in range(1, 65):
+        rows = batch
+        while rows > 1:
+            less = halved(rows, batch)
+            assert less <= rows // 2
+            assert batch % less == 0
+            rows = less
+    assert (halved(5, 5), halved(9, 9), halved(12, 12), halved(16, 48)) == (1, 3, 6, 8)
+
+
+def test_a_batch_that_no_half_divides_is_still_trained_whole() -> None:
+    rule = MemoryRule(85_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=2)
+    record = execute(compose([*SMALL, "training.batch_size=15"]), memory=rule)
+    assert record.plan is not None
+    assert record.plan.micro_batch_size in (1, 5)
+    assert record.plan.micro_batch_size * record.plan.gradient_accumulation_steps == 15
 
 
 def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,14 @@ def bound_of(rule: MemoryRule, device: Device) -> int | None:
     return device.memory_bytes // rule.hosts
 
 
+def halved(micro_batch_size: int, batch_size: int) -> int:
+    """The next smaller micro-batch, half or less, of which a number makes the batch: 1 of 5, 3 of 9."""
+    rows = max(micro_batch_size // 2, 1)
+    while batch_size % rows:
+        rows -= 1
+    return rows
+
+
 def fit_into(bound_bytes: int, need: Need, rule: MemoryRule, key: str, device_kind: str) -> tuple[Fit, bool]:
     """The prediction beside the bound, and whether the run may start.
 
