@@ -20,6 +20,7 @@ LONGEST = ("faults/", "workers/", "test_run.py", "test_cli.py", "test_sweep.py",
 """Begun first, so that no process ends long after the other."""
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Half as many again as there are cores: a third of the suite's time is waiting — for trials that sleep, for one
     process that starts, for leases."""

@@ -343,6 +343,15 @@ def test_a_worse_trial_is_pruned(pruner: tuple[str, ...], capsys: pytest.Capture
     assert [row["status"] for row in trials(capsys)] == ["COMPLETED", "PRUNED"]
 
 
+def test_the_best_of_trials_that_all_break_a_constraint_is_none_and_says_why(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert hydra("lora.r=4,8", "sweep.constraints=['speed.total_seconds <= 0.0001']", "sweep.name=s", *SLEEP) == 0
+    capsys.readouterr()
+    assert main(["best", "s"]) == 2
+    assert "none of 2 completed trials keeps to speed.total_seconds <= 0.0001" in capsys.readouterr().err
+
+
 def test_hyperband_stops_worse_trials_of_a_study_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     """Each process that works on the study must see a trial in the same bracket."""
     options = "+sweep.pruner_options={min_resource: 4, max_resource: 40, reduction_factor: 2}"

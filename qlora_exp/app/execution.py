@@ -20,7 +20,7 @@ from qlora_exp.config import Config, Engine
 from qlora_exp.endings import Observer, Report, never_stop
 from qlora_exp.errors import DataError, QloraExpError, RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule
+from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, halved
 from qlora_exp.records import Environment, Fit, RunRecord, Status, Trial, read_record, write_json
 
 if TYPE_CHECKING:
@@ -160,19 +160,22 @@ def _let_in(
     config: Config, bases: Bases | None, memory: MemoryRule
 ) -> tuple[Config, _Prepared, Fit | None, tuple[str, ...]]:
     """The run as it is predicted to fit: with its micro-batch halved, where ``memory`` allows that."""
-    rows = config.training.micro_batch_size or config.training.batch_size
-    smaller = [rows // 2**power for power in range(1, memory.halvings + 1) if rows // 2**power >= 1]
+    batch = config.training.batch_size
+    rows = less = config.training.micro_batch_size or batch
     try:
         prepared = _prepare(config, bases)
         return config, prepared, prepared.fit(memory), ()
     except DoesNotFit as error:
         refused = error
-    for half in smaller:
-        halved = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=half))
-        told = f"predicted not to fit with micro-batches of {rows}; run with {half}, the batch unchanged"
+    for _ in range(memory.halvings):
+        if less == 1:
+            break
+        less = halved(less, batch)
+        smaller = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=less))
+        told = f"predicted not to fit with micro-batches of {rows}; run with {less}, the batch unchanged"
         with contextlib.suppress(DoesNotFit):
-            prepared = _prepare(halved, bases)
-            return halved, prepared, prepared.fit(memory), (told,)
+            prepared = _prepare(smaller, bases)
+            return smaller, prepared, prepared.fit(memory), (told,)
     raise refused
 
 

@@ -140,7 +140,10 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
     if spec.ladder is not None:
         rank_doubling.show_answers(opened, spec)
     elif not rows:
-        raise RecordError("no trial has completed yet", f"study {spec.name}", f"qlora-exp status {spec.name}")
+        completed = opened.counts().completed
+        what = f"none of {completed} completed trials keeps to {', '.join(spec.constraints)}"
+        what = what if completed else "no trial has completed yet"
+        raise RecordError(what, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {spec.name}")
     if rows:
         show(best_table(rows, spec))
     for command in _commands(rows, spec):

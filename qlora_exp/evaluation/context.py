@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from qlora_exp.errors import ModelError
 
@@ -99,10 +99,11 @@ class CausalModel:
     @property
     def takes_masks_of_its_callers(self) -> bool:
         """Whether attention sees what a mask (rows, 1, tokens, all tokens) says, and distances follow from position ids
-        alone."""
+        alone. GPT-Neo's layers lay triangles of their own over it, by place and no larger than its positions."""
         config = self.base.config.get_text_config()
         plain = self.base.config._attn_implementation in ("eager", "sdpa") and not getattr(config, "alibi", False)
-        return plain and "position_ids" in self._known
+        own = any(buffer.dtype is torch.bool and buffer.dim() == 4 for buffer in self.base.buffers())
+        return plain and not own and "position_ids" in self._known
 
     def __call__(
         self,
@@ -213,7 +214,8 @@ def start_token(tokenizer: Any) -> int:
 
 
 def _forkable(cache: Any) -> bool:
-    return isinstance(cache, Cache) and all(type(layer) in _FORKABLE_LAYERS for layer in cache.layers)
+    # A subclass may keep more than its layers do: MiniMax's has the states of linear attention.
+    return type(cache) is DynamicCache and all(type(layer) in _FORKABLE_LAYERS for layer in cache.layers)
 
 
 def _fork(cache: Cache) -> Cache:

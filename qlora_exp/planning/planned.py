@@ -164,8 +164,9 @@ class Planner:
             peak_bytes=peak,
         )
         memory = replace(known, activation_bytes=max(peak - known.known_bytes, 0))
-        bounds = (self._budget_bytes, config.budget.memory_bytes, device.memory_bytes)
-        fits, reason = _fits(memory, next((bound for bound in bounds if bound is not None), None))
+        limits = (self._budget_bytes, config.budget.memory_bytes, device.memory_bytes)
+        limit = next((one for one in limits if one is not None), None)
+        fits, reason = _fits(memory, limit)
         return PlannedRun(
             params=params,
             settings=_settings(config),

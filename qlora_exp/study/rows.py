@@ -35,9 +35,10 @@ def refused_of(trials: Sequence[FrozenTrial]) -> int:
 
 def is_refused(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
     """Whether the trial was predicted not to fit, into ``bound_bytes`` or more where that is given."""
-    if trial.state is not TrialState.PRUNED or REFUSED not in trial.user_attrs:
+    refusal = trial.user_attrs.get(REFUSED)
+    if trial.state is not TrialState.PRUNED or refusal is None:
         return False
-    return bound_bytes is None or bool(trial.user_attrs[REFUSED]["fit"]["bound_bytes"] >= bound_bytes)
+    return bound_bytes is None or bool(refusal["fit"]["bound_bytes"] >= bound_bytes)
 
 
 def row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
@@ -57,7 +58,7 @@ def row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
         feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
         failure=f"{failure['kind']}: {failure['message']}" if failure else None,
         out_of_memory_retries=attributes.get(MEMORY_RETRIES, 0),
-        refusal=from_dict(Refusal, attributes[REFUSED]) if ended and REFUSED in attributes else None,
+        refusal=from_dict(Refusal, attributes[REFUSED]) if is_refused(trial) else None,
     )
 
 

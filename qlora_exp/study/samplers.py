@@ -22,9 +22,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
-from qlora_exp.study.attributes import REFUSED
 from qlora_exp.study.distributions import check_points, distribution
 from qlora_exp.study.objectives import parse_constraint, parse_objective
+from qlora_exp.study.rows import is_refused
 from qlora_exp.study.space import grid
 from qlora_exp.study.types import StudySpec
 
@@ -284,7 +284,7 @@ def _all_refused(study: optuna.Study, numbers: range) -> bool:
     if numbers.start < 0:
         return False
     trials = study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.PRUNED,))
-    return set(numbers) <= {trial.number for trial in trials if REFUSED in trial.user_attrs}
+    return set(numbers) <= {trial.number for trial in trials if is_refused(trial)}
 
 
 def _of_items(losses: Sequence[float]) -> FrozenTrial:

@@ -35,7 +35,13 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
     if file is None:
         return _opened(url, {}, name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
+    lock = Path(f"{file}.lock")
+    try:
+        lock.touch()
+    except FileNotFoundError:  # a folder that takes no files, as /proc: the lock would be tried for ever
+        hint = "sweep.storage=null for optuna.db under output_root, or sqlite:////DIR/FILE.db"
+        raise StudyError("the study's database can't be made there", str(file), hint) from None
+    with FileLock(lock):
         check_whole(file, name)
         braces_escaped = url.replace("{", "{{").replace("}", "}}")
         write_ahead = on_local_disk(file)

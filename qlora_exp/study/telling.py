@@ -26,6 +26,8 @@ def tell_end(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome: 
     if outcome.refusal is not None:
         study._storage.set_trial_user_attr(trial._trial_id, REFUSED, to_dict(outcome.refusal))
         study._storage.set_trial_user_attr(trial._trial_id, RUN, None)  # the run that was to be never began
+    elif REFUSED in trial.user_attrs:  # of a telling that was cut short; more memory was given since
+        study._storage.set_trial_user_attr(trial._trial_id, REFUSED, None)
     if complete:
         study.tell(trial.number, [float(value) for value in outcome.values if value is not None])
     elif status in (Status.PRUNED, *INFEASIBLE):

@@ -20,6 +20,7 @@ from qlora_exp.endings import disk_full
 from qlora_exp.environment import alive
 from qlora_exp.errors import QloraExpError, RecordError
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, slug
+from qlora_exp.plan.feasibility import halved
 from qlora_exp.records import Failure, RunRecord, Status, Trial, read_record, write_json
 from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.workers.children import Died, HostProcess
@@ -107,8 +108,10 @@ class Slot(threading.Thread):
         except BaseException as error:
             self.worker.fail(error)
         finally:
-            self._end_host(politely=not self.worker.killing)
-            self.worker.ended(self.number)
+            try:
+                self._end_host(politely=not self.worker.killing)
+            finally:
+                self.worker.ended(self.number)
 
     # One trial.
 
@@ -251,7 +254,7 @@ class Slot(threading.Thread):
             return False
         if not self.worker.still_ours(claim):
             return False
-        half = _micro_batch(record) // 2
+        half = halved(_micro_batch(record), record.config["training"]["batch_size"])
         told = (
             f"memory ran out with micro-batches of {_micro_batch(record)}; run again with {half}, the batch unchanged"
         )

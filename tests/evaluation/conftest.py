@@ -38,6 +38,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention"],
     },
     "mamba": {"hidden_size": 32, "state_size": 4},
+    # Linear attention whose states are kept beside the cache's layers.
+    "minimax": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    # Causal masks of its own, by place, as large as its positions: fewer than a prompt and all options together.
+    "gpt_neo": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+        "max_position_embeddings": 36,
+    },
 }
 
 
@@ -56,7 +76,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Any]:
     def make(family: str, **changes: Any) -> Any:
         torch.manual_seed(3)
-        shape: dict[str, Any] = {"num_hidden_layers": 2} if family != "gpt2" else {}
+        shape: dict[str, Any] = {"num_hidden_layers": 2} if family not in ("gpt2", "gpt_neo") else {}
         # Large initial weights: a timid random model gives nearly equal logits, and a test that can't tell rows apart.
         shape |= {"vocab_size": len(tokenizer), "initializer_range": 0.3, "tie_word_embeddings": False}
         shape |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}

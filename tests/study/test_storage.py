@@ -38,6 +38,13 @@ def test_a_database_from_a_local_disk_leaves_the_write_ahead_mode_on_a_networks(
     assert mode_of(database) == "delete"
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_place_that_takes_no_files_is_told(tmp_path: Path) -> None:
+    spec = a_spec(tmp_path)
+    with pytest.raises(StudyError, match="can't be made there"):
+        Study.open(spec, paths_of(spec), "sqlite:////proc/studies.db")
+
+
 def test_what_a_killed_worker_left_in_the_log_is_in_the_study(tmp_path: Path) -> None:
     spec = a_spec(tmp_path)
     code = "study.claim(me, 600.0); import os; os.kill(os.getpid(), 9)"

@@ -15,8 +15,9 @@ import pytest
 from studies import a_record, a_spec, answer, claimed, completed, finish, loss_of, myself, opened, paths_of, worker
 
 from qlora_exp.errors import ConfigError, Problems, StudyError
-from qlora_exp.records import Failure, Process, Status
+from qlora_exp.records import Failure, Fit, Process, Refusal, Status, to_dict
 from qlora_exp.study import Study
+from qlora_exp.study.attributes import REFUSED
 from qlora_exp.study.types import Outcome, Owner
 
 NOBODY = Owner(Process(2**22 + 1, 1, None), "gone", 0)
@@ -369,3 +370,15 @@ def test_optunas_experimental_warnings_reach_nobody(tmp_path: Path) -> None:
         study.tell(claimed(study), completed(1.0))
         claimed(study)
     assert [str(one.message) for one in told if "experimental" in str(one.message)] == []
+
+
+def test_a_refusal_whose_telling_was_cut_short_is_forgotten_when_the_trial_ends_in_another_way(tmp_path: Path) -> None:
+    study = opened(a_spec(tmp_path, n_trials=2))
+    refusal = Refusal(Fit(200, 0, 200, 100, 0.1, 0), None, None)
+    for status in (Status.COMPLETED, Status.PRUNED):
+        lost = study.claim(NOBODY, 600.0)
+        assert lost is not None
+        study._storage.set_trial_user_attr(lost.trial_id, REFUSED, to_dict(refusal))
+        study.tell(claimed(study), dataclasses.replace(completed(1.0), status=status))
+    assert [row.refusal for row in study.trials()] == [None, None]
+    assert (study.counts().refused, study.counts().pruned, study.counts().to_ask) == (0, 1, 0)
