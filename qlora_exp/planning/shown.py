@@ -25,6 +25,7 @@ PARTS = {
 }
 """Part of :class:`PlannedMemory` → (letter in a bar, words)."""
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
+DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
 BAR_CHARACTERS = 24
 REASONS_SHOWN = 8
 ROWS_SHOWN = 40
@@ -43,7 +44,7 @@ def _object(run: PlannedRun) -> dict[str, Any]:
 
 def plan_table(runs: Sequence[PlannedRun]) -> Table:
     """One row for all configurations with the same figures, the first :data:`ROWS_SHOWN` rows."""
-    table = simple_table("configuration", "trainable", "memory by part", "peak", "fits", "seconds", "usd", "disk")
+    table = simple_table("configuration", "trainable", "memory by part", "peak", "fits", "time", "usd", "disk")
     scale = _scale(runs)
     alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
     for run in runs:
@@ -76,11 +77,10 @@ def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None
     seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted], searched)
     if seconds is None:
         return "training: seconds unknown; qlora-exp calibrate, on the machine that is to train, measures its rate"
-    hours, low, high = (figure / 3600 for figure in seconds)
-    told = f"training: {hours:.2g} h ({low:.2g} to {high:.2g} h)"
+    told = f"training: {_duration(seconds[0], seconds[1:])}"
     usd = _total([run.usd for run in counted], [run.usd_interval for run in counted], searched)
     price = "usd unknown: no price in conf/prices.yaml; budget.usd_per_hour=PRICE"
-    told = f"{told}, {price}" if usd is None else f"{told}, {usd[0]:.2g} usd ({usd[1]:.2g} to {usd[2]:.2g})"
+    told = f"{told}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
     rows = "with every row as long as training.max_length"
     return (
         f"{told}, {rows}" if searched is None else f"{told}, {rows}, for {searched:,} trials of a search between them"
@@ -125,7 +125,7 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
             "peak": _peak(run.memory),
             "fits": _verdict(run),
             "reason": run.reason,
-            "seconds": _ranged(run.seconds, run.seconds_interval),
+            "seconds": _duration(run.seconds, run.seconds_interval),
             "usd": _ranged(run.usd, run.usd_interval),
             "disk": bytes_text(run.disk.checkpoint_bytes if run.disk else None),
         }
@@ -151,18 +151,26 @@ def _row(run: PlannedRun, scale: int, more: str) -> list[str]:
         _bar(run.memory, scale),
         _peak(run.memory),
         _verdict(run),
-        _ranged(run.seconds, run.seconds_interval),
+        _duration(run.seconds, run.seconds_interval),
         _ranged(run.usd, run.usd_interval),
         bytes_text(run.disk.checkpoint_bytes if run.disk else None),
     ]
 
 
-def _ranged(middle: float | None, interval: tuple[float, float] | None) -> str:
-    """``191 (97 to 430)``, in three figures."""
+def _ranged(middle: float | None, interval: tuple[float, float] | None, unit: str = "") -> str:
+    """``23 min (11–51)``."""
     if middle is None or interval is None:
         return UNKNOWN
-    told, low, high = (f"{one:,.0f}" if one >= 100 else f"{one:.2g}" for one in (middle, *interval))
-    return f"{told} ({low} to {high})"
+    told, low, high = (f"{one:,.0f}" if one >= 10 else f"{one:.2g}" for one in (middle, *interval))
+    return f"{told}{unit} ({low}–{high})"
+
+
+def _duration(seconds: float | None, interval: tuple[float, float] | None) -> str:
+    """In the largest unit of which it is one or more."""
+    if seconds is None or interval is None:
+        return UNKNOWN
+    size, unit = next(((size, unit) for size, unit in DURATIONS if seconds >= size), (1, "s"))
+    return _ranged(seconds / size, (interval[0] / size, interval[1] / size), f" {unit}")
 
 
 def _verdict(run: PlannedRun) -> str:

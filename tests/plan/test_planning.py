@@ -273,9 +273,12 @@ def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     rates.write_text(json.dumps({"cuda, NVIDIA GeForce RTX 4090, 2.13.0": {"nf4": 1e14}}))
     [point] = points_of(["model=llama3_1_8b"]).points
     one = Planner(device_called("rtx4090")).plan(point)
-    for run in (costs([one, one]), costs([one], searched=2)):
-        assert run is not None
-        assert run.startswith(f"training: {2 * one.seconds / 3600:.2g} h (")
+    assert one.seconds is not None
+    searched = costs([one], searched=2)
+    assert searched == f"{costs([one, one])}, for 2 trials of a search between them"
+    told = costs([replace(one, seconds=5400.0, seconds_interval=(3600.0, 9000.0), usd=12.0, usd_interval=(8.0, 20.0))])
+    assert told is not None
+    assert told.startswith("training: 1.5 h (1–2.5), 12 usd (8–20)")
     assert costs([replace(one, fits=False)]) is None
     page = tmp_path / "plan.html"
     assert main(["plan", "model=llama3_1_8b", "plan.device=rtx4090", "--html", str(page)]) == 0
