@@ -213,7 +213,8 @@ def _write_cards(source: _Source, export: Export, folder: Path) -> None:
     card = export_card(source.record, export)
     for place in (folder, folder / "adapter", folder / "merged"):
         if place.is_dir():
-            write_text(place / "README.md", card)
+            library = "transformers" if place.name == "merged" else "peft"
+            write_text(place / "README.md", card.replace("library_name: peft", f"library_name: {library}", 1))
     if source.model.name.startswith("embedded:"):
         shutil.copyfile(EMBEDDED / "LICENSE.wordnet", folder / "LICENSE.wordnet")
 

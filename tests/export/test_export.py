@@ -66,6 +66,8 @@ def test_the_folder_holds_every_format_with_a_card_and_no_pickle(exported: Path,
     names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
     assert {"export.json", "model-q8_0.gguf", "model-q4_0.gguf", "README.md", "adapter/README.md"} <= names
     assert {"merged/README.md", "merged/model.safetensors", "merged/config.json", "merged/tokenizer.json"} <= names
+    for folder, library in (("adapter", "peft"), ("merged", "transformers")):
+        assert f"library_name: {library}\n" in (exported / folder / "README.md").read_text(encoding="utf-8")
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     own = run_folder(outputs) / "adapter" / "adapter_model.safetensors"
     assert (exported / "adapter" / "adapter_model.safetensors").read_bytes() == own.read_bytes()
