@@ -24,7 +24,8 @@ PARTS = {
     "activation_bytes": ("+", "activations and all else at the peak"),
 }
 """Part of :class:`PlannedMemory` → (letter in a bar, words)."""
-LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
+ROWS = "peak and time: with every row as long as training.max_length; a run is predicted again from the rows there are"
+LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values()) + f"\n{ROWS}"
 DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
 BAR_CHARACTERS = 24
 REASONS_SHOWN = 8
@@ -81,10 +82,7 @@ def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None
     usd = _total([run.usd for run in counted], [run.usd_interval for run in counted], searched)
     price = "usd unknown: no price in conf/prices.yaml; budget.usd_per_hour=PRICE"
     told = f"{told}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
-    rows = "with every row as long as training.max_length"
-    return (
-        f"{told}, {rows}" if searched is None else f"{told}, {rows}, for {searched:,} trials of a search between them"
-    )
+    return told if searched is None else f"{told}, for {searched:,} trials of a search between them"
 
 
 def _total(
@@ -133,7 +131,7 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
     ]
     template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     legend = [(key, words) for key, (_, words) in PARTS.items()]
-    file.write_text(template.render(title=title, words=words, rows=rows, legend=legend), encoding="utf-8")
+    file.write_text(template.render(title=title, words=[*words, ROWS], rows=rows, legend=legend), encoding="utf-8")
 
 
 def name_of(run: PlannedRun) -> str:
