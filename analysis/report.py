@@ -220,11 +220,11 @@ def _chosen(best: Configuration, found: Sequence[Configuration], measure: Measur
 
 def _alike(best: Configuration, other: Configuration, measure: Measure) -> bool:
     """Whether it isn't shown (95 %, over seeds) that the best is better."""
-    halves = [c.quality.half_width() if c.quality is not None else None for c in (best, other)]
-    if best.quality is None or other.quality is None or None in halves:
-        return False
+    if best.quality is None or other.quality is None:
+        return True
+    halves = [estimate.half_width() for estimate in (best.quality, other.quality)]
     ahead = measure.sign * (best.quality.mean - other.quality.mean)
-    return ahead <= math.hypot(*(half or 0.0 for half in halves))
+    return None in halves or ahead <= math.hypot(*(half or 0.0 for half in halves))
 
 
 def _left_open(asked: Sequence[Asked], compared: InstructBase | None, why_none: str | None) -> list[str]:

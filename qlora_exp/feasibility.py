@@ -23,7 +23,7 @@ class Predicted:
     """What predicting its trials' memory came to in one study. Bytes and seconds."""
 
     bound_bytes: int
-    """Of the last trial that was predicted."""
+    """Of the last trial that was not started; where all were, of the last that was predicted."""
     refused: int
     """Trials that were not started."""
     seconds_saved: float | None

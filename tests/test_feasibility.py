@@ -301,6 +301,12 @@ def test_what_ran_out_of_memory_bounds_its_kin_from_below() -> None:
     assert judged(larger_fitted, 2000)[1]
 
 
+def test_what_ran_out_of_memory_raises_the_correction_and_never_lowers_it() -> None:
+    done = ended(Status.COMPLETED, 100, 120)
+    assert kin_of([done, ended(Status.OUT_OF_MEMORY, 1000, bound=1500)], None)[0].ratio == pytest.approx(1.35)
+    assert kin_of([done, ended(Status.OUT_OF_MEMORY, 2000, bound=1000)], None)[0].ratio == pytest.approx(1.2)
+
+
 def test_the_edge_is_tried_by_trials_and_not_by_runs() -> None:
     rule = MemoryRule(900, 1, (), tries_the_edge=True, halvings=0)
     assert fit_into(900, NEED, rule, "", "cpu")[1]
@@ -327,6 +333,13 @@ def row(number: int, record: RunRecord | None, refusal: Refusal | None = None) -
     status = record.status if record is not None else Status.PRUNED
     run_id = f"run-{number}" if record is not None else None
     return TrialRow(number, "COMPLETE", status, (None,), run_id, None, {}, 1, None, refusal=refusal)
+
+
+def test_a_trial_that_was_halved_and_still_went_beyond_the_bound_is_one_wrong_prediction() -> None:
+    halved_once = replace(row(0, ended(Status.COMPLETED, 1000, 2100)), out_of_memory_retries=1)
+    found = Experience(OutputPaths.of("outputs")).predicted([halved_once])
+    assert found is not None
+    assert (found.out_of_memory, found.beyond_the_bound, found.wrong, found.compared) == (1, 0, 1, 1)
 
 
 def test_predictions_are_counted_by_what_came_of_them() -> None:

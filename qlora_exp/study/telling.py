@@ -20,14 +20,13 @@ def tell_end(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome: 
         failure = Failure("UnknownObjective", f"the run completed without a value for {spec.objectives}")
     status = Status.FAILED if failure and not complete and outcome.status is Status.COMPLETED else outcome.status
     _constrain(study, spec, trial, outcome)
-    for key, value in ((STATUS, status.value), (SECONDS, outcome.seconds), (FAILURE, failure and to_dict(failure))):
-        if value is not None:
+    told = {STATUS: status.value, SECONDS: outcome.seconds, FAILURE: failure and to_dict(failure)}
+    told |= {REFUSED: outcome.refusal and to_dict(outcome.refusal)}
+    for key, value in told.items():
+        if value is not None or key in trial.user_attrs:  # of a telling that was cut short
             study._storage.set_trial_user_attr(trial._trial_id, key, value)
     if outcome.refusal is not None:
-        study._storage.set_trial_user_attr(trial._trial_id, REFUSED, to_dict(outcome.refusal))
         study._storage.set_trial_user_attr(trial._trial_id, RUN, None)  # the run that was to be never began
-    elif REFUSED in trial.user_attrs:  # of a telling that was cut short; more memory was given since
-        study._storage.set_trial_user_attr(trial._trial_id, REFUSED, None)
     if complete:
         study.tell(trial.number, [float(value) for value in outcome.values if value is not None])
     elif status in (Status.PRUNED, *INFEASIBLE):

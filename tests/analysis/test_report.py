@@ -24,7 +24,7 @@ from qlora_exp.analysis.report import build
 from qlora_exp.cli import main
 from qlora_exp.errors import AnalysisError
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import RunRecord, Status, to_dict, write_json
+from qlora_exp.records import RunRecord, Scores, Status, to_dict, write_json
 
 LADDER: dict[str, Any] = {
     "decision": "stop",
@@ -113,6 +113,16 @@ def test_a_winner_is_told_with_how_many_it_cannot_be_told_from() -> None:
     ]
     (sentence,) = of(runs).headline
     assert "Over 2 of the others it isn't shown to be better." in sentence
+
+
+def test_over_a_configuration_scored_in_another_way_nothing_is_shown() -> None:
+    runs = [made_up.run(s, r=8, seed=s, loss=1.0 + 0.02 * s) for s in (1, 2, 3)]
+    other = made_up.run(9, r=16)
+    elsewise = replace(
+        other.scores, test=Scores("test", 1000, rouge_l=0.5), after=Scores("validation", 1000, rouge_l=0.5)
+    )
+    (sentence,) = of([*runs, other.replace(scores=elsewise)]).headline
+    assert "Over 1 of the others it isn't shown to be better." in sentence
 
 
 def test_the_ladders_sentence_is_the_headline_and_its_interval_is_drawn() -> None:

@@ -17,7 +17,7 @@ from studies import a_record, a_spec, answer, claimed, completed, finish, loss_o
 from qlora_exp.errors import ConfigError, Problems, StudyError
 from qlora_exp.records import Failure, Fit, Process, Refusal, Status, to_dict
 from qlora_exp.study import Study
-from qlora_exp.study.attributes import REFUSED
+from qlora_exp.study.attributes import FAILURE, REFUSED
 from qlora_exp.study.types import Outcome, Owner
 
 NOBODY = Owner(Process(2**22 + 1, 1, None), "gone", 0)
@@ -378,7 +378,8 @@ def test_a_refusal_whose_telling_was_cut_short_is_forgotten_when_the_trial_ends_
     for status in (Status.COMPLETED, Status.PRUNED):
         lost = study.claim(NOBODY, 600.0)
         assert lost is not None
+        study._storage.set_trial_user_attr(lost.trial_id, FAILURE, to_dict(Failure("PredictedNotToFit", "too much")))
         study._storage.set_trial_user_attr(lost.trial_id, REFUSED, to_dict(refusal))
         study.tell(claimed(study), dataclasses.replace(completed(1.0), status=status))
-    assert [row.refusal for row in study.trials()] == [None, None]
+    assert [(row.refusal, row.failure) for row in study.trials()] == [(None, None)] * 2
     assert (study.counts().refused, study.counts().pruned, study.counts().to_ask) == (0, 1, 0)
