@@ -102,6 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "measurement",
         "models",
         "plan",
+        "planning",
         "study",
         "sweep",
         "tracking",

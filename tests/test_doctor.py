@@ -89,6 +89,10 @@ def test_a_trial_is_its_adapter_its_checkpoints_and_its_record() -> None:
     assert trial_bytes([*given, "training.save_every_steps=10"]) == 7 * adapter + RECORD_BYTES
 
 
+def test_the_disk_of_a_family_that_is_not_downloaded_is_known() -> None:
+    assert trial_bytes(["model=llama3_1_8b", "targets=attention", "lora.r=32"]) == 27_262_976 * 4 + RECORD_BYTES
+
+
 def test_a_sweep_is_as_many_trials_of_its_largest_adapter(tmp_path: Path) -> None:
     root = str(tmp_path / "outputs")
     one = sweep_disk(["lora.r=64", "targets=all_linear"], root)

@@ -101,5 +101,5 @@ def _line(artefact: Artefact) -> str:
     if runtime is not None and runtime.peak_resident_bytes is not None:
         parts.append(f"{runtime.peak_resident_bytes / 1e6:.0f} MB RAM")
     if runtime is not None and runtime.generated_tokens_per_second is not None:
-        parts.append(f"{runtime.generated_tokens_per_second:.3g} tokens/s on one thread")
+        parts.append(f"{runtime.generated_tokens_per_second:,.1f} tokens/s on one thread")
     return "   ".join(parts)

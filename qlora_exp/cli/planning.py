@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qlora_exp.planning.devices import PlanDevice
     from qlora_exp.planning.planned import PlannedRun
     from qlora_exp.planning.points import Asked
+    from qlora_exp.records import RunRecord
 
 DEVICE_KEY = "plan.device="
 
@@ -94,12 +95,12 @@ def plan(
 
         overrides = searched(overrides)
     asked = points_of(overrides)
-    planner = Planner(chosen, budget_bytes)
+    planner = Planner(chosen, budget_bytes, _ended_runs(asked, chosen))
     runs = [planner.plan(point) for point in asked.points]
     if all(run.memory is None for run in runs):
         raise_all(planner.problems)
     if html is not None:
-        _write(runs, html)
+        _write(runs, _told(runs, asked), html)
     if as_json:
         return _print_json(runs if fit is None else _fitting(runs))
     return _show(runs, asked) if fit is None else _show_fitting(runs, fit)
@@ -114,13 +115,36 @@ def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[s
     return [text for text in given if not text.startswith(DEVICE_KEY)], devices[-1] if devices else None
 
 
+def _ended_runs(asked: Asked, device: PlanDevice | None) -> Sequence[RunRecord]:
+    """By whose rates this CPU's are told; a card's are those of its calibration."""
+    from qlora_exp.history import read_runs
+    from qlora_exp.paths import OutputPaths
+    from qlora_exp.planning.devices import device_of
+
+    config = next((point.config for point in asked.points if point.config is not None), None)
+    if config is None or (device or device_of(config)).kind != "cpu":
+        return ()
+    return read_runs(OutputPaths.of(config.output_root))[0]
+
+
+def _told(runs: Sequence[PlannedRun], asked: Asked) -> list[str]:
+    """How many there are, how many of them fit, and what they cost."""
+    from qlora_exp.planning.shown import costs, summary
+
+    told = [summary(runs, asked.trials, asked.sampled)]
+    if asked.sampled and asked.trials is None:
+        return told
+    cost = costs(runs, asked.trials if asked.sampled else None)
+    return [*told, cost] if cost is not None else told
+
+
 def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
-    from qlora_exp.planning.shown import LEGEND, costs, plan_table, reasons, summary
+    from qlora_exp.planning.shown import LEGEND, plan_table, reasons
     from qlora_exp.tables import show
 
     show(plan_table(runs))
-    print(f"\n{summary(runs, asked.trials, asked.sampled)}")
-    if not asked.sampled and (told := costs(runs)):
+    print()
+    for told in _told(runs, asked):
         print(told)
     for reason in reasons(runs):
         print(f"  {reason}")
@@ -173,12 +197,12 @@ def _dump(value: Any) -> int:
     return 0
 
 
-def _write(runs: Sequence[PlannedRun], file: Path) -> None:
+def _write(runs: Sequence[PlannedRun], words: Sequence[str], file: Path) -> None:
     from qlora_exp.errors import ConfigError
     from qlora_exp.planning.shown import write_page
 
     try:
-        write_page(runs, "Plan", file)
+        write_page(runs, "Plan", words, file)
     except OSError as error:
         raise ConfigError(f"the page can't be written: {error.strerror}", f"--html {file}", "name a file") from None
 

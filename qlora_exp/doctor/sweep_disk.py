@@ -48,12 +48,11 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
 
 def trial_bytes(overrides: Sequence[str]) -> int:
     """What one trial holds while it is not finished: adapter, checkpoints where it saves any, record."""
-    from qlora_exp import compose, models, plan
+    from qlora_exp import compose, plan
+    from qlora_exp.planning.planned import Planner
 
     config = compose.compose(overrides)
-    architecture = models.describe(config.model)
-    targets = set(models.resolve_targets(architecture, config.targets))
-    shapes = [shape for shape in architecture.weights if shape.name in targets]
+    shapes = Planner().adapted(config.model, config.targets)
     parameters = sum(plan.lora_parameters(shape, config.lora.r, config.lora.dora) for shape in shapes)
     adapter = parameters * (4 if plan.adapter_dtype(config.lora) == "float32" else 2)
     saves = config.training.save_every_steps is not None or config.training.keep_best

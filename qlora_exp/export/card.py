@@ -62,7 +62,7 @@ def _row(artefact: Artefact) -> str:
         f"{check.exported:.3f} ({check.metric})" if check and check.exported is not None else "–",
         f"{check.answer} (±{check.tolerance:g}, {check.items} items)" if check and check.metric else "–",
         f"{runtime.peak_resident_bytes / 1e6:.0f}" if runtime and runtime.peak_resident_bytes is not None else "–",
-        f"{runtime.generated_tokens_per_second:.3g}"
+        f"{runtime.generated_tokens_per_second:,.1f}"
         if runtime and runtime.generated_tokens_per_second is not None
         else "–",
     ]

@@ -57,8 +57,8 @@ def _offline(file: Artefact) -> Criterion:
     if runtime is None or runtime.generated_tokens_per_second is None:
         return Criterion("runs offline", "not shown", (runtime.why if runtime else None) or "not run in llama.cpp")
     detail = (
-        f"llama.cpp generated from the one file, without a network: {runtime.generated_tokens_per_second:.3g} tokens/s "
-        f"on one thread of {runtime.processor or 'this CPU'}"
+        "llama.cpp generated from the one file, without a network: "
+        f"{runtime.generated_tokens_per_second:,.1f} tokens/s on one thread of {runtime.processor or 'this CPU'}"
     )
     return Criterion("runs offline", "yes", detail)
 

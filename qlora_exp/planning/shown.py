@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ PARTS = {
 }
 """Part of :class:`PlannedMemory` → (letter in a bar, words)."""
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
+DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
 BAR_CHARACTERS = 24
 REASONS_SHOWN = 8
 ROWS_SHOWN = 40
@@ -42,7 +44,7 @@ def _object(run: PlannedRun) -> dict[str, Any]:
 
 def plan_table(runs: Sequence[PlannedRun]) -> Table:
     """One row for all configurations with the same figures, the first :data:`ROWS_SHOWN` rows."""
-    table = simple_table("configuration", "trainable", "memory by part", "peak", "fits", "seconds", "usd", "disk")
+    table = simple_table("configuration", "trainable", "memory by part", "peak", "fits", "time", "usd", "disk")
     scale = _scale(runs)
     alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
     for run in runs:
@@ -65,27 +67,36 @@ def summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> st
     return f"{count}: {', '.join(text for text in told if not text.startswith('0 '))}"
 
 
-def costs(runs: Sequence[PlannedRun]) -> str | None:
-    """Time and money of training all that may be run, one after the other, with their intervals added up; ``None``
-    where one of them is unknown."""
+def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None:
+    """Time and money of training all that may be run, one after the other, with their intervals added up; of a search
+    between them, of ``searched`` trials that take their mean, or all the least or the most. Where one of them is
+    unknown: what would tell it. ``None``: nothing fits."""
     counted = [run for run in runs if run.fits is not False]
-    seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted])
-    if seconds is None:
+    if not counted:
         return None
-    hours, low, high = (figure / 3600 for figure in seconds)
-    told = f"training: {hours:.2g} h ({low:.2g} to {high:.2g} h)"
-    usd = _total([run.usd for run in counted], [run.usd_interval for run in counted])
-    return told if usd is None else f"{told}, {usd[0]:.2f} usd ({usd[1]:.2f} to {usd[2]:.2f})"
+    seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted], searched)
+    if seconds is None:
+        return "training: seconds unknown; qlora-exp calibrate, on the machine that is to train, measures its rate"
+    told = f"training: {_duration(seconds[0], seconds[1:])}"
+    usd = _total([run.usd for run in counted], [run.usd_interval for run in counted], searched)
+    price = "usd unknown: no price in conf/prices.yaml; budget.usd_per_hour=PRICE"
+    told = f"{told}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
+    rows = "with every row as long as training.max_length"
+    return (
+        f"{told}, {rows}" if searched is None else f"{told}, {rows}, for {searched:,} trials of a search between them"
+    )
 
 
 def _total(
-    middles: Sequence[float | None], intervals: Sequence[tuple[float, float] | None]
+    middles: Sequence[float | None], intervals: Sequence[tuple[float, float] | None], searched: int | None
 ) -> tuple[float, float, float] | None:
     known = [(m, *interval) for m, interval in zip(middles, intervals, strict=True) if m is not None and interval]
     if not known or len(known) < len(middles):
         return None
-    middle, low, high = (sum(column) for column in zip(*known, strict=True))
-    return middle, low, high
+    middles_known, lows, highs = zip(*known, strict=True)
+    if searched is not None:
+        return searched * statistics.fmean(middles_known), searched * min(lows), searched * max(highs)
+    return sum(middles_known), sum(lows), sum(highs)
 
 
 def reasons(runs: Sequence[PlannedRun]) -> list[str]:
@@ -98,8 +109,8 @@ def reasons(runs: Sequence[PlannedRun]) -> list[str]:
     return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
 
 
-def write_page(runs: Sequence[PlannedRun], title: str, file: Path) -> None:
-    """All configurations as one HTML page that needs nothing else.
+def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], file: Path) -> None:
+    """All configurations as one HTML page that needs nothing else; ``words`` stand above the table.
 
     Raises:
         OSError: it can't be written.
@@ -114,15 +125,15 @@ def write_page(runs: Sequence[PlannedRun], title: str, file: Path) -> None:
             "peak": _peak(run.memory),
             "fits": _verdict(run),
             "reason": run.reason,
-            "seconds": number(run.seconds, 0),
-            "usd": number(run.usd, 2),
+            "seconds": _duration(run.seconds, run.seconds_interval),
+            "usd": _ranged(run.usd, run.usd_interval),
             "disk": bytes_text(run.disk.checkpoint_bytes if run.disk else None),
         }
         for run in runs
     ]
     template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     legend = [(key, words) for key, (_, words) in PARTS.items()]
-    file.write_text(template.render(title=title, rows=rows, legend=legend), encoding="utf-8")
+    file.write_text(template.render(title=title, words=words, rows=rows, legend=legend), encoding="utf-8")
 
 
 def name_of(run: PlannedRun) -> str:
@@ -140,10 +151,26 @@ def _row(run: PlannedRun, scale: int, more: str) -> list[str]:
         _bar(run.memory, scale),
         _peak(run.memory),
         _verdict(run),
-        number(run.seconds, 0),
-        number(run.usd, 2),
+        _duration(run.seconds, run.seconds_interval),
+        _ranged(run.usd, run.usd_interval),
         bytes_text(run.disk.checkpoint_bytes if run.disk else None),
     ]
+
+
+def _ranged(middle: float | None, interval: tuple[float, float] | None, unit: str = "") -> str:
+    """``23 min (11–51)``."""
+    if middle is None or interval is None:
+        return UNKNOWN
+    told, low, high = (f"{one:,.0f}" if one >= 10 else f"{one:.2g}" for one in (middle, *interval))
+    return f"{told}{unit} ({low}–{high})"
+
+
+def _duration(seconds: float | None, interval: tuple[float, float] | None) -> str:
+    """In the largest unit of which it is one or more."""
+    if seconds is None or interval is None:
+        return UNKNOWN
+    size, unit = next(((size, unit) for size, unit in DURATIONS if seconds >= size), (1, "s"))
+    return _ranged(seconds / size, (interval[0] / size, interval[1] / size), f" {unit}")
 
 
 def _verdict(run: PlannedRun) -> str:

@@ -1,6 +1,6 @@
 """What orchestration costs: a sweep beside the loop that is written today, beside its own trials, and on two workers.
 
-    OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/orchestration.py [--part loop|idle|start] [--rounds 1]
+    OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/orchestration.py [--part loop|idle|start] [--rounds 1] [--steps 20]
 
 loop   12 short trials of the embedded model, one after the other: ``qlora-exp sweep`` beside a fresh
        ``python train_plain.py`` per trial, in turn; and beside the sum of the trials' own train and evaluation seconds
@@ -26,10 +26,11 @@ from typing import Any
 
 PLAIN = Path(__file__).with_name("train_plain.py")
 RANKS, RATES, SEEDS = (2, 4, 8), (5e-4, 1e-3), (1, 2)
-STEPS, ITEMS = 20, 64
+THREADS, ITEMS = 2, 64
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-ENVIRONMENT["OMP_WAIT_POLICY"] = "PASSIVE"
-"""Of all that is timed. Without bytecode every start would compile this package anew; an installed one is compiled."""
+ENVIRONMENT |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS)}
+"""Of all that is timed: as many threads for both. Without bytecode every start would compile this package anew; an
+installed one is compiled."""
 LENGTHS = tuple(round(2.0 + 0.5 * ((7 * n) % 12), 1) for n in range(24))
 
 
@@ -47,24 +48,24 @@ def records(root: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(root.glob("runs/*/record.json"))]
 
 
-def run_loop(root: Path) -> float:
+def run_loop(root: Path, steps: int) -> float:
     total = 0.0
     for r, rate, seed in itertools.product(RANKS, RATES, SEEDS):
-        given = {"r": r, "learning-rate": rate, "seed": seed, "steps": STEPS, "items": ITEMS, "output": root / f"{r}"}
+        given = {"r": r, "learning-rate": rate, "seed": seed, "steps": steps, "items": ITEMS, "output": root / f"{r}"}
         total += timed([sys.executable, str(PLAIN), *(f"--{key}={value}" for key, value in given.items())])
     return total
 
 
-def run_sweep(root: Path) -> float:
+def run_sweep(root: Path, steps: int) -> float:
     return timed(
         command(
             f"lora.r={','.join(map(str, RANKS))}",
             f"training.learning_rate={','.join(map(str, RATES))}",
             f"seed={','.join(map(str, SEEDS))}",
             "quantization=nf4",
-            f"training.max_steps={STEPS}",
+            f"training.max_steps={steps}",
             "training.batch_size=16",
-            "training.threads=2",
+            f"training.threads={THREADS}",
             "evaluation=quick",
             f"evaluation.max_items={ITEMS}",
             root=root,
@@ -72,15 +73,15 @@ def run_sweep(root: Path) -> float:
     )
 
 
-def loop(rounds: int) -> None:
+def loop(rounds: int, steps: int) -> None:
     print(
         "| round | plain loop (s) | sweep (s) | sweep / loop | sweep / (sum of trials + one load) | and imports |\n"
         "|---|---|---|---|---|---|"
     )
     for number in range(1, rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
-            plain = run_loop(Path(folder) / "plain")
-            ours = run_sweep(Path(folder) / "outputs")
+            plain = run_loop(Path(folder) / "plain", steps)
+            ours = run_sweep(Path(folder) / "outputs", steps)
             found = records(Path(folder) / "outputs")
         assert len(found) == len(RANKS) * len(RATES) * len(SEEDS), "a trial is missing"
         speeds = [record["speed"] for record in found]
@@ -139,9 +140,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("loop", "idle", "start"))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=20, help="of 16 rows, of each trial of the loop")
     given = parser.parse_args()
     if given.part in (None, "loop"):
-        loop(given.rounds)
+        loop(given.rounds, given.steps)
     if given.part in (None, "idle"):
         idle()
     if given.part in (None, "start"):

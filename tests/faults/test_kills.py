@@ -88,14 +88,14 @@ def check_rounds(tmp_path: Path, rounds: int, undisturbed: dict[tuple[str, ...],
 def test_a_sweep_killed_at_random_ends_like_an_undisturbed_one(
     tmp_path: Path, undisturbed: dict[tuple[str, ...], list[dict[str, str]]], kill_rounds: int | None
 ) -> None:
-    check_rounds(tmp_path, 3 if kill_rounds is None else kill_rounds, undisturbed)
+    check_rounds(tmp_path, 5 if kill_rounds is None else kill_rounds, undisturbed)
 
 
 @pytest.mark.faults
 def test_it_does_so_thirty_times(
     tmp_path: Path, undisturbed: dict[tuple[str, ...], list[dict[str, str]]], kill_rounds: int | None
 ) -> None:
-    check_rounds(tmp_path, 27 if kill_rounds is None else kill_rounds, undisturbed)
+    check_rounds(tmp_path, 30 if kill_rounds is None else kill_rounds, undisturbed)
 
 
 REAL = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 
 from qlora_exp.cli import main
 from qlora_exp.compose import compose
-from qlora_exp.planning.devices import size_bytes
+from qlora_exp.environment import probe_without_torch
+from qlora_exp.planning.devices import device_called, size_bytes
 from qlora_exp.planning.points import points_of
+from qlora_exp.records import SCHEMA_VERSION, Plan, RunRecord, Speed, Status, to_dict, write_json
 
 PARTS = ("base_weight_bytes", "quantization_state_bytes", "adapter_bytes", "gradient_bytes", "optimizer_bytes")
 TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
@@ -222,6 +225,16 @@ def test_the_page_escapes_names_and_holds_every_row(tmp_path: Path, capsys: pyte
     assert "can't be written" in refused(capsys, "--html", str(tmp_path / "none" / "plan.html"))
 
 
+def test_a_memory_budget_is_what_a_plan_must_fit_into(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("model=llama3_1_8b", "quantization=nf4", "budget.memory_bytes=6000000000")
+    for device in ((), ("plan.device=rtx4090",), ("plan.device=cpu",)):
+        [run] = planned(capsys, *given, *device)
+        assert run["fits"] is False
+        assert " of 6 GB" in run["reason"]
+    [asked] = planned(capsys, *given, "plan.device=rtx4090", "lora.r=8", "budget.memory_bytes=20000000000")
+    assert asked["fits"] is True
+
+
 def test_sizes_are_read_in_both_kinds_of_units() -> None:
     assert size_bytes("24GB") == 24 * 10**9
     assert size_bytes("1.5 GiB") == 3 * 2**29
@@ -244,3 +257,50 @@ def test_time_and_money_are_known_once_the_machine_is_calibrated(
     assert main(["plan", *asked]) == 0
     assert "training: " in capsys.readouterr().out
     assert {run["seconds"] for run in planned(capsys, *asked, "plan.device=t4")} == {None}
+    assert main(["plan", *asked, "plan.device=t4"]) == 0
+    assert "qlora-exp calibrate" in capsys.readouterr().out
+
+
+def test_time_and_money_of_a_search_are_those_of_so_many_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_exp.planning.planned import Planner
+    from qlora_exp.planning.shown import costs
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rates = tmp_path / "qlora-exp" / "rates.json"
+    rates.parent.mkdir()
+    rates.write_text(json.dumps({"cuda, NVIDIA GeForce RTX 4090, 2.13.0": {"nf4": 1e14}}))
+    [point] = points_of(["model=llama3_1_8b"]).points
+    one = Planner(device_called("rtx4090")).plan(point)
+    assert one.seconds is not None
+    searched = costs([one], searched=2)
+    assert searched == f"{costs([one, one])}, for 2 trials of a search between them"
+    told = costs([replace(one, seconds=5400.0, seconds_interval=(3600.0, 9000.0), usd=12.0, usd_interval=(8.0, 20.0))])
+    assert told is not None
+    assert told.startswith("training: 1.5 h (1–2.5), 12 usd (8–20)")
+    assert costs([replace(one, fits=False)]) is None
+    page = tmp_path / "plan.html"
+    assert main(["plan", "model=llama3_1_8b", "plan.device=rtx4090", "--html", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "1 configuration: 1 fit" in text
+    assert "training: " in text
+
+
+def test_finished_runs_here_tell_the_seconds_before_a_calibration_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = replace(probe_without_torch(), torch_threads=1)
+    plan = Plan(
+        "", "", "llama", 1, 1, 1, (), 1, 1.0, 1.0, "cpu", "nf4", "float32", "float32", 1, 1, 1, 1, False, "plain",
+        train_flops_per_token=1e7,
+    )  # fmt: skip
+    record = RunRecord(
+        SCHEMA_VERSION, "a-run", "a-run", Status.COMPLETED, "2026-01-01T00:00:00Z", None,
+        {"quantization": {"mode": "nf4"}}, here, plan=plan, speed=Speed(train_tokens_per_second=1000.0),
+    )  # fmt: skip
+    write_json(tmp_path / "outputs" / "runs" / "a-run" / "record.json", to_dict(record))
+    asked = ("model=embedded", "quantization=nf4", "training.threads=1")
+    assert planned(capsys, *asked, f"output_root={tmp_path / 'none'}")[0]["seconds"] is None
+    assert planned(capsys, *asked, f"output_root={tmp_path / 'outputs'}")[0]["seconds"] > 0
