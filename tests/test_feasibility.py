@@ -22,7 +22,7 @@ from qlora_exp.environment import probe_without_torch
 from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW, Experience
 from qlora_exp.history import read_runs
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.feasibility import ERROR, MemoryRule, Need, bound_of, fit_into, halved, kin_of
+from qlora_exp.plan.feasibility import ERROR, DoesNotFit, MemoryRule, Need, bound_of, fit_into, halved, kin_of
 from qlora_exp.records import Device, Fit, Memory, Refusal, RunRecord, Status, write_json
 from qlora_exp.study import Study
 from qlora_exp.study.types import TrialRow
@@ -250,6 +250,15 @@ def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeyp
     write_json(paths.record, record.replace(run_id="earlier"))
     [told] = what_it_buys(asked, opened, purse)
     assert " of 2 trials (" in told
+
+
+def test_a_run_by_itself_is_held_to_its_budget_and_not_to_the_edge() -> None:
+    config = [*SLEEP, "budget.memory_bytes=1000000000000"]
+    record = execute(compose(config))
+    assert record.fit is not None
+    bound = round(0.97 * record.fit.corrected_bytes)
+    with pytest.raises(DoesNotFit):
+        execute(compose([*config, f"budget.memory_bytes={bound}"]))
 
 
 # What the kin of a run say.

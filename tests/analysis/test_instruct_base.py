@@ -173,6 +173,7 @@ def test_what_tuning_gains_pairs_items_by_name_and_not_by_place() -> None:
     assert found.gain.low is not None
     # Paired rightly, an item's own level cancels: only the seeds are left, which are nearly equal here.
     assert found.gain.value - found.gain.low < 0.01
+    assert found.gain.value == pytest.approx(-0.1)  # 0.2 better before, 0.1 after
 
 
 def test_items_that_pair_give_an_interval_over_seeds_and_items() -> None:

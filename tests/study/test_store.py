@@ -383,3 +383,18 @@ def test_a_refusal_whose_telling_was_cut_short_is_forgotten_when_the_trial_ends_
         study.tell(claimed(study), dataclasses.replace(completed(1.0), status=status))
     assert [(row.refusal, row.failure) for row in study.trials()] == [(None, None)] * 2
     assert (study.counts().refused, study.counts().pruned, study.counts().to_ask) == (0, 1, 0)
+
+
+def test_after_five_trials_in_a_row_that_did_not_fit_one_is_drawn_at_random(tmp_path: Path) -> None:
+    refused = Outcome(Status.PRUNED, (None,), (), None, refusal=Refusal(Fit(200, 0, 200, 100, 0.1, 0), None, None))
+
+    def sixth(outcomes: list[Outcome], folder: str, sampler: str = "qmc") -> dict[str, Any]:
+        spec = a_spec(tmp_path / folder, sampler=sampler, params={"lora.r": "int(interval(1,100000))"})
+        study = opened(spec)
+        for outcome in outcomes:
+            study.tell(claimed(study), outcome)
+        return claimed(study).params
+
+    undisturbed = sixth([completed(1.0)] * 5, "undisturbed")
+    assert sixth([completed(1.0), *[refused] * 4], "four") == undisturbed
+    assert sixth([refused] * 5, "five") == sixth([completed(1.0)] * 5, "random", "random") != undisturbed

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from qlora_exp.config import Isolation
-from qlora_exp.errors import QloraExpError
+from qlora_exp.errors import QloraExpError, StudyError
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import RunRecord, Status, read_record, write_json
+from qlora_exp.study.types import Claim, Outcome
+from qlora_exp.workers import worker
 from qlora_exp.workers.slots import LAST_OWNER_SECONDS
 from qlora_exp.workers.worker import WorkerResult, run_worker
 from tests.workers.small_study import SmallStudy, outcome_of, paths_of, spec_of, workers_of
@@ -272,6 +275,31 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     work(study, tmp_path)
     assert asked
     assert study.told[0].status is Status.COMPLETED
+    assert study.requeued == []
+
+
+@pytest.mark.parametrize("stays_away", [False, True])
+def test_a_storage_that_does_not_answer_is_waited_for_a_lease_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stays_away: bool
+) -> None:
+    monkeypatch.setattr(worker, "WAIT_SECONDS", 0.2)
+    study = small(tmp_path, ("lora.r=2",))
+    tell, tries = study.tell, []
+
+    def away(claim: Claim, outcome: Outcome) -> None:
+        tries.append(claim.number)
+        if stays_away or len(tries) < 3:
+            raise OperationalError("UPDATE trials", {}, Exception("server closed the connection"))
+        tell(claim, outcome)
+
+    monkeypatch.setattr(study, "tell", away)
+    if stays_away:
+        with pytest.raises(StudyError, match="storage doesn't answer"):
+            work(study, tmp_path, lease_seconds=0.5)
+        assert len(tries) >= 3
+    else:
+        assert work(study, tmp_path).told == 1
+        assert study.told[0].status is Status.COMPLETED
     assert study.requeued == []
 
 
