@@ -185,8 +185,8 @@ def test_two_names_with_one_folder_are_told_apart(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ("workers.count=0", "workers.count must be at least 1"),
-        ("workers.jobs=0", "workers.jobs must be at least 1"),
+        ("workers.count=0", "workers.count must lie between 1 and 1024"),
+        ("workers.jobs=0", "workers.jobs must lie between 1 and 1024"),
         ("workers.lease_seconds=1", "lease"),
         ("workers.hang_seconds=0", "workers.hang_seconds must be above 0"),
         ("sweep.n_trials=0", "sweep.n_trials must be at least 1"),
