@@ -1,6 +1,7 @@
 """What orchestration costs: a sweep beside the loop that is written today, beside its own trials, and on two workers.
 
-    OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/orchestration.py [--part loop|idle|start] [--rounds 1] [--steps 20]
+    OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/orchestration.py [--part loop|idle|start] [--rounds 1]
+        [--steps 80] [--batch 32]
 
 loop   12 short trials of the embedded model, one after the other: ``qlora-exp sweep`` beside a fresh
        ``python train_plain.py`` per trial, in turn; and beside the sum of the trials' own train and evaluation seconds
@@ -48,15 +49,16 @@ def records(root: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(root.glob("runs/*/record.json"))]
 
 
-def run_loop(root: Path, steps: int) -> float:
+def run_loop(root: Path, steps: int, batch: int) -> float:
     total = 0.0
     for r, rate, seed in itertools.product(RANKS, RATES, SEEDS):
-        given = {"r": r, "learning-rate": rate, "seed": seed, "steps": steps, "items": ITEMS, "output": root / f"{r}"}
+        given: dict[str, float | Path] = {"r": r, "learning-rate": rate, "seed": seed, "steps": steps, "batch": batch}
+        given |= {"items": ITEMS, "output": root / f"{r}"}
         total += timed([sys.executable, str(PLAIN), *(f"--{key}={value}" for key, value in given.items())])
     return total
 
 
-def run_sweep(root: Path, steps: int) -> float:
+def run_sweep(root: Path, steps: int, batch: int) -> float:
     return timed(
         command(
             f"lora.r={','.join(map(str, RANKS))}",
@@ -64,7 +66,7 @@ def run_sweep(root: Path, steps: int) -> float:
             f"seed={','.join(map(str, SEEDS))}",
             "quantization=nf4",
             f"training.max_steps={steps}",
-            "training.batch_size=16",
+            f"training.batch_size={batch}",
             f"training.threads={THREADS}",
             "evaluation=quick",
             f"evaluation.max_items={ITEMS}",
@@ -73,15 +75,15 @@ def run_sweep(root: Path, steps: int) -> float:
     )
 
 
-def loop(rounds: int, steps: int) -> None:
+def loop(rounds: int, steps: int, batch: int) -> None:
     print(
         "| round | plain loop (s) | sweep (s) | sweep / loop | sweep / (sum of trials + one load) | and imports |\n"
         "|---|---|---|---|---|---|"
     )
     for number in range(1, rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
-            plain = run_loop(Path(folder) / "plain", steps)
-            ours = run_sweep(Path(folder) / "outputs", steps)
+            plain = run_loop(Path(folder) / "plain", steps, batch)
+            ours = run_sweep(Path(folder) / "outputs", steps, batch)
             found = records(Path(folder) / "outputs")
         assert len(found) == len(RANKS) * len(RATES) * len(SEEDS), "a trial is missing"
         speeds = [record["speed"] for record in found]
@@ -140,10 +142,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("loop", "idle", "start"))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20, help="of 16 rows, of each trial of the loop")
+    parser.add_argument("--steps", type=int, default=80, help="of each trial of the loop")
+    parser.add_argument("--batch", type=int, default=32, help="rows of each of its steps")
     given = parser.parse_args()
     if given.part in (None, "loop"):
-        loop(given.rounds, given.steps)
+        loop(given.rounds, given.steps, given.batch)
     if given.part in (None, "idle"):
         idle()
     if given.part in (None, "start"):

@@ -1,6 +1,6 @@
 """One trial as it is written today: load, quantize, adapt, SFTTrainer, evaluate, save; called once per trial.
 
-python tests/benchmarks/train_plain.py --r 8 --learning-rate 1e-3 --seed 1 --steps 20 --items 64 --output DIR
+python tests/benchmarks/train_plain.py --r 8 --learning-rate 1e-3 --seed 1 --steps 80 --batch 32 --items 64 --output DIR
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def rows(split: str, limit: int | None = None) -> Dataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, kind in (("r", int), ("learning-rate", float), ("seed", int), ("steps", int), ("items", int)):
-        parser.add_argument(f"--{name}", type=kind, required=True)
+    for name in ("r", "seed", "steps", "batch", "items"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--output", required=True)
     given = parser.parse_args()
     quantized = BitsAndBytesConfig(
@@ -45,7 +46,7 @@ def main() -> None:
         args=SFTConfig(
             output_dir=given.output,
             max_steps=given.steps,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=given.batch,
             learning_rate=given.learning_rate,
             seed=given.seed,
             use_cpu=True,
