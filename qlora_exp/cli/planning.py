@@ -82,6 +82,7 @@ def plan(
     from qlora_exp.planning.devices import device_called, size_bytes
     from qlora_exp.planning.planned import Planner
     from qlora_exp.planning.points import points_of
+    from qlora_exp.planning.rows import RowCounter
 
     quiet_libraries()
     overrides, named = _overrides(source, arguments)
@@ -95,7 +96,8 @@ def plan(
 
         overrides = searched(overrides)
     asked = points_of(overrides)
-    planner = Planner(chosen, budget_bytes, _ended_runs(asked, chosen))
+    counter = RowCounter() if fit is None else None  # what fits a card is asked for lengths, not for one task's rows
+    planner = Planner(chosen, budget_bytes, _ended_runs(asked, chosen), counter)
     runs = [planner.plan(point) for point in asked.points]
     if all(run.memory is None for run in runs):
         raise_all(planner.problems)
@@ -139,7 +141,7 @@ def _told(runs: Sequence[PlannedRun], asked: Asked) -> list[str]:
 
 
 def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
-    from qlora_exp.planning.shown import LEGEND, plan_table, reasons
+    from qlora_exp.planning.shown import LEGEND, plan_table, reasons, rows_told
     from qlora_exp.tables import show
 
     show(plan_table(runs))
@@ -149,13 +151,15 @@ def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
     for reason in reasons(runs):
         print(f"  {reason}")
     print(LEGEND)
+    for told in rows_told(runs):
+        print(told)
     return 0
 
 
 def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
     from qlora_exp.errors import ConfigError
     from qlora_exp.planning.fit import BEST, best_first, undominated
-    from qlora_exp.planning.shown import LEGEND, name_of, plan_table
+    from qlora_exp.planning.shown import LEGEND, name_of, plan_table, rows_told
     from qlora_exp.tables import show
 
     found = best_first(runs)
@@ -170,6 +174,7 @@ def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
     if any(run.fits is None for run in best):
         print("  the activations' memory isn't known here: what is shown may still need more")
     print(LEGEND)
+    print(*rows_told(best), sep="\n")
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_exp.chat_templates import Generation
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.sources import ModelSource, resolve_source, sibling_source
@@ -77,19 +78,9 @@ def _template_file(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"the chat template can't be read: {error}", where, "give a .jinja file") from None
     try:
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(text)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(text)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(
             f"the chat template is no valid Jinja: {error.message}", f"{where}, line {error.lineno}"
         ) from None
     return text
-
-
-class _Generation(jinja2.ext.Extension):
-    """Parses ``{% generation %}``, which marks the assistant's words in transformers' chat templates."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

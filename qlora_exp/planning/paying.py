@@ -40,10 +40,17 @@ class Cashier:
         self._prices: Mapping[str, float] = read_prices()
 
     def payment(
-        self, config: Config, device: PlanDevice, architecture: Architecture, modules: Sequence[str]
+        self,
+        config: Config,
+        device: PlanDevice,
+        architecture: Architecture,
+        modules: Sequence[str],
+        length: float | None = None,
     ) -> Payment:
-        """Training alone, with every row as long as ``training.max_length``: an upper bound where rows are shorter."""
-        seconds = predicted_seconds(architecture, modules, config, device.kind, self._rate(config, device))
+        """Training alone. ``length``: tokens of a mean row; unknown, every row counts as long as
+        ``training.max_length``, an upper bound."""
+        rate = self._rate(config, device)
+        seconds = predicted_seconds(architecture, modules, config, device.kind, rate, length=length)
         hourly = config.budget.usd_per_hour
         if hourly is None:
             hourly = usd_per_hour(device.kind, device.card, self._prices)
@@ -56,7 +63,7 @@ class Cashier:
         )
 
     def _rate(self, config: Config, device: PlanDevice) -> Rate | None:
-        mode, threads = config.quantization.mode, config.training.threads
+        mode, threads = config.quantization.mode, _threads(config)
         key = (device.name, mode, threads)
         if key not in self._rates:
             on_cpu = device.kind == "cpu"
@@ -64,8 +71,17 @@ class Cashier:
         return self._rates[key]
 
     def _cpu_rate(self, mode: Quantization, threads: int | None) -> Rate | None:
-        """As a run with so many threads would find it; torch takes OMP_NUM_THREADS, or all cores."""
-        told = os.environ.get("OMP_NUM_THREADS", "")
-        taken = threads or (int(told) if told.isdigit() else available_cores())
-        here = replace(probe_without_torch(), torch_threads=taken)
+        """As a run with so many threads would find it."""
+        here = replace(probe_without_torch(), torch_threads=threads)
         return rate_from_records(self._records, machine_of(here), mode.value) or known_rate(here, mode)
+
+
+def _threads(config: Config) -> int | None:
+    """Of one run: trials at once share the cores; alone, torch takes OMP_NUM_THREADS, or all of them."""
+    told, cores = os.environ.get("OMP_NUM_THREADS", ""), available_cores()
+    at_once = (config.workers.count if config.workers is not None else None) or 1
+    if config.training.threads is not None:
+        return config.training.threads
+    if at_once > 1:
+        return max(1, (cores or 1) // at_once)
+    return int(told) if told.isdigit() else cores

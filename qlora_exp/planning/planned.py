@@ -17,6 +17,7 @@ from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
 from qlora_exp.planning.devices import PlanDevice, device_of
 from qlora_exp.planning.paying import Cashier
 from qlora_exp.planning.points import Point
+from qlora_exp.planning.rows import PlannedRows, RowCounter
 from qlora_exp.records import RunRecord
 from qlora_exp.tables import bytes_text
 
@@ -54,7 +55,8 @@ class PlannedDisk:
 @dataclass(frozen=True)
 class PlannedRun:
     """One configuration's plan. ``fits`` is ``None`` where the device's memory or the peak isn't known, ``False`` also
-    for what can't be run at all; ``reason`` says why in words."""
+    for what can't be run at all; ``reason`` says why in words. ``rows`` is ``None`` where they aren't known here: peak
+    and seconds are then those of rows as long as ``training.max_length``."""
 
     params: dict[str, Any]
     settings: dict[str, Any]
@@ -63,6 +65,7 @@ class PlannedRun:
     total_parameters: int | None
     memory: PlannedMemory | None
     disk: PlannedDisk | None
+    rows: PlannedRows | None
     seconds: float | None
     seconds_interval: tuple[float, float] | None
     usd: float | None
@@ -74,13 +77,15 @@ class PlannedRun:
 class Planner:
     """Plans points one after the other; what several have in common is worked out once. ``device``: for all of them, in
     place of each one's own; ``budget_bytes``: the memory to fit into, in place of ``budget.memory_bytes`` and the
-    device's; ``records``: finished runs, by which seconds are told."""
+    device's; ``records``: finished runs, by which seconds are told; ``counter``: counts the tasks' rows, which are
+    taken for as long as ``training.max_length`` without it."""
 
     def __init__(
         self,
         device: PlanDevice | None = None,
         budget_bytes: int | None = None,
         records: Sequence[RunRecord] = (),
+        counter: RowCounter | None = None,
     ) -> None:
         self._device = device
         self._budget_bytes = budget_bytes
@@ -88,6 +93,7 @@ class Planner:
         self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
         self._bases: dict[tuple[Any, ...], BaseBytes] = {}
         self._cashier = Cashier(records)
+        self._counter = counter
         self._problems: dict[str, QloraExpError] = {}
 
     def plan(self, point: Point) -> PlannedRun:
@@ -152,8 +158,9 @@ class Planner:
         adapted = self.adapted(config.model, config.targets)
         adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
         names = [shape.name for shape in adapted]
-        peak = predicted_peak(architecture, names, config, device.kind, bf16=device.bf16).needed_bytes
-        paid = self._cashier.payment(config, device, architecture, names)
+        rows = self._counter.of(config) if self._counter is not None else None
+        peak = _peak(architecture, names, config, device, rows)
+        paid = self._cashier.payment(config, device, architecture, names, rows.mean_tokens if rows else None)
         known = PlannedMemory(
             base_weight_bytes=base.base_weight_bytes,
             quantization_state_bytes=base.quantization_state_bytes,
@@ -175,6 +182,7 @@ class Planner:
             total_parameters=architecture.total_parameters,
             memory=memory,
             disk=PlannedDisk(adapters.file_bytes, adapters.checkpoint_bytes),
+            rows=rows,
             seconds=paid.seconds,
             seconds_interval=paid.seconds_interval,
             usd=paid.usd,
@@ -195,6 +203,7 @@ class Planner:
             total_parameters=None,
             memory=None,
             disk=None,
+            rows=None,
             seconds=None,
             seconds_interval=None,
             usd=None,
@@ -213,6 +222,23 @@ def _described(model: ModelConfig) -> Architecture:
     if path is not None and path.suffix == ".json":
         return models.describe_file(path)
     return models.describe(model)
+
+
+def _peak(
+    architecture: Architecture, names: Sequence[str], config: Config, device: PlanDevice, rows: PlannedRows | None
+) -> int:
+    if rows is None:
+        return predicted_peak(architecture, names, config, device.kind, bf16=device.bf16).needed_bytes
+    return predicted_peak(
+        architecture,
+        names,
+        config,
+        device.kind,
+        bf16=device.bf16,
+        length=rows.longest_tokens,
+        padded=rows.shortest_tokens < rows.longest_tokens,
+        loss_share=rows.loss_share,
+    ).needed_bytes
 
 
 def _refuse(config: Config, device: PlanDevice) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qlora_exp.overrides import hydra_value
 from qlora_exp.planning.planned import PlannedMemory, PlannedRun
+from qlora_exp.planning.rows import PlannedRows
 from qlora_exp.records import to_dict
 from qlora_exp.tables import UNKNOWN, bytes_text, number, simple_table
 
@@ -24,8 +25,8 @@ PARTS = {
     "activation_bytes": ("+", "activations and all else at the peak"),
 }
 """Part of :class:`PlannedMemory` → (letter in a bar, words)."""
-ROWS = "peak and time: with every row as long as training.max_length; a run is predicted again from the rows there are"
-LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values()) + f"\n{ROWS}"
+LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
+LONGEST = "with every row as long as training.max_length; a run is predicted again from the rows there are"
 DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
 BAR_CHARACTERS = 24
 REASONS_SHOWN = 8
@@ -97,6 +98,20 @@ def _total(
     return sum(middles_known), sum(lows), sum(highs)
 
 
+def rows_told(runs: Sequence[PlannedRun]) -> list[str]:
+    """By which rows peaks and times are told: a sentence for each task, tokenizer and length among them."""
+    found = dict.fromkeys(run.rows for run in runs if run.memory is not None)
+    return [f"peak and time: {_rows(rows)}" for rows in found]
+
+
+def _rows(rows: PlannedRows | None) -> str:
+    if rows is None:
+        return LONGEST
+    counted = f", {rows.counted:,} of them counted" if rows.counted < rows.rows else ""
+    mean, longest = rows.mean_tokens, rows.longest_tokens
+    return f"by the task's {rows.rows:,} rows{counted}: {mean:.1f} tokens in the mean, {longest} in the longest"
+
+
 def reasons(runs: Sequence[PlannedRun]) -> list[str]:
     """Why configurations don't fit, can't be run or can't be told: each reason once, the first few."""
     first: dict[str, PlannedRun] = {}
@@ -131,7 +146,9 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
     ]
     template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     legend = [(key, words) for key, (_, words) in PARTS.items()]
-    file.write_text(template.render(title=title, words=[*words, ROWS], rows=rows, legend=legend), encoding="utf-8")
+    file.write_text(
+        template.render(title=title, words=[*words, *rows_told(runs)], rows=rows, legend=legend), encoding="utf-8"
+    )
 
 
 def name_of(run: PlannedRun) -> str:

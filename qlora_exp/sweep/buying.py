@@ -23,7 +23,6 @@ MOST_PLANNED = 1000
 
 Cost = tuple[float, float, float]
 """Low, middle, high."""
-AT_MOST_SO_LONG = "rows as long as training.max_length"
 
 
 def what_it_buys(asked: Asked, opened: Any, purse: Purse) -> Iterator[str]:
@@ -54,10 +53,17 @@ def _fitting(runs: Sequence[PlannedRun] | None, memory_bytes: int) -> str:
     if runs is None:
         return f"{told}: what fits is predicted trial by trial"
     fitting = sum(run.fits is True for run in runs)
+    if _by_rows(runs):
+        return f"{told}: {fitting} of {len(runs)} configurations fit, by the task's rows"
     return (
-        f"{told}: at least {fitting} of {len(runs)} configurations fit, with {AT_MOST_SO_LONG}; each trial is predicted"
-        " again from the rows that there are"
+        f"{told}: at least {fitting} of {len(runs)} configurations fit, with rows as long as training.max_length; each"
+        " trial is predicted again from the rows that there are"
     )
+
+
+def _by_rows(runs: Sequence[PlannedRun]) -> bool:
+    """Whether the task's own rows were counted, for all that can be run."""
+    return all(run.rows is not None for run in runs if run.memory is not None)
 
 
 def _cost(runs: Sequence[PlannedRun] | None, account: Account) -> tuple[Cost | None, str]:
@@ -66,7 +72,8 @@ def _cost(runs: Sequence[PlannedRun] | None, account: Account) -> tuple[Cost | N
         count = len(account.costs)
         basis = f"{count} finished trial{'s' if count > 1 else ''}"
         return (min(account.costs), statistics.fmean(account.costs), max(account.costs)), basis
-    return _planned_cost(runs or (), account.name), f"the predicted training of {AT_MOST_SO_LONG}"
+    whose = "the task's rows" if _by_rows(runs or ()) else "rows as long as training.max_length"
+    return _planned_cost(runs or (), account.name), f"the predicted training of {whose}"
 
 
 def _planned_cost(runs: Sequence[PlannedRun], name: str) -> Cost | None:
@@ -108,14 +115,16 @@ def check_memory(asked: Asked) -> None:
 
 def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | None:
     """The space's points, planned by the rates of the runs that have ended here, else by the machine's calibration.
-    Training alone, with rows as long as ``training.max_length``; ``None``: as :func:`_points`."""
+    Training alone; ``None``: as :func:`_points`."""
     from qlora_exp.history import read_runs
     from qlora_exp.planning.planned import Planner
+    from qlora_exp.planning.rows import RowCounter
 
     points = _points(spec)
     if points is None:
         return None
-    planner = Planner(budget_bytes=memory_bytes, records=read_runs(OutputPaths.of(spec.output_root))[0])
+    records = read_runs(OutputPaths.of(spec.output_root))[0]
+    planner = Planner(budget_bytes=memory_bytes, records=records, counter=RowCounter())
     return [planner.plan(point) for point in points]
 
 

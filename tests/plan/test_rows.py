@@ -1,0 +1,117 @@
+"""A plan counts the task's own rows, as the run will: without torch, by the tokenizer's file."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_exp import models
+from qlora_exp.cli import main
+from qlora_exp.compose import compose
+from qlora_exp.config import Config
+from qlora_exp.data import load_data
+from qlora_exp.one_run.predicting import row_lengths
+from qlora_exp.planning.rows import PlannedRows, RowCounter
+from tests.conftest import write_colour_task
+
+FEW = ["task.max_train_items=300"]
+
+
+def as_loaded(config: Config) -> PlannedRows:
+    """By transformers' tokenizer and the run's own loading."""
+    splits = load_data(config, models.load_tokenizer(config.model), config.training.max_length)
+    lengths = row_lengths(splits)
+    scored = sum(len(item.completion_ids) + len(item.end_ids) for item in splits.train)
+    mean, share = statistics.fmean(lengths), scored / sum(lengths)
+    return PlannedRows(len(lengths), len(lengths), mean, min(lengths), max(lengths), share)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.variant=instruct"],
+        ["task.format=chat"],  # by the instruct sibling's template
+        ["model.variant=instruct", "task.format=plain"],
+        ["task.system='Answer in one word.'", "model.variant=instruct"],
+    ],
+    ids=" ".join,
+)
+def test_rows_are_counted_as_a_run_tokenizes_them(overrides: list[str]) -> None:
+    config = compose([*FEW, *overrides])
+    assert RowCounter().of(config) == as_loaded(config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_rows_of_a_model_and_a_task_on_disk_are_counted(
+    family: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    task = write_colour_task(tmp_path / "colours.jsonl")
+    config = compose(["model=local", f"model.path={tiny_models[family]}", "task=local", f"task.path={task}"])
+    assert RowCounter().of(config) == as_loaded(config)
+
+
+def test_of_many_rows_some_stand_for_all() -> None:
+    config = compose([])
+    found, loaded = RowCounter().of(config), as_loaded(config)
+    assert found is not None
+    assert found.counted < found.rows == loaded.rows
+    assert found.mean_tokens == pytest.approx(loaded.mean_tokens, rel=0.03)
+    assert found.longest_tokens == pytest.approx(loaded.longest_tokens, rel=0.1)
+    assert found.loss_share == pytest.approx(loaded.loss_share, rel=0.05)
+
+
+def test_max_length_cuts_rows() -> None:
+    counter = RowCounter()
+    whole, cut = (counter.of(compose([*FEW, f"training.max_length={length}"])) for length in (512, 20))
+    assert whole is not None
+    assert cut is not None
+    assert cut.longest_tokens == 20 < whole.longest_tokens
+    assert cut.mean_tokens < whole.mean_tokens
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task=hub", "task.hub_id=nobody/nothing"],
+        ["model=llama3_1_8b"],
+        ["task=local", "task.path=nowhere.jsonl"],
+        ["task=local", "task.path=broken.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_rows_that_are_not_here_are_unknown(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.jsonl").write_text('{"prompt": "only half', encoding="utf-8")
+    assert RowCounter().of(compose(overrides)) is None
+    assert main(["plan", *overrides]) == 0
+    assert "with every row as long as training.max_length" in capsys.readouterr().out
+
+
+def test_the_plan_and_the_run_predict_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    given = [*FEW, "training.device=cpu", "training.max_steps=2", "training.batch_size=4", "evaluation=quick"]
+    given += ["evaluation.max_items=4", "tracking=off", f"output_root={tmp_path}"]
+    assert main(["plan", "--json", *given]) == 0
+    [planned] = json.loads(capsys.readouterr().out)
+    assert main(["run", *given]) == 0
+    [file] = tmp_path.glob("runs/*/record.json")
+    of_run = json.loads(file.read_text(encoding="utf-8"))["plan"]
+    assert planned["memory"]["peak_bytes"] == of_run["predicted_peak_train_bytes"] + of_run["predicted_context_bytes"]
+    assert planned["rows"]["mean_tokens"] * 8 == pytest.approx(of_run["predicted_train_tokens"], abs=0.5)
+    assert planned["seconds"] == (pytest.approx(of_run["predicted_train_seconds"]) if planned["seconds"] else None)
+
+
+def test_counting_rows_needs_no_torch() -> None:
+    program = "import sys; from qlora_exp.cli import main; main(['plan', 'model.variant=instruct', '--json'])"
+    told = "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", f"{program}\n{told}"], capture_output=True, text=True, check=True)
+    *said, modules = done.stdout.splitlines()
+    assert json.loads("\n".join(said))[0]["rows"]["counted"] > 0
+    assert modules.split() == ["False", "False"]
