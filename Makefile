@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 # Two OpenMP pools that spin on the same cores slow each other down many times over.
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
+# Without bytecode, every process that is started compiles this package anew: a second each.
+unexport PYTHONDONTWRITEBYTECODE
 DEMO_OUTPUT ?= outputs
 REPLAY_OUTPUT ?= outputs/reference_grid
 
