@@ -31,8 +31,11 @@ def rendered(
     Raises:
         jinja2.TemplateError: the template is no valid Jinja, or refuses the conversation.
     """
-    compiled = _compiled(template)
-    return compiled.render(messages=conversation, add_generation_prompt=generation_prompt, **tokens)
+    given = {"messages": conversation, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
+    try:
+        return _compiled(template).render(**given, **tokens)
+    except (ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from None
 
 
 @functools.lru_cache(maxsize=16)

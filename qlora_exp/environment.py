@@ -9,6 +9,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
+from qlora_exp import heap
 from qlora_exp.config import DeviceChoice
 from qlora_exp.errors import ConfigError
 from qlora_exp.paths import PACKAGE
@@ -64,6 +65,7 @@ def _environment(device: Device, torch_threads: int | None) -> Environment:
         omp_wait_policy=os.environ.get("OMP_WAIT_POLICY"),
         git_commit=commit,
         git_dirty=dirty,
+        glibc_tunables=heap.told(),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from qlora_exp import compose
+from qlora_exp import compose, heap
 from qlora_exp.app import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -144,7 +144,9 @@ def _in_own_process(config: Config) -> int:
     # Ctrl-C reaches the child too, which saves and says how to resume; this process only waits for it.
     previous = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        child = subprocess.Popen([sys.executable, "-m", "qlora_exp.job"], stdin=subprocess.PIPE, text=True)
+        environment = heap.environment() if heap.on_cpu(config.training.device.value) else {}
+        command, environment = [sys.executable, "-m", "qlora_exp.job"], {**os.environ, **environment}
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
         child.communicate(text)
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -17,11 +17,12 @@ PACKAGE = Path(qlora_exp.__file__).resolve().parent
 ELSEWHERE = {"conf", "sweeps", "plugins"}
 """Symlinks to top-level folders, and Hydra's plugin namespace, which is no room of ours."""
 
-FOUNDATION = {"errors", "paths"}
+FOUNDATION = {"errors", "heap", "paths"}
 """What every room may import; they import nothing of ours."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "heap": set(),
     "paths": set(),
     "redaction": set(),
     "measurement": set(),

@@ -235,11 +235,10 @@ def test_a_calibrated_machine_knows_beforehand_what_a_budget_will_buy(
     calibrated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if calibrated:
         machine = machine_of(replace(probe_without_torch(), torch_threads=1))
         write_json(rates_file(), {machine: {"fp32": 1e10}})
-    limited = ["training.device=cpu", "quantization=fp32", "budget.seconds=600", "tracking=off"]
+    limited = ["training.device=cpu", "training.threads=1", "quantization=fp32", "budget.seconds=600", "tracking=off"]
     asked = ask([*limited, "lora.r=4,8", "training.learning_rate=1e-4,1e-3,1e-2", "sweep.name=mine"])
     purse = Purse(budget_of(asked.config), OutputPaths.of("outputs"))
     [told] = what_it_buys(asked, Study.open(asked.spec, asked.paths), purse)

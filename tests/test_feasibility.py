@@ -231,8 +231,8 @@ def test_a_batch_that_no_half_divides_is_still_trained_whole() -> None:
 
 def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").absolute()))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    asked = ask(["training.device=cpu", "quantization=fp32", "budget.seconds=600", "tracking=off", "lora.r=4,8"])
+    limited = ["training.device=cpu", "training.threads=1", "quantization=fp32", "budget.seconds=600", "tracking=off"]
+    asked = ask([*limited, "lora.r=4,8"])
     purse = Purse(budget_of(asked.config), OutputPaths.of("outputs"))
     opened = Study.open(asked.spec, asked.paths)
     [unknown] = what_it_buys(asked, opened, purse)

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from qlora_exp import heap
 from qlora_exp.cli import (
     analyzing,
     compare,
@@ -51,6 +52,8 @@ machine.add_to(app)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 a run failed (or doctor found a problem), 2 wrong input, 130 interrupted."""
+    if arguments is None and sys.argv[1:2] in (["run"], ["rerun"]):
+        heap.begin_again_to_train(sys.argv[2:])
     # Completion asks the parser, not a verb: it never gets here with an error to tell.
     try:
         result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",

@@ -97,7 +97,9 @@ def plan(
         overrides = searched(overrides)
     asked = points_of(overrides)
     counter = RowCounter() if fit is None else None  # what fits a card is asked for lengths, not for one task's rows
-    planner = Planner(chosen, budget_bytes, _ended_runs(asked, chosen), counter)
+    planner = Planner(
+        chosen, budget_bytes, _ended_runs(asked, chosen), counter, hosts=asked.sampled or len(asked.points) > 1
+    )
     runs = [planner.plan(point) for point in asked.points]
     if all(run.memory is None for run in runs):
         raise_all(planner.problems)

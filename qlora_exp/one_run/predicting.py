@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from qlora_exp import heap
 from qlora_exp.calibration import known_rate
 from qlora_exp.config import Config
 from qlora_exp.data import Splits
@@ -64,6 +65,7 @@ def peak_of(
         length=max(lengths),
         padded=min(lengths) < max(lengths),
         loss_share=scored / sum(lengths),
+        joined_heap=heap.joins(environment.glibc_tunables),
     )
 
 

@@ -23,18 +23,29 @@ HEAD_BYTES_WITHOUT_TRITON = 29
 """A logit in a tile's backward pass in plain torch, besides the tile itself (``_backward_tile``): y, z, log p, p and
 the gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
 
-CODE_BYTES = 44_000_000
-"""On CPUs: code and data that the libraries load at first use, after imports."""
-GAPS_LAYERS = 0.74
-"""On CPUs: of what forward keeps without checkpointing, what stays resident as gaps between it; with checkpointing the
-layers that are computed again leave as much. glibc serves aligned requests of less than 32 MiB from its heap, where the
-gap that a freed tensor leaves is a little too small for the next of its size."""
-GAPS_LOGITS = 0.25
-"""Of the head's bytes, where its tensors are below 32 MiB."""
+
+@dataclass(frozen=True)
+class Heap:
+    """What a CPU's process holds beyond its tensors. glibc serves aligned requests of less than 32 MiB from its heap,
+    where the gap that a freed tensor leaves is a little too small for the next of its size."""
+
+    code_bytes: float
+    """Code and data that the libraries load at first use, after imports."""
+    gaps_layers: float
+    """Of what forward keeps without checkpointing, what stays resident as gaps between it; with checkpointing the
+    layers that are computed again leave as much."""
+    gaps_logits: float
+    """Of the head's bytes, where its tensors are below 32 MiB."""
+    recomputed: float
+    """With checkpointing, how many times what one layer keeps, which is computed again."""
+
+
+PLAIN_HEAP = Heap(44e6, 0.74, 0.25, 0.0)
+JOINED_HEAP = Heap(74e6, 0.0, 0.25, 1.45)
+"""glibc as it is, and as :mod:`qlora_exp.heap` tells it to be. Fitted to the rows of llama, gpt2 and gpt_neox in
+docs/predicted_memory_plain.csv and docs/predicted_memory.csv: docs/plan_accuracy.md."""
 MAPPED_FROM_BYTES = 32 * 2**20
-"""glibc's largest threshold (``M_MMAP_THRESHOLD``): larger requests are mapped one by one, and given back at once.
-The two shares above are fitted to docs/predicted_memory.csv, rows of llama, gpt2 and gpt_neox: docs/plan_accuracy.md.
-"""
+"""glibc's largest threshold (``M_MMAP_THRESHOLD``): larger requests are mapped one by one, and given back at once."""
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """Driver, kernels and cuBLAS workspaces on the card, outside of torch's allocator. Not confirmed: no GPU at hand."""
@@ -72,12 +83,14 @@ def predicted_peak(
     length: int | None = None,
     padded: bool = True,
     loss_share: float = 1.0,
+    joined_heap: bool = False,
 ) -> Peak:
     """The peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
 
     ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. ``length``: tokens of the longest row, if
     known (else ``training.max_length``); ``padded``: rows differ in length; ``loss_share``: the share of tokens that
-    carry a loss, which alone get logits.
+    carry a loss, which alone get logits. ``joined_heap``: on a CPU, whether the process runs as
+    :mod:`qlora_exp.heap` has it.
     """
     shape = _Shape.of(config, architecture, device_kind, bf16, length)
     wanted = set(modules)
@@ -102,7 +115,8 @@ def predicted_peak(
     unpacked = _unpacked(architecture, config, shape)
     outer = shape.tokens * (kept.outside + (kept.inputs if shape.checkpointing else kept.layers))
     if not shape.cuda:
-        return _peak(_Moment(resting, outer, logits, 0, _gaps(kept, architecture, shape, logits, scored)), shape)
+        heap = JOINED_HEAP if joined_heap else PLAIN_HEAP
+        return _peak(_Moment(resting, outer, logits, 0, _gaps(heap, kept, architecture, shape, logits, scored)), shape)
     recomputed = shape.tokens * kept.layer * 2 if shape.checkpointing else 0
     at_head = _Moment(resting, outer, logits, 0, 0)
     in_layer = _Moment(resting + adapters.gradient_bytes, outer + recomputed, 0, unpacked, 0)
@@ -170,11 +184,11 @@ def _matrix(weight: WeightShape) -> int:
     return weight.in_features * weight.out_features
 
 
-def _gaps(kept: Kept, architecture: Architecture, shape: _Shape, logits: float, scored: int) -> float:
-    """What a CPU's process holds beyond its tensors."""
+def _gaps(heap: Heap, kept: Kept, architecture: Architecture, shape: _Shape, logits: float, scored: int) -> float:
     tile = min(scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
     in_heap = logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0
-    return CODE_BYTES + GAPS_LAYERS * shape.tokens * kept.layers + GAPS_LOGITS * in_heap
+    layers = heap.gaps_layers * kept.layers + (heap.recomputed * kept.layer if shape.checkpointing else 0.0)
+    return heap.code_bytes + shape.tokens * layers + heap.gaps_logits * in_heap
 
 
 def _peak(moment: _Moment, shape: _Shape) -> Peak:

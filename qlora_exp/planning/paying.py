@@ -28,14 +28,14 @@ class Payment:
 
 class Cashier:
     """Looks at the machine, its rates and the prices once. ``records``: finished runs, whose rates go before the
-    machine's calibration.
+    machine's calibration. ``hosts``: whether trial hosts will train, which share the cores.
 
     Raises:
         ConfigError: the table of prices can't be read.
     """
 
-    def __init__(self, records: Sequence[RunRecord] = ()) -> None:
-        self._records = records
+    def __init__(self, records: Sequence[RunRecord] = (), hosts: bool = False) -> None:
+        self._records, self._hosts = records, hosts
         self._rates: dict[tuple[str, Quantization, int | None], Rate | None] = {}
         self._prices: Mapping[str, float] = read_prices()
 
@@ -63,7 +63,7 @@ class Cashier:
         )
 
     def _rate(self, config: Config, device: PlanDevice) -> Rate | None:
-        mode, threads = config.quantization.mode, _threads(config)
+        mode, threads = config.quantization.mode, _threads(config, self._hosts)
         key = (device.name, mode, threads)
         if key not in self._rates:
             on_cpu = device.kind == "cpu"
@@ -76,12 +76,13 @@ class Cashier:
         return rate_from_records(self._records, machine_of(here), mode.value) or known_rate(here, mode)
 
 
-def _threads(config: Config) -> int | None:
-    """Of one run: trials at once share the cores; alone, torch takes OMP_NUM_THREADS, or all of them."""
-    told, cores = os.environ.get("OMP_NUM_THREADS", ""), available_cores()
-    at_once = (config.workers.count if config.workers is not None else None) or 1
+def _threads(config: Config, hosts: bool) -> int | None:
+    """Of one run: trial hosts share the cores; alone, torch takes OMP_NUM_THREADS, or all of them."""
+    cores = available_cores()
     if config.training.threads is not None:
         return config.training.threads
-    if at_once > 1:
+    if hosts:
+        at_once = (config.workers.count if config.workers is not None else None) or 1
         return max(1, (cores or 1) // at_once)
-    return int(told) if told.isdigit() else cores
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(told) if told.isdecimal() and int(told) > 0 else cores

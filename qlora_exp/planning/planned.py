@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qlora_exp import heap
 from qlora_exp.config import Config, ModelConfig, TargetsConfig
 from qlora_exp.errors import QloraExpError
 from qlora_exp.plan import Architecture, WeightShape, compute_dtype, int8_dora
@@ -78,7 +79,7 @@ class Planner:
     """Plans points one after the other; what several have in common is worked out once. ``device``: for all of them, in
     place of each one's own; ``budget_bytes``: the memory to fit into, in place of ``budget.memory_bytes`` and the
     device's; ``records``: finished runs, by which seconds are told; ``counter``: counts the tasks' rows, which are
-    taken for as long as ``training.max_length`` without it."""
+    taken for as long as ``training.max_length`` without it; ``hosts``: trial hosts will train."""
 
     def __init__(
         self,
@@ -86,13 +87,14 @@ class Planner:
         budget_bytes: int | None = None,
         records: Sequence[RunRecord] = (),
         counter: RowCounter | None = None,
+        hosts: bool = False,
     ) -> None:
         self._device = device
         self._budget_bytes = budget_bytes
         self._architectures: dict[str, Architecture | QloraExpError] = {}
         self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
         self._bases: dict[tuple[Any, ...], BaseBytes] = {}
-        self._cashier = Cashier(records)
+        self._cashier = Cashier(records, hosts)
         self._counter = counter
         self._problems: dict[str, QloraExpError] = {}
 
@@ -227,8 +229,10 @@ def _described(model: ModelConfig) -> Architecture:
 def _peak(
     architecture: Architecture, names: Sequence[str], config: Config, device: PlanDevice, rows: PlannedRows | None
 ) -> int:
+    joined = heap.joins(heap.tunables())
     if rows is None:
-        return predicted_peak(architecture, names, config, device.kind, bf16=device.bf16).needed_bytes
+        peak = predicted_peak(architecture, names, config, device.kind, bf16=device.bf16, joined_heap=joined)
+        return peak.needed_bytes
     return predicted_peak(
         architecture,
         names,
@@ -238,6 +242,7 @@ def _peak(
         length=rows.longest_tokens,
         padded=rows.shortest_tokens < rows.longest_tokens,
         loss_share=rows.loss_share,
+        joined_heap=joined,
     ).needed_bytes
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_exp.config import Config, TaskSource
+from qlora_exp.config import Config, InvalidRows, TaskKind, TaskSource
 from qlora_exp.data import Example, load_rows, resolve_format
 from qlora_exp.data.formatting import Encoding, check_tokenizer, encode
 from qlora_exp.errors import QloraExpError
@@ -42,8 +42,7 @@ class RowCounter:
         if config.task.source is TaskSource.hub:  # reading it may mean to download it
             return None
         model = config.model
-        which = (model.family, model.variant.value, model.path or "", model.revision or "", model.chat_template or "")
-        key = (*which, repr(config.task), resolve_format(config))
+        key = (repr(model), repr(config.task), resolve_format(config))
         if key not in self._counted:
             try:
                 self._counted[key] = _counted(config)
@@ -55,24 +54,42 @@ class RowCounter:
 
 @dataclass(frozen=True)
 class _Counted:
-    """Tokens of each row: all of them, and of these its completion and end. ``drawn`` rows of a larger file stand for
-    all, ``longest`` for its longest."""
+    """Tokens of each row: its prompt, completion and end. ``drawn`` rows of a larger file stand for all, ``longest``
+    for its longest. ``refused``: of the drawn, those that no format can write."""
 
     rows: int
-    drawn: tuple[tuple[int, int], ...]
-    longest: tuple[tuple[int, int], ...]
+    refused: int
+    drawn: tuple[tuple[int, int, int], ...]
+    longest: tuple[tuple[int, int, int], ...]
+    options: bool
+    """The completions are options, which half of is none."""
+    drop: bool
 
-    def cut_at(self, max_length: int) -> PlannedRows:
-        lengths = [min(whole, max_length) for whole, _ in self.drawn]
-        ends = [min(whole, max_length) for whole, _ in self.longest]
+    def cut_at(self, max_length: int) -> PlannedRows | None:
+        drawn = [cut for row in self.drawn if (cut := _cut(row, max_length, self.options)) is not None]
+        longest = [cut for row in self.longest if (cut := _cut(row, max_length, self.options)) is not None]
+        given, counted = len(self.drawn) + self.refused, len(self.drawn) + len(self.longest)
+        if not drawn or (not self.drop and (self.refused or len(drawn) + len(longest) < counted)):
+            return None  # the run will refuse them
+        lengths = [whole for whole, _ in drawn]
         return PlannedRows(
-            rows=self.rows,
-            counted=len(self.drawn) + len(self.longest),
+            rows=round(self.rows * len(drawn) / given),
+            counted=len(drawn) + len(longest),
             mean_tokens=statistics.fmean(lengths),
             shortest_tokens=min(lengths),
-            longest_tokens=max([*lengths, *ends]),
-            loss_share=sum(scored for _, scored in self.drawn) / sum(whole for whole, _ in self.drawn),
+            longest_tokens=max(whole for whole, _ in (*drawn, *longest)),
+            loss_share=sum(scored for _, scored in drawn) / sum(lengths),
         )
+
+
+def _cut(row: tuple[int, int, int], max_length: int, options: bool) -> tuple[int, int] | None:
+    """A row's tokens and those that carry a loss, cut as ``load_data`` cuts; ``None``: it refuses the row."""
+    prompt, completion, end = row
+    room = max_length - prompt
+    if room <= 0 or (options and room < completion):
+        return None
+    scored = min(completion + end, room)
+    return prompt + scored, scored
 
 
 def _counted(config: Config) -> _Counted | None:
@@ -87,15 +104,21 @@ def _counted(config: Config) -> _Counted | None:
     if len(rows) > DRAWN + LONGEST:
         drawn = random.Random(0).sample(rows, DRAWN)
         longest = sorted(rows, key=_characters)[-LONGEST:]
-    counted = _Counted(len(rows), _tokens(drawn, tokenizer, format), _tokens(longest, tokenizer, format))
-    return counted if counted.drawn else None
+    tokens = _tokens(drawn, tokenizer, format)
+    return _Counted(
+        rows=len(rows),
+        refused=len(drawn) - len(tokens),
+        drawn=tokens,
+        longest=_tokens(longest, tokenizer, format),
+        options=config.task.kind is TaskKind.classification,
+        drop=config.task.invalid_rows is InvalidRows.drop,
+    )
 
 
 def _characters(example: Example) -> int:
     return sum(len(message.content) for message in example.messages) + len(example.completion)
 
 
-def _tokens(examples: Sequence[Example], tokenizer: FileTokenizer, format: str) -> tuple[tuple[int, int], ...]:
+def _tokens(examples: Sequence[Example], tokenizer: FileTokenizer, format: str) -> tuple[tuple[int, int, int], ...]:
     encodings = [one for one in encode(examples, tokenizer, format) if isinstance(one, Encoding)]
-    scored = [len(one.completion_ids) + len(one.end_ids) for one in encodings]
-    return tuple((len(one.prompt_ids) + each, each) for one, each in zip(encodings, scored, strict=True))
+    return tuple((len(one.prompt_ids), len(one.completion_ids), len(one.end_ids)) for one in encodings)

@@ -100,8 +100,13 @@ def _total(
 
 def rows_told(runs: Sequence[PlannedRun]) -> list[str]:
     """By which rows peaks and times are told: a sentence for each task, tokenizer and length among them."""
-    found = dict.fromkeys(run.rows for run in runs if run.memory is not None)
-    return [f"peak and time: {_rows(rows)}" for rows in found]
+    first: dict[PlannedRows | None, PlannedRun] = {}
+    for run in runs:
+        if run.memory is not None:
+            first.setdefault(run.rows, run)
+    whose = {rows: f", {name_of(run)}" if len(first) > 1 else "" for rows, run in first.items()}
+    told = [f"peak and time{name}: {_rows(rows)}" for rows, name in whose.items()]
+    return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
 
 
 def _rows(rows: PlannedRows | None) -> str:

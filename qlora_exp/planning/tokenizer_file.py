@@ -14,7 +14,7 @@ from qlora_exp.chat_templates import rendered
 from qlora_exp.config import ModelConfig
 from qlora_exp.paths import EMBEDDED
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class FileTokenizer:
@@ -37,7 +37,9 @@ class FileTokenizer:
         self.eos_token = self._named.get("eos_token")
         self.chat_template = chat_template or _template(folder, settings)
         self.added_tokens_decoder: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
-        self.all_special_tokens = list(self._named.values())
+        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+        more = [_token(one) for one in (extra.values() if isinstance(extra, dict) else extra)]
+        self.all_special_tokens = [*self._named.values(), *(text for text in more if text is not None)]
 
     def __call__(self, texts: str | Sequence[str], add_special_tokens: bool = True) -> dict[str, Any]:
         if isinstance(texts, str):
@@ -56,17 +58,17 @@ class FileTokenizer:
 def tokenizer_of(model: ModelConfig) -> FileTokenizer | None:
     """The tokenizer of ``model``'s checkpoint where its file is on this machine: in the package, in ``model.path``, or
     in the Hub's cache. ``None``: it isn't, or can't be read."""
-    folder = _folder(model)
-    if folder is None:
-        return None
     try:
+        folder = _folder(model)
+        if folder is None:
+            return None
         given = Path(model.chat_template).expanduser().read_text(encoding="utf-8") if model.chat_template else None
         found = FileTokenizer(folder, given)
         if not found.chat_template and model.variant.value == "base":
             sibling = _cached(model.checkpoints.get("instruct"), None)
             found.chat_template = _template(sibling, _settings(sibling)) if sibling is not None else None
         return found
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # the last: a home folder of nobody
         return None
 
 
@@ -87,9 +89,13 @@ def _cached(checkpoint: str | None, revision: str | None) -> Path | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    read = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return read if isinstance(read, dict) else {}
+    """What the tokenizer's files say of its tokens; tokenizer_config.json goes before the older file."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = folder / name
+        read = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found |= {key: value for key, value in read.items() if value is not None} if isinstance(read, dict) else {}
+    return found
 
 
 def _token(value: Any) -> str | None:

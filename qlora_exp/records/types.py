@@ -58,6 +58,8 @@ class Environment:
     omp_wait_policy: str | None
     git_commit: str | None
     git_dirty: bool | None
+    glibc_tunables: str | None = None
+    """What the C library's heap was told when the process started; ``None``: nothing."""
 
 
 @dataclass(frozen=True)

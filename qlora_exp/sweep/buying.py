@@ -124,7 +124,7 @@ def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | No
     if points is None:
         return None
     records = read_runs(OutputPaths.of(spec.output_root))[0]
-    planner = Planner(budget_bytes=memory_bytes, records=records, counter=RowCounter())
+    planner = Planner(budget_bytes=memory_bytes, records=records, counter=RowCounter(), hosts=True)
     return [planner.plan(point) for point in points]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_exp import heap
 from qlora_exp.config import DeviceChoice, Engine
 from qlora_exp.environment import available_cores
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
@@ -141,4 +142,4 @@ def threads_per_host(asked: int | None, slots: int, kept: Path) -> int:
 def environment_of(gpu: str | None, threads: int) -> Mapping[str, str]:
     """A host's environment variables, read by libraries when they are imported."""
     fixed = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return fixed if gpu is None else {**fixed, "CUDA_VISIBLE_DEVICES": gpu}
+    return {**fixed, **heap.environment()} if gpu is None else {**fixed, "CUDA_VISIBLE_DEVICES": gpu}

@@ -66,13 +66,34 @@ def test_of_many_rows_some_stand_for_all() -> None:
     assert found.loss_share == pytest.approx(loaded.loss_share, rel=0.05)
 
 
-def test_max_length_cuts_rows() -> None:
+@pytest.mark.parametrize(
+    "overrides", [["training.max_length=20"], ["training.max_length=40", "task.kind=generation", "task.goal=null"]]
+)
+def test_rows_are_cut_and_refused_as_a_run_does(overrides: list[str]) -> None:
     counter = RowCounter()
-    whole, cut = (counter.of(compose([*FEW, f"training.max_length={length}"])) for length in (512, 20))
-    assert whole is not None
-    assert cut is not None
-    assert cut.longest_tokens == 20 < whole.longest_tokens
-    assert cut.mean_tokens < whole.mean_tokens
+    dropping = compose([*FEW, *overrides, "task.invalid_rows=drop"])
+    assert counter.of(dropping) == as_loaded(dropping)
+    assert counter.of(compose([*FEW, *overrides])) is None  # the run will refuse them
+
+
+def test_a_template_sees_what_transformers_shows_it(tmp_path: Path) -> None:
+    template = tmp_path / "told.jinja"
+    template.write_text(
+        "{% if tools is not none %}a tool{% endif %}{% for message in messages %}<{{ message.role }}>\n"
+        "{{ message.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}",
+        encoding="utf-8",
+    )
+    config = compose([*FEW, "task.format=chat", f"model.chat_template={template}"])
+    assert RowCounter().of(config) == as_loaded(config)
+    template.write_text("{{ 1 / 0 }}", encoding="utf-8")
+    assert RowCounter().of(config) is None
+
+
+def test_each_checkpoint_counts_with_its_own_tokenizer(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    task = write_colour_task(tmp_path / "colours.jsonl")
+    counter, given = RowCounter(), ["model=local", "task=local", f"task.path={task}"]
+    configs = [compose([*given, f"model.path={tiny_models[family]}"]) for family in ("llama", "gpt2")]
+    assert [counter.of(config) for config in configs] == [as_loaded(config) for config in configs]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +121,7 @@ def test_the_plan_and_the_run_predict_the_same(capsys: pytest.CaptureFixture[str
     given += ["evaluation.max_items=4", "tracking=off", f"output_root={tmp_path}"]
     assert main(["plan", "--json", *given]) == 0
     [planned] = json.loads(capsys.readouterr().out)
-    assert main(["run", *given]) == 0
+    subprocess.run([sys.executable, "-m", "qlora_exp.cli", "run", *given], check=True, capture_output=True)
     [file] = tmp_path.glob("runs/*/record.json")
     of_run = json.loads(file.read_text(encoding="utf-8"))["plan"]
     assert planned["memory"]["peak_bytes"] == of_run["predicted_peak_train_bytes"] + of_run["predicted_context_bytes"]
