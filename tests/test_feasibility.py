@@ -105,6 +105,7 @@ def test_what_several_workers_refuse_is_refused_once(capsys: pytest.CaptureFixtu
     assert len(runs()) == 17
 
 
+@pytest.mark.faults
 def test_a_space_in_which_nothing_fits_ends_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     search = ["lora.r=int(interval(64,128))", "sweep.sampler=random", "sweep.n_trials=5"]
     for _ in range(2):
@@ -221,6 +222,7 @@ def test_a_smaller_micro_batch_divides_the_batch() -> None:
     assert (halved(5, 5), halved(9, 9), halved(12, 12), halved(16, 48)) == (1, 3, 6, 8)
 
 
+@pytest.mark.faults
 def test_a_batch_that_no_half_divides_is_still_trained_whole() -> None:
     rule = MemoryRule(85_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=2)
     record = execute(compose([*SMALL, "training.batch_size=15"]), memory=rule)

@@ -40,9 +40,9 @@ def test_a_run_has_it_through_every_door(door: list[str], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("chosen", ["", "glibc.malloc.arena_max=2"])
-@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
-def test_what_the_user_has_told_glibc_stays(door: list[str], chosen: str, tmp_path: Path) -> None:
-    assert told(door, tmp_path, GLIBC_TUNABLES=chosen) == chosen
+@pytest.mark.parametrize("door", ["the verb", "a sweep's host"])
+def test_what_the_user_has_told_glibc_stays(door: str, chosen: str, tmp_path: Path) -> None:
+    assert told(DOORS[door], tmp_path, GLIBC_TUNABLES=chosen) == chosen
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ def test_two_workers_that_joblib_carries_share_one_study(tmp_path: Path) -> None
     assert not survivors(root)
 
 
+@pytest.mark.faults
 def test_after_a_carried_worker_was_killed_the_same_command_goes_on(tmp_path: Path) -> None:
     root = tmp_path / "outputs"
     command = multirun(root, "lora.r=1,2,4,8", *SLEEP, "training.sleep_seconds=2", *JOBLIB)

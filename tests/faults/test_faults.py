@@ -108,6 +108,7 @@ def test_a_sweep_stops_at_too_many_failures(tmp_path: Path, limit: str, started:
     assert "max_failures" in text
 
 
+@pytest.mark.faults
 def test_eight_orchestrators_start_cold_on_one_fresh_study(tmp_path: Path) -> None:
     """One study, one tracking database, nothing there before: each trial once."""
     root = tmp_path / "outputs"
