@@ -66,6 +66,10 @@ class ModelSource:
         return arguments
 
 
+READS_PADDING = {"rwkv"}
+"""Recurrent architectures whose code in transformers has no attention mask."""
+
+
 def resolve_source(model: ModelConfig) -> ModelSource:
     """Find ``model``'s checkpoint and check all that can be checked without loading it.
 
@@ -108,6 +112,9 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         what = f"{config.model_type} is no architecture that generates text left to right"
         raise ModelError(what, source.where, "give a causal language model: Llama, Qwen, GPT-2 …")
+    if config.model_type in READS_PADDING:
+        what = f"{config.model_type} reads padding as text in transformers: rows of a batch would get wrong scores"
+        raise ModelError(what, source.where, "give a model that takes an attention mask: Llama, Qwen, Mamba …")
     return config
 
 

@@ -63,6 +63,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no model_type": (lambda folder: edit(folder, model_type=None), ["model_type"]),
     "misspelt model_type": (lambda folder: edit(folder, model_type="lama"), ["lama", "llama"]),
     "no causal language model": (lambda folder: edit(folder, model_type="vit"), ["vit"]),
+    "no attention mask": (lambda folder: edit(folder, model_type="rwkv"), ["rwkv", "padding"]),
     "remote code": (
         lambda folder: edit(folder, model_type="own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"}),
         ["code", "never"],
