@@ -190,6 +190,7 @@ def test_two_names_with_one_folder_are_told_apart(capsys: pytest.CaptureFixture[
         ("workers.lease_seconds=1", "lease"),
         ("workers.hang_seconds=0", "workers.hang_seconds must be above 0"),
         ("sweep.n_trials=0", "sweep.n_trials must be at least 1"),
+        ("sweep.name=''", "a study's name can't be empty"),
         ("sweep.max_failures=-1", "sweep.max_failures must be at least 0"),
         ("sweep.max_attempts=0", "sweep.max_attempts must be at least 1"),
         ("sweep.out_of_memory_retries=-1", "sweep.out_of_memory_retries must be at least 0"),

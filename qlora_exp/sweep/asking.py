@@ -61,6 +61,8 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     fixed = [text for text in overrides if compose.key_of(text) not in swept]
     raw = compose.compose_raw(fixed)
     settings = settings_of(raw.sweep, SweepConfig)
+    if settings.name is not None and not settings.name.strip():
+        raise ConfigError("a study's name can't be empty", "sweep.name", "sweep.name=NAME, or null: by its command")
     declared = {**(params or {}), **settings.params}
     texts = {**declared, **swept}
     # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
