@@ -71,9 +71,16 @@ def test_a_program_that_calls_the_command_is_not_begun_again(tmp_path: Path) -> 
     assert json.loads(record.read_text(encoding="utf-8"))["environment"]["glibc_tunables"] is None
 
 
-def test_a_command_that_asks_something_else_does_not_begin_again(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["-m", "lora.r=4,8"], ["--cfg", "job"], ["--multirun"]):
-        heap.begin_again_to_train(arguments)  # it would not come back
+def test_a_command_that_asks_something_else_does_not_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[object] = []
+    monkeypatch.delenv(heap.VARIABLE, raising=False)
+    monkeypatch.setattr(os, "execve", lambda *arguments: begun.append(arguments))
+    for arguments, again in ((["lora.r=4", "training.device=cpu"], 1), (["--help"], 0), (["-m", "lora.r=4,8"], 0)):
+        begun.clear()
+        monkeypatch.setattr(sys, "argv", ["qlora-exp", *arguments])
+        monkeypatch.setattr(sys, "orig_argv", ["python", "qlora-exp", *arguments])
+        heap.begin_again_to_train([*arguments, "training.device=cpu"])
+        assert len(begun) == again, arguments
     assert heap.joins(heap.JOINED)
     assert not heap.joins(None)
     assert not heap.joins("glibc.malloc.tcache_count=0")
