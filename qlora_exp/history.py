@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qlora_exp.errors import RecordError, nearest
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
-from qlora_exp.records import RunRecord, read_record
+from qlora_exp.records import RunRecord, Status, read_record
 
 LAST = "last"
+NEWEST = 100
+"""Of the runs there are, how many tell what the next one takes."""
 
 
 def run_folders(outputs: OutputPaths) -> Iterator[RunPaths]:
@@ -30,6 +33,35 @@ def read_runs(outputs: OutputPaths) -> tuple[list[RunRecord], list[RecordError]]
         except RecordError as error:
             unreadable.append(error)
     return sorted(records, key=lambda record: record.started_at), unreadable
+
+
+class EndedRuns:
+    """The newest :data:`NEWEST` ended runs under ``output_root``, each read once: what the next one is told by."""
+
+    def __init__(self, outputs: OutputPaths) -> None:
+        self._outputs = outputs
+        self._seen: dict[str, RunRecord] = {}
+
+    def records(self) -> list[RunRecord]:
+        """Those that have ended by now, in no order; a record that can't be read is left out."""
+        for name in self._newest():
+            if name not in self._seen:
+                try:
+                    record = read_record(RunPaths(self._outputs.runs / name).record)
+                except RecordError:
+                    continue  # torn, or not written yet: it is looked at again
+                if record.status is not Status.RUNNING:
+                    self._seen[name] = record
+        return list(self._seen.values())
+
+    def _newest(self) -> list[str]:
+        """By when their folders changed last: the ids of a study's runs don't begin with the time."""
+        try:
+            with os.scandir(self._outputs.runs) as entries:
+                changed = {entry.name: entry.stat().st_mtime_ns for entry in entries}
+        except FileNotFoundError:
+            return []
+        return sorted(changed, key=lambda name: (changed[name], name))[-NEWEST:]
 
 
 def find_run(run: str, outputs: OutputPaths) -> RunPaths:

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {
         *("calibration", "chat_templates", "checks", "compose", "config", "data", "environment", "models"),
         *("overrides", "plan"),
-        *("rank_doubling", "records", "study", "tables"),
+        *("rank_doubling", "records", "redaction", "study", "tables"),
     },
     "models": {"catalogue", "chat_templates", "checks", "config", "plan"},
     "calibration": {"config", "measurement", "models", "plan", "records"},
@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "endings",
             "evaluation",
             "few_shot",
+            "history",
             "measurement",
         ),
         *("checks", "metrics", "models", "plan", "records", "redaction", "tables", "train", "untouched"),

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -208,7 +209,9 @@ def test_a_budget_is_no_axis(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("limit", "name"), [("budget.tokens=400", "tokens"), ("budget.seconds=3", "seconds")])
-def test_a_real_training_that_a_budget_ends_keeps_its_checkpoint_and_is_scored(limit: str, name: str) -> None:
+def test_a_real_training_that_a_budget_ends_keeps_its_checkpoint_and_is_scored(
+    limit: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = [
         "training.max_steps=2000",
         "training.batch_size=2",
@@ -219,6 +222,10 @@ def test_a_real_training_that_a_budget_ends_keeps_its_checkpoint_and_is_scored(l
     assert main(["run", *small, *device, limit]) == 0
     [record] = records()
     assert record.training is not None
+    if name == "tokens":
+        told = re.search(r"budget.tokens=400 buys about (\d+) of 2000 steps", capsys.readouterr().err)
+        assert told is not None
+        assert int(told[1]) == pytest.approx(record.training.steps, rel=0.5)
     assert record.training.ended_by_budget == name
     assert not record.training.stopped_early
     assert 0 < record.training.steps < 2000

@@ -14,6 +14,8 @@ import pytest
 
 from qlora_exp import records
 from qlora_exp.errors import RecordError
+from qlora_exp.history import NEWEST, EndedRuns
+from qlora_exp.paths import OutputPaths
 from qlora_exp.records import Device, Environment, Memory, RunRecord, Scores, ScoreTable, Status
 
 
@@ -103,3 +105,21 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_record(tmp_path: Path) -> 
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         assert len(json.loads(path.read_text())["filler"]) == 200_000
+
+
+def test_the_newest_ended_runs_are_read_and_one_that_ends_later_is_looked_at_again(tmp_path: Path) -> None:
+    outputs = OutputPaths.of(tmp_path)
+    for number in range(NEWEST + 5):
+        folder = outputs.run(f"run-{number}")
+        records.write_json(folder.record, make_record().replace(run_id=f"run-{number}"))
+        os.utime(folder.folder, ns=(0, 1_000_000_000 * (NEWEST + 5 - number)))  # the first is the newest
+    running = outputs.run("run-0").record
+    records.write_json(running, make_record().replace(run_id="run-0", status=Status.RUNNING))
+    outputs.run("run-1").record.write_text("{torn", encoding="utf-8")
+    for name, seconds in (("run-0", 1000), ("run-1", 1001)):
+        os.utime(outputs.run(name).folder, ns=(0, 1_000_000_000 * seconds))
+    ended = EndedRuns(outputs)
+    assert {one.run_id for one in ended.records()} == {f"run-{number}" for number in range(2, NEWEST)}
+    records.write_json(running, make_record().replace(run_id="run-0"))
+    assert "run-0" in {one.run_id for one in ended.records()}
+    assert EndedRuns(OutputPaths.of(tmp_path / "none")).records() == []

@@ -90,6 +90,7 @@ def plan(
     chosen = device_called(named) if named is not None else None
     budget_bytes = size_bytes(fit) if fit is not None else None
     if sizes:
+        _alone("--sizes", {"--fit": fit is not None, "--html": html is not None})
         return _sizes(overrides, chosen, as_json)
     if fit is not None:
         from qlora_exp.planning.fit import searched
@@ -110,6 +111,16 @@ def plan(
     return _show(runs, asked) if fit is None else _show_fitting(runs, fit)
 
 
+def _alone(option: str, given: dict[str, bool]) -> None:
+    """Raises:
+    ConfigError: an option was given, too, that would not be heeded."""
+    from qlora_exp.errors import ConfigError
+
+    for other in (name for name, is_given in given.items() if is_given):
+        what = f"{option} lists the weights in every quantization, and {other} says nothing to that"
+        raise ConfigError(what, f"{option} {other}", f"one call for {option}, another for {other}")
+
+
 def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[str], str | None]:
     """Overrides, a sweep's name among them as ``sweeps=NAME``, and the device that they name."""
     given = given_overrides(source, arguments)
@@ -121,14 +132,14 @@ def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[s
 
 def _ended_runs(asked: Asked, device: PlanDevice | None) -> Sequence[RunRecord]:
     """By whose rates this CPU's are told; a card's are those of its calibration."""
-    from qlora_exp.history import read_runs
+    from qlora_exp.history import EndedRuns
     from qlora_exp.paths import OutputPaths
     from qlora_exp.planning.devices import device_of
 
     config = next((point.config for point in asked.points if point.config is not None), None)
     if config is None or (device or device_of(config)).kind != "cpu":
         return ()
-    return read_runs(OutputPaths.of(config.output_root))[0]
+    return EndedRuns(OutputPaths.of(config.output_root)).records()
 
 
 def _told(runs: Sequence[PlannedRun], asked: Asked) -> list[str]:

@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_exp.checks import check
-from qlora_exp.config import Checkpointing, ComputeDtype, Config, Quantization, to_plain
+from qlora_exp.config import Checkpointing, Config, Quantization, to_plain
 from qlora_exp.one_run.predicting import peak_of, row_lengths
 from qlora_exp.one_run.preparing import Prepared
-from qlora_exp.plan import compute_dtype
 from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, Need, bound_of, fit_into, key_of
 from qlora_exp.plan.peak import Peak
-from qlora_exp.plan.weights import base_bytes
+from qlora_exp.plan.weights import in_mode, smallest_base
 from qlora_exp.records import Environment, Fit, Plan, Refusal
 from qlora_exp.tables import bytes_text
 
@@ -58,7 +57,8 @@ def need_of(planned: Plan) -> Need:
 
 def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit) -> tuple[str, str]:
     """What is wrong, and what to do."""
-    mode, least = _smallest_base(config, prepared, environment)
+    device = environment.device
+    mode, least = smallest_base(prepared.architecture, config.quantization, device.kind, device.bf16)
     if least > fit.bound_bytes:
         what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
         return what, f"a smaller model, or at least budget.memory_bytes={fit.corrected_bytes}"
@@ -99,18 +99,6 @@ def _parts(peak: Peak) -> str:
     return ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
 
 
-def _smallest_base(config: Config, prepared: Prepared, environment: Environment) -> tuple[Quantization, int]:
-    def size(mode: Quantization) -> int:
-        quantization = _in_mode(config, mode).quantization
-        dtype = compute_dtype(quantization, environment.device.kind, environment.device.bf16)
-        found = base_bytes(prepared.architecture, quantization, dtype)
-        return found.base_weight_bytes + found.quantization_state_bytes
-
-    sizes = {mode: size(mode) for mode in Quantization}
-    mode = min(sizes, key=lambda one: sizes[one])
-    return mode, sizes[mode]
-
-
 def _smaller(config: Config, prepared: Prepared, fits: Callable[[Config], bool]) -> Iterator[tuple[str, Config]]:
     """Of each setting the nearest smaller value that would make it fit by itself."""
     for values in _settings(config, prepared):
@@ -147,5 +135,4 @@ def _smallest(config: Config) -> tuple[str, Config]:
 
 
 def _in_mode(config: Config, mode: Quantization) -> Config:
-    quantization = replace(config.quantization, mode=mode, compute_dtype=ComputeDtype.auto)
-    return replace(config, quantization=quantization)
+    return replace(config, quantization=in_mode(config.quantization, mode))

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from qlora_exp import heap
 from qlora_exp.calibration import known_rate
-from qlora_exp.config import Config
+from qlora_exp.config import Config, to_plain
 from qlora_exp.data import Splits
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.peak import Peak, predicted_peak
-from qlora_exp.plan.seconds import predicted_seconds, predicted_usd, train_flops_per_token
-from qlora_exp.records import Environment, Plan
+from qlora_exp.plan.seconds import predicted_seconds, predicted_usd, seen_of, train_flops_per_token
+from qlora_exp.records import Environment, Plan, RunRecord
+from qlora_exp.redaction import redact
 
 
 def with_predictions(
@@ -23,12 +24,15 @@ def with_predictions(
     architecture: Architecture,
     modules: Sequence[str],
     splits: Splits,
+    ended: Sequence[RunRecord],
 ) -> Plan:
-    """The plan with what memory, time and money are expected to be, for the rows that there are."""
+    """The plan with what memory, time and money are expected to be, for the rows that there are; ``ended``: runs that
+    say how fast this machine is, before its calibration does."""
     device, lengths = environment.device, row_lengths(splits)
     peak = peak_of(config, environment, architecture, modules, splits)
     row = statistics.fmean(lengths)
-    rate = known_rate(environment, config.quantization.mode)
+    seen = seen_of(ended, environment, redact(to_plain(config)))
+    rate = seen.rate or known_rate(environment, config.quantization.mode)
     tokens = config.training.max_tokens or round(planned.max_steps * planned.batch_size * row)
     seconds = predicted_seconds(architecture, modules, config, device.kind, rate, tokens=tokens, length=row)
     usd = predicted_usd(seconds, config.budget.usd_per_hour)
@@ -47,6 +51,7 @@ def with_predictions(
         predicted_train_seconds_high=seconds.high if seconds else None,
         predicted_train_seconds_basis=seconds.basis if seconds else None,
         predicted_train_usd=usd.middle if usd else None,
+        predicted_other_seconds=seen.other.middle if seen.other else None,
     )
 
 

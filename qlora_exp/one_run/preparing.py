@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_exp import models, plan
-from qlora_exp.budget import limits_of
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.data import Splits, check_positions, load_data, load_rows
 from qlora_exp.errors import ConfigError, DataError
+from qlora_exp.history import EndedRuns
 from qlora_exp.metrics import hub_metric
+from qlora_exp.one_run.affording import check_budget_buys_a_step, what_it_buys
 from qlora_exp.one_run.bases import Bases
 from qlora_exp.one_run.predicting import row_lengths, with_predictions
+from qlora_exp.paths import OutputPaths
 from qlora_exp.plan import Architecture
 from qlora_exp.records import Environment, Plan
 
@@ -30,6 +32,8 @@ class Prepared:
     tokenizer: Any
     splits: Splits
     architecture: Architecture
+    told: tuple[str, ...]
+    """What the run's budget will buy."""
 
 
 def prepare(config: Config, environment: Environment, bases: Bases | None = None) -> Prepared:
@@ -53,9 +57,10 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
-    planned = with_predictions(planned, config, environment, architecture, modules, splits)
-    _check_budget_buys_a_step(config, planned, splits)
-    return Prepared(planned, modules, tokenizer, splits, architecture)
+    ended = bases.kept("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
+    planned = with_predictions(planned, config, environment, architecture, modules, splits, ended.records())
+    check_budget_buys_a_step(config, planned, splits)
+    return Prepared(planned, modules, tokenizer, splits, architecture, tuple(what_it_buys(config, planned, splits)))
 
 
 def _state_of_files(path: str | None) -> Hashable:
@@ -77,23 +82,6 @@ def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
     if shots is not None and shots > len(splits.train):
         what = f"{shots} worked examples can't be drawn from {len(splits.train)} training items"
         raise DataError(what, f"evaluation.few_shots={shots}", f"at most {len(splits.train)}")
-
-
-def _check_budget_buys_a_step(config: Config, planned: Plan, splits: Splits) -> None:
-    """By the shortest rows and the fastest that this machine is predicted to be, where that is known."""
-    budget = config.budget
-    fastest = planned.predicted_train_seconds_low
-    seconds = fastest / planned.max_steps if fastest is not None else None
-    least = {
-        "seconds": seconds,
-        "tokens": planned.batch_size * min(row_lengths(splits)),
-        "usd": seconds * budget.usd_per_hour / 3600.0 if seconds is not None and budget.usd_per_hour else None,
-    }
-    for name, limit in limits_of(budget).items():
-        step = least.get(name)
-        if step is not None and step > limit:
-            what = f"the budget doesn't buy one step, which takes {step:.3g} at the least"
-            raise ConfigError(what, f"budget.{name} = {limit:g}", f"budget.{name}={step * planned.max_steps:.3g} or so")
 
 
 SHORT_ROWS_SIGMAS = 4.0

@@ -59,6 +59,8 @@ def _straight_line(
     paths, meter = progress.paths, progress.meter
     cache = OutputPaths.of(config.output_root).cache
     progress.resident_bytes = measurement.resident_bytes()
+    for text in prepared.told:
+        observer.note(text)
 
     progress.enter("load", observer)
     with meter.phase("load"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from qlora_exp.config import Config
 from qlora_exp.plan import gradient_checkpointing, lora_parameters
 from qlora_exp.plan.activations import layers_of
 from qlora_exp.plan.architecture import Architecture
-from qlora_exp.records import RunRecord
+from qlora_exp.plan.feasibility import key_of
+from qlora_exp.records import Device, Environment, RunRecord, Status
 
 CALIBRATED_SHARE = (0.2, 0.45, 0.9)
 """Of the calibration's rate, what a training reaches: low, middle, high. The calibration multiplies matrices; a step
@@ -38,6 +39,13 @@ class Interval:
     def times(self, factor: float) -> Interval:
         return Interval(self.low * factor, self.middle * factor, self.high * factor, self.basis)
 
+    def plus(self, other: Interval | None) -> Interval:
+        """Ends added to ends: wider than chance would have it, never narrower."""
+        if other is None:
+            return self
+        basis = f"{self.basis}; {other.basis}"
+        return Interval(self.low + other.low, self.middle + other.middle, self.high + other.high, basis)
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -46,6 +54,14 @@ class Rate:
     flops_per_second: Interval
     machine: str
     quantization: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the runs that ended say of one more. ``other``: its seconds beside training. ``None`` is unknown."""
+
+    rate: Rate | None
+    other: Interval | None
 
 
 def train_flops_per_token(
@@ -112,32 +128,71 @@ def rate_from_calibration(flops_per_second: float, machine: str, quantization: s
     return Rate(Interval(low, middle, high, basis), machine, quantization)
 
 
-def rate_from_records(records: Iterable[RunRecord], machine: str, quantization: str) -> Rate | None:
-    """What finished trainings reached on ``machine`` (see :func:`machine_of`) in ``quantization``: the geometric mean
-    and a 90 % prediction interval for one more run, t over the logarithms of their rates (one record: a factor of 2
-    either way). ``None`` where none has finished."""
-    logs = [
-        math.log(rate)
+def seen_of(records: Sequence[RunRecord], environment: Environment, config: Mapping[str, Any]) -> Seen:
+    """What ``records`` say of a run in ``environment`` with ``config`` (as a record holds it)."""
+    machine, device = machine_of(environment), environment.device
+    rate = rate_from_records(records, machine, config["quantization"]["mode"], key_of(config, device))
+    return Seen(rate, other_seconds(records, machine, config, device))
+
+
+def rate_from_records(records: Iterable[RunRecord], machine: str, quantization: str, kin: str) -> Rate | None:
+    """What trainings that ended on ``machine`` (see :func:`machine_of`) in ``quantization`` reached, those of ``kin``
+    alone (see :func:`~qlora_exp.plan.feasibility.key_of`) where there are any: as :func:`_expected`. ``None`` where
+    none has ended."""
+    found = [
+        (key_of(record.config, record.environment.device) == kin, rate)
         for record in records
         if machine_of(record.environment) == machine
         and (record.config.get("quantization") or {}).get("mode") == quantization
         and (rate := achieved_flops_per_second(record)) is not None
     ]
-    if not logs:
+    speed = _expected([rate for of_kin, rate in found if of_kin] or [rate for _, rate in found], "training")
+    return Rate(speed, machine, quantization) if speed is not None else None
+
+
+def other_seconds(
+    records: Iterable[RunRecord], machine: str, config: Mapping[str, Any], device: Device
+) -> Interval | None:
+    """Seconds of a run beside its training: loading the base, and scoring before and after. As those that completed on
+    ``machine`` took, of the same base and quantization with the same task and evaluation, whether the untouched base's
+    scores were read or measured: as :func:`_expected`. ``None`` where none has.
+
+    ``config``: as a record holds it.
+    """
+    kin = key_of(config, device)
+    seconds = [
+        record.speed.total_seconds - record.speed.train_seconds
+        for record in records
+        if record.status is Status.COMPLETED
+        and not record.synthetic
+        and not record.earlier_failures
+        and record.speed.total_seconds is not None
+        and record.speed.train_seconds is not None
+        and machine_of(record.environment) == machine
+        and key_of(record.config, record.environment.device) == kin
+        and all(record.config.get(section) == config.get(section) for section in ("task", "evaluation"))
+    ]
+    return _expected([one for one in seconds if one > 0], "run")
+
+
+def _expected(values: Sequence[float], what: str) -> Interval | None:
+    """The geometric mean and a 90 % prediction interval for one more, t over the logarithms (of one value: a factor of
+    2 either way; never more than 4); ``None`` of none."""
+    if not values:
         return None
+    logs = [math.log(value) for value in values]
     count, mean = len(logs), statistics.fmean(logs)
     half = math.log(2.0)
     if count > 1:
         t = T_90[count - 1] if count <= len(T_90) else 1.7
         half = min(2 * math.log(2.0), t * statistics.stdev(logs) * math.sqrt(1 + 1 / count))
-    basis = f"{count} finished training{'s' if count > 1 else ''} here, 90 % interval for one more"
-    speed = Interval(math.exp(mean - half), math.exp(mean), math.exp(mean + half), basis)
-    return Rate(speed, machine, quantization)
+    basis = f"{count} finished {what}{'s' if count > 1 else ''} here, 90 % interval for one more"
+    return Interval(math.exp(mean - half), math.exp(mean), math.exp(mean + half), basis)
 
 
 def achieved_flops_per_second(record: RunRecord) -> float | None:
-    """Operations that a finished training made a second, by the same count as the prediction's; ``None`` for records
-    without it (``plan.train_flops_per_token``), or that did not complete."""
+    """Operations that a training made a second, by the same count as the prediction's; ``None`` for records without it
+    (``plan.train_flops_per_token``), or that had no step measured."""
     plan, rate = record.plan, record.speed.train_tokens_per_second
     if plan is None or plan.train_flops_per_token is None or rate is None or record.synthetic:
         return None

@@ -6,12 +6,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from qlora_exp.checks import QUANTIZED
-from qlora_exp.config import LoraConfig, Quantization, QuantizationConfig
-from qlora_exp.plan import adapter_dtype, lora_parameters
+from qlora_exp.config import ComputeDtype, LoraConfig, Quantization, QuantizationConfig
+from qlora_exp.plan import adapter_dtype, compute_dtype, lora_parameters
 from qlora_exp.plan.architecture import DTYPES, Architecture, WeightShape
 
 BLOCK = 64
@@ -35,6 +35,10 @@ class BaseBytes:
 
     base_weight_bytes: int
     quantization_state_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.base_weight_bytes + self.quantization_state_bytes
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,25 @@ def base_bytes(architecture: Architecture, quantization: QuantizationConfig, dty
         else:
             weights += matrix * shape.element_bytes[column]
     return BaseBytes(weights, state)
+
+
+def in_mode(quantization: QuantizationConfig, mode: Quantization) -> QuantizationConfig:
+    """The same settings in another mode, computed in what that takes by default."""
+    return replace(quantization, mode=mode, compute_dtype=ComputeDtype.auto)
+
+
+def smallest_base(
+    architecture: Architecture, quantization: QuantizationConfig, device_kind: str, bf16: bool
+) -> tuple[Quantization, int]:
+    """The mode in which the base takes the least memory by itself, and its bytes."""
+
+    def size(mode: Quantization) -> int:
+        other = in_mode(quantization, mode)
+        return base_bytes(architecture, other, compute_dtype(other, device_kind, bf16)).total_bytes
+
+    sizes = {mode: size(mode) for mode in Quantization}
+    mode = min(sizes, key=lambda one: sizes[one])
+    return mode, sizes[mode]
 
 
 def quantization_state(shape: WeightShape, quantization: QuantizationConfig) -> int:

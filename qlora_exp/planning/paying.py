@@ -5,29 +5,37 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qlora_exp.calibration import known_card_rate, known_rate
-from qlora_exp.config import Config, Quantization
+from qlora_exp.config import Config, to_plain
 from qlora_exp.environment import available_cores, probe_without_torch
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.prices import read_prices, usd_per_hour
-from qlora_exp.plan.seconds import Rate, machine_of, predicted_seconds, predicted_usd, rate_from_records
+from qlora_exp.plan.seconds import Interval, Seen, predicted_seconds, predicted_usd, seen_of
 from qlora_exp.planning.devices import PlanDevice
 from qlora_exp.records import RunRecord
+from qlora_exp.redaction import redact
 
 
 @dataclass(frozen=True)
 class Payment:
-    """Seconds and US dollars of training, each with its interval (low, high); ``None`` is unknown."""
+    """Seconds of training; other seconds, of loading and scoring; US dollars of both, of training alone where the
+    others aren't known. Each with its interval (low, high); ``None`` is unknown."""
 
     seconds: float | None
     seconds_interval: tuple[float, float] | None
+    other_seconds: float | None
+    other_seconds_interval: tuple[float, float] | None
     usd: float | None
     usd_interval: tuple[float, float] | None
 
 
+UNKNOWN = Payment(None, None, None, None, None, None)
+
+
 class Cashier:
-    """Looks at the machine, its rates and the prices once. ``records``: finished runs, whose rates go before the
+    """Looks at the machine, its rates and the prices once. ``records``: ended runs, whose rates go before the
     machine's calibration. ``hosts``: whether trial hosts will train, which share the cores.
 
     Raises:
@@ -36,7 +44,7 @@ class Cashier:
 
     def __init__(self, records: Sequence[RunRecord] = (), hosts: bool = False) -> None:
         self._records, self._hosts = records, hosts
-        self._rates: dict[tuple[str, Quantization, int | None], Rate | None] = {}
+        self._known: dict[tuple[Any, ...], Seen] = {}
         self._prices: Mapping[str, float] = read_prices()
 
     def payment(
@@ -47,33 +55,36 @@ class Cashier:
         modules: Sequence[str],
         length: float | None = None,
     ) -> Payment:
-        """Training alone. ``length``: tokens of a mean row; unknown, every row counts as long as
-        ``training.max_length``, an upper bound."""
-        rate = self._rate(config, device)
-        seconds = predicted_seconds(architecture, modules, config, device.kind, rate, length=length)
+        """``length``: tokens of a mean row; unknown, every row counts as long as ``training.max_length``, an upper
+        bound."""
+        seen = self._seen(config, device)
+        seconds = predicted_seconds(architecture, modules, config, device.kind, seen.rate, length=length)
         hourly = config.budget.usd_per_hour
         if hourly is None:
             hourly = usd_per_hour(device.kind, device.card, self._prices)
-        usd = predicted_usd(seconds, hourly)
-        return Payment(
-            seconds.middle if seconds else None,
-            (seconds.low, seconds.high) if seconds else None,
-            usd.middle if usd else None,
-            (usd.low, usd.high) if usd else None,
-        )
+        usd = predicted_usd(seconds.plus(seen.other) if seconds else None, hourly)
+        return Payment(*_told(seconds), *_told(seen.other), *_told(usd))
 
-    def _rate(self, config: Config, device: PlanDevice) -> Rate | None:
-        mode, threads = config.quantization.mode, _threads(config, self._hosts)
-        key = (device.name, mode, threads)
-        if key not in self._rates:
-            on_cpu = device.kind == "cpu"
-            self._rates[key] = self._cpu_rate(mode, threads) if on_cpu else known_card_rate(device.card, mode)
-        return self._rates[key]
+    def _seen(self, config: Config, device: PlanDevice) -> Seen:
+        threads = _threads(config, self._hosts)
+        quantization, sections = config.quantization.mode, (config.model, config.task, config.evaluation)
+        key = (device.name, quantization, threads, repr(sections))
+        if key not in self._known:
+            if device.kind == "cpu":
+                self._known[key] = self._of_cpu(config, threads)
+            else:
+                self._known[key] = Seen(known_card_rate(device.card, quantization), None)
+        return self._known[key]
 
-    def _cpu_rate(self, mode: Quantization, threads: int | None) -> Rate | None:
+    def _of_cpu(self, config: Config, threads: int | None) -> Seen:
         """As a run with so many threads would find it."""
         here = replace(probe_without_torch(), torch_threads=threads)
-        return rate_from_records(self._records, machine_of(here), mode.value) or known_rate(here, mode)
+        seen = seen_of(self._records, here, redact(to_plain(config)))
+        return replace(seen, rate=seen.rate or known_rate(here, config.quantization.mode))
+
+
+def _told(interval: Interval | None) -> tuple[float | None, tuple[float, float] | None]:
+    return (None, None) if interval is None else (interval.middle, (interval.low, interval.high))
 
 
 def _threads(config: Config, hosts: bool) -> int | None:

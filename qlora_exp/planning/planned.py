@@ -16,7 +16,7 @@ from qlora_exp.plan.tables import known_architecture
 from qlora_exp.plan.targets import resolve_targets
 from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
 from qlora_exp.planning.devices import PlanDevice, device_of
-from qlora_exp.planning.paying import Cashier
+from qlora_exp.planning.paying import UNKNOWN, Cashier
 from qlora_exp.planning.points import Point
 from qlora_exp.planning.rows import PlannedRows, RowCounter
 from qlora_exp.records import RunRecord
@@ -57,7 +57,9 @@ class PlannedDisk:
 class PlannedRun:
     """One configuration's plan. ``fits`` is ``None`` where the device's memory or the peak isn't known, ``False`` also
     for what can't be run at all; ``reason`` says why in words. ``rows`` is ``None`` where they aren't known here: peak
-    and seconds are then those of rows as long as ``training.max_length``."""
+    and seconds are then those of rows as long as ``training.max_length``. ``seconds`` are of training,
+    ``other_seconds`` of loading and scoring, by runs like it; ``usd`` is of both, of training alone where the others
+    aren't known."""
 
     params: dict[str, Any]
     settings: dict[str, Any]
@@ -69,6 +71,8 @@ class PlannedRun:
     rows: PlannedRows | None
     seconds: float | None
     seconds_interval: tuple[float, float] | None
+    other_seconds: float | None
+    other_seconds_interval: tuple[float, float] | None
     usd: float | None
     usd_interval: tuple[float, float] | None
     fits: bool | None
@@ -185,10 +189,7 @@ class Planner:
             memory=memory,
             disk=PlannedDisk(adapters.file_bytes, adapters.checkpoint_bytes),
             rows=rows,
-            seconds=paid.seconds,
-            seconds_interval=paid.seconds_interval,
-            usd=paid.usd,
-            usd_interval=paid.usd_interval,
+            **vars(paid),
             fits=fits,
             reason=reason,
         )
@@ -206,10 +207,7 @@ class Planner:
             memory=None,
             disk=None,
             rows=None,
-            seconds=None,
-            seconds_interval=None,
-            usd=None,
-            usd_interval=None,
+            **vars(UNKNOWN),
             fits=False,
             reason=f"can't be run: {'; '.join(one.what for one in parts)}",
         )

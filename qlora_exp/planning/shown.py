@@ -28,6 +28,7 @@ PARTS = {
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
 LONGEST = "with every row as long as training.max_length; a run is predicted again from the rows there are"
 DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
+UNSEEN = "loading and scoring not counted: unknown until runs like these have ended here"
 BAR_CHARACTERS = 24
 REASONS_SHOWN = 8
 ROWS_SHOWN = 40
@@ -46,14 +47,18 @@ def _object(run: PlannedRun) -> dict[str, Any]:
 
 def plan_table(runs: Sequence[PlannedRun]) -> Table:
     """One row for all configurations with the same figures, the first :data:`ROWS_SHOWN` rows."""
-    table = simple_table("configuration", "trainable", "memory by part", "peak", "fits", "time", "usd", "disk")
+    scored = any(run.other_seconds is not None for run in runs)
+    columns = ["configuration", "trainable", "memory by part", "peak", "fits", "training", "usd", "disk"]
+    if scored:
+        columns.insert(6, "load, score")
+    table = simple_table(*columns)
     scale = _scale(runs)
     alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
     for run in runs:
-        figures = (run.trainable_parameters, run.memory, run.disk, run.fits, run.seconds, run.usd)
+        figures = (run.trainable_parameters, run.memory, run.disk, run.fits, run.seconds, run.other_seconds, run.usd)
         alike.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
     for first, *others in list(alike.values())[:ROWS_SHOWN]:
-        table.add_row(*_row(first, scale, f" (and {len(others):,} alike)" if others else ""))
+        table.add_row(*_row(first, scale, f" (and {len(others):,} alike)" if others else "", scored))
     if len(alike) > ROWS_SHOWN:
         table.add_row(f"… and {len(alike) - ROWS_SHOWN:,} more rows: --json or --html FILE has them all")
     return table
@@ -70,9 +75,9 @@ def summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> st
 
 
 def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None:
-    """Time and money of training all that may be run, one after the other, with their intervals added up; of a search
-    between them, of ``searched`` trials that take their mean, or all the least or the most. Where one of them is
-    unknown: what would tell it. ``None``: nothing fits."""
+    """Time and money of all that may be run, one after the other, with their intervals added up; of a search between
+    them, of ``searched`` trials that take their mean, or all the least or the most. Where one of them is unknown: what
+    would tell it. ``None``: nothing fits."""
     counted = [run for run in runs if run.fits is not False]
     if not counted:
         return None
@@ -80,10 +85,15 @@ def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None
     if seconds is None:
         return "training: seconds unknown; qlora-exp calibrate, on the machine that is to train, measures its rate"
     told = f"training: {_duration(seconds[0], seconds[1:])}"
+    other = _total([run.other_seconds for run in counted], [run.other_seconds_interval for run in counted], searched)
+    if other is not None:
+        told = f"{told}, loading and scoring: {_duration(other[0], other[1:])}"
     usd = _total([run.usd for run in counted], [run.usd_interval for run in counted], searched)
     price = "usd unknown: no price in conf/prices.yaml; budget.usd_per_hour=PRICE"
     told = f"{told}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
-    return told if searched is None else f"{told}, for {searched:,} trials of a search between them"
+    if searched is not None:
+        told = f"{told}, for {searched:,} trials of a search between them"
+    return told if other is not None else f"{told}; {UNSEEN}"
 
 
 def _total(
@@ -144,6 +154,7 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
             "fits": _verdict(run),
             "reason": run.reason,
             "seconds": _duration(run.seconds, run.seconds_interval),
+            "other_seconds": _duration(run.other_seconds, run.other_seconds_interval),
             "usd": _ranged(run.usd, run.usd_interval),
             "disk": bytes_text(run.disk.checkpoint_bytes if run.disk else None),
         }
@@ -164,7 +175,8 @@ def name_of(run: PlannedRun) -> str:
     return f"{settings['model']} {settings['quantization']} r={settings['r']} {settings['targets']}"
 
 
-def _row(run: PlannedRun, scale: int, more: str) -> list[str]:
+def _row(run: PlannedRun, scale: int, more: str, scored: bool) -> list[str]:
+    other = [_duration(run.other_seconds, run.other_seconds_interval)] if scored else []
     return [
         f"{name_of(run)}{more}",
         number(run.trainable_parameters, 0),
@@ -172,6 +184,7 @@ def _row(run: PlannedRun, scale: int, more: str) -> list[str]:
         _peak(run.memory),
         _verdict(run),
         _duration(run.seconds, run.seconds_interval),
+        *other,
         _ranged(run.usd, run.usd_interval),
         bytes_text(run.disk.checkpoint_bytes if run.disk else None),
     ]

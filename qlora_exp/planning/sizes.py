@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from qlora_exp.config import ComputeDtype, Config, Quantization
+from qlora_exp.config import Config, Quantization
 from qlora_exp.plan import compute_dtype
-from qlora_exp.plan.weights import adapter_bytes
-from qlora_exp.planning.devices import PlanDevice, device_of
+from qlora_exp.plan.weights import adapter_bytes, in_mode
+from qlora_exp.planning.devices import PlanDevice
 from qlora_exp.planning.planned import Planner
 from qlora_exp.tables import bytes_text, simple_table
 
@@ -70,11 +70,6 @@ def sizes_of(config: Config, device: PlanDevice) -> Sizes:
     )
 
 
-def smallest_base(config: Config, planner: Planner) -> Size:
-    """The mode of ``config``'s model that takes the least memory by itself, on the device of its own."""
-    return min((_size(config, mode, planner, device_of(config)) for mode in BITS), key=lambda size: size.total_bytes)
-
-
 def sizes_table(sizes: Sizes) -> Table:
     """One row a mode, and the adapters."""
     table = simple_table("quantization", "bits", "unquantized rest", "weights", "quantization state", "together")
@@ -92,7 +87,7 @@ def adapters_text(sizes: Sizes) -> str:
 
 
 def _size(config: Config, mode: Quantization, planner: Planner, device: PlanDevice) -> Size:
-    quantization = replace(config.quantization, mode=mode, compute_dtype=ComputeDtype.auto)
+    quantization = in_mode(config.quantization, mode)
     base = planner.base(replace(config, quantization=quantization), device)
     return Size(
         quantization=mode.value,
@@ -100,5 +95,5 @@ def _size(config: Config, mode: Quantization, planner: Planner, device: PlanDevi
         remainder_dtype=compute_dtype(quantization, device.kind, device.bf16),
         base_weight_bytes=base.base_weight_bytes,
         quantization_state_bytes=base.quantization_state_bytes,
-        total_bytes=base.base_weight_bytes + base.quantization_state_bytes,
+        total_bytes=base.total_bytes,
     )

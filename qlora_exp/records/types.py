@@ -123,6 +123,9 @@ class Plan:
     predicted_train_seconds_high: float | None = None
     predicted_train_seconds_basis: str | None = None
     predicted_train_usd: float | None = None
+    predicted_other_seconds: float | None = None
+    """What the run was expected to take beside its training, to load and to score; ``None`` where none like it has
+    ended, and in records of versions that didn't say."""
 
 
 @dataclass(frozen=True)

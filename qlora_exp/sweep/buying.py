@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_exp import compose
 from qlora_exp.budget import Account, Purse, budget_of
+from qlora_exp.config import Config, Quantization
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.paths import OutputPaths
 from qlora_exp.study.types import StudySpec
@@ -73,16 +74,16 @@ def _cost(runs: Sequence[PlannedRun] | None, account: Account) -> tuple[Cost | N
         basis = f"{count} finished trial{'s' if count > 1 else ''}"
         return (min(account.costs), statistics.fmean(account.costs), max(account.costs)), basis
     whose = "the task's rows" if _by_rows(runs or ()) else "rows as long as training.max_length"
-    return _planned_cost(runs or (), account.name), f"the predicted training of {whose}"
+    scored = bool(runs) and all(run.other_seconds is not None for run in runs or ())
+    what = "predicted training" if not scored else "predicted training, loading and scoring"
+    return _planned_cost(runs or (), account.name), f"the {what} of {whose}"
 
 
 def _planned_cost(runs: Sequence[PlannedRun], name: str) -> Cost | None:
     """The mean over the space's points (of an interval, its ends); ``None`` where one of them isn't known."""
     if name not in ("seconds", "usd"):
         return None
-    middles = [run.seconds if name == "seconds" else run.usd for run in runs]
-    intervals = [run.seconds_interval if name == "seconds" else run.usd_interval for run in runs]
-    known = [(each[0], middle, each[1]) for each, middle in zip(intervals, middles, strict=True) if each and middle]
+    known = [cost for run in runs if (cost := _seconds(run) if name == "seconds" else _usd(run)) is not None]
     if len(known) < len(runs) or not known:
         return None
     return (
@@ -92,38 +93,52 @@ def _planned_cost(runs: Sequence[PlannedRun], name: str) -> Cost | None:
     )
 
 
+def _seconds(run: PlannedRun) -> Cost | None:
+    if run.seconds is None or run.seconds_interval is None:
+        return None
+    (low, high), (other_low, other_high) = run.seconds_interval, run.other_seconds_interval or (0.0, 0.0)
+    return low + other_low, run.seconds + (run.other_seconds or 0.0), high + other_high
+
+
+def _usd(run: PlannedRun) -> Cost | None:
+    return (run.usd_interval[0], run.usd, run.usd_interval[1]) if run.usd is not None and run.usd_interval else None
+
+
 def check_memory(asked: Asked) -> None:
     """Raises:
     ConfigError: no quantization of any base model of the search fits into ``budget.memory_bytes``."""
+    from qlora_exp.plan.weights import smallest_base
+    from qlora_exp.planning.devices import device_of
     from qlora_exp.planning.planned import Planner
-    from qlora_exp.planning.sizes import smallest_base
 
     memory_bytes = budget_of(asked.config).memory_bytes
     configs = [point.config for point in _points(asked.spec) or () if point.config is not None]
     if memory_bytes is None or not configs:
         return
     planner = Planner()
-    least = min((smallest_base(config, planner) for config in configs), key=lambda size: size.total_bytes)
-    if least.total_bytes > memory_bytes:
-        what = f"no quantization of this base fits: {least.quantization}, the smallest, takes"
-        raise ConfigError(
-            f"{what} {bytes_text(least.total_bytes)} by itself",
-            f"budget.memory_bytes = {memory_bytes}",
-            f"a smaller model, or more than budget.memory_bytes={least.total_bytes}",
-        )
+
+    def smallest(config: Config) -> tuple[Quantization, int]:
+        device = device_of(config)
+        return smallest_base(planner.architecture(config.model), config.quantization, device.kind, device.bf16)
+
+    mode, least = min((smallest(config) for config in configs), key=lambda found: found[1])
+    if least > memory_bytes:
+        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
+        hint = f"a smaller model, or more than budget.memory_bytes={least}"
+        raise ConfigError(what, f"budget.memory_bytes = {memory_bytes}", hint)
 
 
 def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | None:
     """The space's points, planned by the rates of the runs that have ended here, else by the machine's calibration.
-    Training alone; ``None``: as :func:`_points`."""
-    from qlora_exp.history import read_runs
+    ``None``: as :func:`_points`."""
+    from qlora_exp.history import EndedRuns
     from qlora_exp.planning.planned import Planner
     from qlora_exp.planning.rows import RowCounter
 
     points = _points(spec)
     if points is None:
         return None
-    records = read_runs(OutputPaths.of(spec.output_root))[0]
+    records = EndedRuns(OutputPaths.of(spec.output_root)).records()
     planner = Planner(budget_bytes=memory_bytes, records=records, counter=RowCounter(), hosts=True)
     return [planner.plan(point) for point in points]
 

@@ -13,6 +13,7 @@ import pytest
 
 from qlora_exp.cli import main
 from qlora_exp.compose import compose
+from qlora_exp.config import to_plain
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.planning.devices import device_called, size_bytes
 from qlora_exp.planning.points import points_of
@@ -275,7 +276,10 @@ def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     one = Planner(device_called("rtx4090")).plan(point)
     assert one.seconds is not None
     searched = costs([one], searched=2)
-    assert searched == f"{costs([one, one])}, for 2 trials of a search between them"
+    alone = costs([one, one])
+    assert alone is not None
+    told, unseen = alone.split("; ")
+    assert searched == f"{told}, for 2 trials of a search between them; {unseen}"
     told = costs([replace(one, seconds=5400.0, seconds_interval=(3600.0, 9000.0), usd=12.0, usd_interval=(8.0, 20.0))])
     assert told is not None
     assert told.startswith("training: 1.5 h (1–2.5), 12 usd (8–20)")
@@ -298,9 +302,33 @@ def test_finished_runs_here_tell_the_seconds_before_a_calibration_does(
     )  # fmt: skip
     record = RunRecord(
         SCHEMA_VERSION, "a-run", "a-run", Status.COMPLETED, "2026-01-01T00:00:00Z", None,
-        {"quantization": {"mode": "nf4"}}, here, plan=plan, speed=Speed(train_tokens_per_second=1000.0),
+        to_plain(compose(["model=embedded", "quantization=nf4"])), here, plan=plan,
+        speed=Speed(train_tokens_per_second=1000.0, total_seconds=100.0, train_seconds=60.0),
     )  # fmt: skip
     write_json(tmp_path / "outputs" / "runs" / "a-run" / "record.json", to_dict(record))
     asked = ("model=embedded", "quantization=nf4", "training.threads=1")
     assert planned(capsys, *asked, f"output_root={tmp_path / 'none'}")[0]["seconds"] is None
-    assert planned(capsys, *asked, f"output_root={tmp_path / 'outputs'}")[0]["seconds"] > 0
+    asked += (f"output_root={tmp_path / 'outputs'}", "budget.usd_per_hour=1")
+    [found] = planned(capsys, *asked)
+    assert found["seconds"] > 0
+    assert found["other_seconds"] == pytest.approx(40.0)
+    assert found["other_seconds_interval"] == pytest.approx([20.0, 80.0])
+    assert found["usd"] == pytest.approx((found["seconds"] + 40.0) / 3600.0)
+    assert main(["plan", *asked]) == 0
+    told = capsys.readouterr().out
+    assert "loading and scoring: 40 s (20–80)" in told
+    assert "load, score" in told
+    [found] = planned(capsys, *asked, "evaluation=quick")
+    assert found["other_seconds"] is None
+    assert main(["plan", *asked, "evaluation=quick"]) == 0
+    assert "loading and scoring not counted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [["--fit", "24GB"], ["--html", "page.html"]])
+def test_sizes_refuse_an_option_that_they_would_not_heed(
+    other: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--sizes", *other, "model=llama3_1_8b"]) == 2
+    assert f"--sizes {other[0]}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

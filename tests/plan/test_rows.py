@@ -116,17 +116,34 @@ def test_rows_that_are_not_here_are_unknown(
     assert "with every row as long as training.max_length" in capsys.readouterr().out
 
 
-def test_the_plan_and_the_run_predict_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_plan_and_the_run_predict_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "uncalibrated"))
     given = [*FEW, "training.device=cpu", "training.max_steps=2", "training.batch_size=4", "evaluation=quick"]
     given += ["evaluation.max_items=4", "tracking=off", f"output_root={tmp_path}"]
     assert main(["plan", "--json", *given]) == 0
     [planned] = json.loads(capsys.readouterr().out)
     subprocess.run([sys.executable, "-m", "qlora_exp.cli", "run", *given], check=True, capture_output=True)
     [file] = tmp_path.glob("runs/*/record.json")
-    of_run = json.loads(file.read_text(encoding="utf-8"))["plan"]
+    record = json.loads(file.read_text(encoding="utf-8"))
+    of_run = record["plan"]
     assert planned["memory"]["peak_bytes"] == of_run["predicted_peak_train_bytes"] + of_run["predicted_context_bytes"]
     assert planned["rows"]["mean_tokens"] * 8 == pytest.approx(of_run["predicted_train_tokens"], abs=0.5)
-    assert planned["seconds"] == (pytest.approx(of_run["predicted_train_seconds"]) if planned["seconds"] else None)
+    assert planned["seconds"] is None
+    assert of_run["predicted_train_seconds"] is None
+
+    assert main(["plan", "--json", *given]) == 0  # now by the run that ended
+    [planned] = json.loads(capsys.readouterr().out)
+    limited = [*given, "budget.seconds=600"]
+    told = subprocess.run([sys.executable, "-m", "qlora_exp.cli", "run", *limited], check=True, capture_output=True)
+    [file] = set(tmp_path.glob("runs/*/record.json")) - {file}
+    of_run = json.loads(file.read_text(encoding="utf-8"))["plan"]
+    assert planned["seconds"] == pytest.approx(of_run["predicted_train_seconds"])
+    assert planned["other_seconds"] == pytest.approx(of_run["predicted_other_seconds"])
+    speed = record["speed"]
+    assert planned["other_seconds"] == pytest.approx(speed["total_seconds"] - speed["train_seconds"])
+    assert "budget.seconds=600 buys about 2 of 2 steps" in told.stderr.decode()
 
 
 def test_counting_rows_needs_no_torch() -> None:

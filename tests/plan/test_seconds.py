@@ -14,11 +14,13 @@ from qlora_exp.config import Quantization
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.errors import ConfigError
 from qlora_exp.plan import Architecture, WeightShape
+from qlora_exp.plan.feasibility import key_of
 from qlora_exp.plan.prices import read_prices, usd_per_hour
 from qlora_exp.plan.seconds import (
     Interval,
     Rate,
     machine_of,
+    other_seconds,
     predicted_seconds,
     predicted_usd,
     rate_from_calibration,
@@ -52,12 +54,22 @@ def test_seconds_and_dollars_are_operations_over_the_rate() -> None:
     assert predicted_usd(seconds, 3600.0) == seconds
     assert predicted_usd(seconds, None) is None
     assert predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", None) is None
+    assert Interval(1.0, 2.0, 4.0, "seen").plus(Interval(1.0, 1.0, 2.0, "too")) == Interval(2.0, 3.0, 6.0, "seen; too")
 
 
-def finished(tokens_per_second: float, mode: str = "nf4", flops: float | None = 10.0) -> RunRecord:
+def finished(
+    tokens_per_second: float = 1.0,
+    mode: str = "nf4",
+    flops: float | None = 10.0,
+    family: str = "tiny",
+    seconds: tuple[float, float] | None = None,
+) -> RunRecord:
+    """``seconds``: of the whole run, and of its training."""
     plan = Plan(
         "", "", "llama", 1, 1, 1, (), 1, 1.0, 1.0, "cpu", "nf4", "float32", "float32", 1, 1, 1, 1, False, "plain"
     )
+    config = {"model": {"family": family, "variant": "base"}, "quantization": {"mode": mode}, "evaluation": {"on": 1}}
+    total, train = seconds or (None, None)
     return RunRecord(
         SCHEMA_VERSION,
         "run",
@@ -65,27 +77,54 @@ def finished(tokens_per_second: float, mode: str = "nf4", flops: float | None = 
         Status.COMPLETED,
         "",
         None,
-        {"quantization": {"mode": mode}},
+        config,
         probe_without_torch(),
         plan=replace(plan, train_flops_per_token=flops),
-        speed=Speed(train_tokens_per_second=tokens_per_second),
+        speed=Speed(train_tokens_per_second=tokens_per_second, total_seconds=total, train_seconds=train),
     )
+
+
+KIN = key_of(finished().config, probe_without_torch().device)
 
 
 def test_finished_trainings_recalibrate_the_rate() -> None:
     here = machine_of(probe_without_torch())
-    assert rate_from_records([], here, "nf4") is None
-    assert rate_from_records([finished(7.0, "fp32"), finished(7.0, flops=None)], here, "nf4") is None
-    assert rate_from_records([finished(7.0)], "another machine", "nf4") is None
-    one = rate_from_records([finished(7.0)], here, "nf4")
+    assert rate_from_records([], here, "nf4", KIN) is None
+    assert rate_from_records([finished(7.0, "fp32"), finished(7.0, flops=None)], here, "nf4", KIN) is None
+    assert rate_from_records([finished(7.0)], "another machine", "nf4", KIN) is None
+    one = rate_from_records([finished(7.0)], here, "nf4", KIN)
     assert one is not None
     assert (one.flops_per_second.low, one.flops_per_second.high) == pytest.approx((35.0, 140.0))
-    several = rate_from_records([finished(rate) for rate in (9.0, 10.0, 10.0, 11.0)], here, "nf4")
+    several = rate_from_records([finished(rate) for rate in (9.0, 10.0, 10.0, 11.0)], here, "nf4", KIN)
     assert several is not None
     speed = several.flops_per_second
     assert speed.middle == pytest.approx((90.0 * 100 * 100 * 110) ** 0.25)
     assert 70 < speed.low < 90
     assert 110 < speed.high < 130
+
+
+def test_trainings_of_the_same_base_go_before_those_of_others() -> None:
+    here = machine_of(probe_without_torch())
+    others = [finished(rate, family="large") for rate in (100.0, 200.0)]
+    alone = rate_from_records([finished(7.0)], here, "nf4", KIN)
+    assert rate_from_records([*others, finished(7.0)], here, "nf4", KIN) == alone
+    of_others = rate_from_records(others, here, "nf4", KIN)
+    assert of_others is not None
+    assert of_others.flops_per_second.middle == pytest.approx((1000.0 * 2000.0) ** 0.5)
+
+
+def test_loading_and_scoring_are_told_by_runs_with_the_same_evaluation_alone() -> None:
+    here, device = machine_of(probe_without_torch()), probe_without_torch().device
+    runs = [finished(seconds=(30.0, 20.0)), finished(seconds=(60.0, 20.0))]
+    config = runs[0].config
+    told = other_seconds(runs, here, config, device)
+    assert told is not None
+    assert told.middle == pytest.approx((10.0 * 40.0) ** 0.5)
+    assert told.low < 10.0 < 40.0 < told.high
+    assert other_seconds(runs, here, {**config, "evaluation": {"on": 2}}, device) is None
+    assert other_seconds(runs, "another machine", config, device) is None
+    assert other_seconds([one.replace(status=Status.FAILED) for one in runs], here, config, device) is None
+    assert other_seconds([finished(family="large", seconds=(30.0, 20.0)), finished()], here, config, device) is None
 
 
 def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
