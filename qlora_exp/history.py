@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qlora_exp.errors import RecordError, nearest
@@ -11,8 +11,9 @@ from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
 from qlora_exp.records import RunRecord, Status, read_record
 
 LAST = "last"
-NEWEST = 100
-"""Of the runs there are, how many tell what the next one takes."""
+NEWEST = 500
+"""Of the runs there are, how many are asked what the next one takes: a second of reading at the most."""
+TELLING = (Status.COMPLETED, Status.PRUNED)
 
 
 def run_folders(outputs: OutputPaths) -> Iterator[RunPaths]:
@@ -36,32 +37,39 @@ def read_runs(outputs: OutputPaths) -> tuple[list[RunRecord], list[RecordError]]
 
 
 class EndedRuns:
-    """The newest :data:`NEWEST` ended runs under ``output_root``, each read once: what the next one is told by."""
+    """What the runs under ``output_root`` that have ended say of the next one: of the :data:`NEWEST` by name (ids begin
+    with the time) those that completed or were pruned. Others are read again when their file has changed."""
 
     def __init__(self, outputs: OutputPaths) -> None:
         self._outputs = outputs
-        self._seen: dict[str, RunRecord] = {}
+        self._seen: dict[str, tuple[Hashable, RunRecord | None]] = {}
+        """Folder → which file was read, and what; ``None``: it tells nothing."""
 
     def records(self) -> list[RunRecord]:
-        """Those that have ended by now, in no order; a record that can't be read is left out."""
-        for name in self._newest():
-            if name not in self._seen:
-                try:
-                    record = read_record(RunPaths(self._outputs.runs / name).record)
-                except RecordError:
-                    continue  # torn, or not written yet: it is looked at again
-                if record.status is not Status.RUNNING:
-                    self._seen[name] = record
-        return list(self._seen.values())
+        """The newest first; a record that can't be read is left out."""
+        found = [self._read(name) for name in self._newest()]
+        return [record for record in found if record is not None]
 
     def _newest(self) -> list[str]:
-        """By when their folders changed last: the ids of a study's runs don't begin with the time."""
         try:
-            with os.scandir(self._outputs.runs) as entries:
-                changed = {entry.name: entry.stat().st_mtime_ns for entry in entries}
-        except FileNotFoundError:
+            return sorted(os.listdir(self._outputs.runs), reverse=True)[:NEWEST]
+        except OSError:
             return []
-        return sorted(changed, key=lambda name: (changed[name], name))[-NEWEST:]
+
+    def _read(self, name: str) -> RunRecord | None:
+        file_read, record = self._seen.get(name, (None, None))
+        if record is not None:
+            return record
+        file = RunPaths(self._outputs.runs / name).record
+        try:
+            found = file.stat()
+            if (found.st_mtime_ns, found.st_ino) != file_read:
+                read = read_record(file)
+                telling = read.status in TELLING and not read.synthetic
+                self._seen[name] = ((found.st_mtime_ns, found.st_ino), read if telling else None)
+        except (OSError, RecordError):
+            return None
+        return self._seen[name][1]
 
 
 def find_run(run: str, outputs: OutputPaths) -> RunPaths:

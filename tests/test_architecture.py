@@ -47,8 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"checks", "config", "measurement", "records"},
     "compose": {"config", "plan"},
     "planning": {
-        *("calibration", "chat_templates", "checks", "compose", "config", "data", "environment", "models"),
-        *("overrides", "plan"),
+        *("calibration", "chat_templates", "checks", "compose", "config", "data", "environment"),
+        *("measurement", "models", "overrides", "plan"),
         *("rank_doubling", "records", "redaction", "study", "tables"),
     },
     "models": {"catalogue", "chat_templates", "checks", "config", "plan"},

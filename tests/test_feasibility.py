@@ -18,6 +18,7 @@ from qlora_exp.app import execute
 from qlora_exp.budget import Purse, budget_of
 from qlora_exp.cli import main
 from qlora_exp.compose import compose
+from qlora_exp.config import to_plain
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW, Experience
 from qlora_exp.history import read_runs
@@ -244,7 +245,8 @@ def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeyp
     record = record.replace(
         environment=replace(probe_without_torch(), torch_threads=1),
         plan=replace(record.plan, train_flops_per_token=1e7),
-        speed=replace(record.speed, train_tokens_per_second=1e3),
+        config=to_plain(compose(["quantization=fp32"])),
+        speed=replace(record.speed, train_tokens=100_000, train_seconds=100.0),
         synthetic=False,
     )
     paths = OutputPaths.of("outputs").run("earlier")
@@ -252,6 +254,10 @@ def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeyp
     write_json(paths.record, record.replace(run_id="earlier"))
     [told] = what_it_buys(asked, opened, purse)
     assert " of 2 trials (" in told
+    assert "by the predicted training of the task's rows" in told
+    write_json(paths.record, record.replace(run_id="earlier", config=to_plain(compose(["quantization=nf4"]))))
+    [unknown] = what_it_buys(asked, opened, purse)
+    assert "isn't known until the first has ended" in unknown
 
 
 def test_a_run_by_itself_is_held_to_its_budget_and_not_to_the_edge() -> None:

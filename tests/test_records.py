@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp import records
+from qlora_exp import history, records
 from qlora_exp.errors import RecordError
-from qlora_exp.history import NEWEST, EndedRuns
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records import Device, Environment, Memory, RunRecord, Scores, ScoreTable, Status
 
@@ -107,19 +106,34 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_record(tmp_path: Path) -> 
         assert len(json.loads(path.read_text())["filler"]) == 200_000
 
 
-def test_the_newest_ended_runs_are_read_and_one_that_ends_later_is_looked_at_again(tmp_path: Path) -> None:
+def test_the_newest_ended_runs_are_read_and_one_that_may_change_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "NEWEST", 6)
     outputs = OutputPaths.of(tmp_path)
-    for number in range(NEWEST + 5):
-        folder = outputs.run(f"run-{number}")
-        records.write_json(folder.record, make_record().replace(run_id=f"run-{number}"))
-        os.utime(folder.folder, ns=(0, 1_000_000_000 * (NEWEST + 5 - number)))  # the first is the newest
-    running = outputs.run("run-0").record
-    records.write_json(running, make_record().replace(run_id="run-0", status=Status.RUNNING))
-    outputs.run("run-1").record.write_text("{torn", encoding="utf-8")
-    for name, seconds in (("run-0", 1000), ("run-1", 1001)):
-        os.utime(outputs.run(name).folder, ns=(0, 1_000_000_000 * seconds))
-    ended = EndedRuns(outputs)
-    assert {one.run_id for one in ended.records()} == {f"run-{number}" for number in range(2, NEWEST)}
-    records.write_json(running, make_record().replace(run_id="run-0"))
-    assert "run-0" in {one.run_id for one in ended.records()}
-    assert EndedRuns(OutputPaths.of(tmp_path / "none")).records() == []
+
+    def write(number: int, status: Status = Status.COMPLETED) -> None:
+        record = make_record().replace(run_id=f"run-{number}", status=status)
+        records.write_json(outputs.run(f"run-{number}").record, record)
+
+    def names() -> list[str]:
+        return [record.run_id for record in ended.records()]
+
+    ended = history.EndedRuns(outputs)
+    assert names() == []
+    for number in range(1, 8):
+        write(number)
+    write(7, Status.RUNNING)
+    write(6, Status.OUT_OF_MEMORY)
+    outputs.run("run-5").record.write_text("{torn", encoding="utf-8")
+    (outputs.runs / "run-4" / "record.json").unlink()
+    assert names() == ["run-3", "run-2"]
+    write(7)
+    write(6, Status.PRUNED)
+    write(5)
+    assert names() == ["run-7", "run-6", "run-5", "run-3", "run-2"]
+    write(8)
+    write(9)
+    assert names() == ["run-9", "run-8", "run-7", "run-6", "run-5"]
+    (tmp_path / "file").write_text("")
+    assert history.EndedRuns(OutputPaths.of(tmp_path / "file")).records() == []

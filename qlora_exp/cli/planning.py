@@ -98,9 +98,7 @@ def plan(
         overrides = searched(overrides)
     asked = points_of(overrides)
     counter = RowCounter() if fit is None else None  # what fits a card is asked for lengths, not for one task's rows
-    planner = Planner(
-        chosen, budget_bytes, _ended_runs(asked, chosen), counter, hosts=asked.sampled or len(asked.points) > 1
-    )
+    planner = Planner(chosen, budget_bytes, _ended_runs(asked), counter, hosts=asked.sampled or len(asked.points) > 1)
     runs = [planner.plan(point) for point in asked.points]
     if all(run.memory is None for run in runs):
         raise_all(planner.problems)
@@ -130,16 +128,13 @@ def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[s
     return [text for text in given if not text.startswith(DEVICE_KEY)], devices[-1] if devices else None
 
 
-def _ended_runs(asked: Asked, device: PlanDevice | None) -> Sequence[RunRecord]:
-    """By whose rates this CPU's are told; a card's are those of its calibration."""
+def _ended_runs(asked: Asked) -> Sequence[RunRecord]:
+    """By which the next one's seconds are told."""
     from qlora_exp.history import EndedRuns
     from qlora_exp.paths import OutputPaths
-    from qlora_exp.planning.devices import device_of
 
     config = next((point.config for point in asked.points if point.config is not None), None)
-    if config is None or (device or device_of(config)).kind != "cpu":
-        return ()
-    return EndedRuns(OutputPaths.of(config.output_root)).records()
+    return EndedRuns(OutputPaths.of(config.output_root)).records() if config is not None else ()
 
 
 def _told(runs: Sequence[PlannedRun], asked: Asked) -> list[str]:

@@ -2,70 +2,74 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 
 from qlora_exp.budget import limits_of
 from qlora_exp.config import Config
-from qlora_exp.data import Splits
 from qlora_exp.errors import ConfigError
 from qlora_exp.one_run.predicting import row_lengths
-from qlora_exp.records import Plan
-
-SPENT_BEFORE = "less what loading and scoring the untouched base take"
+from qlora_exp.one_run.preparing import Prepared
 
 
-def check_budget_buys_a_step(config: Config, planned: Plan, splits: Splits) -> None:
-    """By the shortest rows and the fastest that this machine is predicted to be, where that is known.
+def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
+    """By the shortest rows and the fastest that this machine is calibrated to be, where it is.
 
     Raises:
         ConfigError: it doesn't.
     """
-    fastest = planned.predicted_train_seconds_low
+    planned, fastest = prepared.plan, prepared.predicted.least_train_seconds
     for name, limit in limits_of(config.budget).items():
-        step = _of_a_step(name, config, planned, fastest, min(row_lengths(splits)))
+        step = _of_a_step(name, config, prepared, fastest, min(row_lengths(prepared.splits)))
         if step is not None and step > limit:
             what = f"the budget doesn't buy one step, which takes {step:.3g} at the least"
             raise ConfigError(what, f"budget.{name} = {limit:g}", f"budget.{name}={step * planned.max_steps:.3g} or so")
 
 
-def what_it_buys(config: Config, planned: Plan, splits: Splits) -> Iterator[str]:
-    """A sentence for each limit of which it is known."""
-    lengths, of = row_lengths(splits), planned.max_steps
-    seconds = (
-        planned.predicted_train_seconds_high,
-        planned.predicted_train_seconds,
-        planned.predicted_train_seconds_low,
-    )
+def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
+    """A sentence for each limit of which it is known: a training ends after the step that reaches it."""
+    planned = prepared.plan
+    row = statistics.fmean(row_lengths(prepared.splits))
+    slow, fast = planned.predicted_train_seconds_high, planned.predicted_train_seconds_low
     for name, limit in limits_of(config.budget).items():
-        least, about, most = (_steps(limit, config, planned, name, one, statistics.fmean(lengths)) for one in seconds)
+        paces = (slow, planned.predicted_train_seconds, fast)
+        least, about, most = (_steps(limit, name, config, prepared, pace, row) for pace in paces)
         if least is None or about is None or most is None:
             continue
-        told = f"budget.{name}={limit:g} buys about {about} of {of} steps"
+        told = f"budget.{name}={limit:g} buys about {about} of {planned.max_steps} steps"
         if name == "tokens":
             yield f"{told}, by the mean row"
         else:
-            yield f"{told} ({least} to {most}, by {planned.predicted_train_seconds_basis}), {SPENT_BEFORE}"
+            before = "" if prepared.predicted.before_seconds is not None else ", less what passes before training"
+            yield f"{told} ({least} to {most}, by {planned.predicted_train_seconds_basis}){before}"
 
 
 def _steps(
-    limit: float, config: Config, planned: Plan, name: str, train_seconds: float | None, row_tokens: float
+    limit: float, name: str, config: Config, prepared: Prepared, train_seconds: float | None, row_tokens: float
 ) -> int | None:
-    step = _of_a_step(name, config, planned, train_seconds, row_tokens)
-    return None if step is None else min(planned.max_steps, int(limit / step))
+    step = _of_a_step(name, config, prepared, train_seconds, row_tokens)
+    if step is None:
+        return None
+    left = limit - (_in_units(name, config, prepared.predicted.before_seconds or 0.0) or 0.0)
+    return min(prepared.plan.max_steps, max(1, math.ceil(left / step)))
 
 
 def _of_a_step(
-    name: str, config: Config, planned: Plan, train_seconds: float | None, row_tokens: float
+    name: str, config: Config, prepared: Prepared, train_seconds: float | None, row_tokens: float
 ) -> float | None:
     """What one step takes of the limit ``name``; ``None`` is unknown."""
-    seconds = train_seconds / planned.max_steps if train_seconds is not None else None
+    if name == "tokens":
+        return prepared.plan.batch_size * row_tokens
+    return _in_units(name, config, train_seconds / prepared.plan.max_steps) if train_seconds is not None else None
+
+
+def _in_units(name: str, config: Config, seconds: float) -> float | None:
+    """Seconds in the unit of the limit ``name``; ``None``: they aren't what it limits."""
     match name:
-        case "tokens":
-            return planned.batch_size * row_tokens
         case "seconds":
             return seconds
-        case "usd" if config.budget.usd_per_hour and seconds is not None:
+        case "usd" if config.budget.usd_per_hour:
             return seconds * config.budget.usd_per_hour / 3600.0
         case _:
             return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_exp.checks import check
 from qlora_exp.config import Checkpointing, Config, Quantization, to_plain
+from qlora_exp.one_run.affording import check_budget_buys_a_step
 from qlora_exp.one_run.predicting import peak_of, row_lengths
 from qlora_exp.one_run.preparing import Prepared
 from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, Need, bound_of, fit_into, key_of
@@ -29,7 +30,9 @@ def fit_of(config: Config, prepared: Prepared, environment: Environment, rule: M
 
     Raises:
         DoesNotFit: it is predicted to need too much; with its parts, and what would fit.
+        ConfigError: its budget doesn't buy one step.
     """
+    check_budget_buys_a_step(config, prepared)
     device, planned = environment.device, prepared.plan
     bound = bound_of(rule, device)
     if bound is None:

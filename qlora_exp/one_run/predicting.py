@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from qlora_exp import heap
 from qlora_exp.calibration import known_rate
@@ -12,12 +12,24 @@ from qlora_exp.config import Config, to_plain
 from qlora_exp.data import Splits
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.peak import Peak, predicted_peak
-from qlora_exp.plan.seconds import predicted_seconds, predicted_usd, seen_of, train_flops_per_token
+from qlora_exp.plan.seconds import Interval, Rate, predicted_seconds, predicted_usd, seen_of, train_flops_per_token
 from qlora_exp.records import Environment, Plan, RunRecord
 from qlora_exp.redaction import redact
 
 
-def with_predictions(
+@dataclass(frozen=True)
+class Predicted:
+    """``plan`` has what memory, time and money are expected to be, for the rows that there are. Seconds; ``None`` is
+    unknown."""
+
+    plan: Plan
+    least_train_seconds: float | None
+    """By this machine's calibration alone: earlier runs may have been slowed by something."""
+    before_seconds: float | None
+    """What passes until training begins, by runs like it."""
+
+
+def predicted(
     planned: Plan,
     config: Config,
     environment: Environment,
@@ -25,18 +37,21 @@ def with_predictions(
     modules: Sequence[str],
     splits: Splits,
     ended: Sequence[RunRecord],
-) -> Plan:
-    """The plan with what memory, time and money are expected to be, for the rows that there are; ``ended``: runs that
-    say how fast this machine is, before its calibration does."""
+) -> Predicted:
+    """``ended``: runs of which those of the same base say how fast this machine is; else its calibration does."""
     device, lengths = environment.device, row_lengths(splits)
     peak = peak_of(config, environment, architecture, modules, splits)
     row = statistics.fmean(lengths)
-    seen = seen_of(ended, environment, redact(to_plain(config)))
-    rate = seen.rate or known_rate(environment, config.quantization.mode)
     tokens = config.training.max_tokens or round(planned.max_steps * planned.batch_size * row)
-    seconds = predicted_seconds(architecture, modules, config, device.kind, rate, tokens=tokens, length=row)
+
+    def by(rate: Rate | None) -> Interval | None:
+        return predicted_seconds(architecture, modules, config, device.kind, rate, tokens=tokens, length=row)
+
+    seen = seen_of(ended, environment, redact(to_plain(config)))
+    calibrated = by(known_rate(environment, config.quantization.mode))
+    seconds = by(seen.rate) if seen.rate is not None else calibrated
     usd = predicted_usd(seconds, config.budget.usd_per_hour)
-    return replace(
+    plan = replace(
         planned,
         predicted_peak_train_bytes=peak.peak_bytes,
         predicted_context_bytes=peak.context_bytes,
@@ -53,6 +68,19 @@ def with_predictions(
         predicted_train_usd=usd.middle if usd else None,
         predicted_other_seconds=seen.other.middle if seen.other else None,
     )
+    return Predicted(plan, calibrated.low if calibrated else None, seen.before)
+
+
+TIMES = (
+    *("predicted_train_seconds", "predicted_train_seconds_low", "predicted_train_seconds_high"),
+    *("predicted_train_seconds_basis", "predicted_train_usd", "predicted_other_seconds"),
+)
+
+
+def as_first_told(planned: Plan, before: Plan | None) -> Plan:
+    """A resumed run's times are those that it was told at its start: by now its own first part is among what they would
+    be told by."""
+    return planned if before is None else replace(planned, **{name: getattr(before, name) for name in TIMES})
 
 
 def peak_of(

@@ -15,9 +15,8 @@ from qlora_exp.data import Splits, check_positions, load_data, load_rows
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.history import EndedRuns
 from qlora_exp.metrics import hub_metric
-from qlora_exp.one_run.affording import check_budget_buys_a_step, what_it_buys
 from qlora_exp.one_run.bases import Bases
-from qlora_exp.one_run.predicting import row_lengths, with_predictions
+from qlora_exp.one_run.predicting import Predicted, predicted, row_lengths
 from qlora_exp.paths import OutputPaths
 from qlora_exp.plan import Architecture
 from qlora_exp.records import Environment, Plan
@@ -27,13 +26,15 @@ from qlora_exp.records import Environment, Plan
 class Prepared:
     """What can be known and checked before a weight is read."""
 
-    plan: Plan
+    predicted: Predicted
     modules: tuple[str, ...]
     tokenizer: Any
     splits: Splits
     architecture: Architecture
-    told: tuple[str, ...]
-    """What the run's budget will buy."""
+
+    @property
+    def plan(self) -> Plan:
+        return self.predicted.plan
 
 
 def prepare(config: Config, environment: Environment, bases: Bases | None = None) -> Prepared:
@@ -58,9 +59,8 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
     ended = bases.kept("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
-    planned = with_predictions(planned, config, environment, architecture, modules, splits, ended.records())
-    check_budget_buys_a_step(config, planned, splits)
-    return Prepared(planned, modules, tokenizer, splits, architecture, tuple(what_it_buys(config, planned, splits)))
+    told = predicted(planned, config, environment, architecture, modules, splits, ended.records())
+    return Prepared(told, modules, tokenizer, splits, architecture)
 
 
 def _state_of_files(path: str | None) -> Hashable:

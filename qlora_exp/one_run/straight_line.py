@@ -18,7 +18,9 @@ from qlora_exp.endings import Diverged, Observer, Report, Silent, never_stop, st
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.evaluation import Evaluation, answer_goal, limited
 from qlora_exp.few_shot import few_shot_scores
+from qlora_exp.one_run.affording import what_it_buys
 from qlora_exp.one_run.bases import Bases
+from qlora_exp.one_run.predicting import as_first_told
 from qlora_exp.one_run.preparing import Prepared
 from qlora_exp.one_run.progress import Progress
 from qlora_exp.paths import OutputPaths, RunPaths
@@ -40,7 +42,7 @@ def run(
     """Run ``config`` to its end. Returns its record — completed, or with the failure that ended it — and the error
     where wrong input showed itself only now (a weight file torn inside, say): the caller tells it."""
     progress = Progress(
-        record.replace(plan=prepared.plan, data=prepared.splits.record),
+        record.replace(plan=as_first_told(prepared.plan, record.plan), data=prepared.splits.record),
         paths,
         measurement.Meter(prepared.plan.device, host_reused=_host_is_reused()),
         earlier_seconds=record.speed.total_seconds or 0.0,
@@ -59,8 +61,9 @@ def _straight_line(
     paths, meter = progress.paths, progress.meter
     cache = OutputPaths.of(config.output_root).cache
     progress.resident_bytes = measurement.resident_bytes()
-    for text in prepared.told:
-        observer.note(text)
+    if not progress.earlier.seconds:
+        for text in what_it_buys(config, prepared):
+            observer.note(text)
 
     progress.enter("load", observer)
     with meter.phase("load"):

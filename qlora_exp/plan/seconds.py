@@ -17,8 +17,7 @@ from qlora_exp.config import Config
 from qlora_exp.plan import gradient_checkpointing, lora_parameters
 from qlora_exp.plan.activations import layers_of
 from qlora_exp.plan.architecture import Architecture
-from qlora_exp.plan.feasibility import key_of
-from qlora_exp.records import Device, Environment, RunRecord, Status
+from qlora_exp.records import Environment, RunRecord, Status
 
 CALIBRATED_SHARE = (0.2, 0.45, 0.9)
 """Of the calibration's rate, what a training reaches: low, middle, high. The calibration multiplies matrices; a step
@@ -40,7 +39,7 @@ class Interval:
         return Interval(self.low * factor, self.middle * factor, self.high * factor, self.basis)
 
     def plus(self, other: Interval | None) -> Interval:
-        """Ends added to ends: wider than chance would have it, never narrower."""
+        """Ends added to ends, as if both were long or short together."""
         if other is None:
             return self
         basis = f"{self.basis}; {other.basis}"
@@ -58,10 +57,13 @@ class Rate:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the runs that ended say of one more. ``other``: its seconds beside training. ``None`` is unknown."""
+    """What runs that ended say of one more; ``None`` is unknown."""
 
     rate: Rate | None
     other: Interval | None
+    """Seconds beside training: loading the base, scoring it untouched and scoring it tuned."""
+    before: float | None
+    """Of these, what passes before training."""
 
 
 def train_flops_per_token(
@@ -129,74 +131,89 @@ def rate_from_calibration(flops_per_second: float, machine: str, quantization: s
 
 
 def seen_of(records: Sequence[RunRecord], environment: Environment, config: Mapping[str, Any]) -> Seen:
-    """What ``records`` say of a run in ``environment`` with ``config`` (as a record holds it)."""
-    machine, device = machine_of(environment), environment.device
-    rate = rate_from_records(records, machine, config["quantization"]["mode"], key_of(config, device))
-    return Seen(rate, other_seconds(records, machine, config, device))
+    """What ``records`` (ended runs) say of a run in ``environment`` with ``config`` (as a record holds it)."""
+    machine = machine_of(environment)
+    kin = [one for one in records if machine_of(one.environment) == machine and _base(one.config) == _base(config)]
+    mode = str(_of(config, "quantization", "mode"))
+    return Seen(rate_from_records(kin, machine, mode), *_other_seconds(kin, config))
 
 
-def rate_from_records(records: Iterable[RunRecord], machine: str, quantization: str, kin: str) -> Rate | None:
-    """What trainings that ended on ``machine`` (see :func:`machine_of`) in ``quantization`` reached, those of ``kin``
-    alone (see :func:`~qlora_exp.plan.feasibility.key_of`) where there are any: as :func:`_expected`. ``None`` where
-    none has ended."""
-    found = [
-        (key_of(record.config, record.environment.device) == kin, rate)
-        for record in records
-        if machine_of(record.environment) == machine
-        and (record.config.get("quantization") or {}).get("mode") == quantization
-        and (rate := achieved_flops_per_second(record)) is not None
-    ]
-    speed = _expected([rate for of_kin, rate in found if of_kin] or [rate for _, rate in found], "training")
-    return Rate(speed, machine, quantization) if speed is not None else None
+def rate_from_records(records: Iterable[RunRecord], machine: str, quantization: str) -> Rate | None:
+    """The geometric mean of what trainings of one base reached on ``machine``, and an interval for one more over the
+    logarithms of their rates, as :func:`_half` has it. ``None`` of none."""
+    rates = [rate for record in records if (rate := achieved_flops_per_second(record)) is not None]
+    if not rates:
+        return None
+    mean, (half, words) = statistics.fmean(map(math.log, rates)), _half(rates)
+    speed = Interval(
+        math.exp(mean - half),
+        math.exp(mean),
+        math.exp(mean + half),
+        f"{len(rates)} training{'s' if len(rates) > 1 else ''} of this base here, {words}",
+    )
+    return Rate(speed, machine, quantization)
 
 
-def other_seconds(
-    records: Iterable[RunRecord], machine: str, config: Mapping[str, Any], device: Device
-) -> Interval | None:
-    """Seconds of a run beside its training: loading the base, and scoring before and after. As those that completed on
-    ``machine`` took, of the same base and quantization with the same task and evaluation, whether the untouched base's
-    scores were read or measured: as :func:`_expected`. ``None`` where none has.
-
-    ``config``: as a record holds it.
-    """
-    kin = key_of(config, device)
-    seconds = [
-        record.speed.total_seconds - record.speed.train_seconds
+def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> tuple[Interval | None, float | None]:
+    """Of the records that completed with the same variant, task and evaluation, whether the untouched base's scores
+    were measured or read: the mean (what many runs take together), with an interval for one more as :func:`_half` has
+    it, and the mean of what came before training. ``None`` of none."""
+    alike = [
+        (record.speed.load_seconds + (record.speed.untouched_evaluation_seconds or 0.0), after)
         for record in records
         if record.status is Status.COMPLETED
-        and not record.synthetic
-        and not record.earlier_failures
-        and record.speed.total_seconds is not None
-        and record.speed.train_seconds is not None
-        and machine_of(record.environment) == machine
-        and key_of(record.config, record.environment.device) == kin
+        and _of(record.config, "model", "variant") == _of(config, "model", "variant")
         and all(record.config.get(section) == config.get(section) for section in ("task", "evaluation"))
+        and record.speed.load_seconds is not None
+        and (after := record.speed.evaluation_seconds) is not None
     ]
-    return _expected([one for one in seconds if one > 0], "run")
+    seconds = [before + after for before, after in alike if before + after > 0]
+    if not seconds:
+        return None, None
+    middle, (half, words) = statistics.fmean(seconds), _half(seconds)
+    centre = math.exp(statistics.fmean(map(math.log, seconds)))
+    low, high = min(centre / math.exp(half), middle), max(centre * math.exp(half), middle)
+    basis = f"{len(seconds)} run{'s' if len(seconds) > 1 else ''} like it here, {words}"
+    return Interval(low, middle, high, basis), statistics.fmean(before for before, _ in alike)
 
 
-def _expected(values: Sequence[float], what: str) -> Interval | None:
-    """The geometric mean and a 90 % prediction interval for one more, t over the logarithms (of one value: a factor of
-    2 either way; never more than 4); ``None`` of none."""
-    if not values:
-        return None
-    logs = [math.log(value) for value in values]
-    count, mean = len(logs), statistics.fmean(logs)
-    half = math.log(2.0)
-    if count > 1:
-        t = T_90[count - 1] if count <= len(T_90) else 1.7
-        half = min(2 * math.log(2.0), t * statistics.stdev(logs) * math.sqrt(1 + 1 / count))
-    basis = f"{count} finished {what}{'s' if count > 1 else ''} here, 90 % interval for one more"
-    return Interval(math.exp(mean - half), math.exp(mean), math.exp(mean + half), basis)
+MOST = math.log(4.0)
+"""An interval's half-width, as a factor either way: two values say little of their spread."""
+
+
+def _half(values: Sequence[float]) -> tuple[float, str]:
+    """Half the width of an interval for one more, over the logarithms of ``values``, and what it is in words."""
+    count = len(values)
+    if count == 1:
+        return math.log(2.0), "a factor of 2 either way, which is a guess"
+    t = T_90[count - 1] if count <= len(T_90) else 1.7
+    half = t * statistics.stdev(map(math.log, values)) * math.sqrt(1 + 1 / count)
+    if half > MOST:
+        return MOST, "a factor of 4 either way, to which the 90 % interval for one more is cut"
+    return half, "90 % interval for one more"
+
+
+def _base(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Which base in which quantization; of both variants, which compute alike."""
+    return (_of(config, "model", "family"), _of(config, "model", "path"), _of(config, "quantization", "mode"))
+
+
+def _of(config: Mapping[str, Any], section: str, key: str) -> Any:
+    """``None`` where a record's configuration lacks it."""
+    found = config.get(section)
+    return found.get(key) if isinstance(found, Mapping) else None
 
 
 def achieved_flops_per_second(record: RunRecord) -> float | None:
-    """Operations that a training made a second, by the same count as the prediction's; ``None`` for records without it
-    (``plan.train_flops_per_token``), or that had no step measured."""
-    plan, rate = record.plan, record.speed.train_tokens_per_second
-    if plan is None or plan.train_flops_per_token is None or rate is None or record.synthetic:
+    """Operations that a training made a second of all that it took, validations and checkpoints within it too, by the
+    same count as the prediction's; ``None`` for records without it (``plan.train_flops_per_token``), or without a
+    step."""
+    plan, speed = record.plan, record.speed
+    if plan is None or plan.train_flops_per_token is None or record.synthetic:
         return None
-    return plan.train_flops_per_token * rate
+    if not speed.train_tokens or not speed.train_seconds:
+        return None
+    return plan.train_flops_per_token * speed.train_tokens / speed.train_seconds
 
 
 def machine_of(environment: Any) -> str:

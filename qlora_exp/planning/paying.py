@@ -10,9 +10,10 @@ from typing import Any
 from qlora_exp.calibration import known_card_rate, known_rate
 from qlora_exp.config import Config, to_plain
 from qlora_exp.environment import available_cores, probe_without_torch
+from qlora_exp.measurement import card_of
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.prices import read_prices, usd_per_hour
-from qlora_exp.plan.seconds import Interval, Seen, predicted_seconds, predicted_usd, seen_of
+from qlora_exp.plan.seconds import Interval, Seen, machine_of, predicted_seconds, predicted_usd, seen_of
 from qlora_exp.planning.devices import PlanDevice
 from qlora_exp.records import RunRecord
 from qlora_exp.redaction import redact
@@ -35,8 +36,8 @@ UNKNOWN = Payment(None, None, None, None, None, None)
 
 
 class Cashier:
-    """Looks at the machine, its rates and the prices once. ``records``: ended runs, whose rates go before the
-    machine's calibration. ``hosts``: whether trial hosts will train, which share the cores.
+    """Looks at the machine, its rates and the prices once. ``records``: ended runs; those of the same base go
+    before the machine's calibration. ``hosts``: whether trial hosts will train, which share the cores.
 
     Raises:
         ConfigError: the table of prices can't be read.
@@ -67,13 +68,11 @@ class Cashier:
 
     def _seen(self, config: Config, device: PlanDevice) -> Seen:
         threads = _threads(config, self._hosts)
-        quantization, sections = config.quantization.mode, (config.model, config.task, config.evaluation)
-        key = (device.name, quantization, threads, repr(sections))
+        sections = (config.model, config.quantization.mode, config.task, config.evaluation)
+        key = (device.name, threads, repr(sections))
         if key not in self._known:
-            if device.kind == "cpu":
-                self._known[key] = self._of_cpu(config, threads)
-            else:
-                self._known[key] = Seen(known_card_rate(device.card, quantization), None)
+            on_cpu = device.kind == "cpu"
+            self._known[key] = self._of_cpu(config, threads) if on_cpu else self._of_card(config, device.card)
         return self._known[key]
 
     def _of_cpu(self, config: Config, threads: int | None) -> Seen:
@@ -81,6 +80,20 @@ class Cashier:
         here = replace(probe_without_torch(), torch_threads=threads)
         seen = seen_of(self._records, here, redact(to_plain(config)))
         return replace(seen, rate=seen.rate or known_rate(here, config.quantization.mode))
+
+    def _of_card(self, config: Config, card: str | None) -> Seen:
+        """By the runs of the machine with such a card that is among the records; of several nobody can say which."""
+        machines = {
+            machine_of(one.environment): one.environment
+            for one in self._records
+            if one.environment.device.kind == "cuda"
+            and (card is None or card_of(one.environment.device.name or "") == card_of(card))
+        }
+        seen = Seen(None, None, None)
+        if len(machines) == 1:
+            [there] = machines.values()
+            seen = seen_of(self._records, there, redact(to_plain(config)))
+        return replace(seen, rate=seen.rate or known_card_rate(card, config.quantization.mode))
 
 
 def _told(interval: Interval | None) -> tuple[float | None, tuple[float, float] | None]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qlora_exp import compose
 from qlora_exp.checks import check
-from qlora_exp.config import Config, Sampler, SweepConfig
+from qlora_exp.config import Config, EvaluationSplit, Sampler, SweepConfig
 from qlora_exp.errors import ConfigError, Problems, QloraExpError, raise_all
 from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import CONF
@@ -70,7 +70,8 @@ def points_of(overrides: Sequence[str]) -> Asked:
     found = grid(corners)
     trials = first.n_trials or (_most_trials(first, fixed, axes) if ladder else len(found) if listed else None)
     variants = Variants(fixed, None if searched else raw)
-    return Asked(tuple(variants.point(params) for params in found), trials, sampled=not listed)
+    points = (variants.point(params) for params in found)
+    return Asked(tuple(map(_on_test, points) if ladder else points), trials, sampled=not listed)
 
 
 class Variants:
@@ -192,6 +193,14 @@ def _corners(axis: Axis) -> Axis:
         return axis
     ends = (axis.low, axis.high)
     return replace(axis, kind=AxisKind.CHOICE, values=ends, low=None, high=None, step=None, log=False)
+
+
+def _on_test(point: Point) -> Point:
+    """As a ladder scores its trials but for the few pilots: on both splits."""
+    if point.config is None:
+        return point
+    evaluation = replace(point.config.evaluation, split=EvaluationSplit.test)
+    return replace(point, config=replace(point.config, evaluation=evaluation))
 
 
 def _ranks(settings: SweepConfig) -> Iterator[int]:

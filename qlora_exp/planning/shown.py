@@ -28,7 +28,7 @@ PARTS = {
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
 LONGEST = "with every row as long as training.max_length; a run is predicted again from the rows there are"
 DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
-UNSEEN = "loading and scoring not counted: unknown until runs like these have ended here"
+UNSEEN = "loading and scoring not counted: unknown until runs like these have ended in the same output_root"
 BAR_CHARACTERS = 24
 REASONS_SHOWN = 8
 ROWS_SHOWN = 40
@@ -85,6 +85,7 @@ def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None
     if seconds is None:
         return "training: seconds unknown; qlora-exp calibrate, on the machine that is to train, measures its rate"
     told = f"training: {_duration(seconds[0], seconds[1:])}"
+    scored = [run for run in counted if run.other_seconds is not None]
     other = _total([run.other_seconds for run in counted], [run.other_seconds_interval for run in counted], searched)
     if other is not None:
         told = f"{told}, loading and scoring: {_duration(other[0], other[1:])}"
@@ -93,7 +94,11 @@ def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None
     told = f"{told}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
     if searched is not None:
         told = f"{told}, for {searched:,} trials of a search between them"
-    return told if other is not None else f"{told}; {UNSEEN}"
+    if other is not None:
+        return told
+    if scored and usd is not None:
+        told = f"{told}; usd has loading and scoring for {len(scored):,} of {len(counted):,} configurations"
+    return f"{told}; {UNSEEN}"
 
 
 def _total(

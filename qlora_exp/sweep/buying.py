@@ -74,9 +74,10 @@ def _cost(runs: Sequence[PlannedRun] | None, account: Account) -> tuple[Cost | N
         basis = f"{count} finished trial{'s' if count > 1 else ''}"
         return (min(account.costs), statistics.fmean(account.costs), max(account.costs)), basis
     whose = "the task's rows" if _by_rows(runs or ()) else "rows as long as training.max_length"
-    scored = bool(runs) and all(run.other_seconds is not None for run in runs or ())
-    what = "predicted training" if not scored else "predicted training, loading and scoring"
-    return _planned_cost(runs or (), account.name), f"the {what} of {whose}"
+    known = sum(run.other_seconds is not None for run in runs or ())
+    others = ("", ", and loading and scoring where they are known", ", loading and scoring")
+    told = others[0 if not known else 1 + (known == len(runs or ()))]
+    return _planned_cost(runs or (), account.name), f"the predicted training of {whose}{told}"
 
 
 def _planned_cost(runs: Sequence[PlannedRun], name: str) -> Cost | None:

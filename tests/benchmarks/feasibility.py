@@ -27,7 +27,7 @@ from qlora_exp.records import Status, read_record
 from qlora_exp.standing import read_spec
 from qlora_exp.study import Study
 
-SPACE = ("training.batch_size=4,8,16,32,64,96", "lora.r=4,16")
+SPACE = ("training.batch_size=16,32,64,96,128,192", "lora.r=4,16")
 FIXED = (
     *("quantization=fp32", "training.device=cpu", "training.threads=1", "tracking=off", "evaluation.before=false"),
     *("evaluation.forgetting=false", "evaluation.baselines=false", "evaluation.max_items=4"),

@@ -303,7 +303,7 @@ def test_finished_runs_here_tell_the_seconds_before_a_calibration_does(
     record = RunRecord(
         SCHEMA_VERSION, "a-run", "a-run", Status.COMPLETED, "2026-01-01T00:00:00Z", None,
         to_plain(compose(["model=embedded", "quantization=nf4"])), here, plan=plan,
-        speed=Speed(train_tokens_per_second=1000.0, total_seconds=100.0, train_seconds=60.0),
+        speed=Speed(train_tokens=60_000, train_seconds=60.0, load_seconds=5.0, evaluation_seconds=35.0),
     )  # fmt: skip
     write_json(tmp_path / "outputs" / "runs" / "a-run" / "record.json", to_dict(record))
     asked = ("model=embedded", "quantization=nf4", "training.threads=1")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +16,16 @@ from qlora_exp.config import Quantization
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.errors import ConfigError
 from qlora_exp.plan import Architecture, WeightShape
-from qlora_exp.plan.feasibility import key_of
 from qlora_exp.plan.prices import read_prices, usd_per_hour
 from qlora_exp.plan.seconds import (
     Interval,
     Rate,
+    Seen,
     machine_of,
-    other_seconds,
     predicted_seconds,
     predicted_usd,
     rate_from_calibration,
-    rate_from_records,
+    seen_of,
     train_flops_per_token,
 )
 from qlora_exp.records import SCHEMA_VERSION, Plan, RunRecord, Speed, Status
@@ -62,14 +63,14 @@ def finished(
     mode: str = "nf4",
     flops: float | None = 10.0,
     family: str = "tiny",
-    seconds: tuple[float, float] | None = None,
+    other: tuple[float, float, float] | None = None,
 ) -> RunRecord:
-    """``seconds``: of the whole run, and of its training."""
+    """``other``: seconds of loading, of scoring the untouched base, of scoring the tuned one."""
     plan = Plan(
         "", "", "llama", 1, 1, 1, (), 1, 1.0, 1.0, "cpu", "nf4", "float32", "float32", 1, 1, 1, 1, False, "plain"
     )
     config = {"model": {"family": family, "variant": "base"}, "quantization": {"mode": mode}, "evaluation": {"on": 1}}
-    total, train = seconds or (None, None)
+    load, untouched, evaluation = other or (None, None, None)
     return RunRecord(
         SCHEMA_VERSION,
         "run",
@@ -80,51 +81,62 @@ def finished(
         config,
         probe_without_torch(),
         plan=replace(plan, train_flops_per_token=flops),
-        speed=Speed(train_tokens_per_second=tokens_per_second, total_seconds=total, train_seconds=train),
+        speed=Speed(
+            train_tokens=round(100 * tokens_per_second),
+            train_seconds=100.0,
+            load_seconds=load,
+            untouched_evaluation_seconds=untouched,
+            evaluation_seconds=evaluation,
+        ),
     )
 
 
-KIN = key_of(finished().config, probe_without_torch().device)
+def seen(*records: RunRecord, of: RunRecord | None = None) -> Seen:
+    """What ``records`` say of one more like ``of``."""
+    return seen_of(records, probe_without_torch(), (of or finished()).config)
 
 
-def test_finished_trainings_recalibrate_the_rate() -> None:
-    here = machine_of(probe_without_torch())
-    assert rate_from_records([], here, "nf4", KIN) is None
-    assert rate_from_records([finished(7.0, "fp32"), finished(7.0, flops=None)], here, "nf4", KIN) is None
-    assert rate_from_records([finished(7.0)], "another machine", "nf4", KIN) is None
-    one = rate_from_records([finished(7.0)], here, "nf4", KIN)
+def test_trainings_of_the_same_base_tell_the_rate() -> None:
+    assert seen().rate is None
+    assert seen(finished(7.0, "fp32"), finished(7.0, flops=None), finished(7.0, family="large")).rate is None
+    elsewhere = replace(probe_without_torch(), torch_threads=77)
+    assert seen_of([finished(7.0)], elsewhere, finished().config).rate is None
+    one = seen(finished(7.0), finished(100.0, family="large")).rate
     assert one is not None
     assert (one.flops_per_second.low, one.flops_per_second.high) == pytest.approx((35.0, 140.0))
-    several = rate_from_records([finished(rate) for rate in (9.0, 10.0, 10.0, 11.0)], here, "nf4", KIN)
+    assert "which is a guess" in one.flops_per_second.basis
+    several = seen(*(finished(rate) for rate in (9.0, 10.0, 10.0, 11.0))).rate
     assert several is not None
     speed = several.flops_per_second
     assert speed.middle == pytest.approx((90.0 * 100 * 100 * 110) ** 0.25)
-    assert 70 < speed.low < 90
-    assert 110 < speed.high < 130
-
-
-def test_trainings_of_the_same_base_go_before_those_of_others() -> None:
-    here = machine_of(probe_without_torch())
-    others = [finished(rate, family="large") for rate in (100.0, 200.0)]
-    alone = rate_from_records([finished(7.0)], here, "nf4", KIN)
-    assert rate_from_records([*others, finished(7.0)], here, "nf4", KIN) == alone
-    of_others = rate_from_records(others, here, "nf4", KIN)
-    assert of_others is not None
-    assert of_others.flops_per_second.middle == pytest.approx((1000.0 * 2000.0) ** 0.5)
+    logs = [math.log(rate) for rate in (90.0, 100.0, 100.0, 110.0)]
+    half = 2.353 * statistics.stdev(logs) * (1 + 1 / 4) ** 0.5  # t with three degrees of freedom, 95 % one-sided
+    assert (speed.low, speed.high) == pytest.approx((speed.middle / math.exp(half), speed.middle * math.exp(half)))
+    assert speed.basis == "4 trainings of this base here, 90 % interval for one more"
+    two = seen(finished(5.0), finished(20.0)).rate
+    assert two is not None
+    assert (two.flops_per_second.low, two.flops_per_second.high) == pytest.approx((25.0, 400.0))
+    assert "is cut" in two.flops_per_second.basis
 
 
 def test_loading_and_scoring_are_told_by_runs_with_the_same_evaluation_alone() -> None:
-    here, device = machine_of(probe_without_torch()), probe_without_torch().device
-    runs = [finished(seconds=(30.0, 20.0)), finished(seconds=(60.0, 20.0))]
-    config = runs[0].config
-    told = other_seconds(runs, here, config, device)
-    assert told is not None
-    assert told.middle == pytest.approx((10.0 * 40.0) ** 0.5)
-    assert told.low < 10.0 < 40.0 < told.high
-    assert other_seconds(runs, here, {**config, "evaluation": {"on": 2}}, device) is None
-    assert other_seconds(runs, "another machine", config, device) is None
-    assert other_seconds([one.replace(status=Status.FAILED) for one in runs], here, config, device) is None
-    assert other_seconds([finished(family="large", seconds=(30.0, 20.0)), finished()], here, config, device) is None
+    runs = [finished(other=(1.0, 5.0, 4.0)), finished(other=(2.0, 24.0, 14.0))]
+    told = seen(*runs)
+    assert told.other is not None
+    assert told.other.middle == pytest.approx((10.0 + 40.0) / 2)
+    assert told.other.low < 10.0 < 40.0 < told.other.high
+    assert told.before == pytest.approx((6.0 + 26.0) / 2)
+    assert told.rate is not None
+    for key, changed in {"evaluation": {"on": 2}, "task": {"set": 1}, "model": {"family": "tiny"}}.items():
+        other = finished()
+        other.config[key] = changed
+        assert seen(*runs, of=other).other is None, key
+    assert seen(*(one.replace(status=Status.PRUNED) for one in runs)).other is None
+    assert seen(finished(family="large", other=(1.0, 5.0, 4.0)), finished()).other is None
+
+
+def test_a_record_that_lacks_its_configuration_is_passed_over() -> None:
+    assert seen(finished(7.0).replace(config={})) == Seen(None, None, None)
 
 
 def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
