@@ -131,11 +131,14 @@ def rate_from_calibration(flops_per_second: float, machine: str, quantization: s
 
 
 def seen_of(records: Sequence[RunRecord], environment: Environment, config: Mapping[str, Any]) -> Seen:
-    """What ``records`` (ended runs) say of a run in ``environment`` with ``config`` (as a record holds it)."""
+    """What ``records`` (ended runs) say of a run in ``environment`` with ``config`` (as a record holds it): of its rate
+    those of the same base and variant, without any those of the other variant."""
     machine = machine_of(environment)
     kin = [one for one in records if machine_of(one.environment) == machine and _base(one.config) == _base(config)]
+    nearest = [one for one in kin if _of(one.config, "model", "variant") == _of(config, "model", "variant")]
     mode = str(_of(config, "quantization", "mode"))
-    return Seen(rate_from_records(kin, machine, mode), *_other_seconds(kin, config))
+    rate = rate_from_records(nearest, machine, mode) or rate_from_records(kin, machine, mode)
+    return Seen(rate, *_other_seconds(nearest, config))
 
 
 def rate_from_records(records: Iterable[RunRecord], machine: str, quantization: str) -> Rate | None:
@@ -155,17 +158,15 @@ def rate_from_records(records: Iterable[RunRecord], machine: str, quantization: 
 
 
 def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> tuple[Interval | None, float | None]:
-    """Of the records that completed with the same variant, task and evaluation, whether the untouched base's scores
-    were measured or read: the mean (what many runs take together), with an interval for one more as :func:`_half` has
-    it, and the mean of what came before training. ``None`` of none."""
+    """Of the records that completed with the same task and evaluation, whether the untouched base's scores were
+    measured or read: the mean (what many runs take together), with an interval for one more as :func:`_half` has it,
+    and the mean of what came before training. ``None`` of none."""
     alike = [
-        (record.speed.load_seconds + (record.speed.untouched_evaluation_seconds or 0.0), after)
+        parts
         for record in records
         if record.status is Status.COMPLETED
-        and _of(record.config, "model", "variant") == _of(config, "model", "variant")
         and all(record.config.get(section) == config.get(section) for section in ("task", "evaluation"))
-        and record.speed.load_seconds is not None
-        and (after := record.speed.evaluation_seconds) is not None
+        and (parts := _before_and_after(record)) is not None
     ]
     seconds = [before + after for before, after in alike if before + after > 0]
     if not seconds:
@@ -175,6 +176,19 @@ def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> t
     low, high = min(centre / math.exp(half), middle), max(centre * math.exp(half), middle)
     basis = f"{len(seconds)} run{'s' if len(seconds) > 1 else ''} like it here, {words}"
     return Interval(low, middle, high, basis), statistics.fmean(before for before, _ in alike)
+
+
+def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
+    """Seconds of a run before its training, imports included, and after it. Of one that was resumed only what its
+    phases took: the rest may be training that was lost."""
+    speed, spent = record.speed, record.spent
+    if speed.load_seconds is None or speed.evaluation_seconds is None:
+        return None
+    before = speed.load_seconds + (speed.untouched_evaluation_seconds or 0.0)
+    in_one_part = spent is not None and spent.tokens == speed.train_tokens and not record.earlier_failures
+    if in_one_part and speed.total_seconds is not None and speed.train_seconds is not None:
+        before = max(before, speed.total_seconds - speed.train_seconds - speed.evaluation_seconds)
+    return before, speed.evaluation_seconds
 
 
 MOST = math.log(4.0)
@@ -194,7 +208,7 @@ def _half(values: Sequence[float]) -> tuple[float, str]:
 
 
 def _base(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Which base in which quantization; of both variants, which compute alike."""
+    """Which base in which quantization."""
     return (_of(config, "model", "family"), _of(config, "model", "path"), _of(config, "quantization", "mode"))
 
 

@@ -28,7 +28,7 @@ from qlora_exp.plan.seconds import (
     seen_of,
     train_flops_per_token,
 )
-from qlora_exp.records import SCHEMA_VERSION, Plan, RunRecord, Speed, Status
+from qlora_exp.records import SCHEMA_VERSION, Plan, RunRecord, Speed, Spent, Status
 
 WIDTH, VOCABULARY = 64, 1000
 SHAPES = tuple(
@@ -113,6 +113,10 @@ def test_trainings_of_the_same_base_tell_the_rate() -> None:
     half = 2.353 * statistics.stdev(logs) * (1 + 1 / 4) ** 0.5  # t with three degrees of freedom, 95 % one-sided
     assert (speed.low, speed.high) == pytest.approx((speed.middle / math.exp(half), speed.middle * math.exp(half)))
     assert speed.basis == "4 trainings of this base here, 90 % interval for one more"
+    instruct = finished(1.0)
+    instruct.config["model"] = {"family": "tiny", "variant": "instruct"}
+    assert seen(instruct, finished(7.0)).rate == seen(finished(7.0)).rate
+    assert seen(finished(7.0), of=instruct).rate == seen(finished(7.0)).rate
     two = seen(finished(5.0), finished(20.0)).rate
     assert two is not None
     assert (two.flops_per_second.low, two.flops_per_second.high) == pytest.approx((25.0, 400.0))
@@ -132,6 +136,12 @@ def test_loading_and_scoring_are_told_by_runs_with_the_same_evaluation_alone() -
         other.config[key] = changed
         assert seen(*runs, of=other).other is None, key
     assert seen(*(one.replace(status=Status.PRUNED) for one in runs)).other is None
+    imported = runs[0].replace(speed=replace(runs[0].speed, total_seconds=118.0), spent=Spent(118.0, 100, None))
+    alone = seen(imported).other
+    assert alone is not None
+    assert (alone.low, alone.middle, alone.high) == pytest.approx((9.0, 18.0, 36.0))
+    repeated = imported.replace(spent=Spent(218.0, 200, None), speed=replace(imported.speed, total_seconds=218.0))
+    assert seen(repeated).other == seen(runs[0]).other
     assert seen(finished(family="large", other=(1.0, 5.0, 4.0)), finished()).other is None
 
 
