@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -77,20 +77,28 @@ def is_secret_key(key: str) -> bool:
 def redact(value: Any, key: str = "") -> Any:
     """A copy of plain JSON types without secrets. Under a secret key everything but ``None``, booleans and empty
     values becomes ``***``; texts elsewhere go through :func:`redact_text`."""
+    return _redact(value, key, environment_secrets())
+
+
+def _redact(value: Any, key: str, secrets: Sequence[str]) -> Any:
     if is_secret_key(key) and value not in (None, "", True, False) and not isinstance(value, Mapping):
         return REDACTED
     if isinstance(value, Mapping):
-        return {name: redact(entry, str(name)) for name, entry in value.items()}
+        return {name: _redact(entry, str(name), secrets) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [redact(entry) for entry in value]
+        return [_redact(entry, "", secrets) for entry in value]
     if isinstance(value, str):
-        return redact_text(value)
+        return _redact_text(value, secrets)
     return value
 
 
 def redact_text(text: str) -> str:
     """``text`` (a message, a traceback, a URL) without secrets."""
-    for secret in environment_secrets():
+    return _redact_text(text, environment_secrets())
+
+
+def _redact_text(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
         text = text.replace(secret, REDACTED)
     text = TOKEN_SHAPES.sub(REDACTED, text)
     text = URL_PASSWORD.sub(rf"\g<before>:{REDACTED}@", text)
@@ -112,7 +120,8 @@ def redact_overrides(overrides: Iterable[str]) -> list[str]:
 def environment_secrets() -> list[str]:
     """Values of this process's secret environment variables (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD`` …), longest
     first, so that a secret that contains another goes as a whole."""
-    values = {value for name, value in os.environ.items() if is_secret_key(name) and name not in WORKING_FOLDERS}
+    names = (name for name in os.environ if is_secret_key(name) and name not in WORKING_FOLDERS)
+    values = {os.environ.get(name, "") for name in names}  # another thread may take a variable away meanwhile
     return sorted((value for value in values if len(value) >= SHORTEST_ENVIRONMENT_SECRET), key=len, reverse=True)
 
 

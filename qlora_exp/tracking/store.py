@@ -27,6 +27,11 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 
 from mlflow import MlflowClient
+from mlflow.environment_variables import (
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES,
+    MLFLOW_HTTP_REQUEST_TIMEOUT,
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
+)
 from mlflow.exceptions import MlflowException
 
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -130,24 +135,22 @@ def open_store(store: Store) -> OpenStore:
 def bounded_calls(timeout_seconds: float) -> Iterator[None]:
     """MLflow's own patience (120 s a call and seven retries, together four minutes) cut down to one short try.
 
-    The environment is restored afterwards: the host program may use MLflow for its own ends.
+    The settings are put back afterwards: the host program may use MLflow for its own ends. What was not set is set to
+    MLflow's default then, which is the same to it; taken away again, it would be missing to whoever goes through the
+    environment in another thread at that moment.
     """
     wanted = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, math.ceil(timeout_seconds))),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        MLFLOW_HTTP_REQUEST_TIMEOUT: str(max(1, math.ceil(timeout_seconds))),
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES: "0",
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT: "true",
     }
     with _calls:
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
+        before = {variable.name: os.environ.get(variable.name, str(variable.default)) for variable in wanted}
+        os.environ.update({variable.name: value for variable, value in wanted.items()})
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+            os.environ.update(before)
 
 
 def reason(error: BaseException) -> str:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import pytest
 import synthetic
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from qlora_exp.cli import main
 from qlora_exp.config import TrackingConfig
@@ -316,18 +320,39 @@ def test_the_store_holds_no_secret(output: OutputPaths) -> None:
 
 
 def test_the_host_program_keeps_its_own_mlflow_settings(output: OutputPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    import mlflow
-
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     uri = mlflow.get_tracking_uri()
     synthetic.write_run(output, synthetic.completed())
     sync(output.root)
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "5"
-    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+    assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == MLFLOW_HTTP_REQUEST_TIMEOUT.default
     assert mlflow.get_tracking_uri() == uri
     assert mlflow.active_run() is None
+
+
+def test_a_delivery_in_a_thread_takes_nothing_out_of_the_environment_that_another_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qlora_exp.redaction import redact_text
+    from qlora_exp.tracking.store import bounded_calls
+
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    ended = threading.Event()
+
+    def deliver() -> None:
+        while not ended.is_set():
+            with bounded_calls(1.0):
+                pass
+
+    delivery = threading.Thread(target=deliver)
+    delivery.start()
+    try:
+        for _ in range(3000):
+            dict(os.environ)
+            redact_text("ordinary")
+    finally:
+        ended.set()
+        delivery.join()
 
 
 def test_a_torn_curve_is_read_up_to_the_tear_and_repeated_steps_once(output: OutputPaths) -> None:
