@@ -47,7 +47,9 @@ class EndedRuns:
 
     def records(self) -> list[RunRecord]:
         """The newest first; a record that can't be read is left out."""
-        found = [self._read(name) for name in self._newest()]
+        newest = self._newest()
+        self._seen = {name: self._seen[name] for name in newest if name in self._seen}
+        found = [self._read(name) for name in newest]
         return [record for record in found if record is not None]
 
     def _newest(self) -> list[str]:

@@ -279,6 +279,7 @@ def test_no_secret_reaches_a_record_or_the_tracking_database(
     assert holding == []
 
 
+@pytest.mark.faults
 def test_the_basic_sweeper_leaves_one_finished_run_a_point_each_in_a_process_of_its_own(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:
@@ -370,6 +371,7 @@ def test_a_quantized_run_says_nothing_of_bitsandbytes_optional_kernels(
     assert "kernels" not in done.stderr
 
 
+@pytest.mark.faults
 def test_a_run_interrupted_while_it_is_scored_keeps_its_training(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
 from qlora_exp.app.beginning import display_name
 from qlora_exp.app.doors import config_from_plain, end_killed_run, run_and_tell, summary
-from qlora_exp.app.execution import execute
+from qlora_exp.app.execution import execute, memory_rule
 from qlora_exp.app.process import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -26,6 +26,7 @@ __all__ = [
     "end_killed_run",
     "execute",
     "exit_code_of",
+    "memory_rule",
     "quiet_libraries",
     "run_and_tell",
     "set_threads",

@@ -56,7 +56,7 @@ def execute(
         DoesNotFit: it is predicted to need more memory than it may take; nothing was started.
         QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
-    memory = memory or _rule_of(config)
+    memory = memory or memory_rule(config)
     if trial is not None:
         config = without_limits(config)
     check_energy(config.budget, config.training.device)
@@ -150,7 +150,7 @@ class _Prepared(Protocol):
     ) -> tuple[RunRecord, QloraExpError | None]: ...
 
 
-def _rule_of(config: Config) -> MemoryRule:
+def memory_rule(config: Config) -> MemoryRule:
     """Of a run by itself: what its budget says is meant; a card's memory is held against a prediction that may err."""
     bound = config.budget.memory_bytes
     return MemoryRule(bound, hosts=1, kin=(), tries_the_edge=bound is None, halvings=0)

@@ -12,7 +12,7 @@ from qlora_exp.cli.arguments import Overrides, Source, examples, given_overrides
 if TYPE_CHECKING:
     from qlora_exp.config import Config
     from qlora_exp.one_run import Prepared
-    from qlora_exp.records import Data, Plan
+    from qlora_exp.records import Data, Environment, Plan
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,7 +40,11 @@ def add_to(app: typer.Typer) -> None:
 
 def validate(overrides: Overrides = None, source: Source = None) -> int:
     """Check settings and data; read no weight."""
-    config, prepared = _prepared(given_overrides(source, overrides))
+    from qlora_exp.app import memory_rule
+    from qlora_exp.one_run import fit_of
+
+    config, prepared, environment = _prepared(given_overrides(source, overrides))
+    fit_of(config, prepared, environment, memory_rule(config))
     if config.tracking.enabled:
         from qlora_exp.paths import OutputPaths
         from qlora_exp.tracking.store import locate
@@ -62,7 +66,7 @@ def preview(
     from qlora_exp.data import preview as preview_items
     from qlora_exp.tables import show
 
-    _, prepared = _prepared(given_overrides(source, overrides))
+    _, prepared, _ = _prepared(given_overrides(source, overrides))
     for item in preview_items(prepared.splits, prepared.tokenizer, split, count):
         trained = sum(token.trained for token in item.tokens)
         head = f"{split} {item.item_id}: {len(item.tokens)} tokens, {trained} trained"
@@ -82,8 +86,8 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or 
     return 0
 
 
-def _prepared(overrides: list[str]) -> tuple[Config, Prepared]:
-    """Configuration, plan, tokenizer and splits: all that a run checks before it exists."""
+def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
+    """Configuration, plan, tokenizer and splits: all that is known before a weight is read."""
     from qlora_exp.app import quiet_libraries, set_threads
     from qlora_exp.compose import compose
 
@@ -93,7 +97,8 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared]:
     from qlora_exp.environment import probe
     from qlora_exp.one_run import prepare
 
-    return config, prepare(config, probe(config.training.device))
+    environment = probe(config.training.device)
+    return config, prepare(config, environment), environment
 
 
 def _rounded(planned: Plan) -> str:

@@ -19,6 +19,8 @@ T = TypeVar("T")
 class ColdBases:
     """Every run loads its base and makes everything itself."""
 
+    warm = False
+
     def lend(self, config: Config, device_kind: str) -> Base:
         return load_base(config, device_kind)
 
@@ -31,6 +33,8 @@ class ColdBases:
 
 class WarmBases:
     """Keeps the last base, and the last of whatever else doesn't change between trials. Trials see shells only."""
+
+    warm = True
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[Hashable, Any]] = {}

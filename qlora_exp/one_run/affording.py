@@ -19,12 +19,12 @@ def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
     Raises:
         ConfigError: it doesn't.
     """
-    planned, fastest = prepared.plan, prepared.predicted.least_train_seconds
+    fastest, steps = prepared.predicted.least_train_seconds, prepared.predicted.steps
     for name, limit in limits_of(config.budget).items():
         step = _of_a_step(name, config, prepared, fastest, min(row_lengths(prepared.splits)))
         if step is not None and step > limit:
             what = f"the budget doesn't buy one step, which takes {step:.3g} at the least"
-            raise ConfigError(what, f"budget.{name} = {limit:g}", f"budget.{name}={step * planned.max_steps:.3g} or so")
+            raise ConfigError(what, f"budget.{name} = {limit:g}", f"budget.{name}={step * steps:.3g} or so")
 
 
 def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
@@ -37,7 +37,7 @@ def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
         least, about, most = (_steps(limit, name, config, prepared, pace, row) for pace in paces)
         if least is None or about is None or most is None:
             continue
-        told = f"budget.{name}={limit:g} buys about {about} of {planned.max_steps} steps"
+        told = f"budget.{name}={limit:g} buys about {about} of {prepared.predicted.steps} steps"
         if name == "tokens":
             yield f"{told}, by the mean row"
         else:
@@ -52,16 +52,17 @@ def _steps(
     if step is None:
         return None
     left = limit - (_in_units(name, config, prepared.predicted.before_seconds or 0.0) or 0.0)
-    return min(prepared.plan.max_steps, max(1, math.ceil(left / step)))
+    return min(prepared.predicted.steps, max(1, math.ceil(left / step)))
 
 
 def _of_a_step(
     name: str, config: Config, prepared: Prepared, train_seconds: float | None, row_tokens: float
 ) -> float | None:
     """What one step takes of the limit ``name``; ``None`` is unknown."""
+    told = prepared.predicted
     if name == "tokens":
-        return prepared.plan.batch_size * row_tokens
-    return _in_units(name, config, train_seconds / prepared.plan.max_steps) if train_seconds is not None else None
+        return told.step_rows * row_tokens
+    return _in_units(name, config, train_seconds / told.steps) if train_seconds is not None else None
 
 
 def _in_units(name: str, config: Config, seconds: float) -> float | None:

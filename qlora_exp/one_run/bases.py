@@ -14,6 +14,10 @@ T = TypeVar("T")
 class Bases(Protocol):
     """Where a run's base comes from, and what else a host that makes many runs need not make twice."""
 
+    @property
+    def warm(self) -> bool:
+        """Whether it is for a host that makes many runs."""
+
     def lend(self, config: Config, device_kind: str) -> models.Base:
         """The base that ``config`` asks for, as :func:`models.load_base` loads it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,11 @@ class Predicted:
     least_train_seconds: float | None
     """By this machine's calibration alone: earlier runs may have been slowed by something."""
     before_seconds: float | None
-    """What passes until training begins, by runs like it."""
+    """What passes from loading on beside training and the last scoring, by runs like it."""
+    steps: int
+    """As many as are expected: with ``training.max_tokens`` the plan's are an upper bound."""
+    step_rows: int
+    """Of one step: all of them, where there are fewer than a batch."""
 
 
 def predicted(
@@ -37,8 +42,10 @@ def predicted(
     modules: Sequence[str],
     splits: Splits,
     ended: Sequence[RunRecord],
+    warm: bool,
 ) -> Predicted:
-    """``ended``: runs of which those of the same base say how fast this machine is; else its calibration does."""
+    """``ended``: runs of which those of the same base say how fast this machine is; else its calibration does.
+    ``warm``: the run is one of many in its process."""
     device, lengths = environment.device, row_lengths(splits)
     peak = peak_of(config, environment, architecture, modules, splits)
     row = statistics.fmean(lengths)
@@ -47,7 +54,7 @@ def predicted(
     def by(rate: Rate | None) -> Interval | None:
         return predicted_seconds(architecture, modules, config, device.kind, rate, tokens=tokens, length=row)
 
-    seen = seen_of(ended, environment, redact(to_plain(config)))
+    seen = seen_of(ended, environment, redact(to_plain(config)), warm)
     calibrated = by(known_rate(environment, config.quantization.mode))
     seconds = by(seen.rate) if seen.rate is not None else calibrated
     usd = predicted_usd(seconds, config.budget.usd_per_hour)
@@ -68,7 +75,9 @@ def predicted(
         predicted_train_usd=usd.middle if usd else None,
         predicted_other_seconds=seen.other.middle if seen.other else None,
     )
-    return Predicted(plan, calibrated.low if calibrated else None, seen.before)
+    rows = min(planned.batch_size, len(lengths))
+    steps = planned.max_steps if config.training.max_tokens is None else math.ceil(tokens / (rows * row))
+    return Predicted(plan, calibrated.low if calibrated else None, seen.before, steps, rows)
 
 
 TIMES = (
@@ -78,8 +87,7 @@ TIMES = (
 
 
 def as_first_told(planned: Plan, before: Plan | None) -> Plan:
-    """A resumed run's times are those that it was told at its start: by now its own first part is among what they would
-    be told by."""
+    """A resumed run's times are those that it was told at its start, whatever has ended since."""
     return planned if before is None else replace(planned, **{name: getattr(before, name) for name in TIMES})
 
 

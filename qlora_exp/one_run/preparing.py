@@ -59,7 +59,7 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
     ended = bases.kept("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
-    told = predicted(planned, config, environment, architecture, modules, splits, ended.records())
+    told = predicted(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
     return Prepared(told, modules, tokenizer, splits, architecture)
 
 

@@ -61,9 +61,9 @@ class Seen:
 
     rate: Rate | None
     other: Interval | None
-    """Seconds beside training: loading the base, scoring it untouched and scoring it tuned."""
+    """Seconds beside training, from loading on: loading the base, scoring it untouched and scoring it tuned."""
     before: float | None
-    """Of these, what passes before training."""
+    """Of these all but the last scoring."""
 
 
 def train_flops_per_token(
@@ -130,21 +130,26 @@ def rate_from_calibration(flops_per_second: float, machine: str, quantization: s
     return Rate(Interval(low, middle, high, basis), machine, quantization)
 
 
-def seen_of(records: Sequence[RunRecord], environment: Environment, config: Mapping[str, Any]) -> Seen:
-    """What ``records`` (ended runs) say of a run in ``environment`` with ``config`` (as a record holds it): of its rate
-    those of the same base and variant, without any those of the other variant."""
-    machine = machine_of(environment)
+def seen_of(
+    records: Sequence[RunRecord], environment: Environment, config: Mapping[str, Any], warm: bool = False
+) -> Seen:
+    """What ``records`` (ended runs) say of a run in ``environment`` with ``config`` (as a record holds it), ``warm`` if
+    on a host that has made others before: of its rate those of the same base and variant, without any those of the
+    other variant; of its other seconds those of the same variant, and warm ones where it is warm, if there are any."""
+    machine, variant = machine_of(environment), _of(config, "model", "variant")
     kin = [one for one in records if machine_of(one.environment) == machine and _base(one.config) == _base(config)]
-    nearest = [one for one in kin if _of(one.config, "model", "variant") == _of(config, "model", "variant")]
-    mode = str(_of(config, "quantization", "mode"))
-    rate = rate_from_records(nearest, machine, mode) or rate_from_records(kin, machine, mode)
-    return Seen(rate, *_other_seconds(nearest, config))
+    nearest = [one for one in kin if _of(one.config, "model", "variant") == variant]
+    alike = [one for one in nearest if one.memory.host_reused == warm]
+    mode, steps = str(_of(config, "quantization", "mode")), _of(config, "training", "max_steps")
+    rate = _rate(nearest, machine, mode, steps) or _rate(kin, machine, mode, steps)
+    found = _other_seconds(alike, config)
+    return Seen(rate, *(found if found[0] is not None else _other_seconds(nearest, config)))
 
 
-def rate_from_records(records: Iterable[RunRecord], machine: str, quantization: str) -> Rate | None:
+def _rate(records: Iterable[RunRecord], machine: str, quantization: str, steps: int | None) -> Rate | None:
     """The geometric mean of what trainings of one base reached on ``machine``, and an interval for one more over the
     logarithms of their rates, as :func:`_half` has it. ``None`` of none."""
-    rates = [rate for record in records if (rate := achieved_flops_per_second(record)) is not None]
+    rates = [rate for record in records if (rate := achieved_flops_per_second(record, steps)) is not None]
     if not rates:
         return None
     mean, (half, words) = statistics.fmean(map(math.log, rates)), _half(rates)
@@ -160,27 +165,27 @@ def rate_from_records(records: Iterable[RunRecord], machine: str, quantization: 
 def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> tuple[Interval | None, float | None]:
     """Of the records that completed with the same task and evaluation, whether the untouched base's scores were
     measured or read: the mean (what many runs take together), with an interval for one more as :func:`_half` has it,
-    and the mean of what came before training. ``None`` of none."""
-    alike = [
-        parts
+    and the mean of what came before the last scoring. ``None`` of none."""
+    parts = [
+        found
         for record in records
         if record.status is Status.COMPLETED
         and all(record.config.get(section) == config.get(section) for section in ("task", "evaluation"))
-        and (parts := _before_and_after(record)) is not None
+        and (found := _before_and_after(record)) is not None
     ]
-    seconds = [before + after for before, after in alike if before + after > 0]
-    if not seconds:
+    if not parts:
         return None, None
+    seconds = [before + after for before, after in parts]
     middle, (half, words) = statistics.fmean(seconds), _half(seconds)
     centre = math.exp(statistics.fmean(map(math.log, seconds)))
     low, high = min(centre / math.exp(half), middle), max(centre * math.exp(half), middle)
     basis = f"{len(seconds)} run{'s' if len(seconds) > 1 else ''} like it here, {words}"
-    return Interval(low, middle, high, basis), statistics.fmean(before for before, _ in alike)
+    return Interval(low, middle, high, basis), statistics.fmean(before for before, _ in parts)
 
 
 def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
-    """Seconds of a run before its training, imports included, and after it. Of one that was resumed only what its
-    phases took: the rest may be training that was lost."""
+    """Seconds of a run, from loading on, that are neither training nor the last scoring, and those of the last scoring.
+    Of one that trained steps twice only what its phases took: the rest may be training that was lost."""
     speed, spent = record.speed, record.spent
     if speed.load_seconds is None or speed.evaluation_seconds is None:
         return None
@@ -188,11 +193,14 @@ def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
     in_one_part = spent is not None and spent.tokens == speed.train_tokens and not record.earlier_failures
     if in_one_part and speed.total_seconds is not None and speed.train_seconds is not None:
         before = max(before, speed.total_seconds - speed.train_seconds - speed.evaluation_seconds)
-    return before, speed.evaluation_seconds
+    parts = (before, speed.evaluation_seconds)
+    return parts if all(map(math.isfinite, parts)) and sum(parts) > 0 else None
 
 
 MOST = math.log(4.0)
 """An interval's half-width, as a factor either way: two values say little of their spread."""
+TOO_SHORT = 10
+"""A training of so many times fewer steps than the one to come was mostly its start."""
 
 
 def _half(values: Sequence[float]) -> tuple[float, str]:
@@ -208,8 +216,9 @@ def _half(values: Sequence[float]) -> tuple[float, str]:
 
 
 def _base(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Which base in which quantization."""
-    return (_of(config, "model", "family"), _of(config, "model", "path"), _of(config, "quantization", "mode"))
+    """Which base, of both variants, in which quantization."""
+    model = tuple(_of(config, "model", key) for key in ("family", "path", "checkpoints", "revision"))
+    return (*model, _of(config, "quantization", "mode"))
 
 
 def _of(config: Mapping[str, Any], section: str, key: str) -> Any:
@@ -218,16 +227,20 @@ def _of(config: Mapping[str, Any], section: str, key: str) -> Any:
     return found.get(key) if isinstance(found, Mapping) else None
 
 
-def achieved_flops_per_second(record: RunRecord) -> float | None:
-    """Operations that a training made a second of all that it took, validations and checkpoints within it too, by the
-    same count as the prediction's; ``None`` for records without it (``plan.train_flops_per_token``), or without a
-    step."""
+def achieved_flops_per_second(record: RunRecord, steps: int | None = None) -> float | None:
+    """Operations that a training made a second, by the same count as the prediction's: of all that it took, validations
+    and checkpoints within it too; of one that was :data:`TOO_SHORT` beside ``steps``, of its steps alone after the
+    first ones. ``None`` for records without it (``plan.train_flops_per_token``), or without a step."""
     plan, speed = record.plan, record.speed
     if plan is None or plan.train_flops_per_token is None or record.synthetic:
         return None
-    if not speed.train_tokens or not speed.train_seconds:
-        return None
-    return plan.train_flops_per_token * speed.train_tokens / speed.train_seconds
+    tokens_per_second = 0.0
+    if steps is not None and speed.steps is not None and speed.steps * TOO_SHORT < steps:
+        tokens_per_second = speed.train_tokens_per_second or 0.0
+    elif speed.train_tokens and speed.train_seconds:
+        tokens_per_second = speed.train_tokens / speed.train_seconds
+    rate = plan.train_flops_per_token * tokens_per_second
+    return rate if math.isfinite(rate) and rate > 0 else None
 
 
 def machine_of(environment: Any) -> str:

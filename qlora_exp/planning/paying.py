@@ -13,7 +13,7 @@ from qlora_exp.environment import available_cores, probe_without_torch
 from qlora_exp.measurement import card_of
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.prices import read_prices, usd_per_hour
-from qlora_exp.plan.seconds import Interval, Seen, machine_of, predicted_seconds, predicted_usd, seen_of
+from qlora_exp.plan.seconds import Interval, Seen, predicted_seconds, predicted_usd, seen_of
 from qlora_exp.planning.devices import PlanDevice
 from qlora_exp.records import RunRecord
 from qlora_exp.redaction import redact
@@ -36,8 +36,8 @@ UNKNOWN = Payment(None, None, None, None, None, None)
 
 
 class Cashier:
-    """Looks at the machine, its rates and the prices once. ``records``: ended runs; those of the same base go
-    before the machine's calibration. ``hosts``: whether trial hosts will train, which share the cores.
+    """Looks at the machine, its rates and the prices once. ``records``: ended runs, the newest first; those of
+    the same base go before the machine's calibration. ``hosts``: whether trial hosts will train, which share the cores.
 
     Raises:
         ConfigError: the table of prices can't be read.
@@ -78,21 +78,16 @@ class Cashier:
     def _of_cpu(self, config: Config, threads: int | None) -> Seen:
         """As a run with so many threads would find it."""
         here = replace(probe_without_torch(), torch_threads=threads)
-        seen = seen_of(self._records, here, redact(to_plain(config)))
+        seen = seen_of(self._records, here, redact(to_plain(config)), self._hosts)
         return replace(seen, rate=seen.rate or known_rate(here, config.quantization.mode))
 
     def _of_card(self, config: Config, card: str | None) -> Seen:
-        """By the runs of the machine with such a card that is among the records; of several nobody can say which."""
-        machines = {
-            machine_of(one.environment): one.environment
-            for one in self._records
-            if one.environment.device.kind == "cuda"
-            and (card is None or card_of(one.environment.device.name or "") == card_of(card))
-        }
+        """By the runs where the last one on such a card was made."""
+        cards = (one.environment for one in self._records if one.environment.device.kind == "cuda")
+        there = next((one for one in cards if card is None or card_of(one.device.name or "") == card_of(card)), None)
         seen = Seen(None, None, None)
-        if len(machines) == 1:
-            [there] = machines.values()
-            seen = seen_of(self._records, there, redact(to_plain(config)))
+        if there is not None:
+            seen = seen_of(self._records, there, redact(to_plain(config)), self._hosts)
         return replace(seen, rate=seen.rate or known_card_rate(card, config.quantization.mode))
 
 

@@ -196,7 +196,7 @@ def _corners(axis: Axis) -> Axis:
 
 
 def _on_test(point: Point) -> Point:
-    """As a ladder scores its trials but for the few pilots: on both splits."""
+    """As a ladder scores its trials: on both splits, but for its pilots, which take less than they are counted for."""
     if point.config is None:
         return point
     evaluation = replace(point.config.evaluation, split=EvaluationSplit.test)

@@ -122,7 +122,8 @@ def check_memory(asked: Asked) -> None:
         device = device_of(config)
         return smallest_base(planner.architecture(config.model), config.quantization, device.kind, device.bf16)
 
-    mode, least = min((smallest(config) for config in configs), key=lambda found: found[1])
+    different = {(repr(config.model), repr(config.quantization), config.training.device): config for config in configs}
+    mode, least = min(map(smallest, different.values()), key=lambda found: found[1])
     if least > memory_bytes:
         what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
         hint = f"a smaller model, or more than budget.memory_bytes={least}"

@@ -332,3 +332,11 @@ def test_sizes_refuse_an_option_that_they_would_not_heed(
     assert main(["plan", "--sizes", *other, "model=llama3_1_8b"]) == 2
     assert f"--sizes {other[0]}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ladders_configurations_are_planned_as_scored_on_both_splits() -> None:
+    configs = [point.config for point in points_of(["sweeps=demo"]).points]
+    assert {config.evaluation.split.value for config in configs if config is not None} == {"test"}
+    [single] = points_of(["model=embedded"]).points
+    assert single.config is not None
+    assert single.config.evaluation.split.value == "validation"

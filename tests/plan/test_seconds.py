@@ -12,7 +12,7 @@ import pytest
 
 from qlora_exp import calibration
 from qlora_exp.compose import compose
-from qlora_exp.config import Quantization
+from qlora_exp.config import Quantization, to_plain
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.errors import ConfigError
 from qlora_exp.plan import Architecture, WeightShape
@@ -28,7 +28,9 @@ from qlora_exp.plan.seconds import (
     seen_of,
     train_flops_per_token,
 )
-from qlora_exp.records import SCHEMA_VERSION, Plan, RunRecord, Speed, Spent, Status
+from qlora_exp.planning.devices import device_called
+from qlora_exp.planning.paying import Cashier
+from qlora_exp.records import SCHEMA_VERSION, Memory, Plan, RunRecord, Speed, Spent, Status
 
 WIDTH, VOCABULARY = 64, 1000
 SHAPES = tuple(
@@ -145,8 +147,62 @@ def test_loading_and_scoring_are_told_by_runs_with_the_same_evaluation_alone() -
     assert seen(finished(family="large", other=(1.0, 5.0, 4.0)), finished()).other is None
 
 
-def test_a_record_that_lacks_its_configuration_is_passed_over() -> None:
+def test_a_record_that_lacks_its_configuration_or_has_no_figures_is_passed_over() -> None:
     assert seen(finished(7.0).replace(config={})) == Seen(None, None, None)
+    for wrong in ({"train_seconds": 0.0}, {"train_seconds": -1.0}, {"train_seconds": math.nan}, {"train_tokens": None}):
+        record = finished(7.0)
+        assert seen(record.replace(speed=replace(record.speed, **wrong))).rate is None, wrong
+    assert seen(finished(7.0, flops=0.0)).rate is None
+    assert seen(finished(other=(math.nan, 1.0, 1.0)), finished(other=(0.0, 0.0, 0.0))).other is None
+
+
+def test_another_checkpoint_or_revision_is_another_base() -> None:
+    for key in ("checkpoints", "revision", "path"):
+        other = finished(7.0)
+        other.config["model"] = {"family": "tiny", "variant": "base", key: "other"}
+        assert seen(other).rate is None, key
+
+
+def test_of_trials_warm_runs_tell_what_loading_and_scoring_take_and_of_runs_cold_ones() -> None:
+    cold = finished(other=(20.0, 1.0, 1.0))
+    warm = finished(other=(0.0, 1.0, 1.0))
+    warm = warm.replace(memory=Memory(host_reused=True))
+    here = probe_without_torch()
+    for records in ([cold, warm], [warm, cold]):
+        told = [seen_of(records, here, cold.config, warm=one).other for one in (False, True)]
+        assert [one.middle for one in told if one is not None] == pytest.approx([22.0, 2.0])
+    assert seen_of([cold], here, cold.config, warm=True).other == seen(cold).other
+
+
+def test_a_training_that_was_mostly_its_start_is_told_by_its_later_steps() -> None:
+    short = finished(1.0)
+    short = short.replace(speed=replace(short.speed, steps=2, train_tokens_per_second=50.0))
+    of = finished()
+    of.config["training"] = {"max_steps": 20}
+    assert seen(short, of=of).rate == seen(finished(1.0)).rate
+    of.config["training"] = {"max_steps": 21}
+    rate = seen(short, of=of).rate
+    assert rate is not None
+    assert rate.flops_per_second.middle == pytest.approx(500.0)
+
+
+def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made() -> None:
+    here = probe_without_torch()
+    card = replace(here.device, kind="cuda", name="NVIDIA GeForce RTX 4090")
+    there, upgraded = replace(here, device=card, packages={"torch": "2"}), replace(here, device=card)
+    config = compose(["model=embedded", "quantization=nf4"])
+    of_config = finished(10.0).replace(config=to_plain(config))
+    records = [of_config.replace(environment=one) for one in (here, upgraded, there, there)]
+
+    def seconds(card: str | None, *given: RunRecord) -> tuple[float, float] | None:
+        device = device_called(card) if card is not None else device_called("cuda")
+        return Cashier(given).payment(config, device, ONE_LAYER, [SHAPES[0].name], 50).seconds_interval
+
+    assert seconds("rtx4090", *records) == seconds("rtx4090", records[1])
+    assert seconds(None, *records) == seconds("rtx4090", records[1])
+    assert seconds("rtx4090", *records) is not None
+    assert seconds("a100_80gb", *records) is None
+    assert seconds("rtx4090", records[0]) is None
 
 
 def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

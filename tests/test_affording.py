@@ -1,0 +1,108 @@
+"""What a run's budget will buy, and when it is refused: by what is predicted before a weight is read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qlora_exp.calibration import rates_file
+from qlora_exp.cli import main
+from qlora_exp.compose import compose
+from qlora_exp.config import to_plain
+from qlora_exp.environment import probe, probe_without_torch
+from qlora_exp.one_run import Prepared, prepare
+from qlora_exp.one_run.affording import what_it_buys
+from qlora_exp.one_run.predicting import TIMES, as_first_told, row_lengths
+from qlora_exp.paths import OutputPaths
+from qlora_exp.plan.seconds import machine_of
+from qlora_exp.records import SCHEMA_VERSION, RunRecord, Speed, Status, write_json
+
+SMALL = ["training.device=cpu", "training.threads=1", "quantization=fp32", "tracking=off", "training.max_steps=40"]
+SMALL += ["training.batch_size=4", "task.max_train_items=40"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def prepared() -> Prepared:
+    """Forty steps predicted to take 80 s (40 to 160), and 10 s beside them but for the last scoring."""
+    found = prepare(compose(SMALL), probe(compose(SMALL).training.device))
+    plan = replace(
+        found.plan,
+        predicted_train_seconds_low=40.0,
+        predicted_train_seconds=80.0,
+        predicted_train_seconds_high=160.0,
+        predicted_train_seconds_basis="a guess",
+    )
+    return replace(found, predicted=replace(found.predicted, plan=plan, before_seconds=10.0))
+
+
+def test_seconds_and_dollars_buy_steps_after_what_comes_before_them(prepared: Prepared) -> None:
+    def told(*overrides: str) -> list[str]:
+        return list(what_it_buys(compose([*SMALL, *overrides]), prepared))
+
+    assert told() == []
+    assert told("budget.kwh=1") == []
+    [seconds] = told("budget.seconds=31")  # 21 s at 4, 2, 1 s a step; the step that reaches the limit is made
+    assert seconds == "budget.seconds=31 buys about 11 of 40 steps (6 to 21, by a guess)"
+    [dollars] = told("budget.usd=0.31", "budget.usd_per_hour=36")  # one cent a second
+    assert dollars == "budget.usd=0.31 buys about 11 of 40 steps (6 to 21, by a guess)"
+    assert "about 1 of 40 steps (1 to 1," in told("budget.seconds=9")[0]
+    assert "about 40 of 40 steps (40 to 40," in told("budget.seconds=1000")[0]
+    unknown = replace(prepared, predicted=replace(prepared.predicted, before_seconds=None))
+    [seconds] = what_it_buys(compose([*SMALL, "budget.seconds=31"]), unknown)
+    assert seconds.startswith("budget.seconds=31 buys about 16 of 40 steps (8 to 31,")
+    assert seconds.endswith("less what passes before training")
+
+
+def test_tokens_buy_steps_of_the_mean_row(prepared: Prepared) -> None:
+    mean = sum(row_lengths(prepared.splits)) / 40
+    [told] = what_it_buys(compose([*SMALL, f"budget.tokens={round(10 * 4 * mean) - 1}"]), prepared)
+    assert "buys about 10 of 40 steps" in told
+
+
+def test_a_token_limit_of_the_training_is_counted_in_the_steps_it_takes() -> None:
+    config = compose([*SMALL, "training.max_steps=null", "training.max_tokens=2000", "budget.tokens=1000"])
+    [told] = what_it_buys(config, prepare(config, probe(config.training.device)))
+    found = re.search(r"about (\d+) of (\d+) steps", told)
+    assert found is not None
+    assert int(found[1]) == pytest.approx(int(found[2]) / 2, abs=1)
+
+
+def test_a_budget_is_refused_by_the_calibrations_fastest_and_not_by_a_slow_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = compose(SMALL)
+    here = replace(probe_without_torch(), torch_threads=1)
+    plan = replace(prepare(config, probe(config.training.device)).plan, train_flops_per_token=1e7)
+    slow = RunRecord(
+        SCHEMA_VERSION, "slow", "slow", Status.COMPLETED, "2026-01-01T00:00:00Z", None, to_plain(config), here,
+        plan=plan, speed=Speed(steps=40, train_tokens=4_000, train_seconds=1e6),
+    )  # fmt: skip
+    write_json(OutputPaths.of("outputs").run("slow").record, slow)
+    limited = [*SMALL, "budget.seconds=30"]
+    assert main(["validate", *limited]) == 0
+    write_json(rates_file(), {machine_of(here): {"fp32": 1e3}})
+    capsys.readouterr()
+    for verb in ("validate", "run"):
+        assert main([verb, *limited]) == 2
+        told = capsys.readouterr().err
+        assert "the budget doesn't buy one step" in told
+        assert "budget.seconds = 30" in told
+    assert [folder.name for folder in Path("outputs/runs").iterdir()] == ["slow"]
+
+
+def test_a_resumed_run_keeps_the_times_that_it_was_told_first(prepared: Prepared) -> None:
+    planned = prepared.plan
+    later = replace(planned, predicted_train_seconds=1.0, predicted_train_usd=2.0, predicted_peak_train_bytes=7)
+    kept = as_first_told(later, planned)
+    assert {name: getattr(kept, name) for name in TIMES} == {name: getattr(planned, name) for name in TIMES}
+    assert kept.predicted_peak_train_bytes == 7
+    assert as_first_told(later, None) == later
