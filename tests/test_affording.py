@@ -49,7 +49,7 @@ def test_seconds_and_dollars_buy_steps_after_what_comes_before_them(prepared: Pr
         return list(what_it_buys(compose([*SMALL, *overrides]), prepared))
 
     assert told() == []
-    assert told("budget.kwh=1") == []
+    assert told("budget.kwh=1") == ["budget.kwh=1: what a step takes of it isn't known"]
     [seconds] = told("budget.seconds=31")  # 21 s at 4, 2, 1 s a step; the step that reaches the limit is made
     assert seconds == "budget.seconds=31 buys about 11 of 40 steps (6 to 21, by a guess)"
     [dollars] = told("budget.usd=0.31", "budget.usd_per_hour=36")  # one cent a second
@@ -60,6 +60,9 @@ def test_seconds_and_dollars_buy_steps_after_what_comes_before_them(prepared: Pr
     [seconds] = what_it_buys(compose([*SMALL, "budget.seconds=31"]), unknown)
     assert seconds.startswith("budget.seconds=31 buys about 16 of 40 steps (8 to 31,")
     assert seconds.endswith("less what passes before training")
+    config = compose([*SMALL, "budget.seconds=31"])
+    [unknown_pace] = what_it_buys(config, prepare(config, probe(config.training.device)))
+    assert "isn't known until qlora-exp calibrate has measured this machine" in unknown_pace
 
 
 def test_tokens_buy_steps_of_the_mean_row(prepared: Prepared) -> None:

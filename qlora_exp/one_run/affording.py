@@ -12,6 +12,8 @@ from qlora_exp.errors import ConfigError
 from qlora_exp.one_run.predicting import row_lengths
 from qlora_exp.one_run.preparing import Prepared
 
+UNTIL = " until qlora-exp calibrate has measured this machine, or a run of this base has ended in the same output_root"
+
 
 def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
     """By the shortest rows and the fastest that this machine is calibrated to be, where it is.
@@ -28,7 +30,7 @@ def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
 
 
 def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
-    """A sentence for each limit of which it is known: a training ends after the step that reaches it."""
+    """A sentence for each limit; a training ends after the step that reaches it."""
     planned = prepared.plan
     row = statistics.fmean(row_lengths(prepared.splits))
     slow, fast = planned.predicted_train_seconds_high, planned.predicted_train_seconds_low
@@ -36,6 +38,7 @@ def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
         paces = (slow, planned.predicted_train_seconds, fast)
         least, about, most = (_steps(limit, name, config, prepared, pace, row) for pace in paces)
         if least is None or about is None or most is None:
+            yield f"budget.{name}={limit:g}: what a step takes of it isn't known{'' if name == 'kwh' else UNTIL}"
             continue
         told = f"budget.{name}={limit:g} buys about {about} of {prepared.predicted.steps} steps"
         if name == "tokens":
