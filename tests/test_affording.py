@@ -109,3 +109,21 @@ def test_a_resumed_run_keeps_the_times_that_it_was_told_first(prepared: Prepared
     assert {name: getattr(kept, name) for name in TIMES} == {name: getattr(planned, name) for name in TIMES}
     assert kept.predicted_peak_train_bytes == 7
     assert as_first_told(later, None) == later
+
+
+def test_validate_refuses_what_a_run_would_for_its_energy_and_its_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["validate", *SMALL, "budget.kwh=1"]) == 2
+    assert "energy can't be read here" in capsys.readouterr().err
+    limited = [*SMALL, "budget.memory_bytes=1000000"]
+    assert main(["validate", *limited]) == 2
+    assert "budget.memory_bytes" in capsys.readouterr().err
+
+
+def test_a_token_limit_is_reached_with_fewer_rows_than_a_batch() -> None:
+    config = compose([*SMALL, "training.max_steps=null", "training.max_tokens=4000", "task.max_train_items=3"])
+    prepared = prepare(config, probe(config.training.device))
+    tokens = sum(row_lengths(prepared.splits))
+    assert prepared.plan.max_steps * tokens >= 4000
+    assert prepared.predicted.extent.steps == -(-4000 // tokens)

@@ -2,7 +2,7 @@
 
 from qlora_exp.app.beginning import display_name
 from qlora_exp.app.doors import config_from_plain, end_killed_run, run_and_tell, summary
-from qlora_exp.app.execution import execute, memory_rule
+from qlora_exp.app.execution import check_may_start, execute
 from qlora_exp.app.process import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -21,12 +21,12 @@ __all__ = [
     "EXIT_RUN_FAILED",
     "EXIT_WRONG_INPUT",
     "Ended",
+    "check_may_start",
     "config_from_plain",
     "display_name",
     "end_killed_run",
     "execute",
     "exit_code_of",
-    "memory_rule",
     "quiet_libraries",
     "run_and_tell",
     "set_threads",

@@ -24,7 +24,7 @@ from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, halved
 from qlora_exp.records import Environment, Fit, RunRecord, Status, Trial, read_record, write_json
 
 if TYPE_CHECKING:
-    from qlora_exp.one_run import Bases
+    from qlora_exp.one_run import Bases, Prepared
 
 
 def execute(
@@ -56,7 +56,7 @@ def execute(
         DoesNotFit: it is predicted to need more memory than it may take; nothing was started.
         QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
-    memory = memory or memory_rule(config)
+    memory = memory or _memory_rule(config)
     if trial is not None:
         config = without_limits(config)
     check_energy(config.budget, config.training.device)
@@ -150,7 +150,22 @@ class _Prepared(Protocol):
     ) -> tuple[RunRecord, QloraExpError | None]: ...
 
 
-def memory_rule(config: Config) -> MemoryRule:
+def check_may_start(config: Config, prepared: Prepared, probed: Environment) -> None:
+    """What is held against a new run's predictions, asked without making one.
+
+    Raises:
+        ConfigError: it would be refused for its budget or its memory.
+    """
+    from qlora_exp import one_run
+
+    check_energy(config.budget, config.training.device)
+    if config.training.engine is Engine.sleep:
+        synthetic.fit_of(config, probed, _memory_rule(config))
+    else:
+        one_run.fit_of(config, prepared, probed, _memory_rule(config))
+
+
+def _memory_rule(config: Config) -> MemoryRule:
     """Of a run by itself: what its budget says is meant; a card's memory is held against a prediction that may err."""
     bound = config.budget.memory_bytes
     return MemoryRule(bound, hosts=1, kin=(), tries_the_edge=bound is None, halvings=0)

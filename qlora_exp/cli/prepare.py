@@ -40,11 +40,10 @@ def add_to(app: typer.Typer) -> None:
 
 def validate(overrides: Overrides = None, source: Source = None) -> int:
     """Check settings and data; read no weight."""
-    from qlora_exp.app import memory_rule
-    from qlora_exp.one_run import fit_of
+    from qlora_exp.app import check_may_start
 
     config, prepared, environment = _prepared(given_overrides(source, overrides))
-    fit_of(config, prepared, environment, memory_rule(config))
+    check_may_start(config, prepared, environment)
     if config.tracking.enabled:
         from qlora_exp.paths import OutputPaths
         from qlora_exp.tracking.store import locate

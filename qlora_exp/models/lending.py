@@ -34,12 +34,14 @@ class ColdBases:
 class WarmBases:
     """Keeps the last base, and the last of whatever else doesn't change between trials. Trials see shells only."""
 
-    warm = True
-
     def __init__(self) -> None:
         self._last: dict[str, tuple[Hashable, Any]] = {}
         self._new = False
         """Whether something has been made since the last look."""
+
+    @property
+    def warm(self) -> bool:
+        return "base" in self._last
 
     def lend(self, config: Config, device_kind: str) -> Base:
         """The kept base where ``config`` asks for the same one; else that is freed first, and the new one loaded."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator
 
 from qlora_exp.budget import limits_of
@@ -12,7 +11,8 @@ from qlora_exp.errors import ConfigError
 from qlora_exp.one_run.predicting import row_lengths
 from qlora_exp.one_run.preparing import Prepared
 
-UNTIL = " until qlora-exp calibrate has measured this machine, or a run of this base has ended in the same output_root"
+UNTIL = " until qlora-exp calibrate has measured this machine, or a run of this base in this mode has ended here"
+"""Both with as many threads."""
 
 
 def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
@@ -21,7 +21,7 @@ def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
     Raises:
         ConfigError: it doesn't.
     """
-    fastest, steps = prepared.predicted.least_train_seconds, prepared.predicted.steps
+    fastest, steps = prepared.predicted.least_train_seconds, prepared.predicted.extent.steps
     for name, limit in limits_of(config.budget).items():
         step = _of_a_step(name, config, prepared, fastest, min(row_lengths(prepared.splits)))
         if step is not None and step > limit:
@@ -32,7 +32,7 @@ def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
 def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
     """A sentence for each limit; a training ends after the step that reaches it."""
     planned = prepared.plan
-    row = statistics.fmean(row_lengths(prepared.splits))
+    row = prepared.predicted.extent.row_tokens
     slow, fast = planned.predicted_train_seconds_high, planned.predicted_train_seconds_low
     for name, limit in limits_of(config.budget).items():
         paces = (slow, planned.predicted_train_seconds, fast)
@@ -40,7 +40,7 @@ def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
         if least is None or about is None or most is None:
             yield f"budget.{name}={limit:g}: what a step takes of it isn't known{'' if name == 'kwh' else UNTIL}"
             continue
-        told = f"budget.{name}={limit:g} buys about {about} of {prepared.predicted.steps} steps"
+        told = f"budget.{name}={limit:g} buys about {about} of {prepared.predicted.extent.steps} steps"
         if name == "tokens":
             yield f"{told}, by the mean row"
         else:
@@ -55,17 +55,17 @@ def _steps(
     if step is None:
         return None
     left = limit - (_in_units(name, config, prepared.predicted.before_seconds or 0.0) or 0.0)
-    return min(prepared.predicted.steps, max(1, math.ceil(left / step)))
+    return min(prepared.predicted.extent.steps, max(1, math.ceil(left / step)))
 
 
 def _of_a_step(
     name: str, config: Config, prepared: Prepared, train_seconds: float | None, row_tokens: float
 ) -> float | None:
     """What one step takes of the limit ``name``; ``None`` is unknown."""
-    told = prepared.predicted
+    extent = prepared.predicted.extent
     if name == "tokens":
-        return told.step_rows * row_tokens
-    return _in_units(name, config, train_seconds / told.steps) if train_seconds is not None else None
+        return extent.step_rows * row_tokens
+    return _in_units(name, config, train_seconds / extent.steps) if train_seconds is not None else None
 
 
 def _in_units(name: str, config: Config, seconds: float) -> float | None:

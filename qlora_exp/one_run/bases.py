@@ -16,7 +16,7 @@ class Bases(Protocol):
 
     @property
     def warm(self) -> bool:
-        """Whether it is for a host that makes many runs."""
+        """Whether a base has been lent before."""
 
     def lend(self, config: Config, device_kind: str) -> models.Base:
         """The base that ``config`` asks for, as :func:`models.load_base` loads it."""

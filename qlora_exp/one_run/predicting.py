@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,15 @@ from qlora_exp.config import Config, to_plain
 from qlora_exp.data import Splits
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.peak import Peak, predicted_peak
-from qlora_exp.plan.seconds import Interval, Rate, predicted_seconds, predicted_usd, seen_of, train_flops_per_token
+from qlora_exp.plan.seconds import (
+    Extent,
+    Interval,
+    Rate,
+    predicted_seconds,
+    predicted_usd,
+    seen_of,
+    train_flops_per_token,
+)
 from qlora_exp.records import Environment, Plan, RunRecord
 from qlora_exp.redaction import redact
 
@@ -28,10 +35,8 @@ class Predicted:
     """By this machine's calibration alone: earlier runs may have been slowed by something."""
     before_seconds: float | None
     """What passes from loading on beside training and the last scoring, by runs like it."""
-    steps: int
-    """As many as are expected: with ``training.max_tokens`` the plan's are an upper bound."""
-    step_rows: int
-    """Of one step: all of them, where there are fewer than a batch."""
+    extent: Extent
+    """As is expected: with ``training.max_tokens`` the plan's steps are an upper bound."""
 
 
 def predicted(
@@ -45,16 +50,15 @@ def predicted(
     warm: bool,
 ) -> Predicted:
     """``ended``: runs of which those of the same base say how fast this machine is; else its calibration does.
-    ``warm``: the run is one of many in its process."""
+    ``warm``: its base is here already."""
     device, lengths = environment.device, row_lengths(splits)
     peak = peak_of(config, environment, architecture, modules, splits)
-    row = statistics.fmean(lengths)
-    tokens = config.training.max_tokens or round(planned.max_steps * planned.batch_size * row)
+    extent = Extent.of(config.training, len(lengths), statistics.fmean(lengths))
 
     def by(rate: Rate | None) -> Interval | None:
-        return predicted_seconds(architecture, modules, config, device.kind, rate, tokens=tokens, length=row)
+        return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
 
-    seen = seen_of(ended, environment, redact(to_plain(config)), warm)
+    seen = seen_of(ended, environment, redact(to_plain(config)), extent.steps, warm)
     calibrated = by(known_rate(environment, config.quantization.mode))
     seconds = by(seen.rate) if seen.rate is not None else calibrated
     usd = predicted_usd(seconds, config.budget.usd_per_hour)
@@ -64,9 +68,9 @@ def predicted(
         predicted_context_bytes=peak.context_bytes,
         predicted_activation_bytes=peak.activation_bytes,
         predicted_logits_bytes=peak.logits_bytes,
-        predicted_train_tokens=tokens,
+        predicted_train_tokens=extent.tokens,
         train_flops_per_token=train_flops_per_token(
-            architecture, planned.trainable_parameters, row, planned.gradient_checkpointing
+            architecture, planned.trainable_parameters, extent.row_tokens, planned.gradient_checkpointing
         ),
         predicted_train_seconds=seconds.middle if seconds else None,
         predicted_train_seconds_low=seconds.low if seconds else None,
@@ -75,9 +79,7 @@ def predicted(
         predicted_train_usd=usd.middle if usd else None,
         predicted_other_seconds=seen.other.middle if seen.other else None,
     )
-    rows = min(planned.batch_size, len(lengths))
-    steps = planned.max_steps if config.training.max_tokens is None else math.ceil(tokens / (rows * row))
-    return Predicted(plan, calibrated.low if calibrated else None, seen.before, steps, rows)
+    return Predicted(plan, calibrated.low if calibrated else None, seen.before, extent)
 
 
 TIMES = (

@@ -19,6 +19,7 @@ from qlora_exp.one_run.bases import Bases
 from qlora_exp.one_run.predicting import Predicted, predicted, row_lengths
 from qlora_exp.paths import OutputPaths
 from qlora_exp.plan import Architecture
+from qlora_exp.plan.seconds import Extent
 from qlora_exp.records import Environment, Plan
 
 
@@ -91,9 +92,9 @@ step, ends a training."""
 
 def _steps_for_tokens(config: Config, splits: Splits) -> int:
     """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
-    assert config.training.max_tokens is not None
     lengths = row_lengths(splits)
     mean = statistics.fmean(lengths)
-    rows = config.training.max_tokens / mean
+    extent = Extent.of(config.training, len(lengths), mean)
+    rows = extent.tokens / mean
     longest = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
-    return 1 + math.ceil(longest * rows / config.training.batch_size)
+    return 1 + math.ceil(longest * rows / extent.step_rows)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_exp.config import Config
+from qlora_exp.config import Config, TrainingConfig
 from qlora_exp.plan import gradient_checkpointing, lora_parameters
 from qlora_exp.plan.activations import layers_of
 from qlora_exp.plan.architecture import Architecture
@@ -84,36 +84,47 @@ def train_flops_per_token(
     return passes * layers + head_passes * head + 6.0 * adapter_parameters + (2 * passes + 4.0) * attention
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How much a training processes. ``step_rows``: in the mean of an epoch, whose last step has what is left."""
+
+    steps: int
+    step_rows: float
+    row_tokens: float
+    tokens: int
+
+    @staticmethod
+    def of(training: TrainingConfig, rows: int | None = None, row_tokens: float | None = None) -> Extent:
+        """``rows``: how many there are; unknown, every step has a whole batch. ``row_tokens``: of a mean row; unknown,
+        it is as long as ``training.max_length``, an upper bound."""
+        step_rows = rows / math.ceil(rows / training.batch_size) if rows else float(training.batch_size)
+        row = row_tokens or float(training.max_length)
+        if training.max_tokens is not None:
+            return Extent(math.ceil(training.max_tokens / (step_rows * row)), step_rows, row, training.max_tokens)
+        steps = training.max_steps or 0
+        return Extent(steps, step_rows, row, round(steps * step_rows * row))
+
+
 def predicted_seconds(
     architecture: Architecture,
     modules: Sequence[str],
     config: Config,
     device_kind: str,
     rate: Rate | None,
-    *,
-    tokens: int | None = None,
-    length: float | None = None,
+    extent: Extent,
 ) -> Interval | None:
-    """Seconds of training ``config`` with adapters on ``modules`` (full names), without loading and evaluation.
-
-    ``tokens``: all that training processes, padding included, where known; else steps × rows × ``length``, and
-    ``length`` (tokens of a mean row) is ``training.max_length`` where it isn't known, an upper bound. ``None`` where
-    the machine's rate is unknown.
-    """
+    """Seconds of training ``config`` with adapters on ``modules`` (full names), without loading and evaluation;
+    ``None`` where the machine's rate is unknown."""
     if rate is None:
         return None
-    training = config.training
-    row = length or float(training.max_length)
-    if tokens is None:
-        tokens = training.max_tokens or round((training.max_steps or 0) * training.batch_size * row)
     wanted = set(modules)
     adapters = sum(
         lora_parameters(shape, config.lora.r, config.lora.dora)
         for shape in architecture.weights
         if shape.name in wanted
     )
-    recomputed = gradient_checkpointing(training.gradient_checkpointing, device_kind, architecture)
-    flops = tokens * train_flops_per_token(architecture, adapters, row, recomputed)
+    recomputed = gradient_checkpointing(config.training.gradient_checkpointing, device_kind, architecture)
+    flops = extent.tokens * train_flops_per_token(architecture, adapters, extent.row_tokens, recomputed)
     speed = rate.flops_per_second
     return Interval(flops / speed.high, flops / speed.middle, flops / speed.low, speed.basis)
 
@@ -131,16 +142,23 @@ def rate_from_calibration(flops_per_second: float, machine: str, quantization: s
 
 
 def seen_of(
-    records: Sequence[RunRecord], environment: Environment, config: Mapping[str, Any], warm: bool = False
+    records: Sequence[RunRecord],
+    environment: Environment,
+    config: Mapping[str, Any],
+    steps: int | None = None,
+    warm: bool = False,
 ) -> Seen:
-    """What ``records`` (ended runs) say of a run in ``environment`` with ``config`` (as a record holds it), ``warm`` if
-    on a host that has made others before: of its rate those of the same base and variant, without any those of the
-    other variant; of its other seconds those of the same variant, and warm ones where it is warm, if there are any."""
+    """What ``records`` (ended runs) say of a run in ``environment`` with ``config`` (as a record holds it).
+
+    Of its rate those of the same base and variant, without any those of the other variant; ``steps``: as many as it
+    will train. Of its other seconds those of the same variant whose process had made a run before, where it is
+    ``warm``, else those whose had not; without any of these all.
+    """
     machine, variant = machine_of(environment), _of(config, "model", "variant")
     kin = [one for one in records if machine_of(one.environment) == machine and _base(one.config) == _base(config)]
     nearest = [one for one in kin if _of(one.config, "model", "variant") == variant]
     alike = [one for one in nearest if one.memory.host_reused == warm]
-    mode, steps = str(_of(config, "quantization", "mode")), _of(config, "training", "max_steps")
+    mode = str(_of(config, "quantization", "mode"))
     rate = _rate(nearest, machine, mode, steps) or _rate(kin, machine, mode, steps)
     found = _other_seconds(alike, config)
     return Seen(rate, *(found if found[0] is not None else _other_seconds(nearest, config)))
@@ -185,7 +203,7 @@ def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> t
 
 def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
     """Seconds of a run, from loading on, that are neither training nor the last scoring, and those of the last scoring.
-    Of one that trained steps twice only what its phases took: the rest may be training that was lost."""
+    Of one that failed or trained steps twice only what its phases took: the rest may be training that was lost."""
     speed, spent = record.speed, record.spent
     if speed.load_seconds is None or speed.evaluation_seconds is None:
         return None
@@ -236,7 +254,7 @@ def achieved_flops_per_second(record: RunRecord, steps: int | None = None) -> fl
         return None
     tokens_per_second = 0.0
     if steps is not None and speed.steps is not None and speed.steps * TOO_SHORT < steps:
-        tokens_per_second = speed.train_tokens_per_second or 0.0
+        tokens_per_second = (speed.train_tokens_per_second or 0.0) if speed.excluded_steps else 0.0
     elif speed.train_tokens and speed.train_seconds:
         tokens_per_second = speed.train_tokens / speed.train_seconds
     rate = plan.train_flops_per_token * tokens_per_second

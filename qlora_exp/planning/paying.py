@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_exp.calibration import known_card_rate, known_rate
-from qlora_exp.config import Config, to_plain
+from qlora_exp.config import Config, Isolation, to_plain
 from qlora_exp.environment import available_cores, probe_without_torch
 from qlora_exp.measurement import card_of
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.prices import read_prices, usd_per_hour
-from qlora_exp.plan.seconds import Interval, Seen, predicted_seconds, predicted_usd, seen_of
+from qlora_exp.plan.seconds import Extent, Interval, Seen, predicted_seconds, predicted_usd, seen_of
 from qlora_exp.planning.devices import PlanDevice
-from qlora_exp.records import RunRecord
+from qlora_exp.planning.rows import PlannedRows
+from qlora_exp.records import Environment, RunRecord
 from qlora_exp.redaction import redact
 
 
@@ -54,41 +55,42 @@ class Cashier:
         device: PlanDevice,
         architecture: Architecture,
         modules: Sequence[str],
-        length: float | None = None,
+        rows: PlannedRows | None = None,
     ) -> Payment:
-        """``length``: tokens of a mean row; unknown, every row counts as long as ``training.max_length``, an upper
-        bound."""
-        seen = self._seen(config, device)
-        seconds = predicted_seconds(architecture, modules, config, device.kind, seen.rate, length=length)
+        """``rows``: the task's; unknown, every one counts as long as ``training.max_length``, an upper bound."""
+        extent = Extent.of(config.training, rows.rows if rows else None, rows.mean_tokens if rows else None)
+        seen = self._seen(config, device, extent.steps)
+        seconds = predicted_seconds(architecture, modules, config, device.kind, seen.rate, extent)
         hourly = config.budget.usd_per_hour
         if hourly is None:
             hourly = usd_per_hour(device.kind, device.card, self._prices)
         usd = predicted_usd(seconds.plus(seen.other) if seconds else None, hourly)
         return Payment(*_told(seconds), *_told(seen.other), *_told(usd))
 
-    def _seen(self, config: Config, device: PlanDevice) -> Seen:
+    def _seen(self, config: Config, device: PlanDevice, steps: int) -> Seen:
         threads = _threads(config, self._hosts)
         sections = (config.model, config.quantization.mode, config.task, config.evaluation)
-        key = (device.name, threads, repr(sections))
+        key = (device.name, threads, steps, repr(sections))
         if key not in self._known:
-            on_cpu = device.kind == "cpu"
-            self._known[key] = self._of_cpu(config, threads) if on_cpu else self._of_card(config, device.card)
+            if device.kind == "cpu":
+                here = replace(probe_without_torch(), torch_threads=threads)  # as a run with so many would find it
+                seen, calibrated = self._of(config, here, steps), known_rate(here, config.quantization.mode)
+            else:
+                seen = self._of(config, self._where(device.card), steps)
+                calibrated = known_card_rate(device.card, config.quantization.mode)
+            self._known[key] = replace(seen, rate=seen.rate or calibrated)
         return self._known[key]
 
-    def _of_cpu(self, config: Config, threads: int | None) -> Seen:
-        """As a run with so many threads would find it."""
-        here = replace(probe_without_torch(), torch_threads=threads)
-        seen = seen_of(self._records, here, redact(to_plain(config)), self._hosts)
-        return replace(seen, rate=seen.rate or known_rate(here, config.quantization.mode))
+    def _of(self, config: Config, there: Environment | None, steps: int) -> Seen:
+        if there is None:
+            return Seen(None, None, None)
+        warm = self._hosts and config.workers is not None and config.workers.isolation is Isolation.warm
+        return seen_of(self._records, there, redact(to_plain(config)), steps, warm)
 
-    def _of_card(self, config: Config, card: str | None) -> Seen:
-        """By the runs where the last one on such a card was made."""
+    def _where(self, card: str | None) -> Environment | None:
+        """Where the last run on such a card was made."""
         cards = (one.environment for one in self._records if one.environment.device.kind == "cuda")
-        there = next((one for one in cards if card is None or card_of(one.device.name or "") == card_of(card)), None)
-        seen = Seen(None, None, None)
-        if there is not None:
-            seen = seen_of(self._records, there, redact(to_plain(config)), self._hosts)
-        return replace(seen, rate=seen.rate or known_card_rate(card, config.quantization.mode))
+        return next((one for one in cards if card is None or card_of(one.device.name or "") == card_of(card)), None)
 
 
 def _told(interval: Interval | None) -> tuple[float | None, tuple[float, float] | None]:

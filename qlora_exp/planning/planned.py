@@ -166,7 +166,7 @@ class Planner:
         names = [shape.name for shape in adapted]
         rows = self._counter.of(config) if self._counter is not None else None
         peak = _peak(architecture, names, config, device, rows)
-        paid = self._cashier.payment(config, device, architecture, names, rows.mean_tokens if rows else None)
+        paid = self._cashier.payment(config, device, architecture, names, rows)
         known = PlannedMemory(
             base_weight_bytes=base.base_weight_bytes,
             quantization_state_bytes=base.quantization_state_bytes,

@@ -12,12 +12,13 @@ import pytest
 
 from qlora_exp import calibration
 from qlora_exp.compose import compose
-from qlora_exp.config import Quantization, to_plain
+from qlora_exp.config import Config, Quantization, to_plain
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.errors import ConfigError
 from qlora_exp.plan import Architecture, WeightShape
 from qlora_exp.plan.prices import read_prices, usd_per_hour
 from qlora_exp.plan.seconds import (
+    Extent,
     Interval,
     Rate,
     Seen,
@@ -52,11 +53,11 @@ def test_seconds_and_dollars_are_operations_over_the_rate() -> None:
     config = compose(["training.max_steps=10", "training.batch_size=4", "training.max_length=100", "lora.r=2"])
     flops = 10 * 4 * 50 * train_flops_per_token(ONE_LAYER, 2 * 2 * WIDTH, 50, False)
     rate = Rate(Interval(flops / 4, flops / 2, flops, "seen"), "here", "nf4")
-    seconds = predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", rate, length=50)
+    seconds = predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", rate, Extent.of(config.training, None, 50))
     assert seconds == Interval(1.0, 2.0, 4.0, "seen")
     assert predicted_usd(seconds, 3600.0) == seconds
     assert predicted_usd(seconds, None) is None
-    assert predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", None) is None
+    assert predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", None, Extent.of(config.training)) is None
     assert Interval(1.0, 2.0, 4.0, "seen").plus(Interval(1.0, 1.0, 2.0, "too")) == Interval(2.0, 3.0, 6.0, "seen; too")
 
 
@@ -177,16 +178,58 @@ def test_of_trials_warm_runs_tell_what_loading_and_scoring_take_and_of_runs_cold
 def test_a_training_that_was_mostly_its_start_is_told_by_its_later_steps() -> None:
     short = finished(1.0)
     short = short.replace(speed=replace(short.speed, steps=2, train_tokens_per_second=50.0))
-    of = finished()
-    of.config["training"] = {"max_steps": 20}
-    assert seen(short, of=of).rate == seen(finished(1.0)).rate
-    of.config["training"] = {"max_steps": 21}
-    rate = seen(short, of=of).rate
-    assert rate is not None
-    assert rate.flops_per_second.middle == pytest.approx(500.0)
+    short = short.replace(speed=replace(short.speed, excluded_steps=1))
+
+    def rate(steps: int, record: RunRecord = short) -> float | None:
+        found = seen_of([record], probe_without_torch(), record.config, steps).rate
+        return found.flops_per_second.middle if found is not None else None
+
+    assert rate(20) == pytest.approx(10.0)
+    assert rate(21) == pytest.approx(500.0)
+    assert rate(21, short.replace(speed=replace(short.speed, steps=1, excluded_steps=0))) is None
 
 
-def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made() -> None:
+def test_an_epochs_last_step_has_what_is_left() -> None:
+    training = compose(["training.max_steps=10", "training.batch_size=8"]).training
+    assert Extent.of(training, 36, 10.0) == Extent(10, 7.2, 10.0, 720)
+    assert Extent.of(training, 4, 10.0) == Extent(10, 4.0, 10.0, 400)
+    assert Extent.of(training, 16, 10.0) == Extent(10, 8.0, 10.0, 800)
+    assert Extent.of(training) == Extent(10, 8.0, training.max_length, 80 * training.max_length)
+    assert Extent.of(replace(training, max_tokens=1000), 4, 10.0) == Extent(25, 4.0, 10.0, 1000)
+
+
+def test_one_look_tells_each_configuration_what_it_would_be_told_alone() -> None:
+    here = probe_without_torch()
+    both = [
+        compose(["quantization=nf4", f"training.max_steps={n}", f"training.threads={here.cpu_cores}"]) for n in (20, 21)
+    ]
+    short = finished(1.0).replace(config=to_plain(both[0]), environment=replace(here, torch_threads=here.cpu_cores))
+    short = short.replace(speed=replace(short.speed, steps=2, excluded_steps=1, train_tokens_per_second=50.0))
+
+    def seconds(cashier: Cashier, config: Config) -> float | None:
+        return cashier.payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name]).seconds
+
+    one = Cashier([short])
+    assert [seconds(one, config) for config in both] == [seconds(Cashier([short]), config) for config in both]
+    assert seconds(one, both[0]) != pytest.approx(seconds(one, both[1]), rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "isolation", "told"), [(False, "warm", 22.0), (True, "warm", 2.0), (True, "fresh", 22.0)]
+)
+def test_trials_on_warm_hosts_load_nothing(hosts: bool, isolation: str, told: float) -> None:
+    here = probe_without_torch()
+    config = compose(["quantization=nf4", "training.threads=1", f"workers.isolation={isolation}"])
+    cold = finished(other=(20.0, 1.0, 1.0)).replace(config=to_plain(config), environment=replace(here, torch_threads=1))
+    warm = cold.replace(speed=replace(cold.speed, load_seconds=0.0), memory=Memory(host_reused=True))
+    paid = Cashier([cold, warm], hosts).payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name])
+    assert paid.other_seconds == pytest.approx(told)
+
+
+def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     here = probe_without_torch()
     card = replace(here.device, kind="cuda", name="NVIDIA GeForce RTX 4090")
     there, upgraded = replace(here, device=card, packages={"torch": "2"}), replace(here, device=card)
@@ -196,7 +239,7 @@ def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made()
 
     def seconds(card: str | None, *given: RunRecord) -> tuple[float, float] | None:
         device = device_called(card) if card is not None else device_called("cuda")
-        return Cashier(given).payment(config, device, ONE_LAYER, [SHAPES[0].name], 50).seconds_interval
+        return Cashier(given).payment(config, device, ONE_LAYER, [SHAPES[0].name]).seconds_interval
 
     assert seconds("rtx4090", *records) == seconds("rtx4090", records[1])
     assert seconds(None, *records) == seconds("rtx4090", records[1])
