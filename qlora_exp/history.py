@@ -12,7 +12,7 @@ from qlora_exp.records import RunRecord, Status, read_record
 
 LAST = "last"
 NEWEST = 500
-"""Of the runs there are, how many are asked what the next one takes: a second of reading at the most."""
+"""Of the runs there are, how many are asked what the next one takes; each is read once in a process."""
 TELLING = (Status.COMPLETED, Status.PRUNED)
 
 
