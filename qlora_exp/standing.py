@@ -5,33 +5,27 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
 import shlex
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_exp.environment import alive, process_identity
-from qlora_exp.errors import RecordError, StudyError
+from qlora_exp.errors import RecordError
 from qlora_exp.feasibility import Experience, Predicted
-from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Process, Status, from_dict
-from qlora_exp.redaction import REDACTED
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.tables import UNKNOWN, bytes_text, number, show, simple_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
-
-STORAGE_VARIABLE = "QLORA_EXP_STORAGE"
-"""Environment variable with the URL of the storage: a password stays off command lines and out of files."""
 
 DOES_NOT_FIT = "DOES_NOT_FIT"
 """The status of a trial that was not started, since it was predicted not to fit; Optuna's state of it is PRUNED."""
@@ -52,53 +46,6 @@ class Running:
     started_at: str | None
     loss: float | None
     process: Process
-
-
-def read_spec(paths: StudyPaths) -> StudySpec:
-    """``study.json``, its places those where it is now.
-
-    Raises:
-        RecordError: it can't be read, or was moved without its database.
-    """
-    try:
-        spec = from_dict(StudySpec, json.loads(paths.spec.read_text(encoding="utf-8")), str(paths.spec))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"the study can't be read: {error}", str(paths.spec), "start the sweep again") from None
-    return _where_it_is(spec, paths)
-
-
-def _where_it_is(spec: StudySpec, paths: StudyPaths) -> StudySpec:
-    """The study under the output root that its folder is in now: outputs are moved, copied and mounted elsewhere."""
-    here, there = OutputPaths(paths.folder.absolute().parent.parent), OutputPaths.of(spec.output_root)
-    if here == there or (there.root.exists() and here.root.samefile(there.root)):
-        return spec
-    own = spec.storage == f"sqlite:///{there.optuna_database}"
-    if own and there.optuna_database.exists() and not here.optuna_database.exists():
-        what = f"the study {spec.name} was moved without its database and its runs"
-        hint = f"move all of {there.root} together: runs/, studies/ and optuna.db"
-        raise RecordError(what, f"{paths.folder}, and {there.optuna_database}", hint)
-    kept = [text for text in spec.overrides if not text.startswith("output_root=")]
-    return replace(
-        spec,
-        output_root=str(here.root),
-        overrides=(*kept, f"output_root={hydra_value(str(here.root))}"),
-        storage=f"sqlite:///{here.optuna_database}" if own else spec.storage,
-    )
-
-
-def storage_of(spec: StudySpec, given: str | None = None) -> str:
-    """The URL of a study's storage: ``given``, else that of ``study.json``; where this one was stripped of its
-    password, the one of the environment.
-
-    Raises:
-        StudyError: the password is nowhere.
-    """
-    hidden = REDACTED in spec.storage
-    url = given or (os.environ.get(STORAGE_VARIABLE) if hidden else None) or spec.storage
-    if REDACTED in url:
-        hint = f"--storage URL, or {STORAGE_VARIABLE}=URL in the environment"
-        raise StudyError("the study's file doesn't keep its storage's password", spec.storage, hint)
-    return url
 
 
 def running(paths: StudyPaths) -> list[Running]:

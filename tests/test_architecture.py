@@ -81,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("progress", "records", "redaction", "synthetic", "tracking"),
     },
     "feasibility": {"plan", "records", "study", "tables"},
-    "study": {"analysis", "config", "environment", "overrides", "records"},
+    "study": {"analysis", "config", "environment", "overrides", "records", "redaction"},
     "workers": {
         *("app", "budget", "compose", "config", "endings", "environment", "feasibility", "models", "one_run", "plan"),
         *("records", "redaction", "study", "tracking"),

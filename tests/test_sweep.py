@@ -27,7 +27,7 @@ from qlora_exp.environment import process_identity
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import read_record, write_json
-from qlora_exp.standing import read_spec
+from qlora_exp.study.spec_file import read_spec, write_spec
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]
 SWEEPS = [
@@ -310,7 +310,7 @@ def test_cleaning_says_first_and_never_takes_a_record(capsys: pytest.CaptureFixt
 def test_the_studys_file_holds_no_password() -> None:
     uri = "http://user:geheim1@127.0.0.1:9"
     asked = sweep.ask(["lora.r=4,8", "training.engine=sleep", f"tracking.uri='{uri}'"])
-    sweep.write_spec(asked.spec, asked.paths)
+    write_spec(asked.spec, asked.paths)
     assert "geheim1" not in asked.paths.spec.read_text()
     assert any("geheim1" in text for text in asked.spec.overrides)
     assert read_spec(asked.paths).synthetic

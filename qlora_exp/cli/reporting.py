@@ -106,7 +106,7 @@ def _asked(
 ) -> tuple[list[Asked], list[RunRecord]]:
     """What each study asked, and the runs that are theirs."""
     from qlora_exp.analysis.content import Asked
-    from qlora_exp.standing import read_spec
+    from qlora_exp.study.spec_file import read_spec
 
     if not found:
         return [Asked(str(outputs.root.name))], records

@@ -71,7 +71,7 @@ def resume(
 ) -> int:
     """Go on with a study: exactly the missing trials."""
     from qlora_exp.overrides import hydra_value
-    from qlora_exp.standing import STORAGE_VARIABLE, storage_of
+    from qlora_exp.study.spec_file import STORAGE_VARIABLE, storage_of
 
     spec, paths = _found(study, output_root)
     url = storage_of(spec, storage)
@@ -235,15 +235,15 @@ def _root(output_root: str | None) -> list[str]:
 
 def _found(study: str, output_root: str | None) -> tuple[StudySpec, StudyPaths]:
     from qlora_exp.history import find_study
-    from qlora_exp.standing import read_spec
+    from qlora_exp.study.spec_file import read_spec
 
     paths = find_study(study, outputs_of(output_root))
     return read_spec(paths), paths
 
 
 def _opened(spec: StudySpec, paths: StudyPaths, storage: str | None) -> Any:
-    from qlora_exp.standing import storage_of
     from qlora_exp.study import Study
+    from qlora_exp.study.spec_file import storage_of
 
     return Study.open(spec, paths, storage_of(spec, storage))
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from qlora_exp.sweep.line import sweep as sweep
     from qlora_exp.sweep.line import sweep_for_hydra as sweep_for_hydra
     from qlora_exp.sweep.line import work as work
-    from qlora_exp.sweep.line import write_spec as write_spec
     from qlora_exp.sweep.orchestration import orchestrator as orchestrator
     from qlora_exp.sweep.orchestration import request_stop as request_stop
 
@@ -28,7 +27,6 @@ _HOMES = {
     "sweep": "line",
     "sweep_for_hydra": "line",
     "work": "line",
-    "write_spec": "line",
     "orchestrator": "orchestration",
     "request_stop": "orchestration",
 }

@@ -19,7 +19,7 @@ from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfi
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.redaction import redact
-from qlora_exp.standing import STORAGE_VARIABLE, read_spec
+from qlora_exp.study.spec_file import STORAGE_VARIABLE, read_spec
 from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 from qlora_exp.sweep.places import absolute, with_absolute_places, with_absolute_places_on
 from qlora_exp.tables import flat

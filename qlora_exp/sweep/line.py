@@ -18,9 +18,9 @@ from qlora_exp.config import BudgetConfig, WorkersConfig
 from qlora_exp.errors import QloraExpError, StudyError, unwritable
 from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records import Status, from_dict, to_dict, write_json
-from qlora_exp.redaction import redact, redact_overrides, redact_text
-from qlora_exp.standing import Watch, best_table, predicted_memory, read_spec, show_progress, storage_of, tracked
+from qlora_exp.records import Status, from_dict, to_dict
+from qlora_exp.standing import Watch, best_table, predicted_memory, show_progress, tracked
+from qlora_exp.study.spec_file import read_spec, storage_of, without_secrets, write_spec
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.sweep.asking import Asked, ask, settings_of
 from qlora_exp.sweep.buying import check_memory, what_it_buys
@@ -128,20 +128,6 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
         raise Ended(error.exit_code) from None
 
 
-def write_spec(spec: StudySpec, paths: StudyPaths) -> None:
-    """``study.json``: without secrets."""
-    write_json(paths.spec, _shown(spec))
-
-
-def _shown(spec: StudySpec) -> StudySpec:
-    return replace(
-        spec,
-        overrides=tuple(redact_overrides(spec.overrides)),
-        fixed=redact(spec.fixed),
-        storage=redact_text(spec.storage),
-    )
-
-
 def jobs_of(asked: Asked) -> list[list[str]]:
     """The overrides of each launcher job."""
     spec = asked.spec
@@ -186,7 +172,7 @@ def _tracked(asked: Asked, opened: Any, wanted: bool, purse: Purse) -> Iterator[
     outputs = OutputPaths(asked.paths.folder.parent.parent)
     tracker = tracking.StudyTracker(asked.tracking, outputs, asked.spec.name)
     try:
-        tracker.start(from_dict(tracking.StudyDefinition, to_dict(_shown(asked.spec))))
+        tracker.start(from_dict(tracking.StudyDefinition, to_dict(without_secrets(asked.spec))))
         yield tracker
     finally:
         told = [row.run_id for row in opened.trials() if row.run_id is not None and row.status is not None]

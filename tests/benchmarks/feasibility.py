@@ -24,8 +24,8 @@ from pathlib import Path
 
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records import Status, read_record
-from qlora_exp.standing import read_spec
 from qlora_exp.study import Study
+from qlora_exp.study.spec_file import read_spec
 
 SPACE = ("training.batch_size=16,32,64,96,128,192", "lora.r=4,16")
 FIXED = (

@@ -26,7 +26,6 @@ from qlora_exp.config import LadderConfig, LrPolicy
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
-from qlora_exp.standing import read_spec
 from qlora_exp.study.ladder import (
     LadderTrial,
     Point,
@@ -36,6 +35,7 @@ from qlora_exp.study.ladder import (
 )
 from qlora_exp.study.ladder_plan import most_trials, own_axes, resolve, rule_of
 from qlora_exp.study.ladder_runs import answers, plan_sentence, trials_of
+from qlora_exp.study.spec_file import read_spec
 from qlora_exp.study.types import LadderSpec, OneLadder
 
 ITEMS = 200
