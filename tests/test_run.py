@@ -229,6 +229,7 @@ def test_an_output_folder_that_can_not_be_made_is_told(
     assert "output_root" in str(caught.value.hint)
 
 
+@pytest.mark.faults
 def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,8 @@ from tests.faults.sweeps import (
     wait_until,
 )
 
+pytestmark = pytest.mark.faults
+
 
 def by_fault(root: Path, study: str) -> dict[str, str]:
     return {row["training.sleep_fault"]: row["status"] for row in trials(root, study)}
@@ -64,7 +66,6 @@ def test_every_fault_is_told_as_what_it_was_and_the_sweep_goes_on(tmp_path: Path
     assert not survivors(root)
 
 
-@pytest.mark.faults
 def test_a_hung_host_leaves_a_stack_dump(tmp_path: Path) -> None:
     root = tmp_path / "outputs"
     finish(
@@ -108,7 +109,6 @@ def test_a_sweep_stops_at_too_many_failures(tmp_path: Path, limit: str, started:
     assert "max_failures" in text
 
 
-@pytest.mark.faults
 def test_eight_orchestrators_start_cold_on_one_fresh_study(tmp_path: Path) -> None:
     """One study, one tracking database, nothing there before: each trial once."""
     root = tmp_path / "outputs"
@@ -160,7 +160,6 @@ def test_stop_lets_running_trials_end_and_resume_does_the_rest(tmp_path: Path) -
     assert optuna_states(root) == ["COMPLETE"] * 6
 
 
-@pytest.mark.faults
 def test_interrupted_by_the_keyboard_it_saves_says_how_to_go_on_and_leaves_nothing_running(tmp_path: Path) -> None:
     root = tmp_path / "outputs"
     command = multirun(root, "seed=1,2,3", "training.engine=sleep", "training.sleep_seconds=3", "sweep.name=ctrl-c")
@@ -179,10 +178,7 @@ def test_interrupted_by_the_keyboard_it_saves_says_how_to_go_on_and_leaves_nothi
     assert set(mlflow_statuses(root)) == {"FINISHED"}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["truncated", pytest.param("garbled", marks=pytest.mark.faults), pytest.param("empty", marks=pytest.mark.faults)],
-)
+@pytest.mark.parametrize("damage", ["truncated", "garbled", "empty"])
 def test_a_damaged_study_database_is_told_and_rebuilt_from_the_records(tmp_path: Path, damage: str) -> None:
     root = tmp_path / "outputs"
     command = multirun(root, "seed=1,2,3", *SLEEP, "sweep.name=damaged")
@@ -244,9 +240,9 @@ def tracking_server(code: int, body: bytes) -> Iterator[str]:
     ("code", "body"),
     [
         (500, b""),
-        pytest.param(200, b"<html>not MLflow</html>", marks=pytest.mark.faults),
-        pytest.param(429, b'{"error_code": "RESOURCE_EXHAUSTED"}', marks=pytest.mark.faults),
-        pytest.param(200, b"", marks=pytest.mark.faults),
+        (200, b"<html>not MLflow</html>"),
+        (429, b'{"error_code": "RESOURCE_EXHAUSTED"}'),
+        (200, b""),
     ],
     ids=["500", "garbage", "429", "nothing"],
 )
@@ -270,7 +266,6 @@ def test_a_hostile_tracking_server_costs_a_sweep_nothing_and_sync_delivers_later
         assert [status for (status,) in later.execute("select status from runs")] == ["FINISHED"] * 3
 
 
-@pytest.mark.faults
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of its own needs root")
 def test_a_full_disk_pauses_the_sweep_and_space_lets_it_go_on(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
