@@ -144,7 +144,7 @@ class ModelConfig:
     template_tokens_trained: dict[str, bool]
     """By variant: has the model seen the chat template's special tokens?"""
     attention: str
-    """transformers' ``attn_implementation``: sdpa, eager, flash_attention_2 …"""
+    """transformers' ``attn_implementation``: sdpa, eager, flash_attention_2 …; auto: sdpa where there is one."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import trl.trainer.utils
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -154,17 +154,37 @@ def train(
 
 
 @contextmanager
-def logits_where_there_is_a_label() -> Iterator[None]:
+def logits_where_there_is_a_label(rows_multiple: int = 1) -> Iterator[None]:
     """TRL's fused head (``add_fused_lm_head``) computes logits for the tokens that carry a loss alone where it has
     Triton's kernels; elsewhere for all of them, which it then masks, lest a compiler meets new shapes with every batch.
-    A CPU compiles nothing here, and most tokens are the prompt's. The loss is the same, to rounding."""
+    On a CPU most tokens are the prompt's, and where shapes are compiled (``rows_multiple`` above 1) there are as many
+    tokens as the next multiple. The loss is the same, to rounding."""
     head = trl.trainer.utils
-    kept = head._use_triton
+    kept, function = head._use_triton, head._ChunkedLogProbFunction
     head._use_triton = lambda device: device.type == "cpu" or kept(device)
+    if rows_multiple > 1:
+        head._ChunkedLogProbFunction = _RowsInMultiples(function, rows_multiple)
     try:
         yield
     finally:
-        head._use_triton = kept
+        head._use_triton, head._ChunkedLogProbFunction = kept, function
+
+
+@dataclass(frozen=True)
+class _RowsInMultiples:
+    """Stands for TRL's ``ChunkedLogProbFunction``: the same of ``hidden`` (tokens, width), given rows of zeros up to a
+    multiple of ``multiple`` tokens, whose results are left out again."""
+
+    function: Any
+    multiple: int
+
+    def apply(self, hidden: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor, *settings: Any) -> Any:
+        tokens = hidden.shape[0]
+        missing = -tokens % self.multiple
+        results = self.function.apply(
+            pad(hidden, (0, 0, 0, missing)), weight, bias, pad(targets, (0, missing)), *settings
+        )
+        return tuple(None if result is None else result[:tokens] for result in results)
 
 
 class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
@@ -173,6 +193,7 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
     meter: StepMeter
     per_item = False
     bad_gradients = 0
+    logits_multiple = 1
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         tokens = int(inputs["attention_mask"].sum())
@@ -184,7 +205,7 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with logits_where_there_is_a_label():
+        with logits_where_there_is_a_label(self.logits_multiple):
             return super().compute_loss(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -247,6 +268,7 @@ def _trainer(
     # SFTTrainer rounds the adapters of a quantized model to bfloat16; the optimizer doesn't exist yet.
     models.recast_adapters(model, config.lora)
     trainer.meter = meter
+    trainer.logits_multiple = plan.logits_multiple
     # Trainer adds its own console printers; the observer is ours.
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -285,6 +307,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         completion_only_loss=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
+        pad_to_multiple_of=plan.length_multiple if plan.length_multiple > 1 else None,
         bf16=cuda and plan.compute_dtype == "bfloat16",
         fp16=cuda and plan.compute_dtype == "float16",
         use_cpu=not cuda,

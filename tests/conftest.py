@@ -59,6 +59,14 @@ def save_tiny_model(family: str, folder: Path, hidden: int = 64) -> Path:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
         },
+        "gemma2": {
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": hidden // 4,
+        },
         "gpt2": {"n_embd": hidden, "n_layer": 2, "n_head": 4, "n_positions": 512},
         "phi3": {
             "hidden_size": hidden,

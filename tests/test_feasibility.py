@@ -201,7 +201,7 @@ def test_less_memory_than_the_base_takes_in_any_quantization_is_one_message(
 
 
 def test_a_trial_is_run_with_as_much_of_its_micro_batch_as_fits_where_it_may_be_halved() -> None:
-    rule = MemoryRule(85_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=4)
+    rule = MemoryRule(150_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=4)
     record = execute(compose(SMALL), memory=rule)
     assert record.status is Status.COMPLETED
     assert record.plan is not None

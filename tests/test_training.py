@@ -173,6 +173,46 @@ def test_logits_are_computed_for_the_tokens_that_carry_a_loss_alone(
     assert head._use_triton is before
 
 
+def test_in_16_bit_on_a_cpu_few_shapes_are_multiplied_and_the_loss_is_the_same(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl.trainer.utils as head
+
+    import qlora_exp.plan
+    import qlora_exp.train
+
+    lengths: dict[str, list[int]] = {}
+    projected: dict[str, list[int]] = {}
+    name = ""
+
+    class Recorded(head._ChunkedLogProbFunction):
+        @classmethod
+        def apply(cls, hidden: torch.Tensor, *arguments: object) -> object:
+            projected.setdefault(name, []).append(len(hidden))
+            return super().apply(hidden, *arguments)
+
+    step = qlora_exp.train._MeteredTrainer.training_step
+
+    def training_step(self, model, inputs, *arguments):
+        lengths.setdefault(name, []).append(inputs["input_ids"].shape[1])
+        return step(self, model, inputs, *arguments)
+
+    monkeypatch.setattr(head, "_ChunkedLogProbFunction", Recorded)
+    monkeypatch.setattr(qlora_exp.train._MeteredTrainer, "training_step", training_step)
+    config = configured(tiny_models["llama"], colour_task, "quantization=bf16")
+    name = "rounded up"
+    trained, _ = train_once(config, tmp_path / name)
+    name = "as they are"
+    monkeypatch.setattr(qlora_exp.plan, "shape_multiples", lambda *_: (1, 1))
+    train_once(config, tmp_path / name)
+    assert (
+        {length % 16 for length in lengths["rounded up"]} == {tokens % 64 for tokens in projected["rounded up"]} == {0}
+    )
+    assert len(set(lengths["as they are"])) > len(set(lengths["rounded up"]))
+    assert sum(projected["as they are"]) == trained.loss_tokens < sum(projected["rounded up"])
+    assert losses(tmp_path / "rounded up") == pytest.approx(losses(tmp_path / "as they are"), rel=2e-2)
+
+
 def test_a_study_can_stop_a_training(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
     config = configured(tiny_models["llama"], colour_task, "training.evaluate_every_steps=2")
     seen: list[tuple[int, float]] = []

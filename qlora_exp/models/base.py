@@ -62,7 +62,7 @@ def load_model(
     dtype = getattr(torch, _compute_dtype(quantization, device_kind))
     arguments: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": attention,
+        "attn_implementation": None if attention == "auto" else attention,
         "device_map": {"": _device(device_kind)},
         "quantization_config": bitsandbytes_config(quantization, dtype),
         "use_safetensors": True,

@@ -40,8 +40,7 @@ def describe(model: ModelConfig) -> Architecture:
     built = build_meta(model_config(source), source)
     if source.is_local and source.gguf_file is None:
         _check_weights_fit(built, Path(source.path_or_id))
-    if model.attention.startswith("flash"):
-        _check_attention(built, model.attention)
+    _check_attention(built, model.attention)
     return architecture_of(built)
 
 
@@ -91,12 +90,18 @@ def _check_weights_fit(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _check_attention(model: PreTrainedModel, attention: str) -> None:
-    """Whether the package that ``attention`` needs is installed, asked before a weight is read."""
+    """Whether the architecture has ``attention``, and the package that it needs is installed, asked before a weight is
+    read."""
+    if attention == "sdpa" and not model._supports_sdpa:
+        what = f"transformers has no scaled_dot_product_attention for {model.config.model_type}"
+        raise ModelError(what, "model.attention = sdpa", "model.attention=auto, which takes eager here")
+    if not attention.startswith("flash"):
+        return
     try:
         model.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
         what = f"{attention} can't be had: {str(error).splitlines()[0]}"
-        raise ModelError(what, f"model.attention = {attention}", "model.attention=sdpa") from None
+        raise ModelError(what, f"model.attention = {attention}", "model.attention=auto") from None
 
 
 def build_meta(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel:

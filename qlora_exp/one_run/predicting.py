@@ -11,6 +11,7 @@ from qlora_exp.calibration import known_rate
 from qlora_exp.config import Config, to_plain
 from qlora_exp.data import Splits
 from qlora_exp.plan import Architecture
+from qlora_exp.plan.batches import RowLengths
 from qlora_exp.plan.peak import Peak, predicted_peak
 from qlora_exp.plan.seconds import (
     Extent,
@@ -96,18 +97,15 @@ def as_first_told(planned: Plan, before: Plan | None) -> Plan:
 def peak_of(
     config: Config, environment: Environment, architecture: Architecture, modules: Sequence[str], splits: Splits
 ) -> Peak:
-    """The peak of training with the rows that there are, and of these the longest in one batch."""
-    device, lengths = environment.device, row_lengths(splits)
-    scored = sum(len(item.completion_ids) + len(item.end_ids) for item in splits.train)
+    """The peak of training with the rows that there are."""
+    scored = [len(item.completion_ids) + len(item.end_ids) for item in splits.train]
     return predicted_peak(
         architecture,
         modules,
         config,
-        device.kind,
-        bf16=device.bf16,
-        length=max(lengths),
-        padded=min(lengths) < max(lengths),
-        loss_share=scored / sum(lengths),
+        environment.device.kind,
+        bf16=environment.device.bf16,
+        rows=RowLengths.of(row_lengths(splits), scored),
         joined_heap=heap.joins(environment.glibc_tunables),
     )
 

@@ -44,7 +44,7 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
         raise problem  # with training.device=auto the machine decides, which is known only here
     if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
         what = "FlexAttention can't be trained on a CPU: torch has no backward pass of it there"
-        raise ConfigError(what, "model.attention = flex_attention", "model.attention=sdpa, or a GPU")
+        raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")
     bases = bases or models.ColdBases()
     task = (repr(config.task), _state_of_files(config.task.path))
     rows = bases.kept("rows", task, lambda: load_rows(config.task))

@@ -39,18 +39,31 @@ class Habits:
     """Dropout on both branches, in the published configurations."""
     attention_dropout: bool = False
     """On CPUs, attention with dropout takes torch's plain path, which keeps the scores."""
+    softcaps: bool = False
+    """Scores of attention and logits go through tanh (Gemma 2), which keeps what it made."""
+    one_head: bool = False
+    """Keys and values may be those of a single head, broadcast to all (Falcon's ``multi_query``), for which CPUs take
+    the plain path too."""
 
 
 HABITS = {
     "gpt2": Habits(rotary=False, activation_copies=4, dropout=True, attention_dropout=True),
     "gpt_neox": Habits(shared_input=True),
-    "falcon": Habits(shared_input=True),
+    "falcon": Habits(shared_input=True, one_head=True),
+    "gemma2": Habits(softcaps=True),
     "opt": Habits(rotary=False, keeps_output=True, dropout=True),
 }
 """Every other architecture is taken to be built as Llama is; what shapes tell (gated or not, fused projections, norms
 of queries and keys, the number and kind of norms) is read from the shapes."""
-USUAL_HEAD = 64
-"""Width of an attention head where nothing tells it."""
+EAGER_ALONE = frozenset({"bloom", "codegen", "gemma2", "gpt_neo", "gptj", "gpt_oss", "mpt", "vaultgemma", "xglm"})
+"""Families whose attention transformers has written out in Python only (``_supports_sdpa``)."""
+USUAL_HEAD, WIDEST_HEAD = 64, 128
+"""Width of an attention head where nothing tells it, and the largest that keys and values of one head have."""
+
+
+def written_out(attention: str, architecture: Architecture) -> bool:
+    """Whether ``model.attention`` gives this architecture attention written out in Python, which keeps the scores."""
+    return attention == "eager" or (attention == "auto" and architecture.model_type in EAGER_ALONE)
 
 
 @dataclass(frozen=True)
@@ -76,14 +89,17 @@ class Layer:
 
     @property
     def multi_query(self) -> bool:
-        """One head of keys and values, fused with the queries (Falcon)."""
-        return bool(self.fused) and self.key_value * 8 <= self.query
+        """One head of keys and values, fused with the queries."""
+        return (
+            self.habits.one_head and bool(self.fused) and self.key_value < self.query and self.key_value <= WIDEST_HEAD
+        )
 
 
 @dataclass(frozen=True)
 class Kept:
     """Bytes a token. ``layers``: all decoder layers' together, without checkpointing; ``layer``: the largest one's;
-    ``inputs``: what each layer keeps under checkpointing, together; ``outside``: around the layers."""
+    ``inputs``: what each layer keeps under checkpointing, together: its input, and what LLM.int8() holds, which
+    bitsandbytes keeps out of autograd's sight; ``outside``: around the layers."""
 
     layers: float
     layer: float
@@ -103,21 +119,24 @@ def kept_per_token(
     padded: bool,
     cuda: bool = False,
     lora_dropout: bool = False,
+    eager: bool = False,
 ) -> Kept:
     """What forward keeps for backward, per token of a batch whose rows are ``length`` long, padding included.
 
     ``adapted``: full names of the weights with adapters; ``compute_bytes``, ``adapter_bytes``: bytes an element of the
-    two dtypes; ``padded``: rows differ in length, so that attention gets a mask.
+    two dtypes; ``padded``: rows differ in length, so that attention gets a mask; ``eager``: attention is written out.
     """
-    setting = _Setting(r, compute_bytes, adapter_bytes, int8, length, padded, cuda, lora_dropout)
+    setting = _Setting(r, compute_bytes, adapter_bytes, int8, length, padded, cuda, lora_dropout, eager)
     wanted = frozenset(adapted)
     sizes: list[float] = []
+    width = architecture.hidden_size
+    inputs = 0
     for layer, shapes in layers_of(architecture):
         flags = tuple(shape.name in wanted for shape in shapes)
         sizes.append(_layer_bytes(layer, shapes, flags, setting, first=not sizes))
-    width = architecture.hidden_size
+        inputs += compute_bytes * (width + sum(held for _, held in _held(layer, shapes, setting)))
     outside = width * (FLOAT32 + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
-    return Kept(sum(sizes), max(sizes, default=0.0), len(sizes) * width * compute_bytes, outside)
+    return Kept(sum(sizes), max(sizes, default=0.0), inputs, outside)
 
 
 @dataclass(frozen=True)
@@ -130,6 +149,7 @@ class _Setting:
     padded: bool
     cuda: bool
     lora_dropout: bool
+    eager: bool
 
 
 @lru_cache(maxsize=64)
@@ -210,6 +230,10 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     """Queries, keys, values, output, the scores' logarithmic sums, and the mask as numbers (a copy a layer). With a
     mask, shared keys and values are repeated for each head. A fused projection is kept whole by its values' view."""
     width, query, key_value = setting.compute_bytes, layer.query, layer.key_value
+    if setting.eager:
+        # The softmax is computed in float32; a 16-bit copy of it multiplies the values.
+        score = FLOAT32 + (width if width < FLOAT32 else 0) + (width if layer.habits.softcaps else 0)
+        return 3 * query * width + score * layer.heads * setting.length
     if not setting.cuda and (layer.habits.attention_dropout or layer.multi_query):
         scores = 3 if layer.habits.attention_dropout else 1
         return FLOAT32 * (3 * query + scores * layer.heads * setting.length)
@@ -235,18 +259,25 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
     and what attention or ReLU keeps anyway isn't kept twice; where the adapter's dtype differs, each layer casts a copy
     of its own. LLM.int8() holds its input whether it is adapted or not."""
     same_dtype = setting.compute_bytes == setting.adapter_bytes
-    per_layer, shared = 0.0, set()
+    per_layer, shared = 0.0, _held(layer, shapes, setting)
     for shape, flag in zip(shapes, adapted, strict=True):
         if flag:
             per_layer += setting.r * setting.adapter_bytes
             per_layer += 0 if same_dtype else shape.in_features * setting.adapter_bytes
             per_layer += 2 * shape.in_features * setting.adapter_bytes if setting.lora_dropout else 0
-        if (flag and same_dtype) or (setting.int8 and shape.quantizable):
+        if flag and same_dtype:
             shared.add((_read_by(layer, shape), shape.in_features))
     free = {"output"} if _output_is_kept(layer, setting) else set()
     if layer.habits.keeps_output:
         free.add("down")
     return per_layer + setting.compute_bytes * sum(width for place, width in shared if place not in free)
+
+
+def _held(layer: Layer, shapes: Sequence[WeightShape], setting: _Setting) -> set[tuple[str, int]]:
+    """The inputs that LLM.int8() holds, as what is read and its width: as attributes of its function's context
+    (``MatMul8bitLt``, ``MatMul8bitFp``), not as saved tensors, so that checkpointing doesn't let go of them."""
+    quantized = (shape for shape in shapes if setting.int8 and shape.quantizable)
+    return {(_read_by(layer, shape), shape.in_features) for shape in quantized}
 
 
 def _read_by(layer: Layer, shape: WeightShape) -> str:
@@ -261,4 +292,6 @@ def _read_by(layer: Layer, shape: WeightShape) -> str:
 def _output_is_kept(layer: Layer, setting: _Setting) -> bool:
     """Whether the output projection reads the very tensor that attention keeps; a fused projection's views make it lie
     otherwise in memory, and it is copied."""
+    if setting.eager:
+        return False
     return setting.cuda or not (layer.fused or layer.habits.attention_dropout or layer.multi_query)

@@ -7,14 +7,16 @@ the second leaves gaps in the heap that are still there at the first, one step l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_exp.checks import QUANTIZED
 from qlora_exp.config import Config, Quantization
-from qlora_exp.plan import adapter_dtype, compute_dtype, gradient_checkpointing
-from qlora_exp.plan.activations import FLOAT32, Kept, kept_per_token
+from qlora_exp.plan import adapter_dtype, compute_dtype, gradient_checkpointing, shape_multiples
+from qlora_exp.plan.activations import FLOAT32, HABITS, Habits, Kept, kept_per_token, written_out
 from qlora_exp.plan.architecture import Architecture, WeightShape
+from qlora_exp.plan.batches import RowLengths
 from qlora_exp.plan.weights import WIDTHS_OF, adapter_bytes, base_bytes
 
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
@@ -24,24 +26,29 @@ HEAD_BYTES_WITHOUT_TRITON = 29
 the gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
 
 
+PAGE_BYTES = 4096
+MANY_STEPS = 1000
+"""Where the number of steps isn't known: it hardly matters."""
+
+
 @dataclass(frozen=True)
 class Heap:
     """What a CPU's process holds beyond its tensors. glibc serves aligned requests of less than 32 MiB from its heap,
     where the gap that a freed tensor leaves is a little too small for the next of its size."""
 
     code_bytes: float
-    """Code and data that the libraries load at first use, after imports."""
+    """Code and data that the libraries load at first use, after imports, and Python's objects."""
+    kernels_16_bit_bytes: float
+    """What oneDNN compiles and keeps for the shapes of 16-bit multiplications."""
     gaps_layers: float
-    """Of what forward keeps without checkpointing, what stays resident as gaps between it; with checkpointing the
-    layers that are computed again leave as much."""
+    """Of what forward keeps in the layers, what stays resident as gaps between it. With checkpointing the layers that
+    are computed again leave as much, one after the other."""
     gaps_logits: float
-    """Of the head's bytes, where its tensors are below 32 MiB."""
-    recomputed: float
-    """With checkpointing, how many times what one layer keeps, which is computed again."""
+    """The same of the head's tensors, where they are below 32 MiB."""
 
 
-PLAIN_HEAP = Heap(44e6, 0.74, 0.25, 0.0)
-JOINED_HEAP = Heap(74e6, 0.0, 0.25, 1.45)
+PLAIN_HEAP = Heap(83e6, 0.0, 0.68, 0.04)
+JOINED_HEAP = Heap(25e6, 41e6, 0.24, 0.24)
 """glibc as it is, and as :mod:`qlora_exp.heap` tells it to be. Fitted to the rows of llama, gpt2 and gpt_neox in
 docs/predicted_memory_plain.csv and docs/predicted_memory.csv: docs/plan_accuracy.md."""
 MAPPED_FROM_BYTES = 32 * 2**20
@@ -80,19 +87,16 @@ def predicted_peak(
     device_kind: str,
     *,
     bf16: bool = True,
-    length: int | None = None,
-    padded: bool = True,
-    loss_share: float = 1.0,
+    rows: RowLengths | None = None,
     joined_heap: bool = False,
 ) -> Peak:
     """The peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
 
-    ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. ``length``: tokens of the longest row, if
-    known (else ``training.max_length``); ``padded``: rows differ in length; ``loss_share``: the share of tokens that
-    carry a loss, which alone get logits. ``joined_heap``: on a CPU, whether the process runs as
-    :mod:`qlora_exp.heap` has it.
+    ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. ``rows``: the lengths of the training rows;
+    unknown, they differ, and a batch has as many tokens as ``training.max_length`` allows, each with a loss.
+    ``joined_heap``: on a CPU, whether the process runs as :mod:`qlora_exp.heap` has it.
     """
-    shape = _Shape.of(config, architecture, device_kind, bf16, length)
+    shape = _Shape.of(config, architecture, device_kind, bf16, rows)
     wanted = set(modules)
     adapted = [weight for weight in architecture.weights if weight.name in wanted]
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
@@ -106,20 +110,20 @@ def predicted_peak(
         adapter_bytes=WIDTHS_OF[adapter_dtype(config.lora)],
         int8=config.quantization.mode is Quantization.int8,
         length=shape.length,
-        padded=padded,
+        padded=shape.padded,
         cuda=shape.cuda,
         lora_dropout=config.lora.dropout > 0,
+        eager=written_out(config.model.attention, architecture),
     )
-    scored = round(shape.rows * (shape.length - 1) * loss_share)
-    logits = _logits(architecture, shape, scored)
+    logits = _logits(architecture, shape)
     unpacked = _unpacked(architecture, config, shape)
     outer = shape.tokens * (kept.outside + (kept.inputs if shape.checkpointing else kept.layers))
-    if not shape.cuda:
-        heap = JOINED_HEAP if joined_heap else PLAIN_HEAP
-        return _peak(_Moment(resting, outer, logits, 0, _gaps(heap, kept, architecture, shape, logits, scored)), shape)
-    recomputed = shape.tokens * kept.layer * 2 if shape.checkpointing else 0
+    recomputed = shape.tokens * kept.layer * 2 if shape.checkpointing else 0.0
     at_head = _Moment(resting, outer, logits, 0, 0)
     in_layer = _Moment(resting + adapters.gradient_bytes, outer + recomputed, 0, unpacked, 0)
+    if not shape.cuda:
+        slack = _gaps(JOINED_HEAP if joined_heap else PLAIN_HEAP, architecture, shape, kept, logits)
+        at_head, in_layer = replace(at_head, slack=slack), replace(in_layer, slack=slack)
     return max((_peak(moment, shape) for moment in (at_head, in_layer)), key=lambda peak: peak.peak_bytes)
 
 
@@ -131,6 +135,9 @@ class _Shape:
     width: int
     rows: int
     length: int
+    scored: int
+    """Tokens that carry a loss, which alone get logits."""
+    padded: bool
     checkpointing: bool
     cuda: bool
 
@@ -139,17 +146,34 @@ class _Shape:
         return self.rows * self.length
 
     @staticmethod
-    def of(config: Config, architecture: Architecture, device_kind: str, bf16: bool, length: int | None) -> _Shape:
+    def of(
+        config: Config, architecture: Architecture, device_kind: str, bf16: bool, lengths: RowLengths | None
+    ) -> _Shape:
         training = config.training
         compute = compute_dtype(config.quantization, device_kind, bf16)
+        rows = training.micro_batch_size or training.batch_size
+        length = min(lengths.longest_tokens, training.max_length) if lengths else training.max_length
+        scored: float = rows * (length - 1)
+        if lengths:
+            batches = (training.max_steps or MANY_STEPS) * math.ceil(training.batch_size / rows)
+            scored = min(scored, lengths.most_scored(rows, batches))
+        differ = lengths is None or lengths.differ
+        length_multiple, logits_multiple = shape_multiples(compute, device_kind)
+        differ = differ or length % length_multiple != 0
         return _Shape(
             compute=compute,
             width=WIDTHS_OF[compute],
-            rows=training.micro_batch_size or training.batch_size,
-            length=min(length or training.max_length, training.max_length),
+            rows=rows,
+            length=_rounded_up(length, length_multiple),
+            scored=_rounded_up(round(scored), logits_multiple),
+            padded=differ,
             checkpointing=gradient_checkpointing(training.gradient_checkpointing, device_kind, architecture),
             cuda=device_kind == "cuda",
         )
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -161,15 +185,19 @@ class _Moment:
     slack: float
 
 
-def _logits(architecture: Architecture, shape: _Shape, scored: int) -> float:
-    """One tile of logits and what its backward pass makes of it, and the hidden states' gradient in float32, for the
-    ``scored`` tokens that carry a loss. CUDA: one tile of the full width, whatever the vocabulary."""
+def _logits(architecture: Architecture, shape: _Shape) -> float:
+    """One tile of logits and what its backward pass makes of it, and the hidden states' gradient in float32. The tile
+    has rows of the full width, whatever the vocabulary: CUDA's memory is all of it, a CPU's the pages that the
+    vocabulary touches."""
+    tokens = min(shape.scored, HEAD_TOKENS)
     if shape.cuda:
-        tile = min(scored, HEAD_TOKENS) * HEAD_VOCABULARY * shape.width
+        tile = tokens * HEAD_VOCABULARY * shape.width
     else:
-        logits = min(scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
-        tile = logits * (HEAD_BYTES_WITHOUT_TRITON + shape.width)
-    return tile + scored * architecture.hidden_size * FLOAT32
+        words = min(architecture.vocabulary_size, HEAD_VOCABULARY)
+        capped = FLOAT32 if HABITS.get(architecture.model_type, Habits()).softcaps else 0
+        tile = tokens * words * (HEAD_BYTES_WITHOUT_TRITON + capped + shape.width)
+        tile += tokens * PAGE_BYTES if words < HEAD_VOCABULARY else 0
+    return tile + shape.scored * architecture.hidden_size * FLOAT32
 
 
 def _unpacked(architecture: Architecture, config: Config, shape: _Shape) -> float:
@@ -184,11 +212,11 @@ def _matrix(weight: WeightShape) -> int:
     return weight.in_features * weight.out_features
 
 
-def _gaps(heap: Heap, kept: Kept, architecture: Architecture, shape: _Shape, logits: float, scored: int) -> float:
-    tile = min(scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
+def _gaps(heap: Heap, architecture: Architecture, shape: _Shape, kept: Kept, logits: float) -> float:
+    tile = min(shape.scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
     in_heap = logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0
-    layers = heap.gaps_layers * kept.layers + (heap.recomputed * kept.layer if shape.checkpointing else 0.0)
-    return heap.code_bytes + shape.tokens * layers + heap.gaps_logits * in_heap
+    kernels = heap.kernels_16_bit_bytes if shape.width < FLOAT32 else 0.0
+    return heap.code_bytes + kernels + heap.gaps_layers * shape.tokens * kept.layers + heap.gaps_logits * in_heap
 
 
 def _peak(moment: _Moment, shape: _Shape) -> Peak:

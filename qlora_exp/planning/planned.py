@@ -227,20 +227,14 @@ def _described(model: ModelConfig) -> Architecture:
 def _peak(
     architecture: Architecture, names: Sequence[str], config: Config, device: PlanDevice, rows: PlannedRows | None
 ) -> int:
-    joined = heap.joins(heap.tunables())
-    if rows is None:
-        peak = predicted_peak(architecture, names, config, device.kind, bf16=device.bf16, joined_heap=joined)
-        return peak.needed_bytes
     return predicted_peak(
         architecture,
         names,
         config,
         device.kind,
         bf16=device.bf16,
-        length=rows.longest_tokens,
-        padded=rows.shortest_tokens < rows.longest_tokens,
-        loss_share=rows.loss_share,
-        joined_heap=joined,
+        rows=rows.lengths if rows else None,
+        joined_heap=heap.joins(heap.tunables()),
     ).needed_bytes
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_exp.config import Config, InvalidRows, TaskKind, TaskSource
 from qlora_exp.data import Example, load_rows, resolve_format
 from qlora_exp.data.formatting import Encoding, check_tokenizer, encode
 from qlora_exp.errors import QloraExpError
+from qlora_exp.plan.batches import RowLengths
 from qlora_exp.planning.tokenizer_file import FileTokenizer, tokenizer_of
 
 DRAWN, LONGEST = 1000, 50
@@ -19,15 +20,12 @@ DRAWN, LONGEST = 1000, 50
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """Training rows in tokens, as ``training.max_length`` leaves them. ``counted`` of ``rows`` were tokenized;
-    ``loss_share`` is the share of tokens that carry a loss."""
+    """Training rows in tokens, as ``training.max_length`` leaves them. ``counted`` of ``rows`` were tokenized."""
 
     rows: int
     counted: int
     mean_tokens: float
-    shortest_tokens: int
-    longest_tokens: int
-    loss_share: float
+    lengths: RowLengths
 
 
 class RowCounter:
@@ -72,13 +70,12 @@ class _Counted:
         if not drawn or (not self.drop and (self.refused or len(drawn) + len(longest) < counted)):
             return None  # the run will refuse them
         lengths = [whole for whole, _ in drawn]
+        of_drawn = RowLengths.of(lengths, [scored for _, scored in drawn])
         return PlannedRows(
             rows=round(self.rows * len(drawn) / given),
             counted=len(drawn) + len(longest),
             mean_tokens=statistics.fmean(lengths),
-            shortest_tokens=min(lengths),
-            longest_tokens=max(whole for whole, _ in (*drawn, *longest)),
-            loss_share=sum(scored for _, scored in drawn) / sum(lengths),
+            lengths=replace(of_drawn, longest_tokens=max(whole for whole, _ in (*drawn, *longest))),
         )
 
 

@@ -128,7 +128,7 @@ def _rows(rows: PlannedRows | None) -> str:
     if rows is None:
         return LONGEST
     counted = f", {rows.counted:,} of them counted" if rows.counted < rows.rows else ""
-    mean, longest = rows.mean_tokens, rows.longest_tokens
+    mean, longest = rows.mean_tokens, rows.lengths.longest_tokens
     return f"by the task's {rows.rows:,} rows{counted}: {mean:.1f} tokens in the mean, {longest} in the longest"
 
 

@@ -104,6 +104,10 @@ class Plan:
     gradient_checkpointing: bool
     format: str
     """``chat`` or ``plain``."""
+    length_multiple: int = 1
+    """What the length of a training batch is padded to a multiple of."""
+    logits_multiple: int = 1
+    """What the number of a training batch's tokens that get logits is rounded up to a multiple of."""
     inputs_rounded_in: tuple[str, ...] | None = None
     """Where the quantized layers' inputs are rounded to 8 bits too, out of ``training`` and ``evaluation``: only with
     int8. ``None`` in records of versions that didn't say."""

@@ -1,6 +1,6 @@
 """Predicted and measured peak of training, in fresh processes of their own: the table behind docs/plan_accuracy.md.
 
-python tests/benchmarks/predicted_memory.py --measure --again   # 40 minutes on an idle core
+python tests/benchmarks/predicted_memory.py --measure --again   # 45 minutes on an idle core
 python tests/benchmarks/predicted_memory.py                     # predicts again for the measured rows, and draws them
 
 With --plain-heap for glibc as it is, in place of glibc as qlora_exp/heap.py tells it to be: another table.
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from qlora_exp import heap
 from qlora_exp.compose import compose
 from qlora_exp.models.tables import CONFIGS
 from qlora_exp.plan import Architecture
+from qlora_exp.plan.batches import RowLengths
 from qlora_exp.plan.peak import Peak, predicted_peak
 from qlora_exp.plan.tables import known_architecture
 from qlora_exp.plan.targets import resolve_targets
@@ -34,8 +37,8 @@ TABLES = {True: ROOT / "docs" / "predicted_memory.csv", False: ROOT / "docs" / "
 PICTURE = ROOT / "docs" / "pictures" / "predicted_memory.png"
 FITTED = ("llama", "gpt2", "gpt_neox")
 """Said before anything was measured: constants may be fitted to these architectures; all others are held out."""
-FRESH = ("mistral", "qwen2", "olmo2")
-"""Held out, and measured after form and constants of the formula were fixed: nobody had seen them."""
+FRESH = ("granite", "stablelm", "starcoder2", "gemma2", "smollm3", "olmo")
+"""Held out, and measured after the form of the formula was fixed: nobody had seen them."""
 STEPS = {True: 10, False: 2}
 """With the joined heap so many that every row is drawn; the other table is of two."""
 PROCESSES = {True: 2, False: 1}
@@ -122,6 +125,12 @@ CASES = (
     Case("qwen2", 384, 4, 4096, "int8", 8, "mlp", 8, 256, ragged=True),
     Case("olmo2", 512, 4, 4096, "fp32", 8, "all_linear", 4, 256),
     Case("olmo2", 512, 6, 16384, "nf4", 16, "attention", 2, 512),
+    Case("granite", 512, 4, 8192, "fp16", 16, "all_linear", 4, 256, ragged=True),
+    Case("stablelm", 512, 4, 4096, "fp32", 8, "attention", 4, 256),
+    Case("starcoder2", 512, 6, 8192, "nf4", 8, "all_linear", 4, 256),
+    Case("gemma2", 384, 6, 16384, "bf16", 16, "all_linear", 2, 384),
+    Case("smollm3", 512, 6, 4096, "fp32", 8, "all_linear", 4, 256, checkpointing=True),
+    Case("olmo", 512, 4, 8192, "int8", 8, "mlp", 4, 256, ragged=True),
 )
 
 
@@ -147,6 +156,12 @@ def shape_of(case: Case) -> dict[str, Any]:
         "mistral": modern | {"head_dim": 64},
         "qwen2": modern,
         "olmo2": modern,
+        "granite": modern,
+        "stablelm": modern,
+        "starcoder2": modern,
+        "gemma2": modern | {"head_dim": 64},
+        "smollm3": modern,
+        "olmo": modern,
         "qwen3": modern | {"head_dim": 64},
         "gemma3_text": modern | {"head_dim": 64, "tie_word_embeddings": True},
         "phi3": modern | {"original_max_position_embeddings": 1024},
@@ -178,6 +193,7 @@ def save_model(case: Case, folder: Path) -> Path:
     return folder
 
 
+@functools.cache
 def _tokenizer() -> Any:
     from transformers import AutoTokenizer
 
@@ -186,17 +202,28 @@ def _tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(EMBEDDED / "base"))
 
 
-def write_rows(case: Case, path: Path) -> Path:
-    """Distinct rows of as many tokens as the case says: a number, and as often one word as are missing."""
+def rows_of(case: Case) -> list[tuple[str, str]]:
+    """Prompts and completions of distinct rows of as many tokens as the case says: a number, and as often one word as
+    are missing."""
     tokenizer, rows = _tokenizer(), []
     count = max(40, 2 * case.batch)
     for number in range(count):
         prompt = f"Row {number}:"
         end = 1
         length = case.length - (number * case.length // (2 * count) if case.ragged else 0)
-        words = length - len(tokenizer(prompt)["input_ids"]) - end
-        rows.append({"prompt": prompt, "completion": " the" * words})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rows.append((prompt, " the" * (length - len(tokenizer(prompt)["input_ids"]) - end)))
+    return rows
+
+
+def lengths_of(case: Case) -> RowLengths:
+    scored = [len(completion.split()) + 1 for _, completion in rows_of(case)]
+    prompts = [len(_tokenizer()(prompt)["input_ids"]) for prompt, _ in rows_of(case)]
+    return RowLengths.of([sum(pair) for pair in zip(prompts, scored, strict=True)], scored)
+
+
+def write_rows(case: Case, path: Path) -> Path:
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in rows_of(case)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
@@ -278,11 +305,12 @@ def predict(case: Case, joined: bool) -> Peak:
             f"targets={case.targets}",
             f"training.batch_size={case.batch}",
             f"training.max_length={case.length}",
+            f"training.max_steps={STEPS[joined]}",
             f"training.gradient_checkpointing={'on' if case.checkpointing else 'off'}",
         ]
     )
     modules = resolve_targets(architecture, config.targets)
-    return predicted_peak(architecture, modules, config, "cpu", padded=case.ragged, joined_heap=joined)
+    return predicted_peak(architecture, modules, config, "cpu", rows=lengths_of(case), joined_heap=joined)
 
 
 def row_of(case: Case, records: Sequence[dict[str, Any]]) -> Row:
@@ -306,7 +334,8 @@ def _case(line: dict[str, str]) -> Case:
 
 
 def write_table(rows: Sequence[Row], joined: bool) -> None:
-    """The measured rows with what is predicted for them now."""
+    """The measured rows, in the order of ``CASES``, with what is predicted for them now."""
+    rows = sorted(rows, key=lambda row: CASES.index(row.case))
     with TABLES[joined].open("w", encoding="utf-8", newline="") as stream:
         writer: Any = None
         for row in rows:
@@ -371,13 +400,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="train the configurations that the table lacks")
     parser.add_argument("--again", action="store_true", help="and those that it has")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--plain-heap", action="store_true", help="glibc as it is")
     given = parser.parse_args()
     joined = not given.plain_heap
     rows = [] if given.again or not TABLES[joined].exists() else read_rows(joined)
-    for case in CASES if given.measure else ():
-        if case not in {row.case for row in rows}:
-            rows.append(row_of(case, [measure(case, joined) for _ in range(PROCESSES[joined])]))
+    known = {row.case for row in rows}
+    wanted = [case for case in CASES if case not in known] if given.measure else []
+    with ThreadPoolExecutor(given.jobs) as pool:
+        every = [[pool.submit(measure, case, joined) for _ in range(PROCESSES[joined])] for case in wanted]
+        for case, measuring in zip(wanted, every, strict=True):
+            rows.append(row_of(case, [one.result() for one in measuring]))
             write_table(rows, joined)
             print(rows[-1], flush=True)
     write_table(rows, joined)

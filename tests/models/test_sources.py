@@ -17,6 +17,7 @@ from qlora_exp.compose import compose
 from qlora_exp.config import ModelConfig, TargetsConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models import describe, fingerprint, load_base, load_tokenizer, resolve_source, resolve_targets
+from tests.conftest import save_tiny_model
 
 
 def local(path: Path | str, *more: str) -> ModelConfig:
@@ -115,6 +116,17 @@ def test_an_attention_without_its_package_is_refused_at_the_description(folder: 
     config = compose(["model=local", f"model.path={folder}", "model.attention=flash_attention_2"])
     with pytest.raises(ModelError, match="flash_attention_2 can't be had"):
         describe(config.model)
+
+
+def test_an_architecture_without_sdpa_is_loaded_with_eager_attention_and_sdpa_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    gemma2 = save_tiny_model("gemma2", tmp_path / "gemma2")
+    for path, taken in ((folder, "sdpa"), (gemma2, "eager")):
+        config = compose(["model=local", f"model.path={path}", "quantization=nf4"])
+        assert load_base(config, "cpu").model.config._attn_implementation == taken
+    with pytest.raises(ModelError, match="no scaled_dot_product_attention for gemma2"):
+        describe(compose(["model=local", f"model.path={gemma2}", "model.attention=sdpa"]).model)
 
 
 def test_files_that_are_no_gguf_are_refused(folder: Path, tmp_path: Path) -> None:

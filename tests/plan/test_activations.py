@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
 
-from qlora_exp.plan.activations import kept_per_token
+from qlora_exp.plan.activations import EAGER_ALONE, kept_per_token
 
 HIDDEN, ROWS, LENGTH = 512, 2, 24
 MODERN = {
@@ -28,11 +29,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neox": PLAIN | {"intermediate_size": 4 * HIDDEN},
     "opt": PLAIN | {"ffn_dim": 4 * HIDDEN, "word_embed_proj_dim": HIDDEN},
     "falcon": PLAIN,
+    "falcon, few heads": PLAIN | {"num_attention_heads": 4},
 }
+EAGER: dict[str, dict[str, Any]] = {"gemma2": MODERN | {"head_dim": 64}, "llama": MODERN}
 LAYERS = {"gpt2": "n_layer"}
 
 
-def saved_bytes(architecture: str, layers: int, dtype: str, padded: bool, adapted: bool) -> tuple[int, Any]:
+def saved_bytes(
+    architecture: str, layers: int, dtype: str, padded: bool, adapted: bool, eager: bool = False
+) -> tuple[int, Any]:
     """Bytes of distinct tensors, other than weights, that a forward pass in training mode saves."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -42,8 +47,10 @@ def saved_bytes(architecture: str, layers: int, dtype: str, padded: bool, adapte
 
     count = {LAYERS.get(architecture, "num_hidden_layers"): layers}
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-    config = AutoConfig.for_model(architecture, vocab_size=128, **SHAPES[architecture], **count, **tokens)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    shape = (SHAPES | EAGER)[architecture]
+    config = AutoConfig.for_model(architecture.partition(",")[0], vocab_size=128, **shape, **count, **tokens)
+    attention = {"attn_implementation": "eager"} if eager else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **attention)
     model.requires_grad_(False)
     described = architecture_of(model)
     names = [shape.name for shape in described.weights]
@@ -97,6 +104,37 @@ def test_kept_bytes_of_a_layer_are_what_autograd_saves(
     assert kept.layer * ROWS * LENGTH == pytest.approx(three - two, rel=0.03)
 
 
+@pytest.mark.parametrize("architecture", EAGER)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_attention_that_is_written_out_keeps_its_scores(architecture: str, dtype: str, adapted: bool) -> None:
+    three, (described, names) = saved_bytes(architecture, 3, dtype, True, adapted, eager=True)
+    two, _ = saved_bytes(architecture, 2, dtype, True, adapted, eager=True)
+    kept = kept_per_token(
+        described,
+        names,
+        r=4,
+        compute_bytes=4 if dtype == "float32" else 2,
+        adapter_bytes=4,
+        int8=False,
+        length=LENGTH,
+        padded=True,
+        eager=True,
+    )
+    assert kept.layer * ROWS * LENGTH == pytest.approx(three - two, rel=0.03)
+
+
+def test_the_families_of_which_eager_attention_is_known_are_those_without_sdpa() -> None:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    def has_sdpa(family: str) -> bool:
+        return bool(getattr(transformers, CLASSES[family])._supports_sdpa)
+
+    assert not any(has_sdpa(family) for family in EAGER_ALONE)
+    assert all(has_sdpa(family) for family in SHAPES if family in CLASSES)
+
+
 def test_a_llama_layer_in_numbers() -> None:
     """fp32, no adapters: two norms' inputs, q and output, k and v, three of the intermediate width, a sum a head."""
     _, (described, _) = saved_bytes("llama", 1, "float32", False, False)
@@ -105,6 +143,34 @@ def test_a_llama_layer_in_numbers() -> None:
     # the first layer's first norm keeps nothing, nor does its attention: its input needs no gradient
     assert kept.layers == 4 * (elements - 512 - (512 + 512 + 2 * 256 + 8))
     assert kept.inputs == 4 * 512
+
+
+@pytest.mark.parametrize("mode", ["int8", "fp32"])
+def test_what_int8_holds_outlives_checkpointing(mode: str) -> None:
+    import bitsandbytes
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    linear = torch.nn.Linear(16, 16)
+    if mode == "int8":
+        linear = bitsandbytes.nn.Linear8bitLt(16, 16, has_fp16_weights=False).to("cpu")
+    linear.requires_grad_(False)
+    inner: list[weakref.ref[Any]] = []
+
+    def layer(x: Any) -> Any:
+        doubled = x * 2
+        inner.append(weakref.ref(doubled))
+        return linear(doubled)
+
+    output = checkpoint(layer, torch.randn(4, 16, requires_grad=True), use_reentrant=False)
+    assert (inner[0]() is not None) == (mode == "int8")
+    del output
+    _, (described, _) = saved_bytes("llama", 2, "float32", False, False)
+    kept = kept_per_token(
+        described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=mode == "int8", length=LENGTH, padded=False
+    )
+    held = 2 * 512 + 512 + 1536  # what q, k, v read, what o reads, what gate and up read, what down reads
+    assert kept.inputs == 2 * 4 * (512 + (held if mode == "int8" else 0))
 
 
 def test_counting_loads_no_torch() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import random
 import statistics
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from qlora_exp.compose import compose
+from qlora_exp.plan.batches import RowLengths
 from qlora_exp.plan.peak import HEAD_TOKENS, HEAD_VOCABULARY, predicted_peak
 from qlora_exp.plan.tables import known_architecture
 from qlora_exp.plan.targets import resolve_targets
@@ -35,16 +38,21 @@ def peak(device_kind: str, *overrides: str, **known: Any) -> Any:
     return predicted_peak(architecture, resolve_targets(architecture, config.targets), config, device_kind, **known)
 
 
-@pytest.mark.parametrize("joined", [True, False])
-def test_held_out_measurements_are_met_within_the_stated_bounds(joined: bool) -> None:
-    """docs/plan_accuracy.md: of what the constants were not fitted to, most within 10 %, all but one within 20 %."""
+@pytest.mark.parametrize(
+    ("joined", "rows_at_least", "median", "within_10_percent", "all_but_one"),
+    [(True, 42, 0.03, 38, 0.15), (False, 36, 0.06, 27, 0.14)],
+)
+def test_held_out_measurements_are_met_within_the_stated_bounds(
+    joined: bool, rows_at_least: int, median: float, within_10_percent: int, all_but_one: float
+) -> None:
+    """docs/plan_accuracy.md, of what the constants were not fitted to."""
     table = benchmark()
     rows = [row for row in table.read_rows(joined) if row.case.split != "fit"]
     errors = [abs(error) for error in table.errors_of(rows, joined)]
-    assert len(errors) >= 30
-    assert statistics.median(errors) < 0.10
-    assert sum(error < 0.10 for error in errors) >= 27
-    assert sorted(errors)[-2] < 0.20
+    assert len(errors) >= rows_at_least
+    assert statistics.median(errors) < median
+    assert sum(error < 0.10 for error in errors) >= within_10_percent
+    assert sorted(errors)[-2] < all_but_one
 
 
 def test_exact_parts_are_those_that_the_runs_counted() -> None:
@@ -56,11 +64,32 @@ def test_exact_parts_are_those_that_the_runs_counted() -> None:
 def test_the_heads_tile_in_numbers() -> None:
     rows = ("training.batch_size=16", "training.max_length=513", "quantization=bf16")
     assert peak("cpu", *rows).logits_bytes == HEAD_TOKENS * HEAD_VOCABULARY * 31 + 16 * 512 * 4096 * 4
-    assert peak("cpu", *rows, loss_share=0.25).logits_bytes == 2048 * (HEAD_VOCABULARY * 31 + 4096 * 4)
+    quarter = RowLengths(513, 513, 128.0, 0.0, 128)
+    assert peak("cpu", *rows, rows=quarter).logits_bytes == 2048 * (HEAD_VOCABULARY * 31 + 4096 * 4)
     # the context's half a GB lies outside of the allocator
-    on_card = peak("cuda", *rows, "training.gradient_checkpointing=off", loss_share=0.25)
+    on_card = peak("cuda", *rows, "training.gradient_checkpointing=off", rows=quarter)
     assert on_card.logits_bytes == 2048 * HEAD_VOCABULARY * 2 + 2048 * 4096 * 4
     assert on_card.needed_bytes == on_card.peak_bytes + on_card.context_bytes
+
+
+def test_a_small_vocabulary_touches_a_page_more_of_each_row_of_the_tile() -> None:
+    architecture = dataclasses.replace(known_architecture(compose(["model=llama3_1_8b"]).model), vocabulary_size=1024)
+    config = compose(["model=llama3_1_8b", "training.batch_size=4", "training.max_length=101", "quantization=fp32"])
+    predicted = predicted_peak(architecture, [], config, "cpu")
+    assert predicted.logits_bytes == 400 * (1024 * 33 + 4096 + 4096 * 4)
+
+
+def test_the_largest_batch_of_rows_of_many_lengths() -> None:
+    rng = random.Random(0)
+    scored = [rng.randrange(20, 120) for _ in range(2000)]
+    rows = RowLengths.of([number + 10 for number in scored], scored)
+    assert (rows.shortest_tokens, rows.longest_tokens, rows.differ) == (30, 129, True)
+    for batches in (1, 10, 100):
+        seen = [max(sum(rng.sample(scored, 8)) for _ in range(batches)) for _ in range(200)]
+        assert rows.most_scored(8, batches) == pytest.approx(statistics.fmean(seen), rel=0.03)
+    same = RowLengths.of([50, 50], [20, 20])
+    assert same.most_scored(4, 100) == 80
+    assert not same.differ
 
 
 def test_checkpointing_and_smaller_batches_need_less_on_a_card() -> None:

@@ -16,6 +16,7 @@ from qlora_exp.compose import compose
 from qlora_exp.config import Config
 from qlora_exp.data import load_data
 from qlora_exp.one_run.predicting import row_lengths
+from qlora_exp.plan.batches import RowLengths
 from qlora_exp.planning.rows import PlannedRows, RowCounter
 from tests.conftest import write_colour_task
 
@@ -26,9 +27,8 @@ def as_loaded(config: Config) -> PlannedRows:
     """By transformers' tokenizer and the run's own loading."""
     splits = load_data(config, models.load_tokenizer(config.model), config.training.max_length)
     lengths = row_lengths(splits)
-    scored = sum(len(item.completion_ids) + len(item.end_ids) for item in splits.train)
-    mean, share = statistics.fmean(lengths), scored / sum(lengths)
-    return PlannedRows(len(lengths), len(lengths), mean, min(lengths), max(lengths), share)
+    scored = [len(item.completion_ids) + len(item.end_ids) for item in splits.train]
+    return PlannedRows(len(lengths), len(lengths), statistics.fmean(lengths), RowLengths.of(lengths, scored))
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,9 @@ def test_of_many_rows_some_stand_for_all() -> None:
     assert found is not None
     assert found.counted < found.rows == loaded.rows
     assert found.mean_tokens == pytest.approx(loaded.mean_tokens, rel=0.03)
-    assert found.longest_tokens == pytest.approx(loaded.longest_tokens, rel=0.1)
-    assert found.loss_share == pytest.approx(loaded.loss_share, rel=0.05)
+    assert found.lengths.longest_tokens == pytest.approx(loaded.lengths.longest_tokens, rel=0.1)
+    assert found.lengths.scored_mean_tokens == pytest.approx(loaded.lengths.scored_mean_tokens, rel=0.05)
+    assert found.lengths.scored_deviation_tokens == pytest.approx(loaded.lengths.scored_deviation_tokens, rel=0.1)
 
 
 @pytest.mark.parametrize(
