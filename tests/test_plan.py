@@ -110,6 +110,9 @@ def test_fingerprints_change_with_what_changes_a_result_and_with_nothing_else() 
         assert fingerprints(both)[0] != run, both
         assert fingerprints(both)[1] != base, both
     assert plan.base_fingerprint(compose([]), "chat") != base
+    # auto was sdpa once, and is still
+    assert plan.base_fingerprint(compose(["model.attention=sdpa"]), "plain") == base
+    assert plan.base_fingerprint(compose(["model.attention=eager"]), "plain") != base
 
 
 def test_the_lists_of_names_are_transformers_own() -> None:

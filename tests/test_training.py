@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_exp import checkpoints, environment, models
 from qlora_exp.compose import compose
@@ -16,6 +18,7 @@ from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation import evaluate_model
 from qlora_exp.one_run import prepare
 from qlora_exp.paths import RunPaths
+from qlora_exp.plan import shape_multiples
 from qlora_exp.records import read_curve
 from qlora_exp.train import Trained, train
 
@@ -211,6 +214,53 @@ def test_in_16_bit_on_a_cpu_few_shapes_are_multiplied_and_the_loss_is_the_same(
     assert len(set(lengths["as they are"])) > len(set(lengths["rounded up"]))
     assert sum(projected["as they are"]) == trained.loss_tokens < sum(projected["rounded up"])
     assert losses(tmp_path / "rounded up") == pytest.approx(losses(tmp_path / "as they are"), rel=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 64, 70])
+@pytest.mark.parametrize("biased", [True, False])
+def test_logits_of_tokens_in_multiples_have_the_same_values_and_gradients(tokens: int, biased: bool) -> None:
+    import trl.trainer.utils as head
+
+    from qlora_exp.train import _RowsInMultiples
+
+    torch.manual_seed(0)
+    start = [torch.randn(tokens, 16), torch.randn(50, 16), torch.randn(50) if biased else None]
+    targets = torch.randint(0, 50, (tokens,))
+    weights = torch.randn(2, tokens)
+    found = []
+    for function in (head._ChunkedLogProbFunction, _RowsInMultiples(head._ChunkedLogProbFunction, 64)):
+        inputs = [tensor.clone().requires_grad_() if tensor is not None else None for tensor in start]
+        logprobs, entropy, *others = function.apply(*inputs, targets, 1.0, 32, None, 1.0, ("entropy",))
+        (weights[0] @ logprobs + weights[1] @ entropy).backward()
+        assert others == [None, None, None]
+        found.append([logprobs, entropy, *(tensor.grad for tensor in inputs if tensor is not None)])
+    for plain, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain)
+
+
+def test_in_16_bit_no_row_is_padded_beyond_the_models_positions(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gpt2"
+    shutil.copytree(tiny_models["gpt2"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    table = next(name for name in weights if name.endswith("wpe.weight"))
+    task = tmp_path / "longer.jsonl"
+    task.write_text(colour_task.read_text().replace("Item", "Of all the items in the basket, item"))
+    loose = configured(folder, task, "quantization=bf16")
+    rows = max(len(item.ids) for item in prepare(loose, environment.probe(loose.training.device)).splits.train)
+    assert rows % 16 != 0
+    save_file(weights | {table: weights[table][:rows].contiguous()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings | {"n_positions": rows}))
+    config = configured(folder, task, "quantization=bf16", f"training.max_length={rows}")
+    trained, _ = train_once(config, tmp_path / "run")
+    assert trained.training.steps == 6
+    plan = prepare(config, environment.probe(config.training.device)).plan
+    assert (plan.length_multiple, plan.logits_multiple) == (1, 64)
+    # a length that no position has is never reached
+    assert shape_multiples("bfloat16", "cpu", 2048, 1024) == (16, 64)
+    assert shape_multiples("bfloat16", "cpu", 1001, 1001) == (1, 64)
 
 
 def test_a_study_can_stop_a_training(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         hidden_size=int(getattr(text, "hidden_size", 0) or 0),
         vocabulary_size=int(getattr(text, "vocab_size", 0) or 0),
         positions=positions if positions > 0 else None,
+        heads=int(getattr(text, "num_attention_heads", 0) or 0) or None,
+        eager_alone=not model._supports_sdpa,
         others=tuple(_others(model)),
     )
 

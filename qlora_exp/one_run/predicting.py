@@ -97,15 +97,20 @@ def as_first_told(planned: Plan, before: Plan | None) -> Plan:
 def peak_of(
     config: Config, environment: Environment, architecture: Architecture, modules: Sequence[str], splits: Splits
 ) -> Peak:
-    """The peak of training with the rows that there are."""
-    scored = [len(item.completion_ids) + len(item.end_ids) for item in splits.train]
+    """The peak of training with the rows that there are, cut at ``training.max_length``."""
+    limit = config.training.max_length
+    lengths = [min(length, limit) for length in row_lengths(splits)]
+    scored = [
+        max(0, min(len(item.completion_ids) + len(item.end_ids), limit - len(item.prompt_ids))) for item in splits.train
+    ]
     return predicted_peak(
         architecture,
         modules,
         config,
         environment.device.kind,
         bf16=environment.device.bf16,
-        rows=RowLengths.of(row_lengths(splits), scored),
+        rows=RowLengths.of(lengths, scored),
+        steps=Extent.of(config.training, len(lengths), statistics.fmean(lengths)).steps,
         joined_heap=heap.joins(environment.glibc_tunables),
     )
 

@@ -82,12 +82,17 @@ def compute_dtype(quantization: QuantizationConfig, device_kind: str, bf16: bool
     return "bfloat16" if bf16 else "float16"
 
 
-def shape_multiples(compute_dtype: str, device_kind: str) -> tuple[int, int]:
+def shape_multiples(compute_dtype: str, device_kind: str, max_length: int, positions: int | None) -> tuple[int, int]:
     """What a training batch's length, and the number of its tokens that get logits, are rounded up to a multiple of.
     On a CPU, oneDNN compiles a multiplication of 16-bit numbers for each shape that it meets, in milliseconds, and
-    keeps up to 1024 of them, some 0.9 MB each; elsewhere a new shape costs nothing."""
-    compiled = device_kind == "cpu" and compute_dtype != "float32"
-    return COMPILED_MULTIPLES if compiled else (1, 1)
+    keeps up to 1024 of them, some 0.9 MB each; elsewhere a new shape costs nothing. A row of ``max_length`` tokens is
+    never padded beyond the model's ``positions``, of which some have a table."""
+    if device_kind != "cpu" or compute_dtype == "float32":
+        return 1, 1
+    length, logits = COMPILED_MULTIPLES
+    reach = max_length if positions is None else min(max_length, positions)
+    too_long = positions is not None and math.ceil(reach / length) * length > positions
+    return 1 if too_long else length, logits
 
 
 def inputs_rounded_in(mode: Quantization, device_kind: str) -> tuple[str, ...]:
@@ -107,6 +112,7 @@ def adapter_dtype(lora: LoraConfig) -> str:
 def config_fingerprint(config: Config) -> str:
     """SHA-256 over every setting that can change a result; names, places, prices and tracking can't."""
     plain = to_plain(config)
+    plain["model"] = _as_it_was(plain["model"])
     for group in ("tracking", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
@@ -124,7 +130,7 @@ def base_fingerprint(config: Config, format: str) -> str:
     task = {key: value for key, value in plain["task"].items() if key != "goal"}
     return _digest(
         {
-            "model": plain["model"],
+            "model": _as_it_was(plain["model"]),
             "quantization": plain["quantization"],
             "task": task,
             "evaluation": evaluation,
@@ -133,6 +139,11 @@ def base_fingerprint(config: Config, format: str) -> str:
             "format": format,
         }
     )
+
+
+def _as_it_was(model: dict[str, Any]) -> dict[str, Any]:
+    """``sdpa`` was the default before ``auto``, and is the same wherever it isn't refused: old scores stay valid."""
+    return model | ({"attention": "sdpa"} if model["attention"] == "auto" else {})
 
 
 def make_plan(
@@ -147,7 +158,9 @@ def make_plan(
     training, device = config.training, environment.device
     micro_batch_size = training.micro_batch_size or training.batch_size
     computed = compute_dtype(config.quantization, device.kind, device.bf16)
-    length_multiple, logits_multiple = shape_multiples(computed, device.kind)
+    length_multiple, logits_multiple = shape_multiples(
+        computed, device.kind, training.max_length, architecture.positions
+    )
     return Plan(
         config_fingerprint=config_fingerprint(config),
         base_fingerprint=base_fingerprint(config, format),

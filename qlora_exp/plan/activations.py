@@ -51,19 +51,18 @@ HABITS = {
     "gpt_neox": Habits(shared_input=True),
     "falcon": Habits(shared_input=True, one_head=True),
     "gemma2": Habits(softcaps=True),
+    "vaultgemma": Habits(softcaps=True),
     "opt": Habits(rotary=False, keeps_output=True, dropout=True),
 }
 """Every other architecture is taken to be built as Llama is; what shapes tell (gated or not, fused projections, norms
 of queries and keys, the number and kind of norms) is read from the shapes."""
-EAGER_ALONE = frozenset({"bloom", "codegen", "gemma2", "gpt_neo", "gptj", "gpt_oss", "mpt", "vaultgemma", "xglm"})
-"""Families whose attention transformers has written out in Python only (``_supports_sdpa``)."""
 USUAL_HEAD, WIDEST_HEAD = 64, 128
 """Width of an attention head where nothing tells it, and the largest that keys and values of one head have."""
 
 
 def written_out(attention: str, architecture: Architecture) -> bool:
     """Whether ``model.attention`` gives this architecture attention written out in Python, which keeps the scores."""
-    return attention == "eager" or (attention == "auto" and architecture.model_type in EAGER_ALONE)
+    return attention == "eager" or (attention == "auto" and architecture.eager_alone)
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,8 @@ class Layer:
     norm_upcasts: bool
     """Root-mean-square norms are written out in Python and keep a float32 copy of their input."""
     normed_heads: bool
+    heads: int
     habits: Habits
-
-    @property
-    def heads(self) -> int:
-        return max(1, self.query // (self.key_value if self.multi_query else USUAL_HEAD))
 
     @property
     def multi_query(self) -> bool:
@@ -193,6 +189,7 @@ def _layer(architecture: Architecture, shapes: Sequence[WeightShape], others: Se
         norms=max(1, sum(other.elements == hidden for other in weights)),
         norm_upcasts=not biases,
         normed_heads=any(feeds(other.name) for other in weights if other.elements < hidden),
+        heads=architecture.heads or max(1, query // USUAL_HEAD),
         habits=HABITS.get(architecture.model_type, Habits()),
     )
 
@@ -230,10 +227,9 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     """Queries, keys, values, output, the scores' logarithmic sums, and the mask as numbers (a copy a layer). With a
     mask, shared keys and values are repeated for each head. A fused projection is kept whole by its values' view."""
     width, query, key_value = setting.compute_bytes, layer.query, layer.key_value
+    normed = (query + key_value) * FLOAT32 if layer.normed_heads else 0
     if setting.eager:
-        # The softmax is computed in float32; a 16-bit copy of it multiplies the values.
-        score = FLOAT32 + (width if width < FLOAT32 else 0) + (width if layer.habits.softcaps else 0)
-        return 3 * query * width + score * layer.heads * setting.length
+        return 3 * query * width + normed + _score_bytes(layer, width) * layer.heads * setting.length
     if not setting.cuda and (layer.habits.attention_dropout or layer.multi_query):
         scores = 3 if layer.habits.attention_dropout else 1
         return FLOAT32 * (3 * query + scores * layer.heads * setting.length)
@@ -244,9 +240,16 @@ def _attention(layer: Layer, setting: _Setting) -> float:
         three = layer.fused + (query + key_value if layer.habits.rotary else 0)
     else:
         three = query + 2 * key_value
-    normed = (query + key_value) * FLOAT32 if layer.normed_heads else 0
     mask = setting.length * width if setting.padded else 0
     return (three + query) * width + normed + mask + FLOAT32 * layer.heads
+
+
+def _score_bytes(layer: Layer, width: int) -> int:
+    """A score of attention that is written out. The softmax is computed in float32; what multiplies the values is a
+    16-bit copy of it, or what dropout left, whose noise takes a byte."""
+    copy = width if width < FLOAT32 else 0
+    left = width + 1 if layer.habits.attention_dropout else copy
+    return FLOAT32 + left + (width if layer.habits.softcaps else 0)
 
 
 def _feed_forward(layer: Layer, setting: _Setting) -> float:

@@ -53,4 +53,8 @@ class Architecture:
     vocabulary_size: int
     positions: int | None = None
     """The longest sequence that it takes, in tokens; ``None`` where its configuration doesn't say."""
+    heads: int | None = None
+    """Of queries, in a layer; ``None`` where its configuration doesn't say."""
+    eager_alone: bool = False
+    """transformers has its attention written out in Python only, no scaled_dot_product_attention."""
     others: tuple[OtherTensor, ...] = ()

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowLengths:
-    """A task's training rows, in tokens. ``scored_…``: of these, those that carry a loss."""
+    """A task's training rows, ``rows`` of them, in tokens. ``scored_…``: of these, those that carry a loss."""
 
+    rows: int
     shortest_tokens: int
     longest_tokens: int
     scored_mean_tokens: float
@@ -21,7 +22,9 @@ class RowLengths:
     @staticmethod
     def of(tokens: Sequence[int], scored: Sequence[int]) -> RowLengths:
         """``tokens`` and ``scored`` of each row, at least one."""
-        return RowLengths(min(tokens), max(tokens), statistics.fmean(scored), statistics.pstdev(scored), max(scored))
+        return RowLengths(
+            len(tokens), min(tokens), max(tokens), statistics.fmean(scored), statistics.pstdev(scored), max(scored)
+        )
 
     @property
     def differ(self) -> bool:
@@ -30,7 +33,9 @@ class RowLengths:
     def most_scored(self, rows: int, batches: int) -> float:
         """Tokens with a loss that the largest of ``batches`` batches of ``rows`` rows is expected to have, as if each
         batch's sum were normal: the expected largest of n normal numbers by Blom 1958, *Statistical Estimates and
-        Transformed Beta-Variables*."""
+        Transformed Beta-Variables*. Where every row is drawn, at least the longest one's beside mean ones."""
         above = statistics.NormalDist().inv_cdf((batches - 0.375) / (batches + 0.25)) if batches > 1 else 0.0
         expected = rows * self.scored_mean_tokens + above * math.sqrt(rows) * self.scored_deviation_tokens
+        if rows * batches >= self.rows:
+            expected = max(expected, self.scored_most_tokens + (rows - 1) * self.scored_mean_tokens)
         return min(expected, float(rows * self.scored_most_tokens))

@@ -28,7 +28,7 @@ the gradient in float32, a mask of one byte, and two float32 temporaries of the 
 
 PAGE_BYTES = 4096
 MANY_STEPS = 1000
-"""Where the number of steps isn't known: it hardly matters."""
+"""Where the number of steps isn't known."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Heap:
     """The same of the head's tensors, where they are below 32 MiB."""
 
 
-PLAIN_HEAP = Heap(83e6, 0.0, 0.68, 0.04)
+PLAIN_HEAP = Heap(88e6, 0.0, 0.69, 0.0)
 JOINED_HEAP = Heap(25e6, 41e6, 0.24, 0.24)
 """glibc as it is, and as :mod:`qlora_exp.heap` tells it to be. Fitted to the rows of llama, gpt2 and gpt_neox in
 docs/predicted_memory_plain.csv and docs/predicted_memory.csv: docs/plan_accuracy.md."""
@@ -88,15 +88,17 @@ def predicted_peak(
     *,
     bf16: bool = True,
     rows: RowLengths | None = None,
+    steps: int | None = None,
     joined_heap: bool = False,
 ) -> Peak:
     """The peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
 
     ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. ``rows``: the lengths of the training rows;
     unknown, they differ, and a batch has as many tokens as ``training.max_length`` allows, each with a loss.
+    ``steps``: of the training; unknown, many.
     ``joined_heap``: on a CPU, whether the process runs as :mod:`qlora_exp.heap` has it.
     """
-    shape = _Shape.of(config, architecture, device_kind, bf16, rows)
+    shape = _Shape.of(config, architecture, device_kind, bf16, rows, steps)
     wanted = set(modules)
     adapted = [weight for weight in architecture.weights if weight.name in wanted]
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
@@ -147,7 +149,12 @@ class _Shape:
 
     @staticmethod
     def of(
-        config: Config, architecture: Architecture, device_kind: str, bf16: bool, lengths: RowLengths | None
+        config: Config,
+        architecture: Architecture,
+        device_kind: str,
+        bf16: bool,
+        lengths: RowLengths | None,
+        steps: int | None,
     ) -> _Shape:
         training = config.training
         compute = compute_dtype(config.quantization, device_kind, bf16)
@@ -155,10 +162,12 @@ class _Shape:
         length = min(lengths.longest_tokens, training.max_length) if lengths else training.max_length
         scored: float = rows * (length - 1)
         if lengths:
-            batches = (training.max_steps or MANY_STEPS) * math.ceil(training.batch_size / rows)
+            batches = (steps or training.max_steps or MANY_STEPS) * math.ceil(training.batch_size / rows)
             scored = min(scored, lengths.most_scored(rows, batches))
         differ = lengths is None or lengths.differ
-        length_multiple, logits_multiple = shape_multiples(compute, device_kind)
+        length_multiple, logits_multiple = shape_multiples(
+            compute, device_kind, training.max_length, architecture.positions
+        )
         differ = differ or length % length_multiple != 0
         return _Shape(
             compute=compute,

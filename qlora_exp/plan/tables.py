@@ -15,6 +15,7 @@ from qlora_exp.config import ModelConfig
 from qlora_exp.plan.architecture import Architecture, OtherTensor, WeightShape
 
 FOLDER = Path(__file__).resolve().parent / "architectures"
+SCALARS = ("model_type", "total_parameters", "output_head", "layers", "hidden_size", "vocabulary_size", "heads")
 INDEX = re.compile(r"\.(\d+)\.")
 
 Tensor = TypeVar("Tensor", WeightShape, OtherTensor)
@@ -42,7 +43,8 @@ def to_table(architecture: Architecture, positions: Mapping[str, int | None]) ->
         "positions": dict(positions),
         **{
             key: getattr(architecture, key)
-            for key in ("model_type", "total_parameters", "output_head", "layers", "hidden_size", "vocabulary_size")
+            for key in (*SCALARS, "eager_alone")
+            if key != "eager_alone" or architecture.eager_alone
         },
         "weights": list(_folded(architecture.weights)),
         "others": list(_folded(architecture.others)),
@@ -52,8 +54,8 @@ def to_table(architecture: Architecture, positions: Mapping[str, int | None]) ->
 def from_table(table: Mapping[str, Any], checkpoint: str) -> Architecture:
     """The opposite of :func:`to_table`."""
     return Architecture(
-        **{key: table[key] for key in ("model_type", "total_parameters", "output_head", "layers", "hidden_size")},
-        vocabulary_size=table["vocabulary_size"],
+        **{key: table[key] for key in SCALARS},
+        eager_alone=table.get("eager_alone", False),
         positions=table["positions"][checkpoint],
         weights=tuple(_unfolded(table["weights"], WeightShape)),
         others=tuple(_unfolded(table["others"], OtherTensor)),

@@ -12,6 +12,7 @@ from qlora_exp.config import Config, ModelConfig, TargetsConfig
 from qlora_exp.errors import QloraExpError
 from qlora_exp.plan import Architecture, WeightShape, compute_dtype, int8_dora
 from qlora_exp.plan.peak import predicted_peak
+from qlora_exp.plan.seconds import Extent
 from qlora_exp.plan.tables import known_architecture
 from qlora_exp.plan.targets import resolve_targets
 from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
@@ -234,6 +235,7 @@ def _peak(
         device.kind,
         bf16=device.bf16,
         rows=rows.lengths if rows else None,
+        steps=Extent.of(config.training, rows.rows, rows.mean_tokens).steps if rows else None,
         joined_heap=heap.joins(heap.tunables()),
     ).needed_bytes
 

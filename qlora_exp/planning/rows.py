@@ -75,7 +75,12 @@ class _Counted:
             rows=round(self.rows * len(drawn) / given),
             counted=len(drawn) + len(longest),
             mean_tokens=statistics.fmean(lengths),
-            lengths=replace(of_drawn, longest_tokens=max(whole for whole, _ in (*drawn, *longest))),
+            lengths=replace(
+                of_drawn,
+                rows=round(self.rows * len(drawn) / given),
+                longest_tokens=max(whole for whole, _ in (*drawn, *longest)),
+                scored_most_tokens=max(scored for _, scored in (*drawn, *longest)),
+            ),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import random
 import statistics
@@ -21,6 +22,7 @@ from qlora_exp.plan.targets import resolve_targets
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "predicted_memory.py"
 
 
+@functools.cache
 def benchmark() -> Any:
     spec = importlib.util.spec_from_file_location("predicted_memory", BENCHMARK)
     assert spec is not None
@@ -40,7 +42,7 @@ def peak(device_kind: str, *overrides: str, **known: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("joined", "rows_at_least", "median", "within_10_percent", "all_but_one"),
-    [(True, 42, 0.03, 38, 0.15), (False, 36, 0.06, 27, 0.14)],
+    [(True, 42, 0.03, 38, 0.15), (False, 36, 0.06, 29, 0.14)],
 )
 def test_held_out_measurements_are_met_within_the_stated_bounds(
     joined: bool, rows_at_least: int, median: float, within_10_percent: int, all_but_one: float
@@ -64,7 +66,7 @@ def test_exact_parts_are_those_that_the_runs_counted() -> None:
 def test_the_heads_tile_in_numbers() -> None:
     rows = ("training.batch_size=16", "training.max_length=513", "quantization=bf16")
     assert peak("cpu", *rows).logits_bytes == HEAD_TOKENS * HEAD_VOCABULARY * 31 + 16 * 512 * 4096 * 4
-    quarter = RowLengths(513, 513, 128.0, 0.0, 128)
+    quarter = RowLengths(1, 513, 513, 128.0, 0.0, 128)
     assert peak("cpu", *rows, rows=quarter).logits_bytes == 2048 * (HEAD_VOCABULARY * 31 + 4096 * 4)
     # the context's half a GB lies outside of the allocator
     on_card = peak("cuda", *rows, "training.gradient_checkpointing=off", rows=quarter)
@@ -87,6 +89,10 @@ def test_the_largest_batch_of_rows_of_many_lengths() -> None:
     for batches in (1, 10, 100):
         seen = [max(sum(rng.sample(scored, 8)) for _ in range(batches)) for _ in range(200)]
         assert rows.most_scored(8, batches) == pytest.approx(statistics.fmean(seen), rel=0.03)
+    few_long = RowLengths.of([30] * 98 + [2000] * 2, [20] * 98 + [1990] * 2)
+    assert few_long.most_scored(1, 100) == 1990
+    assert few_long.most_scored(4, 100) >= 1990 + 3 * 20
+    assert few_long.most_scored(1, 2) < 1990
     same = RowLengths.of([50, 50], [20, 20])
     assert same.most_scored(4, 100) == 80
     assert not same.differ
