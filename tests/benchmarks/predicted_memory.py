@@ -369,7 +369,7 @@ def draw(rows: Sequence[Row], path: Path = PICTURE) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(6, 6))
     for split, marker in (("fit", "o"), ("held out", "s"), ("fresh", "^")):
@@ -380,6 +380,10 @@ def draw(rows: Sequence[Row], path: Path = PICTURE) -> None:
     axes.plot(ends, ends, color="grey", linewidth=1)
     axes.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="grey", alpha=0.2)
     axes.set(xscale="log", yscale="log", xlabel="measured, MB", ylabel="predicted, MB")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.FixedLocator([200.0 * 2**power for power in range(5)]))
+        axis.set_major_formatter("{x:,.0f}")
+        axis.set_minor_locator(ticker.NullLocator())
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
