@@ -33,7 +33,7 @@ from tests.analysis import made_up
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.05", "tracking=off"]
 BOUND = 800_000
-"""A sleeping run takes 500,000 bytes and 16,000 a rank, by its own word: up to r = 18 it fits, up to 26 it is tried."""
+"""A sleeping run takes 500,000 bytes and 16,000 a rank, by its own word: up to r = 18 it fits, up to 29 it is tried."""
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +102,8 @@ def test_what_several_workers_refuse_is_refused_once(capsys: pytest.CaptureFixtu
     assert sweep("lora.r=" + ",".join(map(str, range(10, 34))), f"budget.memory_bytes={BOUND}", "workers.count=2") == 0
     rows = trials(capsys)
     assert [row["lora.r"] for row in rows] == [str(r) for r in range(10, 34)]
-    assert [row["status"] for row in rows] == ["COMPLETED"] * 17 + ["DOES_NOT_FIT"] * 7
-    assert len(runs()) == 17
+    assert [row["status"] for row in rows] == ["COMPLETED"] * 20 + ["DOES_NOT_FIT"] * 4
+    assert len(runs()) == 20
 
 
 @pytest.mark.faults
@@ -225,7 +225,7 @@ def test_a_smaller_micro_batch_divides_the_batch() -> None:
 
 @pytest.mark.faults
 def test_a_batch_that_no_half_divides_is_still_trained_whole() -> None:
-    rule = MemoryRule(85_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=2)
+    rule = MemoryRule(150_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=2)
     record = execute(compose([*SMALL, "training.batch_size=15"]), memory=rule)
     assert record.plan is not None
     assert record.plan.micro_batch_size in (1, 5)
@@ -296,7 +296,7 @@ def test_the_median_of_measured_over_predicted_peaks_corrects_the_next_predictio
     fit, fits = judged(done, 1100)
     assert (fit.corrected_bytes, fit.kin, fits) == (1200, 3, True)
     assert fit.near_the_edge
-    assert not judged(done, 1000)[1]
+    assert not judged(done, 950)[1]
     assert judged([], 1000)[0].corrected_bytes == 1000
     unmeasured = [ended(Status.COMPLETED, 100), ended(Status.FAILED, 100, 500)]
     assert judged(unmeasured, 1000)[0].corrected_bytes == 1000
