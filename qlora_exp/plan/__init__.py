@@ -85,7 +85,7 @@ def compute_dtype(quantization: QuantizationConfig, device_kind: str, bf16: bool
 def shape_multiples(compute_dtype: str, device_kind: str, max_length: int, positions: int | None) -> tuple[int, int]:
     """What a training batch's length, and the number of its tokens that get logits, are rounded up to a multiple of.
     On a CPU, oneDNN compiles a multiplication of 16-bit numbers for each shape that it meets, in milliseconds, and
-    keeps up to 1024 of them, some 0.9 MB each; elsewhere a new shape costs nothing. A row of ``max_length`` tokens is
+    keeps up to 1024 of them; elsewhere a new shape costs nothing. A row of ``max_length`` tokens is
     never padded beyond the model's ``positions``, of which some have a table."""
     if device_kind != "cpu" or compute_dtype == "float32":
         return 1, 1
