@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import qlora_exp
+from qlora_exp.app import import_to_stay
 
 PACKAGE = Path(qlora_exp.__file__).resolve().parent
 ELSEWHERE = {"conf", "sweeps", "plugins"}
@@ -224,6 +226,22 @@ def test_rooms_for_arithmetic_and_records_do_not_load_torch() -> None:
 
 def test_what_a_trial_imports_leaves_out_the_compiler_that_nothing_uses() -> None:
     assert "torch._inductor.compile_fx" not in loaded_after("import qlora_exp.one_run")
+
+
+def test_what_is_imported_to_stay_is_left_alone_by_the_collector_and_nothing_that_comes_later() -> None:
+    code = (
+        "import gc\nfrom qlora_exp.app import import_to_stay\n"
+        "import_to_stay(['colorsys'])\nfirst = gc.get_freeze_count()\n"
+        "later = [[] for _ in range(1000)]\nimport_to_stay(['colorsys'])\n"
+        "assert gc.isenabled() and 0 < first >= gc.get_freeze_count(), (first, gc.get_freeze_count())"
+    )
+    assert "colorsys" in loaded_after(code)
+
+
+def test_a_module_that_cannot_be_imported_leaves_the_collector_on() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        import_to_stay(["qlora_exp.nowhere"])
+    assert gc.isenabled()
 
 
 def test_opening_a_study_does_not_load_what_only_importances_need() -> None:

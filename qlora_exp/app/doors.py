@@ -22,7 +22,7 @@ def run_and_tell(config: Config, resume: str | None = None) -> int:
     from qlora_exp.progress import Progress
 
     with Progress() as observer:
-        record = execute(config, observer, resume)
+        record = execute(config, observer, resume, alone=True)
     print(summary(record, config))
     return exit_code_of(record.status)
 

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout, UnixFileLock
 
 from qlora_exp import environment, synthetic
 from qlora_exp.app.beginning import begin, now, remove
-from qlora_exp.app.process import quiet_libraries, set_threads
+from qlora_exp.app.process import import_to_stay, quiet_libraries, set_threads
 from qlora_exp.budget import check_energy, without_limits
 from qlora_exp.config import Config, Engine
 from qlora_exp.endings import Observer, Report, never_stop
@@ -38,6 +38,7 @@ def execute(
     bases: Bases | None = None,
     deliver: Callable[[Callable[[], object]], object] | None = None,
     memory: MemoryRule | None = None,
+    alone: bool = False,
 ) -> RunRecord:
     """Run ``config``, keep its record, and show it in MLflow.
 
@@ -51,6 +52,7 @@ def execute(
         deliver: does the last delivery to MLflow, e.g. in a thread; ``None``: at once. Whoever gives it need not wait
             for MLflow at the run's start either.
         memory: what a new run must fit into; ``None``: as the configuration's budget has it.
+        alone: this process is there for the run, and ends with it.
 
     Raises:
         DoesNotFit: it is predicted to need more memory than it may take; nothing was started.
@@ -68,6 +70,8 @@ def execute(
             held.enter_context(_owned(outputs.run(resume)))
         if observer is not None:
             observer.phase("prepare")
+        if alone and config.training.engine is not Engine.sleep:
+            import_to_stay(("qlora_exp.one_run",))
         if resume is not None:  # it was let in when it began
             prepared = _prepare(config, bases)
             _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
@@ -78,6 +82,8 @@ def execute(
             record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
         if resume is None:
             held.enter_context(_owned(paths))
+        if alone and config.tracking.enabled:
+            import_to_stay(("qlora_exp.tracking.tracker",))
         return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver)
 
 

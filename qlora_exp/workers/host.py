@@ -11,8 +11,6 @@ import argparse
 import contextlib
 import ctypes
 import faulthandler
-import gc
-import importlib
 import math
 import os
 import queue
@@ -66,9 +64,7 @@ def main() -> int:
     from qlora_exp import app
 
     app.quiet_libraries()
-    for module in (module for name in arguments.preload for module in PRELOADED[name]):
-        importlib.import_module(module)
-    gc.freeze()  # what is imported stays; collecting between trials need not walk it
+    app.import_to_stay(module for name in arguments.preload for module in PRELOADED[name])
     line.tell(Ready())
     with ThreadPoolExecutor(1, "delivery") as deliveries, contextlib.suppress(KeyboardInterrupt):
         host = _Host(line, deliveries, _warm_bases() if "training" in arguments.preload else None)
