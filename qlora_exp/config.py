@@ -219,7 +219,8 @@ class TaskConfig:
 class TrainingConfig:
     max_steps: int | None
     max_tokens: int | None
-    """A budget in processed (unpadded) tokens, in place of max_steps; the first step that reaches it is the last."""
+    """A budget in processed (unpadded) tokens, in place of max_steps, which is null then; the first step that reaches
+    it is the last."""
     batch_size: int
     micro_batch_size: int | None
     learning_rate: float

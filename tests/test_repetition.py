@@ -10,6 +10,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 
+from qlora_exp.app import config_from_plain
 from qlora_exp.compose import compose
 from qlora_exp.config import to_plain
 from qlora_exp.overrides import hydra_value
@@ -47,6 +48,12 @@ RECORDED = [
 def test_the_overrides_of_a_record_compose_to_its_configuration(overrides: list[str]) -> None:
     config = to_plain(compose(overrides))
     assert to_plain(compose(overrides_of(record_of(config)))) == config
+
+
+def test_a_record_of_a_version_that_took_steps_and_tokens_is_read_as_it_was_trained_to_its_tokens() -> None:
+    config = to_plain(compose(["training.max_steps=null", "training.max_tokens=1000"]))
+    config["training"]["max_steps"] = 200
+    assert config_from_plain(config).training.max_steps is None
 
 
 def test_a_record_names_its_files_wherever_it_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,7 +302,7 @@ def test_a_token_budget_stops_at_the_first_step_that_reaches_it(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:
     config = configured(
-        tiny_models["llama"], colour_task, "training.max_steps=50", "training.max_tokens=400", "training.batch_size=4"
+        tiny_models["llama"], colour_task, "training.max_steps=null", "training.max_tokens=400", "training.batch_size=4"
     )
     trained, _ = train_once(config, tmp_path)
     tokens = [point["tokens"] for point in read_curve(RunPaths(tmp_path).curve)]

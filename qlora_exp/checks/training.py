@@ -56,8 +56,12 @@ def _budget(training: TrainingConfig) -> Iterator[ConfigError]:
             "the training has no end",
             "training.max_steps",
             None,
-            "training.max_steps=200, or training.max_tokens=100000",
+            "training.max_steps=200, or training.max_tokens=100000 in its place",
         )
+    if training.max_steps is not None and training.max_tokens is not None:
+        what = f"training.max_steps={training.max_steps} says when the training ends, too"
+        hint = "training.max_steps=null, or training.max_tokens=null"
+        yield config_error(what, "training.max_tokens", training.max_tokens, hint)
     yield from at_least("training.max_steps", training.max_steps, 1)
     yield from at_least("training.max_tokens", training.max_tokens, 1)
 
