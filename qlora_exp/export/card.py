@@ -74,3 +74,5 @@ def _why(artefact: Artefact) -> Iterator[str]:
         yield f"not checked: {artefact.check.why}"
     if artefact.runtime is not None and artefact.runtime.why is not None:
         yield f"not measured: {artefact.runtime.why}"
+    if artefact.check is not None and artefact.check.cut_otherwise is not None:
+        yield artefact.check.cut_otherwise

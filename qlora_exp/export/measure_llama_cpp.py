@@ -1,5 +1,6 @@
 """Run as a script in a process of its own, so that what is measured is llama.cpp and not what called it: loads one
-GGUF file on one thread, reads a prompt, generates, and prints memory and speed as one JSON object. Imports no torch."""
+GGUF file on one thread, reads a prompt, generates, and prints memory and speed as one JSON object. Imports no torch.
+Python opens no socket meanwhile."""
 
 import json
 import statistics
@@ -46,6 +47,17 @@ def main(path: str, context_tokens: int, generated_tokens: int) -> dict[str, Any
     }
 
 
+def refuse_sockets() -> None:
+    """For the rest of the process, and before anything is imported that could open one: an audit hook can't be taken
+    back. It sees what is done by way of Python; machine code of llama.cpp's own is not kept from sockets."""
+
+    def refuse(event: str, _: tuple[Any, ...]) -> None:
+        if event.startswith("socket."):
+            raise OSError(f"a phone may be offline, and this needs a network ({event})")
+
+    sys.addaudithook(refuse)
+
+
 def _status_bytes(key: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -56,4 +68,5 @@ def _status_bytes(key: str) -> int | None:
 
 
 if __name__ == "__main__":
+    refuse_sockets()
     print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

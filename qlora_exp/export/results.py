@@ -53,6 +53,17 @@ class TaskCheck:
     """GGUF: share of the prompts that llama.cpp's tokenizer cuts as the run's own does."""
     why: str | None = None
 
+    @property
+    def cut_otherwise(self) -> str | None:
+        """GGUF: that its own tokenizer isn't known to cut every prompt as the run's does, in words. The check feeds it
+        the run's tokens."""
+        if self.engine != "llama.cpp" or self.same_tokens == 1.0:
+            return None
+        if self.same_tokens is None:
+            return "whether llama.cpp's own tokenizer cuts prompts as the run's does is unknown"
+        same = f"{round(self.same_tokens * self.items)} of {self.items} prompts ({100 * self.same_tokens:.3g} %)"
+        return f"llama.cpp's own tokenizer cuts {same} as the run's does: text typed on a phone is read otherwise"
+
 
 @dataclass(frozen=True)
 class Artefact:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_exp.cli import main
 from qlora_exp.config import ExportConfig
-from qlora_exp.export import Artefact, Runtime, TaskCheck, load_settings
+from qlora_exp.export import Artefact, Export, Runtime, TaskCheck, load_settings
+from qlora_exp.export.card import export_card
 from qlora_exp.export.checking import compare, paired_bounds
+from qlora_exp.export.llama_cpp_runtime import measure
 from qlora_exp.export.phone import answer_phone
 from qlora_exp.records import Status, read_record, write_json
 
@@ -225,6 +228,40 @@ def test_a_full_disk_is_told_before_or_while_writing_and_leaves_nothing(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("needs", "runs"),
+    [
+        ("pass", True),
+        ("socket.create_connection(('127.0.0.1', 9))", False),
+        ("socket.getaddrinfo('a.test', 80)", False),
+    ],
+)
+def test_a_llama_cpp_that_needs_a_network_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: str, runs: bool
+) -> None:
+    (tmp_path / "llama_cpp.py").write_text(f"{ANY_LLAMA_CPP}        {needs}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    measured = measure(tmp_path / "model.gguf", 8, 2)
+    assert (measured.generated_tokens_per_second is not None) == runs, measured.why
+    assert runs or "needs a network" in str(measured.why)
+
+
+ANY_LLAMA_CPP = """
+import ctypes, socket
+import numpy as np
+__version__ = "of the test's own"
+logits = np.zeros(4, np.float32)
+llama_get_logits_ith = lambda context, place: logits.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+class Llama:
+    ctx = None
+    n_vocab = lambda self: 4
+    reset = lambda self: None
+    eval = lambda self, ids: None
+    def __init__(self, path, **settings):
+"""
+
+
 def answers(*right: bool) -> pa.Table:
     return pa.table({"correct": list(right), "exact": [None] * len(right)})
 
@@ -253,10 +290,11 @@ def settings(**changes: Any) -> ExportConfig:
     return load_settings(changes)
 
 
-def file_of(size: int, memory: int | None, answer: str = "yes") -> Artefact:
+def file_of(size: int, memory: int | None, answer: str = "yes", same_tokens: float | None = 1.0) -> Artefact:
     rate = None if memory is None else 20.0
     runtime = Runtime("llama.cpp", "a CPU", 1, 512, 1.0, memory, 10, rate, rate, None if memory else "not installed")
     check = TaskCheck(0.03, answer, "llama.cpp", "accuracy", "validation", 400, 0.6, 0.6, 4, 4, -0.01, 0.01)
+    check = replace(check, same_tokens=same_tokens)
     return Artefact("q4_0", f"model-{size}.gguf", size, check, runtime)
 
 
@@ -271,6 +309,9 @@ def file_of(size: int, memory: int | None, answer: str = "yes") -> Artefact:
         ([file_of(10**9, 4 * 10**9)], 0.8, "no"),
         ([file_of(10**9, 2 * 10**9, "no")], 0.8, "no"),
         ([file_of(10**9, 2 * 10**9, "not shown")], 0.8, "not shown"),
+        ([file_of(10**9, 2 * 10**9, "yes", 0.9975)], 0.8, "not shown"),
+        ([file_of(10**9, 2 * 10**9, "yes", None)], 0.8, "not shown"),
+        ([file_of(10**9, 2 * 10**9, "no", 0.5)], 0.8, "no"),
         ([file_of(3 * 10**9, 4 * 10**9), file_of(10**9, 2 * 10**9)], 0.8, "yes"),
         ([], 0.8, "not shown"),
     ],
@@ -282,3 +323,14 @@ def test_the_phone_case_is_as_good_as_the_worst_criterion_of_the_best_file(
     assert answer.answer == wanted
     assert all(criterion.detail for criterion in answer.criteria)
     assert answer_phone(files, cost, 3600.0, settings(phone_file_bytes=1)).answer == ("no" if files else "not shown")
+
+
+def test_a_file_that_cuts_text_otherwise_says_of_how_many_prompts(outputs: Path) -> None:
+    file = file_of(10**9, 2 * 10**9, "yes", 0.975)
+    answer = answer_phone([file], 0.8, 3600.0, settings())
+    same = "cuts 390 of 400 prompts (97.5 %) as the run's does"
+    [task] = [criterion for criterion in answer.criteria if criterion.name == "answers the task"]
+    assert same in task.detail
+    made = Export(1, "run", "", "base", "", "nf4", "bfloat16", 3600.0, 0.8, (file,), answer)
+    card = export_card(read_record(run_folder(outputs) / "record.json"), made)
+    assert f"{file.path}: llama.cpp's own tokenizer {same}" in card
