@@ -207,7 +207,18 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
         "Means over runs; the first steps, evaluation and saving are not counted. Compare on one device only, and only"
     )
     note += " where nothing else ran beside it."
-    return Section("speed", "Speed and cost", (note,), (table(columns, rows),))
+    notes = (note, priced) if (priced := _priced(records)) else (note,)
+    return Section("speed", "Speed and cost", notes, (table(columns, rows),))
+
+
+def _priced(records: Sequence[RunRecord]) -> str | None:
+    """What the costs were counted by; records of older versions knew one price alone."""
+    plans = [record.plan for record in records if record.plan is not None and record.plan.usd_per_hour is not None]
+    prices = sorted({(str(plan.usd_per_hour_from), plan.usd_per_hour or 0.0) for plan in plans})
+    if not prices:
+        return None
+    told = ", ".join(f"{price:g} USD ({source})" for source, price in prices)
+    return f"Costs: all seconds of a run, loading and scoring included, by the price of an hour: {told}."
 
 
 def importance_section(asked: Sequence[Asked], completed: Sequence[RunRecord]) -> Section | None:

@@ -290,7 +290,7 @@ class BudgetConfig:
     kwh: float | None
     """By the card's own counter."""
     usd_per_hour: float | None
-    """Price of this machine; null: cost unknown."""
+    """Price of this machine; null: that of conf/prices.yaml, by which costs are told but not limited."""
     memory_bytes: int | None
     """Of a run, at its peak: on a GPU what it takes of the card, on a CPU what training adds to the process as it is
     after imports. A run that is predicted to need more is refused, and a trial not started. null: on a GPU the card's

@@ -99,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hydra_app": {"app", "compose", "config", "sweep"},
     "job": {"app"},
     "repetition": {"catalogue", "compose", "config", "overrides", "records", "redaction"},
-    "export": {"app", "config", "data", "evaluation", "model_card", "models", "records"},
+    "export": {"app", "config", "data", "evaluation", "model_card", "models", "plan", "records"},
     "doctor": {
         "calibration",
         "compose",

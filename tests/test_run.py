@@ -19,6 +19,7 @@ from qlora_exp import load_run, run
 from qlora_exp.environment import process_identity
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.paths import EMBEDDED
+from qlora_exp.plan.prices import read_prices
 from qlora_exp.records import RunRecord, Status, write_json
 
 QUICK = [
@@ -265,6 +266,21 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
     assert mlflow_statuses(output) == ["FINISHED"]
     undisturbed = run(*overrides(tmp_path / "other", *long))
     assert finished.scores.after == undisturbed.scores.after
+
+
+@pytest.mark.parametrize(
+    ("given", "hourly", "source"),
+    [([], read_prices()["cpu"], "conf/prices.yaml: cpu"), (["budget.usd_per_hour=2"], 2.0, "budget.usd_per_hour")],
+)
+def test_a_runs_cost_is_by_the_price_that_a_plan_counts_with(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path, given: list[str], hourly: float, source: str
+) -> None:
+    quick = ["evaluation=quick", "quantization=fp32", "training.max_steps=1", "tracking=off", *given]
+    record = run(*overrides(tmp_path / "outputs", *local(tiny_models["llama"], colour_task), *quick))
+    assert record.plan is not None
+    assert record.speed.total_seconds is not None
+    assert (record.plan.usd_per_hour, record.plan.usd_per_hour_from) == (hourly, source)
+    assert record.speed.cost_usd == pytest.approx(record.speed.total_seconds / 3600 * hourly)
 
 
 def test_no_secret_reaches_a_record_or_the_tracking_database(

@@ -41,7 +41,8 @@ def export(
         float | None, typer.Option(help="Accuracy that an exported file may lose, as a share of items")
     ] = None,
     usd_per_hour: Annotated[
-        float | None, typer.Option(help="Price of the machine that trained; by default as the record has it")
+        float | None,
+        typer.Option(help="Price of the machine that trained; by default as the record or conf/prices.yaml has it"),
     ] = None,
     phone_file_bytes: Annotated[int | None, typer.Option(help="Largest file that counts as fit for a phone")] = None,
     phone_memory_bytes: Annotated[int | None, typer.Option(help="Most memory that counts as fit for a phone")] = None,

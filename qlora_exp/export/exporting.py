@@ -27,6 +27,7 @@ from qlora_exp.export.phone import answer_phone
 from qlora_exp.export.results import SCHEMA_VERSION, Artefact, Export, TaskCheck
 from qlora_exp.export.settings import BLOCK_TYPES
 from qlora_exp.paths import EMBEDDED, RunPaths
+from qlora_exp.plan.prices import Price, price_of
 from qlora_exp.records import RunRecord, Status, read_record, write_json, write_text
 
 BYTES_PER_WEIGHT = {"adapter": 0.0, "merged": 2.0, "q8_0": 1.07, "q5_1": 0.76, "q5_0": 0.7, "q4_1": 0.64, "q4_0": 0.57}
@@ -190,9 +191,8 @@ def _gguf(
 
 def _told(source: _Source, artefacts: list[Artefact], fingerprint: str, settings: ExportConfig) -> Export:
     record = source.record
-    seconds, cost = record.speed.total_seconds, record.speed.cost_usd
-    if settings.usd_per_hour is not None:
-        cost = seconds / 3600 * settings.usd_per_hour if seconds is not None else None
+    seconds, price = record.speed.total_seconds, _price(record, settings)
+    cost = seconds / 3600 * price.usd_per_hour if seconds is not None and price is not None else None
     return Export(
         schema_version=SCHEMA_VERSION,
         run_id=record.run_id,
@@ -203,9 +203,21 @@ def _told(source: _Source, artefacts: list[Artefact], fingerprint: str, settings
         merged_dtype=settings.dtype.value,
         training_seconds=seconds,
         cost_usd=cost,
+        usd_per_hour=price.usd_per_hour if price else None,
+        usd_per_hour_from=price.source if price else None,
         artefacts=tuple(artefacts),
-        phone=answer_phone(artefacts, cost, seconds, settings),
+        phone=answer_phone(artefacts, cost, seconds, settings, price),
     )
+
+
+def _price(record: RunRecord, settings: ExportConfig) -> Price | None:
+    """What the caller says, else what the record's costs were counted by, else what a run begun now would take."""
+    if settings.usd_per_hour is not None:
+        return Price(settings.usd_per_hour, "--usd-per-hour")
+    if record.plan is not None and record.plan.usd_per_hour is not None:
+        return Price(record.plan.usd_per_hour, record.plan.usd_per_hour_from or "the run's record")
+    device = record.environment.device
+    return price_of((record.config.get("budget") or {}).get("usd_per_hour"), device.kind, device.name)
 
 
 def _write_cards(source: _Source, export: Export, folder: Path) -> None:

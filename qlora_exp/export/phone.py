@@ -6,18 +6,25 @@ from collections.abc import Sequence
 
 from qlora_exp.config import ExportConfig
 from qlora_exp.export.results import Artefact, Criterion, PhoneAnswer
+from qlora_exp.plan.prices import Price
 
 ORDER = ("no", "not shown", "yes")
 """From the worst: a case is as good as its worst criterion."""
 
 
 def answer_phone(
-    artefacts: Sequence[Artefact], cost_usd: float | None, training_seconds: float | None, settings: ExportConfig
+    artefacts: Sequence[Artefact],
+    cost_usd: float | None,
+    training_seconds: float | None,
+    settings: ExportConfig,
+    price: Price | None = None,
 ) -> PhoneAnswer:
-    """*yes* where one GGUF file meets every criterion, *no* where each breaks one; else *not shown*."""
+    """``price``: what ``cost_usd`` was counted by.
+
+    *yes* where one GGUF file meets every criterion, *no* where each breaks one; else *not shown*."""
     question = f"runs on a phone, offline, for at most {settings.phone_usd:g} USD"
     files = [artefact for artefact in artefacts if artefact.path.endswith(".gguf")]
-    cost = _cost(cost_usd, training_seconds, settings.phone_usd)
+    cost = _cost(cost_usd, training_seconds, settings.phone_usd, price)
     if not files:
         none = Criterion("file", "not shown", "no GGUF file was exported")
         return PhoneAnswer(question, "not shown", None, (none, cost))
@@ -77,13 +84,14 @@ def _task(file: Artefact) -> Criterion:
     return Criterion("answers the task", check.answer, detail)
 
 
-def _cost(cost_usd: float | None, seconds: float | None, limit: float) -> Criterion:
+def _cost(cost_usd: float | None, seconds: float | None, limit: float, price: Price | None) -> Criterion:
     if cost_usd is None:
-        what = "the price of the machine is unknown: --usd-per-hour"
+        what = "the price of the machine is unknown (conf/prices.yaml doesn't have it): --usd-per-hour"
         if seconds:
             what += f"; at up to {limit * 3600 / seconds:.3g} USD an hour its {seconds:.0f} seconds cost {limit:g} USD"
         return Criterion("training cost", "not shown", what)
-    detail = f"{cost_usd:.2g} USD for this run alone ({seconds or 0:.0f} seconds), limit {limit:g} USD"
+    at = f" at {price.usd_per_hour:g} USD an hour, by {price.source}" if price is not None else ""
+    detail = f"{cost_usd:.2g} USD for this run alone ({seconds or 0:.0f} seconds{at}), limit {limit:g} USD"
     return Criterion("training cost", "yes" if cost_usd <= limit else "no", detail)
 
 

@@ -110,5 +110,8 @@ class Export:
     training_seconds: float | None
     cost_usd: float | None
     """Of this run alone, not of the search that found it."""
+    usd_per_hour: float | None
+    usd_per_hour_from: str | None
+    """Who says so: ``--usd-per-hour``, ``budget.usd_per_hour``, or ``conf/prices.yaml`` with the device."""
     artefacts: tuple[Artefact, ...]
     phone: PhoneAnswer

@@ -13,6 +13,7 @@ from qlora_exp.data import Splits
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.batches import RowLengths
 from qlora_exp.plan.peak import Peak, predicted_peak
+from qlora_exp.plan.prices import price_of
 from qlora_exp.plan.seconds import (
     Extent,
     Interval,
@@ -62,7 +63,8 @@ def predicted(
     seen = seen_of(ended, environment, redact(to_plain(config)), extent.steps, warm)
     calibrated = by(known_rate(environment, config.quantization.mode))
     seconds = by(seen.rate) if seen.rate is not None else calibrated
-    usd = predicted_usd(seconds, config.budget.usd_per_hour)
+    price = price_of(config.budget.usd_per_hour, device.kind, device.name)
+    usd = predicted_usd(seconds, price.usd_per_hour if price else None)
     plan = replace(
         planned,
         predicted_peak_train_bytes=peak.peak_bytes,
@@ -78,6 +80,8 @@ def predicted(
         predicted_train_seconds_high=seconds.high if seconds else None,
         predicted_train_seconds_basis=seconds.basis if seconds else None,
         predicted_train_usd=usd.middle if usd else None,
+        usd_per_hour=price.usd_per_hour if price else None,
+        usd_per_hour_from=price.source if price else None,
         predicted_other_seconds=seen.other.middle if seen.other else None,
     )
     return Predicted(plan, calibrated.low if calibrated else None, seen.before, extent)

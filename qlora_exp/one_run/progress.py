@@ -112,7 +112,7 @@ def _working_set(progress: Progress) -> int | None:
 def _speed(progress: Progress, trained: Trained | None) -> Speed:
     record, meter, untouched = progress.record, progress.meter, progress.untouched
     total = progress.earlier_seconds + time.perf_counter() - progress.started
-    price = record.config.get("budget", {}).get("usd_per_hour")
+    price = record.plan.usd_per_hour if record.plan is not None else None
     speed = Speed(
         load_seconds=meter.of("load").seconds,
         evaluation_seconds=meter.of("evaluate").seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,27 @@ from qlora_exp.paths import CONF
 
 PRICES = CONF / "prices.yaml"
 UNIT = "usd_per_hour"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an hour costs, and who says so: ``budget.usd_per_hour``, or the table with the device that was looked up."""
+
+    usd_per_hour: float
+    source: str
+
+
+def price_of(given: float | None, device_kind: str, device_name: str | None) -> Price | None:
+    """``given`` (``budget.usd_per_hour``), else that of the device in the table; ``None`` where neither has it.
+
+    Raises:
+        ConfigError: the table can't be read.
+    """
+    if given is not None:
+        return Price(given, f"budget.{UNIT}")
+    hourly = usd_per_hour(device_kind, device_name, read_prices())
+    looked_up = "cpu" if device_kind == "cpu" else device_name
+    return Price(hourly, f"conf/prices.yaml: {looked_up}") if hourly is not None else None
 
 
 def usd_per_hour(device_kind: str, device_name: str | None, table: Mapping[str, float]) -> float | None:

@@ -127,6 +127,11 @@ class Plan:
     predicted_train_seconds_high: float | None = None
     predicted_train_seconds_basis: str | None = None
     predicted_train_usd: float | None = None
+    usd_per_hour: float | None = None
+    """What an hour of the machine is taken to cost, for this and ``speed.cost_usd``; ``None`` where neither
+    ``budget.usd_per_hour`` nor conf/prices.yaml says it, and in records of versions that only asked the first."""
+    usd_per_hour_from: str | None = None
+    """Who says so: ``budget.usd_per_hour``, or ``conf/prices.yaml: cpu``, with the device that was looked up there."""
     predicted_other_seconds: float | None = None
     """What the run was expected to take beside its training, to load and to score; ``None`` where none like it has
     ended, and in records of versions that didn't say."""

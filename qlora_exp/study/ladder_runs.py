@@ -228,7 +228,8 @@ def _cost_words(saves: Mapping[str, Any]) -> str:
     memory, seconds, usd = saves["peak_train_bytes"], saves["train_seconds"], saves["cost_usd"]
     if memory is None:
         memory = saves["model_state_bytes"]
-    money = "; the money is unknown: budget.usd_per_hour isn't set" if usd is None else f", {_difference(usd, 'USD')}"
+    unpriced = "; the money is unknown: budget.usd_per_hour isn't set, and conf/prices.yaml doesn't have the device"
+    money = unpriced if usd is None else f", {_difference(usd, 'USD')}"
     noise = "a training time that can't be told apart (the runs of one rank differ by more)"
     parts = [
         "unknown memory" if memory is None else f"{_difference(memory / 1e6, 'MB')} of memory",

@@ -82,6 +82,18 @@ def test_what_other_people_wrote_is_text_never_markup() -> None:
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
 
 
+def test_costs_name_the_prices_that_they_are_counted_by() -> None:
+    def priced(number: int, hourly: float | None, source: str | None) -> RunRecord:
+        made = made_up.run(number)
+        assert made.plan is not None
+        return made.replace(plan=replace(made.plan, usd_per_hour=hourly, usd_per_hour_from=source))
+
+    one, other = priced(0, 0.17, "conf/prices.yaml: cpu"), priced(1, 2.0, "budget.usd_per_hour")
+    told = sections.speed_section([one, other, priced(2, None, None)]).paragraphs
+    assert "2 USD (budget.usd_per_hour), 0.17 USD (conf/prices.yaml: cpu)" in told[-1]
+    assert len(sections.speed_section([priced(3, None, None)]).paragraphs) == 1
+
+
 def test_a_headline_from_the_validation_split_is_refused_and_the_table_is_shown() -> None:
     report = of([made_up.run(n, r=2**n, split="validation") for n in (2, 3, 4)])
     assert report.headline == ()

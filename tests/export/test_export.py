@@ -23,6 +23,7 @@ from qlora_exp.export.card import export_card
 from qlora_exp.export.checking import compare, paired_bounds
 from qlora_exp.export.llama_cpp_runtime import measure
 from qlora_exp.export.phone import answer_phone
+from qlora_exp.plan.prices import read_prices
 from qlora_exp.records import Status, read_record, write_json
 
 RUN = [
@@ -147,7 +148,28 @@ def test_the_cost_is_the_records_or_the_price_that_is_said(exported: Path, outpu
     assert told(exported)["cost_usd"] == pytest.approx(speed.cost_usd)
     words = ["export", "last", "--output-root", str(outputs), "--to", str(tmp_path / "e"), "--formats", "adapter"]
     assert main([*words, "--usd-per-hour", "7200"]) == 0
-    assert told(tmp_path / "e")["cost_usd"] == pytest.approx(2 * (speed.total_seconds or 0))
+    made = told(tmp_path / "e")
+    assert made["cost_usd"] == pytest.approx(2 * (speed.total_seconds or 0))
+    assert (told(exported)["usd_per_hour_from"], made["usd_per_hour_from"]) == ("budget.usd_per_hour", "--usd-per-hour")
+
+
+def test_a_record_from_before_the_price_table_is_priced_by_it_and_the_answer_says_so(
+    outputs: Path, tmp_path: Path
+) -> None:
+    old = copy_of(outputs, tmp_path)
+    record = read_record(old / "record.json")
+    assert record.plan is not None
+    plan = replace(record.plan, usd_per_hour=None, usd_per_hour_from=None)
+    config = record.config | {"budget": record.config["budget"] | {"usd_per_hour": None}}
+    write_json(
+        old / "record.json", record.replace(plan=plan, config=config, speed=replace(record.speed, cost_usd=None))
+    )
+    assert main(["export", str(old), "--to", str(tmp_path / "e"), "--formats", "adapter"]) == 0
+    made = told(tmp_path / "e")
+    assert made["cost_usd"] == pytest.approx(read_prices()["cpu"] * (record.speed.total_seconds or 0) / 3600)
+    [cost] = [criterion for criterion in made["phone"]["criteria"] if criterion["name"] == "training cost"]
+    assert cost["answer"] == "yes"
+    assert "by conf/prices.yaml: cpu" in cost["detail"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -331,6 +353,6 @@ def test_a_file_that_cuts_text_otherwise_says_of_how_many_prompts(outputs: Path)
     same = "cuts 390 of 400 prompts (97.5 %) as the run's does"
     [task] = [criterion for criterion in answer.criteria if criterion.name == "answers the task"]
     assert same in task.detail
-    made = Export(1, "run", "", "base", "", "nf4", "bfloat16", 3600.0, 0.8, (file,), answer)
+    made = Export(1, "run", "", "base", "", "nf4", "bfloat16", 3600.0, 0.8, None, None, (file,), answer)
     card = export_card(read_record(run_folder(outputs) / "record.json"), made)
     assert f"{file.path}: llama.cpp's own tokenizer {same}" in card

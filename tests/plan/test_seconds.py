@@ -16,7 +16,7 @@ from qlora_exp.config import Config, Quantization, to_plain
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.errors import ConfigError
 from qlora_exp.plan import Architecture, WeightShape
-from qlora_exp.plan.prices import read_prices, usd_per_hour
+from qlora_exp.plan.prices import Price, price_of, read_prices, usd_per_hour
 from qlora_exp.plan.seconds import (
     Extent,
     Interval,
@@ -267,6 +267,13 @@ def test_the_shipped_prices_are_read_by_a_drivers_name() -> None:
     assert usd_per_hour("cuda", "Tesla T4", table) == table["T4"]
     assert usd_per_hour("cuda", "some other card", table) is None
     assert usd_per_hour("cpu", "any processor", table) == table["cpu"]
+
+
+def test_a_price_says_where_it_is_from_and_a_given_one_wins() -> None:
+    assert price_of(0.0, "cpu", "any processor") == Price(0.0, "budget.usd_per_hour")
+    assert price_of(None, "cpu", "any processor") == Price(read_prices()["cpu"], "conf/prices.yaml: cpu")
+    assert price_of(None, "cuda", "Tesla T4") == Price(read_prices()["T4"], "conf/prices.yaml: Tesla T4")
+    assert price_of(None, "cuda", "some other card") is None
 
 
 @pytest.mark.parametrize(
