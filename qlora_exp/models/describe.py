@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError
-from qlora_exp.models.sources import ModelSource, check_config, model_config, resolve_source, weight_files
+from qlora_exp.models.sizes import check_given
+from qlora_exp.models.sources import ModelSource, check_config, model_config, reason, resolve_source, weight_files
 from qlora_exp.plan.architecture import AS_ASKED, DTYPES, Architecture, OtherTensor, WeightShape, Widths
 
 ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
@@ -54,20 +54,8 @@ def describe_file(file: Path) -> Architecture:
     check_config(file)
     source = ModelSource(file.parent.name or file.stem, str(file), None, None, is_local=True)
     config = model_config(source)
-    _check_sizes(file, config)
+    check_given(file, config)
     return architecture_of(build_meta(config, source))
-
-
-def _check_sizes(file: Path, config: PretrainedConfig) -> None:
-    """transformers fills in a missing size with that of some model of the architecture."""
-    raw = json.loads(file.read_text(encoding="utf-8"))
-    given = {**raw, **(raw.get("text_config") or {})}
-    aliases = config.get_text_config().attribute_map
-    names = {size: aliases.get(size, size) for size in ("hidden_size", "num_hidden_layers")}
-    missing = [name for size, name in names.items() if given.get(size) is None and given.get(name) is None]
-    if missing:
-        what = f"config.json doesn't say {' and '.join(missing)}"
-        raise ModelError(what, str(file), "restore it from the model's source")
 
 
 def _check_weights_fit(model: PreTrainedModel, folder: Path) -> None:
@@ -113,8 +101,7 @@ def build_meta(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel
                 config, trust_remote_code=False, dtype=torch.bfloat16
             )
     except Exception as error:  # whatever an ill-formed configuration makes an architecture's constructor raise
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        what = f"transformers can't build this {config.model_type}: {line}"
+        what = f"transformers can't build this {config.model_type}: {reason(error)}"
         raise ModelError(what, source.where, "check the sizes in its config.json") from None
     return built
 

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError, nearest
+from qlora_exp.models.sizes import check_possible
 from qlora_exp.paths import EMBEDDED
 
 HUB_SECONDS = 5.0
@@ -101,7 +102,7 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     try:
         config = _read_config(source)
     except Exception as error:  # every architecture validates in its own way, and GGUF readers unpack raw bytes
-        what = f"the model's configuration can't be read: {_first_line(error)}"
+        what = f"the model's configuration can't be read: {reason(error)}"
         raise ModelError(what, source.where, "is it a complete model that transformers can build?") from None
     if source.gguf_file is None and getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method", "an unknown method")
@@ -204,7 +205,8 @@ def _gguf(path: Path) -> ModelSource:
 
 
 def check_config(file: Path) -> None:
-    """Raise :class:`ModelError` for a config.json that is none, or of an architecture that transformers hasn't."""
+    """Raise :class:`ModelError` for a config.json that is none, of an architecture that transformers hasn't, or with a
+    size of nothing."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -221,6 +223,7 @@ def check_config(file: Path) -> None:
             raise ModelError(what, str(file), hint)
         what = f"transformers has no causal language model called {model_type}"
         raise ModelError(what, str(file), nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    check_possible(file, raw)
 
 
 def _check_weights(folder: Path) -> None:
@@ -235,7 +238,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(file, framework="pt") as weights:
                 weights.keys()
         except (SafetensorError, OSError) as error:
-            what = f"the weight file is torn: {_first_line(error)}"
+            what = f"the weight file is torn: {reason(error)}"
             raise ModelError(what, str(file), "copy or download it again") from None
 
 
@@ -319,5 +322,7 @@ def _cached_commit(repository: str, revision: str | None) -> str:
     return Path(os.path.normpath(file)).parent.name
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def reason(error: BaseException) -> str:
+    """An error's first line, or the next one where the first only leads to it; at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1 if lines[0].endswith(":") and len(lines) > 1 else 0][:300]

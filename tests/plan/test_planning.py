@@ -205,7 +205,10 @@ def test_bad_input_is_one_clear_message(
         ("{", "can't be read"),
         ("{}", "names no model_type"),
         ('{"model_type": "lama"}', "llama"),
-        ('{"model_type": "llama"}', "hidden_size and num_hidden_layers"),
+        (
+            '{"model_type": "llama"}',
+            "hidden_size, num_hidden_layers, vocab_size, num_attention_heads and intermediate_size",
+        ),
         (json.dumps(TINY | {"num_attention_heads": 7}), "config.json"),
         (json.dumps(TINY | {"quantization_config": {"quant_method": "gptq"}}), "quantized already"),
     ],
