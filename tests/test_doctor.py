@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_exp import run
 from qlora_exp.calibration import rates_file
 from qlora_exp.cli import main
 from qlora_exp.config import Quantization
@@ -86,7 +87,32 @@ def test_a_trial_is_its_adapter_its_checkpoints_and_its_record() -> None:
     given = ["model=embedded", "targets=attention", "lora.r=8"]
     adapter = 8 * (192 + 192) * 4 * 4 * 4  # r (in + out), q k v o, 4 layers, fp32
     assert trial_bytes([*given, "training.save_every_steps=null"]) == adapter + RECORD_BYTES
-    assert trial_bytes([*given, "training.save_every_steps=10"]) == 7 * adapter + RECORD_BYTES
+    saving = trial_bytes([*given, "training.save_every_steps=10"])
+    assert saving == trial_bytes([*given, "training.keep_best=true", "training.evaluate_every_steps=5"])
+    assert saving > 10 * adapter + RECORD_BYTES  # three checkpoints, each an adapter and two states of its size
+    ademamix = trial_bytes([*given, "training.save_every_steps=10", "training.optimizer=ademamix"])
+    assert ademamix - saving == pytest.approx(3 * adapter, abs=1000)  # a third state in each
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "ademamix", "paged_adamw_8bit", "sgd"])
+def test_no_trial_leaves_more_than_is_told(
+    optimizer: str, tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    """A run that its budget ends keeps its checkpoints."""
+    output = tmp_path / "outputs"
+    given = [
+        *("model=local", f"model.path={tiny_models['llama']}", "task=local", f"task.path={colour_task}"),
+        *("task.kind=classification", "lora.r=256", "targets=all_linear", "quantization=fp32", "tracking=off"),
+        *("training.device=cpu", "training.batch_size=4", "training.max_length=64", "evaluation=quick"),
+        *("training.save_every_steps=1", f"training.optimizer={optimizer}", f"output_root={output}"),
+    ]
+    record = run(*given, "training.max_steps=40", "budget.tokens=100")
+    assert record.training is not None
+    assert record.training.ended_by_budget == "tokens"
+    [folder] = (output / "runs").iterdir()
+    assert len(list(folder.glob("checkpoints/checkpoint-*"))) == 2
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert held <= trial_bytes(given) < 2 * held
 
 
 def test_the_disk_of_a_family_that_is_not_downloaded_is_known() -> None:
@@ -102,6 +128,24 @@ def test_a_sweep_is_as_many_trials_of_its_largest_adapter(tmp_path: Path) -> Non
     assert one.detail.startswith("1 trial of ")
     assert grid.detail.startswith("8 trials of ")
     assert one.detail.split(" of ")[1].split(" at ")[0] == grid.detail.split(" of ")[1].split(" at ")[0]
+
+
+def test_the_largest_of_every_axis_that_decides_the_size_is_looked_at() -> None:
+    axes = [
+        *("lora.dora=false,true", "lora.dtype=bfloat16,float32", "training.optimizer=sgd,ademamix,adamw_torch"),
+        *("training.save_every_steps=null,10", "targets.modules=[q_proj],[q_proj,v_proj]", "seed=1,2"),
+    ]
+    largest = trial_bytes(
+        [
+            *("lora.dora=true", "lora.dtype=float32", "training.optimizer=ademamix", "training.save_every_steps=10"),
+            "targets.modules=[q_proj,v_proj]",
+        ]
+    )
+    assert f"96 trials of {largest / 1e6:.3g} MB at most" in sweep_disk(axes, None).detail
+
+
+def test_the_disk_is_that_of_the_output_root_that_is_given(tmp_path: Path) -> None:
+    assert str(tmp_path) in sweep_disk(["lora.r=4,8", f"output_root={tmp_path / 'outputs'}"], None).detail
 
 
 def test_a_sweep_that_does_not_fit_is_a_problem(

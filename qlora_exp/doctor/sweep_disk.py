@@ -10,19 +10,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_exp.doctor.check import Check
-from qlora_exp.paths import OutputPaths
+from qlora_exp.errors import QloraExpError
+from qlora_exp.paths import EMBEDDED, OutputPaths
 
 if TYPE_CHECKING:
+    from qlora_exp.config import Config, ModelConfig
+    from qlora_exp.plan import WeightShape
     from qlora_exp.study.types import Axis
 
-KEPT_CHECKPOINTS = 2
-"""TrainingArguments.save_total_limit of our trainer."""
-CHECKPOINT_OVER_ADAPTER = 3
-"""A checkpoint holds the adapter and two optimizer states of its size."""
+HELD_CHECKPOINTS = 3
+"""TrainingArguments.save_total_limit of our trainer, and the newest while it is written."""
+CHECKPOINT_BESIDES = 500_000
+"""Random states, schedule and log of a training, beside adapter, optimizer states and tokenizer."""
+CONTAINER_BYTES = 2_000
+"""What optimizer.pt adds for a trained tensor: 830 were measured with two states of it."""
+TOKENIZER_BYTES = 40_000_000
+"""Gemma 3's, the largest of the shipped families; each checkpoint has it."""
+INDENTED = 2.5
+"""transformers writes tokenizer.json indented; 2.3 times what the embedded one is without."""
 RECORD_BYTES = 500_000
-"""Record, curve and per-item results of a run, generously."""
-SIZE_AXES = ("model", "model.variant", "targets", "targets.set")
-"""Axes beside lora.r that decide how large an adapter is."""
+"""Record, curve and per-item results of a run, generously, and the head of its adapter's file."""
+SIZE_AXES = (
+    *("model", "model.variant", "model.path", "targets", "targets.set", "targets.modules"),
+    *("lora.dora", "lora.dtype", "training.optimizer", "training.save_every_steps", "training.keep_best"),
+)
+"""Axes beside lora.r that decide how large an adapter or a checkpoint is."""
 
 
 def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
@@ -34,8 +46,9 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
     from qlora_exp import compose
 
     trials, points = _asked(overrides)
-    outputs = OutputPaths.of(output_root or compose.compose(points[0]).output_root)
-    largest = max(trial_bytes(point) for point in points)
+    own = [text for text in overrides if compose.key_of(text) == "output_root"]
+    outputs = OutputPaths.of(output_root or compose.compose(own).output_root)
+    largest = _largest(points)
     needed = trials * largest
     free = shutil.disk_usage(nearest_folder(outputs.root)).free
     of = f"{trials} trial{'s' if trials != 1 else ''}"
@@ -48,15 +61,51 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
 
 def trial_bytes(overrides: Sequence[str]) -> int:
     """What one trial holds while it is not finished: adapter, checkpoints where it saves any, record."""
-    from qlora_exp import compose, plan
+    return _largest([overrides])
+
+
+def _largest(points: Sequence[Sequence[str]]) -> int:
+    """Of the trials at ``points`` the most bytes. A point that can't be composed is none of a sweep's trials.
+
+    Raises:
+        ConfigError, ModelError, Problems: no point can be meant.
+    """
+    from qlora_exp import compose
     from qlora_exp.planning.planned import Planner
 
-    config = compose.compose(overrides)
-    shapes = Planner().adapted(config.model, config.targets)
-    parameters = sum(plan.lora_parameters(shape, config.lora.r, config.lora.dora) for shape in shapes)
-    adapter = parameters * (4 if plan.adapter_dtype(config.lora) == "float32" else 2)
-    saves = config.training.save_every_steps is not None or config.training.keep_best
-    return adapter * (1 + (KEPT_CHECKPOINTS * CHECKPOINT_OVER_ADAPTER if saves else 0)) + RECORD_BYTES
+    composer, planner = compose.Composer(), Planner()
+    found: list[int] = []
+    refused: QloraExpError | None = None
+    for point in points:
+        try:
+            config = composer.compose(point)
+            found.append(_bytes(config, planner.adapted(config.model, config.targets)))
+        except QloraExpError as error:
+            refused = refused or error
+    if not found and refused is not None:
+        raise refused
+    return max(found)
+
+
+def _bytes(config: Config, shapes: Sequence[WeightShape]) -> int:
+    from qlora_exp.plan.weights import adapter_bytes
+
+    adapters = adapter_bytes(shapes, config.lora, config.training.optimizer)
+    held = adapters.adapter_bytes + RECORD_BYTES
+    if config.training.save_every_steps is None and not config.training.keep_best:
+        return held
+    tensors = len(shapes) * (3 if config.lora.dora else 2)
+    besides = tensors * CONTAINER_BYTES + _tokenizer_bytes(config.model) + CHECKPOINT_BESIDES
+    return held + HELD_CHECKPOINTS * (adapters.checkpoint_bytes + besides)
+
+
+def _tokenizer_bytes(model: ModelConfig) -> int:
+    """By its file where it is in the package or in ``model.path``."""
+    checkpoint = model.checkpoints.get(model.variant.value) or ""
+    embedded = EMBEDDED / checkpoint.removeprefix("embedded:") if checkpoint.startswith("embedded:") else None
+    folder = Path(model.path).expanduser() if model.path else embedded
+    file = folder / "tokenizer.json" if folder is not None else None
+    return int(INDENTED * file.stat().st_size) if file is not None and file.is_file() else TOKENIZER_BYTES
 
 
 def nearest_folder(path: Path) -> Path:
@@ -65,7 +114,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 def _asked(overrides: Sequence[str]) -> tuple[int, list[list[str]]]:
-    """Number of trials, and overrides of the runs among which the one with the largest adapter is."""
+    """Number of trials, and overrides of the runs among which the largest is."""
     from qlora_exp import compose
 
     if not any(compose.key_of(text) == "sweeps" or compose.is_swept(text) for text in overrides):
