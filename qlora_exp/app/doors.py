@@ -58,9 +58,9 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         # A run's record doesn't keep the settings of the sweep that it belongs to.
         plain = {"sweep": None, "workers": None, **plain}
         plain["budget"] = {**dict.fromkeys(OF_THE_STUDY), **plain.get("budget", {})}  # older records have none
-        training = plain.get("training", {})
-        if training.get("max_tokens") is not None:  # older versions took both, and heeded the tokens
-            plain["training"] = {**training, "max_steps": None}
+        training = plain.get("training")
+        if isinstance(training, dict) and training.get("max_tokens") is not None:
+            plain["training"] = {**training, "max_steps": None}  # older versions took both, and heeded the tokens
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None

@@ -118,6 +118,7 @@ def _asked(overrides: Sequence[str]) -> tuple[int, list[list[str]]]:
     from qlora_exp import compose
 
     if not any(compose.key_of(text) == "sweeps" or compose.is_swept(text) for text in overrides):
+        compose.check_hydra(overrides)
         return 1, [list(overrides)]
     from qlora_exp.sweep import ask, run_overrides
 
