@@ -14,12 +14,12 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 
 from qlora_exp.config import TaskConfig
 from qlora_exp.data.files import RawFile, RawRow
+from qlora_exp.data.sources import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
 HUB_SECONDS = 5.0
 """Longest wait for the Hub's answer; without one, what is in the local cache is read, or the task refused."""
 
-SPLIT_NAMES = ("train", "validation", "test")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

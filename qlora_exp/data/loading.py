@@ -12,11 +12,10 @@ from typing import Any
 from qlora_exp import records
 from qlora_exp.config import Config, TaskKind
 from qlora_exp.data.formatting import Encoding, Tokenizer, check_tokenizer, encode, resolve_format, template_tokens
-from qlora_exp.data.hub import SPLIT_NAMES
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.problems import RowProblem, add_counts, settle
 from qlora_exp.data.rows import Example
-from qlora_exp.data.sources import read_general_chats, read_general_text
+from qlora_exp.data.sources import SPLIT_NAMES, read_general_chats, read_general_text
 from qlora_exp.data.splits import RawSplits, load_rows
 from qlora_exp.errors import DataError
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qlora_exp.data.formatting import Tokenizer
-from qlora_exp.data.hub import SPLIT_NAMES
 from qlora_exp.data.items import Item, Splits
+from qlora_exp.data.sources import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from qlora_exp.config import TaskConfig, TaskSource
 from qlora_exp.data.files import ENDINGS, RawFile, RawRow, read_file
-from qlora_exp.data.hub import SPLIT_NAMES, read_hub
 from qlora_exp.data.rows import Example, Message
 from qlora_exp.errors import DataError, nearest
 from qlora_exp.paths import EMBEDDED
 
+SPLIT_NAMES = ("train", "validation", "test")
 _OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 
 
@@ -22,6 +22,8 @@ def read_sources(task: TaskConfig) -> dict[str, RawFile]:
     if task.source is TaskSource.embedded:
         return _read_folder(EMBEDDED / "task")
     if task.source is TaskSource.hub:
+        from qlora_exp.data.hub import read_hub  # with a client for HTTP, which takes a tenth of a second
+
         return read_hub(task)
     if not task.path:
         raise DataError("no data file is named", "task.path", "task.path=FILE.jsonl")

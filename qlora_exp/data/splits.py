@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_exp.config import TaskConfig
-from qlora_exp.data.hub import SPLIT_NAMES
 from qlora_exp.data.labels import find_options, sort_out_labels
 from qlora_exp.data.problems import RowProblem, add_counts, settle
 from qlora_exp.data.rows import Example, read_examples
-from qlora_exp.data.sources import read_sources
+from qlora_exp.data.sources import SPLIT_NAMES, read_sources
 from qlora_exp.errors import DataError
 
 _DUPLICATE = "exact duplicate"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from qlora_exp.plan.architecture import Architecture, OtherTensor, WeightShape
@@ -127,10 +127,15 @@ def kept_per_token(
     sizes: list[float] = []
     width = architecture.hidden_size
     inputs = 0
-    for layer, shapes in layers_of(architecture):
-        flags = tuple(shape.name in wanted for shape in shapes)
-        sizes.append(_layer_bytes(layer, shapes, flags, setting, first=not sizes))
-        inputs += compute_bytes * (width + sum(held for _, held in _held(layer, shapes, setting)))
+    known: dict[tuple[int, tuple[bool, ...], bool], tuple[float, int]] = {}
+    for kind, (layer, shapes) in zip(_kinds(architecture), layers_of(architecture), strict=True):
+        key = (kind, tuple([shape.name in wanted for shape in shapes]), not sizes)
+        if key not in known:
+            kept = _layer_bytes(layer, shapes, key[1], setting, first=not sizes)
+            known[key] = kept, compute_bytes * (width + sum(held for _, held in _held(layer, shapes, setting)))
+        size, held = known[key]
+        sizes.append(size)
+        inputs += held
     outside = width * (FLOAT32 + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
     return Kept(sum(sizes), max(sizes, default=0.0), inputs, outside)
 
@@ -164,6 +169,17 @@ def layers_of(architecture: Architecture) -> tuple[tuple[Layer, tuple[WeightShap
     return tuple(
         (_layer(architecture, shapes, norms.get(place, [])), tuple(shapes)) for place, shapes in grouped.items()
     )
+
+
+@lru_cache(maxsize=64)
+def _kinds(architecture: Architecture) -> tuple[int, ...]:
+    """Each decoder layer's kind: layers of one kind differ in nothing but their place."""
+    kinds: dict[tuple[Layer, tuple[WeightShape, ...]], int] = {}
+    numbers = []
+    for layer, shapes in layers_of(architecture):
+        placeless = tuple(replace(shape, name=LAYER_PLACE.sub("", shape.name)) for shape in shapes)
+        numbers.append(kinds.setdefault((layer, placeless), len(kinds)))
+    return tuple(numbers)
 
 
 def _layer(architecture: Architecture, shapes: Sequence[WeightShape], others: Sequence[OtherTensor]) -> Layer:

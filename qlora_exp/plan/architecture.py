@@ -58,3 +58,7 @@ class Architecture:
     eager_alone: bool = False
     """transformers has its attention written out in Python only, no scaled_dot_product_attention."""
     others: tuple[OtherTensor, ...] = ()
+
+    def __hash__(self) -> int:
+        """By few fields: what is worked out for an architecture is looked up for every configuration of a plan."""
+        return hash((self.model_type, self.total_parameters, self.hidden_size, self.layers, len(self.others)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from qlora_exp.checks import TARGET_SETS
 from qlora_exp.config import TargetsConfig
@@ -28,6 +29,7 @@ def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple
     return tuple(chosen)
 
 
+@lru_cache(maxsize=4096)
 def feeds(name: str) -> str:
     """Which of ``q``, ``k``, ``v`` a projection in an attention gives, by its name: ``q_proj``, ``query``, ``Wq`` → q;
     ``kv_b_proj`` → kv; ``qkv_proj``, ``query_key_value``, ``Wqkv``, ``c_attn`` → qkv; ``o_proj`` → nothing."""

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from qlora_exp.checks import QUANTIZED
 from qlora_exp.config import ComputeDtype, LoraConfig, Quantization, QuantizationConfig
-from qlora_exp.plan import adapter_dtype, compute_dtype, lora_parameters
+from qlora_exp.plan import adapter_dtype, compute_dtype
 from qlora_exp.plan.architecture import DTYPES, Architecture, WeightShape
 
 BLOCK = 64
@@ -27,6 +27,8 @@ WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
 WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
 
 Shape = tuple[int, ...]
+Adapted = tuple[str, int, int]
+"""A layer with an adapter: full name, width of what it reads, width of what it gives."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,20 @@ class AdapterBytes:
 def base_bytes(architecture: Architecture, quantization: QuantizationConfig, dtype: str) -> BaseBytes:
     """Bytes of the base; ``dtype`` is what :func:`qlora_exp.plan.compute_dtype` says, in which whatever isn't quantized
     is kept too: embeddings, norms, biases, the head, and layers that bitsandbytes doesn't know."""
+    return _base_bytes(architecture, quantization.mode, quantization.double_quantization, dtype)
+
+
+@lru_cache(maxsize=256)
+def _base_bytes(architecture: Architecture, mode: Quantization, double_quantization: bool, dtype: str) -> BaseBytes:
     column = DTYPES.index(dtype)
     weights = sum(tensor.elements * tensor.element_bytes[column] for tensor in architecture.others)
     state = 0
     for shape in architecture.weights:
         matrix = shape.in_features * shape.out_features
         weights += (shape.parameters - matrix) * shape.element_bytes[column]
-        if quantization.mode in QUANTIZED and shape.quantizable:
-            weights += matrix if quantization.mode is Quantization.int8 else math.ceil(matrix / 2)
-            state += quantization_state(shape, quantization)
+        if mode in QUANTIZED and shape.quantizable:
+            weights += matrix if mode is Quantization.int8 else math.ceil(matrix / 2)
+            state += quantization_state(shape, mode, double_quantization)
         else:
             weights += matrix * shape.element_bytes[column]
     return BaseBytes(weights, state)
@@ -91,27 +98,33 @@ def smallest_base(
     return mode, sizes[mode]
 
 
-def quantization_state(shape: WeightShape, quantization: QuantizationConfig) -> int:
+def quantization_state(shape: WeightShape, mode: Quantization, double_quantization: bool) -> int:
     """Bytes kept beside one quantized matrix: a float32 scale a row for int8 (LLM.int8(), Dettmers et al. 2022; outlier
     columns are found anew in each forward pass and kept nowhere); in 4 bit the code book and a float32 constant a block
     of 64, or with double quantization (QLoRA, Dettmers et al. 2023) 8 bits a constant, their float32 mean, a code book
     of their own and a float32 constant for each 256 of them."""
-    if quantization.mode is Quantization.int8:
+    if mode is Quantization.int8:
         return 4 * shape.out_features
     blocks = math.ceil(shape.in_features * shape.out_features / BLOCK)
-    if not quantization.double_quantization:
+    if not double_quantization:
         return FOUR_BIT_CODE_BYTES + 4 * blocks
     return FOUR_BIT_CODE_BYTES + EIGHT_BIT_CODE_BYTES + blocks + 4 + 4 * math.ceil(blocks / NESTED_BLOCK)
 
 
 def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: str) -> AdapterBytes:
     """Bytes of adapters on ``adapted``, their gradients (in the adapters' dtype) and their optimizer states."""
-    tensors = [tensor for shape in adapted for tensor in _adapter_tensors(shape, lora)]
+    layers = tuple((shape.name, shape.in_features, shape.out_features) for shape in adapted)
+    return _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
+
+
+@lru_cache(maxsize=256)
+def _adapter_bytes(layers: tuple[Adapted, ...], r: int, dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
+    tensors = [tensor for layer in layers for tensor in _adapter_tensors(layer, r, dora, dtype)]
     size = sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in tensors)
     states = optimizer_state_bytes(optimizer, [(shape, WIDTHS[kind]) for _, shape, kind in tensors])
-    file = size + _safetensors_header(tuple(tensors))
+    file = size + _safetensors_header(tensors)
     return AdapterBytes(
-        trainable_parameters=sum(lora_parameters(shape, lora.r, lora.dora) for shape in adapted),
+        trainable_parameters=sum(math.prod(shape) for _, shape, _ in tensors),
         adapter_bytes=size,
         gradient_bytes=size,
         optimizer_bytes=states,
@@ -150,21 +163,21 @@ def _bitsandbytes(name: str) -> tuple[int, bool]:
     return moments, name.endswith("8bit")
 
 
-def _adapter_tensors(shape: WeightShape, lora: LoraConfig) -> list[tuple[str, Shape, str]]:
+def _adapter_tensors(layer: Adapted, r: int, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:
     """(name in the adapter's file, shape, safetensors' name of the dtype)."""
-    kind = SAFETENSORS_DTYPES[adapter_dtype(lora)]
-    prefix = f"base_model.model.{shape.name}.lora_"
+    name, in_features, out_features = layer
+    kind = SAFETENSORS_DTYPES[dtype]
+    prefix = f"base_model.model.{name}.lora_"
     found: list[tuple[str, Shape, str]] = [
-        (f"{prefix}A.weight", (lora.r, shape.in_features), kind),
-        (f"{prefix}B.weight", (shape.out_features, lora.r), kind),
+        (f"{prefix}A.weight", (r, in_features), kind),
+        (f"{prefix}B.weight", (out_features, r), kind),
     ]
-    if lora.dora:
-        found.append((f"{prefix}magnitude_vector", (shape.out_features,), "F32"))
+    if dora:
+        found.append((f"{prefix}magnitude_vector", (out_features,), "F32"))
     return found
 
 
-@lru_cache(maxsize=256)
-def _safetensors_header(tensors: tuple[tuple[str, Shape, str], ...]) -> int:
+def _safetensors_header(tensors: Sequence[tuple[str, Shape, str]]) -> int:
     """Bytes before the values: a length of 8 and a JSON text, filled up to a multiple of 8 with spaces."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

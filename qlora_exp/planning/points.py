@@ -109,9 +109,14 @@ class Variants:
         base = self._base(chosen)
         values = {key: self._value(key, value) for key, value in params.items() if key not in self._groups}
         config = copy.copy(base)
-        for first in {key.partition(".")[0] for key in values}:
-            setattr(config, first, copy.deepcopy(getattr(base, first)))
+        own: set[str] = set()  # sections of its own: those on the way to a value; it shares the rest with its base
         for key, value in values.items():
+            path = key.split(".")[:-1]
+            for depth in range(len(path)):
+                place = ".".join(path[: depth + 1])
+                if place not in own:
+                    own.add(place)
+                    _set(config, place, copy.copy(_at(config, path[: depth + 1])))
             _set(config, key, value)
         return config
 
@@ -179,13 +184,18 @@ def _settings(raw: DictConfig) -> SweepConfig:
 
 def _set(config: Any, key: str, value: Any) -> None:
     *path, last = key.split(".")
-    node = config
-    for part in path:
-        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    node = _at(config, path)
     if isinstance(node, dict):
         node[last] = value
     else:
         setattr(node, last, value)
+
+
+def _at(config: Any, path: Sequence[str]) -> Any:
+    node = config
+    for part in path:
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    return node
 
 
 def _corners(axis: Axis) -> Axis:

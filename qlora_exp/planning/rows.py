@@ -33,6 +33,7 @@ class RowCounter:
 
     def __init__(self) -> None:
         self._counted: dict[tuple[str, ...], _Counted | None] = {}
+        self._cut: dict[tuple[str, ...], PlannedRows | None] = {}
 
     def of(self, config: Config) -> PlannedRows | None:
         """``None``: the data or the tokenizer isn't on this machine, or the rows can't be read; ``validate`` says
@@ -46,8 +47,11 @@ class RowCounter:
                 self._counted[key] = _counted(config)
             except QloraExpError:
                 self._counted[key] = None
-        counted = self._counted[key]
-        return counted.cut_at(config.training.max_length) if counted is not None else None
+        counted, length = self._counted[key], config.training.max_length
+        cut = (*key, str(length))
+        if cut not in self._cut:
+            self._cut[cut] = counted.cut_at(length) if counted is not None else None
+        return self._cut[cut]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from qlora_exp.plan.activations import kept_per_token
+from qlora_exp.plan.tables import known_architecture
+from qlora_exp.planning.points import points_of
 
 HIDDEN, ROWS, LENGTH = 512, 2, 24
 MODERN = {
@@ -173,3 +175,20 @@ def test_counting_loads_no_torch() -> None:
         "import sys, qlora_exp.plan.peak, qlora_exp.plan.seconds, qlora_exp.plan.prices; print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_what_adapters_keep_in_single_layers_adds_up() -> None:
+    [point] = points_of(["model=smollm2_135m"]).points
+    assert point.config is not None
+    architecture = known_architecture(point.config.model)
+    assert architecture is not None
+    names = [shape.name for shape in architecture.weights if shape.name.endswith("q_proj")]
+
+    def kept(adapted: list[str]) -> float:
+        return kept_per_token(
+            architecture, adapted, r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False
+        ).layers
+
+    single = [kept([name]) - kept([]) for name in names]
+    assert kept(names) - kept([]) == pytest.approx(sum(single))
+    assert single[0] > single[1] == single[-1] > 0  # the first layer's attention is kept for its adapter alone

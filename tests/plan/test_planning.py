@@ -95,8 +95,9 @@ def test_a_thousand_configurations_of_a_known_family_are_planned_without_torch()
 )
 def test_varied_configurations_are_those_that_hydra_composes(fixed: tuple[str, ...]) -> None:
     common = [*fixed, "model.variant=instruct"]
-    asked = points_of([*common, "quantization=fp16,int8", "targets=mlp,attention", "lora.r=2,4"])
-    assert len(asked.points) == 8
+    axes = ("quantization=fp16,int8", "targets=mlp,attention", "lora.r=2,4", "task.columns.label=category,kind")
+    asked = points_of([*common, *axes])
+    assert len(asked.points) == 16
     for point in asked.points:
         assert point.config == compose([*common, *(f"{key}={value}" for key, value in point.params.items())])
 
