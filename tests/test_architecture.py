@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"checks", "config", "measurement", "records"},
     "compose": {"config", "plan"},
     "planning": {
-        *("calibration", "chat_templates", "checks", "compose", "config", "data", "environment"),
+        *("budget", "calibration", "chat_templates", "checks", "compose", "config", "data", "environment"),
         *("measurement", "models", "overrides", "plan"),
         *("rank_doubling", "records", "redaction", "study", "tables"),
     },

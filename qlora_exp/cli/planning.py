@@ -27,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp plan model=llama3_1_8b quantization=nf4 lora.r=16",
             "qlora-exp plan model=qwen3_8b quantization=bf16,int8,nf4 lora.r=8,16,32 --device rtx4090",
             "qlora-exp plan demo                                    # a sweep of sweeps/",
+            "qlora-exp plan demo budget.tokens=1000000              # and what a budget buys of it",
             "qlora-exp plan --fit 24GB model=llama3_1_8b            # the reverse: what fits, best first",
             "qlora-exp plan --sizes model=llama3_1_8b lora.r=32     # the size of its weights at 32, 16, 8, 4 bits",
             "qlora-exp plan model=local model.path=FOLDER/config.json --json",
@@ -57,8 +58,8 @@ def plan(
         typer.Option(
             "--fit",
             metavar="SIZE",
-            help="Search what fits into 24GB (or a card's memory), best first: larger precision, then rank, then "
-            "sequence length, then adapted layers, then micro-batch. What the overrides set isn't searched",
+            help="Search what fits into 24GB, or on a card (rtx4090, a100_80gb …), best first: larger precision, then "
+            "rank, then sequence length, then adapted layers, then micro-batch. What the overrides set isn't searched",
         ),
     ] = None,
     sizes: Annotated[bool, typer.Option("--sizes", help="Only the weights: every quantization, and adapters")] = False,
@@ -79,7 +80,7 @@ def plan(
     """
     from qlora_exp.app import quiet_libraries
     from qlora_exp.errors import raise_all
-    from qlora_exp.planning.devices import device_called, size_bytes
+    from qlora_exp.planning.devices import CARDS, device_called, size_bytes
     from qlora_exp.planning.planned import Planner
     from qlora_exp.planning.points import points_of
     from qlora_exp.planning.rows import RowCounter
@@ -87,21 +88,25 @@ def plan(
     quiet_libraries()
     overrides, named = _overrides(source, arguments)
     named = device if device is not None else named
+    if named is None and fit in CARDS:
+        named = fit
     chosen = device_called(named) if named is not None else None
-    budget_bytes = size_bytes(fit) if fit is not None else None
+    fit_bytes = size_bytes(fit) if fit is not None else None
     if sizes:
         _alone("--sizes", {"--fit": fit is not None, "--html": html is not None})
         return _sizes(overrides, chosen, as_json)
     if fit is not None:
         from qlora_exp.planning.fit import searched
 
-        overrides = searched(overrides)
+        overrides = searched(overrides, chosen)
     asked = points_of(overrides)
     counter = RowCounter() if fit is None else None  # what fits a card is asked for lengths, not for one task's rows
-    planner = Planner(chosen, budget_bytes, _ended_runs(asked), counter, hosts=asked.sampled or len(asked.points) > 1)
+    a_sweep = fit is None and (asked.sampled or len(asked.points) > 1)  # of what fits, each is a run by itself
+    planner = Planner(chosen, fit_bytes, _ended_runs(asked), counter, hosts=a_sweep)
     runs = [planner.plan(point) for point in asked.points]
-    if all(run.memory is None for run in runs):
-        raise_all(planner.problems)
+    raise_all(planner.problems)
+    if a_sweep:
+        runs = _with_trials_bought(runs, asked)
     if html is not None:
         _write(runs, _told(runs, asked), html)
     if as_json:
@@ -137,19 +142,30 @@ def _ended_runs(asked: Asked) -> Sequence[RunRecord]:
     return EndedRuns(OutputPaths.of(config.output_root)).records() if config is not None else ()
 
 
+def _with_trials_bought(runs: Sequence[PlannedRun], asked: Asked) -> list[PlannedRun]:
+    """A sweep's budget is for all of its trials together; where configurations have different ones, nothing is said."""
+    from dataclasses import replace
+
+    from qlora_exp.planning.buying import trials_bought
+
+    budgets = [point.config.budget for point in asked.points if point.config is not None]
+    if any(budget != budgets[0] for budget in budgets):
+        return list(runs)
+    bought = trials_bought(runs, budgets[0], asked.trials)
+    return [replace(run, budget=bought) for run in runs]
+
+
 def _told(runs: Sequence[PlannedRun], asked: Asked) -> list[str]:
-    """How many there are, how many of them fit, and what they cost."""
+    """How many there are, how many of them fit, what they cost, and what the budget buys."""
     from qlora_exp.planning.shown import costs, summary
 
-    told = [summary(runs, asked.trials, asked.sampled)]
-    if asked.sampled and asked.trials is None:
-        return told
-    cost = costs(runs, asked.trials if asked.sampled else None)
-    return [*told, cost] if cost is not None else told
+    cost = costs(runs, asked.trials if asked.sampled else None) if asked.trials is not None else None
+    bought = [one.told for one in runs[0].budget]
+    return [summary(runs, asked.trials, asked.sampled), *([cost] if cost is not None else []), *bought]
 
 
 def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
-    from qlora_exp.planning.shown import LEGEND, plan_table, reasons, rows_told
+    from qlora_exp.planning.shown import LEGEND, plan_table, reasons, remarks, rows_told
     from qlora_exp.tables import show
 
     show(plan_table(runs))
@@ -158,16 +174,14 @@ def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
         print(told)
     for reason in reasons(runs):
         print(f"  {reason}")
-    print(LEGEND)
-    for told in rows_told(runs):
-        print(told)
+    print(LEGEND, *remarks(runs), *rows_told(runs), sep="\n")
     return 0
 
 
 def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
     from qlora_exp.errors import ConfigError
     from qlora_exp.planning.fit import BEST, best_first, undominated
-    from qlora_exp.planning.shown import LEGEND, name_of, plan_table, rows_told
+    from qlora_exp.planning.shown import LEGEND, name_of, plan_table, remarks, rows_told
     from qlora_exp.tables import show
 
     found = best_first(runs)
@@ -177,18 +191,17 @@ def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
         raise ConfigError(what, f"--fit {fit}", "a smaller model, or a larger card")
     best = undominated(found)
     show(plan_table(best))
-    print(f"\n{len(found):,} of {len(runs):,} fit into {fit}; shown are those that no other beats in everything")
+    near = sum(run.near_the_edge for run in found)
+    edge = f" ({near:,} of them near the edge)" if near else ""
+    print(f"\n{len(found):,} of {len(runs):,} fit into {fit}{edge}; shown are those that no other beats in everything")
     print(f"best first: {BEST}")
-    if any(run.fits is None for run in best):
-        print("  the activations' memory isn't known here: what is shown may still need more")
-    print(LEGEND)
-    print(*rows_told(best), sep="\n")
+    print(LEGEND, *remarks(best), *rows_told(best), sep="\n")
     return 0
 
 
 def _needed(run: PlannedRun) -> int:
     assert run.memory is not None
-    return run.memory.peak_bytes or run.memory.known_bytes
+    return run.memory.peak_bytes
 
 
 def _fitting(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from qlora_exp.budget import limits_of
 from qlora_exp.config import Config
-from qlora_exp.errors import ConfigError
 from qlora_exp.one_run.predicting import row_lengths
 from qlora_exp.one_run.preparing import Prepared
-
-UNTIL = " until qlora-exp calibrate has measured this machine, or a run of this base in this mode has ended here"
-"""Both with as many threads."""
+from qlora_exp.plan.buying import Pace, check_buys_a_step, steps_bought
+from qlora_exp.plan.seconds import Interval
 
 
 def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
@@ -21,59 +18,30 @@ def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
     Raises:
         ConfigError: it doesn't.
     """
-    fastest, steps = prepared.predicted.least_train_seconds, prepared.predicted.extent.steps
-    for name, limit in limits_of(config.budget).items():
-        step = _of_a_step(name, config, prepared, fastest, min(row_lengths(prepared.splits)))
-        if step is not None and step > limit:
-            what = f"the budget doesn't buy one step, which takes {step:.3g} at the least"
-            raise ConfigError(what, f"budget.{name} = {limit:g}", f"budget.{name}={step * steps:.3g} or so")
+    check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared))
 
 
 def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
     """A sentence for each limit; a training ends after the step that reaches it."""
+    for bought in steps_bought(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared)):
+        yield bought.told
+
+
+def _pace(prepared: Prepared) -> Pace:
+    predicted = prepared.predicted
+    return Pace(
+        extent=predicted.extent,
+        shortest_row_tokens=min(row_lengths(prepared.splits)),
+        seconds=_train_seconds(prepared),
+        least_seconds=predicted.least_train_seconds,
+        before_seconds=predicted.before_seconds,
+    )
+
+
+def _train_seconds(prepared: Prepared) -> Interval | None:
     planned = prepared.plan
-    row = prepared.predicted.extent.row_tokens
-    slow, fast = planned.predicted_train_seconds_high, planned.predicted_train_seconds_low
-    for name, limit in limits_of(config.budget).items():
-        paces = (slow, planned.predicted_train_seconds, fast)
-        least, about, most = (_steps(limit, name, config, prepared, pace, row) for pace in paces)
-        if least is None or about is None or most is None:
-            yield f"budget.{name}={limit:g}: what a step takes of it isn't known{'' if name == 'kwh' else UNTIL}"
-            continue
-        told = f"budget.{name}={limit:g} buys about {about} of {prepared.predicted.extent.steps} steps"
-        if name == "tokens":
-            yield f"{told}, by the mean row"
-        else:
-            before = "" if prepared.predicted.before_seconds is not None else ", less what passes before training"
-            yield f"{told} ({least} to {most}, by {planned.predicted_train_seconds_basis}){before}"
-
-
-def _steps(
-    limit: float, name: str, config: Config, prepared: Prepared, train_seconds: float | None, row_tokens: float
-) -> int | None:
-    step = _of_a_step(name, config, prepared, train_seconds, row_tokens)
-    if step is None:
+    low, middle = planned.predicted_train_seconds_low, planned.predicted_train_seconds
+    high, basis = planned.predicted_train_seconds_high, planned.predicted_train_seconds_basis
+    if low is None or middle is None or high is None:
         return None
-    left = limit - (_in_units(name, config, prepared.predicted.before_seconds or 0.0) or 0.0)
-    return min(prepared.predicted.extent.steps, max(1, math.ceil(left / step)))
-
-
-def _of_a_step(
-    name: str, config: Config, prepared: Prepared, train_seconds: float | None, row_tokens: float
-) -> float | None:
-    """What one step takes of the limit ``name``; ``None`` is unknown."""
-    extent = prepared.predicted.extent
-    if name == "tokens":
-        return extent.step_rows * row_tokens
-    return _in_units(name, config, train_seconds / extent.steps) if train_seconds is not None else None
-
-
-def _in_units(name: str, config: Config, seconds: float) -> float | None:
-    """Seconds in the unit of the limit ``name``; ``None``: they aren't what it limits."""
-    match name:
-        case "seconds":
-            return seconds
-        case "usd" if config.budget.usd_per_hour:
-            return seconds * config.budget.usd_per_hour / 3600.0
-        case _:
-            return None
+    return Interval(low, middle, high, basis or "")

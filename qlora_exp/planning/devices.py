@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qlora_exp.config import Config, DeviceChoice
+from qlora_exp.config import Config, DeviceChoice, QuantizationConfig
 from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.plan import compute_dtype
 
 MIB = 2**20
 CARDS: dict[str, tuple[int, bool, str]] = {
@@ -31,6 +33,11 @@ CARDS: dict[str, tuple[int, bool, str]] = {
 }
 """Card → (memory in MiB as nvidia-smi tells it, whether it has bfloat16, its name in conf/prices.yaml). From
 their makers' data sheets; none of them was at hand."""
+
+CPU_PROCESS_BYTES = 590_000_000
+"""What a process that trains on a CPU holds after its imports (``memory.resident_after_imports_bytes``): 586 and
+587 MB in four fresh ``qlora-exp run`` of the embedded base in fp32 and nf4. Libraries' pages are of it, which several
+processes share."""
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -79,6 +86,13 @@ def device_of(config: Config) -> PlanDevice:
     checkpoint = config.model.checkpoints.get(config.model.variant.value, "embedded:")
     local = config.model.path is not None or checkpoint.startswith("embedded:")
     return device_called("cpu" if local else "cuda")
+
+
+def notes_on(quantization: QuantizationConfig, device: PlanDevice) -> Iterator[str]:
+    """What is worth knowing of a quantization mode on ``device`` before it is paid for."""
+    computed = compute_dtype(quantization, device.kind, device.bf16)
+    if device.kind == "cuda" and not device.bf16 and computed == "bfloat16":
+        yield f"{device.name} has no bfloat16: it is emulated there, and slow; quantization=fp16 isn't"
 
 
 def size_bytes(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qlora_exp import compose
+from qlora_exp.planning.devices import PlanDevice
 from qlora_exp.planning.planned import PlannedRun, Planner
 from qlora_exp.planning.points import points_of
 
@@ -21,12 +22,14 @@ BEST = "larger precision first, then rank, then sequence length, then adapted la
 PRECISION = {"fp32": 4, "bf16": 3, "fp16": 3, "int8": 2, "nf4": 1, "fp4": 0}
 
 
-def searched(overrides: Sequence[str]) -> list[str]:
-    """``overrides`` with an axis for each of :data:`SEARCHED` that they leave open. Micro-batches divide the batch, and
-    sequences are no longer than the model takes."""
+def searched(overrides: Sequence[str], device: PlanDevice | None = None) -> list[str]:
+    """``overrides`` with an axis for each of :data:`SEARCHED` that they leave open. Micro-batches divide the batch,
+    sequences are no longer than the model takes, and 16 bits are those that the card ``device`` computes in."""
     given = {compose.key_of(text) for text in overrides}
     taken = given | {"targets" if key.startswith("targets.") else key for key in given}
     axes = {key: values for key, values in SEARCHED.items() if key not in taken}
+    if "quantization" in axes and device is not None and device.kind == "cuda" and not device.bf16:
+        axes["quantization"] = tuple("fp16" if mode == "bf16" else mode for mode in axes["quantization"])
     first = next((point.config for point in points_of(overrides).points if point.config is not None), None)
     if first is not None:
         batch, longest = first.training.batch_size, Planner().architecture(first.model).positions
@@ -41,8 +44,8 @@ def _narrow(axes: dict[str, tuple[str, ...]], key: str, fitting: Callable[[int],
 
 
 def best_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """What fits, or may fit where the peak isn't known: :data:`BEST`."""
-    return sorted((run for run in runs if run.fits is not False), key=_merits, reverse=True)
+    """What fits: :data:`BEST`."""
+    return sorted((run for run in runs if run.fits), key=_merits, reverse=True)
 
 
 def undominated(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -12,8 +12,9 @@ from qlora_exp.config import Config, Isolation, to_plain
 from qlora_exp.environment import available_cores, probe_without_torch
 from qlora_exp.measurement import card_of
 from qlora_exp.plan import Architecture
+from qlora_exp.plan.buying import Pace
 from qlora_exp.plan.prices import read_prices, usd_per_hour
-from qlora_exp.plan.seconds import Extent, Interval, Seen, predicted_seconds, predicted_usd, seen_of
+from qlora_exp.plan.seconds import Extent, Interval, Rate, Seen, predicted_seconds, predicted_usd, seen_of
 from qlora_exp.planning.devices import PlanDevice
 from qlora_exp.planning.rows import PlannedRows
 from qlora_exp.records import Environment, RunRecord
@@ -22,9 +23,11 @@ from qlora_exp.redaction import redact
 
 @dataclass(frozen=True)
 class Payment:
-    """Seconds of training; other seconds, of loading and scoring; US dollars of both, of training alone where the
-    others aren't known. Each with its interval (low, high); ``None`` is unknown."""
+    """Steps, tokens and seconds of training; other seconds, of loading and scoring; US dollars of both, of training
+    alone where the others aren't known. Times and dollars with their intervals (low, high); ``None`` is unknown."""
 
+    steps: int | None
+    tokens: int | None
     seconds: float | None
     seconds_interval: tuple[float, float] | None
     other_seconds: float | None
@@ -33,7 +36,7 @@ class Payment:
     usd_interval: tuple[float, float] | None
 
 
-UNKNOWN = Payment(None, None, None, None, None, None)
+UNKNOWN = Payment(None, None, None, None, None, None, None, None)
 
 
 class Cashier:
@@ -46,7 +49,7 @@ class Cashier:
 
     def __init__(self, records: Sequence[RunRecord] = (), hosts: bool = False) -> None:
         self._records, self._hosts = records, hosts
-        self._known: dict[tuple[Any, ...], Seen] = {}
+        self._known: dict[tuple[Any, ...], tuple[Seen, Rate | None]] = {}
         self._prices: Mapping[str, float] = read_prices()
 
     def payment(
@@ -56,18 +59,27 @@ class Cashier:
         architecture: Architecture,
         modules: Sequence[str],
         rows: PlannedRows | None = None,
-    ) -> Payment:
-        """``rows``: the task's; unknown, every one counts as long as ``training.max_length``, an upper bound."""
+    ) -> tuple[Payment, Pace]:
+        """What ``config`` takes, and at what pace. ``rows``: the task's; unknown, every one counts as long as
+        ``training.max_length``, an upper bound (and as the shortest, one of a single token)."""
         extent = Extent.of(config.training, rows.rows if rows else None, rows.mean_tokens if rows else None)
-        seen = self._seen(config, device, extent.steps)
-        seconds = predicted_seconds(architecture, modules, config, device.kind, seen.rate, extent)
+        seen, calibrated = self._seen(config, device, extent.steps)
+
+        def by(rate: Rate | None) -> Interval | None:
+            return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
+
+        seconds = by(seen.rate or calibrated)
+        fastest = seconds if seen.rate is None else by(calibrated)
         hourly = config.budget.usd_per_hour
         if hourly is None:
             hourly = usd_per_hour(device.kind, device.card, self._prices)
         usd = predicted_usd(seconds.plus(seen.other) if seconds else None, hourly)
-        return Payment(*_told(seconds), *_told(seen.other), *_told(usd))
+        paid = Payment(extent.steps, extent.tokens, *_told(seconds), *_told(seen.other), *_told(usd))
+        shortest = float(rows.lengths.shortest_tokens) if rows else 1.0
+        return paid, Pace(extent, shortest, seconds, fastest.low if fastest else None, seen.before)
 
-    def _seen(self, config: Config, device: PlanDevice, steps: int) -> Seen:
+    def _seen(self, config: Config, device: PlanDevice, steps: int) -> tuple[Seen, Rate | None]:
+        """What ended runs say, and the machine's calibration."""
         threads = _threads(config, self._hosts)
         sections = (config.model, config.quantization.mode, config.task, config.evaluation)
         key = (device.name, threads, steps, repr(sections))
@@ -78,7 +90,7 @@ class Cashier:
             else:
                 seen = self._of(config, self._where(device.card), steps)
                 calibrated = known_card_rate(device.card, config.quantization.mode)
-            self._known[key] = replace(seen, rate=seen.rate or calibrated)
+            self._known[key] = seen, calibrated
         return self._known[key]
 
     def _of(self, config: Config, there: Environment | None, steps: int) -> Seen:

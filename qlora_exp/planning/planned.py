@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_exp import heap
-from qlora_exp.config import Config, ModelConfig, TargetsConfig
-from qlora_exp.errors import QloraExpError
+from qlora_exp.budget import check_energy, limits_of
+from qlora_exp.config import Config, DeviceChoice, ModelConfig, TargetsConfig
+from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.plan import Architecture, WeightShape, compute_dtype, int8_dora
+from qlora_exp.plan.buying import Bought, BuysNoStep, Pace, check_buys_a_step, steps_bought
 from qlora_exp.plan.peak import predicted_peak
 from qlora_exp.plan.seconds import Extent
 from qlora_exp.plan.tables import known_architecture
 from qlora_exp.plan.targets import resolve_targets
 from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
-from qlora_exp.planning.devices import PlanDevice, device_of
+from qlora_exp.planning.devices import PlanDevice, device_of, notes_on
 from qlora_exp.planning.paying import UNKNOWN, Cashier
 from qlora_exp.planning.points import Point
 from qlora_exp.planning.rows import PlannedRows, RowCounter
+from qlora_exp.planning.verdict import Verdict, bound_of, verdict_of
 from qlora_exp.records import RunRecord
-from qlora_exp.tables import bytes_text
 
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """Bytes by part; ``None`` is unknown. ``activation_bytes`` is whatever training needs at its peak beyond the other
-    parts; ``known_bytes`` the sum of what is known, which no peak lies below."""
+    """Bytes by part. ``activation_bytes`` is whatever training needs at its peak beyond the other parts, which are
+    exact; on a CPU all of it is what training adds to a process as it is after imports."""
 
     base_weight_bytes: int
     quantization_state_bytes: int
     adapter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    activation_bytes: int | None
-    peak_bytes: int | None
-
-    @property
-    def known_bytes(self) -> int:
-        parts = (self.base_weight_bytes, self.quantization_state_bytes, self.adapter_bytes)
-        return sum(parts) + self.gradient_bytes + self.optimizer_bytes + (self.activation_bytes or 0)
+    activation_bytes: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,13 @@ class PlannedDisk:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One configuration's plan. ``fits`` is ``None`` where the device's memory or the peak isn't known, ``False`` also
-    for what can't be run at all; ``reason`` says why in words. ``rows`` is ``None`` where they aren't known here: peak
-    and seconds are then those of rows as long as ``training.max_length``. ``seconds`` are of training,
-    ``other_seconds`` of loading and scoring, by runs like it; ``usd`` is of both, of training alone where the others
-    aren't known."""
+    """One configuration's plan. ``fits`` is ``None`` where the device's memory isn't known, ``False`` also for what
+    can't be run at all, and where the budget doesn't buy one step; ``near_the_edge``: the bound lies within the
+    prediction's error; ``reason`` says why in words, ``notes`` what else is worth knowing. ``rows`` is ``None`` where
+    they aren't known here: peak, seconds and tokens are then those of rows as long as ``training.max_length``.
+    ``steps`` and ``tokens`` are of training, so are ``seconds``; ``other_seconds`` are of loading and scoring, by runs
+    like it; ``usd`` is of both, of training alone where the others aren't known. ``budget`` has what each of its
+    limits buys: of one run its steps, of a sweep its trials."""
 
     params: dict[str, Any]
     settings: dict[str, Any]
@@ -70,38 +69,45 @@ class PlannedRun:
     memory: PlannedMemory | None
     disk: PlannedDisk | None
     rows: PlannedRows | None
+    steps: int | None
+    tokens: int | None
     seconds: float | None
     seconds_interval: tuple[float, float] | None
     other_seconds: float | None
     other_seconds_interval: tuple[float, float] | None
     usd: float | None
     usd_interval: tuple[float, float] | None
+    budget: tuple[Bought, ...]
     fits: bool | None
+    near_the_edge: bool
     reason: str
+    notes: tuple[str, ...]
 
 
 class Planner:
     """Plans points one after the other; what several have in common is worked out once. ``device``: for all of them, in
-    place of each one's own; ``budget_bytes``: the memory to fit into, in place of ``budget.memory_bytes`` and the
-    device's; ``records``: finished runs, by which seconds are told; ``counter``: counts the tasks' rows, which are
+    place of each one's own; ``fit_bytes``: the memory to fit into as a whole, in place of ``budget.memory_bytes`` and
+    the device's; ``records``: finished runs, by which seconds are told; ``counter``: counts the tasks' rows, which are
     taken for as long as ``training.max_length`` without it; ``hosts``: trial hosts will train."""
 
     def __init__(
         self,
         device: PlanDevice | None = None,
-        budget_bytes: int | None = None,
+        fit_bytes: int | None = None,
         records: Sequence[RunRecord] = (),
         counter: RowCounter | None = None,
         hosts: bool = False,
     ) -> None:
         self._device = device
-        self._budget_bytes = budget_bytes
+        self._fit_bytes = fit_bytes
         self._architectures: dict[str, Architecture | QloraExpError] = {}
         self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
-        self._bases: dict[tuple[Any, ...], BaseBytes] = {}
         self._cashier = Cashier(records, hosts)
+        self._hosts = hosts
         self._counter = counter
         self._problems: dict[str, QloraExpError] = {}
+        self._too_dear: BuysNoStep | None = None
+        self._some_can_start = False
 
     def plan(self, point: Point) -> PlannedRun:
         """The figures of one point; what can't be run becomes a row with its reason, too."""
@@ -116,8 +122,10 @@ class Planner:
 
     @property
     def problems(self) -> list[QloraExpError]:
-        """Why points can't be run, each problem once."""
-        return list(self._problems.values())
+        """Where none of the points can be run: why, each problem once; of a budget that buys a step of none, the one
+        that comes nearest to it."""
+        found = [*self._problems.values(), *([self._too_dear] if self._too_dear is not None else [])]
+        return found if not self._some_can_start else []
 
     def architecture(self, model: ModelConfig) -> Architecture:
         """As the package's table has it, or else described from its configuration file (which loads torch).
@@ -153,10 +161,7 @@ class Planner:
         """Bytes of the frozen base on ``device``."""
         quantization = config.quantization
         dtype = compute_dtype(quantization, device.kind, device.bf16)
-        key = (_model_key(config.model), quantization.mode, quantization.double_quantization, dtype)
-        if key not in self._bases:
-            self._bases[key] = base_bytes(self.architecture(config.model), quantization, dtype)
-        return self._bases[key]
+        return base_bytes(self.architecture(config.model), quantization, dtype)
 
     def _planned(self, params: dict[str, Any], config: Config, device: PlanDevice) -> PlannedRun:
         _refuse(config, device)
@@ -167,33 +172,50 @@ class Planner:
         names = [shape.name for shape in adapted]
         rows = self._counter.of(config) if self._counter is not None else None
         peak = _peak(architecture, names, config, device, rows)
-        paid = self._cashier.payment(config, device, architecture, names, rows)
-        known = PlannedMemory(
-            base_weight_bytes=base.base_weight_bytes,
-            quantization_state_bytes=base.quantization_state_bytes,
-            adapter_bytes=adapters.adapter_bytes,
-            gradient_bytes=adapters.gradient_bytes,
-            optimizer_bytes=adapters.optimizer_bytes,
-            activation_bytes=None,
-            peak_bytes=peak,
-        )
-        memory = replace(known, activation_bytes=max(peak - known.known_bytes, 0))
-        limits = (self._budget_bytes, config.budget.memory_bytes, device.memory_bytes)
-        limit = next((one for one in limits if one is not None), None)
-        fits, reason = _fits(memory, limit)
+        exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
+        bound = bound_of(self._fit_bytes, config.budget.memory_bytes, device)
+        verdict = verdict_of(peak, exact, base.total_bytes, bound, device.kind)
+        limits = limits_of(config.budget)
+        paid, pace = self._cashier.payment(config, device, architecture, names, rows)
+        refused = self._refused_by_budget(config, device, pace)
+        if refused is not None:
+            verdict = Verdict(False, False, f"{refused.what}; {verdict.reason}")
+        self._some_can_start |= refused is None
         return PlannedRun(
             params=params,
             settings=_settings(config),
             device=device.name,
             trainable_parameters=adapters.trainable_parameters,
             total_parameters=architecture.total_parameters,
-            memory=memory,
+            memory=PlannedMemory(
+                base_weight_bytes=base.base_weight_bytes,
+                quantization_state_bytes=base.quantization_state_bytes,
+                adapter_bytes=adapters.adapter_bytes,
+                gradient_bytes=adapters.gradient_bytes,
+                optimizer_bytes=adapters.optimizer_bytes,
+                activation_bytes=max(peak - exact, 0),
+                peak_bytes=peak,
+            ),
             disk=PlannedDisk(adapters.file_bytes, adapters.checkpoint_bytes),
             rows=rows,
             **vars(paid),
-            fits=fits,
-            reason=reason,
+            budget=() if self._hosts else tuple(steps_bought(limits, config.budget.usd_per_hour, pace)),
+            **vars(verdict),
+            notes=tuple(notes_on(config.quantization, device)),
         )
+
+    def _refused_by_budget(self, config: Config, device: PlanDevice, pace: Pace) -> QloraExpError | None:
+        try:
+            if device.kind == "cpu":  # whether a card counts its energy is that machine's to say
+                check_energy(config.budget, DeviceChoice.cpu)
+            check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, pace)
+        except BuysNoStep as error:
+            self._too_dear = min(self._too_dear or error, error, key=lambda one: one.times)
+            return error
+        except ConfigError as error:
+            self._problems.setdefault(str(error), error)
+            return error
+        return None
 
     def _impossible(self, params: dict[str, Any], config: Config | None, error: QloraExpError) -> PlannedRun:
         parts = getattr(error, "errors", (error,))
@@ -209,8 +231,11 @@ class Planner:
             disk=None,
             rows=None,
             **vars(UNKNOWN),
+            budget=(),
             fits=False,
+            near_the_edge=False,
             reason=f"can't be run: {'; '.join(one.what for one in parts)}",
+            notes=(),
         )
 
 
@@ -244,18 +269,6 @@ def _refuse(config: Config, device: PlanDevice) -> None:
     problem = int8_dora(config) if device.kind == "cpu" else None
     if problem is not None:
         raise problem
-
-
-def _fits(memory: PlannedMemory, limit: int | None) -> tuple[bool | None, str]:
-    needed = memory.peak_bytes if memory.peak_bytes is not None else memory.known_bytes
-    least = "" if memory.peak_bytes is not None else "at least "
-    if limit is None:
-        return None, f"needs {least}{bytes_text(needed)}; no card is named (plan.device=CARD, --fit SIZE)"
-    told = f"needs {least}{bytes_text(needed)} of {bytes_text(limit)}"
-    if needed > limit:
-        held = memory.base_weight_bytes + memory.quantization_state_bytes
-        return False, f"{told}{', the base alone ' + bytes_text(held) if held > limit else ''}"
-    return (None, f"{told}; activations unknown") if memory.peak_bytes is None else (True, told)
 
 
 def _settings(config: Config) -> dict[str, Any]:

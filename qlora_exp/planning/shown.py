@@ -11,8 +11,10 @@ import jinja2
 from rich.table import Table
 
 from qlora_exp.overrides import hydra_value
+from qlora_exp.planning.devices import CPU_PROCESS_BYTES
 from qlora_exp.planning.planned import PlannedMemory, PlannedRun
 from qlora_exp.planning.rows import PlannedRows
+from qlora_exp.planning.verdict import EDGES
 from qlora_exp.records import to_dict
 from qlora_exp.tables import UNKNOWN, bytes_text, number, simple_table
 
@@ -26,6 +28,11 @@ PARTS = {
 }
 """Part of :class:`PlannedMemory` → (letter in a bar, words)."""
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
+BEYOND_IMPORTS = (
+    "on a CPU a peak is what training adds to a process as it is after imports, of about "
+    f"{bytes_text(CPU_PROCESS_BYTES)}: these are counted, too, against a machine's memory and --fit SIZE, not against "
+    "budget.memory_bytes"
+)
 LONGEST = "with every row as long as training.max_length; a run is predicted again from the rows there are"
 DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
 UNSEEN = "loading and scoring not counted: unknown until runs like these have ended in the same output_root"
@@ -55,7 +62,8 @@ def plan_table(runs: Sequence[PlannedRun]) -> Table:
     scale = _scale(runs)
     alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
     for run in runs:
-        figures = (run.trainable_parameters, run.memory, run.disk, run.fits, run.seconds, run.other_seconds, run.usd)
+        verdict = (run.fits, run.near_the_edge, run.notes)
+        figures = (run.trainable_parameters, run.memory, run.disk, verdict, run.seconds, run.other_seconds, run.usd)
         alike.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
     for first, *others in list(alike.values())[:ROWS_SHOWN]:
         table.add_row(*_row(first, scale, f" (and {len(others):,} alike)" if others else "", scored))
@@ -71,7 +79,9 @@ def summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> st
         count = f"{'an unknown number of' if trials is None else f'{trials:,}'} trials among {count}"
     verdicts = {True: "fit", False: "don't fit or can't be run", None: "unknown"}
     told = [f"{sum(run.fits is verdict for run in runs):,} {words}" for verdict, words in verdicts.items()]
-    return f"{count}: {', '.join(text for text in told if not text.startswith('0 '))}"
+    near = sum(run.near_the_edge for run in runs)
+    edge = f"; {near:,} near the edge" if near else ""
+    return f"{count}: {', '.join(text for text in told if not text.startswith('0 '))}{edge}"
 
 
 def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None:
@@ -124,6 +134,19 @@ def rows_told(runs: Sequence[PlannedRun]) -> list[str]:
     return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
 
 
+def remarks(runs: Sequence[PlannedRun]) -> list[str]:
+    """What the figures are to be read with: sentences, each once."""
+    kinds = {"cpu" if run.device == "cpu" else "cuda" for run in runs if run.near_the_edge}
+    told = [f"yes?, no?: near the edge; {EDGES[kind]}" for kind in sorted(kinds)]
+    if any(run.device == "cpu" and run.memory is not None for run in runs):
+        told.append(BEYOND_IMPORTS)
+    first: dict[str, PlannedRun] = {}
+    for run in runs:
+        for note in run.notes:
+            first.setdefault(note, run)
+    return [*told, *(f"{name_of(run)}: {note}" for note, run in first.items())]
+
+
 def _rows(rows: PlannedRows | None) -> str:
     if rows is None:
         return LONGEST
@@ -157,7 +180,7 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
             "parts": _shares(run.memory, scale),
             "peak": _peak(run.memory),
             "fits": _verdict(run),
-            "reason": run.reason,
+            "reason": "; ".join((run.reason, *run.notes)),
             "seconds": _duration(run.seconds, run.seconds_interval),
             "other_seconds": _duration(run.other_seconds, run.other_seconds_interval),
             "usd": _ranged(run.usd, run.usd_interval),
@@ -168,7 +191,8 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
     template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     legend = [(key, words) for key, (_, words) in PARTS.items()]
     file.write_text(
-        template.render(title=title, words=[*words, *rows_told(runs)], rows=rows, legend=legend), encoding="utf-8"
+        template.render(title=title, words=[*words, *remarks(runs), *rows_told(runs)], rows=rows, legend=legend),
+        encoding="utf-8",
     )
 
 
@@ -212,17 +236,15 @@ def _duration(seconds: float | None, interval: tuple[float, float] | None) -> st
 
 
 def _verdict(run: PlannedRun) -> str:
-    return {True: "yes", False: "no", None: UNKNOWN}[run.fits]
+    return {True: "yes", False: "no", None: UNKNOWN}[run.fits] + ("?" if run.near_the_edge else "")
 
 
 def _peak(memory: PlannedMemory | None) -> str:
-    if memory is None:
-        return UNKNOWN
-    return bytes_text(memory.peak_bytes) if memory.peak_bytes is not None else f"> {bytes_text(memory.known_bytes)}"
+    return bytes_text(memory.peak_bytes if memory is not None else None)
 
 
 def _scale(runs: Sequence[PlannedRun]) -> int:
-    return max((run.memory.known_bytes for run in runs if run.memory is not None), default=1)
+    return max((run.memory.peak_bytes for run in runs if run.memory is not None), default=1)
 
 
 def _bar(memory: PlannedMemory | None, scale: int) -> str:
@@ -237,4 +259,4 @@ def _bar(memory: PlannedMemory | None, scale: int) -> str:
 def _shares(memory: PlannedMemory | None, scale: int) -> dict[str, float]:
     if memory is None:
         return {}
-    return {part: (getattr(memory, part) or 0) / scale for part in PARTS}
+    return {part: getattr(memory, part) / scale for part in PARTS}
