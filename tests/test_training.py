@@ -176,6 +176,21 @@ def test_logits_are_computed_for_the_tokens_that_carry_a_loss_alone(
     assert head._use_triton is before
 
 
+@pytest.mark.parametrize("settings", [["micro_batch_size=1"], ["batch_size=16"], ["gradient_checkpointing=on"]])
+def test_operations_are_counted_as_a_training_does_them(settings: list[str], tmp_path: Path) -> None:
+    """By torch's own count of matrix products, which has no attention; the first layer's inputs get no gradient."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    steps = ["training.device=cpu", "training.max_steps=4", "training.batch_size=8", "quantization=fp32", "lora.r=32"]
+    config = compose([*steps, *(f"training.{setting}" for setting in settings), "task.max_train_items=32"])
+    with FlopCounterMode(display=False) as counter:
+        trained, _ = train_once(config, tmp_path)
+    planned = prepare(config, environment.probe(config.training.device)).plan
+    assert planned.train_flops_per_token is not None
+    counted = planned.train_flops_per_token * trained.tokens / counter.get_total_flops()
+    assert 1.0 < counted < 1.15
+
+
 def test_in_16_bit_on_a_cpu_few_shapes_are_multiplied_and_the_loss_is_the_same(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from qlora_exp.config import ComputeDtype, Quantization, QuantizationConfig
 from qlora_exp.models.base import load_model, quiet_loading
 from qlora_exp.models.describe import architecture_of
 from qlora_exp.models.sources import ModelSource
-from qlora_exp.plan.seconds import train_flops_per_token
+from qlora_exp.plan.seconds import Row, train_flops_per_token
 
 SIZES = {"cpu": (512, 4, 4, 128), "cuda": (2048, 2, 16, 512)}
 """Hidden width, layers, rows, tokens a row: on a card enough work a kernel that it doesn't wait for its host (assumed:
@@ -31,7 +31,7 @@ def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: flo
         model = load_model(ModelSource("calibration", folder, None, None, True), quantization, "sdpa", device_kind)
     model.train()
     model.get_input_embeddings().register_forward_hook(_with_gradient)
-    flops = rows * length * train_flops_per_token(architecture_of(model), 0, length, False, fused_head=False)
+    flops = rows * length * train_flops_per_token(architecture_of(model), 0, Row.whole(length), False, fused_head=False)
     tokens = torch.arange(rows * length, device=model.device).reshape(rows, length) % VOCABULARY
     _pass(model, tokens)
     steps, began = 0, time.perf_counter()

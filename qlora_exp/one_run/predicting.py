@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,9 +52,9 @@ def predicted(
 ) -> Predicted:
     """``ended``: runs of which those of the same base say how fast this machine is; else its calibration does.
     ``warm``: its base is here already."""
-    device, lengths = environment.device, row_lengths(splits)
+    device = environment.device
     peak = peak_of(config, environment, architecture, modules, splits)
-    extent = Extent.of(config.training, len(lengths), statistics.fmean(lengths))
+    extent = Extent.of(config.training, lengths_of(splits, config.training.max_length))
 
     def by(rate: Rate | None) -> Interval | None:
         return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
@@ -72,8 +71,10 @@ def predicted(
         predicted_activation_bytes=peak.activation_bytes,
         predicted_logits_bytes=peak.logits_bytes,
         predicted_train_tokens=extent.tokens,
+        predicted_padded_tokens=extent.padded_tokens,
+        predicted_loss_tokens=extent.scored_tokens,
         train_flops_per_token=train_flops_per_token(
-            architecture, planned.trainable_parameters, extent.row_tokens, planned.gradient_checkpointing
+            architecture, planned.trainable_parameters, extent.row, planned.gradient_checkpointing
         ),
         predicted_train_seconds=seconds.middle if seconds else None,
         predicted_train_seconds_low=seconds.low if seconds else None,
@@ -102,21 +103,26 @@ def peak_of(
     config: Config, environment: Environment, architecture: Architecture, modules: Sequence[str], splits: Splits
 ) -> Peak:
     """The peak of training with the rows that there are, cut at ``training.max_length``."""
-    limit = config.training.max_length
-    lengths = [min(length, limit) for length in row_lengths(splits)]
-    scored = [
-        max(0, min(len(item.completion_ids) + len(item.end_ids), limit - len(item.prompt_ids))) for item in splits.train
-    ]
+    lengths = lengths_of(splits, config.training.max_length)
     return predicted_peak(
         architecture,
         modules,
         config,
         environment.device.kind,
         bf16=environment.device.bf16,
-        rows=RowLengths.of(lengths, scored),
-        steps=Extent.of(config.training, len(lengths), statistics.fmean(lengths)).steps,
+        rows=lengths,
+        steps=Extent.of(config.training, lengths).steps,
         joined_heap=heap.joins(environment.glibc_tunables),
     )
+
+
+def lengths_of(splits: Splits, limit: int) -> RowLengths:
+    """The training rows' tokens, each row cut at ``limit``."""
+    lengths = [min(length, limit) for length in row_lengths(splits)]
+    scored = [
+        max(0, min(len(item.completion_ids) + len(item.end_ids), limit - len(item.prompt_ids))) for item in splits.train
+    ]
+    return RowLengths.of(lengths, scored)
 
 
 def row_lengths(splits: Splits) -> list[int]:

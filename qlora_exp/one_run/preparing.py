@@ -16,7 +16,7 @@ from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.history import EndedRuns
 from qlora_exp.metrics import hub_metric
 from qlora_exp.one_run.bases import Bases
-from qlora_exp.one_run.predicting import Predicted, predicted, row_lengths
+from qlora_exp.one_run.predicting import Predicted, lengths_of, predicted, row_lengths
 from qlora_exp.paths import OutputPaths
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.seconds import Extent
@@ -94,7 +94,7 @@ def _steps_for_tokens(config: Config, splits: Splits) -> int:
     """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
     lengths = row_lengths(splits)
     mean = statistics.fmean(lengths)
-    extent = Extent.of(config.training, len(lengths), mean)
+    extent = Extent.of(config.training, lengths_of(splits, config.training.max_length))
     rows = extent.tokens / mean
     longest = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
     return 1 + math.ceil(longest * rows / extent.step_rows)

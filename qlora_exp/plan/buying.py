@@ -89,7 +89,7 @@ def steps_bought(limits: Mapping[str, float], usd_per_hour: float | None, pace: 
 
 
 def _steps(limit: float, name: str, usd_per_hour: float | None, pace: Pace, train_seconds: float | None) -> int | None:
-    step = _of_a_step(name, usd_per_hour, pace.extent, train_seconds, pace.extent.row_tokens)
+    step = _of_a_step(name, usd_per_hour, pace.extent, train_seconds, pace.extent.row.tokens)
     if step is None:
         return None
     left = limit - (_in_units(name, usd_per_hour, pace.before_seconds or 0.0) or 0.0)

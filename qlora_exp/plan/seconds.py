@@ -1,8 +1,9 @@
 """How long training takes, and what it costs: floating-point operations over the rate that this machine was seen at.
 
 Operations after Kaplan et al. 2020 (*Scaling Laws for Neural Language Models*, section 2.1): 2 per weight and token for
-a forward pass, and with a frozen base 2 more for the activations' gradients (the weights have none). A rate is measured
-in the same operations, by :mod:`qlora_exp.models.rate` or from finished runs, so what both leave out cancels.
+a forward pass, and with a frozen base 2 more for the activations' gradients (the weights have none). Counted are the
+tokens that are computed: padding in the layers, in the head those with a loss. A rate is measured in the same
+operations, by :mod:`qlora_exp.models.rate` or from finished runs; left out is all that isn't a matrix product.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from qlora_exp.config import Config, TrainingConfig
 from qlora_exp.plan import gradient_checkpointing, lora_parameters
 from qlora_exp.plan.activations import layers_of
 from qlora_exp.plan.architecture import Architecture
+from qlora_exp.plan.batches import RowLengths
 from qlora_exp.records import Environment, RunRecord, Status
 
 CALIBRATED_SHARE = (0.2, 0.45, 0.9)
@@ -66,22 +68,38 @@ class Seen:
     """Of these all but the last scoring."""
 
 
-def train_flops_per_token(
-    architecture: Architecture, adapter_parameters: int, length: float, recomputed: bool, fused_head: bool = True
-) -> float:
-    """Operations to train one token of rows ``length`` tokens long.
+@dataclass(frozen=True)
+class Row:
+    """A training's mean row, in tokens. ``padded``: as long as its batch; ``scored``: of its tokens those that carry a
+    loss, which alone get logits."""
 
-    2N forward and 2N backward (N: weights that multiply: linear layers and the head, not the embedding table), 2N more
-    where layers are computed again, 2 per head weight more where TRL's fused head computes its logits again, 6 per
-    adapter parameter. Attention: 4 per width of the queries and position forward, 8 backward, over the half of the
-    positions that a causal mask leaves.
+    tokens: float
+    padded: float
+    scored: float
+
+    @staticmethod
+    def whole(tokens: float) -> Row:
+        """All rows as long as this one, and each of their tokens with logits."""
+        return Row(tokens, tokens, tokens)
+
+
+def train_flops_per_token(
+    architecture: Architecture, adapter_parameters: int, row: Row, recomputed: bool, fused_head: bool = True
+) -> float:
+    """Operations to train one unpadded token of rows like ``row``.
+
+    For each padded token 2N forward and 2N backward (N: weights of linear layers and adapters; not of the embedding
+    table), 2N more where layers are computed again, and 2 per adapter parameter for its own gradient. Attention: 4 per
+    width of the queries and position forward, 8 backward, over the half of the positions that a causal mask leaves. For
+    each scored token 4 per weight of the head, and 2 more where TRL's fused head computes its logits again.
     """
     layers = sum(shape.in_features * shape.out_features for shape in architecture.weights)
     head = architecture.vocabulary_size * architecture.hidden_size
-    attention = sum(layer.query for layer, _ in layers_of(architecture)) * length / 2
+    attention = sum(layer.query for layer, _ in layers_of(architecture)) * row.padded / 2
     passes = 6.0 if recomputed else 4.0
-    head_passes = 6.0 if fused_head else 4.0
-    return passes * layers + head_passes * head + 6.0 * adapter_parameters + (2 * passes + 4.0) * attention
+    in_layers = passes * layers + (passes + 2.0) * adapter_parameters + (2 * passes + 4.0) * attention
+    in_head = (6.0 if fused_head else 4.0) * head
+    return (row.padded * in_layers + row.scored * in_head) / row.tokens
 
 
 @dataclass(frozen=True)
@@ -90,19 +108,33 @@ class Extent:
 
     steps: int
     step_rows: float
-    row_tokens: float
+    row: Row
     tokens: int
 
     @staticmethod
-    def of(training: TrainingConfig, rows: int | None = None, row_tokens: float | None = None) -> Extent:
-        """``rows``: how many there are; unknown, every step has a whole batch. ``row_tokens``: of a mean row; unknown,
-        it is as long as ``training.max_length``, an upper bound."""
+    def of(training: TrainingConfig, lengths: RowLengths | None = None) -> Extent:
+        """``lengths``: of the rows that there are; unknown, every step has a whole batch, and every row is as long as
+        ``training.max_length`` with a loss on all of it, an upper bound."""
+        rows = lengths.rows if lengths is not None else None
         step_rows = rows / math.ceil(rows / training.batch_size) if rows else float(training.batch_size)
-        row = row_tokens or float(training.max_length)
+        row = Row.whole(float(training.max_length))
+        if lengths is not None:
+            together = min(training.micro_batch_size or training.batch_size, lengths.rows)
+            row = Row(lengths.mean_tokens, lengths.mean_longest(together), lengths.scored_mean_tokens)
         if training.max_tokens is not None:
-            return Extent(math.ceil(training.max_tokens / (step_rows * row)), step_rows, row, training.max_tokens)
+            return Extent(
+                math.ceil(training.max_tokens / (step_rows * row.tokens)), step_rows, row, training.max_tokens
+            )
         steps = training.max_steps or 0
-        return Extent(steps, step_rows, row, round(steps * step_rows * row))
+        return Extent(steps, step_rows, row, round(steps * step_rows * row.tokens))
+
+    @property
+    def padded_tokens(self) -> int:
+        return round(self.tokens * self.row.padded / self.row.tokens)
+
+    @property
+    def scored_tokens(self) -> int:
+        return round(self.tokens * self.row.scored / self.row.tokens)
 
 
 def predicted_seconds(
@@ -124,7 +156,7 @@ def predicted_seconds(
         if shape.name in wanted
     )
     recomputed = gradient_checkpointing(config.training.gradient_checkpointing, device_kind, architecture)
-    flops = extent.tokens * train_flops_per_token(architecture, adapters, extent.row_tokens, recomputed)
+    flops = extent.tokens * train_flops_per_token(architecture, adapters, extent.row, recomputed)
     speed = rate.flops_per_second
     return Interval(flops / speed.high, flops / speed.middle, flops / speed.low, speed.basis)
 
@@ -248,9 +280,10 @@ def _of(config: Mapping[str, Any], section: str, key: str) -> Any:
 def achieved_flops_per_second(record: RunRecord, steps: int | None = None) -> float | None:
     """Operations that a training made a second, by the same count as the prediction's: of all that it took, validations
     and checkpoints within it too; of one that was :data:`TOO_SHORT` beside ``steps``, of its steps alone after the
-    first ones. ``None`` for records without it (``plan.train_flops_per_token``), or without a step."""
+    first ones. ``None`` for records without it (``plan.train_flops_per_token``), without a step, or of versions that
+    counted no padding and the head for every token: up to three times what small models did."""
     plan, speed = record.plan, record.speed
-    if plan is None or plan.train_flops_per_token is None or record.synthetic:
+    if plan is None or plan.train_flops_per_token is None or plan.predicted_loss_tokens is None or record.synthetic:
         return None
     tokens_per_second = 0.0
     if steps is not None and speed.steps is not None and speed.steps * TOO_SHORT < steps:

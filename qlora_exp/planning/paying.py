@@ -62,7 +62,7 @@ class Cashier:
     ) -> tuple[Payment, Pace]:
         """What ``config`` takes, and at what pace. ``rows``: the task's; unknown, every one counts as long as
         ``training.max_length``, an upper bound (and as the shortest, one of a single token)."""
-        extent = Extent.of(config.training, rows.rows if rows else None, rows.mean_tokens if rows else None)
+        extent = Extent.of(config.training, rows.lengths if rows else None)
         seen, calibrated = self._seen(config, device, extent.steps)
 
         def by(rate: Rate | None) -> Interval | None:

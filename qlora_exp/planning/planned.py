@@ -260,7 +260,7 @@ def _peak(
         device.kind,
         bf16=device.bf16,
         rows=rows.lengths if rows else None,
-        steps=Extent.of(config.training, rows.rows, rows.mean_tokens).steps if rows else None,
+        steps=Extent.of(config.training, rows.lengths).steps if rows else None,
         joined_heap=heap.joins(heap.tunables()),
     ).needed_bytes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -78,7 +77,7 @@ class _Counted:
         return PlannedRows(
             rows=round(self.rows * len(drawn) / given),
             counted=len(drawn) + len(longest),
-            mean_tokens=statistics.fmean(lengths),
+            mean_tokens=of_drawn.mean_tokens,
             lengths=replace(
                 of_drawn,
                 rows=round(self.rows * len(drawn) / given),

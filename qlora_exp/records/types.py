@@ -119,8 +119,13 @@ class Plan:
     predicted_logits_bytes: int | None = None
     predicted_train_tokens: int | None = None
     """Processed tokens that training was expected to take."""
+    predicted_padded_tokens: int | None = None
+    """The same with the padding that a batch's shorter rows get."""
+    predicted_loss_tokens: int | None = None
+    """Of ``predicted_train_tokens`` those that carry a loss, which alone get logits. ``None`` in records of versions
+    whose ``train_flops_per_token`` counted the head for every token, and no padding."""
     train_flops_per_token: float | None = None
-    """Floating-point operations to train one unpadded token."""
+    """Floating-point operations to train one unpadded token, with its share of the padding and of the head."""
     predicted_train_seconds: float | None = None
     """What ``speed.train_seconds`` was predicted to be; ``None`` where this machine's rate is not known."""
     predicted_train_seconds_low: float | None = None

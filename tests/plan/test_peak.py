@@ -66,7 +66,7 @@ def test_exact_parts_are_those_that_the_runs_counted() -> None:
 def test_the_heads_tile_in_numbers() -> None:
     rows = ("training.batch_size=16", "training.max_length=513", "quantization=bf16")
     assert peak("cpu", *rows).logits_bytes == HEAD_TOKENS * HEAD_VOCABULARY * 31 + 16 * 512 * 4096 * 4
-    quarter = RowLengths(1, 513, 513, 128.0, 0.0, 128)
+    quarter = RowLengths(1, 513, 513, 128.0, 0.0, 128, (513.0,))
     assert peak("cpu", *rows, rows=quarter).logits_bytes == 2048 * (HEAD_VOCABULARY * 31 + 4096 * 4)
     # the context's half a GB lies outside of the allocator
     on_card = peak("cuda", *rows, "training.gradient_checkpointing=off", rows=quarter)
@@ -93,8 +93,12 @@ def test_the_largest_batch_of_rows_of_many_lengths() -> None:
     assert few_long.most_scored(1, 100) == 1990
     assert few_long.most_scored(4, 100) >= 1990 + 3 * 20
     assert few_long.most_scored(1, 2) < 1990
+    for together in (1, 3, 8, 100):
+        seen = [max(rng.choices(scored, k=together)) + 10 for _ in range(2000)]
+        assert rows.mean_longest(together) == pytest.approx(statistics.fmean(seen), rel=0.02)
     same = RowLengths.of([50, 50], [20, 20])
     assert same.most_scored(4, 100) == 80
+    assert same.mean_longest(4) == 50
     assert not same.differ
 
 

@@ -16,11 +16,13 @@ from qlora_exp.config import Config, Quantization, to_plain
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.errors import ConfigError
 from qlora_exp.plan import Architecture, WeightShape
+from qlora_exp.plan.batches import RowLengths
 from qlora_exp.plan.prices import Price, price_of, read_prices, usd_per_hour
 from qlora_exp.plan.seconds import (
     Extent,
     Interval,
     Rate,
+    Row,
     Seen,
     machine_of,
     predicted_seconds,
@@ -44,16 +46,32 @@ LAYERS, HEAD = 4 * WIDTH * WIDTH, VOCABULARY * WIDTH
 
 def test_operations_of_a_token_in_numbers() -> None:
     attention = (4 + 8) * WIDTH * 100 / 2
-    assert train_flops_per_token(ONE_LAYER, 10, 100, False) == 4 * LAYERS + 6 * HEAD + 60 + attention
+    whole = Row.whole(100)
+    assert train_flops_per_token(ONE_LAYER, 10, whole, False) == 4 * LAYERS + 6 * HEAD + 60 + attention
     recomputed = attention + 4 * WIDTH * 100 / 2
-    assert train_flops_per_token(ONE_LAYER, 10, 100, True, fused_head=False) == 6 * LAYERS + 4 * HEAD + 60 + recomputed
+    assert (
+        train_flops_per_token(ONE_LAYER, 10, whole, True, fused_head=False) == 6 * LAYERS + 4 * HEAD + 80 + recomputed
+    )
+
+
+def test_padding_is_counted_in_the_layers_and_in_the_head_the_tokens_with_a_loss_alone() -> None:
+    attention = (4 + 8) * WIDTH * 100 / 2
+    of_a_row = 100 * (4 * LAYERS + 60 + attention) + 5 * 6 * HEAD
+    assert train_flops_per_token(ONE_LAYER, 10, Row(80, 100, 5), False) == pytest.approx(of_a_row / 80)
+    lengths = RowLengths.of([60, 100], [4, 6])
+    training = compose(["training.max_steps=10", "training.batch_size=8"]).training
+    assert Extent.of(training, lengths).row == Row(80, 90, 5)
+    assert Extent.of(replace(training, micro_batch_size=1), lengths).row == Row(80, 80, 5)
+    found = Extent.of(training, lengths)
+    assert (found.tokens, found.padded_tokens, found.scored_tokens) == (1600, 1800, 100)
 
 
 def test_seconds_and_dollars_are_operations_over_the_rate() -> None:
     config = compose(["training.max_steps=10", "training.batch_size=4", "training.max_length=100", "lora.r=2"])
-    flops = 10 * 4 * 50 * train_flops_per_token(ONE_LAYER, 2 * 2 * WIDTH, 50, False)
+    flops = 10 * 4 * 50 * train_flops_per_token(ONE_LAYER, 2 * 2 * WIDTH, Row.whole(50), False)
+    extent = Extent.of(config.training, RowLengths.of([50] * 4, [50] * 4))
     rate = Rate(Interval(flops / 4, flops / 2, flops, "seen"), "here", "nf4")
-    seconds = predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", rate, Extent.of(config.training, None, 50))
+    seconds = predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", rate, extent)
     assert seconds == Interval(1.0, 2.0, 4.0, "seen")
     assert predicted_usd(seconds, 3600.0) == seconds
     assert predicted_usd(seconds, None) is None
@@ -83,7 +101,7 @@ def finished(
         None,
         config,
         probe_without_torch(),
-        plan=replace(plan, train_flops_per_token=flops),
+        plan=replace(plan, train_flops_per_token=flops, predicted_loss_tokens=1),
         speed=Speed(
             train_tokens=round(100 * tokens_per_second),
             train_seconds=100.0,
@@ -157,6 +175,12 @@ def test_a_record_that_lacks_its_configuration_or_has_no_figures_is_passed_over(
     assert seen(finished(other=(math.nan, 1.0, 1.0)), finished(other=(0.0, 0.0, 0.0))).other is None
 
 
+def test_operations_that_an_earlier_version_counted_for_every_token_tell_no_rate() -> None:
+    record = finished(7.0)
+    assert record.plan is not None
+    assert seen(record.replace(plan=replace(record.plan, predicted_loss_tokens=None))).rate is None
+
+
 def test_another_checkpoint_or_revision_is_another_base() -> None:
     for key in ("checkpoints", "revision", "path"):
         other = finished(7.0)
@@ -191,11 +215,16 @@ def test_a_training_that_was_mostly_its_start_is_told_by_its_later_steps() -> No
 
 def test_an_epochs_last_step_has_what_is_left() -> None:
     training = compose(["training.max_steps=10", "training.batch_size=8"]).training
-    assert Extent.of(training, 36, 10.0) == Extent(10, 7.2, 10.0, 720)
-    assert Extent.of(training, 4, 10.0) == Extent(10, 4.0, 10.0, 400)
-    assert Extent.of(training, 16, 10.0) == Extent(10, 8.0, 10.0, 800)
-    assert Extent.of(training) == Extent(10, 8.0, training.max_length, 80 * training.max_length)
-    assert Extent.of(replace(training, max_tokens=1000), 4, 10.0) == Extent(25, 4.0, 10.0, 1000)
+    row = Row.whole(10.0)
+
+    def rows(count: int) -> RowLengths:
+        return RowLengths.of([10] * count, [10] * count)
+
+    assert Extent.of(training, rows(36)) == Extent(10, 7.2, row, 720)
+    assert Extent.of(training, rows(4)) == Extent(10, 4.0, row, 400)
+    assert Extent.of(training, rows(16)) == Extent(10, 8.0, row, 800)
+    assert Extent.of(training) == Extent(10, 8.0, Row.whole(training.max_length), 80 * training.max_length)
+    assert Extent.of(replace(training, max_tokens=1000), rows(4)) == Extent(25, 4.0, row, 1000)
 
 
 def test_one_look_tells_each_configuration_what_it_would_be_told_alone() -> None:
