@@ -122,7 +122,7 @@ def peak_beside(record: RunRecord, fit: Fit) -> bool | None:
 
 def _seconds_saved(refusals: Sequence[Refusal], records: Sequence[RunRecord]) -> float | None:
     rates = [rate for record in records if (rate := achieved_flops_per_second(record)) is not None]
-    rate = statistics.geometric_mean(rates) if rates else None
+    rate = statistics.harmonic_mean(rates) if rates else None
     seconds = [
         refusal.train_flops / rate if rate and refusal.train_flops else refusal.train_seconds for refusal in refusals
     ]

@@ -24,8 +24,8 @@ from qlora_exp.records import Environment, RunRecord, Status
 CALIBRATED_SHARE = (0.2, 0.45, 0.9)
 """Of the calibration's rate, what a training reaches: low, middle, high. The calibration multiplies matrices; a step
 also has element-wise work, an optimizer and the trainer's own. Assumed, not measured: docs/plan_accuracy.md."""
-T_90 = (math.nan, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
-"""Student's t, 95 % one-sided, by degrees of freedom; 1.7 above."""
+T_95 = (math.nan, 6.3138, 2.9200, 2.3534)
+"""Student's t, 95 % one-sided, by degrees of freedom: those that :func:`t_95`'s series isn't right for."""
 
 
 @dataclass(frozen=True)
@@ -197,19 +197,14 @@ def seen_of(
 
 
 def _rate(records: Iterable[RunRecord], machine: str, quantization: str, steps: int | None) -> Rate | None:
-    """The geometric mean of what trainings of one base reached on ``machine``, and an interval for one more over the
-    logarithms of their rates, as :func:`_half` has it. ``None`` of none."""
+    """What trainings of one base reached on ``machine``: the harmonic mean, by which many take together what they are
+    told to (seconds are one over a rate), and an interval for one more over the logarithms of their rates, as
+    :func:`_half` has it. ``None`` of none."""
     rates = [rate for record in records if (rate := achieved_flops_per_second(record, steps)) is not None]
     if not rates:
         return None
-    mean, (half, words) = statistics.fmean(map(math.log, rates)), _half(rates)
-    speed = Interval(
-        math.exp(mean - half),
-        math.exp(mean),
-        math.exp(mean + half),
-        f"{len(rates)} training{'s' if len(rates) > 1 else ''} of this base here, {words}",
-    )
-    return Rate(speed, machine, quantization)
+    basis = f"{len(rates)} training{'s' if len(rates) > 1 else ''} of this base here"
+    return Rate(_for_one_more(rates, statistics.harmonic_mean(rates), basis), machine, quantization)
 
 
 def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> tuple[Interval | None, float | None]:
@@ -226,11 +221,9 @@ def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> t
     if not parts:
         return None, None
     seconds = [before + after for before, after in parts]
-    middle, (half, words) = statistics.fmean(seconds), _half(seconds)
-    centre = math.exp(statistics.fmean(map(math.log, seconds)))
-    low, high = min(centre / math.exp(half), middle), max(centre * math.exp(half), middle)
-    basis = f"{len(seconds)} run{'s' if len(seconds) > 1 else ''} like it here, {words}"
-    return Interval(low, middle, high, basis), statistics.fmean(before for before, _ in parts)
+    basis = f"{len(seconds)} run{'s' if len(seconds) > 1 else ''} like it here"
+    told = _for_one_more(seconds, statistics.fmean(seconds), basis)
+    return told, statistics.fmean(before for before, _ in parts)
 
 
 def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
@@ -253,16 +246,39 @@ TOO_SHORT = 10
 """A training of so many times fewer steps than the one to come was mostly its start."""
 
 
+def _for_one_more(values: Sequence[float], middle: float, basis: str) -> Interval:
+    """The interval for one more of ``values`` around their geometric mean, as :func:`_half` has it. ``middle``, another
+    mean of them, lies in it."""
+    centre, (half, words) = statistics.fmean(map(math.log, values)), _half(values)
+    low, high = min(math.exp(centre - half), middle), max(math.exp(centre + half), middle)
+    return Interval(low, middle, high, f"{basis}, {words}")
+
+
 def _half(values: Sequence[float]) -> tuple[float, str]:
     """Half the width of an interval for one more, over the logarithms of ``values``, and what it is in words."""
     count = len(values)
     if count == 1:
         return math.log(2.0), "a factor of 2 either way, which is a guess"
-    t = T_90[count - 1] if count <= len(T_90) else 1.7
-    half = t * statistics.stdev(map(math.log, values)) * math.sqrt(1 + 1 / count)
+    half = t_95(count - 1) * statistics.stdev(map(math.log, values)) * math.sqrt(1 + 1 / count)
     if half > MOST:
         return MOST, "a factor of 4 either way, to which the 90 % interval for one more is cut"
     return half, "90 % interval for one more"
+
+
+def t_95(degrees: int) -> float:
+    """Student's t, 95 % one-sided, with ``degrees`` of freedom, to 0.02 %; importing scipy for it would take longer
+    than a plan. Abramowitz & Stegun 1964, *Handbook of Mathematical Functions*, 26.7.5."""
+    if degrees < len(T_95):
+        return T_95[degrees]
+    z = statistics.NormalDist().inv_cdf(0.95)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / float(degrees) ** power for power, term in enumerate(terms))
 
 
 def _base(config: Mapping[str, Any]) -> tuple[Any, ...]:

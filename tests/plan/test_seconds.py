@@ -29,6 +29,7 @@ from qlora_exp.plan.seconds import (
     predicted_usd,
     rate_from_calibration,
     seen_of,
+    t_95,
     train_flops_per_token,
 )
 from qlora_exp.planning.devices import device_called
@@ -129,10 +130,11 @@ def test_trainings_of_the_same_base_tell_the_rate() -> None:
     several = seen(*(finished(rate) for rate in (9.0, 10.0, 10.0, 11.0))).rate
     assert several is not None
     speed = several.flops_per_second
-    assert speed.middle == pytest.approx((90.0 * 100 * 100 * 110) ** 0.25)
+    assert 1 / speed.middle == pytest.approx(statistics.fmean(1 / rate for rate in (90.0, 100.0, 100.0, 110.0)))
+    centre = (90.0 * 100 * 100 * 110) ** 0.25
     logs = [math.log(rate) for rate in (90.0, 100.0, 100.0, 110.0)]
-    half = 2.353 * statistics.stdev(logs) * (1 + 1 / 4) ** 0.5  # t with three degrees of freedom, 95 % one-sided
-    assert (speed.low, speed.high) == pytest.approx((speed.middle / math.exp(half), speed.middle * math.exp(half)))
+    half = 2.3534 * statistics.stdev(logs) * (1 + 1 / 4) ** 0.5  # t with three degrees of freedom, 95 % one-sided
+    assert (speed.low, speed.high) == pytest.approx((centre / math.exp(half), centre * math.exp(half)))
     assert speed.basis == "4 trainings of this base here, 90 % interval for one more"
     instruct = finished(1.0)
     instruct.config["model"] = {"family": "tiny", "variant": "instruct"}
@@ -179,6 +181,25 @@ def test_operations_that_an_earlier_version_counted_for_every_token_tell_no_rate
     record = finished(7.0)
     assert record.plan is not None
     assert seen(record.replace(plan=replace(record.plan, predicted_loss_tokens=None))).rate is None
+
+
+def test_many_trainings_take_together_what_they_were_told_to() -> None:
+    rates = (1.0, 2.0, 9.0)
+    told = seen(*(finished(rate) for rate in rates)).rate
+    assert told is not None
+    flops = 600.0
+    assert 3 * flops / told.flops_per_second.middle == pytest.approx(sum(flops / (10.0 * rate) for rate in rates))
+    one_slow = seen(*(finished(rate) for rate in (*[9.0] * 20, 0.01))).rate
+    assert one_slow is not None
+    speed = one_slow.flops_per_second
+    assert speed.low <= speed.middle <= speed.high
+
+
+def test_the_ends_of_an_interval_are_students() -> None:
+    from scipy.stats import t
+
+    for degrees in (*range(1, 31), 100, 499):
+        assert t_95(degrees) == pytest.approx(t.ppf(0.95, degrees), rel=2e-4), degrees
 
 
 def test_another_checkpoint_or_revision_is_another_base() -> None:
