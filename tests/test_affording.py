@@ -92,6 +92,12 @@ def test_a_budget_is_refused_by_the_calibrations_fastest_and_not_by_a_slow_run(
     write_json(OutputPaths.of("outputs").run("slow").record, slow)
     limited = [*SMALL, "budget.seconds=30"]
     assert main(["validate", *limited]) == 0
+    told = prepare(config, probe(config.training.device)).plan
+    assert told.train_flops_per_token is not None
+    assert told.predicted_train_tokens is not None
+    least = told.train_flops_per_token * told.predicted_train_tokens
+    write_json(rates_file(), {machine_of(here): {"fp32": least / 100.0}})
+    assert prepare(config, probe(config.training.device)).predicted.least_train_seconds == pytest.approx(100.0)
     write_json(rates_file(), {machine_of(here): {"fp32": 1e3}})
     capsys.readouterr()
     for verb in ("validate", "run"):

@@ -14,6 +14,7 @@ from qlora_exp.plan.batches import RowLengths
 from qlora_exp.plan.peak import Peak, predicted_peak
 from qlora_exp.plan.prices import price_of
 from qlora_exp.plan.seconds import (
+    CALIBRATED_SHARE,
     Extent,
     Interval,
     Rate,
@@ -33,7 +34,7 @@ class Predicted:
 
     plan: Plan
     least_train_seconds: float | None
-    """By this machine's calibration alone: earlier runs may have been slowed by something."""
+    """By this machine's calibration alone, at the whole of its rate: earlier runs may have been slowed by something."""
     before_seconds: float | None
     """What passes from loading on beside training and the last scoring, by runs like it."""
     extent: Extent
@@ -85,7 +86,8 @@ def predicted(
         usd_per_hour_from=price.source if price else None,
         predicted_other_seconds=seen.other.middle if seen.other else None,
     )
-    return Predicted(plan, calibrated.low if calibrated else None, seen.before, extent)
+    least = calibrated.low * CALIBRATED_SHARE[-1] if calibrated else None
+    return Predicted(plan, least, seen.before, extent)
 
 
 TIMES = (

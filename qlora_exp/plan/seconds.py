@@ -23,7 +23,8 @@ from qlora_exp.records import Environment, RunRecord, Status
 
 CALIBRATED_SHARE = (0.2, 0.45, 0.9)
 """Of the calibration's rate, what a training reaches: low, middle, high. The calibration multiplies matrices; a step
-also has element-wise work, an optimizer and the trainer's own. Assumed, not measured: docs/plan_accuracy.md."""
+also has element-wise work, an optimizer and the trainer's own. Assumed: tests/benchmarks/predicted_seconds.py fits it,
+and hasn't been run on an idle machine yet."""
 T_95 = (math.nan, 6.3138, 2.9200, 2.3534)
 """Student's t, 95 % one-sided, by degrees of freedom: those that :func:`t_95`'s series isn't right for."""
 
@@ -204,7 +205,7 @@ def _rate(records: Iterable[RunRecord], machine: str, quantization: str, steps: 
     if not rates:
         return None
     basis = f"{len(rates)} training{'s' if len(rates) > 1 else ''} of this base here"
-    return Rate(_for_one_more(rates, statistics.harmonic_mean(rates), basis), machine, quantization)
+    return Rate(for_one_more(rates, statistics.harmonic_mean(rates), basis), machine, quantization)
 
 
 def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> tuple[Interval | None, float | None]:
@@ -222,7 +223,7 @@ def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> t
         return None, None
     seconds = [before + after for before, after in parts]
     basis = f"{len(seconds)} run{'s' if len(seconds) > 1 else ''} like it here"
-    told = _for_one_more(seconds, statistics.fmean(seconds), basis)
+    told = for_one_more(seconds, statistics.fmean(seconds), basis)
     return told, statistics.fmean(before for before, _ in parts)
 
 
@@ -246,7 +247,7 @@ TOO_SHORT = 10
 """A training of so many times fewer steps than the one to come was mostly its start."""
 
 
-def _for_one_more(values: Sequence[float], middle: float, basis: str) -> Interval:
+def for_one_more(values: Sequence[float], middle: float, basis: str) -> Interval:
     """The interval for one more of ``values`` around their geometric mean, as :func:`_half` has it. ``middle``, another
     mean of them, lies in it."""
     centre, (half, words) = statistics.fmean(map(math.log, values)), _half(values)
