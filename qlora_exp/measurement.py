@@ -51,8 +51,8 @@ class Phase:
 
     seconds: float | None = None
     peak_bytes: int | None = None
-    resident_peak_bytes: int | None = None
-    """CPU: the resident peak itself, all that was resident at the phase's start included."""
+    anonymous_peak_bytes: int | None = None
+    """CPU: ``peak_bytes`` less what mapped files grew by: code at its first use, and weights read where they lie."""
     reserved_bytes: int | None = None
     energy_joules: float | None = None
 
@@ -75,6 +75,7 @@ class Meter:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started_with = self._start()
+        mapped = _status_bytes("RssFile")
         joules = energy_joules(self.device)
         clock = time.perf_counter()
         try:
@@ -85,8 +86,10 @@ class Meter:
             known.seconds = (known.seconds or 0.0) + time.perf_counter() - clock
             peak, reserved = self._peaks(started_with)
             known.peak_bytes = _highest(known.peak_bytes, peak)
-            if peak is not None and started_with is not None:
-                known.resident_peak_bytes = _highest(known.resident_peak_bytes, started_with + peak)
+            mapped_now = _status_bytes("RssFile")
+            if self.device != "cuda" and peak is not None and mapped is not None and mapped_now is not None:
+                anonymous = max(0, peak - max(0, mapped_now - mapped))
+                known.anonymous_peak_bytes = _highest(known.anonymous_peak_bytes, anonymous)
             known.reserved_bytes = _highest(known.reserved_bytes, reserved)
             spent = energy_joules(self.device)
             if joules is not None and spent is not None:

@@ -3,7 +3,9 @@ own."""
 
 from __future__ import annotations
 
+import mmap
 import platform
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +84,24 @@ def test_a_phases_peak_counts_what_an_earlier_phase_needed_and_freed_too() -> No
         peak = meter.of(phase).peak_bytes
         assert peak is not None
         assert 0.8 * wanted < peak < 1.2 * wanted, phase
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux tells files' pages apart")
+def test_what_a_phase_reads_of_mapped_files_is_no_memory_of_its_own(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1" * 80 * MEGABYTE)
+    meter = Meter("cpu")
+    with (
+        weights.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+        meter.phase("train"),
+    ):
+        made = b"2" * 40 * MEGABYTE
+        touched = sum(mapped[place] for place in range(0, len(mapped), mmap.PAGESIZE))
+    assert touched > 0
+    assert made
+    measured = meter.of("train")
+    assert measured.peak_bytes is not None
+    assert measured.anonymous_peak_bytes is not None
+    assert measured.peak_bytes > 115 * MEGABYTE
+    assert 0.9 * 40 * MEGABYTE < measured.anonymous_peak_bytes < 1.2 * 40 * MEGABYTE

@@ -101,12 +101,15 @@ def _memory(progress: Progress, trained: Trained | None) -> Memory:
 
 
 def _working_set(progress: Progress) -> int | None:
-    train = progress.meter.of("train")
+    """All that training needed. What a CPU's process had made before, for scoring or for MLflow, isn't part of it; what
+    of the model was there already is, mapped or not."""
+    train, weights = progress.meter.of("train"), progress.weights
     if progress.meter.device == "cuda":
         return train.peak_bytes
-    if train.resident_peak_bytes is None or progress.resident_bytes is None:
+    if train.anonymous_peak_bytes is None or weights is None:
         return None
-    return max(0, train.resident_peak_bytes - progress.resident_bytes)
+    held = weights.base_weight_bytes + weights.quantization_state_bytes + weights.adapter_bytes
+    return held + train.anonymous_peak_bytes
 
 
 def _speed(progress: Progress, trained: Trained | None) -> Speed:

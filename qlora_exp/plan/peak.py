@@ -1,8 +1,9 @@
 """The peak of training in memory, predicted: what is known exactly, and on top what forward keeps and the head needs.
 
-Two moments can be the highest. *At the head*, when backward begins: everything that forward kept is there, and the
+Three moments can be the highest. *At the head*, when backward begins: everything that forward kept is there, and the
 logits with their gradient. *In a layer*, with checkpointing: the layers' inputs, and one layer computed again. On a CPU
-the second leaves gaps in the heap that are still there at the first, one step later, so there they add up.
+the second leaves gaps in the heap that are still there at the first, one step later, so there they add up. *In the
+optimizer*, on CUDA: torch's own take all adapters at once, with a temporary of their size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qlora_exp.plan import adapter_dtype, compute_dtype, gradient_checkpointing,
 from qlora_exp.plan.activations import FLOAT32, HABITS, Habits, Kept, kept_per_token, written_out
 from qlora_exp.plan.architecture import Architecture, WeightShape
 from qlora_exp.plan.batches import RowLengths
-from qlora_exp.plan.weights import WIDTHS_OF, adapter_bytes, base_bytes
+from qlora_exp.plan.weights import WIDTHS_OF, adapter_bytes, base_bytes, temporaries_bytes
 
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 """TRL's fused head (``trl/kernels/chunked_logprob.py``) computes logits in tiles of so many tokens and words."""
@@ -37,7 +38,7 @@ class Heap:
     where the gap that a freed tensor leaves is a little too small for the next of its size."""
 
     code_bytes: float
-    """Code and data that the libraries load at first use, after imports, and Python's objects."""
+    """What the libraries make at first use, buffers of their threads, and Python's objects."""
     kernels_16_bit_bytes: float
     """What oneDNN compiles and keeps for the shapes of 16-bit multiplications."""
     gaps_layers: float
@@ -48,7 +49,7 @@ class Heap:
 
 
 PLAIN_HEAP = Heap(88e6, 0.0, 0.69, 0.0)
-JOINED_HEAP = Heap(25e6, 41e6, 0.24, 0.24)
+JOINED_HEAP = Heap(17e6, 26e6, 0.165, 0.165)
 """glibc as it is, and as :mod:`qlora_exp.heap` tells it to be. Fitted to the rows of llama, gpt2 and gpt_neox in
 docs/predicted_memory_plain.csv and docs/predicted_memory.csv: docs/plan_accuracy.md."""
 MAPPED_FROM_BYTES = 32 * 2**20
@@ -63,11 +64,11 @@ CUDA_FRAGMENTS = 0.05
 @dataclass(frozen=True)
 class Peak:
     """Bytes. ``peak_bytes`` is comparable with ``memory.train_working_set_bytes``: on CUDA what torch has allocated, on
-    a CPU what training adds to the process as it is after imports. ``needed_bytes`` is what the device must have free:
-    on CUDA also fragments and the context."""
+    a CPU what the base, its adapters and training take beside the process itself. ``needed_bytes`` is what the device
+    must have free: on CUDA also fragments and the context."""
 
     exact_bytes: int
-    """Base, quantization state, adapters, optimizer states; gradients too where the peak lies in backward."""
+    """Base, quantization state, adapters, optimizer states; gradients too where they are there at the peak."""
     activation_bytes: int
     logits_bytes: int
     dequantization_bytes: int
@@ -119,14 +120,17 @@ def predicted_peak(
     )
     logits = _logits(architecture, shape)
     unpacked = _unpacked(architecture, config, shape)
+    with_gradients = resting + adapters.gradient_bytes
     outer = shape.tokens * (kept.outside + (kept.inputs if shape.checkpointing else kept.layers))
     recomputed = shape.tokens * kept.layer * 2 if shape.checkpointing else 0.0
-    at_head = _Moment(resting, outer, logits, 0, 0)
-    in_layer = _Moment(resting + adapters.gradient_bytes, outer + recomputed, 0, unpacked, 0)
+    at_head = _Moment(with_gradients if shape.accumulates else resting, outer, logits, 0, 0)
+    in_layer = _Moment(with_gradients, outer + recomputed, 0, unpacked, 0)
+    in_optimizer = _Moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters), 0, 0, 0)
     if not shape.cuda:
         slack = _gaps(JOINED_HEAP if joined_heap else PLAIN_HEAP, architecture, shape, kept, logits)
         at_head, in_layer = replace(at_head, slack=slack), replace(in_layer, slack=slack)
-    return max((_peak(moment, shape) for moment in (at_head, in_layer)), key=lambda peak: peak.peak_bytes)
+    moments = (at_head, in_layer, in_optimizer) if shape.cuda else (at_head, in_layer)
+    return max((_peak(moment, shape) for moment in moments), key=lambda peak: peak.peak_bytes)
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ class _Shape:
     """Tokens that carry a loss, which alone get logits."""
     padded: bool
     checkpointing: bool
+    accumulates: bool
+    """A batch of several micro-batches: from the second on the gradients of those before are there."""
     cuda: bool
 
     @property
@@ -177,6 +183,7 @@ class _Shape:
             scored=_rounded_up(round(scored), logits_multiple),
             padded=differ,
             checkpointing=gradient_checkpointing(training.gradient_checkpointing, device_kind, architecture),
+            accumulates=training.batch_size > rows,
             cuda=device_kind == "cuda",
         )
 

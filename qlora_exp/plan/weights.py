@@ -156,6 +156,15 @@ _TORCH_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmspr
 """torch's optimizers keep so many numbers a parameter, in its dtype, and a step of four bytes a tensor."""
 
 
+_TAKE_ALL_AT_ONCE = {"adamw_torch", "adagrad", "rmsprop"}
+"""torch's optimizers that on CUDA make one temporary for all parameters together (``torch/optim``: ``foreach``)."""
+
+
+def temporaries_bytes(optimizer: str, adapters: AdapterBytes) -> int:
+    """What ``optimizer``'s step takes beside states and gradients on CUDA: the root of the second moments."""
+    return adapters.adapter_bytes if optimizer in _TAKE_ALL_AT_ONCE else 0
+
+
 def _bitsandbytes(name: str) -> tuple[int, bool]:
     """(numbers a parameter, whether they are kept in 8 bit)."""
     family = name.partition("_")[0]

@@ -219,7 +219,8 @@ class Memory:
     peak_train_reserved_bytes: int | None = None
     train_working_set_bytes: int | None = None
     """All that training needed at its peak, the base included: what ``plan.predicted_peak_train_bytes`` predicts. CUDA:
-    allocated bytes; CPU: the resident peak less ``resident_after_imports_bytes``."""
+    allocated bytes; CPU: base, quantization state and adapters, and the phase's resident peak above its start less what
+    mapped files grew by. ``None`` where the process had made a run before."""
     checkpoint_bytes: int | None = None
     host_reused: bool = False
     source: str | None = None

@@ -51,7 +51,8 @@ PROCESSES = {True: 2, False: 1}
 @dataclass(frozen=True)
 class Case:
     """One configuration: a random model of an ``architecture`` of transformers or of a family's published sizes. Rows
-    are ``length`` tokens long, or with ``ragged`` from half of that upwards."""
+    are ``length`` tokens long, or with ``ragged`` from half of that upwards; a batch has ``parts`` micro-batches; with
+    ``scored`` the untouched base is scored in the same process before."""
 
     architecture: str
     hidden: int
@@ -64,6 +65,8 @@ class Case:
     length: int
     checkpointing: bool = False
     ragged: bool = False
+    parts: int = 1
+    scored: bool = False
 
     @property
     def split(self) -> str:
@@ -134,6 +137,12 @@ CASES = (
     Case("gemma2", 384, 6, 16384, "bf16", 16, "all_linear", 2, 384),
     Case("smollm3", 512, 6, 4096, "fp32", 8, "all_linear", 4, 256, checkpointing=True),
     Case("olmo", 512, 4, 8192, "int8", 8, "mlp", 4, 256, ragged=True),
+    Case("llama", 512, 4, 8192, "nf4", 256, "all_linear", 8, 256, parts=4),
+    Case("qwen3", 512, 4, 8192, "nf4", 256, "all_linear", 8, 256, parts=4),
+    Case("smollm2_135m", 576, 30, 49152, "nf4", 256, "all_linear", 4, 256, parts=4),
+    Case("embedded", 192, 4, 4096, "nf4", 8, "all_linear", 16, 256, scored=True),
+    Case("phi3", 512, 4, 8192, "nf4", 8, "attention", 4, 256, scored=True),
+    Case("gpt_neox", 512, 4, 4096, "fp32", 16, "all_linear", 4, 256, scored=True),
 )
 
 
@@ -231,6 +240,16 @@ def write_rows(case: Case, path: Path) -> Path:
     return path
 
 
+def training(case: Case, joined: bool) -> list[str]:
+    return [
+        f"training.batch_size={case.batch}",
+        f"training.micro_batch_size={case.batch // case.parts}",
+        f"training.max_length={case.length}",
+        f"training.max_steps={STEPS[joined]}",
+        f"training.gradient_checkpointing={'on' if case.checkpointing else 'off'}",
+    ]
+
+
 def overrides(case: Case, folder: Path, joined: bool) -> list[str]:
     model = ["model=embedded"]
     if case.architecture != "embedded":
@@ -242,14 +261,11 @@ def overrides(case: Case, folder: Path, joined: bool) -> list[str]:
         f"targets={case.targets}",
         "task=local",
         f"task.path={write_rows(case, folder / 'rows.jsonl')}",
-        f"training.batch_size={case.batch}",
-        f"training.max_length={case.length}",
-        f"training.max_steps={STEPS[joined]}",
-        f"training.gradient_checkpointing={'on' if case.checkpointing else 'off'}",
+        *training(case, joined),
         "training.device=cpu",
-        "evaluation=quick",
-        "evaluation.before=false",
-        "evaluation.max_items=1",
+        *(["evaluation=default", "evaluation.generate=false"] if case.scored else ["evaluation=quick"]),
+        f"evaluation.before={str(case.scored).lower()}",
+        f"evaluation.max_items={32 if case.scored else 1}",
         "tracking=off",
         f"output_root={folder / 'outputs'}",
     ]
@@ -308,10 +324,7 @@ def predict(case: Case, joined: bool) -> Peak:
             f"quantization={case.quantization}",
             f"lora.r={case.r}",
             f"targets={case.targets}",
-            f"training.batch_size={case.batch}",
-            f"training.max_length={case.length}",
-            f"training.max_steps={STEPS[joined]}",
-            f"training.gradient_checkpointing={'on' if case.checkpointing else 'off'}",
+            *training(case, joined),
         ]
     )
     modules = resolve_targets(architecture, config.targets)
@@ -335,7 +348,7 @@ def read_rows(joined: bool) -> list[Row]:
 
 def _case(line: dict[str, str]) -> Case:
     kinds = {"int": int, "str": str, "bool": lambda text: text == "True"}
-    return Case(**{item.name: kinds[str(item.type)](line[item.name]) for item in fields(Case)})
+    return Case(**{item.name: kinds[str(item.type)](line[item.name]) for item in fields(Case) if item.name in line})
 
 
 def write_table(rows: Sequence[Row], joined: bool) -> None:

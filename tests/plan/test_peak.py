@@ -107,3 +107,25 @@ def test_checkpointing_and_smaller_batches_need_less_on_a_card() -> None:
     on = peak("cuda", "quantization=nf4", "training.gradient_checkpointing=on")
     half = peak("cuda", "quantization=nf4", "training.gradient_checkpointing=off", "training.micro_batch_size=8")
     assert on.peak_bytes < half.peak_bytes < off.peak_bytes
+
+
+def test_gradients_of_earlier_micro_batches_are_there_at_the_head_of_the_next() -> None:
+    given = ("quantization=fp32", "training.max_length=128")
+    whole = peak("cpu", *given, "training.batch_size=2", "training.micro_batch_size=2")
+    of_two = peak("cpu", *given, "training.batch_size=4", "training.micro_batch_size=2")
+    gradients = 4 * 6_815_744  # r = 8 on Llama 3.1 8B's attention, float32
+    assert of_two.peak_bytes - whole.peak_bytes == of_two.exact_bytes - whole.exact_bytes == gradients
+    assert whole.logits_bytes > 0
+
+
+def test_torchs_own_optimizers_take_one_more_copy_of_the_adapters_on_a_card() -> None:
+    short = ("quantization=nf4", "lora.r=256", "targets=all_linear", "training.max_length=16", "training.batch_size=1")
+    adapters = 4 * 671_088_640
+    foreach, fused = (
+        peak("cuda", *short, f"training.optimizer={name}") for name in ("adamw_torch", "adamw_torch_fused")
+    )
+    assert foreach.activation_bytes == adapters
+    assert foreach.exact_bytes - 4 * adapters == pytest.approx(5.7e9, rel=0.01)  # the base in nf4
+    assert fused.peak_bytes < foreach.peak_bytes
+    on_a_cpu = [peak("cpu", *short, f"training.optimizer={name}").peak_bytes for name in ("adamw_torch", "sgd")]
+    assert on_a_cpu[0] - on_a_cpu[1] == pytest.approx(2 * adapters, rel=1e-4)  # one tensor after the other there
