@@ -14,7 +14,16 @@ from qlora_exp.measurement import card_of
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.buying import Pace
 from qlora_exp.plan.prices import read_prices, usd_per_hour
-from qlora_exp.plan.seconds import Extent, Interval, Rate, Seen, predicted_seconds, predicted_usd, seen_of
+from qlora_exp.plan.seconds import (
+    CALIBRATED_SHARE,
+    Extent,
+    Interval,
+    Rate,
+    Seen,
+    predicted_seconds,
+    predicted_usd,
+    seen_of,
+)
 from qlora_exp.planning.devices import PlanDevice
 from qlora_exp.planning.rows import PlannedRows
 from qlora_exp.records import Environment, RunRecord
@@ -68,15 +77,15 @@ class Cashier:
         def by(rate: Rate | None) -> Interval | None:
             return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
 
-        seconds = by(seen.rate or calibrated)
-        fastest = seconds if seen.rate is None else by(calibrated)
+        seconds, whole_rate = by(seen.rate or calibrated), by(calibrated)
+        least = whole_rate.low * CALIBRATED_SHARE[-1] if whole_rate else None
         hourly = config.budget.usd_per_hour
         if hourly is None:
             hourly = usd_per_hour(device.kind, device.card, self._prices)
         usd = predicted_usd(seconds.plus(seen.other) if seconds else None, hourly)
         paid = Payment(extent.steps, extent.tokens, *_told(seconds), *_told(seen.other), *_told(usd))
         shortest = float(rows.lengths.shortest_tokens) if rows else 1.0
-        return paid, Pace(extent, shortest, seconds, fastest.low if fastest else None, seen.before)
+        return paid, Pace(extent, shortest, seconds, least, seen.before)
 
     def _seen(self, config: Config, device: PlanDevice, steps: int) -> tuple[Seen, Rate | None]:
         """What ended runs say, and the machine's calibration."""

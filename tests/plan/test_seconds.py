@@ -257,7 +257,7 @@ def test_one_look_tells_each_configuration_what_it_would_be_told_alone() -> None
     short = short.replace(speed=replace(short.speed, steps=2, excluded_steps=1, train_tokens_per_second=50.0))
 
     def seconds(cashier: Cashier, config: Config) -> float | None:
-        return cashier.payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name]).seconds
+        return cashier.payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name])[0].seconds
 
     one = Cashier([short])
     assert [seconds(one, config) for config in both] == [seconds(Cashier([short]), config) for config in both]
@@ -272,7 +272,7 @@ def test_trials_on_warm_hosts_load_nothing(hosts: bool, isolation: str, told: fl
     config = compose(["quantization=nf4", "training.threads=1", f"workers.isolation={isolation}"])
     cold = finished(other=(20.0, 1.0, 1.0)).replace(config=to_plain(config), environment=replace(here, torch_threads=1))
     warm = cold.replace(speed=replace(cold.speed, load_seconds=0.0), memory=Memory(host_reused=True))
-    paid = Cashier([cold, warm], hosts).payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name])
+    paid, _ = Cashier([cold, warm], hosts).payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name])
     assert paid.other_seconds == pytest.approx(told)
 
 
@@ -289,7 +289,7 @@ def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made(
 
     def seconds(card: str | None, *given: RunRecord) -> tuple[float, float] | None:
         device = device_called(card) if card is not None else device_called("cuda")
-        return Cashier(given).payment(config, device, ONE_LAYER, [SHAPES[0].name]).seconds_interval
+        return Cashier(given).payment(config, device, ONE_LAYER, [SHAPES[0].name])[0].seconds_interval
 
     assert seconds("rtx4090", *records) == seconds("rtx4090", records[1])
     assert seconds(None, *records) == seconds("rtx4090", records[1])
