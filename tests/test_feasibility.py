@@ -225,7 +225,7 @@ def test_a_smaller_micro_batch_divides_the_batch() -> None:
 
 @pytest.mark.faults
 def test_a_batch_that_no_half_divides_is_still_trained_whole() -> None:
-    rule = MemoryRule(150_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=2)
+    rule = MemoryRule(90_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=2)
     record = execute(compose([*SMALL, "training.batch_size=15"]), memory=rule)
     assert record.plan is not None
     assert record.plan.micro_batch_size in (1, 5)
