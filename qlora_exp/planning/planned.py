@@ -31,7 +31,7 @@ Found = TypeVar("Found")
 @dataclass(frozen=True)
 class PlannedMemory:
     """Bytes by part. ``activation_bytes`` is whatever training needs at its peak beyond the other parts, which are
-    exact; on a CPU all of it is what training adds to a process as it is after imports."""
+    exact; on a CPU all of it is beside the process itself."""
 
     base_weight_bytes: int
     quantization_state_bytes: int
