@@ -29,7 +29,7 @@ PARTS = {
 """Part of :class:`PlannedMemory` → (letter in a bar, words)."""
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
 BEYOND_IMPORTS = (
-    "on a CPU a peak is what base, adapters and training take beside the process itself, of about "
+    "on a CPU a peak is what training takes beside the process as it is after imports, of about "
     f"{bytes_text(CPU_PROCESS_BYTES)}: these are counted, too, against a machine's memory and --fit SIZE, not against "
     "budget.memory_bytes"
 )
