@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qlora_exp.config import Quantization
 from qlora_exp.measurement import card_of
-from qlora_exp.plan.seconds import Rate, machine_of, rate_from_calibration
+from qlora_exp.plan.seconds import Rate, rate_from_calibration
+from qlora_exp.plan.seen import machine_of
 from qlora_exp.records import Environment, write_json
 
 MODES = tuple(mode for mode in Quantization if mode is not Quantization.fp4)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths
 from qlora_exp.plan.feasibility import Kin, kin_of, measured_of
-from qlora_exp.plan.seconds import achieved_flops_per_second
+from qlora_exp.plan.seen import achieved_flops_per_second
 from qlora_exp.records import Fit, Refusal, RunRecord, Status, read_record
 from qlora_exp.study.types import TrialRow
 from qlora_exp.tables import bytes_text

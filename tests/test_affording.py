@@ -17,7 +17,7 @@ from qlora_exp.one_run import Prepared, prepare
 from qlora_exp.one_run.affording import what_it_buys
 from qlora_exp.one_run.predicting import TIMES, as_first_told, row_lengths
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.seconds import machine_of
+from qlora_exp.plan.seen import machine_of
 from qlora_exp.records import SCHEMA_VERSION, RunRecord, Speed, Status, write_json
 
 SMALL = ["training.device=cpu", "training.threads=1", "quantization=fp32", "tracking=off", "training.max_steps=40"]

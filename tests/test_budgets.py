@@ -23,7 +23,7 @@ from qlora_exp.cli import main
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.history import read_runs
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.seconds import machine_of
+from qlora_exp.plan.seen import machine_of
 from qlora_exp.records import RunRecord, Status, write_json
 from qlora_exp.study import Study
 from qlora_exp.sweep import ask

@@ -15,7 +15,7 @@ from qlora_exp.doctor.checks import _neighbours
 from qlora_exp.doctor.rate import calibration, judged, judged_calibration, measured_flops_per_second
 from qlora_exp.doctor.sweep_disk import RECORD_BYTES, sweep_disk, trial_bytes
 from qlora_exp.environment import probe
-from qlora_exp.plan.seconds import machine_of
+from qlora_exp.plan.seen import machine_of
 from qlora_exp.records import write_json
 from qlora_exp.workers.devices import Gpu, GpuUser
 

@@ -13,7 +13,7 @@ from qlora_exp.config import ComputeDtype, Quantization, QuantizationConfig
 from qlora_exp.models.base import load_model, quiet_loading
 from qlora_exp.models.describe import architecture_of
 from qlora_exp.models.sources import ModelSource
-from qlora_exp.plan.seconds import Row, train_flops_per_token
+from qlora_exp.plan.operations import Row, train_flops_per_token
 
 SIZES = {"cpu": (512, 4, 4, 128), "cuda": (2048, 2, 16, 512)}
 """Hidden width, layers, rows, tokens a row: on a card enough work a kernel that it doesn't wait for its host (assumed:
@@ -27,11 +27,13 @@ def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: flo
     quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0)
     hidden, layers, rows, length = SIZES[device_kind]
     with tempfile.TemporaryDirectory() as folder, quiet_loading():
-        _llama(hidden, layers, length).save_pretrained(folder)
+        plain = _llama(hidden, layers, length)
+        plain.save_pretrained(folder)
         model = load_model(ModelSource("calibration", folder, None, None, True), quantization, "sdpa", device_kind)
     model.train()
     model.get_input_embeddings().register_forward_hook(_with_gradient)
-    flops = rows * length * train_flops_per_token(architecture_of(model), 0, Row.whole(length), False, fused_head=False)
+    architecture = architecture_of(plain)  # a quantized one's weights are packed: two to a byte in four bits
+    flops = rows * length * train_flops_per_token(architecture, 0, Row.whole(length), False, fused_head=False)
     tokens = torch.arange(rows * length, device=model.device).reshape(rows, length) % VOCABULARY
     _pass(model, tokens)
     steps, began = 0, time.perf_counter()

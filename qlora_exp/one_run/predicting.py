@@ -11,18 +11,11 @@ from qlora_exp.config import Config, to_plain
 from qlora_exp.data import Splits
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.batches import RowLengths
+from qlora_exp.plan.operations import Extent, train_flops_per_token
 from qlora_exp.plan.peak import Peak, predicted_peak
 from qlora_exp.plan.prices import price_of
-from qlora_exp.plan.seconds import (
-    CALIBRATED_SHARE,
-    Extent,
-    Interval,
-    Rate,
-    predicted_seconds,
-    predicted_usd,
-    seen_of,
-    train_flops_per_token,
-)
+from qlora_exp.plan.seconds import Interval, Rate, at_whole_rate, predicted_seconds, predicted_usd
+from qlora_exp.plan.seen import seen_of
 from qlora_exp.records import Environment, Plan, RunRecord
 from qlora_exp.redaction import redact
 
@@ -86,8 +79,7 @@ def predicted(
         usd_per_hour_from=price.source if price else None,
         predicted_other_seconds=seen.other.middle if seen.other else None,
     )
-    least = calibrated.low * CALIBRATED_SHARE[-1] if calibrated else None
-    return Predicted(plan, least, seen.before, extent)
+    return Predicted(plan, at_whole_rate(calibrated), seen.before, extent)
 
 
 TIMES = (

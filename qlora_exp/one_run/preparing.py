@@ -19,7 +19,7 @@ from qlora_exp.one_run.bases import Bases
 from qlora_exp.one_run.predicting import Predicted, lengths_of, predicted, row_lengths
 from qlora_exp.paths import OutputPaths
 from qlora_exp.plan import Architecture
-from qlora_exp.plan.seconds import Extent
+from qlora_exp.plan.operations import Extent
 from qlora_exp.records import Environment, Plan
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qlora_exp.errors import ConfigError
-from qlora_exp.plan.seconds import Extent, Interval
+from qlora_exp.plan.operations import Extent
+from qlora_exp.plan.seconds import Interval
 
 UNTIL = " until qlora-exp calibrate has measured this machine, or a run of this base in this mode has ended here"
 """Both with as many threads."""

@@ -13,17 +13,10 @@ from qlora_exp.environment import available_cores, probe_without_torch
 from qlora_exp.measurement import card_of
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.buying import Pace
+from qlora_exp.plan.operations import Extent
 from qlora_exp.plan.prices import read_prices, usd_per_hour
-from qlora_exp.plan.seconds import (
-    CALIBRATED_SHARE,
-    Extent,
-    Interval,
-    Rate,
-    Seen,
-    predicted_seconds,
-    predicted_usd,
-    seen_of,
-)
+from qlora_exp.plan.seconds import Interval, Rate, at_whole_rate, predicted_seconds, predicted_usd
+from qlora_exp.plan.seen import Seen, seen_of
 from qlora_exp.planning.devices import PlanDevice
 from qlora_exp.planning.rows import PlannedRows
 from qlora_exp.records import Environment, RunRecord
@@ -77,8 +70,8 @@ class Cashier:
         def by(rate: Rate | None) -> Interval | None:
             return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
 
-        seconds, whole_rate = by(seen.rate or calibrated), by(calibrated)
-        least = whole_rate.low * CALIBRATED_SHARE[-1] if whole_rate else None
+        seconds = by(seen.rate or calibrated)
+        least = at_whole_rate(by(calibrated))
         hourly = config.budget.usd_per_hour
         if hourly is None:
             hourly = usd_per_hour(device.kind, device.card, self._prices)

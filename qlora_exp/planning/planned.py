@@ -13,8 +13,8 @@ from qlora_exp.config import Config, DeviceChoice, ModelConfig, TargetsConfig
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.plan import Architecture, WeightShape, compute_dtype, int8_dora
 from qlora_exp.plan.buying import Bought, BuysNoStep, Pace, check_buys_a_step, steps_bought
+from qlora_exp.plan.operations import Extent
 from qlora_exp.plan.peak import predicted_peak
-from qlora_exp.plan.seconds import Extent
 from qlora_exp.plan.tables import known_architecture
 from qlora_exp.plan.targets import resolve_targets
 from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes

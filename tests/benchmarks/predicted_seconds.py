@@ -27,7 +27,8 @@ from predicted_memory import Case, overrides
 from qlora_exp import heap
 from qlora_exp.calibration import kept_flops_per_second, rates_file
 from qlora_exp.config import Quantization
-from qlora_exp.plan.seconds import Interval, Rate, for_one_more, rate_from_calibration, seen_of
+from qlora_exp.plan.seconds import Interval, Rate, rate_from_calibration
+from qlora_exp.plan.seen import for_one_more, seen_of
 from qlora_exp.records import RunRecord, Status, read_record
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "predicted_seconds.csv"

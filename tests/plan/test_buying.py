@@ -17,7 +17,7 @@ from qlora_exp.environment import probe, probe_without_torch
 from qlora_exp.one_run import prepare
 from qlora_exp.one_run.affording import what_it_buys
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.seconds import machine_of
+from qlora_exp.plan.seen import machine_of
 from qlora_exp.records import write_json
 from qlora_exp.study import Study
 from qlora_exp.sweep import ask

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,23 +16,13 @@ from qlora_exp.compose import compose
 from qlora_exp.config import Config, Quantization, to_plain
 from qlora_exp.environment import probe_without_torch
 from qlora_exp.errors import ConfigError
+from qlora_exp.models import rate
 from qlora_exp.plan import Architecture, WeightShape
 from qlora_exp.plan.batches import RowLengths
+from qlora_exp.plan.operations import Extent, Row, train_flops_per_token
 from qlora_exp.plan.prices import Price, price_of, read_prices, usd_per_hour
-from qlora_exp.plan.seconds import (
-    Extent,
-    Interval,
-    Rate,
-    Row,
-    Seen,
-    machine_of,
-    predicted_seconds,
-    predicted_usd,
-    rate_from_calibration,
-    seen_of,
-    t_95,
-    train_flops_per_token,
-)
+from qlora_exp.plan.seconds import Interval, Rate, predicted_seconds, predicted_usd, rate_from_calibration
+from qlora_exp.plan.seen import Seen, machine_of, seen_of, t_95
 from qlora_exp.planning.devices import device_called
 from qlora_exp.planning.paying import Cashier
 from qlora_exp.records import SCHEMA_VERSION, Memory, Plan, RunRecord, Speed, Spent, Status
@@ -309,6 +300,16 @@ def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytes
     assert calibration.known_rate(replace(here, torch_threads=7), Quantization.nf4) is None
     calibration.rates_file().write_text("{torn")
     assert calibration.known_rate(here, Quantization.nf4) is None
+
+
+def test_a_calibration_counts_the_same_operations_in_every_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that ticks once a look, rates differ by what is counted alone."""
+    monkeypatch.setitem(rate.SIZES, "cpu", (64, 1, 1, 8))
+    counted = {}
+    for mode in calibration.MODES:
+        monkeypatch.setattr("time.perf_counter", count().__next__)
+        counted[mode] = rate.measured_flops_per_second(mode, "cpu", seconds=1.0)
+    assert counted == dict.fromkeys(calibration.MODES, counted[Quantization.fp32])
 
 
 def test_the_shipped_prices_are_read_by_a_drivers_name() -> None:
