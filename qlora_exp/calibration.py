@@ -14,14 +14,16 @@ from qlora_exp.plan.seen import machine_of
 from qlora_exp.records import Environment, write_json
 
 MODES = tuple(mode for mode in Quantization if mode is not Quantization.fp4)
+COUNTING = 2
+"""How often what counts as an operation has changed, and one: rates that were counted otherwise are none."""
 SECONDS_A_MODE = 2.0
 """Five modes make ten seconds."""
 
 
 def rates_file() -> Path:
-    """``qlora-exp/rates.json`` in XDG_CACHE_HOME, or in ~/.cache: machine → mode → operations a second."""
+    """``qlora-exp/rates-COUNTING.json`` in XDG_CACHE_HOME, or in ~/.cache: machine → mode → operations a second."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "qlora-exp" / "rates.json"
+    return (Path(cache) if cache else Path.home() / ".cache") / "qlora-exp" / f"rates-{COUNTING}.json"
 
 
 def known_rate(environment: Environment, quantization: Quantization) -> Rate | None:

@@ -12,8 +12,9 @@ from qlora_exp.cli.arguments import Source, complete_overrides, complete_sweeps,
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qlora_exp.config import Config
     from qlora_exp.planning.devices import PlanDevice
-    from qlora_exp.planning.planned import PlannedRun
+    from qlora_exp.planning.planned import PlannedRun, Planner
     from qlora_exp.planning.points import Asked
     from qlora_exp.records import RunRecord
 
@@ -87,7 +88,7 @@ def plan(
 
     quiet_libraries()
     overrides, named = _overrides(source, arguments)
-    named = device if device is not None else named
+    named = _one_device(device, named)
     if named is None and fit in CARDS:
         named = fit
     chosen = device_called(named) if named is not None else None
@@ -105,6 +106,9 @@ def plan(
     planner = Planner(chosen, fit_bytes, _ended_runs(asked), counter, hosts=a_sweep)
     runs = [planner.plan(point) for point in asked.points]
     raise_all(planner.problems)
+    if fit is None:
+        planned = zip(runs, asked.points, strict=True)
+        _check_a_base_fits(planner, [point.config for run, point in planned if run.memory and point.config], chosen)
     if a_sweep:
         runs = _with_trials_bought(runs, asked)
     if html is not None:
@@ -124,6 +128,17 @@ def _alone(option: str, given: dict[str, bool]) -> None:
         raise ConfigError(what, f"{option} {other}", f"one call for {option}, another for {other}")
 
 
+def _one_device(option: str | None, override: str | None) -> str | None:
+    """Raises:
+    ConfigError: both are there, and differ."""
+    from qlora_exp.errors import ConfigError
+
+    if option is not None and override is not None and option != override:
+        what = f"a plan is for one device, not for both {option} and {override}"
+        raise ConfigError(what, f"--device {option} {DEVICE_KEY}{override}", "leave one of them out")
+    return option if option is not None else override
+
+
 def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[str], str | None]:
     """Overrides, a sweep's name among them as ``sweeps=NAME``, and the device that they name."""
     given = given_overrides(source, arguments)
@@ -140,6 +155,16 @@ def _ended_runs(asked: Asked) -> Sequence[RunRecord]:
 
     config = next((point.config for point in asked.points if point.config is not None), None)
     return EndedRuns(OutputPaths.of(config.output_root)).records() if config is not None else ()
+
+
+def _check_a_base_fits(planner: Planner, configs: Sequence[Config], device: PlanDevice | None) -> None:
+    """Of several bounds the largest counts; what has none fits as far as can be said here."""
+    from qlora_exp.planning.least import check_a_base_fits
+
+    bounds = [config.budget.memory_bytes for config in configs]
+    known = [bound for bound in bounds if bound is not None]
+    if len(known) == len(bounds):
+        check_a_base_fits(planner, configs, max(known, default=None), device)
 
 
 def _with_trials_bought(runs: Sequence[PlannedRun], asked: Asked) -> list[PlannedRun]:

@@ -87,6 +87,9 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or 
 
 def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
     """Configuration, plan, tokenizer and splits: all that is known before a weight is read."""
+    from dataclasses import replace
+
+    from qlora_exp import heap
     from qlora_exp.app import quiet_libraries, set_threads
     from qlora_exp.compose import compose
 
@@ -97,6 +100,8 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
     from qlora_exp.one_run import prepare
 
     environment = probe(config.training.device)
+    if environment.device.kind == "cpu":  # the heap of the process that will train, not of this one
+        environment = replace(environment, glibc_tunables=heap.tunables())
     return config, prepare(config, environment), environment
 
 

@@ -13,7 +13,7 @@ from qlora_exp.plan.operations import Extent, train_flops
 CALIBRATED_SHARE = (0.31, 0.52, 0.92)
 """Of the calibration's rate, what a training reaches: low, middle, high. The calibration multiplies matrices; a step
 also has element-wise work, an optimizer and the trainer's own. Fitted by tests/benchmarks/predicted_seconds.py to nine
-trainings on one thread of a CPU (the 90 % interval for one more); assumed for cards."""
+trainings on one thread of a CPU (the 90 % interval for one more); assumed for more threads, and for cards."""
 
 
 @dataclass(frozen=True)

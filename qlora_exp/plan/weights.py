@@ -3,7 +3,6 @@ optimizer states and what a checkpoint takes on disk. Counted as ``models.weight
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -117,7 +116,7 @@ def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: s
     return _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _adapter_bytes(layers: tuple[Adapted, ...], r: int, dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
     tensors = [tensor for layer in layers for tensor in _adapter_tensors(layer, r, dora, dtype)]
     size = sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in tensors)
@@ -188,11 +187,10 @@ def _adapter_tensors(layer: Adapted, r: int, dora: bool, dtype: str) -> list[tup
 
 def _safetensors_header(tensors: Sequence[tuple[str, Shape, str]]) -> int:
     """Bytes before the values: a length of 8 and a JSON text, filled up to a multiple of 8 with spaces."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    length, offset = len('{"__metadata__":{"format":"pt"}}'), 0
     for name, shape, kind in sorted(tensors, key=lambda tensor: (-WIDTHS[tensor[2]], tensor[0])):
         end = offset + math.prod(shape) * WIDTHS[kind]
-        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
+        sizes = ",".join(map(str, shape))
+        length += len(f',"{name}":{{"dtype":"{kind}","shape":[{sizes}],"data_offsets":[{offset},{end}]}}')
         offset = end
-    length = len(json.dumps(entries, separators=(",", ":")).encode())
     return 8 + math.ceil(length / 8) * 8

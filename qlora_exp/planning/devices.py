@@ -105,12 +105,13 @@ def size_bytes(text: str) -> int:
         return CARDS[text][0] * MIB
     found = SIZE.fullmatch(text)
     if not found:
-        raise ConfigError("a memory size is a number and a unit", f"--fit {text}", "e.g. --fit 24GB, or --fit rtx4090")
+        what = "a memory size is a number above 0 with a unit, or a card's name"
+        raise ConfigError(what, f"--fit {text}", f"e.g. --fit 24GB; {nearest(text, CARDS)}")
     number, unit = found.groups()
+    if float(number) == 0:
+        raise ConfigError("nothing fits into no memory", f"--fit {text}", "e.g. --fit 24GB")
     factor = UNITS.get(unit) or {name.upper(): value for name, value in UNITS.items()}.get(unit.upper())
     if factor is None:
         what = f"{unit!r} is no unit of memory" if unit else "the size has no unit"
         raise ConfigError(what, f"--fit {text}", f"e.g. --fit {number}GB; units: {', '.join(UNITS)}")
-    if float(number) == 0:
-        raise ConfigError("nothing fits into no memory", f"--fit {text}", "e.g. --fit 24GB")
     return round(float(number) * factor)

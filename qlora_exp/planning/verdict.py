@@ -50,7 +50,7 @@ def verdict_of(peak_bytes: int, exact_bytes: int, base_bytes: int, bound: Bound 
     if process:
         needs = f"needs {bytes_text(process + peak_bytes)} ({bytes_text(process)} after imports)"
     elif on_cpu:
-        needs = f"{needs} beyond imports"
+        needs = f"{needs} beyond what it has after imports,"
     told, left = f"{needs} of {bytes_text(bound.bound_bytes)}", bound.bound_bytes - process
     if base_bytes > left:
         return Verdict(False, False, f"{told}{f', the base alone {bytes_text(base_bytes)}' if left > 0 else ''}")

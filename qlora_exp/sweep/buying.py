@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_exp import compose
 from qlora_exp.budget import Account, Purse, budget_of, without_limits
-from qlora_exp.config import Config, Quantization
-from qlora_exp.errors import ConfigError, QloraExpError
+from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths
 from qlora_exp.planning.buying import Cost, by_rows, planned_cost, trials_of
 from qlora_exp.study.types import StudySpec
@@ -65,26 +64,13 @@ def _cost(runs: Sequence[PlannedRun] | None, account: Account) -> tuple[Cost | N
 def check_memory(asked: Asked) -> None:
     """Raises:
     ConfigError: no quantization of any base model of the search fits into ``budget.memory_bytes``."""
-    from qlora_exp.plan.weights import smallest_base
-    from qlora_exp.planning.devices import device_of
+    from qlora_exp.planning.least import check_a_base_fits
     from qlora_exp.planning.planned import Planner
 
     memory_bytes = budget_of(asked.config).memory_bytes
-    configs = [point.config for point in _points(asked.spec) or () if point.config is not None]
-    if memory_bytes is None or not configs:
-        return
-    planner = Planner()
-
-    def smallest(config: Config) -> tuple[Quantization, int]:
-        device = device_of(config)
-        return smallest_base(planner.architecture(config.model), config.quantization, device.kind, device.bf16)
-
-    different = {(repr(config.model), repr(config.quantization), config.training.device): config for config in configs}
-    mode, least = min(map(smallest, different.values()), key=lambda found: found[1])
-    if least > memory_bytes:
-        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
-        hint = f"a smaller model, or more than budget.memory_bytes={least}"
-        raise ConfigError(what, f"budget.memory_bytes = {memory_bytes}", hint)
+    if memory_bytes is not None:
+        configs = [point.config for point in _points(asked.spec) or () if point.config is not None]
+        check_a_base_fits(Planner(), configs, memory_bytes)
 
 
 def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | None:

@@ -180,8 +180,13 @@ def test_an_architecture_without_a_table_is_planned_and_nothing_else_is_said(tmp
         (("--device", "a100"), "a100_40gb"),
         (("--fit", "24XB"), "GiB"),
         (("--fit", "24"), "no unit"),
-        (("--fit", "much"), "a number and a unit"),
+        (("--fit", "much"), "a number above 0 with a unit"),
+        (("--fit", "rtx4091"), "rtx4090"),
         (("--fit", "0GB"), "nothing fits"),
+        (("--fit", "0"), "nothing fits"),
+        (("--device", "cpu", "plan.device=cuda"), "not for both cpu and cuda"),
+        (("budget.memory_bytes=1000",), "no quantization of this base fits"),
+        (("demo", "budget.memory_bytes=1000"), "no quantization of this base fits"),
         (("--fit", "1GB", "model=llama3_1_8b"), "the base alone"),
         (("modle=embedded",), "did you mean model"),
         (("rank_doublings",), "rank_doubling"),
@@ -232,10 +237,11 @@ def test_the_page_escapes_names_and_holds_every_row(tmp_path: Path, capsys: pyte
 
 def test_a_memory_budget_is_what_a_plan_must_fit_into(capsys: pytest.CaptureFixture[str]) -> None:
     given = ("model=llama3_1_8b", "quantization=nf4", "budget.memory_bytes=6000000000")
-    for device in ((), ("plan.device=rtx4090",), ("plan.device=cpu",)):
+    for device in ((), ("plan.device=rtx4090",)):
         [run] = planned(capsys, *given, *device)
         assert run["fits"] is False
         assert " of 6 GB" in run["reason"]
+    assert "takes 7.8 GB by itself" in refused(capsys, *given, "plan.device=cpu")
     [asked] = planned(capsys, *given, "plan.device=rtx4090", "lora.r=8", "budget.memory_bytes=20000000000")
     assert asked["fits"] is True
 
@@ -252,7 +258,7 @@ def test_time_and_money_are_known_once_the_machine_is_calibrated(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = ("model=llama3_1_8b", "lora.r=8,16", "plan.device=rtx4090", "budget.usd_per_hour=0.5")
     assert {run["seconds"] for run in planned(capsys, *asked)} == {None}
-    rates = tmp_path / "qlora-exp" / "rates.json"
+    rates = tmp_path / "qlora-exp" / "rates-2.json"
     rates.parent.mkdir()
     rates.write_text(json.dumps({"cuda, NVIDIA GeForce RTX 4090, 2.13.0": {"nf4": 1e14}}))
     for run in planned(capsys, *asked):
@@ -273,7 +279,7 @@ def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     from qlora_exp.planning.shown import costs
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rates = tmp_path / "qlora-exp" / "rates.json"
+    rates = tmp_path / "qlora-exp" / "rates-2.json"
     rates.parent.mkdir()
     rates.write_text(json.dumps({"cuda, NVIDIA GeForce RTX 4090, 2.13.0": {"nf4": 1e14}}))
     [point] = points_of(["model=llama3_1_8b"]).points

@@ -298,6 +298,10 @@ def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytes
     assert calibration.known_rate(here, Quantization.nf4) == rate_from_calibration(2e9, machine_of(here), "nf4")
     assert calibration.known_rate(here, Quantization.int8) is None
     assert calibration.known_rate(replace(here, torch_threads=7), Quantization.nf4) is None
+    monkeypatch.setattr(calibration, "COUNTING", calibration.COUNTING + 1)
+    assert calibration.known_rate(here, Quantization.nf4) is None
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calibration.rates_file().write_text("{torn")
     assert calibration.known_rate(here, Quantization.nf4) is None
 

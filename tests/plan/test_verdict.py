@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from qlora_exp import heap
 from qlora_exp.cli import main
 from qlora_exp.plan.feasibility import ERROR
 from qlora_exp.planning.devices import CPU_PROCESS_BYTES, device_called
 from qlora_exp.planning.planned import Planner
 from qlora_exp.planning.points import points_of
+from qlora_exp.tables import bytes_text
 
 ONE = ("lora.r=8", "quantization=fp32", "targets=attention", "training.max_length=64", "training.micro_batch_size=4")
 
@@ -68,7 +70,7 @@ def test_on_a_cpu_what_a_process_holds_after_imports_counts_against_the_whole_an
     assert "nothing fits" in capsys.readouterr().err
     [budgeted] = planned(capsys, *asked, "task.max_train_items=40", "budget.memory_bytes=300000000")
     assert budgeted["fits"] is True
-    assert "beyond imports" in budgeted["reason"]
+    assert "beyond what it has after imports" in budgeted["reason"]
     assert main(["plan", *asked]) == 0
     assert "process as it is after imports" in capsys.readouterr().out
 
@@ -83,3 +85,13 @@ def test_a_machine_must_hold_the_process_too() -> None:
     assert verdicts == [False, True]
     on_a_card = Planner(replace(device_called("cuda"), memory_bytes=whole)).plan(point)
     assert "after imports" not in on_a_card.reason
+
+
+def test_validate_holds_a_budget_against_the_process_that_will_train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(heap.VARIABLE, raising=False)  # as it has no word of its own on the heap
+    asked = ("model=embedded", "quantization=fp32", "task.max_train_items=40")
+    [run] = planned(capsys, *asked)
+    assert main(["validate", *asked, "budget.memory_bytes=20000000"]) == 2
+    assert f"predicted to need {bytes_text(run['memory']['peak_bytes'])} of 20 MB" in capsys.readouterr().err
