@@ -88,7 +88,7 @@ def check_rounds(tmp_path: Path, rounds: int, undisturbed: dict[tuple[str, ...],
 def test_a_sweep_killed_at_random_ends_like_an_undisturbed_one(
     tmp_path: Path, undisturbed: dict[tuple[str, ...], list[dict[str, str]]], kill_rounds: int | None
 ) -> None:
-    check_rounds(tmp_path, 5 if kill_rounds is None else kill_rounds, undisturbed)
+    check_rounds(tmp_path, 2 if kill_rounds is None else kill_rounds, undisturbed)
 
 
 @pytest.mark.faults
