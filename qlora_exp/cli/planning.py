@@ -159,7 +159,7 @@ def _ended_runs(asked: Asked) -> Sequence[RunRecord]:
 
 def _check_a_base_fits(planner: Planner, configs: Sequence[Config], device: PlanDevice | None) -> None:
     """Of several bounds the largest counts; what has none fits as far as can be said here."""
-    from qlora_exp.planning.least import check_a_base_fits
+    from qlora_exp.planning.base_fits import check_a_base_fits
 
     bounds = [config.budget.memory_bytes for config in configs]
     known = [bound for bound in bounds if bound is not None]

@@ -64,7 +64,7 @@ def _cost(runs: Sequence[PlannedRun] | None, account: Account) -> tuple[Cost | N
 def check_memory(asked: Asked) -> None:
     """Raises:
     ConfigError: no quantization of any base model of the search fits into ``budget.memory_bytes``."""
-    from qlora_exp.planning.least import check_a_base_fits
+    from qlora_exp.planning.base_fits import check_a_base_fits
     from qlora_exp.planning.planned import Planner
 
     memory_bytes = budget_of(asked.config).memory_bytes
