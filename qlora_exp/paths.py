@@ -133,6 +133,11 @@ class StudyPaths:
         """What the tracking store has of the study's parent run: its run id there, and whether all was delivered."""
         return self.folder / "tracking.json"
 
+    @property
+    def tracking_lock(self) -> Path:
+        """Held by the process that tells the tracking store of the study."""
+        return self.folder / "tracking.lock"
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -180,6 +185,11 @@ class RunPaths:
     def tracking_state(self) -> Path:
         """What the tracking store has of this run: its run id there, and whether all was delivered."""
         return self.folder / "tracking.json"
+
+    @property
+    def tracking_lock(self) -> Path:
+        """Held by the process that tells the tracking store of this run."""
+        return self.folder / ".tracking.lock"
 
     def items(self, moment: str, split: str) -> Path:
         """Per-item results (Parquet); ``moment`` is ``before``, ``after`` or ``few_shot_DRAW``."""

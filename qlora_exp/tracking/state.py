@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_exp.errors import RecordError
+from filelock import FileLock, Timeout
+
+from qlora_exp.errors import RecordError, TrackingError
 from qlora_exp.paths import RunPaths, StudyPaths
 from qlora_exp.records import from_dict, write_json
+
+LOCK_SECONDS = 60.0
+"""A delivery takes a few calls, and the time of its uploads; who waits longer leaves the rest to ``qlora-exp sync``."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,25 @@ def read_state(paths: RunPaths | StudyPaths) -> TrackingState | None:
 
 def write_state(paths: RunPaths | StudyPaths, state: TrackingState) -> None:
     write_json(paths.tracking_state, state)
+
+
+@contextlib.contextmanager
+def delivering(paths: RunPaths | StudyPaths) -> Iterator[None]:
+    """One process at a time tells a store of this run or study. Its host, an orchestrator whose sweep has ended and
+    ``qlora-exp sync`` may come at once, and a store has no way to say "make this run unless it is there"; nor does it
+    take the same new tag from two at a time.
+
+    Raises :class:`TrackingError` after a minute.
+    """
+    try:
+        with FileLock(paths.tracking_lock, timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise TrackingError(
+            f"another process has been delivering this for {LOCK_SECONDS:.0f} s",
+            str(paths.tracking_lock),
+            "qlora-exp sync tries again",
+        ) from None
 
 
 def record_digest(paths: RunPaths) -> str:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, RunTag, ViewType
 
@@ -22,7 +21,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import RunRecord, Status, from_dict, write_json
 from qlora_exp.tracking import study_view
 from qlora_exp.tracking.delivery import log_missing_params
-from qlora_exp.tracking.state import TrackingState, file_digest, read_state, write_state
+from qlora_exp.tracking.state import TrackingState, delivering, file_digest, read_state, write_state
 from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, reason
 from qlora_exp.tracking.study_view import StudyDefinition, StudySummary, TrialRow
 from qlora_exp.tracking.view import MLFLOW_STATUS, NOTE_TAG
@@ -32,9 +31,6 @@ FINISH_SECONDS = 60.0
 
 ANSWER_FILES = ("ladder.json", "report.html", "report.md", "runs.csv")
 """What rank doubling and ``qlora-exp report`` write into a study's folder."""
-
-LOCK_SECONDS = 60.0
-"""Making a parent run takes a call or two; the trials that start together wait for the first."""
 
 
 class StudyTracker:
@@ -172,24 +168,8 @@ def parent_run(store: Store, opened: OpenStore, output: OutputPaths, record: Run
     if definition is None:
         state = read_state(paths)
         return state.mlflow_run_id if state is not None and state.uri == store.shown_uri else None
-    return find_or_create_parent(store, opened, paths, definition)
-
-
-def find_or_create_parent(
-    store: Store, opened: OpenStore, paths: StudyPaths, definition: StudyDefinition
-) -> str | None:
-    """The parent's MLflow run id, kept in ``tracking.json``; ``None`` where a person has deleted it. Under a file
-    lock: trials that start together make one parent."""
-    paths.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(paths.folder / "tracking.lock", timeout=LOCK_SECONDS):
-        run_id, deleted = _find_parent(opened, definition)
-        if run_id is None and not deleted:
-            run_id = _create_parent(opened, definition)
-        state = read_state(paths)
-        told = (state.uri, state.experiment_id, state.mlflow_run_id) if state is not None else None
-        if told != (store.shown_uri, opened.experiment_id, run_id):
-            write_state(paths, TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id))
-    return run_id
+    with delivering(paths):  # trials that start together make one parent
+        return _find_or_create_parent(store, opened, paths, definition)
 
 
 def deliver_study(
@@ -199,9 +179,11 @@ def deliver_study(
     study that goes on is never delivered as a whole."""
     digest = study_digest(paths)
     with bounded_calls(store.timeout_seconds):
-        run_id = find_or_create_parent(store, opened, paths, definition)
+        with delivering(paths):
+            run_id = _find_or_create_parent(store, opened, paths, definition)
+            if run_id is not None:
+                _deliver(opened.client, run_id, definition, summary, read_answers(paths))
         if run_id is not None:
-            _deliver(opened.client, run_id, definition, summary, read_answers(paths))
             for file in (paths.folder / name for name in ANSWER_FILES):
                 if file.is_file():
                     opened.client.log_artifact(run_id, str(file))
@@ -246,6 +228,20 @@ def _deliver(
     best = study_view.best_yaml(definition, summary)
     if best is not None:
         client.log_text(run_id, best, "best.yaml")
+
+
+def _find_or_create_parent(
+    store: Store, opened: OpenStore, paths: StudyPaths, definition: StudyDefinition
+) -> str | None:
+    """The parent's MLflow run id, kept in ``tracking.json``; ``None`` where a person has deleted it."""
+    run_id, deleted = _find_parent(opened, definition)
+    if run_id is None and not deleted:
+        run_id = _create_parent(opened, definition)
+    state = read_state(paths)
+    told = (state.uri, state.experiment_id, state.mlflow_run_id) if state is not None else None
+    if told != (store.shown_uri, opened.experiment_id, run_id):
+        write_state(paths, TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id))
+    return run_id
 
 
 def _find_parent(opened: OpenStore, definition: StudyDefinition) -> tuple[str | None, bool]:

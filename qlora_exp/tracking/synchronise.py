@@ -127,9 +127,7 @@ class _Sync:
         return SyncReport(**{name: tuple(ids) for name, ids in found.items()}, studies=tuple(studies), failed=failed)
 
     def _one(self, record: RunRecord, paths: RunPaths) -> str:
-        from qlora_exp.tracking.delivery import deliver_all, find_or_create
-        from qlora_exp.tracking.state import TrackingState, read_state, record_digest, write_state
-        from qlora_exp.tracking.store import bounded_calls, reason
+        from qlora_exp.tracking.state import delivering
 
         if not record.status.ended:
             return "elsewhere" if record.process is not None and alive(record.process) is None else "running"
@@ -137,6 +135,14 @@ class _Sync:
         opened = self._open(store)
         if record.trial is not None:
             self._studies[store, record.trial.study] = None
+        with delivering(paths):
+            return self._deliver_one(record, paths, store, opened)
+
+    def _deliver_one(self, record: RunRecord, paths: RunPaths, store: Store, opened: OpenStore) -> str:
+        from qlora_exp.tracking.delivery import deliver_all, find_or_create
+        from qlora_exp.tracking.state import TrackingState, read_state, record_digest, write_state
+        from qlora_exp.tracking.store import bounded_calls, reason
+
         present = self._present[store]
         mlflow_run_id = present.get(record.run_id)
         if record.run_id in present and mlflow_run_id is None:

@@ -15,7 +15,7 @@ from qlora_exp.config import TrackingConfig
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import RunRecord
 from qlora_exp.tracking.delivery import adapter_files, deliver_all, deliver_curve, deliver_start, find_or_create
-from qlora_exp.tracking.state import TrackingState, record_digest, write_state
+from qlora_exp.tracking.state import TrackingState, delivering, record_digest, write_state
 from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, reason
 from qlora_exp.tracking.study import parent_run
 
@@ -153,7 +153,7 @@ class _Delivery(threading.Thread):
         if self.opened is None:
             self.opened = self._open(self._store)
         self._record = record
-        with bounded_calls(self._store.timeout_seconds):
+        with delivering(self._paths), bounded_calls(self._store.timeout_seconds):
             client = self.opened.client
             self._parent = self._parent or parent_run(self._store, self.opened, self._output, record)
             if self._state.mlflow_run_id is None:
@@ -174,7 +174,7 @@ class _Delivery(threading.Thread):
         if self.opened is None or self._record is None or self._state.mlflow_run_id is None:
             return
         try:
-            with bounded_calls(self._store.timeout_seconds):
+            with delivering(self._paths), bounded_calls(self._store.timeout_seconds):
                 deliver_curve(self.opened.client, self._state.mlflow_run_id, self._record, points)
         except Exception as error:  # as in run()
             self._save(error=f"a part of the curve: {reason(error)}")

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlflow
@@ -396,18 +396,36 @@ sys.exit(0 if tracker.finish(record) else 3)
 """
 
 
-def start_cold(output: OutputPaths, count: int) -> list[int]:
-    """Exit codes of so many processes that open the fresh store at once."""
-    here = str(Path(__file__).parent)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", START, str(output.root), here, f"made-up-{number}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
+DELIVER = """
+import sys
+from qlora_exp.config import TrackingConfig
+from qlora_exp.paths import OutputPaths
+from qlora_exp.records import Status, read_record
+from qlora_exp.tracking import Tracker, deliver_runs
+import qlora_exp.tracking.tracker
+output, how, run_ids = OutputPaths.of(sys.argv[1]), sys.argv[2], sys.argv[3:]
+for run_id in run_ids:
+    paths = output.run(run_id)
+    record = read_record(paths.record)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    if how == "sync":
+        deliver_runs(output, [run_id])
+    else:
+        tracker = Tracker(TrackingConfig(True, None, "qlora-exp", 60.0), output)
+        tracker.start(record.replace(status=Status.RUNNING, ended_at=None), paths)
+        assert tracker.finish(record)
+"""
+
+
+def started(script: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def let_go_together(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Each has told that it is ready and waits for a line."""
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -415,6 +433,26 @@ def start_cold(output: OutputPaths, count: int) -> list[int]:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
+
+
+def test_a_run_that_several_processes_deliver_at_once_is_one_mlflow_run(output: OutputPaths) -> None:
+    """Its own host, an orchestrator whose sweep has ended, ``qlora-exp sync`` in another terminal."""
+    run_ids = [f"made-up-{number}" for number in range(8)]
+    for run_id in run_ids:
+        synthetic.write_run(output, synthetic.completed(run_id), adapter=False)
+    processes = [started(DELIVER, str(output.root), how, *run_ids) for how in ("host", "host", "sync")]
+    for _ in run_ids:
+        let_go_together(processes)
+    assert [process.wait(timeout=300) for process in processes] == [0] * 3
+    assert sorted(run.data.tags[TAG] for run in runs_of(output)) == run_ids
+    assert all(state_of(output.run(run_id))["delivered"] for run_id in run_ids)
+
+
+def start_cold(output: OutputPaths, count: int) -> list[int]:
+    """Exit codes of so many processes that open the fresh store at once."""
+    here = str(Path(__file__).parent)
+    processes = [started(START, str(output.root), here, f"made-up-{number}") for number in range(count)]
+    let_go_together(processes)
     return [process.wait(timeout=300) for process in processes]
 
 
