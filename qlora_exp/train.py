@@ -305,6 +305,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         data_seed=config.seed,
         max_length=training.max_length,
         completion_only_loss=True,
+        router_aux_loss_coef=0.0,  # TRL adds it to both losses of whatever has experts; routers are frozen here
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
         pad_to_multiple_of=plan.length_multiple if plan.length_multiple > 1 else None,

@@ -77,6 +77,15 @@ def save_tiny_model(family: str, folder: Path, hidden: int = 64) -> Path:
             "max_position_embeddings": 512,
             "original_max_position_embeddings": 512,
         },
+        "mixtral": {
+            "hidden_size": hidden,
+            "intermediate_size": hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
     }[family]
     tokens = {
         "bos_token_id": tokenizer.eos_token_id,

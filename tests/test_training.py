@@ -388,6 +388,25 @@ def test_the_validation_loss_of_a_training_is_the_defined_one_whatever_the_batch
     assert shown["8"] == pytest.approx(scored.scores.loss, abs=1e-4)
 
 
+def test_a_base_with_experts_is_trained_and_scored_by_its_nats_alone(colour_task: Path, tmp_path: Path) -> None:
+    """TRL adds the router's loss to both losses and asks for it ever after; texts that are read in parts have none."""
+    from tests.conftest import save_tiny_model
+
+    config = configured(
+        save_tiny_model("mixtral", tmp_path / "experts"),
+        colour_task,
+        "quantization=fp32",
+        "training.learning_rate=1e-12",
+        "training.evaluate_every_steps=6",
+        "evaluation.max_items=12",
+    )
+    _, model = train_once(config, tmp_path / "run")
+    told = read_curve(RunPaths(tmp_path / "run").curve)[-1]["validation_loss"]
+    ready = prepare(config, environment.probe(config.training.device))
+    scored = evaluate_model(model, ready.tokenizer, ready.splits.validation, ready.splits, config)
+    assert told == pytest.approx(scored.scores.loss, abs=1e-4)
+
+
 def test_dora_over_int8_is_refused_where_the_device_turns_out_to_be_a_cpu() -> None:
     config = compose(["training.device=auto", "quantization=int8", "lora.dora=true"])
     with pytest.raises(ConfigError, match="int8"):

@@ -128,6 +128,8 @@ class CausalModel:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self._known:
             arguments["logits_to_keep"] = keep
+        if "output_router_logits" in self._known:  # their loss can't be had of a text that is read in parts
+            arguments["output_router_logits"] = False
         output = self._model(**arguments)
         return output.logits[:, -keep:].float(), getattr(output, "past_key_values", None)
 

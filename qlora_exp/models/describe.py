@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.sizes import check_given
 from qlora_exp.models.sources import ModelSource, check_config, model_config, reason, resolve_source, weight_files
-from qlora_exp.plan.architecture import AS_ASKED, DTYPES, Architecture, OtherTensor, WeightShape, Widths
+from qlora_exp.plan.architecture import AS_ASKED, DTYPES, Architecture, Experts, OtherTensor, WeightShape, Widths
 
 ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\d+D)?$")
@@ -123,6 +124,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         heads=int(getattr(text, "num_attention_heads", 0) or 0) or None,
         eager_alone=not model._supports_sdpa,
         others=tuple(_others(model)),
+        experts=tuple(_experts(model, int(getattr(text, "hidden_size", 0) or 0))),
     )
 
 
@@ -171,6 +173,34 @@ def _others(model: PreTrainedModel) -> Iterator[OtherTensor]:
     for name, buffer in model.named_buffers():
         if buffer.numel():
             yield OtherTensor(name, buffer.numel(), widths.of(name, buffer), buffer=True)
+
+
+def _experts(model: PreTrainedModel, hidden: int) -> Iterator[Experts]:
+    """Modules that hold all of a layer's experts as three-dimensional parameters, whichever way round these lie."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        weights = dict(module.named_parameters(recurse=False))
+        down, up = weights.get("down_proj"), weights.get("gate_up_proj", weights.get("up_proj"))
+        if down is None or up is None or down.ndim != 3 or not hidden:
+            continue
+        count = down.shape[0]
+        routed = len(inspect.signature(module.forward).parameters) > 1  # Llama 4's compute all tokens, most times zero
+        per_token = _experts_per_token(model, modules[name.rpartition(".")[0]]) if routed else None
+        yield Experts(
+            name=name,
+            count=count,
+            per_token=per_token or count,
+            intermediate=down.numel() // (count * hidden),
+            gated=up.numel() >= 2 * down.numel(),
+        )
+
+
+def _experts_per_token(model: PreTrainedModel, block: nn.Module) -> int | None:
+    """As the router beside the experts has it, else the configuration."""
+    told = [getattr(module, "top_k", None) for module in block.modules()]
+    text = model.config.get_text_config()
+    told += [getattr(text, key, None) for key in ("num_experts_per_tok", "moe_topk", "moe_k")]
+    return next((number for number in told if isinstance(number, int) and number > 0), None)
 
 
 def _kept_from_quantization(model: PreTrainedModel) -> list[str]:

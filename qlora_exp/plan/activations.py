@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from qlora_exp.plan.architecture import Architecture, OtherTensor, WeightShape
+from qlora_exp.plan.architecture import Architecture, Experts, OtherTensor, WeightShape
 from qlora_exp.plan.targets import feeds
 
 FLOAT32 = 4
@@ -33,6 +33,8 @@ class Habits:
     """Attention and feed-forward read the same residual stream, side by side."""
     activation_copies: int = 1
     """Tensors of the intermediate width that the activation keeps; 4 for ``gelu_new``, written out in Python."""
+    activation_mask: bool = False
+    """The activation keeps which of its inputs are positive, a byte each (xIELU)."""
     keeps_output: bool = False
     """The activation keeps its output (ReLU), which is the next layer's input too."""
     dropout: bool = False
@@ -41,18 +43,49 @@ class Habits:
     """On CPUs, attention with dropout takes torch's plain path, which keeps the scores."""
     softcaps: bool = False
     """Scores of attention and logits go through tanh (Gemma 2), which keeps what it made."""
+    wide_scores: bool = False
+    """Attention that is written out multiplies queries and keys in float32."""
+    partly_rotary: bool = False
+    """A part of each head is turned: queries are put together anew, and attention's output, laid out as they are, is
+    copied on CPUs before the projection reads it."""
+    bare_norms: int = 0
+    """Norms without weights, which shapes don't show."""
+    norm_copies: int = 1
+    """Copies of its input that a norm keeps; 2 where it is a layer norm written out in Python."""
+    expert_copies: int = 3
+    """Of a gated expert's intermediate width."""
+    gates_shared: bool = False
+    """The output of the expert that all tokens pass through is multiplied by a gate of its own, and kept for that."""
     one_head: bool = False
     """Keys and values may be those of a single head, broadcast to all (Falcon's ``multi_query``), for which CPUs take
     the plain path too."""
 
 
 HABITS = {
-    "gpt2": Habits(rotary=False, activation_copies=4, dropout=True, attention_dropout=True),
-    "gpt_neox": Habits(shared_input=True),
+    "apertus": Habits(activation_copies=3, activation_mask=True),
+    "biogpt": Habits(rotary=False, dropout=True, attention_dropout=True),
+    "codegen": Habits(shared_input=True, activation_copies=4, wide_scores=True),
+    "cohere": Habits(shared_input=True, norm_copies=2),
+    "cohere2": Habits(shared_input=True, norm_copies=2),
     "falcon": Habits(shared_input=True, one_head=True),
     "gemma2": Habits(softcaps=True),
-    "vaultgemma": Habits(softcaps=True),
+    "glm": Habits(partly_rotary=True),
+    "glm4": Habits(partly_rotary=True),
+    "gpt2": Habits(rotary=False, activation_copies=4, dropout=True, attention_dropout=True),
+    "gpt_bigcode": Habits(rotary=False, dropout=True, attention_dropout=True),
+    "gpt_neo": Habits(rotary=False, activation_copies=4, wide_scores=True),
+    "gpt_neox": Habits(shared_input=True),
+    "gpt_oss": Habits(expert_copies=6),
+    "gptj": Habits(shared_input=True, activation_copies=4, wide_scores=True),
+    "nemotron": Habits(partly_rotary=True),
+    "olmo": Habits(bare_norms=2),
     "opt": Habits(rotary=False, keeps_output=True, dropout=True),
+    "phi": Habits(shared_input=True, activation_copies=4, partly_rotary=True),
+    "qwen2_moe": Habits(gates_shared=True),
+    "seed_oss": Habits(dropout=True, attention_dropout=True),
+    "stablelm": Habits(partly_rotary=True),
+    "vaultgemma": Habits(softcaps=True),
+    "xglm": Habits(rotary=False, dropout=True, attention_dropout=True),
 }
 """Every other architecture is taken to be built as Llama is; what shapes tell (gated or not, fused projections, norms
 of queries and keys, the number and kind of norms) is read from the shapes."""
@@ -82,6 +115,8 @@ class Layer:
     normed_heads: bool
     heads: int
     habits: Habits
+    experts: tuple[int, int, bool] = (0, 0, False)
+    """How many a token passes through, the intermediate width of one, and whether it has a gate."""
 
     @property
     def multi_query(self) -> bool:
@@ -159,15 +194,18 @@ def layers_of(architecture: Architecture) -> tuple[tuple[Layer, tuple[WeightShap
     grouped: dict[str, list[WeightShape]] = {}
     for shape in architecture.weights:
         place = LAYER_PLACE.match(shape.name)
-        if place and shape.role != "other":
+        if place:
             grouped.setdefault(place[0], []).append(shape)
     norms: dict[str, list[OtherTensor]] = {}
     for tensor in architecture.others:
         place = LAYER_PLACE.match(tensor.name)
         if place and not tensor.buffer:
             norms.setdefault(place[0], []).append(tensor)
+    experts = {place[0]: one for one in architecture.experts if (place := LAYER_PLACE.match(one.name))}
     return tuple(
-        (_layer(architecture, shapes, norms.get(place, [])), tuple(shapes)) for place, shapes in grouped.items()
+        (_layer(architecture, shapes, norms.get(place, []), experts.get(place)), tuple(shapes))
+        for place, shapes in grouped.items()
+        if any(shape.role != "other" for shape in shapes)
     )
 
 
@@ -182,7 +220,9 @@ def _kinds(architecture: Architecture) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _layer(architecture: Architecture, shapes: Sequence[WeightShape], others: Sequence[OtherTensor]) -> Layer:
+def _layer(
+    architecture: Architecture, shapes: Sequence[WeightShape], others: Sequence[OtherTensor], experts: Experts | None
+) -> Layer:
     hidden = architecture.hidden_size
     attention = [shape for shape in shapes if shape.role == "attention"]
     entering = [shape for shape in attention if feeds(shape.name)]
@@ -194,7 +234,9 @@ def _layer(architecture: Architecture, shapes: Sequence[WeightShape], others: Se
     intermediate = sum(shape.in_features for shape in down)
     up = sum(shape.out_features for shape in shapes if shape.role == "mlp" and shape not in down)
     weights = [other for other in others if other.name.endswith("weight")]
+    of_heads = [other for other in weights if feeds(other.name)]
     biases = [other for other in others if other.name.endswith("bias")]
+    habits = HABITS.get(architecture.model_type, Habits())
     return Layer(
         hidden=hidden,
         query=query,
@@ -202,11 +244,12 @@ def _layer(architecture: Architecture, shapes: Sequence[WeightShape], others: Se
         fused=fused,
         intermediate=intermediate,
         gated=up >= 2 * intermediate > 0,
-        norms=max(1, sum(other.elements == hidden for other in weights)),
+        norms=habits.bare_norms or max(1, sum(other.elements == hidden for other in weights if other not in of_heads)),
         norm_upcasts=not biases,
-        normed_heads=any(feeds(other.name) for other in weights if other.elements < hidden),
+        normed_heads=bool(of_heads),
         heads=architecture.heads or max(1, query // USUAL_HEAD),
-        habits=HABITS.get(architecture.model_type, Habits()),
+        habits=habits,
+        experts=(experts.per_token, experts.intermediate, experts.gated) if experts else (0, 0, False),
     )
 
 
@@ -229,7 +272,7 @@ def _layer_bytes(
 
 
 def _norm_bytes(layer: Layer, setting: _Setting) -> float:
-    return layer.hidden * (FLOAT32 if layer.norm_upcasts else setting.compute_bytes)
+    return layer.habits.norm_copies * layer.hidden * (FLOAT32 if layer.norm_upcasts else setting.compute_bytes)
 
 
 def _norms(layer: Layer, setting: _Setting) -> float:
@@ -243,9 +286,10 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     """Queries, keys, values, output, the scores' logarithmic sums, and the mask as numbers (a copy a layer). With a
     mask, shared keys and values are repeated for each head. A fused projection is kept whole by its values' view."""
     width, query, key_value = setting.compute_bytes, layer.query, layer.key_value
-    normed = (query + key_value) * FLOAT32 if layer.normed_heads else 0
+    normed = (query + key_value) * FLOAT32 if layer.normed_heads and not layer.fused else 0
     if setting.eager:
-        return 3 * query * width + normed + _score_bytes(layer, width) * layer.heads * setting.length
+        wide = 2 * query * (FLOAT32 - width) if layer.habits.wide_scores else 0
+        return 3 * query * width + wide + normed + _score_bytes(layer, width) * layer.heads * setting.length
     if not setting.cuda and (layer.habits.attention_dropout or layer.multi_query):
         scores = 3 if layer.habits.attention_dropout else 1
         return FLOAT32 * (3 * query + scores * layer.heads * setting.length)
@@ -269,8 +313,14 @@ def _score_bytes(layer: Layer, width: int) -> int:
 
 
 def _feed_forward(layer: Layer, setting: _Setting) -> float:
-    """Gated: the gate before and after its activation, and what it multiplies; else what the activation keeps."""
-    return layer.intermediate * setting.compute_bytes * (3 if layer.gated else layer.habits.activation_copies)
+    """Gated: the gate before and after its activation, and what it multiplies; else what the activation keeps. Of the
+    experts that a token passes through the same, and their outputs, which the router's weights multiply."""
+    copies = layer.habits.activation_copies
+    per_token, width, gated = layer.experts
+    routed = per_token * (width * (layer.habits.expert_copies if gated else copies) + layer.hidden)
+    shared = layer.hidden if layer.habits.gates_shared else 0
+    mask = layer.intermediate if layer.habits.activation_mask else 0
+    return setting.compute_bytes * (layer.intermediate * (3 if layer.gated else copies) + routed + shared) + mask
 
 
 def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting) -> float:
@@ -313,4 +363,5 @@ def _output_is_kept(layer: Layer, setting: _Setting) -> bool:
     otherwise in memory, and it is copied."""
     if setting.eager:
         return False
-    return setting.cuda or not (layer.fused or layer.habits.attention_dropout or layer.multi_query)
+    copied = layer.fused or layer.habits.attention_dropout or layer.multi_query or layer.habits.partly_rotary
+    return setting.cuda or not copied

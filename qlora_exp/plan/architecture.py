@@ -40,6 +40,18 @@ class OtherTensor:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A layer's experts, whose weights are three-dimensional parameters (:class:`OtherTensor`): how many there are, how
+    many of them a token passes through, and the width of each between its two projections. ``gated``: it has a gate."""
+
+    name: str
+    count: int
+    per_token: int
+    intermediate: int
+    gated: bool = True
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What a model is made of, known without its weights. ``weights`` lists every linear layer but the output head,
     ``others`` every other tensor."""
@@ -58,6 +70,7 @@ class Architecture:
     eager_alone: bool = False
     """transformers has its attention written out in Python only, no scaled_dot_product_attention."""
     others: tuple[OtherTensor, ...] = ()
+    experts: tuple[Experts, ...] = ()
 
     def __hash__(self) -> int:
         """By few fields: what is worked out for an architecture is looked up for every configuration of a plan."""

@@ -39,13 +39,16 @@ def train_flops_per_token(
 ) -> float:
     """Operations to train one unpadded token of rows like ``row``.
 
-    For each padded token 2N forward and 2N backward (N: weights of linear layers and adapters; not of the embedding
-    table), 2N more where layers are computed again, and 2 per adapter parameter for its own gradient. Attention: 4 per
-    width of the queries and position forward, 8 backward, over the half of the positions that a causal mask leaves. For
-    each scored token 4 per weight of the head, and 2 more where TRL's fused head computes its logits again.
+    For each padded token 2N forward and 2N backward (N: weights of linear layers and adapters, of experts those that a
+    token passes through; not of the embedding table), 2N more where layers are computed again, and 2 per adapter
+    parameter for its own gradient. Attention: 4 per width of the queries and position forward, 8 backward, over the
+    half of the positions that a causal mask leaves. For each scored token 4 per weight of the head, and 2 more where
+    TRL's fused head computes its logits again.
     """
+    width = architecture.hidden_size
     layers = sum(shape.in_features * shape.out_features for shape in architecture.weights)
-    head = architecture.vocabulary_size * architecture.hidden_size
+    layers += sum(one.per_token * one.intermediate * width * (3 if one.gated else 2) for one in architecture.experts)
+    head = architecture.vocabulary_size * width
     attention = sum(layer.query for layer, _ in layers_of(architecture)) * row.padded / 2
     passes = 6.0 if recomputed else 4.0
     in_layers = passes * layers + (passes + 2.0) * adapter_parameters + (2 * passes + 4.0) * attention

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_exp.config import ModelConfig
-from qlora_exp.plan.architecture import Architecture, OtherTensor, WeightShape
+from qlora_exp.plan.architecture import Architecture, Experts, OtherTensor, WeightShape
 
 FOLDER = Path(__file__).resolve().parent / "architectures"
 SCALARS = ("model_type", "total_parameters", "output_head", "layers", "hidden_size", "vocabulary_size", "heads")
 INDEX = re.compile(r"\.(\d+)\.")
 
-Tensor = TypeVar("Tensor", WeightShape, OtherTensor)
+Tensor = TypeVar("Tensor", WeightShape, OtherTensor, Experts)
 
 
 def known_architecture(model: ModelConfig) -> Architecture | None:
@@ -48,6 +48,7 @@ def to_table(architecture: Architecture, positions: Mapping[str, int | None]) ->
         },
         "weights": list(_folded(architecture.weights)),
         "others": list(_folded(architecture.others)),
+        **({"experts": list(_folded(architecture.experts))} if architecture.experts else {}),
     }
 
 
@@ -59,6 +60,7 @@ def from_table(table: Mapping[str, Any], checkpoint: str) -> Architecture:
         positions=table["positions"][checkpoint],
         weights=tuple(_unfolded(table["weights"], WeightShape)),
         others=tuple(_unfolded(table["others"], OtherTensor)),
+        experts=tuple(_unfolded(table.get("experts", ()), Experts)),
     )
 
 
@@ -73,7 +75,7 @@ def _read(family: str) -> dict[str, Any]:
     return table
 
 
-def _folded(tensors: Iterable[WeightShape | OtherTensor]) -> Iterator[dict[str, Any]]:
+def _folded(tensors: Iterable[WeightShape | OtherTensor | Experts]) -> Iterator[dict[str, Any]]:
     """Runs of equal layers as {"times": n, "first": number of the first, "tensors": […]}, ``*`` for the number."""
     layers: list[tuple[int, list[dict[str, Any]]]] = []
     for index, group in itertools.groupby(tensors, key=_index):
@@ -98,13 +100,13 @@ def _unfolded(runs: Iterable[Mapping[str, Any]], kind: type[Tensor]) -> Iterator
                 yield kind(**{**values, "name": entry["name"].replace(".*.", f".{index}.", 1)})
 
 
-def _index(tensor: WeightShape | OtherTensor) -> int:
+def _index(tensor: WeightShape | OtherTensor | Experts) -> int:
     """The number of the layer that it is in; -1 outside of all."""
     found = INDEX.search(tensor.name)
     return int(found[1]) if found else -1
 
 
-def _plain(tensor: WeightShape | OtherTensor) -> dict[str, Any]:
+def _plain(tensor: WeightShape | OtherTensor | Experts) -> dict[str, Any]:
     """Its fields, without those that are as they usually are."""
     usual = {field.name: field.default for field in dataclasses.fields(tensor)}
     fields = {key: value for key, value in dataclasses.asdict(tensor).items() if value != usual[key]}

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qlora_exp.checks import QUANTIZED
 from qlora_exp.config import Config, DeviceChoice, QuantizationConfig
 from qlora_exp.errors import ConfigError, nearest
-from qlora_exp.plan import compute_dtype
+from qlora_exp.plan import Architecture, compute_dtype
 
 MIB = 2**20
 CARDS: dict[str, tuple[int, bool, str]] = {
@@ -88,8 +89,13 @@ def device_of(config: Config) -> PlanDevice:
     return device_called("cpu" if local else "cuda")
 
 
-def notes_on(quantization: QuantizationConfig, device: PlanDevice) -> Iterator[str]:
+def notes_on(quantization: QuantizationConfig, device: PlanDevice, architecture: Architecture) -> Iterator[str]:
     """What is worth knowing of a quantization mode on ``device`` before it is paid for."""
+    if quantization.mode in QUANTIZED and architecture.experts:
+        names = tuple(one.name for one in architecture.experts)
+        elements = sum(other.elements for other in architecture.others if other.name.startswith(names))
+        told = f"{elements / architecture.total_parameters:.0%} of the parameters are experts'"
+        yield f"{told}, which bitsandbytes doesn't quantize: they are three-dimensional parameters, no linear layers"
     computed = compute_dtype(quantization, device.kind, device.bf16)
     if device.kind == "cuda" and not device.bf16 and computed == "bfloat16":
         yield f"{device.name} has no bfloat16: it is emulated there, and slow; quantization=fp16 isn't"

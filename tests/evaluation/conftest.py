@@ -48,6 +48,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,
         "layer_types": ["linear_attention", "full_attention"],
     },
+    # Experts, with a loss for their router that its configuration asks for.
+    "mixtral": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": True,
+    },
     # Causal masks of its own, by place, as large as its positions: fewer than a prompt and all options together.
     "gpt_neo": {
         "hidden_size": 64,

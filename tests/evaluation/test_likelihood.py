@@ -17,7 +17,7 @@ from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mod
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
 from qlora_exp.models import load_base, load_tokenizer
 
-FAMILIES = ("llama", "gpt2", "gpt_neox", "mistral", "lfm2", "mamba", "minimax", "gpt_neo")
+FAMILIES = ("llama", "gpt2", "gpt_neox", "mistral", "lfm2", "mamba", "minimax", "mixtral", "gpt_neo")
 OPTIONS = [(5,), (5, 6), (5, 6, 7), (5, 9, 7, 8), (11, 12), (13,), (5, 6, 8)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.plan.activations import kept_per_token
+from qlora_exp.plan.activations import kept_per_token, written_out
 from qlora_exp.plan.tables import known_architecture
 from qlora_exp.planning.points import points_of
 
@@ -40,7 +40,38 @@ EAGER: dict[str, dict[str, Any]] = {
     "qwen3": MODERN | {"head_dim": 64},
     "gpt2": SHAPES["gpt2"],
 }
-LAYERS = {"gpt2": "n_layer"}
+PLAIN_GPT = {"n_embd": HIDDEN, "n_head": 8, "n_positions": 64}
+ROUTED = {"moe_intermediate_size": 256, "num_experts_per_tok": 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "apertus": MODERN,
+    "biogpt": PLAIN,
+    "bloom": {"hidden_size": HIDDEN, "n_head": 8},
+    "codegen": PLAIN_GPT | {"rotary_dim": 32},
+    "cohere": MODERN,
+    "glm4": MODERN | {"head_dim": 64},
+    "gpt_bigcode": PLAIN_GPT,
+    "gpt_neo": {"hidden_size": HIDDEN, "num_heads": 8, "max_position_embeddings": 64},
+    "gpt_oss": MODERN | ROUTED | {"head_dim": 64, "num_local_experts": 4},
+    "gptj": PLAIN_GPT | {"rotary_dim": 32},
+    "granitemoe": MODERN | ROUTED | {"num_local_experts": 4},
+    "mixtral": MODERN | ROUTED | {"num_local_experts": 4},
+    "nemotron": MODERN,
+    "olmo": MODERN,
+    "olmo2": MODERN,
+    "olmoe": MODERN | ROUTED | {"num_experts": 4},
+    "persimmon": PLAIN | {"intermediate_size": 3 * HIDDEN},
+    "phi": MODERN,
+    "qwen2_moe": MODERN | ROUTED | {"num_experts": 4, "shared_expert_intermediate_size": 256},
+    "qwen3_moe": MODERN | ROUTED | {"num_experts": 4, "head_dim": 64},
+    "seed_oss": MODERN | {"head_dim": 64},
+    "smollm3": MODERN,
+    "stablelm": MODERN,
+    "starcoder2": MODERN,
+}
+LAYERS = {
+    **dict.fromkeys(("bloom", "codegen", "gpt2", "gpt_bigcode", "gptj"), "n_layer"),
+    "gpt_neo": "num_layers",
+}
 
 
 def saved_bytes(
@@ -53,15 +84,17 @@ def saved_bytes(
 
     from qlora_exp.models.describe import architecture_of
 
-    count = {LAYERS.get(architecture, "num_hidden_layers"): layers}
+    count: dict[str, Any] = {LAYERS.get(architecture, "num_hidden_layers"): layers}
+    if architecture == "gpt_neo":
+        count["attention_types"] = [[["global"], layers]]
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-    shape = (SHAPES | EAGER)[architecture]
+    shape = (SHAPES | EAGER | OTHERS)[architecture]
     config = AutoConfig.for_model(architecture.partition(",")[0], vocab_size=128, **shape, **count, **tokens)
     attention = {"attn_implementation": "eager"} if eager else {}
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **attention)
     model.requires_grad_(False)
     described = architecture_of(model)
-    names = [shape.name for shape in described.weights]
+    names = [shape.name for shape in described.weights if shape.kind != "other"]
     if adapted:
         settings = LoraConfig(r=4, target_modules=names, fan_in_fan_out=architecture == "gpt2")
         get_peft_model(model, settings, autocast_adapter_dtype=False)
@@ -88,16 +121,10 @@ def saved_bytes(
     return total, (described, names if adapted else [])
 
 
-@pytest.mark.parametrize("architecture", SHAPES)
-@pytest.mark.parametrize(
-    ("dtype", "padded", "adapted"),
-    [("float32", False, True), ("bfloat16", True, True), ("float32", True, False)],
-)
-def test_kept_bytes_of_a_layer_are_what_autograd_saves(
-    architecture: str, dtype: str, padded: bool, adapted: bool
-) -> None:
-    three, (described, names) = saved_bytes(architecture, 3, dtype, padded, adapted)
-    two, _ = saved_bytes(architecture, 2, dtype, padded, adapted)
+def check_a_layer(architecture: str, dtype: str, padded: bool, adapted: bool, eager: bool = False) -> None:
+    """What a third layer adds to two. Small vectors (norms' deviations, a number a head) are left out of the count."""
+    three, (described, names) = saved_bytes(architecture, 3, dtype, padded, adapted, eager)
+    two, _ = saved_bytes(architecture, 2, dtype, padded, adapted, eager)
     kept = kept_per_token(
         described,
         names,
@@ -107,29 +134,33 @@ def test_kept_bytes_of_a_layer_are_what_autograd_saves(
         int8=False,
         length=LENGTH,
         padded=padded,
+        eager=eager or written_out("auto", described),
     )
-    # small vectors (norms' deviations, a number a head) are left out of the count or stand for themselves
     assert kept.layer * ROWS * LENGTH == pytest.approx(three - two, rel=0.03)
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "padded", "adapted"),
+    [("float32", False, True), ("bfloat16", True, True), ("float32", True, False)],
+)
+def test_kept_bytes_of_a_layer_are_what_autograd_saves(
+    architecture: str, dtype: str, padded: bool, adapted: bool
+) -> None:
+    check_a_layer(architecture, dtype, padded, adapted)
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+@pytest.mark.parametrize(("dtype", "padded"), [("float32", False), ("bfloat16", True)])
+def test_kept_bytes_of_a_layer_of_other_architectures(architecture: str, dtype: str, padded: bool) -> None:
+    check_a_layer(architecture, dtype, padded, adapted=True)
 
 
 @pytest.mark.parametrize("architecture", EAGER)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adapted", [True, False])
 def test_attention_that_is_written_out_keeps_its_scores(architecture: str, dtype: str, adapted: bool) -> None:
-    three, (described, names) = saved_bytes(architecture, 3, dtype, True, adapted, eager=True)
-    two, _ = saved_bytes(architecture, 2, dtype, True, adapted, eager=True)
-    kept = kept_per_token(
-        described,
-        names,
-        r=4,
-        compute_bytes=4 if dtype == "float32" else 2,
-        adapter_bytes=4,
-        int8=False,
-        length=LENGTH,
-        padded=True,
-        eager=True,
-    )
-    assert kept.layer * ROWS * LENGTH == pytest.approx(three - two, rel=0.03)
+    check_a_layer(architecture, dtype, True, adapted, eager=True)
 
 
 def test_a_llama_layer_in_numbers() -> None:

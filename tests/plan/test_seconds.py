@@ -46,6 +46,30 @@ def test_operations_of_a_token_in_numbers() -> None:
     )
 
 
+@pytest.mark.parametrize(("family", "per_token"), [("mixtral", 2), ("llama4_text", 4)])
+def test_of_experts_those_count_that_a_token_passes_through(family: str, per_token: int) -> None:
+    """By torch's own count of a forward pass. Llama 4 computes every expert for every token."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_exp.models.describe import architecture_of
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(family, **sizes, vocab_size=1000)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    described = architecture_of(model)
+    assert {(one.count, one.per_token, one.intermediate, one.gated) for one in described.experts} == {
+        (4, per_token, 96, True)
+    }
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.arange(40)[None], use_cache=False)
+    row = Row(tokens=40, padded=40, scored=40)
+    forward = 40 * train_flops_per_token(described, 0, row, False, fused_head=False) / 2
+    assert forward == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
 def test_padding_is_counted_in_the_layers_and_in_the_head_the_tokens_with_a_loss_alone() -> None:
     attention = (4 + 8) * WIDTH * 100 / 2
     of_a_row = 100 * (4 * LAYERS + 60 + attention) + 5 * 6 * HEAD

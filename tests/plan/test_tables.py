@@ -32,6 +32,20 @@ def test_every_family_of_the_hub_has_a_table_for_all_of_its_checkpoints() -> Non
             assert known_architecture(model) is not None
 
 
+def test_a_table_holds_experts() -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_exp.models.describe import architecture_of
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_local_experts": 4}
+    with torch.device("meta"):
+        built = architecture_of(AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes)))
+    table = json.loads(json.dumps(to_table(built, {"someone/base": built.positions})))
+    assert [run["times"] for run in table["experts"]] == [3]
+    assert from_table(table, "someone/base") == built
+
+
 @pytest.mark.parametrize("variant", ["base", "instruct"])
 def test_the_embedded_models_table_is_its_description(variant: str) -> None:
     model = compose([f"model.variant={variant}"]).model
