@@ -221,6 +221,20 @@ def test_wrong_data_ends_with_exit_code_2_and_no_run(tiny_models: dict[str, Path
     assert not list((tmp_path / "outputs").glob("runs/*"))
 
 
+def test_another_models_tokenizer_is_told_before_a_run_exists(colour_task: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(EMBEDDED / "base"))
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer) // 2, bos_token_id=0, eos_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match=f"vocabulary ends at {len(tokenizer) // 2 - 1}") as caught:
+        run(*overrides(tmp_path / "outputs", *local(tmp_path / "model", colour_task)))
+    assert caught.value.where.startswith("colours.jsonl, row ")
+    assert not (tmp_path / "outputs" / "runs").exists()
+
+
 def test_an_output_folder_that_can_not_be_made_is_told(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:

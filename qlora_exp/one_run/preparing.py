@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_exp import models, plan
 from qlora_exp.config import Config, EvaluationSplit
-from qlora_exp.data import Splits, check_positions, load_data, load_rows
+from qlora_exp.data import Splits, check_positions, check_vocabulary, load_data, load_rows
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.history import EndedRuns
 from qlora_exp.metrics import hub_metric
@@ -54,6 +54,7 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     tokenizer = models.load_tokenizer(config.model)
     length = config.training.max_length
     splits = bases.kept("splits", (task, model, length), lambda: load_data(config, tokenizer, length, rows))
+    check_vocabulary(splits, len(tokenizer), architecture.vocabulary_size)
     check_positions(splits, architecture.positions)
     _check_scores_can_be_had(config, splits)
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)

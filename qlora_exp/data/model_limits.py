@@ -1,4 +1,4 @@
-"""Whether a model's context holds what it will be given to train on and to score."""
+"""What a model can be given: so many tokens at once, from so large a vocabulary."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ def check_positions(splits: Splits, positions: int | None) -> None:
     if not splits.labels and len(item.prompt_ids) < positions:
         hint = f"training.max_length={positions} cuts such answers; or {hint}"
     raise DataError(what, f"{file}, row {row}", hint)
+
+
+def check_vocabulary(splits: Splits, tokenizer_size: int, vocabulary_size: int) -> None:
+    """:class:`DataError` where an item has a token that the model has no embedding for. Tokenizers with more tokens
+    than that are common (a padding token of their own, say); only what occurs counts."""
+    if tokenizer_size <= vocabulary_size:
+        return
+    item = max((*splits.train, *splits.validation, *splits.test), key=lambda item: max(item.ids, default=0))
+    if max(item.ids, default=0) < vocabulary_size:
+        return
+    file, _, row = item.item_id.rpartition(":")
+    what = f"the row has token {max(item.ids)}; the model's vocabulary ends at {vocabulary_size - 1}"
+    raise DataError(what, f"{file}, row {row}", "the tokenizer is another model's: use the folder that it came with")
