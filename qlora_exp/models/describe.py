@@ -31,6 +31,7 @@ NEITHER_NAME = re.compile(r"mamba|ssm|conv|recurrent|temporal|mixer|router|lstm|
 NEITHER_CLASS = re.compile(r"(Mamba\d?|MambaLayer|Mixer|Conv|RecurrentBlock|Router|Gating|Indexer|mLSTMLayer)$")
 """Neither attention nor feed-forward: state-space, recurrent and convolutional mixers, routers of expert layers."""
 NEITHER_LEAF = re.compile(r"^(gate|router|shared_expert_gate|classifier|modality_router|per_layer_\w+)$")
+MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", re.IGNORECASE)
 """Towers and projections for pictures and sound: no part of the language model, so never a target."""
 
@@ -140,20 +141,36 @@ def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
     inside = _language_model_prefix(model)
     kept = _kept_from_quantization(model)
     widths = _Widths(model)
+    left_out = _left_out_by_peft(model)
     for name, module in _linear_layers(model):
         conv = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
-        adaptable = name.startswith(inside) and not OTHER_SENSES.search(name) and (conv or _is_plain_linear(module))
+        counted = name.startswith(inside) and not OTHER_SENSES.search(name) and (conv or _is_plain_linear(module))
+        adaptable = counted and name.rpartition(".")[2] not in left_out
         yield WeightShape(
             name=name,
             kind=("conv1d" if conv else "linear") if adaptable else "other",
             in_features=rows if conv else columns,
             out_features=columns if conv else rows,
             parameters=sum(parameter.numel() for parameter in module.parameters()),
-            role=_role(model, name) if adaptable else "other",
+            role=_role(model, name) if counted else "other",
             quantizable=(conv or type(module) is nn.Linear) and should_convert_module(name, kept),
             element_bytes=widths.of(f"{name}.weight", module.weight),
         )
+
+
+def _left_out_by_peft(model: PreTrainedModel) -> frozenset[str]:
+    """Last parts of names that PEFT doesn't adapt in this architecture: Mamba's, whose kernels read the weight past the
+    layer (``tuners_utils._check_lora_target_modules_mamba``), and those that it takes for experts', which an earlier
+    transformers had as layers of their own (``transformers_weight_conversion._convert_peft_config_moe``): asked for a
+    shared expert's ``gate_proj``, it adapts all experts and not the shared one."""
+    model_type = str(model.config.model_type)
+    if model_type in MAMBA:
+        return frozenset({"out_proj", "conv1d"})
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
+    return frozenset(getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(pattern, ()))
 
 
 def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:

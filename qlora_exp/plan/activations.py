@@ -71,6 +71,7 @@ HABITS = {
     "gemma2": Habits(softcaps=True),
     "glm": Habits(partly_rotary=True),
     "glm4": Habits(partly_rotary=True),
+    "glm4_moe": Habits(partly_rotary=True),
     "gpt2": Habits(rotary=False, activation_copies=4, dropout=True, attention_dropout=True),
     "gpt_bigcode": Habits(rotary=False, dropout=True, attention_dropout=True),
     "gpt_neo": Habits(rotary=False, activation_copies=4, wide_scores=True),

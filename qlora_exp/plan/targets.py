@@ -64,7 +64,9 @@ def _empty_set(architecture: Architecture, adaptable: Sequence[WeightShape], nam
         return ModelError("the model has no linear layer that can be adapted", where, "choose another model")
     what = f"the model has no linear layer in its {name}"
     if name == "mlp":
-        what += " (its experts are three-dimensional parameters, or it has none)"
+        claimed = any(shape.role == "mlp" for shape in architecture.weights)
+        why = "PEFT takes their names for its experts'" if claimed else "or it has none"
+        what += f" (its experts are three-dimensional parameters, {why})"
     endings = ", ".join(sorted({shape.name.rsplit(".", 1)[-1] for shape in adaptable})[:12])
     return ModelError(what, where, f"targets=all_linear, or targets.modules=[…] of {endings}")
 

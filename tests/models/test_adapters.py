@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from qlora_exp.compose import compose
@@ -26,6 +28,7 @@ from qlora_exp.models import (
     save_adapter,
     shell,
 )
+from qlora_exp.models.describe import architecture_of
 
 TOKENS = torch.arange(5, 25).reshape(2, 10)
 FAMILIES = ["llama", "gpt2", "phi3"]
@@ -191,6 +194,43 @@ def test_unreadable_adapters_are_told(tiny_models: dict[str, Path], tmp_path: Pa
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(ModelError, match="read"):
         load_adapter(base, tmp_path)
+
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+    },
+    "ernie4_5_moe": {},
+    "glm4_moe": {"first_k_dense_replace": 1},
+    "qwen2_moe": {"shared_expert_intermediate_size": 32},
+    "qwen3_moe": {},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_n_groups": 1, "mamba_d_state": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "expand": 2},
+}
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_all_linear_is_what_peft_adapts_where_it_takes_names_for_others(family: str) -> None:
+    """Asked for a shared expert's layers, it adapts all experts; Mamba's last projection it refuses."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    if family != "mamba2":
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 16}
+        sizes |= {"num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    config = compose(["targets=all_linear"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | LAYERS[family]))
+    modules = resolve_targets(architecture_of(model), config.targets)
+    attached = attach_adapters(model.to_empty(device="cpu"), config, modules)
+    found = {name for name, module in attached.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    assert found == set(modules)
 
 
 def test_targets_that_the_model_lacks_are_refused(tiny_models: dict[str, Path]) -> None:
