@@ -135,8 +135,13 @@ class StudyPaths:
 
     @property
     def tracking_lock(self) -> Path:
-        """Held by the process that tells the tracking store of the study."""
+        """Held for moments: whoever looks for the study's parent run, or makes it."""
         return self.folder / "tracking.lock"
+
+    @property
+    def delivery_lock(self) -> Path:
+        """Held by the process that tells the tracking store how the study stands."""
+        return self.folder / "delivery.lock"
 
 
 @dataclass(frozen=True)

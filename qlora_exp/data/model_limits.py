@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.errors import DataError
 
@@ -28,14 +30,20 @@ def check_positions(splits: Splits, positions: int | None) -> None:
     raise DataError(what, f"{file}, row {row}", hint)
 
 
-def check_vocabulary(splits: Splits, tokenizer_size: int, vocabulary_size: int) -> None:
-    """:class:`DataError` where an item has a token that the model has no embedding for. Tokenizers with more tokens
-    than that are common (a padding token of their own, say); only what occurs counts."""
-    if tokenizer_size <= vocabulary_size:
+def check_vocabulary(splits: Splits, tokenizer: Any, vocabulary_size: int) -> None:
+    """:class:`DataError` where an item, a label or the padding has a token that the model has no embedding for. A
+    tokenizer may have more tokens than that; only what occurs counts."""
+    if len(tokenizer) <= vocabulary_size:
         return
+    hint = "use the folder that the tokenizer came with, whose model has a row for each of its tokens"
+    outside = f"; the model's vocabulary ends at {vocabulary_size - 1}"
+    if (tokenizer.pad_token_id or 0) >= vocabulary_size:
+        raise DataError(f"padding is token {tokenizer.pad_token_id}{outside}", "the model's tokenizer", hint)
+    for label, ids in splits.label_ids.items():
+        if max(ids, default=0) >= vocabulary_size:
+            raise DataError(f"the label {label!r} has token {max(ids)}{outside}", "the task's labels", hint)
     item = max((*splits.train, *splits.validation, *splits.test), key=lambda item: max(item.ids, default=0))
     if max(item.ids, default=0) < vocabulary_size:
         return
     file, _, row = item.item_id.rpartition(":")
-    what = f"the row has token {max(item.ids)}; the model's vocabulary ends at {vocabulary_size - 1}"
-    raise DataError(what, f"{file}, row {row}", "the tokenizer is another model's: use the folder that it came with")
+    raise DataError(f"the row has token {max(item.ids)}{outside}", f"{file}, row {row}", hint)

@@ -31,7 +31,9 @@ NEITHER_NAME = re.compile(r"mamba|ssm|conv|recurrent|temporal|mixer|router|lstm|
 NEITHER_CLASS = re.compile(r"(Mamba\d?|MambaLayer|Mixer|Conv|RecurrentBlock|Router|Gating|Indexer|mLSTMLayer)$")
 """Neither attention nor feed-forward: state-space, recurrent and convolutional mixers, routers of expert layers."""
 NEITHER_LEAF = re.compile(r"^(gate|router|shared_expert_gate|classifier|modality_router|per_layer_\w+)$")
+REFUSED_BY_PEFT = frozenset({"out_proj", "conv1d"})
 MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types of which PEFT refuses these layers."""
 OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", re.IGNORECASE)
 """Towers and projections for pictures and sound: no part of the language model, so never a target."""
 
@@ -166,7 +168,7 @@ def _left_out_by_peft(model: PreTrainedModel) -> frozenset[str]:
     shared expert's ``gate_proj``, it adapts all experts and not the shared one."""
     model_type = str(model.config.model_type)
     if model_type in MAMBA:
-        return frozenset({"out_proj", "conv1d"})
+        return REFUSED_BY_PEFT
     from peft.utils import transformers_weight_conversion as conversion
 
     pattern = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
@@ -206,17 +208,24 @@ def _experts(model: PreTrainedModel, hidden: int) -> Iterator[Experts]:
         yield Experts(
             name=name,
             count=count,
-            per_token=per_token or count,
-            intermediate=down.numel() // (count * hidden),
+            per_token=per_token or count,  # unknown: an upper bound
+            intermediate=_other_axis(down, hidden),
             gated=up.numel() >= 2 * down.numel(),
         )
 
 
+def _other_axis(down: nn.Parameter, hidden: int) -> int:
+    """Of (experts, hidden, intermediate) or (experts, intermediate, hidden) the last but ``hidden``; where experts read
+    something narrower than the hidden state, as wide as makes their operations right."""
+    _, rows, columns = down.shape
+    return columns if rows == hidden else rows if columns == hidden else rows * columns // hidden
+
+
 def _experts_per_token(model: PreTrainedModel, block: nn.Module) -> int | None:
-    """As the router beside the experts has it, else the configuration."""
+    """As the router beside the experts has it, else the configuration; ``None``: neither says it."""
     told = [getattr(module, "top_k", None) for module in block.modules()]
     text = model.config.get_text_config()
-    told += [getattr(text, key, None) for key in ("num_experts_per_tok", "moe_topk", "moe_k")]
+    told += [getattr(text, key, None) for key in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")]
     return next((number for number in told if isinstance(number, int) and number > 0), None)
 
 

@@ -54,7 +54,7 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     tokenizer = models.load_tokenizer(config.model)
     length = config.training.max_length
     splits = bases.kept("splits", (task, model, length), lambda: load_data(config, tokenizer, length, rows))
-    check_vocabulary(splits, len(tokenizer), architecture.vocabulary_size)
+    check_vocabulary(splits, tokenizer, architecture.vocabulary_size)
     check_positions(splits, architecture.positions)
     _check_scores_can_be_had(config, splits)
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)

@@ -43,6 +43,8 @@ class Habits:
     """On CPUs, attention with dropout takes torch's plain path, which keeps the scores."""
     softcaps: bool = False
     """Scores of attention and logits go through tanh (Gemma 2), which keeps what it made."""
+    narrow_scores: bool = False
+    """The softmax of attention that is written out is computed in the compute dtype, not in float32."""
     wide_scores: bool = False
     """Attention that is written out multiplies queries and keys in float32."""
     partly_rotary: bool = False
@@ -53,7 +55,7 @@ class Habits:
     norm_copies: int = 1
     """Copies of its input that a norm keeps; 2 where it is a layer norm written out in Python."""
     expert_copies: int = 3
-    """Of a gated expert's intermediate width."""
+    """Tensors of the intermediate width that a gated expert keeps."""
     gates_shared: bool = False
     """The output of the expert that all tokens pass through is multiplied by a gate of its own, and kept for that."""
     one_head: bool = False
@@ -72,11 +74,11 @@ HABITS = {
     "glm": Habits(partly_rotary=True),
     "glm4": Habits(partly_rotary=True),
     "glm4_moe": Habits(partly_rotary=True),
-    "gpt2": Habits(rotary=False, activation_copies=4, dropout=True, attention_dropout=True),
+    "gpt2": Habits(rotary=False, activation_copies=4, dropout=True, attention_dropout=True, narrow_scores=True),
     "gpt_bigcode": Habits(rotary=False, dropout=True, attention_dropout=True),
     "gpt_neo": Habits(rotary=False, activation_copies=4, wide_scores=True),
     "gpt_neox": Habits(shared_input=True),
-    "gpt_oss": Habits(expert_copies=6),
+    "gpt_oss": Habits(expert_copies=6, narrow_scores=True),
     "gptj": Habits(shared_input=True, activation_copies=4, wide_scores=True),
     "nemotron": Habits(partly_rotary=True),
     "olmo": Habits(bare_norms=2),
@@ -236,7 +238,8 @@ def _layer(
     up = sum(shape.out_features for shape in shapes if shape.role == "mlp" and shape not in down)
     weights = [other for other in others if other.name.endswith("weight")]
     of_heads = [other for other in weights if feeds(other.name)]
-    biases = [other for other in others if other.name.endswith("bias")]
+    sizes = {other.name.removesuffix("weight"): other.elements for other in weights}
+    biases = [other for other in others if sizes.get(other.name.removesuffix("bias")) == other.elements]
     habits = HABITS.get(architecture.model_type, Habits())
     return Layer(
         hidden=hidden,
@@ -290,7 +293,7 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     normed = (query + key_value) * FLOAT32 if layer.normed_heads and not layer.fused else 0
     if setting.eager:
         wide = 2 * query * (FLOAT32 - width) if layer.habits.wide_scores else 0
-        return 3 * query * width + wide + normed + _score_bytes(layer, width) * layer.heads * setting.length
+        return 3 * query * width + wide + normed + _score_bytes(layer, setting) * layer.heads * setting.length
     if not setting.cuda and (layer.habits.attention_dropout or layer.multi_query):
         scores = 3 if layer.habits.attention_dropout else 1
         return FLOAT32 * (3 * query + scores * layer.heads * setting.length)
@@ -305,12 +308,15 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     return (three + query) * width + normed + mask + FLOAT32 * layer.heads
 
 
-def _score_bytes(layer: Layer, width: int) -> int:
-    """A score of attention that is written out. The softmax is computed in float32; what multiplies the values is a
-    16-bit copy of it, or what dropout left, whose noise takes a byte."""
-    copy = width if width < FLOAT32 else 0
-    left = width + 1 if layer.habits.attention_dropout else copy
-    return FLOAT32 + left + (width if layer.habits.softcaps else 0)
+def _score_bytes(layer: Layer, setting: _Setting) -> int:
+    """A score of attention that is written out. Where the softmax is computed in float32, what multiplies the values is
+    a 16-bit copy of it; with dropout it is what that left, and the noise is kept, too."""
+    width, habits = setting.compute_bytes, layer.habits
+    softmax = width if habits.narrow_scores else FLOAT32
+    left = width if softmax > width else 0
+    if habits.attention_dropout:
+        left = width + (1 if setting.cuda else width)
+    return softmax + left + (width if habits.softcaps else 0)
 
 
 def _feed_forward(layer: Layer, setting: _Setting) -> float:

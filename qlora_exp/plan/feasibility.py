@@ -16,7 +16,8 @@ from qlora_exp.records import Device, Fit, Refusal, RunRecord, Status
 
 ERROR = {"cpu": 0.22, "cuda": 0.5}
 """Device → the largest error of a predicted peak, as a share: on a CPU of the configurations not fitted to in
-docs/plan_accuracy.md, of either of two processes, but for experts in 16 bit; on CUDA nothing has been compared, and the figure is a guess."""
+docs/plan_accuracy.md, of either of two processes, but for the one with experts in 16 bit; on CUDA nothing has been
+compared, and the figure is a guess."""
 MEASURED = (Status.COMPLETED, Status.PRUNED)
 
 

@@ -17,7 +17,8 @@ def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple
 
     ``attention``: every projection of every attention; ``attention_qv``: those that give queries or values (a fused
     one whole); ``mlp``: the feed-forward layers; ``all_linear``: every linear layer of the language model but its
-    output head. Names of an explicit list match whole dotted endings, as in PEFT, and each must match something.
+    output head. Layers that PEFT doesn't adapt (:func:`left_out`) are in none. Names of an explicit list match whole
+    dotted endings, as in PEFT, and each must match something.
     Raises :class:`ModelError` where something matches nothing.
     """
     adaptable = [shape for shape in architecture.weights if shape.kind != "other"]
@@ -48,6 +49,13 @@ def _letters(word: str) -> str:
     return word if word and set(word) <= set("qkvz") else ""
 
 
+def left_out(architecture: Architecture) -> list[str]:
+    """Last parts of the names of attention's and feed-forward layers that PEFT doesn't adapt: it takes them for
+    those of experts (``models/describe.py``)."""
+    shapes = (shape for shape in architecture.weights if shape.kind == "other" and shape.role != "other")
+    return sorted({shape.name.rpartition(".")[2] for shape in shapes})
+
+
 def _in_set(shape: WeightShape, name: str) -> bool:
     if name == "all_linear":
         return True
@@ -63,10 +71,10 @@ def _empty_set(architecture: Architecture, adaptable: Sequence[WeightShape], nam
     if not adaptable:
         return ModelError("the model has no linear layer that can be adapted", where, "choose another model")
     what = f"the model has no linear layer in its {name}"
-    if name == "mlp":
-        claimed = any(shape.role == "mlp" for shape in architecture.weights)
-        why = "PEFT takes their names for its experts'" if claimed else "or it has none"
-        what += f" (its experts are three-dimensional parameters, {why})"
+    if name == "mlp" and left_out(architecture):
+        what += f" that PEFT adapts: it takes {', '.join(left_out(architecture))} for the names of experts' layers"
+    elif name == "mlp":
+        what += " (its experts are three-dimensional parameters, or it has none)"
     endings = ", ".join(sorted({shape.name.rsplit(".", 1)[-1] for shape in adaptable})[:12])
     return ModelError(what, where, f"targets=all_linear, or targets.modules=[…] of {endings}")
 
@@ -88,6 +96,9 @@ def _no_match(architecture: Architecture, adaptable: Sequence[WeightShape], endi
     head = architecture.output_head
     if head is not None and (head == ending or head.endswith(f".{ending}")):
         return ModelError(f"{ending} is the output head, which gets no adapter", where, "leave it out")
+    if ending.rpartition(".")[2] in left_out(architecture):
+        what = f"PEFT takes {ending} for the name of experts' layers, and adapts no others of it"
+        return ModelError(what, where, "leave it out, or targets=attention")
     parts = ending.count(".") + 1
     endings = {".".join(shape.name.split(".")[-parts:]) for shape in adaptable}
     return ModelError(f"no linear layer's name ends in {ending}", where, nearest(ending, endings))

@@ -10,6 +10,7 @@ from qlora_exp.checks import QUANTIZED
 from qlora_exp.config import Config, DeviceChoice, QuantizationConfig
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.plan import Architecture, compute_dtype
+from qlora_exp.plan.targets import left_out
 
 MIB = 2**20
 CARDS: dict[str, tuple[int, bool, str]] = {
@@ -96,6 +97,9 @@ def notes_on(quantization: QuantizationConfig, device: PlanDevice, architecture:
         elements = sum(other.elements for other in architecture.others if other.name.startswith(names))
         told = f"{elements / architecture.total_parameters:.0%} of the parameters are experts'"
         yield f"{told}, which bitsandbytes doesn't quantize: they are three-dimensional parameters, no linear layers"
+    names_left = left_out(architecture)
+    if names_left:
+        yield f"{', '.join(names_left)} get no adapters: PEFT takes them for the names of experts' layers"
     computed = compute_dtype(quantization, device.kind, device.bf16)
     if device.kind == "cuda" and not device.bf16 and computed == "bfloat16":
         yield f"{device.name} has no bfloat16: it is emulated there, and slow; quantization=fp16 isn't"

@@ -24,12 +24,18 @@ ADAPTER_SUFFIXES = frozenset({".safetensors", ".json", ".jinja"})
 """What of adapter/ is shown: never pickles (``.bin``, ``.pt``), which run code when they are loaded."""
 
 
+def find(client: MlflowClient, experiment_id: str, run_id: str) -> str | None:
+    """The MLflow run of our ``run_id``, by its tag; ``None``: there is none, or a person has deleted it."""
+    query = f"tags.`{view.RUN_ID_TAG}` = '{run_id}'"
+    found = client.search_runs([experiment_id], query, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
 def find_or_create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
     """The MLflow run of this record, by its tag: also when an earlier process made it and could not note its id."""
-    query = f"tags.`{view.RUN_ID_TAG}` = '{record.run_id}'"
-    found = client.search_runs([experiment_id], query, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
-    if found:
-        return str(found[0].info.run_id)
+    found = find(client, experiment_id, record.run_id)
+    if found is not None:
+        return found
     run = client.create_run(
         experiment_id, start_time=view.start_milliseconds(record), tags=view.tags(record, parent), run_name=record.name
     )

@@ -47,22 +47,25 @@ def write_state(paths: RunPaths | StudyPaths, state: TrackingState) -> None:
 
 
 @contextlib.contextmanager
-def delivering(paths: RunPaths | StudyPaths) -> Iterator[None]:
-    """One process at a time tells a store of this run or study. Its host, an orchestrator whose sweep has ended and
-    ``qlora-exp sync`` may come at once, and a store has no way to say "make this run unless it is there"; nor does it
-    take the same new tag from two at a time.
+def delivering(lock: Path, patience_seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """One process at a time tells a store of what ``lock`` stands for: a run, a study. A run's host, an orchestrator
+    whose sweep has ended and ``qlora-exp sync`` may come at once, and a store has no way to say "make this run unless
+    it is there"; nor does it take the same new tag from two at a time.
 
-    Raises :class:`TrackingError` after a minute.
+    Raises :class:`TrackingError` after ``patience_seconds``, and for a folder that can't be written.
     """
+    held = FileLock(lock)
     try:
-        with FileLock(paths.tracking_lock, timeout=LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise TrackingError(
-            f"another process has been delivering this for {LOCK_SECONDS:.0f} s",
-            str(paths.tracking_lock),
-            "qlora-exp sync tries again",
-        ) from None
+        held.acquire(timeout=patience_seconds)
+    except OSError as error:
+        what = f"the folder can't be written: {error.strerror or error}"
+        if isinstance(error, Timeout):
+            what = f"another process has been delivering this for {patience_seconds:.0f} s"
+        raise TrackingError(what, str(lock), "qlora-exp sync tries again") from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def record_digest(paths: RunPaths) -> str:

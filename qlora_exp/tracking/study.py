@@ -168,8 +168,7 @@ def parent_run(store: Store, opened: OpenStore, output: OutputPaths, record: Run
     if definition is None:
         state = read_state(paths)
         return state.mlflow_run_id if state is not None and state.uri == store.shown_uri else None
-    with delivering(paths):  # trials that start together make one parent
-        return _find_or_create_parent(store, opened, paths, definition)
+    return _find_or_create_parent(store, opened, paths, definition)
 
 
 def deliver_study(
@@ -179,7 +178,7 @@ def deliver_study(
     study that goes on is never delivered as a whole."""
     digest = study_digest(paths)
     with bounded_calls(store.timeout_seconds):
-        with delivering(paths):
+        with delivering(paths.delivery_lock):
             run_id = _find_or_create_parent(store, opened, paths, definition)
             if run_id is not None:
                 _deliver(opened.client, run_id, definition, summary, read_answers(paths))
@@ -233,14 +232,16 @@ def _deliver(
 def _find_or_create_parent(
     store: Store, opened: OpenStore, paths: StudyPaths, definition: StudyDefinition
 ) -> str | None:
-    """The parent's MLflow run id, kept in ``tracking.json``; ``None`` where a person has deleted it."""
-    run_id, deleted = _find_parent(opened, definition)
-    if run_id is None and not deleted:
-        run_id = _create_parent(opened, definition)
-    state = read_state(paths)
-    told = (state.uri, state.experiment_id, state.mlflow_run_id) if state is not None else None
-    if told != (store.shown_uri, opened.experiment_id, run_id):
-        write_state(paths, TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id))
+    """The parent's MLflow run id, kept in ``tracking.json``; ``None`` where a person has deleted it. Trials that start
+    together make one."""
+    with delivering(paths.tracking_lock):
+        run_id, deleted = _find_parent(opened, definition)
+        if run_id is None and not deleted:
+            run_id = _create_parent(opened, definition)
+        state = read_state(paths)
+        told = (state.uri, state.experiment_id, state.mlflow_run_id) if state is not None else None
+        if told != (store.shown_uri, opened.experiment_id, run_id):
+            write_state(paths, TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id))
     return run_id
 
 

@@ -27,6 +27,10 @@ DEFAULT_TIMEOUT_SECONDS = 5.0
 """For records whose configuration says nothing of tracking (conf/tracking/mlflow.yaml has the same)."""
 
 
+HOST_SECONDS = 5.0
+"""How long the end of a sweep waits for a host that delivers a trial itself just then."""
+
+
 @dataclass(frozen=True)
 class SyncReport:
     """Run ids by what became of them; ``failed`` has the reason."""
@@ -83,7 +87,7 @@ def deliver_runs(output: OutputPaths, run_ids: Iterable[str], uri: str | None = 
     missing = {paths.folder.name for run_id in run_ids if not _is_delivered(paths := output.run(run_id))}
     if missing:
         with contextlib.suppress(OSError), FileLock(output.root / "sync.lock"):
-            _Sync(output, uri).deliver(only=missing)
+            _Sync(output, uri, patience_seconds=HOST_SECONDS).deliver(only=missing)
 
 
 def _is_delivered(paths: RunPaths) -> bool:
@@ -93,10 +97,20 @@ def _is_delivered(paths: RunPaths) -> bool:
     return state is not None and state.delivered and state.record_digest == record_digest(paths)
 
 
-class _Sync:
-    """One pass over the run folders. A store that failed is not tried again: each try costs its timeout."""
+def _is_whole(paths: RunPaths, mlflow_run_id: str | None) -> bool:
+    """Whether the store's run ``mlflow_run_id`` (``None``: it has none) has all that the folder holds."""
+    from qlora_exp.tracking.state import read_state
 
-    def __init__(self, output: OutputPaths, uri: str | None) -> None:
+    state = read_state(paths)
+    return _is_delivered(paths) and state is not None and state.mlflow_run_id == mlflow_run_id
+
+
+class _Sync:
+    """One pass over the run folders. A store that failed is not tried again: each try costs its timeout.
+    ``patience_seconds``: how long to wait for another process that delivers a run just then."""
+
+    def __init__(self, output: OutputPaths, uri: str | None, patience_seconds: float = 60.0) -> None:
+        self._patience_seconds = patience_seconds
         self._output = output
         self._uri = uri
         self._opened: dict[Store, OpenStore] = {}
@@ -135,31 +149,30 @@ class _Sync:
         opened = self._open(store)
         if record.trial is not None:
             self._studies[store, record.trial.study] = None
-        with delivering(paths):
-            return self._deliver_one(record, paths, store, opened)
+        mlflow_run_id = self._present[store].get(record.run_id)
+        if record.run_id in self._present[store] and mlflow_run_id is None:
+            return "deleted"
+        if _is_whole(paths, mlflow_run_id):
+            return "already"
+        with delivering(paths.tracking_lock, self._patience_seconds):
+            return self._deliver_one(read_record(paths.record), paths, store, opened)
 
     def _deliver_one(self, record: RunRecord, paths: RunPaths, store: Store, opened: OpenStore) -> str:
-        from qlora_exp.tracking.delivery import deliver_all, find_or_create
-        from qlora_exp.tracking.state import TrackingState, read_state, record_digest, write_state
+        """``record`` as it is now that nobody else delivers it: another may have done so, or gone on with the run."""
+        from qlora_exp.tracking.delivery import deliver_all, find, find_or_create
+        from qlora_exp.tracking.state import TrackingState, record_digest, write_state
         from qlora_exp.tracking.store import bounded_calls, reason
 
-        present = self._present[store]
-        mlflow_run_id = present.get(record.run_id)
-        if record.run_id in present and mlflow_run_id is None:
-            return "deleted"
-        state, digest = read_state(paths), record_digest(paths)
-        if (
-            state is not None
-            and state.delivered
-            and state.record_digest == digest
-            and state.mlflow_run_id == mlflow_run_id
-        ):
-            return "already"
+        if not record.status.ended:
+            return "running"
+        digest, mlflow_run_id = record_digest(paths), None
         told = TrackingState(store.shown_uri, store.experiment, opened.experiment_id)
         try:
             with bounded_calls(store.timeout_seconds):
+                if _is_whole(paths, find(opened.client, opened.experiment_id, record.run_id)):
+                    return "already"
                 parent = self._parent(store, opened, record)
-                mlflow_run_id = mlflow_run_id or find_or_create(opened.client, opened.experiment_id, record, parent)
+                mlflow_run_id = find_or_create(opened.client, opened.experiment_id, record, parent)
                 deliver_all(opened.client, mlflow_run_id, record, paths, parent)
         except Exception as error:  # every backend raises its own kinds
             why = reason(error)

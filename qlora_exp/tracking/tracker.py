@@ -153,7 +153,7 @@ class _Delivery(threading.Thread):
         if self.opened is None:
             self.opened = self._open(self._store)
         self._record = record
-        with delivering(self._paths), bounded_calls(self._store.timeout_seconds):
+        with delivering(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
             client = self.opened.client
             self._parent = self._parent or parent_run(self._store, self.opened, self._output, record)
             if self._state.mlflow_run_id is None:
@@ -166,15 +166,15 @@ class _Delivery(threading.Thread):
                 return
             digest = record_digest(self._paths)
             deliver_all(client, run_id, record, self._paths, self._parent)
-        self.delivered = True
-        self._save(delivered=True, record_digest=digest, error=None)
+            self.delivered = True
+            self._save(delivered=True, record_digest=digest, error=None)
 
     def _curve(self, points: list[Mapping[str, Any]]) -> None:
         """One batch. A failure loses nothing: the end of the run delivers what curve.jsonl has and the store lacks."""
         if self.opened is None or self._record is None or self._state.mlflow_run_id is None:
             return
         try:
-            with delivering(self._paths), bounded_calls(self._store.timeout_seconds):
+            with delivering(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
                 deliver_curve(self.opened.client, self._state.mlflow_run_id, self._record, points)
         except Exception as error:  # as in run()
             self._save(error=f"a part of the curve: {reason(error)}")

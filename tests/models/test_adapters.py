@@ -231,6 +231,10 @@ def test_all_linear_is_what_peft_adapts_where_it_takes_names_for_others(family: 
     attached = attach_adapters(model.to_empty(device="cpu"), config, modules)
     found = {name for name, module in attached.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     assert found == set(modules)
+    if family == "glm4_moe":
+        for given in ("targets=mlp", "targets.modules=[gate_proj]"):
+            with pytest.raises(ModelError, match="PEFT"):
+                resolve_targets(architecture_of(model), compose([given]).targets)
 
 
 def test_targets_that_the_model_lacks_are_refused(tiny_models: dict[str, Path]) -> None:

@@ -91,8 +91,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 256,
     },
 }
-"""Model type → sizes. Not among them: ``mamba``, which takes its quantized weights past bitsandbytes, and Llama 4's
-text model alone, which TRL's fused head can't be put on."""
+"""Model type → sizes, of those that run. Not among them: ``mamba``, which takes its quantized weights past
+bitsandbytes, and Llama 4's text model alone, which TRL's fused head can't be put on."""
 UNQUANTIZED = ("falcon",)
 """bitsandbytes doesn't know its linear layers."""
 
