@@ -13,7 +13,7 @@ from qlora_exp.plan.activations import kept_per_token, written_out
 from qlora_exp.plan.tables import known_architecture
 from qlora_exp.planning.points import points_of
 
-HIDDEN, ROWS, LENGTH = 512, 2, 24
+HIDDEN, ROWS, LENGTH = 256, 2, 24
 LONG = 128
 """For attention that is written out: its scores must weigh more than the tolerance."""
 MODERN = {
@@ -181,10 +181,10 @@ def test_a_llama_layer_in_numbers() -> None:
     """fp32, no adapters: two norms' inputs, q and output, k and v, three of the intermediate width, a sum a head."""
     _, (described, _) = saved_bytes("llama", 1, "float32", False, False)
     kept = kept_per_token(described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False)
-    elements = 2 * 512 + 512 + 512 + 2 * 256 + 3 * 1536 + 8
+    elements = 2 * HIDDEN + 2 * HIDDEN + 2 * HIDDEN // 2 + 3 * 3 * HIDDEN + 8
     # the first layer's first norm keeps nothing, nor does its attention: its input needs no gradient
-    assert kept.layers == 4 * (elements - 512 - (512 + 512 + 2 * 256 + 8))
-    assert kept.inputs == 4 * 512
+    assert kept.layers == 4 * (elements - HIDDEN - (2 * HIDDEN + 2 * HIDDEN // 2 + 8))
+    assert kept.inputs == 4 * HIDDEN
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp32"])
@@ -211,8 +211,8 @@ def test_what_int8_holds_outlives_checkpointing(mode: str) -> None:
     kept = kept_per_token(
         described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=mode == "int8", length=LENGTH, padded=False
     )
-    held = 2 * 512 + 512 + 1536  # what q, k, v read, what o reads, what gate and up read, what down reads
-    assert kept.inputs == 2 * 4 * (512 + (held if mode == "int8" else 0))
+    held = 2 * HIDDEN + HIDDEN + 3 * HIDDEN  # what q, k, v read, what o reads, what gate and up read, what down reads
+    assert kept.inputs == 2 * 4 * (HIDDEN + (held if mode == "int8" else 0))
 
 
 def test_counting_loads_no_torch() -> None:
