@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from qlora_exp.checks import QUANTIZED
 from qlora_exp.config import Config, Quantization
 from qlora_exp.plan import adapter_dtype, compute_dtype, gradient_checkpointing, shape_multiples
-from qlora_exp.plan.activations import FLOAT32, HABITS, Habits, Kept, kept_per_token, written_out
+from qlora_exp.plan.activations import FLOAT32, Kept, kept_per_token, written_out
 from qlora_exp.plan.architecture import Architecture, WeightShape
 from qlora_exp.plan.batches import RowLengths
+from qlora_exp.plan.habits import habits_of
 from qlora_exp.plan.weights import WIDTHS_OF, adapter_bytes, base_bytes, temporaries_bytes
 
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
@@ -210,7 +211,7 @@ def _logits(architecture: Architecture, shape: _Shape) -> float:
         tile = tokens * HEAD_VOCABULARY * shape.width
     else:
         words = min(architecture.vocabulary_size, HEAD_VOCABULARY)
-        capped = FLOAT32 if HABITS.get(architecture.model_type, Habits()).softcaps else 0
+        capped = FLOAT32 if habits_of(architecture.model_type).softcaps else 0
         tile = tokens * words * (HEAD_BYTES_WITHOUT_TRITON + capped + shape.width)
         tile += tokens * PAGE_BYTES if words < HEAD_VOCABULARY else 0
     return tile + shape.scored * architecture.hidden_size * FLOAT32

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qlora_exp.checks import QUANTIZED
-from qlora_exp.config import Config, DeviceChoice, QuantizationConfig
+from qlora_exp.config import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.plan import Architecture, compute_dtype
 from qlora_exp.plan.targets import left_out
@@ -90,15 +90,16 @@ def device_of(config: Config) -> PlanDevice:
     return device_called("cpu" if local else "cuda")
 
 
-def notes_on(quantization: QuantizationConfig, device: PlanDevice, architecture: Architecture) -> Iterator[str]:
-    """What is worth knowing of a quantization mode on ``device`` before it is paid for."""
+def notes_on(config: Config, device: PlanDevice, architecture: Architecture) -> Iterator[str]:
+    """What is worth knowing of a configuration on ``device`` before it is paid for."""
+    quantization, targets = config.quantization, config.targets
     if quantization.mode in QUANTIZED and architecture.experts:
         names = tuple(one.name for one in architecture.experts)
         elements = sum(other.elements for other in architecture.others if other.name.startswith(names))
         told = f"{elements / architecture.total_parameters:.0%} of the parameters are experts'"
         yield f"{told}, which bitsandbytes doesn't quantize: they are three-dimensional parameters, no linear layers"
     names_left = left_out(architecture)
-    if names_left:
+    if names_left and targets.modules is None and targets.set == "all_linear":
         yield f"{', '.join(names_left)} get no adapters: PEFT takes them for the names of experts' layers"
     computed = compute_dtype(quantization, device.kind, device.bf16)
     if device.kind == "cuda" and not device.bf16 and computed == "bfloat16":

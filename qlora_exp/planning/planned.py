@@ -201,7 +201,7 @@ class Planner:
             **vars(paid),
             budget=() if self._hosts else tuple(steps_bought(limits, config.budget.usd_per_hour, pace)),
             **vars(verdict),
-            notes=tuple(notes_on(config.quantization, device, architecture)),
+            notes=tuple(notes_on(config, device, architecture)),
         )
 
     def _refused_by_budget(self, config: Config, device: PlanDevice, pace: Pace) -> QloraExpError | None:

@@ -33,9 +33,10 @@ def find(client: MlflowClient, experiment_id: str, run_id: str) -> str | None:
 
 def find_or_create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
     """The MLflow run of this record, by its tag: also when an earlier process made it and could not note its id."""
-    found = find(client, experiment_id, record.run_id)
-    if found is not None:
-        return found
+    return find(client, experiment_id, record.run_id) or create(client, experiment_id, record, parent)
+
+
+def create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
     run = client.create_run(
         experiment_id, start_time=view.start_milliseconds(record), tags=view.tags(record, parent), run_name=record.name
     )

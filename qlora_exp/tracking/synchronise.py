@@ -159,7 +159,7 @@ class _Sync:
 
     def _deliver_one(self, record: RunRecord, paths: RunPaths, store: Store, opened: OpenStore) -> str:
         """``record`` as it is now that nobody else delivers it: another may have done so, or gone on with the run."""
-        from qlora_exp.tracking.delivery import deliver_all, find, find_or_create
+        from qlora_exp.tracking.delivery import create, deliver_all, find
         from qlora_exp.tracking.state import TrackingState, record_digest, write_state
         from qlora_exp.tracking.store import bounded_calls, reason
 
@@ -169,10 +169,11 @@ class _Sync:
         told = TrackingState(store.shown_uri, store.experiment, opened.experiment_id)
         try:
             with bounded_calls(store.timeout_seconds):
-                if _is_whole(paths, find(opened.client, opened.experiment_id, record.run_id)):
+                mlflow_run_id = find(opened.client, opened.experiment_id, record.run_id)
+                if _is_whole(paths, mlflow_run_id):
                     return "already"
                 parent = self._parent(store, opened, record)
-                mlflow_run_id = find_or_create(opened.client, opened.experiment_id, record, parent)
+                mlflow_run_id = mlflow_run_id or create(opened.client, opened.experiment_id, record, parent)
                 deliver_all(opened.client, mlflow_run_id, record, paths, parent)
         except Exception as error:  # every backend raises its own kinds
             why = reason(error)

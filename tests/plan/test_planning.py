@@ -173,6 +173,19 @@ def test_an_architecture_without_a_table_is_planned_and_nothing_else_is_said(tmp
     assert run["memory"]["peak_bytes"] > 0
 
 
+def test_what_experts_change_is_told_where_it_matters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    routed = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+    file.write_text(json.dumps(TINY | routed | {"model_type": "glm4_moe", "num_attention_heads": 4, "head_dim": 16}))
+
+    model = ("model=local", f"model.path={file}")
+    [run] = planned(capsys, *model, "targets=all_linear", "quantization=nf4")
+    assert "experts', which bitsandbytes doesn't quantize" in run["notes"][0]
+    assert run["notes"][1].startswith("down_proj, gate_proj, up_proj get no adapters")
+    [run] = planned(capsys, *model, "targets=attention", "quantization=fp32")
+    assert run["notes"] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
