@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "models": {"catalogue", "chat_templates", "checks", "config", "plan"},
     "calibration": {"config", "measurement", "models", "plan", "records"},
-    "data": {"config", "records"},
+    "data": {"chat_templates", "config", "records"},
     "evaluation": {"config", "data", "metrics", "plan", "records"},
     "train": {"callbacks", "checkpoints", "config", "data", "endings", "models", "records"},
     "synthetic": {"budget", "config", "endings", "plan", "records", "redaction"},

@@ -6,24 +6,27 @@ completion follows, TRL warns once and trains on; here the row is refused, for i
 it was trained on.
 
 plain: ``prompt + " " + completion + EOS``. Spaces at the prompt's end are taken off; no space is put after a newline.
-chat:  the tokenizer's template over [system?, user, assistant]; what follows the generation prompt is learned.
+chat:  the tokenizer's template over the messages (data/chat.py); the answer and its end are learned. What the template
+       writes by itself before the answer belongs to the prompt: TRL learns it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jinja2
-
 from qlora_exp.config import Config, Format, Variant
+from qlora_exp.data.chat import ChatWriter, refuse_what_plain_text_lacks
 from qlora_exp.data.problems import RowProblem
-from qlora_exp.data.rows import Example, Message
+from qlora_exp.data.refusals import Refused as _Refused
+from qlora_exp.data.refusals import Texts as _Texts
+from qlora_exp.data.rows import Example
+from qlora_exp.data.turns import learned_mask
 from qlora_exp.errors import DataError
 
 Tokenizer = Any
-_FORMAT_HINT = "task.format=plain, or another template: model.chat_template=FILE.jinja"
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,14 @@ class Encoding:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Texts:
-    prompt: str
-    completion: str
-    end: str
-
-
-class _Refused(Exception):
-    def __init__(self, reason: str, detail: str, hint: str, of_template: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.detail, self.hint, self.of_template = reason, detail, hint, of_template
+    structured: bool = False
+    """The completion holds more than the answer's text: tool calls, or reasoning in a field."""
+    prefix: str = ""
+    """The end of ``prompt`` that the chat template writes after its generation prompt."""
+    variables: Mapping[str, Any] | None = None
+    """Template variables with which the generation prompt ends in ``prefix``; ``None``: not needed, or none do."""
+    learned: tuple[bool, ...] | None = None
+    """For each token of the sequence whether it carries a loss, where earlier answers are learned too."""
 
 
 def resolve_format(config: Config) -> str:
@@ -67,14 +65,39 @@ def check_tokenizer(tokenizer: Tokenizer, format: str) -> None:
         raise DataError("the tokenizer has no end-of-text token: no answer would ever end", "task.format=plain", hint)
 
 
-def encode(examples: Sequence[Example], tokenizer: Tokenizer, format: str) -> list[Encoding | RowProblem]:
-    """The encoding of each example, or why it can't be encoded."""
+def date_of(config: Config) -> datetime.date:
+    """``task.date``: what a chat template that reads the clock is given."""
+    try:
+        return datetime.date.fromisoformat(config.task.date)
+    except ValueError:
+        hint = "year, month and day, e.g. task.date=2026-01-01"
+        raise DataError("task.date is no date", f"task.date = {config.task.date}", hint) from None
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    format: str,
+    *,
+    date: datetime.date,
+    every_turn: bool = False,
+) -> list[Encoding | RowProblem]:
+    """The encoding of each example, or why it can't be encoded.
+
+    ``date``: what a chat template that reads the clock is given. ``every_turn``: with the mask of all answers that
+    are learned (``task.learn=all``).
+    """
     texts: list[_Texts | RowProblem] = []
     special = _special_tokens(tokenizer)
+    writer = ChatWriter(tokenizer, date, special) if format == "chat" else None
     for example in examples:
         try:
             _refuse_special(example, special, format)
-            texts.append(_chat_texts(example, tokenizer) if format == "chat" else _plain_texts(example, tokenizer))
+            if writer is not None:
+                texts.append(writer.texts(example, every_turn))
+            else:
+                refuse_what_plain_text_lacks(example)
+                texts.append(_plain_texts(example, tokenizer))
         except _Refused as refused:
             texts.append(_problem(example, refused))
     rendered = [text for text in texts if isinstance(text, _Texts)]
@@ -86,19 +109,20 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, format: str) -> li
             continue
         prompt_ids, head_ids, full_ids = next(encodings)
         try:
-            results.append(_divided(text, prompt_ids, head_ids, full_ids))
+            learned = learned_mask(text, full_ids, tokenizer)
+            results.append(replace(_divided(text, prompt_ids, head_ids, full_ids), learned=learned))
         except _Refused as refused:
             results.append(_problem(example, refused))
     return results
 
 
-def template_tokens(tokenizer: Tokenizer, format: str) -> int:
+def template_tokens(tokenizer: Tokenizer, format: str, date: datetime.date) -> int:
     """How many tokens the chat template adds to a prompt of one user message (a default system message included)."""
     if format == "plain":
         return 0
     probe = "x"
-    rendered = _render((Message("user", probe),), tokenizer, generation_prompt=True)
-    both = tokenizer([rendered, probe], add_special_tokens=False)["input_ids"]
+    prompt = ChatWriter(tokenizer, date, _special_tokens(tokenizer)).prompt(probe)
+    both = tokenizer([prompt, probe], add_special_tokens=False)["input_ids"]
     return len(both[0]) - len(both[1])
 
 
@@ -136,38 +160,6 @@ def _plain_texts(example: Example, tokenizer: Tokenizer) -> _Texts:
     prompt = plain_prompt(example)
     separator = "" if prompt.endswith(("\n", "\r")) else " "
     return _Texts(prompt, separator + example.completion, str(tokenizer.eos_token))
-
-
-def _chat_texts(example: Example, tokenizer: Tokenizer) -> _Texts:
-    prompt = _render(example.messages, tokenizer, generation_prompt=True)
-    messages = (*example.messages, Message("assistant", example.completion))
-    full = _render(messages, tokenizer, generation_prompt=False)
-    if not full.startswith(prompt):
-        detail = "the chat template writes the prompt otherwise when the answer follows"
-        raise _Refused("template without a stable prompt", detail, _FORMAT_HINT, of_template=True)
-    rest = full[len(prompt) :]
-    begin = rest.rfind(example.completion)
-    if begin < 0:
-        raise _Refused(
-            "template changes the answer", "the chat template doesn't write it as it is", _FORMAT_HINT, of_template=True
-        )
-    end = begin + len(example.completion)
-    if not rest[end:].strip():
-        detail = "the chat template puts nothing after an answer: the model would never learn to stop"
-        raise _Refused("template without an end of turn", detail, _FORMAT_HINT, of_template=True)
-    return _Texts(prompt, rest[:end], rest[end:])
-
-
-def _render(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool) -> str:
-    conversation = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generation_prompt)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
-        hint = _FORMAT_HINT
-        if messages[0].role == "system":
-            hint = f"many templates take no system message: task.system=null, {hint}"
-        raise _Refused("refused by the chat template", str(error), hint, of_template=True) from None
-    return str(text)
 
 
 def _tokenized(
@@ -212,4 +204,7 @@ def _divided(text: _Texts, prompt_ids: list[int], head_ids: list[int], full_ids:
         tuple(prompt_ids),
         tuple(full_ids[prompt_length:head_length]),
         tuple(full_ids[head_length:]),
+        text.structured,
+        text.prefix,
+        text.variables,
     )
