@@ -271,7 +271,7 @@ class EvaluationConfig:
     batch_size: int
     generate: bool
     max_new_tokens: int | None
-    """null: the longest label, or for free text the longest completion of the training split, and a few more."""
+    """null: the longest label, or for free text the longest completion of any split, and a few more."""
     forgetting: bool
     forgetting_documents: int | None
     few_shots: int | None
