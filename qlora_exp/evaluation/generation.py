@@ -43,8 +43,8 @@ def stop_rule(
 ) -> StopRule:
     """EOS of tokenizer and model, the end of turn that the task trains on, and a newline unless answers hold one.
 
-    ``model`` is the transformers model itself, or ``None`` before one is loaded; ``end_ids`` and ``answers`` are those of all of the task's items, so
-    that the rule is the same for every split and batch.
+    ``model`` is the transformers model itself, or ``None`` before one is loaded; ``end_ids`` and ``answers`` are those
+    of all of the task's items, so that the rule is the same for every split and batch.
     """
     found: set[int] = set()
     sources = (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None))
