@@ -11,6 +11,7 @@ chat:  the tokenizer's template over [system?, user, assistant]; what follows th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,17 +146,29 @@ def _chat_texts(example: Example, tokenizer: Tokenizer) -> _Texts:
     if not full.startswith(prompt):
         detail = "the chat template writes the prompt otherwise when the answer follows"
         raise _Refused("template without a stable prompt", detail, _FORMAT_HINT, of_template=True)
-    rest = full[len(prompt) :]
-    begin = rest.rfind(example.completion)
-    if begin < 0:
+    end = _answer_end(full, example, tokenizer)
+    if end is None or end - len(example.completion) < len(prompt):
         raise _Refused(
             "template changes the answer", "the chat template doesn't write it as it is", _FORMAT_HINT, of_template=True
         )
-    end = begin + len(example.completion)
-    if not rest[end:].strip():
+    if not full[end:].strip():
         detail = "the chat template puts nothing after an answer: the model would never learn to stop"
         raise _Refused("template without an end of turn", detail, _FORMAT_HINT, of_template=True)
-    return _Texts(prompt, rest[:end], rest[end:])
+    return _Texts(prompt, full[len(prompt) : end], full[end:])
+
+
+def _answer_end(full: str, example: Example, tokenizer: Tokenizer) -> int | None:
+    """Where the answer ends in ``full``, the example as the template writes it. ``None``: the answer isn't there.
+
+    A second rendering, with another answer, shows what the template writes after an answer. A search for the text would
+    find a short answer in the template's own words: "d" in ``<|im_end|>``.
+    """
+    probe = next(word for number in itertools.count() if (word := f"Answer{number}") not in full)
+    shown = _render((*example.messages, Message("assistant", probe)), tokenizer, generation_prompt=False)
+    _, found, after = shown.rpartition(probe)
+    if not found or not full.endswith(example.completion + after):
+        return None
+    return len(full) - len(after)
 
 
 def _render(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool) -> str:
