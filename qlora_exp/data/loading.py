@@ -10,8 +10,17 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_exp import records
-from qlora_exp.config import Config, TaskKind
-from qlora_exp.data.formatting import Encoding, Tokenizer, check_tokenizer, encode, resolve_format, template_tokens
+from qlora_exp.config import Config, SpecialTokens, TaskKind
+from qlora_exp.data.formatting import (
+    Encoding,
+    Tokenizer,
+    check_tokenizer,
+    encode,
+    plain_prompt,
+    plain_text,
+    resolve_format,
+    template_tokens,
+)
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.problems import RowProblem, add_counts, settle
 from qlora_exp.data.rows import Example
@@ -124,8 +133,8 @@ def _item(
         completion_ids=completion,
         end_ids=end[: max(0, room - len(completion))],
         label=example.label,
-        answer=example.completion,
-        completion_bytes=len(example.completion.encode("utf-8")),
+        answer=encoding.answer,
+        completion_bytes=len(example.completion.strip().encode("utf-8")),
         extra=example.extra,
     )
     if room < len(completion):
@@ -189,7 +198,7 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]]) 
             raise DataError(
                 f"the label {item.label!r} has other tokens after this prompt than after the first one",
                 f"{file}, row {row}",
-                "let all prompts end alike, e.g. by a template: 'task.prompt=\"{COLUMN}\\nLabel:\"'",
+                "let all prompts end alike, e.g. by a template: $'task.prompt=\"{COLUMN}\\nLabel:\"'",
             )
 
 
@@ -203,11 +212,21 @@ def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list
         digest.update(json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n")
 
     add([*read_as, task.prompt, task.completion, task.system, list(rows.options.items())])
+    if read_as[:1] != ["chat"] and task.special_tokens is not SpecialTokens.refuse:
+        add(["special_tokens", task.special_tokens.value])
     for split, examples in used.items():
         for example in examples:
             messages = [[message.role, message.content] for message in example.messages]
             add([split, messages, example.completion, example.label])
+            if read_as[:1] != ["chat"] and plain_text(example) != _text_with_one_space(example):
+                add(["text", plain_text(example)])
     return digest.hexdigest()
+
+
+def _text_with_one_space(example: Example) -> str:
+    """How the plain format wrote every row once. Rows that it still writes so keep their recorded fingerprint."""
+    prompt = plain_prompt(example)
+    return prompt + ("" if prompt.endswith(("\n", "\r")) else " ") + example.completion
 
 
 def _mean(lengths: Sequence[int]) -> float | None:

@@ -1,22 +1,24 @@
 """Rows read as examples — a prompt or a conversation, a completion, a label — and each fault named with its place.
 
 Only text is accepted: what a number, a date or a null would look like in a prompt is the user's to say. The one
-exception is a whole number inside a template, whose text is unambiguous.
+exception is a whole number inside a template or as a label, whose text is unambiguous.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from qlora_exp.config import TaskConfig, TaskKind
+from qlora_exp.config import SpecialTokens, TaskConfig, TaskKind
 from qlora_exp.data.files import RawFile, RawRow
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.templates import Template, parse_template
 from qlora_exp.errors import DataError, nearest
+from qlora_exp.texts import Parts, compact, parted
 
 ROLES = ("system", "user", "assistant")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -29,6 +31,17 @@ class Message:
 
 
 @dataclass(frozen=True)
+class PlainText:
+    """How the plain format writes a row: the white space around its completion in the file, and the task's settings."""
+
+    space_before: str = ""
+    space_after: str = ""
+    separator: str | None = None
+    """What stands between prompt and completion; ``None``: by the texts."""
+    special_tokens: SpecialTokens = SpecialTokens.refuse
+
+
+@dataclass(frozen=True)
 class Example:
     """One valid row: what is asked (a single user message, or a conversation) and the text that is learned."""
 
@@ -38,9 +51,10 @@ class Example:
     conversation: bool
     """Read from a messages column (then the plain format writes the roles out)."""
     completion: str
-    """Stripped of surrounding white space."""
+    """Without the white space around it; a code block keeps the indentation of its first line."""
     label: str | None
     extra: dict[str, Any]
+    plain: PlainText = PlainText()
 
     @property
     def item_id(self) -> str:
@@ -48,8 +62,8 @@ class Example:
 
     @property
     def prompt_key(self) -> str:
-        """Equal for rows that ask the same thing, whatever their white space."""
-        return "\x1e".join(f"{message.role}\x1f{' '.join(message.content.split())}" for message in self.messages)
+        """Equal for rows that ask the same thing: runs of white space count as one space, but indentation counts."""
+        return "\x1e".join(f"{message.role}\x1f{compact(message.content)}" for message in self.messages)
 
 
 class _InvalidRow(Exception):
@@ -68,6 +82,7 @@ class _Mapping:
     label: str | None
     system: str | None
     columns: tuple[str, ...]
+    plain: PlainText = PlainText()
 
     @cached_property
     def used(self) -> set[str]:
@@ -97,6 +112,10 @@ def read_examples(task: TaskConfig, raw: RawFile) -> tuple[list[Example], list[R
 
 def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
     columns, classifies = raw.columns, task.kind is TaskKind.classification
+    if re.search(r"\\[nrt]", task.separator or ""):
+        what = f"the separator {task.separator!r} holds a backslash and a letter, not a newline or a tab"
+        raise DataError(what, "task.separator", "in a shell: $'task.separator=\"\\n\"'; or in a file given with --from")
+    plain = PlainText(separator=task.separator, special_tokens=task.special_tokens)
     if task.columns.messages:
         if task.prompt or task.completion:
             raise DataError(
@@ -107,7 +126,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
         label = task.columns.label if classifies else None
         for key, column in (("messages", task.columns.messages), ("label", label)):
             _check_column(column, f"task.columns.{key}", raw)
-        return _Mapping(None, None, task.columns.messages, label, task.system, columns)
+        return _Mapping(None, None, task.columns.messages, label, task.system, columns, plain)
     label = task.columns.label if classifies else None
     completion_column = task.columns.completion
     if label and not task.completion and completion_column not in columns:
@@ -115,7 +134,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
     prompt = _source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _source("completion", task.completion, completion_column, raw)
     _check_column(label, "task.columns.label", raw)
-    return _Mapping(prompt, completion, None, label, task.system, columns)
+    return _Mapping(prompt, completion, None, label, task.system, columns, plain)
 
 
 def _source(name: str, template: str | None, column: str | None, raw: RawFile) -> str | Template:
@@ -146,17 +165,40 @@ def _check_column(column: str | None, key: str, raw: RawFile) -> None:
 def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
     if mapping.messages:
         messages, completion = _conversation(row, mapping)
+        answer = Parts("", completion, "")
     else:
         prompt = _text(row, mapping.prompt)
-        completion = _text(row, mapping.completion).strip()
+        answer = _answer(row, mapping, kind)
+        completion = answer.text
         messages = (Message("user", prompt),)
     if mapping.system and messages[0].role != "system":
         messages = (Message("system", mapping.system), *messages)
     label = None
     if kind is TaskKind.classification:
-        label = _column_text(row, mapping.label, whole_numbers=False).strip() if mapping.label else completion
+        label = _column_text(row, mapping.label, whole_numbers=True).strip() if mapping.label else completion
     extra = {column: value for column, value in row.values.items() if column not in mapping.used}
-    return Example(row.file, row.number, messages, mapping.messages is not None, completion, label, extra)
+    return Example(
+        file=row.file,
+        row=row.number,
+        messages=messages,
+        conversation=mapping.messages is not None,
+        completion=completion,
+        label=label,
+        extra=extra,
+        plain=replace(mapping.plain, space_before=answer.before, space_after=answer.after),
+    )
+
+
+def _answer(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Parts:
+    """The completion. A label is a name: white space after it means nothing, and it has no indentation."""
+    classifies = kind is TaskKind.classification
+    if isinstance(mapping.completion, str) and classifies and mapping.label in (None, mapping.completion):
+        text = _column_text(row, mapping.completion, whole_numbers=True)
+    else:
+        text = _text(row, mapping.completion)
+    if classifies:
+        return Parts(text[: len(text) - len(text.lstrip())], text.strip(), "")
+    return parted(text)
 
 
 def _text(row: RawRow, source: str | Template | None) -> str:
@@ -215,7 +257,7 @@ def _conversation(row: RawRow, mapping: _Mapping) -> tuple[tuple[Message, ...], 
         raise _InvalidRow("missing column", f"{column!r} is not in this row", column, nearest(column, row.values))
     messages = [_message(entry, number, column) for number, entry in enumerate(_list(row.values[column], column), 1)]
     _check_roles([message.role for message in messages], column)
-    return tuple(messages[:-1]), messages[-1].content.strip()
+    return tuple(messages[:-1]), parted(messages[-1].content).text
 
 
 def _list(value: object, column: str) -> list[Any]:
