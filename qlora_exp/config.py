@@ -55,6 +55,13 @@ class Format(Enum):
     plain = "plain"
 
 
+class Learn(Enum):
+    """Which answers of a conversation are learned."""
+
+    last = "last"
+    all = "all"
+
+
 class InvalidRows(Enum):
     error = "error"
     drop = "drop"
@@ -192,6 +199,8 @@ class ColumnsConfig:
     completion: str | None
     messages: str | None
     label: str | None
+    tools: str | None
+    """Beside a messages column: what the assistant may call, for the chat template. Read where the file has it."""
 
 
 @dataclass
@@ -220,6 +229,12 @@ class TaskConfig:
     labels: list[str] | None
     """classification: the options, in order; null: the distinct completions of the training split."""
     format: Format
+    learn: Learn
+    """Of a conversation: the last answer, or all of the assistant's. Scores are of the last one."""
+    ignore_fields: list[str]
+    """Fields of messages to leave out; any other field that the chat template doesn't write is refused."""
+    date: str
+    """The day that a chat template is given when it asks for the date, e.g. ``2026-01-01``."""
     invalid_rows: InvalidRows
     goal: str | None
     """A business objective, e.g. ``accuracy >= 0.6``."""
@@ -269,7 +284,7 @@ class EvaluationConfig:
     batch_size: int
     generate: bool
     max_new_tokens: int | None
-    """null: the longest label, or for free text the longest completion of the training split, and a few more."""
+    """null: the longest label, or for free text the longest completion of any split, and a few more."""
     forgetting: bool
     forgetting_documents: int | None
     few_shots: int | None

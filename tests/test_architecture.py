@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "models": {"catalogue", "chat_templates", "checks", "config", "plan"},
     "calibration": {"config", "measurement", "models", "plan", "records"},
-    "data": {"config", "records", "texts"},
+    "data": {"chat_templates", "config", "records", "texts"},
     "evaluation": {"config", "data", "metrics", "plan", "records", "texts"},
     "train": {"callbacks", "checkpoints", "config", "data", "endings", "models", "records"},
     "synthetic": {"budget", "config", "endings", "plan", "records", "redaction"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import operator
 import re
@@ -10,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterator
 
 from qlora_exp.checks.bounds import at_least, config_error, one_of, within
-from qlora_exp.config import Config, TaskConfig, TaskKind, TaskSource
+from qlora_exp.config import Config, Format, Learn, TaskConfig, TaskKind, TaskSource
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.records import Scores
 
@@ -90,12 +91,28 @@ def task_problems(task: TaskConfig) -> Iterator[ConfigError]:
     for split in ("train", "validation", "test"):
         yield from at_least(f"task.max_{split}_items", getattr(task, f"max_{split}_items"), 1)
     yield from at_least("task.split_seed", task.split_seed, 0)
+    yield from _chat_problems(task)
     if task.labels is not None and (len(task.labels) < 2 or len(set(task.labels)) < len(task.labels)):
         yield config_error(
             "labels must be two or more, all different", "task.labels", task.labels, "task.labels=[yes,no]"
         )
     if task.labels is not None and task.kind is not TaskKind.classification:
         yield config_error("labels are for classification", "task.kind", task.kind.value, "task.kind=classification")
+
+
+def _chat_problems(task: TaskConfig) -> Iterator[ConfigError]:
+    try:
+        datetime.date.fromisoformat(task.date)
+    except ValueError:
+        yield config_error(
+            "task.date is not a date", "task.date", task.date, "year, month and day: task.date=2026-01-01"
+        )
+    if task.learn is Learn.all and not task.columns.messages:
+        what = "only conversations have several answers to learn"
+        yield config_error(what, "task.learn", "all", "task.columns.messages=messages, or task.learn=last")
+    if task.learn is Learn.all and task.format is Format.plain:
+        hint = "task.format=chat, or task.learn=last"
+        yield config_error("the plain format learns the last answer alone", "task.learn", "all", hint)
 
 
 def goal_problems(config: Config) -> Iterator[ConfigError]:

@@ -7,15 +7,17 @@ the plain format it is the prompt with its completion, examples and prompt divid
 
 from __future__ import annotations
 
+import datetime
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qlora_exp.config import Config
-from qlora_exp.data.formatting import Tokenizer, encode, plain_text, written_prompt
+from qlora_exp.data.formatting import Tokenizer, date_of, encode, plain_text, written_prompt
 from qlora_exp.data.items import Item, Splits
+from qlora_exp.data.messages import Message
 from qlora_exp.data.problems import RowProblem
-from qlora_exp.data.rows import Example, Message
+from qlora_exp.data.rows import Example
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import DataError
 
@@ -57,7 +59,7 @@ def few_shot_draws(
     for number in range(1, config.evaluation.few_shot_draws + 1):
         draw = random.Random(f"few shots/{config.task.split_seed}/{number}")
         shots = [known[item.item_id] for item in draw.sample(splits.train, config.evaluation.few_shots)]
-        draws.append(_fitting(number, shots, known, tokenizer, splits, validation, test, positions))
+        draws.append(_fitting(number, shots, known, tokenizer, splits, validation, test, positions, date_of(config)))
     return draws
 
 
@@ -70,10 +72,11 @@ def _fitting(
     validation: Sequence[Item],
     test: Sequence[Item],
     positions: int | None,
+    date: datetime.date,
 ) -> FewShotDraw:
     longest_label = max((len(ids) for ids in splits.label_ids.values()), default=0)
     while shots:
-        parts = [_with_examples(part, known, shots, tokenizer, splits.format) for part in (validation, test)]
+        parts = [_with_examples(part, known, shots, tokenizer, splits.format, date) for part in (validation, test)]
         needed = max(max(len(i.ids), len(i.prompt_ids) + longest_label) for part in parts for i in part)
         if positions is None or needed <= positions:
             return FewShotDraw(number, tuple(shot.item_id for shot in shots), *parts)
@@ -83,18 +86,23 @@ def _fitting(
 
 
 def _with_examples(
-    items: Sequence[Item], known: dict[str, Example], shots: Sequence[Example], tokenizer: Tokenizer, format: str
+    items: Sequence[Item],
+    known: dict[str, Example],
+    shots: Sequence[Example],
+    tokenizer: Tokenizer,
+    format: str,
+    date: datetime.date,
 ) -> tuple[Item, ...]:
     """The items with another prompt; what is scored stays as it is."""
     shown = [_shown(known[item.item_id], shots, format) for item in items]
     changed = []
-    for item, encoded in zip(items, encode(shown, tokenizer, format), strict=True):
+    for item, encoded in zip(items, encode(shown, tokenizer, format, date=date), strict=True):
         if isinstance(encoded, RowProblem):
             raise encoded.error()
         if encoded.completion_ids[: len(item.completion_ids)] != item.completion_ids:
             what = "the answer has other tokens after worked examples than without them"
             raise DataError(what, item.item_id, "evaluation.few_shots=null, or a prompt that ends on a colon")
-        changed.append(replace(item, prompt=encoded.prompt, prompt_ids=encoded.prompt_ids))
+        changed.append(replace(item, prompt=encoded.prompt, prompt_ids=encoded.prompt_ids, learned=None))
     return tuple(changed)
 
 
@@ -104,7 +112,7 @@ def _shown(example: Example, shots: Sequence[Example], format: str) -> Example:
     own = _without_system(example)
     before = [_without_system(shot) for shot in shots]
     if format == "chat":
-        turns = [m for shot in before for m in (*shot.messages, Message("assistant", shot.completion))]
+        turns = [m for shot in before for m in (*shot.messages, shot.answer or Message("assistant", shot.completion))]
         return replace(example, messages=(*system, *turns, *own.messages))
     texts = [plain_text(shot).rstrip() for shot in before]
     messages = tuple(Message("user", text) for text in (*texts, written_prompt(own)))

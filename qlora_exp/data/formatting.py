@@ -8,28 +8,30 @@ it was trained on.
 plain: the prompt and the completion as they are in the file, then EOS. Between them stands what ``task.separator``
        says; by default one space, where neither text has white space there and both are in scripts that write spaces.
        Spaces at the prompt's end are learned with the completion; all white space there, where its tokens would change.
-chat:  the tokenizer's template over [system?, user, assistant]; what follows the generation prompt is learned.
+chat:  the tokenizer's template over the messages (data/chat.py); the answer and its end are learned. What the template
+       writes by itself before the answer belongs to the prompt: TRL learns it.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import datetime
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jinja2
-
 from qlora_exp.config import Config, Format, SpecialTokens, Variant
+from qlora_exp.data.chat import ChatWriter, refuse_what_plain_text_lacks
 from qlora_exp.data.problems import RowProblem
-from qlora_exp.data.rows import Example, Message
+from qlora_exp.data.refusals import Refused as _Refused
+from qlora_exp.data.refusals import Texts as _Texts
+from qlora_exp.data.rows import Example
+from qlora_exp.data.turns import learned_mask
 from qlora_exp.data.written_answers import answer_as_written
 from qlora_exp.errors import DataError
 from qlora_exp.texts import separator_between
 
 Tokenizer = Any
 _NO_BOUNDARY = "no token boundary"
-_FORMAT_HINT = "task.format=plain, or another template: model.chat_template=FILE.jinja"
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,14 @@ class Encoding:
     end_ids: tuple[int, ...]
     answer: str = ""
     """What generation should give: the example's completion, in the Unicode form that the tokenizer writes."""
-
-
-@dataclass(frozen=True)
-class _Texts:
-    prompt: str
-    completion: str
-    end: str
-    literal: bool = False
-    """Special tokens that are written out in the prompt and completion are read as ordinary text."""
-
-
-class _Refused(Exception):
-    def __init__(self, reason: str, detail: str, hint: str, of_template: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.detail, self.hint, self.of_template = reason, detail, hint, of_template
+    structured: bool = False
+    """The completion holds more than the answer's text: tool calls, or reasoning in a field."""
+    prefix: str = ""
+    """The end of ``prompt`` that the chat template writes after its generation prompt."""
+    variables: Mapping[str, Any] | None = None
+    """Template variables with which the generation prompt ends in ``prefix``; ``None``: not needed, or none do."""
+    learned: tuple[bool, ...] | None = None
+    """For each token of the sequence whether it carries a loss, where earlier answers are learned too."""
 
 
 def resolve_format(config: Config) -> str:
@@ -77,16 +72,38 @@ def check_tokenizer(tokenizer: Tokenizer, format: str) -> None:
         raise DataError("the tokenizer has no end-of-text token: no answer would ever end", "task.format=plain", hint)
 
 
-def encode(examples: Sequence[Example], tokenizer: Tokenizer, format: str) -> list[Encoding | RowProblem]:
-    """The encoding of each example, or why it can't be encoded."""
+def date_of(config: Config) -> datetime.date:
+    """``task.date``: what a chat template that reads the clock is given."""
+    try:
+        return datetime.date.fromisoformat(config.task.date)
+    except ValueError:
+        hint = "year, month and day, e.g. task.date=2026-01-01"
+        raise DataError("task.date is no date", f"task.date = {config.task.date}", hint) from None
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    format: str,
+    *,
+    date: datetime.date,
+    every_turn: bool = False,
+) -> list[Encoding | RowProblem]:
+    """The encoding of each example, or why it can't be encoded.
+
+    ``date``: what a chat template that reads the clock is given. ``every_turn``: with the mask of all answers that
+    are learned (``task.learn=all``).
+    """
     texts: list[_Texts | RowProblem] = []
     special = _special_tokens(tokenizer)
+    writer = ChatWriter(tokenizer, date, special) if format == "chat" else None
     for example in examples:
         try:
-            if format == "chat":
+            if writer is not None:
                 _refuse_special(example, special)
-                texts.append(_chat_texts(example, tokenizer))
+                texts.append(writer.texts(example, every_turn))
             else:
+                refuse_what_plain_text_lacks(example)
                 texts.append(_plain_texts(example, tokenizer, special))
         except _Refused as refused:
             texts.append(_problem(example, refused))
@@ -101,19 +118,21 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, format: str) -> li
         try:
             if isinstance(encoding, _Refused):
                 raise encoding
-            results.append(replace(encoding, answer=_answer(example, encoding, tokenizer)))
+            full_ids = [*encoding.prompt_ids, *encoding.completion_ids, *encoding.end_ids]
+            learned = learned_mask(text, full_ids, tokenizer)
+            results.append(replace(encoding, answer=_answer(example, encoding, tokenizer), learned=learned))
         except _Refused as refused:
             results.append(_problem(example, refused))
     return results
 
 
-def template_tokens(tokenizer: Tokenizer, format: str) -> int:
+def template_tokens(tokenizer: Tokenizer, format: str, date: datetime.date) -> int:
     """How many tokens the chat template adds to a prompt of one user message (a default system message included)."""
     if format == "plain":
         return 0
     probe = "x"
-    rendered = _render((Message("user", probe),), tokenizer, generation_prompt=True)
-    both = tokenizer([rendered, probe], add_special_tokens=False)["input_ids"]
+    prompt = ChatWriter(tokenizer, date, _special_tokens(tokenizer)).prompt(probe)
+    both = tokenizer([prompt, probe], add_special_tokens=False)["input_ids"]
     return len(both[0]) - len(both[1])
 
 
@@ -182,51 +201,7 @@ def _plain_texts(example: Example, tokenizer: Tokenizer, special: Sequence[str])
         if not _written_out(prompt, special):
             raise _special_token(token, "it begins in the prompt and ends in the completion: divide them elsewhere")
     literal = token is not None and reading is SpecialTokens.text
-    return _Texts(prompt, completion, str(tokenizer.eos_token), literal)
-
-
-def _chat_texts(example: Example, tokenizer: Tokenizer) -> _Texts:
-    prompt = _render(example.messages, tokenizer, generation_prompt=True)
-    messages = (*example.messages, Message("assistant", example.completion))
-    full = _render(messages, tokenizer, generation_prompt=False)
-    if not full.startswith(prompt):
-        detail = "the chat template writes the prompt otherwise when the answer follows"
-        raise _Refused("template without a stable prompt", detail, _FORMAT_HINT, of_template=True)
-    end = _answer_end(full, example, tokenizer)
-    if end is None or end - len(example.completion) < len(prompt):
-        raise _Refused(
-            "template changes the answer", "the chat template doesn't write it as it is", _FORMAT_HINT, of_template=True
-        )
-    if not full[end:].strip():
-        detail = "the chat template puts nothing after an answer: the model would never learn to stop"
-        raise _Refused("template without an end of turn", detail, _FORMAT_HINT, of_template=True)
-    return _Texts(prompt, full[len(prompt) : end], full[end:])
-
-
-def _answer_end(full: str, example: Example, tokenizer: Tokenizer) -> int | None:
-    """Where the answer ends in ``full``, the example as the template writes it. ``None``: the answer isn't there.
-
-    A second rendering, with another answer, shows what the template writes after an answer. A search for the text would
-    find a short answer in the template's own words: "d" in ``<|im_end|>``.
-    """
-    probe = next(word for number in itertools.count() if (word := f"Answer{number}") not in full)
-    shown = _render((*example.messages, Message("assistant", probe)), tokenizer, generation_prompt=False)
-    _, found, after = shown.rpartition(probe)
-    if not found or not full.endswith(example.completion + after):
-        return None
-    return len(full) - len(after)
-
-
-def _render(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool) -> str:
-    conversation = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generation_prompt)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
-        hint = _FORMAT_HINT
-        if messages[0].role == "system":
-            hint = f"many templates take no system message: task.system=null, {hint}"
-        raise _Refused("refused by the chat template", str(error), hint, of_template=True) from None
-    return str(text)
+    return _Texts(prompt, completion, str(tokenizer.eos_token), literal=literal)
 
 
 def _encodings(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | _Refused]:
@@ -336,4 +311,7 @@ def _divided(text: _Texts, prompt_ids: list[int], head_ids: list[int], full_ids:
         tuple(prompt_ids),
         tuple(full_ids[prompt_length:head_length]),
         tuple(full_ids[head_length:]),
+        structured=text.structured,
+        prefix=text.prefix,
+        variables=text.variables,
     )

@@ -11,12 +11,12 @@ from qlora_exp import records
 @dataclass(frozen=True)
 class Item:
     """One row, ready to train and score on. ``prompt_ids + completion_ids + end_ids`` is the training sequence; the
-    loss is on ``completion_ids + end_ids``."""
+    loss is on ``completion_ids + end_ids``, in training also where ``learned`` says so."""
 
     item_id: str
     """File and row, e.g. ``train.jsonl:17``: the same item in every run on the same files."""
     prompt: str
-    """The final text: template included, as the model reads it."""
+    """The final text: template included, as the model reads it, with all that the template writes before the answer."""
     completion: str
     """The text that follows the prompt and is learned, as tokenized: with the separating space of the plain format,
     without EOS or the template's end. Where ``max_length`` cuts it: what is left."""
@@ -26,11 +26,15 @@ class Item:
     """EOS, or the template's end of turn. Empty where ``max_length`` cuts it."""
     label: str | None
     answer: str
-    """The text that generation should give, stripped; for a cut completion still the whole one."""
+    """The text that generation should give, stripped; for a cut completion still the whole one. Where the answer has
+    tool calls or reasoning: all that the model writes, without control tokens."""
     completion_bytes: int
     """UTF-8 bytes of the completion, stripped: the same in the plain and the chat format (for bits per byte)."""
     extra: dict[str, Any]
     """The row's other columns."""
+    learned: tuple[bool, ...] | None = None
+    """For each token of ``ids`` whether training computes its loss on it, where earlier answers of a conversation are
+    learned too; ``None``: on the completion and the end."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -39,7 +43,9 @@ class Item:
 
     @property
     def completion_mask(self) -> tuple[int, ...]:
-        """1 for each token of ``ids`` that the loss is on."""
+        """1 for each token of ``ids`` that training computes its loss on."""
+        if self.learned is not None:
+            return tuple(int(learned) for learned in self.learned)
         return (0,) * len(self.prompt_ids) + (1,) * (len(self.completion_ids) + len(self.end_ids))
 
 

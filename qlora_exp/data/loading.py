@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import sys
@@ -10,11 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_exp import records
-from qlora_exp.config import Config, SpecialTokens, TaskKind
+from qlora_exp.chat_templates import reads_clock
+from qlora_exp.config import Config, Learn, SpecialTokens, TaskKind
 from qlora_exp.data.formatting import (
     Encoding,
     Tokenizer,
     check_tokenizer,
+    date_of,
     encode,
     plain_prompt,
     plain_text,
@@ -43,14 +46,23 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     if max_length < 2:
         raise DataError(f"max_length is {max_length}", "training.max_length", "at least 2: a prompt and an answer")
     whole = config.task.kind is TaskKind.classification
+    date, learns_all = date_of(config), config.task.learn is Learn.all
+    if learns_all and format == "plain":
+        hint = "task.learn=last, or task.format=chat"
+        raise DataError("the plain format learns the last answer alone", "task.learn=all", hint)
+    first: Encoding | None = None
     used: dict[str, list[Example]] = {}
     items: dict[str, tuple[Item, ...]] = {}
     problems: list[RowProblem] = []
     truncated = 0
     for split, examples in _by_split(rows):
+        every_turn = learns_all and split == "train"  # scores are of the last answer everywhere
+        encodings = encode(examples, tokenizer, format, date=date, every_turn=every_turn)
+        if split == "train":
+            first = next((one for one in encodings if isinstance(one, Encoding)), None)
         results = [
             result if isinstance(result, RowProblem) else _item(example, result, tokenizer, max_length, whole)
-            for example, result in zip(examples, encode(examples, tokenizer, format), strict=True)
+            for example, result in zip(examples, encodings, strict=True)
         ]
         problems += [result for result in results if isinstance(result, RowProblem)]
         kept = [(e, r) for e, r in zip(examples, results, strict=True) if not isinstance(r, RowProblem)]
@@ -59,11 +71,15 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         truncated += sum(cut for _, (_, cut) in kept)
     dropped = add_counts(rows.dropped, settle(problems, config.task.invalid_rows))
     _require_items(items, problems)
-    label_ids = _label_ids(rows, used["train"][0], tokenizer, format)
+    label_ids = _label_ids(rows, used["train"][0], tokenizer, format, date)
     _check_labels([item for split in SPLIT_NAMES for item in items[split]], label_ids)
+    template = tokenizer.chat_template if format == "chat" else None
+    chat_date = config.task.date if reads_clock(template) else None
+    prefix = first.prefix if first is not None else ""
+    read_as = [format, template, *_read_otherwise(date_read=chat_date, prefix=prefix, learns_all=learns_all)]
     record = records.Data(
         task=config.task.name,
-        fingerprint=_fingerprint([format, tokenizer.chat_template if format == "chat" else None], config, used, rows),
+        fingerprint=_fingerprint(read_as, config, used, rows),
         train_items=len(items["train"]),
         validation_items=len(items["validation"]),
         test_items=len(items["test"]),
@@ -72,10 +88,13 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         labels=tuple(rows.options),
         mean_prompt_tokens=_mean([len(item.prompt_ids) for item in items["train"]]),
         mean_completion_tokens=_mean([len(item.completion_ids) for item in items["train"]]),
-        template_tokens=template_tokens(tokenizer, format),
+        template_tokens=template_tokens(tokenizer, format, date),
         template_tokens_trained=_template_trained(config, format),
         truncated_items=truncated,
         rows_fingerprint=_fingerprint([], config, used, rows),
+        answer_prefix=prefix or None,
+        answer_prefix_variables=dict(first.variables) if first is not None and first.variables else None,
+        chat_date=chat_date,
     )
     return Splits(
         items["train"],
@@ -86,7 +105,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         format,
         record,
         read_general_text(),
-        _general_chats(tokenizer) if format == "chat" else (),
+        _general_chats(tokenizer, date) if format == "chat" else (),
     )
 
 
@@ -136,7 +155,11 @@ def _item(
         answer=encoding.answer,
         completion_bytes=len(example.completion.strip().encode("utf-8")),
         extra=example.extra,
+        learned=encoding.learned[:max_length] if encoding.learned is not None else None,
     )
+    if encoding.structured:
+        text = str(tokenizer.decode(completion, skip_special_tokens=True)).strip()
+        item = replace(item, answer=text, completion_bytes=len(encoding.completion.strip().encode("utf-8")))
     if room < len(completion):
         text = str(tokenizer.decode(completion[:room], clean_up_tokenization_spaces=False))
         cut_bytes = len(text.strip().encode("utf-8"))
@@ -144,10 +167,10 @@ def _item(
     return item, room < len(completion) + len(end)
 
 
-def _general_chats(tokenizer: Tokenizer) -> tuple[Item, ...]:
+def _general_chats(tokenizer: Tokenizer, date: datetime.date) -> tuple[Item, ...]:
     """The general chats that this tokenizer's template can write (many take no system message), never cut."""
     examples = read_general_chats()
-    results = zip(examples, encode(examples, tokenizer, "chat"), strict=True)
+    results = zip(examples, encode(examples, tokenizer, "chat", date=date), strict=True)
     encoded = [(example, result) for example, result in results if isinstance(result, Encoding)]
     items = [_item(example, result, tokenizer, sys.maxsize, False) for example, result in encoded]
     return tuple(item[0] for item in items if not isinstance(item, RowProblem))
@@ -161,11 +184,13 @@ def _require_items(items: dict[str, tuple[Item, ...]], problems: Sequence[RowPro
             raise DataError(what, first.where, first.hint)
 
 
-def _label_ids(rows: RawSplits, context: Example, tokenizer: Tokenizer, format: str) -> dict[str, tuple[int, ...]]:
+def _label_ids(
+    rows: RawSplits, context: Example, tokenizer: Tokenizer, format: str, date: datetime.date
+) -> dict[str, tuple[int, ...]]:
     """Each option's completion ids after the prompt of ``context``: the boundary may change a label's first token."""
     label_ids: dict[str, tuple[int, ...]] = {}
     examples = [replace(context, completion=completion, label=label) for label, completion in rows.options.items()]
-    for example, result in zip(examples, encode(examples, tokenizer, format), strict=True):
+    for example, result in zip(examples, encode(examples, tokenizer, format, date=date), strict=True):
         label = str(example.label)
         if isinstance(result, RowProblem):
             raise DataError(f"the label {label!r} can't be tokenized: {result.detail}", "task.labels", result.hint)
@@ -202,6 +227,13 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]]) 
             )
 
 
+def _read_otherwise(date_read: str | None, prefix: str, learns_all: bool) -> list[str]:
+    """What the fingerprint holds beside format and template, only where it makes a difference: other data sets keep
+    the fingerprints that earlier versions gave them."""
+    said = {"date": date_read, "answer prefix": prefix or None, "learn": "all" if learns_all else None}
+    return [f"{name}: {value}" for name, value in said.items() if value is not None]
+
+
 def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list[Example]], rows: RawSplits) -> str:
     """SHA-256 over all rows used, in order, the task's templates and what they are read as (format and chat template).
     File names and row numbers have no part."""
@@ -216,8 +248,13 @@ def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list
         add(["special_tokens", task.special_tokens.value])
     for split, examples in used.items():
         for example in examples:
-            messages = [[message.role, message.content] for message in example.messages]
-            add([split, messages, example.completion, example.label])
+            messages = [
+                [message.role, message.content, *([message.more] if message.more else [])]
+                for message in example.messages
+            ]
+            answer = [example.answer.more] if example.answer is not None else []
+            around = [part for part in (example.tools, example.variables) if part]
+            add([split, messages, example.completion, example.label, *answer, *around])
             if read_as[:1] != ["chat"] and plain_text(example) != _text_with_one_space(example):
                 add(["text", plain_text(example)])
     return digest.hexdigest()

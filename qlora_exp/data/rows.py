@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from qlora_exp.config import SpecialTokens, TaskConfig, TaskKind
+from qlora_exp.config import Learn, SpecialTokens, TaskConfig, TaskKind
 from qlora_exp.data.files import RawFile, RawRow
+from qlora_exp.data.messages import InvalidMessages, Message, described, read_messages, read_tools, read_variables
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.templates import Template, parse_template
 from qlora_exp.errors import DataError, nearest
 from qlora_exp.texts import Parts, compact, parted
 
-ROLES = ("system", "user", "assistant")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-
-
-@dataclass(frozen=True)
-class Message:
-    role: str
-    content: str
+VARIABLES_COLUMN = "chat_template_kwargs"
+"""TRL's column of variables for the chat template, read beside a messages column."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,12 @@ class Example:
     label: str | None
     extra: dict[str, Any]
     plain: PlainText = PlainText()
+    answer: Message | None = None
+    """The last message of a conversation, where it has more than a role and text (tool calls, reasoning)."""
+    tools: tuple[Any, ...] | None = None
+    """What the assistant may call, as the chat template reads it."""
+    variables: Mapping[str, Any] | None = None
+    """Further variables for the chat template, e.g. ``enable_thinking``."""
 
     @property
     def item_id(self) -> str:
@@ -63,7 +64,17 @@ class Example:
     @property
     def prompt_key(self) -> str:
         """Equal for rows that ask the same thing: runs of white space count as one space, but indentation counts."""
-        return "\x1e".join(f"{message.role}\x1f{compact(message.content)}" for message in self.messages)
+        texts = [f"{message.role}\x1f{compact(message.content)}" for message in self.messages]
+        more = [message.more for message in self.messages]
+        if any(more) or self.tools or self.variables:
+            texts.append(json.dumps([more, self.tools, self.variables], sort_keys=True))
+        return "\x1e".join(texts)
+
+    @property
+    def answer_key(self) -> str:
+        """Equal for rows whose last message is the same."""
+        more = self.answer.more if self.answer is not None else None
+        return f"{self.completion}\x1f{json.dumps(more, sort_keys=True)}" if more else self.completion
 
 
 class _InvalidRow(Exception):
@@ -83,10 +94,13 @@ class _Mapping:
     system: str | None
     columns: tuple[str, ...]
     plain: PlainText = PlainText()
+    tools: str | None = None
+    ignored_fields: tuple[str, ...] = ()
+    every_turn: bool = False
 
     @cached_property
     def used(self) -> set[str]:
-        used: set[str] = set()
+        used = {column for column in self.columns if self.messages and column in (self.tools, VARIABLES_COLUMN)}
         for source in (self.prompt, self.completion, self.messages, self.label):
             used |= set(source.columns) if isinstance(source, Template) else {source} if source else set()
         return used
@@ -126,7 +140,13 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
         label = task.columns.label if classifies else None
         for key, column in (("messages", task.columns.messages), ("label", label)):
             _check_column(column, f"task.columns.{key}", raw)
-        return _Mapping(None, None, task.columns.messages, label, task.system, columns, plain)
+        return _Mapping(
+            *(None, None, task.columns.messages, label, task.system, columns),
+            tools=task.columns.tools,
+            ignored_fields=tuple(task.ignore_fields),
+            every_turn=task.learn is Learn.all,
+            plain=plain,
+        )
     label = task.columns.label if classifies else None
     completion_column = task.columns.completion
     if label and not task.completion and completion_column not in columns:
@@ -163,30 +183,22 @@ def _check_column(column: str | None, key: str, raw: RawFile) -> None:
 
 
 def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
-    if mapping.messages:
-        messages, completion = _conversation(row, mapping)
-        answer = Parts("", completion, "")
-    else:
-        prompt = _text(row, mapping.prompt)
-        answer = _answer(row, mapping, kind)
-        completion = answer.text
-        messages = (Message("user", prompt),)
-    if mapping.system and messages[0].role != "system":
-        messages = (Message("system", mapping.system), *messages)
     label = None
-    if kind is TaskKind.classification:
-        label = _column_text(row, mapping.label, whole_numbers=True).strip() if mapping.label else completion
+    if kind is TaskKind.classification and mapping.label:
+        label = _column_text(row, mapping.label, whole_numbers=False).strip()
     extra = {column: value for column, value in row.values.items() if column not in mapping.used}
-    return Example(
-        file=row.file,
-        row=row.number,
-        messages=messages,
-        conversation=mapping.messages is not None,
-        completion=completion,
-        label=label,
-        extra=extra,
-        plain=replace(mapping.plain, space_before=answer.before, space_after=answer.after),
-    )
+    if mapping.messages:
+        example = _conversation(row, mapping, kind, label, extra)
+    else:
+        answer = _answer(row, mapping, kind)
+        prompt = Message("user", _text(row, mapping.prompt))
+        plain = replace(mapping.plain, space_before=answer.before, space_after=answer.after)
+        example = Example(row.file, row.number, (prompt,), False, answer.text, label, extra, plain=plain)
+    if mapping.system and example.messages[0].role not in ("system", "developer"):
+        example = replace(example, messages=(Message("system", mapping.system), *example.messages))
+    if kind is TaskKind.classification and label is None:
+        example = replace(example, label=example.completion)
+    return example
 
 
 def _answer(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Parts:
@@ -220,7 +232,7 @@ def _column_text(row: RawRow, column: str, whole_numbers: bool) -> str:
 
 def _checked_text(value: object, column: str) -> str:
     if not isinstance(value, str):
-        raise _InvalidRow("not text", f"found {_described(value)}", column, _text_hint(value, column))
+        raise _InvalidRow("not text", f"found {described(value)}", column, _text_hint(value, column))
     if not value.strip():
         raise _InvalidRow("empty", "the text is empty or only white space", column)
     try:
@@ -231,16 +243,6 @@ def _checked_text(value: object, column: str) -> str:
     return value
 
 
-def _described(value: object) -> str:
-    if value is None:
-        return "null"
-    try:
-        shown = json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:
-        shown = "nested too deeply"
-    return f"{type(value).__name__} {shown[:60]}{'…' if len(shown) > 60 else ''}"
-
-
 def _text_hint(value: object, column: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -249,49 +251,30 @@ def _text_hint(value: object, column: str) -> str | None:
     return f'write it as text, with the digits that you want to be learned: "{value}"'
 
 
-def _conversation(row: RawRow, mapping: _Mapping) -> tuple[tuple[Message, ...], str]:
-    """All messages before the last, and the last (the assistant's) one's text."""
+def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | None, extra: dict[str, Any]) -> Example:
     column = mapping.messages
     assert column is not None
     if column not in row.values:
         raise _InvalidRow("missing column", f"{column!r} is not in this row", column, nearest(column, row.values))
-    messages = [_message(entry, number, column) for number, entry in enumerate(_list(row.values[column], column), 1)]
-    _check_roles([message.role for message in messages], column)
-    return tuple(messages[:-1]), parted(messages[-1].content).text
-
-
-def _list(value: object, column: str) -> list[Any]:
-    shape = 'write [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
-    if isinstance(value, str):  # a CSV file can hold messages only as JSON
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise _InvalidRow("invalid messages", f"the text is not JSON: {error}", column, shape) from None
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else _described(value)
-        raise _InvalidRow("invalid messages", f"expected a list of messages, found {found}", column, shape)
-    return value
-
-
-def _message(entry: object, number: int, column: str) -> Message:
-    where = f"{column}[{number}]"
-    if not isinstance(entry, dict) or "role" not in entry or "content" not in entry:
-        hint = 'each message is {"role": "…", "content": "…"}'
-        if isinstance(entry, dict) and {"from", "value"} <= set(entry):
-            hint = "rename from to role and value to content, human to user and gpt to assistant"
-        raise _InvalidRow("invalid messages", f"message {number} has no role and content", where, hint)
-    role = entry["role"]
-    if not isinstance(role, str) or role not in ROLES:
-        hint = f"did you mean {_SHAREGPT[str(role)]}?" if str(role) in _SHAREGPT else nearest(str(role), ROLES)
-        raise _InvalidRow("invalid messages", f"message {number} has the role {role!r}", where, hint)
-    return Message(role, _checked_text(entry["content"], where))
-
-
-def _check_roles(roles: Sequence[str], column: str) -> None:
-    """An optional system message, then user and assistant in turn, the assistant last."""
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or list(turns) != expected:
-        detail = f"the roles are {', '.join(roles)}"
-        hint = "an optional system message, then user and assistant in turn; the last one is the assistant's"
-        raise _InvalidRow("invalid messages", detail, column, hint)
+    place = column
+    try:
+        conversation = row.values[column]
+        *messages, last = read_messages(conversation, column, mapping.ignored_fields, _checked_text, mapping.every_turn)
+        if kind is TaskKind.classification and last.fields:
+            detail = f"the last message has {', '.join(last.fields)}, and a label is text alone"
+            raise InvalidMessages("invalid messages", detail, column, "task.kind=generation")
+        place = mapping.tools or ""
+        tools = read_tools(row.values.get(place), place)
+        place = VARIABLES_COLUMN
+        variables = read_variables(row.values.get(place), place)
+    except InvalidMessages as bad:
+        raise _InvalidRow(bad.reason, bad.detail, bad.where, bad.hint) from None
+    last = replace(last, content=parted(last.content).text)
+    answer = last if last.more else None
+    return Example(
+        *(row.file, row.number, tuple(messages), True, last.content, label, extra),
+        plain=mapping.plain,
+        answer=answer,
+        tools=tools,
+        variables=variables,
+    )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qlora_exp.config import TaskConfig, TaskSource
 from qlora_exp.data.files import ENDINGS, RawFile, RawRow, read_file
-from qlora_exp.data.rows import Example, Message
+from qlora_exp.data.messages import Message
+from qlora_exp.data.rows import Example
 from qlora_exp.errors import DataError, nearest
 from qlora_exp.paths import EMBEDDED
 

@@ -96,7 +96,7 @@ def _complete(splits: Mapping[str, list[Example]], task: TaskConfig) -> tuple[di
     complete = {split: list(splits.get(split, [])) for split in SPLIT_NAMES}
     if not missing:
         return complete, 0
-    unique = list({(e.prompt_key, e.completion, e.label): e for e in reversed(splits["train"])}.values())[::-1]
+    unique = list({(e.prompt_key, e.answer_key, e.label): e for e in reversed(splits["train"])}.values())[::-1]
     complete |= _divide(unique, missing, task.split_seed)
     return complete, len(splits["train"]) - len(unique)
 

@@ -4,6 +4,7 @@ from qlora_exp.evaluation.baselines import baselines
 from qlora_exp.evaluation.context import max_positions
 from qlora_exp.evaluation.forgetting import DocumentLoss, answer_losses, forgetting, text_losses
 from qlora_exp.evaluation.goal import answer_goal
+from qlora_exp.evaluation.oracle import check_answers
 from qlora_exp.evaluation.per_item import ITEM_COLUMNS
 from qlora_exp.evaluation.scoring import Evaluation, evaluate_model, limited
 
@@ -14,6 +15,7 @@ __all__ = [
     "answer_goal",
     "answer_losses",
     "baselines",
+    "check_answers",
     "evaluate_model",
     "forgetting",
     "limited",

@@ -32,10 +32,11 @@ class StopRule:
 
 def max_new_tokens(splits: Splits, config: Config) -> int:
     """``evaluation.max_new_tokens``, or where it isn't given the tokens of the longest label (for free text: of the
-    longest completion of the training split, as ``max_length`` leaves it) and MARGIN_TOKENS more."""
+    longest completion of any split, as ``max_length`` leaves it) and MARGIN_TOKENS more."""
     if config.evaluation.max_new_tokens is not None:
         return config.evaluation.max_new_tokens
-    expected = splits.label_ids.values() if splits.labels else [item.completion_ids for item in splits.train]
+    known = (*splits.train, *splits.validation, *splits.test)
+    expected = splits.label_ids.values() if splits.labels else [item.completion_ids for item in known]
     return max((len(ids) for ids in expected), default=0) + MARGIN_TOKENS
 
 
@@ -44,12 +45,12 @@ def stop_rule(
 ) -> StopRule:
     """EOS of tokenizer and model, the end of turn that the task trains on, and a newline unless answers hold one.
 
-    ``model`` is the transformers model itself; ``end_ids`` and ``answers`` are those of all of the task's items, so
-    that the rule is the same for every split and batch.
+    ``model`` is the transformers model itself, or ``None`` before one is loaded; ``end_ids`` and ``answers`` are those
+    of all of the task's items, so that the rule is the same for every split and batch.
     """
     found: set[int] = set()
     answers = list(answers)
-    sources = (tokenizer, getattr(model, "generation_config", None), model.config)
+    sources = (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None))
     for value in (getattr(source, name, None) for source in sources for name in ("eos_token_id",)):
         found.update([value] if isinstance(value, int) else value or [])
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
@@ -86,7 +87,7 @@ def generate(next_logits: Tensor, context: Context, tokenizer: Any, rule: StopRu
         ids = torch.tensor(chosen, device=context.ids.device)[:, None]
         logits, context = context.extend(ids, torch.ones_like(ids))
         chosen = logits[:, -1].argmax(dim=-1).tolist()
-    return [_text(ids, tokenizer, rule) for ids in answers]
+    return [answer_text(ids, tokenizer, rule) for ids in answers]
 
 
 def _room(context: Context, max_new_tokens: int) -> list[int]:
@@ -125,7 +126,8 @@ def _last_line_start(text: str) -> str:
     return text[: len(text) - len(text.lstrip())].rpartition("\n")[2]
 
 
-def _text(ids: list[int], tokenizer: Any, rule: StopRule) -> str:
+def answer_text(ids: list[int], tokenizer: Any, rule: StopRule) -> str:
+    """Generated tokens as the answer that is scored."""
     text = decoded(ids, tokenizer)
     before = text[: len(text) - len(text.lstrip())] if rule.keep_indentation else ""
     text = text.strip()

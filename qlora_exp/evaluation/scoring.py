@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from qlora_exp.config import Config, TaskSource
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
-from qlora_exp.evaluation.generation import StopRule, as_answer, decoded, generate, max_new_tokens, stop_rule
+from qlora_exp.evaluation.generation import StopRule, as_answer, decoded, generate
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
+from qlora_exp.evaluation.oracle import stop_rule_of
 from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
 from qlora_exp.evaluation.prior import domain_prompt, option_priors
 from qlora_exp.metrics import hub_metric
@@ -62,7 +63,7 @@ def evaluate_model(
     trie = OptionTrie.of([splits.label_ids[label] for label in splits.labels]) if splits.labels else None
     with scoring_mode(model):
         causal = CausalModel(model)
-        rule = _stop_rule(causal, tokenizer, splits, config) if config.evaluation.generate else None
+        rule = stop_rule_of(splits, tokenizer, config, causal.base) if config.evaluation.generate else None
         results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
         if trie is not None and label_marginal is None and items:
             estimated_on = results
@@ -121,23 +122,13 @@ def score_items(
         texts = generate(next_logits, context, tokenizer, rule) if rule else None
         if texts and rule and rule.keep_indentation:
             expected = [decoded(item.completion_ids, tokenizer) for item in chosen]
-            texts = [as_answer(*row, item.answer) for *row, item in zip(texts, expected, chosen, strict=True)]
+            pairs = zip(texts, expected, chosen, strict=True)
+            texts = [as_answer(text, completion, item.answer) for text, completion, item in pairs]
         for row, index in enumerate(batch):
             results[index] = ItemResult(
                 completions[row], None if options is None else options[row], texts[row] if texts else None
             )
     return [results[index] for index in range(len(items))]
-
-
-def _stop_rule(model: CausalModel, tokenizer: Any, splits: Splits, config: Config) -> StopRule:
-    known = (*splits.train, *splits.validation, *splits.test)
-    return stop_rule(
-        model.base,
-        tokenizer,
-        end_ids=[item.end_ids for item in known],
-        answers=[item.answer for item in known],
-        max_new_tokens=max_new_tokens(splits, config),
-    )
 
 
 def _domain_prompt(tokenizer: Any, splits: Splits) -> tuple[int, ...]:

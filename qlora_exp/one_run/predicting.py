@@ -113,9 +113,7 @@ def peak_of(
 def lengths_of(splits: Splits, limit: int) -> RowLengths:
     """The training rows' tokens, each row cut at ``limit``."""
     lengths = [min(length, limit) for length in row_lengths(splits)]
-    scored = [
-        max(0, min(len(item.completion_ids) + len(item.end_ids), limit - len(item.prompt_ids))) for item in splits.train
-    ]
+    scored = [sum(item.completion_mask[:limit]) for item in splits.train]
     return RowLengths.of(lengths, scored)
 
 

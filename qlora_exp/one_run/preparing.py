@@ -13,6 +13,7 @@ from qlora_exp import models, plan
 from qlora_exp.config import Config, EvaluationSplit
 from qlora_exp.data import Splits, check_positions, check_vocabulary, load_data, load_rows
 from qlora_exp.errors import ConfigError, DataError
+from qlora_exp.evaluation import check_answers
 from qlora_exp.history import EndedRuns
 from qlora_exp.metrics import hub_metric
 from qlora_exp.one_run.bases import Bases
@@ -56,6 +57,9 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     splits = bases.kept("splits", (task, model, length), lambda: load_data(config, tokenizer, length, rows))
     check_vocabulary(splits, tokenizer, architecture.vocabulary_size)
     check_positions(splits, architecture.positions)
+    if config.evaluation.generate:
+        asked = (task, model, length, config.evaluation.max_new_tokens)
+        bases.kept("answers that can be right", asked, lambda: check_answers(splits, tokenizer, config))
     _check_scores_can_be_had(config, splits)
     planned = plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:

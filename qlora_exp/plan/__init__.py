@@ -113,6 +113,7 @@ def config_fingerprint(config: Config) -> str:
     """SHA-256 over every setting that can change a result; names, places, prices and tracking can't."""
     plain = to_plain(config)
     plain["model"] = _as_it_was(plain["model"])
+    plain["task"] = _task_as_it_was(plain["task"])
     for group in ("tracking", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
@@ -127,7 +128,7 @@ def base_fingerprint(config: Config, format: str) -> str:
     plain = to_plain(config)
     apart = ("before", "cache", "few_shots", "few_shot_draws")
     evaluation = {key: value for key, value in plain["evaluation"].items() if key not in apart}
-    task = {key: value for key, value in plain["task"].items() if key != "goal"}
+    task = {key: value for key, value in _task_as_it_was(plain["task"]).items() if key != "goal"}
     return _digest(
         {
             "model": _as_it_was(plain["model"]),
@@ -144,6 +145,18 @@ def base_fingerprint(config: Config, format: str) -> str:
 def _as_it_was(model: dict[str, Any]) -> dict[str, Any]:
     """``sdpa`` was the default before ``auto``, and is the same wherever it isn't refused: old scores stay valid."""
     return model | ({"attention": "sdpa"} if model["attention"] == "auto" else {})
+
+
+EARLIER_TASK: dict[str, Any] = {"learn": "last", "ignore_fields": [], "date": "2026-01-01"}
+"""What a task did before these keys existed. The date counts only for chat templates that read the clock, and is part
+of the data's own fingerprint there."""
+
+
+def _task_as_it_was(task: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that earlier versions lacked, where they ask for what those versions did."""
+    kept = {key: value for key, value in task.items() if key not in EARLIER_TASK or value != EARLIER_TASK[key]}
+    columns = {key: value for key, value in task["columns"].items() if (key, value) != ("tools", "tools")}
+    return kept | {"columns": columns}
 
 
 def make_plan(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qlora_exp.config import Config, InvalidRows, TaskKind, TaskSource
+from qlora_exp.config import Config, InvalidRows, Learn, TaskKind, TaskSource
 from qlora_exp.data import Example, load_rows, resolve_format
-from qlora_exp.data.formatting import Encoding, check_tokenizer, encode
+from qlora_exp.data.formatting import Encoding, check_tokenizer, date_of, encode
 from qlora_exp.errors import QloraExpError
 from qlora_exp.plan.batches import RowLengths
 from qlora_exp.planning.tokenizer_file import FileTokenizer, tokenizer_of
@@ -54,14 +55,24 @@ class RowCounter:
 
 
 @dataclass(frozen=True)
+class _Row:
+    """Tokens of a row. ``learned``: which of them carry a loss, where that isn't the completion and the end alone."""
+
+    prompt: int
+    completion: int
+    end: int
+    learned: tuple[bool, ...] | None
+
+
+@dataclass(frozen=True)
 class _Counted:
-    """Tokens of each row: its prompt, completion and end. ``drawn`` rows of a larger file stand for all, ``longest``
-    for its longest. ``refused``: of the drawn, those that no format can write."""
+    """``drawn`` rows of a larger file stand for all, ``longest`` for its longest. ``refused``: of the drawn, those that
+    no format can write."""
 
     rows: int
     refused: int
-    drawn: tuple[tuple[int, int, int], ...]
-    longest: tuple[tuple[int, int, int], ...]
+    drawn: tuple[_Row, ...]
+    longest: tuple[_Row, ...]
     options: bool
     """The completions are options, which half of is none."""
     drop: bool
@@ -87,14 +98,14 @@ class _Counted:
         )
 
 
-def _cut(row: tuple[int, int, int], max_length: int, options: bool) -> tuple[int, int] | None:
+def _cut(row: _Row, max_length: int, options: bool) -> tuple[int, int] | None:
     """A row's tokens and those that carry a loss, cut as ``load_data`` cuts; ``None``: it refuses the row."""
-    prompt, completion, end = row
-    room = max_length - prompt
-    if room <= 0 or (options and room < completion):
+    room = max_length - row.prompt
+    if room <= 0 or (options and room < row.completion):
         return None
-    scored = min(completion + end, room)
-    return prompt + scored, scored
+    answered = min(row.completion + row.end, room)
+    scored = answered if row.learned is None else sum(row.learned[:max_length])
+    return row.prompt + answered, scored
 
 
 def _counted(config: Config) -> _Counted | None:
@@ -109,21 +120,29 @@ def _counted(config: Config) -> _Counted | None:
     if len(rows) > DRAWN + LONGEST:
         drawn = random.Random(0).sample(rows, DRAWN)
         longest = sorted(rows, key=_characters)[-LONGEST:]
-    tokens = _tokens(drawn, tokenizer, format)
+    tokens = _tokens(drawn, tokenizer, format, config)
     return _Counted(
         rows=len(rows),
         refused=len(drawn) - len(tokens),
         drawn=tokens,
-        longest=_tokens(longest, tokenizer, format),
+        longest=_tokens(longest, tokenizer, format, config),
         options=config.task.kind is TaskKind.classification,
         drop=config.task.invalid_rows is InvalidRows.drop,
     )
 
 
 def _characters(example: Example) -> int:
-    return sum(len(message.content) for message in example.messages) + len(example.completion)
+    messages = [*example.messages, *([example.answer] if example.answer is not None else [])]
+    more = [message.fields for message in messages if message.fields]
+    further = len(json.dumps([more, example.tools])) if more or example.tools else 0
+    return sum(len(message.content) for message in example.messages) + len(example.completion) + further
 
 
-def _tokens(examples: Sequence[Example], tokenizer: FileTokenizer, format: str) -> tuple[tuple[int, int, int], ...]:
-    encodings = [one for one in encode(examples, tokenizer, format) if isinstance(one, Encoding)]
-    return tuple((len(one.prompt_ids), len(one.completion_ids), len(one.end_ids)) for one in encodings)
+def _tokens(examples: Sequence[Example], tokenizer: FileTokenizer, format: str, config: Config) -> tuple[_Row, ...]:
+    every_turn = config.task.learn is Learn.all
+    encodings = encode(examples, tokenizer, format, date=date_of(config), every_turn=every_turn)
+    return tuple(
+        _Row(len(one.prompt_ids), len(one.completion_ids), len(one.end_ids), one.learned)
+        for one in encodings
+        if isinstance(one, Encoding)
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import tokenizers
 
-from qlora_exp.chat_templates import rendered
+from qlora_exp.chat_templates import Template
 from qlora_exp.config import ModelConfig
 from qlora_exp.paths import EMBEDDED
 
@@ -20,7 +20,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 class FileTokenizer:
     """As much of a transformers tokenizer as :mod:`qlora_exp.data` uses to encode examples."""
 
-    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
+    def __init__(self, folder: Path, chat_template: Template | None = None) -> None:
         """``folder`` holds tokenizer.json. ``chat_template``: in place of its own.
 
         Raises:
@@ -55,12 +55,10 @@ class FileTokenizer:
         assert not clean_up_tokenization_spaces
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, str]], tokenize: bool, add_generation_prompt: bool
-    ) -> str:
-        assert not tokenize
-        assert self.chat_template is not None
-        return rendered(self.chat_template, conversation, self._named, generation_prompt=add_generation_prompt)
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """``bos_token``, ``eos_token`` …, as chat templates read them."""
+        return dict(self._named)
 
 
 def tokenizer_of(model: ModelConfig) -> FileTokenizer | None:
@@ -112,12 +110,18 @@ def _token(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
+def _template(folder: Path, settings: Mapping[str, Any]) -> Template | None:
+    file, further = folder / "chat_template.jinja", folder / "additional_chat_templates"
+    named = {one.stem: one.read_text(encoding="utf-8") for one in sorted(further.glob("*.jinja"))}
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        default = file.read_text(encoding="utf-8")
+        return {"default": default, **named} if named else default
     told = settings.get("chat_template")
     if isinstance(told, list):
-        named = {one.get("name"): one.get("template") for one in told if isinstance(one, dict)}
-        told = named.get("default")
+        named = {
+            str(one["name"]): one["template"]
+            for one in told
+            if isinstance(one, dict) and {"name", "template"} <= set(one)
+        }
+        return {name: text for name, text in named.items() if isinstance(text, str)} or None
     return told if isinstance(told, str) else None

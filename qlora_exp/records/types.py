@@ -201,6 +201,14 @@ class Data:
     rows_fingerprint: str | None = None
     """SHA-256 over the rows alone, whichever tokenizer reads them in whichever format; ``None`` in records of versions
     that didn't have it."""
+    answer_prefix: str | None = None
+    """What the chat template writes by itself between its generation prompt and an answer, e.g. an empty think block.
+    It is part of the prompt: neither trained nor scored. ``None``: nothing."""
+    answer_prefix_variables: dict[str, Any] | None = None
+    """Template variables with which the generation prompt is the prompt of this run, e.g. ``enable_thinking: false``.
+    ``None``: the template's own defaults do, or no known variable does."""
+    chat_date: str | None = None
+    """The day that the chat template was given (``task.date``); ``None``: it doesn't ask for the date."""
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,13 @@ BAD_ROWS = [
     Bad("a string among JSON objects", json.dumps([*GOOD, "x"]).encode(), ("not a JSON object", "row 13"), "data.json"),
     Bad("roles of another format", chat("human", "assistant"), ("role 'human'", "row 13", "mean user"), task=MESSAGES),
     Bad("a role that is a list", chat(["user"], "assistant"), ("role ['user']", "row 13"), task=MESSAGES),
-    Bad("no answer at the end", chat("user", "assistant", "user"), ("the roles are", "row 13", "turn"), task=MESSAGES),
-    Bad("two questions in a row", chat("user", "user", "assistant"), ("the roles are", "row 13"), task=MESSAGES),
-    Bad("system in the middle", chat("user", "system", "assistant"), ("the roles are", "row 13"), task=MESSAGES),
+    Bad(
+        "no answer at the end",
+        chat("user", "assistant", "user"),
+        ("roles are", "row 13", "after the last"),
+        task=MESSAGES,
+    ),
+    Bad("only an answer", chat("assistant"), ("the roles are", "row 13"), task=MESSAGES),
     Bad("only a system message", chat("system"), ("the roles are", "row 13"), task=MESSAGES),
     Bad("no messages", chat(), ("empty list", "row 13", "messages"), task=MESSAGES),
     Bad(

@@ -1,0 +1,209 @@
+"""The messages of a conversation as a data file holds them: whole, with tool calls, reasoning and weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_exp.errors import nearest
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
+_READ_HERE = ("role", "content", "weight")
+CALLS = "tool_calls"
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+    """The message's text; empty where it has none, as a message that only calls a tool."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields as they are in the file, e.g. ``tool_calls``; nulls are left out."""
+    parts: tuple[str, ...] | None = None
+    """The texts of a content that the file gives as a list of parts."""
+    weight: float | None = None
+    """0: an answer that isn't learned. 1: one that is. ``None``: the file doesn't say."""
+    has_content: bool = True
+    """False where the content is null or missing."""
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """What the message has beyond its role and text."""
+        parts = {"parts": list(self.parts)} if self.parts is not None else {}
+        weight = {"weight": self.weight} if self.weight is not None else {}
+        return {**self.fields, **parts, **weight}
+
+
+class InvalidMessages(Exception):
+    """A conversation that can't be used: the reason, a detail, the place in the row and what to do."""
+
+    def __init__(self, reason: str, detail: str, where: str, hint: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.detail, self.where, self.hint = reason, detail, where, hint
+
+
+def read_messages(
+    value: object,
+    column: str,
+    ignored_fields: Sequence[str],
+    checked_text: Callable[[object, str], str],
+    every_turn: bool,
+) -> list[Message]:
+    """The conversation, which ends on the answer that is learned. Raises :class:`InvalidMessages`.
+
+    ``checked_text`` reads one text. ``every_turn``: answers before the last are learned too.
+    """
+    shape = 'write [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
+    entries = _list(value, column, "messages", shape)
+    if not entries:
+        raise InvalidMessages("invalid messages", "expected a list of messages, found an empty list", column, shape)
+    messages = [
+        _message(entry, number, f"{column}[{number}]", ignored_fields, checked_text)
+        for number, entry in enumerate(entries, 1)
+    ]
+    _check_order(messages, column)
+    _check_weights(messages, column, every_turn)
+    return messages
+
+
+def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
+    """What the assistant may call: a list of JSON schemas, or such a list as JSON text. ``None``: nothing is given."""
+    if value is None:
+        return None
+    shape = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}]'
+    tools = _list(value, column, "tools", shape)
+    for number, tool in enumerate(tools, 1):
+        if not isinstance(tool, dict):
+            detail = f"tool {number} is {described(tool)}, not an object"
+            raise InvalidMessages("invalid tools", detail, column, shape)
+    _check_unicode(tools, column)
+    return tuple(tools) or None
+
+
+def read_variables(value: object, column: str) -> Mapping[str, Any] | None:
+    """Variables for the chat template, an object or its JSON text. ``None``: nothing is given."""
+    if value is None:
+        return None
+    shape = 'write {"enable_thinking": false}'
+    if isinstance(value, str):
+        value = _parsed(value, column, "variables", shape)
+    if not isinstance(value, dict):
+        detail = f"expected an object, found {described(value)}"
+        raise InvalidMessages("invalid variables", detail, column, shape)
+    _check_unicode(value, column)
+    return {name: one for name, one in value.items() if one is not None} or None
+
+
+def described(value: object) -> str:
+    """A value as a message shows it: its type and how it begins."""
+    if value is None:
+        return "null"
+    try:
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        shown = "nested too deeply"
+    return f"{type(value).__name__} {shown[:60]}{'…' if len(shown) > 60 else ''}"
+
+
+def _list(value: object, column: str, name: str, shape: str) -> list[Any]:
+    if isinstance(value, str):  # a CSV file can hold a list only as JSON
+        value = _parsed(value, column, name, shape)
+    if not isinstance(value, list):
+        detail = f"expected a list of {name}, found {described(value)}"
+        raise InvalidMessages(f"invalid {name}", detail, column, shape)
+    return value
+
+
+def _parsed(text: str, column: str, name: str, shape: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidMessages(f"invalid {name}", f"the text is not JSON: {error}", column, shape) from None
+
+
+def _message(
+    entry: object, number: int, where: str, ignored: Sequence[str], checked_text: Callable[[object, str], str]
+) -> Message:
+    if not isinstance(entry, dict) or "role" not in entry:
+        hint = 'each message is {"role": "…", "content": "…"}'
+        if isinstance(entry, dict) and {"from", "value"} <= set(entry):
+            hint = "rename from to role and value to content, human to user and gpt to assistant"
+        raise InvalidMessages("invalid messages", f"message {number} has no role and content", where, hint)
+    role = entry["role"]
+    if not isinstance(role, str) or role not in ROLES:
+        hint = f"did you mean {_SHAREGPT[str(role)]}?" if str(role) in _SHAREGPT else nearest(str(role), ROLES)
+        raise InvalidMessages("invalid messages", f"message {number} has the role {role!r}", where, hint)
+    fields = {
+        name: value
+        for name, value in entry.items()
+        if name not in _READ_HERE and name not in ignored and value is not None and not (name == CALLS and value == [])
+    }
+    _check_unicode(fields, where)
+    weight = _weight(entry.get("weight"), number, where) if "weight" not in ignored else None
+    content = entry.get("content")
+    if role == "assistant" and CALLS in fields and (content is None or content == ""):
+        return Message(role, "", fields, None, weight, has_content=content is not None)
+    if "content" not in entry:
+        raise InvalidMessages("invalid messages", f"message {number} has no content", where, 'add "content": "…"')
+    if isinstance(content, list):
+        parts = tuple(_part(part, number, where, checked_text) for part in content)
+        if not parts:
+            raise InvalidMessages("invalid messages", f"message {number} has no parts", where, "write its text")
+        return Message(role, "".join(parts), fields, parts, weight)
+    return Message(role, checked_text(content, where), fields, None, weight)
+
+
+def _part(part: object, number: int, where: str, checked_text: Callable[[object, str], str]) -> str:
+    hint = 'write each part as {"type": "text", "text": "…"}; images, sounds and videos can\'t be trained on'
+    if not isinstance(part, dict) or part.get("type") != "text":
+        kind = repr(part.get("type")) if isinstance(part, dict) else described(part)
+        raise InvalidMessages("invalid messages", f"message {number} has a part of the type {kind}", where, hint)
+    others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
+    if others:
+        detail = f"a part of message {number} has the field {others[0]!r}, which no template reads"
+        raise InvalidMessages("invalid messages", detail, where, hint)
+    return checked_text(part.get("text"), where)
+
+
+def _weight(value: object, number: int, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
+        detail = f"message {number} has the weight {described(value)}"
+        raise InvalidMessages("invalid messages", detail, where, "0: not learned; 1, or no weight: learned")
+    return float(value)
+
+
+def _check_unicode(value: object, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        detail = "it holds half of a surrogate pair, which no tokenizer can read"
+        raise InvalidMessages("broken Unicode", detail, where) from None
+    except RecursionError:
+        raise InvalidMessages("invalid messages", "a field is nested too deeply", where) from None
+
+
+def _check_order(messages: Sequence[Message], column: str) -> None:
+    """Which role may follow which is the chat template's to say; an answer comes last."""
+    roles = [message.role for message in messages]
+    if roles[-1] == "assistant" and len(roles) > 1:
+        return
+    hint = "the last message is the assistant's, and another one comes before it"
+    if "assistant" in roles[1:]:
+        hint = "take out the messages after the last answer: nothing of them is learned; " + hint
+    raise InvalidMessages("invalid messages", f"the roles are {', '.join(roles)}", column, hint)
+
+
+def _check_weights(messages: Sequence[Message], column: str, every_turn: bool) -> None:
+    answers = [number for number, message in enumerate(messages, 1) if message.role == "assistant"]
+    if messages[-1].weight == 0:
+        hint = "leave the row out, or end the conversation on an answer that is learned"
+        raise InvalidMessages("an answer that isn't learned", "the last answer has the weight 0", column, hint)
+    for number in answers[:-1]:
+        if messages[number - 1].weight == 1 and not every_turn:
+            detail = f"message {number} has the weight 1, and task.learn=last learns the last answer alone"
+            raise InvalidMessages("an answer that would not be learned", detail, column, "task.learn=all")

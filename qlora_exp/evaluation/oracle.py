@@ -1,0 +1,72 @@
+"""The oracle: a model that answers with exactly the tokens that it learns must be scored as right.
+
+Where it isn't — a tokenizer that doesn't give a text back, an answer that holds the end of a turn — exact match and the
+invalid rate would measure the format, not the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_exp.config import Config
+from qlora_exp.errors import DataError
+from qlora_exp.evaluation.generation import StopRule, answer_text, as_answer, decoded, max_new_tokens, stop_rule
+from qlora_exp.texts import same_text
+
+if TYPE_CHECKING:
+    from qlora_exp.data import Item, Splits
+
+
+def stop_rule_of(splits: Splits, tokenizer: Any, config: Config, model: Any = None) -> StopRule:
+    """When generated answers end; without ``model`` as far as the tokenizer and the task's rows say."""
+    known = (*splits.train, *splits.validation, *splits.test)
+    limit = max_new_tokens(splits, config)
+    return stop_rule(model, tokenizer, [item.end_ids for item in known], [item.answer for item in known], limit)
+
+
+def perfect_answers(items: Sequence[Item], tokenizer: Any, rule: StopRule) -> list[str]:
+    """What generation gives where the model's most likely tokens are those that it learns."""
+    answers = []
+    for item in items:
+        ids = [*item.completion_ids, *item.end_ids]
+        stop = next((place for place, token in enumerate(ids) if token in rule.token_ids), len(ids))
+        text = answer_text(ids[: min(stop, rule.max_new_tokens)], tokenizer, rule)
+        if rule.keep_indentation:
+            text = as_answer(text, decoded(item.completion_ids, tokenizer), item.answer)
+        answers.append(text)
+    return answers
+
+
+def check_answers(splits: Splits, tokenizer: Any, config: Config) -> None:
+    """:class:`DataError` with the first row whose answer would be scored as wrong, however good the model is.
+
+    Answers that ``training.max_length`` or ``evaluation.max_new_tokens`` cuts are left out: the user chose so.
+    """
+    rule = stop_rule_of(splits, tokenizer, config)
+    items = [item for item in (*splits.train, *splits.validation, *splits.test) if _whole(item, rule, config)]
+    wrong = [
+        (item, answer)
+        for item, answer in zip(items, perfect_answers(items, tokenizer, rule), strict=True)
+        if not same_text(answer, item.answer)
+    ]
+    if not wrong:
+        return
+    item, answer = wrong[0]
+    file, _, row = item.item_id.rpartition(":")
+    what = (
+        f"{len(wrong)} of {len(items)} answers would be scored as wrong though a model gave exactly what it learns: "
+        f"it gives {_short(answer)} where {_short(item.answer)} is expected"
+    )
+    hint = "change these answers, or measure without generating: evaluation.generate=false"
+    raise DataError(what, f"{file}, row {row}", hint)
+
+
+def _whole(item: Item, rule: StopRule, config: Config) -> bool:
+    if not item.end_ids:
+        return False
+    return config.evaluation.max_new_tokens is None or len(item.completion_ids) < rule.max_new_tokens
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
