@@ -347,7 +347,7 @@ def test_a_plan_counts_the_tokens_that_are_trained_on(load: Load, tokenizers: di
     counted = FileTokenizer(tmp_path / "saved")
     config = compose(["task=local", f"task.path={tmp_path / 'rows.jsonl'}", "task.special_tokens=text"])
     examples = load_rows(config.task).train
-    for example, encoding in zip(examples, encode(examples, counted, "plain"), strict=True):
+    for example, encoding in zip(examples, encode(examples, counted, "plain", date=date_of(config)), strict=True):
         assert encoding.prompt_ids + encoding.completion_ids + encoding.end_ids == items[example.item_id]
 
 
