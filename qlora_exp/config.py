@@ -67,6 +67,16 @@ class InvalidRows(Enum):
     drop = "drop"
 
 
+class SpecialTokens(Enum):
+    """What the plain format makes of a special token that is written out in a row."""
+
+    refuse = "refuse"
+    text = "text"
+    """It is read as ordinary text."""
+    token = "token"
+    """In a prompt it is the token itself."""
+
+
 class Checkpointing(Enum):
     auto = "auto"
     on = "on"
@@ -212,6 +222,9 @@ class TaskConfig:
     prompt: str | None
     """Template over the row's columns, e.g. ``"Definition: {definition}\\nCategory:"``; null: the prompt column."""
     completion: str | None
+    separator: str | None
+    """plain format: what stands between prompt and completion; null: by the texts (docs/measures.md)."""
+    special_tokens: SpecialTokens
     system: str | None
     labels: list[str] | None
     """classification: the options, in order; null: the distinct completions of the training split."""

@@ -20,6 +20,7 @@ from evaluate.module import Features, Value
 from sklearn.metrics import f1_score
 
 from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.texts import comparable, same_text
 
 # The evaluate library's own metrics that score one text against one reference: what a misspelt name is held against.
 HUB_TEXT_METRICS = (
@@ -43,12 +44,7 @@ HUB_TEXT_METRICS = (
 
 def words(text: str) -> list[str]:
     """Lower-case runs of letters and digits, in any script. On ASCII text this is rouge-score's own tokenizer."""
-    return re.findall(r"[^\W_]+", text.casefold())
-
-
-def same_text(prediction: str, reference: str) -> bool:
-    """Equality after stripping outer whitespace and folding case."""
-    return prediction.strip().casefold() == reference.strip().casefold()
+    return re.findall(r"[^\W_]+", comparable(text))
 
 
 def rouge_l_f(prediction: str, reference: str) -> float:
@@ -151,10 +147,13 @@ class _TextMetric(_OfflineMetric):
 
 class ExactMatch(_TextMetric):
     score_name = "exact_match"
-    meaning = "Share of texts equal to their reference after stripping and case-folding."
+    meaning = "Share of texts equal to their reference: stripped, in Unicode NFC, case-folded (compute(fold_case=…))."
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return {self.score_name: _mean([same_text(a, b) for a, b in zip(predictions, references, strict=True)])}
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str], fold_case: bool = True
+    ) -> dict[str, float]:
+        pairs = zip(predictions, references, strict=True)
+        return {self.score_name: _mean([same_text(a, b, fold_case) for a, b in pairs])}
 
 
 class InvalidAnswerRate(_TextMetric):
@@ -162,10 +161,10 @@ class InvalidAnswerRate(_TextMetric):
     meaning = "Share of texts that are none of the task's answers (compute(answers=[…])), right or wrong."
 
     def _compute(
-        self, predictions: Sequence[str], references: Sequence[str], answers: Sequence[str]
+        self, predictions: Sequence[str], references: Sequence[str], answers: Sequence[str], fold_case: bool = True
     ) -> dict[str, float]:
-        valid = {answer.strip().casefold() for answer in answers}
-        return {self.score_name: _mean([text.strip().casefold() not in valid for text in predictions])}
+        valid = {comparable(answer.strip(), fold_case) for answer in answers}
+        return {self.score_name: _mean([comparable(text.strip(), fold_case) not in valid for text in predictions])}
 
 
 class RougeL(_TextMetric):

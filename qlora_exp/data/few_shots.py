@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qlora_exp.config import Config
-from qlora_exp.data.formatting import Tokenizer, date_of, encode, plain_prompt
+from qlora_exp.data.formatting import Tokenizer, date_of, encode, plain_text, written_prompt
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.messages import Message
 from qlora_exp.data.problems import RowProblem
@@ -114,12 +114,8 @@ def _shown(example: Example, shots: Sequence[Example], format: str) -> Example:
     if format == "chat":
         turns = [m for shot in before for m in (*shot.messages, shot.answer or Message("assistant", shot.completion))]
         return replace(example, messages=(*system, *turns, *own.messages))
-    texts = [plain_prompt(shot) for shot in before]
-    texts = [
-        text + ("" if text.endswith(("\n", "\r")) else " ") + shot.completion
-        for text, shot in zip(texts, before, strict=True)
-    ]
-    messages = tuple(Message("user", text) for text in (*texts, plain_prompt(own)))
+    texts = [plain_text(shot).rstrip() for shot in before]
+    messages = tuple(Message("user", text) for text in (*texts, written_prompt(own)))
     return replace(example, messages=(*system, *messages), conversation=False)
 
 

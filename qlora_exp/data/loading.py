@@ -12,13 +12,15 @@ from typing import Any
 
 from qlora_exp import records
 from qlora_exp.chat_templates import reads_clock
-from qlora_exp.config import Config, Learn, TaskKind
+from qlora_exp.config import Config, Learn, SpecialTokens, TaskKind
 from qlora_exp.data.formatting import (
     Encoding,
     Tokenizer,
     check_tokenizer,
     date_of,
     encode,
+    plain_prompt,
+    plain_text,
     resolve_format,
     template_tokens,
 )
@@ -150,8 +152,8 @@ def _item(
         completion_ids=completion,
         end_ids=end[: max(0, room - len(completion))],
         label=example.label,
-        answer=example.completion,
-        completion_bytes=len(example.completion.encode("utf-8")),
+        answer=encoding.answer,
+        completion_bytes=len(example.completion.strip().encode("utf-8")),
         extra=example.extra,
         learned=encoding.learned[:max_length] if encoding.learned is not None else None,
     )
@@ -221,7 +223,7 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]]) 
             raise DataError(
                 f"the label {item.label!r} has other tokens after this prompt than after the first one",
                 f"{file}, row {row}",
-                "let all prompts end alike, e.g. by a template: 'task.prompt=\"{COLUMN}\\nLabel:\"'",
+                "let all prompts end alike, e.g. by a template: $'task.prompt=\"{COLUMN}\\nLabel:\"'",
             )
 
 
@@ -242,6 +244,8 @@ def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list
         digest.update(json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n")
 
     add([*read_as, task.prompt, task.completion, task.system, list(rows.options.items())])
+    if read_as[:1] != ["chat"] and task.special_tokens is not SpecialTokens.refuse:
+        add(["special_tokens", task.special_tokens.value])
     for split, examples in used.items():
         for example in examples:
             messages = [
@@ -251,7 +255,15 @@ def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list
             answer = [example.answer.more] if example.answer is not None else []
             around = [part for part in (example.tools, example.variables) if part]
             add([split, messages, example.completion, example.label, *answer, *around])
+            if read_as[:1] != ["chat"] and plain_text(example) != _text_with_one_space(example):
+                add(["text", plain_text(example)])
     return digest.hexdigest()
+
+
+def _text_with_one_space(example: Example) -> str:
+    """How the plain format wrote every row once. Rows that it still writes so keep their recorded fingerprint."""
+    prompt = plain_prompt(example)
+    return prompt + ("" if prompt.endswith(("\n", "\r")) else " ") + example.completion
 
 
 def _mean(lengths: Sequence[int]) -> float | None:

@@ -20,6 +20,8 @@ class Texts:
     """The end of ``prompt`` that the chat template writes after its generation prompt."""
     variables: Mapping[str, Any] | None = None
     """Template variables with which the generation prompt ends in ``prefix``; ``None``: not needed, or none do."""
+    literal: bool = False
+    """Special tokens that are written out in the prompt and completion are read as ordinary text."""
     learned: tuple[tuple[int, int], ...] | None = None
     """Ranges of characters that carry a loss, where earlier answers are learned too."""
 

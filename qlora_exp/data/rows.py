@@ -1,26 +1,39 @@
 """Rows read as examples — a prompt or a conversation, a completion, a label — and each fault named with its place.
 
 Only text is accepted: what a number, a date or a null would look like in a prompt is the user's to say. The one
-exception is a whole number inside a template, whose text is unambiguous.
+exception is a whole number inside a template or as a label, whose text is unambiguous.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from qlora_exp.config import Learn, TaskConfig, TaskKind
+from qlora_exp.config import Learn, SpecialTokens, TaskConfig, TaskKind
 from qlora_exp.data.files import RawFile, RawRow
 from qlora_exp.data.messages import InvalidMessages, Message, described, read_messages, read_tools, read_variables
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.templates import Template, parse_template
 from qlora_exp.errors import DataError, nearest
+from qlora_exp.texts import Parts, compact, parted
 
 VARIABLES_COLUMN = "chat_template_kwargs"
 """TRL's column of variables for the chat template, read beside a messages column."""
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """How the plain format writes a row: the white space around its completion in the file, and the task's settings."""
+
+    space_before: str = ""
+    space_after: str = ""
+    separator: str | None = None
+    """What stands between prompt and completion; ``None``: by the texts."""
+    special_tokens: SpecialTokens = SpecialTokens.refuse
 
 
 @dataclass(frozen=True)
@@ -33,9 +46,10 @@ class Example:
     conversation: bool
     """Read from a messages column (then the plain format writes the roles out)."""
     completion: str
-    """Stripped of surrounding white space."""
+    """Without the white space around it; a code block keeps the indentation of its first line."""
     label: str | None
     extra: dict[str, Any]
+    plain: PlainText = PlainText()
     answer: Message | None = None
     """The last message of a conversation, where it has more than a role and text (tool calls, reasoning)."""
     tools: tuple[Any, ...] | None = None
@@ -49,8 +63,8 @@ class Example:
 
     @property
     def prompt_key(self) -> str:
-        """Equal for rows that ask the same thing, whatever their white space."""
-        texts = [f"{message.role}\x1f{' '.join(message.content.split())}" for message in self.messages]
+        """Equal for rows that ask the same thing: runs of white space count as one space, but indentation counts."""
+        texts = [f"{message.role}\x1f{compact(message.content)}" for message in self.messages]
         more = [message.more for message in self.messages]
         if any(more) or self.tools or self.variables:
             texts.append(json.dumps([more, self.tools, self.variables], sort_keys=True))
@@ -79,6 +93,7 @@ class _Mapping:
     label: str | None
     system: str | None
     columns: tuple[str, ...]
+    plain: PlainText = PlainText()
     tools: str | None = None
     ignored_fields: tuple[str, ...] = ()
     every_turn: bool = False
@@ -111,6 +126,10 @@ def read_examples(task: TaskConfig, raw: RawFile) -> tuple[list[Example], list[R
 
 def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
     columns, classifies = raw.columns, task.kind is TaskKind.classification
+    if re.search(r"\\[nrt]", task.separator or ""):
+        what = f"the separator {task.separator!r} holds a backslash and a letter, not a newline or a tab"
+        raise DataError(what, "task.separator", "in a shell: $'task.separator=\"\\n\"'; or in a file given with --from")
+    plain = PlainText(separator=task.separator, special_tokens=task.special_tokens)
     if task.columns.messages:
         if task.prompt or task.completion:
             raise DataError(
@@ -126,6 +145,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
             tools=task.columns.tools,
             ignored_fields=tuple(task.ignore_fields),
             every_turn=task.learn is Learn.all,
+            plain=plain,
         )
     label = task.columns.label if classifies else None
     completion_column = task.columns.completion
@@ -134,7 +154,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
     prompt = _source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _source("completion", task.completion, completion_column, raw)
     _check_column(label, "task.columns.label", raw)
-    return _Mapping(prompt, completion, None, label, task.system, columns)
+    return _Mapping(prompt, completion, None, label, task.system, columns, plain)
 
 
 def _source(name: str, template: str | None, column: str | None, raw: RawFile) -> str | Template:
@@ -170,14 +190,27 @@ def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
     if mapping.messages:
         example = _conversation(row, mapping, kind, label, extra)
     else:
+        answer = _answer(row, mapping, kind)
         prompt = Message("user", _text(row, mapping.prompt))
-        completion = _text(row, mapping.completion).strip()
-        example = Example(row.file, row.number, (prompt,), False, completion, label, extra)
+        plain = replace(mapping.plain, space_before=answer.before, space_after=answer.after)
+        example = Example(row.file, row.number, (prompt,), False, answer.text, label, extra, plain=plain)
     if mapping.system and example.messages[0].role not in ("system", "developer"):
         example = replace(example, messages=(Message("system", mapping.system), *example.messages))
     if kind is TaskKind.classification and label is None:
         example = replace(example, label=example.completion)
     return example
+
+
+def _answer(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Parts:
+    """The completion. A label is a name: white space after it means nothing, and it has no indentation."""
+    classifies = kind is TaskKind.classification
+    if isinstance(mapping.completion, str) and classifies and mapping.label in (None, mapping.completion):
+        text = _column_text(row, mapping.completion, whole_numbers=True)
+    else:
+        text = _text(row, mapping.completion)
+    if classifies:
+        return Parts(text[: len(text) - len(text.lstrip())], text.strip(), "")
+    return parted(text)
 
 
 def _text(row: RawRow, source: str | Template | None) -> str:
@@ -236,6 +269,12 @@ def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | N
         variables = read_variables(row.values.get(place), place)
     except InvalidMessages as bad:
         raise _InvalidRow(bad.reason, bad.detail, bad.where, bad.hint) from None
-    last = replace(last, content=last.content.strip())
+    last = replace(last, content=parted(last.content).text)
     answer = last if last.more else None
-    return Example(row.file, row.number, tuple(messages), True, last.content, label, extra, answer, tools, variables)
+    return Example(
+        *(row.file, row.number, tuple(messages), True, last.content, label, extra),
+        plain=mapping.plain,
+        answer=answer,
+        tools=tools,
+        variables=variables,
+    )

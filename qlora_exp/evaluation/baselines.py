@@ -11,6 +11,7 @@ import numpy as np
 
 from qlora_exp.metrics import Accuracy, BalancedAccuracy, MacroF1, score
 from qlora_exp.records import Baselines
+from qlora_exp.texts import normal_form
 
 if TYPE_CHECKING:
     from sklearn.model_selection import KFold, StratifiedKFold
@@ -77,7 +78,7 @@ def common_start(texts: Sequence[TextOrTokens]) -> TextOrTokens:
 
 
 def without_frame(item: Item, prefix: str, suffix: str) -> str:
-    return item.prompt.removeprefix(prefix).removesuffix(suffix)
+    return normal_form(item.prompt.removeprefix(prefix).removesuffix(suffix))
 
 
 def _choose_c(texts: np.ndarray, labels: np.ndarray) -> float:

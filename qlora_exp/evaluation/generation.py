@@ -26,6 +26,8 @@ class StopRule:
     token_ids: frozenset[int]
     at_newline: bool
     max_new_tokens: int
+    keep_indentation: bool = False
+    """Answers keep the white space before their first word: one of the task's answers begins with an indentation."""
 
 
 def max_new_tokens(splits: Splits, config: Config) -> int:
@@ -47,17 +49,19 @@ def stop_rule(
     of all of the task's items, so that the rule is the same for every split and batch.
     """
     found: set[int] = set()
+    answers = list(answers)
     sources = (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None))
     for value in (getattr(source, name, None) for source in sources for name in ("eos_token_id",)):
         found.update([value] if isinstance(value, int) else value or [])
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     # An end of turn is a token of its own; a template that ends turns with ordinary text is caught by its newline.
     found.update({ids[0] for ids in end_ids if ids} & special)
-    return StopRule(frozenset(found), not any("\n" in answer for answer in answers), max_new_tokens)
+    indented = any(answer[:1].isspace() for answer in answers)
+    return StopRule(frozenset(found), not any("\n" in answer for answer in answers), max_new_tokens, indented)
 
 
 def generate(next_logits: Tensor, context: Context, tokenizer: Any, rule: StopRule) -> list[str]:
-    """The greedy answer to each row's prompt, as text without special tokens, stripped.
+    """The greedy answer to each row's prompt, as text without special tokens, stripped as ``rule`` says.
 
     ``next_logits`` (rows, vocabulary) and ``context`` are what :func:`read` gave for the prompts. Rows that ended leave
     the batch. A row also ends where the model has no further positions.
@@ -97,10 +101,34 @@ def _room(context: Context, max_new_tokens: int) -> list[int]:
 def _line_ended(ids: list[int], tokenizer: Any, rule: StopRule) -> bool:
     if not rule.at_newline or "\n" not in tokenizer.decode(ids[-1:]):
         return False
-    return "\n" in tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+    return "\n" in decoded(ids, tokenizer).lstrip()
+
+
+def decoded(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of ``ids`` without special tokens, its spaces as they are."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def as_answer(text: str, completion: str, answer: str) -> str:
+    """A generated ``text`` as it is compared with ``answer``: without white space around it.
+
+    An answer that begins with an indentation keeps it: the text keeps it, too, where it is indented as ``completion``,
+    the answer's own tokens as text.
+    """
+    indentation = answer[: len(answer) - len(answer.lstrip())]
+    if indentation and _last_line_start(text) == _last_line_start(completion):
+        return indentation + text.strip()
+    return text.strip()
+
+
+def _last_line_start(text: str) -> str:
+    """The white space before a text's first word, without empty lines."""
+    return text[: len(text) - len(text.lstrip())].rpartition("\n")[2]
 
 
 def answer_text(ids: list[int], tokenizer: Any, rule: StopRule) -> str:
     """Generated tokens as the answer that is scored."""
-    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    return text.split("\n", 1)[0].strip() if rule.at_newline else text
+    text = decoded(ids, tokenizer)
+    before = text[: len(text) - len(text.lstrip())] if rule.keep_indentation else ""
+    text = text.strip()
+    return before + (text.split("\n", 1)[0].strip() if rule.at_newline else text)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config import Config
 from qlora_exp.errors import DataError
-from qlora_exp.evaluation.generation import StopRule, answer_text, max_new_tokens, stop_rule
-from qlora_exp.metrics import same_text
+from qlora_exp.evaluation.generation import StopRule, answer_text, as_answer, decoded, max_new_tokens, stop_rule
+from qlora_exp.texts import same_text
 
 if TYPE_CHECKING:
     from qlora_exp.data import Item, Splits
@@ -31,7 +31,10 @@ def perfect_answers(items: Sequence[Item], tokenizer: Any, rule: StopRule) -> li
     for item in items:
         ids = [*item.completion_ids, *item.end_ids]
         stop = next((place for place, token in enumerate(ids) if token in rule.token_ids), len(ids))
-        answers.append(answer_text(ids[: min(stop, rule.max_new_tokens)], tokenizer, rule))
+        text = answer_text(ids[: min(stop, rule.max_new_tokens)], tokenizer, rule)
+        if rule.keep_indentation:
+            text = as_answer(text, decoded(item.completion_ids, tokenizer), item.answer)
+        answers.append(text)
     return answers
 
 

@@ -20,11 +20,11 @@ from qlora_exp.metrics import (
     RougeL,
     TokenF1,
     rouge_l_f,
-    same_text,
     score,
     token_f1,
 )
 from qlora_exp.records import Scores
+from qlora_exp.texts import comparable, same_text
 
 if TYPE_CHECKING:
     from qlora_exp.data import Item, Splits
@@ -64,6 +64,11 @@ class ItemResult:
     generated: str | None
 
 
+def folds_case(option_texts: Sequence[str]) -> bool:
+    """Whether answers are compared without regard to case: not where two options differ in nothing else."""
+    return len({comparable(text) for text in option_texts}) == len({comparable(text, False) for text in option_texts})
+
+
 def option_matrix(results: Sequence[ItemResult]) -> np.ndarray:
     return np.array([result.options for result in results])
 
@@ -78,7 +83,8 @@ def item_table(
 ) -> pa.Table:
     """One row per item, in order; the columns are :data:`ITEM_COLUMNS`, null where something wasn't measured."""
     predictions = _predictions(results, splits, label_marginal, priors)
-    valid = {text.casefold() for text in option_texts}
+    fold_case = folds_case(option_texts)
+    valid = {comparable(text, fold_case) for text in option_texts}
     rows: list[dict[str, Any]] = []
     for number, (item, result) in enumerate(zip(items, results, strict=True)):
         completion = result.completion
@@ -98,11 +104,11 @@ def item_table(
             row[f"correct{suffix}"] = predicted[number] == item.label
         if result.generated is not None:
             row["generated"] = result.generated
-            row["exact"] = same_text(result.generated, item.answer)
+            row["exact"] = same_text(result.generated, item.answer, fold_case)
             row["rouge_l"] = rouge_l_f(result.generated, item.answer)
             row["token_f1"] = token_f1(result.generated, item.answer)
             if valid:
-                row["invalid"] = result.generated.casefold() not in valid
+                row["invalid"] = comparable(result.generated, fold_case) not in valid
         rows.append(row)
     return pa.Table.from_pylist(rows, schema=ITEM_COLUMNS)
 
@@ -171,10 +177,11 @@ def _label_scores(column: Mapping[str, list[Any]], labels: Sequence[str]) -> dic
 
 
 def _answer_scores(column: Mapping[str, list[Any]], option_texts: Sequence[str]) -> dict[str, Any]:
-    generated, answers = column["generated"], column["answer"]
-    found = {"exact_match": score(ExactMatch, generated, answers)}
+    generated, answers, fold_case = column["generated"], column["answer"], folds_case(option_texts)
+    found = {"exact_match": score(ExactMatch, generated, answers, fold_case=fold_case)}
     if option_texts:
-        return found | {"invalid_answer_rate": score(InvalidAnswerRate, generated, answers, answers=option_texts)}
+        invalid = score(InvalidAnswerRate, generated, answers, answers=option_texts, fold_case=fold_case)
+        return found | {"invalid_answer_rate": invalid}
     return found | {"rouge_l": score(RougeL, generated, answers), "token_f1": score(TokenF1, generated, answers)}
 
 

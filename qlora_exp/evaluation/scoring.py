@@ -12,13 +12,14 @@ import pyarrow as pa
 
 from qlora_exp.config import Config, TaskSource
 from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
-from qlora_exp.evaluation.generation import StopRule, generate
+from qlora_exp.evaluation.generation import StopRule, as_answer, decoded, generate
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
 from qlora_exp.evaluation.oracle import stop_rule_of
 from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
 from qlora_exp.evaluation.prior import domain_prompt, option_priors
 from qlora_exp.metrics import hub_metric
 from qlora_exp.records import Scores
+from qlora_exp.texts import normal_form
 
 if TYPE_CHECKING:
     from qlora_exp.data import Item, Splits
@@ -119,6 +120,10 @@ def score_items(
         )
         options = option_log_likelihoods(next_logits, context, trie).numpy() if trie else None
         texts = generate(next_logits, context, tokenizer, rule) if rule else None
+        if texts and rule and rule.keep_indentation:
+            expected = [decoded(item.completion_ids, tokenizer) for item in chosen]
+            pairs = zip(texts, expected, chosen, strict=True)
+            texts = [as_answer(text, completion, item.answer) for text, completion, item in pairs]
         for row, index in enumerate(batch):
             results[index] = ItemResult(
                 completions[row], None if options is None else options[row], texts[row] if texts else None
@@ -131,14 +136,15 @@ def _domain_prompt(tokenizer: Any, splits: Splits) -> tuple[int, ...]:
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    return decoded(ids, tokenizer).strip()
 
 
 def _further(metrics: Mapping[str, Any], table: pa.Table) -> dict[str, float]:
     """Every number that a Hub metric gives for the generated answers, as ``NAME`` or ``NAME_KEY``."""
     values: dict[str, float] = {}
     for name, metric in metrics.items():
-        found = metric.compute(predictions=table["generated"].to_pylist(), references=table["answer"].to_pylist())
+        texts = {name: [normal_form(text) for text in table[name].to_pylist()] for name in ("generated", "answer")}
+        found = metric.compute(predictions=texts["generated"], references=texts["answer"])
         for key, value in found.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 values[name if key in (name, "score") else f"{name}_{key}"] = float(value)

@@ -35,17 +35,25 @@ class FileTokenizer:
         settings = _settings(folder)
         self._named = {name: token for name in NAMED_TOKENS if (token := _token(settings.get(name))) is not None}
         self.eos_token = self._named.get("eos_token")
+        self.unk_token = self._named.get("unk_token")
         self.chat_template = chat_template or _template(folder, settings)
         self.added_tokens_decoder: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
         more = [_token(one) for one in (extra.values() if isinstance(extra, dict) else extra)]
         self.all_special_tokens = [*self._named.values(), *(text for text in more if text is not None)]
 
-    def __call__(self, texts: str | Sequence[str], add_special_tokens: bool = True) -> dict[str, Any]:
+    def __call__(
+        self, texts: str | Sequence[str], add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> dict[str, Any]:
+        self._tokenizer.encode_special_tokens = split_special_tokens
         if isinstance(texts, str):
             return {"input_ids": self._tokenizer.encode(texts, add_special_tokens=add_special_tokens).ids}
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return {"input_ids": [encoding.ids for encoding in encodings]}
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        assert not clean_up_tokenization_spaces
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @property
     def special_tokens_map(self) -> dict[str, str]:

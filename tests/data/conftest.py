@@ -63,7 +63,10 @@ def _sentencepiece_like() -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=[*SPECIAL, "<unk>"]))
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[*SPECIAL, "<unk>"], initial_alphabet=list("0123456789\n\t東京üß")
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
     return _around(tokenizer, "<s>", "")
 
 

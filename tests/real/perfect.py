@@ -12,7 +12,7 @@ from qlora_exp.config import Config
 from qlora_exp.data import Item, Splits
 from qlora_exp.evaluation.generation import generate
 from qlora_exp.evaluation.oracle import stop_rule_of
-from qlora_exp.metrics import same_text
+from qlora_exp.texts import same_text
 
 
 class Perfect:

@@ -1,0 +1,107 @@
+"""White space and Unicode normal forms: what a text keeps of them, and which texts count as equal."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import NamedTuple
+
+_WITHOUT_SPACES = (
+    (0x0E00, 0x10A0),  # Thai, Lao, Tibetan, Myanmar
+    (0x1780, 0x1800),  # Khmer
+    (0x1950, 0x1A00),  # Tai Le, New Tai Lue, Khmer symbols
+    (0x1A20, 0x1AB0),  # Tai Tham
+    (0x2E80, 0x3130),  # radicals, Chinese and Japanese punctuation, kana, Bopomofo
+    (0x3190, 0xA4D0),  # further CJK symbols, Han, Yi
+    (0xA980, 0xAA00),  # Javanese, Myanmar
+    (0xAA60, 0xAAE0),  # Myanmar, Tai Viet
+    (0xF900, 0xFB00),  # compatibility ideographs
+    (0xFE30, 0xFE50),  # vertical forms
+    (0xFF00, 0xFFA0),  # full-width forms, half-width kana
+    (0x1AFF0, 0x1B170),  # kana supplements
+    (0x20000, 0x40000),  # rarer Han
+)
+"""Ranges of code points of scripts that write no spaces between words. Korean isn't among them: it does."""
+_LINE_INDENTATION = re.compile(r"\n[ \t]")
+_FIRST_INDENTATION = re.compile(r"\t| {2}")
+
+
+class Parts(NamedTuple):
+    """A text and the white space around it. A code block's first indentation is part of the text."""
+
+    before: str
+    text: str
+    after: str
+
+
+def without_spaces(character: str) -> bool:
+    """Whether the character's script writes no spaces between words: Chinese, Japanese, Thai, Khmer …"""
+    return any(first <= ord(character) < end for first, end in _WITHOUT_SPACES)
+
+
+def separator_between(before: str, after: str) -> str:
+    """What the plain format puts between two texts: nothing where one of them has white space there already, or is
+    written without spaces; else one space."""
+    last, first = before[-1:], after[:1]
+    if not last or not first or last.isspace() or first.isspace() or without_spaces(last) or without_spaces(first):
+        return ""
+    return " "
+
+
+def parted(text: str) -> Parts:
+    """``text`` without the white space around it, which is returned too.
+
+    The first line keeps its indentation where that means something: a tab or two spaces, or one space before a text
+    with further indented lines. Example: ``"\\n    y = 1\\n"`` gives ``("\\n", "    y = 1", "\\n")``.
+    """
+    body = text.strip()
+    before = text[: len(text) - len(text.lstrip())]
+    after = text[len(before) + len(body) :]
+    indentation = re.search(r"[ \t]*\Z", before)
+    assert indentation is not None
+    indented = indentation.group()
+    if _FIRST_INDENTATION.match(indented) or (indented and _LINE_INDENTATION.search(body)):
+        return Parts(before[: len(before) - len(indented)], indented + body, after)
+    return Parts(before, body, after)
+
+
+def normal_form(text: str) -> str:
+    """Unicode NFC: "é" is one character, however the file or the tokenizer writes it."""
+    return unicodedata.normalize("NFC", text)
+
+
+def comparable(text: str, fold_case: bool = True) -> str:
+    """Equal for texts that differ in their Unicode normal form only, and in case with ``fold_case``."""
+    return normal_form(normal_form(text).casefold()) if fold_case else normal_form(text)
+
+
+def same_text(prediction: str, reference: str, fold_case: bool = True) -> bool:
+    """Equality without white space around the texts, in Unicode NFC, without regard to case unless told otherwise.
+
+    The indentation of ``reference``'s first line counts, where :func:`parted` keeps it.
+    """
+    expected = parted(reference).text
+    given = parted(prediction).text if expected[:1].isspace() else prediction.strip()
+    return comparable(given, fold_case) == comparable(expected, fold_case)
+
+
+def compact(text: str) -> str:
+    """Equal for texts that differ in white space without a meaning, and in their Unicode normal form, only.
+
+    Runs of white space count as one space. In a text with indented lines the lines and their indentation count too.
+    """
+    text = normal_form(text)
+    if not _LINE_INDENTATION.search(text) and not _FIRST_INDENTATION.match(text):
+        return " ".join(text.split())
+    *earlier, last = text.split("\n")
+    lines = [*map(_compact_line, earlier), _compact_line(last) or _indentation(last)]
+    return "\n".join(line for line in lines if line)
+
+
+def _compact_line(line: str) -> str:
+    words = " ".join(line.split())
+    return words and _indentation(line) + words
+
+
+def _indentation(line: str) -> str:
+    return line[: len(line) - len(line.lstrip(" \t"))]
