@@ -147,9 +147,15 @@ def _as_it_was(model: dict[str, Any]) -> dict[str, Any]:
     return model | ({"attention": "sdpa"} if model["attention"] == "auto" else {})
 
 
-EARLIER_TASK: dict[str, Any] = {"learn": "last", "ignore_fields": [], "date": "2026-01-01"}
-"""What a task did before these keys existed. The date counts only for chat templates that read the clock, and is part
-of the data's own fingerprint there."""
+EARLIER_TASK: dict[str, Any] = {
+    "learn": "last",
+    "ignore_fields": [],
+    "date": "2026-01-01",
+    "separator": None,
+    "special_tokens": "refuse",
+}
+"""What a task did before these keys existed. Where a date or a separator makes another text of the rows, the data's own
+fingerprint says so."""
 
 
 def _task_as_it_was(task: dict[str, Any]) -> dict[str, Any]:
