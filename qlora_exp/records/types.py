@@ -201,6 +201,9 @@ class Data:
     rows_fingerprint: str | None = None
     """SHA-256 over the rows alone, whichever tokenizer reads them in whichever format; ``None`` in records of versions
     that didn't have it."""
+    label_end_tokens: int | None = None
+    """Tokens of the end that each label's likelihood includes; 0 unless one label's tokens begin another's. ``None``:
+    no labels, or a record of a version that refused such labels."""
 
 
 @dataclass(frozen=True)
