@@ -65,3 +65,11 @@ class Splits:
     """Untemplated documents on which forgetting is measured, the same for every task and model."""
     general_chats: tuple[Item, ...] = ()
     """Held-out chats in the model's own template, the last answer as the completion; empty for the plain format."""
+    label_end_ids: tuple[int, ...] = ()
+    """How much of the end (EOS, the end of turn) each label's likelihood includes: as many tokens as tell apart labels
+    of which one begins another. Empty for other tasks."""
+
+    @property
+    def option_ids(self) -> dict[str, tuple[int, ...]]:
+        """By label, the tokens whose likelihoods are summed."""
+        return {label: ids + self.label_end_ids for label, ids in self.label_ids.items()}

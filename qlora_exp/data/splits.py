@@ -6,12 +6,14 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_exp.config import TaskConfig
-from qlora_exp.data.labels import find_options, sort_out_labels
+from qlora_exp.config import InvalidRows, TaskConfig
+from qlora_exp.data.files import RawFile
+from qlora_exp.data.labels import check_no_label_lost, find_options, lost_label, sort_out_labels
 from qlora_exp.data.problems import RowProblem, add_counts, settle
 from qlora_exp.data.rows import Example, read_examples
 from qlora_exp.data.sources import SPLIT_NAMES, read_sources
 from qlora_exp.errors import DataError
+from qlora_exp.texts import normal_form
 
 _DUPLICATE = "exact duplicate"
 
@@ -37,23 +39,45 @@ def load_rows(task: TaskConfig) -> RawSplits:
     _check_numbers(task)
     splits: dict[str, list[Example]] = {}
     problems: list[RowProblem] = []
-    for split, raw in read_sources(task).items():
+    sources = read_sources(task)
+    for split, raw in sources.items():
         splits[split], bad = read_examples(task, raw)
         problems += bad
     _require("train", splits["train"], problems)
     options = find_options(task, splits["train"])  # before dividing: a rare label may fall into one split as a whole
+    if options and not task.labels:
+        _check_no_label_unread(task, sources["train"], options, problems)
     splits, duplicates = _complete(splits, task)
     for split in splits:
         splits[split], unknown = sort_out_labels(splits[split], options)
         problems += unknown
+    labelled = splits["train"]
     splits, leaked = _without_leaks(splits)
     problems += leaked
     dropped = settle(problems, task.invalid_rows)
+    check_no_label_lost(labelled, splits["train"], problems)
     for split in ("train", "validation"):
         _require(split, splits[split], problems)
     kept = _limited(splits, task)
     counts = add_counts(dropped, {_DUPLICATE: duplicates} if duplicates else {})
     return RawSplits(tuple(kept["train"]), tuple(kept["validation"]), tuple(kept["test"]), options, counts)
+
+
+def _check_no_label_unread(
+    task: TaskConfig, raw: RawFile, options: Mapping[str, str], problems: Sequence[RowProblem]
+) -> None:
+    """Under ``drop``, a label whose rows have all another fault would no longer be an option."""
+    column = task.columns.label
+    faults = {(problem.file, problem.row): problem for problem in problems}
+    if column is None or task.invalid_rows is not InvalidRows.drop:
+        return
+    known = {normal_form(label) for label in options}
+    for row in raw.rows:
+        value = row.values.get(column)
+        label = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
+        fault = faults.get((row.file, row.number))
+        if fault is not None and label and normal_form(label) not in known:
+            raise lost_label(label, fault)
 
 
 def _check_numbers(task: TaskConfig) -> None:

@@ -209,6 +209,9 @@ class Data:
     ``None``: the template's own defaults do, or no known variable does."""
     chat_date: str | None = None
     """The day that the chat template was given (``task.date``); ``None``: it doesn't ask for the date."""
+    label_end_tokens: int | None = None
+    """Tokens of the end that each label's likelihood includes; 0 unless one label's tokens begin another's. ``None``:
+    no labels, or a record of a version that refused such labels."""
 
 
 @dataclass(frozen=True)
