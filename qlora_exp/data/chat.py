@@ -44,7 +44,7 @@ class ChatWriter:
         self._date = date
         self._control_tokens = tuple(token for token in control_tokens if token)
         self._reads_text, self._reads_parts = self._forms()
-        self._encodes_arguments = self._encodes_text_arguments()
+        self._parses_arguments = self._wants_parsed_arguments()
         self._checked: set[object] = set()
         self._around: dict[object, tuple[str, str, str, Mapping[str, Any] | None]] = {}
 
@@ -194,7 +194,7 @@ class ChatWriter:
     def _message(self, message: Message) -> dict[str, Any]:
         """The message as this template reads it."""
         fields = dict(message.fields)
-        if self._encodes_arguments and CALLS in fields:
+        if self._parses_arguments and CALLS in fields:
             fields[CALLS] = _with_parsed_arguments(fields[CALLS])
         if not message.has_content:
             return {"role": message.role, **fields}
@@ -219,16 +219,21 @@ class ChatWriter:
         except jinja2.TemplateError:
             return ""
 
-    def _encodes_text_arguments(self) -> bool:
-        """Whether a call's arguments, given as JSON text, would be written as a JSON string of JSON."""
-        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": f'{{"{MARK}": 1}}'}}
+    def _wants_parsed_arguments(self) -> bool:
+        """Whether a call's arguments that are JSON text have to be read as an object: the template refuses such a text,
+        or writes it as a JSON string of JSON."""
+        text = self._probe_call(f'{{"{MARK}": 1}}')
+        return (not text or f'\\"{MARK}\\"' in text) and MARK in self._probe_call({MARK: 1})
+
+    def _probe_call(self, arguments: Any) -> str:
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
         asked = {"role": "user", "content": "x"}
         called = {"role": "assistant", "content": "", CALLS: [call]}
         given = {"role": "tool", "content": "x", "tool_call_id": "call00000", "name": "f"}
         try:
-            return f'\\"{MARK}\\"' in self._rendered([asked, called, given]).text
+            return self._rendered([asked, called, given]).text
         except jinja2.TemplateError:
-            return False
+            return ""
 
     def _refuse_control_tokens(self, example: Example) -> None:
         """A control token in a field or a tool would forge a turn, as one in a text would."""
@@ -274,7 +279,8 @@ class ChatWriter:
         for name in example.variables or {}:
             if name not in chosen(self._template, example.tools):
                 detail = f"the chat template has no variable {name!r} (chat_template_kwargs)"
-                raise Refused("variable that the template doesn't have", detail, "take it out of the column")
+                hint = "take it out of the column"
+                raise Refused("variable that the template doesn't have", detail, hint, of_template=True)
 
     def _check_fields(self, example: Example, messages: list[dict[str, Any]]) -> None:
         text = self._again(example, messages)

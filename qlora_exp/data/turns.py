@@ -26,29 +26,40 @@ def learned_ranges(
     ``prompt_of(n)``: the first n messages with the generation prompt; ``through(n)``: without one.
     """
     turns = [number for number, message in enumerate(example.messages) if message.role == "assistant"]
-    stop = len(texts.prompt) + len(texts.completion)
-    last = (len(texts.prompt), len(full.text))
-    marks = list(full.marks)
-    if marks:
-        if len(marks) != len(turns) + 1:
-            detail = f"the chat template marks {len(marks)} answers of {len(turns) + 1}"
-            raise Refused("template that marks other answers", detail, _HINT, of_template=True)
-        last = (max(last[0], marks[-1][0]), marks[-1][1])
-        if last[1] <= stop:
-            detail = "the chat template's marks leave out the end of the turn: the model would never learn to stop"
-            raise Refused("template without an end of turn", detail, _HINT, of_template=True)
-    ranges = []
-    for index, number in enumerate(turns):
-        prompt = prompt_of(number)
-        if not full.text.startswith(prompt):
-            raise _unstable("the prompt of an earlier answer")
-        mark = marks[index] if marks else (0, _end_of_turn(full.text, through(number + 1)))
-        begin = max(mark[0], len(prompt))
-        if texts.prefix and full.text.startswith(texts.prefix, begin):
-            begin += len(texts.prefix)
-        if example.messages[number].weight != 0:
-            ranges.append((begin, mark[1]))
-    return replace(texts, learned=(*ranges, last))
+    begins = [_begin(full.text, prompt_of(number), texts.prefix) for number in turns] + [len(texts.prompt)]
+    spans = [[(begin, len(full.text))] for begin in begins]
+    if full.marks:
+        spans = [
+            _marked(full.marks, begin, end) for begin, end in zip(begins, [*begins[1:], len(full.text)], strict=True)
+        ]
+        _check_marks(spans, len(texts.prompt) + len(texts.completion))
+    else:
+        for index, number in enumerate(turns):
+            spans[index] = [(begins[index], _end_of_turn(full.text, through(number + 1)))]
+    learned = [*(example.messages[number].weight != 0 for number in turns), True]
+    ranges = [span for index, turn in enumerate(spans) if learned[index] for span in turn]
+    return replace(texts, learned=tuple(ranges))
+
+
+def _begin(full: str, prompt: str, prefix: str) -> int:
+    if not full.startswith(prompt):
+        raise _unstable("the prompt of an earlier answer")
+    return len(prompt) + (len(prefix) if full.startswith(prefix, len(prompt)) else 0)
+
+
+def _marked(marks: Sequence[tuple[int, int]], begin: int, following: int) -> list[tuple[int, int]]:
+    """The marks of one answer, without what comes before it. ``following``: where the next answer begins."""
+    return [(max(start, begin), end) for start, end in marks if begin < end <= following]
+
+
+def _check_marks(spans: Sequence[Sequence[tuple[int, int]]], stop: int) -> None:
+    for number, turn in enumerate(spans, 1):
+        if not turn:
+            detail = f"the chat template marks nothing of answer {number} of {len(spans)}"
+            raise Refused("template that leaves answers unmarked", detail, _HINT, of_template=True)
+    if spans[-1][-1][1] <= stop:
+        detail = "the chat template's marks leave out the end of the turn: the model would never learn to stop"
+        raise Refused("template without an end of turn", detail, _HINT, of_template=True)
 
 
 def _end_of_turn(full: str, through: str) -> int:
