@@ -104,7 +104,20 @@ def status(
         watch_status(spec, opened, paths, orchestrator)
     else:
         show_standing(spec, opened, paths, orchestrator(paths))
+        _show_not_delivered(spec, opened, paths)
     return 0
+
+
+def _show_not_delivered(spec: StudySpec, opened: Any, paths: StudyPaths) -> None:
+    from qlora_exp.paths import OutputPaths
+    from qlora_exp.sweep import orchestrator
+    from qlora_exp.tracking import not_delivered
+
+    runs = [row.run_id for row in opened.trials() if row.run_id is not None]
+    busy = orchestrator(paths) is not None
+    missing = not_delivered(OutputPaths(paths.folder.parent.parent), runs, spec.name, busy)
+    if missing is not None:
+        print(missing)
 
 
 def stop(
