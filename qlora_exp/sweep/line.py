@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -207,13 +207,25 @@ def _tracked(asked: Asked, opened: Any, duty: Orchestration, purse: Purse) -> It
     tracker = tracking.StudyTracker(asked.tracking, outputs, asked.spec.name)
     try:
         tracker.start(from_dict(tracking.StudyDefinition, to_dict(without_secrets(asked.spec))))
-        yield tracker
+        yield _WhileHeld(tracker, duty)
     finally:
         with signals.held_back("the study is being delivered to MLflow; Ctrl-C again: leave that to qlora-exp sync"):
             own = [row.run_id for row in opened.trials() if row.run_id is not None]
             tracking.deliver_runs(outputs, own, asked.tracking.uri)
             if duty.held:
                 tracker.finish(_status(opened.counts(), purse.short(opened.trials()) is not None))
+
+
+@dataclass(frozen=True)
+class _WhileHeld:
+    """A study's tracker that falls silent when another process takes the study over."""
+
+    tracker: Any
+    duty: Orchestration
+
+    def update(self, *how_it_stands: Any) -> None:
+        if self.duty.held:
+            self.tracker.update(*how_it_stands)
 
 
 def _tell_not_delivered(asked: Asked, opened: Any) -> None:
@@ -288,6 +300,8 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse, bud
     if best:
         print(f"  qlora-exp best {name}{option}")
     print(f"  qlora-exp trials {name} --csv{option}")
+    if counts.failed:
+        print(f"  qlora-exp resume {name} --retry failed{option}")
     return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED
 
 

@@ -83,8 +83,9 @@ def _missing_study(paths: StudyPaths, busy: bool) -> TrackingState | None:
 
 def _short(reason: str) -> str:
     """The cause alone: an HTTP library's message is a paragraph, with the address three times."""
-    errno = re.search(r"\[Errno -?\d+\] ([^'\"\\)]+)", reason)
-    if errno is not None:
-        return errno[1].strip().lower()
+    for pattern in (r"\[Errno -?\d+\] ([^'\"\\)]+)", r"Caused by \w+\(['\"](.+?)['\"]\)"):
+        cause = re.search(pattern, reason)
+        if cause is not None:
+            return cause[1].strip().lower()
     text = reason.partition(" where: ")[0].partition(" do: ")[0].removeprefix("not delivered: ")
     return text if len(text) <= REASON_CHARACTERS else f"{text[:REASON_CHARACTERS].rstrip()} …"
