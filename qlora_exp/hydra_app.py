@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from qlora_exp import compose, heap
+from qlora_exp import compose, heap, signals, streams
 from qlora_exp.app import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -36,6 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     multirun = flags.multirun
     asks = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
     _codes.clear()
+    if asks:
+        return _main(given, flags, multirun, asks)
+    streams.keep_writing()
+    try:
+        with signals.interrupting():
+            return _main(given, flags, multirun, asks)
+    except KeyboardInterrupt:  # while the first one was being answered
+        return EXIT_INTERRUPTED
+
+
+def _main(given: list[str], flags: argparse.Namespace, multirun: bool, asks: bool) -> int:
     try:
         _check_flags(flags)
         if not asks:
@@ -141,16 +152,26 @@ def one_job(raw: Any) -> Any:
 
 def _in_own_process(config: Config) -> int:
     text = yaml.safe_dump(to_plain(config), allow_unicode=True)
-    # Ctrl-C reaches the child too, which saves and says how to resume; this process only waits for it.
-    previous = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
+    asked: list[int] = []
+    child: subprocess.Popen[str] | None = None
+
+    def pass_on(number: int, frame: object) -> None:
+        """The child saves and says how to resume; this process only waits for it. Ctrl-C reaches the child too."""
+        if signals.heard(number) is not signals.Heard.SAME:
+            asked.append(number)
+            if child is not None and number != signal.SIGINT:
+                child.send_signal(signal.SIGTERM)
+
+    with signals.handling(pass_on):
         environment = heap.environment() if heap.on_cpu(config.training.device.value) else {}
         command, environment = [sys.executable, "-m", "qlora_exp.job"], {**os.environ, **environment}
         child = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+        if any(number != signal.SIGINT for number in asked):
+            child.send_signal(signal.SIGTERM)
         child.communicate(text)
-    finally:
-        signal.signal(signal.SIGINT, previous)
     if child.returncode >= 0:
         return child.returncode
+    if asked:  # it was ended before it could answer
+        return EXIT_INTERRUPTED
     end_killed_run(config, child.pid, -child.returncode)
     return EXIT_RUN_FAILED

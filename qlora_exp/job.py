@@ -8,6 +8,7 @@ import sys
 
 import yaml
 
+from qlora_exp import signals, streams
 from qlora_exp.app import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, config_from_plain, run_and_tell, tell
 from qlora_exp.errors import QloraExpError
 
@@ -22,8 +23,10 @@ def die_with_parent() -> None:
 
 def main() -> int:
     die_with_parent()
+    streams.keep_writing()
     try:
-        return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.read())))
+        with signals.interrupting():
+            return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.read())))
     except QloraExpError as error:
         tell(error)
         return EXIT_WRONG_INPUT

@@ -19,13 +19,15 @@ PACKAGE = Path(qlora_exp.__file__).resolve().parent
 ELSEWHERE = {"conf", "sweeps", "plugins"}
 """Symlinks to top-level folders, and Hydra's plugin namespace, which is no room of ours."""
 
-FOUNDATION = {"errors", "heap", "paths"}
+FOUNDATION = {"errors", "heap", "paths", "signals", "streams"}
 """What every room may import; they import nothing of ours."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "heap": set(),
     "paths": set(),
+    "signals": set(),
+    "streams": set(),
     "redaction": set(),
     "measurement": set(),
     "metrics": {"texts"},
@@ -44,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_card": {"records", "redaction"},
     "history": {"records"},
     "environment": {"config", "records"},
+    "lease": {"environment", "records"},
     "endings": {"records"},
     "callbacks": {"endings", "measurement", "records"},
     "tables": {"catalogue", "records"},
@@ -62,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "synthetic": {"budget", "config", "endings", "plan", "records", "redaction"},
     "untouched": {"config", "data", "evaluation", "records"},
     "few_shot": {"config", "data", "evaluation", "records", "untouched"},
-    "tracking": {"config", "environment", "history", "model_card", "records", "redaction"},
+    "tracking": {"config", "environment", "history", "lease", "model_card", "records", "redaction"},
     "one_run": {
         *(
             "budget",
@@ -89,11 +92,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("app", "budget", "compose", "config", "endings", "environment", "feasibility", "models", "one_run", "plan"),
         *("records", "redaction", "study", "tracking"),
     },
-    "standing": {"environment", "feasibility", "overrides", "records", "redaction", "study", "tables", "tracking"},
+    "standing": {
+        *("environment", "feasibility", "lease", "overrides", "records", "redaction", "study", "tables", "tracking"),
+    },
     "retention": {"records", "study"},
     "rank_doubling": {"compose", "config", "records", "study"},
     "sweep": {
-        *("app", "budget", "compose", "config", "environment", "feasibility", "history", "overrides", "plan"),
+        *("app", "budget", "compose", "config", "environment", "feasibility", "history", "lease", "overrides", "plan"),
         *("rank_doubling", "records"),
         *("planning", "redaction", "standing", "study", "tables", "tracking", "workers"),
     },

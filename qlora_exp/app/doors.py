@@ -24,6 +24,12 @@ def run_and_tell(config: Config, resume: str | None = None) -> int:
     with Progress() as observer:
         record = execute(config, observer, resume, alone=True)
     print(summary(record, config))
+    if config.tracking.enabled:
+        from qlora_exp.tracking import not_delivered
+
+        missing = not_delivered(OutputPaths.of(config.output_root), [record.run_id])
+        if missing is not None:
+            print(missing)
     return exit_code_of(record.status)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock, Timeout, UnixFileLock
 
-from qlora_exp import environment, synthetic
+from qlora_exp import environment, signals, synthetic
 from qlora_exp.app.beginning import begin, now, remove
 from qlora_exp.app.process import import_to_stay, quiet_libraries, set_threads
 from qlora_exp.budget import check_energy, without_limits
@@ -21,7 +19,7 @@ from qlora_exp.endings import Observer, Report, never_stop
 from qlora_exp.errors import DataError, QloraExpError, RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, halved
-from qlora_exp.records import Environment, Fit, RunRecord, Status, Trial, read_record, write_json
+from qlora_exp.records import Environment, Failure, Fit, RunRecord, Status, Trial, read_record, write_json
 
 if TYPE_CHECKING:
     from qlora_exp.one_run import Bases, Prepared
@@ -108,17 +106,21 @@ def _run_and_deliver(
     if observer is not None:
         observer.note(f"run {record.run_id}")
     with _terminated_like_interrupted():
-        finished, wrong = prepared.run(record, paths, _Told(observer, tracker), report)
-    finished = finished.replace(ended_at=now(), process=None)
-    write_json(paths.record, finished)
-    if finished.status is Status.COMPLETED:
-        paths.trained.unlink(missing_ok=True)
-        if finished.training is None or finished.training.ended_by_budget is None:
-            shutil.rmtree(paths.checkpoints, ignore_errors=True)  # the adapter is saved; what is left: optimizer states
-    if deliver is None:
-        tracker.finish(finished)
-    else:
-        deliver(lambda: tracker.finish(finished))
+        try:
+            finished, wrong = prepared.run(record, paths, _Told(observer, tracker), report)
+        except KeyboardInterrupt:  # a second one, while the first was being answered
+            finished, wrong = _interrupted(record, paths), None
+    with signals.held_back("the run has ended and is being delivered to MLflow; Ctrl-C again: leave that to sync"):
+        finished = finished.replace(ended_at=now(), process=None)
+        write_json(paths.record, finished)
+        if finished.status is Status.COMPLETED:
+            paths.trained.unlink(missing_ok=True)
+            if finished.training is None or finished.training.ended_by_budget is None:
+                shutil.rmtree(paths.checkpoints, ignore_errors=True)  # the adapter is saved: these are optimizer states
+        if deliver is None:
+            tracker.finish(finished)
+        else:
+            deliver(lambda: tracker.finish(finished))
     if wrong is not None:
         raise wrong
     return finished
@@ -271,21 +273,16 @@ def _check_same_data(record: RunRecord, fingerprint: str | None) -> None:
         raise DataError("the data have changed since this run began", record.run_id, f"qlora-exp rerun {record.run_id}")
 
 
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """TERM (a scheduler's, a container's) is told like Ctrl-C in every phase; training has a gentler way of its own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _terminated_like_interrupted() -> contextlib.AbstractContextManager[None]:
+    """TERM (a scheduler's, a container's) and HUP (a closed terminal) end a run like Ctrl-C in every phase; training
+    has a gentler way of its own."""
+    return signals.interrupting()
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
+    with contextlib.suppress(RecordError):
+        record = read_record(paths.record)
+    return record.replace(status=Status.INTERRUPTED, failure=Failure("KeyboardInterrupt", "interrupted twice"))
 
 
 class _Told:

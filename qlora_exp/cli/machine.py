@@ -83,6 +83,9 @@ def sync(
     uri: Annotated[
         str | None, typer.Option(metavar="URI", help="Deliver here instead of where each run's configuration says")
     ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Into this experiment instead of each run's own")
+    ] = None,
     output_root: OutputRoot = None,
 ) -> int:
     """Deliver runs to MLflow that could not be.
@@ -95,7 +98,7 @@ def sync(
     from qlora_exp.tracking import sync as sync_records
 
     quiet_libraries()
-    report = sync_records(outputs_of(output_root).root, uri)
+    report = sync_records(outputs_of(output_root).root, uri, experiment)
     counts = {
         "delivered": report.delivered,
         "already there": report.already,

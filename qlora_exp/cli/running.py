@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlora_exp import signals, streams
 from qlora_exp.cli.arguments import (
     OutputRoot,
     Overrides,
@@ -92,7 +94,16 @@ def _run(overrides: Sequence[str]) -> int:
     from qlora_exp.app import run_and_tell
     from qlora_exp.compose import compose
 
-    return run_and_tell(compose(list(overrides)))
+    with _working():
+        return run_and_tell(compose(list(overrides)))
+
+
+@contextlib.contextmanager
+def _working() -> Iterator[None]:
+    """A run outlives the readers of its output, and ends politely at TERM and HUP as well as at Ctrl-C."""
+    streams.keep_writing()
+    with signals.interrupting():
+        yield
 
 
 def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
@@ -109,7 +120,8 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
     config = config_from_plain(record.config)
     training = replace(config.training, resume=True)  # the verb says so
     again = replace(config, training=training, output_root=str(paths.folder.parent.parent))
-    return run_and_tell(again, record.run_id)
+    with _working():
+        return run_and_tell(again, record.run_id)
 
 
 def _check_resumable(record: RunRecord) -> None:

@@ -65,12 +65,13 @@ class Environment:
 @dataclass(frozen=True)
 class Process:
     """Which process owns a RUNNING record: ``start_ticks`` and ``boot_id`` tell a reused pid from the same process,
-    ``host`` (a name) whether it can be seen from here at all."""
+    ``host`` (a name) and ``pid_namespace`` (a container's own numbering) whether it can be seen from here at all."""
 
     pid: int
     start_ticks: int | None
     boot_id: str | None
     host: str | None = None
+    pid_namespace: str | None = None
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,9 @@ class Slot(threading.Thread):
             unknown = (None,) * len(self.setting.spec.objectives)
             return self.worker.tell(self.number, claim, Outcome(Status.FAILED, unknown, (), None, failure))
         if self.worker.stopping == NOW and not isinstance(end, Hung | Died):
+            if record is not None and record.status is Status.RUNNING:  # its host was ended before it could write
+                failure = Failure("Interrupted", "ended before it could save", self.state.phase, self.state.step)
+                _write(paths, record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure))
             return self.worker.give_back(self.number, claim)
         why = str(end) if isinstance(end, Hung | Died) else "the run was interrupted from outside"
         return self._lost(claim, paths, record, why)
