@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+
+
+class Enum(enum.Enum):
+    """A setting's choices, written by name wherever a text names them: ``name='${quantization.mode}-r${lora.r}'``."""
+
+    def __str__(self) -> str:
+        return str(self.name)
 
 
 class Variant(Enum):

@@ -135,7 +135,7 @@ def one_job(raw: Any) -> Any:
     if raw.workers.job is not None:
         from qlora_exp.sweep import work
 
-        return work(raw, list(HydraConfig.get().overrides.task))
+        return work(raw, compose.texts_of(HydraConfig.get().overrides, "task"))
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         OmegaConf.resolve(raw)

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": {"endings", "measurement", "records"},
     "tables": {"catalogue", "records"},
     "plan": {"checks", "config", "measurement", "records"},
-    "compose": {"config", "plan"},
+    "compose": {"config", "overrides", "plan"},
     "planning": {
         *("budget", "calibration", "chat_templates", "checks", "compose", "config", "data", "environment"),
         *("measurement", "models", "overrides", "plan"),
@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("checks", "metrics", "models", "plan", "records", "redaction", "tables", "train", "untouched"),
     },
     "app": {
-        *("budget", "checkpoints", "compose", "config", "endings", "environment", "one_run", "plan"),
+        *("budget", "checkpoints", "compose", "config", "endings", "environment", "one_run", "overrides", "plan"),
         *("progress", "records", "redaction", "synthetic", "tracking"),
     },
     "feasibility": {"plan", "records", "study", "tables"},

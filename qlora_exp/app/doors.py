@@ -13,6 +13,7 @@ from qlora_exp.app.process import exit_code_of
 from qlora_exp.budget import OF_THE_STUDY
 from qlora_exp.config import Config
 from qlora_exp.errors import ConfigError, RecordError
+from qlora_exp.overrides import literal
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records import Failure, RunRecord, Status, read_record, write_json
 
@@ -67,7 +68,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         training = plain.get("training")
         if isinstance(training, dict) and training.get("max_tokens") is not None:
             plain["training"] = {**training, "max_steps": None}  # older versions took both, and heeded the tokens
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(plain)))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None
     return compose.checked(merged)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,21 +33,23 @@ Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job, returns when all have ended; the results have Hydra's ``return_value``."""
 
 
-def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mapping[str, str], launcher: Any) -> None:
-    """Hydra's door: ``arguments`` are the command line's overrides, ``params`` those of ``hydra.sweeper.params``.
+def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any) -> None:
+    """Hydra's door: ``arguments`` are the command line's overrides. ``hydra.sweeper.params`` are read as they were
+    written, since an axis may change what they name.
 
     Leaves by :class:`~qlora_exp.app.Ended`: Hydra drops what a sweeper returns.
     """
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
-    hydra = [text for text in config.hydra.overrides.hydra if not text.startswith(("hydra.mode=", compose.SEARCH_PATH))]
-    given = [text for text in config.hydra.overrides.hydra if text.startswith(compose.SEARCH_PATH)]
+    texts = compose.texts_of(config.hydra.overrides, "hydra")
+    hydra = [text for text in texts if not text.startswith(("hydra.mode=", compose.SEARCH_PATH))]
+    given = [text for text in texts if text.startswith(compose.SEARCH_PATH)]
     own = compose.search_folders(given)[1:]
     if own:
         hydra.append(compose.search_path(own))
     asked = None
     try:
-        asked = ask([*arguments, *hydra], params)
+        asked = ask([*arguments, *hydra], compose.texts_of(config.hydra.sweeper, "params"))
         job = config.hydra.job
         here = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
         code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), here)
