@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp import records
+from qlora_exp.data.problems import RowProblem
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,9 @@ class Splits:
     """Untemplated documents on which forgetting is measured, the same for every task and model."""
     general_chats: tuple[Item, ...] = ()
     """Held-out chats in the model's own template, the last answer as the completion; empty for the plain format."""
+    left_out: tuple[RowProblem, ...] = ()
+    """Rows that are in no split, and why: invalid ones under ``task.invalid_rows=drop``, and exact duplicates."""
+    truncated: tuple[RowProblem, ...] = ()
+    """Rows whose answer or end ``training.max_length`` cuts."""
+    notes: tuple[str, ...] = ()
+    """What is read as it is in the file and may not be meant."""

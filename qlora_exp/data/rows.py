@@ -1,21 +1,24 @@
 """Rows read as examples — a prompt or a conversation, a completion, a label — and each fault named with its place.
 
-Only text is accepted: what a number, a date or a null would look like in a prompt is the user's to say. The one
-exception is a whole number inside a template, whose text is unambiguous.
+Only text is accepted: what a number, a date or a null would look like in a prompt is the user's to say. The exceptions
+are whole numbers inside a template and as a class, whose text is unambiguous, and an empty text inside a template that
+another column fills.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from qlora_exp.config import TaskConfig, TaskKind
-from qlora_exp.data.files import RawFile, RawRow
+from qlora_exp.data.files import RawFile, RawRow, Unlabelled
+from qlora_exp.data.known_formats import columns_hint
 from qlora_exp.data.problems import RowProblem
-from qlora_exp.data.templates import Template, parse_template
+from qlora_exp.data.templates import Template, parse_template, with_line_breaks
 from qlora_exp.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant")
@@ -97,6 +100,7 @@ def read_examples(task: TaskConfig, raw: RawFile) -> tuple[list[Example], list[R
 
 def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
     columns, classifies = raw.columns, task.kind is TaskKind.classification
+    system = with_line_breaks(task.system) if task.system else task.system
     if task.columns.messages:
         if task.prompt or task.completion:
             raise DataError(
@@ -107,7 +111,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
         label = task.columns.label if classifies else None
         for key, column in (("messages", task.columns.messages), ("label", label)):
             _check_column(column, f"task.columns.{key}", raw)
-        return _Mapping(None, None, task.columns.messages, label, task.system, columns)
+        return _Mapping(None, None, task.columns.messages, label, system, columns)
     label = task.columns.label if classifies else None
     completion_column = task.columns.completion
     if label and not task.completion and completion_column not in columns:
@@ -115,7 +119,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
     prompt = _source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _source("completion", task.completion, completion_column, raw)
     _check_column(label, "task.columns.label", raw)
-    return _Mapping(prompt, completion, None, label, task.system, columns)
+    return _Mapping(prompt, completion, None, label, system, columns)
 
 
 def _source(name: str, template: str | None, column: str | None, raw: RawFile) -> str | Template:
@@ -138,8 +142,8 @@ def _check_column(column: str | None, key: str, raw: RawFile) -> None:
     if column is None or column in raw.columns:
         return
     hint = f"{nearest(column, raw.columns)}; set {key}=COLUMN"
-    if "messages" in raw.columns and not key.endswith("messages"):
-        hint = "the rows hold messages: set task.columns.messages=messages"
+    if not key.endswith("messages"):
+        hint = columns_hint(raw.columns) or hint
     raise DataError(f"missing column: no row has a column {column!r}", f"{raw.name} ({key})", hint)
 
 
@@ -148,32 +152,38 @@ def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
         messages, completion = _conversation(row, mapping)
     else:
         prompt = _text(row, mapping.prompt)
-        completion = _text(row, mapping.completion).strip()
+        completion = _text(row, mapping.completion, is_class=kind is TaskKind.classification).strip()
         messages = (Message("user", prompt),)
     if mapping.system and messages[0].role != "system":
         messages = (Message("system", mapping.system), *messages)
     label = None
     if kind is TaskKind.classification:
-        label = _column_text(row, mapping.label, whole_numbers=False).strip() if mapping.label else completion
+        label = _column_text(row, mapping.label, whole_numbers=True).strip() if mapping.label else completion
     extra = {column: value for column, value in row.values.items() if column not in mapping.used}
     return Example(row.file, row.number, messages, mapping.messages is not None, completion, label, extra)
 
 
-def _text(row: RawRow, source: str | Template | None) -> str:
+def _text(row: RawRow, source: str | Template | None, is_class: bool = False) -> str:
     if isinstance(source, Template):
-        return source.render({column: _column_text(row, column, whole_numbers=True) for column in source.columns})
+        texts = {column: _column_text(row, column, whole_numbers=True, empty=True) for column in source.columns}
+        if not any(text.strip() for text in texts.values()):
+            which = "all columns of the template are" if len(texts) > 1 else "the text is"
+            raise _InvalidRow("empty", f"{which} empty or only white space", next(iter(texts)))
+        return source.render(texts)
     assert source is not None
-    return _column_text(row, source, whole_numbers=False)
+    return _column_text(row, source, whole_numbers=is_class)
 
 
-def _column_text(row: RawRow, column: str, whole_numbers: bool) -> str:
+def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = False) -> str:
     if column not in row.values:
         present = list(row.values)
         raise _InvalidRow("missing column", f"{column!r} is not in this row", column, nearest(column, present))
     value = row.values[column]
+    if isinstance(value, Unlabelled):
+        raise _InvalidRow("no label", f"the class is {value:d}, which marks a row without a label", column)
     if whole_numbers and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _checked_text(value, column)
+    return value if empty and isinstance(value, str) and not value.strip() else _checked_text(value, column)
 
 
 def _checked_text(value: object, column: str) -> str:
@@ -200,11 +210,21 @@ def _described(value: object) -> str:
 
 
 def _text_hint(value: object, column: str) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
+    if isinstance(value, bool):
+        return f'write it as text, e.g. "{"yes" if value else "no"}"'
     if isinstance(value, int):
         return f"write it as text, \"{value}\", or use a template, which writes whole numbers out: '{{{column}}}'"
-    return f'write it as text, with the digits that you want to be learned: "{value}"'
+    if isinstance(value, float) and math.isnan(value):
+        return "it marks a missing value: give the row a text, or leave it out with task.invalid_rows=drop"
+    if isinstance(value, float) and value.is_integer():
+        return f'write it as text, "{value:.0f}" (pandas makes floats of whole numbers where one is missing)'
+    if isinstance(value, float):
+        return f'write it as text, with the digits that you want to be learned: "{value}"'
+    if isinstance(value, Mapping) and value:
+        return f"it holds {', '.join(map(str, list(value)[:5]))}: make the one you mean a column with text"
+    if isinstance(value, Mapping | Sequence | bytes):
+        return "make it a column with text"
+    return None if value is None else f'write it as text, e.g. "{value}"'
 
 
 def _conversation(row: RawRow, mapping: _Mapping) -> tuple[tuple[Message, ...], str]:
