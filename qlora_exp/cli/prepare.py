@@ -11,8 +11,9 @@ from qlora_exp.cli.arguments import Overrides, Source, examples, given_overrides
 
 if TYPE_CHECKING:
     from qlora_exp.config import Config
+    from qlora_exp.data import Splits
     from qlora_exp.one_run import Prepared
-    from qlora_exp.records import Data, Environment, Plan
+    from qlora_exp.records import Environment, Plan
 
 
 def add_to(app: typer.Typer) -> None:
@@ -49,7 +50,7 @@ def validate(overrides: Overrides = None, source: Source = None) -> int:
         from qlora_exp.tracking.store import locate
 
         locate(config.tracking, OutputPaths.of(config.output_root))
-    print("\n".join(_told(config, prepared.plan, prepared.splits.record)))
+    print("\n".join(_told(config, prepared.plan, prepared.splits)))
     return 0
 
 
@@ -110,7 +111,10 @@ def _rounded(planned: Plan) -> str:
     return f", inputs rounded to 8 bits in {where}" if where else ""
 
 
-def _told(config: Config, planned: Plan, data: Data) -> list[str]:
+def _told(config: Config, planned: Plan, splits: Splits) -> list[str]:
+    from qlora_exp.data import rows_report
+
+    data = splits.record
     share = planned.trainable_parameters / planned.total_parameters
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     return [
@@ -122,6 +126,7 @@ def _told(config: Config, planned: Plan, data: Data) -> list[str]:
         f"({', '.join(planned.target_modules)}): {planned.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
         f"{data.test_items} test items{dropped}; {planned.format} format",
+        *(f"           {line}" for line in rows_report(splits)),
         f"  training {planned.max_steps} steps of {planned.batch_size} items "
         f"({planned.micro_batch_size} at a time), seed {config.seed}",
     ]

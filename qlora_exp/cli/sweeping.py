@@ -62,7 +62,7 @@ def sweep(
 
     The same command again goes on with it. The same as python -m qlora_exp -m sweeps=NAME …
     """
-    given = [f"sweeps={name}", *given_overrides(source, overrides)]
+    given = [f"sweeps={name}", *given_overrides(source, overrides, sweep=name)]
     return _hydra([*given, *_join(join), *_root(output_root)])
 
 

@@ -55,7 +55,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     used: dict[str, list[Example]] = {}
     items: dict[str, tuple[Item, ...]] = {}
     problems: list[RowProblem] = []
-    truncated = 0
+    truncated: list[RowProblem] = []
     for split, examples in _by_split(rows):
         every_turn = learns_all and split == "train"  # scores are of the last answer everywhere
         encodings = encode(examples, tokenizer, format, date=date, every_turn=every_turn)
@@ -69,7 +69,11 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         kept = [(e, r) for e, r in zip(examples, results, strict=True) if not isinstance(r, RowProblem)]
         used[split] = [example for example, _ in kept]
         items[split] = tuple(item for _, (item, _) in kept)
-        truncated += sum(cut for _, (_, cut) in kept)
+        truncated += [
+            _truncated(example, encoding, max_length)
+            for example, encoding, result in zip(examples, encodings, results, strict=True)
+            if isinstance(encoding, Encoding) and not isinstance(result, RowProblem) and result[1]
+        ]
     dropped = add_counts(rows.dropped, settle(problems, config.task.invalid_rows))
     _require_items(items, problems)
     check_no_label_lost(rows.train, used["train"], problems)
@@ -93,7 +97,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         mean_completion_tokens=_mean([len(item.completion_ids) for item in items["train"]]),
         template_tokens=template_tokens(tokenizer, format, date),
         template_tokens_trained=_template_trained(config, format),
-        truncated_items=truncated,
+        truncated_items=len(truncated),
         rows_fingerprint=_fingerprint([], config, used, rows),
         answer_prefix=prefix or None,
         answer_prefix_variables=dict(first.variables) if first is not None and first.variables else None,
@@ -109,8 +113,17 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         record,
         read_general_text(),
         _general_chats(tokenizer, date) if format == "chat" else (),
-        label_end_ids,
+        label_end_ids=label_end_ids,
+        left_out=(*rows.left_out, *problems),
+        truncated=tuple(truncated),
+        notes=rows.notes,
     )
+
+
+def _truncated(example: Example, encoding: Encoding, max_length: int) -> RowProblem:
+    tokens = len(encoding.prompt_ids) + len(encoding.completion_ids) + len(encoding.end_ids)
+    reason = f"truncated to training.max_length={max_length}: the end of the answer is not learned"
+    return RowProblem(example.file, example.row, None, reason, f"{tokens} tokens")
 
 
 IGNORED = -100

@@ -10,6 +10,7 @@ from qlora_exp.config import InvalidRows, TaskConfig
 from qlora_exp.data.files import RawFile
 from qlora_exp.data.labels import check_no_label_lost, find_options, lost_label, sort_out_labels
 from qlora_exp.data.problems import RowProblem, add_counts, settle
+from qlora_exp.data.report import missing_value_notes
 from qlora_exp.data.rows import Example, read_examples
 from qlora_exp.data.sources import SPLIT_NAMES, read_sources
 from qlora_exp.errors import DataError
@@ -28,6 +29,9 @@ class RawSplits:
     options: dict[str, str]
     """classification: completion text by label, in the order of the options."""
     dropped: dict[str, int]
+    left_out: tuple[RowProblem, ...] = ()
+    """The rows that ``dropped`` counts."""
+    notes: tuple[str, ...] = ()
 
 
 def load_rows(task: TaskConfig) -> RawSplits:
@@ -39,10 +43,12 @@ def load_rows(task: TaskConfig) -> RawSplits:
     _check_numbers(task)
     splits: dict[str, list[Example]] = {}
     problems: list[RowProblem] = []
+    notes: list[str] = []
     sources = read_sources(task)
     for split, raw in sources.items():
         splits[split], bad = read_examples(task, raw)
         problems += bad
+        notes += raw.notes
     _require("train", splits["train"], problems)
     options = find_options(task, splits["train"])  # before dividing: a rare label may fall into one split as a whole
     if options and not task.labels:
@@ -59,8 +65,11 @@ def load_rows(task: TaskConfig) -> RawSplits:
     for split in ("train", "validation"):
         _require(split, splits[split], problems)
     kept = _limited(splits, task)
-    counts = add_counts(dropped, {_DUPLICATE: duplicates} if duplicates else {})
-    return RawSplits(tuple(kept["train"]), tuple(kept["validation"]), tuple(kept["test"]), options, counts)
+    counts = add_counts(dropped, {_DUPLICATE: len(duplicates)} if duplicates else {})
+    train, validation, test = (tuple(kept[split]) for split in SPLIT_NAMES)
+    return RawSplits(
+        train, validation, test, options, counts, (*problems, *duplicates), (*notes, *missing_value_notes(kept))
+    )
 
 
 def _check_no_label_unread(
@@ -113,16 +122,24 @@ def _require(split: str, examples: Sequence[Example], problems: Sequence[RowProb
     raise DataError(f"there is no row for {split}", f"task.{split}_fraction", hint)
 
 
-def _complete(splits: Mapping[str, list[Example]], task: TaskConfig) -> tuple[dict[str, list[Example]], int]:
+def _complete(
+    splits: Mapping[str, list[Example]], task: TaskConfig
+) -> tuple[dict[str, list[Example]], list[RowProblem]]:
     """All three splits: those the source lacks are taken out of train by seed. Also the exact duplicates left out."""
     wanted = {"validation": task.validation_fraction, "test": task.test_fraction}
     missing = {split: fraction for split, fraction in wanted.items() if split not in splits and fraction > 0}
     complete = {split: list(splits.get(split, [])) for split in SPLIT_NAMES}
     if not missing:
-        return complete, 0
-    unique = list({(e.prompt_key, e.answer_key, e.label): e for e in reversed(splits["train"])}.values())[::-1]
-    complete |= _divide(unique, missing, task.split_seed)
-    return complete, len(splits["train"]) - len(unique)
+        return complete, []
+    firsts: dict[tuple[str, str, str | None], Example] = {}
+    duplicates: list[RowProblem] = []
+    for example in splits["train"]:
+        first = firsts.setdefault((example.prompt_key, example.answer_key, example.label), example)
+        if first is not example:
+            detail = f"the same as {first.file}, row {first.row}"
+            duplicates.append(RowProblem(example.file, example.row, None, _DUPLICATE, detail))
+    complete |= _divide(list(firsts.values()), missing, task.split_seed)
+    return complete, duplicates
 
 
 def _divide(examples: Sequence[Example], fractions: Mapping[str, float], seed: int) -> dict[str, list[Example]]:

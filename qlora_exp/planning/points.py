@@ -42,6 +42,8 @@ class Asked:
     trials: int | None
     sampled: bool
     """Whether the points stand for a search between them, rather than being the trials."""
+    fixed_axes: tuple[str, ...] = ()
+    """Overrides that give one value to what the sweep searches."""
 
 
 def points_of(overrides: Sequence[str]) -> Asked:
@@ -60,6 +62,7 @@ def points_of(overrides: Sequence[str]) -> Asked:
     texts |= {compose.key_of(text): text.partition("=")[2] for text in fixed if compose.key_of(text) in first.params}
     searched = [text for text in fixed if compose.key_of(text) in texts]
     fixed = [text for text in fixed if text not in searched]
+    fixed_axes = tuple(text for text in searched if text.partition("=")[2] != first.params[compose.key_of(text)])
     raise_all(compose.problems_of([f"{key}={text}" for key, text in first.params.items()], multirun=True))
     axes = parse_axes(texts, first.conditions, lambda group: compose.groups()[group], tuple(swept))
     ladder = first.sampler is Sampler.ladder
@@ -73,7 +76,7 @@ def points_of(overrides: Sequence[str]) -> Asked:
     follows = has_interpolation([axis.values for axis in axes]) or _has_interpolation(raw)
     variants = Variants(fixed, None if searched else raw, follows)
     points = (variants.point(params) for params in found)
-    return Asked(tuple(map(_on_test, points) if ladder else points), trials, sampled=not listed)
+    return Asked(tuple(map(_on_test, points) if ladder else points), trials, not listed, fixed_axes)
 
 
 class Variants:

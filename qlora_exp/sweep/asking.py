@@ -51,6 +51,8 @@ class Asked:
     tracking: TrackingConfig
     config: DictConfig
     """Composed without the axes."""
+    fixed_axes: tuple[str, ...] = ()
+    """Overrides that give one value to what the sweep searches."""
 
 
 def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> Asked:
@@ -74,6 +76,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
     texts |= {compose.key_of(text): text.partition("=")[2] for text in fixed if compose.key_of(text) in texts}
     searched = [text for text in fixed if compose.key_of(text) in texts]
+    fixed_axes = [t for t in fixed if t.partition("=")[2] != declared.get(compose.key_of(t), t.partition("=")[2])]
     fixed = [text for text in fixed if compose.key_of(text) not in texts]
     naming = [as_written.get(text, text) for text in with_absolute_places(fixed, raw)]
     from_files = compose.settings_from_outside(raw, (*LIVE, *texts))
@@ -127,7 +130,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     if not paths.created.exists():
         study.check_earlier(spec)
     workers, tracking = settings_of(raw.workers, WorkersConfig), settings_of(raw.tracking, TrackingConfig)
-    return Asked(spec, paths, settings, workers, tracking, raw)
+    return Asked(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes))
 
 
 def _as_it_is_now(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -265,6 +265,7 @@ def _announcement(asked: Asked, counts: Counts) -> str:
     synthetic = "SYNTHETIC " if spec.synthetic else ""
     gone_on = f", {counts.finished} of them done" if counts.finished else ""
     axes = " × ".join(f"{axis.key}={axis.text}" for axis in spec.axes) or "no axes"
+    axes += "".join(f"\n  {text} on the command line fixes an axis of the sweep" for text in asked.fixed_axes)
     search = f"{spec.sampler}, pruner {spec.pruner}"
     at_most = "at most " if spec.ladder is not None else ""
     return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{gone_on} ({search})\n  {axes}"
