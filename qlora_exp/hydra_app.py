@@ -27,6 +27,7 @@ from qlora_exp.app import (
 from qlora_exp.config import Config, register, to_plain
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.paths import CONF
+from qlora_exp.ranks import one_rank_only
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asks = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
     _codes.clear()
     try:
+        if not asks:
+            one_rank_only()
         _check_flags(flags)
         if not asks:
             _check(flags.overrides, multirun)

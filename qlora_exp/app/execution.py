@@ -21,6 +21,7 @@ from qlora_exp.endings import Observer, Report, never_stop
 from qlora_exp.errors import DataError, QloraExpError, RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, halved
+from qlora_exp.ranks import one_rank_only
 from qlora_exp.records import Environment, Fit, RunRecord, Status, Trial, read_record, write_json
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def execute(
         DoesNotFit: it is predicted to need more memory than it may take; nothing was started.
         QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
+    one_rank_only()
     memory = memory or _memory_rule(config)
     if trial is not None:
         config = without_limits(config)

@@ -59,6 +59,9 @@ def run(
     output_root: OutputRoot = None,
 ) -> int:
     """Train one configuration and keep its record."""
+    from qlora_exp.ranks import one_rank_only
+
+    one_rank_only()
     given = given_overrides(source, overrides)
     if output_root is not None:
         given.append(_output_root_override(Path(output_root)))
@@ -76,9 +79,11 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None)
     import shlex
 
     from qlora_exp.history import find_run
+    from qlora_exp.ranks import one_rank_only
     from qlora_exp.records import read_record
     from qlora_exp.repetition import overrides_of
 
+    one_rank_only()
     paths = find_run(run, outputs_of(output_root))
     changes = list(overrides or [])
     if not any(change.startswith("output_root=") for change in changes):

@@ -70,6 +70,9 @@ def resume(
     output_root: OutputRoot = None,
 ) -> int:
     """Go on with a study: exactly the missing trials."""
+    from qlora_exp.ranks import one_rank_only
+
+    one_rank_only()  # before a damaged study is made again
     from qlora_exp.overrides import hydra_value
     from qlora_exp.study.spec_file import STORAGE_VARIABLE, storage_of
 
