@@ -66,6 +66,7 @@ def _environment(device: Device, torch_threads: int | None) -> Environment:
         git_commit=commit,
         git_dirty=dirty,
         glibc_tunables=heap.told(),
+        cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
     )
 
 

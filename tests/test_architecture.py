@@ -19,12 +19,13 @@ PACKAGE = Path(qlora_exp.__file__).resolve().parent
 ELSEWHERE = {"conf", "sweeps", "plugins"}
 """Symlinks to top-level folders, and Hydra's plugin namespace, which is no room of ours."""
 
-FOUNDATION = {"errors", "heap", "paths", "ranks"}
+FOUNDATION = {"errors", "gpus", "heap", "paths", "ranks"}
 """What every room may import; they import nothing of ours."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "heap": set(),
+    "gpus": set(),
     "paths": set(),
     "ranks": set(),
     "redaction": set(),

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout, UnixFileLock
 
 from qlora_exp import environment, synthetic
 from qlora_exp.app.beginning import begin, now, remove
-from qlora_exp.app.process import import_to_stay, quiet_libraries, set_threads
+from qlora_exp.app.process import import_to_stay, quiet_libraries, set_threads, use_one_gpu
 from qlora_exp.budget import check_energy, without_limits
 from qlora_exp.config import Config, Engine
 from qlora_exp.endings import Observer, Report, never_stop
@@ -64,6 +64,8 @@ def execute(
     if trial is not None:
         config = without_limits(config)
     check_energy(config.budget, config.training.device)
+    if config.training.engine is not Engine.sleep:
+        use_one_gpu(config.training.device)
     set_threads(config.training.threads)
     quiet_libraries()
     outputs = OutputPaths.of(config.output_root)

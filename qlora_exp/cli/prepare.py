@@ -90,10 +90,11 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
     from dataclasses import replace
 
     from qlora_exp import heap
-    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
     from qlora_exp.compose import compose
 
     config = compose(overrides)
+    use_one_gpu(config.training.device)
     set_threads(config.training.threads)
     quiet_libraries()
     from qlora_exp.environment import probe

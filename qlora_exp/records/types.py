@@ -60,6 +60,8 @@ class Environment:
     git_dirty: bool | None
     glibc_tunables: str | None = None
     """What the C library's heap was told when the process started; ``None``: nothing."""
+    cuda_visible_devices: str | None = None
+    """The variable of this name: the GPU that the process was limited to. ``None``: it wasn't set."""
 
 
 @dataclass(frozen=True)
