@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from qlora_exp import compose, heap, signals, streams
+from qlora_exp import compose, heap, memory_limits, signals, streams
 from qlora_exp.app import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -27,6 +27,7 @@ from qlora_exp.app import (
 from qlora_exp.config import Config, register, to_plain
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.paths import CONF
+from qlora_exp.ranks import one_rank_only
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(given: list[str], flags: argparse.Namespace, multirun: bool, asks: bool) -> int:
     try:
+        if not asks:
+            one_rank_only()
         _check_flags(flags)
         if not asks:
             _check(flags.overrides, multirun)
@@ -165,6 +168,7 @@ def _in_own_process(config: Config) -> int:
     with signals.handling(pass_on):
         environment = heap.environment() if heap.on_cpu(config.training.device.value) else {}
         command, environment = [sys.executable, "-m", "qlora_exp.job"], {**os.environ, **environment}
+        kills = memory_limits.kills()
         child = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
         if any(number != signal.SIGINT for number in asked):
             child.send_signal(signal.SIGTERM)
@@ -173,5 +177,5 @@ def _in_own_process(config: Config) -> int:
         return child.returncode
     if asked:  # it was ended before it could answer
         return EXIT_INTERRUPTED
-    end_killed_run(config, child.pid, -child.returncode)
+    end_killed_run(config, child.pid, -child.returncode, kills)
     return EXIT_RUN_FAILED

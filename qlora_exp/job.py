@@ -11,6 +11,7 @@ import yaml
 from qlora_exp import signals, streams
 from qlora_exp.app import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, config_from_plain, run_and_tell, tell
 from qlora_exp.errors import QloraExpError
+from qlora_exp.ranks import one_rank_only
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -26,6 +27,7 @@ def main() -> int:
     streams.keep_writing()
     try:
         with signals.interrupting():
+            one_rank_only()
             return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.read())))
     except QloraExpError as error:
         tell(error)

@@ -289,7 +289,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     cuda = plan.device == "cuda"
     every = training.evaluate_every_steps
     save_every = every if training.keep_best else training.save_every_steps
-    return SFTConfig(
+    settings = SFTConfig(
         output_dir=str(folder),
         max_steps=plan.max_steps,
         per_device_train_batch_size=plan.micro_batch_size,
@@ -331,6 +331,9 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         remove_unused_columns=True,
         push_to_hub=False,
     )
+    # Where CUDA had begun before it could be limited to one GPU (in a notebook), transformers would split the batches.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
 
 
 def _best_step(trainer: SFTTrainer) -> int | None:

@@ -104,6 +104,15 @@ Source = Annotated[
     Path | None, typer.Option("--from", metavar="FILE", help="A YAML file of settings; axes and what is typed here win")
 ]
 
+Force = Annotated[
+    bool, typer.Option("--force", help="Start although it is predicted not to fit into memory (budget.force=true)")
+]
+
+
+def forced(force: bool) -> list[str]:
+    """The override that ``--force`` stands for."""
+    return ["budget.force=true"] if force else []
+
 
 def examples(*lines: str) -> str:
     """A help page's commands; ``\\b`` keeps their line breaks."""

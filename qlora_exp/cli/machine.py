@@ -42,8 +42,10 @@ def doctor(
 
     Exit code 1 where there is a problem.
     """
-    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
+    from qlora_exp.config import DeviceChoice
 
+    use_one_gpu(DeviceChoice.auto)
     set_threads(None)
     quiet_libraries()
     from qlora_exp.doctor import checks, sweep_disk
@@ -66,11 +68,13 @@ def calibrate(
 
     The rates are kept in the user's cache, by device and number of threads.
     """
-    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
     from qlora_exp.calibration import calibrate as measure
     from qlora_exp.calibration import rates_file
+    from qlora_exp.config import DeviceChoice
     from qlora_exp.environment import probe
 
+    use_one_gpu(DeviceChoice.auto)
     set_threads(threads)
     quiet_libraries()
     for mode, flops_per_second in measure(probe()):

@@ -60,6 +60,8 @@ class Environment:
     git_dirty: bool | None
     glibc_tunables: str | None = None
     """What the C library's heap was told when the process started; ``None``: nothing."""
+    cuda_visible_devices: str | None = None
+    """The variable of this name: the GPU that the process was limited to. ``None``: it wasn't set."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ class Fit:
     """The prediction's, as a share: up to (1 + error) × the bound a trial is tried."""
     kin: int
     """Measured peaks that it was corrected by."""
+    would_fit: str | None = None
+    """Settings that are predicted to fit, where the run is predicted near the bound or above it."""
 
     @property
     def excess(self) -> float:

@@ -18,6 +18,7 @@ from qlora_exp.config import BudgetConfig, WorkersConfig
 from qlora_exp.errors import QloraExpError, StudyError, unwritable
 from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW
 from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.ranks import one_rank_only
 from qlora_exp.records import Status, from_dict, to_dict
 from qlora_exp.standing import Watch, best_table, predicted_memory, show_progress, tracked
 from qlora_exp.study.spec_file import read_spec, storage_of, without_secrets, write_spec
@@ -129,6 +130,7 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
     own = [text for text in overrides if not text.startswith(("workers.job=", "sweep.name=", "sweep.storage="))]
     kept = [text for text in spec.overrides if compose.is_hydra(compose.key_of(text))]
     try:
+        one_rank_only()
         spec = replace(spec, overrides=(*own, *kept), storage=storage_of(spec, raw.sweep.storage))
         result = run_worker(spec, paths, workers, int(raw.workers.job))
         if result.by_signal and ending.asked_here():
