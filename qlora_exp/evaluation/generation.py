@@ -30,10 +30,12 @@ class StopRule:
 
 def max_new_tokens(splits: Splits, config: Config) -> int:
     """``evaluation.max_new_tokens``, or where it isn't given the tokens of the longest label (for free text: of the
-    longest completion of the training split, as ``max_length`` leaves it) and MARGIN_TOKENS more."""
+    task's longest completion, as ``max_length`` leaves it) and MARGIN_TOKENS more. All splits count: a limit below an
+    answer that is scored would call every model wrong on it."""
     if config.evaluation.max_new_tokens is not None:
         return config.evaluation.max_new_tokens
-    expected = splits.label_ids.values() if splits.labels else [item.completion_ids for item in splits.train]
+    items = (*splits.train, *splits.validation, *splits.test)
+    expected = splits.label_ids.values() if splits.labels else [item.completion_ids for item in items]
     return max((len(ids) for ids in expected), default=0) + MARGIN_TOKENS
 
 
@@ -96,9 +98,10 @@ def _room(context: Context, max_new_tokens: int) -> list[int]:
 def _line_ended(ids: list[int], tokenizer: Any, rule: StopRule) -> bool:
     if not rule.at_newline or "\n" not in tokenizer.decode(ids[-1:]):
         return False
-    return "\n" in tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+    return "\n" in tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).lstrip()
 
 
 def _text(ids: list[int], tokenizer: Any, rule: StopRule) -> str:
-    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    # A clean-up would take the space before punctuation out of a right answer, but not out of the answer it is held to.
+    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
     return text.split("\n", 1)[0].strip() if rule.at_newline else text
