@@ -30,12 +30,11 @@ class StopRule:
 
 def max_new_tokens(splits: Splits, config: Config) -> int:
     """``evaluation.max_new_tokens``, or where it isn't given the tokens of the longest label (for free text: of the
-    task's longest completion, as ``max_length`` leaves it) and MARGIN_TOKENS more. All splits count: a limit below an
-    answer that is scored would call every model wrong on it."""
+    longest completion of any split, as ``max_length`` leaves it) and MARGIN_TOKENS more."""
     if config.evaluation.max_new_tokens is not None:
         return config.evaluation.max_new_tokens
-    items = (*splits.train, *splits.validation, *splits.test)
-    expected = splits.label_ids.values() if splits.labels else [item.completion_ids for item in items]
+    known = (*splits.train, *splits.validation, *splits.test)
+    expected = splits.label_ids.values() if splits.labels else [item.completion_ids for item in known]
     return max((len(ids) for ids in expected), default=0) + MARGIN_TOKENS
 
 
@@ -98,10 +97,9 @@ def _room(context: Context, max_new_tokens: int) -> list[int]:
 def _line_ended(ids: list[int], tokenizer: Any, rule: StopRule) -> bool:
     if not rule.at_newline or "\n" not in tokenizer.decode(ids[-1:]):
         return False
-    return "\n" in tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).lstrip()
+    return "\n" in tokenizer.decode(ids, skip_special_tokens=True).lstrip()
 
 
 def _text(ids: list[int], tokenizer: Any, rule: StopRule) -> str:
-    # A clean-up would take the space before punctuation out of a right answer, but not out of the answer it is held to.
-    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     return text.split("\n", 1)[0].strip() if rule.at_newline else text

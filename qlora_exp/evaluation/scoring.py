@@ -141,7 +141,7 @@ def _domain_prompt(tokenizer: Any, splits: Splits) -> tuple[int, ...]:
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def _further(metrics: Mapping[str, Any], table: pa.Table) -> dict[str, float]:
