@@ -297,7 +297,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
-        warmup_steps=math.ceil(training.warmup_ratio * plan.max_steps),
+        warmup_steps=warmup_steps(training.warmup_ratio, plan.max_steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer,
@@ -334,6 +334,12 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     # Where CUDA had begun before it could be limited to one GPU (in a notebook), transformers would split the batches.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
+
+
+def warmup_steps(ratio: float, steps: int) -> int:
+    """Steps of warm-up; the last step is never one of them. The first has a learning rate of 0, and a training of one
+    step would change nothing."""
+    return min(math.ceil(ratio * steps), steps - 1)
 
 
 def _best_step(trainer: SFTTrainer) -> int | None:

@@ -79,6 +79,8 @@ def load_model(
     _refuse_unquantized(loaded, quantization.mode, source)
     if quantization.mode in QUANTIZED:
         _let_go_of_file(loaded)
+    if source.gguf_file:  # loaded from memory: PEFT would write the base's name as "None"
+        loaded.name_or_path = source.where
     return _settle(loaded, source)
 
 
