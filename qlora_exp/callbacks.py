@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora_exp import signals
 from qlora_exp.endings import Observer, Pruned, Report
 from qlora_exp.measurement import tensor_bytes
 from qlora_exp.records import read_curve, write_text
@@ -157,23 +156,22 @@ class AskStudy(TrainerCallback):  # type: ignore[misc]
 
 
 class Interruption(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C or TERM once: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C, TERM or HUP once: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._previous: dict[int, Any] = {}
+        self._handling = signals.handling(self._ask)
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._ask)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if signals.heard(number) is signals.Heard.SAME:
+            return
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

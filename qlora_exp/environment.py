@@ -9,7 +9,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-from qlora_exp import heap
+from qlora_exp import heap, memory_limits
 from qlora_exp.config import DeviceChoice
 from qlora_exp.errors import ConfigError
 from qlora_exp.paths import PACKAGE
@@ -66,12 +66,13 @@ def _environment(device: Device, torch_threads: int | None) -> Environment:
         git_commit=commit,
         git_dirty=dirty,
         glibc_tunables=heap.told(),
+        cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
     )
 
 
 def process_identity() -> Process:
     """This process, so that a later one can tell whether it still lives. Unknown parts are ``None`` (not on Linux)."""
-    return Process(os.getpid(), _start_ticks(os.getpid()), _boot_id(), _host())
+    return Process(os.getpid(), _start_ticks(os.getpid()), _boot_id(), _host(), _pid_namespace())
 
 
 def alive(process: Process) -> bool | None:
@@ -86,6 +87,9 @@ def alive(process: Process) -> bool | None:
         return None
     if rebooted:
         return False
+    here = _pid_namespace()
+    if process.pid_namespace is not None and here is not None and process.pid_namespace != here:
+        return None
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:
@@ -99,6 +103,15 @@ def alive(process: Process) -> bool | None:
         return False
     start_ticks = _start_ticks(process.pid)
     return process.start_ticks is None or start_ticks is None or start_ticks == process.start_ticks
+
+
+def visible(process: Process) -> bool | None:
+    """As :func:`alive`, but ``None`` also for a process of another boot: two machines may share one host name, and the
+    other one may still run it."""
+    boot_id = _boot_id()
+    if process.boot_id is not None and boot_id is not None and process.boot_id != boot_id:
+        return None
+    return alive(process)
 
 
 @lru_cache
@@ -121,15 +134,7 @@ def available_cores() -> int | None:
 
 def total_memory_bytes() -> int | None:
     """The machine's memory, or the control group's limit where that is smaller (containers, Slurm)."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-    for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _read(Path(limit_file))
-        if text is not None and text.strip().isdigit():
-            return min(total, int(text))
-    return total
+    return memory_limits.total_bytes()
 
 
 @lru_cache
@@ -252,6 +257,14 @@ def _stat_fields(pid: int) -> list[str] | None:
 def _boot_id() -> str | None:
     text = _read(Path("/proc/sys/kernel/random/boot_id"))
     return text.strip() if text else None
+
+
+def _pid_namespace() -> str | None:
+    """Containers that share a host's name number their processes each from 1."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _host() -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from qlora_exp import compose, heap
+from qlora_exp import compose, heap, memory_limits, signals, streams
 from qlora_exp.app import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -27,6 +27,7 @@ from qlora_exp.app import (
 from qlora_exp.config import Config, register, to_plain
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.paths import CONF
+from qlora_exp.ranks import one_rank_only
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     multirun = flags.multirun
     asks = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
     _codes.clear()
+    if asks:
+        return _main(given, flags, multirun, asks)
+    streams.keep_writing()
     try:
+        with signals.interrupting():
+            return _main(given, flags, multirun, asks)
+    except KeyboardInterrupt:  # while the first one was being answered
+        return EXIT_INTERRUPTED
+
+
+def _main(given: list[str], flags: argparse.Namespace, multirun: bool, asks: bool) -> int:
+    try:
+        if not asks:
+            one_rank_only()
         _check_flags(flags)
         if not asks:
             _check(flags.overrides, multirun)
@@ -124,7 +138,7 @@ def one_job(raw: Any) -> Any:
     if raw.workers.job is not None:
         from qlora_exp.sweep import work
 
-        return work(raw, list(HydraConfig.get().overrides.task))
+        return work(raw, compose.texts_of(HydraConfig.get().overrides, "task"))
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         OmegaConf.resolve(raw)
@@ -141,16 +155,27 @@ def one_job(raw: Any) -> Any:
 
 def _in_own_process(config: Config) -> int:
     text = yaml.safe_dump(to_plain(config), allow_unicode=True)
-    # Ctrl-C reaches the child too, which saves and says how to resume; this process only waits for it.
-    previous = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
+    asked: list[int] = []
+    child: subprocess.Popen[str] | None = None
+
+    def pass_on(number: int, frame: object) -> None:
+        """The child saves and says how to resume; this process only waits for it. Ctrl-C reaches the child too."""
+        if signals.heard(number) is not signals.Heard.SAME:
+            asked.append(number)
+            if child is not None and number != signal.SIGINT:
+                child.send_signal(signal.SIGTERM)
+
+    with signals.handling(pass_on):
         environment = heap.environment() if heap.on_cpu(config.training.device.value) else {}
         command, environment = [sys.executable, "-m", "qlora_exp.job"], {**os.environ, **environment}
+        kills = memory_limits.kills()
         child = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+        if any(number != signal.SIGINT for number in asked):
+            child.send_signal(signal.SIGTERM)
         child.communicate(text)
-    finally:
-        signal.signal(signal.SIGINT, previous)
     if child.returncode >= 0:
         return child.returncode
-    end_killed_run(config, child.pid, -child.returncode)
+    if asked:  # it was ended before it could answer
+        return EXIT_INTERRUPTED
+    end_killed_run(config, child.pid, -child.returncode, kills)
     return EXIT_RUN_FAILED

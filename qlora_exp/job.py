@@ -8,8 +8,10 @@ import sys
 
 import yaml
 
+from qlora_exp import signals, streams
 from qlora_exp.app import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, config_from_plain, run_and_tell, tell
 from qlora_exp.errors import QloraExpError
+from qlora_exp.ranks import one_rank_only
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -22,8 +24,11 @@ def die_with_parent() -> None:
 
 def main() -> int:
     die_with_parent()
+    streams.keep_writing()
     try:
-        return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.read())))
+        with signals.interrupting():
+            one_rank_only()
+            return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.read())))
     except QloraExpError as error:
         tell(error)
         return EXIT_WRONG_INPUT

@@ -62,7 +62,10 @@ def _made_from(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
             f"{data.test_items:,} test), fingerprint `{data.fingerprint}`."
         )
         if data.dropped_rows:
-            yield f"{data.dropped_rows:,} invalid rows were dropped."
+            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in data.dropped_reasons.items())
+            yield f"{data.dropped_rows:,} rows of the data are in no split: {reasons}."
+        if data.truncated_items:
+            yield f"{data.truncated_items:,} items were longer than training.max_length: their end was cut."
     if record.status.value != "COMPLETED":
         yield f"\n**The run did not complete: {record.status.value}.**"
 

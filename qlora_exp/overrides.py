@@ -27,6 +27,24 @@ def hydra_value(value: Any) -> str:
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
+def has_interpolation(value: Any) -> bool:
+    """Whether a text in ``value`` (JSON types) holds an interpolation: ``${lora.r}``, but not ``\\${lora.r}``."""
+    if isinstance(value, str):
+        return any(len(match[1]) % 2 == 0 for match in re.finditer(r"(\\*)\$\{", value))
+    if isinstance(value, Mapping):
+        return any(has_interpolation(entry) for entry in value.values())
+    return isinstance(value, list | tuple) and any(has_interpolation(entry) for entry in value)
+
+
+def literal(value: Any) -> Any:
+    """``value`` (JSON types) with its texts escaped: OmegaConf reads ``${`` in them as characters."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: f"{match[1]}{match[1]}\\${{", value)
+    if isinstance(value, Mapping):
+        return {key: literal(entry) for key, entry in value.items()}
+    return [literal(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def _reads_otherwise(text: str) -> bool:
     """Whether an unquoted ``text`` would be a number, a boolean or null."""
     if text.lower() in ("null", "true", "false", "none"):

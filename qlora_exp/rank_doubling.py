@@ -29,20 +29,25 @@ def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, .
     taken += [key for text in fixed if (key := compose.key_of(text)) in (RANK, SPLIT)]
     hint = "sweep.ladder.r_start, r_max, seeds and lr_factors say which; another sampler searches freely"
     raise_all([ConfigError("the ladder itself chooses this", f"{key}=…", hint) for key in taken])
-    ladders = [_one(fixed, point) for point in study.grid(others)]
+    ladders = [_one(fixed, point, settings.ladder.r_start) for point in study.grid(others)]
     seed = int(compose.compose_raw(fixed).seed)
     return resolve(settings.ladder, seed, ladders)
 
 
-def _one(fixed: Sequence[str], point: dict[str, Any]) -> OneLadder:
-    """As the point's own configuration has it: another model may bring another learning rate."""
-    raw = compose.compose_raw([*fixed, *study.overrides_of(point)])
-    constant = raw.lora.rslora or raw.lora.alpha_policy == "fixed"
-    alpha = f"fixed at {raw.lora.alpha}" if raw.lora.alpha_policy == "fixed" else str(raw.lora.alpha_policy)
+def _one(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> OneLadder:
+    """As the point's own configuration has it at the first rank: another model may bring another learning rate, and
+    ``lora.alpha=${lora.r}`` follows the rank."""
+    raw, doubled = (
+        compose.compose_raw([*fixed, *study.overrides_of(point | {"lora.r": rank})]) for rank in (r_start, 2 * r_start)
+    )
+    follows = raw.lora.alpha_policy != "fixed" or raw.lora.alpha != doubled.lora.alpha
+    alpha = str(raw.lora.alpha_policy)
+    if alpha == "fixed":
+        alpha = str(compose.texts_of(raw.lora, "alpha")) if follows else f"fixed at {raw.lora.alpha}"
     return OneLadder(
         axes=point,
         learning_rate=float(raw.training.learning_rate),
-        rate_exponent=0.0 if constant else -0.5,
+        rate_exponent=0.0 if raw.lora.rslora or not follows else -0.5,
         alpha=f"{alpha}, rsLoRA" if raw.lora.rslora else alpha,
     )
 

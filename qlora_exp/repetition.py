@@ -9,7 +9,7 @@ from qlora_exp.catalogue import choices
 from qlora_exp.compose import compose, groups
 from qlora_exp.config import to_plain
 from qlora_exp.errors import RecordError
-from qlora_exp.overrides import hydra_value
+from qlora_exp.overrides import hydra_value, literal
 from qlora_exp.records import RunRecord
 from qlora_exp.redaction import REDACTED
 
@@ -34,7 +34,7 @@ def overrides_of(record: RunRecord, changes: Sequence[str] = ()) -> list[str]:
     composed = to_plain(compose([*chosen, *needed]))
     given = {text.partition("=")[0] for text in needed}
     own = [
-        f"{path}={hydra_value(value)}"
+        f"{path}={hydra_value(literal(value))}"
         for path, value in _different(record.config, composed)
         if path not in given and path not in changed and path.partition(".")[0] not in changed
     ]
@@ -74,7 +74,7 @@ def _needed(config: Mapping[str, Any], changed: set[str]) -> list[str]:
                 continue
             for entry, value in choice.keys.items():
                 if value == "???" and f"{group}.{entry}" not in changed:
-                    needed.append(f"{group}.{entry}={hydra_value(config[group].get(entry))}")
+                    needed.append(f"{group}.{entry}={hydra_value(literal(config[group].get(entry)))}")
     return needed
 
 

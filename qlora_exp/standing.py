@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qlora_exp.environment import alive, process_identity
+from qlora_exp.environment import process_identity, visible
 from qlora_exp.errors import RecordError
 from qlora_exp.feasibility import Experience, Predicted
+from qlora_exp.lease import Lease, age_seconds
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Process, Status, from_dict
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
@@ -32,6 +34,8 @@ DOES_NOT_FIT = "DOES_NOT_FIT"
 
 LOOK_SECONDS = 1.0
 SHOWN_BEST = 5
+SILENT_SECONDS = 60.0
+"""A worker on another machine that has not written its state for so long is gone, if the file names no lease."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,18 @@ def running(paths: StudyPaths) -> list[Running]:
         with contextlib.suppress(OSError, ValueError, RecordError, KeyError, AttributeError, TypeError):
             raw = json.loads(file.read_text(encoding="utf-8"))
             process = from_dict(Process, raw["process"])
-            if alive(process) is not False:
+            if _works(process, file, float(raw.get("lease_seconds") or SILENT_SECONDS)):
                 found.extend(_running(slot, process) for slot in raw["slots"] if slot.get("trial") is not None)
     return found
+
+
+def _works(process: Process, file: Path, lease_seconds: float) -> bool:
+    """Whether the worker that writes ``file`` every second still does; one on another machine is seen by that alone."""
+    living = visible(process)
+    if living is None:
+        age = age_seconds(file)
+        return age is not None and abs(age) <= lease_seconds
+    return living
 
 
 def _running(slot: dict[str, Any], process: Process) -> Running:
@@ -130,18 +143,20 @@ def status_text(row: TrialRow) -> str:
     return row.status.value if row.status is not None else row.state
 
 
-def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Process | None) -> RenderableType:
+def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> RenderableType:
     """All of it as one renderable: progress and time left, what runs now, the best so far, what the machine does."""
     from rich.console import Group
     from rich.text import Text
 
-    counts, rows, slots = opened.counts(), opened.trials(), running(paths)
+    counts, rows = opened.counts(), opened.trials()
+    at_work = {row.number for row in rows if row.state == "RUNNING"}
+    slots = [slot for slot in running(paths) if slot.trial in at_work]  # a dead worker's file may still look fresh
     left = seconds_left(rows, counts, len(slots))
     head = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {show_progress(counts)}"
     if counts.running + counts.waiting + counts.to_ask:
         head += f", {_duration(left)} left" if left is not None and slots else ""
         nobody = f"nobody works on it: qlora-exp resume {shlex.quote(spec.name)}"
-        head += f"\nworked on by process {holder.pid}" if holder else f"\n{nobody}"
+        head += f"\nworked on by {holder.owner}" if holder else f"\n{nobody}"
     predicted = predicted_memory(rows, paths)
     head += f"\n{predicted.sentence}" if predicted is not None else ""
     parts: list[RenderableType] = [Text(head)]
@@ -202,6 +217,7 @@ class Watch:
     def __init__(self, spec: StudySpec, opened: Any, paths: StudyPaths, tracker: Any, stream: TextIO | None = None):
         self._spec, self._opened, self._paths, self._tracker = spec, opened, paths, tracker
         self._stream = stream if stream is not None else sys.stderr
+        self._me = Lease(process_identity(), lease_seconds=0.0, heartbeat_seconds=0.0)
         self._told: set[int] = set()
         self._counts: Counts | None = None
         self._ended = threading.Event()
@@ -230,7 +246,7 @@ class Watch:
     def _look(self, live: Any) -> None:
         counts = self._opened.counts()
         if live is not None:
-            live.update(standing(self._spec, self._opened, self._paths, process_identity()), refresh=True)
+            live.update(standing(self._spec, self._opened, self._paths, self._me), refresh=True)
         if counts == self._counts:
             return
         self._counts = counts
@@ -286,7 +302,7 @@ def watch_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Any) -
             time.sleep(LOOK_SECONDS)
 
 
-def show_standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Process | None) -> None:
+def show_standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> None:
     show(standing(spec, opened, paths, holder))
 
 

@@ -289,7 +289,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     cuda = plan.device == "cuda"
     every = training.evaluate_every_steps
     save_every = every if training.keep_best else training.save_every_steps
-    return SFTConfig(
+    settings = SFTConfig(
         output_dir=str(folder),
         max_steps=plan.max_steps,
         per_device_train_batch_size=plan.micro_batch_size,
@@ -297,7 +297,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
-        warmup_steps=math.ceil(training.warmup_ratio * plan.max_steps),
+        warmup_steps=warmup_steps(training.warmup_ratio, plan.max_steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer,
@@ -331,6 +331,15 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         remove_unused_columns=True,
         push_to_hub=False,
     )
+    # Where CUDA had begun before it could be limited to one GPU (in a notebook), transformers would split the batches.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
+
+
+def warmup_steps(ratio: float, steps: int) -> int:
+    """Steps of warm-up; the last step is never one of them. The first has a learning rate of 0, and a training of one
+    step would change nothing."""
+    return min(math.ceil(ratio * steps), steps - 1)
 
 
 def _best_step(trainer: SFTTrainer) -> int | None:

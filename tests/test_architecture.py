@@ -19,13 +19,18 @@ PACKAGE = Path(qlora_exp.__file__).resolve().parent
 ELSEWHERE = {"conf", "sweeps", "plugins"}
 """Symlinks to top-level folders, and Hydra's plugin namespace, which is no room of ours."""
 
-FOUNDATION = {"errors", "heap", "paths"}
+FOUNDATION = {"errors", "gpus", "heap", "memory_limits", "paths", "ranks", "signals", "streams"}
 """What every room may import; they import nothing of ours."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "heap": set(),
+    "gpus": set(),
+    "memory_limits": set(),
     "paths": set(),
+    "signals": set(),
+    "streams": set(),
+    "ranks": set(),
     "redaction": set(),
     "measurement": set(),
     "metrics": {"texts"},
@@ -44,11 +49,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_card": {"records", "redaction"},
     "history": {"records"},
     "environment": {"config", "records"},
+    "lease": {"environment", "records"},
     "endings": {"records"},
     "callbacks": {"endings", "measurement", "records"},
     "tables": {"catalogue", "records"},
+    "out_of_memory": {"records", "tables"},
     "plan": {"checks", "config", "measurement", "records"},
-    "compose": {"config", "plan"},
+    "compose": {"config", "overrides", "plan"},
     "planning": {
         *("budget", "calibration", "chat_templates", "checks", "compose", "config", "data", "environment"),
         *("measurement", "models", "overrides", "plan"),
@@ -62,7 +69,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "synthetic": {"budget", "config", "endings", "plan", "records", "redaction"},
     "untouched": {"config", "data", "evaluation", "records"},
     "few_shot": {"config", "data", "evaluation", "records", "untouched"},
-    "tracking": {"config", "environment", "history", "model_card", "records", "redaction"},
+    "tracking": {
+        *("config", "environment", "history", "lease", "model_card", "out_of_memory", "records", "redaction"),
+    },
     "one_run": {
         *(
             "budget",
@@ -80,20 +89,22 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("checks", "metrics", "models", "plan", "records", "redaction", "tables", "train", "untouched"),
     },
     "app": {
-        *("budget", "checkpoints", "compose", "config", "endings", "environment", "one_run", "plan"),
-        *("progress", "records", "redaction", "synthetic", "tracking"),
+        *("budget", "checkpoints", "compose", "config", "endings", "environment", "one_run", "overrides", "plan"),
+        *("out_of_memory", "progress", "records", "redaction", "synthetic", "tracking"),
     },
     "feasibility": {"plan", "records", "study", "tables"},
     "study": {"analysis", "config", "environment", "overrides", "records", "redaction"},
     "workers": {
         *("app", "budget", "compose", "config", "endings", "environment", "feasibility", "models", "one_run", "plan"),
-        *("records", "redaction", "study", "tracking"),
+        *("out_of_memory", "records", "redaction", "study", "tracking"),
     },
-    "standing": {"environment", "feasibility", "overrides", "records", "redaction", "study", "tables", "tracking"},
+    "standing": {
+        *("environment", "feasibility", "lease", "overrides", "records", "redaction", "study", "tables", "tracking"),
+    },
     "retention": {"records", "study"},
     "rank_doubling": {"compose", "config", "records", "study"},
     "sweep": {
-        *("app", "budget", "compose", "config", "environment", "feasibility", "history", "overrides", "plan"),
+        *("app", "budget", "compose", "config", "environment", "feasibility", "history", "lease", "overrides", "plan"),
         *("rank_doubling", "records"),
         *("planning", "redaction", "standing", "study", "tables", "tracking", "workers"),
     },

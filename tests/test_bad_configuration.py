@@ -93,7 +93,7 @@ WRONG = [
     (["hydra/launcher=joblip"], ["hydra/launcher", "joblip", "joblib"]),
     (["hydra/launcher=submitit_slurm"], ["submitit_slurm", "pip install hydra-submitit-launcher"]),
     (["name='${nope}'"], ["nope", "where: name", "name=VALUE"]),
-    (["lora.r='${oc.env:NOT_SET_ANYWHERE}'"], ["NOT_SET_ANYWHERE", "where: lora.r", "lora.r=VALUE"]),
+    (["lora.r='${oc.env:NOT_SET_ANYWHERE}'"], ["NOT_SET_ANYWHERE", "where: lora.r", "export NOT_SET"]),
     (["training.engine=sleep", "training.sleep_seconds=-1"], ["training.sleep_seconds", "0"]),
     (["evaluation.split=train"], ["evaluation.split", "validation", "test"]),
     (["evaluation.batch_size=0"], ["evaluation.batch_size"]),

@@ -486,3 +486,25 @@ def test_best_yaml_in_mlflow_is_the_best_trials_configuration() -> None:
     [best] = (record for record in records if record.config["lora"]["r"] == 8)  # the larger rank is better asleep, too
     kept = ("lora", "targets", "quantization", "training", "task")
     assert {key: to_plain(again)[key] for key in kept} == {key: best.config[key] for key in kept}
+
+
+def test_failed_trials_are_run_again_where_asked_and_nothing_else_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of them fail while a file is missing; then it is there."""
+    command = ["seed=1,2", "training.sleep_fault=none,fail", *SLEEP, "sweep.name=mended", "sweep.max_failures=null"]
+    assert hydra(*command) == 0
+    assert "qlora-exp resume mended --retry failed" in capsys.readouterr().out
+    before = trials(capsys)
+    assert main(["resume", "mended", "--retry", "faild"]) == 2
+    assert "failed" in capsys.readouterr().err
+    assert main(["resume", "mended", "--retry", "out_of_memory"]) == 0
+    assert "no trial ended as out of memory" in capsys.readouterr().out
+    assert main(["resume", "mended", "--retry", "failed"]) == 0
+    assert "run again: trials" in capsys.readouterr().out
+    after = trials(capsys)
+    failed = [row["number"] for row in before if row["status"] == "FAILED"]
+    assert len(failed) == 2
+    for old, new in zip(before, after, strict=True):
+        record = read_record(OutputPaths.of("outputs").run(new["run_id"]).record)
+        assert (old["number"], old["run_id"], old["status"]) == (new["number"], new["run_id"], new["status"])
+        assert len(record.earlier_failures) == (1 if old["number"] in failed else 0)
+        assert (old == new) or old["number"] in failed

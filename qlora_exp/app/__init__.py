@@ -14,6 +14,7 @@ from qlora_exp.app.process import (
     quiet_libraries,
     set_threads,
     tell,
+    use_one_gpu,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "set_threads",
     "summary",
     "tell",
+    "use_one_gpu",
 ]

@@ -10,7 +10,8 @@ import sys
 import warnings
 from collections.abc import Iterable
 
-from qlora_exp import redaction
+from qlora_exp import gpus, redaction
+from qlora_exp.config import DeviceChoice
 from qlora_exp.errors import QloraExpError
 from qlora_exp.records import Status
 
@@ -36,6 +37,11 @@ def set_threads(threads: int | None) -> None:
 
         wanted = threads or int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
         torch.set_num_threads(wanted)
+
+
+def use_one_gpu(device: DeviceChoice) -> str | None:
+    """Limit this process to one GPU where ``training.device`` allows one. Must be called before torch is imported."""
+    return gpus.use_one_gpu() if device is not DeviceChoice.cpu else None
 
 
 def quiet_libraries() -> None:

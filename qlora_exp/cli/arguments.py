@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlora_exp.cli.settings_file import given_overrides as given_overrides
+
 if TYPE_CHECKING:
     from qlora_exp.paths import OutputPaths
 
@@ -99,39 +101,17 @@ Storage = Annotated[
     ),
 ]
 Source = Annotated[
-    Path | None, typer.Option("--from", metavar="FILE", help="A YAML file of overrides; those given here win")
+    Path | None, typer.Option("--from", metavar="FILE", help="A YAML file of settings; axes and what is typed here win")
+]
+
+Force = Annotated[
+    bool, typer.Option("--force", help="Start although it is predicted not to fit into memory (budget.force=true)")
 ]
 
 
-def given_overrides(source: Path | None, overrides: list[str] | None) -> list[str]:
-    """The overrides of a ``--from`` file, then those of the command line, which win.
-
-    Raises:
-        ConfigError: the file can't be read, or holds no settings.
-    """
-    given = list(overrides or [])
-    if source is None:
-        return given
-    named = {text.partition("=")[0] for text in given}
-    return [*(text for text in _read_overrides(source) if text.partition("=")[0] not in named), *given]
-
-
-def _read_overrides(file: Path) -> list[str]:
-    """A YAML mapping as overrides: ``task: local``, ``task.path: FILE`` or nested keys."""
-    import yaml
-
-    from qlora_exp.errors import ConfigError
-    from qlora_exp.repetition import flat_overrides
-
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the file can't be read: {error}", str(file), "give --from a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"this is no YAML: {error}".splitlines()[0], str(file), "key: value, one a line") from None
-    if not isinstance(raw, dict):
-        raise ConfigError("the file holds no settings", str(file), "key: value, one a line")
-    return flat_overrides(raw)
+def forced(force: bool) -> list[str]:
+    """The override that ``--force`` stands for."""
+    return ["budget.force=true"] if force else []
 
 
 def examples(*lines: str) -> str:

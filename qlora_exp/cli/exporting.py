@@ -53,9 +53,11 @@ def export(
 
     Defaults are those of conf/export.yaml.
     """
-    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
+    from qlora_exp.config import DeviceChoice
     from qlora_exp.history import find_run
 
+    use_one_gpu(DeviceChoice.auto)
     set_threads(None)
     quiet_libraries()
     paths = find_run(run, outputs_of(output_root))

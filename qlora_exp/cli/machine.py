@@ -42,8 +42,10 @@ def doctor(
 
     Exit code 1 where there is a problem.
     """
-    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
+    from qlora_exp.config import DeviceChoice
 
+    use_one_gpu(DeviceChoice.auto)
     set_threads(None)
     quiet_libraries()
     from qlora_exp.doctor import checks, sweep_disk
@@ -66,11 +68,13 @@ def calibrate(
 
     The rates are kept in the user's cache, by device and number of threads.
     """
-    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
     from qlora_exp.calibration import calibrate as measure
     from qlora_exp.calibration import rates_file
+    from qlora_exp.config import DeviceChoice
     from qlora_exp.environment import probe
 
+    use_one_gpu(DeviceChoice.auto)
     set_threads(threads)
     quiet_libraries()
     for mode, flops_per_second in measure(probe()):
@@ -82,6 +86,9 @@ def calibrate(
 def sync(
     uri: Annotated[
         str | None, typer.Option(metavar="URI", help="Deliver here instead of where each run's configuration says")
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Into this experiment instead of each run's own")
     ] = None,
     output_root: OutputRoot = None,
 ) -> int:
@@ -95,7 +102,7 @@ def sync(
     from qlora_exp.tracking import sync as sync_records
 
     quiet_libraries()
-    report = sync_records(outputs_of(output_root).root, uri)
+    report = sync_records(outputs_of(output_root).root, uri, experiment)
     counts = {
         "delivered": report.delivered,
         "already there": report.already,

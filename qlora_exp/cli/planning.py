@@ -79,6 +79,8 @@ def plan(
 
     Nothing is loaded, and nothing is downloaded for the families that come with the package.
     """
+    import sys
+
     from qlora_exp.app import quiet_libraries
     from qlora_exp.errors import raise_all
     from qlora_exp.planning.devices import CARDS, device_called, size_bytes
@@ -101,6 +103,8 @@ def plan(
 
         overrides = searched(overrides, chosen)
     asked = points_of(overrides)
+    for text in asked.fixed_axes:
+        print(f"{text} on the command line fixes an axis of the sweep", file=sys.stderr)
     counter = RowCounter() if fit is None else None  # what fits a card is asked for lengths, not for one task's rows
     a_sweep = fit is None and (asked.sampled or len(asked.points) > 1)  # of what fits, each is a run by itself
     planner = Planner(chosen, fit_bytes, _ended_runs(asked), counter, hosts=a_sweep)
@@ -141,9 +145,9 @@ def _one_device(option: str | None, override: str | None) -> str | None:
 
 def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[str], str | None]:
     """Overrides, a sweep's name among them as ``sweeps=NAME``, and the device that they name."""
-    given = given_overrides(source, arguments)
-    if given and "=" not in given[0]:
-        given[0] = f"sweeps={given[0]}"
+    typed = list(arguments or [])
+    name = typed.pop(0) if typed and "=" not in typed[0] else None
+    given = [*([f"sweeps={name}"] if name else []), *given_overrides(source, typed, sweep=name)]
     devices = [text.removeprefix(DEVICE_KEY) for text in given if text.startswith(DEVICE_KEY)]
     return [text for text in given if not text.startswith(DEVICE_KEY)], devices[-1] if devices else None
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import Overrides, Source, examples, given_overrides
+from qlora_exp.cli.arguments import Force, Overrides, Source, examples, forced, given_overrides
 
 if TYPE_CHECKING:
     from qlora_exp.config import Config
+    from qlora_exp.data import Splits
     from qlora_exp.one_run import Prepared
-    from qlora_exp.records import Data, Environment, Plan
+    from qlora_exp.records import Environment, Plan
 
 
 def add_to(app: typer.Typer) -> None:
@@ -38,18 +39,20 @@ def add_to(app: typer.Typer) -> None:
     app.command("init", epilog=examples("qlora-exp init my-task", "cd my-task && qlora-exp run --from task.yaml"))(init)
 
 
-def validate(overrides: Overrides = None, source: Source = None) -> int:
+def validate(overrides: Overrides = None, source: Source = None, force: Force = False) -> int:
     """Check settings and data; read no weight."""
     from qlora_exp.app import check_may_start
 
-    config, prepared, environment = _prepared(given_overrides(source, overrides))
-    check_may_start(config, prepared, environment)
+    config, prepared, environment = _prepared([*given_overrides(source, overrides), *forced(force)])
+    warning = check_may_start(config, prepared, environment)
     if config.tracking.enabled:
         from qlora_exp.paths import OutputPaths
         from qlora_exp.tracking.store import locate
 
         locate(config.tracking, OutputPaths.of(config.output_root))
-    print("\n".join(_told(config, prepared.plan, prepared.splits.record)))
+    print("\n".join(_told(config, prepared.plan, prepared.splits)))
+    if warning is not None:
+        print(f"  warning  {warning}")
     return 0
 
 
@@ -90,10 +93,11 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
     from dataclasses import replace
 
     from qlora_exp import heap
-    from qlora_exp.app import quiet_libraries, set_threads
+    from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
     from qlora_exp.compose import compose
 
     config = compose(overrides)
+    use_one_gpu(config.training.device)
     set_threads(config.training.threads)
     quiet_libraries()
     from qlora_exp.environment import probe
@@ -110,7 +114,10 @@ def _rounded(planned: Plan) -> str:
     return f", inputs rounded to 8 bits in {where}" if where else ""
 
 
-def _told(config: Config, planned: Plan, data: Data) -> list[str]:
+def _told(config: Config, planned: Plan, splits: Splits) -> list[str]:
+    from qlora_exp.data import rows_report
+
+    data = splits.record
     share = planned.trainable_parameters / planned.total_parameters
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     return [
@@ -122,6 +129,7 @@ def _told(config: Config, planned: Plan, data: Data) -> list[str]:
         f"({', '.join(planned.target_modules)}): {planned.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
         f"{data.test_items} test items{dropped}; {planned.format} format",
+        *(f"           {line}" for line in rows_report(splits)),
         f"  training {planned.max_steps} steps of {planned.batch_size} items "
         f"({planned.micro_batch_size} at a time), seed {config.seed}",
     ]

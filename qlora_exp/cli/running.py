@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlora_exp import signals, streams
 from qlora_exp.cli.arguments import (
+    Force,
     OutputRoot,
     Overrides,
     Run,
     Source,
     complete_runs,
     examples,
+    forced,
     given_overrides,
     outputs_of,
 )
@@ -57,9 +61,13 @@ def run(
         typer.Option(metavar="RUN", help="Go on with an interrupted run", autocompletion=complete_runs),
     ] = None,
     output_root: OutputRoot = None,
+    force: Force = False,
 ) -> int:
     """Train one configuration and keep its record."""
-    given = given_overrides(source, overrides)
+    from qlora_exp.ranks import one_rank_only
+
+    one_rank_only()
+    given = [*given_overrides(source, overrides), *forced(force)]
     if output_root is not None:
         given.append(_output_root_override(Path(output_root)))
     if resume is not None:
@@ -71,16 +79,18 @@ def run(
     return _run(given)
 
 
-def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None) -> int:
+def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None, force: Force = False) -> int:
     """Run a record's configuration again."""
     import shlex
 
     from qlora_exp.history import find_run
+    from qlora_exp.ranks import one_rank_only
     from qlora_exp.records import read_record
     from qlora_exp.repetition import overrides_of
 
+    one_rank_only()
     paths = find_run(run, outputs_of(output_root))
-    changes = list(overrides or [])
+    changes = [*(overrides or []), *forced(force)]
     if not any(change.startswith("output_root=") for change in changes):
         changes.append(_output_root_override(paths.folder.parent.parent))
     again = overrides_of(read_record(paths.record), changes)
@@ -92,7 +102,16 @@ def _run(overrides: Sequence[str]) -> int:
     from qlora_exp.app import run_and_tell
     from qlora_exp.compose import compose
 
-    return run_and_tell(compose(list(overrides)))
+    with _working():
+        return run_and_tell(compose(list(overrides)))
+
+
+@contextlib.contextmanager
+def _working() -> Iterator[None]:
+    """A run outlives the readers of its output, and ends politely at TERM and HUP as well as at Ctrl-C."""
+    streams.keep_writing()
+    with signals.interrupting():
+        yield
 
 
 def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
@@ -109,7 +128,8 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
     config = config_from_plain(record.config)
     training = replace(config.training, resume=True)  # the verb says so
     again = replace(config, training=training, output_root=str(paths.folder.parent.parent))
-    return run_and_tell(again, record.run_id)
+    with _working():
+        return run_and_tell(again, record.run_id)
 
 
 def _check_resumable(record: RunRecord) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_exp.cli.arguments import (
+    Force,
     OutputRoot,
     Overrides,
     Source,
@@ -17,6 +18,7 @@ from qlora_exp.cli.arguments import (
     Study,
     complete_sweeps,
     examples,
+    forced,
     given_overrides,
     outputs_of,
 )
@@ -36,7 +38,14 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp sweep my_sweep --from task.yaml          # sweeps/my_sweep.yaml of the current folder",
         ),
     )(sweep)
-    app.command("resume", epilog=examples("qlora-exp resume last", "qlora-exp resume demo workers.count=2"))(resume)
+    app.command(
+        "resume",
+        epilog=examples(
+            "qlora-exp resume last",
+            "qlora-exp resume demo workers.count=2",
+            "qlora-exp resume demo --retry failed              # once more, with as many attempts as a new trial",
+        ),
+    )(resume)
     app.command("status", epilog=examples("qlora-exp status", "qlora-exp status demo --watch"))(status)
     app.command("stop", epilog=examples("qlora-exp stop last", "qlora-exp stop demo --now"))(stop)
     app.command("best", epilog=examples("qlora-exp best last"))(best)
@@ -50,12 +59,13 @@ def sweep(
     source: Source = None,
     join: Annotated[bool, typer.Option("--join", help="Share a study that another process works on")] = False,
     output_root: OutputRoot = None,
+    force: Force = False,
 ) -> int:
     """Train the trials of a study.
 
     The same command again goes on with it. The same as python -m qlora_exp -m sweeps=NAME …
     """
-    given = [f"sweeps={name}", *given_overrides(source, overrides)]
+    given = [f"sweeps={name}", *given_overrides(source, overrides, sweep=name), *forced(force)]
     return _hydra([*given, *_join(join), *_root(output_root)])
 
 
@@ -66,17 +76,28 @@ def resume(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Make a damaged study database again from the runs' records")
     ] = False,
+    retry: Annotated[
+        str | None,
+        typer.Option("--retry", metavar="WHAT", help="Run trials again that ended so: failed or out_of_memory"),
+    ] = None,
     storage: Storage = None,
     output_root: OutputRoot = None,
+    force: Force = False,
 ) -> int:
-    """Go on with a study: exactly the missing trials."""
+    """Go on with a study: exactly the missing trials, and with --retry those that failed."""
+    from qlora_exp.ranks import one_rank_only
+
+    one_rank_only()  # before a damaged study is made again
     from qlora_exp.overrides import hydra_value
     from qlora_exp.study.spec_file import STORAGE_VARIABLE, storage_of
 
     spec, paths = _found(study, output_root)
     url = storage_of(spec, storage)
+    overrides = [*(overrides or []), *forced(force)]
     if rebuild:
         _rebuild(spec, paths, url)
+    if retry is not None:
+        _retry(spec, paths, retry, url)
     changed = {text.lstrip("+~").partition("=")[0] for text in overrides or []}
     again = [*spec.overrides, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)]
     kept = [text for text in again if text.lstrip("+~").partition("=")[0] not in changed]
@@ -104,7 +125,20 @@ def status(
         watch_status(spec, opened, paths, orchestrator)
     else:
         show_standing(spec, opened, paths, orchestrator(paths))
+        _show_not_delivered(spec, opened, paths)
     return 0
+
+
+def _show_not_delivered(spec: StudySpec, opened: Any, paths: StudyPaths) -> None:
+    from qlora_exp.paths import OutputPaths
+    from qlora_exp.sweep import orchestrator
+    from qlora_exp.tracking import not_delivered
+
+    runs = [row.run_id for row in opened.trials() if row.run_id is not None]
+    busy = orchestrator(paths) is not None
+    missing = not_delivered(OutputPaths(paths.folder.parent.parent), runs, spec.name, busy)
+    if missing is not None:
+        print(missing)
 
 
 def stop(
@@ -269,6 +303,21 @@ def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
     own = [record for record in records if record.trial is not None and record.trial.study == spec.name]
     Study.rebuild(spec, paths, own, url)
     print(f"study {spec.name} made again from {len(own)} runs")
+
+
+def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
+    from qlora_exp.errors import ConfigError, RecordError, nearest
+    from qlora_exp.standing import running
+    from qlora_exp.study import RETRIED, numbers_text, retry_trials
+    from qlora_exp.sweep import orchestrator
+
+    if what not in RETRIED:
+        raise ConfigError(f"trials can't be retried by {what!r}", "--retry", nearest(what, RETRIED))
+    if orchestrator(paths) is not None or running(paths):
+        raise RecordError("the study is being worked on", f"study {spec.name}", "wait for it, then --retry")
+    numbers = retry_trials(spec, paths, RETRIED[what], url)
+    ended = what.replace("_", " ")
+    print(f"run again: {numbers_text(numbers)} ({ended})" if numbers else f"no trial ended as {ended}", flush=True)
 
 
 def _check_secrets(overrides: list[str], spec: StudySpec) -> None:

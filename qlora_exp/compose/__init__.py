@@ -14,6 +14,7 @@ from qlora_exp.compose.configuration import (
 from qlora_exp.compose.files import default_choices, read_choice
 from qlora_exp.compose.grammar import is_hydra, is_swept, key_of, value_of, without_globs
 from qlora_exp.compose.groups import groups
+from qlora_exp.compose.interpolation import depends_on, settings_from_outside, texts_of, value_now, without_outside
 from qlora_exp.compose.problems import problems_of, typed_value
 from qlora_exp.compose.search import SEARCH_PATH, search_folders, search_path
 
@@ -29,6 +30,7 @@ __all__ = [
     "compose",
     "compose_raw",
     "default_choices",
+    "depends_on",
     "groups",
     "is_hydra",
     "is_swept",
@@ -37,7 +39,11 @@ __all__ = [
     "read_choice",
     "search_folders",
     "search_path",
+    "settings_from_outside",
+    "texts_of",
     "typed_value",
+    "value_now",
     "value_of",
     "without_globs",
+    "without_outside",
 ]

@@ -20,10 +20,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from qlora_exp import plan
 from qlora_exp.compose.grammar import choices_of, is_ours, key_of, parse, parsed, without_globs
 from qlora_exp.compose.groups import groups
+from qlora_exp.compose.interpolation import unresolved
 from qlora_exp.compose.problems import problems_of
 from qlora_exp.compose.search import SEARCH_PATH, search_folders, search_path
 from qlora_exp.config import Config, register, typed
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
+from qlora_exp.overrides import has_interpolation
 from qlora_exp.paths import CONF
 
 GRID_CHECK_LIMIT = 256
@@ -165,6 +167,24 @@ def checked(config: Any) -> Config:
     return result
 
 
+def _without_search(config: Any) -> Any:
+    """``config`` without its sweep's axes where they hold interpolations: only the sweep can say what those name, and
+    a trial is composed on machines where an environment variable may not be set."""
+    search = config.get("sweep")
+    if search is None:
+        return config
+    plain = OmegaConf.to_container(search, resolve=False)
+    assert isinstance(plain, dict)
+    empty: dict[str, Any] = {"params": {}, "conditions": {}, "enqueue": []}
+    changed = {key: value for key, value in empty.items() if has_interpolation(plain.get(key))}
+    if not changed:
+        return config
+    config = copy.deepcopy(config)
+    for key, value in changed.items():
+        OmegaConf.update(config, f"sweep.{key}", value, merge=False)
+    return config
+
+
 def built(config: Any) -> Config:
     """A composed configuration as dataclasses; what must hold between its keys is not looked at.
 
@@ -172,9 +192,9 @@ def built(config: Any) -> Config:
         ConfigError: a value is missing, or an interpolation names nothing.
     """
     try:
-        return typed(config)
+        return typed(_without_search(config))
     except MissingMandatoryValue as error:
         raise _missing(error) from None
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "the configuration")
-        raise ConfigError(str(error).splitlines()[0], key, f"{key}=VALUE, without ${{…}}") from None
+        raise unresolved(error, key) from None

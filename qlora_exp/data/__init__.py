@@ -7,7 +7,9 @@ from qlora_exp.data.loading import load_data, to_training_dataset
 from qlora_exp.data.messages import Message
 from qlora_exp.data.model_limits import check_positions, check_vocabulary
 from qlora_exp.data.preview import PreviewItem, PreviewToken, preview
+from qlora_exp.data.report import rows_report
 from qlora_exp.data.rows import Example
+from qlora_exp.data.sources import state_of_files
 from qlora_exp.data.splits import RawSplits, load_rows
 
 __all__ = [
@@ -27,5 +29,7 @@ __all__ = [
     "plain_prompt",
     "preview",
     "resolve_format",
+    "rows_report",
+    "state_of_files",
     "to_training_dataset",
 ]

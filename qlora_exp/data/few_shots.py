@@ -74,7 +74,7 @@ def _fitting(
     positions: int | None,
     date: datetime.date,
 ) -> FewShotDraw:
-    longest_label = max((len(ids) for ids in splits.label_ids.values()), default=0)
+    longest_label = max((len(ids) for ids in splits.option_ids.values()), default=0)
     while shots:
         parts = [_with_examples(part, known, shots, tokenizer, splits.format, date) for part in (validation, test)]
         needed = max(max(len(i.ids), len(i.prompt_ids) + longest_label) for part in parts for i in part)

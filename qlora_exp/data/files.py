@@ -1,30 +1,29 @@
-"""JSONL, JSON, CSV and Parquet files as rows that know their file and row number.
+"""JSONL, JSON, CSV, TSV, Parquet and Arrow files as rows that know their file and row number.
 
 What makes a whole file unusable is raised at once; what makes one row unusable is returned beside the good rows.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_exp.data.compressed import ARCHIVES, COMPRESSED, ENDINGS, check_content, ending_of, unpacked
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.errors import DataError, nearest
 
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-_LONGEST_FIELD = 2**31 - 1  # Python's own limit, 128 KiB, is shorter than some documents
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it stands in its file; ``number`` is 1-based, as an editor shows it."""
+    """One row as it stands in its file; ``number`` is 1-based, as an editor shows it. In a folder, ``file`` is relative
+    to it where it lies in a subfolder."""
 
     file: str
     number: int
@@ -39,6 +38,12 @@ class RawFile:
     rows: tuple[RawRow, ...]
     columns: tuple[str, ...]
     problems: tuple[RowProblem, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    """What is read as it is in the file and may not be meant: ``validate`` shows it."""
+
+
+class Unlabelled(int):
+    """-1 in a column of class labels: the row has none. Another column's -1 is a number like any other."""
 
 
 class _InvalidRow(Exception):
@@ -49,31 +54,50 @@ class _InvalidRow(Exception):
         self.reason, self.detail, self.hint = reason, detail, hint
 
 
-def read_file(path: Path) -> RawFile:
-    """Read one data file by its ending. Raises :class:`DataError` for a file that can't be read or holds no row."""
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+def read_file(path: Path, name: str | None = None) -> RawFile:
+    """Read one data file by its ending; its rows are named by ``name``, or else by the file's own name.
+
+    Raises :class:`DataError` for a file that can't be read or holds no row.
+    """
+    ending, name = ending_of(path), name or path.name
+    if ending not in ENDINGS:
         raise DataError(
-            f"data files end in {', '.join(ENDINGS)}, this one in {path.suffix or 'nothing'}",
+            f"data files end in {', '.join(ENDINGS)}, this one in {ending or 'nothing'}",
             str(path),
             _ending_hint(path.suffix.lower()),
         )
     if path.exists() and not path.is_file():
         raise DataError("this is no file: it could be read without an end", str(path), "save its rows in a file")
-    content = _bytes_of(path)
+    content = unpacked(path, _bytes_of(path))
     if not content.strip():
         raise DataError("the file is empty", str(path), "give a file with at least one row")
-    read = reader(path, content)
+    check_content(path, content)
+    read = _reader(ending)(path, name, content)
     if not read.rows and not read.problems:
         raise DataError("the file holds no row", str(path), "give a file with at least one row")
     return read
 
 
+def _reader(ending: str) -> Callable[[Path, str, bytes], RawFile]:
+    from qlora_exp.data import arrow_files, csv_files  # which import this module
+
+    others = {
+        ".json": _read_json,
+        ".csv": csv_files.read_csv,
+        ".tsv": csv_files.read_tsv,
+        ".parquet": arrow_files.read_parquet,
+    }
+    if ending in (".arrow", ".feather"):
+        return arrow_files.read_arrow
+    return others.get(ending, _read_jsonl)
+
+
 def _ending_hint(ending: str) -> str:
-    if ending in (".gz", ".zip", ".bz2", ".xz", ".zst"):
+    if ending in ARCHIVES:
         return "unpack it first"
-    if ending in (".xlsx", ".xls", ".ods", ".tsv"):
+    if ending in COMPRESSED:
+        return "name it by what is in it, too, e.g. rows.jsonl.gz"
+    if ending in (".xlsx", ".xls", ".ods"):
         return "save it as CSV with commas (UTF-8)"
     return nearest(ending, ENDINGS)
 
@@ -85,10 +109,14 @@ def _bytes_of(path: Path) -> bytes:
         raise DataError(f"the file can't be read: {error.strerror}", str(path), "check its name and rights") from None
 
 
-def _text_of(path: Path, content: bytes) -> str:
+def text_of(path: Path, content: bytes) -> str:
     """UTF-8 text; the byte order mark that spreadsheets write is taken off."""
     if content.startswith(_UTF16):
         raise DataError("the file is UTF-16, not UTF-8", str(path), f"iconv -f UTF-16 -t UTF-8 '{path.name}' > NEW")
+    if content[:1000].count(0) > len(content[:1000]) // 4:
+        big = content[:1] == b"\0"
+        hint = f"iconv -f UTF-16{'BE' if big else 'LE'} -t UTF-8 '{path.name}' > NEW"
+        raise DataError("the file holds NUL bytes: it seems to be UTF-16, not UTF-8", str(path), hint)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -100,20 +128,40 @@ def _text_of(path: Path, content: bytes) -> str:
         ) from None
 
 
-def _read_jsonl(path: Path, content: bytes) -> RawFile:
+def _read_jsonl(path: Path, name: str, content: bytes) -> RawFile:
     # Not str.splitlines: it also cuts at U+2028 and other characters that may stand inside a JSON string.
-    lines = _text_of(path, content).split("\n")
+    text = text_of(path, content)
+    lines = text.split("\n" if "\n" in text else "\r")
     rows, problems = [], []
     for number, line in enumerate(lines, start=1):
+        line = line.removeprefix("\ufeff")  # of files with a byte order mark that were put one behind the other
         if not line.strip():
             continue
         try:
-            rows.append(RawRow(path.name, number, _json_object(line)))
+            rows.append(RawRow(name, number, _json_object(line)))
         except _InvalidRow as bad:
-            problems.append(RowProblem(path.name, number, None, bad.reason, bad.detail, bad.hint))
-    if not rows and problems and _is_json_array(_text_of(path, content)):
+            problems.append(RowProblem(name, number, None, bad.reason, bad.detail, bad.hint))
+    if problems:
+        _check_layout(path, text)
+    return RawFile(name, tuple(rows), columns_of(rows), tuple(problems))
+
+
+def _check_layout(path: Path, text: str) -> None:
+    """:class:`DataError` where the rows aren't one a line: a JSON array, or objects that run over several lines."""
+    if _is_json_array(text):
         raise DataError("the file is one JSON array, not a JSON object per line", str(path), "name it .json")
-    return RawFile(path.name, tuple(rows), _columns(rows), tuple(problems))
+    begin, decoder = text.lstrip(), json.JSONDecoder()
+    try:
+        first, end = decoder.raw_decode(begin)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(first, dict) and "\n" in begin[:end]:
+        script = (
+            "import json,sys; s=sys.stdin.read(); d=json.JSONDecoder(); i=0\n"
+            "while s[i:].strip(): i=len(s)-len(s[i:].lstrip()); v,i=d.raw_decode(s,i); print(json.dumps(v))"
+        )
+        hint = f"python -c {shlex.quote(script)} < {shlex.quote(path.name)} > NEW.jsonl"
+        raise DataError("the objects run over several lines; one JSON object per line is read", str(path), hint)
 
 
 def _is_json_array(text: str) -> bool:
@@ -129,6 +177,8 @@ def _json_object(text: str) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         detail = f"{error.msg} at character {error.pos + 1}"
+        if error.msg == "Extra data" and text.rstrip().endswith("},"):
+            one_a_line = "take the comma off the end of each line"
         raise _InvalidRow("invalid JSON", detail, one_a_line) from None
     except (RecursionError, ValueError) as error:  # ValueError: a number of more than 4300 digits
         detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -150,8 +200,8 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _read_json(path: Path, content: bytes) -> RawFile:
-    text = _text_of(path, content)
+def _read_json(path: Path, name: str, content: bytes) -> RawFile:
+    text = text_of(path, content)
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
     except _InvalidRow as bad:
@@ -161,65 +211,30 @@ def _read_json(path: Path, content: bytes) -> RawFile:
         hint = "name it .jsonl if it holds one object per line" if "Extra data" in str(error) else "mend the JSON there"
         raise DataError(f"the file is not JSON: {error}", f"{path}{line}", hint) from None
     if not isinstance(value, list):
-        raise DataError(f"the file holds {_kind(value)}, not a list of objects", str(path), "write [{…}, {…}]")
+        hint = _list_hint(path, value) if isinstance(value, dict) else "write [{…}, {…}]"
+        raise DataError(f"the file holds {_kind(value)}, not a list of objects", str(path), hint)
     rows, problems = [], []
     for number, entry in enumerate(value, start=1):
         if isinstance(entry, dict):
-            rows.append(RawRow(path.name, number, entry))
+            rows.append(RawRow(name, number, entry))
         else:
             detail = f"found {_kind(entry)}"
-            problems.append(RowProblem(path.name, number, None, "not a JSON object", detail, "write [{…}, {…}]"))
-    return RawFile(path.name, tuple(rows), _columns(rows), tuple(problems))
+            problems.append(RowProblem(name, number, None, "not a JSON object", detail, "write [{…}, {…}]"))
+    return RawFile(name, tuple(rows), columns_of(rows), tuple(problems))
 
 
-def _read_csv(path: Path, content: bytes) -> RawFile:
-    text = _text_of(path, content)
-    if "\0" in text:
-        raise DataError("the file holds NUL bytes: it is no CSV text", str(path), "save it as CSV (UTF-8)")
-    records = _csv_records(path, text)
-    first = next(records, None)
-    if first is None:
-        raise DataError("the file holds no header", str(path), "the first row names the columns")
-    header = first[1]
-    _check_columns(header, path)
-    if len(header) == 1 and any(mark in header[0] for mark in (";", "\t", "|")):
-        raise DataError(
-            f"there is one column, {header[0]!r}: the file seems to be separated by another mark than a comma",
-            f"{path}, row 1",
-            "save it with commas between the columns",
-        )
-    rows, problems = [], []
-    for number, fields in records:
-        if not fields:
-            continue
-        if len(fields) == len(header):
-            rows.append(RawRow(path.name, number, dict(zip(header, fields, strict=True))))
-            continue
-        detail = f"{len(fields)} fields under {len(header)} columns"
-        hint = 'put fields that hold a comma in quotes: "a, b"'
-        problems.append(RowProblem(path.name, number, None, "wrong number of fields", detail, hint))
-    if not rows and not problems:
-        raise DataError("the file holds a header and no row", str(path), "give at least one row below the header")
-    return RawFile(path.name, tuple(rows), tuple(header), tuple(problems))
+def _list_hint(path: Path, value: dict[str, Any]) -> str:
+    """What makes a list of objects of one object: the list inside it, or pandas' columns written as rows."""
+    inner = next((k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
+    if inner is not None:
+        script = f"import json,sys; json.dump(json.load(sys.stdin)[{inner!r}], sys.stdout)"
+        return f"its rows seem to be under {inner!r}: python -c {shlex.quote(script)} < {path.name} > NEW.json"
+    if value and all(isinstance(entry, dict) for entry in value.values()):
+        return f"written by pandas? df.to_json({path.name!r}, orient='records')"
+    return "write [{…}, {…}]"
 
 
-def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """(line where the record begins, its fields); a quoted field may run over several lines."""
-    csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    while True:
-        number = reader.line_num + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            hint = 'close every quote; a quote inside a quoted field is written twice: ""'
-            raise DataError(f"the file is not CSV: {error}", f"{path}, row {number}", hint) from None
-        yield number, fields
-
-
-def _check_columns(columns: Sequence[str], path: Path) -> None:
+def check_columns(columns: Sequence[str], path: Path) -> None:
     twice = [column for column, count in Counter(columns).items() if count > 1]
     if twice:
         raise DataError(f"column {twice[0]!r} stands twice", f"{path}, row 1", "rename one of the two")
@@ -228,19 +243,5 @@ def _check_columns(columns: Sequence[str], path: Path) -> None:
         raise DataError(f"column number {at} has no name", f"{path}, row 1", "name every column in the first row")
 
 
-def _read_parquet(path: Path, content: bytes) -> RawFile:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"the file is not Parquet: {reason}", str(path), "write it again") from None
-    _check_columns(table.column_names, path)
-    rows = [RawRow(path.name, number, values) for number, values in enumerate(table.to_pylist(), start=1)]
-    return RawFile(path.name, tuple(rows), tuple(table.column_names))
-
-
-def _columns(rows: Sequence[RawRow]) -> tuple[str, ...]:
+def columns_of(rows: Sequence[RawRow]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(column for row in rows for column in row.values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from qlora_exp.config import TaskConfig
+from qlora_exp.data.arrow_files import named_classes
 from qlora_exp.data.files import RawFile, RawRow
+from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.sources import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
@@ -92,21 +94,17 @@ def _load_hub_split(task: TaskConfig, theirs: str, reachable: bool) -> RawFile:
 
 def rows_of_dataset(loaded: Any, name: str) -> RawFile:
     """The rows of a ``datasets.Dataset``. Class labels become their names: a number names no answer."""
-    names: Mapping[str, Any] = {
-        column: feature for column, feature in loaded.features.items() if hasattr(feature, "int2str")
-    }
-    rows = [RawRow(name, number, _named(row, names)) for number, row in enumerate(loaded, start=1)]
+    names = {column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
+    rows, problems = [], []
+    for number, values in enumerate(loaded, start=1):
+        read = named_classes(values, names, name, number)
+        if isinstance(read, RowProblem):
+            problems.append(read)
+        else:
+            rows.append(RawRow(name, number, read))
     if not rows:
         raise DataError("the split holds no row", name, "choose another split: task.splits.train=NAME")
-    return RawFile(name, tuple(rows), tuple(_columns_of(loaded)))
-
-
-def _named(row: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        # The Hub marks an unlabelled row by -1.
-        column: names[column].int2str(value) if column in names and isinstance(value, int) and value >= 0 else value
-        for column, value in row.items()
-    }
+    return RawFile(name, tuple(rows), tuple(_columns_of(loaded)), tuple(problems))
 
 
 def _columns_of(loaded: Any) -> Iterable[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp import records
+from qlora_exp.data.problems import RowProblem
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,17 @@ class Splits:
     """Untemplated documents on which forgetting is measured, the same for every task and model."""
     general_chats: tuple[Item, ...] = ()
     """Held-out chats in the model's own template, the last answer as the completion; empty for the plain format."""
+    label_end_ids: tuple[int, ...] = ()
+    """How much of the end (EOS, the end of turn) each label's likelihood includes: as many tokens as tell apart labels
+    of which one begins another. Empty for other tasks."""
+    left_out: tuple[RowProblem, ...] = ()
+    """Rows that are in no split, and why: invalid ones under ``task.invalid_rows=drop``, and exact duplicates."""
+    truncated: tuple[RowProblem, ...] = ()
+    """Rows whose answer or end ``training.max_length`` cuts."""
+    notes: tuple[str, ...] = ()
+    """What is read as it is in the file and may not be meant."""
+
+    @property
+    def option_ids(self) -> dict[str, tuple[int, ...]]:
+        """By label, the tokens whose likelihoods are summed."""
+        return {label: ids + self.label_end_ids for label, ids in self.label_ids.items()}

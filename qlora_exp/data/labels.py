@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from qlora_exp.config import TaskConfig, TaskKind
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.rows import Example
 from qlora_exp.errors import DataError, nearest
+from qlora_exp.texts import comparable, normal_form
 
 _MANY = 20
 
 
 def find_options(task: TaskConfig, train: Sequence[Example]) -> dict[str, str]:
-    """Completion by label, in the order of ``task.labels`` or else sorted; empty for generation tasks.
+    """Completion by label, in the order of ``task.labels`` or else sorted; empty for generation tasks. A label in two
+    Unicode normal forms is one label, written as in the first row that has it.
 
     Raises :class:`DataError` for options that can't be told apart, or that are hardly options at all.
     """
     if task.kind is not TaskKind.classification:
         return {}
-    seen: dict[str, str] = {}
+    seen: dict[str, Example] = {}
     for example in train:
         assert example.label is not None
-        seen.setdefault(example.label, example.completion)
+        seen.setdefault(normal_form(example.label), example)
     if task.labels is None:
-        labels = sorted(seen)
+        labels = sorted(str(example.label) for example in seen.values())
         if len(train) >= _MANY and len(labels) > len(train) / 2:
             raise DataError(
                 f"{len(labels)} distinct labels in {len(train)} training rows: these are hardly options to choose from",
@@ -33,21 +36,26 @@ def find_options(task: TaskConfig, train: Sequence[Example]) -> dict[str, str]:
             )
     else:
         labels = _named(task.labels)
-    _check(labels)
-    return {label: seen.get(label, label) for label in labels}
+    _check(labels, named=task.labels is not None)
+    return {label: _completion(seen.get(normal_form(label)), label) for label in labels}
+
+
+def _completion(example: Example | None, label: str) -> str:
+    return label if example is None else example.completion
 
 
 def _named(given: Sequence[str]) -> list[str]:
     labels = [str(label).strip() for label in given]
     if any(not label for label in labels):
         raise DataError("a label is empty", "task.labels", "give every option a text")
-    twice = sorted({label for label in labels if labels.count(label) > 1})
+    forms = [normal_form(label) for label in labels]
+    twice = sorted({label for label in forms if forms.count(label) > 1})
     if twice:
         raise DataError(f"the label {twice[0]!r} is named twice", "task.labels", "name every option once")
     return labels
 
 
-def _check(labels: Sequence[str]) -> None:
+def _check(labels: Sequence[str], named: bool) -> None:
     if len(labels) < 2:
         raise DataError(
             f"there is one label only: {labels[0]!r}" if labels else "there are no labels",
@@ -56,12 +64,12 @@ def _check(labels: Sequence[str]) -> None:
         )
     by_folded: dict[str, str] = {}
     for label in labels:
-        other = by_folded.setdefault(label.casefold(), label)
-        if other != label:
+        other = by_folded.setdefault(comparable(label), label)
+        if other != label and not named:
             raise DataError(
                 f"the labels {other!r} and {label!r} differ in upper and lower case only",
-                "task.labels, or the labels of the training rows",
-                "write them alike: answers are compared without regard to case",
+                "the labels of the training rows",
+                "write them alike; or name all labels where they mean different things: task.labels=[…]",
             )
 
 
@@ -70,16 +78,33 @@ def sort_out_labels(examples: Sequence[Example], options: Mapping[str, str]) -> 
     if not options:
         return list(examples), []
     kept, problems = [], []
+    written = {normal_form(label): label for label in options}
     for example in examples:
-        label = str(example.label)
+        label = written.get(normal_form(str(example.label)), str(example.label))
         if label not in options:
             detail = f"{label!r} is none of the {len(options)} labels"
             hint = f"{nearest(label, options)}; or name it in task.labels"
             problems.append(RowProblem(example.file, example.row, None, "unknown label", detail, hint))
-        elif example.completion != options[label]:
+        elif normal_form(example.completion) != normal_form(options[label]):
             detail = f"{label!r} is answered by {example.completion!r} here and by {options[label]!r} elsewhere"
             hint = "give each label one completion, or none: task.completion=null task.columns.completion=null"
             problems.append(RowProblem(example.file, example.row, None, "ambiguous label", detail, hint))
         else:
-            kept.append(example)
+            kept.append(replace(example, label=label, completion=options[label]))
     return kept, problems
+
+
+def check_no_label_lost(before: Sequence[Example], after: Sequence[Example], problems: Sequence[RowProblem]) -> None:
+    """:class:`DataError` where a label has training rows, and dropping the invalid ones leaves it none."""
+    lost = {example.label for example in before if example.label is not None} - {example.label for example in after}
+    if lost:
+        train = {(example.file, example.row): str(example.label) for example in before}
+        reasons = [problem for problem in problems if train.get((problem.file, problem.row)) in lost]
+        raise lost_label(train[reasons[0].file, reasons[0].row], reasons[0])
+
+
+def lost_label(label: str, problem: RowProblem) -> DataError:
+    """The error for a label that loses its training rows, ``problem`` one of theirs."""
+    what = f"dropping the invalid rows leaves no training row of the label {label!r}; the first: {problem.reason}"
+    hint = "mend these rows; or leave the label out by naming the others: task.labels=[…]"
+    return DataError(f"{what}: {problem.detail}", f"{problem.file}, row {problem.row}", hint)

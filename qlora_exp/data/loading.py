@@ -25,6 +25,7 @@ from qlora_exp.data.formatting import (
     template_tokens,
 )
 from qlora_exp.data.items import Item, Splits
+from qlora_exp.data.labels import check_no_label_lost
 from qlora_exp.data.problems import RowProblem, add_counts, settle
 from qlora_exp.data.rows import Example
 from qlora_exp.data.sources import SPLIT_NAMES, read_general_chats, read_general_text
@@ -54,7 +55,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     used: dict[str, list[Example]] = {}
     items: dict[str, tuple[Item, ...]] = {}
     problems: list[RowProblem] = []
-    truncated = 0
+    truncated: list[RowProblem] = []
     for split, examples in _by_split(rows):
         every_turn = learns_all and split == "train"  # scores are of the last answer everywhere
         encodings = encode(examples, tokenizer, format, date=date, every_turn=every_turn)
@@ -68,11 +69,16 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         kept = [(e, r) for e, r in zip(examples, results, strict=True) if not isinstance(r, RowProblem)]
         used[split] = [example for example, _ in kept]
         items[split] = tuple(item for _, (item, _) in kept)
-        truncated += sum(cut for _, (_, cut) in kept)
+        truncated += [
+            _truncated(example, encoding, max_length)
+            for example, encoding, result in zip(examples, encodings, results, strict=True)
+            if isinstance(encoding, Encoding) and not isinstance(result, RowProblem) and result[1]
+        ]
     dropped = add_counts(rows.dropped, settle(problems, config.task.invalid_rows))
     _require_items(items, problems)
-    label_ids = _label_ids(rows, used["train"][0], tokenizer, format, date)
-    _check_labels([item for split in SPLIT_NAMES for item in items[split]], label_ids)
+    check_no_label_lost(rows.train, used["train"], problems)
+    label_ids, label_end_ids = _label_ids(rows, used["train"][0], tokenizer, format, date)
+    _check_labels([item for split in SPLIT_NAMES for item in items[split]], label_ids, label_end_ids)
     template = tokenizer.chat_template if format == "chat" else None
     chat_date = config.task.date if reads_clock(template) else None
     prefix = first.prefix if first is not None else ""
@@ -86,11 +92,12 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         dropped_rows=sum(dropped.values()),
         dropped_reasons=dropped,
         labels=tuple(rows.options),
+        label_end_tokens=len(label_end_ids) if rows.options else None,
         mean_prompt_tokens=_mean([len(item.prompt_ids) for item in items["train"]]),
         mean_completion_tokens=_mean([len(item.completion_ids) for item in items["train"]]),
         template_tokens=template_tokens(tokenizer, format, date),
         template_tokens_trained=_template_trained(config, format),
-        truncated_items=truncated,
+        truncated_items=len(truncated),
         rows_fingerprint=_fingerprint([], config, used, rows),
         answer_prefix=prefix or None,
         answer_prefix_variables=dict(first.variables) if first is not None and first.variables else None,
@@ -106,7 +113,17 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         record,
         read_general_text(),
         _general_chats(tokenizer, date) if format == "chat" else (),
+        label_end_ids=label_end_ids,
+        left_out=(*rows.left_out, *problems),
+        truncated=tuple(truncated),
+        notes=rows.notes,
     )
+
+
+def _truncated(example: Example, encoding: Encoding, max_length: int) -> RowProblem:
+    tokens = len(encoding.prompt_ids) + len(encoding.completion_ids) + len(encoding.end_ids)
+    reason = f"truncated to training.max_length={max_length}: the end of the answer is not learned"
+    return RowProblem(example.file, example.row, None, reason, f"{tokens} tokens")
 
 
 IGNORED = -100
@@ -186,45 +203,59 @@ def _require_items(items: dict[str, tuple[Item, ...]], problems: Sequence[RowPro
 
 def _label_ids(
     rows: RawSplits, context: Example, tokenizer: Tokenizer, format: str, date: datetime.date
-) -> dict[str, tuple[int, ...]]:
-    """Each option's completion ids after the prompt of ``context``: the boundary may change a label's first token."""
-    label_ids: dict[str, tuple[int, ...]] = {}
+) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """Each option's completion ids after the prompt of ``context``: the boundary may change a label's first token. Also
+    the tokens of the end that tell the options apart."""
+    found: dict[str, Encoding] = {}
     examples = [replace(context, completion=completion, label=label) for label, completion in rows.options.items()]
     for example, result in zip(examples, encode(examples, tokenizer, format, date=date), strict=True):
         label = str(example.label)
         if isinstance(result, RowProblem):
             raise DataError(f"the label {label!r} can't be tokenized: {result.detail}", "task.labels", result.hint)
-        label_ids[label] = result.completion_ids
+        found[label] = result
+        first = next(iter(found.values()))
+        if (result.prompt_ids, result.end_ids) != (first.prompt_ids, first.end_ids):
+            what = f"the prompt ends in other tokens before the label {label!r} than before {next(iter(found))!r}"
+            raise DataError(what, "task.labels", "let the prompt end on a word or a colon")
     owners: dict[tuple[int, ...], str] = {}
-    for label, ids in label_ids.items():
-        if owners.setdefault(ids, label) != label:
-            what = f"the labels {owners[ids]!r} and {label!r} have the same tokens"
+    for label, encoding in found.items():
+        if owners.setdefault(encoding.completion_ids, label) != label:
+            what = f"the labels {owners[encoding.completion_ids]!r} and {label!r} have the same tokens"
             raise DataError(what, "task.labels", "use labels that this tokenizer can tell apart")
-    _check_beginnings(owners)
-    return label_ids
+    end = next(iter(found.values())).end_ids if found else ()
+    return {label: encoding.completion_ids for label, encoding in found.items()}, _separating(owners, end)
 
 
-def _check_beginnings(owners: dict[tuple[int, ...], str]) -> None:
-    """A label whose tokens begin another's is at least as likely as that one after any prompt: a choice between the two
-    would say nothing."""
-    for ids, label in owners.items():
-        for length in range(1, len(ids)):
-            if shorter := owners.get(ids[:length]):
-                what = f"the tokens of the label {shorter!r} begin those of {label!r}, which could then never be chosen"
-                hint = "rename one of them in the data; or task.kind=generation, which compares generated answers"
-                raise DataError(what, "task.labels, or the labels of the training rows", hint)
+def _separating(owners: dict[tuple[int, ...], str], end: tuple[int, ...]) -> tuple[int, ...]:
+    """As much of ``end`` as each label's likelihood must include. Nothing, unless some label's tokens begin another's:
+    without the end that label would be at least as likely as the longer one after any prompt."""
+    for length in range(len(end) + 1):
+        options = {ids + end[:length]: label for ids, label in owners.items()}
+        begun = [(ids, label) for ids, label in options.items() if any(ids[:n] in options for n in range(1, len(ids)))]
+        if not begun:
+            return end[:length]
+    ids, label = begun[0]
+    shorter = next(options[ids[:n]] for n in range(1, len(ids)) if ids[:n] in options)
+    what = f"the tokens of the label {shorter!r} and its end begin those of {label!r}, which could then never be chosen"
+    hint = "rename one of them in the data; or task.kind=generation, which compares generated answers"
+    raise DataError(what, "task.labels, or the labels of the training rows", hint)
 
 
-def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]]) -> None:
-    """A label has the same tokens after every prompt, or its likelihoods could not be compared between items."""
+def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]], label_end_ids: tuple[int, ...]) -> None:
+    """A label has the same tokens after every prompt, or its likelihoods could not be compared between items. An end
+    that labels are told apart by is learned in each row."""
     for item in items:
+        file, _, row = item.item_id.rpartition(":")
         if item.label is not None and item.completion_ids != label_ids[item.label]:
-            file, _, row = item.item_id.rpartition(":")
             raise DataError(
                 f"the label {item.label!r} has other tokens after this prompt than after the first one",
                 f"{file}, row {row}",
                 "let all prompts end alike, e.g. by a template: $'task.prompt=\"{COLUMN}\\nLabel:\"'",
             )
+        if item.label is not None and item.end_ids[: len(label_end_ids)] != label_end_ids:
+            what = "training.max_length cuts the end of the label, which tells it from a label that begins with it"
+            longest = len(item.prompt_ids) + len(item.completion_ids) + len(label_end_ids)
+            raise DataError(what, f"{file}, row {row}", f"training.max_length={longest}, or a shorter row")
 
 
 def _read_otherwise(date_read: str | None, prefix: str, learns_all: bool) -> list[str]:

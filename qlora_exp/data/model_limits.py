@@ -13,7 +13,7 @@ def check_positions(splits: Splits, positions: int | None) -> None:
     than the model has ``positions`` (``None``: no limit is known). Generation needs no check: it ends at the limit."""
     if positions is None:
         return
-    longest_label = max((len(ids) for ids in splits.label_ids.values()), default=0)
+    longest_label = max((len(ids) for ids in splits.option_ids.values()), default=0)
 
     def needed(item: Item) -> int:
         return max(len(item.ids), len(item.prompt_ids) + longest_label)

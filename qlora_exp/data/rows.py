@@ -1,23 +1,26 @@
 """Rows read as examples — a prompt or a conversation, a completion, a label — and each fault named with its place.
 
-Only text is accepted: what a number, a date or a null would look like in a prompt is the user's to say. The one
-exception is a whole number inside a template or as a label, whose text is unambiguous.
+Only text is accepted: what a number, a date or a null would look like in a prompt is the user's to say. The exceptions
+are whole numbers inside a template and as a class, whose text is unambiguous, and an empty text inside a template that
+another column fills.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from qlora_exp.config import Learn, SpecialTokens, TaskConfig, TaskKind
-from qlora_exp.data.files import RawFile, RawRow
+from qlora_exp.data.files import RawFile, RawRow, Unlabelled
+from qlora_exp.data.known_formats import columns_hint
 from qlora_exp.data.messages import InvalidMessages, Message, described, read_messages, read_tools, read_variables
 from qlora_exp.data.problems import RowProblem
-from qlora_exp.data.templates import Template, parse_template
+from qlora_exp.data.templates import Template, parse_template, with_line_breaks
 from qlora_exp.errors import DataError, nearest
 from qlora_exp.texts import Parts, compact, parted
 
@@ -130,6 +133,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
         what = f"the separator {task.separator!r} holds a backslash and a letter, not a newline or a tab"
         raise DataError(what, "task.separator", "in a shell: $'task.separator=\"\\n\"'; or in a file given with --from")
     plain = PlainText(separator=task.separator, special_tokens=task.special_tokens)
+    system = with_line_breaks(task.system) if task.system else task.system
     if task.columns.messages:
         if task.prompt or task.completion:
             raise DataError(
@@ -141,7 +145,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
         for key, column in (("messages", task.columns.messages), ("label", label)):
             _check_column(column, f"task.columns.{key}", raw)
         return _Mapping(
-            *(None, None, task.columns.messages, label, task.system, columns),
+            *(None, None, task.columns.messages, label, system, columns),
             tools=task.columns.tools,
             ignored_fields=tuple(task.ignore_fields),
             every_turn=task.learn is Learn.all,
@@ -154,7 +158,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
     prompt = _source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _source("completion", task.completion, completion_column, raw)
     _check_column(label, "task.columns.label", raw)
-    return _Mapping(prompt, completion, None, label, task.system, columns, plain)
+    return _Mapping(prompt, completion, None, label, system, columns, plain)
 
 
 def _source(name: str, template: str | None, column: str | None, raw: RawFile) -> str | Template:
@@ -177,15 +181,15 @@ def _check_column(column: str | None, key: str, raw: RawFile) -> None:
     if column is None or column in raw.columns:
         return
     hint = f"{nearest(column, raw.columns)}; set {key}=COLUMN"
-    if "messages" in raw.columns and not key.endswith("messages"):
-        hint = "the rows hold messages: set task.columns.messages=messages"
+    if not key.endswith("messages"):
+        hint = columns_hint(raw.columns) or hint
     raise DataError(f"missing column: no row has a column {column!r}", f"{raw.name} ({key})", hint)
 
 
 def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
     label = None
     if kind is TaskKind.classification and mapping.label:
-        label = _column_text(row, mapping.label, whole_numbers=False).strip()
+        label = _column_text(row, mapping.label, whole_numbers=True).strip()
     extra = {column: value for column, value in row.values.items() if column not in mapping.used}
     if mapping.messages:
         example = _conversation(row, mapping, kind, label, extra)
@@ -204,30 +208,33 @@ def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
 def _answer(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Parts:
     """The completion. A label is a name: white space after it means nothing, and it has no indentation."""
     classifies = kind is TaskKind.classification
-    if isinstance(mapping.completion, str) and classifies and mapping.label in (None, mapping.completion):
-        text = _column_text(row, mapping.completion, whole_numbers=True)
-    else:
-        text = _text(row, mapping.completion)
+    text = _text(row, mapping.completion, is_class=classifies)
     if classifies:
         return Parts(text[: len(text) - len(text.lstrip())], text.strip(), "")
     return parted(text)
 
 
-def _text(row: RawRow, source: str | Template | None) -> str:
+def _text(row: RawRow, source: str | Template | None, is_class: bool = False) -> str:
     if isinstance(source, Template):
-        return source.render({column: _column_text(row, column, whole_numbers=True) for column in source.columns})
+        texts = {column: _column_text(row, column, whole_numbers=True, empty=True) for column in source.columns}
+        if not any(text.strip() for text in texts.values()):
+            which = "all columns of the template are" if len(texts) > 1 else "the text is"
+            raise _InvalidRow("empty", f"{which} empty or only white space", next(iter(texts)))
+        return source.render(texts)
     assert source is not None
-    return _column_text(row, source, whole_numbers=False)
+    return _column_text(row, source, whole_numbers=is_class)
 
 
-def _column_text(row: RawRow, column: str, whole_numbers: bool) -> str:
+def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = False) -> str:
     if column not in row.values:
         present = list(row.values)
         raise _InvalidRow("missing column", f"{column!r} is not in this row", column, nearest(column, present))
     value = row.values[column]
+    if isinstance(value, Unlabelled):
+        raise _InvalidRow("no label", f"the class is {value:d}, which marks a row without a label", column)
     if whole_numbers and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _checked_text(value, column)
+    return value if empty and isinstance(value, str) and not value.strip() else _checked_text(value, column)
 
 
 def _checked_text(value: object, column: str) -> str:
@@ -244,11 +251,21 @@ def _checked_text(value: object, column: str) -> str:
 
 
 def _text_hint(value: object, column: str) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
+    if isinstance(value, bool):
+        return f'write it as text, e.g. "{"yes" if value else "no"}"'
     if isinstance(value, int):
         return f"write it as text, \"{value}\", or use a template, which writes whole numbers out: '{{{column}}}'"
-    return f'write it as text, with the digits that you want to be learned: "{value}"'
+    if isinstance(value, float) and math.isnan(value):
+        return "it marks a missing value: give the row a text, or leave it out with task.invalid_rows=drop"
+    if isinstance(value, float) and value.is_integer():
+        return f'write it as text, "{value:.0f}" (pandas makes floats of whole numbers where one is missing)'
+    if isinstance(value, float):
+        return f'write it as text, with the digits that you want to be learned: "{value}"'
+    if isinstance(value, Mapping) and value:
+        return f"it holds {', '.join(map(str, list(value)[:5]))}: make the one you mean a column with text"
+    if isinstance(value, Mapping | Sequence | bytes):
+        return "make it a column with text"
+    return None if value is None else f'write it as text, e.g. "{value}"'
 
 
 def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | None, extra: dict[str, Any]) -> Example:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_exp.config import TaskConfig, TaskSource
-from qlora_exp.data.files import ENDINGS, RawFile, RawRow, read_file
+from qlora_exp.data.compressed import ARCHIVES, COMPRESSED, ENDINGS, ending_of
+from qlora_exp.data.files import RawFile, RawRow, read_file
+from qlora_exp.data.folders import check_single, files_by_split
 from qlora_exp.data.messages import Message
 from qlora_exp.data.rows import Example
-from qlora_exp.errors import DataError, nearest
+from qlora_exp.data.split_names import SPLIT_NAMES as SPLIT_NAMES
+from qlora_exp.data.split_names import parse_name
+from qlora_exp.errors import DataError, QloraExpError, nearest
 from qlora_exp.paths import EMBEDDED
-
-SPLIT_NAMES = ("train", "validation", "test")
-_OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 
 
 def read_sources(task: TaskConfig) -> dict[str, RawFile]:
@@ -33,7 +36,30 @@ def read_sources(task: TaskConfig) -> dict[str, RawFile]:
         return _read_folder(path)
     if not path.exists():
         raise DataError(f"there is no {path.name!r}", f"task.path={task.path}", _nearby(path))
-    return {"train": read_file(path)}
+    check_single(path)
+    read = read_file(path)
+    return {"train": replace(read, notes=(*read.notes, *_beside(path)))}
+
+
+def _beside(path: Path) -> list[str]:
+    """A note where a train file is named whose folder has the other splits, too."""
+    if parse_name(path)[0] != "train":
+        return []
+    others = [file for file in sorted(path.parent.iterdir()) if ending_of(file) in ENDINGS and file.is_file()]
+    names = [file.name for file in others if parse_name(file)[0] in ("validation", "test")]
+    return [f"not read: {', '.join(names)}; task.path={path.parent} reads them as splits"] if names else []
+
+
+def state_of_files(path: str) -> Hashable:
+    """Names, sizes and times of change of a local task's files: its rows are the same while they are equal."""
+    place = Path(path).expanduser()
+    files = [place]
+    if place.is_dir():
+        try:
+            files = [file.path for split in files_by_split(place).values() for file in split]
+        except QloraExpError:
+            return "unreadable"
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
 
 
 def read_general_text() -> tuple[str, ...]:
@@ -59,24 +85,26 @@ def _nearby(path: Path) -> str:
         return f"there is no folder {str(folder)!r} either; relative paths start where the command is called"
     if path.is_symlink():
         return f"it is a link to {str(path.readlink())!r}, which isn't there"
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix.lower() in ENDINGS]
+    if any(mark in path.name for mark in "*?["):
+        return f"patterns aren't read; a folder is, with all of its shards: task.path={folder}"
+    known = (*ENDINGS, *COMPRESSED, *ARCHIVES)
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() or ending_of(entry) in known]
     return nearest(path.name, names)
 
 
 def _read_folder(folder: Path) -> dict[str, RawFile]:
-    found: dict[str, Path] = {}
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS) if folder.is_dir() else []
-    for path in files:
-        if path.stem in _OTHER_NAMES:
-            name = _OTHER_NAMES[path.stem]
-            raise DataError(f"{path.name} would not be read", str(folder), f"rename it to {name}{path.suffix}")
-        if path.stem in SPLIT_NAMES:
-            if path.stem in found:
-                both = f"{found[path.stem].name} and {path.name}"
-                raise DataError(f"two files for {path.stem}: {both}", str(folder), "keep one of the two")
-            found[path.stem] = path
-    if "train" not in found:
-        names = ", ".join(path.name for path in files) or "no data file"
-        hint = f"name it train{{{','.join(ENDINGS)}}}, or give task.path=FILE; here: {names}"
-        raise DataError("the folder holds no train file", str(folder), hint)
-    return {split: read_file(found[split]) for split in SPLIT_NAMES if split in found}
+    read = {
+        split: [read_file(file.path, file.name) for file in files] for split, files in files_by_split(folder).items()
+    }
+    return {split: files[0] if len(files) == 1 else _joined(files) for split, files in read.items()}
+
+
+def _joined(files: Sequence[RawFile]) -> RawFile:
+    """The shards of a split as one file."""
+    return RawFile(
+        name=f"{files[0].name} and {len(files) - 1} other files",
+        rows=tuple(row for file in files for row in file.rows),
+        columns=tuple(dict.fromkeys(column for file in files for column in file.columns)),
+        problems=tuple(problem for file in files for problem in file.problems),
+        notes=tuple(note for file in files for note in file.notes),
+    )

@@ -6,12 +6,15 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_exp.config import TaskConfig
-from qlora_exp.data.labels import find_options, sort_out_labels
+from qlora_exp.config import InvalidRows, TaskConfig
+from qlora_exp.data.files import RawFile
+from qlora_exp.data.labels import check_no_label_lost, find_options, lost_label, sort_out_labels
 from qlora_exp.data.problems import RowProblem, add_counts, settle
+from qlora_exp.data.report import missing_value_notes
 from qlora_exp.data.rows import Example, read_examples
 from qlora_exp.data.sources import SPLIT_NAMES, read_sources
 from qlora_exp.errors import DataError
+from qlora_exp.texts import normal_form
 
 _DUPLICATE = "exact duplicate"
 
@@ -26,6 +29,9 @@ class RawSplits:
     options: dict[str, str]
     """classification: completion text by label, in the order of the options."""
     dropped: dict[str, int]
+    left_out: tuple[RowProblem, ...] = ()
+    """The rows that ``dropped`` counts."""
+    notes: tuple[str, ...] = ()
 
 
 def load_rows(task: TaskConfig) -> RawSplits:
@@ -37,23 +43,50 @@ def load_rows(task: TaskConfig) -> RawSplits:
     _check_numbers(task)
     splits: dict[str, list[Example]] = {}
     problems: list[RowProblem] = []
-    for split, raw in read_sources(task).items():
+    notes: list[str] = []
+    sources = read_sources(task)
+    for split, raw in sources.items():
         splits[split], bad = read_examples(task, raw)
         problems += bad
+        notes += raw.notes
     _require("train", splits["train"], problems)
     options = find_options(task, splits["train"])  # before dividing: a rare label may fall into one split as a whole
+    if options and not task.labels:
+        _check_no_label_unread(task, sources["train"], options, problems)
     splits, duplicates = _complete(splits, task)
     for split in splits:
         splits[split], unknown = sort_out_labels(splits[split], options)
         problems += unknown
+    labelled = splits["train"]
     splits, leaked = _without_leaks(splits)
     problems += leaked
     dropped = settle(problems, task.invalid_rows)
+    check_no_label_lost(labelled, splits["train"], problems)
     for split in ("train", "validation"):
         _require(split, splits[split], problems)
     kept = _limited(splits, task)
-    counts = add_counts(dropped, {_DUPLICATE: duplicates} if duplicates else {})
-    return RawSplits(tuple(kept["train"]), tuple(kept["validation"]), tuple(kept["test"]), options, counts)
+    counts = add_counts(dropped, {_DUPLICATE: len(duplicates)} if duplicates else {})
+    train, validation, test = (tuple(kept[split]) for split in SPLIT_NAMES)
+    return RawSplits(
+        train, validation, test, options, counts, (*problems, *duplicates), (*notes, *missing_value_notes(kept))
+    )
+
+
+def _check_no_label_unread(
+    task: TaskConfig, raw: RawFile, options: Mapping[str, str], problems: Sequence[RowProblem]
+) -> None:
+    """Under ``drop``, a label whose rows have all another fault would no longer be an option."""
+    column = task.columns.label
+    faults = {(problem.file, problem.row): problem for problem in problems}
+    if column is None or task.invalid_rows is not InvalidRows.drop:
+        return
+    known = {normal_form(label) for label in options}
+    for row in raw.rows:
+        value = row.values.get(column)
+        label = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
+        fault = faults.get((row.file, row.number))
+        if fault is not None and label and normal_form(label) not in known:
+            raise lost_label(label, fault)
 
 
 def _check_numbers(task: TaskConfig) -> None:
@@ -89,16 +122,24 @@ def _require(split: str, examples: Sequence[Example], problems: Sequence[RowProb
     raise DataError(f"there is no row for {split}", f"task.{split}_fraction", hint)
 
 
-def _complete(splits: Mapping[str, list[Example]], task: TaskConfig) -> tuple[dict[str, list[Example]], int]:
+def _complete(
+    splits: Mapping[str, list[Example]], task: TaskConfig
+) -> tuple[dict[str, list[Example]], list[RowProblem]]:
     """All three splits: those the source lacks are taken out of train by seed. Also the exact duplicates left out."""
     wanted = {"validation": task.validation_fraction, "test": task.test_fraction}
     missing = {split: fraction for split, fraction in wanted.items() if split not in splits and fraction > 0}
     complete = {split: list(splits.get(split, [])) for split in SPLIT_NAMES}
     if not missing:
-        return complete, 0
-    unique = list({(e.prompt_key, e.answer_key, e.label): e for e in reversed(splits["train"])}.values())[::-1]
-    complete |= _divide(unique, missing, task.split_seed)
-    return complete, len(splits["train"]) - len(unique)
+        return complete, []
+    firsts: dict[tuple[str, str, str | None], Example] = {}
+    duplicates: list[RowProblem] = []
+    for example in splits["train"]:
+        first = firsts.setdefault((example.prompt_key, example.answer_key, example.label), example)
+        if first is not example:
+            detail = f"the same as {first.file}, row {first.row}"
+            duplicates.append(RowProblem(example.file, example.row, None, _DUPLICATE, detail))
+    complete |= _divide(list(firsts.values()), missing, task.split_seed)
+    return complete, duplicates
 
 
 def _divide(examples: Sequence[Example], fractions: Mapping[str, float], seed: int) -> dict[str, list[Example]]:

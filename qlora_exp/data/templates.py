@@ -1,7 +1,11 @@
-"""Prompt and completion templates: ``{column}`` and nothing else — no attributes, indices, conversions or formats."""
+"""Prompt and completion templates: ``{column}`` and nothing else — no attributes, indices, conversions or formats.
+
+``\\n`` and ``\\t`` written out are a line break and a tab: a shell and Hydra pass them on as two characters.
+"""
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +31,19 @@ class Template:
         return "".join(text + (texts[column] if column is not None else "") for text, column in self.parts)
 
 
+_WRITTEN_OUT = {"\\n": "\n", "\\t": "\t", "\\\\n": "\\n", "\\\\t": "\\t"}
+
+
+def with_line_breaks(text: str) -> str:
+    """``text`` with a line break for a written-out ``\\n``, a tab for ``\\t``; ``\\\\n`` keeps one backslash."""
+    return re.sub(r"\\{1,2}[nt]", lambda match: _WRITTEN_OUT[match[0]], text)
+
+
 def parse_template(text: str, key: str, columns: Sequence[str]) -> Template:
     """Read a template over ``columns``; :class:`DataError` names the key, the fault and the nearest columns."""
     braces = "write {column} for a column's text, and {{ or }} for a brace"
     try:
-        pieces = list(string.Formatter().parse(text))
+        pieces = list(string.Formatter().parse(with_line_breaks(text)))
     except ValueError as error:
         raise DataError(f"the template {text!r} can't be read: {error}", key, braces) from None
     parts: list[tuple[str, str | None]] = []

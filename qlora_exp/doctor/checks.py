@@ -140,13 +140,13 @@ def cuda_driver() -> Check:
 
 def gpu_neighbours() -> Check:
     """Another process on a card makes memory peaks and speed untrue."""
-    from qlora_exp.workers.devices import inventory
+    from qlora_exp.workers.devices import inventory, nvml_works
 
     if _output("nvidia-smi", "-L") is None:
         return Check("gpu memory", None, "there is no NVIDIA driver on this machine")
     gpus = inventory()
-    if not gpus:
-        return Check("gpu memory", None, "who uses the GPUs can't be seen: pip install 'qlora-exp[gpu]'")
+    if not any(gpu.users for gpu in gpus) and not nvml_works():
+        return Check("gpu memory", None, "who uses the GPUs can't be seen: pip install nvidia-ml-py")
     return _neighbours(gpus)
 
 

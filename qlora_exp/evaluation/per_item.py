@@ -125,7 +125,7 @@ def _predictions(
     if not splits.labels or not results:
         return {}
     summed = option_matrix(results)
-    lengths = np.array([len(splits.label_ids[label]) for label in splits.labels])
+    lengths = np.array([len(splits.option_ids[label]) for label in splits.labels])
     rules = {"": summed, "_normalized": summed / lengths}
     if label_marginal is not None:
         # The floor keeps an option that the model holds for impossible everywhere from winning by a division by 0.

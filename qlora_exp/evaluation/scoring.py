@@ -60,7 +60,7 @@ def evaluate_model(
             generated answers (:mod:`qlora_exp.checks` asks for ``evaluation.generate``).
     """
     further = {name: hub_metric(name) for name in config.evaluation.metrics}
-    trie = OptionTrie.of([splits.label_ids[label] for label in splits.labels]) if splits.labels else None
+    trie = OptionTrie.of([splits.option_ids[label] for label in splits.labels]) if splits.labels else None
     with scoring_mode(model):
         causal = CausalModel(model)
         rule = stop_rule_of(splits, tokenizer, config, causal.base) if config.evaluation.generate else None
@@ -72,7 +72,7 @@ def evaluate_model(
                 estimated_on = score_items(causal, tokenizer, chosen, trie, None, config.evaluation.batch_size)
             label_marginal = dict(zip(splits.labels, marginal(option_matrix(estimated_on)).tolist(), strict=True))
         priors = option_priors(causal, _domain_prompt(tokenizer, splits), trie) if trie is not None else None
-    option_texts = [_text(tokenizer, ids) for ids in trie.options] if trie else []
+    option_texts = [_text(tokenizer, splits.label_ids[label]) for label in splits.labels]
     table = item_table(items, results, splits, label_marginal, priors, option_texts)
     scores = scores_of(split, table, splits.labels, option_texts)
     if rule is not None:

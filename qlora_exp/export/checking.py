@@ -89,7 +89,7 @@ def check_gguf(
 def _longest(asked: Questions, like: PreTrainedModel) -> int:
     """Room for each prompt with its answer, with any label, and with whatever is generated."""
     new = asked.config.evaluation.max_new_tokens or 0
-    labels = max((len(ids) for ids in asked.splits.label_ids.values()), default=0)
+    labels = max((len(ids) for ids in asked.splits.option_ids.values()), default=0)
     completions = max(len(item.completion_ids) + len(item.end_ids) for item in asked.splits.train)
     answers = max(labels, completions, *(len(item.completion_ids) + len(item.end_ids) for item in asked.items))
     longest = max(len(item.prompt_ids) for item in asked.items) + max(answers, new) + 16

@@ -21,6 +21,7 @@ from qlora_exp.config import Config, ExportConfig
 from qlora_exp.errors import ExportError, ModelError, QloraExpError
 from qlora_exp.export.card import export_card
 from qlora_exp.export.checking import Questions, check_gguf, check_merged, not_checked, questions
+from qlora_exp.export.for_others import end_of_answers, stop_at, write_for_version_4
 from qlora_exp.export.gguf_file import check_convertible, write_gguf
 from qlora_exp.export.llama_cpp_runtime import measure
 from qlora_exp.export.phone import answer_phone
@@ -132,6 +133,7 @@ def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callabl
         if settings.formats != ["adapter"]:
             tell("merge")
             merged, fingerprint = models.merged_model(source.config, source.paths.adapter)
+            stop_at(merged, _end(source))
             files = []
             for kind in (name for name in settings.formats if name in BLOCK_TYPES):
                 tell(f"write and check {kind}")
@@ -154,12 +156,18 @@ def _adapter(source: _Source, folder: Path) -> Artefact:
     return Artefact("adapter", "adapter/", _size(target))
 
 
+def _end(source: _Source) -> int | None:
+    """The token with which the run's answers end."""
+    return end_of_answers(source.tokenizer, source.record.plan.format) if source.record.plan else None
+
+
 def _merged(
     source: _Source, merged: PreTrainedModel, folder: Path, asked: Questions | str, settings: ExportConfig
 ) -> Artefact:
     """Written in 16 bits; what is checked is what was written, read back and computed in fp32."""
     target = folder / "merged"
     merged.to(getattr(torch, settings.dtype.value)).save_pretrained(target)
+    write_for_version_4(target)
     check: TaskCheck
     if isinstance(asked, str):
         check = not_checked(asked, settings.tolerance)
@@ -179,7 +187,7 @@ def _gguf(
     settings: ExportConfig,
 ) -> Artefact:
     path = folder / f"model-{kind}.gguf"
-    write_gguf(merged, tokenizer, path, kind, source.record.name)
+    write_gguf(merged, tokenizer, path, kind, source.record.name, _end(source))
     positions = getattr(merged.config, "max_position_embeddings", None)
     context = min(settings.context_tokens, positions or settings.context_tokens)
     runtime = measure(path, context, settings.generated_tokens)

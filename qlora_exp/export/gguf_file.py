@@ -68,13 +68,16 @@ def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
         raise ModelError(f"no GGUF file can be written of this tokenizer: {what}", where, hint)
 
 
-def write_gguf(model: PreTrainedModel, tokenizer: Path, path: Path, kind: str, name: str) -> None:
+def write_gguf(
+    model: PreTrainedModel, tokenizer: Path, path: Path, kind: str, name: str, end_of_turn: int | None = None
+) -> None:
     """Write ``model`` (fp32) and the tokenizer of the folder ``tokenizer`` to ``path``.
 
     Args:
         kind: the block type of the matrices: ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1`` or ``q4_0``. Embeddings and head
             take 8 bits in all of them; vectors, and matrices with rows that are no multiple of 32, stay as they are
             (fp32, fp16).
+        end_of_turn: a token at which llama.cpp stops in addition to EOS.
     """
     import gguf
 
@@ -85,6 +88,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: Path, path: Path, kind: str, n
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_hyperparameters(writer, model.config)
         _add_vocabulary(writer, tokenizer, model.config.vocab_size)
+        if end_of_turn is not None:
+            writer.add_eot_token_id(end_of_turn)
         for tensor_name, values in _tensors(model):
             stored = _type(tensor_name, values, kind)
             writer.add_tensor(tensor_name, gguf.quants.quantize(values, stored), raw_dtype=stored)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from qlora_exp.checks import FOUR_BIT, QUANTIZED
 from qlora_exp.config import Config, Quantization, QuantizationConfig
 from qlora_exp.errors import ModelError
+from qlora_exp.models.causality import check_causal
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
 from qlora_exp.plan import compute_dtype, weight_dtype
 
@@ -78,7 +79,9 @@ def load_model(
     _refuse_unquantized(loaded, quantization.mode, source)
     if quantization.mode in QUANTIZED:
         _let_go_of_file(loaded)
-    return _settle(loaded)
+    if source.gguf_file:  # loaded from memory: PEFT would write the base's name as "None"
+        loaded.name_or_path = source.where
+    return _settle(loaded, source)
 
 
 def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -101,11 +104,15 @@ def shell(base: Base) -> PreTrainedModel:
 
     Trainers wrap ``forward``, add hooks and change flags for good; on a shell that leaves the base untouched.
     """
+    return _shell_of(base.model)
+
+
+def _shell_of(model: PreTrainedModel) -> PreTrainedModel:
     kept: dict[int, Any] = {}
-    for module in base.model.modules():
+    for module in model.modules():
         for shared in _tensors_of(module):
             kept[id(shared)] = shared
-    return copy.deepcopy(base.model, kept)
+    return copy.deepcopy(model, kept)
 
 
 def unquantized_modules(model: nn.Module) -> tuple[str, ...]:
@@ -182,20 +189,20 @@ def _let_go_of_file(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _settle(model: PreTrainedModel) -> PreTrainedModel:
+def _settle(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     """Bring the base into the state in which every forward pass leaves it as it was.
 
     On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at the first forward in eval mode, and training then
     runs through an operation without a gradient: switched off. An 8-bit layer moves its scales at its first forward,
-    and shells taken before that would differ from later ones: done here.
+    and shells taken before that would differ from later ones: done here, by the forward passes of
+    :func:`~qlora_exp.models.causality.check_causal`.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.eval()
-    with torch.no_grad():
-        model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    check_causal(model, source.where, _shell_of)
     return model
 
 

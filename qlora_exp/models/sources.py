@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError, nearest
+from qlora_exp.models.causality import check_configured_causal
 from qlora_exp.models.sizes import check_possible
 from qlora_exp.paths import EMBEDDED
 
@@ -116,6 +117,7 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     if config.model_type in READS_PADDING:
         what = f"{config.model_type} reads padding as text in transformers: rows of a batch would get wrong scores"
         raise ModelError(what, source.where, "give a model that takes an attention mask: Llama, Qwen, Mamba …")
+    check_configured_causal(config, source.where)
     return config
 
 

@@ -30,6 +30,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         raise ModelError(what, source.where, "set eos_token in its tokenizer_config.json")
     _set_pad_token(tokenizer)
     tokenizer.padding_side = "right"
+    # A clean-up takes the spaces before punctuation out of a right answer, and not out of the text it is compared with.
+    tokenizer.clean_up_tokenization_spaces = False
     if model.chat_template or not tokenizer.chat_template:
         tokenizer.chat_template = _template(model)
     return tokenizer

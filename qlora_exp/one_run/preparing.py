@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from qlora_exp import models, plan
 from qlora_exp.config import Config, EvaluationSplit
-from qlora_exp.data import Splits, check_positions, check_vocabulary, load_data, load_rows
+from qlora_exp.data import Splits, check_positions, check_vocabulary, load_data, load_rows, state_of_files
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.evaluation import check_answers
 from qlora_exp.history import EndedRuns
@@ -47,7 +45,7 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
         what = "FlexAttention can't be trained on a CPU: torch has no backward pass of it there"
         raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")
     bases = bases or models.ColdBases()
-    task = (repr(config.task), _state_of_files(config.task.path))
+    task = (repr(config.task), state_of_files(config.task.path) if config.task.path else None)
     rows = bases.kept("rows", task, lambda: load_rows(config.task))
     model = models.model_key(config.model)
     architecture = bases.kept("architecture", model, lambda: models.describe(config.model))
@@ -67,15 +65,6 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     ended = bases.kept("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
     told = predicted(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
     return Prepared(told, modules, tokenizer, splits, architecture)
-
-
-def _state_of_files(path: str | None) -> Hashable:
-    """Sizes and times of change of a local task's files: rows read before are those there now while they are equal."""
-    if path is None:
-        return None
-    place = Path(path).expanduser()
-    files = sorted(place.iterdir()) if place.is_dir() else [place]
-    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
 
 
 def _check_scores_can_be_had(config: Config, splits: Splits) -> None:

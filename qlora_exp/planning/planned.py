@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -173,7 +173,7 @@ class Planner:
         rows = self._counter.of(config) if self._counter is not None else None
         peak = _peak(architecture, names, config, device, rows)
         exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
-        bound = bound_of(self._fit_bytes, config.budget.memory_bytes, device)
+        bound = bound_of(self._fit_bytes, config.budget.memory_bytes, self._shared(device, config))
         verdict = verdict_of(peak, exact, base.total_bytes, bound, device.kind)
         limits = limits_of(config.budget)
         paid, pace = self._cashier.payment(config, device, architecture, names, rows)
@@ -203,6 +203,13 @@ class Planner:
             **vars(verdict),
             notes=tuple(notes_on(config, device, architecture)),
         )
+
+    def _shared(self, device: PlanDevice, config: Config) -> PlanDevice:
+        """The share of this machine's memory that each of a sweep's trials may take."""
+        hosts = config.workers.count if self._hosts and config.workers is not None else None
+        if hosts is None or device.kind != "cpu" or device.memory_bytes is None:
+            return device
+        return replace(device, memory_bytes=device.memory_bytes // hosts)
 
     def _refused_by_budget(self, config: Config, device: PlanDevice, pace: Pace) -> QloraExpError | None:
         try:

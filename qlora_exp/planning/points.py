@@ -15,7 +15,7 @@ from qlora_exp import compose
 from qlora_exp.checks import check
 from qlora_exp.config import Config, EvaluationSplit, Sampler, SweepConfig
 from qlora_exp.errors import ConfigError, Problems, QloraExpError, raise_all
-from qlora_exp.overrides import hydra_value
+from qlora_exp.overrides import has_interpolation, hydra_value
 from qlora_exp.paths import CONF
 from qlora_exp.study.space import grid, is_grid, overrides_of, parse_axes
 from qlora_exp.study.types import Axis, AxisKind
@@ -42,6 +42,8 @@ class Asked:
     trials: int | None
     sampled: bool
     """Whether the points stand for a search between them, rather than being the trials."""
+    fixed_axes: tuple[str, ...] = ()
+    """Overrides that give one value to what the sweep searches."""
 
 
 def points_of(overrides: Sequence[str]) -> Asked:
@@ -50,6 +52,7 @@ def points_of(overrides: Sequence[str]) -> Asked:
     Raises:
         ConfigError, Problems: a misspelt key or choice, a wrong type, too many points.
     """
+    overrides = compose.without_outside(overrides)
     raise_all(compose.problems_of(overrides, multirun=True))
     swept = {compose.key_of(text): text.partition("=")[2] for text in overrides if compose.is_swept(text)}
     fixed = [text for text in overrides if compose.key_of(text) not in swept]
@@ -59,6 +62,7 @@ def points_of(overrides: Sequence[str]) -> Asked:
     texts |= {compose.key_of(text): text.partition("=")[2] for text in fixed if compose.key_of(text) in first.params}
     searched = [text for text in fixed if compose.key_of(text) in texts]
     fixed = [text for text in fixed if text not in searched]
+    fixed_axes = tuple(text for text in searched if text.partition("=")[2] != first.params[compose.key_of(text)])
     raise_all(compose.problems_of([f"{key}={text}" for key, text in first.params.items()], multirun=True))
     axes = parse_axes(texts, first.conditions, lambda group: compose.groups()[group], tuple(swept))
     ladder = first.sampler is Sampler.ladder
@@ -69,22 +73,25 @@ def points_of(overrides: Sequence[str]) -> Asked:
     _refuse_too_many(corners)
     found = grid(corners)
     trials = first.n_trials or (_most_trials(first, fixed, axes) if ladder else len(found) if listed else None)
-    variants = Variants(fixed, None if searched else raw)
+    follows = has_interpolation([axis.values for axis in axes]) or _has_interpolation(raw)
+    variants = Variants(fixed, None if searched else raw, follows)
     points = (variants.point(params) for params in found)
-    return Asked(tuple(map(_on_test, points) if ladder else points), trials, sampled=not listed)
+    return Asked(tuple(map(_on_test, points) if ladder else points), trials, not listed, fixed_axes)
 
 
 class Variants:
     """Configurations that differ from one another in axes' values only. ``fixed``: the overrides of all of them;
-    ``raw``: what Hydra makes of those, where that is known."""
+    ``raw``: what Hydra makes of those, where that is known; ``follows``: whether a setting may be an interpolation,
+    which has another value at each point: Hydra then composes each of them."""
 
-    def __init__(self, fixed: Sequence[str], raw: DictConfig | None = None) -> None:
+    def __init__(self, fixed: Sequence[str], raw: DictConfig | None = None, follows: bool = False) -> None:
         self._fixed = tuple(fixed)
+        self._composer = compose.Composer() if follows else None
         self._groups = frozenset(compose.groups())
         self._bases: dict[tuple[tuple[str, str], ...], Config | QloraExpError] = {}
         self._nodes: dict[tuple[str, str], Any] = {}
         self._values: dict[tuple[str, str], Any] = {}
-        if raw is not None:
+        if raw is not None and not follows:
             with contextlib.suppress(QloraExpError):  # a value may be missing that an axis gives
                 self._begin(compose.built(raw))
 
@@ -105,6 +112,8 @@ class Variants:
         self._bases[tuple(alike)] = base
 
     def _config(self, params: Mapping[str, Any]) -> Config:
+        if self._composer is not None:
+            return compose.built(self._composer.raw([*self._fixed, *overrides_of(params)]))
         chosen = {key: str(value) for key, value in params.items() if key in self._groups}
         base = self._base(chosen)
         values = {key: self._value(key, value) for key, value in params.items() if key not in self._groups}
@@ -179,7 +188,13 @@ def _settings(raw: DictConfig) -> SweepConfig:
     """What a composed configuration says about the search."""
     found = OmegaConf.to_object(raw.sweep)
     assert isinstance(found, SweepConfig)
-    return found
+    return replace(found, params=compose.texts_of(raw.sweep, "params"))
+
+
+def _has_interpolation(raw: DictConfig) -> bool:
+    plain = OmegaConf.to_container(raw, resolve=False)
+    assert isinstance(plain, dict)
+    return any(has_interpolation(value) for key, value in plain.items() if key not in ("sweep", "workers"))
 
 
 def _set(config: Any, key: str, value: Any) -> None:

@@ -60,17 +60,20 @@ class Environment:
     git_dirty: bool | None
     glibc_tunables: str | None = None
     """What the C library's heap was told when the process started; ``None``: nothing."""
+    cuda_visible_devices: str | None = None
+    """The variable of this name: the GPU that the process was limited to. ``None``: it wasn't set."""
 
 
 @dataclass(frozen=True)
 class Process:
     """Which process owns a RUNNING record: ``start_ticks`` and ``boot_id`` tell a reused pid from the same process,
-    ``host`` (a name) whether it can be seen from here at all."""
+    ``host`` (a name) and ``pid_namespace`` (a container's own numbering) whether it can be seen from here at all."""
 
     pid: int
     start_ticks: int | None
     boot_id: str | None
     host: str | None = None
+    pid_namespace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ class Fit:
     """The prediction's, as a share: up to (1 + error) × the bound a trial is tried."""
     kin: int
     """Measured peaks that it was corrected by."""
+    would_fit: str | None = None
+    """Settings that are predicted to fit, where the run is predicted near the bound or above it."""
 
     @property
     def excess(self) -> float:
@@ -209,6 +214,9 @@ class Data:
     ``None``: the template's own defaults do, or no known variable does."""
     chat_date: str | None = None
     """The day that the chat template was given (``task.date``); ``None``: it doesn't ask for the date."""
+    label_end_tokens: int | None = None
+    """Tokens of the end that each label's likelihood includes; 0 unless one label's tokens begin another's. ``None``:
+    no labels, or a record of a version that refused such labels."""
 
 
 @dataclass(frozen=True)

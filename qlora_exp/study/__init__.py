@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from qlora_exp.study.objectives import parse_constraint as parse_constraint
     from qlora_exp.study.objectives import parse_objective as parse_objective
     from qlora_exp.study.objectives import value_of as value_of
+    from qlora_exp.study.retrying import RETRIED as RETRIED
+    from qlora_exp.study.retrying import numbers_text as numbers_text
+    from qlora_exp.study.retrying import retry_trials as retry_trials
     from qlora_exp.study.samplers import check_search as check_search
     from qlora_exp.study.samplers import make_pruner as make_pruner
     from qlora_exp.study.samplers import make_sampler as make_sampler
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from qlora_exp.study.store import Study as Study
 
 _HOMES = {
+    "RETRIED": "retrying",
+    "numbers_text": "retrying",
+    "retry_trials": "retrying",
     "Study": "store",
     "parse_axes": "space",
     "is_grid": "space",

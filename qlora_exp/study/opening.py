@@ -72,7 +72,7 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
         return study
     # A key that only one of them has came or went with another version of this package.
     both = [key for key in asked if key in stored]
-    changes = [f"{key}: {stored[key]} there, {asked[key]} now" for key in both if stored[key] != asked[key]]
+    changes = [f"{key}: {stored[key]} there, {asked[key]} now" for key in both if not _same(key, stored, asked, spec)]
     if changes:
         raise StudyError(
             f"the study {spec.name} exists and asks something else",
@@ -80,6 +80,11 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
             "go on with the same settings, or start another with sweep.name=NAME",
         )
     return study
+
+
+def _same(key: str, stored: dict[str, Any], asked: dict[str, Any], spec: StudySpec) -> bool:
+    """Studies of earlier versions have the text of an interpolation where its value is now."""
+    return bool(stored[key] == asked[key] or stored[key] == spec.interpolated.get(key))
 
 
 def _question(spec: StudySpec) -> dict[str, Any]:

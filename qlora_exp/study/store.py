@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import Failure, RunRecord, Status, to_dict
 from qlora_exp.study import rows
-from qlora_exp.study.attributes import CLAIM, FIXED, HEARTBEAT, MEMORY_RETRIES, RUN, UNCOUNTED, attempt_of, why_lost
+from qlora_exp.study.attributes import CLAIM, FIXED, HEARTBEAT, MEMORY_RETRIES, RUN, UNCOUNTED, Heartbeats, attempt_of
 from qlora_exp.study.distributions import decoded_params, encoded, suggest
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.opening import open_study, rebuild_study
@@ -44,6 +44,7 @@ class Study:
         self._paths = paths
         self._study = study
         self._storage = study._storage
+        self._heartbeats = Heartbeats()
         self._ended: dict[int, LadderTrial] = {}
         self._done: dict[int, bool] = {}
 
@@ -81,7 +82,7 @@ class Study:
         """
         with FileLock(self._paths.lock):
             unfinished = self._unfinished()
-            lost = [(trial, why) for trial in unfinished if (why := why_lost(trial, lease_seconds))]
+            lost = [(trial, why) for trial in unfinished if (why := self._heartbeats.why_lost(trial, lease_seconds))]
             for trial, why in lost:
                 self._take_back(trial, why)
             if not affordable():
@@ -95,6 +96,11 @@ class Study:
             if not self._all_asked():
                 return self._start(None, owner)
         return None
+
+    def others_run(self, lease_seconds: float) -> bool:
+        """Whether a living process runs a trial."""
+        running = [trial for trial in self._unfinished() if trial.state is TrialState.RUNNING]
+        return any(self._heartbeats.why_lost(trial, lease_seconds) is None for trial in running)
 
     def set_run(self, claim: Claim, run_id: str) -> None:
         """Say in which run the trial's artefacts are: later attempts go on there."""

@@ -103,6 +103,9 @@ class StudySpec:
     """Those of ``overrides`` that make a trial what it is, key → value: with a trial's axes, its configuration."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What all trials have alike, key → value, secrets redacted: a study goes on with the same alone."""
+    interpolated: dict[str, str] = field(default_factory=dict)
+    """Those of ``settings`` that were written as interpolations, key → text; ``settings`` has their values, unless a
+    trial's axes change them."""
     ladder: LadderSpec | None = None
     """Only with the sampler ``ladder``."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qlora_exp import budget, compose, rank_doubling, study
 from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.errors import ConfigError, RecordError, raise_all
+from qlora_exp.overrides import has_interpolation
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.redaction import redact
 from qlora_exp.study.spec_file import STORAGE_VARIABLE, read_spec
@@ -31,8 +34,11 @@ NOT_NAMING = (
     *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
     *("sweep.n_trials", "sweep.max_failures", "sweep.max_attempts"),
     *OF_THE_STUDY,
+    "budget.force",
 )
 """What may change while a study goes on: the command still means the same study."""
+LIVE = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
+"""Interpolations in these stay as they are: they may hold a password, or are read on their own."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Asked:
     tracking: TrackingConfig
     config: DictConfig
     """Composed without the axes."""
+    fixed_axes: tuple[str, ...] = ()
+    """Overrides that give one value to what the sweep searches."""
 
 
 def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> Asked:
@@ -56,18 +64,27 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     Raises:
         ConfigError, Problems: nothing was started.
     """
+    overrides, as_written = _as_it_is_now(overrides)
     raise_all(compose.problems_of(overrides, multirun=True))
     swept = {compose.key_of(text): text.partition("=")[2] for text in overrides if compose.is_swept(text)}
     fixed = [text for text in overrides if compose.key_of(text) not in swept]
     raw = compose.compose_raw(fixed)
-    settings = settings_of(raw.sweep, SweepConfig)
+    settings = _settings(raw)
     if settings.name is not None and not settings.name.strip():
         raise ConfigError("a study's name can't be empty", "sweep.name", "sweep.name=NAME, or null: by its command")
-    declared = {**(params or {}), **settings.params}
+    declared = {key: _axis_now(key, text) for key, text in {**(params or {}), **settings.params}.items()}
     texts = {**declared, **swept}
     # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
     texts |= {compose.key_of(text): text.partition("=")[2] for text in fixed if compose.key_of(text) in texts}
+    searched = [text for text in fixed if compose.key_of(text) in texts]
+    fixed_axes = [t for t in fixed if t.partition("=")[2] != declared.get(compose.key_of(t), t.partition("=")[2])]
     fixed = [text for text in fixed if compose.key_of(text) not in texts]
+    naming = [as_written.get(text, text) for text in with_absolute_places(fixed, raw)]
+    from_files = compose.settings_from_outside(raw, (*LIVE, *texts))
+    texts_now_fixed = _texts_replaced(as_written, raw, from_files)
+    if from_files:
+        fixed += study.overrides_of(from_files)
+        raw = compose.compose_raw([*fixed, *searched])
     fixed = with_absolute_places(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
     axes = tuple(with_absolute_places_on(axis) for axis in _axes(texts, settings, narrowed))
@@ -76,9 +93,10 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     if ladder is not None:
         axes = (*axes, *study.own_axes(ladder))
     output_root = OutputPaths.of(str(raw.output_root))
-    name = settings.name or _name(fixed, swept)
+    name = settings.name or _name(naming, {key: _value_text(as_written[f"{key}={swept[key]}"]) for key in swept})
     paths = output_root.study(name)
     earlier = _earlier(paths, name)
+    alike, interpolated = _alike(raw, axes)
     spec = StudySpec(
         name=name,
         question=settings.question,
@@ -93,7 +111,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         pruner_options=dict(settings.pruner_options),
         n_trials=_n_trials(settings, points, ladder, name),
         seed=settings.seed,
-        enqueue=tuple({key: absolute(key, value) for key, value in point.items()} for point in settings.enqueue),
+        enqueue=tuple(_enqueued(point) for point in settings.enqueue),
         warm_start=tuple(settings.warm_start),
         storage=_storage(settings, output_root),
         output_root=str(output_root.root),
@@ -103,7 +121,8 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         synthetic=raw.training.engine is Engine.sleep,
         space={axis.key: axis.text for axis in axes},
         fixed={compose.key_of(text): compose.value_of(text) for text in _of_a_run(fixed)},
-        settings=_alike(raw, axes),
+        settings=alike,
+        interpolated=interpolated | texts_now_fixed,
         ladder=ladder,
     )
     compose.check_points([*spec.overrides, *point] for point in _points_to_check(axes))
@@ -112,13 +131,63 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     if not paths.created.exists():
         study.check_earlier(spec)
     workers, tracking = settings_of(raw.workers, WorkersConfig), settings_of(raw.tracking, TrackingConfig)
-    return Asked(spec, paths, settings, workers, tracking, raw)
+    return Asked(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes))
+
+
+def _as_it_is_now(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """``overrides`` with what they read from outside the configuration in its place, and each as it was written."""
+    kept = [text for text in overrides if _belongs(_key_text(text), LIVE)]
+    now = compose.without_outside([text for text in overrides if text not in kept])
+    changed = iter(now)
+    found = [text if text in kept else next(changed) for text in overrides]
+    return found, dict(zip(found, overrides, strict=True))
+
+
+def _texts_replaced(as_written: Mapping[str, str], raw: DictConfig, from_files: Collection[str]) -> dict[str, str]:
+    """Key → text of each setting whose interpolation has been replaced by its value."""
+    plain = dict(flat(OmegaConf.to_container(raw, enum_to_str=True))) if from_files else {}
+    changed = [text for now, text in as_written.items() if now != text and not compose.is_swept(text)]
+    given = {compose.key_of(text): str(compose.value_of(text)) for text in changed}
+    texts: dict[str, str] = redact({key: str(plain[key]) for key in from_files} | given)
+    return texts
+
+
+def _key_text(text: str) -> str:
+    return text.lstrip("+~").partition("=")[0]
+
+
+def _value_text(text: str) -> str:
+    return text.partition("=")[2]
+
+
+def _axis_now(key: str, text: str) -> str:
+    [now] = compose.without_outside([f"{key}={text}"])
+    return _value_text(now)
+
+
+def _enqueued(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: absolute(key, compose.value_now(value, f"sweep.enqueue: {key}")) for key, value in point.items()}
+
+
+def _settings(raw: DictConfig) -> SweepConfig:
+    """What a composed configuration says about the search. Axes and enqueued points stay as they were written: what
+    they name may be an axis, and then each trial has another value of it."""
+    params, enqueue = compose.texts_of(raw.sweep, "params"), compose.texts_of(raw.sweep, "enqueue")
+    plain = copy.deepcopy(raw)
+    OmegaConf.update(plain, "sweep.params", {}, merge=False)
+    OmegaConf.update(plain, "sweep.enqueue", [], merge=False)
+    settings: SweepConfig = settings_of(plain.sweep, SweepConfig)
+    return replace(settings, params=params, enqueue=enqueue)
 
 
 def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
     """What ``qlora-exp run`` needs to run a trial's configuration by itself, wherever it is called."""
     searched = [text for text in spec.overrides if compose.key_of(text) == compose.SEARCH_PATH]
-    return [*searched, *_of_a_run(spec.overrides), *study.overrides_of(params)]
+    # A file of sweeps/ may set what a run doesn't look at from the environment: without its value nothing composes.
+    kept = [text for text in spec.overrides if compose.key_of(text) in spec.interpolated]
+    of_a_run = _of_a_run(spec.overrides)
+    kept = [text for text in kept if text not in of_a_run]
+    return [*searched, *of_a_run, *kept, *study.overrides_of(params)]
 
 
 def _of_a_run(overrides: Sequence[str]) -> list[str]:
@@ -162,11 +231,32 @@ def _belongs(key: str, names: Sequence[str]) -> bool:
     return compose.is_hydra(key) or any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _alike(raw: DictConfig, axes: Sequence[Axis]) -> dict[str, Any]:
-    """What every trial has alike, key → value, as far as it can change a trial's result."""
-    free = (*NOT_SWEPT, "budget", "name", *(axis.key for axis in axes))
+def _alike(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What every trial has alike, key → value, as far as it can change a trial's result; and the settings among them
+    that are written as interpolations, key → text."""
+    searched = [axis.key for axis in axes]
+    free = (*NOT_SWEPT, "budget", "name", *searched)
+    names = [*searched, *(["training"] if "model" in searched else [])]  # conf/model_training/ follows the model
     plain = OmegaConf.to_container(raw, enum_to_str=True)
-    return {key: absolute(key, value) for key, value in flat(redact(plain)) if not _belongs(key, free)}
+    alike, interpolated = {}, {}
+    for key, value in flat(redact(plain)):
+        if _belongs(key, free):
+            continue
+        if has_interpolation(value):
+            interpolated[key] = str(value)
+            value = value if compose.depends_on(raw, value, names) else redact(_resolved(raw, key))
+        alike[key] = absolute(key, value)
+    return alike, interpolated
+
+
+def _resolved(raw: DictConfig, key: str) -> Any:
+    try:
+        value = OmegaConf.select(raw, key)
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise ConfigError(what, key, f"{key}=VALUE, without ${{…}}") from None
+    value = OmegaConf.to_container(value, resolve=True, enum_to_str=True) if OmegaConf.is_config(value) else value
+    return value.name if isinstance(value, Enum) else value
 
 
 def _sampler(sampler: Sampler, grid: bool) -> str:

@@ -5,26 +5,28 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig
 
-from qlora_exp import compose, rank_doubling, study
+from qlora_exp import compose, rank_doubling, signals, streams, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
 from qlora_exp.budget import Purse, budget_of, check_energy
 from qlora_exp.config import BudgetConfig, WorkersConfig
 from qlora_exp.errors import QloraExpError, StudyError, unwritable
 from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW
 from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.ranks import one_rank_only
 from qlora_exp.records import Status, from_dict, to_dict
 from qlora_exp.standing import Watch, best_table, predicted_memory, show_progress, tracked
 from qlora_exp.study.spec_file import read_spec, storage_of, without_secrets, write_spec
 from qlora_exp.study.types import Counts, StudySpec
+from qlora_exp.sweep import ending
 from qlora_exp.sweep.asking import Asked, ask, settings_of
 from qlora_exp.sweep.buying import check_memory, what_it_buys
-from qlora_exp.sweep.orchestration import orchestrating
+from qlora_exp.sweep.orchestration import Orchestration, orchestrating, wait_for_others
 from qlora_exp.tables import bytes_text
 from qlora_exp.workers.early import started_early
 
@@ -32,21 +34,23 @@ Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job, returns when all have ended; the results have Hydra's ``return_value``."""
 
 
-def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], params: Mapping[str, str], launcher: Any) -> None:
-    """Hydra's door: ``arguments`` are the command line's overrides, ``params`` those of ``hydra.sweeper.params``.
+def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any) -> None:
+    """Hydra's door: ``arguments`` are the command line's overrides. ``hydra.sweeper.params`` are read as they were
+    written, since an axis may change what they name.
 
     Leaves by :class:`~qlora_exp.app.Ended`: Hydra drops what a sweeper returns.
     """
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
-    hydra = [text for text in config.hydra.overrides.hydra if not text.startswith(("hydra.mode=", compose.SEARCH_PATH))]
-    given = [text for text in config.hydra.overrides.hydra if text.startswith(compose.SEARCH_PATH)]
+    texts = compose.texts_of(config.hydra.overrides, "hydra")
+    hydra = [text for text in texts if not text.startswith(("hydra.mode=", compose.SEARCH_PATH))]
+    given = [text for text in texts if text.startswith(compose.SEARCH_PATH)]
     own = compose.search_folders(given)[1:]
     if own:
         hydra.append(compose.search_path(own))
     asked = None
     try:
-        asked = ask([*arguments, *hydra], params)
+        asked = ask([*arguments, *hydra], compose.texts_of(config.hydra.sweeper, "params"))
         job = config.hydra.job
         here = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
         code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), here)
@@ -87,27 +91,31 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
         check_memory(asked)
     purse = Purse(budget, OutputPaths.of(spec.output_root))
     with contextlib.ExitStack() as held:
-        first = held.enter_context(orchestrating(paths, spec.name, asked.sweep.join))
+        duty = held.enter_context(orchestrating(paths, spec.name, asked.sweep.join, asked.workers))
         if here:
             held.enter_context(started_early(asked.config, asked.workers, paths, spec.n_trials))
         opened = study.Study.open(spec, paths, spec.storage)
         write_spec(spec, paths)
+        held.callback(_tell_not_delivered, asked, opened)
         if _is_complete(opened.counts()):
             print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
-            with _tracked(asked, opened, first and not _end_is_told(paths), purse) as tracker:
-                if tracker is not None:
-                    tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
+            with _concluding(asked, opened, duty, purse):
                 return _conclude(opened, spec, paths, purse, budget)
         bought = [f"\n  {text}" for text in what_it_buys(asked, opened, purse)]
         print(_announcement(asked, opened.counts()), *bought, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
             rank_doubling.announce(spec, asked.sweep.ladder)
-        with _tracked(asked, opened, first, purse) as tracker:
+        with contextlib.ExitStack() as told:
+            shares = not duty.held
+            tracker = told.enter_context(_tracked(asked, opened, duty, purse))
             with Watch(spec, opened, paths, tracker):
-                code = _launch(launch, jobs_of(asked), spec.name)
-            if code == EXIT_INTERRUPTED:
-                _conclude(opened, spec, paths, purse, budget)
-            return code or _conclude(opened, spec, paths, purse, budget)
+                code = _launch(launch, asked, opened)
+            if shares:
+                told.enter_context(_concluding(asked, opened, duty, purse))
+            if code not in (EXIT_COMPLETED, EXIT_INTERRUPTED):
+                return code
+            conclusion = _conclude(opened, spec, paths, purse, budget)
+            return conclusion if _is_complete(opened.counts()) else code or conclusion
 
 
 def work(raw: Any, overrides: Sequence[str]) -> Any:
@@ -115,14 +123,19 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
     that any launcher can carry it to another machine that shares the folder."""
     from qlora_exp.workers import run_worker
 
+    streams.keep_writing()  # a launcher may have brought this job to a process of its own
     paths = OutputPaths.of(str(raw.output_root)).study(str(raw.sweep.name))
     spec, workers = read_spec(paths), settings_of(raw.workers, WorkersConfig)
     # The file holds no secrets; the command line that brought this job here does.
     own = [text for text in overrides if not text.startswith(("workers.job=", "sweep.name=", "sweep.storage="))]
     kept = [text for text in spec.overrides if compose.is_hydra(compose.key_of(text))]
     try:
+        one_rank_only()
         spec = replace(spec, overrides=(*own, *kept), storage=storage_of(spec, raw.sweep.storage))
-        return run_worker(spec, paths, workers, int(raw.workers.job))
+        result = run_worker(spec, paths, workers, int(raw.workers.job))
+        if result.by_signal and ending.asked_here():
+            raise Ended(EXIT_INTERRUPTED)
+        return result
     except QloraExpError as error:
         tell(error)
         raise Ended(error.exit_code) from None
@@ -138,11 +151,14 @@ def jobs_of(asked: Asked) -> list[list[str]]:
     return [[*own, *study.overrides_of(named), f"workers.job={job}"] for job in range(asked.workers.jobs)]
 
 
-def _launch(launch: Launch, jobs: list[list[str]], name: str) -> int:
-    """Run the jobs to their end. An exit code other than 0: a worker that could not work at all, or was killed."""
-    code = EXIT_COMPLETED
+def _launch(launch: Launch, asked: Asked, opened: Any) -> int:
+    """Run the jobs to their end. An exit code other than 0: the study isn't complete, and a worker could not work at
+    all, or was lost."""
+    name, code = asked.spec.name, EXIT_COMPLETED
+    problems: list[QloraExpError] = []
     try:
-        results = launch(jobs)
+        with ending.passed_on(asked.paths):
+            results = launch(jobs_of(asked))
     except Ended as ended:
         return ended.code
     except KeyboardInterrupt:
@@ -150,21 +166,43 @@ def _launch(launch: Launch, jobs: list[list[str]], name: str) -> int:
     except Exception as error:  # every launcher has its own for a job that was killed
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         hint = f"qlora-exp resume {name} goes on with it"
-        tell(StudyError(f"the launcher lost a worker: {reason}", f"study {name}", hint))
-        return EXIT_RUN_FAILED
+        code = EXIT_RUN_FAILED
+        problems.append(StudyError(f"the launcher lost a worker: {reason}", f"study {name}", hint))
+        results = []
+        wait_for_others(opened, asked.workers)
     for result in results:
         try:
             _ = result.return_value
         except QloraExpError as error:
-            tell(error)
+            problems.append(error)
             code = error.exit_code
+    if code and _is_complete(opened.counts()):
+        for problem in problems:
+            print(f"{problem.what}; the other workers completed the study", file=sys.stderr, flush=True)
+        return EXIT_COMPLETED
+    for problem in problems:
+        tell(problem)
     return code
 
 
 @contextlib.contextmanager
-def _tracked(asked: Asked, opened: Any, wanted: bool, purse: Purse) -> Iterator[Any]:
-    """The study's tracker, told of the end however that comes; what killed hosts could not deliver goes before it."""
-    if not (wanted and asked.tracking.enabled):
+def _concluding(asked: Asked, opened: Any, duty: Orchestration, purse: Purse) -> Iterator[None]:
+    """Tell the study's tracker of its end where nobody has: the process that held the study is gone."""
+    status = _status(opened.counts(), purse.short(opened.trials()) is not None)
+    if not duty.inherits() or _end_is_told(asked.paths, status):
+        yield
+        return
+    with _tracked(asked, opened, duty, purse) as tracker:
+        if tracker is not None:
+            tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
+        yield
+
+
+@contextlib.contextmanager
+def _tracked(asked: Asked, opened: Any, duty: Orchestration, purse: Purse) -> Iterator[Any]:
+    """The study's tracker, told of the end however that comes; what killed hosts could not deliver goes before it.
+    None for a process that shares the work, and no end from one whose place another has taken."""
+    if not (duty.held and asked.tracking.enabled):
         yield None
         return
     from qlora_exp import tracking
@@ -173,18 +211,45 @@ def _tracked(asked: Asked, opened: Any, wanted: bool, purse: Purse) -> Iterator[
     tracker = tracking.StudyTracker(asked.tracking, outputs, asked.spec.name)
     try:
         tracker.start(from_dict(tracking.StudyDefinition, to_dict(without_secrets(asked.spec))))
-        yield tracker
+        yield _WhileHeld(tracker, duty)
     finally:
-        told = [row.run_id for row in opened.trials() if row.run_id is not None and row.status is not None]
-        tracking.deliver_runs(outputs, told, asked.tracking.uri)
-        tracker.finish(_status(opened.counts(), purse.short(opened.trials()) is not None))
+        with signals.held_back("the study is being delivered to MLflow; Ctrl-C again: leave that to qlora-exp sync"):
+            own = [row.run_id for row in opened.trials() if row.run_id is not None]
+            tracking.deliver_runs(outputs, own, asked.tracking.uri)
+            if duty.held:
+                tracker.finish(_status(opened.counts(), purse.short(opened.trials()) is not None))
 
 
-def _end_is_told(paths: StudyPaths) -> bool:
-    from qlora_exp.tracking import read_state
+@dataclass(frozen=True)
+class _WhileHeld:
+    """A study's tracker that falls silent when another process takes the study over."""
+
+    tracker: Any
+    duty: Orchestration
+
+    def update(self, *how_it_stands: Any) -> None:
+        if self.duty.held:
+            self.tracker.update(*how_it_stands)
+
+
+def _tell_not_delivered(asked: Asked, opened: Any) -> None:
+    """The last line of a sweep, whatever ended it."""
+    if not asked.tracking.enabled:
+        return
+    from qlora_exp.tracking import not_delivered
+
+    with contextlib.suppress(Exception):  # a storage that is gone: that has been told
+        runs = [row.run_id for row in opened.trials() if row.run_id is not None]
+        missing = not_delivered(OutputPaths(asked.paths.folder.parent.parent), runs, asked.spec.name)
+        if missing is not None:
+            print(missing, flush=True)
+
+
+def _end_is_told(paths: StudyPaths, status: Status) -> bool:
+    from qlora_exp.tracking import read_state, told_status
 
     state = read_state(paths)
-    return state is not None and state.delivered
+    return state is not None and state.delivered and told_status(paths) is status
 
 
 def _is_complete(counts: Counts) -> bool:
@@ -202,6 +267,7 @@ def _announcement(asked: Asked, counts: Counts) -> str:
     synthetic = "SYNTHETIC " if spec.synthetic else ""
     gone_on = f", {counts.finished} of them done" if counts.finished else ""
     axes = " × ".join(f"{axis.key}={axis.text}" for axis in spec.axes) or "no axes"
+    axes += "".join(f"\n  {text} on the command line fixes an axis of the sweep" for text in asked.fixed_axes)
     search = f"{spec.sampler}, pruner {spec.pruner}"
     at_most = "at most " if spec.ladder is not None else ""
     return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{gone_on} ({search})\n  {axes}"
@@ -239,6 +305,8 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse, bud
     if best:
         print(f"  qlora-exp best {name}{option}")
     print(f"  qlora-exp trials {name} --csv{option}")
+    if counts.failed:
+        print(f"  qlora-exp resume {name} --retry failed{option}")
     return EXIT_COMPLETED if counts.completed and not opened.failures_reached() else EXIT_RUN_FAILED
 
 

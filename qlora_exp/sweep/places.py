@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp import compose, study
 from qlora_exp.config import absolute_path, absolute_store
-from qlora_exp.overrides import hydra_value
+from qlora_exp.overrides import has_interpolation, hydra_value
 from qlora_exp.study.types import Axis
 
 FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.uri", "sweep.storage")
@@ -19,9 +21,23 @@ FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.u
 
 def with_absolute_places(fixed: Sequence[str], raw: DictConfig) -> list[str]:
     """``fixed``, and what a file of sweeps/ sets, so that they mean the same places from every folder."""
-    places = {key: OmegaConf.select(raw, key) for key in (*FILES, *STORES)}
+    places = {key: _written(raw, key) for key in (*FILES, *STORES)}
     changed = {key: absolute(key, value) for key, value in places.items() if value != absolute(key, value)}
     return [*(text for text in fixed if compose.key_of(text) not in changed), *study.overrides_of(changed)]
+
+
+def _written(raw: DictConfig, key: str) -> Any:
+    """The setting as it was written: an axis may change what an interpolation in it names. One that begins with an
+    interpolation is left alone, unless that gives a relative path."""
+    section, _, name = key.rpartition(".")
+    value = compose.texts_of(raw[section], name) if raw[section] is not None else None
+    if isinstance(value, str) and value.startswith("${") and key in FILES:
+        try:
+            shown = OmegaConf.select(raw, key)
+        except OmegaConfBaseException:
+            return value
+        return value if shown == absolute(key, shown) else f"./{value}"
+    return value
 
 
 def with_absolute_places_on(axis: Axis) -> Axis:
@@ -30,6 +46,11 @@ def with_absolute_places_on(axis: Axis) -> Axis:
 
 
 def absolute(key: str, value: Any) -> Any:
-    if key in FILES and isinstance(value, str):
+    """``value`` of the setting ``key``; a place that begins with an interpolation stays as it is."""
+    if not isinstance(value, str) or value.startswith("${"):
+        return value
+    if key in FILES and has_interpolation(value):
+        return os.path.join(os.getcwd(), os.path.expanduser(value.removeprefix("./")))
+    if key in FILES:
         return absolute_path(value)
-    return absolute_store(value) if key in STORES and isinstance(value, str) else value
+    return absolute_store(value) if key in STORES else value

@@ -9,10 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_exp.tracking.pending import not_delivered as not_delivered
+    from qlora_exp.tracking.pending import root_option as root_option
     from qlora_exp.tracking.state import TrackingState as TrackingState
     from qlora_exp.tracking.state import read_state as read_state
     from qlora_exp.tracking.study import StudyTracker as StudyTracker
     from qlora_exp.tracking.study import deliver_report as deliver_report
+    from qlora_exp.tracking.study import told_status as told_status
     from qlora_exp.tracking.study_view import StudyDefinition as StudyDefinition
     from qlora_exp.tracking.study_view import TrialRow as TrialRow
     from qlora_exp.tracking.synchronise import SyncReport as SyncReport
@@ -27,9 +30,12 @@ if TYPE_CHECKING:
     from qlora_exp.tracking.ui import ui_environment as ui_environment
 
 _HOMES = {
+    "not_delivered": "pending",
+    "root_option": "pending",
     "Tracker": "tracker",
     "StudyTracker": "study",
     "deliver_report": "study",
+    "told_status": "study",
     "StudyDefinition": "study_view",
     "TrialRow": "study_view",
     "sync": "synchronise",

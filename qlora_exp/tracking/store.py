@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import shlex
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -172,7 +173,8 @@ def _connect(store: Store) -> OpenStore:
         raise TrackingError(
             f"the tracking store can't be opened: {reason(error)}",
             store.shown_uri,
-            "start it, correct tracking.uri, or run with tracking=off and qlora-exp sync later",
+            "start it, name another (tracking.uri=URI, of sync --uri URI), or run with tracking=off and qlora-exp sync "
+            "later",
         ) from error
 
 
@@ -191,13 +193,15 @@ def _experiment_id(client: MlflowClient, store: Store) -> str:
         raise TrackingError(
             f"the experiment {store.experiment!r} was deleted in MLflow",
             "tracking.experiment",
-            f"restore it (mlflow experiments restore -x {experiment.experiment_id}) or use another name",
+            f"restore it: MLFLOW_TRACKING_URI={shlex.quote(store.shown_uri)} mlflow experiments restore -x "
+            f"{experiment.experiment_id}; or use another: tracking.experiment=NAME, of sync --experiment NAME",
         )
     if not store.is_server and str(experiment.artifact_location).startswith("mlflow-artifacts:"):
         raise TrackingError(
             f"the experiment {store.experiment!r} was made by a server, and only a server can write its artifacts",
             "tracking.experiment",
-            "use another tracking.experiment, or tracking.uri=http://127.0.0.1:PORT of that server",
+            "use another: tracking.experiment=NAME, of sync --experiment NAME; or that server: "
+            "tracking.uri=http://127.0.0.1:PORT, of sync --uri http://127.0.0.1:PORT",
         )
     if store.database is not None and store.artifacts is not None:
         bring_along(store.database, str(experiment.artifact_location), store.artifacts)
@@ -245,8 +249,11 @@ def _check_sqlite(database: Path) -> None:
         finally:
             connection.close()
     except sqlite3.Error as error:
+        hint = "move it away (qlora-exp sync rebuilds it from the run folders) or set tracking.uri"
+        if "locked" in str(error):
+            hint = "end the process that uses it, or run with tracking=off and qlora-exp sync later"
         raise TrackingError(
             f"the tracking database can't be used: {error}",
             str(database),
-            "move it away (qlora-exp sync rebuilds it from the run folders) or set tracking.uri",
+            hint,
         ) from None

@@ -17,6 +17,7 @@ from mlflow.entities import LifecycleStage, Metric, RunTag, ViewType
 from qlora_exp.config import TrackingConfig
 from qlora_exp.environment import alive, process_identity
 from qlora_exp.errors import RecordError
+from qlora_exp.lease import held
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import RunRecord, Status, from_dict, write_json
 from qlora_exp.tracking import study_view
@@ -141,9 +142,25 @@ def read_summary(paths: StudyPaths) -> StudySummary | None:
         summary = from_dict(StudySummary, json.loads(paths.summary.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecordError):
         return None
-    if summary.status is Status.RUNNING and (summary.process is None or not alive(summary.process)):
+    if summary.status is Status.RUNNING and not _is_worked_on(summary, paths):
         return replace(summary, status=Status.INTERRUPTED, process=None)
     return summary
+
+
+def told_status(paths: StudyPaths) -> Status | None:
+    """The status that the tracking store was last told; ``None``: nothing was."""
+    summary = read_summary(paths)
+    return summary.status if summary is not None else None
+
+
+def _is_worked_on(summary: StudySummary, paths: StudyPaths) -> bool:
+    if summary.process is None:
+        return False
+    living = alive(summary.process)
+    if living is None:  # on another machine: its lease decides
+        lease = held(paths.orchestrator)
+        return lease is not None and lease.process == summary.process
+    return living
 
 
 def read_answers(paths: StudyPaths) -> list[str]:

@@ -15,9 +15,11 @@ from qlora_exp.config import TrackingConfig
 from qlora_exp.environment import alive
 from qlora_exp.errors import QloraExpError, RecordError, TrackingError
 from qlora_exp.history import run_folders
+from qlora_exp.out_of_memory import killed_for_memory
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import Failure, RunRecord, Status, read_record, write_json
 from qlora_exp.redaction import REDACTED
+from qlora_exp.tracking.pending import root_option, sync_command
 
 if TYPE_CHECKING:
     from qlora_exp.tracking.store import OpenStore, Store
@@ -48,21 +50,22 @@ class SyncReport:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def sync(output_root: str | Path, uri: str | None = None) -> SyncReport:
+def sync(output_root: str | Path, uri: str | None = None, experiment: str | None = None) -> SyncReport:
     """Deliver every ended run under ``output_root`` that its store lacks, wholly or in part.
 
     Doing it twice adds nothing. ``uri`` takes the place of the records' own ``tracking.uri`` (needed where that held a
-    password: records keep it redacted). Raises :class:`TrackingError` only for a ``uri`` that can't be meant; a store
-    that doesn't answer is in the report's ``failed``.
+    password: records keep it redacted), ``experiment`` that of their ``tracking.experiment``. Raises
+    :class:`TrackingError` only for a ``uri`` that can't be meant; a store that doesn't answer is in the report's
+    ``failed``.
     """
     output = OutputPaths.of(output_root)
     if not output.runs.is_dir():
         return SyncReport()
-    if uri is not None:
-        _locate(TrackingConfig(True, uri, DEFAULT_EXPERIMENT, DEFAULT_TIMEOUT_SECONDS), output)
+    if uri is not None or experiment is not None:
+        _locate(TrackingConfig(True, uri, experiment or DEFAULT_EXPERIMENT, DEFAULT_TIMEOUT_SECONDS), output)
     repaired = tuple(_repair_records(output).values())
     with FileLock(output.root / "sync.lock"):
-        return replace(_Sync(output, uri).deliver(), repaired=repaired)
+        return replace(_Sync(output, uri, experiment=experiment).deliver(), repaired=repaired)
 
 
 def repair(output_root: str | Path) -> tuple[str, ...]:
@@ -86,6 +89,8 @@ def deliver_runs(output: OutputPaths, run_ids: Iterable[str], uri: str | None = 
     asked where something is missing. ``uri`` as for :func:`sync`."""
     missing = {paths.folder.name for run_id in run_ids if not _is_delivered(paths := output.run(run_id))}
     if missing:
+        with contextlib.suppress(OSError):
+            _repair_records(output, missing)
         with contextlib.suppress(OSError), FileLock(output.root / "sync.lock"):
             _Sync(output, uri, patience_seconds=HOST_SECONDS).deliver(only=missing)
 
@@ -109,8 +114,11 @@ class _Sync:
     """One pass over the run folders. A store that failed is not tried again: each try costs its timeout.
     ``patience_seconds``: how long to wait for another process that delivers a run just then."""
 
-    def __init__(self, output: OutputPaths, uri: str | None, patience_seconds: float = 60.0) -> None:
+    def __init__(
+        self, output: OutputPaths, uri: str | None, patience_seconds: float = 60.0, experiment: str | None = None
+    ) -> None:
         self._patience_seconds = patience_seconds
+        self._experiment = experiment
         self._output = output
         self._uri = uri
         self._opened: dict[Store, OpenStore] = {}
@@ -179,7 +187,9 @@ class _Sync:
             why = reason(error)
             self._forget_if_gone(store)
             write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, error=why))
-            raise TrackingError(f"not delivered: {why}", store.shown_uri, "qlora-exp sync tries again") from None
+            raise TrackingError(
+                f"not delivered: {why}", store.shown_uri, sync_command(self._output) + " tries again"
+            ) from None
         write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, delivered=True, record_digest=digest))
         return "delivered"
 
@@ -219,7 +229,9 @@ class _Sync:
         from qlora_exp.tracking.store import bounded_calls, open_store, reason
 
         if store in self._broken:
-            raise TrackingError(f"not delivered: {self._broken[store]}", store.shown_uri, "qlora-exp sync tries again")
+            raise TrackingError(
+                f"not delivered: {self._broken[store]}", store.shown_uri, sync_command(self._output) + " tries again"
+            )
         if store not in self._opened:
             try:
                 opened = open_store(store)
@@ -228,10 +240,11 @@ class _Sync:
                 self._opened[store] = opened
             except Exception as error:  # every backend raises its own kinds
                 self._broken[store] = reason(error)
-                raise TrackingError(
-                    f"not delivered: {reason(error)}", store.shown_uri, "qlora-exp sync tries again"
-                ) from None
+                raise self._failed(self._broken[store], store) from None
         return self._opened[store]
+
+    def _failed(self, why: str, store: Store) -> TrackingError:
+        return TrackingError(f"not delivered: {why}", store.shown_uri, f"{sync_command(self._output)} tries again")
 
     def _forget_if_gone(self, store: Store) -> None:
         """After a failed delivery: is it the store (then the others need not try), or only this run?"""
@@ -249,20 +262,23 @@ class _Sync:
             raise TrackingError(
                 "the record keeps tracking.uri without its password",
                 uri,
-                "qlora-exp sync tracking.uri=…, or leave the password to MLFLOW_TRACKING_USERNAME and …_PASSWORD",
+                f"qlora-exp sync{root_option(self._output)} --uri URI, with the password in the URI or in the "
+                "environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
             )
         return TrackingConfig(
             enabled=True,
             uri=uri,
-            experiment=raw.get("experiment") or DEFAULT_EXPERIMENT,
+            experiment=self._experiment or raw.get("experiment") or DEFAULT_EXPERIMENT,
             timeout_seconds=float(raw.get("timeout_seconds") or DEFAULT_TIMEOUT_SECONDS),
         )
 
 
-def _repair_records(output: OutputPaths) -> dict[str, str]:
+def _repair_records(output: OutputPaths, only: Set[str] | None = None) -> dict[str, str]:
     """Run ids of the repaired, by folder name."""
     repaired = {}
     for paths in run_folders(output):
+        if only is not None and paths.folder.name not in only:
+            continue
         try:
             record = read_record(paths.record)
         except RecordError:
@@ -282,7 +298,8 @@ def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
     return record.replace(
         status=Status.INTERRUPTED,
         ended_at=last,
-        failure=Failure(
+        failure=killed_for_memory(record, None, None)
+        or Failure(
             kind="ProcessDied",
             message=f"{pid} ended without finishing the run (killed, out of memory, or the machine stopped); "
             f"its last sign of life was at {last}",

@@ -12,6 +12,9 @@ from qlora_exp import heap
 from qlora_exp.config import DeviceChoice, Engine
 from qlora_exp.environment import available_cores
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
+from qlora_exp.gpus import VARIABLE
+from qlora_exp.gpus import cards as cards_here
+from qlora_exp.gpus import visible as visible_gpus
 from qlora_exp.records import write_json
 
 
@@ -26,7 +29,7 @@ class GpuUser:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as NVML tells of it."""
+    """One GPU, with the processes that use it where NVML tells of them."""
 
     index: int
     uuid: str
@@ -46,26 +49,13 @@ def assign(
 
     Raises :class:`ConfigError` or :class:`Problems` naming whoever holds memory on one of the GPUs that would be used.
     """
-    usable = _visible(gpus, visible)
+    usable = visible_gpus(gpus, visible, lambda entry: Gpu(-1, entry, ""))
     count = slots if slots is not None else max(1, len(usable))
     if not usable:
         return (None,) * count
     chosen = usable[:count]
     raise_all([_occupied(gpu, user) for gpu in chosen for user in gpu.users if user.pid not in own_pids])
     return tuple(chosen[slot % len(chosen)].uuid for slot in range(count))
-
-
-def _visible(gpus: Sequence[Gpu], visible: str | None) -> list[Gpu]:
-    """As CUDA reads the variable: the list ends at the first entry that names no GPU."""
-    if visible is None:
-        return list(gpus)
-    found: list[Gpu] = []
-    for entry in (part.strip() for part in visible.split(",")):
-        named = [gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
-        if not named:
-            break
-        found.append(named[0])
-    return found
 
 
 def _occupied(gpu: Gpu, user: GpuUser) -> QloraExpError:
@@ -79,7 +69,16 @@ def _occupied(gpu: Gpu, user: GpuUser) -> QloraExpError:
 
 
 def inventory() -> tuple[Gpu, ...]:
-    """The machine's GPUs and who uses them; empty where there are none or NVML isn't installed."""
+    """The machine's GPUs and who uses them, which NVML alone tells; empty where there are no GPUs."""
+    return _by_nvml() or tuple(Gpu(card.index, card.uuid, card.name) for card in cards_here())
+
+
+def nvml_works() -> bool:
+    """Whether the processes that use the GPUs can be seen."""
+    return bool(_by_nvml())
+
+
+def _by_nvml() -> tuple[Gpu, ...]:
     try:
         import pynvml
 
@@ -115,7 +114,7 @@ def slots_of(engine: Engine, device: DeviceChoice, count: int | None) -> tuple[s
     """:func:`assign` on this machine, for a study whose trials run so."""
     uses_gpu = engine is not Engine.sleep and device is not DeviceChoice.cpu
     gpus = inventory() if uses_gpu else ()
-    return assign(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"), count, _own_pids() if gpus else ())
+    return assign(gpus, os.environ.get(VARIABLE), count, _own_pids() if gpus else ())
 
 
 def _own_pids() -> set[int]:
@@ -142,4 +141,4 @@ def threads_per_host(asked: int | None, slots: int, kept: Path) -> int:
 def environment_of(gpu: str | None, threads: int) -> Mapping[str, str]:
     """A host's environment variables, read by libraries when they are imported."""
     fixed = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**fixed, **heap.environment()} if gpu is None else {**fixed, "CUDA_VISIBLE_DEVICES": gpu}
+    return {**fixed, **heap.environment()} if gpu is None else {**fixed, VARIABLE: gpu}

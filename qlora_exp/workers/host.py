@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from qlora_exp import streams
 from qlora_exp.config import Config
 from qlora_exp.endings import Report, disk_full
 from qlora_exp.errors import QloraExpError
@@ -60,6 +61,7 @@ def main() -> int:
     _die_with(arguments.parent)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    streams.keep_writing()
     line = Line()
     from qlora_exp import app
 

@@ -45,6 +45,8 @@ class WorkerState:
     stopping: str | None
     """``gracefully``, ``now`` or ``failures``: no new trial starts."""
     slots: tuple[SlotState, ...]
+    lease_seconds: float | None = None
+    """A worker that can't be seen and has not written this file for so long is gone."""
 
 
 def worker_name() -> str:
@@ -55,9 +57,11 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def state_of(worker: str, job: int, stopping: str | None, slots: list[SlotState]) -> WorkerState:
+def state_of(
+    worker: str, job: int, stopping: str | None, slots: list[SlotState], lease_seconds: float | None = None
+) -> WorkerState:
     copies = tuple(dataclasses.replace(slot) for slot in slots)
-    return WorkerState(worker, socket.gethostname(), job, process_identity(), now(), stopping, copies)
+    return WorkerState(worker, socket.gethostname(), job, process_identity(), now(), stopping, copies, lease_seconds)
 
 
 def write_state(folder: Path, state: WorkerState) -> None:

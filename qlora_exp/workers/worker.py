@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from qlora_exp import compose
+from qlora_exp import compose, signals
 from qlora_exp import study as study_room
 from qlora_exp.budget import Purse, budget_of, limits_of
 from qlora_exp.config import WorkersConfig
@@ -54,10 +53,11 @@ class Studied(Protocol):
 @dataclass(frozen=True)
 class WorkerResult:
     """``told``: how many trials this worker told the end of. ``stopped``: why it ended before the study did —
-    ``gracefully``, ``now``, ``failures``, ``budget`` or ``memory`` — or ``None``."""
+    ``gracefully``, ``now``, ``failures``, ``budget`` or ``memory`` — or ``None``. ``by_signal``: a signal said so."""
 
     told: int
     stopped: str | None
+    by_signal: bool = False
 
 
 def run_worker(
@@ -73,7 +73,7 @@ def run_worker(
 
     Args:
         stop: asked twice a second for ``gracefully`` or ``now``, beside the file ``paths.stop`` and, in a main thread,
-            INT and TERM (the second one ends the hosts at once).
+            INT, TERM and HUP (the second one ends the hosts at once).
         study: the study, where it is open already; ``outcome_of`` likewise.
 
     Raises:
@@ -104,6 +104,7 @@ class Worker:
         self.states = [SlotState(number) for number in range(slots)]
         self.stopping: str | None = None
         self.killing = False
+        self.by_signal = False
         self.told = 0
         self.error: BaseException | None = None
         self.taken_over: set[tuple[int, int]] = set()
@@ -134,7 +135,7 @@ class Worker:
             remove_state(self.setting.paths.workers, self.name)
         if self.error is not None:
             raise self.error
-        return WorkerResult(self.told, self.stopping)
+        return WorkerResult(self.told, self.stopping, self.by_signal)
 
     def _wait(self) -> None:
         """Until every slot has ended. Not by joining them: an exception out of a signal's handler, in a join, has
@@ -187,7 +188,8 @@ class Worker:
             return None
         bound, halvings = setting.budget.memory_bytes, setting.spec.out_of_memory_retries - claim.out_of_memory_retries
         kin = self._experience.kin(self._ask(self.study.trials), bound)
-        return MemoryRule(bound, setting.hosts_per_device or 1, kin, tries_the_edge=True, halvings=max(halvings, 0))
+        force = setting.budget.force
+        return MemoryRule(bound, setting.hosts_per_device or 1, kin, True, max(halvings, 0), force)
 
     def nothing_left(self) -> bool:
         """Whether no trial will ever be free again: all have ended. One that somebody else runs may still be lost."""
@@ -287,7 +289,8 @@ class Worker:
                 self._heartbeat(claim)
         if now >= self._next_state:
             self._next_state = now + STATE_SECONDS
-            write_state(self.setting.paths.workers, state_of(self.name, self.job, self.stopping, self.states))
+            lease = self.setting.workers.lease_seconds
+            write_state(self.setting.paths.workers, state_of(self.name, self.job, self.stopping, self.states, lease))
 
     def _heartbeat(self, claim: Claim) -> None:
         """One that fails is made up for by the next; the lease is many heartbeats long."""
@@ -314,20 +317,13 @@ class Worker:
         with self._changed:
             self._changed.notify_all()
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """INT and TERM: as a request to stop now; the second: without mercy."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def _signals(self) -> contextlib.AbstractContextManager[None]:
+        """INT, TERM and HUP: as a request to stop now; the second: without mercy."""
 
         def asked(number: int, frame: object) -> None:
-            self.killing = self.stopping == NOW
-            self.stopping = NOW
+            if signals.heard(number) is not signals.Heard.SAME:
+                self.killing = self.stopping == NOW
+                self.stopping = NOW
+                self.by_signal = True
 
-        previous = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        return signals.handling(asked)

@@ -194,13 +194,6 @@ def test_prompts_that_end_differently_are_refused_for_labels(
     assert "data.jsonl, row" in str(error.value)
 
 
-def test_a_label_that_begins_another_is_refused(rows_file: RowsFile, tokenizers: Any, configure: Configure) -> None:
-    rows = [{"prompt": f"noise {n}", "label": ("red", "red green", "blue")[n % 3]} for n in range(30)]
-    config = in_format(configure(rows_file(rows), kind="classification", label_column="label"), "plain")
-    with pytest.raises(DataError, match="'red' begin those of 'red green'"):
-        load_data(config, tokenizers["plain"], 512)
-
-
 def test_chat_without_a_template_says_what_to_do(folder: Path, tokenizers: Any, configure: Configure) -> None:
     with pytest.raises(DataError, match="no chat template") as error:
         load_data(in_format(configure(folder), "chat"), tokenizers["plain"], 512)

@@ -129,7 +129,7 @@ def test_free_text_is_scored_by_overlap(
     assert scores.invalid_answer_rate is None
 
 
-def test_the_limit_follows_the_longest_label_or_training_answer_and_a_given_number_wins(
+def test_the_limit_follows_the_longest_label_or_answer_of_any_split_and_a_given_number_wins(
     make_model: Callable[..., Any],
     tokenizer: Any,
     make_item: Callable[..., Any],
@@ -137,10 +137,11 @@ def test_the_limit_follows_the_longest_label_or_training_answer_and_a_given_numb
     make_config: Callable[..., Any],
 ) -> None:
     short, long = make_item("1", "a:", "word", "word"), make_item("2", "b:", "a longer answer", "a longer answer")
-    free = make_splits([short, long], [short])
+    free, scored = make_splits([short, long], [short]), make_splits([short], [long])
     labelled = make_splits([short], [short], labels=("word", "another"))
     longest_answer, longest_label = len(long.completion_ids), len(labelled.label_ids["another"])
     assert max_new_tokens(free, make_config(max_new_tokens=None)) == longest_answer + MARGIN_TOKENS
+    assert max_new_tokens(scored, make_config(max_new_tokens=None)) == longest_answer + MARGIN_TOKENS
     assert max_new_tokens(labelled, make_config(max_new_tokens=None)) == longest_label + MARGIN_TOKENS
     assert max_new_tokens(free, make_config(max_new_tokens=3)) == 3
     model = make_model("gpt2")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import kill_loop
 from tests.faults.sweeps import (
     SLEEP,
     Sweep,
     finish,
-    mlflow_statuses,
     multirun,
     optuna_states,
     records,
@@ -92,55 +92,25 @@ def test_a_sweep_killed_at_random_ends_like_an_undisturbed_one(
 
 
 @pytest.mark.faults
-def test_it_does_so_thirty_times(
-    tmp_path: Path, undisturbed: dict[tuple[str, ...], list[dict[str, str]]], kill_rounds: int | None
+@pytest.mark.parametrize("kind", kill_loop.KINDS)
+def test_every_kind_of_sweep_killed_at_random_moments_ends_like_an_undisturbed_one(
+    tmp_path: Path, kind: str, kill_rounds: int | None
 ) -> None:
-    check_rounds(tmp_path, 30 if kill_rounds is None else kill_rounds, undisturbed)
-
-
-REAL = (
-    "lora.r=2,4",
-    "quantization=fp32,nf4",
-    "training.max_steps=12",
-    "training.save_every_steps=4",
-    "training.logging_steps=1",
-    "evaluation=quick",
-    "evaluation.max_items=16",
-    "sweep.name=real",
-    MANY_ATTEMPTS,
-)
-
-
-@pytest.fixture(scope="module")
-def undisturbed_training(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    root = tmp_path_factory.mktemp("undisturbed") / "outputs"
-    finish(multirun(root, *REAL, "tracking=off"))
-    return what_counts(trials(root, "real"))
+    """Studies, records and MLflow; by hand and for longer: ``python -m tests.faults.kill_loop --rounds 30``."""
+    for number in range(1 if kill_rounds is None else kill_rounds):
+        one = kill_loop.play(kind, random.randrange(2**16), tmp_path / str(number))
+        print(one)
+        assert one.findings == []
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", range(3))
-def test_killed_while_it_trains_for_real_it_ends_with_the_same_losses(
-    tmp_path: Path, undisturbed_training: list[dict[str, str]], number: int
-) -> None:
-    """fp32 and nf4, in MLflow too: four runs under their parent, none of them RUNNING."""
-    seed = random.randrange(2**32)
-    print(f"round {number}: seed {seed}")
-    rng = random.Random(seed)
-    root = tmp_path / "outputs"
-    command = multirun(root, *REAL)
-    sweep = Sweep(command)
-    wait_until(lambda: bool(records(root)) or not sweep.alive, "no trial begins")
-    time.sleep(rng.uniform(0.0, 15.0))
-    hosts = sweep.hosts()
-    if hosts and rng.random() < 0.4:
-        rng.choice(hosts).kill()
-        time.sleep(rng.uniform(0.0, 5.0))
-    if sweep.alive:
-        sweep.kill()
-    sweep.wait()
-    finish(command)
-    assert what_counts(trials(root, "real")) == undisturbed_training
-    assert optuna_states(root) == ["COMPLETE"] * 4
-    assert mlflow_statuses(root) == ["FINISHED"] * 5
-    assert not survivors(root)
+def test_a_sweep_whose_terminal_is_closed_again_and_again_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    one = kill_loop.play("grid2", random.randrange(2**16), tmp_path, renamed=False, ways=("hangup",))
+    assert one.findings == [], one
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not kill_loop.CAN_RENAME_HOST, reason="another host name needs root and unshare")
+def test_a_sweep_whose_container_is_replaced_goes_on_in_the_next_one(tmp_path: Path) -> None:
+    one = kill_loop.play("grid2", random.randrange(2**16), tmp_path, renamed=True)
+    assert one.findings == [], one

@@ -1,13 +1,15 @@
-"""A trial that its worker was told to stop is none the worse for it."""
+"""A trial that its worker was told to stop is none the worse for it, and one that failed can be run again."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from qlora_exp.environment import process_identity
-from qlora_exp.records import Status
-from qlora_exp.study import Study, parse_axes
+from qlora_exp.records import Failure, Process, Status
+from qlora_exp.study import RETRIED, Study, parse_axes, retry_trials
 from qlora_exp.study.types import Outcome, Owner
 from tests.workers.small_study import paths_of, spec_of
 
@@ -30,3 +32,67 @@ def test_interruptions_cost_no_attempt(tmp_path: Path) -> None:
     assert second.number == first.number
     assert not study.requeue(second, "its host died again")
     assert study.counts().failed == 1
+
+
+@pytest.mark.parametrize(("what", "numbers"), [("failed", [1]), ("out_of_memory", [2])])
+def test_what_ended_badly_is_run_again_with_as_many_attempts_as_a_new_trial_and_nothing_else(
+    tmp_path: Path, what: str, numbers: list[int]
+) -> None:
+    axes = parse_axes({"lora.r": "choice(2,4,8,16)"}, {})
+    url = f"sqlite:///{tmp_path / 'optuna.db'}"
+    spec = spec_of(tmp_path, 4, axes=axes, storage=url, max_attempts=2, sampler="grid")
+    study, owner = Study.open(spec, paths_of(tmp_path)), Owner(process_identity(), "worker", 0)
+    for status in (Status.COMPLETED, Status.FAILED, Status.OUT_OF_MEMORY, Status.DIVERGED):
+        claim = study.claim(owner, 60.0)
+        assert claim is not None
+        if status is Status.FAILED:
+            assert study.requeue(claim, "its host died")
+            claim = study.claim(owner, 60.0)
+            assert claim is not None
+        failure = None if status is Status.COMPLETED else Failure("Wrong", "it went wrong")
+        study.tell(claim, Outcome(status, (1.0 if failure is None else None,), (), 1.0, failure))
+    before = {row.number: row for row in study.trials()}
+    assert retry_trials(spec, paths_of(tmp_path), RETRIED[what], url) == numbers
+    again = Study.open(spec, paths_of(tmp_path))
+    assert again.counts().waiting == 1
+    assert {row.number: row for row in again.trials() if row.state != "WAITING"} == {
+        number: row for number, row in before.items() if number not in numbers
+    }
+    claim = again.claim(owner, 60.0)
+    assert claim is not None
+    assert (claim.number, claim.params) == (numbers[0], before[numbers[0]].params)
+    assert again.requeue(claim, "its host died")  # the first of two attempts
+    claim = again.claim(owner, 60.0)
+    assert claim is not None
+    again.tell(claim, Outcome(Status.COMPLETED, (0.5,), (), 1.0))
+    row = again.trials()[numbers[0]]
+    assert (row.status, row.values, row.failure, row.feasible) == (Status.COMPLETED, (0.5,), None, True)
+    assert retry_trials(spec, paths_of(tmp_path), RETRIED[what], url) == []
+
+
+@pytest.mark.parametrize("skew_seconds", [-7200.0, 0.0, 7200.0])
+def test_a_worker_elsewhere_keeps_its_trial_while_it_is_heard_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew_seconds: float
+) -> None:
+    axes = parse_axes({"lora.r": "choice(2)"}, {})
+    spec = spec_of(tmp_path, 1, axes=axes, storage=f"sqlite:///{tmp_path / 'optuna.db'}", sampler="grid")
+    theirs, ours = Study.open(spec, paths_of(tmp_path)), Study.open(spec, paths_of(tmp_path))
+    me = Owner(process_identity(), "worker", 0)
+
+    def at(seconds: float, here: bool) -> None:
+        monkeypatch.setattr("time.monotonic", lambda: 50.0 + seconds)
+        monkeypatch.setattr("time.time", lambda: 1e9 + seconds + (0.0 if here else skew_seconds))
+
+    at(0.0, here=False)
+    claim = theirs.claim(Owner(Process(12, 1, "another boot", "pod-a"), "far", 0), 60.0)
+    assert claim is not None
+    for seconds in range(0, 300, 20):
+        at(seconds, here=False)
+        assert theirs.heartbeat(claim)
+        at(seconds + 5.0, here=True)
+        assert ours.claim(me, 60.0) is None
+    found = []
+    for seconds in range(300, 400, 20):
+        at(seconds, here=True)
+        found.append(ours.claim(me, 60.0))
+    assert [one.number for one in found if one is not None] == [claim.number]

@@ -333,7 +333,7 @@ print(result.stopped, len(study.waiting), flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_host_dies_with_its_worker(tmp_path: Path, number: signal.Signals) -> None:
     worker = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     pid = live(paths_of(tmp_path))["slots"][0]["host_pid"]

@@ -33,4 +33,4 @@ class QloraOptunaSweeper(Sweeper):
         from qlora_exp.sweep import sweep_for_hydra
 
         assert self.config is not None
-        return sweep_for_hydra(self.config, arguments, self.params, self.launcher)
+        return sweep_for_hydra(self.config, arguments, self.launcher)

@@ -1,0 +1,99 @@
+"""Parquet and Arrow files as rows. Class labels that the file's metadata names become their names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.data.files import RawFile, RawRow, Unlabelled, check_columns
+from qlora_exp.data.problems import RowProblem
+from qlora_exp.errors import DataError
+
+
+def read_parquet(path: Path, name: str, content: bytes) -> RawFile:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"the file is not Parquet: {reason}", str(path), "write it again") from None
+    return _rows_of(table, path, name)
+
+
+def read_arrow(path: Path, name: str, content: bytes) -> RawFile:
+    """Arrow's file format (Feather) or its stream format, which ``datasets`` writes."""
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.ipc
+
+    buffer = pyarrow.py_buffer(content)
+    try:
+        if content.startswith((b"ARROW1", b"FEA1")):
+            table = pyarrow.feather.read_table(pyarrow.BufferReader(buffer))
+        else:
+            table = pyarrow.ipc.open_stream(buffer).read_all()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"the file is not Arrow: {reason}", str(path), "write it again, e.g. as Parquet") from None
+    return _rows_of(table, path, name)
+
+
+def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Column → the names of its classes, as ``datasets`` keeps them in a schema's metadata."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        named = {str(column): kind["names"] for column, kind in features.items() if _is_class_label(kind)}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    return {column: [str(name) for name in names] for column, names in named.items()}
+
+
+def _is_class_label(kind: object) -> bool:
+    return isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and isinstance(kind.get("names"), list)
+
+
+def named_classes(
+    row: Mapping[str, Any], names: Mapping[str, Sequence[str]], file: str, number: int
+) -> dict[str, Any] | RowProblem:
+    """The row with class numbers as their names. The Hub marks an unlabelled row by -1: that is no text."""
+    named = dict(row)
+    for column, classes in names.items():
+        value = row.get(column)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if value >= len(classes):
+            detail = f"class {value}, and the file names {len(classes)} classes"
+            return RowProblem(file, number, column, "unknown class", detail)
+        named[column] = classes[value] if value >= 0 else Unlabelled(value)
+    return named
+
+
+def _rows_of(table: Any, path: Path, name: str) -> RawFile:
+    check_columns(table.column_names, path)
+    names = class_names(table.schema.metadata)
+    rows, problems = [], []
+    for number, values in enumerate(_values(table, path), start=1):
+        read = named_classes(values, names, name, number)
+        if isinstance(read, RowProblem):
+            problems.append(read)
+        else:
+            rows.append(RawRow(name, number, read))
+    return RawFile(name, tuple(rows), tuple(table.column_names), tuple(problems))
+
+
+def _values(table: Any, path: Path) -> list[dict[str, Any]]:
+    """The table's rows; nothing for a column whose values Python can't hold, such as a date beyond the year 9999."""
+    import pyarrow
+
+    columns = {}
+    for column in table.column_names:
+        values = table.column(column)
+        try:
+            columns[column] = values.to_pylist()
+        except (ValueError, OverflowError, pyarrow.ArrowException):
+            columns[column] = [None] * len(values)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -1,0 +1,203 @@
+"""Which files of a folder hold a task's rows, split by split. A data file that would not be read is an error.
+
+Read are ``train.jsonl``, ``Test.CSV``, ``validation.jsonl.gz``; shards (``train-00000-of-00002.parquet``,
+``train_0.jsonl``), all of them or none; the same in ``data/``; and every data file of ``train/``, ``test/`` ….
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from qlora_exp.data.compressed import ARCHIVES, ENDINGS, ending_of, stem_of
+from qlora_exp.data.saved import is_saved, saved_files, saved_splits
+from qlora_exp.data.split_names import SPLIT_NAMES, DataFile, parse_name, rename_hint
+from qlora_exp.errors import DataError, QloraExpError, raise_all
+
+_FOREIGN: tuple[str, ...] = (
+    *ARCHIVES,
+    *(".txt", ".xlsx", ".xls", ".ods", ".orc", ".avro", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite"),
+    *(".tfrecord", ".xml", ".npy", ".npz", ".bin"),
+)
+"""Endings that data may have and that are not read; reported where the name says that the file is a split."""
+
+_SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d+)[-_. ]?of[-_. ]?(?P<count>\d+)", re.IGNORECASE)
+
+
+def files_by_split(folder: Path) -> dict[str, list[DataFile]]:
+    """The files to read for each split, in the order of their rows. ``train`` is always among them.
+
+    Raises :class:`DataError`, or Problems for several: no train file, a missing shard, two files for one split, or a
+    file that would not be read.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        return saved_splits(folder)
+    if is_saved(folder):
+        return {"train": saved_files(folder, "")}
+    single: dict[str, list[DataFile]] = {}
+    inside: dict[str, tuple[Path, list[DataFile]]] = {}
+    ignored: list[QloraExpError] = []
+    for path, name in _entries(folder):
+        split, number, count = parse_name(path)
+        if path.is_dir():
+            files = _inside(path, name) if split is not None else []
+            if split in SPLIT_NAMES and number is None and files:
+                inside[split] = (path, files)
+            elif files:
+                ignored.append(_ignored(f"the folder {name}", folder, rename_hint(path)))
+        elif split in SPLIT_NAMES and ending_of(path) in ENDINGS:
+            single.setdefault(split, []).append(DataFile(path, name, number, count))
+        elif problem := _would_be_ignored(path, name, folder):
+            ignored.append(problem)
+    if "train" not in single and "train" not in inside:
+        raise _no_train(folder, ignored)
+    for both in sorted(single.keys() & inside.keys()):
+        what = f"two sources for {both}: {single[both][0].name} and the folder {inside[both][0].name}"
+        ignored.append(DataError(what, str(folder), "keep one of the two"))
+    hint = "read it by itself (task.path=FOLDER), or move it out"
+    ignored += [_ignored(f"the folder {path.name}", folder, hint) for path in _other_sets(folder)]
+    raise_all(ignored)
+    found = {split: _ordered(split, files, folder) for split, files in single.items()}
+    found |= {split: _ordered_folder(path, files) for split, (path, files) in inside.items()}
+    return {split: found[split] for split in SPLIT_NAMES if split in found}
+
+
+def check_single(path: Path) -> None:
+    """:class:`DataError` for one file of a set of shards given as if it were the whole."""
+    shard = _SHARD.search(stem_of(path))
+    if shard and int(shard["count"]) > 1:
+        what = f"{path.name} is one of {int(shard['count'])} shards: the other rows would not be read"
+        raise DataError(what, f"task.path={path}", f"give the folder: task.path={path.parent}")
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What is in the folder and in its ``data/``, where the Hub's data sets have their files."""
+    for path in _visible(folder):
+        if path.name.lower() == "data" and path.is_dir():
+            yield from ((inner, f"{path.name}/{inner.name}") for inner in _visible(path))
+        else:
+            yield path, path.name
+
+
+def _inside(folder: Path, name: str) -> list[DataFile]:
+    """The data files of a split's own folder, those of its subfolders included."""
+    found = []
+    for path in _visible(folder):
+        if path.is_dir() and not path.is_symlink():
+            found += _inside(path, f"{name}/{path.name}")
+        elif not path.is_dir() and ending_of(path) in ENDINGS and not _is_metadata(path):
+            found.append(DataFile(path, f"{name}/{path.name}"))
+    return found
+
+
+def _other_sets(folder: Path) -> list[Path]:
+    """Subfolders that hold splits themselves, as the configurations of a Hub data set do."""
+    folders = [path for path, _ in _entries(folder) if path.is_dir() and parse_name(path)[0] is None]
+    return [path for path in folders if any(_is_split(inner) for inner, _ in _entries(path))]
+
+
+def _is_split(path: Path) -> bool:
+    if path.is_dir():
+        return parse_name(path)[0] in SPLIT_NAMES and bool(_inside(path, path.name))
+    return ending_of(path) in ENDINGS and parse_name(path)[0] is not None
+
+
+def _would_be_ignored(path: Path, name: str, folder: Path) -> DataError | None:
+    split, _, _ = parse_name(path)
+    if ending_of(path) in ENDINGS:
+        return None if _is_metadata(path) else _ignored(name, folder, rename_hint(path))
+    foreign = ending_of(path) in _FOREIGN or path.suffix.lower() in _FOREIGN
+    if split is None or not foreign:
+        return None
+    return _ignored(name, folder, f"save it as JSONL, CSV or Parquet, or move it out of {folder}")
+
+
+def _ignored(name: str, folder: Path, hint: str) -> DataError:
+    return DataError(f"{name} would not be read", str(folder), hint)
+
+
+def _is_metadata(path: Path) -> bool:
+    """Whether a .json file of no split's name describes data rather than holding rows: it is neither a list of objects
+    nor one object per line."""
+    if path.suffix.lower() != ".json" or parse_name(path)[0] is not None:
+        return False
+    with path.open("rb") as stream:
+        begin = stream.read(2**16).removeprefix(b"\xef\xbb\xbf").strip()
+    if begin.startswith(b"["):
+        return not begin[1:].lstrip().startswith(b"{")
+    lines = begin.split(b"\n")
+    return not (len(lines) > 1 and lines[0].rstrip().endswith(b"}") and lines[1].startswith(b"{"))
+
+
+def _no_train(folder: Path, ignored: Sequence[QloraExpError]) -> QloraExpError:
+    names = [path.name for path, _ in _entries(folder) if ending_of(path) in ENDINGS and not path.is_dir()]
+    hint = f"name it train{{{','.join(ENDINGS)}}}, or give task.path=FILE; here: {', '.join(names) or 'no data file'}"
+    if sets := _other_sets(folder):
+        hint = f"task.path={' or task.path='.join(map(str, sets))}"
+    elif renamed := next((one.hint for one in ignored if "to train" in (one.hint or "")), None):
+        hint = f"{renamed}; here: {', '.join(names)}"
+    return DataError("the folder holds no train file", str(folder), hint)
+
+
+def _ordered_folder(folder: Path, files: Sequence[DataFile]) -> list[DataFile]:
+    """The files of a split's own folder, each set of shards complete."""
+    endings = sorted({ending_of(file.path) for file in files})
+    if len(endings) > 1:
+        what = f"the folder {folder.name} holds {' and '.join(endings)} files: the same rows might be read twice"
+        raise DataError(what, str(folder), "keep one kind")
+    sets: dict[tuple[str, str], list[DataFile]] = {}
+    for file in files:
+        if shard := _SHARD.search(stem_of(file.path)):
+            numbered = DataFile(file.path, file.name, int(shard["number"]), int(shard["count"]))
+            sets.setdefault((str(file.path.parent), shard["before"]), []).append(numbered)
+    for shards in sets.values():
+        _check_shards(folder.name, shards, folder)
+    return sorted(files, key=lambda file: _natural(file.name))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _ordered(split: str, files: Sequence[DataFile], folder: Path) -> list[DataFile]:
+    whole = [file for file in files if file.number is None]
+    if whole:
+        others = [file for file in files if file is not whole[0]]
+        if not others:
+            return list(files)
+        what = f"two files for {split}: {whole[0].name} and {others[0].name}"
+        raise DataError(what, str(folder), "keep one of the two")
+    _check_shards(split, files, folder)
+    return sorted(files, key=lambda file: file.number or 0)
+
+
+def _check_shards(split: str, shards: Sequence[DataFile], folder: Path) -> None:
+    """Numbered from 0 or 1 without a gap or a repetition, and as many as their names say."""
+    numbers = sorted(file.number for file in shards if file.number is not None)
+    counts = {file.count for file in shards}
+    names = ", ".join(file.name for file in sorted(shards, key=lambda file: file.name)[:4])
+    if len(counts) > 1:
+        raise DataError(f"the shards of {split} belong to different sets: {names}", str(folder), "keep one set")
+    [count] = counts
+    for number, following in pairwise(numbers):
+        if number == following:
+            twice = " and ".join(file.name for file in shards if file.number == number)
+            raise DataError(f"two files for {split}, shard {number}: {twice}", str(folder), "keep one of the two")
+    first = 1 if 0 not in numbers and (count is None or numbers[-1] == count) else 0
+    expected = range(first, first + (count if count is not None else len(numbers)))
+    missing = [str(number) for number in expected if number not in numbers]
+    if count is None and missing:
+        what = f"the files of {split} aren't numbered from 0 or 1 without a gap: {names}"
+        raise DataError(what, str(folder), "number them so where all are shards of one split; else move some out")
+    if missing:
+        shown = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
+        what = f"{split} has {len(numbers)} of {count} shards; missing: {shown}"
+        raise DataError(what, str(folder), f"add the missing files; here: {names}")
+    if len(numbers) > len(expected):
+        raise DataError(f"{split} has more shards than their names say: {names}", str(folder), "keep one set")

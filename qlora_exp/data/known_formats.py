@@ -1,0 +1,58 @@
+"""Column names of common data sets, and the settings under which each of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+_PAIRS = (
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("prompt", "output"),
+    ("prompt", "answer"),
+    ("input", "output"),
+    ("input", "target"),
+    ("source", "target"),
+    ("article", "highlights"),
+    ("document", "summary"),
+    ("dialogue", "summary"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+)
+_TEXTS = ("text", "sentence", "review", "content", "title", "comment_text", "tweet")
+_LABELS = ("label", "labels", "category", "intent", "sentiment", "class", "target", "label_text")
+
+
+def columns_hint(columns: Collection[str]) -> str | None:
+    """The settings that read rows with these columns, to be typed as they are; ``None`` where nothing is known."""
+    conversation = next((name for name in _CONVERSATIONS if name in columns), None)
+    if conversation:
+        return f"the rows hold messages: set task.columns.messages={conversation}"
+    if {"chosen", "rejected"} <= set(columns):
+        return "the rows hold preferences (chosen, rejected): write the answer to learn as text in a column of its own"
+    if {"data", "annotations"} <= set(columns):
+        return "the rows seem to be Label Studio's JSON: export JSON-MIN or CSV there, which have a column per field"
+    for context in ("input", "context"):
+        for answer in ("output", "response"):
+            if {"instruction", context, answer} <= set(columns):
+                return f"set {_templates(('instruction', context), answer)}"
+    if {"context", "question", "answer"} <= set(columns):
+        return f"set {_templates(('context', 'question'), 'answer')}"
+    for prompt, completion in _PAIRS:
+        if {prompt, completion} <= set(columns):
+            return f"set task.columns.prompt={prompt} task.columns.completion={completion}"
+    text = next((name for name in _TEXTS if name in columns), None)
+    label = next((name for name in _LABELS if name in columns), None)
+    if text and label:
+        return f"set task.kind=classification task.columns.prompt={text} task.columns.label={label}"
+    if list(columns) == ["text"]:
+        return "the rows hold whole texts: divide each into a prompt and a completion, in columns of their own"
+    return None
+
+
+def _templates(prompt: Sequence[str], completion: str) -> str:
+    """Both templates in Hydra's quotes, and quoted again for a shell."""
+    asked = "\\n".join(f"{{{column}}}" for column in prompt)
+    return f"'task.prompt=\"{asked}\"' 'task.completion=\"{{{completion}}}\"'"

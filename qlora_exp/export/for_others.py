@@ -1,0 +1,104 @@
+"""What an exported model must say so that other programs load it, and end its answers, as the run did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE = "qwxz"
+"""An answer that no template contains by itself."""
+UNSCALED = "default"
+
+
+def end_of_answers(tokenizer: PreTrainedTokenizerBase, format: str) -> int | None:
+    """The token that ends an answer in training: EOS in the plain format, in chats what the template writes there.
+
+    ``None`` where a template ends a turn with ordinary text: no single token can stop a generation there.
+    """
+    if format == "plain":
+        return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    turns = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+    try:
+        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (jinja2.TemplateError, ValueError, TypeError):
+        return None
+    ids = tokenizer(rendered.rpartition(PROBE)[2].strip(), add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return int(ids[0]) if ids and ids[0] in special else None
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """The tokens at which ``generate`` stops by the model's own files."""
+    for source in (model.generation_config, model.config):
+        ends = getattr(source, "eos_token_id", None)
+        if ends is not None:
+            return [ends] if isinstance(ends, int) else list(ends)
+    return []
+
+
+def stop_at(model: PreTrainedModel, end: int | None) -> None:
+    """Add ``end`` to the tokens at which ``generate`` and vLLM stop.
+
+    A base that was trained on chats ends its answers with the template's end of turn. Its generation_config.json knows
+    only the end of a text: the exported model would go on after each answer.
+    """
+    ends = end_tokens(model)
+    if end is None or end in ends or model.generation_config is None:
+        return
+    model.generation_config.eos_token_id = [*ends, end] if ends else end
+
+
+def write_for_version_4(folder: Path) -> None:
+    """Make a folder of transformers 5 readable for transformers 4, and for whatever is built on it (vLLM, MLX …)."""
+    _rewrite(folder / "config.json", _with_older_names)
+    _rewrite(folder / "tokenizer_config.json", _tokenizer_by_older_names)
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        change(content)
+        file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_older_names(config: dict[str, Any]) -> None:
+    """Add to a config.json of transformers 5 what transformers 4, and whatever is built on it, reads instead.
+
+    Version 5 keeps the rotary embeddings' base in ``rope_parameters``. Version 4 doesn't know that key and computes
+    with a base of 10,000, without a warning.
+    """
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.update({name: value for name, value in _older_names(part).items() if name not in part})
+
+
+def _tokenizer_by_older_names(settings: dict[str, Any]) -> None:
+    """Version 4 has no class TokenizersBackend, and takes a list of extra special tokens under another name only."""
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for name in ("is_local", "local_files_only"):  # of the folder that it was loaded from
+        settings.pop(name, None)
+
+
+def _older_names(config: dict[str, Any]) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    if "dtype" in config:
+        names["torch_dtype"] = config["dtype"]
+    rope = config.get("rope_parameters") or {}
+    whole = rope.get("full_attention") or rope
+    if "rope_theta" not in whole:
+        return names
+    names["rope_theta"] = whole["rope_theta"]
+    scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
+    names["rope_scaling"] = scaling if scaling.get("rope_type", UNSCALED) != UNSCALED else None
+    windowed = rope.get("sliding_attention")
+    if isinstance(windowed, dict) and "rope_theta" in windowed:
+        names["rope_local_base_freq"] = windowed["rope_theta"]
+    return names

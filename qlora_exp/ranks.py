@@ -1,0 +1,54 @@
+"""One process trains one run: what launchers of distributed training leave in the environment, refused or removed.
+
+`torchrun`, `accelerate launch`, MPI and `srun` start the same command several times, as ranks. Each of them would train
+and record the whole run by itself. Nothing heavy is imported here, and nothing of ours but errors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+from qlora_exp.errors import ConfigError
+
+SIZES = (
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # torchrun, accelerate, DeepSpeed
+    *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PALS_NRANKS"),  # MPI
+    *("SLURM_STEP_NUM_TASKS", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"),  # the step, not the allocation
+)
+"""Variables with the number of processes that were started together. SLURM_NTASKS is not among them: a batch job has
+it, too, for the tasks that it may start."""
+RANKS = ("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "GROUP_RANK")
+"""Variables with this process's number; a first process has 0."""
+OF_TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
+SETTINGS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_")
+"""Beginnings of variables by which accelerate changes a training: its precision, its device, its accumulation."""
+
+
+def one_rank_only(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Refuse to be one of several ranks. Of a single rank, remove what would make its training a distributed one, or
+    another one than the configuration says.
+
+    Raises:
+        ConfigError: a launcher started this command several times.
+    """
+    named = _above(SIZES, 1, environment) or _above(RANKS, 0, environment)
+    if named is not None:
+        name, value = named
+        what = f"a launcher started several processes of this command ({name}={value}), and each would train all of it"
+        hint = (
+            "start it once, without torchrun, accelerate launch, mpirun or srun -n: one process trains on one GPU, "
+            f"and qlora-exp sweep uses several; if {name} is a leftover: unset {name}"
+        )
+        raise ConfigError(what, name, hint)
+    for name in [name for name in environment if name in OF_TORCH or name.startswith(SETTINGS)]:
+        del environment[name]
+
+
+def _above(names: tuple[str, ...], most: int, environment: MutableMapping[str, str]) -> tuple[str, str] | None:
+    """The first of ``names`` whose number is above ``most``, and its value."""
+    for name in names:
+        value = environment.get(name, "")
+        if value.strip().isdecimal() and int(value) > most:
+            return name, value
+    return None

@@ -1,0 +1,91 @@
+"""What MLflow has not received, in one line with the command that delivers it. Reads local files; MLflow isn't loaded.
+
+For a study's runs and its parent run; a run that another process delivers just then isn't missing yet.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.errors import RecordError
+from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
+from qlora_exp.records import read_record
+from qlora_exp.redaction import REDACTED
+from qlora_exp.tracking.state import TrackingState, read_state, record_digest
+
+DEFAULT_OUTPUT_ROOT = "outputs"
+NOT_YET = "not delivered yet"
+"""The reason in ``tracking.json`` from the start of a delivery on: a process that was killed could write no other."""
+REASON_CHARACTERS = 160
+
+
+def not_delivered(
+    output: OutputPaths, run_ids: Iterable[str], study: str | None = None, busy: bool = False
+) -> str | None:
+    """One line for a person; ``None``: MLflow has everything, or tracking is off.
+
+    ``busy``: a process works on the study and may be delivering, so only deliveries that have failed are counted.
+    """
+    states = [state for run_id in run_ids if (state := _missing_run(output.run(run_id), busy)) is not None]
+    parent = _missing_study(output.study(study), busy) if study is not None else None
+    if not states and parent is None:
+        return None
+    what = [f"{len(states)} run{'s' if len(states) > 1 else ''}"] if states else []
+    what += ["the study's own run"] if parent is not None else []
+    reasons = [state.error for state in (*states, parent) if state is not None and state.error not in (None, NOT_YET)]
+    why = f" ({_short(str(reasons[-1]))})" if reasons else ""
+    uris = [state.uri for state in (*states, parent) if state is not None]
+    return f"MLflow lacks {' and '.join(what)}{why}. To deliver: {sync_command(output, uris)}"
+
+
+def sync_command(output: OutputPaths, uris: Iterable[str] = ()) -> str:
+    """As it has to be typed in the current folder. A URI whose password no file keeps has to be given again."""
+    hidden = next((uri for uri in uris if REDACTED in uri), None)
+    given = f" --uri {shlex.quote(hidden)} (with the password in place of {REDACTED})" if hidden else ""
+    return f"qlora-exp sync{root_option(output)}{given}"
+
+
+def root_option(output: OutputPaths) -> str:
+    """`` --output-root DIR``; empty for the default of the current folder."""
+    default = output.root == Path(DEFAULT_OUTPUT_ROOT).absolute()
+    return "" if default else f" --output-root {shlex.quote(str(output.root))}"
+
+
+def _missing_run(paths: RunPaths, busy: bool) -> TrackingState | None:
+    """The state of a run that has ended and that MLflow has not as a whole; ``None``: nothing is missing."""
+    try:
+        record = read_record(paths.record)
+        digest = record_digest(paths)
+    except (OSError, RecordError):
+        return None
+    tracking: dict[str, Any] = record.config.get("tracking") or {}
+    if not record.status.ended or not tracking.get("enabled", True):
+        return None
+    state = read_state(paths)
+    if state is not None and state.delivered and (busy or state.record_digest == digest):
+        return None
+    failed = state is not None and state.error not in (None, NOT_YET)
+    if busy and not failed:
+        return None
+    return state or TrackingState(str(tracking.get("uri") or ""), "", error=None)
+
+
+def _missing_study(paths: StudyPaths, busy: bool) -> TrackingState | None:
+    state = read_state(paths)
+    if state is None or state.delivered or state.error is None:
+        return None
+    return None if busy and state.error == NOT_YET else state
+
+
+def _short(reason: str) -> str:
+    """The cause alone: an HTTP library's message is a paragraph, with the address three times."""
+    for pattern in (r"\[Errno -?\d+\] ([^'\"\\)]+)", r"Caused by \w+\(['\"](.+?)['\"]\)"):
+        cause = re.search(pattern, reason)
+        if cause is not None:
+            return cause[1].strip().lower()
+    text = reason.partition(" where: ")[0].partition(" do: ")[0].removeprefix("not delivered: ")
+    return text if len(text) <= REASON_CHARACTERS else f"{text[:REASON_CHARACTERS].rstrip()} …"

@@ -1,0 +1,83 @@
+"""One event brings several signals; a person who asks twice is in a hurry."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from qlora_exp import signals
+from qlora_exp.signals import Heard
+
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+def heard(*numbers: int, pause: float = 0.0) -> list[Heard]:
+    found: list[Heard] = []
+    with signals.handling(lambda number, frame: found.append(signals.heard(number))):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("numbers", "last"),
+    [
+        ((HUP, HUP), Heard.SAME),  # the kernel and the shell
+        ((HUP, TERM), Heard.SAME),  # and a parent that ends
+        ((TERM, TERM), Heard.SAME),  # a supervisor and a parent
+        ((INT, TERM), Heard.SAME),
+        ((INT, INT), Heard.SAME),  # no finger is so quick: a wrapper passed it on
+        ((HUP, INT), Heard.AGAIN),
+        ((TERM, INT), Heard.AGAIN),
+    ],
+)
+def test_what_comes_at_once_is_one_request_unless_a_person_asks(numbers: tuple[int, ...], last: Heard) -> None:
+    assert heard(*numbers) == [Heard.FIRST, last]
+
+
+def test_ctrl_c_twice_is_two_requests() -> None:
+    assert heard(INT, INT, pause=0.15) == [Heard.FIRST, Heard.AGAIN]
+
+
+def test_a_process_that_ignores_hangups_goes_on_ignoring_them() -> None:
+    previous = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        with signals.interrupting():
+            os.kill(os.getpid(), HUP)
+            time.sleep(0.01)
+    finally:
+        signal.signal(HUP, previous)
+
+
+def send(*numbers: int, steps: list[int] | None = None) -> None:
+    """To this process; ``steps`` gets those that didn't interrupt it."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.15)
+        if steps is not None:
+            steps.append(number)
+
+
+@pytest.mark.parametrize("number", [INT, TERM, HUP])
+def test_each_of_them_interrupts(number: int) -> None:
+    with pytest.raises(KeyboardInterrupt), signals.interrupting():
+        send(number)
+
+
+def test_what_is_held_back_ends_at_the_second_ctrl_c_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    steps: list[int] = []
+    with pytest.raises(KeyboardInterrupt), signals.interrupting(), signals.held_back("being delivered"):
+        send(TERM, HUP, INT, INT, steps=steps)
+    assert steps == [TERM, HUP, INT]
+    assert capfd.readouterr().err.splitlines() == ["being delivered"]
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in signals.ENDING]
+    with signals.interrupting(), signals.held_back(""):
+        pass
+    assert [signal.getsignal(number) for number in signals.ENDING] == before
