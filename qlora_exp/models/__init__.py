@@ -18,6 +18,7 @@ from qlora_exp.models.merging import merged_model
 from qlora_exp.models.selftest import SelfTest, quantization_self_test
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
 from qlora_exp.models.tokenizers import load_tokenizer
+from qlora_exp.models.weight_files import holds_weights
 from qlora_exp.plan.targets import resolve_targets
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "describe",
     "describe_file",
     "fingerprint",
+    "holds_weights",
     "load_adapter",
     "load_base",
     "load_tokenizer",

@@ -7,6 +7,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ import transformers
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_exp.checks import FOUR_BIT, QUANTIZED
 from qlora_exp.config import Config, Quantization, QuantizationConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.causality import check_causal
+from qlora_exp.models.describe import build_meta, check_weights
+from qlora_exp.models.gguf_header import gguf_parts
+from qlora_exp.models.gguf_tensors import weights_of_parts
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
 from qlora_exp.plan import compute_dtype, weight_dtype
 
@@ -68,6 +72,7 @@ def load_model(
         "quantization_config": bitsandbytes_config(quantization, dtype),
         "use_safetensors": True,
     }
+    check_weights(source)
     with quiet_loading():
         try:
             loaded = _from_gguf(source, arguments) if source.gguf_file else _from_folder(source, arguments)
@@ -141,21 +146,31 @@ def _from_folder(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedMo
     model, report = AutoModelForCausalLM.from_pretrained(
         source.path_or_id, config=config, output_loading_info=True, **source.arguments, **arguments
     )
+    if not source.is_local:
+        check_weights(source)  # what was downloaded only now
     return _complete(model, report, source)
 
 
 def _from_gguf(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:
     """GGUF weights are unpacked to fp32 and loaded from memory as if they had never been quantized: transformers leaves
     marks of GGUF on the model, and refuses to quantize or train what carries them."""
-    unpacked = AutoModelForCausalLM.from_pretrained(
-        source.path_or_id, dtype=torch.float32, device_map={"": "cpu"}, **source.arguments
-    )
-    config: PretrainedConfig = unpacked.config
+    parts = gguf_parts(Path(source.where))
+    if len(parts) > 1:
+        built = build_meta(model_config(source), source)
+        kind, config, weights = type(built), model_config(source), weights_of_parts(built, parts)
+    else:
+        unpacked, report = AutoModelForCausalLM.from_pretrained(
+            source.path_or_id,
+            dtype=torch.float32,
+            device_map={"": "cpu"},
+            output_loading_info=True,
+            **source.arguments,
+        )
+        _complete(unpacked, report, source)
+        kind, config, weights = type(unpacked), unpacked.config, unpacked.state_dict()
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model, report = type(unpacked).from_pretrained(
-        None, config=config, state_dict=unpacked.state_dict(), output_loading_info=True, **arguments
-    )
+    model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **arguments)
     return _complete(model, report, source)
 
 

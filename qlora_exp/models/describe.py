@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
@@ -18,8 +17,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError
+from qlora_exp.models.gguf_header import gguf_parts
+from qlora_exp.models.gguf_tensors import check_gguf
 from qlora_exp.models.sizes import check_given
-from qlora_exp.models.sources import ModelSource, check_config, model_config, reason, resolve_source, weight_files
+from qlora_exp.models.sources import ModelSource, check_config, model_config, reason, resolve_source
+from qlora_exp.models.tensors import check_tensors, stored_tensors
+from qlora_exp.models.weight_files import weight_files
 from qlora_exp.plan.architecture import AS_ASKED, DTYPES, Architecture, Experts, OtherTensor, WeightShape, Widths
 
 ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
@@ -42,10 +45,46 @@ def describe(model: ModelConfig) -> Architecture:
     """The architecture of ``model``. Raises :class:`ModelError` for what can't be found or built."""
     source = resolve_source(model)
     built = build_meta(model_config(source), source)
-    if source.is_local and source.gguf_file is None:
-        _check_weights_fit(built, Path(source.path_or_id))
     _check_attention(built, model.attention)
-    return architecture_of(built)
+    described = architecture_of(built)
+    check_weights(source, built)
+    return described
+
+
+def check_weights(source: ModelSource, built: PreTrainedModel | None = None) -> None:
+    """Whether the files hold exactly the model's weights, by their headers; once for each state of the files.
+
+    Of a checkpoint on the Hub, what is in the local cache is looked at. ``built``: the model without weights, which is
+    used up; it is built here where it isn't given.
+
+    Raises:
+        ModelError: a weight is in no file, or a file holds something that the model doesn't have.
+    """
+    folder = source.cached_folder
+    state = _state_of_files(source, folder)
+    if state is None or state in _checked:
+        return
+    if built is None:
+        built = build_meta(model_config(source), source)
+    if source.gguf_file:
+        check_gguf(built, Path(source.where))
+    elif folder is not None:
+        check_tensors(built, stored_tensors(folder), source.where)
+    _checked.add(state)
+
+
+_checked: set[Hashable] = set()
+"""States of files that were looked at and found right."""
+
+
+def _state_of_files(source: ModelSource, folder: Path | None) -> Hashable:
+    """Names, sizes and times of change; ``None``: there are no files to look at yet."""
+    if folder is None:
+        return None
+    files = gguf_parts(Path(source.where)) if source.gguf_file else [*weight_files(folder), folder / "config.json"]
+    if not all(file.is_file() for file in files):
+        return None
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def describe_file(file: Path) -> Architecture:
@@ -60,25 +99,6 @@ def describe_file(file: Path) -> Architecture:
     config = model_config(source)
     check_given(file, config)
     return architecture_of(build_meta(config, source))
-
-
-def _check_weights_fit(model: PreTrainedModel, folder: Path) -> None:
-    """Whether the files' headers have the shapes that config.json makes. What transformers renames while it loads is
-    left to the loading."""
-    made = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as weights:
-            found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    hint = "the files and config.json are not of one model; restore them"
-    for name, shape in found.items():
-        if made.get(name, shape) != shape:
-            what = f"{name} has the shape {shape} in its file, and config.json makes it {made[name]}"
-            raise ModelError(what, str(folder), hint)
-    missing = [name for name, _ in model.named_parameters() if name not in found]
-    if missing and found.keys() <= made.keys():
-        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        raise ModelError(f"{len(missing)} of the model's weights are not in its files: {some}", str(folder), hint)
 
 
 def _check_attention(model: PreTrainedModel, attention: str) -> None:

@@ -19,19 +19,28 @@ from typing import Any
 import httpx2
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError, nearest
 from qlora_exp.models.causality import check_configured_causal
+from qlora_exp.models.gguf_header import gguf_parts, is_tied
+from qlora_exp.models.quantized import HINT as UNQUANTIZED
+from qlora_exp.models.quantized import method_of
 from qlora_exp.models.sizes import check_possible
+from qlora_exp.models.weight_files import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    check_hub_files,
+    check_no_adapter,
+    check_weight_files,
+    config_place,
+)
 from qlora_exp.paths import EMBEDDED
 
 HUB_SECONDS = 5.0
 """Longest wait for the Hub's answer; without a network the local cache is used, or the run is refused at once."""
-WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,17 @@ class ModelSource:
         if self.gguf_file:
             return str(Path(self.path_or_id) / self.gguf_file)
         return self.path_or_id
+
+    @property
+    def cached_folder(self) -> Path | None:
+        """The folder with its files: the local one, or the Hub's cache where the weights are in it."""
+        if self.is_local:
+            return Path(self.path_or_id)
+        for name in (WEIGHTS, WEIGHTS_INDEX):
+            file = huggingface_hub.try_to_load_from_cache(self.path_or_id, name, revision=self.revision)
+            if isinstance(file, str):
+                return Path(file).parent
+        return None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -105,10 +125,11 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     except Exception as error:  # every architecture validates in its own way, and GGUF readers unpack raw bytes
         what = f"the model's configuration can't be read: {reason(error)}"
         raise ModelError(what, source.where, "is it a complete model that transformers can build?") from None
-    if source.gguf_file is None and getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "an unknown method")
-        what = f"the checkpoint is quantized already (by {method}); qlora-exp quantizes by itself"
-        raise ModelError(what, source.where, "give the unquantized checkpoint")
+    if source.gguf_file is None and (method := method_of(vars(config))):
+        raise ModelError(f"the checkpoint is quantized already (by {method})", source.where, UNQUANTIZED)
+    if redirected := getattr(config, "transformers_weights", None):
+        what = f"config.json names other weights than the directory's own: transformers_weights = {redirected}"
+        raise ModelError(what, source.where, "remove the key, or give the directory of those weights")
     if source.gguf_file and hasattr(config, "quantization_config"):
         del config.quantization_config
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -131,7 +152,11 @@ def _read_config(source: ModelSource) -> PretrainedConfig:
 @functools.lru_cache(maxsize=8)
 def _read_gguf_config(source: ModelSource, size: int, modified: int) -> PretrainedConfig:
     """Seconds for a large vocabulary, and asked for by every step of a run; a changed file is read anew."""
-    return AutoConfig.from_pretrained(source.path_or_id, **source.arguments)
+    config: PretrainedConfig = AutoConfig.from_pretrained(source.path_or_id, **source.arguments)
+    parts = gguf_parts(Path(source.where))
+    if len(parts) > 1:  # transformers looks for the head in the first part only
+        config.tie_word_embeddings = is_tied(parts)
+    return config
 
 
 def fingerprint(source: ModelSource) -> str:
@@ -139,7 +164,7 @@ def fingerprint(source: ModelSource) -> str:
     if not source.is_local:
         return f"hub:{source.path_or_id}@{source.revision}"
     folder = Path(source.path_or_id)
-    files = [folder / source.gguf_file] if source.gguf_file else sorted(_model_files(folder))
+    files = gguf_parts(folder / source.gguf_file) if source.gguf_file else sorted(_model_files(folder))
     total = hashlib.sha256()
     for file in files:
         state = file.stat()
@@ -180,27 +205,28 @@ def _local(path: Path) -> ModelSource:
     path = path.absolute()
     if path.is_file():
         return _gguf(path)
-    ggufs = sorted(path.glob("*.gguf"))
+    check_no_adapter(path)
     if not (path / "config.json").is_file():
-        hint = f"model.path={ggufs[0]}" if ggufs else "a model directory holds config.json and *.safetensors"
-        raise ModelError("the directory has no config.json", str(path), hint)
+        raise ModelError("the directory has no config.json", str(path), config_place(path))
     source = ModelSource(path.name, str(path), None, None, True)
     check_config(path / "config.json")
-    _check_weights(path)
+    check_weight_files(path)
     model_config(source)
     return source
 
 
 def _gguf(path: Path) -> ModelSource:
     if path.suffix != ".gguf":
+        if ".gguf" in path.name:  # model.gguf.part1of2, model.gguf-split-a
+            whole = path.name[: path.name.index(".gguf") + len(".gguf")]
+            what = "this looks like a piece of a GGUF file"
+            raise ModelError(what, str(path), f"join the pieces first: cat {whole}?* > {whole}")
         what = "a model file must be GGUF; safetensors are given as their directory"
         raise ModelError(what, str(path), f"model.path={path.parent}")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("reading GGUF files needs the gguf package", str(path), "pip install 'qlora-exp[gguf]'")
-    with path.open("rb") as stream:
-        magic = stream.read(4)
-    if magic != b"GGUF":
-        raise ModelError("the file isn't GGUF, whatever its name says", str(path), "download it again")
+    check_no_adapter(path.parent)
+    path = gguf_parts(path)[0]  # the first part has the metadata of all
     source = ModelSource(path.stem, str(path.parent), None, path.name, True)
     model_config(source)
     return source
@@ -228,53 +254,6 @@ def check_config(file: Path) -> None:
     check_possible(file, raw)
 
 
-def _check_weights(folder: Path) -> None:
-    """Safetensors only (a pickle can run code), every shard there, every header and length right."""
-    files = weight_files(folder)
-    if not files:
-        raise _no_safetensors(folder)
-    for file in files:
-        try:
-            if not file.is_file():
-                raise ModelError("a weight file is missing", str(file), f"{WEIGHTS_INDEX} lists it; restore it")
-            with safe_open(file, framework="pt") as weights:
-                weights.keys()
-        except (SafetensorError, OSError) as error:
-            what = f"the weight file is torn: {reason(error)}"
-            raise ModelError(what, str(file), "copy or download it again") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The directory's safetensors files, as its index lists them where there is one."""
-    index = folder / WEIGHTS_INDEX
-    if not index.is_file():
-        return sorted(folder.glob("model*.safetensors"))
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))
-        shards = sorted(set(listed["weight_map"].values()))
-        _ = listed["metadata"]  # transformers reads it
-        elsewhere = [shard for shard in shards if Path(shard).name != shard]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"the list of weight files can't be read: {error!r}", str(index), "restore it") from None
-    if elsewhere:
-        what = f"the list of weight files names one outside of the directory: {elsewhere[0]}"
-        raise ModelError(what, str(index), "restore it")
-    return [folder / shard for shard in shards]
-
-
-def _no_safetensors(folder: Path) -> ModelError:
-    pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-    if not pickles:
-        return ModelError("the directory has no weights", str(folder), "model.safetensors is missing")
-    hint = (
-        "convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), "
-        "and copy the tokenizer files"
-    )
-    return ModelError(
-        f"{pickles[0].name} is a pickle, which can run code: only safetensors are read", str(folder), hint
-    )
-
-
 def _hub(repository: str, revision: str | None) -> ModelSource:
     commit, cached = _hub_commit(repository, revision)
     source = ModelSource(repository, repository, commit, None, False, cached)
@@ -286,10 +265,12 @@ def _hub(repository: str, revision: str | None) -> ModelSource:
 def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
     """The commit that ``revision`` (default: main) means; asked of the Hub once, else (True) of the local cache."""
     try:
-        commit = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS).sha
-        if commit is not None:
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS)
+        if info.sha is not None:
+            if info.siblings:
+                check_hub_files({file.rfilename for file in info.siblings}, f"Hub id {repository}")
             _remember(repository, revision)
-            return str(commit), False
+            return str(info.sha), False
     except GatedRepoError:
         hint = f"accept its licence at https://huggingface.co/{repository} and run: hf auth login"
         raise ModelError(f"{repository} is gated", "model.checkpoints", hint) from None

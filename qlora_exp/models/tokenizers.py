@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -41,9 +42,47 @@ def _load(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source.path_or_id, **source.arguments)
     except Exception as error:  # tokenizers' Rust layer raises bare Exception for a damaged file
+        if source.is_local and not source.gguf_file and (lacking := _lacking(Path(source.path_or_id))) is not None:
+            raise ModelError(lacking[0], source.where, lacking[1]) from None
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         hint = "the directory must hold tokenizer.json (and tokenizer_config.json)"
         raise ModelError(f"the tokenizer can't be loaded: {line}", source.where, hint) from None
+
+
+OTHER_FORMS = {
+    "tokenizer.model": ("SentencePiece", ("sentencepiece", "protobuf")),
+    "spiece.model": ("SentencePiece", ("sentencepiece", "protobuf")),
+    "tekken.json": ("Mistral's Tekken", ("mistral_common",)),
+    "qwen.tiktoken": ("tiktoken", ("tiktoken",)),
+    "tokenizer.tiktoken": ("tiktoken", ("tiktoken",)),
+}
+"""File → its format, and the packages that transformers reads it with."""
+MODULES = {"protobuf": "google.protobuf"}
+
+
+def _lacking(folder: Path) -> tuple[str, str] | None:
+    """What a directory without tokenizer.json lacks, and what to do; ``None``: something else is wrong."""
+    if (folder / "tokenizer.json").is_file():
+        return None
+    copy = "copy tokenizer.json from where the model comes from"
+    for name, (form, packages) in OTHER_FORMS.items():
+        if not (folder / name).is_file():
+            continue
+        missing = [package for package in packages if not _is_installed(MODULES.get(package, package))]
+        if missing:
+            what = f"the tokenizer is there in {form} form alone ({name}), and {' and '.join(missing)} isn't installed"
+            return what, f"pip install {' '.join(missing)}, or {copy}"
+        return f"the tokenizer is there in {form} form alone ({name}), and transformers can't convert it", copy
+    if not any((folder / name).is_file() for name in ("vocab.json", "vocab.txt")):
+        return "the directory has no tokenizer: tokenizer.json is missing", f"{copy}, and tokenizer_config.json"
+    return None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent isn't
+        return False
 
 
 def _set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -250,7 +250,7 @@ def _described(model: ModelConfig) -> Architecture:
     from qlora_exp import models
 
     path = Path(model.path).expanduser() if model.path else None
-    if path is not None and (path / "config.json").is_file():
+    if path is not None and (path / "config.json").is_file() and not models.holds_weights(path):
         path = path / "config.json"
     if path is not None and path.suffix == ".json":
         return models.describe_file(path)

@@ -279,3 +279,27 @@ def test_a_missing_or_torn_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="tokenizer"):
         load_tokenizer(local(folder))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_tokenizer_in_sentencepiece_form_alone_says_what_is_missing(
+    installed: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    find = importlib.util.find_spec
+    there = importlib.util.find_spec("tokenizers") if installed else None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *r: there if name == "sentencepiece" else find(name, *r)
+    )
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(local(folder))
+    assert "SentencePiece form alone (tokenizer.model)" in caught.value.what
+    assert caught.value.hint is not None
+    assert ("pip install sentencepiece" in caught.value.hint) is not installed
+    assert "tokenizer.json" in caught.value.hint
+
+
+def test_a_directory_without_a_tokenizer_says_so(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_tokenizer(local(folder))

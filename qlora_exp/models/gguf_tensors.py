@@ -1,0 +1,205 @@
+"""Whether a GGUF file holds exactly the model that transformers makes of it, and loading one in several parts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
+
+from qlora_exp.errors import ModelError
+from qlora_exp.models.gguf_header import GgufHeader, GgufTensor, gguf_parts, read_header
+from qlora_exp.models.tensors import LoadReport, dry_load, raise_misshapen, raise_missing, some
+
+SAFETENSORS = "give the model's safetensors, or a file that llama.cpp's convert_hf_to_gguf.py wrote of the whole model"
+COMPUTED = re.compile(r"(^|\.)attn_rot_embd\.")
+"""Frequencies of the rotary embedding, which the model computes."""
+ROPE_FACTORS = re.compile(r"^rope_(freqs|factors_long|factors_short)\.weight$")
+EXPERTS = re.compile(r"_exps(\.weight)?$")
+NORMS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
+
+
+def check_gguf(model: PreTrainedModel, file: Path) -> None:
+    """``model``: on the meta device, used up by this; ``file``: the model's file, or its first part.
+
+    Raises:
+        ModelError: a weight is in no file, transformers would leave out a tensor or a setting, or a file is cut off.
+    """
+    headers = [read_header(part) for part in gguf_parts(file)]
+    architecture = str(headers[0].metadata["general.architecture"])
+    if len(headers) > 1 and is_gguf_arch_supported(architecture):  # read in another way, of one file only
+        hint = f"join them: llama-gguf-split --merge {file.name} WHOLE.gguf"
+        raise ModelError(f"{architecture} can't be loaded from {len(headers)} parts", str(file), hint)
+    for header in headers:
+        _check_lengths(header)
+    _check_settings(headers[0], model.config)
+    tensors = {tensor.name: tensor for header in headers for tensor in header.tensors}
+    for name, tensor in tensors.items():
+        if ROPE_FACTORS.match(name) and not _all_ones(headers, tensor):
+            what = f"{name} scales the rotary embedding, and transformers doesn't read it from GGUF files"
+            raise ModelError(what, str(file), "give the model's safetensors: the result would be another model")
+    report = _report(model, headers[0], tensors)
+    raise_missing(report, str(file), SAFETENSORS)
+    raise_misshapen(report, str(file), SAFETENSORS, "transformers")
+    left_out = [name for name in report.unexpected if not COMPUTED.search(name) and not ROPE_FACTORS.match(name)]
+    if left_out:
+        what = f"transformers would leave out {len(left_out)} tensors of the file: {some(left_out)}"
+        raise ModelError(what, str(file), SAFETENSORS)
+
+
+def weights_of_parts(model: PreTrainedModel, parts: list[Path]) -> dict[str, torch.Tensor]:
+    """The weights of a model in several files, unpacked to fp32 under transformers' names: what transformers does with
+    one file (``load_gguf_checkpoint``). ``model``: on the meta device."""
+    from gguf import GGUFReader, dequantize
+
+    architecture = str(read_header(parts[0]).metadata["general.architecture"])
+    settings = load_gguf_checkpoint(str(parts[0]), return_tensors=False)["config"]
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=settings)
+    names = get_gguf_hf_weights_map(model, processor)
+    parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
+    for part in parts:
+        for tensor in GGUFReader(part).tensors:
+            values = dequantize(tensor.data, tensor.tensor_type)
+            result = processor.process(
+                weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters=parsed
+            )
+            if result.name in names:
+                parsed["tensors"][names[result.name]] = torch.from_numpy(np.copy(result.weights)).to(torch.float32)
+    return parsed["tensors"]
+
+
+def _report(model: PreTrainedModel, header: GgufHeader, tensors: dict[str, GgufTensor]) -> LoadReport:
+    architecture = str(header.metadata["general.architecture"])
+    if is_gguf_arch_supported(architecture):
+        conversions = get_gguf_conversion_mapping(architecture, model.config)
+        return dry_load(model, {name: tensor.shape for name, tensor in tensors.items()}, conversions)
+    return _report_by_names(model, architecture, tensors)
+
+
+def _report_by_names(model: PreTrainedModel, architecture: str, tensors: dict[str, GgufTensor]) -> LoadReport:
+    """By transformers' map of names, which its older reader of GGUF files goes by. Experts' weights have two names in
+    the map, without a suffix."""
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for gguf_name, name in get_gguf_hf_weights_map(model, processor).items():
+        wanted[name].append(gguf_name if gguf_name in tensors else _with_suffix(gguf_name, tensors))
+    report = LoadReport()
+    tied: dict[str, str] = dict(model.all_tied_weights_keys)
+    reached: set[str] = set()
+    for name, weight in model.state_dict().items():
+        places = wanted.get(name, [])
+        lacking = [place for place in places if place not in tensors]
+        if len(lacking) < len(places) and not all(EXPERTS.search(place) for place in places):
+            places, lacking = [place for place in places if place in tensors], []
+        reached.update(places)
+        if lacking or not places:
+            if name not in tied:
+                report.missing.append(", ".join(lacking) or name)
+        elif not _fits(weight, [tensors[place].shape for place in places]):
+            report.misshapen.append((places[0], tensors[places[0]].shape, tuple(weight.shape)))
+    report.unexpected = [name for name in tensors if name not in reached]
+    return report
+
+
+def _with_suffix(name: str, tensors: dict[str, GgufTensor]) -> str:
+    """The file's name of a tensor, which for experts has a suffix that the map hasn't."""
+    return f"{name}.weight" if f"{name}.weight" in tensors or not name.endswith((".weight", ".bias")) else name
+
+
+def _fits(weight: torch.Tensor, shapes: list[tuple[int, ...]]) -> bool:
+    """Up to the order of axes and axes of one, which transformers changes while it loads."""
+    if len(shapes) > 1:  # gate and up of experts, in one weight
+        return weight.numel() == sum(math.prod(shape) for shape in shapes)
+    return sorted(axis for axis in weight.shape if axis != 1) == sorted(axis for axis in shapes[0] if axis != 1)
+
+
+def _check_lengths(header: GgufHeader) -> None:
+    """A file that was cut off, and block types that can't be unpacked."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    unpacked = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, *quants._type_traits}
+    for tensor in header.tensors:
+        try:
+            kind = GGMLQuantizationType(tensor.kind)
+        except ValueError:
+            kind = None
+        if kind is None or kind not in unpacked:
+            named = kind.name if kind is not None else f"number {tensor.kind}"
+            what = f"{tensor.name} is stored in blocks of the type {named}, which the gguf package can't unpack"
+            raise ModelError(what, str(header.file), "give a file in another type: Q8_0, Q4_K_M, F16 …")
+        values, block_bytes = GGML_QUANT_SIZES[kind]
+        end = tensor.offset + math.prod(tensor.shape) // values * block_bytes
+        if end > header.file_bytes:
+            what = f"the file is torn: it has {header.file_bytes:,} bytes, and {tensor.name} ends at {end:,}"
+            raise ModelError(what, str(header.file), "copy or download it again")
+
+
+def _all_ones(headers: list[GgufHeader], tensor: GgufTensor) -> bool:
+    """Whether the factors change nothing. They are a few numbers in fp32."""
+    header = next(header for header in headers if tensor in header.tensors)
+    if tensor.kind != 0:
+        return False
+    values = np.fromfile(header.file, dtype="<f4", count=math.prod(tensor.shape), offset=tensor.offset)
+    return bool((values == 1.0).all())
+
+
+def _check_settings(header: GgufHeader, config: PretrainedConfig) -> None:
+    """transformers reads some of a GGUF file's settings and takes its own defaults for the others: those that change
+    what the model computes are compared."""
+    architecture = str(header.metadata["general.architecture"])
+    said = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in header.metadata.items()
+        if key.startswith(f"{architecture}.")
+    }
+    if architecture == "llama" and "attention.head_count_kv" not in said:
+        what = "the file doesn't say attention.head_count_kv, without which transformers mixes up the rows of q and k"
+        raise ModelError(what, str(header.file), "give the model's safetensors, or convert it with a newer llama.cpp")
+    scaling = str(said.get("rope.scaling.type", "none"))
+    if scaling != "none" and scaling != _rope(config).get("rope_type"):
+        what = f"the file scales the rotary embedding ({scaling}), and transformers doesn't read that from GGUF files"
+        raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
+    for key, made in _settings_of(config).items():
+        value = said.get(key)
+        if isinstance(value, int | float) and made and not any(math.isclose(value, one, rel_tol=1e-4) for one in made):
+            what = f"the file says {architecture}.{key} = {value:g}, and transformers makes it {made[0]:g}"
+            raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
+
+
+def _settings_of(config: PretrainedConfig) -> dict[str, list[float]]:
+    """Setting of a GGUF file → the values that would be right, empty where the configuration has no such setting."""
+    rope = _rope(config)
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
+    alike = "full_attention" not in (getattr(config, "rope_parameters", None) or {})
+    rotated = int(width * share) if width and alike else None
+    found: dict[str, list[Any]] = {
+        "rope.freq_base": [rope.get("rope_theta")],
+        "rope.dimension_count": [rotated],
+        "attention.key_length": [width, getattr(config, "global_head_dim", None)],
+        "attention.layer_norm_rms_epsilon": [getattr(config, name, None) for name in NORMS],
+        "attention.layer_norm_epsilon": [getattr(config, name, None) for name in NORMS],
+        "attn_logit_softcapping": [getattr(config, "attn_logit_softcapping", None) or 0.0],
+        "final_logit_softcapping": [getattr(config, "final_logit_softcapping", None) or 0.0],
+        "expert_used_count": [getattr(config, "num_experts_per_tok", None)],
+    }
+    return {key: [value for value in values if isinstance(value, int | float)] for key, values in found.items()}
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary embeddings; of layers that attend to everything where each kind has its own."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    return dict(rope.get("full_attention") or {}) if "full_attention" in rope else rope

@@ -1,0 +1,254 @@
+"""Whether a checkpoint's files hold exactly the tensors of the model, judged by their headers alone.
+
+transformers fills in what is missing at random, and drops what it doesn't know, with a warning at most. Here its own
+loading runs once on the meta device: tensors have a name and a shape there, and no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from qlora_exp.errors import ModelError
+from qlora_exp.models.quantized import HINT as UNQUANTIZED
+from qlora_exp.models.quantized import method_of_tensors
+from qlora_exp.models.weight_files import weight_files
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of a safetensors header that hold weights as they are."""
+MASKS = re.compile(r"(^|\.)(attn|attention|self_attention)\.(bias|masked_bias|causal_mask)$")
+"""Causal masks that older versions of transformers saved with GPT-2, GPT-J, GPT-Neo and GPT-NeoX."""
+COMPUTED = re.compile(r"(^|\.)(rotary_emb\.|rotary_pos_emb\.)?(inv_freq|position_ids|embed_positions\.weights)$")
+"""Positions and frequencies that the model computes from its configuration."""
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "base_model.model.": "PEFT",
+    "module.": "DistributedDataParallel",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_forward_module.": "Lightning",
+}
+ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\b")
+LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
+NUMBERED = re.compile(r"^(.*\.experts?\.)(\d+)(\..*)$")
+HEADS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|qa_outputs|reward_head)\.")
+NOT_ONE = "the files and config.json are not of one model; restore them"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as its file's header has it. ``dtype`` in safetensors' words: F32, BF16, F8_E4M3 …"""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass
+class LoadReport:
+    """What transformers would make of the tensors of a checkpoint."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    """Weight, its shape by the files, its shape by the configuration."""
+    unconverted: list[str] = field(default_factory=list)
+    """Weights that can't be put together from what the files have of them."""
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    """Weight → the tensors that it is made of."""
+    twice: list[str] = field(default_factory=list)
+    """Weights that two tensors claim."""
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors that transformers would load from ``folder``."""
+    found: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                tensor = weights.get_slice(name)
+                found[name] = StoredTensor(tuple(tensor.get_shape()), str(tensor.get_dtype()))
+    return found
+
+
+def check_tensors(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], where: str) -> None:
+    """``model``: on the meta device, used up by this.
+
+    Raises:
+        ModelError: a weight is in no file, a tensor of the files belongs to no weight, or shape or dtype are wrong.
+    """
+    _check_dtypes(model, tensors, where)
+    _check_names(tensors, model, where)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    report = dry_load(model, shapes, get_model_conversion_mapping(model))
+    if report.twice:
+        what = f"two tensors of the files claim the weight {report.twice[0]}"
+        raise ModelError(what, where, "restore the files from the model's source")
+    raise_missing(report, where, NOT_ONE, _expected_names(report, shapes))
+    raise_misshapen(report, where, NOT_ONE)
+    unexpected = [name for name in report.unexpected if not is_harmless(name, shapes.get(name))]
+    if unexpected:
+        raise _unexpected(unexpected, model, where)
+
+
+def dry_load(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], conversions: list[WeightTransform]
+) -> LoadReport:
+    """Run transformers' loading of tensors with these names and shapes into ``model``, which is on the meta device."""
+    made = dict(model.state_dict())
+    tensors = {name: torch.empty(shape, device="meta", dtype=torch.bfloat16) for name, shape in shapes.items()}
+    report = LoadReport()
+    report.sources, report.twice = _sources(model, shapes, conversions, made)
+    settings = LoadStateDictConfig(device_map={"": "meta"}, dtype=torch.bfloat16, weight_mapping=conversions)
+    with _quietly():
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(info)
+    report.unconverted = sorted(info.conversion_errors)
+    report.misshapen = sorted((name, tuple(found), tuple(built)) for name, found, built in info.mismatched_keys)
+    report.missing = sorted(info.missing_keys - set(report.unconverted))
+    report.unexpected = sorted(info.unexpected_keys)
+    return report
+
+
+def raise_missing(report: LoadReport, where: str, hint: str, expected: Sequence[str] = ()) -> None:
+    """``expected``: names of tensors that the files should have had, where a weight is made of several."""
+    lacking = [*expected, *(name for name in report.missing if name not in expected)]
+    if lacking:
+        raise ModelError(f"{len(lacking)} of the model's weights are not in its files: {some(lacking)}", where, hint)
+    if report.unconverted:
+        name = report.unconverted[0]
+        parts = some(report.sources.get(name, [])) or "none of its parts"
+        raise ModelError(f"{name} can't be put together from what the files have of it: {parts}", where, hint)
+
+
+def raise_misshapen(report: LoadReport, where: str, hint: str, maker: str = "config.json") -> None:
+    for name, found, built in report.misshapen:
+        what = f"{name} has the shape {found} in its file, and {maker} makes it {built}"
+        raise ModelError(what, where, hint)
+
+
+def is_harmless(name: str, shape: tuple[int, ...] | None) -> bool:
+    """Whether a tensor that no weight takes can be left out: a mask or a table that the model computes."""
+    if COMPUTED.search(name):
+        return True
+    return bool(MASKS.search(name)) and (shape is None or len(shape) in (0, 4))
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
+def _sources(
+    model: PreTrainedModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    conversions: list[WeightTransform],
+    made: dict[str, torch.Tensor],
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Weight → tensors, and the weights that two tensors claim: transformers takes one of the two."""
+    copies = copy.deepcopy(conversions)  # a renaming remembers what it has met
+    renamings = [entry for entry in copies if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in copies if isinstance(entry, WeightConverter)]
+    sources: dict[str, list[str]] = defaultdict(list)
+    twice = []
+    for name in sorted(shapes, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, made)
+        if renamed not in made and name in made:
+            renamed, pattern = name, None
+        if pattern is None and sources[renamed] and renamed in made:
+            twice.append(renamed)
+        sources[renamed].append(name)
+    return dict(sources), twice
+
+
+def _expected_names(report: LoadReport, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Tensors that the files lack of a weight that is put together from many: experts' weights are numbered."""
+    counts = {name: built[0] for name, _, built in report.misshapen if built}
+    lacking = []
+    for name in [*report.unconverted, *counts]:
+        numbered: dict[str, set[int]] = defaultdict(set)
+        for source in report.sources.get(name, []):
+            if found := NUMBERED.match(source):
+                numbered[f"{found[1]}*{found[3]}"].add(int(found[2]))
+        every = set().union(*numbered.values()) if numbered else set()
+        if len(report.sources.get(name, [])) > 1 or every:
+            every |= set(range(counts.get(name, 0)))
+        for pattern, numbers in numbered.items():
+            lacking += [pattern.replace("*", str(number)) for number in sorted(every - numbers)]
+    return [name for name in lacking if name not in shapes]
+
+
+def _check_dtypes(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], where: str) -> None:
+    """fp8, int8 or packed values without a quantization_config would be loaded as if they were the weights."""
+    if method := method_of_tensors({name: tensor.dtype for name, tensor in tensors.items()}):
+        what = f"the weights are quantized already (by {method}), and config.json doesn't say so"
+        raise ModelError(what, where, UNQUANTIZED)
+    made = model.state_dict()
+    for name, tensor in tensors.items():
+        weight = made.get(name)
+        whole = weight is not None and not weight.is_floating_point()
+        if tensor.dtype not in FLOATS and not whole and not is_harmless(name, tensor.shape):
+            what = f"{name} holds {tensor.dtype} values, which are no weights as they are"
+            raise ModelError(what, where, f"the files seem to be quantized: {UNQUANTIZED}")
+
+
+def _check_names(tensors: Mapping[str, StoredTensor], model: PreTrainedModel, where: str) -> None:
+    """Names as a wrapper of the model writes them: none of them would be found."""
+    if adapters := [name for name in tensors if ADAPTER.search(name)]:
+        what = f"{len(adapters)} tensors of the files are an adapter's: {some(adapters)}"
+        hint = "merge the adapter before saving: PeftModel.merge_and_unload().save_pretrained(NEW_DIR)"
+        raise ModelError(what, where, hint)
+    for prefix, wrapper in WRAPPERS.items():
+        named = [name for name in tensors if prefix in name]
+        if len(named) > len(tensors) / 2 and not any(prefix in name for name in model.state_dict()):
+            what = f"the tensors are named as {wrapper} names them: {some(named)}"
+            hint = f"save the model inside the wrapper, or rename its tensors: name.replace({prefix!r}, '')"
+            raise ModelError(what, where, hint)
+
+
+def _unexpected(names: list[str], model: PreTrainedModel, where: str) -> ModelError:
+    """What the tensors that no weight takes mean, as far as their names show it."""
+    what = f"{len(names)} tensors of the files belong to no weight of the model: {some(names)}"
+    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0) or 0)
+    beyond = {int(found[1]) for name in names if (found := LAYER.search(name)) and int(found[1]) >= layers > 0}
+    if beyond and len({LAYER.search(name) is not None for name in names}) == 1:
+        what = f"{what}; config.json says num_hidden_layers = {layers}, and the files have layer {max(beyond)}"
+    elif all(name.endswith(".bias") for name in names):
+        what = f"{what}; config.json makes these layers without bias"
+    elif any(HEADS.search(name) for name in names):
+        what = f"{what}; this looks like a classifier or a reward model"
+    return ModelError(
+        what, where, "transformers would leave them out: restore the config.json that belongs to the files"
+    )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    log = transformers.utils.logging
+    bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
