@@ -1,17 +1,19 @@
-"""How long a task's training rows are, counted before a model (or torch) is loaded."""
+"""How long a task's training rows are, counted before a model is loaded (and, but for GGUF files, before torch is)."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from qlora_exp.config import Config, InvalidRows, TaskKind, TaskSource
+from qlora_exp.config import Config, InvalidRows, ModelConfig, TaskKind, TaskSource
 from qlora_exp.data import Example, load_rows, resolve_format
 from qlora_exp.data.formatting import Encoding, check_tokenizer, encode
 from qlora_exp.errors import QloraExpError
 from qlora_exp.plan.batches import RowLengths
-from qlora_exp.planning.tokenizer_file import FileTokenizer, tokenizer_of
+from qlora_exp.planning.tokenizer_file import tokenizer_of
 
 DRAWN, LONGEST = 1000, 50
 """Of more rows, so many are drawn and counted, and as many of the longest by characters for the longest in tokens."""
@@ -98,7 +100,7 @@ def _cut(row: tuple[int, int, int], max_length: int, options: bool) -> tuple[int
 
 
 def _counted(config: Config) -> _Counted | None:
-    tokenizer = tokenizer_of(config.model)
+    tokenizer = _tokenizer(config.model)
     if tokenizer is None:
         return None
     format = resolve_format(config)
@@ -120,10 +122,20 @@ def _counted(config: Config) -> _Counted | None:
     )
 
 
+def _tokenizer(model: ModelConfig) -> Any:
+    """As much of the model's tokenizer as encoding rows needs. A GGUF file's is made by transformers, which has read
+    the file's layers by then; any other is read without it."""
+    if model.path is not None and Path(model.path).suffix == ".gguf":
+        from qlora_exp import models
+
+        return models.load_tokenizer(model)
+    return tokenizer_of(model)
+
+
 def _characters(example: Example) -> int:
     return sum(len(message.content) for message in example.messages) + len(example.completion)
 
 
-def _tokens(examples: Sequence[Example], tokenizer: FileTokenizer, format: str) -> tuple[tuple[int, int, int], ...]:
+def _tokens(examples: Sequence[Example], tokenizer: Any, format: str) -> tuple[tuple[int, int, int], ...]:
     encodings = [one for one in encode(examples, tokenizer, format) if isinstance(one, Encoding)]
     return tuple((len(one.prompt_ids), len(one.completion_ids), len(one.end_ids)) for one in encodings)
