@@ -1,4 +1,4 @@
-"""How long a task's training rows are, counted before a model (or torch) is loaded."""
+"""How long a task's training rows are, counted before a model is loaded (and, but for GGUF files, before torch is)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from qlora_exp.config import Config, InvalidRows, Learn, TaskKind, TaskSource
+from qlora_exp.config import Config, InvalidRows, Learn, ModelConfig, TaskKind, TaskSource
 from qlora_exp.data import Example, load_rows, resolve_format
 from qlora_exp.data.formatting import Encoding, check_tokenizer, date_of, encode
 from qlora_exp.errors import QloraExpError
 from qlora_exp.plan.batches import RowLengths
-from qlora_exp.planning.tokenizer_file import FileTokenizer, tokenizer_of
+from qlora_exp.planning.tokenizer_file import tokenizer_of
 
 DRAWN, LONGEST = 1000, 50
 """Of more rows, so many are drawn and counted, and as many of the longest by characters for the longest in tokens."""
@@ -109,7 +111,7 @@ def _cut(row: _Row, max_length: int, options: bool) -> tuple[int, int] | None:
 
 
 def _counted(config: Config) -> _Counted | None:
-    tokenizer = tokenizer_of(config.model)
+    tokenizer = _tokenizer(config.model)
     if tokenizer is None:
         return None
     format = resolve_format(config)
@@ -131,6 +133,16 @@ def _counted(config: Config) -> _Counted | None:
     )
 
 
+def _tokenizer(model: ModelConfig) -> Any:
+    """As much of the model's tokenizer as encoding rows needs. A GGUF file's is made by transformers, which has read
+    the file's layers by then; any other is read without it."""
+    if model.path is not None and Path(model.path).suffix == ".gguf":
+        from qlora_exp import models
+
+        return models.load_tokenizer(model)
+    return tokenizer_of(model)
+
+
 def _characters(example: Example) -> int:
     messages = [*example.messages, *([example.answer] if example.answer is not None else [])]
     more = [message.fields for message in messages if message.fields]
@@ -138,7 +150,7 @@ def _characters(example: Example) -> int:
     return sum(len(message.content) for message in example.messages) + len(example.completion) + further
 
 
-def _tokens(examples: Sequence[Example], tokenizer: FileTokenizer, format: str, config: Config) -> tuple[_Row, ...]:
+def _tokens(examples: Sequence[Example], tokenizer: Any, format: str, config: Config) -> tuple[_Row, ...]:
     every_turn = config.task.learn is Learn.all
     encodings = encode(examples, tokenizer, format, date=date_of(config), every_turn=every_turn)
     return tuple(

@@ -16,6 +16,7 @@ from qlora_exp.compose import compose
 from qlora_exp.config import Config
 from qlora_exp.data import load_data
 from qlora_exp.one_run.predicting import row_lengths
+from qlora_exp.paths import EMBEDDED
 from qlora_exp.plan.batches import RowLengths
 from qlora_exp.planning.rows import PlannedRows, RowCounter
 from tests.conftest import write_colour_task
@@ -53,6 +54,23 @@ def test_rows_of_a_model_and_a_task_on_disk_are_counted(
 ) -> None:
     task = write_colour_task(tmp_path / "colours.jsonl")
     config = compose(["model=local", f"model.path={tiny_models[family]}", "task=local", f"task.path={task}"])
+    assert RowCounter().of(config) == as_loaded(config)
+
+
+@pytest.mark.parametrize("variant", ["base", "instruct"])
+def test_rows_are_counted_with_the_tokenizer_of_a_gguf_file(
+    variant: str, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM
+
+    from qlora_exp.export.gguf_file import write_gguf
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
+    write_gguf(model, EMBEDDED / variant, tmp_path / "m.gguf", "q8_0", "m")
+    task = write_colour_task(tmp_path / "colours.jsonl")
+    given = ["model=local", f"model.path={tmp_path / 'm.gguf'}", f"model.variant={variant}"]
+    config = compose([*given, "task=local", f"task.path={task}"])
     assert RowCounter().of(config) == as_loaded(config)
 
 
