@@ -218,6 +218,7 @@ def test_a_torn_compressed_file_is_named(ending: str, tmp_path: Path, configure:
         ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
         ("rows.csv", b"<!DOCTYPE html>\n<html></html>", "a web page"),
     ],
+    ids=["gzip", "zip", "parquet", "git-lfs", "web page"],
 )
 def test_a_file_that_is_not_what_its_ending_says_is_named(
     name: str, content: bytes, says: str, tmp_path: Path, configure: Configure
