@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_exp.chat_templates import Generation
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError
+from qlora_exp.models.gguf_tokenizers import check_gguf_tokenizer, complete_gguf_tokenizer
 from qlora_exp.models.sources import ModelSource, resolve_source, sibling_source
 
 PAD_NAMES = re.compile(r"pad", re.IGNORECASE)
@@ -37,7 +38,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _load(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source.path_or_id, **source.arguments)
+        metadata = check_gguf_tokenizer(Path(source.where)) if source.gguf_file else None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path_or_id, **source.arguments)
+        if metadata is not None:
+            complete_gguf_tokenizer(tokenizer, metadata)
+        return tokenizer
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers' Rust layer raises bare Exception for a damaged file
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         hint = "the directory must hold tokenizer.json (and tokenizer_config.json)"
