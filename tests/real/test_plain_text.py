@@ -376,3 +376,19 @@ def test_what_a_tokenizer_writes_otherwise_is_compared_as_it_writes_it_or_refuse
             assert same_text(answer, item.answer)
     with pytest.raises((DataError, Problems), match="tokenizer changes the answer"):
         load([(f"What {n}?", f"caf\u00e9 {n}") for n in range(4)], "accents")
+
+
+def test_an_answer_with_characters_that_the_tokenizer_lacks_is_refused(load: Load, tokenizers: dict[str, Any]) -> None:
+    """Unigram without bytes: the model would be trained on <unk>, or on nothing in their place."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    named = ["<s>", "<pad>", "</s>", "<unk>"]
+    texts = ["List one two three", *("abcdefghijklmnopqrstuvwxyz0123456789-" * 2)] * 3
+    backend.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=100, special_tokens=named, unk_token="<unk>"))
+    tokenizers["unigram"] = wrapped(backend, unk_token="<unk>")
+    rows = [(f"List {n}", f"- one\n- two {n}") for n in range(4)]
+    with pytest.raises((DataError, Problems), match=r"tokenizer changes the answer.*without '\\n'"):
+        load(rows, "unigram")
+    rows += [(f"List {n}", f"- one - two {n}") for n in range(4, 9)]
+    assert len(items_of(load(rows, "unigram", "task.invalid_rows=drop"))) == 5
