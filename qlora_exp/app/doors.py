@@ -49,6 +49,10 @@ def summary(record: RunRecord, config: Config) -> str:
     return "\n".join(lines)
 
 
+ADDED_TO_TASK = {"separator": None, "special_tokens": "refuse"}
+"""Settings of the task that older records don't have."""
+
+
 def config_from_plain(plain: dict[str, Any]) -> Config:
     """A configuration from a record or a child's standard input, checked like any other."""
     from omegaconf import OmegaConf
@@ -58,6 +62,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         # A run's record doesn't keep the settings of the sweep that it belongs to.
         plain = {"sweep": None, "workers": None, **plain}
         plain["budget"] = {**dict.fromkeys(OF_THE_STUDY), **plain.get("budget", {})}  # older records have none
+        plain["task"] = {**ADDED_TO_TASK, **plain.get("task", {})}  # older records have none
         training = plain.get("training")
         if isinstance(training, dict) and training.get("max_tokens") is not None:
             plain["training"] = {**training, "max_steps": None}  # older versions took both, and heeded the tokens
