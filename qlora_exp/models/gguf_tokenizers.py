@@ -35,7 +35,7 @@ METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 def check_gguf_tokenizer(file: Path) -> Mapping[str, Any]:
     """The file's metadata. :class:`ModelError` for a tokenizer that transformers would build differently."""
-    metadata, _ = read_gguf_metadata(str(file))
+    metadata: dict[str, Any] = read_gguf_metadata(str(file))[0]
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     hint = "give the model as a folder: config.json, *.safetensors and its own tokenizer.json"
     if kind == "t5":
@@ -66,9 +66,9 @@ def complete_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: Mappin
         if pre in WHOLE_WORDS:
             backend.model.ignore_merges = True
         if pre in BEGIN_WITH_BOS and "tokenizer.ggml.add_bos_token" not in metadata and tokenizer.bos_token:
-            tokenizer.add_bos_token = True  # type: ignore[attr-defined]
+            tokenizer.add_bos_token = True
     spaced = isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace)
     if kind == "llama" and spaced and metadata.get("tokenizer.ggml.add_space_prefix") is False:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, prepend_scheme="never", split=False)
-        steps = [decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        backend.decoder = decoders.Sequence(steps)
+        decoding = [decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(decoding)
