@@ -202,6 +202,8 @@ def test_the_chosen_label_is_the_likeliest_with_its_end(write_rows: Callable[...
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=1.0, **shape)).eval()
     items, end = splits.train[:12], splits.train[0].end_ids[:1]
+    with torch.no_grad():  # an end that is likely after some words and unlikely after others
+        model.lm_head.weight[list(end)] *= 5
     config = compose(["evaluation.generate=false"])
     table = evaluate_model(model, tokenizer, items, splits, config, split="train", label_marginal=None).items
     for item, predicted in zip(items, table["predicted"].to_pylist(), strict=True):
