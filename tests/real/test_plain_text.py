@@ -273,7 +273,7 @@ def test_a_wrong_indentation_is_a_wrong_answer(load: Load, tokenizers: dict[str,
 
 def test_rows_that_differ_in_indentation_only_are_no_duplicates(load: Load) -> None:
     blocks = ["if a:\n    b()\nc()", "if a:\n    b()\n    c()", "if a:\n  b()\nc()", "    if a:\n        b()\nc()"]
-    pairs = [("x = 1", "    y"), ("x = 1", "y"), ("x = 1 ", "y"), ("x  = 1", "y")]
+    pairs = [("x = 1", "    y\n    z"), ("x = 1", "y\n    z"), ("x = 1 ", "y\n    z"), ("x  = 1", "y\n    z")]
     splits = load([(block, f"it is {block}") for block in blocks] + pairs, "gpt2")
     assert len(items_of(splits)) == 6
     assert splits.record.dropped_reasons == {"exact duplicate": 2}
