@@ -51,8 +51,8 @@ def separator_between(before: str, after: str) -> str:
 def parted(text: str) -> Parts:
     """``text`` without the white space around it, which is returned too.
 
-    The first line keeps its indentation where that means something: a tab or two spaces, or one space before a text
-    with further indented lines. Example: ``"\\n    y = 1\\n"`` gives ``("\\n", "    y = 1", "\\n")``.
+    A text of several lines keeps the indentation of its first one: a tab or two spaces, or one space where another
+    line is indented, too. Example: ``"\\n    y = 1\\n    z\\n"`` gives ``("\\n", "    y = 1\\n    z", "\\n")``.
     """
     body = text.strip()
     before = text[: len(text) - len(text.lstrip())]
@@ -60,7 +60,7 @@ def parted(text: str) -> Parts:
     indentation = re.search(r"[ \t]*\Z", before)
     assert indentation is not None
     indented = indentation.group()
-    if _FIRST_INDENTATION.match(indented) or (indented and _LINE_INDENTATION.search(body)):
+    if "\n" in body and indented and (_FIRST_INDENTATION.match(indented) or _LINE_INDENTATION.search(body)):
         return Parts(before[: len(before) - len(indented)], indented + body, after)
     return Parts(before, body, after)
 

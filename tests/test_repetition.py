@@ -56,6 +56,12 @@ def test_a_record_of_a_version_that_took_steps_and_tokens_is_read_as_it_was_trai
     assert config_from_plain(config).training.max_steps is None
 
 
+def test_a_record_of_a_version_without_some_settings_of_a_task_is_read() -> None:
+    config = to_plain(compose([]))
+    del config["task"]["separator"], config["task"]["special_tokens"]
+    assert config_from_plain(config).task == compose([]).task
+
+
 def test_a_record_names_its_files_wherever_it_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here := tmp_path / "here").mkdir()
     (there := tmp_path / "there").mkdir()

@@ -17,6 +17,7 @@ from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.out_of_memory import killed_for_memory
 from qlora_exp.overrides import literal
 from qlora_exp.paths import OutputPaths
+from qlora_exp.plan import EARLIER_TASK
 from qlora_exp.records import Failure, RunRecord, Status, read_record, write_json
 
 
@@ -67,6 +68,8 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         # A run's record doesn't keep the settings of the sweep that it belongs to.
         plain = {"sweep": None, "workers": None, **plain}
         plain["budget"] = {**dict.fromkeys(OF_THE_STUDY), "force": False, **plain.get("budget", {})}  # of older records
+        plain["task"] = {**EARLIER_TASK, **plain.get("task", {})}  # older records have none
+        plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
         training = plain.get("training")
         if isinstance(training, dict) and training.get("max_tokens") is not None:
             plain["training"] = {**training, "max_steps": None}  # older versions took both, and heeded the tokens

@@ -291,7 +291,9 @@ def _answer(example: Example, encoding: Encoding, tokenizer: Tokenizer) -> str:
     decoded = str(tokenizer.decode(list(encoding.completion_ids), **settings))
     answer = answer_as_written(example.completion, encoding.completion, decoded)
     if answer is None:
+        lost = "".join(dict.fromkeys(one for one in encoding.completion if one not in decoded))[:10]
         detail = f"{encoding.completion.strip()[:40]!r} reads back as {decoded.strip()[:40]!r}"
+        detail += f", without {lost!r}" if lost else ""
         hint = "take out what this tokenizer doesn't know, or use a model whose tokenizer keeps the text"
         raise _Refused("tokenizer changes the answer", detail, hint)
     return answer

@@ -122,8 +122,8 @@ def score_items(
         texts = generate(next_logits, context, tokenizer, rule) if rule else None
         if texts and rule and rule.keep_indentation:
             expected = [decoded(item.completion_ids, tokenizer) for item in chosen]
-            pairs = zip(texts, expected, chosen, strict=True)
-            texts = [as_answer(text, completion, item.answer) for text, completion, item in pairs]
+            rows = zip(texts, expected, chosen, strict=True)
+            texts = [as_answer(text, completion, item.answer) for text, completion, item in rows]
         for row, index in enumerate(batch):
             results[index] = ItemResult(
                 completions[row], None if options is None else options[row], texts[row] if texts else None

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_exp.chat_templates import Generation
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError
+from qlora_exp.models.gguf_tokenizers import check_gguf_tokenizer, complete_gguf_tokenizer
 from qlora_exp.models.sources import ModelSource, resolve_source, sibling_source
 
 PAD_NAMES = re.compile(r"pad", re.IGNORECASE)
@@ -40,7 +41,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _load(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source.path_or_id, **source.arguments)
+        metadata = check_gguf_tokenizer(Path(source.where)) if source.gguf_file else None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path_or_id, **source.arguments)
+        if metadata is not None:
+            complete_gguf_tokenizer(tokenizer, metadata)
+        return tokenizer
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers' Rust layer raises bare Exception for a damaged file
         if source.is_local and not source.gguf_file and (lacking := _lacking(Path(source.path_or_id))) is not None:
             raise ModelError(lacking[0], source.where, lacking[1]) from None

@@ -87,7 +87,7 @@ def test_of_many_rows_some_stand_for_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [["training.max_length=20"], ["training.max_length=40", "task.kind=generation", "task.goal=null"]]
+    "overrides", [["training.max_length=26"], ["training.max_length=40", "task.kind=generation", "task.goal=null"]]
 )
 def test_rows_are_cut_and_refused_as_a_run_does(overrides: list[str]) -> None:
     counter = RowCounter()

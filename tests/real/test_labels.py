@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qlora_exp.compose import compose
 from qlora_exp.data import load_data, load_rows
 from qlora_exp.errors import DataError
+from qlora_exp.evaluation import evaluate_model
 from qlora_exp.evaluation.likelihood import CompletionScore
 from qlora_exp.evaluation.per_item import ItemResult, item_table, scores_of
 from qlora_exp.paths import EMBEDDED
@@ -191,3 +193,25 @@ def test_labels_that_differ_in_case_only_must_be_named_and_are_then_compared_by_
         table = item_table([item], [result], splits, dict.fromkeys(splits.labels, 0.25), np.zeros(4), texts)
         assert table["exact"].to_pylist() == [exact]
         assert scores_of("validation", table, splits.labels, texts).exact_match == exact
+
+
+def test_the_chosen_label_is_the_likeliest_with_its_end(write_rows: Callable[..., Path]) -> None:
+    """Against one full pass for each item and label, with a random model."""
+    splits, tokenizer = load(labelled(BEGIN["words"]), write_rows, "plain", "task.columns.label=label")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=1.0, **shape)).eval()
+    items, end = splits.train[:12], splits.train[0].end_ids[:1]
+    with torch.no_grad():  # an end that is likely after some words and unlikely after others
+        model.lm_head.weight[list(end)] *= 5
+    config = compose(["evaluation.generate=false"])
+    table = evaluate_model(model, tokenizer, items, splits, config, split="train", label_marginal=None).items
+    for item, predicted in zip(items, table["predicted"].to_pylist(), strict=True):
+        sums = {}
+        for label, ids in splits.label_ids.items():
+            whole = torch.tensor([[*item.prompt_ids, *ids, *end]])
+            with torch.no_grad():
+                nats = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])
+            sums[label] = float(nats[-len(ids) - 1 :].sum())
+        assert predicted == max(sums, key=lambda label: sums[label])
+    assert len(set(table["predicted"].to_pylist())) > 1

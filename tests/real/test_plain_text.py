@@ -273,7 +273,7 @@ def test_a_wrong_indentation_is_a_wrong_answer(load: Load, tokenizers: dict[str,
 
 def test_rows_that_differ_in_indentation_only_are_no_duplicates(load: Load) -> None:
     blocks = ["if a:\n    b()\nc()", "if a:\n    b()\n    c()", "if a:\n  b()\nc()", "    if a:\n        b()\nc()"]
-    pairs = [("x = 1", "    y"), ("x = 1", "y"), ("x = 1 ", "y"), ("x  = 1", "y")]
+    pairs = [("x = 1", "    y\n    z"), ("x = 1", "y\n    z"), ("x = 1 ", "y\n    z"), ("x  = 1", "y\n    z")]
     splits = load([(block, f"it is {block}") for block in blocks] + pairs, "gpt2")
     assert len(items_of(splits)) == 6
     assert splits.record.dropped_reasons == {"exact duplicate": 2}
@@ -376,3 +376,19 @@ def test_what_a_tokenizer_writes_otherwise_is_compared_as_it_writes_it_or_refuse
             assert same_text(answer, item.answer)
     with pytest.raises((DataError, Problems), match="tokenizer changes the answer"):
         load([(f"What {n}?", f"caf\u00e9 {n}") for n in range(4)], "accents")
+
+
+def test_an_answer_with_characters_that_the_tokenizer_lacks_is_refused(load: Load, tokenizers: dict[str, Any]) -> None:
+    """Unigram without bytes: the model would be trained on <unk>, or on nothing in their place."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    named = ["<s>", "<pad>", "</s>", "<unk>"]
+    texts = ["List one two three", *("abcdefghijklmnopqrstuvwxyz0123456789-" * 2)] * 3
+    backend.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=100, special_tokens=named, unk_token="<unk>"))
+    tokenizers["unigram"] = wrapped(backend, unk_token="<unk>")
+    rows = [(f"List {n}", f"- one\n- two {n}") for n in range(4)]
+    with pytest.raises((DataError, Problems), match=r"tokenizer changes the answer.*without '\\n'"):
+        load(rows, "unigram")
+    rows += [(f"List {n}", f"- one - two {n}") for n in range(4, 30)]
+    assert len(items_of(load(rows, "unigram", "task.invalid_rows=drop", "task.validation_fraction=0.3"))) == 26
