@@ -41,9 +41,14 @@ OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", r
 """Towers and projections for pictures and sound: no part of the language model, so never a target."""
 
 
-def describe(model: ModelConfig) -> Architecture:
-    """The architecture of ``model``. Raises :class:`ModelError` for what can't be found or built."""
+def describe(model: ModelConfig, to_load: bool = True) -> Architecture:
+    """The architecture of ``model``. Raises :class:`ModelError` for what can't be found or built.
+
+    ``to_load``: its weights are needed; a plan does without those that aren't downloaded.
+    """
     source = resolve_source(model)
+    if to_load and source.cached:
+        _check_cached(source)
     built = build_meta(model_config(source), source)
     _check_attention(built, model.attention)
     described = architecture_of(built)
@@ -71,6 +76,14 @@ def check_weights(source: ModelSource, built: PreTrainedModel | None = None) -> 
     elif folder is not None:
         check_tensors(built, stored_tensors(folder), source.where)
     _checked.add(state)
+
+
+def _check_cached(source: ModelSource) -> None:
+    """Whether the weights are in the local cache, where the Hub can't be reached."""
+    folder = source.cached_folder
+    if folder is None or not all(file.is_file() for file in weight_files(folder)):
+        what = f"the weights of {source.name} are not all in the local cache, and the Hub can't be reached"
+        raise ModelError(what, f"Hub id {source.name}", f"on a machine with a network: hf download {source.name}")
 
 
 _checked: set[Hashable] = set()

@@ -28,6 +28,8 @@ COMPUTED = re.compile(r"(^|\.)attn_rot_embd\.")
 """Frequencies of the rotary embedding, which the model computes."""
 ROPE_FACTORS = re.compile(r"^rope_(freqs|factors_long|factors_short)\.weight$")
 EXPERTS = re.compile(r"_exps(\.weight)?$")
+GEMMA_27B = {("gemma2", 46), ("gemma3_text", 62)}
+"""Model type and layers of the two that scale scores by another width than that of a head."""
 NORMS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
 
 
@@ -171,11 +173,22 @@ def _check_settings(header: GgufHeader, config: PretrainedConfig) -> None:
     if scaling != "none" and scaling != _rope(config).get("rope_type"):
         what = f"the file scales the rotary embedding ({scaling}), and transformers doesn't read that from GGUF files"
         raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
+    made_scale = getattr(config, "query_pre_attn_scalar", None)
+    if made_scale is not None and made_scale != (scale := _scale_of_scores(config)):
+        what = f"scores of this model are scaled by {scale:g}, and transformers makes it {made_scale:g} from GGUF files"
+        raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
     for key, made in _settings_of(config).items():
         value = said.get(key)
         if isinstance(value, int | float) and made and not any(math.isclose(value, one, rel_tol=1e-4) for one in made):
             what = f"the file says {architecture}.{key} = {value:g}, and transformers makes it {made[0]:g}"
             raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
+
+
+def _scale_of_scores(config: PretrainedConfig) -> int:
+    """What llama.cpp divides the scores of Gemma 2 and 3 by (its square root): no setting of the file says it."""
+    if (config.model_type, config.num_hidden_layers) in GEMMA_27B:
+        return int(config.hidden_size // config.num_attention_heads)
+    return int(config.head_dim)
 
 
 def _settings_of(config: PretrainedConfig) -> dict[str, list[float]]:

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError, nearest
 from qlora_exp.models.causality import check_configured_causal
-from qlora_exp.models.gguf_header import gguf_parts, is_tied
+from qlora_exp.models.gguf_header import gguf_parts, is_tied, read_header
 from qlora_exp.models.quantized import HINT as UNQUANTIZED
 from qlora_exp.models.quantized import method_of
 from qlora_exp.models.sizes import check_possible
@@ -34,6 +34,7 @@ from qlora_exp.models.weight_files import (
     WEIGHTS_INDEX,
     check_hub_files,
     check_no_adapter,
+    check_no_pointer,
     check_weight_files,
     config_place,
 )
@@ -88,6 +89,7 @@ class ModelSource:
         return arguments
 
 
+WHOLE = "give the GGUF file of the whole model"
 READS_PADDING = {"rwkv"}
 """Recurrent architectures whose code in transformers has no attention mask."""
 
@@ -175,7 +177,8 @@ def fingerprint(source: ModelSource) -> str:
 def _model_files(folder: Path) -> list[Path]:
     """What a loaded model and tokenizer depend on; a README or an adapter beside them doesn't count."""
     kept = (".json", ".safetensors", ".jinja", ".model", ".txt")
-    return [path for path in folder.iterdir() if path.is_file() and path.suffix in kept]
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in kept]
+    return [*files, *folder.glob("additional_chat_templates/*.jinja")]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -225,8 +228,14 @@ def _gguf(path: Path) -> ModelSource:
         raise ModelError(what, str(path), f"model.path={path.parent}")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("reading GGUF files needs the gguf package", str(path), "pip install 'qlora-exp[gguf]'")
+    check_no_pointer(path)
     check_no_adapter(path.parent)
     path = gguf_parts(path)[0]  # the first part has the metadata of all
+    kind = read_header(path).metadata.get("general.type", "model")
+    if kind != "model":
+        raise ModelError(
+            f"the GGUF file holds no model: it says that it is a file of the type {kind}", str(path), WHOLE
+        )
     source = ModelSource(path.stem, str(path.parent), None, path.name, True)
     model_config(source)
     return source

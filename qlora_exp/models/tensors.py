@@ -40,6 +40,11 @@ MASKS = re.compile(r"(^|\.)(attn|attention|self_attention)\.(bias|masked_bias|ca
 """Causal masks that older versions of transformers saved with GPT-2, GPT-J, GPT-Neo and GPT-NeoX."""
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.|rotary_pos_emb\.)?(inv_freq|position_ids|embed_positions\.weights)$")
 """Positions and frequencies that the model computes from its configuration."""
+OTHER_SENSES = re.compile(
+    r"^(model\.)?(vision_(model|tower|encoder|embed_tokens)|visual|audio_(model|tower|encoder)|multi_modal_projector"
+    r"|mm_projector|image_newline|embed_vision|embed_audio)(\.|$)"
+)
+"""Towers for pictures and sound, of which a text model takes no input."""
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "base_model.model.": "PEFT",
@@ -133,7 +138,11 @@ def raise_missing(report: LoadReport, where: str, hint: str, expected: Sequence[
     """``expected``: names of tensors that the files should have had, where a weight is made of several."""
     lacking = [*expected, *(name for name in report.missing if name not in expected)]
     if lacking:
-        raise ModelError(f"{len(lacking)} of the model's weights are not in its files: {some(lacking)}", where, hint)
+        what = f"{len(lacking)} of the model's weights are not in its files: {some(lacking)}"
+        others = [name for name in report.unexpected if not is_harmless(name, None)]
+        if others:
+            what = f"{what}; the files have tensors of other names: {some(others)}"
+        raise ModelError(what, where, hint)
     if report.unconverted:
         name = report.unconverted[0]
         parts = some(report.sources.get(name, [])) or "none of its parts"
@@ -147,8 +156,9 @@ def raise_misshapen(report: LoadReport, where: str, hint: str, maker: str = "con
 
 
 def is_harmless(name: str, shape: tuple[int, ...] | None) -> bool:
-    """Whether a tensor that no weight takes can be left out: a mask or a table that the model computes."""
-    if COMPUTED.search(name):
+    """Whether a tensor that no weight takes can be left out: a mask or a table that the model computes, or a tower that
+    it has no input for."""
+    if COMPUTED.search(name) or OTHER_SENSES.search(name):
         return True
     return bool(MASKS.search(name)) and (shape is None or len(shape) in (0, 4))
 

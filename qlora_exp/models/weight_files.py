@@ -19,6 +19,7 @@ from qlora_exp.models.quantized import SIDE_FILES
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+LFS = b"version https://git-lfs"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"^(?P<name>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors$")
@@ -138,13 +139,27 @@ def config_place(folder: Path) -> str:
     inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
     if inside:
         return f"model.path={inside[0].parent}"
+    if adapters := sorted(folder.glob(f"*/{ADAPTER_CONFIG}")):
+        return (
+            f"{adapters[0].parent.name}/ holds an adapter; of a run of qlora-exp: qlora-exp export RUN --formats merged"
+        )
     if (folder / "params.json").is_file():
         return "this is the publisher's own format (params.json): download the one for transformers"
     return "a model directory holds config.json and *.safetensors"
 
 
+def check_no_pointer(file: Path) -> None:
+    """Raise :class:`ModelError`: ``file`` is what a clone without Git LFS leaves in place of a large file."""
+    with file.open("rb") as stream:
+        begin = stream.read(len(LFS))
+    if begin == LFS:
+        what = "the file is a Git LFS pointer: its content was never downloaded"
+        raise ModelError(what, str(file), "git lfs pull in the clone, or: hf download REPOSITORY")
+
+
 def _tensor_names(file: Path) -> list[str]:
     try:
+        check_no_pointer(file)
         with safe_open(file, framework="pt") as weights:
             return list(weights.keys())
     except (SafetensorError, OSError) as error:

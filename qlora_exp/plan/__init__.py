@@ -14,6 +14,7 @@ from qlora_exp.plan.architecture import Architecture, OtherTensor, WeightShape
 from qlora_exp.records import Environment, Plan
 
 __all__ = [
+    "EARLIER_TASK",
     "OPTIMIZERS",
     "SCHEDULERS",
     "TARGET_SETS",

@@ -254,7 +254,7 @@ def _described(model: ModelConfig) -> Architecture:
         path = path / "config.json"
     if path is not None and path.suffix == ".json":
         return models.describe_file(path)
-    return models.describe(model)
+    return models.describe(model, to_load=False)
 
 
 def _peak(

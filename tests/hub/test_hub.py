@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_exp import load_run
 from tests.conftest import write_colour_task
@@ -89,6 +92,59 @@ def test_a_name_that_the_hub_does_not_have_is_one_message(
         done = called("validate", hub.url, tmp_path, *GIVEN, override, "evaluation.metrics=[]")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {says}\n")
+
+
+def spoiled(model: Path, folder: Path, kind: str) -> Path:
+    """A copy of ``model`` as a repository that can't be trained on."""
+    copy = Path(shutil.copytree(model, folder / kind))
+    weights = copy / "model.safetensors"
+    if kind == "adapter":
+        (copy / "adapter_config.json").write_text("{}")
+    elif kind == "gguf":
+        weights.rename(copy / "model-q8_0.gguf")
+    else:
+        tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+        save_file(tensors, weights, metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "verb", "says"),
+    [
+        ("adapter", "validate", "adapter_config.json lies next to a whole model"),
+        ("gguf", "validate", "it has model-q8_0.gguf"),
+        ("fp8", "run", "fp8 (F8_E4M3)"),
+    ],
+)
+def test_a_repository_that_cannot_be_trained_on_is_refused_by_its_files(
+    kind: str, verb: str, says: str, hub: FakeHub, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    write_colour_task(tmp_path / "colours.jsonl")
+    folder = spoiled(tiny_models["llama"], tmp_path, kind)
+    task = ["task=local", "task.path=colours.jsonl", "tracking=off", *SHORT]
+    given = ["model=smollm2_135m", "model.checkpoints.base=someone/spoiled", *task]
+    with serving(FakeHub({("models", "someone/spoiled"): folder})) as spoiled_hub:
+        done = called(verb, spoiled_hub.url, tmp_path, *given)
+        if kind == "fp8":  # its weights are in the cache now, and looked at before anything else
+            again = called("validate", spoiled_hub.url, tmp_path, *given)
+            assert again.returncode == 2
+            assert says in again.stderr
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+
+
+def test_weights_that_are_not_in_the_cache_are_missed_before_a_run_begins(
+    hub: FakeHub, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    write_colour_task(tmp_path / "colours.jsonl")
+    given = ["model=smollm2_135m", "model.checkpoints.base=someone/tiny", "task=local", "task.path=colours.jsonl"]
+    with serving(hub):
+        assert called("validate", hub.url, tmp_path, *given, "tracking=off").returncode == 0
+    done = called("validate", hub.url, tmp_path, *given, "tracking=off")
+    assert done.returncode == 2
+    assert "the weights of someone/tiny are not all in the local cache" in done.stderr
+    assert called("plan", hub.url, tmp_path, *given).returncode == 0
 
 
 @pytest.mark.parametrize(

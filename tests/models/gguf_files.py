@@ -19,7 +19,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3moe": ("qwen3_moe", {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 768}),
-    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 32}),
+    "gemma2": ("gemma2", {"head_dim": 256, "sliding_window": 32}),
     "lfm2": ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]} | ADJUSTED),
 }
 """GGML's name → transformers' name and sizes. ``lfm2`` goes through transformers' newer reader."""
@@ -58,6 +58,7 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray] | None = None,
     settings: Mapping[str, Any] | None = None,
     tensors_a_part: int = 0,
+    kind: str = "model",
     **more: Any,
 ) -> Path:
     """``settings``: keys below the architecture's name, in place of or next to the right ones; ``None`` leaves one out.
@@ -66,11 +67,12 @@ def write_gguf(
 
     tensors = tensors if tensors is not None else tensors_of(architecture, **more)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_part)
+    writer.add_type(kind)
     for key, value in (settings_of(architecture, **more) | dict(settings or {})).items():
         if value is None:
             continue
-        kind = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-        kind[type(value)](f"{architecture}.{key}", value)
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add[type(value)](f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{number}" for number in range(TOKENS)])
     for name, values in tensors.items():

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_exp.cli import main
 from qlora_exp.compose import compose
-from qlora_exp.errors import ModelError, QloraExpError
-from qlora_exp.models import describe, load_base
+from qlora_exp.errors import ModelError
+from qlora_exp.models import describe, fingerprint, load_base, resolve_source
 from tests.conftest import save_tiny_model
 
 TINY: dict[str, dict[str, Any]] = {
@@ -156,6 +156,7 @@ SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], list[str]]
     "MLX": (mlx, ["MLX"]),
     "names of torch.compile": (named("_orig_mod."), ["torch.compile", "_orig_mod."]),
     "names of PEFT": (named("base_model.model."), ["PEFT", "base_model.model."]),
+    "names with a prefix of their own": (named("backbone."), ["not in its files", "backbone."]),
     "names of DistributedDataParallel": (named("module."), ["DistributedDataParallel"]),
     "an adapter's tensors": (added(("lora_A.default.weight", (4, 16), torch.float32)), ["adapter", "merge"]),
 }
@@ -168,6 +169,12 @@ def test_files_that_hold_something_else_are_refused_by_its_name(kind: str, folde
     message = str(refusal(folder))
     assert all(text in message for text in says), message
     assert str(folder) in message
+
+
+def test_a_tower_for_pictures_is_left_out_of_a_model_that_reads_text(folder: Path) -> None:
+    tower = {"vision_tower.encoder.layers.0.fc1.weight": torch.ones(2, 2), "multi_modal_projector.bias": torch.ones(2)}
+    rewrite(folder, lambda tensors: tensors.update(tower))
+    describe(local(folder))
 
 
 def test_files_with_masks_and_tables_of_older_versions_load_as_without_them(tmp_path: Path) -> None:
@@ -246,9 +253,20 @@ def adapter_alone(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
 
 
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
 def gptq_named(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
     (folder / "quantize_config.json").write_text("{}")
+
+
+def run_folder(folder: Path) -> None:
+    adapter_alone(folder)
+    (folder / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).rename(folder / "adapter" / name)
 
 
 def moved_inside(folder: Path) -> None:
@@ -265,11 +283,13 @@ LAID_OUT: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a variant": (renamed_to("model.fp16.safetensors"), ["fp16", "mv "]),
     "the publisher's own format": (renamed_to("consolidated.safetensors"), ["consolidated.safetensors", "own format"]),
     "a part of one process": (renamed_to("shard-00000-model-00000-of-00002.safetensors"), ["distributed"]),
+    "a pointer of Git LFS": (pointer, ["Git LFS", "git lfs pull"]),
     "another name": (renamed_to("pytorch_model.safetensors"), ["model.safetensors", "mv "]),
     "an adapter beside a whole model": (adapter_beside, ["adapter_config.json", "whole model", "move"]),
     "an adapter alone": (adapter_alone, ["no model", "its base is a/b", "merge_and_unload"]),
     "GPTQ's own names": (gptq_named, ["GPTQ"]),
     "a folder above": (moved_inside, ["config.json", "checkpoint-5"]),
+    "a folder of a run": (run_folder, ["config.json", "export RUN --formats merged"]),
     "a redirection": (lambda folder: edit(folder, transformers_weights="other.safetensors"), ["other.safetensors"]),
     "MLX by its configuration": (lambda folder: edit(folder, quantization={"bits": 4, "group_size": 64}), ["MLX"]),
     "an fp8 configuration": (lambda folder: edit(folder, quantization_config={"quant_method": "fp8"}), ["by fp8"]),
@@ -321,7 +341,13 @@ def test_every_verb_refuses_before_it_loads(
     assert not (tmp_path / "outputs" / "runs").exists() or not any((tmp_path / "outputs" / "runs").glob("*/adapter"))
 
 
-def test_a_lone_configuration_can_still_be_planned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_further_chat_templates_are_part_of_the_fingerprint(folder: Path) -> None:
+    before = fingerprint(resolve_source(local(folder)))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    assert fingerprint(resolve_source(local(folder))) != before
+
+
+def test_a_lone_configuration_can_still_be_planned(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert main(["plan", "model=local", f"model.path={folder}", "training.device=cpu"]) == 0
-    assert QloraExpError.exit_code == 2

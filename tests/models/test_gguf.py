@@ -147,6 +147,10 @@ def test_a_setting_that_transformers_does_not_take_over_is_refused(
     assert says in refusal(write_gguf(tmp_path / "m.gguf", settings=settings))
 
 
+def test_a_width_of_heads_by_which_transformers_would_scale_scores_otherwise_is_refused(tmp_path: Path) -> None:
+    assert "scaled by 16" in refusal(write_gguf(tmp_path / "m.gguf", "gemma2", head_dim=16))
+
+
 def test_a_file_that_was_cut_off_or_holds_unknown_blocks_is_refused(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf")
     content = file.read_bytes()
@@ -159,6 +163,10 @@ def test_a_file_that_was_cut_off_or_holds_unknown_blocks_is_refused(tmp_path: Pa
     piece = tmp_path / "m.gguf.part1of2"
     piece.write_bytes(content[:1000])
     assert "cat m.gguf" in refusal(piece)
+
+
+def test_a_file_that_says_it_is_no_model_is_refused(tmp_path: Path) -> None:
+    assert "type adapter" in refusal(write_gguf(tmp_path / "m.gguf", kind="adapter"))
 
 
 def test_an_adapter_beside_a_file_is_refused(tmp_path: Path) -> None:
