@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from qlora_exp.config import TaskConfig, TaskKind
@@ -10,6 +11,7 @@ from qlora_exp.data.rows import Example
 from qlora_exp.errors import DataError, nearest
 
 _MANY = 20
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
 def find_options(task: TaskConfig, train: Sequence[Example]) -> dict[str, str]:
@@ -63,6 +65,12 @@ def _check(labels: Sequence[str]) -> None:
                 "task.labels, or the labels of the training rows",
                 "write them alike: answers are compared without regard to case",
             )
+    by_number: dict[float, str] = {}
+    for label in filter(_NUMBER.fullmatch, labels):
+        other = by_number.setdefault(float(label), label)
+        if other != label:
+            what = f"the labels {other!r} and {label!r} are one number written in two ways"
+            raise DataError(what, "task.labels, or the labels of the training rows", "write them alike")
 
 
 def sort_out_labels(examples: Sequence[Example], options: Mapping[str, str]) -> tuple[list[Example], list[RowProblem]]:
