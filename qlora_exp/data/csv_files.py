@@ -40,6 +40,10 @@ def _read(path: Path, name: str, content: bytes, mark: str) -> RawFile:
     header = _with_index(first[1], [fields for _, fields in rows_read])
     check_columns(header, path)
     _check_mark(header, path, mark)
+    sizes = {len(fields) for _, fields in rows_read if fields}
+    if len(sizes) == 1 and sizes != {len(header)}:
+        what = f"the first row has {len(header)} fields, and all others have {sizes.pop()}"
+        raise DataError(what, f"{path}, row 1", "the first row must name the columns, and nothing may stand above it")
     rows, problems = [], []
     for number, fields in rows_read:
         if not fields:

@@ -15,6 +15,7 @@ from typing import Any
 
 from qlora_exp.data.compressed import ARCHIVES, COMPRESSED, ENDINGS, check_content, ending_of, unpacked
 from qlora_exp.data.problems import RowProblem
+from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -225,6 +226,8 @@ def _read_json(path: Path, name: str, content: bytes) -> RawFile:
 
 def _list_hint(path: Path, value: dict[str, Any]) -> str:
     """What makes a list of objects of one object: the list inside it, or pandas' columns written as rows."""
+    if any(isinstance(value.get(split), list) for split in SPLIT_NAMES):
+        return f"write the rows of each of {', '.join(value)} to a file of its own in one folder, and give the folder"
     inner = next((k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
     if inner is not None:
         script = f"import json,sys; json.dump(json.load(sys.stdin)[{inner!r}], sys.stdout)"

@@ -69,7 +69,9 @@ def check_single(path: Path) -> None:
     shard = _SHARD.search(stem_of(path))
     if shard and int(shard["count"]) > 1:
         what = f"{path.name} is one of {int(shard['count'])} shards: the other rows would not be read"
-        raise DataError(what, f"task.path={path}", f"give the folder: task.path={path.parent}")
+        raise DataError(
+            what, f"task.path={path}", f"task.path={path.parent} reads all; a copy under another name is read by itself"
+        )
 
 
 def _visible(folder: Path) -> list[Path]:

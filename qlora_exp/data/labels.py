@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from qlora_exp.errors import DataError, nearest
 from qlora_exp.texts import comparable, normal_form
 
 _MANY = 20
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
 def find_options(task: TaskConfig, train: Sequence[Example]) -> dict[str, str]:
@@ -71,6 +73,12 @@ def _check(labels: Sequence[str], named: bool) -> None:
                 "the labels of the training rows",
                 "write them alike; or name all labels where they mean different things: task.labels=[…]",
             )
+    by_number: dict[float, str] = {}
+    for label in filter(_NUMBER.fullmatch, labels):
+        other = by_number.setdefault(float(label), label)
+        if other != label:
+            what = f"the labels {other!r} and {label!r} are one number written in two ways"
+            raise DataError(what, "task.labels, or the labels of the training rows", "write them alike")
 
 
 def sort_out_labels(examples: Sequence[Example], options: Mapping[str, str]) -> tuple[list[Example], list[RowProblem]]:

@@ -216,24 +216,28 @@ def _answer(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Parts:
 
 def _text(row: RawRow, source: str | Template | None, is_class: bool = False) -> str:
     if isinstance(source, Template):
-        texts = {column: _column_text(row, column, whole_numbers=True, empty=True) for column in source.columns}
+        several = len(source.columns) > 1
+        texts = {column: _column_text(row, column, whole_numbers=True, empty=several) for column in source.columns}
         if not any(text.strip() for text in texts.values()):
-            which = "all columns of the template are" if len(texts) > 1 else "the text is"
-            raise _InvalidRow("empty", f"{which} empty or only white space", next(iter(texts)))
+            raise _InvalidRow("empty", "all columns of the template are empty or only white space", next(iter(texts)))
         return source.render(texts)
     assert source is not None
     return _column_text(row, source, whole_numbers=is_class)
 
 
 def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = False) -> str:
+    """``empty``: whether another column may fill the text, so that this one may be empty."""
+    written = f'write "{column}": "" where it is empty (pandas: df.fillna(""))' if empty else None
     if column not in row.values:
-        present = list(row.values)
-        raise _InvalidRow("missing column", f"{column!r} is not in this row", column, nearest(column, present))
+        hint = nearest(column, row.values) + (f"; or {written}" if written else "")
+        raise _InvalidRow("missing column", f"{column!r} is not in this row", column, hint)
     value = row.values[column]
     if isinstance(value, Unlabelled):
         raise _InvalidRow("no label", f"the class is {value:d}, which marks a row without a label", column)
     if whole_numbers and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if value is None and written:
+        raise _InvalidRow("not text", "found null", column, written)
     return value if empty and isinstance(value, str) and not value.strip() else _checked_text(value, column)
 
 

@@ -101,6 +101,12 @@ NOT_A_TABLE = {
     "UTF-16 without a mark": ("a.jsonl", JSONL.encode("utf-16-le"), "iconv -f UTF-16LE"),
     "UTF-16, the other one": ("a.csv", CSV.encode("utf-16-be"), "iconv -f UTF-16BE"),
     "pandas' columns": ("a.json", pandas.DataFrame(ROWS).to_json(), "orient='records'"),
+    "one object with the splits": (
+        "a.json",
+        json.dumps({"train": ROWS, "test": ROWS}),
+        "each of train, test to a file",
+    ),
+    "a line above the header": ("a.csv", "# exported on Monday\n" + CSV, "the first row must name the columns"),
     "pandas' split": ("a.json", pandas.DataFrame(ROWS).to_json(orient="split"), "[{"),
     "a pandas index without whole numbers": ("a.csv", ",prompt,completion\nx,a,b\ny,c,d\n", "number 1 has no name"),
 }
@@ -303,6 +309,24 @@ def test_a_template_may_have_an_empty_column_but_not_only_empty_ones(tmp_path: P
     told = refused(tmp_path / "a.jsonl", configure, prompt="Do: {instruction}\n{input}", completion="{output}")
     assert "empty: all columns of the template are empty" in told
     assert "row 21" in told
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": "do", "input": None, "output": "x"}, {"instruction": "do", "output": "x"}]
+)
+def test_nothing_in_a_column_of_a_template_is_not_read_as_empty(
+    row: dict[str, Any], tmp_path: Path, configure: Configure
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*ALPACA, row]))
+    told = refused(tmp_path / "a.jsonl", configure, prompt="{instruction}\n{input}", completion="{output}")
+    assert "row 21" in told
+    assert 'write "input": "" where it is empty' in told
+
+
+def test_labels_that_are_one_number_are_refused(tmp_path: Path, configure: Configure) -> None:
+    labels = ["1", "2", "1.0"] * 8
+    (tmp_path / "a.csv").write_text("prompt,label\n" + "".join(f"q {n},{one}\n" for n, one in enumerate(labels)))
+    assert "'1' and '1.0' are one number" in refused(tmp_path / "a.csv", configure, **CLASSES)
 
 
 def test_a_written_out_line_break_is_one(tmp_path: Path, configure: Configure) -> None:

@@ -118,6 +118,7 @@ LAYOUTS = {
 HARMLESS = [
     *("README.md", ".gitattributes", "LICENSE", "LICENSE.txt", "dataset_infos.json", "train.py", "test.log"),
     *("train.yaml", "labels.json", ".train.jsonl", "._train.jsonl", "notes.txt", "picture.png", "config.json"),
+    *("filter_report.json", "dataset_manifest.json"),
     *("outputs/mlflow.db", "outputs/runs/x/items_before_test.parquet", "src/package.json", "_SUCCESS"),
 ]
 
