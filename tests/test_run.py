@@ -245,8 +245,9 @@ def test_an_output_folder_that_can_not_be_made_is_told(
 
 
 @pytest.mark.faults
-def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
-    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_saves_and_the_resumed_one_ends_like_an_undisturbed_one(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     output = tmp_path / "outputs"
     long = [*local(tiny_models["llama"], colour_task), "training.max_steps=100", "evaluation=quick"]
@@ -257,7 +258,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_like_an_undisturbed_one(
         assert time.monotonic() < deadline
         assert child.poll() is None, child.communicate()
         time.sleep(0.05)
-    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, number)
     shown, _ = child.communicate(timeout=120)
     assert child.returncode == 130
     [folder] = output.glob("runs/*")
@@ -348,7 +349,8 @@ from qlora_exp.endings import Silent
 class StopAtStep3(Silent):
     def step(self, step, total, metrics):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(2):  # a closed terminal: the kernel and the shell send one each
+                os.kill(os.getpid(), signal.SIGHUP)
 
 execute(compose(sys.argv[1:]), StopAtStep3())
 """

@@ -87,5 +87,6 @@ def _short(reason: str) -> str:
         cause = re.search(pattern, reason)
         if cause is not None:
             return cause[1].strip().lower()
-    text = reason.partition(" where: ")[0].partition(" do: ")[0].removeprefix("not delivered: ")
+    text = re.split(r" where: | do: | \[SQL: ", reason)[0].removeprefix("not delivered: ")
+    text = re.sub(r"^\([\w.]+\) ", "", text)  # the driver's name for its error
     return text if len(text) <= REASON_CHARACTERS else f"{text[:REASON_CHARACTERS].rstrip()} …"

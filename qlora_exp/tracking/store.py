@@ -117,7 +117,7 @@ def open_store(store: Store) -> OpenStore:
         if store.database is not None:
             _check_sqlite(store.database)
         with FileLock(store.lock, timeout=LOCK_SECONDS):
-            return _connect(store)
+            return _connect_whole(store)
     except Timeout:
         raise TrackingError(
             f"another process has kept the tracking store locked for {LOCK_SECONDS:.0f} s",
@@ -160,9 +160,30 @@ def reason(error: BaseException) -> str:
     return redact_text(" ".join(text.split()))[:500]
 
 
-def _connect(store: Store) -> OpenStore:
+def _connect_whole(store: Store) -> OpenStore:
+    """As :func:`_connect`; a SQLite database is made first where it is missing, and again where it is half-made."""
+    if store.database is None:
+        return _connect(store)
+    from qlora_exp.tracking.creating import create_if_missing, set_aside_if_half_made
+
+    _quiet_mlflow()
+    create_if_missing(store.database)
+    try:
+        return _connect(store)
+    except TrackingError as error:
+        if error.__cause__ is None or not set_aside_if_half_made(store.database, store.uri, str(error.__cause__)):
+            raise
+    create_if_missing(store.database)
+    return _connect(store)
+
+
+def _quiet_mlflow() -> None:
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _connect(store: Store) -> OpenStore:
+    _quiet_mlflow()
     try:
         with bounded_calls(store.timeout_seconds):
             client = MlflowClient(tracking_uri=store.uri, registry_uri=store.uri)

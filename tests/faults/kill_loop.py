@@ -111,6 +111,10 @@ class Processes:
                 start_new_session=True,
             )  # fmt: skip
 
+    def trials_told(self) -> int:
+        """How many trials have ended by what was printed."""
+        return self._log.read_bytes().count(b"] trial ")
+
     def alive(self) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
@@ -186,10 +190,7 @@ def undisturbed(kind: str, seed: int, folder: Path) -> dict[str, Any] | str:
 def _kill_it(sweep: Processes, rng: random.Random, found: Round, ways: Sequence[str]) -> None:
     began, wanted = time.monotonic(), rng.randint(3, 6)
     while len(found.kills) < wanted and time.monotonic() - began < KILLING_SECONDS:
-        pause = rng.choice([rng.uniform(0.2, 3.0), rng.uniform(2.0, 8.0), rng.uniform(4.0, 11.0)])
-        until = time.monotonic() + pause
-        while time.monotonic() < until and sweep.controller.poll() is None:
-            time.sleep(0.02)
+        _wait_for_a_moment(sweep, rng)
         if sweep.controller.poll() is not None:
             if sweep.controller.returncode == 0:
                 return
@@ -208,6 +209,17 @@ def _kill_it(sweep: Processes, rng: random.Random, found: Round, ways: Sequence[
             left = [command_of(process) for process in sweep.alive()]
             found.findings.append(f"{LEFT_SECONDS:.0f} s after {way} still there: {left}")
         sweep.start()
+
+
+def _wait_for_a_moment(sweep: Processes, rng: random.Random) -> None:
+    """Any moment from the imports on; or the second after a trial has ended, when much is written."""
+    late = rng.random() < 0.3
+    pause = rng.choice([rng.uniform(0.2, 3.0), rng.uniform(2.0, 8.0), rng.uniform(4.0, 11.0)])
+    ended, until = sweep.trials_told(), time.monotonic() + (30.0 if late else pause)
+    while time.monotonic() < until and sweep.controller.poll() is None:
+        if late and sweep.trials_told() > ended:
+            late, until = False, time.monotonic() + rng.uniform(0.0, 1.0)
+        time.sleep(0.02)
 
 
 def _kill(sweep: Processes, rng: random.Random, ways: Sequence[str]) -> str:

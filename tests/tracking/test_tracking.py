@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from qlora_exp.errors import TrackingError
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import Process, Status, read_curve, read_record, write_json
 from qlora_exp.tracking import Tracker, compare_url, repair, sync, ui_command, ui_environment, view
+from qlora_exp.tracking.store import locate, open_store
 from qlora_exp.tracking.ui import VIEW_BARS, VIEW_PARAMS, VIEW_PLOTS, VIEW_TAGS
 
 EXPERIMENT = "qlora-exp"
@@ -564,3 +566,45 @@ def wait_for(port: int) -> None:
                 return
         time.sleep(0.25)
     raise AssertionError("the server did not start")
+
+
+MAKE_AND_DIE = """
+import os, sys
+from qlora_exp.config import TrackingConfig
+from qlora_exp.paths import OutputPaths
+from qlora_exp.tracking.store import locate, open_store
+import mlflow.store.db.utils as made
+def killed(engine):
+    os.kill(os.getpid(), 9)
+made._upgrade_db = killed
+open_store(locate(TrackingConfig(True, None, "qlora-exp", 5.0), OutputPaths.of(sys.argv[1])))
+"""
+
+
+def test_a_process_that_is_killed_while_it_makes_the_database_leaves_none_that_cannot_be_opened(
+    fresh_output: OutputPaths,
+) -> None:
+    killed = subprocess.run([sys.executable, "-c", MAKE_AND_DIE, str(fresh_output.root)], check=False)
+    assert killed.returncode == -9
+    assert not fresh_output.mlflow_database.exists() or not fresh_output.mlflow_database.stat().st_size
+    open_store(locate(TrackingConfig(True, None, "qlora-exp", 5.0), fresh_output))
+    left = sorted(file.name for file in fresh_output.root.parent.glob("mlflow.db*"))
+    assert left == ["mlflow.db", "mlflow.db.lock"]
+
+
+@pytest.mark.parametrize("runs", [0, 1])
+def test_a_half_made_database_is_set_aside_and_one_that_holds_runs_never_is(output: OutputPaths, runs: int) -> None:
+    database = output.mlflow_database
+    with sqlite3.connect(database) as opened:
+        opened.execute("update alembic_version set version_num = '75868b020152'")  # as a killed process left it
+        for number in range(runs):
+            opened.execute("insert into runs (run_uuid, experiment_id) values (?, 0)", (str(number),))
+    kept = database.read_bytes()
+    store = locate(TrackingConfig(True, None, "qlora-exp", 5.0), output)
+    if runs:
+        with pytest.raises(TrackingError, match=r"schema|tables"):
+            open_store(store)
+        assert database.read_bytes() == kept
+    else:
+        open_store(store)
+        assert database.with_name("mlflow.db.half-made-1").read_bytes() == kept
