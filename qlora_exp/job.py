@@ -10,6 +10,7 @@ import yaml
 
 from qlora_exp.app import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, config_from_plain, run_and_tell, tell
 from qlora_exp.errors import QloraExpError
+from qlora_exp.terminal import show_any_text
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -22,8 +23,9 @@ def die_with_parent() -> None:
 
 def main() -> int:
     die_with_parent()
+    show_any_text()
     try:
-        return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.read())))
+        return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.buffer.read().decode("utf-8"))))
     except QloraExpError as error:
         tell(error)
         return EXIT_WRONG_INPUT

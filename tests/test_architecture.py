@@ -19,13 +19,14 @@ PACKAGE = Path(qlora_exp.__file__).resolve().parent
 ELSEWHERE = {"conf", "sweeps", "plugins"}
 """Symlinks to top-level folders, and Hydra's plugin namespace, which is no room of ours."""
 
-FOUNDATION = {"errors", "heap", "paths"}
+FOUNDATION = {"errors", "heap", "paths", "terminal"}
 """What every room may import; they import nothing of ours."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "heap": set(),
     "paths": set(),
+    "terminal": {"errors"},
     "redaction": set(),
     "measurement": set(),
     "metrics": set(),
