@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qlora_exp.errors import RecordError, nearest
-from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
+from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, study_name
 from qlora_exp.records import RunRecord, Status, read_record
 
 LAST = "last"
@@ -119,27 +119,34 @@ def _some(names: list[str]) -> str:
 
 
 def study_names(outputs: OutputPaths) -> list[str]:
-    """The studies under ``output_root``, the newest last."""
+    """The names of the studies under ``output_root``, the newest last."""
+    return list(_studies(outputs))
+
+
+def _studies(outputs: OutputPaths) -> dict[str, StudyPaths]:
+    """Name → study, the newest last. One whose file can't be read goes by its folder."""
     if not outputs.studies.is_dir():
-        return []
-    files = [StudyPaths(folder).spec for folder in outputs.studies.iterdir()]
-    there = [file for file in files if file.is_file()]
-    return [file.parent.name for file in sorted(there, key=lambda file: (file.stat().st_mtime, file.parent.name))]
+        return {}
+    folders = [StudyPaths(folder) for folder in outputs.studies.iterdir()]
+    there = [paths for paths in folders if paths.spec.is_file()]
+    there.sort(key=lambda paths: (paths.spec.stat().st_mtime, paths.folder.name))
+    return {paths.name or paths.folder.name: paths for paths in there}
 
 
-def find_study(name: str, outputs: OutputPaths) -> StudyPaths:
-    """The study of that name, a unique beginning of one, or ``last``.
+def find_study(name: str, outputs: OutputPaths, whole_name: bool = False) -> StudyPaths:
+    """The study of that name, a unique beginning of one unless ``whole_name``, or ``last``.
 
     Raises:
         RecordError: there is none, or several begin like this.
     """
-    names = study_names(outputs)
-    if not names:
+    studies, name = _studies(outputs), study_name(name)
+    if not studies:
         raise RecordError("there are no studies yet", str(outputs.studies), "qlora-exp sweep NAME makes one")
-    exact = [names[-1]] if name == LAST else [one for one in names if one == outputs.study(name).folder.name]
-    fitting = exact or [one for one in names if name and one.startswith(name)]
+    names = list(studies)
+    exact = [names[-1]] if name == LAST else [one for one in names if one == name]
+    fitting = exact or [one for one in names if name and not whole_name and one.startswith(name)]
     if len(fitting) == 1:
-        return StudyPaths(outputs.studies / fitting[0])
+        return studies[fitting[0]]
     if fitting:
         raise RecordError(f"{name!r} fits {len(fitting)} studies", str(outputs.studies), ", ".join(sorted(fitting)))
     raise RecordError(f"there is no study {name!r}", str(outputs.studies), nearest(name, names))

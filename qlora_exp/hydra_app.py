@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 import yaml
 from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp import compose, heap, memory_limits, signals, streams
 from qlora_exp.app import (
@@ -28,11 +31,18 @@ from qlora_exp.config import Config, register, to_plain
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.paths import CONF
 from qlora_exp.ranks import one_rank_only
+from qlora_exp.terminal import check_arguments, show_any_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The Hydra door. Exit codes: 0, 1 a run failed, 2 wrong input, 130 interrupted."""
+    show_any_text()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        check_arguments(given)
+    except QloraExpError as error:
+        tell(error)
+        return EXIT_WRONG_INPUT
     flags = get_args_parser().parse_args(given)  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
     multirun = flags.multirun
     asks = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
@@ -52,7 +62,9 @@ def _main(given: list[str], flags: argparse.Namespace, multirun: bool, asks: boo
         if not asks:
             one_rank_only()
         _check_flags(flags)
-        if not asks:
+        if asks:
+            _check_shown(flags)
+        else:
             _check(flags.overrides, multirun)
         if BASIC in flags.overrides:
             given = compose.without_globs(given, flags.overrides)
@@ -89,6 +101,26 @@ def _check_flags(flags: argparse.Namespace) -> None:
             flag = f"--{name.replace('_', '-')}"
             what = f"{flag} can't be used: a run's settings come from the conf/ of qlora-exp"
             raise ConfigError(what, f"{flag} {value}", hint)
+
+
+def _check_shown(flags: argparse.Namespace) -> None:
+    """What ``--cfg`` and ``--info`` can show: one configuration, whose overrides are right."""
+    flag = f"--cfg {flags.cfg}" if flags.cfg else f"--info {flags.info}"
+    if not (flags.cfg or flags.info):
+        return
+    raise_all(compose.problems_of(flags.overrides, multirun=flags.multirun))
+    if flags.multirun:
+        first = [compose.first_choice(text) for text in flags.overrides]
+        raise ConfigError(
+            f"{flag} shows one configuration, and -m asks for several",
+            " ".join([flag, "-m", *flags.overrides]),
+            f"python -m qlora_exp {flag} {shlex.join(first)}, or for all: qlora-exp plan {shlex.join(flags.overrides)}",
+        )
+    if flags.resolve:
+        try:
+            OmegaConf.resolve(compose.compose_raw(flags.overrides))
+        except OmegaConfBaseException as error:
+            raise compose.unresolved(error, str(getattr(error, "full_key", None) or "the configuration")) from None
 
 
 _codes: list[int] = []
@@ -133,7 +165,6 @@ def one_job(raw: Any) -> Any:
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
     if raw.workers.job is not None:
         from qlora_exp.sweep import work
@@ -169,7 +200,7 @@ def _in_own_process(config: Config) -> int:
         environment = heap.environment() if heap.on_cpu(config.training.device.value) else {}
         command, environment = [sys.executable, "-m", "qlora_exp.job"], {**os.environ, **environment}
         kills = memory_limits.kills()
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8", env=environment)
         if any(number != signal.SIGINT for number in asked):
             child.send_signal(signal.SIGTERM)
         child.communicate(text)

@@ -12,6 +12,7 @@ from qlora_exp import signals, streams
 from qlora_exp.app import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, config_from_plain, run_and_tell, tell
 from qlora_exp.errors import QloraExpError
 from qlora_exp.ranks import one_rank_only
+from qlora_exp.terminal import show_any_text
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -25,10 +26,11 @@ def die_with_parent() -> None:
 def main() -> int:
     die_with_parent()
     streams.keep_writing()
+    show_any_text()
     try:
         with signals.interrupting():
             one_rank_only()
-            return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.read())))
+            return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.buffer.read().decode("utf-8"))))
     except QloraExpError as error:
         tell(error)
         return EXIT_WRONG_INPUT

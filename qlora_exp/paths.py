@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -19,6 +21,15 @@ def slug(text: str, limit: int = 64) -> str:
     """``text`` as a file name that stays inside its folder: lower-case ASCII letters, digits, ``-`` and ``_``."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9_]+", "-", ascii_text.lower()).strip("-")[:limit].strip("-") or "unnamed"
+
+
+def study_name(text: str) -> str:
+    """A study's name in the one form in which it is compared: an é typed as one character or as two is the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def make_folder(folder: Path, exist_ok: bool = True) -> None:
@@ -69,7 +80,15 @@ class OutputPaths:
         return RunPaths(self.runs / slug(run_id, limit=120))
 
     def study(self, name: str) -> StudyPaths:
-        return StudyPaths(self.studies / slug(name))
+        """The folder of the study of this name. A name that a folder can't have as it is gets a digest of the name: two
+        names never share a folder. Earlier versions gave none; a study of theirs keeps its folder."""
+        name = study_name(name)
+        plain = StudyPaths(self.studies / slug(name))
+        digested = StudyPaths(self.studies / f"{slug(name)}-{_digest(name)}")
+        held_by = plain.name
+        if slug(name) == name:
+            return digested if held_by not in (None, name) else plain
+        return plain if held_by == name and digested.name != name else digested
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,16 @@ class StudyPaths:
     """One study's files; its trials are runs of their own."""
 
     folder: Path
+
+    @property
+    def name(self) -> str | None:
+        """The study's name, as ``study.json`` has it; ``None`` where there is no such file, or it can't be read."""
+        try:
+            raw = json.loads(self.spec.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        name = raw.get("name") if isinstance(raw, dict) else None
+        return study_name(name) if isinstance(name, str) else None
 
     @property
     def spec(self) -> Path:

@@ -105,13 +105,14 @@ def best_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
     table = simple_table("best", *objective_fields(spec), *(axis.key for axis in spec.axes), "run")
     for row in rows:
         values = [_value(value) for value in row.values]
-        params = [_text(row.params.get(axis.key)) for axis in spec.axes]
+        params = [_param(row, axis.key) for axis in spec.axes]
         table.add_row(f"trial {row.number}", *values, *params, row.run_id or UNKNOWN)
     return table
 
 
 def write_csv(rows: Sequence[TrialRow], spec: StudySpec, stream: TextIO) -> None:
-    """``number,status,value,run_id,seconds`` and one column per axis; of several objectives ``value_FIELD`` each."""
+    """``number,status,value,run_id,seconds`` and one column per axis; of several objectives ``value_FIELD`` each. An
+    axis's value is written in full; ``null`` is a value, and an axis that the trial doesn't have is empty."""
     fields = objective_fields(spec)
     columns = ["value"] if len(fields) == 1 else [f"value_{field}" for field in fields]
     axes = [axis.key for axis in spec.axes]
@@ -119,7 +120,7 @@ def write_csv(rows: Sequence[TrialRow], spec: StudySpec, stream: TextIO) -> None
     writer.writerow(["number", "status", *columns, "run_id", "seconds", *axes])
     for row in rows:
         values = [*row.values, *[None] * len(columns)][: len(columns)]
-        params = [_text(row.params[key]) if row.params.get(key) is not None else None for key in axes]
+        params = [exact_text(row.params[key]) if key in row.params else None for key in axes]
         writer.writerow([row.number, status_text(row), *values, row.run_id, row.seconds, *params])
 
 
@@ -129,7 +130,7 @@ def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
     table = simple_table("trial", "status", *fields, "seconds", *axes, "run")
     for row in rows:
         values = [_value(value) for value in [*row.values, *[None] * len(fields)][: len(fields)]]
-        params = [_text(row.params.get(axis.key)) for axis in spec.axes]
+        params = [_param(row, key) for key in axes]
         table.add_row(
             str(row.number), status_text(row), *values, number(row.seconds, 1), *params, row.run_id or UNKNOWN
         )
@@ -324,11 +325,21 @@ def _value(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
 
 
+def _param(row: TrialRow, key: str) -> str:
+    return _text(row.params[key]) if key in row.params else UNKNOWN
+
+
 def _text(value: Any) -> str:
+    """For people: an axis's value in six digits."""
+    return f"{value:.6g}" if isinstance(value, float) else exact_text(value)
+
+
+def exact_text(value: Any) -> str:
+    """An axis's value as a trial had it: every digit of a number, ``null`` for none."""
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:.6g}"
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(str, value))}]"
-    return UNKNOWN if value is None else str(value)
+        return f"[{','.join(map(exact_text, value))}]"
+    return repr(value) if isinstance(value, float) else str(value)

@@ -19,7 +19,7 @@ PACKAGE = Path(qlora_exp.__file__).resolve().parent
 ELSEWHERE = {"conf", "sweeps", "plugins"}
 """Symlinks to top-level folders, and Hydra's plugin namespace, which is no room of ours."""
 
-FOUNDATION = {"errors", "gpus", "heap", "memory_limits", "paths", "ranks", "signals", "streams"}
+FOUNDATION = {"errors", "gpus", "heap", "memory_limits", "paths", "ranks", "signals", "streams", "terminal"}
 """What every room may import; they import nothing of ours."""
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "signals": set(),
     "streams": set(),
     "ranks": set(),
+    "terminal": {"errors"},
     "redaction": set(),
     "measurement": set(),
     "metrics": {"texts"},

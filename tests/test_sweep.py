@@ -174,14 +174,6 @@ def test_a_study_goes_on_with_the_settings_that_it_began_with_alone(capsys: pyte
     assert main(["sweep", "mine", *SLEEP, "sweep.n_trials=3", "budget.usd_per_hour=2", "sweep.name=mine"]) == 0
 
 
-def test_two_names_with_one_folder_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    assert hydra("lora.r=4", *SLEEP, "sweep.name='a b'") == 0
-    told = capsys.readouterr().out
-    assert "qlora-exp best 'a b'\n" in told
-    assert hydra("lora.r=4", *SLEEP, "sweep.name=a-b") == 2
-    assert "'a b'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

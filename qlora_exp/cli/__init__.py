@@ -23,6 +23,7 @@ from qlora_exp.cli import (
     sweeping,
 )
 from qlora_exp.errors import QloraExpError, unwritable
+from qlora_exp.terminal import check_arguments, show_any_text
 
 EPILOG = (
     "Each verb has its own help with examples: qlora-exp run --help. The Hydra app itself: python -m qlora_exp --help"
@@ -52,10 +53,12 @@ machine.add_to(app)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 a run failed (or doctor found a problem), 2 wrong input, 130 interrupted."""
+    show_any_text()
     if arguments is None and sys.argv[1:2] in (["run"], ["rerun"]):
         heap.begin_again_to_train(sys.argv[2:])
     # Completion asks the parser, not a verb: it never gets here with an error to tell.
     try:
+        check_arguments(sys.argv[1:] if arguments is None else arguments)
         result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",
                           standalone_mode=False)  # fmt: skip
     except QloraExpError as error:

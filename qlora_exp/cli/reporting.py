@@ -82,12 +82,13 @@ def _track(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) ->
 
     from qlora_exp import tracking
     from qlora_exp.config import TrackingConfig
+    from qlora_exp.study.spec_file import read_spec
 
     raw = records[-1].config.get("tracking") or {}
     if tracking.read_state(paths) is None or not raw.get("enabled"):
         return
     config = TrackingConfig(True, raw.get("uri"), raw["experiment"], float(raw["timeout_seconds"]))
-    why = tracking.deliver_report(config, outputs, paths.folder.name)
+    why = tracking.deliver_report(config, outputs, read_spec(paths).name)
     if why is not None:
         print(f"the report is not in MLflow yet: {why}\n  do:    qlora-exp sync", file=sys.stderr)
 
@@ -106,56 +107,63 @@ def _asked(
 ) -> tuple[list[Asked], list[RunRecord]]:
     """What each study asked, and the runs that are theirs."""
     from qlora_exp.analysis.content import Asked
-    from qlora_exp.study.spec_file import read_spec
+    from qlora_exp.study.spec_file import is_trial_of, read_spec
 
     if not found:
         return [Asked(str(outputs.root.name))], records
-    asked = []
-    for paths in found:
-        spec = read_spec(paths)
+    asked, specs = [], [read_spec(paths) for paths in found]
+    for spec, paths in zip(specs, found, strict=True):
         importance = {} if spec.synthetic else _importance(spec, paths)
         predicted = {} if spec.synthetic else _predicted_memory(spec, paths)
         ladder = _read_json(paths.folder / "ladder.json")
         asked.append(Asked(spec.name, spec.question, spec.objectives, ladder, importance, predicted))
-    names = {one.name for one in asked}
-    return asked, [record for record in records if record.trial is not None and record.trial.study in names]
+    return asked, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
 
 
 def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
     """What predicting memory came to, kept beside the study as importances are: trials that were not started have no
     record. Empty where nothing limited the trials' memory."""
     from qlora_exp.errors import QloraExpError
-    from qlora_exp.records import to_dict, write_json
+    from qlora_exp.records import to_dict
     from qlora_exp.standing import predicted_memory
     from qlora_exp.study import Study
 
     file = paths.folder / "predicted_memory.json"
     try:
-        found = predicted_memory(Study.open(spec, paths, spec.storage).trials(), paths)
+        found = predicted_memory(Study.read(spec, paths, spec.storage).trials(), paths)
     except QloraExpError:
         kept = _read_json(file)
         return kept if isinstance(kept, dict) else {}
     if found is None:
         return {}
     told = {**to_dict(found), "sentence": found.sentence}
-    write_json(file, told)
+    _keep(file, told)
     return told
 
 
 def _importance(spec: Any, paths: StudyPaths) -> dict[str, dict[str, float]]:
     """Optuna's importances, kept beside the study; what was kept where the study's database is gone."""
     from qlora_exp.errors import QloraExpError
-    from qlora_exp.records import write_json
     from qlora_exp.study import Study
 
     file = paths.folder / "importance.json"
     try:
-        found = Study.open(spec, paths, spec.storage).importances()
+        found = Study.read(spec, paths, spec.storage).importances()
     except QloraExpError:
         kept = _read_json(file)
         return kept if isinstance(kept, dict) else {}
-    write_json(file, found)
+    _keep(file, found)
     return found
+
+
+def _keep(file: Path, found: dict[str, Any]) -> None:
+    """For a report when the database is gone; beside a study that can only be read nothing is kept."""
+    import contextlib
+
+    from qlora_exp.records import write_json
+
+    with contextlib.suppress(OSError):
+        write_json(file, found)
 
 
 def _read_json(file: Path) -> Any:

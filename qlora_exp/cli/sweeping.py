@@ -88,10 +88,11 @@ def resume(
     from qlora_exp.ranks import one_rank_only
 
     one_rank_only()  # before a damaged study is made again
-    from qlora_exp.overrides import hydra_value
+    from qlora_exp.overrides import hydra_value, literal
     from qlora_exp.study.spec_file import STORAGE_VARIABLE, storage_of
 
     spec, paths = _found(study, output_root)
+    _check_kept(spec, overrides or [])
     url = storage_of(spec, storage)
     overrides = [*(overrides or []), *forced(force)]
     if rebuild:
@@ -103,7 +104,7 @@ def resume(
     kept = [text for text in again if text.lstrip("+~").partition("=")[0] not in changed]
     _check_secrets(kept, spec)
     with _in_environment(STORAGE_VARIABLE, url):  # a password is then in no override that a launcher would write
-        return _hydra([*kept, *(overrides or []), f"sweep.name={hydra_value(spec.name)}", *_join(join)])
+        return _hydra([*kept, *(overrides or []), f"sweep.name={hydra_value(literal(spec.name))}", *_join(join)])
 
 
 def status(
@@ -163,6 +164,8 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
 
     Of several objectives, the Pareto front; of rank doubling, the recommended rank and its runs.
     """
+    import shlex
+
     from qlora_exp import rank_doubling
     from qlora_exp.errors import RecordError
     from qlora_exp.standing import best_table
@@ -174,10 +177,10 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
     if spec.ladder is not None:
         rank_doubling.show_answers(opened, spec)
     elif not rows:
-        completed = opened.counts().completed
+        completed, name = opened.counts().completed, shlex.quote(spec.name)
         what = f"none of {completed} completed trials keeps to {', '.join(spec.constraints)}"
         what = what if completed else "no trial has completed yet"
-        raise RecordError(what, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {spec.name}")
+        raise RecordError(what, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
     if rows:
         show(best_table(rows, spec))
     for command in _commands(rows, spec):
@@ -235,7 +238,7 @@ def clean(
     from qlora_exp.retention import best_first, delete, disposable, kept_numbers
     from qlora_exp.tables import bytes_text
 
-    spec, paths = _found(study, output_root)
+    spec, paths = _found(study, output_root, whole_name=yes)  # what is deleted is named, not begun to be named
     opened = _opened(spec, paths, storage)
     rows = opened.trials()
     ranked = best_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
@@ -267,11 +270,11 @@ def _root(output_root: str | None) -> list[str]:
     return [f"output_root={hydra_value(str(Path(output_root).expanduser().absolute()))}"] if output_root else []
 
 
-def _found(study: str, output_root: str | None) -> tuple[StudySpec, StudyPaths]:
+def _found(study: str, output_root: str | None, whole_name: bool = False) -> tuple[StudySpec, StudyPaths]:
     from qlora_exp.history import find_study
     from qlora_exp.study.spec_file import read_spec
 
-    paths = find_study(study, outputs_of(output_root))
+    paths = find_study(study, outputs_of(output_root), whole_name)
     return read_spec(paths), paths
 
 
@@ -279,7 +282,7 @@ def _opened(spec: StudySpec, paths: StudyPaths, storage: str | None) -> Any:
     from qlora_exp.study import Study
     from qlora_exp.study.spec_file import storage_of
 
-    return Study.open(spec, paths, storage_of(spec, storage))
+    return Study.read(spec, paths, storage_of(spec, storage))
 
 
 @contextlib.contextmanager
@@ -294,13 +297,30 @@ def _in_environment(variable: str, value: str) -> Iterator[None]:
             os.environ[variable] = before
 
 
+def _check_kept(spec: StudySpec, overrides: Sequence[str]) -> None:
+    """A study that goes on keeps its name and its place."""
+    import shlex
+
+    from qlora_exp.errors import ConfigError
+
+    hints = {
+        "sweep.name": "leave it out; the sweep's own command with sweep.name=OTHER begins another study",
+        "output_root": f"leave it out; qlora-exp resume {shlex.quote(spec.name)} --output-root DIR, where the study is",
+    }
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        if key in hints and text not in (f"{key}={spec.name}", f"{key}={spec.output_root}"):
+            raise ConfigError(f"resume goes on with the study {spec.name}, which keeps its {key}", text, hints[key])
+
+
 def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
     from qlora_exp.history import read_runs
     from qlora_exp.paths import OutputPaths
     from qlora_exp.study import Study
+    from qlora_exp.study.spec_file import is_trial_of
 
     records, _ = read_runs(OutputPaths(paths.folder.parent.parent))
-    own = [record for record in records if record.trial is not None and record.trial.study == spec.name]
+    own = [record for record in records if is_trial_of(record, spec)]
     Study.rebuild(spec, paths, own, url)
     print(f"study {spec.name} made again from {len(own)} runs")
 
@@ -321,6 +341,8 @@ def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
 
 
 def _check_secrets(overrides: list[str], spec: StudySpec) -> None:
+    import shlex
+
     from qlora_exp.errors import RecordError
     from qlora_exp.redaction import REDACTED
 
@@ -328,5 +350,7 @@ def _check_secrets(overrides: list[str], spec: StudySpec) -> None:
     if hidden:
         keys = " ".join(f"{text.partition('=')[0]}=…" for text in hidden)
         raise RecordError(
-            "the study keeps a setting without its secret", " ".join(hidden), f"qlora-exp resume {spec.name} {keys}"
+            "the study keeps a setting without its secret",
+            " ".join(hidden),
+            f"qlora-exp resume {shlex.quote(spec.name)} {keys}",
         )

@@ -12,9 +12,17 @@ from qlora_exp.compose.configuration import (
     compose_raw,
 )
 from qlora_exp.compose.files import default_choices, read_choice
-from qlora_exp.compose.grammar import is_hydra, is_swept, key_of, value_of, without_globs
+from qlora_exp.compose.grammar import first_choice, is_hydra, is_swept, key_of, value_of, without_globs
 from qlora_exp.compose.groups import groups
-from qlora_exp.compose.interpolation import depends_on, settings_from_outside, texts_of, value_now, without_outside
+from qlora_exp.compose.interpolation import (
+    depends_on,
+    settings_from_outside,
+    texts_of,
+    unresolved,
+    value_now,
+    without_outside,
+)
+from qlora_exp.compose.official import problems_in
 from qlora_exp.compose.problems import problems_of, typed_value
 from qlora_exp.compose.search import SEARCH_PATH, search_folders, search_path
 
@@ -31,10 +39,12 @@ __all__ = [
     "compose_raw",
     "default_choices",
     "depends_on",
+    "first_choice",
     "groups",
     "is_hydra",
     "is_swept",
     "key_of",
+    "problems_in",
     "problems_of",
     "read_choice",
     "search_folders",
@@ -42,6 +52,7 @@ __all__ = [
     "settings_from_outside",
     "texts_of",
     "typed_value",
+    "unresolved",
     "value_now",
     "value_of",
     "without_globs",

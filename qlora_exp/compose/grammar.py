@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 
 from qlora_exp.compose.groups import groups
 from qlora_exp.errors import ConfigError
+from qlora_exp.overrides import hydra_value
 
 
 def key_of(text: str) -> str:
@@ -29,6 +30,13 @@ def value_of(text: str) -> Any:
 def is_swept(text: str) -> bool:
     """Whether an override has several values: ``lora.r=4,8``, ``training.learning_rate=interval(1e-4,1e-2)``."""
     return parse(text).is_sweep_override()
+
+
+def first_choice(text: str) -> str:
+    """The override with the first of its values; with its lower end, of an interval."""
+    override = parse(text)
+    value = next(iter(values_of(override)), None) if override.is_sweep_override() else None
+    return text if value is None else f"{override.get_key_element()}={hydra_value(value)}"
 
 
 def is_hydra(key: str) -> bool:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.compose.grammar import globbed, is_ours, parse, values_of
 from qlora_exp.compose.groups import groups
+from qlora_exp.compose.official import problem_of
 from qlora_exp.compose.search import search_folders
 from qlora_exp.config import Config
 from qlora_exp.errors import ConfigError, QloraExpError, nearest
@@ -61,6 +62,8 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
             override = parse(text)
             if is_ours(override):
                 found.extend(_problems_of_one(override, text, multirun, searched))
+            elif official := problem_of(override.key_or_group, _shown(override), text):
+                found.append(official)
             elif override.is_sweep_override():
                 what = f"{override.key_or_group} says how runs are launched, and has one value"
                 found.append(ConfigError(what, text, "choose one of them"))
@@ -72,6 +75,11 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
             what = f"{text} can't be listed value by value: {str(error).splitlines()[0]}"
             found.append(ConfigError(what, "command line", "name the values: key=a,b,c or key=range(1,4)"))
     return found
+
+
+def _shown(override: Override) -> object:
+    """The value as it was typed, without quotes."""
+    return None if override.is_delete() else str(override.input_line).partition("=")[2].strip("'\"")
 
 
 def _problems_of_one(
@@ -114,6 +122,11 @@ def _problems_of_one(
 
 def _problems_of_choice(override: Override, text: str, valid: list[str]) -> Iterable[ConfigError]:
     key = override.key_or_group
+    if override.is_delete():
+        yield ConfigError(
+            f"the group {key} can't be left out", text, f"choose one: {' '.join(f'{key}={one}' for one in valid)}"
+        )
+        return
     for value in values_of(override):
         name = str(value)
         if name not in valid:

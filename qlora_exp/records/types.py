@@ -401,12 +401,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Trial:
-    """Which trial of which study a run is. ``params``: axis → value; ``attempt`` counts from 1."""
+    """Which trial of which study a run is. ``params``: axis → value; ``attempt`` counts from 1; ``study_id``: the
+    study's identity, ``None`` of a version that gave none."""
 
     study: str
     number: int
     attempt: int
     params: dict[str, Any]
+    study_id: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from qlora_exp.records import RunRecord, Status, to_dict
 from qlora_exp.study.distributions import distribution, encoded, fits
 from qlora_exp.study.objectives import outcome_of
 from qlora_exp.study.samplers import WARM_NUMBER
+from qlora_exp.study.spec_file import is_trial_of
 from qlora_exp.study.storage import sqlite_file
 from qlora_exp.study.types import Axis, StudySpec
 
@@ -60,7 +61,7 @@ def trials_of_records(spec: StudySpec, records: Sequence[RunRecord]) -> list[Fro
     hadn't ended, waits to be claimed."""
     last: dict[int, RunRecord] = {}
     for record in records:
-        if record.trial and record.trial.study == spec.name:
+        if record.trial and is_trial_of(record, spec):
             before = last.get(record.trial.number)
             if before is None or before.trial is None or before.trial.attempt <= record.trial.attempt:
                 last[record.trial.number] = record

@@ -12,6 +12,7 @@ from qlora_exp.errors import StudyError
 from qlora_exp.paths import StudyPaths
 from qlora_exp.records import RunRecord, to_dict, write_text
 from qlora_exp.study.history import earlier_trials, trials_of_records
+from qlora_exp.study.identity import identity_of, keep_identity, new_identity
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.samplers import check_search, make_pruner, make_sampler
 from qlora_exp.study.space import overrides_of
@@ -19,20 +20,23 @@ from qlora_exp.study.storage import check_whole, connect, damaged, set_aside, sq
 from qlora_exp.study.types import StudySpec
 
 
-def open_study(spec: StudySpec, paths: StudyPaths, url: str) -> optuna.Study:
-    """As :meth:`~qlora_exp.study.store.Study.open`."""
+def open_study(spec: StudySpec, paths: StudyPaths, url: str) -> tuple[optuna.Study, str]:
+    """As :meth:`~qlora_exp.study.store.Study.open`; the study and its identity."""
     check_search(spec)
     paths.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(paths.lock):
         storage = connect(url, spec.name)
-        if paths.created.exists() and not _holds(storage, spec.name):
+        held = _holds(storage, spec.name)
+        if paths.created.exists() and not held:
             raise damaged(
                 f"the database doesn't hold the study {spec.name} any more", url.rpartition("@")[2], spec.name
             )
+        identity = identity_of(spec, paths, storage, held, url)
         study = _created(spec, storage)
+        keep_identity(study, spec, identity)
         if not paths.created.exists():
             write_text(paths.created, "")
-    return study
+    return study, identity
 
 
 def rebuild_study(spec: StudySpec, paths: StudyPaths, records: Sequence[RunRecord], url: str) -> None:
@@ -44,6 +48,7 @@ def rebuild_study(spec: StudySpec, paths: StudyPaths, records: Sequence[RunRecor
         storage = connect(url, spec.name)
         if not _holds(storage, spec.name):
             study = _created(spec, storage)
+            keep_identity(study, spec, spec.id or new_identity())
             study.add_trials(trials_of_records(spec, records))
         write_text(paths.created, "")
 

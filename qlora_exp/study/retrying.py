@@ -36,7 +36,8 @@ def retry_trials(spec: StudySpec, paths: StudyPaths, status: Status, url: str) -
     Raises:
         StudyError: the study can't be opened, or its storage is none that this can be done in.
     """
-    storage = open_study(spec, paths, url)._storage
+    opened, _ = open_study(spec, paths, url)
+    storage = opened._storage
     backend = getattr(storage, "_backend", storage)
     if not isinstance(backend, RDBStorage):
         raise StudyError("trials of this storage can't be tried again", spec.name, "start another study: sweep.name=…")

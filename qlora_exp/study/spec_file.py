@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 from qlora_exp.errors import RecordError, StudyError
 from qlora_exp.overrides import hydra_value
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records import from_dict, write_json
+from qlora_exp.records import RunRecord, from_dict, write_json
 from qlora_exp.redaction import REDACTED, redact, redact_overrides, redact_text
 from qlora_exp.study.types import StudySpec
 
@@ -43,6 +44,25 @@ def read_spec(paths: StudyPaths) -> StudySpec:
     except (OSError, ValueError) as error:
         raise RecordError(f"the study can't be read: {error}", str(paths.spec), "start the sweep again") from None
     return _where_it_is(spec, paths)
+
+
+def is_trial_of(record: RunRecord, spec: StudySpec) -> bool:
+    """Whether the run is a trial of this study, and not of another that had its name before."""
+    trial = record.trial
+    if trial is None or trial.study != spec.name:
+        return False
+    if trial.study_id is None and spec.id is not None:  # begun by a version that gave no identities
+        return _moment(record.started_at) >= _moment(spec.created_at)
+    return trial.study_id == spec.id or spec.id is None
+
+
+def _moment(text: str) -> float:
+    """Seconds; a time without a zone is UTC."""
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return 0.0
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
 
 
 def _where_it_is(spec: StudySpec, paths: StudyPaths) -> StudySpec:

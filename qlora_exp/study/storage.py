@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -101,7 +102,8 @@ def check_whole(file: Path, name: str) -> None:
 
 
 def damaged(what: str, where: Path | str, name: str) -> StudyError:
-    return StudyError(what, str(where), f"qlora-exp resume {name} --rebuild makes the study again from its runs")
+    hint = f"qlora-exp resume {shlex.quote(name)} --rebuild makes the study again from its runs"
+    return StudyError(what, str(where), hint)
 
 
 def set_aside(file: Path) -> Path:
@@ -132,7 +134,7 @@ def _opened(
     except Exception as error:  # every driver has its own
         reason = str(error).splitlines()[0]
         raise StudyError(
-            f"the storage can't be opened: {reason}", _shown(url), f"then qlora-exp resume {name}"
+            f"the storage can't be opened: {reason}", _shown(url), f"then qlora-exp resume {shlex.quote(name)}"
         ) from None
 
 
@@ -144,7 +146,7 @@ def unreachable(error: BaseException) -> bool:
 def lost(error: BaseException, url: str, name: str) -> StudyError:
     """What to tell of an :func:`unreachable` storage."""
     reason = str(error.__cause__ or error).splitlines()[0]
-    hint = f"when it answers again: qlora-exp resume {name}"
+    hint = f"when it answers again: qlora-exp resume {shlex.quote(name)}"
     return StudyError(f"the study's storage doesn't answer: {reason}", _shown(url), hint)
 
 

@@ -27,6 +27,7 @@ from qlora_exp.study.attributes import CLAIM, FIXED, HEARTBEAT, MEMORY_RETRIES, 
 from qlora_exp.study.distributions import decoded_params, encoded, suggest
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.opening import open_study, rebuild_study
+from qlora_exp.study.reading import read_study
 from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
 from qlora_exp.study.space import grid, overrides_of
 from qlora_exp.study.telling import tell_end
@@ -58,7 +59,17 @@ class Study:
             ConfigError, Problems: a search that can't be done. StudyError: a damaged database, or a study of that name
             that asks something else.
         """
-        return cls(spec, paths, open_study(spec, paths, storage_url or spec.storage))
+        study, identity = open_study(spec, paths, storage_url or spec.storage)
+        return cls(replace(spec, id=identity), paths, study)
+
+    @classmethod
+    def read(cls, spec: StudySpec, paths: StudyPaths, storage_url: str | None = None) -> Study:
+        """Open the study to look at it: nothing is written, and a read-only disk will do.
+
+        Raises:
+            StudyError: the database is damaged or lost, or holds another study of that name.
+        """
+        return cls(spec, paths, read_study(spec, storage_url or spec.storage))
 
     @classmethod
     def rebuild(

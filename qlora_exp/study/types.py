@@ -108,6 +108,8 @@ class StudySpec:
     trial's axes change them."""
     ladder: LadderSpec | None = None
     """Only with the sampler ``ladder``."""
+    id: str | None = None
+    """Which study this is, wherever it is kept; its name is for people. ``None``: of a version that gave none."""
 
 
 @dataclass(frozen=True)

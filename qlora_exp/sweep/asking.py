@@ -20,10 +20,11 @@ from qlora_exp import budget, compose, rank_doubling, study
 from qlora_exp.config import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.overrides import has_interpolation
-from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.paths import OutputPaths, StudyPaths, study_name
 from qlora_exp.redaction import redact
 from qlora_exp.study.spec_file import STORAGE_VARIABLE, read_spec
 from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
+from qlora_exp.sweep.naming import check_name
 from qlora_exp.sweep.places import absolute, with_absolute_places, with_absolute_places_on
 from qlora_exp.tables import flat
 
@@ -70,8 +71,6 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     fixed = [text for text in overrides if compose.key_of(text) not in swept]
     raw = compose.compose_raw(fixed)
     settings = _settings(raw)
-    if settings.name is not None and not settings.name.strip():
-        raise ConfigError("a study's name can't be empty", "sweep.name", "sweep.name=NAME, or null: by its command")
     declared = {key: _axis_now(key, text) for key, text in {**(params or {}), **settings.params}.items()}
     texts = {**declared, **swept}
     # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
@@ -93,9 +92,16 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
     if ladder is not None:
         axes = (*axes, *study.own_axes(ladder))
     output_root = OutputPaths.of(str(raw.output_root))
-    name = settings.name or _name(naming, {key: _value_text(as_written[f"{key}={swept[key]}"]) for key in swept})
+    if settings.name is not None:
+        name = study_name(settings.name)
+    else:
+        name = _name(naming, {key: _value_text(as_written[f"{key}={swept[key]}"]) for key in swept})
     paths = output_root.study(name)
     earlier = _earlier(paths, name)
+    if earlier is None:
+        check_name(name)
+    else:
+        name = earlier.name  # as the storage has it, in whichever form of Unicode
     alike, interpolated = _alike(raw, axes)
     spec = StudySpec(
         name=name,
@@ -124,6 +130,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         settings=alike,
         interpolated=interpolated | texts_now_fixed,
         ladder=ladder,
+        id=earlier.id if earlier else None,
     )
     compose.check_points([*spec.overrides, *point] for point in _points_to_check(axes))
     _check_pruner(settings, raw)
@@ -336,8 +343,4 @@ def _earlier(paths: StudyPaths, name: str) -> StudySpec | None:
         earlier = read_spec(paths)
     except RecordError:
         return None
-    if earlier.name != name:  # folders have letters, digits, - and _ alone
-        raise ConfigError(
-            f"the study {earlier.name!r} has the folder that {name!r} would have", str(paths.folder), "sweep.name=OTHER"
-        )
-    return earlier
+    return earlier if study_name(earlier.name) == name else None

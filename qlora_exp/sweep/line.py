@@ -15,8 +15,9 @@ from qlora_exp import compose, rank_doubling, signals, streams, study
 from qlora_exp.app import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
 from qlora_exp.budget import Purse, budget_of, check_energy
 from qlora_exp.config import BudgetConfig, WorkersConfig
-from qlora_exp.errors import QloraExpError, StudyError, unwritable
+from qlora_exp.errors import QloraExpError, StudyError, raise_all, unwritable
 from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW
+from qlora_exp.overrides import literal
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.ranks import one_rank_only
 from qlora_exp.records import Status, from_dict, to_dict
@@ -50,6 +51,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any)
         hydra.append(compose.search_path(own))
     asked = None
     try:
+        raise_all(compose.problems_in(list(config.hydra.sweeper)))
         asked = ask([*arguments, *hydra], compose.texts_of(config.hydra.sweeper, "params"))
         job = config.hydra.job
         here = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
@@ -95,6 +97,8 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
         if here:
             held.enter_context(started_early(asked.config, asked.workers, paths, spec.n_trials))
         opened = study.Study.open(spec, paths, spec.storage)
+        spec = opened.spec
+        asked = replace(asked, spec=spec)
         write_spec(spec, paths)
         held.callback(_tell_not_delivered, asked, opened)
         if _is_complete(opened.counts()):
@@ -145,7 +149,7 @@ def jobs_of(asked: Asked) -> list[list[str]]:
     """The overrides of each launcher job."""
     spec = asked.spec
     own = [text for text in spec.overrides if not compose.is_hydra(compose.key_of(text))]
-    named: dict[str, Any] = {"sweep.name": spec.name}
+    named: dict[str, Any] = {"sweep.name": literal(spec.name)}
     if asked.sweep.storage is not None:
         named["sweep.storage"] = spec.storage
     return [[*own, *study.overrides_of(named), f"workers.job={job}"] for job in range(asked.workers.jobs)]
@@ -165,7 +169,7 @@ def _launch(launch: Launch, asked: Asked, opened: Any) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:  # every launcher has its own for a job that was killed
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        hint = f"qlora-exp resume {name} goes on with it"
+        hint = f"qlora-exp resume {shlex.quote(name)} goes on with it"
         code = EXIT_RUN_FAILED
         problems.append(StudyError(f"the launcher lost a worker: {reason}", f"study {name}", hint))
         results = []

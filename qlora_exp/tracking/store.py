@@ -6,8 +6,10 @@ import contextlib
 import logging
 import math
 import os
+import re
 import shlex
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -191,12 +193,45 @@ def _connect(store: Store) -> OpenStore:
     except TrackingError:
         raise
     except Exception as error:  # any backend's driver may raise its own kind
+        other = _other_version(error, store)
+        if other is not None:
+            raise other from error
         raise TrackingError(
             f"the tracking store can't be opened: {reason(error)}",
             store.shown_uri,
             "start it, name another (tracking.uri=URI, of sync --uri URI), or run with tracking=off and qlora-exp sync "
             "later",
         ) from error
+
+
+class OtherVersion(TrackingError):
+    """The database's tables are those of another MLflow: runs go on, and are delivered when the two fit again."""
+
+
+def _other_version(error: Exception, store: Store) -> OtherVersion | None:
+    import mlflow
+
+    revision = re.search(r"found version (\w+), but expected|Can't locate revision identified by '(\w+)'", str(error))
+    if revision is None:
+        return None
+    found = revision[1] or revision[2]
+    known = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    if any(file.name.startswith(found) for file in known.glob("*.py")):
+        hint = f"copy the database, then: mlflow db upgrade {store.shown_uri}; then qlora-exp sync"
+        return OtherVersion(f"an older MLflow than {mlflow.__version__} made the tables", store.shown_uri, hint)
+    hint = "pip install --upgrade mlflow, or tracking.uri=sqlite:////DIR/OTHER.db; then qlora-exp sync"
+    what = f"a newer MLflow than {mlflow.__version__} made the tables (their version {found} is unknown here)"
+    return OtherVersion(what, store.shown_uri, hint)
+
+
+def opened_or_told(store: Store) -> OpenStore | None:
+    """:func:`open_store`; ``None`` where another MLflow's tables are there, which a line on standard error says."""
+    try:
+        return open_store(store)
+    except OtherVersion as error:
+        told = f"warning: nothing is delivered to MLflow: {error.what}\n  where: {error.where}\n  do:    {error.hint}"
+        print(told, file=sys.stderr, flush=True)
+        return None
 
 
 def _experiment_id(client: MlflowClient, store: Store) -> str:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Metric, RunTag, ViewType
+from mlflow.entities import LifecycleStage, Metric, Run, RunTag, ViewType
 
 from qlora_exp.config import TrackingConfig
 from qlora_exp.environment import alive, process_identity
@@ -23,7 +23,7 @@ from qlora_exp.records import RunRecord, Status, from_dict, write_json
 from qlora_exp.tracking import study_view
 from qlora_exp.tracking.delivery import log_missing_params
 from qlora_exp.tracking.state import TrackingState, delivering, file_digest, read_state, write_state
-from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, reason
+from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, opened_or_told, reason
 from qlora_exp.tracking.study_view import StudyDefinition, StudySummary, TrialRow
 from qlora_exp.tracking.view import MLFLOW_STATUS, NOTE_TAG
 
@@ -49,7 +49,7 @@ class StudyTracker:
         self._delivery: _Delivery | None = None
         self._summary = read_summary(self._paths) or StudySummary(Status.RUNNING, _now())
         if self._store is not None and self._store.database is not None:
-            self._opened = open_store(self._store)
+            self._opened = opened_or_told(self._store)
 
     def start(self, definition: StudyDefinition) -> None:
         """Create the parent run, or reopen that of an earlier sweep of this name. Waits for it at most
@@ -182,6 +182,9 @@ def parent_run(store: Store, opened: OpenStore, output: OutputPaths, record: Run
         return None
     paths = output.study(record.trial.study)
     definition = read_definition(paths)
+    if definition is not None and record.trial.study_id not in (None, definition.id):
+        # The folder holds another study by now, which was begun under the name of the record's.
+        return _find_parent(opened, StudyDefinition(record.trial.study, id=record.trial.study_id), None)[0]
     if definition is None:
         state = read_state(paths)
         return state.mlflow_run_id if state is not None and state.uri == store.shown_uri else None
@@ -252,25 +255,44 @@ def _find_or_create_parent(
     """The parent's MLflow run id, kept in ``tracking.json``; ``None`` where a person has deleted it. Trials that start
     together make one."""
     with delivering(paths.tracking_lock):
-        run_id, deleted = _find_parent(opened, definition)
+        state = read_state(paths)
+        run_id, deleted = _find_parent(opened, definition, state.mlflow_run_id if state is not None else None)
         if run_id is None and not deleted:
             run_id = _create_parent(opened, definition)
-        state = read_state(paths)
         told = (state.uri, state.experiment_id, state.mlflow_run_id) if state is not None else None
         if told != (store.shown_uri, opened.experiment_id, run_id):
             write_state(paths, TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id))
     return run_id
 
 
-def _find_parent(opened: OpenStore, definition: StudyDefinition) -> tuple[str | None, bool]:
-    """Its run id, and whether there is only a deleted one. Names are compared here: MLflow's query language has no
-    way to quote them all."""
+def _find_parent(opened: OpenStore, definition: StudyDefinition, known: str | None) -> tuple[str | None, bool]:
+    """Its run id, and whether there is only a deleted one. By its identity; one that an earlier version made has none,
+    and is the study's where it is ``known`` to be, or began when the study did."""
+    found: list[Run] = []
+    if definition.id is not None:
+        query = f"tags.`{study_view.STUDY_ID_TAG}` = '{definition.id}'"
+        found = list(opened.client.search_runs([opened.experiment_id], query, ViewType.ALL))
+    found = found or [run for run in _parents_without_identity(opened, definition) if _began_it(run, definition, known)]
+    active = [run for run in found if run.info.lifecycle_stage == LifecycleStage.ACTIVE]
+    return (str(active[0].info.run_id) if active else None), bool(found)
+
+
+def _parents_without_identity(opened: OpenStore, definition: StudyDefinition) -> list[Run]:
+    """Names are compared here: MLflow's query language has no way to quote them all."""
     name = study_view.tags(definition)[study_view.STUDY_TAG]
     query = f"tags.`{study_view.STUDY_TAG}` != ''"
     runs = opened.client.search_runs([opened.experiment_id], query, ViewType.ALL, max_results=1000)
-    found = [run for run in runs if run.data.tags.get(study_view.STUDY_TAG) == name]
-    active = [run for run in found if run.info.lifecycle_stage == LifecycleStage.ACTIVE]
-    return (str(active[0].info.run_id) if active else None), bool(found)
+    tagged = [(run, run.data.tags) for run in runs]
+    return [
+        run for run, tags in tagged if tags.get(study_view.STUDY_TAG) == name and study_view.STUDY_ID_TAG not in tags
+    ]
+
+
+def _began_it(run: Run, definition: StudyDefinition, known: str | None) -> bool:
+    if definition.id is None or run.info.run_id == known:
+        return True
+    began = study_view.milliseconds(definition.created_at) if definition.created_at is not None else None
+    return began is not None and run.info.start_time == began
 
 
 def _create_parent(opened: OpenStore, definition: StudyDefinition) -> str:

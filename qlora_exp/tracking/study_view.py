@@ -18,7 +18,10 @@ from qlora_exp.redaction import redact, redact_overrides
 from qlora_exp.tracking.view import MAX_TAG_LENGTH, param_key, shown_figure, shown_text
 
 STUDY_TAG = "qlora_exp.study"
-"""On the parent run alone: its value finds the parent again."""
+"""On the parent run alone: the study's name."""
+
+STUDY_ID_TAG = "qlora_exp.study_id"
+"""On the parent run alone: the study's identity, which finds the parent again. Names are for people."""
 
 SHOWN_TRIALS = 10
 
@@ -39,6 +42,8 @@ class StudyDefinition:
     overrides: tuple[str, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
     """What every trial has besides the swept keys, as overrides: key → value."""
+    id: str | None = None
+    """``None``: a study of a version that gave no identities."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def params(definition: StudyDefinition) -> dict[str, str]:
 def tags(definition: StudyDefinition) -> dict[str, str]:
     return {
         STUDY_TAG: shown_text(definition.name),
+        **({STUDY_ID_TAG: definition.id} if definition.id is not None else {}),
         # No parameter: MLflow never changes one, and a study goes on with more trials.
         **({"qlora_exp.n_trials": str(definition.n_trials)} if definition.n_trials is not None else {}),
         "mlflow.source.name": "qlora-exp sweep",
@@ -135,8 +141,16 @@ def trials_csv(definition: StudyDefinition, summary: StudySummary) -> str:
     for trial in summary.trials:
         told = redact(trial.params)
         row = [trial.number, trial.status.value, *(_value(trial, place) for place in range(len(values)))]
-        writer.writerow([*row, trial.run_id, trial.seconds, *(told.get(key) for key in keys)])
+        writer.writerow([*row, trial.run_id, trial.seconds, *(_cell(told, key) for key in keys)])
     return text.getvalue()
+
+
+def _cell(params: dict[str, Any], key: str) -> Any:
+    """``null`` is a value; what the trial doesn't have is empty."""
+    value = params.get(key)
+    if value is None:
+        return "null" if key in params else None
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def best_yaml(definition: StudyDefinition, summary: StudySummary) -> str | None:

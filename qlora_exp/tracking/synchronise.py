@@ -124,7 +124,7 @@ class _Sync:
         self._opened: dict[Store, OpenStore] = {}
         self._present: dict[Store, dict[str, str | None]] = {}
         self._broken: dict[Store, str] = {}
-        self._parents: dict[tuple[Store, str], str | None] = {}
+        self._parents: dict[tuple[Store, str, str | None], str | None] = {}
         self._studies: dict[tuple[Store, str], None] = {}
 
     def deliver(self, only: Set[str] | None = None) -> SyncReport:
@@ -198,7 +198,7 @@ class _Sync:
 
         if record.trial is None:
             return None
-        key = (store, record.trial.study)
+        key = (store, record.trial.study, record.trial.study_id)
         if key not in self._parents:
             self._parents[key] = parent_run(store, opened, self._output, record)
         return self._parents[key]

@@ -16,7 +16,7 @@ from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import RunRecord
 from qlora_exp.tracking.delivery import adapter_files, deliver_all, deliver_curve, deliver_start, find_or_create
 from qlora_exp.tracking.state import TrackingState, delivering, record_digest, write_state
-from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, reason
+from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, opened_or_told, reason
 from qlora_exp.tracking.study import parent_run
 
 CURVE_SECONDS = 5.0
@@ -46,7 +46,7 @@ class Tracker:
         self._delivery: _Delivery | None = None
         self._warm = warm
         if self._store is not None and self._store.database is not None and not warm:
-            self._opened = open_store(self._store)
+            self._opened = opened_or_told(self._store)
 
     def start(self, record: RunRecord, paths: RunPaths, wait: bool = True) -> None:
         """Create the MLflow run (RUNNING). With ``wait``: waits for it, at most ``tracking.timeout_seconds``."""

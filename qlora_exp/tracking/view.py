@@ -158,6 +158,7 @@ def tags(record: RunRecord, parent: str | None = None) -> dict[str, str]:
     }
     if record.trial is not None:
         values["qlora_exp.trial.study"] = record.trial.study
+        values["qlora_exp.trial.study_id"] = record.trial.study_id
         values["qlora_exp.trial.number"] = record.trial.number
         values["qlora_exp.trial.attempt"] = record.trial.attempt
     return {key: shown_text(value) for key, value in values.items() if value is not None}

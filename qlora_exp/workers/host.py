@@ -28,6 +28,7 @@ from qlora_exp.endings import Report, disk_full
 from qlora_exp.errors import QloraExpError
 from qlora_exp.plan.feasibility import DoesNotFit
 from qlora_exp.redaction import redact_text
+from qlora_exp.terminal import show_any_text
 from qlora_exp.workers.protocol import (
     Answer,
     Command,
@@ -63,6 +64,7 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     streams.keep_writing()
     line = Line()
+    show_any_text()
     from qlora_exp import app
 
     app.quiet_libraries()

@@ -153,7 +153,7 @@ class Slot(threading.Thread):
                 output_root=spec.output_root,
                 run_id=run_id,
                 resume=record is not None,
-                trial=Trial(spec.name, claim.number, claim.attempt, dict(claim.params)),
+                trial=Trial(spec.name, claim.number, claim.attempt, dict(claim.params), spec.id),
                 micro_batch_size=_micro_batch_asked(record),
                 per_item=spec.pruner == "wilcoxon",
                 memory=self.worker.memory_rule(claim) if record is None else None,

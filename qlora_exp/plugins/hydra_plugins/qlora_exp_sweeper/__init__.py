@@ -20,8 +20,8 @@ ConfigStore.instance().store(
 class QloraOptunaSweeper(Sweeper):
     """Hands the sweep to :mod:`qlora_exp.sweep`, and its workers to whatever launcher Hydra was given."""
 
-    def __init__(self, params: dict[str, str] | None = None) -> None:
-        self.params = dict(params or {})
+    def __init__(self, params: dict[str, str] | None = None, **others: Any) -> None:
+        """The sweep reads them from the configuration, as they were written, and refuses the ``others``."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config

@@ -1,0 +1,51 @@
+"""Options of the official Optuna sweeper for Hydra, by the names that they have here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from qlora_exp.errors import ConfigError
+
+SWEEPER = "hydra.sweeper"
+OURS = ("_target_", "params")
+"""What ``hydra/sweeper=qlora_optuna`` has itself."""
+
+NAMES = {
+    "n_trials": "sweep.n_trials={value}",
+    "storage": "sweep.storage={value}",
+    "study_name": "sweep.name={value}",
+    "n_jobs": "workers.count={value}",
+    "direction": "sweep.objectives='[{value} scores.after.accuracy]'",
+    "max_failure_rate": "sweep.max_failures={value}",
+    "sampler": "sweep.sampler=tpe, random, grid, … and sweep.seed; its other options: sweep.sampler_options",
+    "search_space": "KEY=choice(…) or KEY=interval(…) on the command line, or sweep.params={{KEY: '…'}}",
+    "custom_search_space": "sweep.conditions, which says when an axis is searched",
+}
+
+
+def problem_of(key: str, value: object, text: str) -> ConfigError | None:
+    """What to write instead of an option of the official sweeper; ``None``: it is none."""
+    if key == "hydra/sweeper" and value == "optuna":
+        hint = "leave it out: python -m qlora_exp -m … searches with Optuna"
+        return ConfigError("the official Optuna sweeper is not used here", text, hint)
+    if key.startswith("hydra/sweeper/"):
+        return _instead(key.split("/")[2], value, text)
+    section, _, option = key.removeprefix("hydra.").partition(".")
+    name, _, rest = option.partition(".")
+    if section != "sweeper" or not name or name == "_target_" or (name == "params" and not rest):
+        return None
+    if name == "params":
+        hint = f"{rest}=VALUES on the command line, or in a file of sweeps/ sweep.params: {{{rest}: 'VALUES'}}"
+        return ConfigError("an axis of the official Optuna sweeper", text, hint)
+    return _instead(name, value, text) if name in NAMES else None
+
+
+def problems_in(options: Collection[str]) -> list[ConfigError]:
+    """Of those that a file of sweeps/ sets under ``hydra.sweeper``."""
+    return [_instead(name, "VALUE", f"{SWEEPER}.{name}") for name in options if name not in OURS]
+
+
+def _instead(name: str, value: object, text: str) -> ConfigError:
+    given = "VALUE" if value is None else value
+    hint = NAMES[name].format(value=given) if name in NAMES else "python -m qlora_exp --cfg job -p sweep shows ours"
+    return ConfigError(f"{name} is an option of the official Optuna sweeper, which is not used here", text, hint)

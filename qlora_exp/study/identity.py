@@ -1,0 +1,96 @@
+"""Which study a name means in a storage: each study has an identity of its own, and its name is for people.
+
+Two output roots may share a storage, and a root may be deleted and begun again: a study of the same name is then
+another one. The identity is made once, under the study's lock; it is kept in the storage first, then in ``study.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from qlora_exp.errors import StudyError
+from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.study.attributes import RUN
+from qlora_exp.study.types import StudySpec
+
+IDENTITY, BEGUN_UNDER = "identity", "output_root"
+"""User attributes of a study in Optuna's storage."""
+
+
+def identity_of(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.BaseStorage, held: bool, url: str) -> str:
+    """The study's identity, new where it has none. ``held``: whether the storage has a study of its name.
+
+    Raises:
+        StudyError: that one is another study.
+    """
+    file = _study_file(paths)
+    local = file.get("id")
+    study_id = storage.get_study_id_from_name(spec.name) if held else None
+    attributes = storage.get_study_user_attrs(study_id) if study_id is not None else {}
+    stored = attributes.get(IDENTITY)
+    own = url == f"sqlite:///{OutputPaths.of(spec.output_root).optuna_database}"
+    if local is not None and _is_copy(file, paths):
+        if not own:
+            raise another(spec, url, attributes)
+        # Both go on from here, each as a study of its own. A copy that has begun to has its identity in its storage.
+        return str(stored) if attributes.get(BEGUN_UNDER) == spec.output_root and stored != local else new_identity()
+    if stored is not None and local in (stored, None) and (local or own or _is_ours(spec, paths, storage, study_id)):
+        return str(stored)
+    if stored is None and (own or _is_ours(spec, paths, storage, study_id)):
+        return str(local or new_identity())
+    raise another(spec, url, attributes)
+
+
+def keep_identity(study: optuna.Study, spec: StudySpec, identity: str) -> None:
+    """Write what is new of it into the storage."""
+    attributes = study.user_attrs
+    for key, value in ((IDENTITY, identity), (BEGUN_UNDER, spec.output_root)):
+        if attributes.get(key) != value:
+            study.set_user_attr(key, value)
+
+
+def new_identity() -> str:
+    return uuid.uuid4().hex
+
+
+def _study_file(paths: StudyPaths) -> dict[str, Any]:
+    try:
+        raw = json.loads(paths.spec.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def _is_copy(file: dict[str, Any], paths: StudyPaths) -> bool:
+    """Whether ``study.json`` was copied here from an output root that still has it."""
+    here, there = paths.folder.absolute().parent.parent, Path(str(file.get("output_root")))
+    if here == there or not there.is_dir() or there.samefile(here):
+        return False
+    return _study_file(StudyPaths(there / "studies" / paths.folder.name)).get("id") == file.get("id")
+
+
+def _is_ours(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.BaseStorage, study_id: int | None) -> bool:
+    """Whether the storage's study is the one of this folder, which says nothing of it (any more)."""
+    outputs = OutputPaths.of(spec.output_root)
+    if paths.created.exists() or study_id is None:
+        return True
+    runs = [trial.user_attrs.get(RUN) for trial in storage.get_all_trials(study_id, deepcopy=False)]
+    known = [str(run) for run in runs if run is not None]
+    begun_under = storage.get_study_user_attrs(study_id).get(BEGUN_UNDER, spec.output_root)
+    return any(outputs.run(run).folder.is_dir() for run in known) if known else bool(begun_under == spec.output_root)
+
+
+def another(spec: StudySpec, url: str, attributes: dict[str, Any]) -> StudyError:
+    """What to say where the storage's study of that name is another one."""
+    under = attributes.get(BEGUN_UNDER)
+    shown = url.rpartition("@")[2]
+    return StudyError(
+        f"the storage holds another study of the name {spec.name}",
+        f"{shown}" + (f", begun under {under}" if under else ""),
+        "sweep.name=OTHER begins one of another name; a study that nobody needs: optuna delete-study",
+    )
