@@ -85,6 +85,18 @@ def sentencepiece() -> Tokenizer:
     return with_bos(backend)
 
 
+def unigram() -> Tokenizer:
+    """Without bytes for unknown characters."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    texts = ["List one two three. Price cheap yes: 0 1", *("abcdefghijklmnopqrstuvwxyzLP0123456789-:" * 2)] * 3
+    named = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=named, unk_token="<unk>")
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Any]:
     llama3 = byte_level(LLAMA3_SPLIT, WRITTEN_OUT)
@@ -105,6 +117,7 @@ def tokenizers() -> dict[str, Any]:
         "nfkc": wrapped(compatible),
         "lower": wrapped(lower),
         "accents": wrapped(plainer),
+        "unigram": wrapped(unigram(), unk_token="<unk>"),
     }
 
 
@@ -325,11 +338,11 @@ def test_a_templated_prompt_is_read_as_its_tokens_on_request_and_with_one_bos(
         load([(f"What is {n}?", f"{n}</s>") for n in range(4)], "llama3", "task.special_tokens=token")
 
 
-def test_a_special_token_that_the_vocabulary_holds_as_text_too_is_refused(load: Load) -> None:
-    """Here "▁<s>" is merged to the very token: no other ids can write it."""
-    rows = [(f"Price {n}: <unk> EUR", "yes") for n in range(4)]
-    splits = load(rows, "sentencepiece", "task.special_tokens=text")
-    assert all("<unk>" in item.prompt for item in items_of(splits))
+def test_a_special_token_that_the_vocabulary_finds_in_ordinary_text_is_refused(load: Load) -> None:
+    """Unigram's vocabulary holds "<s>" itself: no other tokens can write it."""
+    rows = [(f"Price {n}: <s> cheap", "yes") for n in range(4)]
+    with pytest.raises((DataError, Problems), match="no other way to write '<s>'"):
+        load(rows, "unigram", "task.special_tokens=text")
 
 
 def test_tokens_that_are_not_special_are_ordinary_text(load: Load, tokenizers: dict[str, Any]) -> None:
@@ -378,15 +391,8 @@ def test_what_a_tokenizer_writes_otherwise_is_compared_as_it_writes_it_or_refuse
         load([(f"What {n}?", f"caf\u00e9 {n}") for n in range(4)], "accents")
 
 
-def test_an_answer_with_characters_that_the_tokenizer_lacks_is_refused(load: Load, tokenizers: dict[str, Any]) -> None:
-    """Unigram without bytes: the model would be trained on <unk>, or on nothing in their place."""
-    backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    named = ["<s>", "<pad>", "</s>", "<unk>"]
-    texts = ["List one two three", *("abcdefghijklmnopqrstuvwxyz0123456789-" * 2)] * 3
-    backend.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=100, special_tokens=named, unk_token="<unk>"))
-    tokenizers["unigram"] = wrapped(backend, unk_token="<unk>")
+def test_an_answer_with_characters_that_the_tokenizer_lacks_is_refused(load: Load) -> None:
+    """The model would be trained on <unk>, or on nothing in their place."""
     rows = [(f"List {n}", f"- one\n- two {n}") for n in range(4)]
     with pytest.raises((DataError, Problems), match=r"tokenizer changes the answer.*without '\\n'"):
         load(rows, "unigram")
