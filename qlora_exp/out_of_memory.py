@@ -35,7 +35,8 @@ def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before
     counted = kills is not None and kills_before is not None and kills > kills_before
     if not close and not counted:
         return None
-    how = "the kernel counts a process that it ended for want of memory" if counted else "it was ended without a word"
+    gone = "the run's process is gone" if signal is None else "the run's process was killed"
+    how = f"{gone}, and the kernel counts a process that it ended for want of memory" if counted else gone
     needed = f"; the run was {_needs(fit)}" if fit is not None else ""
     hint = (fit.would_fit if fit is not None else None) or SMALLER
     return Failure("OutOfMemory", f"probably out of memory: {how}{needed}", hint=hint)

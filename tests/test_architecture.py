@@ -130,7 +130,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedded": {"app", "compose", "records"},
     "cli": {
         *("__init__", "analysis", "app", "calibration", "catalogue", "compose", "config", "data", "doctor"),
-        *("environment", "export", "history", "hydra_app", "one_run", "overrides", "planning", "progress"),
+        *("environment", "export", "history", "hydra_app", "one_run", "overrides", "plan", "planning", "progress"),
         *("rank_doubling", "records", "redaction", "repetition", "retention", "standing", "starter", "study"),
         *("sweep", "tables", "tracking"),
     },

@@ -277,3 +277,24 @@ def test_a_run_that_waits_for_memory_ends_when_it_is_asked_to(tmp_path: Path) ->
     assert record.status is Status.INTERRUPTED
     assert record.failure is not None
     assert record.failure.kind == "OutOfMemory"
+
+
+def test_a_trial_near_the_bound_that_the_kernel_ended_is_out_of_memory_and_not_tried_again(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from qlora_exp.hydra_app import main as hydra
+
+    sleep = ["training.engine=sleep", "training.sleep_seconds=0.05", "training.device=cpu", "tracking=off"]
+    killed = [
+        "sweep.name=killed",
+        "lora.r=8,9",
+        "training.sleep_fault=crash",
+        "sweep.max_attempts=3",
+        "sweep.max_failures=null",
+    ]
+    assert hydra(["-m", *sleep, *killed, "budget.memory_bytes=650000"]) == 1
+    records = [read_record(file) for file in Path("outputs/runs").glob("*/record.json")]
+    assert [record.status for record in records] == [Status.OUT_OF_MEMORY]
+    assert "probably out of memory" in str(records[0].failure)
+    assert main(["trials", "killed", "--csv"]) == 0
+    assert "DOES_NOT_FIT" in capfd.readouterr().out, "what needs as much isn't tried either"

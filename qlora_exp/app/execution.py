@@ -85,6 +85,7 @@ def execute(
             config, prepared, fit, warnings = _let_in(config, bases, memory)
             record, paths = begin(config, outputs, prepared.environment, resume, run_id, trial)
             record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
+            write_json(paths.record, record)  # whoever finds a killed run looks there
             if observer is not None:
                 for warning in warnings:
                     observer.note(warning)

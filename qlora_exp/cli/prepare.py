@@ -42,6 +42,7 @@ def add_to(app: typer.Typer) -> None:
 def validate(overrides: Overrides = None, source: Source = None, force: Force = False) -> int:
     """Check settings and data; read no weight."""
     from qlora_exp.app import check_may_start
+    from qlora_exp.plan.targets import rank_above_width
 
     config, prepared, environment = _prepared([*given_overrides(source, overrides), *forced(force)])
     warning = check_may_start(config, prepared, environment)
@@ -51,8 +52,10 @@ def validate(overrides: Overrides = None, source: Source = None, force: Force = 
 
         locate(config.tracking, OutputPaths.of(config.output_root))
     print("\n".join(_told(config, prepared.plan, prepared.splits)))
-    if warning is not None:
-        print(f"  warning  {warning}")
+    too_wide = rank_above_width(prepared.architecture, prepared.modules, config.lora)
+    for text in (warning, too_wide):
+        if text is not None:
+            print(f"  warning  {text}")
     return 0
 
 

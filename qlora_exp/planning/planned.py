@@ -16,7 +16,7 @@ from qlora_exp.plan.buying import Bought, BuysNoStep, Pace, check_buys_a_step, s
 from qlora_exp.plan.operations import Extent
 from qlora_exp.plan.peak import predicted_peak
 from qlora_exp.plan.tables import known_architecture
-from qlora_exp.plan.targets import resolve_targets
+from qlora_exp.plan.targets import rank_above_width, resolve_targets
 from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
 from qlora_exp.planning.devices import PlanDevice, device_of, notes_on
 from qlora_exp.planning.paying import UNKNOWN, Cashier
@@ -170,6 +170,7 @@ class Planner:
         adapted = self.adapted(config.model, config.targets)
         adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
         names = [shape.name for shape in adapted]
+        too_wide = rank_above_width(architecture, names, config.lora)
         rows = self._counter.of(config) if self._counter is not None else None
         peak = _peak(architecture, names, config, device, rows)
         exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
@@ -201,7 +202,7 @@ class Planner:
             **vars(paid),
             budget=() if self._hosts else tuple(steps_bought(limits, config.budget.usd_per_hour, pace)),
             **vars(verdict),
-            notes=tuple(notes_on(config, device, architecture)),
+            notes=(*notes_on(config, device, architecture), *([too_wide] if too_wide else [])),
         )
 
     def _shared(self, device: PlanDevice, config: Config) -> PlanDevice:
