@@ -41,7 +41,8 @@ def budget_of(raw: Any) -> BudgetConfig:
 
 def without_limits(config: Config) -> Config:
     """A trial's configuration: the budget is the study's, and trials that it cut short could not be compared."""
-    return dataclasses.replace(config, budget=dataclasses.replace(config.budget, **dict.fromkeys(OF_THE_STUDY)))
+    unlimited: dict[str, Any] = dict.fromkeys(OF_THE_STUDY)
+    return dataclasses.replace(config, budget=dataclasses.replace(config.budget, **unlimited))
 
 
 def check_energy(budget: BudgetConfig, device: DeviceChoice) -> None:

@@ -293,8 +293,10 @@ class BudgetConfig:
     """Price of this machine; null: that of conf/prices.yaml, by which costs are told but not limited."""
     memory_bytes: int | None
     """Of a run, at its peak: on a GPU what it takes of the card, on a CPU what training adds to the process as it is
-    after imports. A run that is predicted to need more is refused, and a trial not started. null: on a GPU the card's
-    memory, on a CPU no limit."""
+    after imports. A run that is predicted to need more is refused, and a trial not started. null: the card's memory, or
+    on a CPU the machine's or its control group's limit; then by more than the prediction's error."""
+    force: bool
+    """Start runs that are predicted not to fit, as ``--force`` does."""
 
 
 @dataclass

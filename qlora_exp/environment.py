@@ -9,7 +9,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-from qlora_exp import heap
+from qlora_exp import heap, memory_limits
 from qlora_exp.config import DeviceChoice
 from qlora_exp.errors import ConfigError
 from qlora_exp.paths import PACKAGE
@@ -122,15 +122,7 @@ def available_cores() -> int | None:
 
 def total_memory_bytes() -> int | None:
     """The machine's memory, or the control group's limit where that is smaller (containers, Slurm)."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-    for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _read(Path(limit_file))
-        if text is not None and text.strip().isdigit():
-            return min(total, int(text))
-    return total
+    return memory_limits.total_bytes()
 
 
 @lru_cache

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from qlora_exp import compose, heap
+from qlora_exp import compose, heap, memory_limits
 from qlora_exp.app import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -149,11 +149,12 @@ def _in_own_process(config: Config) -> int:
     try:
         environment = heap.environment() if heap.on_cpu(config.training.device.value) else {}
         command, environment = [sys.executable, "-m", "qlora_exp.job"], {**os.environ, **environment}
+        kills = memory_limits.kills()
         child = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
         child.communicate(text)
     finally:
         signal.signal(signal.SIGINT, previous)
     if child.returncode >= 0:
         return child.returncode
-    end_killed_run(config, child.pid, -child.returncode)
+    end_killed_run(config, child.pid, -child.returncode, kills)
     return EXIT_RUN_FAILED

@@ -20,7 +20,7 @@ from qlora_exp.config import Config, EvaluationSplit, Quantization, SleepFault, 
 from qlora_exp.endings import Diverged, Observer, Pruned, Report, Silent, never_stop, status_of
 from qlora_exp.paths import RunPaths
 from qlora_exp.plan import effective_alpha
-from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, Need, bound_of, fit_into, key_of
+from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, Need, fit_into, key_of
 from qlora_exp.records import (
     Environment,
     Failure,
@@ -96,8 +96,8 @@ def fit_of(config: Config, environment: Environment, rule: MemoryRule) -> Fit | 
         DoesNotFit: they are too many.
     """
     device = environment.device
-    bound = bound_of(rule, device)
-    if bound is None:
+    bound = rule.bound_bytes
+    if bound is None:  # the machine's memory says nothing of a model that isn't there
         return None
     need = Need(_memory(config).peak_train_bytes or 0, 0, config.training.sleep_seconds, None)
     fit, may_start = fit_into(bound, need, rule, key_of(to_plain(config), device), device.kind)

@@ -19,13 +19,14 @@ PACKAGE = Path(qlora_exp.__file__).resolve().parent
 ELSEWHERE = {"conf", "sweeps", "plugins"}
 """Symlinks to top-level folders, and Hydra's plugin namespace, which is no room of ours."""
 
-FOUNDATION = {"errors", "gpus", "heap", "paths", "ranks"}
+FOUNDATION = {"errors", "gpus", "heap", "memory_limits", "paths", "ranks"}
 """What every room may import; they import nothing of ours."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "heap": set(),
     "gpus": set(),
+    "memory_limits": set(),
     "paths": set(),
     "ranks": set(),
     "redaction": set(),
@@ -48,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "endings": {"records"},
     "callbacks": {"endings", "measurement", "records"},
     "tables": {"catalogue", "records"},
+    "out_of_memory": {"records", "tables"},
     "plan": {"checks", "config", "measurement", "records"},
     "compose": {"config", "plan"},
     "planning": {
@@ -63,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "synthetic": {"budget", "config", "endings", "plan", "records", "redaction"},
     "untouched": {"config", "data", "evaluation", "records"},
     "few_shot": {"config", "data", "evaluation", "records", "untouched"},
-    "tracking": {"config", "environment", "history", "model_card", "records", "redaction"},
+    "tracking": {"config", "environment", "history", "model_card", "out_of_memory", "records", "redaction"},
     "one_run": {
         *(
             "budget",
@@ -82,13 +84,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "app": {
         *("budget", "checkpoints", "compose", "config", "endings", "environment", "one_run", "plan"),
-        *("progress", "records", "redaction", "synthetic", "tracking"),
+        *("out_of_memory", "progress", "records", "redaction", "synthetic", "tracking"),
     },
     "feasibility": {"plan", "records", "study", "tables"},
     "study": {"analysis", "config", "environment", "overrides", "records", "redaction"},
     "workers": {
         *("app", "budget", "compose", "config", "endings", "environment", "feasibility", "models", "one_run", "plan"),
-        *("records", "redaction", "study", "tracking"),
+        *("out_of_memory", "records", "redaction", "study", "tracking"),
     },
     "standing": {"environment", "feasibility", "overrides", "records", "redaction", "study", "tables", "tracking"},
     "retention": {"records", "study"},
@@ -119,7 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedded": {"app", "compose", "records"},
     "cli": {
         *("__init__", "analysis", "app", "calibration", "catalogue", "compose", "config", "data", "doctor"),
-        *("environment", "export", "history", "hydra_app", "one_run", "overrides", "planning", "progress"),
+        *("environment", "export", "history", "hydra_app", "one_run", "overrides", "plan", "planning", "progress"),
         *("rank_doubling", "records", "redaction", "repetition", "retention", "standing", "starter", "study"),
         *("sweep", "tables", "tracking"),
     },

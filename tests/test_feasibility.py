@@ -23,7 +23,17 @@ from qlora_exp.environment import probe_without_torch
 from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW, Experience
 from qlora_exp.history import read_runs
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.feasibility import ERROR, DoesNotFit, MemoryRule, Need, bound_of, fit_into, halved, kin_of
+from qlora_exp.plan.feasibility import (
+    CPU_PROCESS_BYTES,
+    ERROR,
+    DoesNotFit,
+    MemoryRule,
+    Need,
+    bound_of,
+    fit_into,
+    halved,
+    kin_of,
+)
 from qlora_exp.records import Device, Fit, Memory, Refusal, RunRecord, Status, write_json
 from qlora_exp.study import Study
 from qlora_exp.study.types import TrialRow
@@ -331,12 +341,14 @@ def test_the_edge_is_tried_by_trials_and_not_by_runs() -> None:
     assert not fit_into(800, NEED, rule, "", "cpu")[1]
 
 
-def test_a_cards_memory_is_the_bound_where_nothing_else_is_said() -> None:
+def test_the_devices_memory_is_the_bound_where_nothing_else_is_said() -> None:
     card = Device("cuda", "H100", 1, 80_000, None, None, True)
     rule = MemoryRule(None, hosts=2, kin=(), tries_the_edge=True, halvings=0)
     assert bound_of(rule, card) == 40_000
     assert bound_of(replace(rule, bound_bytes=90_000), card) == 90_000
-    assert bound_of(rule, replace(card, kind="cpu")) is None
+    machine = replace(card, kind="cpu", memory_bytes=2 * CPU_PROCESS_BYTES + 2_000)
+    assert bound_of(rule, machine) == 1_000
+    assert bound_of(rule, replace(machine, memory_bytes=None)) is None
 
 
 # How it is counted.

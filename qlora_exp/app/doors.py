@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 from qlora_exp import compose, environment
@@ -13,6 +14,7 @@ from qlora_exp.app.process import exit_code_of
 from qlora_exp.budget import OF_THE_STUDY
 from qlora_exp.config import Config
 from qlora_exp.errors import ConfigError, RecordError
+from qlora_exp.out_of_memory import killed_for_memory
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records import Failure, RunRecord, Status, read_record, write_json
 
@@ -57,7 +59,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
     try:
         # A run's record doesn't keep the settings of the sweep that it belongs to.
         plain = {"sweep": None, "workers": None, **plain}
-        plain["budget"] = {**dict.fromkeys(OF_THE_STUDY), **plain.get("budget", {})}  # older records have none
+        plain["budget"] = {**dict.fromkeys(OF_THE_STUDY), "force": False, **plain.get("budget", {})}  # of older records
         training = plain.get("training")
         if isinstance(training, dict) and training.get("max_tokens") is not None:
             plain["training"] = {**training, "max_steps": None}  # older versions took both, and heeded the tokens
@@ -67,18 +69,26 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
     return compose.checked(merged)
 
 
-def end_killed_run(config: Config, pid: int, number: int) -> None:
-    """A child that was killed could not end its own record. SIGKILL without a sender is how Linux ends a process that
-    asks for more memory than there is."""
+def end_killed_run(config: Config, pid: int, number: int, kills_before: int | None = None) -> None:
+    """A child that was killed could not end its own record. ``kills_before``: as
+    :func:`~qlora_exp.out_of_memory.killed_for_memory` has it."""
     from qlora_exp import tracking
 
     outputs = OutputPaths.of(config.output_root)
-    told = Failure(
-        kind="Killed",
-        message=f"the run's process was ended by signal {number}",
-        hint="if it was the system's out-of-memory killer (dmesg says so): a smaller training.micro_batch_size",
-    )
+    found = _running_of(pid, outputs)
+    told = killed_for_memory(found[1] if found else None, number, kills_before)
+    status = Status.OUT_OF_MEMORY if told is not None else Status.FAILED
+    told = told or Failure("Killed", f"the run's process was ended by signal {number}", hint="who sent it?")
     print(f"error: {told.message}\n  do:    {told.hint}", file=sys.stderr)
+    if found is not None:
+        path, record = found
+        write_json(path, record.replace(status=status, ended_at=now(), process=None, failure=told))
+    if config.tracking.enabled:
+        tracking.sync(outputs.root)
+
+
+def _running_of(pid: int, outputs: OutputPaths) -> tuple[Path, RunRecord] | None:
+    """The RUNNING record of process ``pid`` of this machine, and its file."""
     here = environment.process_identity()
     for path in outputs.runs.glob("*/record.json"):
         with contextlib.suppress(RecordError):
@@ -89,6 +99,5 @@ def end_killed_run(config: Config, pid: int, number: int) -> None:
                 and owner is not None
                 and (owner.pid, owner.boot_id) == (pid, here.boot_id)
             ):
-                write_json(path, record.replace(status=Status.FAILED, ended_at=now(), process=None, failure=told))
-    if config.tracking.enabled:
-        tracking.sync(outputs.root)
+                return path, record
+    return None

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,15 +15,17 @@ from filelock import FileLock, Timeout, UnixFileLock
 
 from qlora_exp import environment, synthetic
 from qlora_exp.app.beginning import begin, now, remove
-from qlora_exp.app.process import import_to_stay, quiet_libraries, set_threads, use_one_gpu
+from qlora_exp.app.process import EXIT_INTERRUPTED, import_to_stay, quiet_libraries, set_threads, use_one_gpu
+from qlora_exp.app.termination import ended_when_memory_is_short
 from qlora_exp.budget import check_energy, without_limits
 from qlora_exp.config import Config, Engine
 from qlora_exp.endings import Observer, Report, never_stop
 from qlora_exp.errors import DataError, QloraExpError, RecordError
+from qlora_exp.out_of_memory import SMALLER, near_the_bound
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, halved
 from qlora_exp.ranks import one_rank_only
-from qlora_exp.records import Environment, Fit, RunRecord, Status, Trial, read_record, write_json
+from qlora_exp.records import Environment, Failure, Fit, RunRecord, Status, Trial, read_record, write_json
 
 if TYPE_CHECKING:
     from qlora_exp.one_run import Bases, Prepared
@@ -84,6 +87,10 @@ def execute(
             config, prepared, fit, warnings = _let_in(config, bases, memory)
             record, paths = begin(config, outputs, prepared.environment, resume, run_id, trial)
             record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
+            write_json(paths.record, record)  # whoever finds a killed run looks there
+            if observer is not None:
+                for warning in warnings:
+                    observer.note(warning)
         if resume is None:
             held.enter_context(_owned(paths))
         if alone and config.tracking.enabled:
@@ -111,7 +118,8 @@ def _run_and_deliver(
     tracker.start(record, paths, wait=deliver is None)
     if observer is not None:
         observer.note(f"run {record.run_id}")
-    with _terminated_like_interrupted():
+    short = ended_when_memory_is_short(lambda number: _last_words(paths, number), EXIT_INTERRUPTED)
+    with _terminated_like_interrupted(), short:
         finished, wrong = prepared.run(record, paths, _Told(observer, tracker), report)
     finished = finished.replace(ended_at=now(), process=None)
     write_json(paths.record, finished)
@@ -126,6 +134,18 @@ def _run_and_deliver(
     if wrong is not None:
         raise wrong
     return finished
+
+
+def _last_words(paths: RunPaths, number: int) -> None:
+    """The record of a run that was asked to end by signal ``number``, and could not for want of memory."""
+    record = read_record(paths.record)
+    if record.status is not Status.RUNNING:
+        return
+    hint = (record.fit.would_fit if record.fit is not None else None) or SMALLER
+    what = f"asked to end by signal {number}, the run could not end by itself: memory was too short"
+    failure = Failure("OutOfMemory", what, hint=hint)
+    write_json(paths.record, record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure))
+    print(f"error: {what}\n  do:    {hint}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -160,8 +180,8 @@ class _Prepared(Protocol):
     ) -> tuple[RunRecord, QloraExpError | None]: ...
 
 
-def check_may_start(config: Config, prepared: Prepared, probed: Environment) -> None:
-    """What is held against a new run's predictions, asked without making one.
+def check_may_start(config: Config, prepared: Prepared, probed: Environment) -> str | None:
+    """What is held against a new run's predictions, asked without making one. Returns a warning, or ``None``.
 
     Raises:
         ConfigError: it would be refused for its budget or its memory.
@@ -170,15 +190,14 @@ def check_may_start(config: Config, prepared: Prepared, probed: Environment) -> 
 
     check_energy(config.budget, config.training.device)
     if config.training.engine is Engine.sleep:
-        synthetic.fit_of(config, probed, _memory_rule(config))
-    else:
-        one_run.fit_of(config, prepared, probed, _memory_rule(config))
+        return near_the_bound(synthetic.fit_of(config, probed, _memory_rule(config)))
+    return near_the_bound(one_run.fit_of(config, prepared, probed, _memory_rule(config)))
 
 
 def _memory_rule(config: Config) -> MemoryRule:
     """Of a run by itself: what its budget says is meant; a card's memory is held against a prediction that may err."""
     bound = config.budget.memory_bytes
-    return MemoryRule(bound, hosts=1, kin=(), tries_the_edge=bound is None, halvings=0)
+    return MemoryRule(bound, hosts=1, kin=(), tries_the_edge=bound is None, halvings=0, force=config.budget.force)
 
 
 def _let_in(
@@ -189,7 +208,8 @@ def _let_in(
     rows = less = config.training.micro_batch_size or batch
     try:
         prepared = _prepare(config, bases)
-        return config, prepared, prepared.fit(memory), ()
+        fit = prepared.fit(memory)
+        return config, prepared, fit, _warnings(fit)
     except DoesNotFit as error:
         refused = error
     for _ in range(memory.halvings):
@@ -200,8 +220,14 @@ def _let_in(
         told = f"predicted not to fit with micro-batches of {rows}; run with {less}, the batch unchanged"
         with contextlib.suppress(DoesNotFit):
             prepared = _prepare(smaller, bases)
-            return smaller, prepared, prepared.fit(memory), (told,)
+            fit = prepared.fit(memory)
+            return smaller, prepared, fit, (told, *_warnings(fit))
     raise refused
+
+
+def _warnings(fit: Fit | None) -> tuple[str, ...]:
+    warning = near_the_bound(fit)
+    return (warning,) if warning is not None else ()
 
 
 def _prepare(config: Config, bases: Bases | None) -> _Prepared:

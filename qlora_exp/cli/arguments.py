@@ -102,6 +102,15 @@ Source = Annotated[
     Path | None, typer.Option("--from", metavar="FILE", help="A YAML file of overrides; those given here win")
 ]
 
+Force = Annotated[
+    bool, typer.Option("--force", help="Start although it is predicted not to fit into memory (budget.force=true)")
+]
+
+
+def forced(force: bool) -> list[str]:
+    """The override that ``--force`` stands for."""
+    return ["budget.force=true"] if force else []
+
 
 def given_overrides(source: Path | None, overrides: list[str] | None) -> list[str]:
     """The overrides of a ``--from`` file, then those of the command line, which win.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import Overrides, Source, examples, given_overrides
+from qlora_exp.cli.arguments import Force, Overrides, Source, examples, forced, given_overrides
 
 if TYPE_CHECKING:
     from qlora_exp.config import Config
@@ -38,18 +38,23 @@ def add_to(app: typer.Typer) -> None:
     app.command("init", epilog=examples("qlora-exp init my-task", "cd my-task && qlora-exp run --from task.yaml"))(init)
 
 
-def validate(overrides: Overrides = None, source: Source = None) -> int:
+def validate(overrides: Overrides = None, source: Source = None, force: Force = False) -> int:
     """Check settings and data; read no weight."""
     from qlora_exp.app import check_may_start
+    from qlora_exp.plan.targets import rank_above_width
 
-    config, prepared, environment = _prepared(given_overrides(source, overrides))
-    check_may_start(config, prepared, environment)
+    config, prepared, environment = _prepared([*given_overrides(source, overrides), *forced(force)])
+    warning = check_may_start(config, prepared, environment)
     if config.tracking.enabled:
         from qlora_exp.paths import OutputPaths
         from qlora_exp.tracking.store import locate
 
         locate(config.tracking, OutputPaths.of(config.output_root))
     print("\n".join(_told(config, prepared.plan, prepared.splits.record)))
+    too_wide = rank_above_width(prepared.architecture, prepared.modules, config.lora)
+    for text in (warning, too_wide):
+        if text is not None:
+            print(f"  warning  {text}")
     return 0
 
 

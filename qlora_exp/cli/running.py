@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_exp.cli.arguments import (
+    Force,
     OutputRoot,
     Overrides,
     Run,
     Source,
     complete_runs,
     examples,
+    forced,
     given_overrides,
     outputs_of,
 )
@@ -57,12 +59,13 @@ def run(
         typer.Option(metavar="RUN", help="Go on with an interrupted run", autocompletion=complete_runs),
     ] = None,
     output_root: OutputRoot = None,
+    force: Force = False,
 ) -> int:
     """Train one configuration and keep its record."""
     from qlora_exp.ranks import one_rank_only
 
     one_rank_only()
-    given = given_overrides(source, overrides)
+    given = [*given_overrides(source, overrides), *forced(force)]
     if output_root is not None:
         given.append(_output_root_override(Path(output_root)))
     if resume is not None:
@@ -74,7 +77,7 @@ def run(
     return _run(given)
 
 
-def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None) -> int:
+def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None, force: Force = False) -> int:
     """Run a record's configuration again."""
     import shlex
 
@@ -85,7 +88,7 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None)
 
     one_rank_only()
     paths = find_run(run, outputs_of(output_root))
-    changes = list(overrides or [])
+    changes = [*(overrides or []), *forced(force)]
     if not any(change.startswith("output_root=") for change in changes):
         changes.append(_output_root_override(paths.folder.parent.parent))
     again = overrides_of(read_record(paths.record), changes)

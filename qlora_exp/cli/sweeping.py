@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_exp.cli.arguments import (
+    Force,
     OutputRoot,
     Overrides,
     Source,
@@ -17,6 +18,7 @@ from qlora_exp.cli.arguments import (
     Study,
     complete_sweeps,
     examples,
+    forced,
     given_overrides,
     outputs_of,
 )
@@ -50,12 +52,13 @@ def sweep(
     source: Source = None,
     join: Annotated[bool, typer.Option("--join", help="Share a study that another process works on")] = False,
     output_root: OutputRoot = None,
+    force: Force = False,
 ) -> int:
     """Train the trials of a study.
 
     The same command again goes on with it. The same as python -m qlora_exp -m sweeps=NAME …
     """
-    given = [f"sweeps={name}", *given_overrides(source, overrides)]
+    given = [f"sweeps={name}", *given_overrides(source, overrides), *forced(force)]
     return _hydra([*given, *_join(join), *_root(output_root)])
 
 
@@ -68,6 +71,7 @@ def resume(
     ] = False,
     storage: Storage = None,
     output_root: OutputRoot = None,
+    force: Force = False,
 ) -> int:
     """Go on with a study: exactly the missing trials."""
     from qlora_exp.ranks import one_rank_only
@@ -78,6 +82,7 @@ def resume(
 
     spec, paths = _found(study, output_root)
     url = storage_of(spec, storage)
+    overrides = [*(overrides or []), *forced(force)]
     if rebuild:
         _rebuild(spec, paths, url)
     changed = {text.lstrip("+~").partition("=")[0] for text in overrides or []}

@@ -11,10 +11,10 @@ from qlora_exp.config import Checkpointing, Config, Quantization, to_plain
 from qlora_exp.one_run.affording import check_budget_buys_a_step
 from qlora_exp.one_run.predicting import peak_of, row_lengths
 from qlora_exp.one_run.preparing import Prepared
-from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, Need, bound_of, fit_into, key_of
+from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, Need, bound_of, fit_into, halved, key_of
 from qlora_exp.plan.peak import Peak
 from qlora_exp.plan.weights import in_mode, smallest_base
-from qlora_exp.records import Environment, Fit, Plan, Refusal
+from qlora_exp.records import Device, Environment, Fit, Plan, Refusal
 from qlora_exp.tables import bytes_text
 
 SMALLER = (Quantization.bf16, Quantization.int8, Quantization.nf4)
@@ -26,7 +26,7 @@ SHORTEST = 16
 
 
 def fit_of(config: Config, prepared: Prepared, environment: Environment, rule: MemoryRule) -> Fit | None:
-    """What the run is predicted to need beside what it may take; ``None`` where nothing limits it.
+    """What the run is predicted to need beside what it may take; ``None`` where that isn't known.
 
     Raises:
         DoesNotFit: it is predicted to need too much; with its parts, and what would fit.
@@ -37,16 +37,31 @@ def fit_of(config: Config, prepared: Prepared, environment: Environment, rule: M
     bound = bound_of(rule, device)
     if bound is None:
         return None
-    fit, may_start = fit_into(bound, need_of(planned), rule, key_of(to_plain(config), device), device.kind)
-    if may_start:
+    exact = peak_of(config, environment, prepared.architecture, prepared.modules, prepared.splits).exact_bytes
+    need = need_of(planned, exact)
+    fit, may_start = fit_into(bound, need, rule, key_of(to_plain(config), device), device.kind)
+    if may_start and fit.excess < -fit.error:
         return fit
-    need = need_of(planned)
-    limit = "budget.memory_bytes" if rule.bound_bytes is not None else f"the memory of {device.name}"
-    what, hint = _told(config, prepared, environment, fit)
-    raise DoesNotFit(what, f"{limit} = {bound}", hint, Refusal(fit, need.train_seconds, need.train_flops))
+    limited = rule.bound_bytes is not None
+    what, hint = _told(config, prepared, environment, fit, limited)
+    if may_start:
+        return replace(fit, would_fit=hint)
+    where = f"budget.memory_bytes = {bound}" if limited else _whose(device, bound, rule.hosts)
+    raise DoesNotFit(what, where, f"{hint}; --force starts it", Refusal(fit, need.train_seconds, need.train_flops))
 
 
-def need_of(planned: Plan) -> Need:
+def _whose(device: Device, bound: int, hosts: int) -> str:
+    """The memory that bounds a run, in words."""
+    shared = f", shared by {hosts} trials at a time" if hosts > 1 else ""
+    if device.kind == "cpu":
+        total = bytes_text(device.memory_bytes or 0)
+        return (
+            f"this machine's memory or its control group's limit: {bound} bytes beside the process, of {total}{shared}"
+        )
+    return f"the memory of {device.name} = {bound}{shared}"
+
+
+def need_of(planned: Plan, exact_bytes: int = 0) -> Need:
     """A plan with predictions, as feasibility sees it."""
     tokens = planned.predicted_train_tokens
     flops = planned.train_flops_per_token
@@ -55,16 +70,21 @@ def need_of(planned: Plan) -> Need:
         context_bytes=planned.predicted_context_bytes or 0,
         train_seconds=planned.predicted_train_seconds,
         train_flops=flops * tokens if flops is not None and tokens is not None else None,
+        exact_bytes=exact_bytes,
     )
 
 
-def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit) -> tuple[str, str]:
-    """What is wrong, and what to do."""
+def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit, limited: bool) -> tuple[str, str]:
+    """What is wrong, and what to do. ``limited``: ``budget.memory_bytes`` is the bound."""
+
+    def at_least(size: int) -> str:
+        return f"at least budget.memory_bytes={size}" if limited else f"at least {bytes_text(size)} of memory"
+
     device = environment.device
     mode, least = smallest_base(prepared.architecture, config.quantization, device.kind, device.bf16)
     if least > fit.bound_bytes:
         what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
-        return what, f"a smaller model, or at least budget.memory_bytes={fit.corrected_bytes}"
+        return what, f"a smaller model, or {at_least(fit.corrected_bytes)}"
 
     def peak(other: Config) -> Peak:
         return peak_of(other, environment, prepared.architecture, prepared.modules, prepared.splits)
@@ -87,7 +107,7 @@ def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit
     if needed(smallest) <= fit.bound_bytes:
         return what, f"{text} ({bytes_text(needed(smallest))})"
     least = round(needed(smallest))
-    return what, f"a smaller model; with {text} at least budget.memory_bytes={least}"
+    return what, f"a smaller model; with {text} {at_least(least)}"
 
 
 def _parts(peak: Peak) -> str:
@@ -120,10 +140,17 @@ def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str
     def trained(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
         return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))
 
-    yield (trained("micro_batch_size", n, n) for n in _halves(rows, 1) if training.batch_size % n == 0)
+    parts = range(rows - 1, 0, -1) if rows <= 64 else _halvings(rows, training.batch_size)
+    yield (trained("micro_batch_size", n, n) for n in parts if training.batch_size % n == 0)
     yield (trained("max_length", n, n) for n in _halves(length, SHORTEST))
     yield (trained("gradient_checkpointing", "on", one) for one in [Checkpointing.on])
     yield ((f"quantization={mode.value}", _in_mode(config, mode)) for mode in modes)
+
+
+def _halvings(rows: int, batch_size: int) -> Iterator[int]:
+    while rows > 1:
+        rows = halved(rows, batch_size)
+        yield rows
 
 
 def _halves(value: int, least: int) -> Iterator[int]:

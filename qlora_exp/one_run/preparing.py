@@ -20,6 +20,7 @@ from qlora_exp.one_run.predicting import Predicted, lengths_of, predicted, row_l
 from qlora_exp.paths import OutputPaths
 from qlora_exp.plan import Architecture
 from qlora_exp.plan.operations import Extent
+from qlora_exp.plan.targets import rank_above_width
 from qlora_exp.records import Environment, Plan
 
 
@@ -51,6 +52,7 @@ def prepare(config: Config, environment: Environment, bases: Bases | None = None
     model = models.model_key(config.model)
     architecture = bases.kept("architecture", model, lambda: models.describe(config.model))
     modules = models.resolve_targets(architecture, config.targets)
+    rank_above_width(architecture, modules, config.lora)
     tokenizer = models.load_tokenizer(config.model)
     length = config.training.max_length
     splits = bases.kept("splits", (task, model, length), lambda: load_data(config, tokenizer, length, rows))

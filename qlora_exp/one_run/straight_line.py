@@ -24,6 +24,7 @@ from qlora_exp.one_run.predicting import as_first_told
 from qlora_exp.one_run.preparing import Prepared
 from qlora_exp.one_run.progress import Progress
 from qlora_exp.paths import OutputPaths, RunPaths
+from qlora_exp.plan.targets import rank_above_width
 from qlora_exp.records import Failure, Plan, RunRecord, ScoreTable, Status, from_dict, write_json
 from qlora_exp.redaction import redact_text
 from qlora_exp.train import Trained, train
@@ -83,6 +84,7 @@ def _straight_line(
     before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores, few_shot=shown.draws)
     progress.record = _warned(progress.record.replace(scores=before, baselines=baselines), shown.warning())
     progress.record = _warned(progress.record, _short_of_rows(planned, len(splits.train)))
+    progress.record = _warned(progress.record, rank_above_width(prepared.architecture, prepared.modules, config.lora))
 
     progress.enter("train", observer)
     progress.trained = _trained_before(paths)

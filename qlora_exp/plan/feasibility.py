@@ -19,6 +19,10 @@ ERROR = {"cpu": 0.22, "cuda": 0.5}
 docs/plan_accuracy.md, of either of two processes, but for the one with experts in 16 bit; on CUDA nothing has been
 compared, and the figure is a guess."""
 MEASURED = (Status.COMPLETED, Status.PRUNED)
+CPU_PROCESS_BYTES = 590_000_000
+"""What a process that trains on a CPU holds after its imports (``memory.resident_after_imports_bytes``): 586 and
+587 MB in four fresh ``qlora-exp run`` of the embedded base in fp32 and nf4. Libraries' pages are of it, which several
+processes share."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Need:
     context_bytes: int
     train_seconds: float | None
     train_flops: float | None
+    exact_bytes: int = 0
+    """Of ``peak_bytes`` what is known exactly: base, adapters, optimizer."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class Kin:
 
 @dataclass(frozen=True)
 class MemoryRule:
-    """What a run must fit into. ``bound_bytes``: ``budget.memory_bytes``; ``None``: on CUDA the card's memory divided
-    by ``hosts``, the trial hosts that share it, on a CPU nothing."""
+    """What a run must fit into. ``bound_bytes``: ``budget.memory_bytes``; ``None``: the device's memory divided by
+    ``hosts``, the trial hosts that share it. ``force``: it runs though it is predicted not to fit."""
 
     bound_bytes: int | None
     hosts: int
@@ -56,6 +62,7 @@ class MemoryRule:
     """Whether what is predicted within the prediction's error of the bound may run."""
     halvings: int
     """How often a trial's micro-batch may be halved so that it fits."""
+    force: bool = False
 
 
 class DoesNotFit(ConfigError):
@@ -74,10 +81,11 @@ def key_of(config: Mapping[str, Any], device: Device) -> str:
 
 
 def bound_of(rule: MemoryRule, device: Device) -> int | None:
-    """``None``: nothing limits it."""
-    if rule.bound_bytes is not None or device.kind != "cuda" or device.memory_bytes is None:
+    """What training may need; on a CPU beyond what its process holds after its imports. ``None``: it isn't known."""
+    if rule.bound_bytes is not None or device.memory_bytes is None:
         return rule.bound_bytes
-    return device.memory_bytes // rule.hosts
+    share = device.memory_bytes // rule.hosts
+    return max(share - CPU_PROCESS_BYTES, 1) if device.kind == "cpu" else share
 
 
 def halved(micro_batch_size: int, batch_size: int) -> int:
@@ -92,8 +100,9 @@ def fit_into(bound_bytes: int, need: Need, rule: MemoryRule, key: str, device_ki
     """The prediction beside the bound, and whether the run may start.
 
     Refused is what is predicted above the bound, by more than the prediction's error where the rule tries the edge;
-    and whatever is predicted to need as much as one of its kin that ran out of memory, at least as much more than the
-    bound as its prediction is more than that one's.
+    what is known exactly not to fit; and whatever is predicted to need as much as one of its kin that ran out of
+    memory, at least as much more than the bound as its prediction is more than that one's. Nothing is refused where
+    the rule forces it.
     """
     kin = next((one for one in rule.kin if one.key == key), Kin(key, 1.0, 0, None))
     corrected = kin.ratio * need.peak_bytes + need.context_bytes
@@ -102,7 +111,8 @@ def fit_into(bound_bytes: int, need: Need, rule: MemoryRule, key: str, device_ki
         corrected = max(corrected, bound_bytes * need.peak_bytes / kin.ran_out_bytes)
     fit = Fit(need.peak_bytes, need.context_bytes, round(corrected), bound_bytes, ERROR[device_kind], kin.count)
     tolerated = fit.error if rule.tries_the_edge else 0.0
-    return fit, not ran_out and fit.excess <= tolerated
+    may_start = not ran_out and fit.excess <= tolerated and need.exact_bytes + need.context_bytes <= bound_bytes
+    return fit, may_start or rule.force
 
 
 def kin_of(records: Iterable[RunRecord], bound_bytes: int | None) -> tuple[Kin, ...]:

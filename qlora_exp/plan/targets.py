@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from qlora_exp.checks import TARGET_SETS
-from qlora_exp.config import TargetsConfig
+from qlora_exp.config import AdapterInit, LoraConfig, TargetsConfig
 from qlora_exp.errors import ModelError, nearest, raise_all
 from qlora_exp.plan.architecture import Architecture, WeightShape
 
@@ -28,6 +28,25 @@ def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple
     if not chosen:
         raise _empty_set(architecture, adaptable, targets.set)
     return tuple(chosen)
+
+
+def rank_above_width(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:
+    """A warning where ``lora.r`` is above a target layer's smaller dimension, which is the highest rank that a change
+    of its weight can have; else ``None``.
+
+    Raises :class:`ModelError` for PiSSA, which takes its start from that many singular values.
+    """
+    names = set(modules)
+    widths = {min(one.in_features, one.out_features): one for one in architecture.weights if one.name in names}
+    narrowest = min(widths, default=lora.r)
+    if lora.r <= narrowest:
+        return None
+    layer = widths[narrowest]
+    what = f"{layer.name} is {layer.in_features} × {layer.out_features}: its change has a rank of {narrowest} at most"
+    if lora.init is AdapterInit.pissa:
+        what = f"PiSSA can't take {lora.r} principal directions from {layer.name}, which has {narrowest}"
+        raise ModelError(what, f"lora.r = {lora.r}", f"lora.r={narrowest} or less, or lora.init=kaiming")
+    return f"lora.r={lora.r} is more than a layer can use: {what}"
 
 
 @lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ from qlora_exp.checks import QUANTIZED
 from qlora_exp.config import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.plan import Architecture, compute_dtype
+from qlora_exp.plan.feasibility import CPU_PROCESS_BYTES as CPU_PROCESS_BYTES
 from qlora_exp.plan.targets import left_out
 
 MIB = 2**20
@@ -35,11 +36,6 @@ CARDS: dict[str, tuple[int, bool, str]] = {
 }
 """Card → (memory in MiB as nvidia-smi tells it, whether it has bfloat16, its name in conf/prices.yaml). From
 their makers' data sheets; none of them was at hand."""
-
-CPU_PROCESS_BYTES = 590_000_000
-"""What a process that trains on a CPU holds after its imports (``memory.resident_after_imports_bytes``): 586 and
-587 MB in four fresh ``qlora-exp run`` of the embedded base in fp32 and nf4. Libraries' pages are of it, which several
-processes share."""
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from qlora_exp.plan.buying import Bought, BuysNoStep, Pace, check_buys_a_step, s
 from qlora_exp.plan.operations import Extent
 from qlora_exp.plan.peak import predicted_peak
 from qlora_exp.plan.tables import known_architecture
-from qlora_exp.plan.targets import resolve_targets
+from qlora_exp.plan.targets import rank_above_width, resolve_targets
 from qlora_exp.plan.weights import BaseBytes, adapter_bytes, base_bytes
 from qlora_exp.planning.devices import PlanDevice, device_of, notes_on
 from qlora_exp.planning.paying import UNKNOWN, Cashier
@@ -170,10 +170,11 @@ class Planner:
         adapted = self.adapted(config.model, config.targets)
         adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
         names = [shape.name for shape in adapted]
+        too_wide = rank_above_width(architecture, names, config.lora)
         rows = self._counter.of(config) if self._counter is not None else None
         peak = _peak(architecture, names, config, device, rows)
         exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
-        bound = bound_of(self._fit_bytes, config.budget.memory_bytes, device)
+        bound = bound_of(self._fit_bytes, config.budget.memory_bytes, self._shared(device, config))
         verdict = verdict_of(peak, exact, base.total_bytes, bound, device.kind)
         limits = limits_of(config.budget)
         paid, pace = self._cashier.payment(config, device, architecture, names, rows)
@@ -201,8 +202,15 @@ class Planner:
             **vars(paid),
             budget=() if self._hosts else tuple(steps_bought(limits, config.budget.usd_per_hour, pace)),
             **vars(verdict),
-            notes=tuple(notes_on(config, device, architecture)),
+            notes=(*notes_on(config, device, architecture), *([too_wide] if too_wide else [])),
         )
+
+    def _shared(self, device: PlanDevice, config: Config) -> PlanDevice:
+        """The share of this machine's memory that each of a sweep's trials may take."""
+        hosts = config.workers.count if self._hosts and config.workers is not None else None
+        if hosts is None or device.kind != "cpu" or device.memory_bytes is None:
+            return device
+        return replace(device, memory_bytes=device.memory_bytes // hosts)
 
     def _refused_by_budget(self, config: Config, device: PlanDevice, pace: Pace) -> QloraExpError | None:
         try:

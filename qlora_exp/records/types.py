@@ -159,6 +159,8 @@ class Fit:
     """The prediction's, as a share: up to (1 + error) × the bound a trial is tried."""
     kin: int
     """Measured peaks that it was corrected by."""
+    would_fit: str | None = None
+    """Settings that are predicted to fit, where the run is predicted near the bound or above it."""
 
     @property
     def excess(self) -> float:

@@ -31,6 +31,7 @@ NOT_NAMING = (
     *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
     *("sweep.n_trials", "sweep.max_failures", "sweep.max_attempts"),
     *OF_THE_STUDY,
+    "budget.force",
 )
 """What may change while a study goes on: the command still means the same study."""
 

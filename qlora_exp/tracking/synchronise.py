@@ -15,6 +15,7 @@ from qlora_exp.config import TrackingConfig
 from qlora_exp.environment import alive
 from qlora_exp.errors import QloraExpError, RecordError, TrackingError
 from qlora_exp.history import run_folders
+from qlora_exp.out_of_memory import killed_for_memory
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records import Failure, RunRecord, Status, read_record, write_json
 from qlora_exp.redaction import REDACTED
@@ -282,7 +283,8 @@ def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
     return record.replace(
         status=Status.INTERRUPTED,
         ended_at=last,
-        failure=Failure(
+        failure=killed_for_memory(record, None, None)
+        or Failure(
             kind="ProcessDied",
             message=f"{pid} ended without finishing the run (killed, out of memory, or the machine stopped); "
             f"its last sign of life was at {last}",

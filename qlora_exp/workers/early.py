@@ -50,9 +50,10 @@ def host_starts(config: Any, workers: WorkersConfig, paths: StudyPaths) -> list[
 
 
 def hosts_per_device(starts: Sequence[HostStart]) -> int | None:
-    """How many hosts share the GPU that most do; ``None``: they have none."""
+    """How many hosts share the GPU that most do, or the machine where they have none; ``None``: they train nothing."""
     gpus = [gpu for one in starts if (gpu := dict(one.environment).get("CUDA_VISIBLE_DEVICES")) is not None]
-    return max(Counter(gpus).values(), default=None)
+    on_cpu = len(starts) if any("training" in one.preload for one in starts) else None
+    return max(Counter(gpus).values(), default=on_cpu)
 
 
 @contextlib.contextmanager

@@ -12,13 +12,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qlora_exp import memory_limits
 from qlora_exp.config import BudgetConfig, Isolation, WorkersConfig
 from qlora_exp.endings import disk_full
 from qlora_exp.environment import alive
 from qlora_exp.errors import QloraExpError, RecordError
+from qlora_exp.out_of_memory import SMALLER, killed_for_memory
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, slug
 from qlora_exp.plan.feasibility import halved
 from qlora_exp.records import Failure, RunRecord, Status, Trial, read_record, write_json
@@ -53,7 +55,7 @@ class Setting:
     outcome_of: Callable[[RunRecord, StudySpec], Outcome]
     budget: BudgetConfig
     hosts_per_device: int | None
-    """Of a GPU; ``None``: the hosts have none."""
+    """Of a GPU, or of the machine where they train on its CPU; ``None``: they train nothing."""
 
     @property
     def limits_memory(self) -> bool:
@@ -94,6 +96,7 @@ class Slot(threading.Thread):
         self._host_start = host_start
         self._host: HostProcess | None = None
         self._pauses = 0
+        self._kills_before: int | None = None
 
     def run(self) -> None:
         try:
@@ -141,6 +144,7 @@ class Slot(threading.Thread):
 
     def _have_run(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:
         spec = self.setting.spec
+        self._kills_before = memory_limits.kills()
         host = self._host = self._host or started(self._host_start)
         self.state.host_pid = host.pid
         host.send(
@@ -205,6 +209,8 @@ class Slot(threading.Thread):
         if isinstance(end, TakenOver):
             return self.worker.let_go(self.number)
         record = _record(paths)
+        if isinstance(end, Died) and record is not None and record.status is Status.RUNNING:
+            record = self._killed_for_memory(paths, record, end)
         if record is not None and not _to_be_gone_on_with(record):
             if record.status is Status.OUT_OF_MEMORY:
                 self._end_host()  # what an allocator does after it failed is nobody's guess
@@ -226,6 +232,16 @@ class Slot(threading.Thread):
         why = str(end) if isinstance(end, Hung | Died) else "the run was interrupted from outside"
         return self._lost(claim, paths, record, why)
 
+    def _killed_for_memory(self, paths: RunPaths, record: RunRecord, end: Died) -> RunRecord:
+        """The record of a run whose host died: told as out of memory where that is probable, else as it was."""
+        failure = killed_for_memory(record, -end.code, self._kills_before)
+        if failure is None:
+            return record
+        failure = replace(failure, phase=self.state.phase, step=self.state.step)
+        record = record.replace(status=Status.OUT_OF_MEMORY, ended_at=now(), process=None, failure=failure)
+        _write(paths, record)
+        return record
+
     def _refused(self, end: Refused) -> Outcome:
         spec = self.setting.spec
         kept = (0.0,) * len(spec.constraints)
@@ -238,7 +254,7 @@ class Slot(threading.Thread):
         if not self.worker.still_ours(claim):
             return self.worker.let_go(self.number)
         print(f"trial {claim.number}, attempt {claim.attempt}: {why}", file=sys.stderr, flush=True)
-        hint = "if it was the system's out-of-memory killer (dmesg says so): a smaller training.micro_batch_size"
+        hint = SMALLER if memory_limits.kills() is None else None  # it can't be seen here whether memory ran out
         failure = Failure("Lost", why, phase=self.state.phase, step=self.state.step, hint=hint)
         if record is not None:
             record = record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure)

@@ -187,7 +187,8 @@ class Worker:
             return None
         bound, halvings = setting.budget.memory_bytes, setting.spec.out_of_memory_retries - claim.out_of_memory_retries
         kin = self._experience.kin(self._ask(self.study.trials), bound)
-        return MemoryRule(bound, setting.hosts_per_device or 1, kin, tries_the_edge=True, halvings=max(halvings, 0))
+        force = setting.budget.force
+        return MemoryRule(bound, setting.hosts_per_device or 1, kin, True, max(halvings, 0), force)
 
     def nothing_left(self) -> bool:
         """Whether no trial will ever be free again: all have ended. One that somebody else runs may still be lost."""
