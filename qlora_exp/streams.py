@@ -44,7 +44,7 @@ def _lasting(stream: TextIO | None, number: int) -> TextIO:
     raw = _Lasting(number)
     buffer = _Buffer(raw)
     encoding, errors = getattr(stream, "encoding", "utf-8"), getattr(stream, "errors", "backslashreplace")
-    lines = number == 2 or raw.isatty()
+    lines = number == 2 or raw.isatty() or getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
     return cast(TextIO, io.TextIOWrapper(buffer, encoding, errors, line_buffering=lines))
 
 

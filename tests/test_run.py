@@ -244,6 +244,11 @@ def test_an_output_folder_that_can_not_be_made_is_told(
     assert "output_root" in str(caught.value.hint)
 
 
+def hear_hangups() -> None:
+    """In a child: the tests may have been started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_saves_and_the_resumed_one_ends_like_an_undisturbed_one(
@@ -252,7 +257,9 @@ def test_an_interrupted_run_saves_and_the_resumed_one_ends_like_an_undisturbed_o
     output = tmp_path / "outputs"
     long = [*local(tiny_models["llama"], colour_task), "training.max_steps=100", "evaluation=quick"]
     command = [sys.executable, "-m", "qlora_exp", *overrides(output, *long)]
-    child = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_hangups
+    )
     deadline = time.monotonic() + 120
     while not any(p.stat().st_size for p in output.glob("runs/*/curve.jsonl")):
         assert time.monotonic() < deadline
@@ -345,6 +352,8 @@ import os, signal, sys
 from qlora_exp.app import execute
 from qlora_exp.compose import compose
 from qlora_exp.endings import Silent
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
 
 class StopAtStep3(Silent):
     def step(self, step, total, metrics):

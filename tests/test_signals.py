@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +13,14 @@ from qlora_exp import signals
 from qlora_exp.signals import Heard
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.fixture(autouse=True)
+def hangups_are_heard() -> Iterator[None]:
+    """Also where the tests were started by nohup."""
+    previous = signal.signal(HUP, signal.SIG_DFL)
+    yield
+    signal.signal(HUP, previous)
 
 
 def heard(*numbers: int, pause: float = 0.0) -> list[Heard]:

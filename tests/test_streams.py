@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import shlex
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def test_a_closed_terminal_is_a_polite_end(tmp_path: Path, door: str) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
         os.execv(sys.executable, [sys.executable, *DOORS[door], "training.engine=sleep", "training.sleep_seconds=60"])
     shown, until = b"", time.monotonic() + 120
     while b"train" not in shown and time.monotonic() < until:

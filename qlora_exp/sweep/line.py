@@ -103,7 +103,7 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
         held.callback(_tell_not_delivered, asked, opened)
         if _is_complete(opened.counts()):
             print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
-            with _concluding(asked, opened, duty, purse):
+            with _concluding(asked, opened, duty, purse, EXIT_COMPLETED):
                 return _conclude(opened, spec, paths, purse, budget)
         bought = [f"\n  {text}" for text in what_it_buys(asked, opened, purse)]
         print(_announcement(asked, opened.counts()), *bought, sep="", file=sys.stderr, flush=True)
@@ -115,7 +115,7 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
             with Watch(spec, opened, paths, tracker):
                 code = _launch(launch, asked, opened)
             if shares:
-                told.enter_context(_concluding(asked, opened, duty, purse))
+                told.enter_context(_concluding(asked, opened, duty, purse, code))
             if code not in (EXIT_COMPLETED, EXIT_INTERRUPTED):
                 return code
             conclusion = _conclude(opened, spec, paths, purse, budget)
@@ -190,10 +190,11 @@ def _launch(launch: Launch, asked: Asked, opened: Any) -> int:
 
 
 @contextlib.contextmanager
-def _concluding(asked: Asked, opened: Any, duty: Orchestration, purse: Purse) -> Iterator[None]:
-    """Tell the study's tracker of its end where nobody has: the process that held the study is gone."""
+def _concluding(asked: Asked, opened: Any, duty: Orchestration, purse: Purse, code: int) -> Iterator[None]:
+    """Tell the study's tracker of its end where nobody has: the process that held the study is gone. ``code``: how the
+    work of this process ended; one that was interrupted doesn't wait for others."""
     status = _status(opened.counts(), purse.short(opened.trials()) is not None)
-    if not duty.inherits() or _end_is_told(asked.paths, status):
+    if not duty.inherits(code == EXIT_COMPLETED) or _end_is_told(asked.paths, status):
         yield
         return
     with _tracked(asked, opened, duty, purse) as tracker:

@@ -46,15 +46,15 @@ class Orchestration:
             if lives and (silent is None or file.stamp() != silent):
                 return False
             write_lease(self._paths.orchestrator, self._lease)
-            self._paths.stop.unlink(missing_ok=True)
             self.held = True
         return True
 
-    def inherits(self) -> bool:
-        """For a process that shares the work, at its end: whether the holder is gone and left it the conclusion."""
+    def inherits(self, patiently: bool) -> bool:
+        """For a process that shares the work, at its end: whether the holder is gone and left it the conclusion.
+        ``patiently``: give a holder that can't be seen the rest of its lease to show that it lives."""
         if self.held or self.take():
             return True
-        lease = read_lease(self._paths.orchestrator)
+        lease = read_lease(self._paths.orchestrator) if patiently else None
         return lease is not None and _waited_in_vain(self, self._paths, lease)
 
     def begin(self) -> None:
@@ -112,6 +112,8 @@ def orchestrating(paths: StudyPaths, name: str, join: bool, workers: WorkersConf
             break
         if read_lease(paths.orchestrator) is not None:
             raise _is_held(lease, paths, name, stopping)
+    if one.held:
+        paths.stop.unlink(missing_ok=True)  # it was meant for the last one
     one.begin()
     try:
         yield one

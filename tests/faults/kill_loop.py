@@ -108,7 +108,7 @@ class Processes:
         with self._log.open("ab") as log:
             self.controller = subprocess.Popen(
                 command, cwd=self.root.parent, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_hear_hangups,
             )  # fmt: skip
 
     def trials_told(self) -> int:
@@ -139,6 +139,11 @@ class Processes:
             return process.environ().get(TAG) == self._tag and process.status() != psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
             return False
+
+
+def _hear_hangups() -> None:
+    """Also where this program was started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def command_of(process: psutil.Process) -> str:

@@ -321,7 +321,8 @@ sys.addaudithook(refuse)
 
 
 WORKER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
 from pathlib import Path
 from tests.workers.small_study import SmallStudy, outcome_of, paths_of, spec_of, workers_of
 from qlora_exp.workers.worker import run_worker
