@@ -210,19 +210,23 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The validation loss as it is defined everywhere: nats of all tokens / all tokens, not a mean of batch means,
-        so that it doesn't depend on the batch size. Where each item's nats are wanted, the same pass gives them."""
+        so that it doesn't depend on the batch size. Where each item's nats are wanted, the same pass gives them.
+
+        A data loader draws a seed whenever it begins. Random numbers are put back, so that a training with dropout is
+        the same whether and how often it is validated."""
         self.model.eval()
         nats: list[float] = []
         tokens = 0
-        for batch in self.get_eval_dataloader():
-            inputs = self._prepare_inputs(batch)
-            count = int((inputs["labels"][:, 1:] != -100).sum())
-            with torch.no_grad(), self.compute_loss_context_manager():
-                if self.per_item:
-                    nats += self._item_nats(inputs)
-                else:
-                    nats.append(float(self.compute_loss(self.model, inputs)) * count)
-            tokens += count
+        with torch.random.fork_rng(devices=_devices_with_random_numbers(self.args.device)):
+            for batch in self.get_eval_dataloader():
+                inputs = self._prepare_inputs(batch)
+                count = int((inputs["labels"][:, 1:] != -100).sum())
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    if self.per_item:
+                        nats += self._item_nats(inputs)
+                    else:
+                        nats.append(float(self.compute_loss(self.model, inputs)) * count)
+                tokens += count
         metrics = {f"{metric_key_prefix}_loss": sum(nats) / tokens}
         self.log(metrics)
         told = {**metrics, ITEM_NATS: nats} if self.per_item else metrics
@@ -243,6 +247,11 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         if self.bad_gradients > patience:
             raise Diverged("the gradient's norm", self.state.global_step + 1)
         return norm
+
+
+def _devices_with_random_numbers(device: torch.device) -> list[torch.device]:
+    """Besides the CPU, whose random numbers ``fork_rng`` always puts back."""
+    return [device] if device.type == "cuda" else []
 
 
 def _trainer(

@@ -27,7 +27,8 @@ def end_of_answers(tokenizer: PreTrainedTokenizerBase, format: str) -> int | Non
         rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except (jinja2.TemplateError, ValueError, TypeError):
         return None
-    ids = tokenizer(rendered.rpartition(PROBE)[2].strip(), add_special_tokens=False)["input_ids"]
+    _, answer, rest = rendered.rpartition(PROBE)
+    ids = tokenizer(rest.strip(), add_special_tokens=False)["input_ids"] if answer else []
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return int(ids[0]) if ids and ids[0] in special else None
 

@@ -154,6 +154,8 @@ def test_a_family_goes_from_its_published_files_to_an_exported_model(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Gemma 3 4B, of which transformers once wanted token_type_ids in training
+    (https://github.com/huggingface/trl/issues/5032), among them."""
     published(name, variant)
     given = arguments(name, variant, rows, tmp_path / "outputs")
     assert main(["validate", *given]) == 0

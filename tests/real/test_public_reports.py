@@ -17,10 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qlora_exp.cli import main
 from qlora_exp.export.for_others import end_of_answers
+from qlora_exp.paths import RunPaths
 from qlora_exp.records import RunRecord, Status, read_record
 from qlora_exp.train import warmup_steps
+from tests.conftest import write_colour_task
 from tests.real.families import KINDS, MISTRAL_TEMPLATE, SMOLLM2_TEMPLATE, trl_template, write_family, write_json
 from tests.real.perfect_model import loaded, perfect_scores
+from tests.test_training import adapters, configured, train_once
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf isn't installed")
 SHORT = [
@@ -185,6 +188,8 @@ def test_a_turn_that_ends_with_ordinary_text_gives_no_stop_token(family: Build) 
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\nEND\n{% endfor %}"
     assert end_of_answers(tokenizer, "chat") is None
     assert end_of_answers(tokenizer, "plain") == tokenizer.eos_token_id
+    tokenizer.chat_template = "{{ bos_token }}{{ messages | length }}"
+    assert end_of_answers(tokenizer, "chat") is None
     tokenizer.chat_template = "{{ raise_exception('no chats') }}"
     assert end_of_answers(tokenizer, "chat") is None
 
@@ -204,6 +209,54 @@ def test_a_warm_up_is_its_share_of_the_steps_but_for_the_last() -> None:
     assert [warmup_steps(0.05, steps) for steps in (1, 2, 20, 200)] == [0, 1, 1, 10]
     assert [warmup_steps(1.0, steps) for steps in (1, 2, 20)] == [0, 1, 19]
     assert warmup_steps(0.0, 5) == 0
+
+
+def test_a_training_with_dropout_is_the_same_however_often_it_is_validated(
+    family: Build, colour_task: Path, tmp_path: Path
+) -> None:
+    """ "-eval_val_every changes training": https://github.com/karpathy/char-rnn/issues/17. A data loader draws its seed
+    from the random numbers that dropout goes on with."""
+    found = []
+    for name, every in (("never", "null"), ("often", "1"), ("seldom", "3")):
+        settings = ["lora.dropout=0.3", "training.max_steps=6", f"training.evaluate_every_steps={every}"]
+        _, folder = ran(family("llama3_2_1b", "base"), colour_task, tmp_path / name, *settings)
+        found.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+
+
+@pytest.mark.parametrize("step", [6, 9])
+def test_a_training_resumed_in_a_later_epoch_or_at_its_border_goes_on_as_if_undisturbed(
+    step: int, family: Build, tmp_path: Path
+) -> None:
+    """The order of the rows, lost after the first epoch: https://github.com/huggingface/transformers/pull/40691,
+    https://github.com/huggingface/accelerate/issues/2016; an epoch that is left out after its border:
+    https://github.com/verl-project/verl/issues/7401. 48 rows in batches of 8 are 6 steps an epoch."""
+    task = write_colour_task(tmp_path / "colours.jsonl", rows=60)
+    settings = ["quantization=fp32", "lora.dropout=0.1", f"training.max_steps={2 * step}"]
+    settings.append(f"training.save_every_steps={step}")
+    config = configured(family("llama3_2_1b", "base"), task, *settings)
+    _, whole = train_once(config, tmp_path / "run")
+    last = RunPaths(tmp_path / "run").checkpoints / f"checkpoint-{2 * step}"
+    (last / "adapter_model.safetensors").write_bytes(b"torn")
+    trained, resumed = train_once(config, tmp_path / "run")
+    assert trained.training.resumed_from_step == step
+    expected = adapters(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in adapters(resumed).items())
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "nf4"])
+def test_gradient_checkpointing_trains_the_same_adapters(
+    quantization: str, family: Build, colour_task: Path, tmp_path: Path
+) -> None:
+    """With frozen embeddings every gradient can be lost: https://github.com/huggingface/transformers/issues/26221,
+    https://github.com/locuslab/open-unlearning/issues/178, https://github.com/microsoft/LoRA/issues/120."""
+    found = []
+    for setting in ("on", "off"):
+        given = [f"quantization={quantization}", f"training.gradient_checkpointing={setting}"]
+        config = configured(family("llama3_2_1b", "base"), colour_task, *given)
+        found.append(adapters(train_once(config, tmp_path / setting)[1]))
+    assert all(torch.allclose(value, found[1][name], atol=1e-7) for name, value in found[0].items())
+    assert all(float(value.abs().max()) > 0 for value in found[0].values())
 
 
 def test_spaces_before_punctuation_are_scored_as_they_were_trained(family: Build, tmp_path: Path) -> None:
