@@ -13,7 +13,8 @@ unexport PYTHONDONTWRITEBYTECODE
 DEMO_OUTPUT ?= outputs
 REPLAY_OUTPUT ?= outputs/reference_grid
 
-.PHONY: demo test lint types test-slow test-real test-faults test-browser calibration replay replay-measure clean
+.PHONY: demo test lint types test-slow test-real test-faults test-browser test-lower-bounds calibration replay \
+  replay-measure clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -59,6 +60,13 @@ test-browser: $(STAMP)
 	    $$(test "$$(id -u)" = 0 || echo sudo) apt-get install -y -qq chromium; } ; } || \
 	  { echo "Chromium is needed for these tests: install it so that 'chromium' is found"; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+# The lowest versions that pyproject.toml allows, in an environment of their own; downloads them all, torch too.
+test-lower-bounds:
+	$(PYTHON) -m venv --clear .venv-lower
+	$(PYTHON) tests/lower_bounds.py pins > .venv-lower/pins.txt
+	.venv-lower/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lower/pins.txt
+	PYTHONPATH=$(CURDIR) .venv-lower/bin/python tests/lower_bounds.py imports
 
 calibration: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m qlora_exp.analysis.calibration --output docs/calibration.md

@@ -8,9 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from qlora_exp.config import TaskConfig
 from qlora_exp.data.arrow_files import named_classes
@@ -55,7 +60,7 @@ def _is_reachable(task: TaskConfig) -> bool:
             return False
         what = f"{task.hub_id} has no revision {task.hub_revision}"
         raise DataError(what, "task.hub_revision", "task.hub_revision=null for the newest") from None
-    except (httpx2.HTTPError, OfflineModeIsEnabled, OSError):
+    except (HTTPError, OfflineModeIsEnabled, OSError):
         return False
     return True
 

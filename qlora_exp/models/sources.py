@@ -16,9 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -290,7 +295,7 @@ def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
         if error.response is not None and error.response.status_code == 404:
             what = f"{repository} has no revision {revision}"
             raise ModelError(what, "model.revision", "model.revision=null for the newest") from None
-    except (httpx2.HTTPError, OfflineModeIsEnabled, OSError):
+    except (HTTPError, OfflineModeIsEnabled, OSError):
         pass  # no network: the local cache may have it
     return _cached_commit(repository, revision), True
 
@@ -298,7 +303,7 @@ def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
 def _remember(repository: str, revision: str | None) -> None:
     """What is loaded by its commit leaves no trace in the cache of the name that meant it: without a network it would
     not be found again. A file asked for by that name leaves one."""
-    with contextlib.suppress(HfHubHTTPError, httpx2.HTTPError, OSError):
+    with contextlib.suppress(HfHubHTTPError, HTTPError, OSError):
         huggingface_hub.hf_hub_download(repository, "config.json", revision=revision, etag_timeout=HUB_SECONDS)
 
 
