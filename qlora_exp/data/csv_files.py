@@ -66,6 +66,9 @@ def _problem(fields: list[str], header: list[str], written: list[str], mark: str
         return "wrong number of fields", detail, f"put fields that hold {separated}"
     if fields == written:
         return "repeated header", "the row names the columns again", "take it out: were files put together there?"
+    if mark == "\t" and any("\t" in field for field in fields):
+        detail = "quotes run over a tab: without a closing quote, rows would be read as one"
+        return "a tab inside a field", detail, 'close the quotes, or write a quote at the beginning of a text as """'
     quoted = next((column for column, text in zip(header, fields, strict=True) if _QUOTED_LATE.fullmatch(text)), None)
     if quoted is not None:
         detail = f"column {quoted!r} holds a space, then quotes: they would be read as part of the text"

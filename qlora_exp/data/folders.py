@@ -75,7 +75,12 @@ def check_single(path: Path) -> None:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except PermissionError:
+        if parse_name(folder)[0] is None:  # lost+found at the root of a disk
+            return []
+        raise DataError("the folder can't be read", str(folder), "check its rights") from None
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -129,8 +134,11 @@ def _is_metadata(path: Path) -> bool:
     nor one object per line."""
     if path.suffix.lower() != ".json" or parse_name(path)[0] is not None:
         return False
-    with path.open("rb") as stream:
-        begin = stream.read(2**16).removeprefix(b"\xef\xbb\xbf").strip()
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(2**16).removeprefix(b"\xef\xbb\xbf").strip()
+    except OSError:  # a link to nothing, or no right to read it
+        return False
     if begin.startswith(b"["):
         return not begin[1:].lstrip().startswith(b"{")
     lines = begin.split(b"\n")

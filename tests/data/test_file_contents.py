@@ -125,6 +125,7 @@ def test_what_can_be_read_in_two_ways_is_refused(
     [
         ("a.csv", 'a, "b"\n', "quotes after a space"),
         ("a.csv", "prompt,completion\n", "repeated header"),
+        ("a.tsv", '"an open quote\tb\nanother row"\tc\n', "a tab inside a field"),
         ("a.jsonl", '{"prompt": "a", "completion": "b"},\n', "take the comma off the end"),
         ("a.jsonl", '{"prompt": "a", "completion": NaN}\n', "marks a missing value"),
         ("a.jsonl", '{"prompt": "a", "completion": 3.0}\n', 'write it as text, "3" (pandas makes floats'),
@@ -134,7 +135,8 @@ def test_what_can_be_read_in_two_ways_is_refused(
 def test_a_row_that_would_be_learned_wrongly_is_named(
     name: str, row: str, says: str, tmp_path: Path, configure: Configure
 ) -> None:
-    (tmp_path / name).write_text((JSONL if name.endswith("l") else CSV) + row, encoding="utf-8")
+    good = JSONL if name.endswith("l") else CSV.replace(",", "\t") if name.endswith(".tsv") else CSV
+    (tmp_path / name).write_text(good + row, encoding="utf-8")
     told = refused(tmp_path / name, configure)
     assert says in told
     assert f"row {len(ROWS) + (1 if name.endswith('l') else 2)}" in told

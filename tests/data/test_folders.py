@@ -188,6 +188,13 @@ def test_a_file_that_would_not_be_read_is_named(
         assert part in str(error.value)
 
 
+def test_a_link_to_nothing_is_named(tmp_path: Path, configure: Configure) -> None:
+    write_all(tmp_path, ["train.jsonl"])
+    (tmp_path / "more.json").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"more\.json would not be read"):
+        load_rows(configure(tmp_path).task)
+
+
 def test_one_shard_is_no_data_set(tmp_path: Path, configure: Configure) -> None:
     write_all(tmp_path, ["train-00000-of-00002.jsonl"])
     with pytest.raises(DataError, match="one of 2 shards") as error:
