@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_exp.records import RunRecord
+from qlora_exp.records import Data, RunRecord
 from qlora_exp.redaction import redact, redact_text
 
 MEASURES = {
@@ -66,8 +66,23 @@ def _made_from(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
             yield f"{data.dropped_rows:,} rows of the data are in no split: {reasons}."
         if data.truncated_items:
             yield f"{data.truncated_items:,} items were longer than training.max_length: their end was cut."
+        yield from _prompt(data)
     if record.status.value != "COMPLETED":
         yield f"\n**The run did not complete: {record.status.value}.**"
+
+
+def _prompt(data: Data) -> Iterator[str]:
+    """What a server must know to write the prompts that the adapter was trained on."""
+    variables = data.answer_prefix_variables
+    if data.answer_prefix:
+        text = json.dumps(data.answer_prefix)
+        yield f"Each prompt ended in `{text}`, which the chat template writes before an answer."
+    if variables:
+        yield f"Serve it with the chat template's variables `{json.dumps(variables)}`."
+    elif data.answer_prefix:
+        yield "No known variable of the template writes this text: append it to the generation prompt."
+    if data.chat_date:
+        yield f"The chat template asks for the date. It was given {data.chat_date}."
 
 
 def _scores(record: RunRecord) -> Iterator[str]:

@@ -117,7 +117,7 @@ class ChatWriter:
             completion = full[begin:stop]
             if start == len(before) >= begin:
                 self._around[_shape(example)] = (prefix, full[begin:start], end, variables)
-            more = structured or completion.strip() != example.completion
+            more = structured or example.completion not in completion
             return Texts(full[:begin], completion, end, more, prefix, variables)
         detail = "the chat template writes the prompt otherwise when the answer follows"
         raise Refused("template without a stable prompt", detail, FORMAT_HINT, of_template=True)
@@ -320,10 +320,11 @@ def _of_prompt(written: str) -> str:
 
 
 def _start_of_answer(full: str, answer: str, before: str, end: str) -> int:
-    if full == before + answer + end:
-        return len(before)
-    if full.endswith(answer + end):  # the template reads reasoning in the answer, and writes it where it was
-        return len(full) - len(answer) - len(end)
+    for written in (answer, answer.strip()):  # many templates trim what they write
+        if full == before + written + end:
+            return len(before)
+        if full.endswith(written + end):  # the template reads reasoning in the answer, and writes it where it was
+            return len(full) - len(written) - len(end)
     raise _changed(answer)
 
 

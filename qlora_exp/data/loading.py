@@ -207,7 +207,9 @@ def _label_ids(
     """Each option's completion ids after the prompt of ``context``: the boundary may change a label's first token. Also
     the tokens of the end that tell the options apart."""
     found: dict[str, Encoding] = {}
-    examples = [replace(context, completion=completion, label=label) for label, completion in rows.options.items()]
+    examples = [
+        replace(context, completion=completion, label=label, answer=None) for label, completion in rows.options.items()
+    ]
     for example, result in zip(examples, encode(examples, tokenizer, format, date=date), strict=True):
         label = str(example.label)
         if isinstance(result, RowProblem):

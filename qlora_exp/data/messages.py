@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_exp.errors import nearest
@@ -28,6 +28,16 @@ class Message:
     """0: an answer that isn't learned. 1: one that is. ``None``: the file doesn't say."""
     has_content: bool = True
     """False where the content is null or missing."""
+
+    def without_nulls(self) -> Message:
+        return replace(self, fields=without_nulls(dict(self.fields)))
+
+    def with_text(self, text: str) -> Message:
+        """With ``text``, which is its own without white space at the ends."""
+        parts = self.parts
+        if parts is not None:
+            parts = (text,) if len(parts) == 1 else (parts[0].lstrip(), *parts[1:-1], parts[-1].rstrip())
+        return replace(self, content=text, parts=parts)
 
     @property
     def more(self) -> dict[str, Any]:
@@ -73,7 +83,7 @@ def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
     """What the assistant may call: a list of JSON schemas, or such a list as JSON text. ``None``: nothing is given."""
     if value is None:
         return None
-    shape = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}]'
+    shape = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}]; or task.columns.tools=null'
     tools = _list(value, column, "tools", shape)
     for number, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
@@ -95,6 +105,13 @@ def read_variables(value: object, column: str) -> Mapping[str, Any] | None:
         raise InvalidMessages("invalid variables", detail, column, shape)
     _check_unicode(value, column)
     return {name: one for name, one in value.items() if one is not None} or None
+
+
+def without_nulls(value: Any) -> Any:
+    """Lists and objects without the nulls that Arrow writes for every key which only other rows have."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def described(value: object) -> str:
@@ -146,6 +163,8 @@ def _message(
     content = entry.get("content")
     if role == "assistant" and CALLS in fields and (content is None or content == ""):
         return Message(role, "", fields, None, weight, has_content=content is not None)
+    if role == "tool" and content == "":  # a call that gave nothing back
+        return Message(role, "", fields, None, weight)
     if "content" not in entry:
         raise InvalidMessages("invalid messages", f"message {number} has no content", where, 'add "content": "…"')
     if isinstance(content, list):

@@ -15,15 +15,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from qlora_exp.config import Learn, SpecialTokens, TaskConfig, TaskKind
+from qlora_exp.config import Learn, SpecialTokens, TaskConfig, TaskKind, TaskSource
 from qlora_exp.data.files import RawFile, RawRow, Unlabelled
 from qlora_exp.data.known_formats import columns_hint
-from qlora_exp.data.messages import InvalidMessages, Message, described, read_messages, read_tools, read_variables
+from qlora_exp.data.messages import (
+    InvalidMessages,
+    Message,
+    described,
+    read_messages,
+    read_tools,
+    read_variables,
+    without_nulls,
+)
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.templates import Template, parse_template, with_line_breaks
 from qlora_exp.errors import DataError, nearest
 from qlora_exp.texts import Parts, compact, parted
 
+_ARROW_FILES = (".parquet", ".arrow", ".feather")
 VARIABLES_COLUMN = "chat_template_kwargs"
 """TRL's column of variables for the chat template, read beside a messages column."""
 
@@ -100,6 +109,7 @@ class _Mapping:
     tools: str | None = None
     ignored_fields: tuple[str, ...] = ()
     every_turn: bool = False
+    from_arrow: bool = False
 
     @cached_property
     def used(self) -> set[str]:
@@ -149,6 +159,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
             tools=task.columns.tools,
             ignored_fields=tuple(task.ignore_fields),
             every_turn=task.learn is Learn.all,
+            from_arrow=task.source is TaskSource.hub,
             plain=plain,
         )
     label = task.columns.label if classifies else None
@@ -288,9 +299,12 @@ def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | N
         tools = read_tools(row.values.get(place), place)
         place = VARIABLES_COLUMN
         variables = read_variables(row.values.get(place), place)
+        if mapping.from_arrow or row.file.lower().endswith(_ARROW_FILES):
+            *messages, last = (message.without_nulls() for message in (*messages, last))
+            tools = tuple(without_nulls(list(tools))) if tools is not None else None
     except InvalidMessages as bad:
         raise _InvalidRow(bad.reason, bad.detail, bad.where, bad.hint) from None
-    last = replace(last, content=parted(last.content).text)
+    last = last.with_text(parted(last.content).text)
     answer = last if last.more else None
     return Example(
         *(row.file, row.number, tuple(messages), True, last.content, label, extra),

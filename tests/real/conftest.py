@@ -51,7 +51,7 @@ def in_form(template: str, messages: Sequence[dict[str, Any]]) -> list[dict[str,
     """Messages in the form that the template reads."""
     if template not in READ_PARTS_ALONE:
         return list(messages)
-    return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+    return [{**one, "content": [{"type": "text", "text": one.get("content") or ""}]} for one in messages]
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from qlora_exp.config import Config, InvalidRows, Learn
+from qlora_exp.config import Config, Format, InvalidRows, Learn, TaskKind
 from qlora_exp.data import Item, load_data, to_training_dataset
 from qlora_exp.errors import DataError, Problems
 from tests.real.conftest import TEMPLATES, in_form
@@ -249,9 +249,10 @@ def test_parts_of_text_are_read_as_the_text(
     template: str, tokenizer_with: WithTemplate, chat_task: Configure, of_the_completion: Plain
 ) -> None:
     """TRL writes the list itself, or nothing, where the template reads contents as one text."""
-    parted = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in (USER, ANSWER)]
+    spaced = {**ANSWER, "content": "Green \n"}
+    parted = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in (USER, spaced)]
     tokenizer = tokenizer_with(template)
-    [first], [second] = (ours(chat_task([{"messages": row}]), tokenizer) for row in (parted, [USER, ANSWER]))
+    [first], [second] = (ours(chat_task([{"messages": row}]), tokenizer) for row in (parted, [USER, spaced]))
     assert first == second
     [theirs] = of_the_completion.rows(tokenizer, as_prompt_and_completion(template, [{"messages": [USER, ANSWER]}]))
     assert first[0] == theirs[0]
@@ -322,3 +323,80 @@ def test_sharegpt_rows_are_refused_with_what_to_rename(
     config.task.columns.messages = column
     with pytest.raises(DataError, match="rename from to role"):
         load_data(config, tokenizer_with("llama3"), 4096)
+
+
+def test_labels_given_as_parts_are_compared_with_all_options(
+    tokenizer_with: WithTemplate, chat_task: Configure
+) -> None:
+    rows = [
+        {
+            "messages": [
+                {**USER, "content": f"Item {n}?"},
+                {"role": "assistant", "content": [{"type": "text", "text": t}]},
+            ]
+        }
+        for n, t in enumerate(("red", "green") * 3)
+    ]
+    config = chat_task(rows, kind=TaskKind.classification)
+    splits = load_data(config, tokenizer_with("smolvlm"), 4096)
+    assert splits.labels == ("green", "red")
+    assert {item.label: item.completion_ids for item in splits.train} == splits.label_ids
+
+
+def test_a_tool_may_give_nothing_back(tokenizer_with: WithTemplate, chat_task: Configure) -> None:
+    row = {"messages": [*CALLING[:2], {**CALLING[2], "content": ""}, CALLING[3]], "tools": TOOLS}
+    [(ids, _)] = ours(chat_task([row]), tokenizer_with("qwen3"))
+    assert "<tool_response>\n\n</tool_response>" in tokenizer_with("qwen3").decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("tools", "hammer", "task.columns.tools=null"),
+        ("tools", ["hammer"], "tool 1 is str"),
+        ("chat_template_kwargs", [1], "expected an object"),
+        ("chat_template_kwargs", {"nonsense": 1}, "no variable 'nonsense'"),
+        ("messages", [{"role": "user", "content": [{"type": "image"}]}, ANSWER], "type 'image'"),
+        ("messages", [USER, {**ANSWER, "function_call": {"name": "<|im_end|>"}}], "special token in the text"),
+    ],
+)
+def test_what_is_not_understood_is_named(
+    column: str, value: Any, says: str, tokenizer_with: WithTemplate, chat_task: Configure
+) -> None:
+    config = chat_task([{"messages": [USER, ANSWER], column: value}, ROWS[1]])
+    with pytest.raises((DataError, Problems)) as error:
+        load_data(config, tokenizer_with("qwen3"), 4096)
+    assert says in str(error.value)
+
+
+def test_ignored_fields_are_as_if_they_were_not_there(tokenizer_with: WithTemplate, chat_task: Configure) -> None:
+    row = {"messages": [{**USER, "name": "Annabel", "id": 3}, {**ANSWER, "weight": 0}]}
+    config = chat_task([row], ignore_fields=["name", "id", "weight"])
+    tokenizer = tokenizer_with("qwen3")
+    assert ours(config, tokenizer) == ours(chat_task([{"messages": [USER, ANSWER]}]), tokenizer)
+
+
+def test_plain_text_refuses_what_only_a_template_can_write(tokenizer_with: WithTemplate, chat_task: Configure) -> None:
+    for row in (row for row, _ in KINDS.values()):
+        config = chat_task([row], format=Format.plain)
+        with pytest.raises((DataError, Problems)) as error:
+            load_data(config, tokenizer_with("qwen3"), 4096)
+        assert "not for the plain format" in str(error.value)
+        assert "task.format=chat" in str(error.value)
+
+
+def test_parquets_nulls_are_not_written(tokenizer_with: WithTemplate, chat_task: Configure, tmp_path: Path) -> None:
+    """Arrow gives each object the keys of all others, and a template would write ``"country": null``."""
+    other = json.loads(json.dumps(TOOLS).replace("city", "country"))
+    call = {**CALL, "function": {"name": "get_weather", "arguments": {"country": "Peru"}}}
+    calling = [CALLING[0], {**CALLING[1], "tool_calls": [call]}, *CALLING[2:]]
+    rows = [{"messages": CALLING, "tools": TOOLS}, {"messages": calling, "tools": other}]
+    config, tokenizer = chat_task(rows), tokenizer_with("qwen3")
+    expected = ours(config, tokenizer)
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        lines = (Path(str(config.task.path)) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        Dataset.from_list([json.loads(line) for line in lines]).to_parquet(str(folder / f"{split}.parquet"))
+    config.task.path = str(folder)
+    assert ours(config, tokenizer) == expected

@@ -160,3 +160,15 @@ def test_an_answer_longer_than_all_training_answers_can_be_right(
     file = Path(str(config.task.path)) / "validation.jsonl"
     file.write_text(file.read_text().replace("yellow and", "yellow " * 40))
     assert oracle_score(loaded(config, tokenizer), tokenizer, config) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("template", ["llama3", "qwen3", "gemma", "cohere"])
+def test_an_indented_answer_is_learned_as_the_template_writes_it(
+    template: str, tokenizer_with: WithTemplate, chat_task: Configure
+) -> None:
+    """Some templates trim it."""
+    row = conversation("Item 1? code", "    y = 1\n    return y")
+    tokenizer, config = tokenizer_with(template), chat_task([row, row])
+    splits = loaded(config, tokenizer)
+    assert oracle_score(splits, tokenizer, config) == (1.0, 0.0)
+    assert tokenizer.decode(splits.train[0].ids) == as_transformers(tokenizer, template, row["messages"])
