@@ -150,6 +150,12 @@ def _settings(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
 def _limits(config: dict[str, Any]) -> Iterator[str]:
     yield "The adapter is of use only together with its base model; the licences of the base model and of the training"
     yield "data apply. This card was written from the run's record and claims nothing beyond the scores above."
+    lora = config.get("lora") or {}
+    if lora.get("init") == "pissa":
+        yield "PiSSA changes the base before training. The adapter's file undoes that, and has twice the rank for it:"
+        yield "on the base as it is published, W + alpha/r · B·A is the trained model."
+    if lora.get("dora"):
+        yield "DoRA's magnitudes are read by PEFT; vLLM and llama.cpp refuse them. Merge the adapter for these."
     if (config.get("task") or {}).get("source") == "embedded":
         yield "The embedded task is made from WordNet 3.0 (Princeton University), used under the WordNet 3.0 licence."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -151,8 +152,14 @@ def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callabl
 def _adapter(source: _Source, folder: Path) -> Artefact:
     target = folder / "adapter"
     target.mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copyfile(source.paths.adapter / name, target / name)
+    config, adapter = source.config, source.paths.adapter
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if models.is_portable(settings):
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copyfile(adapter / name, target / name)
+    else:  # of an earlier version
+        modules = models.resolve_targets(models.describe(config.model), config.targets)
+        models.write_portable(models.load_base(config, "cpu"), config, modules, adapter, target)
     return Artefact("adapter", "adapter/", _size(target))
 
 

@@ -9,12 +9,14 @@ from qlora_exp.models.adapters import (
     load_adapter,
     recast_adapters,
     save_adapter,
+    write_portable,
 )
 from qlora_exp.models.base import Base, load_base, shell
 from qlora_exp.models.bytes import WeightBytes, weight_bytes
 from qlora_exp.models.describe import describe, describe_file
 from qlora_exp.models.lending import ColdBases, WarmBases, model_key
 from qlora_exp.models.merging import merged_model
+from qlora_exp.models.portable import is_portable
 from qlora_exp.models.selftest import SelfTest, quantization_self_test
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
 from qlora_exp.models.tokenizers import load_tokenizer
@@ -34,6 +36,7 @@ __all__ = [
     "describe_file",
     "fingerprint",
     "holds_weights",
+    "is_portable",
     "load_adapter",
     "load_base",
     "load_tokenizer",
@@ -47,4 +50,5 @@ __all__ = [
     "save_adapter",
     "shell",
     "weight_bytes",
+    "write_portable",
 ]

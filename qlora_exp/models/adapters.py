@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,11 +24,14 @@ from transformers.pytorch_utils import Conv1D
 from qlora_exp.config import AdapterInit, Config, LoraConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.base import Base, shell
+from qlora_exp.models.portable import make_portable
 from qlora_exp.plan import adapter_dtype, effective_alpha
 
 ADAPTER = "default"
 START = "_qlora_exp_adapter_start"
 """Where the adapters' first values wait on the model until recast_adapters() has seen to them."""
+SUBTRACTED = "_qlora_exp_subtracted"
+"""What PiSSA took out of the base's weights: the adapters' first values, until save_adapter() writes them."""
 MAGNITUDE = "lora_magnitude_vector"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -70,6 +74,8 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
         )
     if lora.init is not AdapterInit.pissa:
         _draw(adapted, lora, config.seed)
+    if lora.init is AdapterInit.pissa:  # before the cast: as they were subtracted
+        setattr(adapted, SUBTRACTED, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
     _cast(adapted, getattr(torch, adapter_dtype(lora)))
     setattr(adapted, START, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
     return adapted
@@ -96,10 +102,24 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT, vLLM and others read."""
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT, vLLM and others read: on the base as
+    it was loaded they make the trained model, whatever they started from."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    make_portable(folder, getattr(model, SUBTRACTED, {}))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a run writes its own model card
+
+
+def write_portable(base: Base, config: Config, modules: Sequence[str], source: Path, target: Path) -> None:
+    """Write the adapter in ``source`` to ``target``. One of an earlier version that starts from PiSSA, or has rsLoRA's
+    scale, is rewritten; ``base`` and ``config`` are those that it was trained with."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS_FILE, "adapter_config.json"):
+        shutil.copyfile(source / name, target / name)
+    start: dict[str, torch.Tensor] = {}
+    if config.lora.init is AdapterInit.pissa:
+        start = getattr(attach_adapters(shell(base), config, modules), SUBTRACTED)
+    make_portable(target, start)
 
 
 def load_adapter(base: Base, folder: Path) -> PeftModel:

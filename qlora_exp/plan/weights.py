@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from qlora_exp.checks import QUANTIZED
-from qlora_exp.config import ComputeDtype, LoraConfig, Quantization, QuantizationConfig
+from qlora_exp.config import AdapterInit, ComputeDtype, LoraConfig, Quantization, QuantizationConfig
 from qlora_exp.plan import adapter_dtype, compute_dtype
 from qlora_exp.plan.architecture import DTYPES, Architecture, WeightShape
 
@@ -113,7 +113,11 @@ def quantization_state(shape: WeightShape, mode: Quantization, double_quantizati
 def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: str) -> AdapterBytes:
     """Bytes of adapters on ``adapted``, their gradients (in the adapters' dtype) and their optimizer states."""
     layers = tuple((shape.name, shape.in_features, shape.out_features) for shape in adapted)
-    return _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
+    found = _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
+    if lora.init is not AdapterInit.pissa:
+        return found
+    written = _adapter_bytes(layers, 2 * lora.r, lora.dora, "float32", optimizer)  # with what it started from
+    return replace(found, file_bytes=written.file_bytes)
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,63 @@
+"""Adapter files that mean the same to every tool: W + alpha/r · B·A on the published base is the trained model.
+
+PiSSA trains on a base without its principal directions, s·B₀·A₀, which PEFT alone subtracts again when it loads the
+adapter. Written as [B, -B₀] · [A; A₀], of twice the rank, the adapter needs no such step. rsLoRA's scale, alpha/√r, is
+written as an alpha of its own: llama.cpp knows alpha/r alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+A, B = "lora_A", "lora_B"
+WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+def is_portable(settings: Mapping[str, Any]) -> bool:
+    """Whether an ``adapter_config.json`` asks for nothing but W + alpha/r · B·A."""
+    return settings.get("init_lora_weights") != "pissa" and not settings.get("use_rslora")
+
+
+def make_portable(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
+    """Rewrite the adapter in ``folder``, as PEFT saved it. ``start``: its values before training, by their names in
+    the model; needed for PiSSA alone."""
+    settings: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    if is_portable(settings):
+        return
+    tensors = load_file(folder / WEIGHTS_FILE)
+    scale = _scale(settings)
+    if settings.get("init_lora_weights") == "pissa":
+        first = {_saved_name(name): value for name, value in start.items()}
+        tensors = {name: _with_start(name, value, first) for name, value in tensors.items()}
+        settings["r"] *= 2
+    alpha = scale * settings["r"]
+    alpha = int(alpha) if alpha.is_integer() else alpha
+    settings |= {"init_lora_weights": True, "use_rslora": False, "lora_alpha": alpha}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _scale(settings: Mapping[str, Any]) -> float:
+    r = settings["r"]
+    return float(settings["lora_alpha"]) / (math.sqrt(r) if settings.get("use_rslora") else r)
+
+
+def _saved_name(name: str) -> str:
+    """As PEFT names it in a file: without the adapter's own name."""
+    return name.replace(".default.", ".").removesuffix(".default")
+
+
+def _with_start(name: str, value: torch.Tensor, start: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A's rows with A₀'s below them, B's columns with -B₀'s beside them, in float32, as they were subtracted; DoRA's
+    magnitudes as they are."""
+    parts = name.split(".")
+    if A in parts:
+        return torch.cat([value.float(), start[name].float().to(value.device)], dim=0)
+    return torch.cat([value.float(), -start[name].float().to(value.device)], dim=1) if B in parts else value
