@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of the library that the Hub's client has
+from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,

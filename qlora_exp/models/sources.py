@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of the library that the Hub's client has
+from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
