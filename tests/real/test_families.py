@@ -84,17 +84,7 @@ def test_every_family_of_the_configuration_is_here() -> None:
     assert set(KINDS) <= shipped
 
 
-THINKS = pytest.mark.xfail(reason="Qwen3's template writes an empty think block before an answer")
-
-
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [
-        pytest.param(name, variant, marks=[THINKS] if (name, variant) == ("qwen3_0_6b", "instruct") else [])
-        for name in KINDS
-        for variant in VARIANTS
-    ],
-)
+@pytest.mark.parametrize(("name", "variant"), [(name, variant) for name in KINDS for variant in VARIANTS])
 def test_the_oracle_is_right_on_every_row_and_never_invalid(
     name: str, variant: str, published: Callable[[str, str], Path], rows: Path, colour_task: Path
 ) -> None:
