@@ -66,10 +66,9 @@ def test_a_verb_that_only_prints_ends_with_its_reader(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, *DOORS["sweep"], *SLEEP], cwd=tmp_path, capture_output=True, timeout=120, check=True
     )
-    command = f"set -o pipefail; {PYTHON} -m qlora_exp.cli trials piped --csv | head -n 1"
+    command = f"sleep 0.2; {PYTHON} -m qlora_exp.cli trials piped --csv > >(true)"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("number,status")
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -66,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         tell(error)
         return error.exit_code
+    except SystemExit:
+        if type(sys.stdout).__name__ != "PacifyFlushWrapper":
+            raise
+        return 0  # click has met the closed pipe of `… | head` first
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
