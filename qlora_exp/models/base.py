@@ -154,10 +154,10 @@ def _from_folder(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedMo
 def _from_gguf(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:
     """GGUF weights are unpacked to fp32 and loaded from memory as if they had never been quantized: transformers leaves
     marks of GGUF on the model, and refuses to quantize or train what carries them."""
-    parts = gguf_parts(Path(source.where))
+    parts, config = gguf_parts(Path(source.where)), model_config(source)
     if len(parts) > 1:
-        built = build_meta(model_config(source), source)
-        kind, config, weights = type(built), model_config(source), weights_of_parts(built, parts)
+        built = build_meta(config, source)
+        kind, weights = type(built), weights_of_parts(built, parts)
     else:
         unpacked, report = AutoModelForCausalLM.from_pretrained(
             source.path_or_id,
@@ -167,9 +167,7 @@ def _from_gguf(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedMode
             **source.arguments,
         )
         _complete(unpacked, report, source)
-        kind, config, weights = type(unpacked), unpacked.config, unpacked.state_dict()
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        kind, weights = type(unpacked), unpacked.state_dict()
     model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **arguments)
     return _complete(model, report, source)
 

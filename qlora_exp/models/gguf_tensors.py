@@ -21,6 +21,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from qlora_exp.errors import ModelError
 from qlora_exp.models.gguf_header import GgufHeader, GgufTensor, gguf_parts, read_header
+from qlora_exp.models.gguf_rope import FACTORS, gives_factors, rope_factors
 from qlora_exp.models.tensors import LoadReport, dry_load, raise_misshapen, raise_missing, some
 
 SAFETENSORS = "give the model's safetensors, or a file that llama.cpp's convert_hf_to_gguf.py wrote of the whole model"
@@ -49,8 +50,8 @@ def check_gguf(model: PreTrainedModel, file: Path) -> None:
     _check_settings(headers[0], model.config)
     tensors = {tensor.name: tensor for header in headers for tensor in header.tensors}
     for name, tensor in tensors.items():
-        if ROPE_FACTORS.match(name) and not _all_ones(headers, tensor):
-            what = f"{name} scales the rotary embedding, and transformers doesn't read it from GGUF files"
+        if ROPE_FACTORS.match(name) and not _taken_over(model.config, headers, tensor):
+            what = f"{name} scales the rotary embedding in a way that transformers doesn't read from GGUF files"
             raise ModelError(what, str(file), "give the model's safetensors: the result would be another model")
     report = _report(model, headers[0], tensors)
     raise_missing(report, str(file), SAFETENSORS)
@@ -148,13 +149,10 @@ def _check_lengths(header: GgufHeader) -> None:
             raise ModelError(what, str(header.file), "copy or download it again")
 
 
-def _all_ones(headers: list[GgufHeader], tensor: GgufTensor) -> bool:
-    """Whether the factors change nothing. They are a few numbers in fp32."""
-    header = next(header for header in headers if tensor in header.tensors)
-    if tensor.kind != 0:
-        return False
-    values = np.fromfile(header.file, dtype="<f4", count=math.prod(tensor.shape), offset=tensor.offset)
-    return bool((values == 1.0).all())
+def _taken_over(config: PretrainedConfig, headers: list[GgufHeader], tensor: GgufTensor) -> bool:
+    """Whether the model divides its frequencies by the factors of the file: none, or those of Llama 3."""
+    factors = rope_factors(headers) if tensor.name == FACTORS else None
+    return factors is not None and gives_factors(config, factors)
 
 
 def _check_settings(header: GgufHeader, config: PretrainedConfig) -> None:

@@ -31,6 +31,7 @@ from qlora_exp.config import ModelConfig
 from qlora_exp.errors import ModelError, nearest
 from qlora_exp.models.causality import check_configured_causal
 from qlora_exp.models.gguf_header import gguf_parts, is_tied, read_header
+from qlora_exp.models.gguf_rope import with_llama3_rope
 from qlora_exp.models.quantized import HINT as UNQUANTIZED
 from qlora_exp.models.quantized import method_of
 from qlora_exp.models.sizes import check_possible
@@ -163,7 +164,7 @@ def _read_gguf_config(source: ModelSource, size: int, modified: int) -> Pretrain
     parts = gguf_parts(Path(source.where))
     if len(parts) > 1:  # transformers looks for the head in the first part only
         config.tie_word_embeddings = is_tied(parts)
-    return config
+    return with_llama3_rope(config, [read_header(part) for part in parts])
 
 
 def fingerprint(source: ModelSource) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaForCausalLM
 
 from qlora_exp.compose import compose
 from qlora_exp.errors import ModelError
+from qlora_exp.export.gguf_file import _llama3_rope_factors as llama3_factors
 from qlora_exp.models import describe, fingerprint, load_base, resolve_source
-from tests.models.gguf_files import FAMILIES, tensors_of, write_gguf
+from tests.models.gguf_files import FAMILIES, SIZES, tensors_of, write_gguf
 
 pytest.importorskip("gguf", reason="the gguf extra is not installed")
 TIED_WITHOUT = "output.weight"
@@ -124,10 +125,41 @@ def test_a_tensor_that_transformers_leaves_out_is_refused_by_its_name(kind: str,
     assert "leave out" in message
 
 
-def test_factors_of_the_rotary_embedding_are_refused_unless_they_change_nothing(tmp_path: Path) -> None:
-    message = refusal(write_gguf(tmp_path / "m.gguf", tensors=with_more("rope_freqs.weight", 8, value=8.0)))
-    assert "rope_freqs.weight" in message
-    describe(local(write_gguf(tmp_path / "ones.gguf", tensors=with_more("rope_freqs.weight", 8))).model)
+def llama3_config(factor: float, **more: Any) -> Any:
+    rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": factor, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192} | more
+    return AutoConfig.for_model("llama", **SIZES, rope_parameters=rope)
+
+
+def with_rope_factors(file: Path, factors: np.ndarray, tensors_a_part: int = 0) -> Path:
+    tensors = tensors_of("llama") | {"rope_freqs.weight": factors.astype(np.float32)}
+    return write_gguf(file, tensors=tensors, settings={"rope.freq_base": 500_000.0}, tensors_a_part=tensors_a_part)
+
+
+@pytest.mark.parametrize("tensors_a_part", [0, 5])
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_rotary_embedding_of_llama_3_is_that_of_the_file(
+    factor: float, tensors_a_part: int, tmp_path: Path
+) -> None:
+    published = llama3_config(factor)
+    file = with_rope_factors(tmp_path / "m.gguf", llama3_factors(published), tensors_a_part)
+    plain = with_rope_factors(tmp_path / "plain.gguf", np.ones(8))
+    describe(local(file).model)
+    loaded, unscaled = (load_base(local(one, "quantization=fp32"), "cpu").model for one in (file, plain))
+    expected = LlamaForCausalLM(published).eval()
+    expected.load_state_dict(loaded.state_dict())
+    tokens = torch.arange(60)[None] % 64
+    with torch.no_grad():
+        logits = [model(tokens).logits for model in (loaded, expected, unscaled)]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.allclose(logits[0], logits[2], atol=1e-3)
+
+
+def test_factors_of_another_rotary_embedding_are_refused_unless_they_change_nothing(tmp_path: Path) -> None:
+    unknown = llama3_factors(llama3_config(8.0, high_freq_factor=2.0))
+    for factors in (np.full(8, 8.0), unknown, llama3_factors(llama3_config(8.0))[4:]):
+        assert "rope_freqs.weight" in refusal(with_rope_factors(tmp_path / "m.gguf", factors))
+    describe(local(with_rope_factors(tmp_path / "ones.gguf", np.ones(8))).model)
 
 
 @pytest.mark.parametrize(
