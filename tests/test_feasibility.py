@@ -328,6 +328,11 @@ def test_what_ran_out_of_memory_bounds_its_kin_from_below() -> None:
     assert judged(larger_fitted, 2000)[1]
 
 
+def test_a_small_run_that_the_kernel_ended_for_other_processes_says_nothing_of_its_kin() -> None:
+    fit, fits = judged([ended(Status.OUT_OF_MEMORY, 900, bound=20_000)], 20_000)
+    assert (fit.corrected_bytes, fits) == (1000, True)
+
+
 def test_what_ran_out_of_memory_raises_the_correction_and_never_lowers_it() -> None:
     done = ended(Status.COMPLETED, 100, 120)
     assert kin_of([done, ended(Status.OUT_OF_MEMORY, 1000, bound=1500)], None)[0].ratio == pytest.approx(1.35)
