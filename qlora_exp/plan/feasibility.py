@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.errors import ConfigError
-from qlora_exp.records import Device, Fit, Refusal, RunRecord, Status
+from qlora_exp.records import KILLED_FOR_MEMORY, Device, Fit, Refusal, RunRecord, Status
 
 ERROR = {"cpu": 0.22, "cuda": 0.5}
 """Device → the largest error of a predicted peak, as a share: on a CPU of the configurations not fitted to in
@@ -155,12 +155,13 @@ def _kin(key: str, records: Sequence[RunRecord], bound_bytes: int | None) -> Kin
 
 
 def _counts(record: RunRecord, bound_bytes: int | None) -> bool:
-    """Whether a run that ran out of memory says what its kin need: not where the memory of a CPU's machine, which
-    other processes use too, ran out for a run that was predicted to need little of it."""
-    fit = record.fit
+    """Whether a run that ran out of memory says what its kin need: not where the kernel ended it, which may do so for
+    what other processes took, and it was predicted to need little."""
+    fit, failure = record.fit, record.failure
     if fit is None:
         return True
-    if record.environment.device.kind == "cpu" and fit.corrected_bytes < OTHERS_SHARE * fit.bound_bytes:
+    was_killed = failure is not None and failure.kind == KILLED_FOR_MEMORY
+    if was_killed and fit.corrected_bytes < OTHERS_SHARE * fit.bound_bytes:
         return False
     return bound_bytes is None or fit.bound_bytes >= bound_bytes
 
