@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_exp import memory_limits
-from qlora_exp.records import Failure, Fit, RunRecord
+from qlora_exp.records import KILLED_FOR_MEMORY, Failure, Fit, RunRecord
 
 SIGKILL = 9
 SMALLER = (
@@ -39,7 +39,7 @@ def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before
     how = f"{gone}, and the kernel counts a process that it ended for want of memory" if counted else gone
     needed = f"; the run was {_needs(fit)}" if fit is not None else ""
     hint = (fit.would_fit if fit is not None else None) or SMALLER
-    return Failure("OutOfMemory", f"probably out of memory: {how}{needed}", hint=hint)
+    return Failure(KILLED_FOR_MEMORY, f"probably out of memory: {how}{needed}", hint=hint)
 
 
 def _needs(fit: Fit) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from qlora_exp.plan.feasibility import (
     halved,
     kin_of,
 )
-from qlora_exp.records import Device, Fit, Memory, Refusal, RunRecord, Status, write_json
+from qlora_exp.records import KILLED_FOR_MEMORY, Device, Failure, Fit, Memory, Refusal, RunRecord, Status, write_json
 from qlora_exp.study import Study
 from qlora_exp.study.types import TrialRow
 from qlora_exp.sweep import ask
@@ -132,6 +133,28 @@ def test_a_space_in_which_nothing_fits_ends_with_one_message(capsys: pytest.Capt
 def test_a_grid_of_which_nothing_fits_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep("lora.r=64,128", f"budget.memory_bytes={BOUND}") == 2
     assert "budget.memory_bytes=1524000" in capsys.readouterr().err
+
+
+def test_a_grids_trials_that_did_not_fit_are_started_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep("lora.r=8,64,128", f"budget.memory_bytes={BOUND}") == 0
+    assert main(["resume", "mine", f"budget.memory_bytes={BOUND}", "--retry", "does_not_fit", "--force"]) == 0
+    assert "run again: trials 1, 2" in capsys.readouterr().out
+    assert [row["status"] for row in trials(capsys)] == ["COMPLETED"] * 3
+    study = optuna.load_study(study_name="mine", storage="sqlite:///outputs/optuna.db")
+    assert all(violation <= 0 for trial in study.trials for violation in trial.constraints.values())
+
+
+def test_the_hint_of_a_grid_of_which_nothing_fits_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep("lora.r=64,128", f"budget.memory_bytes={BOUND}") == 2
+    command = capsys.readouterr().err.rpartition("a larger bound: qlora-exp ")[2]
+    assert main(shlex.split(command)) == 0
+    assert [row["status"] for row in trials(capsys)] == ["COMPLETED", "DOES_NOT_FIT"]
+
+
+def test_a_samplers_trials_that_did_not_fit_are_not_retried(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep("lora.r=8,9", "sweep.sampler=random", "sweep.n_trials=2") == 0
+    assert main(["resume", "mine", "--retry", "does_not_fit"]) == 2
+    assert "the sampler random asks for other trials" in capsys.readouterr().err
 
 
 def test_a_trial_that_ran_out_of_memory_keeps_its_larger_kin_from_being_started(
@@ -326,6 +349,15 @@ def test_what_ran_out_of_memory_bounds_its_kin_from_below() -> None:
     assert judged([ended(Status.OUT_OF_MEMORY, 900, bound=1500)], 3000)[1]
     larger_fitted = [ended(Status.OUT_OF_MEMORY, 900), ended(Status.COMPLETED, 1200, 1200)]
     assert judged(larger_fitted, 2000)[1]
+
+
+def test_a_small_run_that_the_kernel_ended_for_other_processes_says_nothing_of_its_kin() -> None:
+    small, large = (ended(Status.OUT_OF_MEMORY, 900, bound=bound) for bound in (20_000, 1500))
+    killed = Failure(KILLED_FOR_MEMORY, "probably out of memory")
+    fit, fits = judged([small.replace(failure=killed)], 20_000)
+    assert (fit.corrected_bytes, fits) == (1000, True)
+    assert not judged([small], 20_000)[1], "what the process itself was refused is its own need"
+    assert not judged([large.replace(failure=killed)], 1500)[1]
 
 
 def test_what_ran_out_of_memory_raises_the_correction_and_never_lowers_it() -> None:

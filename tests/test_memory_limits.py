@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qlora_exp import load_run, memory_limits, run
-from qlora_exp.app import end_killed_run
+from qlora_exp.app import end_killed_run, execute
+from qlora_exp.app.termination import ended_when_memory_is_short
 from qlora_exp.cli import main
 from qlora_exp.compose import compose
 from qlora_exp.environment import probe, process_identity
@@ -277,6 +279,36 @@ def test_a_run_that_waits_for_memory_ends_when_it_is_asked_to(tmp_path: Path) ->
     assert record.status is Status.INTERRUPTED
     assert record.failure is not None
     assert record.failure.kind == "OutOfMemory"
+
+
+def test_the_watch_ends_with_the_run_though_a_forked_child_lives_on() -> None:
+    with ended_when_memory_is_short(lambda number: None, 130):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        began = time.monotonic()
+    seconds = time.monotonic() - began
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert seconds < 10
+
+
+def test_only_a_process_of_ours_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[int] = []
+
+    @contextlib.contextmanager
+    def watch(last_words: object, exit_code: int) -> Iterator[None]:
+        watched.append(exit_code)
+        yield
+
+    monkeypatch.setattr("qlora_exp.app.execution.ended_when_memory_is_short", watch)
+    config = compose(["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"])
+    execute(config)
+    assert not watched, "a notebook's process isn't"
+    execute(config, alone=True)
+    execute(config, deliver=lambda finish: finish())
+    assert watched == [130, 130]
 
 
 def test_a_trial_near_the_bound_that_the_kernel_ended_is_out_of_memory_and_not_tried_again(

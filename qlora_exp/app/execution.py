@@ -23,7 +23,17 @@ from qlora_exp.out_of_memory import SMALLER, near_the_bound
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.plan.feasibility import DoesNotFit, MemoryRule, halved
 from qlora_exp.ranks import one_rank_only
-from qlora_exp.records import Environment, Failure, Fit, RunRecord, Status, Trial, read_record, write_json
+from qlora_exp.records import (
+    KILLED_FOR_MEMORY,
+    Environment,
+    Failure,
+    Fit,
+    RunRecord,
+    Status,
+    Trial,
+    read_record,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from qlora_exp.one_run import Bases, Prepared
@@ -93,7 +103,8 @@ def execute(
             held.enter_context(_owned(paths))
         if alone and config.tracking.enabled:
             import_to_stay(("qlora_exp.tracking.tracker",))
-        return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver)
+        ours = alone or deliver is not None  # a notebook's process isn't ours to end
+        return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver, ours)
 
 
 def _run_and_deliver(
@@ -105,7 +116,9 @@ def _run_and_deliver(
     resumed: bool,
     report: Report,
     deliver: Callable[[Callable[[], object]], object] | None,
+    ours: bool,
 ) -> RunRecord:
+    """``ours``: this process may be ended where memory is so short that the run can't end by itself."""
     outputs = OutputPaths.of(config.output_root)
     try:
         tracker = _tracker(config, outputs, warm=deliver is not None)
@@ -116,7 +129,9 @@ def _run_and_deliver(
     tracker.start(record, paths, wait=deliver is None)
     if observer is not None:
         observer.note(f"run {record.run_id}")
-    short = ended_when_memory_is_short(lambda number: _last_words(paths, number), EXIT_INTERRUPTED)
+    short: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if ours:
+        short = ended_when_memory_is_short(lambda number: _last_words(paths, number), EXIT_INTERRUPTED)
     with _terminated_like_interrupted(), short:
         try:
             finished, wrong = prepared.run(record, paths, _Told(observer, tracker), report)
@@ -145,7 +160,7 @@ def _last_words(paths: RunPaths, number: int) -> None:
         return
     hint = (record.fit.would_fit if record.fit is not None else None) or SMALLER
     what = f"asked to end by signal {number}, the run could not end by itself: memory was too short"
-    failure = Failure("OutOfMemory", what, hint=hint)
+    failure = Failure(KILLED_FOR_MEMORY, what, hint=hint)
     write_json(paths.record, record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure))
     print(f"error: {what}\n  do:    {hint}", file=sys.stderr, flush=True)
 

@@ -46,13 +46,15 @@ def ended_when_memory_is_short(last_words: Callable[[int], None], exit_code: int
     finally:
         signal.set_wakeup_fd(previous)
         over.set()
+        with contextlib.suppress(OSError):  # not its end alone: a forked child may hold it open
+            os.write(writing, b"\0")
         os.close(writing)
         watch.join()
         os.close(reading)
 
 
 def _watch(reading: int, over: threading.Event, last_words: Callable[[int], None], exit_code: int) -> None:
-    number = _asked_to_end(reading)
+    number = _asked_to_end(reading, over)
     if number is None:
         return
     pages, seen = memory_limits.pages_read_back(), time.monotonic()
@@ -69,12 +71,12 @@ def _watch(reading: int, over: threading.Event, last_words: Callable[[int], None
             os._exit(exit_code)
 
 
-def _asked_to_end(reading: int) -> int | None:
+def _asked_to_end(reading: int, over: threading.Event) -> int | None:
     """The signal that asks this process to end; ``None``: the run ended first."""
     while True:
         select.select([reading], [], [])
         numbers = os.read(reading, 64)
-        if not numbers:
+        if not numbers or over.is_set():
             return None
         for number in numbers:
             if number in ENDING:

@@ -44,6 +44,7 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp resume last",
             "qlora-exp resume demo workers.count=2",
             "qlora-exp resume demo --retry failed              # once more, with as many attempts as a new trial",
+            "qlora-exp resume demo --retry does_not_fit --force",
         ),
     )(resume)
     app.command("status", epilog=examples("qlora-exp status", "qlora-exp status demo --watch"))(status)
@@ -78,7 +79,9 @@ def resume(
     ] = False,
     retry: Annotated[
         str | None,
-        typer.Option("--retry", metavar="WHAT", help="Run trials again that ended so: failed or out_of_memory"),
+        typer.Option(
+            "--retry", metavar="WHAT", help="Run trials again that are: failed, out_of_memory or does_not_fit"
+        ),
     ] = None,
     storage: Storage = None,
     output_root: OutputRoot = None,
@@ -335,7 +338,7 @@ def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
         raise ConfigError(f"trials can't be retried by {what!r}", "--retry", nearest(what, RETRIED))
     if orchestrator(paths) is not None or running(paths):
         raise RecordError("the study is being worked on", f"study {spec.name}", "wait for it, then --retry")
-    numbers = retry_trials(spec, paths, RETRIED[what], url)
+    numbers = retry_trials(spec, paths, what, url)
     ended = what.replace("_", " ")
     print(f"run again: {numbers_text(numbers)} ({ended})" if numbers else f"no trial ended as {ended}", flush=True)
 

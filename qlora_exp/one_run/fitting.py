@@ -44,8 +44,9 @@ def fit_of(config: Config, prepared: Prepared, environment: Environment, rule: M
         return fit
     limited = rule.bound_bytes is not None
     what, hint = _told(config, prepared, environment, fit, limited)
+    fit = replace(fit, would_fit=hint)
     if may_start:
-        return replace(fit, would_fit=hint)
+        return fit
     where = f"budget.memory_bytes = {bound}" if limited else _whose(device, bound, rule.hosts)
     raise DoesNotFit(what, where, f"{hint}; --force starts it", Refusal(fit, need.train_seconds, need.train_flops))
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.errors import ConfigError
-from qlora_exp.records import Device, Fit, Refusal, RunRecord, Status
+from qlora_exp.records import KILLED_FOR_MEMORY, Device, Fit, Refusal, RunRecord, Status
 
 ERROR = {"cpu": 0.22, "cuda": 0.5}
 """Device → the largest error of a predicted peak, as a share: on a CPU of the configurations not fitted to in
 docs/plan_accuracy.md, of either of two processes, but for the one with experts in 16 bit; on CUDA nothing has been
 compared, and the figure is a guess."""
 MEASURED = (Status.COMPLETED, Status.PRUNED)
+OTHERS_SHARE = 0.5
+"""Of the bound: predictions err by less than a factor of two."""
 CPU_PROCESS_BYTES = 590_000_000
 """What a process that trains on a CPU holds after its imports (``memory.resident_after_imports_bytes``): 586 and
 587 MB in four fresh ``qlora-exp run`` of the embedded base in fp32 and nf4. Libraries' pages are of it, which several
@@ -153,7 +155,15 @@ def _kin(key: str, records: Sequence[RunRecord], bound_bytes: int | None) -> Kin
 
 
 def _counts(record: RunRecord, bound_bytes: int | None) -> bool:
-    return bound_bytes is None or record.fit is None or record.fit.bound_bytes >= bound_bytes
+    """Whether a run that ran out of memory says what its kin need: not where the kernel ended it, which may do so for
+    what other processes took, and it was predicted to need little."""
+    fit, failure = record.fit, record.failure
+    if fit is None:
+        return True
+    was_killed = failure is not None and failure.kind == KILLED_FOR_MEMORY
+    if was_killed and fit.corrected_bytes < OTHERS_SHARE * fit.bound_bytes:
+        return False
+    return bound_bytes is None or fit.bound_bytes >= bound_bytes
 
 
 def _at_least(record: RunRecord) -> float | None:

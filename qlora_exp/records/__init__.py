@@ -3,6 +3,7 @@
 from qlora_exp.records.files import read_curve, read_record, write_json, write_text
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import (
+    KILLED_FOR_MEMORY,
     SCHEMA_VERSION,
     Baselines,
     Data,
@@ -28,6 +29,7 @@ from qlora_exp.records.types import (
 )
 
 __all__ = [
+    "KILLED_FOR_MEMORY",
     "SCHEMA_VERSION",
     "Baselines",
     "Data",

@@ -387,6 +387,10 @@ class Training:
     """Which limit of ``budget`` ended the training before its last step, e.g. ``seconds``."""
 
 
+KILLED_FOR_MEMORY = "OutOfMemory"
+"""The ``kind`` of a failure whose process was ended, probably for want of memory: no exception's name."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a run did not complete. ``kind`` is the exception's class name."""

@@ -294,7 +294,7 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse, bud
     option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
     name = shlex.quote(spec.name)
     if counts.refused and _nothing_fits(opened, counts, budget):
-        tell(_told_nothing_fits(opened, spec, counts))
+        tell(_told_nothing_fits(opened, spec, counts, budget, option))
         return EXIT_COMPLETED if counts.completed else EXIT_WRONG_INPUT
     if not _is_complete(counts):
         failed = opened.failures_reached()
@@ -322,13 +322,23 @@ def _nothing_fits(opened: Any, counts: Counts, budget: BudgetConfig) -> bool:
     return not counts.running and opened.refused_in_a_row(budget.memory_bytes) >= MOST_REFUSALS_IN_A_ROW
 
 
-def _told_nothing_fits(opened: Any, spec: StudySpec, counts: Counts) -> QloraExpError:
+def _told_nothing_fits(
+    opened: Any, spec: StudySpec, counts: Counts, budget: BudgetConfig, option: str
+) -> QloraExpError:
     refusals = [row.refusal for row in opened.trials() if row.refusal is not None]
-    least = min(refusal.fit.corrected_bytes for refusal in refusals)
-    bound = refusals[-1].fit.bound_bytes
+    smallest = min((refusal.fit for refusal in refusals), key=lambda fit: fit.corrected_bytes)
+    least, bound = smallest.corrected_bytes, refusals[-1].fit.bound_bytes
     which = "none of them" if not counts.completed else f"none of the last {MOST_REFUSALS_IN_A_ROW}"
+    retry = " --retry does_not_fit" if spec.sampler in ("grid", "ladder") else ""
+    again = f"qlora-exp resume {shlex.quote(spec.name)}{retry}{option}"
+    if budget.memory_bytes is not None:
+        hint = "a space with smaller batches, lengths or models under another sweep.name, or a larger bound: "
+        hint += f"{again} budget.memory_bytes={least}"
+    else:
+        would_fit = smallest.would_fit or "smaller batches, lengths or models"
+        hint = f"under another sweep.name: {would_fit}; to start them all the same: {again} --force"
     return StudyError(
         f"{counts.finished} trials were asked for, and {which} is predicted to fit into {bytes_text(bound)}",
         f"study {spec.name}: the smallest needs {bytes_text(least)}",
-        f"a space with smaller batches, lengths or models under another sweep.name, or budget.memory_bytes={least}",
+        hint,
     )

@@ -34,8 +34,8 @@ def create_if_missing(database: Path) -> None:
 
 
 def set_aside_if_half_made(database: Path, uri: str, reason: str) -> bool:
-    """Rename a database that can't be opened for ``reason`` and never held a run; False: it is none such."""
-    if not any(sign in reason for sign in HALF_MADE) or _holds_runs(database):
+    """Rename a database that can't be opened for ``reason`` and that was never whole; False: it is none such."""
+    if not any(sign in reason for sign in HALF_MADE) or _was_whole(database):
         return False
     number = 1
     while (aside := database.with_name(f"{database.name}.half-made-{number}")).exists():
@@ -47,9 +47,11 @@ def set_aside_if_half_made(database: Path, uri: str, reason: str) -> bool:
     return True
 
 
-def _holds_runs(database: Path) -> bool:
-    """Also where that can't be known."""
+def _was_whole(database: Path) -> bool:
+    """Whether MLflow has used it: with its first experiment, which it makes after the last migration, or a run. Such a
+    database is another version's, and a server may have it open. True also where that can't be known."""
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as opened:
-        tables = {name for (name,) in opened.execute("select name from sqlite_master where type = 'table'")}
-        return "runs" in tables and opened.execute("select 1 from runs limit 1").fetchone() is not None
+        there = {name for (name,) in opened.execute("select name from sqlite_master where type = 'table'")}
+        used = [table for table in ("experiments", "runs") if table in there]
+        return any(opened.execute(f"select 1 from {table} limit 1").fetchone() is not None for table in used)
     return True

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_exp.environment import process_identity
 from qlora_exp.records import Failure, Process, Status
-from qlora_exp.study import RETRIED, Study, parse_axes, retry_trials
+from qlora_exp.study import Study, parse_axes, retry_trials
 from qlora_exp.study.types import Outcome, Owner
 from tests.workers.small_study import paths_of, spec_of
 
@@ -52,7 +52,7 @@ def test_what_ended_badly_is_run_again_with_as_many_attempts_as_a_new_trial_and_
         failure = None if status is Status.COMPLETED else Failure("Wrong", "it went wrong")
         study.tell(claim, Outcome(status, (1.0 if failure is None else None,), (), 1.0, failure))
     before = {row.number: row for row in study.trials()}
-    assert retry_trials(spec, paths_of(tmp_path), RETRIED[what], url) == numbers
+    assert retry_trials(spec, paths_of(tmp_path), what, url) == numbers
     again = Study.open(spec, paths_of(tmp_path))
     assert again.counts().waiting == 1
     assert {row.number: row for row in again.trials() if row.state != "WAITING"} == {
@@ -67,7 +67,7 @@ def test_what_ended_badly_is_run_again_with_as_many_attempts_as_a_new_trial_and_
     again.tell(claim, Outcome(Status.COMPLETED, (0.5,), (), 1.0))
     row = again.trials()[numbers[0]]
     assert (row.status, row.values, row.failure, row.feasible) == (Status.COMPLETED, (0.5,), None, True)
-    assert retry_trials(spec, paths_of(tmp_path), RETRIED[what], url) == []
+    assert retry_trials(spec, paths_of(tmp_path), what, url) == []
 
 
 @pytest.mark.parametrize("skew_seconds", [-7200.0, 0.0, 7200.0])
