@@ -76,7 +76,7 @@ def _prompt(data: Data) -> Iterator[str]:
     variables = data.answer_prefix_variables
     if data.answer_prefix:
         text = json.dumps(data.answer_prefix)
-        yield f"Each prompt ended in `{text}`, which the chat template writes before an answer."
+        yield f"Prompts ended in `{text}`, which the chat template writes before an answer without reasoning."
     if variables:
         yield f"Serve it with the chat template's variables `{json.dumps(variables)}`."
     elif data.answer_prefix:

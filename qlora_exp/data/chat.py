@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -122,14 +122,13 @@ class ChatWriter:
         detail = "the chat template writes the prompt otherwise when the answer follows"
         raise Refused("template without a stable prompt", detail, FORMAT_HINT, of_template=True)
 
-    def _prompts(self, example: Example, messages: list[dict[str, Any]]) -> list[tuple[Mapping[str, Any] | None, str]]:
-        """The generation prompt, and those that the template's known variables give."""
-        found: list[tuple[Mapping[str, Any] | None, str]] = [
-            (None, self._render(messages, example, generation_prompt=True).text)
-        ]
+    def _prompts(
+        self, example: Example, messages: list[dict[str, Any]]
+    ) -> Iterator[tuple[Mapping[str, Any] | None, str]]:
+        """The generation prompt, then those that the template's known variables give."""
+        yield None, self._render(messages, example, generation_prompt=True).text
         for switch in self._switches(example):
-            found.append((switch, self._render(messages, example, True, switch).text))
-        return found
+            yield switch, self._render(messages, example, True, switch).text
 
     def _switches(self, example: Example) -> list[dict[str, Any]]:
         text = chosen(self._template, example.tools)
@@ -202,7 +201,8 @@ class ChatWriter:
         texts = message.parts
         if texts is not None and len(texts) > 1 and not self._reads_parts:
             detail = "the content has several parts, and the chat template reads one text"
-            raise Refused("parts that the template doesn't read", detail, "join each message's parts into one text")
+            hint = "join each message's parts into one text"
+            raise Refused("parts that the template doesn't read", detail, hint, of_template=True)
         if self._reads_parts and (texts is not None or not self._reads_text):
             content = [{"type": "text", "text": text} for text in (texts or (message.content,))]
         return {"role": message.role, "content": content, **fields}
@@ -288,6 +288,8 @@ class ChatWriter:
             for name in message:
                 if name in ("role", "content") or _may_be_left_out(name, message, number == len(messages) - 1):
                     continue
+                if message[name] == "":  # nothing is left out
+                    continue
                 without = {key: value for key, value in message.items() if key not in _aliases(name)}
                 try:
                     changed = text != self._again(example, [*messages[:number], without, *messages[number + 1 :]])
@@ -348,9 +350,13 @@ def _structured(example: Example) -> bool:
 def _shape(example: Example) -> object:
     """Equal for rows of which the template writes the same things: roles, fields, and what is empty."""
     messages = (*example.messages, example.answer or Message("assistant", example.completion))
-    shapes = [(m.role, tuple(sorted(m.fields)), bool(m.content), m.parts is None) for m in messages]
+    shapes = [(m.role, _filled(m.fields), bool(m.content), m.parts is None) for m in messages]
     variables = json.dumps(example.variables, sort_keys=True) if example.variables else None
     return tuple(shapes), bool(example.tools), variables
+
+
+def _filled(fields: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
+    return tuple(sorted((name, value != "") for name, value in fields.items()))
 
 
 def _mark(number: int) -> str:

@@ -51,7 +51,8 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     if learns_all and format == "plain":
         hint = "task.learn=last, or task.format=chat"
         raise DataError("the plain format learns the last answer alone", "task.learn=all", hint)
-    first: Encoding | None = None
+    prefixes: set[str] = set()
+    shown: Encoding | None = None  # the first training row with a prefix, else the first one
     used: dict[str, list[Example]] = {}
     items: dict[str, tuple[Item, ...]] = {}
     problems: list[RowProblem] = []
@@ -59,8 +60,10 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     for split, examples in _by_split(rows):
         every_turn = learns_all and split == "train"  # scores are of the last answer everywhere
         encodings = encode(examples, tokenizer, format, date=date, every_turn=every_turn)
+        written = [one for one in encodings if isinstance(one, Encoding)]
+        prefixes |= {one.prefix for one in written}
         if split == "train":
-            first = next((one for one in encodings if isinstance(one, Encoding)), None)
+            shown = next((one for one in written if one.prefix), written[0] if written else None)
         results = [
             result if isinstance(result, RowProblem) else _item(example, result, tokenizer, max_length, whole)
             for example, result in zip(examples, encodings, strict=True)
@@ -81,8 +84,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     _check_labels([item for split in SPLIT_NAMES for item in items[split]], label_ids, label_end_ids)
     template = tokenizer.chat_template if format == "chat" else None
     chat_date = config.task.date if reads_clock(template) else None
-    prefix = first.prefix if first is not None else ""
-    read_as = [format, template, *_read_otherwise(date_read=chat_date, prefix=prefix, learns_all=learns_all)]
+    read_as = [format, template, *_read_otherwise(chat_date, prefixes, learns_all)]
     record = records.Data(
         task=config.task.name,
         fingerprint=_fingerprint(read_as, config, used, rows),
@@ -99,8 +101,8 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         template_tokens_trained=_template_trained(config, format),
         truncated_items=len(truncated),
         rows_fingerprint=_fingerprint([], config, used, rows),
-        answer_prefix=prefix or None,
-        answer_prefix_variables=dict(first.variables) if first is not None and first.variables else None,
+        answer_prefix=shown.prefix or None if shown is not None else None,
+        answer_prefix_variables=dict(shown.variables) if shown is not None and shown.variables else None,
         chat_date=chat_date,
     )
     return Splits(
@@ -175,7 +177,7 @@ def _item(
         learned=encoding.learned[:max_length] if encoding.learned is not None else None,
     )
     if encoding.structured:
-        text = str(tokenizer.decode(completion, skip_special_tokens=True)).strip()
+        text = str(tokenizer.decode(completion, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
         item = replace(item, answer=text, completion_bytes=len(encoding.completion.strip().encode("utf-8")))
     if room < len(completion):
         text = str(tokenizer.decode(completion[:room], clean_up_tokenization_spaces=False))
@@ -261,11 +263,12 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]], 
             raise DataError(what, f"{file}, row {row}", f"training.max_length={longest}, or a shorter row")
 
 
-def _read_otherwise(date_read: str | None, prefix: str, learns_all: bool) -> list[str]:
+def _read_otherwise(date_read: str | None, prefixes: set[str], learns_all: bool) -> list[str]:
     """What the fingerprint holds beside format and template, only where it makes a difference: other data sets keep
     the fingerprints that earlier versions gave them."""
-    said = {"date": date_read, "answer prefix": prefix or None, "learn": "all" if learns_all else None}
-    return [f"{name}: {value}" for name, value in said.items() if value is not None]
+    date = [f"date: {date_read}"] if date_read is not None else []
+    written = [f"answer prefix: {prefix}" for prefix in sorted(prefixes) if prefix]
+    return [*date, *written, *(["learn: all"] if learns_all else [])]
 
 
 def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list[Example]], rows: RawSplits) -> str:

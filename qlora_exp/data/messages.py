@@ -21,7 +21,8 @@ class Message:
     content: str
     """The message's text; empty where it has none, as a message that only calls a tool."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields as they are in the file, e.g. ``tool_calls``; nulls are left out."""
+    """Further fields as they are in the file, e.g. ``tool_calls``; nulls, empty lists and empty objects are left
+    out."""
     parts: tuple[str, ...] | None = None
     """The texts of a content that the file gives as a list of parts."""
     weight: float | None = None
@@ -89,7 +90,7 @@ def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
         if not isinstance(tool, dict):
             detail = f"tool {number} is {described(tool)}, not an object"
             raise InvalidMessages("invalid tools", detail, column, shape)
-    _check_unicode(tools, column)
+    _check_json(tools, column, "task.columns.tools=null")
     return tuple(tools) or None
 
 
@@ -103,7 +104,7 @@ def read_variables(value: object, column: str) -> Mapping[str, Any] | None:
     if not isinstance(value, dict):
         detail = f"expected an object, found {described(value)}"
         raise InvalidMessages("invalid variables", detail, column, shape)
-    _check_unicode(value, column)
+    _check_json(value, column, "take it out of the column")
     return {name: one for name, one in value.items() if one is not None} or None
 
 
@@ -156,9 +157,10 @@ def _message(
     fields = {
         name: value
         for name, value in entry.items()
-        if name not in _READ_HERE and name not in ignored and value is not None and not (name == CALLS and value == [])
+        if name not in _READ_HERE and name not in ignored and value is not None and value not in ([], {})
     }
-    _check_unicode(fields, where)
+    for name, value in fields.items():
+        _check_json(value, where, f"write it as text; or leave it out: task.ignore_fields=[{name}]")
     weight = _weight(entry.get("weight"), number, where) if "weight" not in ignored else None
     content = entry.get("content")
     if role == "assistant" and CALLS in fields and (content is None or content == ""):
@@ -196,9 +198,12 @@ def _weight(value: object, number: int, where: str) -> float | None:
     return float(value)
 
 
-def _check_unicode(value: object, where: str) -> None:
+def _check_json(value: object, where: str, hint: str) -> None:
+    """Templates write fields, tools and variables as JSON. A Parquet file also holds dates and bytes."""
     try:
-        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except TypeError:
+        raise InvalidMessages("invalid messages", f"{described(value)} is not a value of JSON", where, hint) from None
     except UnicodeEncodeError:
         detail = "it holds half of a surrogate pair, which no tokenizer can read"
         raise InvalidMessages("broken Unicode", detail, where) from None

@@ -75,17 +75,20 @@ class Example:
 
     @property
     def prompt_key(self) -> str:
-        """Equal for rows that ask the same thing: runs of white space count as one space, but indentation counts."""
+        """Equal for rows that ask the same thing: runs of white space count as one space, but indentation counts.
+
+        Whether earlier answers are learned, and whether a content is a text or a list of parts, makes no difference."""
         texts = [f"{message.role}\x1f{compact(message.content)}" for message in self.messages]
-        more = [message.more for message in self.messages]
+        more = [message.fields for message in self.messages]
         if any(more) or self.tools or self.variables:
             texts.append(json.dumps([more, self.tools, self.variables], sort_keys=True))
         return "\x1e".join(texts)
 
     @property
     def answer_key(self) -> str:
-        """Equal for rows whose last message is the same."""
-        more = self.answer.more if self.answer is not None else None
+        """Equal for rows whose last message is the same, and of which the same answers are learned."""
+        more: list[Any] = [self.answer.fields] if self.answer is not None and self.answer.fields else []
+        more += [number for number, message in enumerate(self.messages) if message.weight == 0]
         return f"{self.completion}\x1f{json.dumps(more, sort_keys=True)}" if more else self.completion
 
 
@@ -278,6 +281,8 @@ def _text_hint(value: object, column: str) -> str | None:
         return f'write it as text, with the digits that you want to be learned: "{value}"'
     if isinstance(value, Mapping) and value:
         return f"it holds {', '.join(map(str, list(value)[:5]))}: make the one you mean a column with text"
+    if isinstance(value, list) and value and isinstance(value[0], Mapping) and "role" in value[0]:
+        return "join prompt and completion into one column of messages: task.columns.messages=COLUMN"
     if isinstance(value, Mapping | Sequence | bytes):
         return "make it a column with text"
     return None if value is None else f'write it as text, e.g. "{value}"'
@@ -306,9 +311,12 @@ def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | N
         raise _InvalidRow(bad.reason, bad.detail, bad.where, bad.hint) from None
     last = last.with_text(parted(last.content).text)
     answer = last if last.more else None
+    plain = mapping.plain
+    if plain.separator is None and not last.content[:1].isspace():
+        plain = replace(plain, separator=" ")  # as after the roles of earlier turns, in every script
     return Example(
         *(row.file, row.number, tuple(messages), True, last.content, label, extra),
-        plain=mapping.plain,
+        plain=plain,
         answer=answer,
         tools=tools,
         variables=variables,

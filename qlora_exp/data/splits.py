@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_exp.config import InvalidRows, TaskConfig
-from qlora_exp.data.files import RawFile
+from qlora_exp.data.files import RawFile, Unlabelled
 from qlora_exp.data.labels import check_no_label_lost, find_options, lost_label, sort_out_labels
 from qlora_exp.data.problems import RowProblem, add_counts, settle
 from qlora_exp.data.report import missing_value_notes
@@ -83,7 +83,8 @@ def _check_no_label_unread(
     known = {normal_form(label) for label in options}
     for row in raw.rows:
         value = row.values.get(column)
-        label = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
+        is_label = isinstance(value, str | int) and not isinstance(value, bool | Unlabelled)
+        label = str(value).strip() if is_label else ""
         fault = faults.get((row.file, row.number))
         if fault is not None and label and normal_form(label) not in known:
             raise lost_label(label, fault)

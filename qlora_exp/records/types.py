@@ -208,7 +208,8 @@ class Data:
     that didn't have it."""
     answer_prefix: str | None = None
     """What the chat template writes by itself between its generation prompt and an answer, e.g. an empty think block.
-    It is part of the prompt: neither trained nor scored. ``None``: nothing."""
+    It is part of the prompt: neither trained nor scored. Rows whose answer has reasoning may lack it. ``None``:
+    nothing."""
     answer_prefix_variables: dict[str, Any] | None = None
     """Template variables with which the generation prompt is the prompt of this run, e.g. ``enable_thinking: false``.
     ``None``: the template's own defaults do, or no known variable does."""
