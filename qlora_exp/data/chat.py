@@ -169,9 +169,7 @@ class ChatWriter:
                 messages, example.tools, generation_prompt, {**(example.variables or {}), **(variables or {})}
             )
         except jinja2.TemplateError as error:
-            hint = FORMAT_HINT
-            if example.messages[0].role == "system":
-                hint = f"many templates take no system message: task.system=null, {hint}"
+            hint = _refusal_hint(example)
             raise Refused("refused by the chat template", str(error), hint, of_template=True) from None
 
     def _rendered(
@@ -288,6 +286,8 @@ class ChatWriter:
             for name in message:
                 if name in ("role", "content") or _may_be_left_out(name, message, number == len(messages) - 1):
                     continue
+                if message[name] == "":  # nothing is left out
+                    continue
                 without = {key: value for key, value in message.items() if key not in _aliases(name)}
                 try:
                     changed = text != self._again(example, [*messages[:number], without, *messages[number + 1 :]])
@@ -305,7 +305,7 @@ class ChatWriter:
 def refuse_what_plain_text_lacks(example: Example) -> None:
     """Raises :class:`Refused` where a row holds what only a chat template can write."""
     messages = [*example.messages, *([example.answer] if example.answer else [])]
-    found = [f"the field {name!r}" for message in messages for name in message.fields]
+    found = [f"the field {name!r}" for message in messages for name, value in message.fields.items() if value != ""]
     found += [f"a message of the role {m.role}" for m in messages if m.role in ("tool", "developer")]
     found += ["tools"] if example.tools else []
     found += ["chat_template_kwargs"] if example.variables else []
@@ -348,9 +348,13 @@ def _structured(example: Example) -> bool:
 def _shape(example: Example) -> object:
     """Equal for rows of which the template writes the same things: roles, fields, and what is empty."""
     messages = (*example.messages, example.answer or Message("assistant", example.completion))
-    shapes = [(m.role, tuple(sorted(m.fields)), bool(m.content), m.parts is None) for m in messages]
+    shapes = [(m.role, _filled(m.fields), bool(m.content), m.parts is None) for m in messages]
     variables = json.dumps(example.variables, sort_keys=True) if example.variables else None
     return tuple(shapes), bool(example.tools), variables
+
+
+def _filled(fields: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
+    return tuple(sorted((name, value != "") for name, value in fields.items()))
 
 
 def _mark(number: int) -> str:
@@ -363,6 +367,16 @@ def _marked(message: Message, number: int) -> Message:
         return message
     parts = tuple(_mark(number) for _ in message.parts) if message.parts is not None else None
     return Message(message.role, _mark(number), message.fields, parts, message.weight, message.has_content)
+
+
+def _refusal_hint(example: Example) -> str:
+    """What to do where the template raises an error. The plain format can't write tools and tool calls either."""
+    answer = example.answer or Message("assistant", example.completion)
+    if example.tools or any(CALLS in m.fields or m.role == "tool" for m in (*example.messages, answer)):
+        return "the template may not know tool calls: model.chat_template=FILE.jinja gives one that does"
+    if example.messages[0].role == "system":
+        return f"many templates take no system message: task.system=null, {FORMAT_HINT}"
+    return FORMAT_HINT
 
 
 def _named(message: Message) -> str:

@@ -21,7 +21,8 @@ class Message:
     content: str
     """The message's text; empty where it has none, as a message that only calls a tool."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields as they are in the file, e.g. ``tool_calls``; nulls are left out."""
+    """Further fields as they are in the file, e.g. ``tool_calls``; nulls, empty lists and empty objects are left
+    out."""
     parts: tuple[str, ...] | None = None
     """The texts of a content that the file gives as a list of parts."""
     weight: float | None = None
@@ -156,7 +157,7 @@ def _message(
     fields = {
         name: value
         for name, value in entry.items()
-        if name not in _READ_HERE and name not in ignored and value is not None and not (name == CALLS and value == [])
+        if name not in _READ_HERE and name not in ignored and value is not None and value not in ([], {})
     }
     _check_unicode(fields, where)
     weight = _weight(entry.get("weight"), number, where) if "weight" not in ignored else None
