@@ -88,7 +88,7 @@ def end_killed_run(config: Config, pid: int, number: int, kills_before: int | No
     found = _running_of(pid, outputs)
     told = killed_for_memory(found[1] if found else None, number, kills_before)
     status = Status.OUT_OF_MEMORY if told is not None else Status.FAILED
-    told = told or Failure("Killed", f"the run's process was ended by signal {number}", hint="who sent it?")
+    told = told or Failure("Killed", f"the run's process was ended by signal {number}", hint="start it again")
     print(f"error: {told.message}\n  do:    {told.hint}", file=sys.stderr)
     if found is not None:
         path, record = found

@@ -95,7 +95,7 @@ def _tell(source: Path, replaced: Sequence[str], by_group: Mapping[str, str]) ->
 
     for text in replaced:
         group = _key(text).partition(".")[0]
-        told = f"{source}: {text} is left out, for {group}={by_group[group]} has its own values; type it to keep it"
+        told = f"{source}: {text} is left out: {group}={by_group[group]} replaces it. To keep it, add it to the command"
         print(told, file=sys.stderr)
 
 
@@ -111,7 +111,7 @@ def _read_overrides(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the file can't be read: {error}", str(file), "give --from a YAML file") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"this is no YAML: {error}".splitlines()[0], str(file), "key: value, one a line") from None
+        raise ConfigError(f"not valid YAML: {error}".splitlines()[0], str(file), "key: value, one a line") from None
     if not isinstance(raw, dict):
         raise ConfigError("the file holds no settings", str(file), "key: value, one a line")
     return flat_overrides(raw)

@@ -168,9 +168,7 @@ class ChatWriter:
                 messages, example.tools, generation_prompt, {**(example.variables or {}), **(variables or {})}
             )
         except jinja2.TemplateError as error:
-            hint = FORMAT_HINT
-            if example.messages[0].role == "system":
-                hint = f"many templates take no system message: task.system=null, {hint}"
+            hint = _refusal_hint(example)
             raise Refused("refused by the chat template", str(error), hint, of_template=True) from None
 
     def _rendered(
@@ -307,7 +305,7 @@ class ChatWriter:
 def refuse_what_plain_text_lacks(example: Example) -> None:
     """Raises :class:`Refused` where a row holds what only a chat template can write."""
     messages = [*example.messages, *([example.answer] if example.answer else [])]
-    found = [f"the field {name!r}" for message in messages for name in message.fields]
+    found = [f"the field {name!r}" for message in messages for name, value in message.fields.items() if value != ""]
     found += [f"a message of the role {m.role}" for m in messages if m.role in ("tool", "developer")]
     found += ["tools"] if example.tools else []
     found += ["chat_template_kwargs"] if example.variables else []
@@ -369,6 +367,16 @@ def _marked(message: Message, number: int) -> Message:
         return message
     parts = tuple(_mark(number) for _ in message.parts) if message.parts is not None else None
     return Message(message.role, _mark(number), message.fields, parts, message.weight, message.has_content)
+
+
+def _refusal_hint(example: Example) -> str:
+    """What to do where the template raises an error. The plain format can't write tools and tool calls either."""
+    answer = example.answer or Message("assistant", example.completion)
+    if example.tools or any(CALLS in m.fields or m.role == "tool" for m in (*example.messages, answer)):
+        return "the template may not know tool calls: model.chat_template=FILE.jinja gives one that does"
+    if example.messages[0].role == "system":
+        return f"many templates take no system message: task.system=null, {FORMAT_HINT}"
+    return FORMAT_HINT
 
 
 def _named(message: Message) -> str:

@@ -28,7 +28,7 @@ def read_tsv(path: Path, name: str, content: bytes) -> RawFile:
 def _read(path: Path, name: str, content: bytes, mark: str) -> RawFile:
     text = text_of(path, content)
     if "\0" in text:
-        raise DataError("the file holds NUL bytes: it is no CSV text", str(path), "save it as CSV (UTF-8)")
+        raise DataError("the file holds NUL bytes, so it is not CSV", str(path), "save it as CSV (UTF-8)")
     spaced = _has_spaces_after_commas(text)
     records = _records(path, text, mark, spaced)
     first = next(records, None)

@@ -227,7 +227,7 @@ def _read_json(path: Path, name: str, content: bytes) -> RawFile:
 def _list_hint(path: Path, value: dict[str, Any]) -> str:
     """What makes a list of objects of one object: the list inside it, or pandas' columns written as rows."""
     if any(isinstance(value.get(split), list) for split in SPLIT_NAMES):
-        return f"write the rows of each of {', '.join(value)} to a file of its own in one folder, and give the folder"
+        return f"write each of {', '.join(value)} to a separate file in one folder, and give the folder"
     inner = next((k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
     if inner is not None:
         script = f"import json,sys; json.dump(json.load(sys.stdin)[{inner!r}], sys.stdout)"

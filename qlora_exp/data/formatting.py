@@ -78,7 +78,7 @@ def date_of(config: Config) -> datetime.date:
         return datetime.date.fromisoformat(config.task.date)
     except ValueError:
         hint = "year, month and day, e.g. task.date=2026-01-01"
-        raise DataError("task.date is no date", f"task.date = {config.task.date}", hint) from None
+        raise DataError("task.date is not a date", f"task.date = {config.task.date}", hint) from None
 
 
 def encode(
@@ -306,7 +306,7 @@ def _divided(text: _Texts, prompt_ids: list[int], head_ids: list[int], full_ids:
         raise _Refused(_NO_BOUNDARY, detail, "end the prompt on a whole word, a colon or a newline")
     if full_ids[:head_length] != head_ids or not prompt_length < head_length < len(full_ids):
         detail = f"the completion's last tokens change when the end follows ({text.completion[-20:]!r})"
-        raise _Refused(_NO_BOUNDARY, detail, "use a tokenizer that has an end token of its own")
+        raise _Refused(_NO_BOUNDARY, detail, "use a tokenizer with a separate end token")
     return Encoding(
         text.prompt,
         text.completion,

@@ -31,7 +31,7 @@ def columns_hint(columns: Collection[str]) -> str | None:
     if conversation:
         return f"the rows hold messages: set task.columns.messages={conversation}"
     if {"chosen", "rejected"} <= set(columns):
-        return "the rows hold preferences (chosen, rejected): write the answer to learn as text in a column of its own"
+        return "the rows hold preferences (chosen, rejected): write the answer to learn as text into a separate column"
     if {"data", "annotations"} <= set(columns):
         return "the rows seem to be Label Studio's JSON: export JSON-MIN or CSV there, which have a column per field"
     for context in ("input", "context"):
@@ -48,7 +48,7 @@ def columns_hint(columns: Collection[str]) -> str | None:
     if text and label:
         return f"set task.kind=classification task.columns.prompt={text} task.columns.label={label}"
     if list(columns) == ["text"]:
-        return "the rows hold whole texts: divide each into a prompt and a completion, in columns of their own"
+        return "the rows hold whole texts: divide each into a prompt and a completion, in two columns"
     return None
 
 

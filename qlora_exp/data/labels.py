@@ -71,14 +71,14 @@ def _check(labels: Sequence[str], named: bool) -> None:
             raise DataError(
                 f"the labels {other!r} and {label!r} differ in upper and lower case only",
                 "the labels of the training rows",
-                "write them alike; or name all labels where they mean different things: task.labels=[…]",
+                "use one spelling; or, if they mean different things, name all labels: task.labels=[…]",
             )
     by_number: dict[float, str] = {}
     for label in filter(_NUMBER.fullmatch, labels):
         other = by_number.setdefault(float(label), label)
         if other != label:
             what = f"the labels {other!r} and {label!r} are one number written in two ways"
-            raise DataError(what, "task.labels, or the labels of the training rows", "write them alike")
+            raise DataError(what, "task.labels, or the labels of the training rows", "use one spelling")
 
 
 def sort_out_labels(examples: Sequence[Example], options: Mapping[str, str]) -> tuple[list[Example], list[RowProblem]]:

@@ -254,7 +254,7 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]], 
             raise DataError(
                 f"the label {item.label!r} has other tokens after this prompt than after the first one",
                 f"{file}, row {row}",
-                "let all prompts end alike, with the same white space before each label, e.g. by a template: "
+                "end all prompts in the same way, with the same white space before each label, e.g. by a template: "
                 "$'task.prompt=\"{COLUMN}\\nLabel:\"'",
             )
         if item.label is not None and item.end_ids[: len(label_end_ids)] != label_end_ids:

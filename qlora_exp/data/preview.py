@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,9 @@ from qlora_exp.data.formatting import Tokenizer
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.sources import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
+
+MOST_TOKENS_OF_A_CHARACTER = 4
+"""A character has at most four bytes in UTF-8."""
 
 
 class PreviewToken(NamedTuple):
@@ -40,15 +44,26 @@ def preview(splits: Splits, tokenizer: Tokenizer, split: str, count: int) -> lis
 
 
 def _preview(item: Item, tokenizer: Tokenizer) -> PreviewItem:
-    tokens = tuple(
-        PreviewToken(_shown(token, tokenizer), token, bool(trained))
-        for token, trained in zip(item.ids, item.completion_mask, strict=True)
-    )
+    trained = [bool(one) for one in item.completion_mask]
+    texts = _shown(list(item.ids), trained, tokenizer)
+    tokens = tuple(PreviewToken(*each) for each in zip(texts, item.ids, trained, strict=True))
     lengths = (len(item.prompt_ids), len(item.completion_ids), len(item.end_ids))
     return PreviewItem(item.item_id, tokens, *lengths, item.label)
 
 
-def _shown(token: int, tokenizer: Tokenizer) -> str:
-    """The token's text; its name in the vocabulary where it is only a part of a character."""
-    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
+def _shown(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
+    """The tokens' texts. Where several tokens make up one character, the first has its text and the others have none; a
+    token without a text, or with a part of a character that isn't completed, has its name in the vocabulary."""
+    texts: list[str] = []
+    while (start := len(texts)) < len(ids):
+        text, stop = "", start
+        while stop < len(ids) and stop - start < MOST_TOKENS_OF_A_CHARACTER and trained[stop] == trained[start]:
+            stop += 1
+            text = str(tokenizer.decode(list(ids[start:stop]), clean_up_tokenization_spaces=False))
+            if "\ufffd" not in text:
+                break
+        if text and "\ufffd" not in text:
+            texts += [text, *[""] * (stop - start - 1)]
+        else:
+            texts.append(str(tokenizer.convert_ids_to_tokens(ids[start])))
+    return texts

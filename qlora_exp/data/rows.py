@@ -272,7 +272,8 @@ def _text_hint(value: object, column: str) -> str | None:
     if isinstance(value, bool):
         return f'write it as text, e.g. "{"yes" if value else "no"}"'
     if isinstance(value, int):
-        return f"write it as text, \"{value}\", or use a template, which writes whole numbers out: '{{{column}}}'"
+        template = f"'task.completion=\"{{{column}}}\"'"
+        return f'write it as text, "{value}"; or a template writes whole numbers, e.g. {template} for the completion'
     if isinstance(value, float) and math.isnan(value):
         return "it marks a missing value: give the row a text, or leave it out with task.invalid_rows=drop"
     if isinstance(value, float) and value.is_integer():
@@ -297,8 +298,9 @@ def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | N
     try:
         conversation = row.values[column]
         *messages, last = read_messages(conversation, column, mapping.ignored_fields, _checked_text, mapping.every_turn)
-        if kind is TaskKind.classification and last.fields:
-            detail = f"the last message has {', '.join(last.fields)}, and a label is text alone"
+        fields = [name for name, one in last.fields.items() if one != ""]
+        if kind is TaskKind.classification and fields:
+            detail = f"the last message has {', '.join(fields)}, and a label is text alone"
             raise InvalidMessages("invalid messages", detail, column, "task.kind=generation")
         place = mapping.tools or ""
         tools = read_tools(row.values.get(place), place)

@@ -102,7 +102,7 @@ def _read(file: Path, size: int, modified: int) -> GgufHeader:
     try:
         with file.open("rb") as stream:
             if stream.read(4) != b"GGUF":
-                raise ModelError("the file isn't GGUF, whatever its name says", str(file), AGAIN)
+                raise ModelError("the file isn't GGUF", str(file), AGAIN)
             version, tensor_count, value_count = struct.unpack("<IQQ", _bytes(stream, 20))
             if version not in (2, 3):
                 raise ModelError(f"the file is GGUF version {version}, and only 2 and 3 can be read", str(file), AGAIN)
@@ -117,7 +117,7 @@ def _read(file: Path, size: int, modified: int) -> GgufHeader:
             alignment = int(metadata.get("general.alignment", 32))
             begin = -(-stream.tell() // alignment) * alignment
     except (OSError, struct.error, EOFError, UnicodeDecodeError, ValueError, OverflowError) as error:
-        line = str(error) or "it ends within its head"
+        line = str(error) or "it ends within its header"
         raise ModelError(f"the GGUF file can't be read: {line}", str(file), AGAIN) from None
     tensors = tuple(GgufTensor(name, shape, kind, begin + offset) for name, shape, kind, offset in listed)
     return GgufHeader(file, metadata, tensors, size)

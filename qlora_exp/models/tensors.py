@@ -216,7 +216,7 @@ def _check_dtypes(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], w
         weight = made.get(name)
         whole = weight is not None and not weight.is_floating_point()
         if tensor.dtype not in FLOATS and not whole and not is_harmless(name, tensor.shape):
-            what = f"{name} holds {tensor.dtype} values, which are no weights as they are"
+            what = f"{name} holds {tensor.dtype} values, which can't be used as weights"
             raise ModelError(what, where, f"the files seem to be quantized: {UNQUANTIZED}")
 
 

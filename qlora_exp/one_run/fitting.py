@@ -56,9 +56,8 @@ def _whose(device: Device, bound: int, hosts: int) -> str:
     shared = f", shared by {hosts} trials at a time" if hosts > 1 else ""
     if device.kind == "cpu":
         total = bytes_text(device.memory_bytes or 0)
-        return (
-            f"this machine's memory or its control group's limit: {bound} bytes beside the process, of {total}{shared}"
-        )
+        limit = f"this machine's memory or its control group's limit is {total}"
+        return f"{limit}; without the process itself {bytes_text(bound)} remain{shared}"
     return f"the memory of {device.name} = {bound}{shared}"
 
 
@@ -90,7 +89,7 @@ def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit
     def peak(other: Config) -> Peak:
         return peak_of(other, environment, prepared.architecture, prepared.modules, prepared.splits)
 
-    corrected = f", corrected by {fit.kin} measured runs of its kin" if fit.kin else ""
+    corrected = f", corrected by {fit.kin} measured runs of similar settings" if fit.kin else ""
     what = (
         f"the run is predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.bound_bytes)}{corrected}"
         f": {_parts(peak(config))}"

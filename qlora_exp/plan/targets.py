@@ -42,7 +42,7 @@ def rank_above_width(architecture: Architecture, modules: Sequence[str], lora: L
     if lora.r <= narrowest:
         return None
     layer = widths[narrowest]
-    what = f"{layer.name} is {layer.in_features} × {layer.out_features}: its change has a rank of {narrowest} at most"
+    what = f"{layer.name} is {layer.in_features} × {layer.out_features}: the rank of its update is {narrowest} at most"
     if lora.init is AdapterInit.pissa:
         what = f"PiSSA can't take {lora.r} principal directions from {layer.name}, which has {narrowest}"
         raise ModelError(what, f"lora.r = {lora.r}", f"lora.r={narrowest} or less, or lora.init=kaiming")

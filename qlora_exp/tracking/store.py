@@ -199,8 +199,8 @@ def _connect(store: Store) -> OpenStore:
         raise TrackingError(
             f"the tracking store can't be opened: {reason(error)}",
             store.shown_uri,
-            "start it, name another (tracking.uri=URI, of sync --uri URI), or run with tracking=off and qlora-exp sync "
-            "later",
+            "start it, name another (tracking.uri=URI, for sync --uri URI), or run with tracking=off and "
+            "qlora-exp sync later",
         ) from error
 
 
@@ -250,14 +250,14 @@ def _experiment_id(client: MlflowClient, store: Store) -> str:
             f"the experiment {store.experiment!r} was deleted in MLflow",
             "tracking.experiment",
             f"restore it: MLFLOW_TRACKING_URI={shlex.quote(store.shown_uri)} mlflow experiments restore -x "
-            f"{experiment.experiment_id}; or use another: tracking.experiment=NAME, of sync --experiment NAME",
+            f"{experiment.experiment_id}; or use another: tracking.experiment=NAME, for sync --experiment NAME",
         )
     if not store.is_server and str(experiment.artifact_location).startswith("mlflow-artifacts:"):
         raise TrackingError(
             f"the experiment {store.experiment!r} was made by a server, and only a server can write its artifacts",
             "tracking.experiment",
-            "use another: tracking.experiment=NAME, of sync --experiment NAME; or that server: "
-            "tracking.uri=http://127.0.0.1:PORT, of sync --uri http://127.0.0.1:PORT",
+            "use another: tracking.experiment=NAME, for sync --experiment NAME; or that server: "
+            "tracking.uri=http://127.0.0.1:PORT, for sync --uri http://127.0.0.1:PORT",
         )
     if store.database is not None and store.artifacts is not None:
         bring_along(store.database, str(experiment.artifact_location), store.artifacts)

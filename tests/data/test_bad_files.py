@@ -205,7 +205,7 @@ BAD_SOURCES = [
     Bad(
         "labels that differ in case",
         jsonl(*[{"prompt": f"{n}", "label": ("Yes", "yes", "no")[n % 3]} for n in range(12)]),
-        ("'Yes' and 'yes'", "alike"),
+        ("'Yes' and 'yes'", "use one spelling"),
         task={**CLASSES, "labels": None},
     ),
     Bad("a label named twice", jsonl(*LABELLED), ("'cat' is named twice",), task={**CLASSES, "labels": ["cat", "cat"]}),

@@ -104,7 +104,7 @@ NOT_A_TABLE = {
     "one object with the splits": (
         "a.json",
         json.dumps({"train": ROWS, "test": ROWS}),
-        "each of train, test to a file",
+        "each of train, test to a separate file",
     ),
     "a line above the header": ("a.csv", "# exported on Monday\n" + CSV, "the first row must name the columns"),
     "pandas' split": ("a.json", pandas.DataFrame(ROWS).to_json(orient="split"), "[{"),

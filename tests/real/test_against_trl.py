@@ -376,6 +376,39 @@ def test_ignored_fields_are_as_if_they_were_not_there(tokenizer_with: WithTempla
     assert ours(config, tokenizer) == ours(chat_task([{"messages": [USER, ANSWER]}]), tokenizer)
 
 
+UNUSED = {"refusal": None, "annotations": [], "audio": None, "function_call": {}, "tool_calls": [], "name": ""}
+"""Fields that API clients write in every message, whether they hold something or not."""
+
+
+@pytest.mark.parametrize("format", [Format.chat, Format.plain])
+def test_fields_that_hold_nothing_are_no_obstacle(
+    format: Format, tokenizer_with: WithTemplate, chat_task: Configure
+) -> None:
+    rows = [{"messages": [{**message, **UNUSED} for message in row["messages"]]} for row in ROWS[:2]]
+    tokenizer = tokenizer_with("qwen3")
+    assert ours(chat_task(rows, format=format), tokenizer) == ours(chat_task(ROWS[:2], format=format), tokenizer)
+
+
+def test_a_field_is_checked_though_another_row_has_it_empty(tokenizer_with: WithTemplate, chat_task: Configure) -> None:
+    rows = [{"messages": [{**USER, "name": name}, ANSWER]} for name in ("", "Annabel")]
+    with pytest.raises((DataError, Problems), match="field 'name'"):
+        load_data(chat_task(rows), tokenizer_with("qwen3"), 4096)
+
+
+def test_a_refused_tool_call_is_not_sent_to_the_plain_format(
+    tokenizer_with: WithTemplate, chat_task: Configure
+) -> None:
+    """Neither format can write it: a hint to use the other one would lead in a circle."""
+    tokenizer = tokenizer_with("qwen3")
+    tokenizer.chat_template = "{%- for m in messages %}{{- m['role'] + ': ' + m.content + '<|im_end|>' }}{%- endfor %}"
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    row = {"messages": [CALLING[0], call, *CALLING[2:]]}
+    with pytest.raises((DataError, Problems)) as error:
+        load_data(chat_task([row]), tokenizer, 4096)
+    assert "may not know tool calls" in str(error.value)
+    assert "task.format=plain" not in str(error.value)
+
+
 def test_plain_text_refuses_what_only_a_template_can_write(tokenizer_with: WithTemplate, chat_task: Configure) -> None:
     for row in (row for row, _ in KINDS.values()):
         config = chat_task([row], format=Format.plain)
