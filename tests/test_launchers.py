@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def owners(root: Path) -> set[int]:
             return set()
 
 
+def in_session(process: psutil.Process, leader: int) -> bool:
+    try:
+        return os.getsid(process.pid) == leader and process.pid != leader
+    except (ProcessLookupError, PermissionError):
+        return False
+
+
 def test_two_workers_that_joblib_carries_share_one_study(tmp_path: Path) -> None:
     root = tmp_path / "outputs"
     told = finish(multirun(root, "lora.r=1,2,4,8,16,32", *SLEEP, "training.sleep_seconds=2", *JOBLIB))
@@ -68,6 +76,20 @@ def test_after_a_carried_worker_was_killed_the_same_command_goes_on(tmp_path: Pa
     assert optuna_states(root) == ["COMPLETE"] * 4
     assert sorted(record["trial"]["number"] for record in records(root)) == list(range(4))
     assert [record["status"] for record in records(root)] == ["COMPLETED"] * 4
+
+
+@pytest.mark.faults
+def test_joblibs_processes_end_after_their_work_when_the_controller_was_killed(tmp_path: Path) -> None:
+    """joblib itself would keep them for five minutes."""
+    root = tmp_path / "outputs"
+    killed = Sweep(multirun(root, "lora.r=1,2,4,8", *SLEEP, "training.sleep_seconds=2", *JOBLIB))
+    wait_until(lambda: len(owners(root)) == 2 or not killed.alive, "no two workers")
+    group = [process for process in psutil.process_iter() if in_session(process, killed.process.pid)]
+    killed.kill()
+    assert any("loky" in " ".join(process.cmdline()) for process in group if process.is_running())
+    _, alive = psutil.wait_procs(group, timeout=90)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert optuna_states(root) == ["COMPLETE"] * 4
 
 
 @pytest.mark.parametrize(

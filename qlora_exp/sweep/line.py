@@ -27,6 +27,7 @@ from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.sweep import ending
 from qlora_exp.sweep.asking import Asked, ask, settings_of
 from qlora_exp.sweep.buying import check_memory, what_it_buys
+from qlora_exp.sweep.launched import launched_work
 from qlora_exp.sweep.orchestration import Orchestration, orchestrating, wait_for_others
 from qlora_exp.tables import bytes_text
 from qlora_exp.workers.early import started_early
@@ -136,7 +137,8 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
     try:
         one_rank_only()
         spec = replace(spec, overrides=(*own, *kept), storage=storage_of(spec, raw.sweep.storage))
-        result = run_worker(spec, paths, workers, int(raw.workers.job))
+        with launched_work():
+            result = run_worker(spec, paths, workers, int(raw.workers.job))
         if result.by_signal and ending.asked_here():
             raise Ended(EXIT_INTERRUPTED)
         return result

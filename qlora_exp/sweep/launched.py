@@ -1,0 +1,36 @@
+"""Processes that a launcher keeps for its jobs, such as joblib's: they end when their launcher is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+CHECK_SECONDS = 1.0
+_idle = threading.Event()
+_watched = threading.Lock()
+
+
+@contextlib.contextmanager
+def launched_work() -> Iterator[None]:
+    """The work of one launcher job. joblib's processes wait five minutes for another job, also if the process that
+    started them was killed: such a process ends here once its own job is done."""
+    if not multiprocessing.current_process().name.startswith("LokyProcess"):
+        yield
+        return
+    _idle.clear()
+    if _watched.acquire(blocking=False):
+        threading.Thread(target=_watch, args=(os.getppid(),), name="launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        _idle.set()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent or not _idle.is_set():
+        time.sleep(CHECK_SECONDS)
+    os._exit(0)
