@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
@@ -24,6 +22,7 @@ from qlora_exp.models.causality import check_causal
 from qlora_exp.models.describe import build_meta, check_weights
 from qlora_exp.models.gguf_header import gguf_parts
 from qlora_exp.models.gguf_tensors import weights_of_parts
+from qlora_exp.models.quiet import quiet_loading
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
 from qlora_exp.plan import compute_dtype, weight_dtype
 
@@ -235,18 +234,3 @@ def _compute_dtype(quantization: QuantizationConfig, device_kind: str) -> str:
 
 def _device(device_kind: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device_kind == "cuda" else torch.device(device_kind)
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bars and no load report while loading: what is wrong is raised here, not logged."""
-    log = transformers.utils.logging
-    bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
-    log.disable_progress_bar()
-    log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()

@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qlora_exp.config import ComputeDtype, Quantization, QuantizationConfig
-from qlora_exp.models.base import load_model, quiet_loading
+from qlora_exp.models.base import load_model
 from qlora_exp.models.describe import architecture_of
+from qlora_exp.models.quiet import quiet_loading
 from qlora_exp.models.sources import ModelSource
 from qlora_exp.plan.operations import Row, train_flops_per_token
 

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from qlora_exp.config import ComputeDtype, Quantization, QuantizationConfig
-from qlora_exp.models.base import load_model, quiet_loading
+from qlora_exp.models.base import load_model
+from qlora_exp.models.quiet import quiet_loading
 from qlora_exp.models.sources import ModelSource
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}

@@ -6,16 +6,14 @@ loading runs once on the meta device: tensors have a name and a shape there, and
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.quantized import HINT as UNQUANTIZED
 from qlora_exp.models.quantized import method_of_tensors
+from qlora_exp.models.quiet import quiet_loading
 from qlora_exp.models.weight_files import weight_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -123,7 +122,7 @@ def dry_load(
     report = LoadReport()
     report.sources, report.twice = _sources(model, shapes, conversions, made)
     settings = LoadStateDictConfig(device_map={"": "meta"}, dtype=torch.bfloat16, weight_mapping=conversions)
-    with _quietly():
+    with quiet_loading():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(info)
@@ -248,17 +247,3 @@ def _unexpected(names: list[str], model: PreTrainedModel, where: str) -> ModelEr
     return ModelError(
         what, where, "transformers would leave them out: restore the config.json that belongs to the files"
     )
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    log = transformers.utils.logging
-    bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
-    log.disable_progress_bar()
-    log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()

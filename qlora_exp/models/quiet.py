@@ -1,0 +1,23 @@
+"""Loading without transformers' progress bars and reports."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import transformers
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars and no load report while loading: what is wrong is raised here, not logged."""
+    log = transformers.utils.logging
+    bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
