@@ -119,7 +119,7 @@ def test_a_rank_above_a_layers_width_is_refused_for_pissa_and_told_of_otherwise(
     task = ["task=local", "task.kind=classification", f"task.path={colour_task}", "training.device=cpu"]
     given = [verb, "model=local", f"model.path={tiny_models['llama']}", "quantization=fp32", "tracking=off", *task]
     assert main([*given, "lora.r=33"]) == 0
-    assert "a rank of 32 at most" in " ".join(capsys.readouterr().out.split())
+    assert "the rank of its update is 32 at most" in " ".join(capsys.readouterr().out.split())
     assert main([*given, "lora.r=33", "lora.init=pissa"]) == 2
     assert "lora.r=32 or less" in capsys.readouterr().err
     assert main([*given, "lora.r=32", "lora.init=pissa"]) == 0

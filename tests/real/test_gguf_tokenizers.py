@@ -61,7 +61,7 @@ MODELS_OWN = {
 
 
 def write_gguf(path: Path, tokenizer: Tokenizer, kind: str, pre: str | None, **flags: bool) -> Path:
-    """A file with ``tokenizer``'s vocabulary and a llama model of one tensor."""
+    """A file with ``tokenizer``'s vocabulary and a llama model of one layer."""
     vocabulary = tokenizer.get_vocab()
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
     writer = gguf.GGUFWriter(path, "llama")
@@ -87,6 +87,10 @@ def write_gguf(path: Path, tokenizer: Tokenizer, kind: str, pre: str | None, **f
     for flag, value in flags.items():
         getattr(writer, f"add_{flag}")(value)
     writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 16), dtype=np.float32))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.zeros((16, 16), dtype=np.float32))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(16, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

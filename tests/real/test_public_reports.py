@@ -393,7 +393,7 @@ def test_scores_do_not_depend_on_what_else_is_in_a_batch(name: str, family: Buil
 def test_labels_that_read_like_missing_values_are_labels(family: Build, tmp_path: Path) -> None:
     """pandas and what is built on it read "NA", "None" and "nan" as nothing:
     https://github.com/pandas-dev/pandas/issues/16078."""
-    labels = ["NA", "None", "null", "nan", "N/A", "true", "01", "1.0"]
+    labels = ["NA", "None", "null", "nan", "N/A", "true", "01", "1e5"]
     task = tmp_path / "labels.csv"
     lines = [f"Question {number}?,{label}" for number, label in enumerate(labels * 4)]
     task.write_text("\n".join(["prompt,completion", *lines]), encoding="utf-8")
