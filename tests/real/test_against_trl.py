@@ -13,6 +13,7 @@ Differences that are meant, each with its test below:
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -399,7 +400,7 @@ def test_a_refused_tool_call_is_not_sent_to_the_plain_format(
     tokenizer_with: WithTemplate, chat_task: Configure
 ) -> None:
     """Neither format can write it: a hint to use the other one would lead in a circle."""
-    tokenizer = tokenizer_with("qwen3")
+    tokenizer = copy.deepcopy(tokenizer_with("qwen3"))
     tokenizer.chat_template = "{%- for m in messages %}{{- m['role'] + ': ' + m.content + '<|im_end|>' }}{%- endfor %}"
     call = {"role": "assistant", "tool_calls": [CALL]}
     row = {"messages": [CALLING[0], call, *CALLING[2:]]}
