@@ -208,27 +208,29 @@ class SeededSampler(BaseSampler):
             options = {"group": True, "multivariate": True} | options
         if self._spec.sampler == "qmc":
             return NumberedQmc(self._spec, number, RandomSampler(seed))
+        if self._spec.sampler == "nsga2":
+            return RepeatableNsga2(seed=seed, **options)
         if "warn_independent_sampling" in inspect.signature(kind).parameters and self._spec.sampler != "tpe":
             options = {"warn_independent_sampling": False} | options
         return kind(seed=seed, **options)  # type: ignore[call-arg]
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         sampler = self._asked[trial.number] = self._asking(study, trial.number)
-        return sampler.infer_relative_search_space(self._view(study), trial)
+        return sampler.infer_relative_search_space(self._view(study, trial), trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._asked.pop(trial.number).sample_relative(self._view(study), trial, search_space)
+        return self._asked.pop(trial.number).sample_relative(self._view(study, trial), trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         inner = self._asking(study, trial.number, param_name)
-        return inner.sample_independent(self._view(study), trial, param_name, param_distribution)
+        return inner.sample_independent(self._view(study, trial), trial, param_name, param_distribution)
 
-    def _view(self, study: optuna.Study) -> optuna.Study:
-        return _WithHistory(study, self._history) if self._history else study
+    def _view(self, study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
+        return _SeenByTrial(study, self._history, trial.number)
 
 
 class NumberedQmc(QMCSampler):
@@ -249,6 +251,17 @@ class NumberedQmc(QMCSampler):
         return self._number
 
 
+class RepeatableNsga2(optuna.samplers.NSGAIISampler):
+    """NSGA-II whose parents stand in one order.
+
+    Optuna hands the first trial of a generation its parents by fitness and every later one, from the storage, by
+    number; crossover draws parents by their place. So a trial that is asked again after a kill would get others.
+    """
+
+    def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
+
+
 class ItemPruner(WilcoxonPruner):
     """Wilcoxon's signed-rank test over per-item losses of the same items at the same step, against the best trial's."""
 
@@ -264,19 +277,20 @@ class ItemPruner(WilcoxonPruner):
         return super().prune(cast(optuna.Study, view), _of_items(trial.user_attrs[key]))
 
 
-class _WithHistory(optuna.Study):
-    """A study as a sampler sees it, trials of earlier studies included."""
+class _SeenByTrial(optuna.Study):
+    """A study as a sampler sees it that is asked for a trial: with trials of earlier studies, without that trial. GP
+    takes running trials as points already measured: a trial asked again after a kill would avoid its own values."""
 
-    def __init__(self, study: optuna.Study, history: tuple[FrozenTrial, ...]) -> None:
+    def __init__(self, study: optuna.Study, history: tuple[FrozenTrial, ...], number: int) -> None:
         super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
-        self._seen = study
-        self._history = history
+        self._seen, self._history, self._number = study, history, number
 
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
         earlier = [trial for trial in self._history if states is None or trial.state in states]
-        return earlier + self._seen._get_trials(deepcopy, states, use_cache)
+        own = self._seen._get_trials(deepcopy, states, use_cache)
+        return earlier + [trial for trial in own if trial.number != self._number]
 
 
 def _all_refused(study: optuna.Study, numbers: range) -> bool:

@@ -37,6 +37,8 @@ WAYS = ("controller", "everything", "host", "worker", "hangup")
 """Which processes are killed; ``hangup`` kills none, it closes the terminal."""
 IN_A_CONTAINER = ("everything", "host", "hangup")
 """With the controller everything in it ends."""
+ADAPTIVE = ("tpe", "tpe_pruner", "nsga2")
+"""Kinds whose sampler learns from the trials that have ended by then."""
 CAN_RENAME_HOST = os.geteuid() == 0 and shutil.which("unshare") is not None
 
 _RATE = "training.learning_rate=tag(log,interval(1e-5,1e-2))"
@@ -179,7 +181,7 @@ def play(kind: str, seed: int, folder: Path, renamed: bool | None = None, ways: 
             process.kill()
     actual = facts(sweep.root, sweep.name)
     found.attempts = actual["attempts"]
-    found.findings += differences(expected, actual)
+    found.findings += differences(expected, actual, _asked_in_turn(actual) if kind in ADAPTIVE else None)
     found.seconds = round(time.monotonic() - began, 1)
     return found
 
@@ -269,10 +271,11 @@ def _let_it_end(sweep: Processes, found: Round) -> None:
 def facts(root: Path, name: str) -> dict[str, Any]:
     """What counts of a study: its trials in Optuna, its records, its runs in MLflow. Durations and names don't."""
     with sqlite3.connect(f"file:{root / 'optuna.db'}?mode=ro", uri=True) as database:
-        query = "select t.number, t.state, t.trial_id from trials t join studies s on s.study_id = t.study_id"
-        trials = database.execute(f"{query} where s.study_name = ? order by number", (name,)).fetchall()
+        columns = "t.number, t.state, t.trial_id, t.datetime_start, t.datetime_complete"
+        query = f"select {columns} from trials t join studies s on s.study_id = t.study_id where s.study_name = ?"
+        trials = database.execute(f"{query} order by number", (name,)).fetchall()
         params, values, claims = (
-            [database.execute(query, (trial_id,)).fetchall() for _, _, trial_id in trials]
+            [database.execute(query, (trial_id,)).fetchall() for _, _, trial_id, *_ in trials]
             for query in (
                 "select param_name, param_value from trial_params where trial_id = ? order by param_name",
                 "select objective, value from trial_values where trial_id = ? order by objective",
@@ -281,8 +284,9 @@ def facts(root: Path, name: str) -> dict[str, Any]:
         )
     records = [json.loads(file.read_text(encoding="utf-8")) for file in root.glob("runs/*/record.json")]
     return {
-        "numbers": [number for number, _, _ in trials],
-        "states": [state for _, state, _ in trials],
+        "numbers": [number for number, *_ in trials],
+        "states": [state for _, state, *_ in trials],
+        "spans": [(started, ended) for *_, started, ended in trials],
         "params": params,
         "values": values,
         "attempts": [json.loads(rows[0][0])["attempt"] if rows else 0 for rows in claims],
@@ -306,12 +310,28 @@ def _mlflow(file: Path) -> list[tuple[str, str, bool]]:
     return sorted(found)
 
 
-def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
-    """Between a sweep that was killed and one that wasn't; empty: none."""
+def _asked_in_turn(actual: dict[str, Any]) -> int:
+    """How many of the first trials each began after those before it had ended.
+
+    From another host name nobody can see whether the process of an unfinished trial is alive, so that trial waits for
+    its lease while later ones are asked. A sampler that learns then knows less than in an undisturbed sweep.
+    """
+    latest = ""
+    for number, (started, ended) in enumerate(actual["spans"]):
+        if started is None or ended is None or started < latest:
+            return number
+        latest = max(latest, ended)
+    return len(actual["spans"])
+
+
+def differences(expected: dict[str, Any], actual: dict[str, Any], comparable: int | None = None) -> list[str]:
+    """Between a sweep that was killed and one that wasn't; empty: none. ``comparable``: how many trials must have the
+    same parameters and values; ``None``: all."""
     found = [
-        f"{key}: {actual[key]} instead of {expected[key]}"
+        f"{key}: {actual[key][:until]} instead of {expected[key][:until]}"
         for key in ("numbers", "states", "params", "values", "records", "left")
-        if actual[key] != expected[key]
+        for until in (comparable if key in ("params", "values") else None,)
+        if actual[key][:until] != expected[key][:until]
     ]
     runs = actual["mlflow"]
     names = [name for name, _, _ in runs]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.storages import RDBStorage
 
 from qlora_exp.environment import process_identity
 from qlora_exp.records import Failure, Process, Status
@@ -96,3 +99,73 @@ def test_a_worker_elsewhere_keeps_its_trial_while_it_is_heard_whatever_its_clock
         at(seconds, here=True)
         found.append(ours.claim(me, 60.0))
     assert [one.number for one in found if one is not None] == [claim.number]
+
+
+class Killed(BaseException):
+    """Stands for a process that ended right after a write."""
+
+
+WRITES = (
+    *("create_new_trial", "set_trial_param", "set_trial_state_values", "set_study_system_attr"),
+    *("set_trial_system_attr", "set_trial_user_attr"),
+)
+ADAPTIVE = {
+    "nsga2": {"population_size": 2},
+    "tpe": {"n_startup_trials": 2},
+    "cmaes": {"n_startup_trials": 1},
+    "gp": {"n_startup_trials": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "writes"),
+    [
+        pytest.param("nsga2", ("set_study_system_attr",), id="nsga2 at each generation"),
+        *(pytest.param(name, WRITES, id=f"{name} at every write", marks=pytest.mark.faults) for name in ADAPTIVE),
+    ],
+)
+def test_a_study_whose_process_dies_after_any_write_asks_what_an_undisturbed_one_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, writes: tuple[str, ...]
+) -> None:
+    """The storage's own writes, whoever makes them: ours and the sampler's."""
+    written, fatal, killed = 0, 0, 0
+
+    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            nonlocal written
+            answer = write(*arguments, **named)
+            written += 1
+            if written == fatal:
+                raise Killed
+            return answer
+
+        return wrapped
+
+    for name in writes:
+        monkeypatch.setattr(RDBStorage, name, dying(getattr(RDBStorage, name)))
+    axes = parse_axes({"lora.r": "choice(2,4,8,16)", "training.learning_rate": "tag(log,interval(1e-5,1e-2))"}, {})
+    nobody = Owner(Process(2**22 + 1, 1, None), "gone", 0)
+    sought = {"axes": axes, "sampler": sampler, "sampler_options": ADAPTIVE[sampler], "max_attempts": 9}
+
+    def ended(folder: Path) -> list[tuple[int, str, Any, Any]]:
+        nonlocal killed
+        spec = spec_of(folder, 7, storage=f"sqlite:///{folder / 'optuna.db'}", **sought)
+        while True:
+            try:
+                study = Study.open(spec, paths_of(folder))
+                while claim := study.claim(nobody, 60.0):
+                    value = abs(claim.params["lora.r"] - 8) + claim.params["training.learning_rate"]
+                    study.tell(claim, Outcome(Status.COMPLETED, (value,), (), 1.0))
+            except Killed:
+                killed += 1
+            else:
+                return [(row.number, row.state, row.params, row.values) for row in study.trials()]
+
+    undisturbed = ended(tmp_path / "undisturbed")
+    moments, differing = written, []
+    for fatal in range(1, moments + 1):
+        written = 0
+        if ended(tmp_path / str(fatal)) != undisturbed:
+            differing.append(fatal)
+    assert (killed, differing) == (moments, [])
+    assert moments >= 2
