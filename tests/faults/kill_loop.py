@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ IN_A_CONTAINER = ("everything", "host", "hangup")
 """With the controller everything in it ends."""
 ADAPTIVE = ("tpe", "tpe_pruner", "nsga2")
 """Kinds whose sampler learns from the trials that have ended by then."""
+WHOLE, BY_TRIAL = ("numbers", "left"), ("states", "params", "values", "records")
+IN_MLFLOW = {"COMPLETED": "FINISHED", "PRUNED": "KILLED"}
 CAN_RENAME_HOST = os.geteuid() == 0 and shutil.which("unshare") is not None
 
 _RATE = "training.learning_rate=tag(log,interval(1e-5,1e-2))"
@@ -181,7 +184,7 @@ def play(kind: str, seed: int, folder: Path, renamed: bool | None = None, ways: 
             process.kill()
     actual = facts(sweep.root, sweep.name)
     found.attempts = actual["attempts"]
-    found.findings += differences(expected, actual, _asked_in_turn(actual) if kind in ADAPTIVE else None)
+    found.findings += differences(expected, actual, _run_in_turn(actual) if kind in ADAPTIVE else None)
     found.seconds = round(time.monotonic() - began, 1)
     return found
 
@@ -310,33 +313,38 @@ def _mlflow(file: Path) -> list[tuple[str, str, bool]]:
     return sorted(found)
 
 
-def _asked_in_turn(actual: dict[str, Any]) -> int:
-    """How many of the first trials each began after those before it had ended.
+def _run_in_turn(actual: dict[str, Any]) -> int:
+    """How many of the first trials each ended before the next one began.
 
     From another host name nobody can see whether the process of an unfinished trial is alive, so that trial waits for
-    its lease while later ones are asked. A sampler that learns then knows less than in an undisturbed sweep.
+    its lease while later ones run. A sampler then knows less than in an undisturbed sweep when it is asked for those,
+    and a pruner more when that trial is run again.
     """
-    latest = ""
-    for number, (started, ended) in enumerate(actual["spans"]):
-        if started is None or ended is None or started < latest:
+    spans = actual["spans"]
+    for number, ((_, ended), (started, _)) in enumerate(pairwise(spans)):
+        if ended is None or started is None or started < ended:
             return number
-        latest = max(latest, ended)
-    return len(actual["spans"])
+    return len(spans)
 
 
 def differences(expected: dict[str, Any], actual: dict[str, Any], comparable: int | None = None) -> list[str]:
     """Between a sweep that was killed and one that wasn't; empty: none. ``comparable``: how many trials must have the
-    same parameters and values; ``None``: all."""
-    found = [
-        f"{key}: {actual[key][:until]} instead of {expected[key][:until]}"
-        for key in ("numbers", "states", "params", "values", "records", "left")
-        for until in (comparable if key in ("params", "values") else None,)
-        if actual[key][:until] != expected[key][:until]
+    same parameters, values and endings (the others must have ended, too); ``None``: all."""
+    found = [f"{key}: {actual[key]} instead of {expected[key]}" for key in WHOLE if actual[key] != expected[key]]
+    found += [
+        f"{key}: {actual[key][:comparable]} instead of {expected[key][:comparable]}"
+        for key in BY_TRIAL
+        if actual[key][:comparable] != expected[key][:comparable]
     ]
+    if len(actual["records"]) != len(expected["records"]) or set(actual["states"]) - {"COMPLETE", "PRUNED"}:
+        found.append(f"states {actual['states']}, records {actual['records']}")
     runs = actual["mlflow"]
     names = [name for name, _, _ in runs]
+    records = dict(actual["records"]) if comparable is not None else dict(expected["records"])
     statuses = sorted((name == "the study", status, parent) for name, status, parent in runs)
-    if statuses != sorted((name == "the study", status, parent) for name, status, parent in expected["mlflow"]):
+    due = [(False, IN_MLFLOW.get(status, status), True) for status in records.values()]
+    study = [(True, status, parent) for name, status, parent in expected["mlflow"] if name == "the study"]
+    if statuses != sorted(due + study):
         found.append(f"MLflow has {runs}")
     if len(set(names)) != len(names):
         found.append(f"MLflow has a run twice: {names}")
