@@ -105,3 +105,10 @@ def _compact_line(line: str) -> str:
 
 def _indentation(line: str) -> str:
     return line[: len(line) - len(line.lstrip(" \t"))]
+
+
+def visible(text: str) -> str:
+    """``text`` without the characters that a person doesn't see: zero-width ones, byte order marks, the marks that
+    choose between two drawings of an emoji. Runs of white space are one space."""
+    seen = (one for one in text if unicodedata.category(one) != "Cf" and not "\ufe00" <= one <= "\ufe0f")
+    return " ".join("".join(seen).split())
