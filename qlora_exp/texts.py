@@ -110,5 +110,13 @@ def _indentation(line: str) -> str:
 def visible(text: str) -> str:
     """``text`` without the characters that a person doesn't see: zero-width ones, byte order marks, the marks that
     choose between two drawings of an emoji. Runs of white space are one space."""
-    seen = (one for one in text if unicodedata.category(one) != "Cf" and not "\ufe00" <= one <= "\ufe0f")
-    return " ".join("".join(seen).split())
+    return " ".join("".join(one for one in text if not _invisible(one)).split())
+
+
+def is_blank(text: str) -> bool:
+    """Whether a person sees nothing of the text."""
+    return all(one.isspace() or _invisible(one) for one in text)
+
+
+def _invisible(character: str) -> bool:
+    return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"

@@ -54,12 +54,12 @@ def unpacked(path: Path, content: bytes) -> bytes:
 def _streams(content: bytes, stream: type[bz2.BZ2Decompressor] | type[lzma.LZMADecompressor]) -> bytes:
     """All streams of the file. Python's own functions ignore what follows the first ones, where it is damaged."""
     unpacked = []
-    while content.strip(b"\0"):
+    while content:
         decompressor = stream()
         unpacked.append(decompressor.decompress(content))
         if not decompressor.eof:
             raise EOFError("the file ends before its end-of-stream marker")
-        content = decompressor.unused_data
+        content = decompressor.unused_data.lstrip(b"\0")  # padding between streams
     return b"".join(unpacked)
 
 

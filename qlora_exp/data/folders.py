@@ -16,12 +16,16 @@ from qlora_exp.data.saved import is_saved, saved_files, saved_splits
 from qlora_exp.data.split_names import SPLIT_NAMES, DataFile, parse_name, rename_hint
 from qlora_exp.errors import DataError, QloraExpError, raise_all
 
-_FOREIGN: tuple[str, ...] = (
+_TABLES: tuple[str, ...] = (
     *ARCHIVES,
-    *(".txt", ".xlsx", ".xls", ".ods", ".orc", ".avro", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite"),
-    *(".tfrecord", ".tfrecords", ".xml", ".npy", ".npz", ".bin", ".psv", ".dat", ".data", ".xlsm", ".xlsb", ".msgpack"),
-    *(".json5", ".jsonc", ".arrows", ".conll", ".conllu", ".sqlite3", ".dta", ".rds", ".sav"),
     *OTHER_ENDINGS,
+    *(".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".orc", ".avro", ".psv", ".json5", ".jsonc", ".arrows"),
+)
+"""Endings of other files that hold rows; reported wherever a split's rows are looked for."""
+_FOREIGN: tuple[str, ...] = (
+    *_TABLES,
+    *(".txt", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".sqlite3", ".tfrecord", ".tfrecords", ".xml"),
+    *(".npy", ".npz", ".bin", ".dat", ".data", ".msgpack", ".conll", ".conllu", ".dta", ".rds", ".sav"),
 )
 """Endings that data may have and that are not read; reported where the name says that the file is a split."""
 
@@ -124,13 +128,15 @@ def _files(folder: Path, name: str, above: tuple[Path, ...] = ()) -> Iterator[tu
 
 
 def _unread_inside(folder: Path, name: str) -> list[str]:
-    """Data files of a split's own folder that are not read. Plain text there may be a note."""
-    kinds = set(_FOREIGN) - {".txt"}
-    return [
-        inner
-        for path, inner in _files(folder, name)
-        if ending_of(path) not in ENDINGS and (path.suffix.lower() in kinds or _is_unfinished(path))
-    ]
+    """Files with rows in a split's own folder that are not read. A backup of a file that is read isn't among them."""
+    others = [(path, inner) for path, inner in _files(folder, name) if ending_of(path) not in ENDINGS]
+    unfinished = {path for path, _ in others if _is_unfinished(path) and not path.with_name(_original(path)).exists()}
+    return [inner for path, inner in others if path.suffix.lower() in _TABLES or path in unfinished]
+
+
+def _original(path: Path) -> str:
+    """``a.jsonl`` for both ``a.jsonl.bak`` and ``a.jsonl~``."""
+    return path.name.rstrip("~") if path.name.endswith("~") else path.stem
 
 
 def _without_files(folder: Path, name: str, task_folder: Path) -> list[QloraExpError]:
@@ -139,6 +145,8 @@ def _without_files(folder: Path, name: str, task_folder: Path) -> list[QloraExpE
     data = [path for path in files if path.suffix.lower() in _FOREIGN or _is_unfinished(path)]
     if files and (not data or any(path.suffix == ".py" for path in files)):
         return []  # such as the tests of a program
+    if not files and any(folder.iterdir()):
+        return []  # such as a .gitkeep, which says that it is meant
     what = f"the folder {name} holds no file that is read" if files else f"the folder {name} is empty"
     return [DataError(what, str(task_folder), f"{_other_kind(task_folder)}; or remove the folder")]
 

@@ -31,7 +31,7 @@ from qlora_exp.data.messages import (
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.templates import Template, parse_template, with_line_breaks
 from qlora_exp.errors import DataError, nearest
-from qlora_exp.texts import Parts, compact, parted, visible
+from qlora_exp.texts import Parts, compact, is_blank, parted
 
 _ARROW_FILES = (".parquet", ".arrow", ".feather")
 VARIABLES_COLUMN = "chat_template_kwargs"
@@ -278,7 +278,7 @@ def _checked_text(value: object, column: str) -> str:
         raise _InvalidRow("not text", f"found {described(value)}", column, _text_hint(value, column))
     if not value.strip():
         raise _InvalidRow("empty", "the text is empty or only white space", column)
-    if not visible(value):
+    if is_blank(value):
         raise _InvalidRow("empty", f"the text holds invisible characters only: {value[:10]!r}", column)
     try:
         value.encode("utf-8")

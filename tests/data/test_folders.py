@@ -119,7 +119,7 @@ HARMLESS = [
     *("README.md", ".gitattributes", "LICENSE", "LICENSE.txt", "dataset_infos.json", "train.py", "test.log"),
     *("train.yaml", "labels.json", ".train.jsonl", "._train.jsonl", "notes.txt", "picture.png", "config.json"),
     *("filter_report.json", "dataset_manifest.json", "train.jsonl.bak", "test.jsonl~", "test.jsonl.md5"),
-    *("validation/a.py", "validation/a.txt"),
+    *("validation/a.py", "validation/a.txt", "test/.gitkeep"),
     *("outputs/mlflow.db", "outputs/runs/x/items_before_test.parquet", "src/package.json", "_SUCCESS"),
 ]
 
@@ -313,3 +313,11 @@ def test_links_to_folders_are_followed_and_a_loop_is_read_once(tmp_path: Path, c
         *("train/a.jsonl", "train/linked/part.jsonl", "train/linked/deep/part.jsonl")
     }
     assert len(rows.train) + len(rows.validation) == 30
+
+
+def test_backups_and_arrays_beside_the_files_of_a_split_are_left_alone(tmp_path: Path, configure: Configure) -> None:
+    write_all(tmp_path, ["train/a.jsonl", "test/b.jsonl"])
+    for name in ("a.jsonl.bak", "a.jsonl~", "a.jsonl.sha256", "vectors.npy", "README.txt", "_SUCCESS"):
+        (tmp_path / "train" / name).write_text("x")
+    rows = load_rows(configure(tmp_path).task)
+    assert len(rows.train) + len(rows.validation) == len(rows.test) == 10

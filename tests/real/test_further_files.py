@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import json
 import lzma
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ READ: dict[str, tuple[str, str | bytes, list[Runs]]] = {
     ),
     "two streams of xz": (
         "a.csv.xz",
-        lzma.compress(CSV.encode()) + lzma.compress(OTHERS[18:].encode()),
+        lzma.compress(CSV.encode()) + bytes(4) + lzma.compress(OTHERS[18:].encode()),
         MEANT + DRAWERS,
     ),
 }
@@ -223,6 +224,29 @@ def test_a_file_that_could_be_learned_wrongly_is_refused_with_what_to_do(
     message = refused(write(name, content), *overrides)
     for part in says:
         assert part in message
+
+
+def test_what_is_offered_for_two_texts_and_a_label_reads_both(
+    write: Write, refused: Callable[..., str], families: Families
+) -> None:
+    rows = [{"premise": f"It rains, {n}.", "hypothesis": "It is wet.", "label": n % 3} for n in range(12)]
+    path = write("a.jsonl", rows)
+    settings = shlex.split(refused(path).rpartition("set ")[2])
+    meant = [plain(f"{row['premise']}\n{row['hypothesis']}", str(row["label"])) for row in rows]
+    assert read(path, families.overrides("base"), *settings).runs == meant
+
+
+def test_what_is_offered_for_squads_columns_keeps_the_context(
+    write: Write, refused: Callable[..., str], families: Families
+) -> None:
+    rows = [dict(row) for row in rows_of("09_instruction_formats/squad.jsonl")]
+    message = refused(write("a.jsonl", rows))
+    assert "as text into a column answer; then set " in message
+    for row in rows:
+        row["answer"] = row["answers"]["text"][0]
+    settings = shlex.split(message.rpartition("set ")[2])
+    meant = [plain(f"{row['context']}\n{row['question']}", row["answer"]) for row in rows]
+    assert read(write("b.jsonl", rows), families.overrides("base"), *settings).runs == meant
 
 
 def dictionary_encoded() -> pyarrow.Array:
