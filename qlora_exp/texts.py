@@ -105,3 +105,18 @@ def _compact_line(line: str) -> str:
 
 def _indentation(line: str) -> str:
     return line[: len(line) - len(line.lstrip(" \t"))]
+
+
+def visible(text: str) -> str:
+    """``text`` without the characters that a person doesn't see: zero-width ones, byte order marks, the marks that
+    choose between two drawings of an emoji. Runs of white space are one space."""
+    return " ".join("".join(one for one in text if not _invisible(one)).split())
+
+
+def is_blank(text: str) -> bool:
+    """Whether a person sees nothing of the text."""
+    return all(one.isspace() or _invisible(one) for one in text)
+
+
+def _invisible(character: str) -> bool:
+    return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"

@@ -82,7 +82,8 @@ def _rows_of(table: Any, path: Path, name: str) -> RawFile:
             problems.append(read)
         else:
             rows.append(RawRow(name, number, read))
-    return RawFile(name, tuple(rows), tuple(table.column_names), tuple(problems))
+    classes = tuple(column for column in table.column_names if column in names)
+    return RawFile(name, tuple(rows), tuple(table.column_names), tuple(problems), classes=classes)
 
 
 def _values(table: Any, path: Path) -> list[dict[str, Any]]:
@@ -93,7 +94,15 @@ def _values(table: Any, path: Path) -> list[dict[str, Any]]:
     for column in table.column_names:
         values = table.column(column)
         try:
-            columns[column] = values.to_pylist()
+            columns[column] = _objects(values)
         except (ValueError, OverflowError, pyarrow.ArrowException):
             columns[column] = [None] * len(values)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _objects(values: Any) -> list[Any]:
+    """Python's values. Arrow's maps, which Spark writes, are dictionaries where no key stands twice."""
+    try:
+        return list(values.to_pylist(maps_as_pydicts="strict"))
+    except KeyError:
+        return list(values.to_pylist())

@@ -34,6 +34,10 @@ IDENTIFIERS = ("tool_call_id",)
 """Fields that tie messages together; many templates go by the messages' order."""
 
 
+LEARNED_OR_NOT = ("train", "training", "trainable", "loss", "mask", "masked")
+"""Fields by which other trainers mark answers that are learned or not."""
+
+
 class ChatWriter:
     """Writes the conversations of one tokenizer's chat template."""
 
@@ -295,7 +299,7 @@ class ChatWriter:
                     changed = True
                 if not changed:
                     detail = f"the chat template doesn't write the field {name!r} of message {number + 1}"
-                    hint = f"task.ignore_fields=[{name}] leaves it out; or {OTHER_TEMPLATE}"
+                    hint = f"{_without_field(name)}; or {OTHER_TEMPLATE}"
                     raise Refused(f"field {name!r} that the template leaves out", detail, hint, of_template=True)
 
     def _again(self, example: Example, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -305,13 +309,22 @@ class ChatWriter:
 def refuse_what_plain_text_lacks(example: Example) -> None:
     """Raises :class:`Refused` where a row holds what only a chat template can write."""
     messages = [*example.messages, *([example.answer] if example.answer else [])]
-    found = [f"the field {name!r}" for message in messages for name, value in message.fields.items() if value != ""]
-    found += [f"a message of the role {m.role}" for m in messages if m.role in ("tool", "developer")]
-    found += ["tools"] if example.tools else []
-    found += ["chat_template_kwargs"] if example.variables else []
+    names = [name for message in messages for name, value in message.fields.items() if value != ""]
+    roles = {"tool": "take the calls and their results out", "developer": "name the role system"}
+    found = [(f"the field {name!r}", roles["tool"] if name == CALLS else _without_field(name)) for name in names]
+    found += [(f"a message of the role {m.role}", roles[m.role]) for m in messages if m.role in roles]
+    found += [("tools", "task.columns.tools=null leaves them out")] if example.tools else []
+    found += [("chat_template_kwargs", "take the column out")] if example.variables else []
     if found:
-        hint = "task.format=chat; or leave it out: task.ignore_fields, task.columns.tools=null"
-        raise Refused("not for the plain format", f"the row has {found[0]}", hint)
+        what, instead = found[0]
+        raise Refused("not for the plain format", f"the row has {what}", f"task.format=chat; or {instead}")
+
+
+def _without_field(name: str) -> str:
+    ignored = f"task.ignore_fields=[{name}] leaves it out"
+    if name in LEARNED_OR_NOT:
+        return f"if it says whether the answer is learned, write it as weight: 0 or 1; else {ignored}"
+    return ignored
 
 
 def _of_prompt(written: str) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from qlora_exp.errors import DataError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".tsv", ".ndjson", ".arrow", ".feather")
+OTHER_ENDINGS = {".jsonlines": ".jsonl", ".jl": ".jsonl", ".pq": ".parquet", ".parq": ".parquet", ".tab": ".tsv"}
+"""What others call the same kinds of files, and the ending under which they are read."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".z")
 
@@ -39,14 +41,26 @@ def unpacked(path: Path, content: bytes) -> bytes:
         if suffix == ".gz":
             return gzip.decompress(content)
         if suffix == ".bz2":
-            return bz2.decompress(content)
+            return _streams(content, bz2.BZ2Decompressor)
         if suffix == ".xz":
-            return lzma.decompress(content)
+            return _streams(content, lzma.LZMADecompressor)
         return _zstandard(content)
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         what = f"the file can't be unpacked as {suffix}: {reason}"
         raise DataError(what, str(path), "check that it was copied whole, or unpack it by hand") from None
+
+
+def _streams(content: bytes, stream: type[bz2.BZ2Decompressor] | type[lzma.LZMADecompressor]) -> bytes:
+    """All streams of the file. Python's own functions ignore what follows the first ones, where it is damaged."""
+    unpacked = []
+    while content:
+        decompressor = stream()
+        unpacked.append(decompressor.decompress(content))
+        if not decompressor.eof:
+            raise EOFError("the file ends before its end-of-stream marker")
+        content = decompressor.unused_data.lstrip(b"\0")  # padding between streams
+    return b"".join(unpacked)
 
 
 def _zstandard(content: bytes) -> bytes:

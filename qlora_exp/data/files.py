@@ -6,19 +6,23 @@ What makes a whole file unusable is raised at once; what makes one row unusable 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.data.compressed import ARCHIVES, COMPRESSED, ENDINGS, check_content, ending_of, unpacked
+from qlora_exp.data.compressed import ARCHIVES, COMPRESSED, ENDINGS, OTHER_ENDINGS, check_content, ending_of, unpacked
+from qlora_exp.data.json_text import DuplicateKey, unique_keys
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
+_UTF32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_MARK_AT_A_LINE = re.compile("(?:^|(?<=[\n\r]))\ufeff+")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class RawFile:
     problems: tuple[RowProblem, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     """What is read as it is in the file and may not be meant: ``validate`` shows it."""
+    classes: tuple[str, ...] = field(default=())
+    """The columns whose whole numbers were read as the names of classes."""
+    mixed_classes: Mapping[str, str] = field(default_factory=dict)
+    """By column why its classes can't be used: another file of the task names them, or doesn't."""
 
 
 class Unlabelled(int):
@@ -100,6 +108,8 @@ def _ending_hint(ending: str) -> str:
         return "name it by what is in it, too, e.g. rows.jsonl.gz"
     if ending in (".xlsx", ".xls", ".ods"):
         return "save it as CSV with commas (UTF-8)"
+    if ending in OTHER_ENDINGS:
+        return f"name it {OTHER_ENDINGS[ending]}"
     return nearest(ending, ENDINGS)
 
 
@@ -111,31 +121,42 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def text_of(path: Path, content: bytes) -> str:
-    """UTF-8 text; the byte order mark that spreadsheets write is taken off."""
-    if content.startswith(_UTF16):
-        raise DataError("the file is UTF-16, not UTF-8", str(path), f"iconv -f UTF-16 -t UTF-8 '{path.name}' > NEW")
-    if content[:1000].count(0) > len(content[:1000]) // 4:
-        big = content[:1] == b"\0"
-        hint = f"iconv -f UTF-16{'BE' if big else 'LE'} -t UTF-8 '{path.name}' > NEW"
+    """UTF-8 text without byte order marks: spreadsheets write one, and files put together have one inside."""
+    for marks, encoding in ((_UTF32, "UTF-32"), (_UTF16, "UTF-16")):
+        if content.startswith(marks):
+            hint = f"iconv -f {encoding} -t UTF-8 '{path.name}' > NEW"
+            raise DataError(f"the file is {encoding}, not UTF-8", str(path), hint)
+    if wide := _seems_wide(content[:1000]):
+        hint = f"iconv -f {wide} -t UTF-8 '{path.name}' > NEW"
         raise DataError("the file holds NUL bytes: it seems to be UTF-16, not UTF-8", str(path), hint)
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8")
+        return _MARK_AT_A_LINE.sub("", text) if "\ufeff" in text else text
     except UnicodeDecodeError as error:
         row = content.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"row {row} is not UTF-8: byte 0x{content[error.start]:02x}",
             f"{path}, row {row}",
-            f"save the file as UTF-8, e.g. iconv -f WINDOWS-1252 -t UTF-8 '{path.name}' > NEW",
+            f"save the file as UTF-8: iconv -f ENCODING -t UTF-8 '{path.name}' > NEW, where ENCODING is what wrote it: "
+            "WINDOWS-1252 in western Europe, SHIFT_JIS in Japan, GB18030 in China; then look at a few rows",
         ) from None
+
+
+def _seems_wide(begin: bytes) -> str | None:
+    """UTF-16 of which byte order text without a mark seems to be: ASCII characters have a NUL each, on one side."""
+    first, second = begin[::2].count(0), begin[1::2].count(0)
+    few = first + second <= len(begin) // 4
+    if few and (max(first, second) < 8 or min(first, second) > max(first, second) // 4):
+        return None
+    return "UTF-16BE" if first > second else "UTF-16LE"
 
 
 def _read_jsonl(path: Path, name: str, content: bytes) -> RawFile:
     # Not str.splitlines: it also cuts at U+2028 and other characters that may stand inside a JSON string.
     text = text_of(path, content)
-    lines = text.split("\n" if "\n" in text else "\r")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     rows, problems = [], []
     for number, line in enumerate(lines, start=1):
-        line = line.removeprefix("\ufeff")  # of files with a byte order mark that were put one behind the other
         if not line.strip():
             continue
         try:
@@ -175,7 +196,9 @@ def _is_json_array(text: str) -> bool:
 def _json_object(text: str) -> dict[str, Any]:
     one_a_line = 'write one JSON object per line, e.g. {"prompt": "…", "completion": "…"}'
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
+        value = json.loads(text, object_pairs_hook=unique_keys)
+    except DuplicateKey as twice:
+        raise _InvalidRow("duplicate key", str(twice), "keep one of the two") from None
     except json.JSONDecodeError as error:
         detail = f"{error.msg} at character {error.pos + 1}"
         if error.msg == "Extra data" and text.rstrip().endswith("},"):
@@ -189,13 +212,6 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if repeated:
-        raise _InvalidRow("duplicate key", f"{repeated[0]!r} stands twice in the object", "keep one of the two")
-    return dict(pairs)
-
-
 def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
@@ -204,9 +220,9 @@ def _kind(value: object) -> str:
 def _read_json(path: Path, name: str, content: bytes) -> RawFile:
     text = text_of(path, content)
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-    except _InvalidRow as bad:
-        raise DataError(f"{bad.reason}: {bad.detail}", str(path), bad.hint) from None
+        value = json.loads(text, object_pairs_hook=unique_keys)
+    except DuplicateKey as twice:
+        raise DataError(f"duplicate key: {twice}", str(path), "keep one of the two") from None
     except (ValueError, RecursionError) as error:
         line = f", row {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         hint = "name it .jsonl if it holds one object per line" if "Extra data" in str(error) else "mend the JSON there"

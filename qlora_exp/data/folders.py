@@ -11,15 +11,21 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from qlora_exp.data.compressed import ARCHIVES, ENDINGS, ending_of, stem_of
+from qlora_exp.data.compressed import ARCHIVES, ENDINGS, OTHER_ENDINGS, ending_of, stem_of
 from qlora_exp.data.saved import is_saved, saved_files, saved_splits
 from qlora_exp.data.split_names import SPLIT_NAMES, DataFile, parse_name, rename_hint
 from qlora_exp.errors import DataError, QloraExpError, raise_all
 
-_FOREIGN: tuple[str, ...] = (
+_TABLES: tuple[str, ...] = (
     *ARCHIVES,
-    *(".txt", ".xlsx", ".xls", ".ods", ".orc", ".avro", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite"),
-    *(".tfrecord", ".xml", ".npy", ".npz", ".bin"),
+    *OTHER_ENDINGS,
+    *(".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".orc", ".avro", ".psv", ".json5", ".jsonc", ".arrows"),
+)
+"""Endings of other files that hold rows; reported wherever a split's rows are looked for."""
+_FOREIGN: tuple[str, ...] = (
+    *_TABLES,
+    *(".txt", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".sqlite3", ".tfrecord", ".tfrecords", ".xml"),
+    *(".npy", ".npz", ".bin", ".dat", ".data", ".msgpack", ".conll", ".conllu", ".dta", ".rds", ".sav"),
 )
 """Endings that data may have and that are not read; reported where the name says that the file is a split."""
 
@@ -39,18 +45,31 @@ def files_by_split(folder: Path) -> dict[str, list[DataFile]]:
     single: dict[str, list[DataFile]] = {}
     inside: dict[str, tuple[Path, list[DataFile]]] = {}
     ignored: list[QloraExpError] = []
+    unfinished: list[tuple[str | None, str]] = []
     for path, name in _entries(folder):
         split, number, count = parse_name(path)
         if path.is_dir():
             files = _inside(path, name) if split is not None else []
-            if split in SPLIT_NAMES and number is None and files:
+            if split in SPLIT_NAMES and number is None and files and split not in inside:
                 inside[split] = (path, files)
+                ignored += [_ignored(other, folder, _other_kind(folder)) for other in _unread_inside(path, name)]
+            elif split in SPLIT_NAMES and not files:
+                ignored += _without_files(path, name, folder)
+            elif split in inside and files:
+                what = f"two sources for {split}: the folders {inside[split][0].relative_to(folder)} and {name}"
+                ignored.append(DataError(what, str(folder), "keep one of the two"))
             elif files:
                 ignored.append(_ignored(f"the folder {name}", folder, rename_hint(path)))
         elif split in SPLIT_NAMES and ending_of(path) in ENDINGS:
             single.setdefault(split, []).append(DataFile(path, name, number, count))
         elif problem := _would_be_ignored(path, name, folder):
             ignored.append(problem)
+        elif _is_unfinished(path):
+            unfinished.append((parse_name(Path(path.name.split(".")[0]))[0], name))
+    for split, name in unfinished:
+        if split is not None and split not in (*single, *inside):  # else a backup of a file that is read
+            hint = "finish the download or rename it, or move it out of the folder"
+            ignored.append(_ignored(name, folder, hint))
     if "train" not in single and "train" not in inside:
         raise _no_train(folder, ignored)
     for both in sorted(single.keys() & inside.keys()):
@@ -94,13 +113,48 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
 
 def _inside(folder: Path, name: str) -> list[DataFile]:
     """The data files of a split's own folder, those of its subfolders included."""
-    found = []
-    for path in _visible(folder):
-        if path.is_dir() and not path.is_symlink():
-            found += _inside(path, f"{name}/{path.name}")
-        elif not path.is_dir() and ending_of(path) in ENDINGS and not _is_metadata(path):
-            found.append(DataFile(path, f"{name}/{path.name}"))
-    return found
+    files = [(path, inner) for path, inner in _files(folder, name) if ending_of(path) in ENDINGS]
+    return [DataFile(path, inner) for path, inner in files if not _is_metadata(path)]
+
+
+def _files(folder: Path, name: str, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, str]]:
+    """Every file in the folder and below. A link to a folder is followed, but for one that leads back up."""
+    real = folder.resolve()
+    for path in _visible(folder) if real not in above else []:
+        if path.is_dir():
+            yield from _files(path, f"{name}/{path.name}", (*above, real))
+        else:
+            yield path, f"{name}/{path.name}"
+
+
+def _unread_inside(folder: Path, name: str) -> list[str]:
+    """Files with rows in a split's own folder that are not read. A backup of a file that is read isn't among them."""
+    others = [(path, inner) for path, inner in _files(folder, name) if ending_of(path) not in ENDINGS]
+    unfinished = {path for path, _ in others if _is_unfinished(path) and not path.with_name(_original(path)).exists()}
+    return [inner for path, inner in others if path.suffix.lower() in _TABLES or path in unfinished]
+
+
+def _original(path: Path) -> str:
+    """``a.jsonl`` for both ``a.jsonl.bak`` and ``a.jsonl~``."""
+    return path.name.rstrip("~") if path.name.endswith("~") else path.stem
+
+
+def _without_files(folder: Path, name: str, task_folder: Path) -> list[QloraExpError]:
+    """The error for a split's folder that holds data of other kinds alone, or nothing at all."""
+    files = [path for path, _ in _files(folder, name)]
+    data = [path for path in files if path.suffix.lower() in _FOREIGN or _is_unfinished(path)]
+    if files and (not data or any(path.suffix == ".py" for path in files)):
+        return []  # such as the tests of a program
+    if not files and any(folder.iterdir()):
+        return []  # such as a .gitkeep, which says that it is meant
+    what = f"the folder {name} holds no file that is read" if files else f"the folder {name} is empty"
+    return [DataError(what, str(task_folder), f"{_other_kind(task_folder)}; or remove the folder")]
+
+
+def _is_unfinished(path: Path) -> bool:
+    """``validation.jsonl.part``, ``validation.jsonl~``: a download that was cut off, a backup."""
+    suffixes = [suffix.lower().rstrip("~") for suffix in path.suffixes]
+    return ending_of(path) not in ENDINGS and any(suffix in ENDINGS for suffix in suffixes)
 
 
 def _other_sets(folder: Path) -> list[Path]:
@@ -122,7 +176,13 @@ def _would_be_ignored(path: Path, name: str, folder: Path) -> DataError | None:
     foreign = ending_of(path) in _FOREIGN or path.suffix.lower() in _FOREIGN
     if split is None or not foreign:
         return None
-    return _ignored(name, folder, f"save it as JSONL, CSV or Parquet, or move it out of {folder}")
+    if other := OTHER_ENDINGS.get(path.suffix.lower()):
+        return _ignored(name, folder, f"rename it to {path.stem}{other}")
+    return _ignored(name, folder, _other_kind(folder))
+
+
+def _other_kind(folder: Path) -> str:
+    return f"save it as JSONL, CSV or Parquet, or move it out of {folder}"
 
 
 def _ignored(name: str, folder: Path, hint: str) -> DataError:

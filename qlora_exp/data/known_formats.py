@@ -21,7 +21,14 @@ _PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
 )
-_TEXTS = ("text", "sentence", "review", "content", "title", "comment_text", "tweet")
+_TEXTS = ("text", "sentence", "prompt", "review", "content", "title", "comment_text", "tweet")
+_TWO_TEXTS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("question", "sentence"),
+)
 _LABELS = ("label", "labels", "category", "intent", "sentiment", "class", "target", "label_text")
 
 
@@ -40,11 +47,17 @@ def columns_hint(columns: Collection[str]) -> str | None:
                 return f"set {_templates(('instruction', context), answer)}"
     if {"context", "question", "answer"} <= set(columns):
         return f"set {_templates(('context', 'question'), 'answer')}"
+    if {"context", "question", "answers"} <= set(columns):
+        templates = _templates(("context", "question"), "answer")
+        return f"write the answer to learn (answers holds several) as text into a column answer; then set {templates}"
     for prompt, completion in _PAIRS:
         if {prompt, completion} <= set(columns):
             return f"set task.columns.prompt={prompt} task.columns.completion={completion}"
     text = next((name for name in _TEXTS if name in columns), None)
     label = next((name for name in _LABELS if name in columns), None)
+    texts = next((pair for pair in _TWO_TEXTS if {*pair} <= set(columns)), None)
+    if texts and label:
+        return f"set task.kind=classification {_template('prompt', texts)} task.columns.label={label}"
     if text and label:
         return f"set task.kind=classification task.columns.prompt={text} task.columns.label={label}"
     if list(columns) == ["text"]:
@@ -54,5 +67,9 @@ def columns_hint(columns: Collection[str]) -> str | None:
 
 def _templates(prompt: Sequence[str], completion: str) -> str:
     """Both templates in Hydra's quotes, and quoted again for a shell."""
-    asked = "\\n".join(f"{{{column}}}" for column in prompt)
-    return f"'task.prompt=\"{asked}\"' 'task.completion=\"{{{completion}}}\"'"
+    return f"{_template('prompt', prompt)} {_template('completion', [completion])}"
+
+
+def _template(key: str, columns: Sequence[str]) -> str:
+    text = "\\n".join(f"{{{column}}}" for column in columns)
+    return f"'task.{key}=\"{text}\"'"

@@ -10,7 +10,7 @@ from qlora_exp.config import TaskConfig, TaskKind
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.rows import Example
 from qlora_exp.errors import DataError, nearest
-from qlora_exp.texts import comparable, normal_form
+from qlora_exp.texts import comparable, normal_form, visible
 
 _MANY = 20
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
@@ -66,10 +66,12 @@ def _check(labels: Sequence[str], named: bool) -> None:
         )
     by_folded: dict[str, str] = {}
     for label in labels:
-        other = by_folded.setdefault(comparable(label), label)
+        other = by_folded.setdefault(comparable(visible(label)), label)
         if other != label and not named:
+            cased = comparable(other) == comparable(label)
+            what = "upper and lower case only" if cased else "white space or invisible characters only"
             raise DataError(
-                f"the labels {other!r} and {label!r} differ in upper and lower case only",
+                f"the labels {other!r} and {label!r} differ in {what}",
                 "the labels of the training rows",
                 "use one spelling; or, if they mean different things, name all labels: task.labels=[…]",
             )

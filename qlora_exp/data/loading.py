@@ -27,6 +27,7 @@ from qlora_exp.data.formatting import (
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.labels import check_no_label_lost
 from qlora_exp.data.problems import RowProblem, add_counts, settle
+from qlora_exp.data.report import joining_notes
 from qlora_exp.data.rows import Example
 from qlora_exp.data.sources import SPLIT_NAMES, read_general_chats, read_general_text
 from qlora_exp.data.splits import RawSplits, load_rows
@@ -51,6 +52,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     if learns_all and format == "plain":
         hint = "task.learn=last, or task.format=chat"
         raise DataError("the plain format learns the last answer alone", "task.learn=all", hint)
+    spaced = format == "plain" and config.task.separator is None
     prefixes: set[str] = set()
     shown: Encoding | None = None  # the first training row with a prefix, else the first one
     used: dict[str, list[Example]] = {}
@@ -118,7 +120,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         label_end_ids=label_end_ids,
         left_out=(*rows.left_out, *problems),
         truncated=tuple(truncated),
-        notes=rows.notes,
+        notes=(*rows.notes, *(joining_notes(used["train"]) if spaced else ())),
     )
 
 

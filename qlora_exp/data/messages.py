@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qlora_exp.data.json_text import DuplicateKey, unique_keys
 from qlora_exp.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -82,7 +84,7 @@ def read_messages(
 
 def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
     """What the assistant may call: a list of JSON schemas, or such a list as JSON text. ``None``: nothing is given."""
-    if value is None:
+    if _holds_nothing(value):
         return None
     shape = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}]; or task.columns.tools=null'
     tools = _list(value, column, "tools", shape)
@@ -96,7 +98,7 @@ def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
 
 def read_variables(value: object, column: str) -> Mapping[str, Any] | None:
     """Variables for the chat template, an object or its JSON text. ``None``: nothing is given."""
-    if value is None:
+    if _holds_nothing(value):
         return None
     shape = 'write {"enable_thinking": false}'
     if isinstance(value, str):
@@ -137,9 +139,22 @@ def _list(value: object, column: str, name: str, shape: str) -> list[Any]:
 
 def _parsed(text: str, column: str, name: str, shape: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except DuplicateKey as twice:
+        raise InvalidMessages("duplicate key", str(twice), column, "keep one of the two") from None
     except (ValueError, RecursionError) as error:
+        if _PYTHON_LIST.match(text):
+            shape = f"Python wrote it, not json.dumps: df[{column!r}] = df[{column!r}].map(json.dumps) before df.to_csv"
         raise InvalidMessages(f"invalid {name}", f"the text is not JSON: {error}", column, shape) from None
+
+
+_PYTHON_LIST = re.compile(r"\s*[\[(]?\s*\{\s*'")
+"""How ``str()`` of a list of dictionaries begins, and of numpy's array of them."""
+
+
+def _holds_nothing(value: object) -> bool:
+    """Null, as it is in each kind of file: a cell of a CSV file is empty, or holds null."""
+    return value is None or (isinstance(value, str) and value.strip() in ("", "null"))
 
 
 def _message(

@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qlora_exp.data.compressed import ending_of
+from qlora_exp.data.formatting import written_prompt
 from qlora_exp.data.items import Splits
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.rows import Example
 from qlora_exp.data.split_names import SPLIT_NAMES
+from qlora_exp.texts import separator_between
 
 _SHOWN = 5
+_OPENING, _CLOSING = tuple("([{“‘«„$/\\_"), tuple(",.;:!?)]}%”’»")
+"""Marks after which, and before which, hardly anybody writes a space."""
 _MISSING_WORDS = {"NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"}
 
 
@@ -49,3 +53,24 @@ def missing_value_notes(splits: Mapping[str, list[Example]]) -> Iterator[str]:
     if answers:
         words = ", ".join(f"{word!r} ({count})" for word, count in answers.most_common())
         yield f"answers that are words for a missing value are learned as text: {words}"
+
+
+def joining_notes(examples: Sequence[Example]) -> Iterator[str]:
+    """Rows of the plain format between whose texts the default puts a space that nobody would write there."""
+    joined = [example for example in examples if not example.conversation and _is_one_word(example)]
+    if joined:
+        first = joined[0]
+        begin, end = written_prompt(first)[-20:], first.completion[:20]
+        count = "1 row has" if len(joined) == 1 else f"{len(joined)} rows have"
+        yield (
+            f"{count} a space between prompt and completion that may not be meant, e.g. {first.file}, row {first.row}: "
+            f"{begin!r} + {end!r}; 'task.separator=\"\"' joins all rows without one"
+        )
+
+
+def _is_one_word(example: Example) -> bool:
+    prompt, completion = written_prompt(example), example.plain.space_before + example.completion
+    if separator_between(prompt, completion) != " ":
+        return False
+    opens = prompt.endswith(_OPENING) or (prompt.endswith('"') and prompt.count('"') % 2 == 1)
+    return opens or completion.startswith(_CLOSING)

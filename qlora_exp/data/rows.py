@@ -7,6 +7,7 @@ another column fills.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -30,7 +31,7 @@ from qlora_exp.data.messages import (
 from qlora_exp.data.problems import RowProblem
 from qlora_exp.data.templates import Template, parse_template, with_line_breaks
 from qlora_exp.errors import DataError, nearest
-from qlora_exp.texts import Parts, compact, parted
+from qlora_exp.texts import Parts, compact, is_blank, parted
 
 _ARROW_FILES = (".parquet", ".arrow", ".feather")
 VARIABLES_COLUMN = "chat_template_kwargs"
@@ -131,6 +132,9 @@ def read_examples(task: TaskConfig, raw: RawFile) -> tuple[list[Example], list[R
     if not raw.rows:
         return [], problems
     mapping = _mapping(task, raw)
+    for column in sorted(mapping.used & set(raw.mixed_classes)):
+        hint = f"write them all with the same features; or the names as text into each file's column {column!r}"
+        raise DataError(raw.mixed_classes[column], f"task.path={task.path}", hint)
     examples = []
     for row in raw.rows:
         try:
@@ -194,10 +198,24 @@ def _source(name: str, template: str | None, column: str | None, raw: RawFile) -
 def _check_column(column: str | None, key: str, raw: RawFile) -> None:
     if column is None or column in raw.columns:
         return
-    hint = f"{nearest(column, raw.columns)}; set {key}=COLUMN"
-    if not key.endswith("messages"):
-        hint = columns_hint(raw.columns) or hint
+    hint = _renaming_hint(column, raw.columns)
+    if hint is None and not key.endswith("messages"):
+        hint = columns_hint(raw.columns)
+    hint = hint or f"{nearest(column, raw.columns)}; set {key}=COLUMN"
     raise DataError(f"missing column: no row has a column {column!r}", f"{raw.name} ({key})", hint)
+
+
+def _renaming_hint(column: str, columns: Sequence[str]) -> str | None:
+    """Where a column has the name with marks around it that a person hardly sees: how the file writes it."""
+    odd = next((name for name in columns if name.strip(" \t\ufeff'\"`") == column), None)
+    return f"the file names it {odd!r}: write {column!r} there" if odd is not None else None
+
+
+def _missing_hint(column: str, columns: Sequence[str]) -> str:
+    """What to do about a row without a column that other rows have."""
+    if difflib.get_close_matches(column, columns, n=1, cutoff=0.6):
+        return nearest(column, columns)
+    return f"this row has {', '.join(columns) or 'no column'}: give all rows the same columns"
 
 
 def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
@@ -243,7 +261,7 @@ def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = Fa
     """``empty``: whether another column may fill the text, so that this one may be empty."""
     written = f'write "{column}": "" where it is empty (pandas: df.fillna(""))' if empty else None
     if column not in row.values:
-        hint = nearest(column, row.values) + (f"; or {written}" if written else "")
+        hint = _missing_hint(column, list(row.values)) + (f"; or {written}" if written else "")
         raise _InvalidRow("missing column", f"{column!r} is not in this row", column, hint)
     value = row.values[column]
     if isinstance(value, Unlabelled):
@@ -260,6 +278,8 @@ def _checked_text(value: object, column: str) -> str:
         raise _InvalidRow("not text", f"found {described(value)}", column, _text_hint(value, column))
     if not value.strip():
         raise _InvalidRow("empty", "the text is empty or only white space", column)
+    if is_blank(value):
+        raise _InvalidRow("empty", f"the text holds invisible characters only: {value[:10]!r}", column)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -272,8 +292,8 @@ def _text_hint(value: object, column: str) -> str | None:
     if isinstance(value, bool):
         return f'write it as text, e.g. "{"yes" if value else "no"}"'
     if isinstance(value, int):
-        template = f"'task.completion=\"{{{column}}}\"'"
-        return f'write it as text, "{value}"; or a template writes whole numbers, e.g. {template} for the completion'
+        written = f'write it as text, "{value}"; or set \'task.KEY="{{{column}}}"\', where KEY is prompt or completion'
+        return f"{written}; task.kind=classification reads whole numbers as labels"
     if isinstance(value, float) and math.isnan(value):
         return "it marks a missing value: give the row a text, or leave it out with task.invalid_rows=drop"
     if isinstance(value, float) and value.is_integer():
@@ -293,7 +313,8 @@ def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | N
     column = mapping.messages
     assert column is not None
     if column not in row.values:
-        raise _InvalidRow("missing column", f"{column!r} is not in this row", column, nearest(column, row.values))
+        hint = _missing_hint(column, list(row.values))
+        raise _InvalidRow("missing column", f"{column!r} is not in this row", column, hint)
     place = column
     try:
         conversation = row.values[column]

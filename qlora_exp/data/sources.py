@@ -96,7 +96,21 @@ def _read_folder(folder: Path) -> dict[str, RawFile]:
     read = {
         split: [read_file(file.path, file.name) for file in files] for split, files in files_by_split(folder).items()
     }
-    return {split: files[0] if len(files) == 1 else _joined(files) for split, files in read.items()}
+    mixed = _mixed_classes([file for files in read.values() for file in files])
+    joined = {split: files[0] if len(files) == 1 else _joined(files) for split, files in read.items()}
+    return {split: replace(file, mixed_classes=mixed) for split, file in joined.items()}
+
+
+def _mixed_classes(files: Sequence[RawFile]) -> dict[str, str]:
+    """Columns of which one file's metadata names the classes while another one holds their bare numbers."""
+    named = {column: file.name for file in reversed(files) for column in file.classes}
+    mixed = {}
+    for column, first in named.items():
+        for file in files:
+            values = [row.values.get(column) for row in file.rows if column not in file.classes]
+            if any(str(value).isdecimal() for value in values):
+                mixed[column] = f"{first} names the classes of {column!r}, and {file.name} holds numbers"
+    return mixed
 
 
 def _joined(files: Sequence[RawFile]) -> RawFile:

@@ -118,7 +118,8 @@ LAYOUTS = {
 HARMLESS = [
     *("README.md", ".gitattributes", "LICENSE", "LICENSE.txt", "dataset_infos.json", "train.py", "test.log"),
     *("train.yaml", "labels.json", ".train.jsonl", "._train.jsonl", "notes.txt", "picture.png", "config.json"),
-    *("filter_report.json", "dataset_manifest.json"),
+    *("filter_report.json", "dataset_manifest.json", "train.jsonl.bak", "test.jsonl~", "test.jsonl.md5"),
+    *("validation/a.py", "validation/a.txt", "test/.gitkeep"),
     *("outputs/mlflow.db", "outputs/runs/x/items_before_test.parquet", "src/package.json", "_SUCCESS"),
 ]
 
@@ -156,6 +157,17 @@ REFUSED = {
     "compressed, of another name": (["train.jsonl", "dev.jsonl.gz"], ("rename it to validation.jsonl.gz",)),
     "an archive": (["train.jsonl", "validation.zip"], ("validation.zip would not be read", "save it as")),
     "a spreadsheet": (["train.jsonl", "test.xlsx"], ("test.xlsx would not be read",)),
+    "a download that was cut off": (["train.jsonl", "validation.jsonl.part"], ("validation.jsonl.part would not",)),
+    "a backup of a split that isn't there": (["train.csv", "test.csv.bak"], ("test.csv.bak would not be read",)),
+    "another tool's ending": (["train.jsonl", "validation.jsonlines"], ("rename it to validation.jsonl",)),
+    "a short ending": (["train.jsonl", "test.pq"], ("rename it to test.parquet",)),
+    "an archive in a split's folder": (["train/a.jsonl", "train/b.zip"], ("train/b.zip would not be read",)),
+    "a cut-off file in a split's folder": (["train/a.csv", "train/b.csv.tmp"], ("train/b.csv.tmp would not be read",)),
+    "plain text in a split's folder": (["train.csv", "test/a.txt"], ("the folder test holds no file that is read",)),
+    "two folders of a split": (
+        ["train/a.csv", "data/train/a.csv"],
+        ("two sources for train: the folders data/train and train",),
+    ),
     "plain text": (["train.jsonl", "test.txt"], ("test.txt would not be read",)),
     "one shard of two": (["train.jsonl", "train-00001-of-00002.jsonl"], ("two files for train",)),
     "a missing shard": (["train-00000-of-00003.csv", "train-00002-of-00003.csv"], ("2 of 3 shards", "missing: 1")),
@@ -280,3 +292,32 @@ def test_a_saved_data_set_is_read_whole_or_refused(
     with pytest.raises(QloraExpError) as error:
         load_rows(configure(folder).task)
     assert says in str(error.value)
+
+
+def test_an_empty_folder_of_a_split_is_refused(tmp_path: Path, configure: Configure) -> None:
+    write_all(tmp_path, ["train.jsonl"])
+    (tmp_path / "validation").mkdir()
+    with pytest.raises(DataError, match="the folder validation is empty"):
+        load_rows(configure(tmp_path).task)
+
+
+def test_links_to_folders_are_followed_and_a_loop_is_read_once(tmp_path: Path, configure: Configure) -> None:
+    write_all(tmp_path / "elsewhere", ["part.jsonl", "deep/part.jsonl"])
+    task = tmp_path / "task"
+    write(task / "train" / "a.jsonl", rows_of(500, 10))
+    write(task / "test.jsonl", rows_of(700, 10))
+    (task / "train" / "linked").symlink_to(tmp_path / "elsewhere")
+    (task / "train" / "again").symlink_to(task / "train")
+    rows = load_rows(configure(task).task)
+    assert {example.file for example in (*rows.train, *rows.validation)} == {
+        *("train/a.jsonl", "train/linked/part.jsonl", "train/linked/deep/part.jsonl")
+    }
+    assert len(rows.train) + len(rows.validation) == 30
+
+
+def test_backups_and_arrays_beside_the_files_of_a_split_are_left_alone(tmp_path: Path, configure: Configure) -> None:
+    write_all(tmp_path, ["train/a.jsonl", "test/b.jsonl"])
+    for name in ("a.jsonl.bak", "a.jsonl~", "a.jsonl.sha256", "vectors.npy", "README.txt", "_SUCCESS"):
+        (tmp_path / "train" / name).write_text("x")
+    rows = load_rows(configure(tmp_path).task)
+    assert len(rows.train) + len(rows.validation) == len(rows.test) == 10

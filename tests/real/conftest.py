@@ -19,6 +19,7 @@ from transformers.utils import chat_template_utils
 from qlora_exp.compose import compose
 from qlora_exp.config import Config
 from qlora_exp.paths import EMBEDDED
+from tests.real.cases_input import Families
 
 TEMPLATES = {file.stem: file for file in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
 CONTROL = re.compile(r"<\|[^|<>{}'\"\s]+\|?>|<[a-z_]+\|>|<｜[^｜]+｜>|</?s>|<(?:start|end)_of_[a-z]+>|\[/?[A-Za-z]+\]")
@@ -52,6 +53,11 @@ def in_form(template: str, messages: Sequence[dict[str, Any]]) -> list[dict[str,
     if template not in READ_PARTS_ALONE:
         return list(messages)
     return [{**one, "content": [{"type": "text", "text": one.get("content") or ""}]} for one in messages]
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    return Families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="session")
