@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.contracts import commands, errors, plans
+from tests.contracts import commands, errors, plans, runs
 from tests.contracts.golden_files import GOLDEN, write
 
 CONTRACTS: dict[str, Callable[[Path], None]] = {}
@@ -50,6 +50,13 @@ def plans_(folder: Path) -> None:
 @contract
 def errors_(folder: Path) -> None:
     write("errors.json", errors.errors(folder))
+
+
+@contract
+def runs_(folder: Path) -> None:
+    called = runs.make(folder)
+    for name, value in runs.collected(folder, called).items():
+        write(name, value)
 
 
 def main(names: list[str]) -> int:
