@@ -46,11 +46,16 @@ def call(*arguments: str) -> Called:
     return Called(code, out.getvalue(), err.getvalue())
 
 
-def start(folder: Path, *arguments: str, program: Sequence[str] | None = None) -> Called:
-    """``qlora-exp ARGUMENTS`` in a process of its own, called in ``folder``."""
+def command_line(*arguments: str) -> list[str]:
+    """``qlora-exp ARGUMENTS`` as a command of this interpreter and this checkout."""
     script = console_script()
     code = f"import sys, {script.module} as m; sys.argv[0] = 'qlora-exp'; sys.exit(m.{script.attr}())"
-    command = [sys.executable, *(program if program is not None else ("-c", code)), *arguments]
+    return [sys.executable, "-c", code, *arguments]
+
+
+def start(folder: Path, *arguments: str, program: Sequence[str] | None = None) -> Called:
+    """``qlora-exp ARGUMENTS``, or another Python program, in a process of its own, called in ``folder``."""
+    command = command_line(*arguments) if program is None else [sys.executable, *program, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
     return Called(done.returncode, done.stdout, done.stderr)
 
@@ -83,8 +88,8 @@ def cache(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def called_in(folder: Path) -> Iterator[Path]:
-    """Calls of :func:`call` happen in ``folder``, with a cache of its own and 100 columns."""
-    variables: Mapping[str, str] = {**cache(folder), "COLUMNS": "100"}
+    """Calls of :func:`call` happen in ``folder``, with a cache of its own and 300 columns."""
+    variables: Mapping[str, str] = {**cache(folder), "COLUMNS": "300"}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

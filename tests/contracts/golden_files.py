@@ -116,9 +116,15 @@ def report(name: str, lines: list[str], key: str | None = None) -> str:
     )
 
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+NUMBER = re.compile(r"(?<![\w.,-])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.]*\w)")
 
 
-def numbers(text: str) -> list[str]:
+def numbers(text: str) -> str:
     """The numbers that a text has: what stays when its words are rewritten."""
-    return sorted(set(NUMBER.findall(text)))
+    return " ".join(sorted(set(NUMBER.findall(text))))
+
+
+def missing_numbers(key: str, old: str, new: str) -> list[str]:
+    """One line for each number that a text had and no longer has; more numbers are no difference."""
+    there = set(new.split())
+    return [f"  gone     {key}: the number {number}" for number in old.split() if number not in there]

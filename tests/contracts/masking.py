@@ -27,11 +27,12 @@ MEASURED = re.compile(
 """The end of a field's name, or of an MLflow key, whose number a clock or the machine says."""
 OF_THE_MACHINE = re.compile(r"(?:^|\.)(?:environment|process|packages)\.|\.tags\.device$|\.saves\.\w+_(?:seconds|usd)$")
 """Fields of which only the names are kept: whether there is a value depends on the machine, too."""
-WORDS = re.compile(r"(?:^|\.)(?:sentence|warnings|message|hint|traceback|mlflow\.note\.content)$")
+WORDS = re.compile(r"(?:^|\.)(?:sentence|warnings|message|hint|traceback|what_it_takes|mlflow\.note\.content)$")
 """Fields that hold sentences, which may be rewritten."""
 TEXTS = (
     (re.compile(r"\d{8}-\d{6}(-[A-Za-z0-9_.-]+)?-[0-9a-f]{4}\b"), r"<time>\1-<hex>"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:[+-]\d\d:\d\d|Z)?"), "<time>"),
+    (re.compile(r"\b\d{4}-\d\d-\d\d \d\d:\d\d\b"), "<time>"),
     (re.compile(r"\b[0-9a-f]{32}\b(?!\.)"), "<id>"),
     (re.compile(r"(?<=/logs/)[^/]+-\d+-(\d+\.log)$"), r"<host>-<process>-\1"),
 )

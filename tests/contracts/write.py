@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.contracts import commands, errors, plans, runs
+from tests.contracts import analyses, commands, errors, plans, reading, runs, store, wheel
 from tests.contracts.golden_files import GOLDEN, write
 
 CONTRACTS: dict[str, Callable[[Path], None]] = {}
@@ -57,6 +57,29 @@ def runs_(folder: Path) -> None:
     called = runs.make(folder)
     for name, value in runs.collected(folder, called).items():
         write(name, value)
+
+
+@contract
+def analyses_(folder: Path) -> None:
+    write("analyses.json", analyses.analyses(folder))
+
+
+@contract
+def wheel_(folder: Path) -> None:
+    write("wheel.json", wheel.contents(folder))
+
+
+def readings_of(version: str) -> Callable[[Path], None]:
+    """What this code reads from an earlier version's outputs; the outputs themselves stay."""
+
+    def writer(folder: Path) -> None:
+        write(f"{version}/readings.json", reading.readings(folder / "outputs", version))
+        write(f"{version}/loaded.json", reading.loaded(folder / "loaded", version))
+
+    return writer
+
+
+CONTRACTS.update({version: readings_of(version) for version in store.VERSIONS})
 
 
 def main(names: list[str]) -> int:
