@@ -16,6 +16,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 
+from tests import processes  # noqa: F401 - it keeps the environment as it is now
+
 LONGEST = ("faults/", "workers/", "test_run.py", "test_cli.py", "test_sweep.py", "tracking/", "test_launchers.py")
 """Begun first, so that no process ends long after the other."""
 
