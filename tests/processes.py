@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_exp import heap
-from qlora_exp.workers.forking import Forked, ForkServer, can_fork
+from qlora_exp.workers.forking import READ_LATER, Forked, ForkServer, can_fork
 
 COMMANDS = ("qlora_exp", "qlora_exp.cli", "qlora_exp.job", "tests.program")
 IMPORTED = (
@@ -23,7 +23,6 @@ IMPORTED = (
     *("qlora_exp.workers.worker", "qlora_exp.hydra_app", "qlora_exp.cli", "qlora_exp.progress", "hydra.main"),
     *("optuna.storages", "optuna.samplers", "sqlalchemy.dialects.sqlite", "alembic.migration"),
 )
-MAY_DIFFER = ("PYTEST_CURRENT_TEST",)
 
 
 def with_tunables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -38,7 +37,7 @@ ENVIRONMENT = {name: value for name, value in with_tunables(os.environ).items() 
 @functools.cache
 def server() -> ForkServer:
     """One a process of the tests; it ends with that."""
-    return ForkServer(ENVIRONMENT, IMPORTED, subprocess.DEVNULL, MAY_DIFFER)
+    return ForkServer(ENVIRONMENT, IMPORTED, subprocess.DEVNULL, READ_LATER)
 
 
 class Popen(subprocess.Popen[Any]):
@@ -48,7 +47,7 @@ class Popen(subprocess.Popen[Any]):
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any,
                        env: Any, startupinfo: Any, creationflags: Any, shell: Any, *others: Any) -> None:  # fmt: skip
-        command = None if preexec_fn or pass_fds or shell else _command(args, env)
+        command = None if preexec_fn or pass_fds or shell else _command(args)
         if command is None:
             given = (args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell)
             super()._execute_child(*given, *others)  # type: ignore[misc]
@@ -79,12 +78,9 @@ class Popen(subprocess.Popen[Any]):
         return self.pid, code << 8 if code >= 0 else -code
 
 
-def _command(args: Any, env: Mapping[str, str] | None) -> list[str] | None:
-    """Module and arguments of what can be forked."""
+def _command(args: Any) -> list[str] | None:
+    """Module and arguments of what can be forked; with other variables the server starts a new interpreter."""
     if not can_fork() or isinstance(args, str) or list(args[:2]) != [sys.executable, "-m"] or args[2] not in COMMANDS:
-        return None
-    given = with_tunables(os.environ if env is None else env)
-    if any(given.get(name) != ENVIRONMENT.get(name) for name in {*given, *ENVIRONMENT} - {*MAY_DIFFER}):
         return None
     return [str(part) for part in args[2:]]
 

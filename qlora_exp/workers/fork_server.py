@@ -151,7 +151,7 @@ class _Server:
     def _become(self, request: Request) -> Request:
         wanted = {name: value for name, value in self.environment.items() if name not in request.environment}
         wanted |= {name: value for name, value in request.environment.items() if value is not None}
-        if self.unsuitable or request.fresh or request.environment.keys() - self.may_differ:
+        if self.unsuitable or request.fresh or self._differs(request.environment):
             command = [sys.executable, "-m", request.module, *request.arguments]
             os.execve(sys.executable, command, wanted)
         set_by_imports = {name: value for name, value in os.environ.items() if name not in self.environment}
@@ -162,6 +162,10 @@ class _Server:
         _make_resident(self.pages)
         _begin_afresh()
         return request
+
+    def _differs(self, environment: Mapping[str, str | None]) -> bool:
+        """Whether the imports might have gone otherwise with ``environment``. Some set variables themselves."""
+        return any(value != os.environ.get(name) for name, value in environment.items() if name not in self.may_differ)
 
 
 def run(request: Request) -> None:

@@ -18,6 +18,11 @@ from typing import IO, Any
 
 ROOM = " " * 400
 """For the arguments of a forked process, as ``ps`` shows them."""
+READ_LATER = (
+    *("PWD", "OLDPWD", "PYTEST_CURRENT_TEST", "_MLFLOW_TELEMETRY_SESSION_ID"),
+    *("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"),
+)
+"""Variables that change while a program works. No library reads them when it is imported."""
 SERVER_KILLED = -int(getattr(signal, "SIGKILL", 9))
 
 
