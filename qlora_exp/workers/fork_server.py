@@ -26,7 +26,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import IO, Any, Literal, TextIO, cast
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MADV_POPULATE_READ = 22  # <linux/mman.h>, Linux 5.14
@@ -274,9 +274,9 @@ def _begin_afresh() -> None:
 
         torch.default_generator.seed()
     tempfile.tempdir = None
-    sys.stdin = sys.__stdin__ = _stream(sys.stdin, 0, "r")
-    sys.stdout = sys.__stdout__ = _stream(sys.stdout, 1, "w")
-    sys.stderr = sys.__stderr__ = _stream(sys.stderr, 2, "w", line_buffering=True)
+    sys.stdin, sys.stdout = _stream(sys.stdin, 0, "r"), _stream(sys.stdout, 1, "w")
+    sys.stderr = _stream(sys.stderr, 2, "w", line_buffering=True)
+    vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
 
 
 def _stream(like: TextIO, number: int, mode: Literal["r", "w"], line_buffering: bool = False) -> io.TextIOWrapper:
@@ -285,8 +285,8 @@ def _stream(like: TextIO, number: int, mode: Literal["r", "w"], line_buffering: 
     raw = io.FileIO(number, mode, closefd=False)
     buffer = io.BufferedReader(raw) if mode == "r" else raw if through else io.BufferedWriter(raw)
     lines = not through and (line_buffering or raw.isatty())
-    stream = io.TextIOWrapper(buffer, like.encoding, like.errors, None, lines, through)  # type: ignore[arg-type]
-    stream.mode = mode  # type: ignore[attr-defined]
+    stream = io.TextIOWrapper(cast(IO[bytes], buffer), like.encoding, like.errors, None, lines, through)
+    setattr(stream, "mode", mode)  # noqa: B010 - as the interpreter does; its type has none
     return stream
 
 

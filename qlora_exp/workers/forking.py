@@ -222,8 +222,6 @@ class ForkServer:
                 self._process.kill()
 
 
-WITHOUT_A_SERVER = ("PYTEST_CURRENT_TEST", "PWD", "OLDPWD")
-"""Variables that change while a program works, and that no library reads."""
 MOST_SERVERS = 2
 _servers: dict[Any, ForkServer] = {}
 _users = 0
@@ -247,14 +245,14 @@ def servers_kept() -> Iterator[None]:
 
 def server_for(environment: Mapping[str, str], modules: Sequence[str], stderr: int) -> ForkServer | None:
     """A server with these variables and imports: the one that is there, or a new one. ``None``: start without."""
-    fixed = {name: value for name, value in environment.items() if name not in WITHOUT_A_SERVER}
+    fixed = {name: value for name, value in environment.items() if name not in READ_LATER}
     with _lock:
         if not _users or not can_fork():
             return None
         key = (tuple(sorted(fixed.items())), tuple(modules), _inherited())
         server = _servers.pop(key, None)
         if server is None or not server.alive:
-            server = ForkServer(environment, modules, stderr, WITHOUT_A_SERVER)
+            server = ForkServer(environment, modules, stderr, READ_LATER)
         _servers[key] = server
         idle = [other for other in _servers if other != key and not _servers[other].is_used()]
         for other in idle[: max(0, len(_servers) - MOST_SERVERS)]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records import RunRecord, Status, read_record
 from qlora_exp.workers import forking
+from qlora_exp.workers.children import Died, HostProcess
+from qlora_exp.workers.devices import environment_of
+from qlora_exp.workers.protocol import Ready
 from tests import processes
 
 pytestmark = pytest.mark.skipif(not forking.can_fork(), reason="this system can't fork so")
@@ -166,3 +172,81 @@ def test_a_killed_server_is_told_by_each_of_its_processes(server: forking.ForkSe
     assert forked.wait(timeout=60) == -signal.SIGKILL
     os.kill(pid, signal.SIGKILL)  # it hadn't asked the kernel to end with its server
     os.close(reading)
+
+
+# Trial hosts.
+
+
+def host(tmp_path: Path, gpu: str | None = None) -> HostProcess:
+    return HostProcess(tmp_path / "log", environment_of(gpu, 1), ("tracking",))
+
+
+def ready(one: HostProcess) -> int:
+    until = time.monotonic() + 300
+    while (message := one.receive(1.0)) is None:
+        assert time.monotonic() < until
+    assert message == Ready()
+    assert one.pid is not None
+    return one.pid
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_hosts_share_a_server_and_end_with_it(tmp_path: Path) -> None:
+    with forking.servers_kept():
+        one, other = host(tmp_path), host(tmp_path)
+        server = parent_of(ready(one))
+        assert parent_of(ready(other)) == server != os.getpid()
+        assert b"qlora_exp.workers.host" in Path(f"/proc/{other.pid}/cmdline").read_bytes()
+        assert one.kill() == -signal.SIGKILL
+        os.kill(server, signal.SIGKILL)
+        with pytest.raises(Died) as died:
+            other.receive(60.0)
+        assert died.value.code == -signal.SIGKILL
+        again = host(tmp_path)
+        assert parent_of(ready(again)) not in (server, os.getpid())
+        again.end()
+        for ended in (one, other):
+            ended.kill()
+
+
+def test_a_host_with_a_gpu_is_a_new_interpreter(tmp_path: Path) -> None:
+    with forking.servers_kept():
+        one = host(tmp_path, "GPU-1")
+        assert one.pid is not None
+        assert parent_of(one.pid) == os.getpid()
+        one.kill()
+
+
+def test_each_trial_of_fresh_isolation_has_a_new_fork_with_its_own_memory_figures(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    given = [*SHORT, "model=local", f"model.path={tiny_models['llama']}", "workers.isolation=fresh", "lora.r=2,4"]
+    given += ["task=local", "task.kind=classification", f"task.path={colour_task}", f"output_root={tmp_path}"]
+    sweep = processes.Popen([sys.executable, "-m", "qlora_exp", "-m", *given], stderr=subprocess.DEVNULL)
+    parents: dict[int, int] = {}
+    while sweep.poll() is None:
+        for file in tmp_path.glob("runs/*/record.json"):
+            with contextlib.suppress(OSError, QloraExpError):
+                owner = read_record(file).process
+                if owner is not None:
+                    parents[owner.pid] = parents.get(owner.pid) or parent_of(owner.pid)
+        time.sleep(0.02)
+    assert sweep.returncode == 0
+    assert len(parents) == 2
+    assert len(set(parents.values()) - {sweep.pid}) == 1
+    records = [read_record(file) for file in tmp_path.glob("runs/*/record.json")]
+    assert [record.memory.host_reused for record in records] == [False, False]
+    first, second = (record.memory for record in records)
+    assert first.resident_after_imports_bytes == pytest.approx(second.resident_after_imports_bytes, rel=0.03)
+    assert None not in (first.peak_train_bytes, second.peak_train_bytes)
+
+
+def test_a_host_that_hangs_writes_its_stacks_wherever_it_was_forked(tmp_path: Path) -> None:
+    with forking.servers_kept():
+        one = host(tmp_path)
+        ready(one)
+        assert one.dump_and_kill() in (-signal.SIGTERM, -signal.SIGKILL)
+    assert "Current thread" in (tmp_path / "log").read_text() or "Thread 0x" in (tmp_path / "log").read_text()
