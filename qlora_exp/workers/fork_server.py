@@ -19,6 +19,7 @@ import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -36,18 +37,22 @@ PRESENT = 1 << 63
 """In an entry of /proc/self/pagemap: the page is resident."""
 LIBRARIES_THREADS = {"jemalloc_bg_thd"}
 """Threads that a library starts when it is imported and takes care of at a fork: pyarrow's allocator."""
+ANSWERED_BY_OTHERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MESSAGE_BYTES, DESCRIPTORS = 1 << 18, 5
 
 
 @dataclass(frozen=True)
 class Request:
     """What to start: ``python -m module arguments``. ``environment``: variables that differ from the server's own;
-    ``None`` is one that isn't set. ``fresh``: in a new interpreter, whatever the environment."""
+    ``None`` is one that isn't set."""
 
     module: str
     arguments: tuple[str, ...]
     environment: dict[str, str | None]
-    fresh: bool
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", self.module, *self.arguments]
 
 
 def main() -> Request | None:
@@ -63,9 +68,17 @@ def main() -> Request | None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != arguments.parent:
         os._exit(1)
+    # A scheduler sends these to all processes of a job. The forked ones answer, and need this one until they end.
+    inherited = {number: signal.getsignal(number) for number in ANSWERED_BY_OTHERS}
+    for number, handler in inherited.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     os.set_inheritable(arguments.socket, False)
     requests = socket.socket(fileno=arguments.socket)
-    return _Server(requests, dict(os.environ), arguments.modules, set(arguments.may_differ)).serve()
+    request = _Server(requests, dict(os.environ), arguments.modules, set(arguments.may_differ)).serve()
+    for number, handler in inherited.items():
+        signal.signal(number, handler)
+    return request
 
 
 class _Server:
@@ -99,32 +112,62 @@ class _Server:
                     poll.register(started, select.POLLIN)
 
     def _start(self, request: Request, descriptors: list[int]) -> int | Request | None:
-        """The descriptor of the process, in the forked one its request; ``None``: nobody wants it any more."""
-        *own, status = descriptors
-        if _nobody_waits(status):
-            for descriptor in descriptors:
-                os.close(descriptor)
+        """The descriptor of the process, in the forked one its request; ``None``: there is none."""
+        if len(descriptors) != DESCRIPTORS:
             return None
+        *own, status = descriptors
         os.set_inheritable(status, False)
-        ready, begun = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
+        pid = None if _nobody_waits(status) else self._begun(request, own)
         if pid == 0:
-            os.close(ready)
-            os.setsid()
-            os.close(begun)
             self._leave(own, status)
             return self._become(request)
-        os.close(begun)
-        os.read(ready, 1)  # until it leads a group, which can be killed
-        os.close(ready)
         for descriptor in own:
             os.close(descriptor)
-        process = os.pidfd_open(pid)
+        try:
+            process = None if pid is None else os.pidfd_open(pid)
+        except OSError:
+            traceback.print_exc()
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            process = None
+        if pid is None or process is None:
+            _tell(status, "exit 1")
+            os.close(status)
+            return None
         self.running[process] = pid, status
         _tell(status, f"pid {pid}")
         return process
+
+    def _begun(self, request: Request, own: list[int]) -> int | None:
+        """The pid of the new process, 0 in a forked one; ``None``: there is no memory for it. This process goes on
+        then, for those that run need it."""
+        try:
+            if self.unsuitable or self._differs(request.environment):
+                return self._spawned(request, own)
+            return _forked()
+        except OSError:
+            traceback.print_exc()
+            return None
+
+    def _spawned(self, request: Request, own: list[int]) -> int:
+        """The pid of a new interpreter."""
+        *standard, folder = own
+        process = subprocess.Popen(
+            request.command,
+            stdin=standard[0],
+            stdout=standard[1],
+            stderr=standard[2],
+            cwd=f"/proc/self/fd/{folder}",
+            env=self._environment(request),
+            start_new_session=True,
+        )
+        process.returncode = 0  # subprocess is not to wait for it
+        return process.pid
+
+    def _environment(self, request: Request) -> dict[str, str]:
+        own = {name: value for name, value in self.environment.items() if name not in request.environment}
+        return own | {name: value for name, value in request.environment.items() if value is not None}
 
     def _ended(self, process: int) -> None:
         pid, status = self.running.pop(process)
@@ -149,11 +192,7 @@ class _Server:
         os.close(folder)
 
     def _become(self, request: Request) -> Request:
-        wanted = {name: value for name, value in self.environment.items() if name not in request.environment}
-        wanted |= {name: value for name, value in request.environment.items() if value is not None}
-        if self.unsuitable or request.fresh or self._differs(request.environment):
-            command = [sys.executable, "-m", request.module, *request.arguments]
-            os.execve(sys.executable, command, wanted)
+        wanted = self._environment(request)
         set_by_imports = {name: value for name, value in os.environ.items() if name not in self.environment}
         for name in set(os.environ) - set(wanted) - set(set_by_imports):
             del os.environ[name]
@@ -170,7 +209,7 @@ class _Server:
 
 def run(request: Request) -> None:
     """Go on as ``python -m module arguments`` in this forked process."""
-    sys.orig_argv = [sys.executable, "-m", request.module, *request.arguments]
+    sys.orig_argv = request.command
     sys.argv = ["-m", *request.arguments]
     try:
         sys.path[0] = os.getcwd()
@@ -180,9 +219,26 @@ def run(request: Request) -> None:
     runpy._run_module_as_main(request.module)  # type: ignore[attr-defined]
 
 
+def _forked() -> int:
+    """Fork a process that leads a group already, so that it can be killed with what it starts. As :func:`os.fork`."""
+    ready, begun = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(ready)
+        os.setsid()
+        os.close(begun)
+        return 0
+    os.close(begun)
+    os.read(ready, 1)
+    os.close(ready)
+    return pid
+
+
 def _request(message: bytes) -> Request:
     raw = json.loads(message)
-    return Request(raw["module"], tuple(raw["arguments"]), raw["environment"], raw["fresh"])
+    return Request(raw["module"], tuple(raw["arguments"]), raw["environment"])
 
 
 def _nobody_waits(pipe: int) -> bool:
@@ -294,8 +350,7 @@ def _show_as(request: Request) -> None:
     """Have ``ps`` show this process as what it is."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[ARG_START]), int(fields[ARG_END])
-    command = [sys.executable, "-m", request.module, *request.arguments]
-    text = b"".join(os.fsencode(part) + b"\0" for part in command)[: end - start - 1]
+    text = b"".join(os.fsencode(part) + b"\0" for part in request.command)[: end - start - 1]
     ctypes.memset(start, 0, end - start)
     ctypes.memmove(start, text, len(text))
 

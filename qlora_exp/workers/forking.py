@@ -143,6 +143,7 @@ class ForkServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._failed: OSError | None = None
         self._forked: list[Forked] = []
+        self._counting = threading.Lock()
         with theirs:
             arguments = (command, theirs.fileno(), stderr)
             # The kernel ends the server with the thread that started it: one that lives as long as this process.
@@ -180,7 +181,6 @@ class ForkServer:
         standard: tuple[int, int, int],
         environment: Mapping[str, str] | None = None,
         folder: str = ".",
-        fresh: bool = False,
     ) -> Forked:
         """``python -m module arguments`` in a new session, with the descriptors ``standard`` as standard input, output
         and error. Doesn't wait for it.
@@ -194,7 +194,7 @@ class ForkServer:
             for name in {*wanted, *self.environment}
             if wanted.get(name) != self.environment.get(name)
         }
-        request = {"module": module, "arguments": list(arguments), "environment": different, "fresh": fresh}
+        request = {"module": module, "arguments": list(arguments), "environment": different}
         reading, writing = os.pipe()
         place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
         try:
@@ -207,7 +207,8 @@ class ForkServer:
             os.close(place)
             os.close(writing)
         forked = Forked(reading)
-        self._forked = [one for one in self._forked if one.poll() is None] + [forked]
+        with self._counting:
+            self._forked = [one for one in self._forked if one.poll() is None] + [forked]
         return forked
 
     def is_used(self) -> bool:

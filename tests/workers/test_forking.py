@@ -244,6 +244,22 @@ def test_each_trial_of_fresh_isolation_has_a_new_fork_with_its_own_memory_figure
     assert None not in (first.peak_train_bytes, second.peak_train_bytes)
 
 
+def test_a_signal_to_all_processes_of_a_job_is_answered_by_hosts_not_by_their_server(tmp_path: Path) -> None:
+    """As a scheduler and a container send it: a run then saves what it has."""
+    with forking.servers_kept():
+        one = host(tmp_path)
+        server = parent_of(ready(one))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+            os.kill(server, number)
+        other = host(tmp_path)
+        assert parent_of(ready(other)) == server
+        other.terminate()
+        with pytest.raises(Died) as died:
+            other.receive(60.0)
+        assert died.value.code == -signal.SIGTERM
+        one.kill()
+
+
 def test_a_host_that_hangs_writes_its_stacks_wherever_it_was_forked(tmp_path: Path) -> None:
     with forking.servers_kept():
         one = host(tmp_path)
