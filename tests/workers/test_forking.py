@@ -23,6 +23,7 @@ from qlora_exp.workers import forking
 from qlora_exp.workers.children import Died, HostProcess
 from qlora_exp.workers.devices import environment_of
 from qlora_exp.workers.protocol import Ready
+from qlora_exp.workers.slots import LAST_OWNER_SECONDS
 from tests import processes
 
 pytestmark = pytest.mark.skipif(not forking.can_fork(), reason="this system can't fork so")
@@ -242,6 +243,43 @@ def test_each_trial_of_fresh_isolation_has_a_new_fork_with_its_own_memory_figure
     first, second = (record.memory for record in records)
     assert first.resident_after_imports_bytes == pytest.approx(second.resident_after_imports_bytes, rel=0.03)
     assert None not in (first.peak_train_bytes, second.peak_train_bytes)
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from qlora_exp.workers import forking
+from tests.workers.test_forking import host, parent_of, ready
+with forking.servers_kept():
+    one = host(Path(sys.argv[1]))
+    pid = ready(one)
+    importing = forking.server_for({"PATH": "/"}, ["time"], 2)
+    print(pid, parent_of(pid), importing.pid, flush=True)
+    if sys.argv[2] == "killed":
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "at its end"])
+def test_a_host_and_its_server_end_with_their_worker(tmp_path: Path, how: str) -> None:
+    command = [sys.executable, "-c", WORKER, str(tmp_path), how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        pids = [int(text) for text in worker.stdout.readline().split()]
+        assert len(pids) == 3
+        if how == "killed":
+            worker.kill()
+    until = time.monotonic() + LAST_OWNER_SECONDS
+    while any(map(lives, pids)) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not any(map(lives, pids))
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def test_a_signal_to_all_processes_of_a_job_is_answered_by_hosts_not_by_their_server(tmp_path: Path) -> None:
