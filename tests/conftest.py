@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
+
+from tests import processes  # noqa: F401 - it keeps the environment as it is now
 
 LONGEST = ("faults/", "workers/", "test_run.py", "test_cli.py", "test_sweep.py", "tracking/", "test_launchers.py")
 """Begun first, so that no process ends long after the other."""
@@ -104,6 +107,15 @@ def save_tiny_model(family: str, folder: Path, hidden: int = 64) -> Path:
 def no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest-xdist tells its workers a width; output that isn't a terminal's is not cut to one."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers_kept() -> Iterator[None]:
+    """The processes that fork trial hosts stay between the sweeps of different tests."""
+    from qlora_exp.workers import forking
+
+    with forking.servers_kept():
+        yield
 
 
 @pytest.fixture(scope="session")

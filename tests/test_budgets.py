@@ -28,6 +28,7 @@ from qlora_exp.records import RunRecord, Status, write_json
 from qlora_exp.study import Study
 from qlora_exp.sweep import ask
 from qlora_exp.sweep.buying import what_it_buys
+from tests import processes
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.2", "tracking=off", "training.batch_size=8"]
 TOKENS = 20 * 8 * 10
@@ -142,7 +143,7 @@ def test_what_a_killed_trial_spent_stays_spent() -> None:
 
 def test_a_killed_sweep_goes_on_with_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [*SLEEP, *GRID, "training.sleep_seconds=0.5", f"budget.tokens={4 * TOKENS}"]
-    process = subprocess.Popen(
+    process = processes.Popen(
         [sys.executable, "-m", "qlora_exp", "-m", *overrides], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     until = time.monotonic() + 60

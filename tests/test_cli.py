@@ -22,6 +22,7 @@ from qlora_exp.paths import EMBEDDED, OutputPaths
 from qlora_exp.progress import Progress
 from qlora_exp.records import Status, write_json
 from qlora_exp.tables import bytes_text
+from tests import processes
 
 QUICK = [
     *("training.device=cpu", "training.max_steps=3", "training.batch_size=4", "training.max_length=64"),
@@ -316,7 +317,7 @@ def test_ctrl_c_ends_with_exit_code_130(runs: Runs, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-m", "qlora_exp.cli", "rerun", runs.first, "training.max_steps=5000"]
     with log.open("w") as stream:
-        process = subprocess.Popen(
+        process = processes.Popen(
             [*command, f"output_root={tmp_path / 'outputs'}", "--output-root", str(runs.output)],
             stdout=stream, stderr=stream,
         )  # fmt: skip

@@ -21,6 +21,7 @@ from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.paths import EMBEDDED
 from qlora_exp.plan.prices import read_prices
 from qlora_exp.records import RunRecord, Status, write_json
+from tests import processes
 
 QUICK = [
     "training.device=cpu",
@@ -42,7 +43,7 @@ def local(model: Path, task: Path) -> list[str]:
 
 
 def door(*arguments: str, check: bool = False, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-m", "qlora_exp", *arguments], text=True, capture_output=True, check=check, **kwargs
     )
 
@@ -274,7 +275,7 @@ def test_an_interrupted_run_saves_and_the_resumed_one_ends_like_an_undisturbed_o
     assert f"--resume {folder}" in shown
     assert mlflow_statuses(output) == ["KILLED"]
 
-    resumed = subprocess.run(
+    resumed = processes.run(
         [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(folder)],
         text=True,
         capture_output=True,
@@ -340,8 +341,8 @@ def interrupted(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path)
     """The folder of a run that was told to stop at its third step of twelve; its settings say not to resume."""
     given = [*local(tiny_models["llama"], colour_task), "evaluation=quick", "quantization=fp32"]
     saved = ["training.max_steps=12", "training.save_every_steps=2", "training.resume=false", "tracking=off"]
-    command = [sys.executable, "-c", STOPPED_AT_STEP_3, *overrides(tmp_path / "outputs", *given, *saved)]
-    subprocess.run(command, check=False, capture_output=True)
+    command = processes.program(STOPPED_AT_STEP_3, *overrides(tmp_path / "outputs", *given, *saved))
+    processes.run(command, check=False, capture_output=True)
     [folder] = (tmp_path / "outputs").glob("runs/*")
     assert load_run(str(folder)).status is Status.INTERRUPTED
     return folder
@@ -367,7 +368,7 @@ execute(compose(sys.argv[1:]), StopAtStep3())
 
 def resume(folder: Path) -> subprocess.CompletedProcess[str]:
     verb = [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(folder)]
-    return subprocess.run(verb, text=True, capture_output=True, check=False)
+    return processes.run(verb, text=True, capture_output=True, check=False)
 
 
 def test_the_verb_resumes_whatever_the_settings_say(interrupted: Path) -> None:
@@ -380,7 +381,7 @@ def test_the_verb_resumes_whatever_the_settings_say(interrupted: Path) -> None:
 
 def test_a_run_is_executed_by_one_process_at_a_time(interrupted: Path) -> None:
     verb = [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(interrupted)]
-    first = subprocess.Popen(verb, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = processes.Popen(verb, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (interrupted / ".lock").read_text().startswith(f"process {first.pid} on "):
         assert time.monotonic() < deadline
@@ -408,7 +409,9 @@ def test_a_quantized_run_says_nothing_of_bitsandbytes_optional_kernels(
     tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
 ) -> None:
     given = [*local(tiny_models["llama"], colour_task), "evaluation=quick", "quantization=nf4", "tracking=off"]
-    done = door(*overrides(tmp_path / "outputs", *given, "training.max_steps=1"))
+    given = overrides(tmp_path / "outputs", *given, "training.max_steps=1")
+    command = [sys.executable, "-m", "qlora_exp", *given]  # a new interpreter: it is imported there
+    done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "kernels" not in done.stderr
 
@@ -422,7 +425,7 @@ def test_a_run_interrupted_while_it_is_scored_keeps_its_training(
     given = overrides(output, *local(tiny_models["llama"], colour_task), "evaluation.max_items=null")
     once = ["evaluation.batch_size=1", "evaluation.before=false", "evaluation.baselines=false"]
     command = [sys.executable, "-m", "qlora_exp", *given, "training.max_steps=8", *once]
-    child = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = processes.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not list(output.glob("runs/*/trained.json")):
         assert time.monotonic() < deadline
@@ -438,7 +441,7 @@ def test_a_run_interrupted_while_it_is_scored_keeps_its_training(
     assert stopped.training.steps == 8
     assert stopped.memory.peak_train_bytes
     verb = [sys.executable, "-m", "qlora_exp.cli", "run", "--resume", str(folder)]
-    resumed = subprocess.run(verb, text=True, capture_output=True, check=False)
+    resumed = processes.run(verb, text=True, capture_output=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     finished = load_run(str(folder))
     assert finished.training == stopped.training

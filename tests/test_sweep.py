@@ -28,6 +28,7 @@ from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records import read_record, write_json
 from qlora_exp.study.spec_file import read_spec, write_spec
+from tests import processes
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]
 SWEEPS = [
@@ -239,7 +240,7 @@ def test_a_study_that_somebody_works_on_is_refused_with_the_holder_unless_joined
 def test_a_stopped_study_resumes_without_its_command(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sweep", "rank_by_quantization", "lora.r=4,8,16", "quantization=nf4", *SLEEP]
     slow = [sys.executable, "-m", "qlora_exp.cli", *command, "training.sleep_seconds=3", "sweep.name=slow"]
-    child = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = processes.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     paths = OutputPaths.of("outputs").study("slow")
     deadline = time.monotonic() + 120
     while not any('"RUNNING"' in file.read_text() for file in Path("outputs").glob("runs/*/record.json")):
@@ -262,7 +263,7 @@ def test_a_stopped_study_resumes_without_its_command(capsys: pytest.CaptureFixtu
 
 def test_a_killed_orchestrators_study_goes_on_with_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["lora.r=2,4,8", *SLEEP, "training.sleep_seconds=1"]
-    child = subprocess.Popen([sys.executable, "-m", "qlora_exp", "-m", *command], stderr=subprocess.DEVNULL)
+    child = processes.Popen([sys.executable, "-m", "qlora_exp", "-m", *command], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(Path("outputs").glob("runs/*/record.json")):
         assert time.monotonic() < deadline

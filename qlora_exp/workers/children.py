@@ -13,13 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from qlora_exp.workers.protocol import Command, End, Told, decode, encode
+from qlora_exp.gpus import VARIABLE
+from qlora_exp.workers import forking
+from qlora_exp.workers.protocol import PRELOADED, Command, End, Told, decode, encode
 
 DUMP_SECONDS, TERM_SECONDS = 0.5, 5.0
 """A host that hangs gets this long to write its stacks, and then to end by itself."""
 EXIT_SECONDS = 120.0
 """A host that was told to end may still be delivering to MLflow, which bounds itself to about a minute."""
 CHUNK_BYTES = 65536
+ALWAYS_IMPORTED = ("qlora_exp.compose", "qlora_exp.workers.protocol", "hydra.core.global_hydra")
+"""What a host imports by itself, whatever it preloads."""
 
 
 class Died(Exception):
@@ -40,24 +44,46 @@ class HostProcess:
 
     def __init__(self, log: Path, environment: Mapping[str, str], preload: Sequence[str]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        preloads = [argument for name in preload for argument in ("--preload", name)]
-        with log.open("ab") as stream:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "qlora_exp.workers.host", "--parent", str(os.getpid()), *preloads],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stream,
-                env={**os.environ, **environment},
-                bufsize=0,
-                start_new_session=True,  # Ctrl-C at the terminal is the worker's to pass on
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._in, self._out = self._process.stdin, self._process.stdout.fileno()
+        commands, send = os.pipe()
+        self._out, answers = os.pipe()
+        self._in = os.fdopen(send, "wb", buffering=0)
         self._read = b""
+        self._server: forking.ForkServer | None = None
+        try:
+            with log.open("ab") as stream:
+                descriptors = (commands, answers, stream.fileno())
+                self._process = self._begin({**os.environ, **environment}, preload, descriptors)
+        except BaseException:
+            self._closed(0)
+            raise
+        finally:
+            os.close(commands)
+            os.close(answers)
+
+    def _begin(
+        self, environment: Mapping[str, str], preload: Sequence[str], descriptors: tuple[int, int, int]
+    ) -> subprocess.Popen[bytes] | forking.Forked:
+        """Forked where it trains nothing on a GPU, which no process can share by a fork; else a new interpreter."""
+        preloads = [argument for name in preload for argument in ("--preload", name)]
+        if preload and VARIABLE not in environment:
+            modules = (*ALWAYS_IMPORTED, *(module for name in preload for module in PRELOADED[name]))
+            self._server = forking.server_for(environment, modules, descriptors[2])
+        if self._server is not None:
+            with contextlib.suppress(OSError):  # it has just ended
+                parent = ["--parent", str(self._server.pid)]
+                return self._server.start("qlora_exp.workers.host", [*parent, *preloads], descriptors)
+        return subprocess.Popen(
+            [sys.executable, "-m", "qlora_exp.workers.host", "--parent", str(os.getpid()), *preloads],
+            stdin=descriptors[0],
+            stdout=descriptors[1],
+            stderr=descriptors[2],
+            env=environment,
+            start_new_session=True,  # Ctrl-C at the terminal is the worker's to pass on
+        )
 
     @property
-    def pid(self) -> int:
+    def pid(self) -> int | None:
+        """``None``: the server that forks it is still importing."""
         return self._process.pid
 
     def send(self, command: Command) -> None:
@@ -87,12 +113,18 @@ class HostProcess:
     def kill(self) -> int:
         """KILL to it and all that it started. Returns the exit code."""
         if self._process.poll() is None:
+            pid = self._process.pid
+            if pid is None and isinstance(self._process, forking.Forked):
+                return self._closed(self._process.forgo())
+            assert pid is not None
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
         return self._closed(self._process.wait())
 
     def dump_and_kill(self) -> int:
         """For a host that hangs: its stacks to the log, TERM, and KILL."""
+        if self._process.pid is None and self._server is not None:  # its imports hang
+            self._server.close()
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGUSR1)
         time.sleep(DUMP_SECONDS)
@@ -111,6 +143,7 @@ class HostProcess:
     def _closed(self, code: int) -> int:
         with contextlib.suppress(BrokenPipeError):
             self._in.close()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        out, self._out = self._out, -1
+        if out >= 0:
+            os.close(out)
         return code

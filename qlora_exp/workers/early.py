@@ -12,6 +12,7 @@ from typing import Any
 from qlora_exp.config import Engine, WorkersConfig
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import StudyPaths
+from qlora_exp.workers import forking
 from qlora_exp.workers.children import HostProcess
 from qlora_exp.workers.devices import environment_of, slots_of, threads_per_host
 from qlora_exp.workers.live import worker_name
@@ -62,14 +63,15 @@ def started_early(config: Any, workers: WorkersConfig, paths: StudyPaths, at_mos
 
     Must be used by the main thread: the kernel ends a host with the thread that started it.
     """
-    try:
-        with contextlib.suppress(QloraExpError, OSError):  # the worker meets it too, and tells
-            for one in host_starts(config, workers, paths)[:at_most]:
-                _started[one] = one.start()
-        yield
-    finally:
-        while _started:
-            _started.popitem()[1].kill()
+    with forking.servers_kept():
+        try:
+            with contextlib.suppress(QloraExpError, OSError):  # the worker meets it too, and tells
+                for one in host_starts(config, workers, paths)[:at_most]:
+                    _started[one] = one.start()
+            yield
+        finally:
+            while _started:
+                _started.popitem()[1].kill()
 
 
 def started(one: HostStart) -> HostProcess:

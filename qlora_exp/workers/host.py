@@ -30,6 +30,7 @@ from qlora_exp.plan.feasibility import DoesNotFit
 from qlora_exp.redaction import redact_text
 from qlora_exp.terminal import show_any_text
 from qlora_exp.workers.protocol import (
+    PRELOADED,
     Answer,
     Command,
     DiskFull,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from qlora_exp.one_run import Bases
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-PRELOADED = {"training": ("qlora_exp.one_run",), "tracking": ("qlora_exp.tracking.tracker",)}
 
 
 def main() -> int:

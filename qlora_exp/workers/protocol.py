@@ -9,6 +9,9 @@ from qlora_exp.errors import RecordError
 from qlora_exp.plan.feasibility import MemoryRule
 from qlora_exp.records import Refusal, Trial, from_dict, to_dict
 
+PRELOADED = {"training": ("qlora_exp.one_run",), "tracking": ("qlora_exp.tracking.tracker",)}
+"""What a host imports before it is ready, by the name that its worker asks for it with."""
+
 
 @dataclass(frozen=True)
 class Run:

@@ -146,7 +146,6 @@ class Slot(threading.Thread):
         spec = self.setting.spec
         self._kills_before = memory_limits.kills()
         host = self._host = self._host or started(self._host_start)
-        self.state.host_pid = host.pid
         host.send(
             Run(
                 overrides=(*spec.overrides, *claim.overrides),
@@ -175,6 +174,7 @@ class Slot(threading.Thread):
         stop_at: float | None = None
         while True:
             message = host.receive(LISTEN_SECONDS)
+            self.state.host_pid = host.pid
             clock = time.monotonic()
             if message is not None:
                 heard, started = clock, True

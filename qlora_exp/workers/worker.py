@@ -22,6 +22,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.plan.feasibility import MemoryRule
 from qlora_exp.records import RunRecord, Status
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
+from qlora_exp.workers import forking
 from qlora_exp.workers.early import host_starts, hosts_per_device
 from qlora_exp.workers.live import SlotState, remove_state, state_of, worker_name, write_state
 from qlora_exp.workers.slots import GRACEFULLY, NOW, Setting, Slot
@@ -92,7 +93,8 @@ def run_worker(
     )
     worker = Worker(setting, study if study is not None else study_room.Study.open(spec, paths), job, len(starts), stop)
     slots = [Slot(worker, state.slot, one, state) for state, one in zip(worker.states, starts, strict=True)]
-    return worker.run(slots)
+    with forking.servers_kept():
+        return worker.run(slots)
 
 
 class Worker:

@@ -37,6 +37,7 @@ from qlora_exp.study.ladder_plan import most_trials, own_axes, resolve, rule_of
 from qlora_exp.study.ladder_runs import answers, plan_sentence, trials_of
 from qlora_exp.study.spec_file import read_spec
 from qlora_exp.study.types import LadderSpec, OneLadder
+from tests import processes
 
 ITEMS = 200
 CENTRE = 1e-3
@@ -511,12 +512,12 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_answer(elsewhere: Path) -> N
     """SYNTHETIC: the formula gains 0.1, 0.06, 0.02 … by doublings from r = 2, so that r = 8 is enough."""
     command = [sys.executable, "-m", "qlora_exp.cli", "sweep", "rank_doubling", *ASLEEP, *SMALL]
     outputs = OutputPaths.of("outputs")
-    sweeping = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    sweeping = processes.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while sweeping.poll() is None and len(list(outputs.runs.glob("*/items_after_test.parquet"))) < 4:
         time.sleep(0.05)
     sweeping.kill()
     sweeping.communicate()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = processes.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC" in done.stdout
     [study] = outputs.studies.iterdir()

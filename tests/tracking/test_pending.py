@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from qlora_exp.cli import main
+from tests import processes
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1"]
 TO_DELIVER = "To deliver: "
@@ -126,7 +127,7 @@ def test_without_tracking_nothing_is_missed(capsys: pytest.CaptureFixture[str]) 
 def test_a_second_ctrl_c_leaves_no_run_running(tmp_path: Path) -> None:
     """The trial's host can't answer the first one: the second ends it, and what it left is told to MLflow."""
     command = [sys.executable, "-m", "qlora_exp", "-m", "lora.r=4,8", *SLEEP, "training.sleep_seconds=60"]
-    sweep = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    sweep = processes.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until = time.monotonic() + 120
     while not _running_in_mlflow() and time.monotonic() < until:
         time.sleep(0.1)

@@ -1,0 +1,116 @@
+"""Commands that tests start, forked from a server that has imported what they need.
+
+A command is ready within milliseconds where a new interpreter takes seconds. It has its own session, environment,
+folder and standard streams. What a fork can't be — another interpreter, other variables, a function before its start —
+gets a new interpreter, as :mod:`subprocess` does it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_exp import heap
+from qlora_exp.workers.forking import READ_LATER, Forked, ForkServer, can_fork
+
+COMMANDS = ("qlora_exp", "qlora_exp.cli", "qlora_exp.job", "tests.program")
+IMPORTED = (
+    *("qlora_exp.one_run", "qlora_exp.tracking.tracker", "qlora_exp.tracking", "qlora_exp.study", "qlora_exp.sweep"),
+    *("qlora_exp.workers.worker", "qlora_exp.hydra_app", "qlora_exp.cli", "qlora_exp.progress", "hydra.main"),
+    *("optuna.storages", "optuna.samplers", "sqlalchemy.dialects.sqlite", "alembic.migration"),
+)
+
+
+def with_tunables(environment: Mapping[str, str]) -> dict[str, str]:
+    """A command that trains on a CPU begins again with these: here it has them from the start."""
+    return {**heap.environment(), **environment}
+
+
+ENVIRONMENT = {name: value for name, value in with_tunables(os.environ).items() if name != "COLUMNS"}
+"""As the tests begin, before one of them changes it; COLUMNS is pytest-xdist's."""
+
+
+@functools.cache
+def server() -> ForkServer:
+    """One a process of the tests; it ends with that."""
+    return ForkServer(ENVIRONMENT, IMPORTED, subprocess.DEVNULL, READ_LATER)
+
+
+class Popen(subprocess.Popen[Any]):
+    """A :class:`subprocess.Popen` whose process is forked where it can be."""
+
+    _forked: Forked | None = None
+
+    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any,
+                       env: Any, startupinfo: Any, creationflags: Any, shell: Any, *others: Any) -> None:  # fmt: skip
+        command = None if preexec_fn or pass_fds or shell else _command(args)
+        if command is None:
+            given = (args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell)
+            super()._execute_child(*given, *others)  # type: ignore[misc]
+            return
+        module, *arguments = command
+        ends = others[:6]  # as subprocess has them: of standard input, output and error, each to read and to write
+        standard = tuple(own if own != -1 else number for number, own in enumerate((ends[0], ends[3], ends[5])))
+        environment = with_tunables(os.environ if env is None else env)
+        self._forked = server().start(module, arguments, standard, environment, str(cwd or "."))
+        self._child_created = True
+        self._close_pipe_fds(*ends)  # type: ignore[attr-defined]
+        pid = self._forked.begun()
+        assert pid is not None, "the server that forks the tests' commands has ended"
+        self.pid = pid
+
+    def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:
+        if self._forked is None:
+            return super()._internal_poll(*args, **kwargs)  # type: ignore[misc,no-any-return]
+        self.returncode = self._forked.poll()
+        return self.returncode
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if self._forked is None:
+            return super()._try_wait(wait_flags)  # type: ignore[misc,no-any-return]
+        code = self._forked.poll() if wait_flags else self._forked.wait()
+        if code is None:
+            return 0, 0
+        return self.pid, code << 8 if code >= 0 else -code
+
+
+def _command(args: Any) -> list[str] | None:
+    """Module and arguments of what can be forked; with other variables the server starts a new interpreter."""
+    if not can_fork() or isinstance(args, str) or list(args[:2]) != [sys.executable, "-m"] or args[2] not in COMMANDS:
+        return None
+    return [str(part) for part in args[2:]]
+
+
+def program(code: str, *arguments: object) -> list[str]:
+    """The command that runs ``code`` as ``python -c`` does; it can be forked."""
+    return [sys.executable, "-m", "tests.program", code, *map(str, arguments)]
+
+
+def run(
+    args: Sequence[Any],
+    *,
+    input: Any = None,
+    capture_output: bool = False,
+    timeout: float | None = None,
+    check: bool = False,
+    **options: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """As :func:`subprocess.run`."""
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
+    with Popen(args, **options) as process:
+        try:
+            out, error = process.communicate(input, timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(args, process.returncode, out, error)
+    if check:
+        done.check_returncode()
+    return done
