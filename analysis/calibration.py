@@ -268,22 +268,23 @@ def document(cells: Sequence[Cell], ladders: int, seed: int) -> str:
     lines = [
         "# Error rates of the rank decision, measured",
         "",
-        f"Written by `{COMMAND} --ladders {ladders} --seed {seed}` (`make calibration`); the rule is in",
-        "[statistics.md](statistics.md).",
+        f"`{COMMAND} --ladders {ladders} --seed {seed}` (`make calibration`) wrote this page.",
+        "[statistics.md](statistics.md) explains the rule.",
         "",
-        f"{ladders:,} simulated ladders a cell: {RULE.doublings} doublings, {FIRST_SEEDS} seeds a rank and at most"
-        f" {MOST_SEEDS} after a purchase, {ITEMS} items, margin",
-        f"m = {RULE.margin:g} and half-zone w = {RULE.half_zone:g}. Shares of ladders, ± half of the simulation's own"
-        " 95 % interval.",
+        f"Each row is {ladders:,} simulated ladders with {RULE.doublings} doublings, {FIRST_SEEDS} seeds a rank"
+        f" (at most {MOST_SEEDS} after seeds were added) and {ITEMS} items.",
+        f"The margin is m = {RULE.margin:g} and the half-zone w = {RULE.half_zone:g}. Rates are shares of ladders,"
+        " ± half of the simulation's own 95 % interval.",
         "",
-        "* *Wrong continue*: said at a doubling whose true gain is ≤ m − w. *Wrong stop*: at one with a gain ≥ m + w.",
-        "* *Inconclusive*: the ladder ended undecided. It has a goal on homoscedastic random ladders that the plan can"
-        " settle.",
-        "* The *planned half-width* (`analysis/planning.py`, with the most seeds and the smallest rank's noise) says so"
-        " before training:",
-        "  above 1, not every gain can be settled.",
-        "* *Random* gains: the first uniform on 0 to 5 margins, each next one a share of the last;",
-        "  the share uniform on 0.3 to 0.8.",
+        "* *Wrong continue*: the answer was *continue* at a doubling whose true gain is ≤ m − w.",
+        "* *Wrong stop*: the answer was *stop* at a doubling whose true gain is ≥ m + w.",
+        "* *Inconclusive*: the ladder ended undecided. This rate has a goal only for random gains that the plan can",
+        "  settle, with equal noise at all ranks and without failing runs.",
+        "* The *planned half-width* is known before training (`analysis/planning.py`, with the most seeds and the",
+        "  smallest rank's noise): if it is above 1, the plan can't settle every gain.",
+        "* *Random* gains: the first gain is uniform on 0 to 5 margins, and each next gain is a share of the last one;",
+        "  the share is uniform on 0.3 to 0.8.",
+        "* *Edge*: the noise at which the planned half-width is about 1.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * len(HEADINGS),

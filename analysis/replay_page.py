@@ -61,29 +61,32 @@ def _head(reference: ReferenceGrid, draws: int, seed: int) -> str:
     _, grid_seeds, items = reference.grid.shape
     return f"""# The rank decision replayed against a reference grid
 
-Written by `{COMMAND} --draws {draws} --seed {seed} --output docs/replay.md` (`make replay`)
-from the runs kept in [replay.npz](replay.npz); `make replay-measure` makes those runs again. The rule is in
+`{COMMAND} --draws {draws} --seed {seed} --output docs/replay.md` (`make replay`) wrote this page
+from the runs in [replay.npz](replay.npz); `make replay-measure` makes those runs again. The rule is in
 [statistics.md](statistics.md), its error rates in simulation are in [calibration.md](calibration.md).
 
-A **grid** of ranks {reference.ranks[0]} to {reference.ranks[-1]} with {grid_seeds} seeds each and {items} test items,
-and a **pool** of {reference.pool.shape[1]} more seeds at every rank, none of them the grid's. {draws} ladders a row are
-decided from the pool, its seeds in random order and its items drawn with replacement. What a ladder would have bought
-is there already, so only the decision is replayed.
+Does a ladder give the answer that a whole grid would give, for less computation? The **grid** has ranks
+{reference.ranks[0]} to {reference.ranks[-1]} with {grid_seeds} seeds each and {items} test items. The **pool** has
+{reference.pool.shape[1]} other seeds at every rank. Each row of the table decides {draws} ladders from the pool,
+with its seeds in random order and its items drawn with replacement. The seeds that a ladder would add are in the pool
+already, so only the decision is replayed. m is the margin, w the half-zone.
 
-* **(a) compatible**, goal ≥ 95 % of the decided that can be judged: every step of the ladder is one that the grid
-  allows. Either answer is allowed where the grid's interval of the gain lies within m ± w; a step at which the grid
-  itself is inconclusive judges nobody (*not judged*, a share of the decided). That is strict: where the grid says
-  *continue* with an interval that reaches beyond m + w, a *stop* counts as incompatible though the truth may lie in the
-  zone. The draws of a row share one pool: *in halves*, each of {HALVES} ladders has another random half of all seeds
-  as its pool and the rest as its grid; told is how many of those that can be judged are compatible.
-* **(b) decided**, goal ≥ 80 %. A *planned half-width* above 1 says before training that not every gain can be settled.
-* **(c) same answer**: the grid's own verdict and rank, among the decided; beside it how often *two grids agree*, each
-  with one of those halves. No goal: it can't be much higher than that.
+* **(a) compatible**, goal ≥ 95 % of the decided ladders that can be judged: the grid allows every step of the ladder.
+  If the grid's interval of the gain lies within m ± w, it allows either answer. A step at which the grid itself is
+  inconclusive can't be judged (*not judged*, a share of the decided). This is strict: if the grid says *continue* with
+  an interval that reaches beyond m + w, a *stop* counts as incompatible, although the true gain may lie in the zone.
+  The draws of a row share one pool. So *in halves* repeats the comparison with {HALVES} ladders: each has another
+  random half of all seeds as its pool and the rest as its grid. The column says how many of those that can be judged
+  are compatible.
+* **(b) decided**, goal ≥ 80 %. If the *planned half-width* is above 1, it is known before training that the plan can't
+  settle every gain.
+* **(c) same answer**: the share of the decided ladders with the grid's own verdict and rank. *Two grids agree* is the
+  share for two grids, each with one of those halves; (c) can't be much higher, so it has no goal.
 * **(d) regret**: nats per item by which the recommended rank is worse than the best rank of the grid. A margin above 0
-  accepts some.
-* **(e)** floating-point operations of training and scoring, pilots included, as a share of the whole grid's; goal:
-  median ≤ 35 %, p90 ≤ 50 %. *One's own grid*: {FIRST_SEEDS} seeds at every rank from r_start, and the same pilots
-  (median).
+  accepts some regret.
+* **(e)** floating-point operations of training and scoring, pilot runs included, as a share of the whole grid's; goal:
+  median ≤ 35 %, p90 ≤ 50 %. *One's own grid* has {FIRST_SEEDS} seeds at every rank from r_start, and the same pilot
+  runs (median).
 """
 
 
@@ -103,13 +106,13 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
         known = [row.compatible for row in some if row.compatible is not None]
         halves = [sum(counts) for counts in zip(*(row.in_halves for row in some), strict=True)] or [0, 0]
         yield f"* {name}: {len(some)} rows."
-        yield f"  (b) is reached in {_reached([row.decided for row in some], DECIDED)};"
-        yield f"  (a), where it can be judged, in {_reached(known, COMPATIBLE)}, over halves by"
-        yield f"  {halves[0]} of {halves[1]} ladders."
+        yield f"  (b) is reached in {_reached([row.decided for row in some], DECIDED)},"
+        yield f"  (a) in {_reached(known, COMPATIBLE)} of the rows that can be judged."
+        yield f"  In halves, {halves[0]} of {halves[1]} ladders are compatible."
     cheap = sum(row.flops[0] <= FLOPS_MEDIAN and row.flops[1] <= FLOPS_P90 for row in rows)
-    yield f"* (e) is reached in {cheap} of {len(rows)} rows: medians{_range([row.flops[0] for row in rows])}, 90th"
-    yield f"  percentiles{_range([row.flops[1] for row in rows])};"
-    yield f"  of one's own grid{_range([row.flops_of_own for row in rows])}."
+    yield f"* (e) is reached in {cheap} of {len(rows)} rows, by median{_range([row.flops[0] for row in rows])} and 90th"
+    yield f"  percentile{_range([row.flops[1] for row in rows])} of the ladders; of one's own grid the medians are"
+    yield f" {_range([row.flops_of_own for row in rows])}."
     yield ""
 
 
@@ -147,9 +150,10 @@ def _noise(reference: ReferenceGrid) -> Iterator[str]:
     yield from (
         "## Noise, measured",
         "",
-        f"All {together.shape[1]} seeds together. *Seed sd*: of one seed's mean difference of two ranks; *item sd*: of",
-        "the true difference, over items. `sweep.ladder.seed_sd` and `item_sd` take these, and a sweep says before",
-        "training whether its margin can be settled.",
+        f"These standard deviations are of all {together.shape[1]} seeds together. *Seed sd*: of one seed's mean",
+        "difference of two ranks. *Item sd*: of the true difference, over items. If you give them as",
+        "`sweep.ladder.seed_sd` and `sweep.ladder.item_sd`, a sweep says before training whether its plan can settle",
+        "the margin.",
         "",
         "| doubling | learning rates | gain, nats per item | share of the whole gain | seed sd | item sd |",
         "|---|---|---|---|---|---|",
@@ -168,22 +172,24 @@ def _noise(reference: ReferenceGrid) -> Iterator[str]:
 
 def _how(reference: ReferenceGrid) -> str:
     kept, pool = reference.provenance, reference.pool.shape[1]
-    unresolved = f" Still at the edge after that: r = {_list(kept['unresolved'])}." if kept["unresolved"] else ""
+    still = _list(kept["unresolved"])
+    unresolved = f" The best was still at the edge after that for r = {still}." if kept["unresolved"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(kept["versions"].items()))
-    few = f"\n* The pool has {pool} seeds, and a purchase of more gets no more." if pool < MOST_SEEDS else ""
+    few = f"\n* The pool has {pool} seeds, so no ladder can add more than these." if pool < MOST_SEEDS else ""
     return f"""## How it was measured
 
 {kept["model"]}, {kept["quantization"]}, {kept["targets"]}, alpha = 2r; {kept["steps"]} steps of {kept["batch_size"]}
 examples; {kept["device"]}. Seeds of the grid: {_list(kept["grid_seeds"])}; of the pool: {_list(kept["replay_seeds"])}.
-Learning rates by the ladder's own code, {{½, 1, 2}} × a centre ∝ r^−½ and one beyond where the best is at the edge:
-seed {kept["pilot_seed"]}, {kept["pilot_items"]} validation items.{unresolved}
+The ladder's own code chose the learning rates: {{½, 1, 2}} × a centre ∝ r^−½, and one rate beyond if the best is at the
+edge, with seed {kept["pilot_seed"]} and {kept["pilot_items"]} validation items.{unresolved}
 Measured {kept["measured"]} with {versions}.
 
 ## What it does not say
 
-* One task, one model of 2.5 million parameters, one short budget: with longer training seeds may differ less.
-* Every ladder has the grid's learning rates: what another pilot seed would have chosen isn't replayed.
-* The draws share a pool of {pool} seeds and aren't independent: a share is that of this pool against this grid.{few}"""
+* It covers one task, one model of 2.5 million parameters and one short budget: with longer training, seeds may differ
+  less.
+* Every ladder uses the grid's learning rates: the choice of another pilot seed isn't replayed.
+* The draws share a pool of {pool} seeds and aren't independent: a share describes this pool against this grid.{few}"""
 
 
 def _list(values: Sequence[object]) -> str:

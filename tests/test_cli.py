@@ -347,3 +347,16 @@ def test_a_pipe_that_closes_early_is_no_error() -> None:
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_help_groups_all_commands_and_cuts_no_description(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer.main
+
+    from qlora_exp.cli import GROUPS, app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(commands)
+    assert main(["--help"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    for name, command in commands.items():
+        assert f"{name} {' '.join(command.help.partition(chr(10) * 2)[0].split())}" in page

@@ -13,6 +13,7 @@ import typer.main
 from qlora_exp.catalogue import group_names
 from qlora_exp.cli import app
 from qlora_exp.compose import groups, problems_of
+from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -135,3 +136,18 @@ def test_the_readme_names_every_verb() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     missing = [verb for verb in all_commands() if not re.search(rf"`{verb}\b|qlora-exp {verb}\b", readme)]
     assert missing == []
+
+
+def file_names(paths: RunPaths | StudyPaths) -> list[str]:
+    """The file or folder that each property of ``paths`` names."""
+    properties = [name for name, member in vars(type(paths)).items() if isinstance(member, property)]
+    values = [getattr(paths, name) for name in properties]
+    return [value.name for value in values if isinstance(value, Path)]
+
+
+@pytest.mark.parametrize("kind", ["run", "study"])
+def test_the_page_on_structure_names_each_file_of_a_run_and_a_study(kind: str) -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    names = file_names(getattr(OutputPaths.of("outputs"), kind)("NAME"))
+    assert len(names) > 8
+    assert [name for name in names if f"`{name}" not in page and f"/{name}`" not in page] == []

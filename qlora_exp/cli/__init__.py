@@ -1,4 +1,4 @@
-"""The verbs of ``qlora-exp``. Each imports what it needs when it is called: ``--help`` and completion stay instant."""
+"""The commands of ``qlora-exp``. Each imports what it needs when it is called: ``--help`` and completion stay fast."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from qlora_exp import heap
 from qlora_exp.cli import (
@@ -26,12 +27,42 @@ from qlora_exp.errors import QloraExpError, unwritable
 from qlora_exp.terminal import check_arguments, show_any_text
 
 EPILOG = (
-    "Each verb has its own help with examples: qlora-exp run --help. The Hydra app itself: python -m qlora_exp --help"
+    "Each command has its own help with examples: qlora-exp run --help. Hydra's own help: python -m qlora_exp --help"
 )
+
+GROUPS = {
+    "Before a run": ("init", "ls", "validate", "data", "plan", "calibrate", "doctor"),
+    "Runs and studies": ("run", "rerun", "sweep", "resume", "stop", "status"),
+    "Results": ("best", "trials", "show", "diff", "report", "analyze", "export"),
+    "MLflow and disk": ("ui", "sync", "clean"),
+    "Other commands": ("version",),
+}
+"""Heading in ``--help`` → its commands, in the order in which they are shown."""
+
+
+class Commands(TyperGroup):
+    """The list of all commands in ``--help``: grouped, and no description cut."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write one section for each group. A command that no group names comes last."""
+        width = max(map(len, self.commands))
+        named = [name for names in GROUPS.values() for name in names]
+        others = tuple(name for name in self.commands if name not in named)
+        for heading, names in {**GROUPS, "Other commands": (*GROUPS["Other commands"], *others)}.items():
+            shown = [name for name in names if name in self.commands]
+            rows = [(name.ljust(width), _first_paragraph(self.commands[name].help)) for name in shown]
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+def _first_paragraph(text: str | None) -> str:
+    return " ".join((text or "").partition("\n\n")[0].split())
+
 
 app = typer.Typer(
     name="qlora-exp",
-    help="Which LoRA/QLoRA configuration is worth paying for? Train, measure, record and compare.",
+    cls=Commands,
+    help="Train LoRA and QLoRA configurations, measure and compare them, and find the one that is worth its cost.",
     epilog=EPILOG,
     no_args_is_help=True,
     # Plain help: Rich's panels cost more time than everything else together, and can't be searched in a log.

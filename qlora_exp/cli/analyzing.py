@@ -29,23 +29,26 @@ def add_to(app: typer.Typer) -> None:
 def analyze(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet")],
     margin: Annotated[
-        float | None, typer.Option(help="What a step must gain to be worth paying for, in the score's units")
+        float | None, typer.Option(help="Smallest gain of a step that is worth its cost, in the score's units")
     ] = None,
     higher_is_better: Annotated[
         bool | None,
-        typer.Option("--higher-is-better/--lower-is-better", help="By the score's name where that tells"),
+        typer.Option(
+            "--higher-is-better/--lower-is-better", help="Direction of the score; default: from the score's name"
+        ),
     ] = None,
-    rank_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column with the rank")] = None,
-    score_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column with the score")] = None,
+    rank_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column with the rank")] = None,
+    score_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column with the score")] = None,
     configuration_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The column that tells configurations apart")
+        str | None, typer.Option(metavar="NAME", help="Column that distinguishes configurations")
     ] = None,
-    se: Annotated[float | None, typer.Option(help="A published standard error of every score")] = None,
-    json: Annotated[bool, typer.Option("--json", help="The answer as one JSON object")] = False,
+    se: Annotated[float | None, typer.Option(help="Published standard error of every score")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object")] = False,
 ) -> int:
-    """Answer the rank question from a table of any tool: columns rank and score, and seed and item where there are.
+    """Decide which rank is enough from a table of results of any tool.
 
-    Without seeds or a standard error it says what can't be concluded. An answer, whatever it is, exits 0.
+    The table has columns for rank and score, and optionally seed and item. Without seeds or a standard error, the
+    command says what can't be concluded. The exit code is 0 for every answer.
     """
     from qlora_exp.analysis.table import Options, analyze_table, as_json
 

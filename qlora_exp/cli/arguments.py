@@ -72,7 +72,7 @@ Run = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="A run's id, a unique beginning or end of one, 'last', or its folder",
+        help="A run's id, a unique beginning or end of it, 'last', or the run's folder",
         autocompletion=complete_runs,
         show_default=False,
     ),
@@ -81,7 +81,7 @@ Study = Annotated[
     str,
     typer.Argument(
         metavar="STUDY",
-        help="A study's name, a unique beginning of one, or 'last'",
+        help="A study's name, a unique beginning of it, or 'last'",
         autocompletion=complete_studies,
         show_default=False,
     ),
@@ -89,7 +89,7 @@ Study = Annotated[
 OutputRoot = Annotated[
     str | None,
     typer.Option(
-        "--output-root", metavar="DIR", help="Where the runs are; by default output_root of the configuration"
+        "--output-root", metavar="DIR", help="Folder of the runs and studies; default: output_root of the configuration"
     ),
 ]
 Storage = Annotated[
@@ -97,15 +97,20 @@ Storage = Annotated[
     typer.Option(
         "--storage",
         metavar="URL",
-        help="Where the study is, if it has a password: its file keeps none. Or QLORA_EXP_STORAGE in the environment",
+        help="URL of the study's database, if it has a password (study.json keeps none); or set QLORA_EXP_STORAGE",
     ),
 ]
 Source = Annotated[
-    Path | None, typer.Option("--from", metavar="FILE", help="A YAML file of settings; axes and what is typed here win")
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="FILE",
+        help="YAML file with settings; the sweep's axes and the overrides typed here take precedence",
+    ),
 ]
 
 Force = Annotated[
-    bool, typer.Option("--force", help="Start although it is predicted not to fit into memory (budget.force=true)")
+    bool, typer.Option("--force", help="Start a run even if it is predicted not to fit into memory (budget.force=true)")
 ]
 
 

@@ -16,10 +16,10 @@ def add_to(app: typer.Typer) -> None:
 
 def show(
     run: Run,
-    json: Annotated[bool, typer.Option("--json", help="The record as it is on disk")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print record.json")] = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Show all that is known of a run."""
+    """Show the record of a run."""
     from qlora_exp.history import find_run
     from qlora_exp.records import read_record
 
@@ -37,7 +37,7 @@ def show(
 
 
 def diff(first: Run, second: Run, output_root: OutputRoot = None) -> int:
-    """Show what differs between two runs."""
+    """Show the differences between two runs."""
     from qlora_exp.history import find_run
     from qlora_exp.records import read_record
     from qlora_exp.tables import difference_table

@@ -27,31 +27,32 @@ def add_to(app: typer.Typer) -> None:
 def export(
     run: Run,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="DIR", help="A new or empty folder; by default export/ of the run")
+        Path | None,
+        typer.Option("--to", metavar="DIR", help="New or empty folder; default: export/ in the run's folder"),
     ] = None,
     formats: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="adapter, merged, q8_0, q5_1, q5_0, q4_1, q4_0; separated by commas"),
+        typer.Option(metavar="LIST", help="Comma-separated: adapter, merged, q8_0, q5_1, q5_0, q4_1, q4_0"),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the merged model: bfloat16 or float16")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the merged model: bfloat16 or float16")] = None,
     check_items: Annotated[
-        int | None, typer.Option(help="Items to answer again from the exported files; 0: none")
+        int | None, typer.Option(help="Number of items on which the exported files are checked; 0: no check")
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Accuracy that an exported file may lose, as a share of items")
+        float | None, typer.Option(help="Largest accepted loss of accuracy of an exported file, as a share of items")
     ] = None,
     usd_per_hour: Annotated[
         float | None,
-        typer.Option(help="Price of the machine that trained; by default as the record or conf/prices.yaml has it"),
+        typer.Option(help="Price of the training machine; default: from the record, else from conf/prices.yaml"),
     ] = None,
-    phone_file_bytes: Annotated[int | None, typer.Option(help="Largest file that counts as fit for a phone")] = None,
-    phone_memory_bytes: Annotated[int | None, typer.Option(help="Most memory that counts as fit for a phone")] = None,
+    phone_file_bytes: Annotated[int | None, typer.Option(help="Largest file size that is accepted for a phone")] = None,
+    phone_memory_bytes: Annotated[int | None, typer.Option(help="Largest memory that is accepted for a phone")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print export.json")] = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Write adapter, merged model and GGUF files of a run, and check that they still answer its task.
+    """Write a run's adapter, merged model and GGUF files, and check that they still answer its task.
 
-    Defaults are those of conf/export.yaml.
+    The defaults are in conf/export.yaml.
     """
     from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
     from qlora_exp.config import DeviceChoice

@@ -30,9 +30,9 @@ def complete_lists(incomplete: str) -> list[str]:
 def ls(
     what: Annotated[str, typer.Argument(metavar="WHAT", help=", ".join(LISTS), autocompletion=complete_lists)] = "runs",
     output_root: OutputRoot = None,
-    limit: Annotated[int | None, typer.Option(help="Only the newest runs", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Show only so many runs, the newest", min=1)] = None,
 ) -> int:
-    """List what can be chosen, or the runs."""
+    """List the runs, or the choices: models, quantizations, targets, tasks, sweeps."""
     from qlora_exp.catalogue import LISTED, choices, sweeps
     from qlora_exp.errors import ConfigError, nearest
 

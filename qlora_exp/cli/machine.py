@@ -34,13 +34,13 @@ def add_to(app: typer.Typer) -> None:
 def doctor(
     overrides: Overrides = None,
     self_test: Annotated[
-        bool, typer.Option(help="Also measure this machine's speed, and train through every quantization mode on it")
+        bool, typer.Option(help="Also measure this machine's speed, and test the gradients of every quantization mode")
     ] = True,
     output_root: OutputRoot = None,
 ) -> int:
-    """Check this machine: ok, or problem and fix; with overrides also whether their runs fit on its disk.
+    """Check this machine: print ok, or the problem and its fix.
 
-    Exit code 1 where there is a problem.
+    With overrides it also checks whether the runs fit on the disk. The exit code is 1 if there is a problem.
     """
     from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
     from qlora_exp.config import DeviceChoice
@@ -61,12 +61,12 @@ def doctor(
 
 def calibrate(
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of torch; a rate is kept for each number of them")
+        int | None, typer.Option(min=1, help="Number of torch threads; the throughput is stored for each number")
     ] = None,
 ) -> int:
-    """Measure how fast this machine trains in each quantization mode, for plans (ten seconds).
+    """Measure this machine's training throughput in each quantization mode, for plans (ten seconds).
 
-    The rates are kept in the user's cache, by device and number of threads.
+    The results are stored in the user's cache folder, by device and number of threads.
     """
     from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
     from qlora_exp.calibration import calibrate as measure
@@ -85,16 +85,17 @@ def calibrate(
 
 def sync(
     uri: Annotated[
-        str | None, typer.Option(metavar="URI", help="Deliver here instead of where each run's configuration says")
+        str | None,
+        typer.Option(metavar="URI", help="Log to this MLflow store instead of the one in each run's configuration"),
     ] = None,
     experiment: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Into this experiment instead of each run's own")
+        str | None, typer.Option(metavar="NAME", help="Log to this experiment instead of each run's own")
     ] = None,
     output_root: OutputRoot = None,
 ) -> int:
-    """Deliver runs to MLflow that could not be.
+    """Log the runs to MLflow that it has not received.
 
-    Runs whose process died are told as interrupted.
+    A run whose process died is marked as interrupted.
     """
     import sys
 
@@ -123,9 +124,9 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1")] = 5000,
     output_root: OutputRoot = None,
 ) -> int:
-    """Open the runs in the MLflow UI, on loopback.
+    """Open the runs in the MLflow UI, on 127.0.0.1.
 
-    Ctrl-C ends it.
+    End it with Ctrl-C.
     """
     import os
 

@@ -27,10 +27,10 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             "qlora-exp plan model=llama3_1_8b quantization=nf4 lora.r=16",
             "qlora-exp plan model=qwen3_8b quantization=bf16,int8,nf4 lora.r=8,16,32 --device rtx4090",
-            "qlora-exp plan demo                                    # a sweep of sweeps/",
-            "qlora-exp plan demo budget.tokens=1000000              # and what a budget buys of it",
-            "qlora-exp plan --fit 24GB model=llama3_1_8b            # the reverse: what fits, best first",
-            "qlora-exp plan --sizes model=llama3_1_8b lora.r=32     # the size of its weights at 32, 16, 8, 4 bits",
+            "qlora-exp plan demo                                    # a sweep in sweeps/",
+            "qlora-exp plan demo budget.tokens=1000000              # how many trials a budget is enough for",
+            "qlora-exp plan --fit 24GB model=llama3_1_8b            # what fits into 24 GB, best first",
+            "qlora-exp plan --sizes model=llama3_1_8b lora.r=32     # size of the weights at 32, 16, 8, 4 bits",
             "qlora-exp plan model=local model.path=FOLDER/config.json --json",
         ),
     )(plan)
@@ -45,39 +45,44 @@ def plan(
         list[str] | None,
         typer.Argument(
             metavar="[SWEEP] [KEY=VALUE]...",
-            help="A file of sweeps/, and Hydra overrides; key=a,b,c is an axis",
+            help="Name of a file in sweeps/, and Hydra overrides; key=a,b,c is an axis",
             autocompletion=_complete,
             show_default=False,
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="A list of objects, in bytes, seconds and US dollars")
+        bool, typer.Option("--json", help="Print a list of JSON objects, in bytes, seconds and US dollars")
     ] = False,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write the plan as an HTML page")
+    ] = None,
     fit: Annotated[
         str | None,
         typer.Option(
             "--fit",
             metavar="SIZE",
-            help="Search what fits into 24GB, or on a card (rtx4090, a100_80gb …), best first: larger precision, then "
-            "rank, then sequence length, then adapted layers, then micro-batch. What the overrides set isn't searched",
+            help="List what fits into a size (24GB) or on a card (rtx4090, a100_80gb …), best first: larger precision, "
+            "then rank, then sequence length, then adapted layers, then micro-batch. Keys that are set stay fixed",
         ),
     ] = None,
-    sizes: Annotated[bool, typer.Option("--sizes", help="Only the weights: every quantization, and adapters")] = False,
+    sizes: Annotated[
+        bool,
+        typer.Option("--sizes", help="Show only the size of the weights in every quantization, and of the adapters"),
+    ] = False,
     device: Annotated[
         str | None,
         typer.Option(
             "--device",
             metavar="DEVICE",
-            help="cpu, cuda or a card (rtx4090, a100_80gb …), as plan.device=DEVICE. By default cuda for models of "
-            "the Hub, cpu for the embedded and local ones",
+            help="cpu, cuda or a card (rtx4090, a100_80gb …); same as plan.device=DEVICE. Default: cuda for models "
+            "from the Hub, cpu for embedded and local models",
         ),
     ] = None,
     source: Source = None,
 ) -> int:
-    """Count before you pay: parameters, memory, disk and what fits.
+    """Predict memory, time, cost and disk of a run or a sweep, before anything is loaded.
 
-    Nothing is loaded, and nothing is downloaded for the families that come with the package.
+    The command loads neither weights nor torch. It downloads nothing for the families that come with the package.
     """
     import sys
 

@@ -25,7 +25,10 @@ def add_to(app: typer.Typer) -> None:
         ),
     )(validate)
     data = typer.Typer(
-        help="Look at the data as it is trained on.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+        help="Look at the data that training will use.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        add_completion=False,
     )
     data.command(
         "preview",
@@ -40,7 +43,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def validate(overrides: Overrides = None, source: Source = None, force: Force = False) -> int:
-    """Check settings and data; read no weight."""
+    """Check configuration and data without loading weights."""
     from qlora_exp.app import check_may_start
     from qlora_exp.plan.targets import rank_above_width
 
@@ -63,9 +66,9 @@ def preview(
     overrides: Overrides = None,
     source: Source = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
-    count: Annotated[int, typer.Option("--count", "-n", help="How many items")] = 3,
+    count: Annotated[int, typer.Option("--count", "-n", help="Number of items")] = 3,
 ) -> int:
-    """Show items as tokens. The trained ones are highlighted; without a terminal they stand in [brackets]."""
+    """Show items as tokens. The trained tokens are highlighted, or in [brackets] without a terminal."""
     from rich.text import Text
 
     from qlora_exp.data import preview as preview_items

@@ -35,24 +35,27 @@ def report(
         list[str] | None,
         typer.Argument(
             metavar="[STUDY]...",
-            help="Names, unique beginnings of names, or 'last'; without any: all runs",
+            help="Names, unique beginnings of names, or 'last'; default: all runs",
             autocompletion=complete_studies,
             show_default=False,
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Where the files go; by default the (first) study's folder"),
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the files; default: the folder of the (first) study"
+        ),
     ] = None,
     equivalence: Annotated[
         float | None,
         typer.Option(
-            "--equivalence", help="Bits per byte within which instruct and base count as equal; fix it beforehand"
+            "--equivalence",
+            help="Margin in bits per byte within which instruct and base count as equal; fix it beforehand",
         ),
     ] = None,
     output_root: OutputRoot = None,
 ) -> int:
-    """Write report.html, report.md and runs.csv: the answer in words, and everything that it rests on."""
+    """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
     from qlora_exp.analysis.rendering import to_csv, to_html, to_markdown
     from qlora_exp.analysis.report import build
     from qlora_exp.history import find_study, read_runs

@@ -37,7 +37,7 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp run task=local task.path=FILE.jsonl training.max_steps=40",
             "qlora-exp run -m quantization=fp16,nf4 lora.r=4,8      # four runs, one after the other",
             "qlora-exp run --from my_task.yaml seed=2",
-            "qlora-exp run --resume last                            # go on after Ctrl-C",
+            "qlora-exp run --resume last                            # continue after Ctrl-C",
         ),
     )(run)
     app.command(
@@ -58,12 +58,12 @@ def run(
     source: Source = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Go on with an interrupted run", autocompletion=complete_runs),
+        typer.Option(metavar="RUN", help="Continue an interrupted run", autocompletion=complete_runs),
     ] = None,
     output_root: OutputRoot = None,
     force: Force = False,
 ) -> int:
-    """Train one configuration and keep its record."""
+    """Train one configuration, score it before and after, and write its record."""
     from qlora_exp.ranks import one_rank_only
 
     one_rank_only()
@@ -80,7 +80,7 @@ def run(
 
 
 def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None, force: Force = False) -> int:
-    """Run a record's configuration again."""
+    """Run the configuration of a recorded run again."""
     import shlex
 
     from qlora_exp.history import find_run

@@ -55,16 +55,20 @@ def add_to(app: typer.Typer) -> None:
 
 
 def sweep(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A file of sweeps/", autocompletion=complete_sweeps)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of a file in sweeps/", autocompletion=complete_sweeps)
+    ],
     overrides: Overrides = None,
     source: Source = None,
-    join: Annotated[bool, typer.Option("--join", help="Share a study that another process works on")] = False,
+    join: Annotated[
+        bool, typer.Option("--join", help="Share the work on a study with the process that runs it")
+    ] = False,
     output_root: OutputRoot = None,
     force: Force = False,
 ) -> int:
-    """Train the trials of a study.
+    """Run the trials of a study.
 
-    The same command again goes on with it. The same as python -m qlora_exp -m sweeps=NAME …
+    Repeat the command to continue the study. It does the same as python -m qlora_exp -m sweeps=NAME …
     """
     given = [f"sweeps={name}", *given_overrides(source, overrides, sweep=name), *forced(force)]
     return _hydra([*given, *_join(join), *_root(output_root)])
@@ -73,21 +77,23 @@ def sweep(
 def resume(
     study: Study,
     overrides: Overrides = None,
-    join: Annotated[bool, typer.Option("--join", help="Share it with the process that works on it")] = False,
+    join: Annotated[
+        bool, typer.Option("--join", help="Share the work on the study with the process that runs it")
+    ] = False,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Make a damaged study database again from the runs' records")
+        bool, typer.Option("--rebuild", help="Rebuild a damaged study database from the runs' records")
     ] = False,
     retry: Annotated[
         str | None,
         typer.Option(
-            "--retry", metavar="WHAT", help="Run trials again that are: failed, out_of_memory or does_not_fit"
+            "--retry", metavar="WHAT", help="Run trials with this result again: failed, out_of_memory or does_not_fit"
         ),
     ] = None,
     storage: Storage = None,
     output_root: OutputRoot = None,
     force: Force = False,
 ) -> int:
-    """Go on with a study: exactly the missing trials, and with --retry those that failed."""
+    """Continue a study: run exactly the missing trials, and with --retry the failed ones again."""
     from qlora_exp.ranks import one_rank_only
 
     one_rank_only()  # before a damaged study is made again
@@ -112,13 +118,13 @@ def resume(
 
 def status(
     study: Study = "last",
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second; Ctrl-C ends")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second; end with Ctrl-C")] = False,
     storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
-    """Show how a study stands.
+    """Show the state of a study.
 
-    Running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
+    It shows running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
     """
     from qlora_exp.standing import show_standing, watch_status
     from qlora_exp.sweep import orchestrator
@@ -147,10 +153,12 @@ def _show_not_delivered(spec: StudySpec, opened: Any, paths: StudyPaths) -> None
 
 def stop(
     study: Study,
-    now: Annotated[bool, typer.Option("--now", help="Don't wait for the running trials: they save and end")] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="Stop the running trials, too: they save their state and end")
+    ] = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Stop a study after its running trials; called twice: now."""
+    """Stop a study after its running trials; a second call stops these, too."""
     import shlex
 
     from qlora_exp.sweep import request_stop
@@ -207,7 +215,7 @@ def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
 
 def trials(
     study: Study,
-    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated, for other tools")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values for other tools")] = False,
     storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
@@ -228,14 +236,16 @@ def trials(
 
 def clean(
     study: Study,
-    keep: Annotated[str, typer.Option("--keep", help="Adapters that stay: best:K or all")] = "best:1",
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what would go")] = False,
+    keep: Annotated[str, typer.Option("--keep", help="Adapters to keep: best:K or all")] = "best:1",
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete; without this option the command only lists what it would delete")
+    ] = False,
     storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
-    """Free disk space.
+    """Delete a study's checkpoints and the adapters that are not among its best.
 
-    Checkpoints go first, then adapters that are not among the best. Records, per-item results and curves always stay.
+    Records, per-item results and training curves are always kept.
     """
     from qlora_exp.paths import OutputPaths
     from qlora_exp.retention import best_first, delete, disposable, kept_numbers

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
     print(f"{arguments.memory_bytes / 1e6:.0f} MB; {' × '.join(SPACE)}; {arguments.steps} steps")
-    print("| | completed | started in vain | not started | seconds in vain | seconds |\n|---|---|---|---|---|---|")
+    print("| | completed | started and failed | not started | wasted seconds | seconds |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, budget in (("without", "null"), ("with", str(arguments.memory_bytes))):
             swept = sweep(name, Path(folder), arguments.memory_bytes, arguments.steps, budget)
