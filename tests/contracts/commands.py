@@ -13,7 +13,6 @@ import yaml
 
 from tests.contracts.calling import call, start
 from tests.contracts.golden_files import ROOT, plain
-from tests.contracts.masking import masked
 
 Command = Any
 """A command of click, or of the copy of click that typer brings."""
@@ -105,8 +104,18 @@ def choices() -> dict[str, list[str]]:
     }
 
 
-def configuration(folder: Path) -> Any:
-    """Every key of a run's configuration with its default, as Hydra's application prints it."""
+def configuration(folder: Path) -> dict[str, Any]:
+    """Every key of a run's configuration with its default, as Hydra's application prints it; and what each choice of
+    a group sets."""
     done = start(folder, "--cfg", "job", program=("-m", "qlora_exp"))
     assert done.code == 0, done.err
-    return masked(yaml.safe_load(done.out))
+    return {"choices": choices(), "keys": yaml.safe_load(done.out), "files": files()}
+
+
+def files() -> dict[str, Any]:
+    """File of conf/ and sweeps/ → its content. Prices of machines aren't settings."""
+    groups, sweeps = sorted(ROOT.glob("conf/*/*.yaml")), sorted(ROOT.glob("sweeps/*.yaml"))
+    return {
+        file.relative_to(ROOT).as_posix(): yaml.safe_load(file.read_text(encoding="utf-8"))
+        for file in (*groups, ROOT / "conf" / "export.yaml", *sweeps)
+    }

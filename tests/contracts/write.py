@@ -27,7 +27,7 @@ def contract(writer: Callable[[Path], None]) -> Callable[[Path], None]:
 @contract
 def commands_(folder: Path) -> None:
     write("commands.json", commands.commands())
-    write("configuration.json", {"choices": commands.choices(), "keys": commands.configuration(folder)})
+    write("configuration.json", commands.configuration(folder))
 
 
 @contract
