@@ -69,10 +69,10 @@ test-lower-bounds:
 	PYTHONPATH=$(CURDIR) .venv-lower/bin/python tests/lower_bounds.py imports
 
 calibration: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m qlora_exp.analysis.calibration --output docs/calibration.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m qlora_exp.analysis.error_rates.calibration --output docs/calibration.md
 
 replay: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m qlora_exp.analysis.replay --output docs/replay.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m qlora_exp.analysis.error_rates.replay --output docs/replay.md
 
 # Half an hour on two idle cores; killed and called again, it goes on. Then: make replay
 replay-measure: $(STAMP)

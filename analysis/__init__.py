@@ -1,1 +1,0 @@
-"""Questions asked of finished runs. Reads records only: never torch, trl or optuna."""

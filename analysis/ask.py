@@ -16,7 +16,8 @@ from qlora_exp.analysis.content import Report, Section
 from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.rendering import to_html, to_markdown
 from qlora_exp.errors import AnalysisError
-from qlora_exp.records import RunRecord, read_record, write_text
+from qlora_exp.records.files import read_record, write_text
+from qlora_exp.records.types import RunRecord
 
 Answer = Callable[[Sequence[RunRecord], Sequence[Configuration], Measure], Section | None]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.errors import AnalysisError
-from qlora_exp.records import Data, RunRecord, Scores, Status
+from qlora_exp.records.types import Data, RunRecord, Scores, Status
 
 TOLD = 4
 """Values of a difference that a message names."""

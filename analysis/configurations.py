@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from qlora_exp.analysis.comparable import answering_scores
-from qlora_exp.records import RunRecord, Scores
+from qlora_exp.records.types import RunRecord, Scores
 
 CONFIDENCE = 0.95
 """Of two-sided intervals over seeds."""

@@ -11,7 +11,7 @@ from scipy import stats
 
 from qlora_exp.analysis.comparable import answering_scores, untouched_scores
 from qlora_exp.analysis.variance import Array, split_variance
-from qlora_exp.records import RunRecord, Scores
+from qlora_exp.records.types import RunRecord, Scores
 
 INTERVAL = 0.90
 LEAST_SEEDS = 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from qlora_exp.analysis.comparable import Group, Protocol
 from qlora_exp.analysis.configurations import mean
 from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, difference, told
-from qlora_exp.records import RunRecord
+from qlora_exp.records.types import RunRecord
 
 EQUAL_SHARE = 0.05
 """Two sides processed equally many tokens where they differ by no more than this share."""

@@ -31,7 +31,7 @@ from qlora_exp.analysis.contrasts import (
     scores_at,
 )
 from qlora_exp.analysis.equal_tokens import TokenCheck, cell_of, processed_tokens
-from qlora_exp.records import RunRecord, Scores
+from qlora_exp.records.types import RunRecord, Scores
 
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
 BITS = "bits_per_byte"

@@ -11,7 +11,7 @@ from qlora_exp.analysis.content import Section, Table, Value, table
 from qlora_exp.analysis.contrasts import ItemScores
 from qlora_exp.analysis.instruct_base import Cell, InstructBase, compare, verdict
 from qlora_exp.analysis.instruct_base_words import paragraph, settled
-from qlora_exp.records import Baselines, RunRecord
+from qlora_exp.records.types import Baselines, RunRecord
 
 
 def instruct_section(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_exp.analysis.configurations import Configuration, mean
-from qlora_exp.records import Memory, RunRecord
+from qlora_exp.records.types import Memory, RunRecord
 
 PARTS = ("weights", "quantization state", "adapters", "gradients", "optimizer", "activations")
 BITS = {32: ("fp32",), 16: ("fp16", "bf16"), 8: ("int8",), 4: ("nf4", "fp4")}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.planning import Noise, items_needed, needs, seeds_needed
+from qlora_exp.analysis.power import Noise, items_needed, needs, seeds_needed
 from qlora_exp.analysis.rule import (
     FIRST_LOOK,
     LAST_LOOK,

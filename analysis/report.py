@@ -27,7 +27,7 @@ from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.instruct_base_words import primary_lead, primary_sentence
 from qlora_exp.analysis.tradeoffs import goal_answer
 from qlora_exp.errors import AnalysisError
-from qlora_exp.records import RunRecord, Status
+from qlora_exp.records.types import RunRecord, Status
 
 MOST_GROUPS = 3
 """Groups of comparable runs that are shown; further ones are named."""

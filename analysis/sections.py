@@ -10,7 +10,7 @@ from qlora_exp.analysis import figures, memory, tradeoffs
 from qlora_exp.analysis.comparable import Group, answering_scores, untouched_scores
 from qlora_exp.analysis.configurations import Configuration, Measure, mean, model_state_bytes
 from qlora_exp.analysis.content import Asked, Section, Table, Value, shown, table
-from qlora_exp.records import RunRecord, Status
+from qlora_exp.records.types import RunRecord, Status
 
 MOST_ROWS = 25
 """Rows of a table that is cut; all runs are in the last one."""

@@ -16,15 +16,7 @@ from typing import Any
 import numpy as np
 
 from qlora_exp.analysis.columns import Columns, find_columns
-from qlora_exp.analysis.rank import (
-    Answer,
-    Comparison,
-    Decision,
-    answer,
-    as_object,
-    decide_published,
-    walk,
-)
+from qlora_exp.analysis.rank import Answer, Comparison, Decision, answer, as_object, decide_published, walk
 from qlora_exp.analysis.reading import Row, read_rows
 from qlora_exp.analysis.rule import Rule, make_rule
 from qlora_exp.errors import AnalysisError, Problems, raise_all

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qlora_exp.records import RunRecord
+    from qlora_exp.records.types import RunRecord
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_run", "run"]
@@ -24,8 +24,8 @@ def run(*overrides: str) -> RunRecord:
     Raises:
         qlora_exp.errors.QloraExpError: wrong input; nothing was started.
     """
-    from qlora_exp.app import execute
-    from qlora_exp.compose import compose
+    from qlora_exp.config.compose import compose
+    from qlora_exp.runs.execute import execute
 
     return execute(compose(list(overrides)))
 
@@ -36,8 +36,8 @@ def load_run(run: str, output_root: str = "outputs") -> RunRecord:
     Raises:
         qlora_exp.errors.RecordError: there is no such record, or it can't be read.
     """
-    from qlora_exp.history import find_run
     from qlora_exp.paths import OutputPaths
-    from qlora_exp.records import read_record
+    from qlora_exp.records.files import read_record
+    from qlora_exp.records.find import find_run
 
     return read_record(find_run(run, OutputPaths.of(output_root)).record)

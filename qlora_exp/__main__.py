@@ -2,10 +2,10 @@
 
 import sys
 
-from qlora_exp import heap
+from qlora_exp.system import heap
 
 if __name__ == "__main__":
     heap.begin_again_to_train(sys.argv[1:])
-    from qlora_exp.hydra_app import main
+    from qlora_exp.orchestration.hydra_app import main
 
     sys.exit(main())

@@ -112,7 +112,7 @@ def no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def servers_kept() -> Iterator[None]:
     """The processes that fork trial hosts stay between the sweeps of different tests."""
-    from qlora_exp.workers import forking
+    from qlora_exp.orchestration import forking
 
     with forking.servers_kept():
         yield

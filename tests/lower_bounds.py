@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
-PROGRAMS = ("__main__", "host", "job")
+PROGRAMS = ("__main__", "trial_main", "job")
 """Modules that are started, not imported."""
 
 

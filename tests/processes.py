@@ -14,13 +14,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_exp import heap
-from qlora_exp.workers.forking import READ_LATER, Forked, ForkServer, can_fork
+from qlora_exp.orchestration.forking import READ_LATER, Forked, ForkServer, can_fork
+from qlora_exp.system import heap
 
-COMMANDS = ("qlora_exp", "qlora_exp.cli", "qlora_exp.job", "tests.program")
+COMMANDS = ("qlora_exp", "qlora_exp.cli", "qlora_exp.runs.job", "tests.program")
 IMPORTED = (
-    *("qlora_exp.one_run", "qlora_exp.tracking.tracker", "qlora_exp.tracking", "qlora_exp.study", "qlora_exp.sweep"),
-    *("qlora_exp.workers.worker", "qlora_exp.hydra_app", "qlora_exp.cli", "qlora_exp.progress", "hydra.main"),
+    *(
+        "qlora_exp.runs.pipeline",
+        "qlora_exp.tracking.run",
+        "qlora_exp.tracking",
+        "qlora_exp.study",
+        "qlora_exp.orchestration",
+    ),
+    *(
+        "qlora_exp.orchestration.worker",
+        "qlora_exp.orchestration.hydra_app",
+        "qlora_exp.cli",
+        "qlora_exp.runs.console",
+        "hydra.main",
+    ),
     *("optuna.storages", "optuna.samplers", "sqlalchemy.dialects.sqlite", "alembic.migration"),
 )
 

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.calibration import rates_file
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
-from qlora_exp.config import to_plain
-from qlora_exp.environment import probe, probe_without_torch
-from qlora_exp.one_run import Prepared, prepare
-from qlora_exp.one_run.affording import what_it_buys
-from qlora_exp.one_run.predicting import TIMES, as_first_told, row_lengths
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import to_plain
+from qlora_exp.estimate.calibration import rates_file
+from qlora_exp.estimate.preflight_budget import what_it_buys
+from qlora_exp.estimate.run_estimate import TIMES, as_first_told, row_lengths
+from qlora_exp.estimate.throughput import machine_of
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.seen import machine_of
-from qlora_exp.records import SCHEMA_VERSION, RunRecord, Speed, Status, write_json
+from qlora_exp.records.files import write_json
+from qlora_exp.records.types import SCHEMA_VERSION, RunRecord, Speed, Status
+from qlora_exp.runs.prepare import Prepared, prepare
+from qlora_exp.system.environment import probe, probe_without_torch
 
 SMALL = ["training.device=cpu", "training.threads=1", "quantization=fp32", "tracking=off", "training.max_steps=40"]
 SMALL += ["training.batch_size=4", "task.max_train_items=40"]

@@ -6,7 +6,9 @@ import shlex
 
 import pytest
 
-from qlora_exp.compose import check_multirun, compose, groups, without_globs
+from qlora_exp.config.compose import check_multirun, compose
+from qlora_exp.config.groups import groups
+from qlora_exp.config.overrides import without_globs
 from qlora_exp.errors import QloraExpError
 
 # (overrides, texts that the message must hold)

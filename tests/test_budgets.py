@@ -17,17 +17,18 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.budget import Purse, budget_of
-from qlora_exp.calibration import rates_file
 from qlora_exp.cli import main
-from qlora_exp.environment import probe_without_torch
-from qlora_exp.history import read_runs
+from qlora_exp.estimate.budget import Purse, budget_of
+from qlora_exp.estimate.calibration import rates_file
+from qlora_exp.estimate.throughput import machine_of
+from qlora_exp.orchestration.budget_forecast import what_it_buys
+from qlora_exp.orchestration.command import ask
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.seen import machine_of
-from qlora_exp.records import RunRecord, Status, write_json
-from qlora_exp.study import Study
-from qlora_exp.sweep import ask
-from qlora_exp.sweep.buying import what_it_buys
+from qlora_exp.records.files import write_json
+from qlora_exp.records.find import read_runs
+from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.study.study import Study
+from qlora_exp.system.environment import probe_without_torch
 from tests import processes
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.2", "tracking=off", "training.batch_size=8"]
@@ -42,7 +43,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sweep(*overrides: str) -> int:
-    from qlora_exp.hydra_app import main as application
+    from qlora_exp.orchestration.hydra_app import main as application
 
     return application(["-m", *SLEEP, *GRID, *overrides])
 

@@ -17,11 +17,12 @@ import pytest
 from qlora_exp import load_run
 from qlora_exp.cli import main
 from qlora_exp.cli.arguments import complete_overrides, complete_runs
-from qlora_exp.doctor import checks, disk_space, embedded_assets, writable
+from qlora_exp.doctor.checks import checks, disk_space, embedded_assets, writable
+from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import EMBEDDED, OutputPaths
-from qlora_exp.progress import Progress
-from qlora_exp.records import Status, write_json
-from qlora_exp.tables import bytes_text
+from qlora_exp.records.files import write_json
+from qlora_exp.records.types import Status
+from qlora_exp.runs.console import Progress
 from tests import processes
 
 QUICK = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.compose import Composer, compose
+from qlora_exp.config.compose import Composer, compose
 from qlora_exp.errors import QloraExpError
 
 COMPOSED = [

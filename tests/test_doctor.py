@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from qlora_exp import run
-from qlora_exp.calibration import rates_file
 from qlora_exp.cli import main
-from qlora_exp.config import Quantization
+from qlora_exp.config.schema import Quantization
 from qlora_exp.doctor.checks import _neighbours
-from qlora_exp.doctor.rate import calibration, judged, judged_calibration, measured_flops_per_second
+from qlora_exp.doctor.speed import calibration, judged, judged_calibration, measured_flops_per_second
 from qlora_exp.doctor.sweep_disk import RECORD_BYTES, sweep_disk, trial_bytes
-from qlora_exp.environment import probe
-from qlora_exp.plan.seen import machine_of
-from qlora_exp.records import write_json
-from qlora_exp.workers.devices import Gpu, GpuUser
+from qlora_exp.estimate.calibration import rates_file
+from qlora_exp.estimate.throughput import machine_of
+from qlora_exp.orchestration.devices import Gpu, GpuUser
+from qlora_exp.records.files import write_json
+from qlora_exp.system.environment import probe
 
 CARD = "NVIDIA A100-SXM4-80GB"
 

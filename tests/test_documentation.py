@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from qlora_exp.catalogue import group_names
 from qlora_exp.cli import app
-from qlora_exp.compose import groups, problems_of
+from qlora_exp.config.choices import group_names
+from qlora_exp.config.groups import groups
+from qlora_exp.config.problems import problems_of
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "qlora_exp" / "starter").rglob("*.md")),
+    *sorted((ROOT / "qlora_exp" / "cli" / "starter").rglob("*.md")),
     *sorted((ROOT / "qlora_exp" / "embedded").glob("*.md")),
 ]
 PLACEHOLDERS = ("RUN", "DIR", "FILE", "OVERRIDES", "STUDY", "OWNER", "…")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.config import DeviceChoice
-from qlora_exp.environment import alive, git_state, package_versions, probe, process_identity
+from qlora_exp.config.schema import DeviceChoice
 from qlora_exp.errors import ConfigError
-from qlora_exp.records import Environment, from_dict, to_dict
+from qlora_exp.records.schema import from_dict, to_dict
+from qlora_exp.records.types import Environment
+from qlora_exp.system.environment import alive, git_state, package_versions, probe, process_identity
 
 
 def test_the_environment_says_what_runs_here_and_survives_json() -> None:
@@ -45,7 +46,7 @@ def test_a_missing_cuda_device_is_told() -> None:
 
 def test_versions_need_no_import() -> None:
     code = (
-        "import sys; from qlora_exp.environment import package_versions; v = package_versions();"
+        "import sys; from qlora_exp.system.environment import package_versions; v = package_versions();"
         "sys.exit('torch' not in v or 'torch' in sys.modules or 'mlflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,16 +15,11 @@ import pytest
 from qlora_exp.analysis.content import Asked
 from qlora_exp.analysis.rendering import to_csv, to_markdown
 from qlora_exp.analysis.report import build
-from qlora_exp.app import execute
-from qlora_exp.budget import Purse, budget_of
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
-from qlora_exp.config import to_plain
-from qlora_exp.environment import probe_without_torch
-from qlora_exp.feasibility import MOST_REFUSALS_IN_A_ROW, Experience
-from qlora_exp.history import read_runs
-from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.feasibility import (
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import to_plain
+from qlora_exp.estimate.budget import Purse, budget_of
+from qlora_exp.estimate.memory_fit import (
     CPU_PROCESS_BYTES,
     ERROR,
     DoesNotFit,
@@ -35,11 +30,17 @@ from qlora_exp.plan.feasibility import (
     halved,
     kin_of,
 )
-from qlora_exp.records import KILLED_FOR_MEMORY, Device, Failure, Fit, Memory, Refusal, RunRecord, Status, write_json
-from qlora_exp.study import Study
+from qlora_exp.orchestration.budget_forecast import what_it_buys
+from qlora_exp.orchestration.command import ask
+from qlora_exp.orchestration.memory_feedback import MOST_REFUSALS_IN_A_ROW, Experience
+from qlora_exp.paths import OutputPaths
+from qlora_exp.records.files import write_json
+from qlora_exp.records.find import read_runs
+from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Failure, Fit, Memory, Refusal, RunRecord, Status
+from qlora_exp.runs.execute import execute
+from qlora_exp.study.study import Study
 from qlora_exp.study.types import TrialRow
-from qlora_exp.sweep import ask
-from qlora_exp.sweep.buying import what_it_buys
+from qlora_exp.system.environment import probe_without_torch
 from tests.analysis import made_up
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.05", "tracking=off"]
@@ -53,7 +54,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sweep(*overrides: str) -> int:
-    from qlora_exp.hydra_app import main as application
+    from qlora_exp.orchestration.hydra_app import main as application
 
     return application(["-m", *SLEEP, "sweep.name=mine", *overrides])
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from qlora_exp import run
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
-from qlora_exp.data import Splits, few_shot_draws, load_data
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config
+from qlora_exp.data.few_shot import few_shot_draws
+from qlora_exp.data.items import Splits
+from qlora_exp.data.load import load_data
 from qlora_exp.errors import DataError
-from qlora_exp.models import load_tokenizer
-from qlora_exp.records import Status
+from qlora_exp.models.tokenizers import load_tokenizer
+from qlora_exp.records.types import Status
 
 SMALL = ["task.max_validation_items=12", "task.max_test_items=12", "evaluation.few_shots=3"]
 
@@ -93,7 +95,7 @@ def test_a_run_records_every_draw_on_both_splits_and_keeps_them_for_the_next(tmp
 
 
 def test_scores_with_examples_are_kept_apart_from_those_without() -> None:
-    from qlora_exp.plan import base_fingerprint
+    from qlora_exp.architecture.run_plan import base_fingerprint
 
     config = composed()
     other = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, few_shots=None))

@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 
-from qlora_exp import gpus, run
-from qlora_exp.config import DeviceChoice, Engine
-from qlora_exp.gpus import cards, use_one_gpu
-from qlora_exp.records import Status
-from qlora_exp.workers.devices import slots_of
+from qlora_exp import run
+from qlora_exp.config.schema import DeviceChoice, Engine
+from qlora_exp.orchestration.devices import slots_of
+from qlora_exp.records.types import Status
+from qlora_exp.system import gpus
+from qlora_exp.system.gpus import cards, use_one_gpu
 
 GIB = 2**30
 Kept = pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp import heap
+from qlora_exp.system import heap
 
 pytestmark = pytest.mark.skipif(heap.tunables() is None, reason="the C library isn't glibc")
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.01", "training.device=cpu", "tracking=off"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.hydra_app import main
+from qlora_exp.orchestration.hydra_app import main
 
 
 @pytest.mark.parametrize("value", ["elsewhere", "a=b"])

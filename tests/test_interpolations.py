@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from qlora_exp import sweep
-from qlora_exp.app import config_from_plain
 from qlora_exp.cli import main
-from qlora_exp.compose import Composer, compose
-from qlora_exp.config import Config, to_plain
+from qlora_exp.config.compose import Composer, compose
+from qlora_exp.config.of_record import overrides_of
+from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.errors import QloraExpError
-from qlora_exp.history import read_runs
+from qlora_exp.estimate.sweep import points_of
+from qlora_exp.orchestration.command import ask, run_overrides
 from qlora_exp.paths import OutputPaths
-from qlora_exp.planning.points import points_of
-from qlora_exp.repetition import overrides_of
-from qlora_exp.study import Study
-from qlora_exp.study.spec_file import read_spec
+from qlora_exp.records.find import read_runs
+from qlora_exp.runs.entry_points import config_from_plain
+from qlora_exp.study.spec import read_spec
+from qlora_exp.study.study import Study
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"]
 NOT_OF_A_TRIAL = ("sweep", "workers", "output_root", "budget")
@@ -35,7 +35,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hydra(*arguments: str) -> int:
-    from qlora_exp.hydra_app import main as application
+    from qlora_exp.orchestration.hydra_app import main as application
 
     return application(["-m", *arguments])
 
@@ -87,7 +87,7 @@ def test_a_trial_and_the_command_for_it_are_what_one_run_with_its_values_would_b
     composer = Composer()
     one = [text for text in given if "MODE" not in text]  # a choice of a group is no value to Hydra
     single = {rank: of_a_trial(composer.compose([*one, f"lora.r={rank}"])) for rank in (4, 16)}
-    spec = sweep.ask([*given, "lora.r=4,16"]).spec
+    spec = ask([*given, "lora.r=4,16"]).spec
     for name in ("LR", "R", "MODE", "WHO", "KEY"):
         monkeypatch.delenv(name)
     monkeypatch.chdir("/")
@@ -97,9 +97,9 @@ def test_a_trial_and_the_command_for_it_are_what_one_run_with_its_values_would_b
             assert holds_from(holds, trial, rank, tmp_path), text
         same = ("quantization",) if one != given else ()
         assert of_a_trial(trial) | dict.fromkeys(same) == single[rank] | dict.fromkeys(same)
-        again = composer.compose(sweep.run_overrides(spec, {"lora.r": rank}))
+        again = composer.compose(run_overrides(spec, {"lora.r": rank}))
         assert of_a_trial(again) == of_a_trial(trial)
-    assert sweep.ask([*spec.overrides, "lora.r=4,16"]).spec.settings == spec.settings
+    assert ask([*spec.overrides, "lora.r=4,16"]).spec.settings == spec.settings
 
 
 def holds_from(holds: Any, config: Config, rank: int, folder: Path) -> bool:
@@ -128,7 +128,7 @@ def test_a_sweeps_file_and_hydras_own_params_are_read_once_for_each_trial(
     text: str, params: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep_file(text)
-    spec = sweep.ask(["sweeps=mine"], params).spec
+    spec = ask(["sweeps=mine"], params).spec
     points = list(points_of_spec(spec))
     assert len(points) == spec.n_trials
     here = [of_a_trial(compose(["sweeps=mine", *point])) for point in points]
@@ -137,7 +137,7 @@ def test_a_sweeps_file_and_hydras_own_params_are_read_once_for_each_trial(
     for name in ("LR", "R"):
         monkeypatch.delenv(name)
     assert [of_a_trial(compose([*spec.overrides, *point])) for point in points] == here
-    assert [of_a_trial(compose(sweep.run_overrides(spec, dict(point_of(point))))) for point in points] == here
+    assert [of_a_trial(compose(run_overrides(spec, dict(point_of(point))))) for point in points] == here
 
 
 def points_of_spec(spec: Any) -> list[list[str]]:
@@ -147,7 +147,7 @@ def points_of_spec(spec: Any) -> list[list[str]]:
 
 
 def point_of(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    from qlora_exp.compose import key_of, value_of
+    from qlora_exp.config.overrides import key_of, value_of
 
     return [(key_of(text), value_of(text)) for text in overrides]
 
@@ -183,7 +183,7 @@ def test_record_best_rerun_and_resume_name_the_trials_configuration(
         assert config["training"]["learning_rate"] == 1e-3
         assert config["lora"]["dropout"] in (0.8, 0.0)
         assert config["seed"] in (1, rank)
-        assert of_a_trial(composer.compose(sweep.run_overrides(spec, row.params))) == config
+        assert of_a_trial(composer.compose(run_overrides(spec, row.params))) == config
         assert row.number % 3 or of_a_trial(compose(overrides_of(record))) == config
         assert of_a_trial(config_from_plain(record.config)) == config
     capsys.readouterr()
@@ -259,8 +259,8 @@ def test_a_ladder_knows_that_alpha_follows_the_rank() -> None:
         "sweep.ladder.margin=0.1",
         FIXED_ALPHA,
     ]
-    follows = sweep.ask([*given, "lora.alpha=${lora.r}"]).spec.ladder
-    constant = sweep.ask([*given, "lora.alpha=${training.batch_size}"]).spec.ladder
+    follows = ask([*given, "lora.alpha=${lora.r}"]).spec.ladder
+    constant = ask([*given, "lora.alpha=${training.batch_size}"]).spec.ladder
     assert follows is not None
     assert constant is not None
     assert {one.rate_exponent for one in follows.ladders} == {-0.5}
@@ -269,8 +269,8 @@ def test_a_ladder_knows_that_alpha_follows_the_rank() -> None:
 
 @pytest.mark.parametrize("text", ["a ${b}", "\\${b}", "${", "}${lora.r}{", "\\\\${b} \\"])
 def test_a_recorded_text_with_a_dollar_is_read_as_it_is(text: str) -> None:
-    from qlora_exp.overrides import hydra_value, literal
-    from qlora_exp.records import RunRecord, Status
+    from qlora_exp.config.override_values import hydra_value, literal
+    from qlora_exp.records.types import RunRecord, Status
     from tests.test_repetition import ENVIRONMENT
 
     config = to_plain(compose([f"task.prompt={hydra_value(literal(text))}"]))
@@ -282,7 +282,7 @@ def test_a_recorded_text_with_a_dollar_is_read_as_it_is(text: str) -> None:
 
 def test_an_error_that_names_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORE", "http://user:geheim1@127.0.0.1:9")
-    spec = sweep.ask(["lora.r=4,8", "training.engine=sleep", "tracking.uri=${oc.env:STORE}"]).spec
+    spec = ask(["lora.r=4,8", "training.engine=sleep", "tracking.uri=${oc.env:STORE}"]).spec
     assert "geheim1" not in repr(spec)
     with pytest.raises(QloraExpError):
-        sweep.ask(["lora.r=4,8", "training.max_steps=${oc.env:STORE}"])
+        ask(["lora.r=4,8", "training.max_steps=${oc.env:STORE}"])

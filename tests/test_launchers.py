@@ -10,10 +10,11 @@ import cloudpickle
 import psutil
 import pytest
 
-from qlora_exp import sweep
-from qlora_exp.app import Ended
 from qlora_exp.errors import ConfigError, Problems
-from qlora_exp.hydra_app import one_job
+from qlora_exp.orchestration.command import ask
+from qlora_exp.orchestration.hydra_app import one_job
+from qlora_exp.orchestration.sweep import jobs_of
+from qlora_exp.runs.process import Ended
 from tests.faults.sweeps import (
     SLEEP,
     Sweep,
@@ -103,10 +104,10 @@ def test_how_a_worker_ends_survives_the_way_back(thing: BaseException) -> None:
 
 
 def test_what_a_launcher_carries_can_be_pickled(tmp_path: Path) -> None:
-    asked = sweep.ask(["lora.r=4,8", "training.engine=sleep", f"output_root={tmp_path}"])
-    from qlora_exp.compose import compose_raw
+    asked = ask(["lora.r=4,8", "training.engine=sleep", f"output_root={tmp_path}"])
+    from qlora_exp.config.compose import compose_raw
 
-    carried = (one_job, sweep.jobs_of(asked), compose_raw(["training.engine=sleep"]))
+    carried = (one_job, jobs_of(asked), compose_raw(["training.engine=sleep"]))
     task, jobs, config = cloudpickle.loads(cloudpickle.dumps(carried))
     assert task is one_job
     assert jobs == carried[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.measurement import Meter, flops_per_token, model_flops_utilisation
+from qlora_exp.training.meter import Meter, flops_per_token, model_flops_utilisation
 
 # Device names as NVML and torch give them, and the data sheets' dense 16-bit TFLOP/s.
 KNOWN = {

@@ -15,19 +15,22 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp import load_run, memory_limits, run
-from qlora_exp.app import end_killed_run, execute
-from qlora_exp.app.termination import ended_when_memory_is_short
+from qlora_exp import load_run, run
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
-from qlora_exp.environment import probe, process_identity
-from qlora_exp.one_run import prepare
-from qlora_exp.out_of_memory import killed_for_memory
+from qlora_exp.config.compose import compose
+from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES
+from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.feasibility import CPU_PROCESS_BYTES
-from qlora_exp.records import Fit, Process, RunRecord, Status, read_record, write_json
-from qlora_exp.tables import bytes_text
-from qlora_exp.tracking import repair
+from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.types import Fit, Process, RunRecord, Status
+from qlora_exp.runs.entry_points import end_killed_run
+from qlora_exp.runs.execute import execute
+from qlora_exp.runs.prepare import prepare
+from qlora_exp.runs.termination import ended_when_memory_is_short
+from qlora_exp.system import memory_limits
+from qlora_exp.system.environment import probe, process_identity
+from qlora_exp.system.out_of_memory import killed_for_memory
+from qlora_exp.tracking.sync import repair
 from tests.analysis import made_up
 from tests.conftest import write_colour_task
 
@@ -100,7 +103,7 @@ def patched_children(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Processes that the command starts see the machine that ``machine`` made, too."""
     (folder / "site").mkdir()
     lines = [f"memory_limits.{name} = Path({str(folder / name.lower())!r})" for name in ("PROC", "GROUPS")]
-    text = "\n".join(("from pathlib import Path", "from qlora_exp import memory_limits", *lines))
+    text = "\n".join(("from pathlib import Path", "from qlora_exp.system import memory_limits", *lines))
     (folder / "site" / "sitecustomize.py").write_text(text)
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -118,7 +121,7 @@ def test_what_the_machines_memory_cannot_hold_is_refused_before_anything_loads(
 ) -> None:
     machine(CPU_PROCESS_BYTES + needed_bytes // 2)
     patched_children(monkeypatch, tmp_path)
-    from qlora_exp.hydra_app import main as hydra
+    from qlora_exp.orchestration.hydra_app import main as hydra
 
     code = {
         "validate": lambda: main(["validate", *SMALL]),
@@ -246,7 +249,8 @@ def test_without_a_sign_of_it_nothing_is_called_out_of_memory(machine: Machine) 
 STUCK = """
 import hashlib, sys, time, types
 from pathlib import Path
-from qlora_exp import memory_limits, synthetic
+from qlora_exp.system import memory_limits
+from qlora_exp.runs import sleep_engine as synthetic
 memory_limits.PROC = Path("proc")
 def one_long_operation(seconds):
     Path("stuck").touch()
@@ -302,7 +306,7 @@ def test_only_a_process_of_ours_is_ended(monkeypatch: pytest.MonkeyPatch) -> Non
         watched.append(exit_code)
         yield
 
-    monkeypatch.setattr("qlora_exp.app.execution.ended_when_memory_is_short", watch)
+    monkeypatch.setattr("qlora_exp.runs.execute.ended_when_memory_is_short", watch)
     config = compose(["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"])
     execute(config)
     assert not watched, "a notebook's process isn't"
@@ -314,7 +318,7 @@ def test_only_a_process_of_ours_is_ended(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_trial_near_the_bound_that_the_kernel_ended_is_out_of_memory_and_not_tried_again(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from qlora_exp.hydra_app import main as hydra
+    from qlora_exp.orchestration.hydra_app import main as hydra
 
     sleep = ["training.engine=sleep", "training.sleep_seconds=0.05", "training.device=cpu", "tracking=off"]
     killed = [

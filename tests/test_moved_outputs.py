@@ -13,7 +13,7 @@ import pytest
 
 from qlora_exp.cli import main
 from qlora_exp.paths import OutputPaths
-from qlora_exp.study.spec_file import read_spec
+from qlora_exp.study.spec import read_spec
 
 ONE_OF_THREE = ["lora.r=4,8,16", "training.engine=sleep", "training.sleep_seconds=0.1", "sweep.name=s"]
 

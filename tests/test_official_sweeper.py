@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_exp.cli import main
-from qlora_exp.compose import compose_raw
+from qlora_exp.config.compose import compose_raw
 from qlora_exp.errors import QloraExpError
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"]
@@ -19,7 +19,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hydra(*arguments: str) -> int:
-    from qlora_exp.hydra_app import main as application
+    from qlora_exp.orchestration.hydra_app import main as application
 
     return application(list(arguments))
 

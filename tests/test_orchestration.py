@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 
-from qlora_exp import sweep
 from qlora_exp.cli import main
-from qlora_exp.environment import alive, process_identity
-from qlora_exp.lease import Lease, read_lease, write_lease
+from qlora_exp.orchestration.command import Asked, ask
+from qlora_exp.orchestration.orchestrator import orchestrating
+from qlora_exp.orchestration.sweep import sweep
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records import Process, write_json
-from qlora_exp.study.spec_file import read_spec, write_spec
-from qlora_exp.sweep.orchestration import orchestrating
+from qlora_exp.records.files import write_json
+from qlora_exp.records.types import Process
+from qlora_exp.study.spec import read_spec, write_spec
+from qlora_exp.system.environment import alive, process_identity
+from qlora_exp.system.lease import Lease, read_lease, write_lease
 from tests.workers.small_study import workers_of
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]
@@ -36,7 +38,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hydra(*arguments: str) -> int:
-    from qlora_exp.hydra_app import main as application
+    from qlora_exp.orchestration.hydra_app import main as application
 
     return application(["-m", *arguments])
 
@@ -161,8 +163,8 @@ class WorkerLost(Exception):
     """As joblib's and submitit's for a job that was killed."""
 
 
-def then_lost(asked: sweep.Asked) -> Callable[[list[list[str]]], Sequence[Any]]:
-    from qlora_exp.workers import run_worker
+def then_lost(asked: Asked) -> Callable[[list[list[str]]], Sequence[Any]]:
+    from qlora_exp.orchestration.worker import run_worker
 
     def launch(jobs: list[list[str]]) -> Sequence[Any]:
         run_worker(asked.spec, asked.paths, asked.workers)
@@ -174,8 +176,8 @@ def then_lost(asked: sweep.Asked) -> Callable[[list[list[str]]], Sequence[Any]]:
 def test_a_study_that_is_complete_although_a_worker_was_lost_ends_with_its_conclusion(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = sweep.ask(COMMAND)
-    assert sweep.sweep(asked, then_lost(asked)) == 0
+    asked = ask(COMMAND)
+    assert sweep(asked, then_lost(asked)) == 0
     told = capsys.readouterr()
     assert "2 of 2 trials done" in told.out
     assert "lost a worker" in told.err
@@ -186,5 +188,5 @@ def test_a_lost_worker_with_trials_left_is_an_error_that_says_how_to_go_on(capsy
     def launch(jobs: list[list[str]]) -> Sequence[Any]:
         raise WorkerLost("killed")
 
-    assert sweep.sweep(sweep.ask(COMMAND), launch) == 1
+    assert sweep(ask(COMMAND), launch) == 1
     assert "qlora-exp resume held" in capsys.readouterr().err

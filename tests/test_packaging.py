@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_WHEEL_BYTES = 30_000_000
-NOT_COPIED = (".git", ".venv", "outputs", "multirun", "mlartifacts", "__pycache__", "dist", "build", ".*_cache")
+NOT_COPIED = (".git", ".venv", "outputs", "multirun", "mlartifacts", "__pycache__", "dist", ".*_cache")
 
 
 def build(source: Path, target: Path, kind: str) -> Path:
@@ -71,9 +71,10 @@ def files_of(wheel: Path) -> dict[str, int]:
 
 def test_code_configuration_and_assets_come_from_the_installed_folder(installed: Path, tmp_path: Path) -> None:
     code = """
-import qlora_exp, qlora_exp.analysis, qlora_exp.cli, qlora_exp.starter
+import qlora_exp, qlora_exp.analysis, qlora_exp.cli
+from qlora_exp.cli.starter_files import FILES
 from qlora_exp.paths import CONF, EMBEDDED, PACKAGE, SWEEPS
-print(qlora_exp.__file__, qlora_exp.analysis.__file__, qlora_exp.cli.__file__, qlora_exp.starter.FILES, sep="\\n")
+print(qlora_exp.__file__, qlora_exp.analysis.__file__, qlora_exp.cli.__file__, FILES, sep="\\n")
 print(PACKAGE, CONF / "config.yaml", SWEEPS, EMBEDDED / "base" / "model.safetensors", sep="\\n")
 print(EMBEDDED / "instruct" / "model.safetensors", EMBEDDED / "task" / "test.jsonl", sep="\\n")
 print(EMBEDDED / "SHA256SUMS")
@@ -121,6 +122,7 @@ def test_the_wheel_is_small_and_holds_neither_tests_nor_symlinks(wheel: Path) ->
     assert [name for name in names if {"tests", "conftest.py"} & set(name.split("/")) or "/test_" in name] == []
     assert [name for name in names if name.split("/")[0] in ("conf", "sweeps", "analysis")] == []
     assert [name for name in names if "__pycache__" in name or name.endswith(".pyc")] == []
+    assert [name for name in names if "/build/" in name or "/error_rates/" in name or name.endswith("/build.py")] == []
 
 
 def test_the_wheel_of_the_sdist_equals_the_wheel_of_the_tree(wheel: Path, sdist: Path, tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_the_sdist_brings_what_a_clone_has(sdist: Path) -> None:
         "LICENSE",
     }
     assert wanted <= names
-    assert "tests/test_packaging.py" in names
+    assert {"tests/test_packaging.py", "qlora_exp/embedded/build/__main__.py"} <= names
 
 
 def test_every_pin_lies_within_the_declared_ranges() -> None:

@@ -8,12 +8,16 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_exp import plan
-from qlora_exp.compose import compose
-from qlora_exp.config import Config, Quantization
-from qlora_exp.environment import probe
+from qlora_exp.architecture import run_plan
+from qlora_exp.architecture.shapes import Architecture, WeightShape
+from qlora_exp.config.checks import check
+from qlora_exp.config.checks_task import goal_of
+from qlora_exp.config.compose import compose
+from qlora_exp.config.names import OPTIMIZERS, SCHEDULERS
+from qlora_exp.config.schema import Config, Quantization
 from qlora_exp.errors import ConfigError
-from qlora_exp.plan import Architecture, WeightShape
+from qlora_exp.records.types import Plan
+from qlora_exp.system.environment import probe
 
 LAYER = tuple(
     WeightShape(f"layers.{layer}.{name}", "linear", size_in, size_out, size_in * size_out, role)
@@ -29,12 +33,12 @@ LAYER = tuple(
 LLAMA_8B = Architecture("llama", 8_030_261_248, LAYER, "lm_head", 32, 4096, 128256)
 
 
-def planned(*overrides: str, kind: str = "cpu", bf16: bool = False) -> plan.Plan:
+def planned(*overrides: str, kind: str = "cpu", bf16: bool = False) -> Plan:
     config = compose(["model=llama3_1_8b", "training=default", *overrides])
     environment = probe()
     device = replace(environment.device, kind=kind, bf16=bf16)
     modules = [shape.name for shape in LAYER if shape.role == "attention"]
-    return plan.make_plan(config, replace(environment, device=device), LLAMA_8B, modules, "plain")
+    return run_plan.make_plan(config, replace(environment, device=device), LLAMA_8B, modules, "plain")
 
 
 def test_attention_of_an_8b_model_at_rank_8_is_the_known_number() -> None:
@@ -96,7 +100,7 @@ def test_steps_accumulation_and_checkpointing() -> None:
 
 def fingerprints(*overrides: str) -> tuple[str, str]:
     config = compose(list(overrides))
-    return plan.config_fingerprint(config), plan.base_fingerprint(config, "plain")
+    return run_plan.config_fingerprint(config), run_plan.base_fingerprint(config, "plain")
 
 
 def test_fingerprints_change_with_what_changes_a_result_and_with_nothing_else() -> None:
@@ -109,18 +113,18 @@ def test_fingerprints_change_with_what_changes_a_result_and_with_nothing_else() 
     for both in ("quantization=fp16", "model.variant=instruct", "evaluation.max_items=5", "training.max_length=64"):
         assert fingerprints(both)[0] != run, both
         assert fingerprints(both)[1] != base, both
-    assert plan.base_fingerprint(compose([]), "chat") != base
+    assert run_plan.base_fingerprint(compose([]), "chat") != base
     # auto was sdpa once, and is still
-    assert plan.base_fingerprint(compose(["model.attention=sdpa"]), "plain") == base
-    assert plan.base_fingerprint(compose(["model.attention=eager"]), "plain") != base
+    assert run_plan.base_fingerprint(compose(["model.attention=sdpa"]), "plain") == base
+    assert run_plan.base_fingerprint(compose(["model.attention=eager"]), "plain") != base
 
 
 def test_the_lists_of_names_are_transformers_own() -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    assert set(plan.OPTIMIZERS) == {name.value for name in OptimizerNames}
-    assert set(plan.SCHEDULERS) == {name.value for name in SchedulerType}
+    assert set(OPTIMIZERS) == {name.value for name in OptimizerNames}
+    assert set(SCHEDULERS) == {name.value for name in SchedulerType}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
@@ -138,7 +142,7 @@ def test_8_bit_and_paged_optimizers_step_on_a_cpu(optimizer: str) -> None:
     stepper.step()
     moved = (model.weight - before).abs()
     assert 5e-4 < moved.max() < 2e-3
-    assert not plan.check(compose([f"training.optimizer={optimizer}"]))
+    assert not check(compose([f"training.optimizer={optimizer}"]))
 
 
 def test_all_problems_are_found_together() -> None:
@@ -152,7 +156,7 @@ def test_all_problems_are_found_together() -> None:
     config.seed = -1
     config.budget.usd_per_hour = -2.0
     config.evaluation.max_new_tokens = 0
-    problems = plan.check(config)
+    problems = check(config)
     keys = [str(problem.where).split(" = ")[0] for problem in problems]
     assert keys == [
         "lora.r",
@@ -166,14 +170,14 @@ def test_all_problems_are_found_together() -> None:
         "budget.usd_per_hour",
     ]
     assert all(problem.hint for problem in problems)
-    assert not plan.check(compose([]))
+    assert not check(compose([]))
 
 
 def checked(change: object, *overrides: str) -> list[str]:
     config = compose(list(overrides))
     assert callable(change)
     change(config)
-    return [f"{problem.where}: {problem.what}; {problem.hint}" for problem in plan.check(config)]
+    return [f"{problem.where}: {problem.what}; {problem.hint}" for problem in check(config)]
 
 
 def test_checkpoints_and_variants_must_be_known() -> None:
@@ -189,7 +193,7 @@ def test_checkpoints_and_variants_must_be_known() -> None:
 
 
 def test_pissa_dtypes_and_needy_names_are_refused() -> None:
-    from qlora_exp.config import AdapterInit, ComputeDtype
+    from qlora_exp.config.schema import AdapterInit, ComputeDtype
 
     def pissa(config: Config) -> None:
         config.lora.init = AdapterInit.pissa
@@ -220,7 +224,7 @@ def test_pissa_dtypes_and_needy_names_are_refused() -> None:
     ],
 )
 def test_goals_are_read(text: str, parsed: tuple[str, str, float]) -> None:
-    assert plan.goal_of(text) == parsed
+    assert goal_of(text) == parsed
 
 
 @pytest.mark.parametrize(
@@ -229,10 +233,11 @@ def test_goals_are_read(text: str, parsed: tuple[str, str, float]) -> None:
 )
 def test_other_goals_are_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan.goal_of(text)
+        goal_of(text)
     assert caught.value.hint
 
 
 def test_planning_loads_no_ml_library() -> None:
-    code = "import sys, qlora_exp.plan; print(sorted({'torch', 'transformers', 'peft', 'trl'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'peft', 'trl'}"
+    code = f"import sys, qlora_exp.architecture.run_plan; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.hydra_app import main
+from qlora_exp.orchestration.hydra_app import main
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import Status, read_record
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import Status
 
 QUICK = (
     *("training.device=cpu", "training.batch_size=8", "training.max_steps=9", "training.evaluate_every_steps=3"),

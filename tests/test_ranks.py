@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_exp import job, run
+from qlora_exp import run
 from qlora_exp.cli import main as cli
-from qlora_exp.compose import compose
-from qlora_exp.config import to_plain
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import to_plain
 from qlora_exp.errors import ConfigError
-from qlora_exp.history import run_folders
-from qlora_exp.hydra_app import main as hydra
+from qlora_exp.orchestration.hydra_app import main as hydra
 from qlora_exp.paths import OutputPaths
-from qlora_exp.ranks import one_rank_only
-from qlora_exp.records import Status, read_record
+from qlora_exp.records.files import read_record
+from qlora_exp.records.find import run_folders
+from qlora_exp.records.types import Status
+from qlora_exp.runs import job
+from qlora_exp.system.distributed import one_rank_only
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.01", "training.device=cpu", "tracking=off"]
 SEVERAL = [

@@ -16,8 +16,8 @@ import pytest
 
 from qlora_exp.cli import main
 from qlora_exp.paths import OutputPaths
-from qlora_exp.study import Study
-from qlora_exp.study.spec_file import read_spec
+from qlora_exp.study.spec import read_spec
+from qlora_exp.study.study import Study
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"]
 READING = [["status", "s"], ["best", "s"], ["trials", "s"], ["trials", "s", "--csv"], ["ls", "runs"], ["show", "last"]]
@@ -30,7 +30,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hydra(*arguments: str) -> int:
-    from qlora_exp.hydra_app import main as application
+    from qlora_exp.orchestration.hydra_app import main as application
 
     return application(["-m", *arguments])
 

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp import history, records
 from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import Device, Environment, Memory, RunRecord, Scores, ScoreTable, Status
+from qlora_exp.records import find
+from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.schema import to_dict
+from qlora_exp.records.types import SCHEMA_VERSION, Device, Environment, Memory, RunRecord, Scores, ScoreTable, Status
 
 
 def make_record() -> RunRecord:
     device = Device("cpu", "a processor", 1, 8 << 30, None, None, bf16=True)
     environment = Environment("3.11", "linux", {"torch": "2.13.0"}, device, 2, 8 << 30, 2, None, "PASSIVE", None, None)
     return RunRecord(
-        schema_version=records.SCHEMA_VERSION,
+        schema_version=SCHEMA_VERSION,
         run_id="run",
         name="a run",
         status=Status.COMPLETED,
@@ -38,24 +40,24 @@ def make_record() -> RunRecord:
 
 def test_a_record_is_equal_after_a_round_trip(tmp_path: Path) -> None:
     record = make_record()
-    records.write_json(tmp_path / "record.json", record)
-    assert records.read_record(tmp_path / "record.json") == record
+    write_json(tmp_path / "record.json", record)
+    assert read_record(tmp_path / "record.json") == record
 
 
 def test_a_number_that_is_not_finite_is_written_as_unknown(tmp_path: Path) -> None:
     record = make_record()
     scores = ScoreTable(after=Scores(split="validation", items=3, loss=float("nan"), perplexity=float("inf")))
-    records.write_json(tmp_path / "record.json", record.replace(scores=scores))
-    after = records.read_record(tmp_path / "record.json").scores.after
+    write_json(tmp_path / "record.json", record.replace(scores=scores))
+    after = read_record(tmp_path / "record.json").scores.after
     assert after is not None
     assert after.loss is None
     assert after.perplexity is None
 
 
 def test_an_unknown_key_of_a_newer_writer_is_ignored(tmp_path: Path) -> None:
-    raw = records.to_dict(make_record()) | {"invented_later": 1}
+    raw = to_dict(make_record()) | {"invented_later": 1}
     (tmp_path / "record.json").write_text(json.dumps(raw))
-    assert records.read_record(tmp_path / "record.json") == make_record()
+    assert read_record(tmp_path / "record.json") == make_record()
 
 
 @pytest.mark.parametrize(
@@ -72,11 +74,11 @@ def test_an_unknown_key_of_a_newer_writer_is_ignored(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_record_is_refused_with_the_key_named(tmp_path: Path, change, told: str) -> None:
-    raw = records.to_dict(make_record())
+    raw = to_dict(make_record())
     change(raw)
     (tmp_path / "record.json").write_text(json.dumps(raw))
     with pytest.raises(RecordError) as caught:
-        records.read_record(tmp_path / "record.json")
+        read_record(tmp_path / "record.json")
     assert told in str(caught.value)
 
 
@@ -84,16 +86,16 @@ def test_a_damaged_record_is_refused_with_the_key_named(tmp_path: Path, change, 
 def test_a_torn_or_foreign_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "record.json").write_text(text)
     with pytest.raises(RecordError):
-        records.read_record(tmp_path / "record.json")
+        read_record(tmp_path / "record.json")
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_record(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     script = (
         "import sys, itertools, pathlib\n"
-        "from qlora_exp import records\n"
+        "from qlora_exp.records.files import write_json\n"
         "for n in itertools.count():\n"
-        "    records.write_json(pathlib.Path(sys.argv[1]), {'schema_version': 1, 'n': n, 'filler': 'x' * 200_000})\n"
+        "    write_json(pathlib.Path(sys.argv[1]), {'schema_version': 1, 'n': n, 'filler': 'x' * 200_000})\n"
     )
     for delay in (0.05, 0.11, 0.23):
         child = subprocess.Popen([sys.executable, "-c", script, str(path)])
@@ -109,17 +111,17 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_record(tmp_path: Path) -> 
 def test_the_newest_ended_runs_are_read_and_one_that_may_change_is_looked_at_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history, "NEWEST", 6)
+    monkeypatch.setattr(find, "NEWEST", 6)
     outputs = OutputPaths.of(tmp_path)
 
     def write(number: int, status: Status = Status.COMPLETED) -> None:
         record = make_record().replace(run_id=f"run-{number}", status=status)
-        records.write_json(outputs.run(f"run-{number}").record, record)
+        write_json(outputs.run(f"run-{number}").record, record)
 
     def names() -> list[str]:
         return [record.run_id for record in ended.records()]
 
-    ended = history.EndedRuns(outputs)
+    ended = find.EndedRuns(outputs)
     assert names() == []
     for number in range(1, 8):
         write(number)
@@ -136,4 +138,4 @@ def test_the_newest_ended_runs_are_read_and_one_that_may_change_is_looked_at_aga
     write(9)
     assert names() == ["run-9", "run-8", "run-7", "run-6", "run-5"]
     (tmp_path / "file").write_text("")
-    assert history.EndedRuns(OutputPaths.of(tmp_path / "file")).records() == []
+    assert find.EndedRuns(OutputPaths.of(tmp_path / "file")).records() == []

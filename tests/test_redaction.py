@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_exp.redaction import REDACTED, is_secret_key, redact, redact_overrides, redact_text
+from qlora_exp.records.redaction import REDACTED, is_secret_key, redact, redact_overrides, redact_text
 
 CANARY = "Canary4711canaryCANARY"
 

@@ -10,14 +10,14 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 
-from qlora_exp.app import config_from_plain
-from qlora_exp.compose import compose
-from qlora_exp.config import to_plain
-from qlora_exp.overrides import hydra_value
-from qlora_exp.plan import config_fingerprint
-from qlora_exp.records import Device, Environment, RunRecord, Status
-from qlora_exp.redaction import REDACTED
-from qlora_exp.repetition import flat_overrides, overrides_of
+from qlora_exp.architecture.run_plan import config_fingerprint
+from qlora_exp.config.compose import compose
+from qlora_exp.config.of_record import flat_overrides, overrides_of
+from qlora_exp.config.override_values import hydra_value
+from qlora_exp.config.schema import to_plain
+from qlora_exp.records.redaction import REDACTED
+from qlora_exp.records.types import Device, Environment, RunRecord, Status
+from qlora_exp.runs.entry_points import config_from_plain
 
 DEVICE = Device("cpu", None, 1, None, None, None, False)
 ENVIRONMENT = Environment("3.11", "linux", {}, DEVICE, None, None, None, None, None, None, None)

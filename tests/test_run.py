@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_exp import load_run, run
-from qlora_exp.environment import process_identity
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.paths import EMBEDDED
-from qlora_exp.plan.prices import read_prices
-from qlora_exp.records import RunRecord, Status, write_json
+from qlora_exp.records.files import write_json
+from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.system.environment import process_identity
+from qlora_exp.system.hardware import read_prices
 from tests import processes
 
 QUICK = [
@@ -350,9 +351,9 @@ def interrupted(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path)
 
 STOPPED_AT_STEP_3 = """
 import os, signal, sys
-from qlora_exp.app import execute
-from qlora_exp.compose import compose
-from qlora_exp.endings import Silent
+from qlora_exp.runs.execute import execute
+from qlora_exp.config.compose import compose
+from qlora_exp.training.outcome import Silent
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from qlora_exp import signals
-from qlora_exp.signals import Heard
+from qlora_exp.system import signals
+from qlora_exp.system.signals import Heard
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 

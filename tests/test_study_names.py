@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp import sweep
 from qlora_exp.cli import main
+from qlora_exp.config.override_values import hydra_value
 from qlora_exp.errors import QloraExpError
-from qlora_exp.history import find_study, study_names
-from qlora_exp.overrides import hydra_value
+from qlora_exp.orchestration.command import ask
 from qlora_exp.paths import OutputPaths, slug
-from qlora_exp.study.spec_file import read_spec, write_spec
+from qlora_exp.records.find import find_study, study_names
+from qlora_exp.study.spec import read_spec, write_spec
 
 SLEEP = ["lora.r=4", "training.engine=sleep", "training.sleep_seconds=0", "tracking=off"]
 NAMES = [
@@ -31,7 +31,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hydra(*arguments: str) -> int:
-    from qlora_exp.hydra_app import main as application
+    from qlora_exp.orchestration.hydra_app import main as application
 
     return application(["-m", *arguments])
 
@@ -41,7 +41,7 @@ def named(name: str) -> str:
 
 
 def test_each_name_has_a_folder_of_its_own_and_finds_it() -> None:
-    asked = sweep.ask([*SLEEP, "sweep.name=one"]).spec
+    asked = ask([*SLEEP, "sweep.name=one"]).spec
     outputs = OutputPaths.of("outputs")
     for name in NAMES:
         write_spec(replace(asked, name=name), outputs.study(name))

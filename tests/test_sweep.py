@@ -18,16 +18,17 @@ from pathlib import Path
 import pytest
 from filelock import BaseFileLock
 
-from qlora_exp import sweep
 from qlora_exp.cli import main
-from qlora_exp.cli.arguments import given_overrides
-from qlora_exp.compose import compose
-from qlora_exp.config import to_plain
-from qlora_exp.environment import process_identity
+from qlora_exp.cli.settings_file import given_overrides
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import to_plain
 from qlora_exp.errors import QloraExpError
+from qlora_exp.orchestration.command import ask
+from qlora_exp.orchestration.sweep import jobs_of
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records import read_record, write_json
-from qlora_exp.study.spec_file import read_spec, write_spec
+from qlora_exp.records.files import read_record, write_json
+from qlora_exp.study.spec import read_spec, write_spec
+from qlora_exp.system.environment import process_identity
 from tests import processes
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]
@@ -42,7 +43,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hydra(*arguments: str) -> int:
-    from qlora_exp.hydra_app import main as application
+    from qlora_exp.orchestration.hydra_app import main as application
 
     return application(["-m", *arguments])
 
@@ -64,7 +65,7 @@ def trials(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_each_sweep_composes_at_every_corner_and_ends(name: str) -> None:
-    asked = sweep.ask([f"sweeps={name}"])
+    asked = ask([f"sweeps={name}"])
     assert asked.spec.name == name
     assert asked.spec.question
     assert 6 <= asked.spec.n_trials <= 48
@@ -72,9 +73,9 @@ def test_each_sweep_composes_at_every_corner_and_ends(name: str) -> None:
 
 
 def test_the_same_settings_in_another_order_are_the_same_study() -> None:
-    one = sweep.ask(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=5"]).spec
-    other = sweep.ask(["training.max_steps=5", "quantization=nf4,int8", "lora.r=4,8", "workers.count=2"]).spec
-    different = sweep.ask(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=6"]).spec
+    one = ask(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=5"]).spec
+    other = ask(["training.max_steps=5", "quantization=nf4,int8", "lora.r=4,8", "workers.count=2"]).spec
+    different = ask(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=6"]).spec
     assert one.name == other.name != different.name
     assert one.name.startswith("multirun-")
     assert one.n_trials == 4
@@ -82,18 +83,18 @@ def test_the_same_settings_in_another_order_are_the_same_study() -> None:
 
 
 def test_the_command_line_goes_before_the_file_and_the_file_before_hydras_params() -> None:
-    file = sweep.ask(["sweeps=rank_by_quantization"], {"lora.r": "1,2", "seed": "1,2"}).spec
+    file = ask(["sweeps=rank_by_quantization"], {"lora.r": "1,2", "seed": "1,2"}).spec
     assert file.space == {"lora.r": "4,8,16,32", "quantization": "fp16,int8,nf4", "seed": "1,2"}
-    given = sweep.ask(["sweeps=rank_by_quantization", "lora.r=64,128", "quantization=nf4"]).spec
+    given = ask(["sweeps=rank_by_quantization", "lora.r=64,128", "quantization=nf4"]).spec
     assert given.space == {"lora.r": "64,128", "quantization": "nf4"}
     assert given.n_trials == 2
 
 
 def test_a_search_over_intervals_needs_an_end() -> None:
     with pytest.raises(QloraExpError) as caught:
-        sweep.ask(["training.learning_rate=tag(log,interval(1e-4,1e-2))"])
+        ask(["training.learning_rate=tag(log,interval(1e-4,1e-2))"])
     assert "sweep.n_trials" in str(caught.value)
-    spec = sweep.ask(["training.learning_rate=tag(log,interval(1e-4,1e-2))", "sweep.n_trials=7"]).spec
+    spec = ask(["training.learning_rate=tag(log,interval(1e-4,1e-2))", "sweep.n_trials=7"]).spec
     assert (spec.sampler, spec.n_trials) == ("tpe", 7)
 
 
@@ -127,7 +128,7 @@ def test_what_is_wrong_is_told_before_the_first_trial(
 def test_a_sweep_of_ones_own_is_found_and_may_not_take_a_name_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "mine"]) == 0
     os.chdir("mine")
-    spec = sweep.ask(["sweeps=my_sweep"]).spec
+    spec = ask(["sweeps=my_sweep"]).spec
     assert spec.space["lora.r"] == "4,8,16"
     capsys.readouterr()
     assert main(["ls", "sweeps"]) == 0
@@ -136,7 +137,7 @@ def test_a_sweep_of_ones_own_is_found_and_may_not_take_a_name_of_ours(capsys: py
     assert "lora_search" in shown
     Path("sweeps/my_sweep.yaml").rename("sweeps/demo.yaml")
     with pytest.raises(QloraExpError) as caught:
-        sweep.ask(["sweeps=demo"])
+        ask(["sweeps=demo"])
     assert str(Path.cwd() / "sweeps" / "demo.yaml") in str(caught.value)
 
 
@@ -156,7 +157,7 @@ def test_a_grid_is_run_once_and_the_same_command_finds_it_complete(capsys: pytes
 
 
 def test_a_searched_key_can_be_fixed_though_others_depend_on_it() -> None:
-    spec = sweep.ask(["sweeps=lora_search", "lora.alpha_policy=2r", "lora.r=4,8"]).spec
+    spec = ask(["sweeps=lora_search", "lora.alpha_policy=2r", "lora.r=4,8"]).spec
     assert spec.space["lora.alpha_policy"] == "2r"
 
 
@@ -302,7 +303,7 @@ def test_cleaning_says_first_and_never_takes_a_record(capsys: pytest.CaptureFixt
 
 def test_the_studys_file_holds_no_password() -> None:
     uri = "http://user:geheim1@127.0.0.1:9"
-    asked = sweep.ask(["lora.r=4,8", "training.engine=sleep", f"tracking.uri='{uri}'"])
+    asked = ask(["lora.r=4,8", "training.engine=sleep", f"tracking.uri='{uri}'"])
     write_spec(asked.spec, asked.paths)
     assert "geheim1" not in asked.paths.spec.read_text()
     assert any("geheim1" in text for text in asked.spec.overrides)
@@ -452,10 +453,10 @@ def test_a_study_begun_with_the_environments_storage_names_it_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_EXP_STORAGE", "postgresql://user:geheim4711@db/studies")
-    asked = sweep.ask(["lora.r=4,8"])
+    asked = ask(["lora.r=4,8"])
     assert asked.spec.storage.endswith("@db/studies")
     assert not any(PASSWORD in text for text in asked.spec.overrides)
-    assert not any(PASSWORD in text for job in sweep.jobs_of(asked) for text in job)
+    assert not any(PASSWORD in text for job in jobs_of(asked) for text in job)
 
 
 def test_a_complete_study_is_delivered_with_its_trials_where_mlflow_lacks_them() -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_exp.app import execute
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
-from qlora_exp.endings import Report
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import RunRecord, Status, Trial, read_record
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import RunRecord, Status, Trial
+from qlora_exp.runs.execute import execute
+from qlora_exp.training.outcome import Report
 
 
 def sleeping(output: Path, *more: str) -> Config:
@@ -104,8 +105,8 @@ def test_a_resumed_run_keeps_its_folder_and_its_earlier_failures(tmp_path: Path)
 def test_nothing_heavy_is_imported_for_it(tmp_path: Path) -> None:
     program = f"""
 import sys
-from qlora_exp.app import execute
-from qlora_exp.compose import compose
+from qlora_exp.runs.execute import execute
+from qlora_exp.config.compose import compose
 execute(compose(["training.engine=sleep", "training.sleep_seconds=0", "tracking=off", "output_root={tmp_path}"]))
 print(" ".join({{"torch", "transformers", "mlflow", "numpy", "datasets"}} & set(sys.modules)))
 """

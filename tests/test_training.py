@@ -10,17 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_exp import checkpoints, environment, models
-from qlora_exp.compose import compose
-from qlora_exp.config import Config, DeviceChoice
-from qlora_exp.endings import Diverged, Pruned, Report
+from qlora_exp.architecture.run_plan import shape_multiples
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config, DeviceChoice
 from qlora_exp.errors import ConfigError
-from qlora_exp.evaluation import evaluate_model
-from qlora_exp.one_run import prepare
+from qlora_exp.evaluation.scoring import evaluate_model
+from qlora_exp.models.adapters import attach_adapters
+from qlora_exp.models.base import load_base
 from qlora_exp.paths import RunPaths
-from qlora_exp.plan import shape_multiples
-from qlora_exp.records import read_curve
-from qlora_exp.train import Trained, train
+from qlora_exp.records.files import read_curve
+from qlora_exp.runs.prepare import prepare
+from qlora_exp.system import environment
+from qlora_exp.training import checkpoints
+from qlora_exp.training.outcome import Diverged, Pruned, Report
+from qlora_exp.training.trainer import Trained, train
 
 SMALL = [
     "task=local",
@@ -40,8 +43,8 @@ def configured(model: Path, task: Path, *overrides: str) -> Config:
 
 def train_once(config: Config, folder: Path, report=None) -> tuple[Trained, torch.nn.Module]:
     ready = prepare(config, environment.probe(config.training.device))
-    base = models.load_base(config, ready.plan.device)
-    model = models.attach_adapters(base.model, config, ready.modules)
+    base = load_base(config, ready.plan.device)
+    model = attach_adapters(base.model, config, ready.modules)
     model.train()
     told = {"report": report} if report else {}
     items, validation = ready.splits.train, ready.splits.validation
@@ -70,7 +73,7 @@ def test_losses_equal_those_of_a_plain_sfttrainer_script(
     train_once(config, tmp_path / "ours")
 
     ready = prepare(config, environment.probe(config.training.device))
-    start = adapters(models.attach_adapters(models.load_base(config, "cpu").model, config, ready.modules))
+    start = adapters(attach_adapters(load_base(config, "cpu").model, config, ready.modules))
     plain = AutoModelForCausalLM.from_pretrained(tiny_models[family], dtype=torch.float32)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(ready.modules), task_type="CAUSAL_LM")
     plain = get_peft_model(plain, lora)
@@ -196,8 +199,8 @@ def test_in_16_bit_on_a_cpu_few_shapes_are_multiplied_and_the_loss_is_the_same(
 ) -> None:
     import trl.trainer.utils as head
 
-    import qlora_exp.plan
-    import qlora_exp.train
+    import qlora_exp.architecture.run_plan
+    import qlora_exp.training.trainer
 
     lengths: dict[str, list[int]] = {}
     projected: dict[str, list[int]] = {}
@@ -209,19 +212,19 @@ def test_in_16_bit_on_a_cpu_few_shapes_are_multiplied_and_the_loss_is_the_same(
             projected.setdefault(name, []).append(len(hidden))
             return super().apply(hidden, *arguments)
 
-    step = qlora_exp.train._MeteredTrainer.training_step
+    step = qlora_exp.training.trainer._MeteredTrainer.training_step
 
     def training_step(self, model, inputs, *arguments):
         lengths.setdefault(name, []).append(inputs["input_ids"].shape[1])
         return step(self, model, inputs, *arguments)
 
     monkeypatch.setattr(head, "_ChunkedLogProbFunction", Recorded)
-    monkeypatch.setattr(qlora_exp.train._MeteredTrainer, "training_step", training_step)
+    monkeypatch.setattr(qlora_exp.training.trainer._MeteredTrainer, "training_step", training_step)
     config = configured(tiny_models["llama"], colour_task, "quantization=bf16")
     name = "rounded up"
     trained, _ = train_once(config, tmp_path / name)
     name = "as they are"
-    monkeypatch.setattr(qlora_exp.plan, "shape_multiples", lambda *_: (1, 1))
+    monkeypatch.setattr(qlora_exp.architecture.run_plan, "shape_multiples", lambda *_: (1, 1))
     train_once(config, tmp_path / name)
     assert (
         {length % 16 for length in lengths["rounded up"]} == {tokens % 64 for tokens in projected["rounded up"]} == {0}
@@ -236,7 +239,7 @@ def test_in_16_bit_on_a_cpu_few_shapes_are_multiplied_and_the_loss_is_the_same(
 def test_logits_of_tokens_in_multiples_have_the_same_values_and_gradients(tokens: int, biased: bool) -> None:
     import trl.trainer.utils as head
 
-    from qlora_exp.train import _RowsInMultiples
+    from qlora_exp.training.trainer import _RowsInMultiples
 
     torch.manual_seed(0)
     start = [torch.randn(tokens, 16), torch.randn(50, 16), torch.randn(50) if biased else None]
@@ -382,7 +385,7 @@ def test_the_validation_loss_of_a_training_is_the_defined_one_whatever_the_batch
         train_once(config, tmp_path / size)
         shown[size] = read_curve(RunPaths(tmp_path / size).curve)[-1]["validation_loss"]
     ready = prepare(config, environment.probe(config.training.device))
-    base = models.load_base(config, "cpu")
+    base = load_base(config, "cpu")
     scored = evaluate_model(base.model, ready.tokenizer, ready.splits.validation, ready.splits, config)
     assert shown["8"] == pytest.approx(shown["2"], abs=1e-5)
     assert shown["8"] == pytest.approx(scored.scores.loss, abs=1e-4)

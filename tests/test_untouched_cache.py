@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_exp import run
-from qlora_exp.records import RunRecord
+from qlora_exp.records.types import RunRecord
 from tests.conftest import write_colour_task
 from tests.test_run import local, overrides
 

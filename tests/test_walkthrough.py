@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent / "analysis"))
 
 import made_up
 
-from qlora_exp.analysis.replay import DATA, load
+from qlora_exp.analysis.error_rates.replay import DATA, load
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import write_json
+from qlora_exp.records.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "walkthrough.md"

@@ -10,21 +10,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qlora_exp import heap
-from qlora_exp.cli import (
-    analyzing,
-    compare,
-    exporting,
-    listing,
-    machine,
-    planning,
-    prepare,
-    reporting,
-    running,
-    sweeping,
-)
+from qlora_exp.cli import analyze, data, export, machine, plan, records, report, run, show, sweep
 from qlora_exp.errors import QloraExpError, unwritable
-from qlora_exp.terminal import check_arguments, show_any_text
+from qlora_exp.system import heap
+from qlora_exp.system.terminal import check_arguments, show_any_text
 
 EPILOG = (
     "Each command has its own help with examples: qlora-exp run --help. Hydra's own help: python -m qlora_exp --help"
@@ -70,15 +59,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-running.add_to(app)
-sweeping.add_to(app)
-planning.add_to(app)
-prepare.add_to(app)
-listing.add_to(app)
-compare.add_to(app)
-analyzing.add_to(app)
-reporting.add_to(app)
-exporting.add_to(app)
+run.add_to(app)
+sweep.add_to(app)
+plan.add_to(app)
+data.add_to(app)
+records.add_to(app)
+show.add_to(app)
+analyze.add_to(app)
+report.add_to(app)
+export.add_to(app)
 machine.add_to(app)
 
 
@@ -93,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",
                           standalone_mode=False)  # fmt: skip
     except QloraExpError as error:
-        from qlora_exp.app import tell
+        from qlora_exp.runs.process import tell
 
         tell(error)
         return error.exit_code
@@ -112,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = unwritable(error)
         if told is None:
             raise
-        from qlora_exp.app import tell
+        from qlora_exp.runs.process import tell
 
         tell(told)
         return told.exit_code

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_exp.cli.settings_file import given_overrides as given_overrides
-
 if TYPE_CHECKING:
     from qlora_exp.paths import OutputPaths
 
 
 def complete_overrides(incomplete: str) -> list[str]:
     """``model=…`` and the other groups' choices; after ``lora.`` the keys of that group."""
-    from qlora_exp.catalogue import choices, group_keys, group_names
+    from qlora_exp.config.choices import choices, group_keys, group_names
 
     names = group_names()
     group, equals, _ = incomplete.partition("=")
@@ -31,7 +29,7 @@ def complete_overrides(incomplete: str) -> list[str]:
 
 def complete_runs(incomplete: str) -> list[str]:
     """``last``, then run ids under the default output root, newest first."""
-    from qlora_exp.history import LAST, run_folders
+    from qlora_exp.records.find import LAST, run_folders
 
     ids = [paths.folder.name for paths in run_folders(outputs_of(None))]
     return [name for name in [LAST, *reversed(ids)] if name.startswith(incomplete)]
@@ -39,21 +37,21 @@ def complete_runs(incomplete: str) -> list[str]:
 
 def complete_studies(incomplete: str) -> list[str]:
     """``last``, then the studies under the default output root, newest first."""
-    from qlora_exp.history import LAST, study_names
+    from qlora_exp.records.find import LAST, study_names
 
     names = study_names(outputs_of(None))
     return [name for name in [LAST, *reversed(names)] if name.startswith(incomplete)]
 
 
 def complete_sweeps(incomplete: str) -> list[str]:
-    from qlora_exp.catalogue import sweeps
+    from qlora_exp.config.choices import sweeps
 
     return [choice.name for choice in sweeps() if choice.name.startswith(incomplete)]
 
 
 def outputs_of(output_root: str | None) -> OutputPaths:
     """The output paths that ``--output-root`` means; without it, those of conf/config.yaml."""
-    from qlora_exp.catalogue import default_output_root
+    from qlora_exp.config.choices import default_output_root
     from qlora_exp.paths import OutputPaths
 
     return OutputPaths.of(output_root if output_root is not None else default_output_root())

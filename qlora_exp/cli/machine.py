@@ -10,7 +10,7 @@ import typer
 from qlora_exp.cli.arguments import OutputRoot, Overrides, examples, outputs_of
 
 if TYPE_CHECKING:
-    from qlora_exp.doctor import Check
+    from qlora_exp.doctor.check import Check
 
 
 def add_to(app: typer.Typer) -> None:
@@ -42,13 +42,14 @@ def doctor(
 
     With overrides it also checks whether the runs fit on the disk. The exit code is 1 if there is a problem.
     """
-    from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
-    from qlora_exp.config import DeviceChoice
+    from qlora_exp.config.schema import DeviceChoice
+    from qlora_exp.runs.process import quiet_libraries, set_threads, use_one_gpu
 
     use_one_gpu(DeviceChoice.auto)
     set_threads(None)
     quiet_libraries()
-    from qlora_exp.doctor import checks, sweep_disk
+    from qlora_exp.doctor.checks import checks
+    from qlora_exp.doctor.sweep_disk import sweep_disk
 
     problems = 0
     asked = [sweep_disk(overrides, output_root)] if overrides else []
@@ -68,11 +69,11 @@ def calibrate(
 
     The results are stored in the user's cache folder, by device and number of threads.
     """
-    from qlora_exp.app import quiet_libraries, set_threads, use_one_gpu
-    from qlora_exp.calibration import calibrate as measure
-    from qlora_exp.calibration import rates_file
-    from qlora_exp.config import DeviceChoice
-    from qlora_exp.environment import probe
+    from qlora_exp.config.schema import DeviceChoice
+    from qlora_exp.estimate.calibration import calibrate as measure
+    from qlora_exp.estimate.calibration import rates_file
+    from qlora_exp.runs.process import quiet_libraries, set_threads, use_one_gpu
+    from qlora_exp.system.environment import probe
 
     use_one_gpu(DeviceChoice.auto)
     set_threads(threads)
@@ -99,8 +100,8 @@ def sync(
     """
     import sys
 
-    from qlora_exp.app import quiet_libraries
-    from qlora_exp.tracking import sync as sync_records
+    from qlora_exp.runs.process import quiet_libraries
+    from qlora_exp.tracking.sync import sync as sync_records
 
     quiet_libraries()
     report = sync_records(outputs_of(output_root).root, uri, experiment)
@@ -130,8 +131,9 @@ def ui(
     """
     import os
 
-    from qlora_exp.history import read_runs, tracking_uri
-    from qlora_exp.tracking import charts_url, read_state, runs_url, ui_command, ui_environment
+    from qlora_exp.records.find import read_runs, tracking_uri
+    from qlora_exp.tracking.state import read_state
+    from qlora_exp.tracking.ui import charts_url, runs_url, ui_command, ui_environment
 
     outputs = outputs_of(output_root)
     records = read_runs(outputs)[0]

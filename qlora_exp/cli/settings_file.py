@@ -36,17 +36,19 @@ def _key(text: str) -> str:
 
 def _axes(sweep: str, overrides: Sequence[str]) -> dict[str, str]:
     """The axes of ``sweeps/SWEEP.yaml``, key → text; of a ladder also what it chooses itself."""
-    from qlora_exp import compose
-    from qlora_exp.config import Sampler
+    from qlora_exp.config.compose import compose_raw
+    from qlora_exp.config.overrides import is_swept
+    from qlora_exp.config.problems import problems_of
+    from qlora_exp.config.schema import Sampler
     from qlora_exp.errors import raise_all
-    from qlora_exp.study.ladder_plan import RANK, SPLIT
+    from qlora_exp.rank_doubling.settings import RANK, SPLIT
 
     everything = [
         f"sweeps={sweep}",
         *(text for text in overrides if not text.startswith("plan.")),
     ]  # no setting of a run
-    raise_all(compose.problems_of(everything, multirun=True))
-    search = compose.compose_raw([text for text in everything if not compose.is_swept(text)]).sweep
+    raise_all(problems_of(everything, multirun=True))
+    search = compose_raw([text for text in everything if not is_swept(text)]).sweep
     chosen = {RANK: "", SPLIT: ""} if search.sampler is Sampler.ladder else {}
     return {**chosen, **{str(key): str(text) for key, text in search.params.items()}}
 
@@ -54,7 +56,7 @@ def _axes(sweep: str, overrides: Sequence[str]) -> dict[str, str]:
 def _of_another_choice(text: str, by_group: Mapping[str, str], chosen: Mapping[str, str], read: Sequence[str]) -> bool:
     """Whether a value belongs to the file's own choice of a group, and another one is typed or searched: the layers of
     ``targets.modules`` where ``targets=mlp`` is typed, the ``model.path`` of another model."""
-    from qlora_exp.catalogue import choices, group_names
+    from qlora_exp.config.choices import choices, group_names
 
     group, dot, key = _key(text).partition(".")
     if not dot or group not in by_group or group not in group_names():
@@ -103,8 +105,8 @@ def _read_overrides(file: Path) -> list[str]:
     """A YAML mapping as overrides: ``task: local``, ``task.path: FILE`` or nested keys."""
     import yaml
 
+    from qlora_exp.config.of_record import flat_overrides
     from qlora_exp.errors import ConfigError
-    from qlora_exp.repetition import flat_overrides
 
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_exp.data.files import RawFile, RawRow, Unlabelled, check_columns
-from qlora_exp.data.problems import RowProblem
+from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.errors import DataError
 
 

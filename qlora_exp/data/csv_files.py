@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_exp.data.files import RawFile, RawRow, check_columns, text_of
-from qlora_exp.data.problems import RowProblem
+from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.errors import DataError
 
 _LONGEST_FIELD = 2**31 - 1  # Python's own limit, 128 KiB, is shorter than some documents

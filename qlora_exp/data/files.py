@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.data.compressed import ARCHIVES, COMPRESSED, ENDINGS, OTHER_ENDINGS, check_content, ending_of, unpacked
+from qlora_exp.data.compression import ARCHIVES, COMPRESSED, ENDINGS, OTHER_ENDINGS, check_content, ending_of, unpacked
 from qlora_exp.data.json_text import DuplicateKey, unique_keys
-from qlora_exp.data.problems import RowProblem
+from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
@@ -88,7 +88,10 @@ def read_file(path: Path, name: str | None = None) -> RawFile:
 
 
 def _reader(ending: str) -> Callable[[Path, str, bytes], RawFile]:
-    from qlora_exp.data import arrow_files, csv_files  # which import this module
+    from qlora_exp.data import (
+        arrow_files,  # which import this module
+        csv_files,
+    )
 
     others = {
         ".json": _read_json,

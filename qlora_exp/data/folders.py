@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from qlora_exp.data.compressed import ARCHIVES, ENDINGS, OTHER_ENDINGS, ending_of, stem_of
-from qlora_exp.data.saved import is_saved, saved_files, saved_splits
+from qlora_exp.data.compression import ARCHIVES, ENDINGS, OTHER_ENDINGS, ending_of, stem_of
+from qlora_exp.data.saved_datasets import is_saved, saved_files, saved_splits
 from qlora_exp.data.split_names import SPLIT_NAMES, DataFile, parse_name, rename_hint
 from qlora_exp.errors import DataError, QloraExpError, raise_all
 

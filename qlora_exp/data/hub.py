@@ -17,11 +17,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from qlora_exp.config import TaskConfig
+from qlora_exp.config.schema import TaskConfig
 from qlora_exp.data.arrow_files import named_classes
 from qlora_exp.data.files import RawFile, RawRow
-from qlora_exp.data.problems import RowProblem
-from qlora_exp.data.sources import SPLIT_NAMES
+from qlora_exp.data.row_problems import RowProblem
+from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
 HUB_SECONDS = 5.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_exp import records
-from qlora_exp.data.problems import RowProblem
+from qlora_exp.data.row_problems import RowProblem
+from qlora_exp.records.types import Data
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Splits:
     """Completion ids by label, tokenized after a prompt of this task in this format."""
     format: str
     """``chat`` or ``plain``."""
-    record: records.Data
+    record: Data
     general_text: tuple[str, ...]
     """Untemplated documents on which forgetting is measured, the same for every task and model."""
     general_chats: tuple[Item, ...] = ()

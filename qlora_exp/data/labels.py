@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from qlora_exp.config import TaskConfig, TaskKind
-from qlora_exp.data.problems import RowProblem
+from qlora_exp.config.schema import TaskConfig, TaskKind
+from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.data.rows import Example
+from qlora_exp.data.texts import comparable, normal_form, visible
 from qlora_exp.errors import DataError, nearest
-from qlora_exp.texts import comparable, normal_form, visible
 
 _MANY = 20
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qlora_exp.data.formatting import Tokenizer
+from qlora_exp.data.encoding import Tokenizer
 from qlora_exp.data.items import Item, Splits
-from qlora_exp.data.sources import SPLIT_NAMES
+from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
 MOST_TOKENS_OF_A_CHARACTER = 4

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from qlora_exp.config import Learn, SpecialTokens, TaskConfig, TaskKind, TaskSource
+from qlora_exp.config.schema import Learn, SpecialTokens, TaskConfig, TaskKind, TaskSource
 from qlora_exp.data.files import RawFile, RawRow, Unlabelled
 from qlora_exp.data.known_formats import columns_hint
 from qlora_exp.data.messages import (
@@ -28,10 +28,10 @@ from qlora_exp.data.messages import (
     read_variables,
     without_nulls,
 )
-from qlora_exp.data.problems import RowProblem
+from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.data.templates import Template, parse_template, with_line_breaks
+from qlora_exp.data.texts import Parts, compact, is_blank, parted
 from qlora_exp.errors import DataError, nearest
-from qlora_exp.texts import Parts, compact, is_blank, parted
 
 _ARROW_FILES = (".parquet", ".arrow", ".feather")
 VARIABLES_COLUMN = "chat_template_kwargs"

@@ -6,13 +6,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_exp.config import TaskConfig, TaskSource
-from qlora_exp.data.compressed import ARCHIVES, COMPRESSED, ENDINGS, ending_of
+from qlora_exp.config.schema import TaskConfig, TaskSource
+from qlora_exp.data.compression import ARCHIVES, COMPRESSED, ENDINGS, ending_of
 from qlora_exp.data.files import RawFile, RawRow, read_file
 from qlora_exp.data.folders import check_single, files_by_split
 from qlora_exp.data.messages import Message
 from qlora_exp.data.rows import Example
-from qlora_exp.data.split_names import SPLIT_NAMES as SPLIT_NAMES
 from qlora_exp.data.split_names import parse_name
 from qlora_exp.errors import DataError, QloraExpError, nearest
 from qlora_exp.paths import EMBEDDED

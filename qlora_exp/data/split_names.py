@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_exp.data.compressed import ENDINGS, ending_of, stem_of
+from qlora_exp.data.compression import ENDINGS, ending_of, stem_of
 
 SPLIT_NAMES = ("train", "validation", "test")
 OTHER_NAMES = {

@@ -6,15 +6,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_exp.config import InvalidRows, TaskConfig
+from qlora_exp.config.schema import InvalidRows, TaskConfig
 from qlora_exp.data.files import RawFile, Unlabelled
 from qlora_exp.data.labels import check_no_label_lost, find_options, lost_label, sort_out_labels
-from qlora_exp.data.problems import RowProblem, add_counts, settle
-from qlora_exp.data.report import missing_value_notes
+from qlora_exp.data.row_problems import RowProblem, add_counts, settle
 from qlora_exp.data.rows import Example, read_examples
-from qlora_exp.data.sources import SPLIT_NAMES, read_sources
+from qlora_exp.data.rows_report import missing_value_notes
+from qlora_exp.data.sources import read_sources
+from qlora_exp.data.split_names import SPLIT_NAMES
+from qlora_exp.data.texts import normal_form
 from qlora_exp.errors import DataError
-from qlora_exp.texts import normal_form
 
 _DUPLICATE = "exact duplicate"
 

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from qlora_exp import environment
 from qlora_exp.doctor.check import Check, guarded
-from qlora_exp.doctor.rate import calibration, matmul_rate
+from qlora_exp.doctor.speed import calibration, matmul_rate
 from qlora_exp.doctor.sweep_disk import nearest_folder
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import EMBEDDED, PACKAGE, OutputPaths
+from qlora_exp.system import environment
 
 if TYPE_CHECKING:
-    from qlora_exp.config import Quantization
-    from qlora_exp.workers.devices import Gpu
+    from qlora_exp.config.schema import Quantization
+    from qlora_exp.orchestration.devices import Gpu
 
 OLDEST_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2 * 10**9
@@ -140,7 +140,7 @@ def cuda_driver() -> Check:
 
 def gpu_neighbours() -> Check:
     """Another process on a card makes memory peaks and speed untrue."""
-    from qlora_exp.workers.devices import inventory, nvml_works
+    from qlora_exp.orchestration.devices import inventory, nvml_works
 
     if _output("nvidia-smi", "-L") is None:
         return Check("gpu memory", None, "there is no NVIDIA driver on this machine")
@@ -184,7 +184,7 @@ def writable(outputs: OutputPaths) -> Check:
 
 def tracking_database(outputs: OutputPaths) -> Check:
     """Open the database as a run would; where there is none yet, it is made by the first run."""
-    from qlora_exp.config import TrackingConfig
+    from qlora_exp.config.schema import TrackingConfig
     from qlora_exp.tracking.store import locate, open_store
 
     if not outputs.mlflow_database.is_file():
@@ -227,14 +227,14 @@ def embedded_assets(assets: Path = EMBEDDED) -> Check:
 
 def quantization_modes() -> Iterator[Check]:
     """Train one small layer through each mode: the gradient after an evaluation must equal the one before."""
-    from qlora_exp.config import Quantization
+    from qlora_exp.config.schema import Quantization
 
     for mode in Quantization:
         yield guarded(f"train in {mode.value}", partial(_self_test, mode))
 
 
 def _self_test(mode: Quantization) -> Check:
-    from qlora_exp.models import quantization_self_test
+    from qlora_exp.models.self_test import quantization_self_test
 
     result = quantization_self_test(mode, environment.probe().device.kind)
     fix = None if result.ok else f"don't use quantization={mode.value} on this machine; update bitsandbytes and torch"

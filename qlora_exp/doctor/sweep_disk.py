@@ -14,8 +14,8 @@ from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import EMBEDDED, OutputPaths
 
 if TYPE_CHECKING:
-    from qlora_exp.config import Config, ModelConfig
-    from qlora_exp.plan import WeightShape
+    from qlora_exp.architecture.shapes import WeightShape
+    from qlora_exp.config.schema import Config, ModelConfig
     from qlora_exp.study.types import Axis
 
 HELD_CHECKPOINTS = 3
@@ -43,11 +43,12 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
     Raises:
         ConfigError, ModelError, Problems: overrides that can't be meant; as ``run`` or ``sweep`` would say.
     """
-    from qlora_exp import compose
+    from qlora_exp.config.compose import compose
+    from qlora_exp.config.overrides import key_of
 
     trials, points = _asked(overrides)
-    own = [text for text in overrides if compose.key_of(text) == "output_root"]
-    outputs = OutputPaths.of(output_root or compose.compose(own).output_root)
+    own = [text for text in overrides if key_of(text) == "output_root"]
+    outputs = OutputPaths.of(output_root or compose(own).output_root)
     largest = _largest(points)
     needed = trials * largest
     free = shutil.disk_usage(nearest_folder(outputs.root)).free
@@ -70,10 +71,10 @@ def _largest(points: Sequence[Sequence[str]]) -> int:
     Raises:
         ConfigError, ModelError, Problems: no point can be meant.
     """
-    from qlora_exp import compose
-    from qlora_exp.planning.planned import Planner
+    from qlora_exp.config.compose import Composer
+    from qlora_exp.estimate.estimator import Planner
 
-    composer, planner = compose.Composer(), Planner()
+    composer, planner = Composer(), Planner()
     found: list[int] = []
     refused: QloraExpError | None = None
     for point in points:
@@ -88,7 +89,7 @@ def _largest(points: Sequence[Sequence[str]]) -> int:
 
 
 def _bytes(config: Config, shapes: Sequence[WeightShape]) -> int:
-    from qlora_exp.plan.weights import adapter_bytes
+    from qlora_exp.estimate.weights import adapter_bytes
 
     adapters = adapter_bytes(shapes, config.lora, config.training.optimizer)
     held = adapters.adapter_bytes + RECORD_BYTES
@@ -115,12 +116,13 @@ def nearest_folder(path: Path) -> Path:
 
 def _asked(overrides: Sequence[str]) -> tuple[int, list[list[str]]]:
     """Number of trials, and overrides of the runs among which the largest is."""
-    from qlora_exp import compose
+    from qlora_exp.config.compose import check_hydra
+    from qlora_exp.config.overrides import is_swept, key_of
 
-    if not any(compose.key_of(text) == "sweeps" or compose.is_swept(text) for text in overrides):
-        compose.check_hydra(overrides)
+    if not any(key_of(text) == "sweeps" or is_swept(text) for text in overrides):
+        check_hydra(overrides)
         return 1, [list(overrides)]
-    from qlora_exp.sweep import ask, run_overrides
+    from qlora_exp.orchestration.command import ask, run_overrides
 
     spec = ask(overrides).spec
     choices = [[(axis.key, value) for value in _values(axis)] for axis in spec.axes]

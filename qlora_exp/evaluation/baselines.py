@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from qlora_exp.metrics import Accuracy, BalancedAccuracy, MacroF1, score
-from qlora_exp.records import Baselines
-from qlora_exp.texts import normal_form
+from qlora_exp.data.texts import normal_form
+from qlora_exp.evaluation.metrics import Accuracy, BalancedAccuracy, MacroF1, score
+from qlora_exp.records.types import Baselines
 
 if TYPE_CHECKING:
     from sklearn.model_selection import KFold, StratifiedKFold
     from sklearn.pipeline import Pipeline
 
-    from qlora_exp.data import Item, Splits
+    from qlora_exp.data.items import Item, Splits
 
 TextOrTokens = TypeVar("TextOrTokens", str, tuple[int, ...])
 

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.stats import t as student_t
 from torch.nn.functional import cross_entropy
 
-from qlora_exp.config import Config
-from qlora_exp.evaluation.context import (
+from qlora_exp.config.schema import Config
+from qlora_exp.evaluation.kv_cache import (
     LOGITS_PER_PASS,
     TOKENS_PER_PASS,
     CausalModel,
@@ -21,10 +21,10 @@ from qlora_exp.evaluation.context import (
     start_token,
 )
 from qlora_exp.evaluation.scoring import score_items
-from qlora_exp.records import Forgetting
+from qlora_exp.records.types import Forgetting
 
 if TYPE_CHECKING:
-    from qlora_exp.data import Item
+    from qlora_exp.data.items import Item
 
 # A window is one forward pass without a cache; longer ones would only cost memory, before and after alike.
 LONGEST_WINDOW = 2_048

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qlora_exp.config import Config
-from qlora_exp.evaluation.context import Context
+from qlora_exp.config.schema import Config
+from qlora_exp.evaluation.kv_cache import Context
 
 if TYPE_CHECKING:
-    from qlora_exp.data import Splits
+    from qlora_exp.data.items import Splits
 
 # Room beyond the longest expected answer: an answer that goes on must be seen to go on, or cut it would count as right.
 MARGIN_TOKENS = 4

@@ -9,9 +9,9 @@ import numpy as np
 from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
+from qlora_exp.config.checks_task import goal_of
 from qlora_exp.evaluation.scoring import Evaluation
-from qlora_exp.plan import goal_of
-from qlora_exp.records import Goal
+from qlora_exp.records.types import Goal
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000

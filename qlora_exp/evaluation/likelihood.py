@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from qlora_exp.evaluation.context import LOGITS_PER_PASS, TOKENS_PER_PASS, Context, padded
+from qlora_exp.evaluation.kv_cache import LOGITS_PER_PASS, TOKENS_PER_PASS, Context, padded
 
 Tokens = tuple[int, ...]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_exp.config import Config
+from qlora_exp.config.schema import Config
+from qlora_exp.data.texts import same_text
 from qlora_exp.errors import DataError
 from qlora_exp.evaluation.generation import StopRule, answer_text, as_answer, decoded, max_new_tokens, stop_rule
-from qlora_exp.texts import same_text
 
 if TYPE_CHECKING:
-    from qlora_exp.data import Item, Splits
+    from qlora_exp.data.items import Item, Splits
 
 
 def stop_rule_of(splits: Splits, tokenizer: Any, config: Config, model: Any = None) -> StopRule:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from qlora_exp.data.texts import comparable, same_text
 from qlora_exp.evaluation.likelihood import CompletionScore
-from qlora_exp.metrics import (
+from qlora_exp.evaluation.metrics import (
     Accuracy,
     BalancedAccuracy,
     ExactMatch,
@@ -23,11 +24,10 @@ from qlora_exp.metrics import (
     score,
     token_f1,
 )
-from qlora_exp.records import Scores
-from qlora_exp.texts import comparable, same_text
+from qlora_exp.records.types import Scores
 
 if TYPE_CHECKING:
-    from qlora_exp.data import Item, Splits
+    from qlora_exp.data.items import Item, Splits
 
 ITEM_COLUMNS = pa.schema(
     [

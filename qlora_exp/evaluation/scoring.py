@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from qlora_exp.config import Config, TaskSource
-from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode, start_token
+from qlora_exp.config.schema import Config, TaskSource
+from qlora_exp.data.texts import normal_form
 from qlora_exp.evaluation.generation import StopRule, as_answer, decoded, generate
+from qlora_exp.evaluation.kv_cache import CausalModel, batches, read, scoring_mode, start_token
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
+from qlora_exp.evaluation.metrics import hub_metric
 from qlora_exp.evaluation.oracle import stop_rule_of
 from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
-from qlora_exp.evaluation.prior import domain_prompt, option_priors
-from qlora_exp.metrics import hub_metric
-from qlora_exp.records import Scores
-from qlora_exp.texts import normal_form
+from qlora_exp.evaluation.pmi_prior import domain_prompt, option_priors
+from qlora_exp.records.types import Scores
 
 if TYPE_CHECKING:
-    from qlora_exp.data import Item, Splits
+    from qlora_exp.data.items import Item, Splits
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def evaluate_model(
 
     Raises:
         ConfigError: a metric of ``evaluation.metrics`` can't be had; before anything is scored. Further metrics are of
-            generated answers (:mod:`qlora_exp.checks` asks for ``evaluation.generate``).
+            generated answers (:mod:`qlora_exp.config.checks` asks for ``evaluation.generate``).
     """
     further = {name: hub_metric(name) for name in config.evaluation.metrics}
     trie = OptionTrie.of([splits.option_ids[label] for label in splits.labels]) if splits.labels else None

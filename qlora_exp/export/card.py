@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_exp.export.results import Artefact, Export
-from qlora_exp.model_card import model_card
-from qlora_exp.records import RunRecord
+from qlora_exp.records.model_card import model_card
+from qlora_exp.records.types import RunRecord
 
 FOUR_BIT_NOTE = (
     "GGUF files were quantized from the merged fp32 weights in blocks of 32 (embeddings and output head in 8 bits in "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_exp.config import ExportConfig
+from qlora_exp.config.schema import ExportConfig
 from qlora_exp.export.results import Artefact, Criterion, PhoneAnswer
-from qlora_exp.plan.prices import Price
+from qlora_exp.system.hardware import Price
 
 ORDER = ("no", "not shown", "yes")
 """From the worst: a case is as good as its worst criterion."""

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp.config import ComputeDtype, ExportConfig
+from qlora_exp.config.schema import ComputeDtype, ExportConfig
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.paths import CONF
 

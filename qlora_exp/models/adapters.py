@@ -21,11 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_exp.config import AdapterInit, Config, LoraConfig
+from qlora_exp.architecture.run_plan import adapter_dtype, effective_alpha
+from qlora_exp.config.schema import AdapterInit, Config, LoraConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.base import Base, shell
-from qlora_exp.models.portable import make_portable
-from qlora_exp.plan import adapter_dtype, effective_alpha
+from qlora_exp.models.portable_adapters import make_portable
 
 ADAPTER = "default"
 START = "_qlora_exp_adapter_start"

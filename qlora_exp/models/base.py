@@ -15,16 +15,16 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_exp.checks import FOUR_BIT, QUANTIZED
-from qlora_exp.config import Config, Quantization, QuantizationConfig
+from qlora_exp.architecture.run_plan import compute_dtype, weight_dtype
+from qlora_exp.config.names import FOUR_BIT, QUANTIZED
+from qlora_exp.config.schema import Config, Quantization, QuantizationConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.causality import check_causal
-from qlora_exp.models.describe import build_meta, check_weights
 from qlora_exp.models.gguf_header import gguf_parts
 from qlora_exp.models.gguf_tensors import weights_of_parts
-from qlora_exp.models.quiet import quiet_loading
+from qlora_exp.models.inspect import build_meta, check_weights
+from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
-from qlora_exp.plan import compute_dtype, weight_dtype
 
 
 @dataclass

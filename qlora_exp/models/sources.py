@@ -27,14 +27,14 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qlora_exp.config import ModelConfig
+from qlora_exp.config.schema import ModelConfig
 from qlora_exp.errors import ModelError, nearest
 from qlora_exp.models.causality import check_configured_causal
+from qlora_exp.models.config_sizes import check_possible
 from qlora_exp.models.gguf_header import gguf_parts, is_tied, read_header
 from qlora_exp.models.gguf_rope import with_llama3_rope
-from qlora_exp.models.quantized import HINT as UNQUANTIZED
-from qlora_exp.models.quantized import method_of
-from qlora_exp.models.sizes import check_possible
+from qlora_exp.models.prequantized import HINT as UNQUANTIZED
+from qlora_exp.models.prequantized import method_of
 from qlora_exp.models.weight_files import (
     WEIGHTS,
     WEIGHTS_INDEX,

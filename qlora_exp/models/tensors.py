@@ -28,9 +28,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qlora_exp.errors import ModelError
-from qlora_exp.models.quantized import HINT as UNQUANTIZED
-from qlora_exp.models.quantized import method_of_tensors
-from qlora_exp.models.quiet import quiet_loading
+from qlora_exp.models.prequantized import HINT as UNQUANTIZED
+from qlora_exp.models.prequantized import method_of_tensors
+from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.weight_files import weight_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -9,8 +9,8 @@ from pathlib import Path
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_exp.chat_templates import Generation
-from qlora_exp.config import ModelConfig
+from qlora_exp.config.schema import ModelConfig
+from qlora_exp.data.chat_template import Generation
 from qlora_exp.errors import ModelError
 from qlora_exp.models.gguf_tokenizers import check_gguf_tokenizer, complete_gguf_tokenizer
 from qlora_exp.models.sources import ModelSource, resolve_source, sibling_source

@@ -14,8 +14,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qlora_exp.errors import ModelError
-from qlora_exp.models.quantized import HINT as UNQUANTIZED
-from qlora_exp.models.quantized import SIDE_FILES
+from qlora_exp.models.prequantized import HINT as UNQUANTIZED
+from qlora_exp.models.prequantized import SIDE_FILES
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"

@@ -8,8 +8,8 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 
+from qlora_exp.config.override_values import hydra_value
 from qlora_exp.errors import ConfigError, nearest
-from qlora_exp.overrides import hydra_value
 from qlora_exp.study.conditions import in_order, is_active
 from qlora_exp.study.types import Axis, AxisKind
 

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal
 
 from qlora_exp.errors import ConfigError, nearest
-from qlora_exp.records import Memory, RunRecord
+from qlora_exp.records.types import Memory, RunRecord
 from qlora_exp.study.types import Outcome, StudySpec
 
 MODEL_STATE = "memory.model_state_bytes"

@@ -24,8 +24,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.study.distributions import check_points, distribution
 from qlora_exp.study.objectives import parse_constraint, parse_objective
-from qlora_exp.study.rows import is_refused
 from qlora_exp.study.space import grid
+from qlora_exp.study.trials import is_refused
 from qlora_exp.study.types import StudySpec
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

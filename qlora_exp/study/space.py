@@ -22,8 +22,8 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
+from qlora_exp.config.override_values import hydra_value
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
-from qlora_exp.overrides import hydra_value
 from qlora_exp.study.conditions import active_part, check_conditions
 from qlora_exp.study.types import Axis, AxisKind
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from qlora_exp.records import Failure, Process, Refusal, Status
+from qlora_exp.records.types import Failure, Process, Refusal, Status
 
 Value = str | int | float | bool | None
 

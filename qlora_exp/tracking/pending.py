@@ -13,8 +13,8 @@ from typing import Any
 
 from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
-from qlora_exp.records import read_record
-from qlora_exp.redaction import REDACTED
+from qlora_exp.records.files import read_record
+from qlora_exp.records.redaction import REDACTED
 from qlora_exp.tracking.state import TrackingState, read_state, record_digest
 
 DEFAULT_OUTPUT_ROOT = "outputs"

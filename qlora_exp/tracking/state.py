@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from qlora_exp.errors import RecordError, TrackingError
 from qlora_exp.paths import RunPaths, StudyPaths
-from qlora_exp.records import from_dict, write_json
+from qlora_exp.records.files import write_json
+from qlora_exp.records.schema import from_dict
 
 LOCK_SECONDS = 60.0
 """A delivery takes a few calls, and the time of its uploads; who waits longer leaves the rest to ``qlora-exp sync``."""

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from qlora_exp.config import TrackingConfig
+from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.errors import TrackingError, nearest
 from qlora_exp.paths import OutputPaths
-from qlora_exp.redaction import redact_text
-from qlora_exp.tracking.moved import bring_along
+from qlora_exp.records.redaction import redact_text
+from qlora_exp.tracking.relocated import bring_along
 from qlora_exp.tracking.ui import EXPERIMENT_TAGS, VIEW_TAGS
 
 # Before mlflow is imported: it decides on telemetry at import.
@@ -166,7 +166,7 @@ def _connect_whole(store: Store) -> OpenStore:
     """As :func:`_connect`; a SQLite database is made first where it is missing, and again where it is half-made."""
     if store.database is None:
         return _connect(store)
-    from qlora_exp.tracking.creating import create_if_missing, set_aside_if_half_made
+    from qlora_exp.tracking.create_store import create_if_missing, set_aside_if_half_made
 
     _quiet_mlflow()
     create_if_missing(store.database)

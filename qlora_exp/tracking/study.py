@@ -14,18 +14,20 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Run, RunTag, ViewType
 
-from qlora_exp.config import TrackingConfig
-from qlora_exp.environment import alive, process_identity
+from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.errors import RecordError
-from qlora_exp.lease import held
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records import RunRecord, Status, from_dict, write_json
-from qlora_exp.tracking import study_view
-from qlora_exp.tracking.delivery import log_missing_params
+from qlora_exp.records.files import write_json
+from qlora_exp.records.schema import from_dict
+from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.system.environment import alive, process_identity
+from qlora_exp.system.lease import held
+from qlora_exp.tracking import study_fields
+from qlora_exp.tracking.deliver import log_missing_params
+from qlora_exp.tracking.fields import MLFLOW_STATUS, NOTE_TAG
 from qlora_exp.tracking.state import TrackingState, delivering, file_digest, read_state, write_state
 from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, opened_or_told, reason
-from qlora_exp.tracking.study_view import StudyDefinition, StudySummary, TrialRow
-from qlora_exp.tracking.view import MLFLOW_STATUS, NOTE_TAG
+from qlora_exp.tracking.study_fields import StudyDefinition, StudySummary, TrialRow
 
 FINISH_SECONDS = 60.0
 """How long the end of a sweep waits for a local database, which others may keep busy."""
@@ -231,11 +233,11 @@ def deliver_report(tracking: TrackingConfig, output: OutputPaths, name: str) -> 
 def _deliver(
     client: MlflowClient, run_id: str, definition: StudyDefinition, summary: StudySummary, answers: Sequence[str]
 ) -> None:
-    log_missing_params(client, run_id, study_view.params(definition))
-    moment, step = study_view.milliseconds(summary.updated_at), len(summary.trials)
-    rows = [Metric(key, value, moment, step) for key, value in study_view.metrics(definition, summary).items()]
-    tags = study_view.tags(definition) | {
-        NOTE_TAG: study_view.note(definition, summary, answers),
+    log_missing_params(client, run_id, study_fields.params(definition))
+    moment, step = study_fields.milliseconds(summary.updated_at), len(summary.trials)
+    rows = [Metric(key, value, moment, step) for key, value in study_fields.metrics(definition, summary).items()]
+    tags = study_fields.tags(definition) | {
+        NOTE_TAG: study_fields.note(definition, summary, answers),
         "qlora_exp.status": summary.status.value,
     }
     client.log_batch(run_id, metrics=rows, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -243,8 +245,8 @@ def _deliver(
         client.update_run(run_id, status="RUNNING")
     else:
         client.set_terminated(run_id, MLFLOW_STATUS[summary.status], end_time=moment)
-    client.log_text(run_id, study_view.trials_csv(definition, summary), "trials.csv")
-    best = study_view.best_yaml(definition, summary)
+    client.log_text(run_id, study_fields.trials_csv(definition, summary), "trials.csv")
+    best = study_fields.best_yaml(definition, summary)
     if best is not None:
         client.log_text(run_id, best, "best.yaml")
 
@@ -270,7 +272,7 @@ def _find_parent(opened: OpenStore, definition: StudyDefinition, known: str | No
     and is the study's where it is ``known`` to be, or began when the study did."""
     found: list[Run] = []
     if definition.id is not None:
-        query = f"tags.`{study_view.STUDY_ID_TAG}` = '{definition.id}'"
+        query = f"tags.`{study_fields.STUDY_ID_TAG}` = '{definition.id}'"
         found = list(opened.client.search_runs([opened.experiment_id], query, ViewType.ALL))
     found = found or [run for run in _parents_without_identity(opened, definition) if _began_it(run, definition, known)]
     active = [run for run in found if run.info.lifecycle_stage == LifecycleStage.ACTIVE]
@@ -279,28 +281,30 @@ def _find_parent(opened: OpenStore, definition: StudyDefinition, known: str | No
 
 def _parents_without_identity(opened: OpenStore, definition: StudyDefinition) -> list[Run]:
     """Names are compared here: MLflow's query language has no way to quote them all."""
-    name = study_view.tags(definition)[study_view.STUDY_TAG]
-    query = f"tags.`{study_view.STUDY_TAG}` != ''"
+    name = study_fields.tags(definition)[study_fields.STUDY_TAG]
+    query = f"tags.`{study_fields.STUDY_TAG}` != ''"
     runs = opened.client.search_runs([opened.experiment_id], query, ViewType.ALL, max_results=1000)
     tagged = [(run, run.data.tags) for run in runs]
     return [
-        run for run, tags in tagged if tags.get(study_view.STUDY_TAG) == name and study_view.STUDY_ID_TAG not in tags
+        run
+        for run, tags in tagged
+        if tags.get(study_fields.STUDY_TAG) == name and study_fields.STUDY_ID_TAG not in tags
     ]
 
 
 def _began_it(run: Run, definition: StudyDefinition, known: str | None) -> bool:
     if definition.id is None or run.info.run_id == known:
         return True
-    began = study_view.milliseconds(definition.created_at) if definition.created_at is not None else None
+    began = study_fields.milliseconds(definition.created_at) if definition.created_at is not None else None
     return began is not None and run.info.start_time == began
 
 
 def _create_parent(opened: OpenStore, definition: StudyDefinition) -> str:
-    start = study_view.milliseconds(definition.created_at) if definition.created_at is not None else None
+    start = study_fields.milliseconds(definition.created_at) if definition.created_at is not None else None
     run = opened.client.create_run(
-        opened.experiment_id, start_time=start, tags=study_view.tags(definition), run_name=definition.name
+        opened.experiment_id, start_time=start, tags=study_fields.tags(definition), run_name=definition.name
     )
-    log_missing_params(opened.client, run.info.run_id, study_view.params(definition))
+    log_missing_params(opened.client, run.info.run_id, study_fields.params(definition))
     return str(run.info.run_id)
 
 

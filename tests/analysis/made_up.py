@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))
 
 import synthetic
 
-from qlora_exp.records import Failure, Goal, RunRecord, Scores, ScoreTable, Status, Trial
+from qlora_exp.records.types import Failure, Goal, RunRecord, Scores, ScoreTable, Status, Trial
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "nf4": 0.5}
 

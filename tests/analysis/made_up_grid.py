@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qlora_exp.analysis.replay import ReferenceGrid
+from qlora_exp.analysis.error_rates.replay import ReferenceGrid
 
 RANKS, SEEDS, ITEMS = (1, 2, 4, 8, 16), 8, 200
 GAINS = (0.5, 0.3, 0.01, 0.01)

@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlora_exp.analysis import calibration, rule
-from qlora_exp.analysis.calibration import RULE, SETTINGS, WORLDS, World, simulate, simulated_losses, walk_many
+from qlora_exp.analysis import rule
+from qlora_exp.analysis.error_rates import calibration
+from qlora_exp.analysis.error_rates.calibration import (
+    RULE,
+    SETTINGS,
+    WORLDS,
+    World,
+    simulate,
+    simulated_losses,
+    walk_many,
+)
 from qlora_exp.analysis.rank import walk
 from qlora_exp.analysis.rule import Verdict
 

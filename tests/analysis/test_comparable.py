@@ -12,7 +12,7 @@ import made_up
 
 from qlora_exp.analysis.comparable import differences, groups_of, require_comparable
 from qlora_exp.errors import AnalysisError
-from qlora_exp.records import RunRecord, Status
+from qlora_exp.records.types import RunRecord, Status
 
 
 def other_plan(record: RunRecord, **changes: object) -> RunRecord:

@@ -18,7 +18,7 @@ from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, differenc
 from qlora_exp.analysis.instruct_base import InstructBase, compare, verdict
 from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.instruct_base_words import paragraph
-from qlora_exp.records import Baselines, FewShot, Forgetting, RunRecord
+from qlora_exp.records.types import Baselines, FewShot, Forgetting, RunRecord
 
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
 LOSS = Measure("loss_per_item", False)

@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import made_up
 from made_up_grid import made_up_grid
 
-from qlora_exp.analysis import replay, replay_page
-from qlora_exp.records import write_json
+from qlora_exp.analysis.error_rates import replay, replay_page
+from qlora_exp.records.files import write_json
 
 OF_RUNS = ("tradeoffs", "instruct_base", "memory")
-OF_THE_RULE = {"rank": [], "planning": [], "calibration": ["--ladders", "2"]}
+OF_THE_RULE = {"rank": [], "power": [], "error_rates.calibration": ["--ladders", "2"]}
 
 
 def check(printed: str, figure: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qlora_exp.analysis.planning import Noise, plan
+from qlora_exp.analysis.power import Noise, plan
 from qlora_exp.analysis.rank import PooledNoise, decide, decide_published, pooled_noise, walk
 from qlora_exp.analysis.rule import FIRST_LOOK, LAST_LOOK, Rule, Verdict, make_rule
 from qlora_exp.errors import AnalysisError

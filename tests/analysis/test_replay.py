@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from made_up_grid import RANKS, SEEDS, made_up_grid
 
-from qlora_exp.analysis.replay import DATA, allowed, climb, load, main, noise_of, replay, save
+from qlora_exp.analysis.error_rates.replay import DATA, allowed, climb, load, main, noise_of, replay, save
 from qlora_exp.analysis.rule import FIRST_SEEDS, Verdict, make_rule
 from qlora_exp.errors import AnalysisError
 

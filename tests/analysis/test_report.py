@@ -24,7 +24,9 @@ from qlora_exp.analysis.report import build
 from qlora_exp.cli import main
 from qlora_exp.errors import AnalysisError
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import RunRecord, Scores, Status, to_dict, write_json
+from qlora_exp.records.files import write_json
+from qlora_exp.records.schema import to_dict
+from qlora_exp.records.types import RunRecord, Scores, Status
 
 LADDER: dict[str, Any] = {
     "decision": "stop",

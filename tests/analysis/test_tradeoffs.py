@@ -20,7 +20,7 @@ from qlora_exp.analysis.tradeoffs import (
     target_contrasts,
     targets_at_equal_parameters,
 )
-from qlora_exp.records import RunRecord
+from qlora_exp.records.types import RunRecord
 
 LOSS = Measure("loss_per_item", False)
 

@@ -23,9 +23,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import Status, read_record
-from qlora_exp.study import Study
-from qlora_exp.study.spec_file import read_spec
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import Status
+from qlora_exp.study.spec import read_spec
+from qlora_exp.study.study import Study
 
 SPACE = ("training.batch_size=16,32,64,96,128,192", "lora.r=4,16")
 FIXED = (
@@ -97,7 +98,7 @@ def counted(outputs: OutputPaths, name: str, seconds: float) -> Swept:
 
 def data_after_imports() -> int:
     """Bytes of data (VmData) of a trial host that has imported what training needs."""
-    code = "import qlora_exp.one_run, qlora_exp.app as app; print(open('/proc/self/status').read())"
+    code = "import qlora_exp.runs.pipeline, qlora_exp.runs.execute as app; print(open('/proc/self/status').read())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     found = re.search(r"VmData:\s+(\d+) kB", told)
     assert found is not None

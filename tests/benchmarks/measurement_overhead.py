@@ -21,14 +21,16 @@ from typing import Any
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from qlora_exp import environment, models
-from qlora_exp.app import quiet_libraries
-from qlora_exp.callbacks import Curve, Interruption, StepMeter
-from qlora_exp.compose import compose
-from qlora_exp.data import to_training_dataset
-from qlora_exp.endings import Silent
-from qlora_exp.one_run import prepare
-from qlora_exp.train import _MeteredTrainer, arguments
+from qlora_exp.config.compose import compose
+from qlora_exp.data.load import to_training_dataset
+from qlora_exp.models.adapters import attach_adapters, recast_adapters
+from qlora_exp.models.base import load_base, shell
+from qlora_exp.runs.prepare import prepare
+from qlora_exp.runs.process import quiet_libraries
+from qlora_exp.system import environment
+from qlora_exp.training.callbacks import Curve, Interruption, StepMeter
+from qlora_exp.training.outcome import Silent
+from qlora_exp.training.trainer import _MeteredTrainer, arguments
 
 WARM_UP = 5
 KINDS = ("plain", "metered")
@@ -117,7 +119,7 @@ for name in PLAIN_SECONDS:
 
 def one_round(ready: Any, base: Any, config: Any, turns: Turns) -> None:
     row = ready.splits.train[0]
-    model, meter = models.attach_adapters(models.shell(base), config, ready.modules), StepMeter()
+    model, meter = attach_adapters(shell(base), config, ready.modules), StepMeter()
     with tempfile.TemporaryDirectory() as folder:
         watchers = [meter, Curve(Path(folder) / "curve.jsonl", meter, Silent()), Interruption()]
         trainer = Alternating(
@@ -128,7 +130,7 @@ def one_round(ready: Any, base: Any, config: Any, turns: Turns) -> None:
             callbacks=[turns, *(Watcher(watcher, turns) for watcher in watchers)],
         )
         trainer.meter, trainer.turns = meter, turns
-        models.recast_adapters(model, config.lora)
+        recast_adapters(model, config.lora)
         trainer.train()
 
 
@@ -140,7 +142,7 @@ def main() -> None:
     quiet_libraries()
     config = compose([f"training.max_steps={given.steps}", "training.device=cpu", "targets=all_linear"])
     ready = prepare(config, environment.probe(config.training.device))
-    base = models.load_base(config, "cpu")
+    base = load_base(config, "cpu")
     rounds, own = [], []
     for number in range(given.rounds):
         turns = Turns(KINDS[number % 2])

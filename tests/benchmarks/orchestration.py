@@ -89,7 +89,7 @@ def loop(rounds: int, steps: int, batch: int) -> None:
         speeds = [record["speed"] for record in found]
         own = sum(speed["train_seconds"] + speed["evaluation_seconds"] for speed in speeds)
         own += max(speed["load_seconds"] for speed in speeds)
-        imports = timed([sys.executable, "-c", "import qlora_exp.one_run"])
+        imports = timed([sys.executable, "-c", "import qlora_exp.runs.pipeline"])
         ratios = f"{ours / plain:.2f} | {ours / own:.2f} | {ours / (own + imports):.2f}"
         print(f"| {number} | {plain:.1f} | {ours:.1f} | {ratios} |", flush=True)
 

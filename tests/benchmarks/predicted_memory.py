@@ -3,7 +3,7 @@
 python tests/benchmarks/predicted_memory.py --measure --again   # 45 minutes on an idle core
 python tests/benchmarks/predicted_memory.py                     # predicts again for the measured rows, and draws them
 
-With --plain-heap for glibc as it is, in place of glibc as qlora_exp/heap.py tells it to be: another table.
+With --plain-heap for glibc as it is, in place of glibc as qlora_exp/system/heap.py tells it to be: another table.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qlora_exp import heap
-from qlora_exp.compose import compose
-from qlora_exp.models.tables import CONFIGS
-from qlora_exp.plan import Architecture, peak
-from qlora_exp.plan.batches import RowLengths
-from qlora_exp.plan.peak import Heap, Peak, predicted_peak
-from qlora_exp.plan.tables import known_architecture
-from qlora_exp.plan.targets import resolve_targets
+from qlora_exp.architecture.families import known_architecture
+from qlora_exp.architecture.shapes import Architecture
+from qlora_exp.architecture.shipped.build import CONFIGS
+from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.compose import compose
+from qlora_exp.estimate import peak
+from qlora_exp.estimate.peak import Heap, Peak, predicted_peak
+from qlora_exp.estimate.workload import RowLengths
+from qlora_exp.system import heap
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = {True: ROOT / "docs" / "predicted_memory.csv", False: ROOT / "docs" / "predicted_memory_plain.csv"}
@@ -323,7 +324,7 @@ def architecture_of_case(case: Case) -> Architecture:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_exp.models.describe import architecture_of
+    from qlora_exp.models.inspect import architecture_of
 
     if case.architecture == "embedded":
         known = known_architecture(compose(["model=embedded"]).model)

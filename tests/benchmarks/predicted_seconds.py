@@ -24,12 +24,13 @@ from pathlib import Path
 
 from predicted_memory import Case, overrides
 
-from qlora_exp import heap
-from qlora_exp.calibration import kept_flops_per_second, rates_file
-from qlora_exp.config import Quantization
-from qlora_exp.plan.seconds import Interval, Rate, rate_from_calibration
-from qlora_exp.plan.seen import for_one_more, seen_of
-from qlora_exp.records import RunRecord, Status, read_record
+from qlora_exp.config.schema import Quantization
+from qlora_exp.estimate.calibration import kept_flops_per_second, rates_file
+from qlora_exp.estimate.duration import Interval, Rate, rate_from_calibration
+from qlora_exp.estimate.throughput import for_one_more, seen_of
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.system import heap
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "predicted_seconds.csv"
 IN_PROCESSOR_TIME = (

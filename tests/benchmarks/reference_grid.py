@@ -22,14 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.replay import ReferenceGrid, save
-from qlora_exp.measurement import flops_per_token
+from qlora_exp.analysis.error_rates.replay import ReferenceGrid, save
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import RunRecord, read_record
-from qlora_exp.study.ladder import Choice, LadderTrial, Point, choose
-from qlora_exp.study.ladder_plan import RANK, RATE, SEED, SPLIT, ranks_of
-from qlora_exp.study.ladder_runs import trials_of
+from qlora_exp.rank_doubling.answers import trials_of
+from qlora_exp.rank_doubling.ladder import Choice, LadderTrial, Point, choose
+from qlora_exp.rank_doubling.settings import RANK, RATE, SEED, SPLIT, ranks_of
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import RunRecord
 from qlora_exp.study.types import LadderSpec, OneLadder
+from qlora_exp.training.meter import flops_per_token
 
 GRID_SEEDS, REPLAY_SEEDS, PILOT_SEED = range(1, 9), range(101, 109), 1000
 CENTRE_AT_8 = 4e-3

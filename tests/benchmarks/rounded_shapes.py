@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qlora_exp import heap
+from qlora_exp.system import heap
 
-AS_THEY_ARE = "from qlora_exp import plan; plan.COMPILED_MULTIPLES = (1, 1); "
+AS_THEY_ARE = "from qlora_exp.architecture import run_plan as plan; plan.COMPILED_MULTIPLES = (1, 1); "
 COMMAND = "import sys; from qlora_exp.cli import main; sys.exit(main(sys.argv[1:]))"
 
 

@@ -23,8 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))
 import synthetic
 
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import RunRecord, Status, Trial, write_json
-from qlora_exp.tracking import charts_url, compare_url, read_state, runs_url, sync
+from qlora_exp.records.files import write_json
+from qlora_exp.records.types import RunRecord, Status, Trial
+from qlora_exp.tracking.state import read_state
+from qlora_exp.tracking.sync import sync
+from qlora_exp.tracking.ui import charts_url, compare_url, runs_url
 
 pytestmark = [
     pytest.mark.browser,

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_exp.compose import compose
-from qlora_exp.config import Config, TaskKind
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config, TaskKind
 
 TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' }}

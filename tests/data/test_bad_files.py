@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_exp.config import InvalidRows
-from qlora_exp.data import load_rows
+from qlora_exp.config.schema import InvalidRows
+from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import DataError, Problems, QloraExpError
 
 GOOD = [{"prompt": f"what is {n}?", "completion": f"it is {n}"} for n in range(1, 13)]

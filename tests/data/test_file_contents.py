@@ -18,11 +18,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_exp.compose import compose
-from qlora_exp.config import InvalidRows
-from qlora_exp.data import RawSplits, load_rows
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import InvalidRows
 from qlora_exp.data.hub import rows_of_dataset
 from qlora_exp.data.rows import read_examples
+from qlora_exp.data.splits import RawSplits, load_rows
 from qlora_exp.errors import DataError, Problems
 
 Configure = Callable[..., Any]

@@ -17,8 +17,8 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from qlora_exp.config import InvalidRows
-from qlora_exp.data import RawSplits, load_rows
+from qlora_exp.config.schema import InvalidRows
+from qlora_exp.data.splits import RawSplits, load_rows
 from qlora_exp.errors import DataError, Problems, QloraExpError
 
 Configure = Callable[..., Any]

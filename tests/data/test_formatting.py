@@ -15,8 +15,11 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from qlora_exp.config import Format, InvalidRows, Variant
-from qlora_exp.data import Splits, load_data, preview, resolve_format, to_training_dataset
+from qlora_exp.config.schema import Format, InvalidRows, Variant
+from qlora_exp.data.encoding import resolve_format
+from qlora_exp.data.items import Splits
+from qlora_exp.data.load import load_data, to_training_dataset
+from qlora_exp.data.preview import preview
 from qlora_exp.errors import DataError, Problems
 
 Configure = Callable[..., Any]

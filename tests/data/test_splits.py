@@ -15,10 +15,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_exp.compose import compose
-from qlora_exp.config import InvalidRows
-from qlora_exp.data import RawSplits, load_rows
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import InvalidRows
 from qlora_exp.data.hub import rows_of_dataset
+from qlora_exp.data.splits import RawSplits, load_rows
 from qlora_exp.errors import DataError, Problems
 
 SPLITS = ("train", "validation", "test")
@@ -240,7 +240,7 @@ def test_the_embedded_task_has_no_fault() -> None:
 
 def test_reading_rows_loads_neither_torch_nor_datasets() -> None:
     code = (
-        "import sys; from qlora_exp.compose import compose; from qlora_exp.data import load_rows;"
+        "import sys; from qlora_exp.config.compose import compose; from qlora_exp.data.splits import load_rows;"
         "load_rows(compose([]).task);"
         "sys.exit(', '.join({'torch', 'datasets', 'transformers'} & set(sys.modules)) or 0)"
     )

@@ -11,9 +11,9 @@ from collections import Counter
 
 import pytest
 
-from qlora_exp.embedded.card import label_tokens, nearest_neighbour_accuracy
-from qlora_exp.embedded.near_duplicates import character_grams, normalise, units, word_grams
-from qlora_exp.embedded.splits import CATEGORIES
+from qlora_exp.embedded.build.card import label_tokens, nearest_neighbour_accuracy
+from qlora_exp.embedded.build.near_duplicates import character_grams, normalise, units, word_grams
+from qlora_exp.embedded.build.splits import CATEGORIES
 from qlora_exp.paths import EMBEDDED
 
 from .texts import HELD_OUT, SPLITS, close, copies, rows, task, trained, training_texts

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_exp.embedded.build import write_hashes
-from qlora_exp.embedded.pretrain import Schedule
-from qlora_exp.embedded.tokenizer import END_OF_TEXT, PAD, TURN_END
-from qlora_exp.embedded.wordnet import split_gloss
+from qlora_exp.embedded.build.build import write_hashes
+from qlora_exp.embedded.build.pretrain import Schedule
+from qlora_exp.embedded.build.tokenizer import END_OF_TEXT, PAD, TURN_END
+from qlora_exp.embedded.build.wordnet import split_gloss
 from qlora_exp.paths import EMBEDDED
 
 from .texts import rows

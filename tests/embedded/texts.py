@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.embedded.near_duplicates import Grams, near_duplicates, units
-from qlora_exp.embedded.training_texts import TrainingTexts, read_training_texts, trained_units
+from qlora_exp.embedded.build.near_duplicates import Grams, near_duplicates, units
+from qlora_exp.embedded.build.training_texts import TrainingTexts, read_training_texts, trained_units
 from qlora_exp.paths import EMBEDDED
 
 SPLITS = ("train", "validation", "test")

@@ -12,10 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
-from qlora_exp.data import Item, Splits
-from qlora_exp.records import Data
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config
+from qlora_exp.data.items import Item, Splits
+from qlora_exp.records.types import Data
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.evaluation import baselines
-from qlora_exp.evaluation.baselines import CANDIDATES_OF_C, common_frame
+from qlora_exp.evaluation.baselines import CANDIDATES_OF_C, baselines, common_frame
 
 TOPICS = {"animal": ["fur", "paw", "tail"], "plant": ["leaf", "root", "stem"], "time": ["day", "hour", "year"]}
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qlora_exp.compose import compose
-from qlora_exp.data import load_data
+from qlora_exp.config.compose import compose
+from qlora_exp.data.load import load_data
 from qlora_exp.data.sources import read_general_text
-from qlora_exp.evaluation import DocumentLoss, answer_losses, forgetting, text_losses
+from qlora_exp.evaluation.forgetting import DocumentLoss, answer_losses, forgetting, text_losses
 from qlora_exp.paths import EMBEDDED
 
 

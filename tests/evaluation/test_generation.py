@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_exp.data import check_positions
+from qlora_exp.data.model_limits import check_positions
 from qlora_exp.errors import DataError
-from qlora_exp.evaluation import evaluate_model, text_losses
-from qlora_exp.evaluation.context import CausalModel, read, scoring_mode
+from qlora_exp.evaluation.forgetting import text_losses
 from qlora_exp.evaluation.generation import MARGIN_TOKENS, StopRule, generate, max_new_tokens, stop_rule
+from qlora_exp.evaluation.kv_cache import CausalModel, read, scoring_mode
+from qlora_exp.evaluation.scoring import evaluate_model
 
 PROMPTS = ["a", "a much longer prompt than the others:", "bb b", "tell me:"]
 

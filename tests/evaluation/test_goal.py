@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 
 from qlora_exp.errors import ConfigError
-from qlora_exp.evaluation import Evaluation, answer_goal
-from qlora_exp.evaluation.goal import from_confusion, ratio_bounds, wilson_bounds
-from qlora_exp.metrics import BalancedAccuracy, MacroF1, score
-from qlora_exp.records import Scores
+from qlora_exp.evaluation.goal import answer_goal, from_confusion, ratio_bounds, wilson_bounds
+from qlora_exp.evaluation.metrics import BalancedAccuracy, MacroF1, score
+from qlora_exp.evaluation.scoring import Evaluation
+from qlora_exp.records.types import Scores
 
 
 def evaluation(right: int, items: int) -> Evaluation:

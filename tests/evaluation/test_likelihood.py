@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_exp.compose import compose
-from qlora_exp.data import load_data
-from qlora_exp.evaluation import evaluate_model, likelihood
-from qlora_exp.evaluation.context import CausalModel, batches, read, scoring_mode
+from qlora_exp.config.compose import compose
+from qlora_exp.data.load import load_data
+from qlora_exp.evaluation import likelihood
+from qlora_exp.evaluation.kv_cache import CausalModel, batches, read, scoring_mode
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
-from qlora_exp.models import load_base, load_tokenizer
+from qlora_exp.evaluation.scoring import evaluate_model
+from qlora_exp.models.base import load_base
+from qlora_exp.models.tokenizers import load_tokenizer
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "mistral", "lfm2", "mamba", "minimax", "mixtral", "gpt_neo")
 OPTIONS = [(5,), (5, 6), (5, 6, 7), (5, 9, 7, 8), (11, 12), (13,), (5, 6, 8)]

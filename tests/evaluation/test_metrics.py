@@ -9,7 +9,7 @@ import evaluate
 import pytest
 
 from qlora_exp.errors import ConfigError
-from qlora_exp.metrics import (
+from qlora_exp.evaluation.metrics import (
     Accuracy,
     BalancedAccuracy,
     ExactMatch,

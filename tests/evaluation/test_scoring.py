@@ -12,11 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qlora_exp.compose import compose
-from qlora_exp.evaluation import evaluate_model, limited
-from qlora_exp.evaluation.prior import domain_prompt
-from qlora_exp.evaluation.scoring import marginal
-from qlora_exp.untouched import write_items
+from qlora_exp.config.compose import compose
+from qlora_exp.evaluation.base_scores import write_items
+from qlora_exp.evaluation.pmi_prior import domain_prompt
+from qlora_exp.evaluation.scoring import evaluate_model, limited, marginal
 
 
 def nats(model: Any, prompt: tuple[int, ...], target: tuple[int, ...]) -> float:

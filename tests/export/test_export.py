@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_exp.cli import main
-from qlora_exp.config import ExportConfig
-from qlora_exp.export import Artefact, Export, Runtime, TaskCheck, load_settings
+from qlora_exp.config.schema import ExportConfig
 from qlora_exp.export.card import export_card
-from qlora_exp.export.checking import compare, paired_bounds
-from qlora_exp.export.llama_cpp_runtime import measure
+from qlora_exp.export.llama_cpp import measure
 from qlora_exp.export.phone import answer_phone
-from qlora_exp.plan.prices import read_prices
-from qlora_exp.records import Status, read_record, write_json
+from qlora_exp.export.results import Artefact, Export, Runtime, TaskCheck
+from qlora_exp.export.settings import load_settings
+from qlora_exp.export.task_check import compare, paired_bounds
+from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.types import Status
+from qlora_exp.system.hardware import read_prices
 
 RUN = [
     *("training.device=cpu", "training.max_steps=30", "training.batch_size=8", "training.max_length=64"),
@@ -107,7 +109,7 @@ def test_the_merged_folder_loads_without_us_and_answers_as_it_is_said_to(exporte
 
 
 def test_without_llama_cpp_nothing_is_made_up(outputs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("qlora_exp.export.llama_cpp_runtime.why_not", lambda: "llama.cpp isn't installed")
+    monkeypatch.setattr("qlora_exp.export.llama_cpp.why_not", lambda: "llama.cpp isn't installed")
     folder = tmp_path / "export"
     words = ["export", "last", "--output-root", str(outputs), "--to", str(folder), "--formats", "q4_0"]
     assert main(words) == 0

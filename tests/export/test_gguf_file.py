@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qlora_exp.errors import ModelError
-from qlora_exp.export.gguf_file import SPACE, check_convertible, write_gguf
+from qlora_exp.export.gguf import SPACE, check_convertible, write_gguf
 from qlora_exp.paths import EMBEDDED
 
 gguf = pytest.importorskip("gguf")

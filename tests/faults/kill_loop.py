@@ -124,7 +124,7 @@ class Processes:
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def hosts(self) -> list[psutil.Process]:
-        return [process for process in self.alive() if "qlora_exp.workers.host" in command_of(process)]
+        return [process for process in self.alive() if "qlora_exp.orchestration.trial_main" in command_of(process)]
 
     def workers(self) -> list[psutil.Process]:
         """joblib's."""

@@ -54,7 +54,7 @@ class Sweep:
             children = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
-        return [child for child in children if "qlora_exp.workers.host" in _command_of(child)]
+        return [child for child in children if "qlora_exp.orchestration.trial_main" in _command_of(child)]
 
     def kill(self) -> None:
         """SIGKILL for the controller alone: its children must notice by themselves."""
@@ -84,7 +84,7 @@ def survivors(root: Path) -> list[str]:
         if process.pid == os.getpid():
             continue
         text = _command_of(process)
-        if str(root) in text or ("qlora_exp.workers.host" in text and _opened(process, root)):
+        if str(root) in text or ("qlora_exp.orchestration.trial_main" in text and _opened(process, root)):
             found.append(text)
     return found
 

@@ -13,22 +13,13 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
+from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError
-from qlora_exp.models import (
-    Base,
-    adapter_parameters,
-    attach_adapters,
-    describe,
-    load_adapter,
-    load_base,
-    recast_adapters,
-    resolve_targets,
-    save_adapter,
-    shell,
-)
-from qlora_exp.models.describe import architecture_of
+from qlora_exp.models.adapters import adapter_parameters, attach_adapters, load_adapter, recast_adapters, save_adapter
+from qlora_exp.models.base import Base, load_base, shell
+from qlora_exp.models.inspect import architecture_of, describe
 
 TOKENS = torch.arange(5, 25).reshape(2, 10)
 FAMILIES = ["llama", "gpt2", "phi3"]
@@ -175,11 +166,11 @@ def test_pissa_with_more_directions_than_a_matrix_has_is_refused(tiny_models: di
     ],
 )
 def test_peft_scales_by_what_the_plan_says(overrides: list[str], scale: float, tiny_models: dict[str, Path]) -> None:
-    from qlora_exp import plan
+    from qlora_exp.architecture import run_plan
 
     _, model, config = adapted(tiny_models["gpt2"], *overrides)
     scales = {module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)}
-    assert scales == {scale} == {plan.scale(config.lora)}
+    assert scales == {scale} == {run_plan.scale(config.lora)}
 
 
 def test_unreadable_adapters_are_told(tiny_models: dict[str, Path], tmp_path: Path) -> None:

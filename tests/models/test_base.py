@@ -14,20 +14,16 @@ from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig, FalconForCausalLM
 
-from qlora_exp.compose import compose
-from qlora_exp.config import Config, Quantization
+from qlora_exp.architecture.run_plan import inputs_rounded_in
+from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config, Quantization
 from qlora_exp.errors import ModelError
-from qlora_exp.models import (
-    attach_adapters,
-    describe,
-    load_base,
-    quantization_self_test,
-    resolve_targets,
-    shell,
-    weight_bytes,
-)
-from qlora_exp.models.selftest import dequantized
-from qlora_exp.plan import inputs_rounded_in
+from qlora_exp.models.adapters import attach_adapters
+from qlora_exp.models.base import load_base, shell
+from qlora_exp.models.inspect import describe
+from qlora_exp.models.self_test import dequantized, quantization_self_test
+from qlora_exp.models.weight_bytes import weight_bytes
 
 MODES = [mode.value for mode in Quantization]
 FAMILIES = ["llama", "gpt2", "phi3"]

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
+from qlora_exp.config.compose import compose
 from qlora_exp.errors import ModelError
-from qlora_exp.models import describe_file, load_base
+from qlora_exp.models.base import load_base
 from qlora_exp.models.causality import DECODER_SWITCH
+from qlora_exp.models.inspect import describe_file
 from qlora_exp.paths import EMBEDDED
 
 SIZES: dict[str, Any] = {

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
+from qlora_exp.config.compose import compose
 from qlora_exp.errors import ModelError
-from qlora_exp.models import describe, fingerprint, load_base, resolve_source
+from qlora_exp.models.base import load_base
+from qlora_exp.models.inspect import describe
+from qlora_exp.models.sources import fingerprint, resolve_source
 from tests.conftest import save_tiny_model
 
 TINY: dict[str, dict[str, Any]] = {

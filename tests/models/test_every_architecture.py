@@ -9,7 +9,7 @@ import pytest
 
 from qlora_exp import run
 from qlora_exp.paths import EMBEDDED
-from qlora_exp.records import Status
+from qlora_exp.records.types import Status
 
 pytestmark = pytest.mark.slow
 

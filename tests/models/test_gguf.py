@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
-from qlora_exp.compose import compose
+from qlora_exp.config.compose import compose
 from qlora_exp.errors import ModelError
-from qlora_exp.export.gguf_file import _llama3_rope_factors as llama3_factors
-from qlora_exp.models import describe, fingerprint, load_base, resolve_source
+from qlora_exp.export.gguf import _llama3_rope_factors as llama3_factors
+from qlora_exp.models.base import load_base
+from qlora_exp.models.inspect import describe
+from qlora_exp.models.sources import fingerprint, resolve_source
 from tests.models.gguf_files import FAMILIES, SIZES, tensors_of, write_gguf
 
 pytest.importorskip("gguf", reason="the gguf extra is not installed")

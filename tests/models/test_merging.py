@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_exp import models
-from qlora_exp.compose import compose
-from qlora_exp.models import adapter_parameters, attach_adapters, load_base, merged_model, save_adapter
+from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.compose import compose
+from qlora_exp.models.adapters import adapter_parameters, attach_adapters, save_adapter
+from qlora_exp.models.base import load_base, shell
+from qlora_exp.models.inspect import describe
+from qlora_exp.models.merging import merged_model
 
 TOKENS = torch.tensor([[5, 17, 260, 33, 900, 12, 7]])
 
@@ -23,8 +26,8 @@ def test_the_merged_model_is_base_and_adapter(
     given = ["model=local", f"model.path={tiny_models[family]}", "targets=all_linear", "lora.r=4", lora]
     config = compose([*given, "quantization=fp32", "training.device=cpu"])
     base = load_base(config, "cpu")
-    modules = models.resolve_targets(models.describe(config.model), config.targets)
-    adapted = attach_adapters(models.shell(base), config, modules)
+    modules = resolve_targets(describe(config.model), config.targets)
+    adapted = attach_adapters(shell(base), config, modules)
     torch.manual_seed(0)
     with torch.no_grad():
         untouched = base.model(input_ids=TOKENS).logits

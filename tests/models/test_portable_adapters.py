@@ -13,18 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
-from qlora_exp.models import (
-    attach_adapters,
-    describe,
-    load_adapter,
-    load_base,
-    resolve_targets,
-    save_adapter,
-    shell,
-    write_portable,
-)
+from qlora_exp.config.compose import compose
+from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter, write_portable
+from qlora_exp.models.base import load_base, shell
+from qlora_exp.models.inspect import describe
 
 TOKENS = torch.arange(5, 45).reshape(2, 20)
 VARIANTS = [

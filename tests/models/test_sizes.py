@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_exp.errors import ModelError
-from qlora_exp.models import describe_file
-from qlora_exp.models.sizes import check_given, check_possible
+from qlora_exp.models.config_sizes import check_given, check_possible
+from qlora_exp.models.inspect import describe_file
 from qlora_exp.models.sources import READS_PADDING
 
 NOT_PLANNED = READS_PADDING | {"blt"}

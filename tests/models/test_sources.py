@@ -13,10 +13,14 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-from qlora_exp.compose import compose
-from qlora_exp.config import ModelConfig, TargetsConfig
+from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import ModelConfig, TargetsConfig
 from qlora_exp.errors import ModelError
-from qlora_exp.models import describe, fingerprint, load_base, load_tokenizer, resolve_source, resolve_targets
+from qlora_exp.models.base import load_base
+from qlora_exp.models.inspect import describe
+from qlora_exp.models.sources import fingerprint, resolve_source
+from qlora_exp.models.tokenizers import load_tokenizer
 from tests.conftest import save_tiny_model
 
 

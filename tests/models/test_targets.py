@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qlora_exp.compose import compose
-from qlora_exp.config import TargetsConfig
+from qlora_exp.architecture.run_plan import lora_parameters
+from qlora_exp.architecture.shapes import WeightShape
+from qlora_exp.architecture.targets import feeds, resolve_targets
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import TargetsConfig
 from qlora_exp.errors import ModelError, Problems
-from qlora_exp.models import adapter_parameters, attach_adapters, describe, resolve_targets
-from qlora_exp.models.describe import architecture_of
-from qlora_exp.plan import WeightShape, lora_parameters
-from qlora_exp.plan.targets import feeds
+from qlora_exp.models.adapters import adapter_parameters, attach_adapters
+from qlora_exp.models.inspect import architecture_of, describe
 
 LLAMA_LIKE = {
     "hidden_size": 64,

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.compose import compose
-from qlora_exp.models import attach_adapters, describe, load_base, resolve_targets, weight_bytes
+from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.compose import compose
+from qlora_exp.models.adapters import attach_adapters
+from qlora_exp.models.base import load_base
+from qlora_exp.models.inspect import describe
+from qlora_exp.models.weight_bytes import weight_bytes
 
 BLOCK = 64
 """Weights to a block constant in bitsandbytes' 4-bit formats; the constants' own block is 256."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.plan.activations import kept_per_token, written_out
-from qlora_exp.plan.tables import known_architecture
-from qlora_exp.planning.points import points_of
+from qlora_exp.architecture.families import known_architecture
+from qlora_exp.estimate.activations import kept_per_token, written_out
+from qlora_exp.estimate.sweep import points_of
 
 HIDDEN, ROWS, LENGTH = 256, 2, 24
 LONG = 128
@@ -91,7 +91,7 @@ def saved_bytes(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_exp.models.describe import architecture_of
+    from qlora_exp.models.inspect import architecture_of
 
     count: dict[str, Any] = {LAYERS.get(architecture, "num_hidden_layers"): layers}
     if architecture == "gpt_neo":
@@ -216,9 +216,8 @@ def test_what_int8_holds_outlives_checkpointing(mode: str) -> None:
 
 
 def test_counting_loads_no_torch() -> None:
-    code = (
-        "import sys, qlora_exp.plan.peak, qlora_exp.plan.seconds, qlora_exp.plan.prices; print('torch' in sys.modules)"
-    )
+    modules = "qlora_exp.estimate.peak, qlora_exp.estimate.duration, qlora_exp.system.hardware"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

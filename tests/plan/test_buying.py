@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.budget import Purse, budget_of
-from qlora_exp.calibration import rates_file
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
-from qlora_exp.environment import probe, probe_without_torch
-from qlora_exp.one_run import prepare
-from qlora_exp.one_run.affording import what_it_buys
+from qlora_exp.config.compose import compose
+from qlora_exp.estimate.budget import Purse, budget_of
+from qlora_exp.estimate.calibration import rates_file
+from qlora_exp.estimate.preflight_budget import what_it_buys
+from qlora_exp.estimate.throughput import machine_of
+from qlora_exp.orchestration.budget_forecast import what_it_buys as what_it_buys_of_a_sweep
+from qlora_exp.orchestration.command import ask
 from qlora_exp.paths import OutputPaths
-from qlora_exp.plan.seen import machine_of
-from qlora_exp.records import write_json
-from qlora_exp.study import Study
-from qlora_exp.sweep import ask
-from qlora_exp.sweep.buying import what_it_buys as what_it_buys_of_a_sweep
+from qlora_exp.records.files import write_json
+from qlora_exp.runs.prepare import prepare
+from qlora_exp.study.study import Study
+from qlora_exp.system.environment import probe, probe_without_torch
 
 SMALL = ["training.device=cpu", "training.threads=1", "quantization=fp32", "tracking=off", "training.max_steps=40"]
 SMALL += ["training.batch_size=4", "task.max_train_items=40"]

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.compose import compose
-from qlora_exp.plan.batches import RowLengths
-from qlora_exp.plan.peak import HEAD_TOKENS, HEAD_VOCABULARY, predicted_peak
-from qlora_exp.plan.tables import known_architecture
-from qlora_exp.plan.targets import resolve_targets
+from qlora_exp.architecture.families import known_architecture
+from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.compose import compose
+from qlora_exp.estimate.peak import HEAD_TOKENS, HEAD_VOCABULARY, predicted_peak
+from qlora_exp.estimate.workload import RowLengths
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "predicted_memory.py"
 

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
-from qlora_exp.config import to_plain
-from qlora_exp.environment import probe_without_torch
-from qlora_exp.planning.devices import device_called, size_bytes
-from qlora_exp.planning.points import points_of
-from qlora_exp.records import SCHEMA_VERSION, Plan, RunRecord, Speed, Status, to_dict, write_json
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import to_plain
+from qlora_exp.estimate.device import device_called, size_bytes
+from qlora_exp.estimate.sweep import points_of
+from qlora_exp.records.files import write_json
+from qlora_exp.records.schema import to_dict
+from qlora_exp.records.types import SCHEMA_VERSION, Plan, RunRecord, Speed, Status
+from qlora_exp.system.environment import probe_without_torch
 
 PARTS = ("base_weight_bytes", "quantization_state_bytes", "adapter_bytes", "gradient_bytes", "optimizer_bytes")
 TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
@@ -288,8 +290,8 @@ def test_time_and_money_are_known_once_the_machine_is_calibrated(
 def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_exp.planning.planned import Planner
-    from qlora_exp.planning.shown import costs
+    from qlora_exp.estimate.estimator import Planner
+    from qlora_exp.estimate.tables import costs
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rates = tmp_path / "qlora-exp" / "rates-2.json"

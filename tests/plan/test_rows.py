@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp import models
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
-from qlora_exp.data import load_data
-from qlora_exp.one_run.predicting import row_lengths
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config
+from qlora_exp.data.load import load_data
+from qlora_exp.estimate.run_estimate import row_lengths
+from qlora_exp.estimate.tokens import PlannedRows, RowCounter
+from qlora_exp.estimate.workload import RowLengths
+from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import EMBEDDED
-from qlora_exp.plan.batches import RowLengths
-from qlora_exp.planning.rows import PlannedRows, RowCounter
 from tests.conftest import write_colour_task
 
 FEW = ["task.max_train_items=300"]
@@ -26,7 +26,7 @@ FEW = ["task.max_train_items=300"]
 
 def as_loaded(config: Config) -> PlannedRows:
     """By transformers' tokenizer and the run's own loading."""
-    splits = load_data(config, models.load_tokenizer(config.model), config.training.max_length)
+    splits = load_data(config, load_tokenizer(config.model), config.training.max_length)
     lengths = row_lengths(splits)
     scored = [len(item.completion_ids) + len(item.end_ids) for item in splits.train]
     return PlannedRows(len(lengths), len(lengths), statistics.fmean(lengths), RowLengths.of(lengths, scored))
@@ -64,7 +64,7 @@ def test_rows_are_counted_with_the_tokenizer_of_a_gguf_file(
     pytest.importorskip("gguf")
     from transformers import AutoModelForCausalLM
 
-    from qlora_exp.export.gguf_file import write_gguf
+    from qlora_exp.export.gguf import write_gguf
 
     model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
     write_gguf(model, EMBEDDED / variant, tmp_path / "m.gguf", "q8_0", "m")

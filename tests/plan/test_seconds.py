@@ -11,21 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp import calibration
-from qlora_exp.compose import compose
-from qlora_exp.config import Config, Quantization, to_plain
-from qlora_exp.environment import probe_without_torch
+from qlora_exp.architecture.shapes import Architecture, WeightShape
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config, Quantization, to_plain
 from qlora_exp.errors import ConfigError
-from qlora_exp.models import rate
-from qlora_exp.plan import Architecture, WeightShape
-from qlora_exp.plan.batches import RowLengths
-from qlora_exp.plan.operations import Extent, Row, train_flops_per_token
-from qlora_exp.plan.prices import Price, price_of, read_prices, usd_per_hour
-from qlora_exp.plan.seconds import Interval, Rate, predicted_seconds, predicted_usd, rate_from_calibration
-from qlora_exp.plan.seen import Seen, machine_of, seen_of, t_95
-from qlora_exp.planning.devices import device_called
-from qlora_exp.planning.paying import Cashier
-from qlora_exp.records import SCHEMA_VERSION, Memory, Plan, RunRecord, Speed, Spent, Status
+from qlora_exp.estimate import benchmark, calibration
+from qlora_exp.estimate.cost import Cashier
+from qlora_exp.estimate.device import device_called
+from qlora_exp.estimate.duration import Interval, Rate, predicted_seconds, predicted_usd, rate_from_calibration
+from qlora_exp.estimate.flops import Extent, Row, train_flops_per_token
+from qlora_exp.estimate.throughput import Seen, machine_of, seen_of, t_95
+from qlora_exp.estimate.workload import RowLengths
+from qlora_exp.records.types import SCHEMA_VERSION, Memory, Plan, RunRecord, Speed, Spent, Status
+from qlora_exp.system.environment import probe_without_torch
+from qlora_exp.system.hardware import Price, price_of, read_prices, usd_per_hour
 
 WIDTH, VOCABULARY = 64, 1000
 SHAPES = tuple(
@@ -53,7 +52,7 @@ def test_of_experts_those_count_that_a_token_passes_through(family: str, per_tok
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_exp.models.describe import architecture_of
+    from qlora_exp.models.inspect import architecture_of
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -332,11 +331,11 @@ def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytes
 
 def test_a_calibration_counts_the_same_operations_in_every_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that ticks once a look, rates differ by what is counted alone."""
-    monkeypatch.setitem(rate.SIZES, "cpu", (64, 1, 1, 8))
+    monkeypatch.setitem(benchmark.SIZES, "cpu", (64, 1, 1, 8))
     counted = {}
     for mode in calibration.MODES:
         monkeypatch.setattr("time.perf_counter", count().__next__)
-        counted[mode] = rate.measured_flops_per_second(mode, "cpu", seconds=1.0)
+        counted[mode] = benchmark.measured_flops_per_second(mode, "cpu", seconds=1.0)
     assert counted == dict.fromkeys(calibration.MODES, counted[Quantization.fp32])
 
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from qlora_exp.catalogue import choices
-from qlora_exp.compose import compose
-from qlora_exp.models import describe
-from qlora_exp.models.tables import CONFIGS, described
-from qlora_exp.plan.tables import FOLDER, from_table, known_architecture, known_families, to_table
+from qlora_exp.architecture.families import FOLDER, from_table, known_architecture, known_families, to_table
+from qlora_exp.architecture.shipped.build import CONFIGS, described
+from qlora_exp.config.choices import choices
+from qlora_exp.config.compose import compose
+from qlora_exp.models.inspect import describe
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -36,7 +36,7 @@ def test_a_table_holds_experts() -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_exp.models.describe import architecture_of
+    from qlora_exp.models.inspect import architecture_of
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_local_experts": 4}
     with torch.device("meta"):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from qlora_exp import heap
 from qlora_exp.cli import main
-from qlora_exp.plan.feasibility import ERROR
-from qlora_exp.planning.devices import CPU_PROCESS_BYTES, device_called
-from qlora_exp.planning.planned import Planner
-from qlora_exp.planning.points import points_of
-from qlora_exp.tables import bytes_text
+from qlora_exp.estimate.device import device_called
+from qlora_exp.estimate.estimator import Planner
+from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES, ERROR
+from qlora_exp.estimate.sweep import points_of
+from qlora_exp.formatting import bytes_text
+from qlora_exp.system import heap
 
 ONE = ("lora.r=8", "quantization=fp32", "targets=attention", "training.max_length=64", "training.micro_batch_size=4")
 

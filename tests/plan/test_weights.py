@@ -9,13 +9,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from qlora_exp.checks import OPTIMIZERS, OPTIMIZERS_NEEDING_MORE, QUANTIZED
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
+from qlora_exp.architecture.run_plan import compute_dtype
+from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.compose import compose
+from qlora_exp.config.names import OPTIMIZERS, OPTIMIZERS_NEEDING_MORE, QUANTIZED
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError
-from qlora_exp.models import attach_adapters, describe, load_base, resolve_targets, save_adapter, weight_bytes
-from qlora_exp.plan import compute_dtype
-from qlora_exp.plan.weights import adapter_bytes, base_bytes, optimizer_state_bytes
+from qlora_exp.estimate.weights import adapter_bytes, base_bytes, optimizer_state_bytes
+from qlora_exp.models.adapters import attach_adapters, save_adapter
+from qlora_exp.models.base import load_base
+from qlora_exp.models.inspect import describe
+from qlora_exp.models.weight_bytes import weight_bytes
 
 LLAMA_LIKE = {
     "hidden_size": 64,

@@ -16,8 +16,8 @@ import trl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config
 from qlora_exp.paths import EMBEDDED
 from tests.real.cases_input import Families
 

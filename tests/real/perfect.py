@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from qlora_exp.config import Config
-from qlora_exp.data import Item, Splits
+from qlora_exp.config.schema import Config
+from qlora_exp.data.items import Item, Splits
+from qlora_exp.data.texts import same_text
 from qlora_exp.evaluation.generation import generate
 from qlora_exp.evaluation.oracle import stop_rule_of
-from qlora_exp.texts import same_text
 
 
 class Perfect:

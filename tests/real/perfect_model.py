@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
-from qlora_exp import models
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
-from qlora_exp.data import Item, Splits, load_data
-from qlora_exp.evaluation import Evaluation, evaluate_model
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config
+from qlora_exp.data.items import Item, Splits
+from qlora_exp.data.load import load_data
+from qlora_exp.evaluation.scoring import Evaluation, evaluate_model
+from qlora_exp.models.tokenizers import load_tokenizer
 
 
 class PerfectModel(nn.Module):
@@ -51,7 +52,7 @@ class PerfectModel(nn.Module):
 
 def loaded(overrides: Sequence[str]) -> tuple[Config, Any, Splits]:
     config = compose(list(overrides))
-    tokenizer = models.load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     return config, tokenizer, load_data(config, tokenizer, config.training.max_length)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.model_card import model_card
+from qlora_exp.records.model_card import model_card
 from tests.tracking import synthetic
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
-from qlora_exp.data import Splits, load_data
+from qlora_exp.architecture.run_plan import config_fingerprint
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config
+from qlora_exp.data.items import Splits
+from qlora_exp.data.load import load_data
 from qlora_exp.errors import QloraExpError
-from qlora_exp.plan import config_fingerprint
 from tests.real.conftest import TEMPLATES
 
 Configure = Callable[..., Config]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from qlora_exp.config import Config, Format, InvalidRows, Learn
-from qlora_exp.data import load_data
-from qlora_exp.data.few_shots import few_shot_draws
+from qlora_exp.config.schema import Config, Format, InvalidRows, Learn
+from qlora_exp.data.few_shot import few_shot_draws
+from qlora_exp.data.load import load_data
 from qlora_exp.errors import DataError, Problems
 
 Configure = Callable[..., Config]
@@ -104,7 +104,7 @@ def test_a_prefix_that_the_first_row_lacks_is_in_the_record_and_the_fingerprint(
     record = load_data(config, tokenizer_with("qwen3"), 4096).record
     assert record.answer_prefix == "<think>\n\n</think>\n\n"
     assert record.answer_prefix_variables == {"enable_thinking": False}
-    monkeypatch.setattr("qlora_exp.data.loading._read_otherwise", lambda *_: [])
+    monkeypatch.setattr("qlora_exp.data.load._read_otherwise", lambda *_: [])
     assert load_data(config, tokenizer_with("qwen3"), 4096).record.fingerprint != record.fingerprint
 
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_exp.cli import main
 from qlora_exp.paths import CONF
-from qlora_exp.records import RunRecord, Status, read_record
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import RunRecord, Status
 from tests.real.families import FAMILIES, KINDS, write_family
 from tests.real.perfect_model import loaded, perfect_scores
 

@@ -13,9 +13,9 @@ import datasets
 import pytest
 
 from qlora_exp.cli import main
-from qlora_exp.model_card import model_card
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import read_record
+from qlora_exp.records.files import read_record
+from qlora_exp.records.model_card import model_card
 
 SHORT = [
     *("training.device=cpu", "training.max_steps=2", "training.batch_size=4", "evaluation=quick", "tracking=off"),

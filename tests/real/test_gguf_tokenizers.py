@@ -13,9 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
+from qlora_exp.config.compose import compose
 from qlora_exp.errors import ModelError
-from qlora_exp.models import load_tokenizer
+from qlora_exp.models.tokenizers import load_tokenizer
 
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
 CORPUS = ["The café has 12 chairs,  and 345 tables.", "x = 1\n    y  = 22", "crème brûlée  for 6 7 89"] * 6

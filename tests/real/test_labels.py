@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qlora_exp.compose import compose
-from qlora_exp.data import load_data, load_rows
+from qlora_exp.config.compose import compose
+from qlora_exp.data.load import load_data
+from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import DataError
-from qlora_exp.evaluation import evaluate_model
 from qlora_exp.evaluation.likelihood import CompletionScore
 from qlora_exp.evaluation.per_item import ItemResult, item_table, scores_of
+from qlora_exp.evaluation.scoring import evaluate_model
 from qlora_exp.paths import EMBEDDED
 
 TURN_ENDS = {

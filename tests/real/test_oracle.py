@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.config import Config, InvalidRows, TaskKind
-from qlora_exp.data import Splits, load_data
+from qlora_exp.config.schema import Config, InvalidRows, TaskKind
+from qlora_exp.data.items import Splits
+from qlora_exp.data.load import load_data
 from qlora_exp.errors import DataError, Problems
-from qlora_exp.evaluation import check_answers
-from qlora_exp.evaluation.oracle import perfect_answers, stop_rule_of
+from qlora_exp.evaluation.oracle import check_answers, perfect_answers, stop_rule_of
 from tests.real.conftest import TEMPLATES, as_transformers
 from tests.real.perfect import oracle_score, perfect_generations
 

@@ -17,13 +17,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from qlora_exp.compose import compose
-from qlora_exp.data import Splits, load_data
+from qlora_exp.config.compose import compose
+from qlora_exp.data.items import Splits
+from qlora_exp.data.load import load_data
+from qlora_exp.data.texts import same_text
 from qlora_exp.errors import DataError, Problems
+from qlora_exp.estimate.tokenizer_file import FileTokenizer
 from qlora_exp.evaluation.generation import StopRule, as_answer, decoded, generate, max_new_tokens, stop_rule
 from qlora_exp.paths import EMBEDDED
-from qlora_exp.planning.tokenizer_file import FileTokenizer
-from qlora_exp.texts import same_text
 
 LLAMA3_SPLIT = "|".join(
     [
@@ -354,8 +355,8 @@ def test_tokens_that_are_not_special_are_ordinary_text(load: Load, tokenizers: d
 
 
 def test_a_plan_counts_the_tokens_that_are_trained_on(load: Load, tokenizers: dict[str, Any], tmp_path: Path) -> None:
-    from qlora_exp.data import load_rows
-    from qlora_exp.data.formatting import date_of, encode
+    from qlora_exp.data.encoding import date_of, encode
+    from qlora_exp.data.splits import load_rows
 
     rows = [row for pair in (*AS_IT_IS.values(), *CONTROL.values()) for row in numbered(pair, 3)]
     items = {item.item_id: item.ids for item in items_of(load(rows, "llama3", "task.special_tokens=text"))}

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from qlora_exp import models
-from qlora_exp.chat_templates import rendered
-from qlora_exp.compose import compose
-from qlora_exp.config import Config
-from qlora_exp.data import load_data, load_rows
-from qlora_exp.data.formatting import encode
-from qlora_exp.planning.rows import RowCounter
-from qlora_exp.planning.tokenizer_file import FileTokenizer
+from qlora_exp.config.compose import compose
+from qlora_exp.config.schema import Config
+from qlora_exp.data.chat_template import rendered
+from qlora_exp.data.encoding import encode
+from qlora_exp.data.load import load_data
+from qlora_exp.data.splits import load_rows
+from qlora_exp.estimate.tokenizer_file import FileTokenizer
+from qlora_exp.estimate.tokens import RowCounter
+from qlora_exp.models.tokenizers import load_tokenizer
 from tests.conftest import save_tiny_model
 from tests.real.conftest import TEMPLATES, in_form
 from tests.real.test_against_trl import CALLING, FAMILIES, KINDS, ROWS, TOOLS, TURNS, USER
@@ -85,7 +86,7 @@ def test_a_plan_counts_learned_tokens_as_a_run_does(
             *(f"task.learn={learn}", "task.test_fraction=0"),
         ]
     )
-    items = load_data(config, models.load_tokenizer(config.model), config.training.max_length).train
+    items = load_data(config, load_tokenizer(config.model), config.training.max_length).train
     planned = RowCounter().of(config)
     assert planned is not None
     assert planned.rows == len(items)

@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_exp.cli import main
-from qlora_exp.export.for_others import end_of_answers
+from qlora_exp.export.compatibility import end_of_answers
 from qlora_exp.paths import RunPaths
-from qlora_exp.records import RunRecord, Status, read_record
-from qlora_exp.train import warmup_steps
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.training.trainer import warmup_steps
 from tests.conftest import write_colour_task
 from tests.real.families import KINDS, MISTRAL_TEMPLATE, SMOLLM2_TEMPLATE, trl_template, write_family, write_json
 from tests.real.perfect_model import loaded, perfect_scores
@@ -340,7 +341,7 @@ def test_an_end_that_is_also_the_padding_is_learned(family: Build, colour_task: 
     https://github.com/huggingface/trl/pull/456. SmolLM2's instruct model is published with PAD = EOS."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from qlora_exp.data import to_training_dataset
+    from qlora_exp.data.load import to_training_dataset
 
     model = family("smollm2_135m")
     given = ["model=local", f"model.path={model}", "model.variant=instruct", "task=local", f"task.path={colour_task}"]
@@ -361,8 +362,8 @@ def test_scores_do_not_depend_on_what_else_is_in_a_batch(name: str, family: Buil
     """Left padding and sliding windows: https://github.com/huggingface/transformers/issues/22707,
     https://github.com/huggingface/transformers/issues/30378, https://github.com/unslothai/unsloth/issues/3699.
     The prompts are longer than the window of 16 tokens."""
-    from qlora_exp import models as product_models
-    from qlora_exp.evaluation import evaluate_model
+    from qlora_exp.evaluation.scoring import evaluate_model
+    from qlora_exp.models.base import load_base
 
     lengths, answers = (0, 3, 9, 20, 35, 50, 70, 5, 44, 60), ("red", "dark green", "deep blue sea", "a, b; and c")
     rows = [
@@ -376,7 +377,7 @@ def test_scores_do_not_depend_on_what_else_is_in_a_batch(name: str, family: Buil
         given = ["model=local", f"model.path={family(name)}", "model.variant=instruct", "quantization=fp32"]
         given += ["task=local", f"task.path={task}", "evaluation.generate=true", f"evaluation.batch_size={size}"]
         config, tokenizer, splits = loaded([*given, "evaluation.max_new_tokens=12"])
-        base = product_models.load_base(config, "cpu").model
+        base = load_base(config, "cpu").model
         items = (*splits.train, *splits.validation, *splits.test)
         table = evaluate_model(base, tokenizer, items, splits, config).items
         found.append((table["loss_sum_nats"].to_pylist(), table["generated"].to_pylist()))

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_exp import sweep
-from qlora_exp.catalogue import sweeps
 from qlora_exp.cli import main
-from qlora_exp.cli.arguments import given_overrides
-from qlora_exp.compose import compose
+from qlora_exp.cli.settings_file import given_overrides
+from qlora_exp.config.choices import sweeps
+from qlora_exp.config.compose import compose
+from qlora_exp.orchestration.command import Asked, ask
 
 NAMES = [choice.name for choice in sweeps()]
 A_VALUE = {
@@ -43,9 +43,9 @@ def file_of(settings: dict[str, Any], name: str = "settings.yaml") -> Path:
     return Path(name)
 
 
-def asked(name: str, settings: dict[str, Any] | None, *typed: str) -> sweep.Asked:
+def asked(name: str, settings: dict[str, Any] | None, *typed: str) -> Asked:
     source = file_of(settings) if settings is not None else None
-    return sweep.ask([f"sweeps={name}", *given_overrides(source, typed, sweep=name)])
+    return ask([f"sweeps={name}", *given_overrides(source, typed, sweep=name)])
 
 
 @pytest.mark.parametrize("name", NAMES)

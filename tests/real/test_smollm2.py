@@ -15,11 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_exp import models
 from qlora_exp.cli import main
-from qlora_exp.compose import compose
-from qlora_exp.evaluation import evaluate_model
-from qlora_exp.records import RunRecord, Status, read_record
+from qlora_exp.config.compose import compose
+from qlora_exp.evaluation.scoring import evaluate_model
+from qlora_exp.models.base import load_base
+from qlora_exp.models.sources import model_config, resolve_source
+from qlora_exp.models.tokenizers import load_tokenizer
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import RunRecord, Status
 from tests.real.perfect_model import PerfectModel, loaded
 
 pytestmark = pytest.mark.slow
@@ -101,14 +104,14 @@ def test_its_settings_and_rows_are_valid_and_shown(given: list[str], capsys: pyt
 
 def test_the_untouched_model_speaks_sense(given: list[str]) -> None:
     config, tokenizer, _ = loaded([*given, "quantization=fp32"])
-    base = models.load_base(config, "cpu").model
+    base = load_base(config, "cpu").model
     assert answer(base, tokenizer, "What is the capital of France?") == "The capital of France is Paris.<|im_end|>"
 
 
 def test_the_oracle_is_right_on_every_row(gguf_file: Path, given: list[str], tmp_path: Path) -> None:
     config, tokenizer, splits = loaded([*given, "evaluation.generate=true"])
-    source = models.resolve_source(compose(given).model)
-    models.model_config(source).save_pretrained(tmp_path)
+    source = resolve_source(compose(given).model)
+    model_config(source).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
     items = (*splits.train, *splits.validation, *splits.test)
     scores = evaluate_model(PerfectModel(str(tmp_path), items, len(tokenizer)), tokenizer, items, splits, config).scores
@@ -145,5 +148,5 @@ def test_its_own_gguf_export_is_a_base_again(outputs: Path, task: Path, capsys: 
     assert main(["validate", *base, "task=local", f"task.path={task}"]) == 0
     assert "134,515,008 parameters" in capsys.readouterr().out
     config = compose([*base, "task=local", f"task.path={task}"])
-    model, tokenizer = models.load_base(config, "cpu").model, models.load_tokenizer(config.model)
+    model, tokenizer = load_base(config, "cpu").model, load_tokenizer(config.model)
     assert "Paris" in answer(model, tokenizer, "What is the capital of France?")

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.environment import process_identity
 from qlora_exp.paths import PACKAGE, OutputPaths, StudyPaths
-from qlora_exp.records import Device, Environment, RunRecord, Scores, ScoreTable, Status, to_dict, write_json
-from qlora_exp.records import Trial as TrialOf
-from qlora_exp.study import Study, parse_axes
+from qlora_exp.records.files import write_json
+from qlora_exp.records.schema import to_dict
+from qlora_exp.records.types import Device, Environment, RunRecord, Scores, ScoreTable, Status
+from qlora_exp.records.types import Trial as TrialOf
+from qlora_exp.study.space import parse_axes
+from qlora_exp.study.study import Study
 from qlora_exp.study.types import Claim, Outcome, Owner, StudySpec
+from qlora_exp.system.environment import process_identity
 
 AXES = {
     "lora.r": "4,8,16",
@@ -106,7 +109,7 @@ def worker(spec: StudySpec, code: str) -> subprocess.Popen[str]:
         (
             "import json, sys",
             "from studies import *",
-            "from qlora_exp.records import from_dict",
+            "from qlora_exp.records.schema import from_dict",
             f"spec = from_dict(StudySpec, json.load(open({str(file)!r})))",
             "study = opened(spec)",
             "me = myself()",

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from optuna.storages import RDBStorage
 
-from qlora_exp.environment import process_identity
-from qlora_exp.records import Failure, Process, Status
-from qlora_exp.study import Study, parse_axes, retry_trials
+from qlora_exp.records.types import Failure, Process, Status
+from qlora_exp.study.retry import retry_trials
+from qlora_exp.study.space import parse_axes
+from qlora_exp.study.study import Study
 from qlora_exp.study.types import Outcome, Owner
+from qlora_exp.system.environment import process_identity
 from tests.workers.small_study import paths_of, spec_of
 
 

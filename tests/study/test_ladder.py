@@ -16,26 +16,21 @@ import numpy as np
 import pytest
 from studies import ENVIRONMENT
 
-from qlora_exp import history, sweep
 from qlora_exp.analysis.content import Asked
-from qlora_exp.analysis.planning import Noise, half_width
+from qlora_exp.analysis.power import Noise, half_width
 from qlora_exp.analysis.rule import Verdict
 from qlora_exp.analysis.sections import ladder_sections
 from qlora_exp.cli import main
-from qlora_exp.config import LadderConfig, LrPolicy
+from qlora_exp.config.schema import LadderConfig, LrPolicy
 from qlora_exp.errors import QloraExpError
+from qlora_exp.orchestration.command import ask
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
-from qlora_exp.study.ladder import (
-    LadderTrial,
-    Point,
-    is_done,
-    next_point,
-    stand,
-)
-from qlora_exp.study.ladder_plan import most_trials, own_axes, resolve, rule_of
-from qlora_exp.study.ladder_runs import answers, plan_sentence, trials_of
-from qlora_exp.study.spec_file import read_spec
+from qlora_exp.rank_doubling.answers import answers, plan_sentence, trials_of
+from qlora_exp.rank_doubling.ladder import LadderTrial, Point, is_done, next_point, stand
+from qlora_exp.rank_doubling.settings import most_trials, own_axes, resolve, rule_of
+from qlora_exp.records import find
+from qlora_exp.records.types import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
+from qlora_exp.study.spec import read_spec
 from qlora_exp.study.types import LadderSpec, OneLadder
 from tests import processes
 
@@ -473,7 +468,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_command_means_one_ladder_for_each_point_of_the_other_axes(elsewhere: Path) -> None:
-    spec = sweep.ask(["sweeps=rank_doubling", "model.variant=base,instruct", "quantization=nf4,int8", "seed=5"]).spec
+    spec = ask(["sweeps=rank_doubling", "model.variant=base,instruct", "quantization=nf4,int8", "seed=5"]).spec
     assert spec.ladder is not None
     assert [one.axes for one in spec.ladder.ladders] == [
         {"model.variant": variant, "quantization": mode} for variant in ("base", "instruct") for mode in ("nf4", "int8")
@@ -481,7 +476,7 @@ def test_a_command_means_one_ladder_for_each_point_of_the_other_axes(elsewhere: 
     assert spec.ladder.first_seed == 5
     assert {one.learning_rate for one in spec.ladder.ladders} == {2e-3}
     assert {one.rate_exponent for one in spec.ladder.ladders} == {-0.5}
-    fixed = sweep.ask(["sweeps=rank_doubling", "lora.rslora=true", "training.learning_rate=1e-4"]).spec.ladder
+    fixed = ask(["sweeps=rank_doubling", "lora.rslora=true", "training.learning_rate=1e-4"]).spec.ladder
     assert fixed is not None
     assert (fixed.ladders[0].learning_rate, fixed.ladders[0].rate_exponent) == (1e-4, 0.0)
 
@@ -529,7 +524,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_answer(elsewhere: Path) -> N
     assert ladder["saves"]["against_rank"] == 16
     assert ladder["saves"]["model_state_bytes"] > 0
 
-    records, _ = history.read_runs(outputs)
+    records, _ = find.read_runs(outputs)
     own = {record.trial.number: record for record in records if record.trial is not None}
     assert len(own) == len(records) == 4 * 3
     spec = read_spec(outputs.study(study.name))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qlora_exp.errors import ConfigError
-from qlora_exp.records import Device, Environment, Memory, RunRecord, Scores, ScoreTable, Speed, Status
-from qlora_exp.study import parse_constraint, parse_objective, value_of
-from qlora_exp.study.objectives import violation_of
+from qlora_exp.records.types import Device, Environment, Memory, RunRecord, Scores, ScoreTable, Speed, Status
+from qlora_exp.study.objectives import parse_constraint, parse_objective, value_of, violation_of
 
 ENVIRONMENT = Environment(*("3.11", "Linux", {}, Device("cpu", None, 1, None, None, None, False)), *(None,) * 7)
 

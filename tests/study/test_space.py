@@ -9,8 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from qlora_exp.errors import ConfigError, Problems
-from qlora_exp.study import grid, is_grid, overrides_of, parse_axes
 from qlora_exp.study.distributions import distribution
+from qlora_exp.study.space import grid, is_grid, overrides_of, parse_axes
 
 
 @pytest.mark.parametrize(

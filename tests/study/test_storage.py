@@ -10,7 +10,8 @@ import pytest
 from studies import a_spec, claimed, finish, opened, paths_of, worker
 
 from qlora_exp.errors import StudyError
-from qlora_exp.study import Study, storage
+from qlora_exp.study import storage
+from qlora_exp.study.study import Study
 
 LOCAL = "qlora_exp.study.storage.LOCAL_DISKS"
 

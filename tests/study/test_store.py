@@ -15,10 +15,11 @@ import pytest
 from studies import a_record, a_spec, answer, claimed, completed, finish, loss_of, myself, opened, paths_of, worker
 
 from qlora_exp.errors import ConfigError, Problems, StudyError
-from qlora_exp.records import Failure, Fit, Process, Refusal, Status, to_dict
-from qlora_exp.study import Study
-from qlora_exp.study.attributes import FAILURE, REFUSED
+from qlora_exp.records.schema import to_dict
+from qlora_exp.records.types import Failure, Fit, Process, Refusal, Status
+from qlora_exp.study.study import Study
 from qlora_exp.study.types import Outcome, Owner
+from qlora_exp.study.user_attributes import FAILURE, REFUSED
 
 NOBODY = Owner(Process(2**22 + 1, 1, None), "gone", 0)
 """No Linux process has this id."""

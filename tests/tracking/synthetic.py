@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
-from qlora_exp.config import register, to_plain, typed
-from qlora_exp.environment import process_identity
+from qlora_exp.config.schema import register, to_plain, typed
 from qlora_exp.paths import CONF, OutputPaths, RunPaths
-from qlora_exp.records import (
+from qlora_exp.records.files import write_json, write_text
+from qlora_exp.records.types import (
     SCHEMA_VERSION,
     Baselines,
     Data,
@@ -30,9 +30,8 @@ from qlora_exp.records import (
     Speed,
     Status,
     Training,
-    write_json,
-    write_text,
 )
+from qlora_exp.system.environment import process_identity
 
 
 def config(*overrides: str) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from qlora_exp.cli import main
-from qlora_exp.history import read_runs
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import write_json
-from qlora_exp.study.spec_file import read_spec
+from qlora_exp.records.files import write_json
+from qlora_exp.records.find import read_runs
+from qlora_exp.study.spec import read_spec
 
 SLEEP = ["lora.r=4,8", "training.engine=sleep", "training.sleep_seconds=0", "sweep.name=s"]
 
@@ -30,7 +30,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path)
 
 
 def begin(root: str, *more: str, tracked: bool = True) -> int:
-    from qlora_exp.hydra_app import main as application
+    from qlora_exp.orchestration.hydra_app import main as application
 
     tracking = [f"tracking.uri=sqlite:///{os.getcwd()}/mlflow.db"] if tracked else ["tracking=off"]
     return application(["-m", *SLEEP, *tracking, f"output_root={root}", *more])

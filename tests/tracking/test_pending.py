@@ -132,7 +132,7 @@ def test_a_second_ctrl_c_leaves_no_run_running(tmp_path: Path) -> None:
     while not _running_in_mlflow() and time.monotonic() < until:
         time.sleep(0.1)
     children = psutil.Process(sweep.pid).children(recursive=True)
-    [host] = [child for child in children if "qlora_exp.workers.host" in " ".join(child.cmdline())]
+    [host] = [child for child in children if "qlora_exp.orchestration.trial_main" in " ".join(child.cmdline())]
     host.suspend()
     for _ in range(2):
         sweep.send_signal(signal.SIGINT)

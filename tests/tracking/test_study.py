@@ -16,10 +16,15 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from qlora_exp.config import TrackingConfig
+from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import RunRecord, Status, Trial, from_dict, read_record, write_json
-from qlora_exp.tracking import StudyDefinition, StudyTracker, Tracker, TrialRow, deliver_report, sync
+from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.schema import from_dict
+from qlora_exp.records.types import RunRecord, Status, Trial
+from qlora_exp.tracking.run import Tracker
+from qlora_exp.tracking.study import StudyTracker, deliver_report
+from qlora_exp.tracking.study_fields import StudyDefinition, TrialRow
+from qlora_exp.tracking.sync import sync
 
 STUDY = 'which rank: it\'s "quoted"'
 PARENT = "mlflow.parentRunId"
@@ -249,8 +254,9 @@ def test_a_trial_whose_study_can_not_be_read_is_delivered_all_the_same(output: O
 def test_a_sweep_that_died_is_told_as_interrupted_by_sync(output: OutputPaths) -> None:
     write_definition(output)
     code = (
-        "import os, sys; from qlora_exp.config import TrackingConfig; from qlora_exp.paths import OutputPaths;"
-        "from qlora_exp.tracking import StudyTracker, StudyDefinition;"
+        "import os, sys; from qlora_exp.config.schema import TrackingConfig; from qlora_exp.paths import OutputPaths;"
+        "from qlora_exp.tracking.study import StudyTracker;"
+        "from qlora_exp.tracking.study_fields import StudyDefinition;"
         "study = StudyTracker(TrackingConfig(True, None, 'qlora-exp', 60.0), OutputPaths.of(sys.argv[1]), sys.argv[2]);"
         "study.start(StudyDefinition(sys.argv[2])); os.kill(os.getpid(), 9)"
     )

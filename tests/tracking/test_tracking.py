@@ -18,13 +18,16 @@ from mlflow.entities import Run, ViewType
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from qlora_exp.cli import main
-from qlora_exp.config import TrackingConfig
+from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.errors import TrackingError
 from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.records import Process, Status, read_curve, read_record, write_json
-from qlora_exp.tracking import Tracker, compare_url, repair, sync, ui_command, ui_environment, view
+from qlora_exp.records.files import read_curve, read_record, write_json
+from qlora_exp.records.types import Process, Status
+from qlora_exp.tracking import fields
+from qlora_exp.tracking.run import Tracker
 from qlora_exp.tracking.store import locate, open_store
-from qlora_exp.tracking.ui import VIEW_BARS, VIEW_PARAMS, VIEW_PLOTS, VIEW_TAGS
+from qlora_exp.tracking.sync import repair, sync
+from qlora_exp.tracking.ui import VIEW_BARS, VIEW_PARAMS, VIEW_PLOTS, VIEW_TAGS, compare_url, ui_command, ui_environment
 
 EXPERIMENT = "qlora-exp"
 
@@ -258,7 +261,9 @@ def test_a_server_that_dies_during_a_run_leaves_the_rest_to_sync(output: OutputP
     assert tracker.finish(ended) is False
     output.mlflow_database.unlink()
     # Another process, as a user's would be: in this one MLflow keeps the connection to the file that is gone.
-    code = "import sys; from qlora_exp.tracking import sync; sys.exit(sync(sys.argv[1]).delivered != ('made-up-1',))"
+    code = (
+        "import sys; from qlora_exp.tracking.sync import sync; sys.exit(sync(sys.argv[1]).delivered != ('made-up-1',))"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(output.root)], check=False).returncode == 0
 
 
@@ -335,7 +340,7 @@ def test_the_host_program_keeps_its_own_mlflow_settings(output: OutputPaths, mon
 def test_a_delivery_in_a_thread_takes_nothing_out_of_the_environment_that_another_reads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qlora_exp.redaction import redact_text
+    from qlora_exp.records.redaction import redact_text
     from qlora_exp.tracking.store import bounded_calls
 
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
@@ -381,10 +386,10 @@ def test_a_redacted_password_is_asked_for(output: OutputPaths) -> None:
 
 START = """
 import sys
-from qlora_exp.config import TrackingConfig
+from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import Status
-from qlora_exp.tracking import Tracker
+from qlora_exp.records.types import Status
+from qlora_exp.tracking.run import Tracker
 sys.path.insert(0, sys.argv[2])
 import synthetic
 output = OutputPaths.of(sys.argv[1])
@@ -400,11 +405,13 @@ sys.exit(0 if tracker.finish(record) else 3)
 
 DELIVER = """
 import sys
-from qlora_exp.config import TrackingConfig
+from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import Status, read_record
-from qlora_exp.tracking import Tracker, deliver_runs
-import qlora_exp.tracking.tracker
+from qlora_exp.records.types import Status
+from qlora_exp.records.files import read_record
+from qlora_exp.tracking.run import Tracker
+from qlora_exp.tracking.sync import deliver_runs
+import qlora_exp.tracking.run
 output, how, run_ids = OutputPaths.of(sys.argv[1]), sys.argv[2], sys.argv[3:]
 for run_id in run_ids:
     paths = output.run(run_id)
@@ -533,8 +540,8 @@ def test_a_store_of_an_earlier_version_gets_the_views_of_this_one(output: Output
 
 def test_the_first_charts_are_of_parameters_and_metrics_that_runs_have() -> None:
     record = synthetic.completed()
-    assert set(VIEW_PARAMS) <= set(view.params(record))
-    assert {*VIEW_BARS, *(key for keys in VIEW_PLOTS.values() for key in keys)} <= set(view.metrics(record))
+    assert set(VIEW_PARAMS) <= set(fields.params(record))
+    assert {*VIEW_BARS, *(key for keys in VIEW_PLOTS.values() for key in keys)} <= set(fields.metrics(record))
 
 
 def test_a_place_with_blanks_and_accents_works(tmp_path: Path) -> None:
@@ -547,7 +554,9 @@ def test_a_place_with_blanks_and_accents_works(tmp_path: Path) -> None:
 
 
 def test_repair_of_a_clean_folder_needs_no_mlflow(tmp_path: Path) -> None:
-    code = "import sys; from qlora_exp.tracking import repair; repair(sys.argv[1]); sys.exit('mlflow' in sys.modules)"
+    code = (
+        "import sys; from qlora_exp.tracking.sync import repair; repair(sys.argv[1]); sys.exit('mlflow' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
 
 
@@ -570,7 +579,7 @@ def wait_for(port: int) -> None:
 
 MAKE_AND_DIE = """
 import os, sys
-from qlora_exp.config import TrackingConfig
+from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.paths import OutputPaths
 from qlora_exp.tracking.store import locate, open_store
 import mlflow.store.db.utils as made

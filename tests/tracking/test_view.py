@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import synthetic
 
-from qlora_exp.model_card import model_card
-from qlora_exp.records import Forgetting, Scores, Status
-from qlora_exp.tracking import view
+from qlora_exp.records.model_card import model_card
+from qlora_exp.records.types import Forgetting, Scores, Status
+from qlora_exp.tracking import fields
 
 
 def test_every_axis_is_a_parameter() -> None:
     record = synthetic.completed("a", "targets.modules=[q_proj,v_proj]", "lora.r=16", seed=7)
-    params = view.params(record)
+    params = fields.params(record)
     expected = {
         "model.family": "embedded",
         "model.variant": "base",
@@ -29,7 +29,7 @@ def test_every_axis_is_a_parameter() -> None:
 
 
 def test_a_run_without_plan_still_has_its_configured_axes() -> None:
-    params = view.params(synthetic.running().replace(plan=None))
+    params = fields.params(synthetic.running().replace(plan=None))
     assert params["lora.r"] == "8"
     assert "lora.alpha" not in params
 
@@ -41,8 +41,8 @@ def test_no_run_has_more_than_thirty_metric_keys_and_all_are_grouped() -> None:
     full = full.replace(
         scores=type(full.scores)(before=scores, after=scores, test=scores, forgetting=gone, forgetting_chat=gone)
     )
-    keys = set(view.metrics(full)) | set(view.CURVE_KEYS.values())
-    assert len(keys) == view.MAX_METRIC_KEYS
+    keys = set(fields.metrics(full)) | set(fields.CURVE_KEYS.values())
+    assert len(keys) == fields.MAX_METRIC_KEYS
     assert all("/" in key for key in keys)
     assert {"score/accuracy", "score/loss_per_item", "score/hub_0"} <= keys
 
@@ -54,46 +54,46 @@ def test_what_was_forgotten_is_shown_for_text_and_for_chats() -> None:
     )
     record = synthetic.completed()
     record = record.replace(scores=replace(record.scores, forgetting=text, forgetting_chat=chat))
-    shown = view.metrics(record)
+    shown = fields.metrics(record)
     assert (shown["score/forgetting_nats_per_byte"], shown["score/forgetting_chat_nats_per_byte"]) == (0.1, 0.15)
-    for page in (view.note(record).lower(), model_card(record).lower()):
+    for page in (fields.note(record).lower(), model_card(record).lower()):
         assert "loss on general text" in page
         assert "loss on answers in general chats" in page
 
 
 def test_what_was_not_measured_is_no_metric() -> None:
-    assert view.metrics(synthetic.running()) == {}
+    assert fields.metrics(synthetic.running()) == {}
     nan = synthetic.completed()
     nan = nan.replace(scores=type(nan.scores)(after=Scores("validation", 5, loss=float("nan"), accuracy=0.5)))
-    assert "score/loss" not in view.metrics(nan)
-    assert view.metrics(nan)["score/accuracy"] == 0.5
+    assert "score/loss" not in fields.metrics(nan)
+    assert fields.metrics(nan)["score/accuracy"] == 0.5
 
 
 def test_curve_points_have_the_same_identity_at_every_delivery() -> None:
     record = synthetic.running()
-    first, again = (view.curve_metrics(record, synthetic.curve(4)) for _ in range(2))
+    first, again = (fields.curve_metrics(record, synthetic.curve(4)) for _ in range(2))
     assert first == again
     assert {row.key for row in first} == {"train/loss", "train/learning_rate", "train/gradient_norm"}
-    assert first[-1].timestamp - view.start_milliseconds(record) == 3200
+    assert first[-1].timestamp - fields.start_milliseconds(record) == 3200
 
 
 def test_the_note_says_before_and_after_and_hides_secrets() -> None:
-    text = view.note(synthetic.completed(after=0.61))
+    text = fields.note(synthetic.completed(after=0.61))
     assert text.startswith("accuracy on validation: 0.2 → **0.61**")
     assert "| accuracy | 0.2 | 0.61 |" in text
     leak = synthetic.failed("x", Status.FAILED, "no access with token=hf_Canary0123456789abcdef")
-    assert "Canary" not in view.note(leak)
-    assert "**RuntimeError** in train" in view.note(leak)
+    assert "Canary" not in fields.note(leak)
+    assert "**RuntimeError** in train" in fields.note(leak)
 
 
 def test_every_status_has_an_honest_counterpart() -> None:
-    assert set(view.MLFLOW_STATUS) == set(Status)
-    finished = {status for status, shown in view.MLFLOW_STATUS.items() if shown == "FINISHED"}
+    assert set(fields.MLFLOW_STATUS) == set(Status)
+    finished = {status for status, shown in fields.MLFLOW_STATUS.items() if shown == "FINISHED"}
     assert finished == {Status.COMPLETED}
 
 
 def test_the_dataset_names_its_source() -> None:
-    entry = view.dataset_input(
+    entry = fields.dataset_input(
         synthetic.completed("a", "task=local", "task.path=/data/x.jsonl", "task.kind=generation")
     )
     assert entry is not None

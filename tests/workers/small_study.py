@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.config import Isolation, WorkersConfig
+from qlora_exp.config.schema import Isolation, WorkersConfig
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records import Failure, RunRecord, Status
+from qlora_exp.records.types import Failure, RunRecord, Status
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec
 
 SLEEP = ("training.engine=sleep", "tracking=off", "model=embedded")

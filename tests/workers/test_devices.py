@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.config import DeviceChoice, Engine
+from qlora_exp.config.schema import DeviceChoice, Engine
 from qlora_exp.errors import ConfigError
-from qlora_exp.workers import devices
-from qlora_exp.workers.devices import Gpu, GpuUser, assign, environment_of, threads_per_host
+from qlora_exp.orchestration import devices
+from qlora_exp.orchestration.devices import Gpu, GpuUser, assign, environment_of, threads_per_host
 
 GPUS = (Gpu(0, "GPU-aaa", "H200"), Gpu(1, "GPU-bbb", "H200"), Gpu(2, "GPU-ccc", "H200"))
 

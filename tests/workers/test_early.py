@@ -6,8 +6,8 @@ from pathlib import Path
 
 import psutil
 
-from qlora_exp.compose import compose_raw
-from qlora_exp.workers.early import host_starts, started, started_early
+from qlora_exp.config.compose import compose_raw
+from qlora_exp.orchestration.prestart import host_starts, started, started_early
 from tests.workers.small_study import paths_of, workers_of
 
 ASLEEP = ["training.engine=sleep", "tracking=off"]

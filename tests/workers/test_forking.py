@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 
 from qlora_exp.errors import QloraExpError
+from qlora_exp.orchestration import forking
+from qlora_exp.orchestration.devices import environment_of
+from qlora_exp.orchestration.messages import Ready
+from qlora_exp.orchestration.slot import LAST_OWNER_SECONDS
+from qlora_exp.orchestration.trial_process import Died, HostProcess
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records import RunRecord, Status, read_record
-from qlora_exp.workers import forking
-from qlora_exp.workers.children import Died, HostProcess
-from qlora_exp.workers.devices import environment_of
-from qlora_exp.workers.protocol import Ready
-from qlora_exp.workers.slots import LAST_OWNER_SECONDS
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import RunRecord, Status
 from tests import processes
 
 pytestmark = pytest.mark.skipif(not forking.can_fork(), reason="this system can't fork so")
@@ -200,7 +201,7 @@ def test_hosts_share_a_server_and_end_with_it(tmp_path: Path) -> None:
         one, other = host(tmp_path), host(tmp_path)
         server = parent_of(ready(one))
         assert parent_of(ready(other)) == server != os.getpid()
-        assert b"qlora_exp.workers.host" in Path(f"/proc/{other.pid}/cmdline").read_bytes()
+        assert b"qlora_exp.orchestration.trial_main" in Path(f"/proc/{other.pid}/cmdline").read_bytes()
         assert one.kill() == -signal.SIGKILL
         os.kill(server, signal.SIGKILL)
         with pytest.raises(Died) as died:
@@ -248,7 +249,7 @@ def test_each_trial_of_fresh_isolation_has_a_new_fork_with_its_own_memory_figure
 WORKER = """
 import sys, time
 from pathlib import Path
-from qlora_exp.workers import forking
+from qlora_exp.orchestration import forking
 from tests.workers.test_forking import host, parent_of, ready
 with forking.servers_kept():
     one = host(Path(sys.argv[1]))

@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from qlora_exp.config import Isolation
+from qlora_exp.config.schema import Isolation
 from qlora_exp.errors import QloraExpError, StudyError
+from qlora_exp.orchestration import worker
+from qlora_exp.orchestration.slot import LAST_OWNER_SECONDS
+from qlora_exp.orchestration.worker import WorkerResult, run_worker
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records import RunRecord, Status, read_record, write_json
+from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study.types import Claim, Outcome
-from qlora_exp.workers import worker
-from qlora_exp.workers.slots import LAST_OWNER_SECONDS
-from qlora_exp.workers.worker import WorkerResult, run_worker
 from tests.workers.small_study import SmallStudy, outcome_of, paths_of, spec_of, workers_of
 
 PATIENCE_SECONDS = 60.0
@@ -257,9 +258,9 @@ def test_too_many_failures_end_the_worker(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_exp.workers import slots
+    from qlora_exp.orchestration import slot
 
-    monkeypatch.setattr(slots, "LONGEST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(slot, "LONGEST_PAUSE_SECONDS", 0.1)
     study = small(tmp_path, ("lora.r=2",))
     runs = OutputPaths.of(tmp_path).runs
     runs.mkdir(parents=True)
@@ -270,7 +271,7 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / "full").unlink(missing_ok=True)
         return True
 
-    monkeypatch.setattr(slots, "_can_write", room_comes_back)
+    monkeypatch.setattr(slot, "_can_write", room_comes_back)
     monkeypatch.setenv("PYTHONPATH", f"{full_disk(tmp_path)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     work(study, tmp_path)
     assert asked
@@ -325,7 +326,7 @@ import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
 from pathlib import Path
 from tests.workers.small_study import SmallStudy, outcome_of, paths_of, spec_of, workers_of
-from qlora_exp.workers.worker import run_worker
+from qlora_exp.orchestration.worker import run_worker
 output = Path(sys.argv[1])
 spec = spec_of(output, 1, "training.sleep_seconds=60")
 study = SmallStudy(spec, [("lora.r=2",)])

@@ -18,7 +18,7 @@ ConfigStore.instance().store(
 
 
 class QloraOptunaSweeper(Sweeper):
-    """Hands the sweep to :mod:`qlora_exp.sweep`, and its workers to whatever launcher Hydra was given."""
+    """Hands the sweep to :mod:`qlora_exp.orchestration`, and its workers to whatever launcher Hydra was given."""
 
     def __init__(self, params: dict[str, str] | None = None, **others: Any) -> None:
         """The sweep reads them from the configuration, as they were written, and refuses the ``others``."""
@@ -30,7 +30,7 @@ class QloraOptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from qlora_exp.sweep import sweep_for_hydra
+        from qlora_exp.orchestration.sweep import sweep_for_hydra
 
         assert self.config is not None
         return sweep_for_hydra(self.config, arguments, self.launcher)

@@ -1,0 +1,291 @@
+"""Does the ladder say what a whole grid says, for how much less? ``make replay``
+
+Ladders are decided again and again from a pool of runs that were really made, by the function that decides real ones,
+and held against a grid of the same ranks with other seeds. docs/replay.md explains the columns and has the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_exp.analysis.power import Noise, half_width
+from qlora_exp.analysis.rank import Answer, Comparison, answer, decide_doubling, walk
+from qlora_exp.analysis.rule import FIRST_SEEDS, MOST_SEEDS, Rule, Verdict, make_rule
+from qlora_exp.analysis.variance import Array, split_variance
+from qlora_exp.errors import AnalysisError
+
+DATA = Path("docs/replay.npz")
+COMMAND = "python -m qlora_exp.analysis.error_rates.replay"
+MARGINS = (0.02, 0.05, 0.1, 0.2)
+"""Nats per item."""
+STARTS = (1, 2, 4, 8)
+HALVES = 50
+"""Random divisions of all seeds in two, for how often two whole grids agree."""
+
+
+@dataclass(frozen=True)
+class ReferenceGrid:
+    """Every rank run with every seed. Losses in nats, (ranks, seeds, items); a run that doesn't exist is NaN."""
+
+    ranks: tuple[int, ...]
+    grid: Array
+    pool: Array
+    """Of the replay's own seeds, none of them the grid's."""
+    run_flops: Array
+    """(ranks,): training and test evaluation of one run."""
+    pilot_flops: Array
+    """(ranks,): all pilots that chose the rank's learning rate, training and validation."""
+    provenance: Mapping[str, Any]
+
+    def starting_at(self, r_start: int) -> ReferenceGrid:
+        first = self.ranks.index(r_start)
+        return ReferenceGrid(
+            self.ranks[first:],
+            self.grid[first:],
+            self.pool[first:],
+            self.run_flops[first:],
+            self.pilot_flops[first:],
+            self.provenance,
+        )
+
+    def answer(self, rule: Rule) -> Answer:
+        """The ladder's own functional over the whole grid: no second look, noise pooled over all ranks."""
+        return walk(dict(zip(self.ranks, self.grid, strict=True)), rule, complete=True)
+
+
+def load(path: Path) -> ReferenceGrid:
+    """Raises AnalysisError: no such file, or not one of ours."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+        return ReferenceGrid(
+            tuple(held["ranks"].tolist()),
+            held["grid"].astype(float),
+            held["pool"].astype(float),
+            held["run_flops"],
+            held["pilot_flops"],
+            json.loads(str(held["provenance"])),
+        )
+    except (OSError, KeyError, ValueError, BadZipFile) as error:
+        raise AnalysisError(f"no reference grid: {error}", str(path), "make replay in a checkout, or --data") from None
+
+
+def save(reference: ReferenceGrid, path: Path) -> None:
+    """Losses in single precision: they are compared in hundredths."""
+    np.savez_compressed(
+        path,
+        ranks=np.array(reference.ranks),
+        grid=reference.grid.astype(np.float32),
+        pool=reference.pool.astype(np.float32),
+        run_flops=reference.run_flops,
+        pilot_flops=reference.pilot_flops,
+        provenance=np.array(json.dumps(reference.provenance, sort_keys=True)),
+    )
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """One replayed ladder."""
+
+    comparisons: tuple[Comparison, ...]
+    found: Answer
+    seeds: NDArray[np.int_]
+    """(ranks,): runs bought at each; 0 where it never came to the rank."""
+
+
+def climb(losses: Array, ranks: Sequence[int], rule: Rule) -> Ladder:
+    """The controller over runs that exist already: three seeds a rank, one purchase a doubling, to the first end.
+
+    Args:
+        losses: (ranks, seeds that can be bought, items).
+    """
+    seeds = np.zeros(len(ranks), dtype=int)
+    comparisons: list[Comparison] = []
+    for step, (smaller, larger) in enumerate(pairwise(ranks)):
+
+        def run(wanted: int, step: int = step) -> list[Array]:
+            seeds[step : step + 2] = np.maximum(seeds[step : step + 2], min(wanted, losses.shape[1]))
+            there = np.arange(losses.shape[1]) < seeds[: step + 2, None]
+            return list(np.where(there[..., None], losses[: step + 2], np.nan))
+
+        decision = decide_doubling(run, FIRST_SEEDS, rule)
+        assert decision is not None
+        comparisons.append(Comparison(smaller, larger, decision))
+        if decision.verdict is not Verdict.CONTINUE:
+            break
+    return Ladder(tuple(comparisons), answer(comparisons, rule, "nats per item"), seeds)
+
+
+def allowed(comparison: Comparison, rule: Rule) -> frozenset[Verdict]:
+    """What the grid lets a ladder say of one doubling: either where its interval lies within margin ± half-zone, and
+    nothing can be held against a ladder where the grid itself is inconclusive (the empty set)."""
+    low, high = comparison.decision.low, comparison.decision.high
+    said = {Verdict.CONTINUE: low is not None and low > rule.margin - rule.half_zone}
+    said[Verdict.STOP] = high is not None and high < rule.margin + rule.half_zone
+    return frozenset(verdict for verdict, holds in said.items() if holds)
+
+
+def compatible(ladder: Ladder, grid: Answer) -> bool | None:
+    """Whether every step is one that the grid allows; ``None``: the grid itself can't tell."""
+    limits = [allowed(comparison, grid.rule) for comparison in grid.comparisons[: len(ladder.comparisons)]]
+    pairs = [(c.decision.verdict, limit) for c, limit in zip(ladder.comparisons, limits, strict=True)]
+    if any(limit and verdict not in limit for verdict, limit in pairs):
+        return False
+    return None if not all(limits) else True
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one margin and first rank showed. Shares of draws unless said otherwise; ``None``: no such draw."""
+
+    margin: float
+    r_start: int
+    planned: float
+    """Expected half-width at the most seeds / half-zone, from the first doubling's noise: above 1, not every gain can
+    be settled."""
+    grid: Answer
+    decided: float
+    compatible: float | None
+    """Of those decided and judged."""
+    unjudged: float
+    """Of those decided: the grid itself is inconclusive there."""
+    exact: float | None
+    """Of those decided: the grid's own verdict and rank."""
+    grids_agree: float
+    """Of pairs of whole grids with half of all seeds each."""
+    in_halves: tuple[int, int]
+    """Compatible ladders, and those decided and judged, with one half as the grid and the other as the pool."""
+    regret: tuple[float, float] | None
+    """Nats per item above the best rank of the whole grid, by the grid's means: median and 90th percentile."""
+    flops: tuple[float, float]
+    """Of the whole reference grid's: median and 90th percentile."""
+    flops_of_own: float
+    """Of a grid of the user's own, FIRST_SEEDS seeds at every rank from r_start: median."""
+    seeds_per_rank: float
+
+
+def replay(whole: ReferenceGrid, margin: float, r_start: int, draws: int, seed: int) -> Row:
+    """``draws`` ladders: the pool's seeds in random order, its items drawn with replacement."""
+    rng = np.random.default_rng([seed, r_start])
+    reference = whole.starting_at(r_start)
+    rule = make_rule(margin, len(reference.ranks) - 1)
+    grid = reference.answer(rule)
+    ladders = [climb(_drawn(reference.pool, rng), reference.ranks, rule) for _ in range(draws)]
+    decided = [one for one in ladders if one.found.recommended_rank is not None]
+    judged = _judged([(one, grid) for one in ladders])
+    agree, in_halves = _halves(reference, rule, rng)
+    exact = [_same(one.found, grid) for one in decided]
+    noise = noise_of(all_seeds(reference)[:2])
+    shares = np.array([_flops(reference, one) for one in ladders])
+    levels = dict(zip(whole.ranks, np.nanmean(whole.grid, axis=(1, 2)), strict=True))
+    regrets = [
+        levels[one.found.recommended_rank] - min(levels.values()) for one in decided if one.found.recommended_rank
+    ]
+    return Row(
+        margin=margin,
+        r_start=r_start,
+        planned=half_width(noise, MOST_SEEDS, reference.pool.shape[2], rule) / rule.half_zone,
+        grid=grid,
+        decided=len(decided) / draws,
+        compatible=_share(judged),
+        unjudged=1 - len(judged) / len(decided) if decided else 0.0,
+        exact=_share(exact),
+        grids_agree=agree,
+        in_halves=in_halves,
+        regret=_middle_and_high(regrets) if regrets else None,
+        flops=_middle_and_high(shares / _grid_flops(whole, whole.grid.shape[1])),
+        flops_of_own=float(np.median(shares) / _grid_flops(reference, FIRST_SEEDS)),
+        seeds_per_rank=float(sum(one.seeds.sum() for one in ladders) / sum((one.seeds > 0).sum() for one in ladders)),
+    )
+
+
+def noise_of(pair: Array) -> Noise:
+    """What the difference of two ranks varies by, (2, seeds, items): see :class:`Noise`."""
+    nothing = np.array(np.nan)
+    split = split_variance(pair[0] - pair[1], nothing, nothing)
+    return Noise(float(np.sqrt(split.seed_part * split.seeds)), float(np.sqrt(split.item_part * pair.shape[2])))
+
+
+def all_seeds(reference: ReferenceGrid) -> Array:
+    return np.concatenate([reference.grid, reference.pool], axis=1)
+
+
+def _drawn(pool: Array, rng: np.random.Generator) -> Array:
+    seeds, items = rng.permutation(pool.shape[1]), rng.integers(pool.shape[2], size=pool.shape[2])
+    return np.asarray(pool[:, seeds][:, :, items])
+
+
+def _halves(reference: ReferenceGrid, rule: Rule, rng: np.random.Generator) -> tuple[float, tuple[int, int]]:
+    together = all_seeds(reference)
+    half = together.shape[1] // 2
+    same, pairs = 0, []
+    for _ in range(HALVES):
+        order = rng.permutation(together.shape[1])
+        grid, pool = together[:, order[:half]], together[:, order[half : 2 * half]]
+        one, other = (walk(dict(zip(reference.ranks, runs, strict=True)), rule, complete=True) for runs in (grid, pool))
+        same += _same(one, other)
+        pairs.append((climb(_drawn(pool, rng), reference.ranks, rule), one))
+    judged = _judged(pairs)
+    return same / HALVES, (sum(judged), len(judged))
+
+
+def _judged(pairs: Sequence[tuple[Ladder, Answer]]) -> list[bool]:
+    decided = [(ladder, grid) for ladder, grid in pairs if ladder.found.recommended_rank is not None]
+    return [verdict for ladder, grid in decided if (verdict := compatible(ladder, grid)) is not None]
+
+
+def _same(one: Answer, other: Answer) -> bool:
+    return (one.verdict, one.recommended_rank) == (other.verdict, other.recommended_rank)
+
+
+def _flops(reference: ReferenceGrid, ladder: Ladder) -> float:
+    return float((ladder.seeds * reference.run_flops + (ladder.seeds > 0) * reference.pilot_flops).sum())
+
+
+def _grid_flops(reference: ReferenceGrid, seeds: int) -> float:
+    return float((seeds * reference.run_flops + reference.pilot_flops).sum())
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _middle_and_high(values: Sequence[float] | Array) -> tuple[float, float]:
+    return float(np.median(values)), float(np.quantile(values, 0.9))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from qlora_exp.analysis.error_rates.replay_page import document
+    from qlora_exp.analysis.figures import ladder, write_figure
+    from qlora_exp.analysis.rank import as_object
+
+    parser = argparse.ArgumentParser(description="Replay the rank decision against a reference grid.")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: %(default)s")
+    parser.add_argument("--draws", type=int, default=100, help="a row (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="also write the page to this Markdown file")
+    parser.add_argument("--figure", type=Path, help="also draw the grid's doublings into this HTML file")
+    given = parser.parse_args(arguments)
+    reference = load(given.data)
+    rows = [replay(reference, margin, start, given.draws, given.seed) for start in STARTS for margin in MARGINS]
+    page = document(reference, rows, given.draws, given.seed)
+    print(page)
+    if given.output is not None:
+        given.output.write_text(page, encoding="utf-8")
+    if given.figure is not None:
+        rule = make_rule(MARGINS[1], len(reference.ranks) - 1)
+        write_figure(ladder(as_object(reference.answer(rule))), given.figure)
+
+
+if __name__ == "__main__":
+    main()

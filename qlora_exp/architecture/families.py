@@ -1,0 +1,113 @@
+"""Architectures that come with the package as tables, so that a plan needs neither torch nor a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, WeightShape
+from qlora_exp.config.schema import ModelConfig
+
+FOLDER = Path(__file__).resolve().parent / "shipped"
+SCALARS = ("model_type", "total_parameters", "output_head", "layers", "hidden_size", "vocabulary_size", "heads")
+INDEX = re.compile(r"\.(\d+)\.")
+
+Tensor = TypeVar("Tensor", WeightShape, OtherTensor, Experts)
+
+
+def known_architecture(model: ModelConfig) -> Architecture | None:
+    """The table of ``model``'s checkpoint; ``None`` where there is none: another checkpoint, a file, a revision."""
+    if model.path or model.revision or not (FOLDER / f"{model.family}.json").is_file():
+        return None
+    table = _read(model.family)
+    checkpoint = model.checkpoints.get(model.variant.value, "")
+    if checkpoint not in table["positions"]:
+        return None
+    return _architecture(model.family, checkpoint)
+
+
+def known_families() -> list[str]:
+    """Families of conf/model that have a table."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def to_table(architecture: Architecture, positions: Mapping[str, int | None]) -> dict[str, Any]:
+    """``architecture`` as JSON types, layers that repeat written once. ``positions``: checkpoint → longest sequence."""
+    return {
+        "positions": dict(positions),
+        **{
+            key: getattr(architecture, key)
+            for key in (*SCALARS, "eager_alone")
+            if key != "eager_alone" or architecture.eager_alone
+        },
+        "weights": list(_folded(architecture.weights)),
+        "others": list(_folded(architecture.others)),
+        **({"experts": list(_folded(architecture.experts))} if architecture.experts else {}),
+    }
+
+
+def from_table(table: Mapping[str, Any], checkpoint: str) -> Architecture:
+    """The opposite of :func:`to_table`."""
+    return Architecture(
+        **{key: table[key] for key in SCALARS},
+        eager_alone=table.get("eager_alone", False),
+        positions=table["positions"][checkpoint],
+        weights=tuple(_unfolded(table["weights"], WeightShape)),
+        others=tuple(_unfolded(table["others"], OtherTensor)),
+        experts=tuple(_unfolded(table.get("experts", ()), Experts)),
+    )
+
+
+@cache
+def _architecture(family: str, checkpoint: str) -> Architecture:
+    return from_table(_read(family), checkpoint)
+
+
+@cache
+def _read(family: str) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((FOLDER / f"{family}.json").read_text(encoding="utf-8"))
+    return table
+
+
+def _folded(tensors: Iterable[WeightShape | OtherTensor | Experts]) -> Iterator[dict[str, Any]]:
+    """Runs of equal layers as {"times": n, "first": number of the first, "tensors": […]}, ``*`` for the number."""
+    layers: list[tuple[int, list[dict[str, Any]]]] = []
+    for index, group in itertools.groupby(tensors, key=_index):
+        layers.append((index, [_plain(tensor) for tensor in group]))
+    run: dict[str, Any] | None = None
+    for index, entries in layers:
+        if run is not None and run["tensors"] == entries and index == run["first"] + run["times"] and index > 0:
+            run["times"] += 1
+            continue
+        if run is not None:
+            yield run
+        run = {"times": 1, "first": index, "tensors": entries}
+    if run is not None:
+        yield run
+
+
+def _unfolded(runs: Iterable[Mapping[str, Any]], kind: type[Tensor]) -> Iterator[Tensor]:
+    for run in runs:
+        for index in range(run["first"], run["first"] + run["times"]):
+            for entry in run["tensors"]:
+                values = {key: tuple(value) if key == "element_bytes" else value for key, value in entry.items()}
+                yield kind(**{**values, "name": entry["name"].replace(".*.", f".{index}.", 1)})
+
+
+def _index(tensor: WeightShape | OtherTensor | Experts) -> int:
+    """The number of the layer that it is in; -1 outside of all."""
+    found = INDEX.search(tensor.name)
+    return int(found[1]) if found else -1
+
+
+def _plain(tensor: WeightShape | OtherTensor | Experts) -> dict[str, Any]:
+    """Its fields, without those that are as they usually are."""
+    usual = {field.name: field.default for field in dataclasses.fields(tensor)}
+    fields = {key: value for key, value in dataclasses.asdict(tensor).items() if value != usual[key]}
+    return {**fields, "name": INDEX.sub(".*.", tensor.name, count=1)}

@@ -1,0 +1,123 @@
+"""Which layers get an adapter: a set by meaning, or a list of names, resolved to full module names of this model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from qlora_exp.architecture.shapes import Architecture, WeightShape
+from qlora_exp.config.names import TARGET_SETS
+from qlora_exp.config.schema import AdapterInit, LoraConfig, TargetsConfig
+from qlora_exp.errors import ModelError, nearest, raise_all
+
+
+def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple[str, ...]:
+    """Full names of the layers to adapt, in the model's order.
+
+    ``attention``: every projection of every attention; ``attention_qv``: those that give queries or values (a fused
+    one whole); ``mlp``: the feed-forward layers; ``all_linear``: every linear layer of the language model but its
+    output head. Layers that PEFT doesn't adapt (:func:`left_out`) are in none. Names of an explicit list match whole
+    dotted endings, as in PEFT, and each must match something.
+    Raises :class:`ModelError` where something matches nothing.
+    """
+    adaptable = [shape for shape in architecture.weights if shape.kind != "other"]
+    if targets.modules is not None:
+        return _by_ending(architecture, adaptable, targets.modules)
+    chosen = [shape.name for shape in adaptable if _in_set(shape, targets.set)]
+    if not chosen:
+        raise _empty_set(architecture, adaptable, targets.set)
+    return tuple(chosen)
+
+
+def rank_above_width(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:
+    """A warning where ``lora.r`` is above a target layer's smaller dimension, which is the highest rank that a change
+    of its weight can have; else ``None``.
+
+    Raises :class:`ModelError` for PiSSA, which takes its start from that many singular values.
+    """
+    names = set(modules)
+    widths = {min(one.in_features, one.out_features): one for one in architecture.weights if one.name in names}
+    narrowest = min(widths, default=lora.r)
+    if lora.r <= narrowest:
+        return None
+    layer = widths[narrowest]
+    what = f"{layer.name} is {layer.in_features} × {layer.out_features}: the rank of its update is {narrowest} at most"
+    if lora.init is AdapterInit.pissa:
+        what = f"PiSSA can't take {lora.r} principal directions from {layer.name}, which has {narrowest}"
+        raise ModelError(what, f"lora.r = {lora.r}", f"lora.r={narrowest} or less, or lora.init=kaiming")
+    return f"lora.r={lora.r} is more than a layer can use: {what}"
+
+
+@lru_cache(maxsize=4096)
+def feeds(name: str) -> str:
+    """Which of ``q``, ``k``, ``v`` a projection in an attention gives, by its name: ``q_proj``, ``query``, ``Wq`` → q;
+    ``kv_b_proj`` → kv; ``qkv_proj``, ``query_key_value``, ``Wqkv``, ``c_attn`` → qkv; ``o_proj`` → nothing."""
+    for part in reversed(name.split(".")[-2:]):  # the holder too: Moshi's is q_proj.linear
+        if part == "c_attn":
+            return "qkv"
+        words = re.split(r"[^a-z]+", part.lower().replace("query", "q").replace("key", "k").replace("value", "v"))
+        found = {letter for word in words if (letters := _letters(word)) for letter in letters}
+        if found:
+            return "".join(letter for letter in "qkv" if letter in found)
+    return ""
+
+
+def _letters(word: str) -> str:
+    word = word.removeprefix("w")
+    return word if word and set(word) <= set("qkvz") else ""
+
+
+def left_out(architecture: Architecture) -> list[str]:
+    """Last parts of the names of attention's and feed-forward layers that PEFT doesn't adapt: it takes them for
+    those of experts (``models/inspect.py``)."""
+    shapes = (shape for shape in architecture.weights if shape.kind == "other" and shape.role != "other")
+    return sorted({shape.name.rpartition(".")[2] for shape in shapes})
+
+
+def _in_set(shape: WeightShape, name: str) -> bool:
+    if name == "all_linear":
+        return True
+    if name == "attention_qv":
+        return shape.role == "attention" and bool(set(feeds(shape.name)) & {"q", "v"})
+    return shape.role == name
+
+
+def _empty_set(architecture: Architecture, adaptable: Sequence[WeightShape], name: str) -> ModelError:
+    if name not in TARGET_SETS:
+        return ModelError(f"there is no target set called {name}", "targets.set", nearest(name, TARGET_SETS))
+    where = f"targets = {name}, architecture {architecture.model_type}"
+    if not adaptable:
+        return ModelError("the model has no linear layer that can be adapted", where, "choose another model")
+    what = f"the model has no linear layer in its {name}"
+    if name == "mlp" and left_out(architecture):
+        what += f" that PEFT adapts: it takes {', '.join(left_out(architecture))} for the names of experts' layers"
+    elif name == "mlp":
+        what += " (its experts are three-dimensional parameters, or it has none)"
+    endings = ", ".join(sorted({shape.name.rsplit(".", 1)[-1] for shape in adaptable})[:12])
+    return ModelError(what, where, f"targets=all_linear, or targets.modules=[…] of {endings}")
+
+
+def _by_ending(architecture: Architecture, adaptable: Sequence[WeightShape], wanted: Sequence[str]) -> tuple[str, ...]:
+    matches = {
+        ending: {shape.name for shape in adaptable if shape.name == ending or shape.name.endswith(f".{ending}")}
+        for ending in wanted
+    }
+    raise_all([_no_match(architecture, adaptable, ending) for ending, names in matches.items() if not names])
+    chosen = set().union(*matches.values())
+    if not chosen:
+        raise ModelError("the list of target modules is empty", "targets.modules", "targets.modules=[q_proj,v_proj]")
+    return tuple(shape.name for shape in adaptable if shape.name in chosen)
+
+
+def _no_match(architecture: Architecture, adaptable: Sequence[WeightShape], ending: str) -> ModelError:
+    where = f"targets.modules = {ending}, architecture {architecture.model_type}"
+    head = architecture.output_head
+    if head is not None and (head == ending or head.endswith(f".{ending}")):
+        return ModelError(f"{ending} is the output head, which gets no adapter", where, "leave it out")
+    if ending.rpartition(".")[2] in left_out(architecture):
+        what = f"PEFT takes {ending} for the name of experts' layers, and adapts no others of it"
+        return ModelError(what, where, "leave it out, or targets=attention")
+    parts = ending.count(".") + 1
+    endings = {".".join(shape.name.split(".")[-parts:]) for shape in adaptable}
+    return ModelError(f"no linear layer's name ends in {ending}", where, nearest(ending, endings))

@@ -1,0 +1,160 @@
+"""Verbs that look before a weight is read: ``validate``, ``data preview`` and ``init``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_exp.cli.arguments import Force, Overrides, Source, examples, forced
+from qlora_exp.cli.settings_file import given_overrides
+
+if TYPE_CHECKING:
+    from qlora_exp.config.schema import Config
+    from qlora_exp.data.items import Splits
+    from qlora_exp.records.types import Environment, Plan
+    from qlora_exp.runs.prepare import Prepared
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "validate",
+        epilog=examples(
+            "qlora-exp validate quantization=nf4 lora.r=8",
+            "qlora-exp validate task=local task.path=FILE.jsonl task.columns.prompt=question",
+        ),
+    )(validate)
+    data = typer.Typer(
+        help="Look at the data that training will use.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        add_completion=False,
+    )
+    data.command(
+        "preview",
+        epilog=examples(
+            "qlora-exp data preview",
+            "qlora-exp data preview task=local task.path=FILE.jsonl --split validation --count 5",
+            "qlora-exp data preview model.variant=instruct         # with the chat template",
+        ),
+    )(preview)
+    app.add_typer(data, name="data")
+    app.command("init", epilog=examples("qlora-exp init my-task", "cd my-task && qlora-exp run --from task.yaml"))(init)
+
+
+def validate(overrides: Overrides = None, source: Source = None, force: Force = False) -> int:
+    """Check configuration and data without loading weights."""
+    from qlora_exp.architecture.targets import rank_above_width
+    from qlora_exp.runs.execute import check_may_start
+
+    config, prepared, environment = _prepared([*given_overrides(source, overrides), *forced(force)])
+    warning = check_may_start(config, prepared, environment)
+    if config.tracking.enabled:
+        from qlora_exp.paths import OutputPaths
+        from qlora_exp.tracking.store import locate
+
+        locate(config.tracking, OutputPaths.of(config.output_root))
+    print("\n".join(_told(config, prepared.plan, prepared.splits)))
+    too_wide = rank_above_width(prepared.architecture, prepared.modules, config.lora)
+    for text in (warning, too_wide):
+        if text is not None:
+            print(f"  warning  {text}")
+    return 0
+
+
+def preview(
+    overrides: Overrides = None,
+    source: Source = None,
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
+    count: Annotated[int, typer.Option("--count", "-n", help="Number of items")] = 3,
+) -> int:
+    """Show items as tokens. The trained tokens are highlighted, or in [brackets] without a terminal."""
+    from rich.text import Text
+
+    from qlora_exp.data.preview import preview as preview_items
+    from qlora_exp.formatting import show
+
+    _, prepared, _ = _prepared(given_overrides(source, overrides))
+    for item in preview_items(prepared.splits, prepared.tokenizer, split, count):
+        trained = sum(token.trained for token in item.tokens)
+        head = f"{split} {item.item_id}: {len(item.tokens)} tokens, {trained} trained"
+        show(Text(head + (f", label {item.label!r}" if item.label is not None else ""), style="bold"))
+        show(_marked(item.tokens))
+        show("")
+    return 0
+
+
+def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or empty folder")] = Path(".")) -> int:
+    """Write a starter folder with a task of your own."""
+    from qlora_exp.cli.starter_files import write_starter
+
+    for path in write_starter(folder):
+        print(path)
+    print(f"next: {f'cd {folder} && ' if folder != Path('.') else ''}qlora-exp run --from task.yaml")
+    return 0
+
+
+def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
+    """Configuration, plan, tokenizer and splits: all that is known before a weight is read."""
+    from dataclasses import replace
+
+    from qlora_exp.config.compose import compose
+    from qlora_exp.runs.process import quiet_libraries, set_threads, use_one_gpu
+    from qlora_exp.system import heap
+
+    config = compose(overrides)
+    use_one_gpu(config.training.device)
+    set_threads(config.training.threads)
+    quiet_libraries()
+    from qlora_exp.runs.prepare import prepare
+    from qlora_exp.system.environment import probe
+
+    environment = probe(config.training.device)
+    if environment.device.kind == "cpu":  # the heap of the process that will train, not of this one
+        environment = replace(environment, glibc_tunables=heap.tunables())
+    return config, prepare(config, environment), environment
+
+
+def _rounded(planned: Plan) -> str:
+    where = " and ".join(planned.inputs_rounded_in or ())
+    return f", inputs rounded to 8 bits in {where}" if where else ""
+
+
+def _told(config: Config, planned: Plan, splits: Splits) -> list[str]:
+    from qlora_exp.data.rows_report import rows_report
+
+    data = splits.record
+    share = planned.trainable_parameters / planned.total_parameters
+    dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
+    return [
+        "valid",
+        f"  model    {config.model.family} {config.model.variant.value} ({planned.architecture}, "
+        f"{planned.total_parameters:,} parameters), {planned.weight_dtype} weights, "
+        f"computing in {planned.compute_dtype} on {planned.device}{_rounded(planned)}",
+        f"  LoRA     r={config.lora.r} alpha={planned.alpha:g} on {planned.adapted_modules} modules "
+        f"({', '.join(planned.target_modules)}): {planned.trainable_parameters:,} trained parameters ({share:.2%})",
+        f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
+        f"{data.test_items} test items{dropped}; {planned.format} format",
+        *(f"           {line}" for line in rows_report(splits)),
+        f"  training {planned.max_steps} steps of {planned.batch_size} items "
+        f"({planned.micro_batch_size} at a time), seed {config.seed}",
+    ]
+
+
+def _marked(tokens: Any) -> Any:
+    """One line of text: trained tokens highlighted on a terminal, in brackets elsewhere."""
+    import sys
+
+    from rich.text import Text
+
+    text = Text()
+    for token in tokens:
+        shown = token.text.replace("\n", "⏎\n")
+        if not token.trained:
+            text.append(shown, style="dim")
+        elif sys.stdout.isatty():
+            text.append(shown, style="bold black on green")
+        else:
+            text.append(f"[{shown}]")
+    return text

@@ -1,0 +1,157 @@
+"""Verbs that train: ``run`` and ``rerun``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_exp.cli.arguments import (
+    Force,
+    OutputRoot,
+    Overrides,
+    Run,
+    Source,
+    complete_runs,
+    examples,
+    forced,
+    outputs_of,
+)
+from qlora_exp.cli.settings_file import given_overrides
+from qlora_exp.system import signals, streams
+
+if TYPE_CHECKING:
+    from qlora_exp.records.types import RunRecord
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "run",
+        epilog=examples(
+            "qlora-exp run",
+            "qlora-exp run model.variant=instruct quantization=nf4 lora.r=16 targets=all_linear",
+            "qlora-exp run task=local task.path=FILE.jsonl training.max_steps=40",
+            "qlora-exp run -m quantization=fp16,nf4 lora.r=4,8      # four runs, one after the other",
+            "qlora-exp run --from my_task.yaml seed=2",
+            "qlora-exp run --resume last                            # continue after Ctrl-C",
+        ),
+    )(run)
+    app.command(
+        "rerun",
+        epilog=examples(
+            "qlora-exp rerun last                                   # same seed: the same losses",
+            "qlora-exp rerun last seed=2",
+            "qlora-exp rerun 20261121-04 quantization=fp32",
+        ),
+    )(rerun)
+
+
+def run(
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="Run every combination of comma-separated values")
+    ] = False,
+    source: Source = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Continue an interrupted run", autocompletion=complete_runs),
+    ] = None,
+    output_root: OutputRoot = None,
+    force: Force = False,
+) -> int:
+    """Train one configuration, score it before and after, and write its record."""
+    from qlora_exp.system.distributed import one_rank_only
+
+    one_rank_only()
+    given = [*given_overrides(source, overrides), *forced(force)]
+    if output_root is not None:
+        given.append(_output_root_override(Path(output_root)))
+    if resume is not None:
+        return _resume(resume, output_root, overrides or [])
+    if multirun:
+        from qlora_exp.orchestration.hydra_app import main
+
+        return main(["--multirun", *given])
+    return _run(given)
+
+
+def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None, force: Force = False) -> int:
+    """Run the configuration of a recorded run again."""
+    import shlex
+
+    from qlora_exp.config.of_record import overrides_of
+    from qlora_exp.records.files import read_record
+    from qlora_exp.records.find import find_run
+    from qlora_exp.system.distributed import one_rank_only
+
+    one_rank_only()
+    paths = find_run(run, outputs_of(output_root))
+    changes = [*(overrides or []), *forced(force)]
+    if not any(change.startswith("output_root=") for change in changes):
+        changes.append(_output_root_override(paths.folder.parent.parent))
+    again = overrides_of(read_record(paths.record), changes)
+    print(f"qlora-exp run {shlex.join(again)}", flush=True)
+    return _run(again)
+
+
+def _run(overrides: Sequence[str]) -> int:
+    from qlora_exp.config.compose import compose
+    from qlora_exp.runs.entry_points import run_and_tell
+
+    with _working():
+        return run_and_tell(compose(list(overrides)))
+
+
+@contextlib.contextmanager
+def _working() -> Iterator[None]:
+    """A run outlives the readers of its output, and ends politely at TERM and HUP as well as at Ctrl-C."""
+    streams.keep_writing()
+    with signals.interrupting():
+        yield
+
+
+def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
+    from qlora_exp.errors import ConfigError
+    from qlora_exp.records.files import read_record
+    from qlora_exp.records.find import find_run
+    from qlora_exp.runs.entry_points import config_from_plain, run_and_tell
+
+    if overrides:
+        raise ConfigError("a resumed run keeps its configuration", " ".join(overrides), f"qlora-exp rerun {run} …")
+    paths = find_run(run, outputs_of(output_root))
+    record = read_record(paths.record)
+    _check_resumable(record)
+    config = config_from_plain(record.config)
+    training = replace(config.training, resume=True)  # the verb says so
+    again = replace(config, training=training, output_root=str(paths.folder.parent.parent))
+    with _working():
+        return run_and_tell(again, record.run_id)
+
+
+def _check_resumable(record: RunRecord) -> None:
+    from qlora_exp.errors import RecordError
+    from qlora_exp.records.redaction import REDACTED
+    from qlora_exp.records.types import Status
+    from qlora_exp.system.environment import alive
+
+    if record.status in (Status.COMPLETED, Status.PRUNED):
+        raise RecordError(f"the run is {record.status}: nothing is left to do", record.run_id, "qlora-exp rerun …")
+    if record.status is Status.RUNNING and record.process is not None and alive(record.process):
+        raise RecordError("the run is still running", f"{record.run_id}, process {record.process.pid}", "wait for it")
+    # A process of another host can't be seen from here: the lock on the run's folder decides.
+    if REDACTED in str(record.config):
+        raise RecordError(
+            "the record keeps a setting without its secret, so it can't be resumed as it was",
+            record.run_id,
+            f"qlora-exp rerun {record.run_id} with the secret setting given again",
+        )
+
+
+def _output_root_override(folder: Path) -> str:
+    from qlora_exp.config.override_values import hydra_value
+
+    return f"output_root={hydra_value(str(folder))}"

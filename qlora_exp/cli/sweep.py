@@ -1,0 +1,369 @@
+"""Verbs for studies: ``sweep``, ``resume``, ``status``, ``stop``, ``best``, ``trials``, ``clean``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_exp.cli.arguments import (
+    Force,
+    OutputRoot,
+    Overrides,
+    Source,
+    Storage,
+    Study,
+    complete_sweeps,
+    examples,
+    forced,
+    outputs_of,
+)
+from qlora_exp.cli.settings_file import given_overrides
+
+if TYPE_CHECKING:
+    from qlora_exp.paths import StudyPaths
+    from qlora_exp.study.types import StudySpec, TrialRow
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "sweep",
+        epilog=examples(
+            "qlora-exp sweep demo",
+            "qlora-exp sweep lora_search model=embedded sweep.n_trials=20 workers.count=2",
+            "qlora-exp sweep rank_by_quantization lora.r=4,8 seed=1,2",
+            "qlora-exp sweep my_sweep --from task.yaml          # sweeps/my_sweep.yaml of the current folder",
+        ),
+    )(sweep)
+    app.command(
+        "resume",
+        epilog=examples(
+            "qlora-exp resume last",
+            "qlora-exp resume demo workers.count=2",
+            "qlora-exp resume demo --retry failed              # once more, with as many attempts as a new trial",
+            "qlora-exp resume demo --retry does_not_fit --force",
+        ),
+    )(resume)
+    app.command("status", epilog=examples("qlora-exp status", "qlora-exp status demo --watch"))(status)
+    app.command("stop", epilog=examples("qlora-exp stop last", "qlora-exp stop demo --now"))(stop)
+    app.command("best", epilog=examples("qlora-exp best last"))(best)
+    app.command("trials", epilog=examples("qlora-exp trials last", "qlora-exp trials demo --csv > demo.csv"))(trials)
+    app.command("clean", epilog=examples("qlora-exp clean last", "qlora-exp clean demo --keep best:3 --yes"))(clean)
+
+
+def sweep(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of a file in sweeps/", autocompletion=complete_sweeps)
+    ],
+    overrides: Overrides = None,
+    source: Source = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Share the work on a study with the process that runs it")
+    ] = False,
+    output_root: OutputRoot = None,
+    force: Force = False,
+) -> int:
+    """Run the trials of a study.
+
+    Repeat the command to continue the study. It does the same as python -m qlora_exp -m sweeps=NAME …
+    """
+    given = [f"sweeps={name}", *given_overrides(source, overrides, sweep=name), *forced(force)]
+    return _hydra([*given, *_join(join), *_root(output_root)])
+
+
+def resume(
+    study: Study,
+    overrides: Overrides = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Share the work on the study with the process that runs it")
+    ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Rebuild a damaged study database from the runs' records")
+    ] = False,
+    retry: Annotated[
+        str | None,
+        typer.Option(
+            "--retry", metavar="WHAT", help="Run trials with this result again: failed, out_of_memory or does_not_fit"
+        ),
+    ] = None,
+    storage: Storage = None,
+    output_root: OutputRoot = None,
+    force: Force = False,
+) -> int:
+    """Continue a study: run exactly the missing trials, and with --retry the failed ones again."""
+    from qlora_exp.system.distributed import one_rank_only
+
+    one_rank_only()  # before a damaged study is made again
+    from qlora_exp.config.override_values import hydra_value, literal
+    from qlora_exp.study.spec import STORAGE_VARIABLE, storage_of
+
+    spec, paths = _found(study, output_root)
+    _check_kept(spec, overrides or [])
+    url = storage_of(spec, storage)
+    overrides = [*(overrides or []), *forced(force)]
+    if rebuild:
+        _rebuild(spec, paths, url)
+    if retry is not None:
+        _retry(spec, paths, retry, url)
+    changed = {text.lstrip("+~").partition("=")[0] for text in overrides or []}
+    again = [*spec.overrides, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)]
+    kept = [text for text in again if text.lstrip("+~").partition("=")[0] not in changed]
+    _check_secrets(kept, spec)
+    with _in_environment(STORAGE_VARIABLE, url):  # a password is then in no override that a launcher would write
+        return _hydra([*kept, *(overrides or []), f"sweep.name={hydra_value(literal(spec.name))}", *_join(join)])
+
+
+def status(
+    study: Study = "last",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second; end with Ctrl-C")] = False,
+    storage: Storage = None,
+    output_root: OutputRoot = None,
+) -> int:
+    """Show the state of a study.
+
+    It shows running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
+    """
+    from qlora_exp.orchestration.orchestrator import orchestrator
+    from qlora_exp.orchestration.status import show_standing, watch_status
+
+    spec, paths = _found(study, output_root)
+    opened = _opened(spec, paths, storage)
+    if watch:
+        watch_status(spec, opened, paths, orchestrator)
+    else:
+        show_standing(spec, opened, paths, orchestrator(paths))
+        _show_not_delivered(spec, opened, paths)
+    return 0
+
+
+def _show_not_delivered(spec: StudySpec, opened: Any, paths: StudyPaths) -> None:
+    from qlora_exp.orchestration.orchestrator import orchestrator
+    from qlora_exp.paths import OutputPaths
+    from qlora_exp.tracking.pending import not_delivered
+
+    runs = [row.run_id for row in opened.trials() if row.run_id is not None]
+    busy = orchestrator(paths) is not None
+    missing = not_delivered(OutputPaths(paths.folder.parent.parent), runs, spec.name, busy)
+    if missing is not None:
+        print(missing)
+
+
+def stop(
+    study: Study,
+    now: Annotated[
+        bool, typer.Option("--now", help="Stop the running trials, too: they save their state and end")
+    ] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """Stop a study after its running trials; a second call stops these, too."""
+    import shlex
+
+    from qlora_exp.orchestration.orchestrator import request_stop
+
+    spec, paths = _found(study, output_root)
+    mode = request_stop(paths, spec.name, now)
+    what = "running trials save their state and end" if mode == "now" else "no further trial starts; again: stop now"
+    print(f"study {spec.name}: {what}\nlater: qlora-exp resume {shlex.quote(spec.name)}")
+    return 0
+
+
+def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) -> int:
+    """Show the best trial as a command.
+
+    Of several objectives, the Pareto front; of rank doubling, the recommended rank and its runs.
+    """
+    import shlex
+
+    from qlora_exp.errors import RecordError
+    from qlora_exp.formatting import show
+    from qlora_exp.orchestration.status import best_table
+    from qlora_exp.rank_doubling import ladder_sweep
+
+    spec, paths = _found(study, output_root)
+    opened = _opened(spec, paths, storage)
+    rows = opened.best()
+    if spec.ladder is not None:
+        ladder_sweep.show_answers(opened, spec)
+    elif not rows:
+        completed, name = opened.counts().completed, shlex.quote(spec.name)
+        what = f"none of {completed} completed trials keeps to {', '.join(spec.constraints)}"
+        what = what if completed else "no trial has completed yet"
+        raise RecordError(what, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
+    if rows:
+        show(best_table(rows, spec))
+    for command in _commands(rows, spec):
+        print(f"qlora-exp run {command}")
+    return 0
+
+
+def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
+    """One each, and of a ladder's runs, which differ in their seed alone, the first."""
+    import shlex
+
+    from qlora_exp.orchestration.command import run_overrides
+
+    told = set()
+    for row in rows:
+        params = {key: value for key, value in row.params.items() if spec.ladder is None or key != "seed"}
+        if (same := frozenset(run_overrides(spec, params))) not in told:
+            told.add(same)
+            yield shlex.join(run_overrides(spec, row.params))
+
+
+def trials(
+    study: Study,
+    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values for other tools")] = False,
+    storage: Storage = None,
+    output_root: OutputRoot = None,
+) -> int:
+    """List a study's trials, one row each."""
+    import sys
+
+    from qlora_exp.formatting import show
+    from qlora_exp.orchestration.status import trials_table, write_csv
+
+    spec, paths = _found(study, output_root)
+    rows = _opened(spec, paths, storage).trials()
+    if csv:
+        write_csv(rows, spec, sys.stdout)
+    else:
+        show(trials_table(rows, spec))
+    return 0
+
+
+def clean(
+    study: Study,
+    keep: Annotated[str, typer.Option("--keep", help="Adapters to keep: best:K or all")] = "best:1",
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete; without this option the command only lists what it would delete")
+    ] = False,
+    storage: Storage = None,
+    output_root: OutputRoot = None,
+) -> int:
+    """Delete a study's checkpoints and the adapters that are not among its best.
+
+    Records, per-item results and training curves are always kept.
+    """
+    from qlora_exp.formatting import bytes_text
+    from qlora_exp.orchestration.retention import best_first, delete, disposable, kept_numbers
+    from qlora_exp.paths import OutputPaths
+
+    spec, paths = _found(study, output_root, whole_name=yes)  # what is deleted is named, not begun to be named
+    opened = _opened(spec, paths, storage)
+    rows = opened.trials()
+    ranked = best_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
+    found = disposable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
+    if yes:
+        print(f"{bytes_text(delete(found))} freed in {len(found)} folders")
+        return 0
+    for one in found:
+        print(f"{bytes_text(one.size_bytes):>8}  {one.folder}")
+    print(f"{bytes_text(sum(one.size_bytes for one in found))} would be freed in {len(found)} folders; --yes does it")
+    return 0
+
+
+def _hydra(overrides: list[str]) -> int:
+    from qlora_exp.orchestration.hydra_app import main
+
+    return main(["--multirun", *overrides])
+
+
+def _join(join: bool) -> list[str]:
+    return ["sweep.join=true"] if join else []
+
+
+def _root(output_root: str | None) -> list[str]:
+    from pathlib import Path
+
+    from qlora_exp.config.override_values import hydra_value
+
+    return [f"output_root={hydra_value(str(Path(output_root).expanduser().absolute()))}"] if output_root else []
+
+
+def _found(study: str, output_root: str | None, whole_name: bool = False) -> tuple[StudySpec, StudyPaths]:
+    from qlora_exp.records.find import find_study
+    from qlora_exp.study.spec import read_spec
+
+    paths = find_study(study, outputs_of(output_root), whole_name)
+    return read_spec(paths), paths
+
+
+def _opened(spec: StudySpec, paths: StudyPaths, storage: str | None) -> Any:
+    from qlora_exp.study.spec import storage_of
+    from qlora_exp.study.study import Study
+
+    return Study.read(spec, paths, storage_of(spec, storage))
+
+
+@contextlib.contextmanager
+def _in_environment(variable: str, value: str) -> Iterator[None]:
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
+
+
+def _check_kept(spec: StudySpec, overrides: Sequence[str]) -> None:
+    """A study that goes on keeps its name and its place."""
+    import shlex
+
+    from qlora_exp.errors import ConfigError
+
+    hints = {
+        "sweep.name": "leave it out; the sweep's own command with sweep.name=OTHER begins another study",
+        "output_root": f"leave it out; qlora-exp resume {shlex.quote(spec.name)} --output-root DIR, where the study is",
+    }
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        if key in hints and text not in (f"{key}={spec.name}", f"{key}={spec.output_root}"):
+            raise ConfigError(f"resume goes on with the study {spec.name}, which keeps its {key}", text, hints[key])
+
+
+def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
+    from qlora_exp.paths import OutputPaths
+    from qlora_exp.records.find import read_runs
+    from qlora_exp.study.spec import is_trial_of
+    from qlora_exp.study.study import Study
+
+    records, _ = read_runs(OutputPaths(paths.folder.parent.parent))
+    own = [record for record in records if is_trial_of(record, spec)]
+    Study.rebuild(spec, paths, own, url)
+    print(f"study {spec.name} made again from {len(own)} runs")
+
+
+def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
+    from qlora_exp.errors import ConfigError, RecordError, nearest
+    from qlora_exp.orchestration.orchestrator import orchestrator
+    from qlora_exp.orchestration.status import running
+    from qlora_exp.study.retry import RETRIED, numbers_text, retry_trials
+
+    if what not in RETRIED:
+        raise ConfigError(f"trials can't be retried by {what!r}", "--retry", nearest(what, RETRIED))
+    if orchestrator(paths) is not None or running(paths):
+        raise RecordError("the study is being worked on", f"study {spec.name}", "wait for it, then --retry")
+    numbers = retry_trials(spec, paths, what, url)
+    ended = what.replace("_", " ")
+    print(f"run again: {numbers_text(numbers)} ({ended})" if numbers else f"no trial ended as {ended}", flush=True)
+
+
+def _check_secrets(overrides: list[str], spec: StudySpec) -> None:
+    import shlex
+
+    from qlora_exp.errors import RecordError
+    from qlora_exp.records.redaction import REDACTED
+
+    hidden = [text for text in overrides if REDACTED in text]
+    if hidden:
+        keys = " ".join(f"{text.partition('=')[0]}=…" for text in hidden)
+        raise RecordError(
+            "the study keeps a setting without its secret",
+            " ".join(hidden),
+            f"qlora-exp resume {shlex.quote(spec.name)} {keys}",
+        )

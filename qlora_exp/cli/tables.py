@@ -1,0 +1,162 @@
+"""Records and choices as tables for a terminal; as wide as they need to be in a file or a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from qlora_exp.config.choices import Choice
+from qlora_exp.formatting import UNKNOWN, bytes_text, flat, number, simple_table
+from qlora_exp.records.schema import to_dict
+from qlora_exp.records.types import RunRecord, Scores, Status
+
+STATUS_STYLES = {Status.COMPLETED: "green", Status.RUNNING: "cyan", Status.PRUNED: "yellow"}
+NOT_COMPARED = ("run_id", "name", "started_at", "ended_at", "process", "config.name", "config.output_root")
+"""What always differs between two runs and explains nothing."""
+
+
+def runs_table(records: Sequence[RunRecord]) -> Table:
+    """One row a run: what was run, what came of it, and what it cost."""
+    table = simple_table("run", "model", "variant", "quantization", "r", "targets")
+    for name in ("quality before → after", "base weights", "peak memory", "tokens/s", "status"):
+        table.add_column(name, justify="right" if name in ("base weights", "peak memory", "tokens/s") else "left")
+    for record in records:
+        table.add_row(
+            record.run_id,
+            _setting(record, "model", "family"),
+            _setting(record, "model", "variant"),
+            _setting(record, "quantization", "mode"),
+            _setting(record, "lora", "r"),
+            _targets(record),
+            quality(record),
+            bytes_text(_sum(record.memory.base_weight_bytes, record.memory.quantization_state_bytes)),
+            bytes_text(record.memory.peak_train_bytes),
+            number(record.speed.train_tokens_per_second, 0),
+            Text(record.status.value, style=STATUS_STYLES.get(record.status, "red")),
+        )
+    return table
+
+
+def quality(record: RunRecord) -> str:
+    """The run's main score before → after: accuracy, else exact match, else ROUGE-L, else loss; on test where asked."""
+    before, after = record.scores.before, record.scores.after
+    if record.scores.test is not None:
+        before, after = record.scores.test_before, record.scores.test
+    shown = after or before
+    if shown is None:
+        return UNKNOWN
+    name = next((n for n in ("accuracy", "exact_match", "rouge_l", "loss") if getattr(shown, n) is not None), "loss")
+    split = f" ({shown.split})" if shown.split != "validation" else ""
+    return f"{name} {_score(before, name)} → {_score(after, name)}{split}"
+
+
+def choices_table(choices: Iterable[Choice], keys: Sequence[str] = ()) -> Table:
+    """Name, meaning, the given ``keys`` (dotted) of each file, what it costs where told, and the command."""
+    shown = list(choices)
+    costs = any(choice.cost is not None for choice in shown)
+    columns = (*(key.rsplit(".", 1)[-1] for key in keys), "meaning", *(["cost"] if costs else []))
+    table = simple_table("name", *columns, "command")
+    for choice in shown:
+        values = [_plain(_lookup(choice.keys, key)) for key in keys]
+        cost = [choice.cost or UNKNOWN] if costs else []
+        table.add_row(choice.name, *values, choice.meaning or UNKNOWN, *cost, choice.command or UNKNOWN)
+    return table
+
+
+def record_table(record: RunRecord) -> Table:
+    """All that is known of a run, one figure a row; what is unknown is left out."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column("key", style="bold", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for key, value in flat(to_dict(record)):
+        if value is not None and value != {} and value != []:
+            table.add_row(key, _value(key, value))
+    return table
+
+
+def differences(left: RunRecord, right: RunRecord) -> list[tuple[str, Any, Any]]:
+    """(key, left, right) of all that differs between two records, in the record's order; ``None`` where unknown."""
+    first, second = dict(flat(to_dict(left))), dict(flat(to_dict(right)))
+    keys = [*first, *(key for key in second if key not in first)]
+    return [
+        (key, first.get(key), second.get(key))
+        for key in keys
+        if first.get(key) != second.get(key) and not _matches(key, NOT_COMPARED)
+    ]
+
+
+def difference_table(left: RunRecord, right: RunRecord) -> Table:
+    """What differs: settings, environment and figures, with the change where both are numbers."""
+    table = simple_table("key")
+    for heading in (left.run_id, right.run_id, "change"):
+        table.add_column(heading, overflow="fold", justify="right")
+    for key, first, second in differences(left, right):
+        table.add_row(key, _value(key, first), _value(key, second), _change(key, first, second))
+    return table
+
+
+def _score(scores: Scores | None, name: str) -> str:
+    return number(getattr(scores, name) if scores is not None else None)
+
+
+def _setting(record: RunRecord, group: str, key: str) -> str:
+    return _plain((record.config.get(group) or {}).get(key))
+
+
+def _targets(record: RunRecord) -> str:
+    targets = record.config.get("targets") or {}
+    modules = targets.get("modules")
+    return "+".join(map(str, modules)) if modules else _plain(targets.get("set"))
+
+
+def _lookup(keys: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = keys
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return str(value)
+
+
+def _value(key: str, value: Any) -> str:
+    """Figures by the unit in their name; everything else as it is."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key.endswith("_bytes"):
+            return f"{bytes_text(value)} ({value:,.0f})" if abs(value) >= 1000 else bytes_text(value)
+        if key.endswith("_seconds"):
+            return f"{value:.3f} s"
+        return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else f"{value:.6g}"
+    return _plain(value)
+
+
+def _change(key: str, first: Any, second: Any) -> str:
+    if key.startswith("config.") or not all(_is_number(value) for value in (first, second)):
+        return ""
+    share = f" ({(second - first) / abs(first):+.1%})" if first else ""
+    difference = second - first
+    shown = bytes_text(difference) if key.endswith("_bytes") else f"{difference:+.6g}"
+    return f"{'+' if key.endswith('_bytes') and difference > 0 else ''}{shown}{share}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sum(*parts: int | None) -> int | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None
+
+
+def _matches(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)

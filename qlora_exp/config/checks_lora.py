@@ -1,0 +1,126 @@
+"""The model and what is done to it: family, quantization, adapter, target modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qlora_exp.config.bounds import above_zero, at_least, config_error, one_of, within
+from qlora_exp.config.names import (
+    ALPHA_POLICIES,
+    ATTENTIONS,
+    DIVIDING_IN_ADAPTERS_DTYPE,
+    LARGEST_RANK,
+    NATIVE_DTYPES,
+    QUANTIZED,
+    TARGET_SETS,
+)
+from qlora_exp.config.schema import (
+    AdapterInit,
+    ComputeDtype,
+    Config,
+    DeviceChoice,
+    LoraConfig,
+    ModelConfig,
+    Quantization,
+    QuantizationConfig,
+    TargetsConfig,
+)
+from qlora_exp.errors import ConfigError, nearest
+
+
+def model_problems(model: ModelConfig) -> Iterator[ConfigError]:
+    yield from one_of("model.attention", model.attention, ATTENTIONS)
+    yield from _revision(model)
+    if model.family == "local":
+        if not model.path:
+            yield config_error(
+                "a local model needs a path", "model.path", model.path, "model.path=DIRECTORY_OR_FILE.gguf"
+            )
+        return
+    if model.path:
+        hint = f"model=local model.path={model.path}"
+        yield config_error("model.path is only for model=local", "model.path", model.path, hint)
+    variant = model.variant.value
+    if variant not in model.checkpoints:
+        known = ", ".join(sorted(model.checkpoints)) or "none"
+        hint = f"known: {known}; add model.checkpoints.{variant}=OWNER/NAME"
+        yield config_error(f"{model.family} has no {variant} checkpoint", "model.variant", variant, hint)
+    for name, checkpoint in model.checkpoints.items():
+        key = f"model.checkpoints.{name}"
+        if name not in ("base", "instruct"):
+            yield config_error(
+                f"there is no variant called {name}", key, checkpoint, nearest(name, ("base", "instruct"))
+            )
+        if not re.fullmatch(r"embedded:[\w-]+|[\w.-]+/[\w.-]+", checkpoint):
+            yield config_error("a checkpoint is a Hub id or embedded:NAME", key, checkpoint, "e.g. Qwen/Qwen3-0.6B")
+
+
+def _revision(model: ModelConfig) -> Iterator[ConfigError]:
+    checkpoint = model.checkpoints.get(model.variant.value, "")
+    if model.revision is not None and (model.family == "local" or checkpoint.startswith("embedded:")):
+        what = "only a model of the Hub has revisions: this one is read from disk"
+        yield config_error(what, "model.revision", model.revision, "model.revision=null")
+
+
+def quantization_problems(quantization: QuantizationConfig) -> Iterator[ConfigError]:
+    mode, choice = quantization.mode, quantization.compute_dtype
+    native = NATIVE_DTYPES.get(mode)
+    if native and choice is not ComputeDtype.auto and choice.value != native:
+        other = next(name.value for name, dtype in NATIVE_DTYPES.items() if dtype == choice.value)
+        hint = f"quantization.compute_dtype=auto, or quantization={other}"
+        yield config_error(
+            f"{mode.value} weights are computed with in {native}", "quantization.compute_dtype", choice.value, hint
+        )
+    yield from at_least("quantization.int8_threshold", quantization.int8_threshold, 0)
+
+
+def int8_dora(config: Config) -> ConfigError | None:
+    """The problem of a configuration that would train DoRA over int8 on a CPU; ``None`` for every other."""
+    if not (config.lora.dora and config.quantization.mode is Quantization.int8):
+        return None
+    what = "DoRA can't be trained over int8 on a CPU: peft 0.21 loses the weights' scales when it unpacks them there"
+    return config_error(what, "lora.dora", config.lora.dora, "quantization=nf4, or lora.dora=false, or a GPU")
+
+
+def lora_problems(config: Config) -> Iterator[ConfigError]:
+    lora, mode = config.lora, config.quantization.mode
+    if config.training.device is DeviceChoice.cpu and (problem := int8_dora(config)):
+        yield problem
+    yield from within("lora.r", lora.r, 1, LARGEST_RANK)
+    yield from within("lora.dropout", lora.dropout, 0, 1, open_end=True)
+    yield from _alpha(lora)
+    optimizer = config.training.optimizer
+    if lora.dtype is ComputeDtype.float16 and optimizer in DIVIDING_IN_ADAPTERS_DTYPE:
+        what = f"{optimizer} can't train float16 adapters: what it divides by, 1e-8 at the least, is 0 in float16"
+        yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
+    if lora.init is AdapterInit.pissa and mode in QUANTIZED:
+        what = f"PiSSA takes its start from the base's own weights, which {mode.value} has rounded away"
+        yield config_error(
+            what, "lora.init", lora.init.value, "quantization=bf16 (or fp16, fp32), or lora.init=kaiming"
+        )
+
+
+def _alpha(lora: LoraConfig) -> Iterator[ConfigError]:
+    yield from one_of("lora.alpha_policy", lora.alpha_policy, ALPHA_POLICIES)
+    yield from above_zero("lora.alpha", lora.alpha)
+    if lora.alpha_policy == "fixed" and lora.alpha is None:
+        what = "lora.alpha_policy=fixed needs to be told which alpha"
+        yield config_error(what, "lora.alpha", None, f"lora.alpha={2 * lora.r}")
+    implied = {"2r": 2 * lora.r, "r": lora.r}.get(lora.alpha_policy)
+    if implied is not None and lora.alpha is not None and lora.alpha != implied:
+        what = f"lora.alpha contradicts lora.alpha_policy={lora.alpha_policy}, which makes it {implied}"
+        yield config_error(what, "lora.alpha", lora.alpha, "lora.alpha_policy=fixed, or leave lora.alpha out")
+
+
+def targets_problems(targets: TargetsConfig) -> Iterator[ConfigError]:
+    if targets.modules is None:
+        yield from one_of("targets.set", targets.set, TARGET_SETS)
+    elif not targets.modules:
+        yield config_error(
+            "the list of target modules is empty", "targets.modules", "[]", "targets.modules=[q_proj,v_proj]"
+        )
+    for name in targets.modules or ():
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            hint = "a module's name or its last parts, e.g. self_attn.q_proj"
+            yield config_error(f"{name!r} can't be a module's name", "targets.modules", name, hint)

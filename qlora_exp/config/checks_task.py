@@ -1,0 +1,134 @@
+"""The task and its goal."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import operator
+import re
+import typing
+from collections.abc import Callable, Iterator
+
+from qlora_exp.config.bounds import at_least, config_error, one_of, within
+from qlora_exp.config.schema import Config, Format, Learn, TaskConfig, TaskKind, TaskSource
+from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.records.types import Scores
+
+GOAL = re.compile(r"\s*([A-Za-z_]\w*)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+
+
+COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+OF_LABELS = (
+    "accuracy", "accuracy_calibrated", "accuracy_normalized", "accuracy_pmi", "balanced_accuracy", "macro_f1",
+    "invalid_answer_rate",
+)  # fmt: skip
+
+
+OF_FREE_TEXT = ("rouge_l", "token_f1")
+
+
+OF_GENERATED = ("exact_match", "invalid_answer_rate", *OF_FREE_TEXT)
+
+
+SHARES = (*OF_LABELS, *OF_FREE_TEXT, "exact_match", "token_accuracy")
+
+
+@functools.cache
+def goal_metrics() -> tuple[str, ...]:
+    """Names that ``task.goal`` can speak of: the numbers of :class:`~qlora_exp.records.types.Scores`."""
+    hints = typing.get_type_hints(Scores)
+    return tuple(field.name for field in dataclasses.fields(Scores) if hints[field.name] == (float | None))
+
+
+def _goal(text: str) -> str:
+    """As it is written in a shell: Hydra wants quotes around spaces and signs, too."""
+    return f"'task.goal=\"{text}\"'"
+
+
+def goal_of(text: str) -> tuple[str, str, float]:
+    """``"accuracy >= 0.6"`` as ``("accuracy", ">=", 0.6)``. Raises :class:`ConfigError` for anything else."""
+    where = f"task.goal = {text}"
+    found = GOAL.fullmatch(text)
+    if not found:
+        raise ConfigError("the goal can't be read", where, f"write METRIC >= NUMBER, e.g. {_goal('accuracy >= 0.6')}")
+    metric, sign, threshold = found[1], found[2], float(found[3])
+    if metric not in goal_metrics():
+        raise ConfigError(f"there is no metric called {metric}", where, nearest(metric, goal_metrics()))
+    if metric in SHARES and not 0 <= threshold <= 1:
+        what = f"{metric} is a share, between 0 and 1"
+        likely = threshold / 100 if 1 < threshold <= 100 else 0.5
+        raise ConfigError(what, where, f"e.g. {_goal(f'{metric} {sign} {likely:g}')}")
+    return metric, sign, threshold
+
+
+def task_problems(task: TaskConfig) -> Iterator[ConfigError]:
+    if task.source is TaskSource.local and not task.path:
+        yield config_error("a local task needs a file", "task.path", task.path, "task.path=FILE.jsonl")
+    if task.source is TaskSource.hub and not task.hub_id:
+        yield config_error("a Hub task needs a data set's id", "task.hub_id", task.hub_id, "task.hub_id=OWNER/NAME")
+    for source, key, value in ((TaskSource.local, "path", task.path), (TaskSource.hub, "hub_id", task.hub_id)):
+        if value and task.source is not source:
+            hint = f"task={source.value} task.{key}={value}"
+            yield config_error(f"task.{key} is only for task={source.value}", f"task.{key}", value, hint)
+    if task.source is TaskSource.hub and "train" not in task.splits:
+        yield config_error("the task has no training split", "task.splits", task.splits, "task.splits.train=train")
+    for name in task.splits:
+        yield from one_of("task.splits", name, ("train", "validation", "test"))
+    yield from within("task.validation_fraction", task.validation_fraction, 0, 1, open_end=True)
+    yield from within("task.test_fraction", task.test_fraction, 0, 1, open_end=True)
+    if not task.validation_fraction + task.test_fraction < 1:
+        what = "validation and test together leave nothing to train on"
+        total = f"{task.validation_fraction} + {task.test_fraction}"
+        yield config_error(what, "task.validation_fraction + task.test_fraction", total, "their sum must be below 1")
+    for split in ("train", "validation", "test"):
+        yield from at_least(f"task.max_{split}_items", getattr(task, f"max_{split}_items"), 1)
+    yield from at_least("task.split_seed", task.split_seed, 0)
+    yield from _chat_problems(task)
+    if task.labels is not None and (len(task.labels) < 2 or len(set(task.labels)) < len(task.labels)):
+        yield config_error(
+            "labels must be two or more, all different", "task.labels", task.labels, "task.labels=[yes,no]"
+        )
+    if task.labels is not None and task.kind is not TaskKind.classification:
+        yield config_error("labels are for classification", "task.kind", task.kind.value, "task.kind=classification")
+
+
+def _chat_problems(task: TaskConfig) -> Iterator[ConfigError]:
+    try:
+        datetime.date.fromisoformat(task.date)
+    except ValueError:
+        yield config_error(
+            "task.date is not a date", "task.date", task.date, "year, month and day: task.date=2026-01-01"
+        )
+    if task.learn is Learn.all and not task.columns.messages:
+        what = "only conversations have several answers to learn"
+        yield config_error(what, "task.learn", "all", "task.columns.messages=messages, or task.learn=last")
+    if task.learn is Learn.all and task.format is Format.plain:
+        hint = "task.format=chat, or task.learn=last"
+        yield config_error("the plain format learns the last answer alone", "task.learn", "all", hint)
+
+
+def goal_problems(config: Config) -> Iterator[ConfigError]:
+    task, text = config.task, config.task.goal
+    if text is None:
+        return
+    try:
+        metric, _, _ = goal_of(text)
+    except ConfigError as problem:
+        yield problem
+        return
+    other = {TaskKind.classification: OF_FREE_TEXT, TaskKind.generation: OF_LABELS}[task.kind]
+    if metric in other:
+        what = f"{metric} isn't measured for task.kind={task.kind.value}"
+        yield config_error(
+            what, "task.goal", text, f"task.goal=null, or another metric, e.g. {_goal('exact_match >= 0.5')}"
+        )
+    elif metric in OF_GENERATED and not config.evaluation.generate:
+        yield config_error(f"{metric} needs generated answers", "task.goal", text, "evaluation.generate=true")

@@ -1,0 +1,311 @@
+"""Interpolations (``${…}``): what they read from outside the configuration is replaced by its value, once.
+
+``${oc.env:LR}`` has another value in another shell, on another machine and on another day. A study keeps the value that
+it was begun with. ``${lora.r}`` reads the configuration, so it stays: each trial has its own value.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import ChoiceSweep, Transformer
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora_exp.config.groups import groups
+from qlora_exp.config.override_values import has_interpolation, hydra_value, literal
+from qlora_exp.config.overrides import is_ours, parse, value_of, values_of
+from qlora_exp.config.problems import typed_value
+from qlora_exp.errors import ConfigError, QloraExpError, raise_all
+
+OUTSIDE = ("oc.decode", "oc.create", "now", "python_version")
+"""Resolvers whose value follows from their arguments, or from the moment. ``oc.env`` is read on its own."""
+
+RESOLVER = re.compile(r"\s*([A-Za-z_][\w.]*)\s*:(.*)", re.DOTALL)
+HYDRAS = re.compile(r"\s*hydra\s*[:.]")
+
+
+class Constant:
+    """What a part of a text turned out to be."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def unresolved(error: Exception, key: str) -> ConfigError:
+    """What to say where the interpolation in ``key`` has no value."""
+    what = str(error).splitlines()[0]
+    variable = re.search(r"Environment variable '(.*)' not found", what)
+    if variable:
+        return _not_set(variable[1], key)
+    if "HydraConfig was not set" in what or re.search(r"Interpolation key 'hydra\.", what):
+        return _of_hydra("${hydra:…}", key)
+    return ConfigError(what, key, f"{key}=VALUE, without ${{…}}")
+
+
+def _not_set(name: str, where: str) -> ConfigError:
+    hint = f"export {name}=VALUE, or ${{oc.env:{name},DEFAULT}}"
+    return ConfigError(f"the environment variable {name} is not set", where, hint)
+
+
+def _of_hydra(part: str, where: str) -> ConfigError:
+    return ConfigError(
+        f"{part} names a setting of Hydra's, which a run doesn't have",
+        where,
+        "write the value, or name one of ours: ${model.family}, ${quantization.mode}, ${lora.r}",
+    )
+
+
+def texts_of(node: Any, key: str) -> Any:
+    """What ``node`` holds at ``key``, as it was written: reading an entry of a container of OmegaConf's resolves it,
+    against values that an axis may still change."""
+    plain: Any = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
+    return plain[key]
+
+
+def without_outside(overrides: Sequence[str]) -> list[str]:
+    """``overrides`` with the value of each ``${oc.env:…}`` and the like in its place; Hydra's own stay as they are.
+
+    Raises:
+        ConfigError, Problems: an environment variable is not set, or a setting of Hydra's is named.
+    """
+    found, errors = [], []
+    for text in overrides:
+        try:
+            found.append(_override_without_outside(text))
+        except QloraExpError as error:
+            errors.append(error)
+            found.append(text)
+    raise_all(errors)
+    return found
+
+
+def _override_without_outside(text: str) -> str:
+    if "${" not in text:
+        return text
+    try:
+        override = parse(text)
+        if override.is_delete() or not is_ours(override):
+            return text
+        swept = override.value() if override.is_sweep_override() else None
+        if swept is not None and not isinstance(swept, ChoiceSweep):
+            return text
+        key, entries = override.key_or_group, [] if swept is None else map(Transformer.str, swept.list)
+        values = [value_of(f"{key}={entry}") for entry in entries] if swept is not None else values_of(override)
+    except (ConfigError, HydraException):  # what is wrong with it is told with the other problems
+        return text
+    now = [value_now(value, text) for value in values]
+    if now == values:
+        return text
+    listed = ",".join(hydra_value(_typed(override.key_or_group, one)) for one in now)
+    return f"{override.get_key_element()}={f'shuffle({listed})' if swept is not None and swept.shuffle else listed}"
+
+
+def _typed(key: str, value: Any) -> Any:
+    """As the schema has it, where it is known by now: the text ``8`` of an environment variable is the number."""
+    if has_interpolation(value) or key in groups():
+        return value
+    typed = typed_value(key, value)
+    return literal(getattr(typed, "name", typed))
+
+
+def value_now(value: Any, where: str) -> Any:
+    """``value`` (JSON types) with what its texts read from outside the configuration in its place.
+
+    Raises:
+        ConfigError: an environment variable is not set, or a setting of Hydra's is named.
+    """
+    if isinstance(value, str):
+        now = _text_now(value, where)
+        return literal(now.value) if isinstance(now, Constant) else now
+    if isinstance(value, Mapping):
+        return {key: value_now(entry, where) for key, entry in value.items()}
+    return [value_now(entry, where) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def settings_from_outside(raw: DictConfig, others: Collection[str] = ()) -> dict[str, Any]:
+    """Key → value of each setting in ``raw`` that reads something outside the configuration; without ``others`` and
+    what is below them.
+
+    Raises:
+        as :func:`without_outside`.
+    """
+    found, errors = {}, []
+    for key, value in _leaves(OmegaConf.to_container(raw, resolve=False, enum_to_str=True)):
+        if any(key == other or key.startswith(f"{other}.") for other in others) or not has_interpolation(value):
+            continue
+        try:
+            now = value_now(value, key)
+            if now != value:
+                found[key] = _typed(key, now)
+        except QloraExpError as error:
+            errors.append(error)
+    raise_all(errors)
+    return found
+
+
+def depends_on(raw: DictConfig, value: Any, keys: Collection[str]) -> bool:
+    """Whether ``value``, an interpolated setting of ``raw``, follows from a setting or group among ``keys``; True also
+    where that can't be seen."""
+    return _depends(OmegaConf.to_container(raw, resolve=False, enum_to_str=True), value, keys, set())
+
+
+def _depends(plain: Any, value: Any, keys: Collection[str], seen: set[str]) -> bool:
+    for name in _names_read(value):
+        if name is None or any(_overlap(name, key) for key in keys):
+            return True
+        if name not in seen:
+            seen.add(name)
+            if _depends(plain, _at(plain, name), keys, seen):
+                return True
+    return False
+
+
+def _at(plain: Any, name: str) -> Any:
+    for part in name.split("."):
+        plain = plain.get(part) if isinstance(plain, Mapping) else None
+    return plain
+
+
+def _overlap(name: str, key: str) -> bool:
+    return name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")
+
+
+def _names_read(value: Any) -> Iterator[str | None]:
+    """The settings that the texts of ``value`` name; ``None`` for one that can't be read off."""
+    if isinstance(value, str):
+        for part in _parts(value):
+            if not part.startswith("${"):
+                continue
+            inner = part[2:-1]
+            resolver = RESOLVER.fullmatch(inner)
+            name = resolver[2] if resolver and resolver[1] == "oc.select" else None if resolver else inner
+            if resolver and resolver[1] != "oc.select":
+                yield from _names_read(resolver[2])
+                if resolver[1] not in ("oc.env", *OUTSIDE):
+                    yield None
+            else:
+                name = str(name).partition(",")[0].strip()
+                yield name if re.fullmatch(r"\w+(\.\w+)*", name) else None
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _names_read(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _names_read(entry)
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, entry in value.items():
+            yield from _leaves(entry, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _text_now(text: str, where: str) -> Constant | str:
+    parts = _parts(text)
+    now = [_part_now(part, where) if part.startswith("${") else part for part in parts]
+    if len(now) == 1:
+        return now[0]
+    return "".join(literal(str(part.value)) if isinstance(part, Constant) else part for part in now)
+
+
+def _parts(text: str) -> list[str]:
+    """``text`` cut before and after each interpolation; those that are nested stay within theirs."""
+    parts, begin, place = [], 0, 0
+    while (place := text.find("${", place)) >= 0:
+        escaped = (len(text[:place]) - len(text[:place].rstrip("\\"))) % 2 == 1
+        end = None if escaped else _end(text, place)
+        if end is None:
+            place += 2
+            continue
+        parts += [text[begin:place]] if place > begin else []
+        parts.append(text[place:end])
+        begin = place = end
+    return [*parts, text[begin:]] if begin < len(text) or not parts else parts
+
+
+def _end(text: str, place: int) -> int | None:
+    """Where the interpolation that begins at ``place`` ends; ``None``: it has no end."""
+    depth, quote = 0, ""
+    for index in range(place, len(text)):
+        character = text[index]
+        if quote:
+            quote = "" if character == quote and text[index - 1] != "\\" else quote
+        elif character in "'\"" and depth:
+            quote = character
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return index + 1
+    return None
+
+
+def _part_now(part: str, where: str) -> Constant | str:
+    """One interpolation: its value where it reads nothing of the configuration, else its text."""
+    inner = part[2:-1]
+    if HYDRAS.match(inner):
+        raise _of_hydra(part, where)
+    resolver = RESOLVER.fullmatch(inner)
+    if resolver is None:
+        return f"${{{_within(inner, where, quoted=False)}}}"
+    name, arguments = resolver.groups()
+    if name == "oc.env":
+        return _variable_now(part, arguments, where)
+    arguments = _within(arguments, where, quoted=True)
+    text = f"${{{name}:{arguments}}}"
+    return Constant(_resolved(text, where)) if name in OUTSIDE and not has_interpolation(arguments) else text
+
+
+def _variable_now(part: str, arguments: str, where: str) -> Constant | str:
+    name, comma, default = arguments.partition(",")
+    name = _within(name, where, quoted=False).strip()
+    if has_interpolation(name):
+        return part
+    if name in os.environ:
+        return Constant(os.environ[name])
+    if not comma:
+        raise _not_set(name, where)
+    default = _within(default, where, quoted=True).strip()
+    return default if has_interpolation(default) else Constant(_resolved(f"${{oc.env:{name},{default}}}", where))
+
+
+def _within(text: str, where: str, quoted: bool) -> str:
+    """The inside of an interpolation with what is nested in it as it is now; ``quoted``: as a resolver's argument."""
+    parts: list[Constant | str] = []
+    for part in _parts(text) if text else []:
+        parts.append(_part_now(part, where) if part.startswith("${") else part)
+    constants = [part for part in parts if isinstance(part, Constant)]
+    joined = "".join(str(part.value) if isinstance(part, Constant) else part for part in parts)
+    if not quoted or not constants:
+        return joined
+    others = [part for part in parts if isinstance(part, str)]
+    if others and all(re.fullmatch(r"[\w.+/-]*", part) for part in others):  # one argument, made of several parts
+        return _quoted(joined)
+    return "".join(_quoted(part.value) if isinstance(part, Constant) else part for part in parts)
+
+
+def _quoted(value: Any) -> str:
+    """A text always in quotes: ``oc.decode`` takes no numbers."""
+    if not isinstance(value, str):
+        return hydra_value(value)
+    escaped = re.sub(r"(\\*)'", lambda match: f"{match[1]}{match[1]}\\'", literal(value))
+    return f"'{escaped}'"
+
+
+def _resolved(text: str, where: str) -> Any:
+    from hydra.core.utils import setup_globals
+
+    setup_globals()  # Hydra's resolvers: now, python_version
+    try:
+        value = OmegaConf.create({"value": text}).value
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{text} can't be read: {str(error).splitlines()[0]}", where, "write the value") from None
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -1,0 +1,91 @@
+"""A recorded run as the overrides that compose it again, with changes on top."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qlora_exp.config.choices import choices
+from qlora_exp.config.compose import compose
+from qlora_exp.config.groups import groups
+from qlora_exp.config.override_values import hydra_value, literal
+from qlora_exp.config.schema import to_plain
+from qlora_exp.errors import RecordError
+from qlora_exp.records.redaction import REDACTED
+from qlora_exp.records.types import RunRecord
+
+GROUP_KEYS = {"model": "family", "quantization": "mode", "targets": "set", "task": "source"}
+"""The key of each group that names the file in conf/ which it came from."""
+
+
+def overrides_of(record: RunRecord, changes: Sequence[str] = ()) -> list[str]:
+    """The overrides that give the record's configuration, then ``changes``.
+
+    Only what differs from the defaults is named, so that the line can be read. A changed group (``quantization=fp32``)
+    takes its own values: the recorded ones of that group are left out. Redacted values keep their defaults.
+
+    Raises:
+        RecordError: the record holds no configuration. ConfigError: it no longer composes with this version.
+    """
+    if not isinstance(record.config.get("model"), Mapping):
+        raise RecordError("the record holds no configuration", record.run_id, "run it again by hand")
+    changed = {change.lstrip("+~").partition("=")[0] for change in changes}
+    chosen = [text for group, text in _chosen_groups(record.config) if group not in changed]
+    needed = _needed(record.config, changed)
+    composed = to_plain(compose([*chosen, *needed]))
+    given = {text.partition("=")[0] for text in needed}
+    own = [
+        f"{path}={hydra_value(literal(value))}"
+        for path, value in _different(record.config, composed)
+        if path not in given and path not in changed and path.partition(".")[0] not in changed
+    ]
+    return [*chosen, *needed, *own, *changes]
+
+
+def flat_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """``{"task": "local", "lora": {"r": 8}}`` as ``task=local lora.r=8``; group choices first, as Hydra has it."""
+    leaves = list(_leaves(settings))
+    groups_first = sorted(leaves, key=lambda leaf: leaf[0] not in groups())
+    return [f"{path}={hydra_value(value)}" for path, value in groups_first]
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, path)
+        else:
+            yield path, value
+
+
+def _chosen_groups(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for group, key in GROUP_KEYS.items():
+        name = str(config.get(group, {}).get(key))
+        if name in groups().get(group, []):
+            yield group, f"{group}={name}"
+
+
+def _needed(config: Mapping[str, Any], changed: set[str]) -> list[str]:
+    """Keys that a chosen group leaves to the user (``???``): without them nothing composes."""
+    needed = []
+    for group, key in GROUP_KEYS.items():
+        name = config.get(group, {}).get(key)
+        for choice in choices(group):
+            if choice.name != name or group in changed:
+                continue
+            for entry, value in choice.keys.items():
+                if value == "???" and f"{group}.{entry}" not in changed:
+                    needed.append(f"{group}.{entry}={hydra_value(literal(config[group].get(entry)))}")
+    return needed
+
+
+def _different(recorded: Mapping[str, Any], composed: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in recorded.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if key not in composed:
+            if prefix:  # an open mapping such as task.splits; elsewhere a setting that this version doesn't know
+                yield f"++{path}", value
+        elif isinstance(value, Mapping) and isinstance(composed[key], Mapping):
+            yield from _different(value, composed[key], path)
+        elif value != composed[key] and REDACTED not in str(value):
+            yield path, value

@@ -1,0 +1,95 @@
+"""Which tokens of a conversation carry a loss where all of the assistant's answers are learned (``task.learn=all``).
+
+Where the template marks answers with ``{% generation %}``, the marks decide, as under TRL's ``assistant_only_loss``;
+elsewhere the conversation is rendered turn by turn. Two things that TRL's marks may hold are not learned: the
+generation prompt, and what the template writes by itself before an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qlora_exp.data.chat_template import Rendered
+from qlora_exp.data.example_text import Refused, Texts
+from qlora_exp.data.rows import Example
+
+_HINT = "a template that marks answers with {% generation %}: model.chat_template=FILE.jinja; or task.learn=last"
+
+
+def learned_ranges(
+    texts: Texts, full: Rendered, example: Example, prompt_of: Callable[[int], str], through: Callable[[int], str]
+) -> Texts:
+    """``texts`` with the ranges of all answers that are learned. Raises :class:`Refused`.
+
+    ``prompt_of(n)``: the first n messages with the generation prompt; ``through(n)``: without one.
+    """
+    turns = [number for number, message in enumerate(example.messages) if message.role == "assistant"]
+    begins = [_begin(full.text, prompt_of(number), texts.prefix) for number in turns] + [len(texts.prompt)]
+    spans = [[(begin, len(full.text))] for begin in begins]
+    if full.marks:
+        spans = [
+            _marked(full.marks, begin, end) for begin, end in zip(begins, [*begins[1:], len(full.text)], strict=True)
+        ]
+        _check_marks(spans, len(texts.prompt) + len(texts.completion))
+    else:
+        for index, number in enumerate(turns):
+            spans[index] = [(begins[index], _end_of_turn(full.text, through(number + 1)))]
+    learned = [*(example.messages[number].weight != 0 for number in turns), True]
+    ranges = [span for index, turn in enumerate(spans) if learned[index] for span in turn]
+    return replace(texts, learned=tuple(ranges))
+
+
+def _begin(full: str, prompt: str, prefix: str) -> int:
+    if not full.startswith(prompt):
+        raise _unstable("the prompt of an earlier answer")
+    return len(prompt) + (len(prefix) if full.startswith(prefix, len(prompt)) else 0)
+
+
+def _marked(marks: Sequence[tuple[int, int]], begin: int, following: int) -> list[tuple[int, int]]:
+    """The marks of one answer, without what comes before it. ``following``: where the next answer begins."""
+    return [(max(start, begin), end) for start, end in marks if begin < end <= following]
+
+
+def _check_marks(spans: Sequence[Sequence[tuple[int, int]]], stop: int) -> None:
+    for number, turn in enumerate(spans, 1):
+        if not turn:
+            detail = f"the chat template marks nothing of answer {number} of {len(spans)}"
+            raise Refused("template that leaves answers unmarked", detail, _HINT, of_template=True)
+    if spans[-1][-1][1] <= stop:
+        detail = "the chat template's marks leave out the end of the turn: the model would never learn to stop"
+        raise Refused("template without an end of turn", detail, _HINT, of_template=True)
+
+
+def _end_of_turn(full: str, through: str) -> int:
+    if not full.startswith(through):
+        raise _unstable("an earlier answer")
+    return len(through)
+
+
+def _unstable(what: str) -> Refused:
+    detail = f"the chat template writes {what} otherwise when further messages follow"
+    return Refused("template that rewrites earlier turns", detail, _HINT, of_template=True)
+
+
+def learned_mask(texts: Texts, ids: Sequence[int], tokenizer: Any) -> tuple[bool, ...] | None:
+    """For each of ``ids`` whether it carries a loss. Raises :class:`Refused` where a range ends within a token."""
+    if texts.learned is None:
+        return None
+    whole = texts.prompt + texts.completion + texts.end
+    places = sorted({place for span in texts.learned for place in span})
+    counts = dict(zip(places, _tokens_before(whole, places, ids, tokenizer), strict=True))
+    mask = [False] * len(ids)
+    for begin, end in texts.learned:
+        mask[counts[begin] : counts[end]] = [True] * (counts[end] - counts[begin])
+    return tuple(mask)
+
+
+def _tokens_before(text: str, places: Sequence[int], ids: Sequence[int], tokenizer: Any) -> list[int]:
+    parts = tokenizer([text[:place] for place in places], add_special_tokens=False)["input_ids"]
+    for place, part in zip(places, parts, strict=True):
+        if list(part) != list(ids[: len(part)]):
+            detail = f"a token spans the border of an earlier answer ({text[max(0, place - 20) : place]!r})"
+            raise Refused("no token boundary", detail, "task.learn=last, or another tokenizer or template")
+    return [len(part) for part in parts]

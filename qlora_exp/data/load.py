@@ -1,0 +1,316 @@
+"""A task's rows as items of token ids for one tokenizer, with the record of what was used, cut and left out."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from qlora_exp.config.schema import Config, Learn, SpecialTokens, TaskKind
+from qlora_exp.data.chat_template import reads_clock
+from qlora_exp.data.encoding import (
+    Encoding,
+    Tokenizer,
+    check_tokenizer,
+    date_of,
+    encode,
+    plain_prompt,
+    plain_text,
+    resolve_format,
+    template_tokens,
+)
+from qlora_exp.data.items import Item, Splits
+from qlora_exp.data.labels import check_no_label_lost
+from qlora_exp.data.row_problems import RowProblem, add_counts, settle
+from qlora_exp.data.rows import Example
+from qlora_exp.data.rows_report import joining_notes
+from qlora_exp.data.sources import read_general_chats, read_general_text
+from qlora_exp.data.split_names import SPLIT_NAMES
+from qlora_exp.data.splits import RawSplits, load_rows
+from qlora_exp.errors import DataError
+from qlora_exp.records.types import Data
+
+
+def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSplits | None = None) -> Splits:
+    """Every split of the task as token ids, each sequence at most ``max_length`` tokens (the end is cut, as TRL does).
+
+    ``rows``: the task's, where they have been read already.
+
+    Raises :class:`DataError` or :class:`Problems` with file, row number, column and reason, as ``load_rows`` does; rows
+    that can't be tokenized, or whose completion would be cut away, follow ``task.invalid_rows`` too.
+    """
+    format = resolve_format(config)
+    rows = rows or load_rows(config.task)
+    check_tokenizer(tokenizer, format)
+    if max_length < 2:
+        raise DataError(f"max_length is {max_length}", "training.max_length", "at least 2: a prompt and an answer")
+    whole = config.task.kind is TaskKind.classification
+    date, learns_all = date_of(config), config.task.learn is Learn.all
+    if learns_all and format == "plain":
+        hint = "task.learn=last, or task.format=chat"
+        raise DataError("the plain format learns the last answer alone", "task.learn=all", hint)
+    spaced = format == "plain" and config.task.separator is None
+    prefixes: set[str] = set()
+    shown: Encoding | None = None  # the first training row with a prefix, else the first one
+    used: dict[str, list[Example]] = {}
+    items: dict[str, tuple[Item, ...]] = {}
+    problems: list[RowProblem] = []
+    truncated: list[RowProblem] = []
+    for split, examples in _by_split(rows):
+        every_turn = learns_all and split == "train"  # scores are of the last answer everywhere
+        encodings = encode(examples, tokenizer, format, date=date, every_turn=every_turn)
+        written = [one for one in encodings if isinstance(one, Encoding)]
+        prefixes |= {one.prefix for one in written}
+        if split == "train":
+            shown = next((one for one in written if one.prefix), written[0] if written else None)
+        results = [
+            result if isinstance(result, RowProblem) else _item(example, result, tokenizer, max_length, whole)
+            for example, result in zip(examples, encodings, strict=True)
+        ]
+        problems += [result for result in results if isinstance(result, RowProblem)]
+        kept = [(e, r) for e, r in zip(examples, results, strict=True) if not isinstance(r, RowProblem)]
+        used[split] = [example for example, _ in kept]
+        items[split] = tuple(item for _, (item, _) in kept)
+        truncated += [
+            _truncated(example, encoding, max_length)
+            for example, encoding, result in zip(examples, encodings, results, strict=True)
+            if isinstance(encoding, Encoding) and not isinstance(result, RowProblem) and result[1]
+        ]
+    dropped = add_counts(rows.dropped, settle(problems, config.task.invalid_rows))
+    _require_items(items, problems)
+    check_no_label_lost(rows.train, used["train"], problems)
+    label_ids, label_end_ids = _label_ids(rows, used["train"][0], tokenizer, format, date)
+    _check_labels([item for split in SPLIT_NAMES for item in items[split]], label_ids, label_end_ids)
+    template = tokenizer.chat_template if format == "chat" else None
+    chat_date = config.task.date if reads_clock(template) else None
+    read_as = [format, template, *_read_otherwise(chat_date, prefixes, learns_all)]
+    record = Data(
+        task=config.task.name,
+        fingerprint=_fingerprint(read_as, config, used, rows),
+        train_items=len(items["train"]),
+        validation_items=len(items["validation"]),
+        test_items=len(items["test"]),
+        dropped_rows=sum(dropped.values()),
+        dropped_reasons=dropped,
+        labels=tuple(rows.options),
+        label_end_tokens=len(label_end_ids) if rows.options else None,
+        mean_prompt_tokens=_mean([len(item.prompt_ids) for item in items["train"]]),
+        mean_completion_tokens=_mean([len(item.completion_ids) for item in items["train"]]),
+        template_tokens=template_tokens(tokenizer, format, date),
+        template_tokens_trained=_template_trained(config, format),
+        truncated_items=len(truncated),
+        rows_fingerprint=_fingerprint([], config, used, rows),
+        answer_prefix=shown.prefix or None if shown is not None else None,
+        answer_prefix_variables=dict(shown.variables) if shown is not None and shown.variables else None,
+        chat_date=chat_date,
+    )
+    return Splits(
+        items["train"],
+        items["validation"],
+        items["test"],
+        tuple(rows.options),
+        label_ids,
+        format,
+        record,
+        read_general_text(),
+        _general_chats(tokenizer, date) if format == "chat" else (),
+        label_end_ids=label_end_ids,
+        left_out=(*rows.left_out, *problems),
+        truncated=tuple(truncated),
+        notes=(*rows.notes, *(joining_notes(used["train"]) if spaced else ())),
+    )
+
+
+def _truncated(example: Example, encoding: Encoding, max_length: int) -> RowProblem:
+    tokens = len(encoding.prompt_ids) + len(encoding.completion_ids) + len(encoding.end_ids)
+    reason = f"truncated to training.max_length={max_length}: the end of the answer is not learned"
+    return RowProblem(example.file, example.row, None, reason, f"{tokens} tokens")
+
+
+IGNORED = -100
+"""torch's ``ignore_index``: a label without a loss."""
+
+
+def to_training_dataset(items: Sequence[Item]) -> Any:
+    """A ``datasets.Dataset`` of ``input_ids`` and ``labels`` (-100 where there is no loss): nothing is left for
+    SFTTrainer to prepare. Each of its own passes over 8,000 rows would cost a third of a second in every trial."""
+    import datasets
+
+    columns = {
+        "input_ids": [list(item.ids) for item in items],
+        "labels": [
+            [token if learned else IGNORED for token, learned in zip(item.ids, item.completion_mask, strict=True)]
+            for item in items
+        ],
+    }
+    return datasets.Dataset.from_dict(columns)
+
+
+def _by_split(rows: RawSplits) -> list[tuple[str, tuple[Example, ...]]]:
+    return list(zip(SPLIT_NAMES, (rows.train, rows.validation, rows.test), strict=True))
+
+
+def _item(
+    example: Example, encoding: Encoding, tokenizer: Tokenizer, max_length: int, whole: bool
+) -> tuple[Item, bool] | RowProblem:
+    """The item, and whether ``max_length`` cuts it. ``whole``: the completion is an option, which half of is none."""
+    prompt, completion, end = encoding.prompt_ids, encoding.completion_ids, encoding.end_ids
+    room = max_length - len(prompt)
+    if room <= 0 or (whole and room < len(completion)):
+        detail = (
+            f"the prompt has {len(prompt)} tokens, the completion {len(completion)}, and max_length is {max_length}"
+        )
+        hint = f"training.max_length={len(prompt) + len(completion) + len(end)} or a shorter row"
+        return RowProblem(example.file, example.row, None, "completion truncated away", detail, hint)
+    item = Item(
+        item_id=example.item_id,
+        prompt=encoding.prompt,
+        completion=encoding.completion,
+        prompt_ids=prompt,
+        completion_ids=completion,
+        end_ids=end[: max(0, room - len(completion))],
+        label=example.label,
+        answer=encoding.answer,
+        completion_bytes=len(example.completion.strip().encode("utf-8")),
+        extra=example.extra,
+        learned=encoding.learned[:max_length] if encoding.learned is not None else None,
+    )
+    if encoding.structured:
+        text = str(tokenizer.decode(completion, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+        item = replace(item, answer=text, completion_bytes=len(encoding.completion.strip().encode("utf-8")))
+    if room < len(completion):
+        text = str(tokenizer.decode(completion[:room], clean_up_tokenization_spaces=False))
+        cut_bytes = len(text.strip().encode("utf-8"))
+        item = replace(item, completion=text, completion_ids=completion[:room], completion_bytes=cut_bytes)
+    return item, room < len(completion) + len(end)
+
+
+def _general_chats(tokenizer: Tokenizer, date: datetime.date) -> tuple[Item, ...]:
+    """The general chats that this tokenizer's template can write (many take no system message), never cut."""
+    examples = read_general_chats()
+    results = zip(examples, encode(examples, tokenizer, "chat", date=date), strict=True)
+    encoded = [(example, result) for example, result in results if isinstance(result, Encoding)]
+    items = [_item(example, result, tokenizer, sys.maxsize, False) for example, result in encoded]
+    return tuple(item[0] for item in items if not isinstance(item, RowProblem))
+
+
+def _require_items(items: dict[str, tuple[Item, ...]], problems: Sequence[RowProblem]) -> None:
+    for split in ("train", "validation"):
+        if not items[split]:
+            first = problems[0].error()
+            what = f"no usable row is left for {split}, {len(problems)} rows were refused; the first: {first.what}"
+            raise DataError(what, first.where, first.hint)
+
+
+def _label_ids(
+    rows: RawSplits, context: Example, tokenizer: Tokenizer, format: str, date: datetime.date
+) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """Each option's completion ids after the prompt of ``context``: the boundary may change a label's first token. Also
+    the tokens of the end that tell the options apart."""
+    found: dict[str, Encoding] = {}
+    examples = [
+        replace(context, completion=completion, label=label, answer=None) for label, completion in rows.options.items()
+    ]
+    for example, result in zip(examples, encode(examples, tokenizer, format, date=date), strict=True):
+        label = str(example.label)
+        if isinstance(result, RowProblem):
+            raise DataError(f"the label {label!r} can't be tokenized: {result.detail}", "task.labels", result.hint)
+        found[label] = result
+        first = next(iter(found.values()))
+        if (result.prompt_ids, result.end_ids) != (first.prompt_ids, first.end_ids):
+            what = f"the prompt ends in other tokens before the label {label!r} than before {next(iter(found))!r}"
+            raise DataError(what, "task.labels", "let the prompt end on a word or a colon")
+    owners: dict[tuple[int, ...], str] = {}
+    for label, encoding in found.items():
+        if owners.setdefault(encoding.completion_ids, label) != label:
+            what = f"the labels {owners[encoding.completion_ids]!r} and {label!r} have the same tokens"
+            raise DataError(what, "task.labels", "use labels that this tokenizer can tell apart")
+    end = next(iter(found.values())).end_ids if found else ()
+    return {label: encoding.completion_ids for label, encoding in found.items()}, _separating(owners, end)
+
+
+def _separating(owners: dict[tuple[int, ...], str], end: tuple[int, ...]) -> tuple[int, ...]:
+    """As much of ``end`` as each label's likelihood must include. Nothing, unless some label's tokens begin another's:
+    without the end that label would be at least as likely as the longer one after any prompt."""
+    for length in range(len(end) + 1):
+        options = {ids + end[:length]: label for ids, label in owners.items()}
+        begun = [(ids, label) for ids, label in options.items() if any(ids[:n] in options for n in range(1, len(ids)))]
+        if not begun:
+            return end[:length]
+    ids, label = begun[0]
+    shorter = next(options[ids[:n]] for n in range(1, len(ids)) if ids[:n] in options)
+    what = f"the tokens of the label {shorter!r} and its end begin those of {label!r}, which could then never be chosen"
+    hint = "rename one of them in the data; or task.kind=generation, which compares generated answers"
+    raise DataError(what, "task.labels, or the labels of the training rows", hint)
+
+
+def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]], label_end_ids: tuple[int, ...]) -> None:
+    """A label has the same tokens after every prompt, or its likelihoods could not be compared between items. An end
+    that labels are told apart by is learned in each row."""
+    for item in items:
+        file, _, row = item.item_id.rpartition(":")
+        if item.label is not None and item.completion_ids != label_ids[item.label]:
+            raise DataError(
+                f"the label {item.label!r} has other tokens after this prompt than after the first one",
+                f"{file}, row {row}",
+                "end all prompts in the same way, with the same white space before each label, e.g. by a template: "
+                "$'task.prompt=\"{COLUMN}\\nLabel:\"'",
+            )
+        if item.label is not None and item.end_ids[: len(label_end_ids)] != label_end_ids:
+            what = "training.max_length cuts the end of the label, which tells it from a label that begins with it"
+            longest = len(item.prompt_ids) + len(item.completion_ids) + len(label_end_ids)
+            raise DataError(what, f"{file}, row {row}", f"training.max_length={longest}, or a shorter row")
+
+
+def _read_otherwise(date_read: str | None, prefixes: set[str], learns_all: bool) -> list[str]:
+    """What the fingerprint holds beside format and template, only where it makes a difference: other data sets keep
+    the fingerprints that earlier versions gave them."""
+    date = [f"date: {date_read}"] if date_read is not None else []
+    written = [f"answer prefix: {prefix}" for prefix in sorted(prefixes) if prefix]
+    return [*date, *written, *(["learn: all"] if learns_all else [])]
+
+
+def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list[Example]], rows: RawSplits) -> str:
+    """SHA-256 over all rows used, in order, the task's templates and what they are read as (format and chat template).
+    File names and row numbers have no part."""
+    task = config.task
+    digest = hashlib.sha256()
+
+    def add(value: object) -> None:
+        digest.update(json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n")
+
+    add([*read_as, task.prompt, task.completion, task.system, list(rows.options.items())])
+    if read_as[:1] != ["chat"] and task.special_tokens is not SpecialTokens.refuse:
+        add(["special_tokens", task.special_tokens.value])
+    for split, examples in used.items():
+        for example in examples:
+            messages = [
+                [message.role, message.content, *([message.more] if message.more else [])]
+                for message in example.messages
+            ]
+            answer = [example.answer.more] if example.answer is not None else []
+            around = [part for part in (example.tools, example.variables) if part]
+            add([split, messages, example.completion, example.label, *answer, *around])
+            if read_as[:1] != ["chat"] and plain_text(example) != _text_with_one_space(example):
+                add(["text", plain_text(example)])
+    return digest.hexdigest()
+
+
+def _text_with_one_space(example: Example) -> str:
+    """How the plain format wrote every row once. Rows that it still writes so keep their recorded fingerprint."""
+    prompt = plain_prompt(example)
+    return prompt + ("" if prompt.endswith(("\n", "\r")) else " ") + example.completion
+
+
+def _mean(lengths: Sequence[int]) -> float | None:
+    return sum(lengths) / len(lengths) if lengths else None
+
+
+def _template_trained(config: Config, format: str) -> bool | None:
+    if format == "plain":
+        return None
+    return config.model.template_tokens_trained.get(config.model.variant.name)

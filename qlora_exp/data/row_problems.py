@@ -1,0 +1,67 @@
+"""What is wrong with single rows, and what becomes of it: errors that name the first of them, or a count by reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_exp.config.schema import InvalidRows
+from qlora_exp.errors import DataError, Problems
+
+_SHOWN = 10
+_DROP_HINT = "mend the rows, or leave them out and count them with task.invalid_rows=drop"
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """One row that can't be used. ``reason`` is the same for all rows with this fault: it is counted in the record."""
+
+    file: str
+    row: int
+    """1-based, as an editor shows it: a line of a text file, an element of a .json or Parquet file."""
+    column: str | None
+    reason: str
+    detail: str
+    hint: str | None = None
+    of_template: bool = False
+    """A fault of the chat template, which every row would have: told once."""
+
+    def error(self, others: int = 0) -> DataError:
+        """``others``: how many further rows have the very same fault."""
+        where = f"{self.file}, row {self.row}" + (f", and {others} other rows" if others else "")
+        if self.column is not None:
+            where += f", column {self.column}"
+        return DataError(f"{self.reason}: {self.detail}", where, self.hint or _DROP_HINT)
+
+
+def settle(problems: Sequence[RowProblem], policy: InvalidRows) -> dict[str, int]:
+    """Rows by reason under ``drop``. Under ``error`` the first ten are raised together, with the count of all."""
+    reasons = Counter(problem.reason for problem in problems)
+    if not problems or policy is InvalidRows.drop:
+        return dict(sorted(reasons.items()))
+    told = _each_template_fault_once(problems)
+    errors = [problem.error(others) for problem, others in told[:_SHOWN]]
+    if len(told) == 1:
+        (only,) = errors
+        hint = only.hint if only.hint == _DROP_HINT or told[0][0].of_template else f"{only.hint}; or {_DROP_HINT}"
+        raise DataError(only.what, only.where, hint)
+    by_reason = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+    files = ", ".join(sorted({problem.file for problem in problems}))
+    total = DataError(f"{len(problems)} rows can't be used: {by_reason}", files, _DROP_HINT)
+    raise Problems([*errors, total])
+
+
+def _each_template_fault_once(problems: Sequence[RowProblem]) -> list[tuple[RowProblem, int]]:
+    """The problems to tell, and how many further rows each of them stands for."""
+    told: dict[tuple[object, ...], tuple[RowProblem, int]] = {}
+    for number, problem in enumerate(problems):
+        key = (problem.reason, problem.detail, problem.hint) if problem.of_template else (number,)
+        first, others = told.get(key, (problem, -1))
+        told[key] = (first, others + 1)
+    return list(told.values())
+
+
+def add_counts(*counts: dict[str, int]) -> dict[str, int]:
+    """The sum of several counts by reason."""
+    return dict(sorted(sum((Counter(count) for count in counts), Counter()).items()))

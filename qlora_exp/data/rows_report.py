@@ -1,0 +1,76 @@
+"""What a person should know of a task's rows before training: rows left out, rows cut, and what may not be meant."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from qlora_exp.data.compression import ending_of
+from qlora_exp.data.encoding import written_prompt
+from qlora_exp.data.items import Splits
+from qlora_exp.data.row_problems import RowProblem
+from qlora_exp.data.rows import Example
+from qlora_exp.data.split_names import SPLIT_NAMES
+from qlora_exp.data.texts import separator_between
+
+_SHOWN = 5
+_OPENING, _CLOSING = tuple("([{“‘«„$/\\_"), tuple(",.;:!?)]}%”’»")
+"""Marks after which, and before which, hardly anybody writes a space."""
+_MISSING_WORDS = {"NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"}
+
+
+def rows_report(splits: Splits) -> list[str]:
+    """One line each: files read as one split, rows left out by reason and row, rows cut by ``max_length``, notes."""
+    lines = []
+    for split in SPLIT_NAMES:
+        files = list(dict.fromkeys(item.item_id.rpartition(":")[0] for item in getattr(splits, split)))
+        if len(files) > 1:
+            more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+            lines.append(f"{split} rows come from {len(files)} files: {', '.join(files[:3])}{more}")
+    lines += _by_reason(splits.left_out, "left out")
+    lines += _by_reason(splits.truncated, "kept")
+    return [*lines, *splits.notes]
+
+
+def _by_reason(problems: Sequence[RowProblem], fate: str) -> Iterator[str]:
+    for reason, count in Counter(problem.reason for problem in problems).most_common():
+        alike = [problem for problem in problems if problem.reason == reason]
+        yield f"{count} {'row' if count == 1 else 'rows'} {fate}: {reason}"
+        for problem in alike[:_SHOWN]:
+            column = f", column {problem.column}" if problem.column else ""
+            yield f"  {problem.file}, row {problem.row}{column}: {problem.detail}"
+        if count > _SHOWN:
+            yield f"  … and {count - _SHOWN} more"
+
+
+def missing_value_notes(splits: Mapping[str, list[Example]]) -> Iterator[str]:
+    """Answers of a CSV file that read like a missing value. They are read as text: 'NA' may be Namibia."""
+    answers: Counter[str] = Counter()
+    for example in (example for split in SPLIT_NAMES for example in splits.get(split, [])):
+        if example.completion in _MISSING_WORDS and ending_of(Path(example.file)) in (".csv", ".tsv"):
+            answers[example.completion] += 1
+    if answers:
+        words = ", ".join(f"{word!r} ({count})" for word, count in answers.most_common())
+        yield f"answers that are words for a missing value are learned as text: {words}"
+
+
+def joining_notes(examples: Sequence[Example]) -> Iterator[str]:
+    """Rows of the plain format between whose texts the default puts a space that nobody would write there."""
+    joined = [example for example in examples if not example.conversation and _is_one_word(example)]
+    if joined:
+        first = joined[0]
+        begin, end = written_prompt(first)[-20:], first.completion[:20]
+        count = "1 row has" if len(joined) == 1 else f"{len(joined)} rows have"
+        yield (
+            f"{count} a space between prompt and completion that may not be meant, e.g. {first.file}, row {first.row}: "
+            f"{begin!r} + {end!r}; 'task.separator=\"\"' joins all rows without one"
+        )
+
+
+def _is_one_word(example: Example) -> bool:
+    prompt, completion = written_prompt(example), example.plain.space_before + example.completion
+    if separator_between(prompt, completion) != " ":
+        return False
+    opens = prompt.endswith(_OPENING) or (prompt.endswith('"') and prompt.count('"') % 2 == 1)
+    return opens or completion.startswith(_CLOSING)

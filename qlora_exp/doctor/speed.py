@@ -1,0 +1,100 @@
+"""Is this machine as fast as its data sheet says, now and in its calibration? Else seconds and dollars are untrue."""
+
+from __future__ import annotations
+
+import time
+
+from qlora_exp.config.schema import Quantization
+from qlora_exp.doctor.check import Check
+from qlora_exp.estimate.calibration import kept_flops_per_second
+from qlora_exp.system import environment
+from qlora_exp.training.meter import DENSE_FLOPS_PER_SECOND, card_of
+
+SECONDS = 1.0
+SIZES = {"cuda": 8192, "cpu": 1024}
+"""Square matrices large enough that the multiplication, not the memory, is what is timed."""
+LEAST_SHARE = 0.5
+"""Of the data sheet's figure. Large matrix products reach about 0.6 to 0.9 of it on a card that is left alone."""
+MOST_SHARE = 1.05
+LEAST_CALIBRATED_SHARE = 0.1
+"""Of the data sheet's figure, in the calibration's training steps, which do more than multiply. Assumed: no card was at
+hand to measure one."""
+
+
+def matmul_rate() -> Check:
+    """Measured for a second, in 16 bits on a GPU and in fp32 on a CPU (of which no data sheet is known)."""
+    device = environment.probe().device
+    rate = measured_flops_per_second(device.kind)
+    return judged(device.kind, device.name, rate)
+
+
+def judged(kind: str, name: str | None, rate: float) -> Check:
+    """``rate`` in FLOP/s beside the card's data sheet, where that is known."""
+    told = f"{rate / 1e12:.3g} TFLOP/s measured"
+    if kind != "cuda":
+        return Check("matmul rate", True, f"{told} in fp32 with the threads above (no data sheet for CPUs)")
+    sheet = DENSE_FLOPS_PER_SECOND.get(card_of(name)) if name else None
+    if sheet is None:
+        return Check("matmul rate", None, f"{told} in 16 bits; there is no data sheet here for {name}")
+    share = rate / sheet
+    told = f"{told} in 16 bits, {share:.0%} of the data sheet's {sheet / 1e12:.4g}"
+    if share > MOST_SHARE:
+        return Check(
+            "matmul rate", False, told, f"the data sheet's figure for {card_of(name or '')} is wrong: report it"
+        )
+    if share < LEAST_SHARE:
+        fix = "nvidia-smi -q -d PERFORMANCE says why (another process, heat, a power limit, a part of a card)"
+        return Check("matmul rate", False, told, fix)
+    return Check("matmul rate", True, told)
+
+
+def calibration() -> Check:
+    """The rate that plans take for this machine, in the 16 bits of data sheets (on a CPU in fp32)."""
+    here = environment.probe()
+    mode = Quantization.bf16 if here.device.bf16 else Quantization.fp16
+    if here.device.kind == "cpu":
+        mode = Quantization.fp32
+    return judged_calibration(here.device.kind, here.device.name, mode, kept_flops_per_second(here, mode))
+
+
+def judged_calibration(kind: str, name: str | None, mode: Quantization, rate: float | None) -> Check:
+    """``rate`` in FLOP/s of training, ``None`` before ``qlora-exp calibrate``, beside the card's data sheet."""
+    if rate is None:
+        told = "none of this device and number of threads: plans name no seconds (qlora-exp calibrate measures it)"
+        return Check("calibration", None, told)
+    told = f"{rate / 1e12:.3g} TFLOP/s of training kept in {mode.value}"
+    sheet = DENSE_FLOPS_PER_SECOND.get(card_of(name)) if kind == "cuda" and name else None
+    if sheet is None:
+        whose = "CPUs" if kind == "cpu" else name
+        return Check("calibration", None, f"{told}; whether it agrees is unknown: no data sheet for {whose}")
+    told = f"{told}, {rate / sheet:.0%} of the data sheet's {sheet / 1e12:.4g}"
+    if LEAST_CALIBRATED_SHARE <= rate / sheet <= MOST_SHARE:
+        return Check("calibration", True, told)
+    return Check("calibration", False, told, "qlora-exp calibrate, with nothing else on the card")
+
+
+def measured_flops_per_second(kind: str) -> float:
+    """2 n³ operations a product, over a second of products."""
+    import torch
+
+    size = SIZES[kind]
+    dtype = torch.float32
+    if kind == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    left, right = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    _wait(kind)
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < SECONDS:
+        left @ right
+        products += 1
+        _wait(kind)
+    return products * 2.0 * size**3 / (time.perf_counter() - started)
+
+
+def _wait(kind: str) -> None:
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.synchronize()

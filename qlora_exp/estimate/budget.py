@@ -1,0 +1,152 @@
+"""What a run or a study may spend — seconds, tokens, US dollars, kilowatt-hours — and what it has spent."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qlora_exp.config.schema import BudgetConfig, Config, DeviceChoice
+from qlora_exp.errors import ConfigError, RecordError
+from qlora_exp.paths import OutputPaths
+from qlora_exp.records.files import read_record
+from qlora_exp.records.types import RunRecord, Spent, Status
+from qlora_exp.study.types import TrialRow
+from qlora_exp.training.meter import energy_counter_is_there
+
+LIMITS = ("seconds", "tokens", "usd", "kwh")
+"""What is spent; ``memory_bytes`` is what a run must fit into."""
+OF_THE_STUDY = (*LIMITS, "memory_bytes")
+JOULES_PER_KWH = 3.6e6
+RECORD_SECONDS = 1.0
+"""How old what a record says may be while its run trains: as much of it is lost where the process is killed."""
+MEASURED = (Status.COMPLETED, Status.PRUNED)
+"""Trials whose cost says what the next one costs; a failed one's is spent, too, but ends anywhere."""
+
+
+def limits_of(budget: BudgetConfig) -> dict[str, float]:
+    """The limits that are set, by name."""
+    return {name: value for name in LIMITS if (value := getattr(budget, name)) is not None}
+
+
+def budget_of(raw: Any) -> BudgetConfig:
+    """That of a composed but unchecked configuration."""
+    found = OmegaConf.to_object(raw.budget)
+    assert isinstance(found, BudgetConfig)
+    return found
+
+
+def without_limits(config: Config) -> Config:
+    """A trial's configuration: the budget is the study's, and trials that it cut short could not be compared."""
+    unlimited: dict[str, Any] = dict.fromkeys(OF_THE_STUDY)
+    return dataclasses.replace(config, budget=dataclasses.replace(config.budget, **unlimited))
+
+
+def check_energy(budget: BudgetConfig, device: DeviceChoice) -> None:
+    """Raises:
+    ConfigError: kilowatt-hours are limited, and nothing here counts them."""
+    if budget.kwh is not None and (device is DeviceChoice.cpu or not energy_counter_is_there()):
+        raise ConfigError(
+            "energy can't be read here: it takes an NVIDIA card (Volta or later) and nvidia-ml-py",
+            f"budget.kwh = {budget.kwh:g}",
+            "budget.kwh=null; budget.seconds=… or budget.usd=… are known everywhere",
+        )
+
+
+def spent_before(record: RunRecord) -> Spent:
+    """What a run's earlier parts have spent; of a record that didn't say, what its speed does."""
+    speed = record.speed
+    return record.spent or Spent(speed.total_seconds or 0.0, speed.train_tokens or 0, speed.energy_joules)
+
+
+def amount(spent: Spent, name: str, usd_per_hour: float | None) -> float:
+    """``spent`` in the unit of the limit ``name``; what could not be measured counts as nothing."""
+    match name:
+        case "seconds":
+            return spent.seconds
+        case "tokens":
+            return spent.tokens
+        case "usd":
+            return spent.seconds / 3600.0 * (usd_per_hour or 0.0)
+        case _:
+            return (spent.joules or 0.0) / JOULES_PER_KWH
+
+
+def exhausted(budget: BudgetConfig, spent: Spent) -> str | None:
+    """The first limit that ``spent`` reaches, or ``None``."""
+    return next(
+        (name for name, limit in limits_of(budget).items() if amount(spent, name, budget.usd_per_hour) >= limit), None
+    )
+
+
+def cut_short(name: str, steps: int, of_steps: int) -> str:
+    """A record's word on a training that its budget ended."""
+    return f"budget.{name} was spent after {steps} of {of_steps} steps: the training ended there, and was scored"
+
+
+@dataclass(frozen=True)
+class Account:
+    """One limit of a study. ``held``: what its trials have spent, and what those that run are expected to."""
+
+    name: str
+    limit: float
+    spent: float
+    held: float
+    costs: tuple[float, ...]
+    """Of each finished trial."""
+
+    @property
+    def cost(self) -> float | None:
+        """Of one trial, by the mean of those that finished."""
+        return statistics.fmean(self.costs) if self.costs else None
+
+    @property
+    def buys_one(self) -> bool:
+        """Whether what is left buys one more trial; before one has finished, whether anything is left."""
+        left = self.limit - self.held
+        return left > 0 and (self.cost is None or self.cost <= left)
+
+    def __str__(self) -> str:
+        told = f"budget.{self.name}={self.limit:g}: {self.spent:.3g} spent"
+        return f"{told}, a trial takes {self.cost:.3g}" if self.cost is not None else told
+
+
+class Purse:
+    """A study's budget. Seconds are those of its runs added up: two at once spend it twice as fast."""
+
+    def __init__(self, budget: BudgetConfig, outputs: OutputPaths) -> None:
+        self._budget, self._outputs = budget, outputs
+        self._ended: dict[str, Spent] = {}
+
+    def accounts(self, trials: Iterable[TrialRow]) -> list[Account]:
+        """Each limit's, from the records of all trials, failed attempts included."""
+        rows = [(row, self._spent(row)) for row in trials]
+        return [self._account(name, limit, rows) for name, limit in limits_of(self._budget).items()]
+
+    def short(self, trials: Iterable[TrialRow]) -> Account | None:
+        """The account that doesn't buy one more trial beside those that run; ``None``: all do."""
+        return next((account for account in self.accounts(trials) if not account.buys_one), None)
+
+    def _account(self, name: str, limit: float, rows: Sequence[tuple[TrialRow, Spent]]) -> Account:
+        amounts = [(row, amount(spent, name, self._budget.usd_per_hour)) for row, spent in rows]
+        costs = tuple(cost for row, cost in amounts if row.status in MEASURED and row.refusal is None)
+        expected = statistics.fmean(costs) if costs else 0.0
+        held = sum(max(cost, expected) if row.state == "RUNNING" else cost for row, cost in amounts)
+        return Account(name, limit, sum(cost for _, cost in amounts), held, costs)
+
+    def _spent(self, row: TrialRow) -> Spent:
+        if row.run_id is None:
+            return Spent(0.0, 0, None)
+        if row.run_id not in self._ended:
+            try:
+                spent = spent_before(read_record(self._outputs.run(row.run_id).record))
+            except RecordError:
+                return Spent(0.0, 0, None)
+            if row.status is None:
+                return spent
+            self._ended[row.run_id] = spent
+        return self._ended[row.run_id]

@@ -1,0 +1,124 @@
+"""The device that a plan is for: a CPU, a CUDA card in general, or a card by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qlora_exp.architecture.run_plan import compute_dtype
+from qlora_exp.architecture.shapes import Architecture
+from qlora_exp.architecture.targets import left_out
+from qlora_exp.config.names import QUANTIZED
+from qlora_exp.config.schema import Config, DeviceChoice
+from qlora_exp.errors import ConfigError, nearest
+
+MIB = 2**20
+CARDS: dict[str, tuple[int, bool, str]] = {
+    "t4": (15_360, False, "T4"),
+    "v100_16gb": (16_384, False, "V100 SXM2"),
+    "v100_32gb": (32_768, False, "V100 SXM2"),
+    "rtx3060_12gb": (12_288, True, "RTX 3060"),
+    "rtx3090": (24_576, True, "RTX 3090"),
+    "rtx4060ti_16gb": (16_380, True, "RTX 4060 Ti"),
+    "rtx4070": (12_282, True, "RTX 4070"),
+    "rtx4080": (16_376, True, "RTX 4080"),
+    "rtx4090": (24_564, True, "RTX 4090"),
+    "rtx5090": (32_607, True, "RTX 5090"),
+    "rtxa6000": (49_140, True, "RTX A6000"),
+    "a10g": (23_028, True, "A10G"),
+    "l4": (23_034, True, "L4"),
+    "l40s": (46_068, True, "L40S"),
+    "a100_40gb": (40_960, True, "A100 SXM4"),
+    "a100_80gb": (81_920, True, "A100 SXM4"),
+    "h100_80gb": (81_559, True, "H100 HBM3"),
+    "h200": (143_771, True, "H200"),
+}
+"""Card → (memory in MiB as nvidia-smi tells it, whether it has bfloat16, its name in conf/prices.yaml). From
+their makers' data sheets; none of them was at hand."""
+
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+@dataclass(frozen=True)
+class PlanDevice:
+    """``kind`` is ``cpu`` or ``cuda``; ``memory_bytes`` and ``card`` (as a driver names it, without its maker) are
+    ``None`` where no card is named."""
+
+    name: str
+    kind: str
+    bf16: bool
+    memory_bytes: int | None
+    card: str | None = None
+
+
+CUDA = PlanDevice("cuda", "cuda", bf16=True, memory_bytes=None)
+
+
+def device_called(name: str) -> PlanDevice:
+    """The device of ``plan.device=NAME``: ``cpu``, ``cuda`` (any card with bfloat16) or a card.
+
+    Raises:
+        ConfigError: there is no such card.
+    """
+    if name == "cpu":
+        from qlora_exp.system.environment import total_memory_bytes
+
+        return PlanDevice("cpu", "cpu", bf16=False, memory_bytes=total_memory_bytes())
+    if name == "cuda":
+        return CUDA
+    if name not in CARDS:
+        what = f"no card called {name!r} is known"
+        raise ConfigError(what, f"plan.device={name}", nearest(name, ("cpu", "cuda", *CARDS)))
+    memory_mib, bf16, card = CARDS[name]
+    return PlanDevice(name, "cuda", bf16, memory_mib * MIB, card)
+
+
+def device_of(config: Config) -> PlanDevice:
+    """Where ``config`` would run if nothing else is said: as ``training.device`` has it, else a model of the Hub on
+    CUDA, and one on disk or in the package on this machine's CPU."""
+    chosen = config.training.device
+    if chosen is not DeviceChoice.auto:
+        return device_called(chosen.value)
+    checkpoint = config.model.checkpoints.get(config.model.variant.value, "embedded:")
+    local = config.model.path is not None or checkpoint.startswith("embedded:")
+    return device_called("cpu" if local else "cuda")
+
+
+def notes_on(config: Config, device: PlanDevice, architecture: Architecture) -> Iterator[str]:
+    """What is worth knowing of a configuration on ``device`` before it is paid for."""
+    quantization, targets = config.quantization, config.targets
+    if quantization.mode in QUANTIZED and architecture.experts:
+        names = tuple(one.name for one in architecture.experts)
+        elements = sum(other.elements for other in architecture.others if other.name.startswith(names))
+        told = f"{elements / architecture.total_parameters:.0%} of the parameters are experts'"
+        yield f"{told}, which bitsandbytes doesn't quantize: they are three-dimensional parameters, no linear layers"
+    names_left = left_out(architecture)
+    if names_left and targets.modules is None and targets.set == "all_linear":
+        yield f"{', '.join(names_left)} get no adapters: PEFT takes them for the names of experts' layers"
+    computed = compute_dtype(quantization, device.kind, device.bf16)
+    if device.kind == "cuda" and not device.bf16 and computed == "bfloat16":
+        yield f"{device.name} has no bfloat16: it is emulated there, and slow; quantization=fp16 isn't"
+
+
+def size_bytes(text: str) -> int:
+    """``24GB`` (10⁹), ``24GiB`` (2³⁰), or a card's memory by its name.
+
+    Raises:
+        ConfigError: no number, an unknown unit or none.
+    """
+    if text in CARDS:
+        return CARDS[text][0] * MIB
+    found = SIZE.fullmatch(text)
+    if not found:
+        what = "a memory size is a number above 0 with a unit, or a card's name"
+        raise ConfigError(what, f"--fit {text}", f"e.g. --fit 24GB; {nearest(text, CARDS)}")
+    number, unit = found.groups()
+    if float(number) == 0:
+        raise ConfigError("nothing fits into no memory", f"--fit {text}", "e.g. --fit 24GB")
+    factor = UNITS.get(unit) or {name.upper(): value for name, value in UNITS.items()}.get(unit.upper())
+    if factor is None:
+        what = f"{unit!r} is no unit of memory" if unit else "the size has no unit"
+        raise ConfigError(what, f"--fit {text}", f"e.g. --fit {number}GB; units: {', '.join(UNITS)}")
+    return round(float(number) * factor)

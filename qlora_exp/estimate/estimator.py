@@ -1,0 +1,308 @@
+"""A configuration's figures: parameters, bytes by part, whether they fit, time, money and disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_exp.architecture.families import known_architecture
+from qlora_exp.architecture.run_plan import compute_dtype
+from qlora_exp.architecture.shapes import Architecture, WeightShape
+from qlora_exp.architecture.targets import rank_above_width, resolve_targets
+from qlora_exp.config.checks_lora import int8_dora
+from qlora_exp.config.schema import Config, DeviceChoice, ModelConfig, TargetsConfig
+from qlora_exp.errors import ConfigError, QloraExpError
+from qlora_exp.estimate.affordable_steps import Bought, BuysNoStep, Pace, check_buys_a_step, steps_bought
+from qlora_exp.estimate.budget import check_energy, limits_of
+from qlora_exp.estimate.cost import UNKNOWN, Cashier
+from qlora_exp.estimate.device import PlanDevice, device_of, notes_on
+from qlora_exp.estimate.fit_result import Verdict, bound_of, verdict_of
+from qlora_exp.estimate.flops import Extent
+from qlora_exp.estimate.peak import predicted_peak
+from qlora_exp.estimate.sweep import Point
+from qlora_exp.estimate.tokens import PlannedRows, RowCounter
+from qlora_exp.estimate.weights import BaseBytes, adapter_bytes, base_bytes
+from qlora_exp.records.types import RunRecord
+from qlora_exp.system import heap
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """Bytes by part. ``activation_bytes`` is whatever training needs at its peak beyond the other parts, which are
+    exact; on a CPU all of it is beside the process itself."""
+
+    base_weight_bytes: int
+    quantization_state_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedDisk:
+    """``adapter_file_bytes`` stays after a run; ``checkpoint_bytes`` is one training checkpoint, the optimizer's state
+    included."""
+
+    adapter_file_bytes: int
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One configuration's plan. ``fits`` is ``None`` where the device's memory isn't known, ``False`` also for what
+    can't be run at all, and where the budget doesn't buy one step; ``near_the_edge``: the bound lies within the
+    prediction's error; ``reason`` says why in words, ``notes`` what else is worth knowing. ``rows`` is ``None`` where
+    they aren't known here: peak, seconds and tokens are then those of rows as long as ``training.max_length``.
+    ``steps`` and ``tokens`` are of training, so are ``seconds``; ``other_seconds`` are of loading and scoring, by runs
+    like it; ``usd`` is of both, of training alone where the others aren't known. ``budget`` has what each of its
+    limits buys: of one run its steps, of a sweep its trials."""
+
+    params: dict[str, Any]
+    settings: dict[str, Any]
+    device: str | None
+    trainable_parameters: int | None
+    total_parameters: int | None
+    memory: PlannedMemory | None
+    disk: PlannedDisk | None
+    rows: PlannedRows | None
+    steps: int | None
+    tokens: int | None
+    seconds: float | None
+    seconds_interval: tuple[float, float] | None
+    other_seconds: float | None
+    other_seconds_interval: tuple[float, float] | None
+    usd: float | None
+    usd_interval: tuple[float, float] | None
+    budget: tuple[Bought, ...]
+    fits: bool | None
+    near_the_edge: bool
+    reason: str
+    notes: tuple[str, ...]
+
+
+class Planner:
+    """Plans points one after the other; what several have in common is worked out once. ``device``: for all of them, in
+    place of each one's own; ``fit_bytes``: the memory to fit into as a whole, in place of ``budget.memory_bytes`` and
+    the device's; ``records``: finished runs, by which seconds are told; ``counter``: counts the tasks' rows, which are
+    taken for as long as ``training.max_length`` without it; ``hosts``: trial hosts will train."""
+
+    def __init__(
+        self,
+        device: PlanDevice | None = None,
+        fit_bytes: int | None = None,
+        records: Sequence[RunRecord] = (),
+        counter: RowCounter | None = None,
+        hosts: bool = False,
+    ) -> None:
+        self._device = device
+        self._fit_bytes = fit_bytes
+        self._architectures: dict[str, Architecture | QloraExpError] = {}
+        self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
+        self._cashier = Cashier(records, hosts)
+        self._hosts = hosts
+        self._counter = counter
+        self._problems: dict[str, QloraExpError] = {}
+        self._too_dear: BuysNoStep | None = None
+        self._some_can_start = False
+
+    def plan(self, point: Point) -> PlannedRun:
+        """The figures of one point; what can't be run becomes a row with its reason, too."""
+        config = point.config
+        if config is None:
+            assert point.problem is not None
+            return self._impossible(point.params, None, point.problem)
+        try:
+            return self._planned(point.params, config, self._device or device_of(config))
+        except QloraExpError as error:
+            return self._impossible(point.params, config, error)
+
+    @property
+    def problems(self) -> list[QloraExpError]:
+        """Where none of the points can be run: why, each problem once; of a budget that buys a step of none, the one
+        that comes nearest to it."""
+        found = [*self._problems.values(), *([self._too_dear] if self._too_dear is not None else [])]
+        return found if not self._some_can_start else []
+
+    def architecture(self, model: ModelConfig) -> Architecture:
+        """As the package's table has it, or else described from its configuration file (which loads torch).
+
+        Raises:
+            ModelError: there is no such configuration, or transformers can't build it.
+        """
+        key = _model_key(model)
+        if key not in self._architectures:
+            try:
+                self._architectures[key] = known_architecture(model) or _described(model)
+            except QloraExpError as error:
+                self._architectures[key] = error
+        return _or_raise(self._architectures[key])
+
+    def adapted(self, model: ModelConfig, targets: TargetsConfig) -> tuple[WeightShape, ...]:
+        """The layers that ``targets`` adapt.
+
+        Raises:
+            ModelError: it matches nothing in this architecture.
+        """
+        key = (_model_key(model), repr(targets))
+        if key not in self._adapted:
+            architecture = self.architecture(model)
+            try:
+                names = set(resolve_targets(architecture, targets))
+                self._adapted[key] = tuple(shape for shape in architecture.weights if shape.name in names)
+            except QloraExpError as error:
+                self._adapted[key] = error
+        return _or_raise(self._adapted[key])
+
+    def base(self, config: Config, device: PlanDevice) -> BaseBytes:
+        """Bytes of the frozen base on ``device``."""
+        quantization = config.quantization
+        dtype = compute_dtype(quantization, device.kind, device.bf16)
+        return base_bytes(self.architecture(config.model), quantization, dtype)
+
+    def _planned(self, params: dict[str, Any], config: Config, device: PlanDevice) -> PlannedRun:
+        _refuse(config, device)
+        architecture = self.architecture(config.model)
+        base = self.base(config, device)
+        adapted = self.adapted(config.model, config.targets)
+        adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
+        names = [shape.name for shape in adapted]
+        too_wide = rank_above_width(architecture, names, config.lora)
+        rows = self._counter.of(config) if self._counter is not None else None
+        peak = _peak(architecture, names, config, device, rows)
+        exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
+        bound = bound_of(self._fit_bytes, config.budget.memory_bytes, self._shared(device, config))
+        verdict = verdict_of(peak, exact, base.total_bytes, bound, device.kind)
+        limits = limits_of(config.budget)
+        paid, pace = self._cashier.payment(config, device, architecture, names, rows)
+        refused = self._refused_by_budget(config, device, pace)
+        if refused is not None:
+            verdict = Verdict(False, False, f"{refused.what}; {verdict.reason}")
+        self._some_can_start |= refused is None
+        return PlannedRun(
+            params=params,
+            settings=_settings(config),
+            device=device.name,
+            trainable_parameters=adapters.trainable_parameters,
+            total_parameters=architecture.total_parameters,
+            memory=PlannedMemory(
+                base_weight_bytes=base.base_weight_bytes,
+                quantization_state_bytes=base.quantization_state_bytes,
+                adapter_bytes=adapters.adapter_bytes,
+                gradient_bytes=adapters.gradient_bytes,
+                optimizer_bytes=adapters.optimizer_bytes,
+                activation_bytes=max(peak - exact, 0),
+                peak_bytes=peak,
+            ),
+            disk=PlannedDisk(adapters.file_bytes, adapters.checkpoint_bytes),
+            rows=rows,
+            **vars(paid),
+            budget=() if self._hosts else tuple(steps_bought(limits, config.budget.usd_per_hour, pace)),
+            **vars(verdict),
+            notes=(*notes_on(config, device, architecture), *([too_wide] if too_wide else [])),
+        )
+
+    def _shared(self, device: PlanDevice, config: Config) -> PlanDevice:
+        """The share of this machine's memory that each of a sweep's trials may take."""
+        hosts = config.workers.count if self._hosts and config.workers is not None else None
+        if hosts is None or device.kind != "cpu" or device.memory_bytes is None:
+            return device
+        return replace(device, memory_bytes=device.memory_bytes // hosts)
+
+    def _refused_by_budget(self, config: Config, device: PlanDevice, pace: Pace) -> QloraExpError | None:
+        try:
+            if device.kind == "cpu":  # whether a card counts its energy is that machine's to say
+                check_energy(config.budget, DeviceChoice.cpu)
+            check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, pace)
+        except BuysNoStep as error:
+            self._too_dear = min(self._too_dear or error, error, key=lambda one: one.times)
+            return error
+        except ConfigError as error:
+            self._problems.setdefault(str(error), error)
+            return error
+        return None
+
+    def _impossible(self, params: dict[str, Any], config: Config | None, error: QloraExpError) -> PlannedRun:
+        parts = getattr(error, "errors", (error,))
+        for one in parts:
+            self._problems.setdefault(str(one), one)
+        return PlannedRun(
+            params=params,
+            settings=_settings(config) if config is not None else {},
+            device=(self._device or device_of(config)).name if config is not None else None,
+            trainable_parameters=None,
+            total_parameters=None,
+            memory=None,
+            disk=None,
+            rows=None,
+            **vars(UNKNOWN),
+            budget=(),
+            fits=False,
+            near_the_edge=False,
+            reason=f"can't be run: {'; '.join(one.what for one in parts)}",
+            notes=(),
+        )
+
+
+def _described(model: ModelConfig) -> Architecture:
+    from qlora_exp.models.inspect import describe, describe_file
+    from qlora_exp.models.weight_files import holds_weights
+
+    path = Path(model.path).expanduser() if model.path else None
+    if path is not None and (path / "config.json").is_file() and not holds_weights(path):
+        path = path / "config.json"
+    if path is not None and path.suffix == ".json":
+        return describe_file(path)
+    return describe(model, to_load=False)
+
+
+def _peak(
+    architecture: Architecture, names: Sequence[str], config: Config, device: PlanDevice, rows: PlannedRows | None
+) -> int:
+    return predicted_peak(
+        architecture,
+        names,
+        config,
+        device.kind,
+        bf16=device.bf16,
+        rows=rows.lengths if rows else None,
+        steps=Extent.of(config.training, rows.lengths).steps if rows else None,
+        joined_heap=heap.joins(heap.tunables()),
+    ).needed_bytes
+
+
+def _refuse(config: Config, device: PlanDevice) -> None:
+    problem = int8_dora(config) if device.kind == "cpu" else None
+    if problem is not None:
+        raise problem
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    training = config.training
+    return {
+        "model": config.model.family,
+        "variant": config.model.variant.value,
+        "quantization": config.quantization.mode.value,
+        "r": config.lora.r,
+        "targets": config.targets.modules or config.targets.set,
+        "optimizer": training.optimizer,
+        "batch_size": training.batch_size,
+        "micro_batch_size": training.micro_batch_size or training.batch_size,
+        "max_length": training.max_length,
+    }
+
+
+def _model_key(model: ModelConfig) -> str:
+    checkpoint = model.checkpoints.get(model.variant.value)
+    return f"{model.path or ''}|{model.family}|{checkpoint}|{model.revision}"
+
+
+def _or_raise(found: Found | QloraExpError) -> Found:
+    if isinstance(found, QloraExpError):
+        raise found
+    return found

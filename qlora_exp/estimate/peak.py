@@ -1,0 +1,250 @@
+"""The peak of training in memory, predicted: what is known exactly, and on top what forward keeps and the head needs.
+
+Three moments can be the highest. *At the head*, when backward begins: everything that forward kept is there, and the
+logits with their gradient. *In a layer*, with checkpointing: the layers' inputs, and one layer computed again. On a CPU
+the second leaves gaps in the heap that are still there at the first, one step later, so there they add up. *In the
+optimizer*, on CUDA: torch's own take all adapters at once, with a temporary of their size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, gradient_checkpointing, shape_multiples
+from qlora_exp.architecture.shapes import Architecture, WeightShape
+from qlora_exp.config.names import QUANTIZED
+from qlora_exp.config.schema import Config, Quantization
+from qlora_exp.estimate.activations import FLOAT32, Kept, kept_per_token, written_out
+from qlora_exp.estimate.traits import habits_of
+from qlora_exp.estimate.weights import WIDTHS_OF, adapter_bytes, base_bytes, temporaries_bytes
+from qlora_exp.estimate.workload import RowLengths
+
+HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
+"""TRL's fused head (``trl/kernels/chunked_logprob.py``) computes logits in tiles of so many tokens and words."""
+HEAD_BYTES_WITHOUT_TRITON = 29
+"""A logit in a tile's backward pass in plain torch, besides the tile itself (``_backward_tile``): y, z, log p, p and
+the gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
+
+
+PAGE_BYTES = 4096
+MANY_STEPS = 1000
+"""Where the number of steps isn't known."""
+
+
+@dataclass(frozen=True)
+class Heap:
+    """What a CPU's process holds beyond its tensors. glibc serves aligned requests of less than 32 MiB from its heap,
+    where the gap that a freed tensor leaves is a little too small for the next of its size."""
+
+    code_bytes: float
+    """What the libraries make at first use, buffers of their threads, and Python's objects."""
+    kernels_16_bit_bytes: float
+    """What oneDNN compiles and keeps for the shapes of 16-bit multiplications."""
+    gaps_layers: float
+    """Of what forward keeps in the layers, what stays resident as gaps between it. With checkpointing the layers that
+    are computed again leave as much, one after the other."""
+    gaps_logits: float
+    """The same of the head's tensors, where they are below 32 MiB."""
+
+
+PLAIN_HEAP = Heap(42e6, 0.0, 0.58, 0.2)
+JOINED_HEAP = Heap(17e6, 26e6, 0.165, 0.165)
+"""glibc as it is, and as :mod:`qlora_exp.system.heap` tells it to be. Fitted to the rows of llama, gpt2 and gpt_neox in
+docs/predicted_memory_plain.csv and docs/predicted_memory.csv: docs/plan_accuracy.md."""
+MAPPED_FROM_BYTES = 32 * 2**20
+"""glibc's largest threshold (``M_MMAP_THRESHOLD``): larger requests are mapped one by one, and given back at once."""
+
+CUDA_CONTEXT_BYTES = 600 * 2**20
+"""Driver, kernels and cuBLAS workspaces on the card, outside of torch's allocator. Not confirmed: no GPU at hand."""
+CUDA_FRAGMENTS = 0.05
+"""What torch's allocator takes from the card beyond what is allocated, as a share of it. Not confirmed here."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes. ``peak_bytes`` is comparable with ``memory.train_working_set_bytes``: on CUDA what torch has allocated, on
+    a CPU what the base, its adapters and training take beside the process itself. ``needed_bytes`` is what the device
+    must have free: on CUDA also fragments and the context."""
+
+    exact_bytes: int
+    """Base, quantization state, adapters, optimizer states; gradients too where they are there at the peak."""
+    activation_bytes: int
+    logits_bytes: int
+    dequantization_bytes: int
+    slack_bytes: int
+    context_bytes: int
+    peak_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.peak_bytes + self.context_bytes
+
+
+def predicted_peak(
+    architecture: Architecture,
+    modules: Sequence[str],
+    config: Config,
+    device_kind: str,
+    *,
+    bf16: bool = True,
+    rows: RowLengths | None = None,
+    steps: int | None = None,
+    joined_heap: bool = False,
+) -> Peak:
+    """The peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
+
+    ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. ``rows``: the lengths of the training rows;
+    unknown, they differ, and a batch has as many tokens as ``training.max_length`` allows, each with a loss.
+    ``steps``: of the training; unknown, many.
+    ``joined_heap``: on a CPU, whether the process runs as :mod:`qlora_exp.system.heap` has it.
+    """
+    shape = _Shape.of(config, architecture, device_kind, bf16, rows, steps)
+    wanted = set(modules)
+    adapted = [weight for weight in architecture.weights if weight.name in wanted]
+    adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
+    base = base_bytes(architecture, config.quantization, shape.compute)
+    resting = base.base_weight_bytes + base.quantization_state_bytes + adapters.adapter_bytes + adapters.optimizer_bytes
+    kept = kept_per_token(
+        architecture,
+        wanted,
+        r=config.lora.r,
+        compute_bytes=shape.width,
+        adapter_bytes=WIDTHS_OF[adapter_dtype(config.lora)],
+        int8=config.quantization.mode is Quantization.int8,
+        length=shape.length,
+        padded=shape.padded,
+        cuda=shape.cuda,
+        lora_dropout=config.lora.dropout > 0,
+        eager=written_out(config.model.attention, architecture),
+    )
+    logits = _logits(architecture, shape)
+    unpacked = _unpacked(architecture, config, shape)
+    with_gradients = resting + adapters.gradient_bytes
+    outer = shape.tokens * (kept.outside + (kept.inputs if shape.checkpointing else kept.layers))
+    recomputed = shape.tokens * kept.layer * 2 if shape.checkpointing else 0.0
+    at_head = _Moment(with_gradients if shape.accumulates else resting, outer, logits, 0, 0)
+    in_layer = _Moment(with_gradients, outer + recomputed, 0, unpacked, 0)
+    in_optimizer = _Moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters), 0, 0, 0)
+    if not shape.cuda:
+        slack = _gaps(JOINED_HEAP if joined_heap else PLAIN_HEAP, architecture, shape, kept, logits)
+        at_head, in_layer = replace(at_head, slack=slack), replace(in_layer, slack=slack)
+    moments = (at_head, in_layer, in_optimizer) if shape.cuda else (at_head, in_layer)
+    return max((_peak(moment, shape) for moment in moments), key=lambda peak: peak.peak_bytes)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a forward pass looks like."""
+
+    compute: str
+    width: int
+    rows: int
+    length: int
+    scored: int
+    """Tokens that carry a loss, which alone get logits."""
+    padded: bool
+    checkpointing: bool
+    accumulates: bool
+    """A batch of several micro-batches: from the second on the gradients of those before are there."""
+    cuda: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @staticmethod
+    def of(
+        config: Config,
+        architecture: Architecture,
+        device_kind: str,
+        bf16: bool,
+        lengths: RowLengths | None,
+        steps: int | None,
+    ) -> _Shape:
+        training = config.training
+        compute = compute_dtype(config.quantization, device_kind, bf16)
+        rows = training.micro_batch_size or training.batch_size
+        length = min(lengths.longest_tokens, training.max_length) if lengths else training.max_length
+        scored: float = rows * (length - 1)
+        if lengths:
+            batches = (steps or training.max_steps or MANY_STEPS) * math.ceil(training.batch_size / rows)
+            scored = min(scored, lengths.most_scored(rows, batches))
+        differ = lengths is None or lengths.differ
+        length_multiple, logits_multiple = shape_multiples(
+            compute, device_kind, training.max_length, architecture.positions
+        )
+        differ = differ or length % length_multiple != 0
+        return _Shape(
+            compute=compute,
+            width=WIDTHS_OF[compute],
+            rows=rows,
+            length=_rounded_up(length, length_multiple),
+            scored=_rounded_up(round(scored), logits_multiple),
+            padded=differ,
+            checkpointing=gradient_checkpointing(training.gradient_checkpointing, device_kind, architecture),
+            accumulates=training.batch_size > rows,
+            cuda=device_kind == "cuda",
+        )
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
+
+
+@dataclass(frozen=True)
+class _Moment:
+    exact: float
+    activations: float
+    logits: float
+    unpacked: float
+    slack: float
+
+
+def _logits(architecture: Architecture, shape: _Shape) -> float:
+    """One tile of logits and what its backward pass makes of it, and the hidden states' gradient in float32. The tile
+    has rows of the full width, whatever the vocabulary: CUDA's memory is all of it, a CPU's the pages that the
+    vocabulary touches."""
+    tokens = min(shape.scored, HEAD_TOKENS)
+    if shape.cuda:
+        tile = tokens * HEAD_VOCABULARY * shape.width
+    else:
+        words = min(architecture.vocabulary_size, HEAD_VOCABULARY)
+        capped = FLOAT32 if habits_of(architecture.model_type).softcaps else 0
+        tile = tokens * words * (HEAD_BYTES_WITHOUT_TRITON + capped + shape.width)
+        tile += tokens * PAGE_BYTES if words < HEAD_VOCABULARY else 0
+    return tile + shape.scored * architecture.hidden_size * FLOAT32
+
+
+def _unpacked(architecture: Architecture, config: Config, shape: _Shape) -> float:
+    """The largest quantized weight in the compute dtype, which every multiplication makes and frees again; LLM.int8()'s
+    forward pass on CUDA multiplies whole numbers, its backward pass unpacks too."""
+    if config.quantization.mode not in QUANTIZED:
+        return 0.0
+    return max((_matrix(weight) for weight in architecture.weights if weight.quantizable), default=0) * shape.width
+
+
+def _matrix(weight: WeightShape) -> int:
+    return weight.in_features * weight.out_features
+
+
+def _gaps(heap: Heap, architecture: Architecture, shape: _Shape, kept: Kept, logits: float) -> float:
+    tile = min(shape.scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
+    in_heap = logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0
+    kernels = heap.kernels_16_bit_bytes if shape.width < FLOAT32 else 0.0
+    return heap.code_bytes + kernels + heap.gaps_layers * shape.tokens * kept.layers + heap.gaps_logits * in_heap
+
+
+def _peak(moment: _Moment, shape: _Shape) -> Peak:
+    needed = moment.exact + moment.activations + moment.logits + moment.unpacked
+    context = CUDA_CONTEXT_BYTES + CUDA_FRAGMENTS * needed if shape.cuda else 0.0
+    return Peak(
+        exact_bytes=round(moment.exact),
+        activation_bytes=round(moment.activations),
+        logits_bytes=round(moment.logits),
+        dequantization_bytes=round(moment.unpacked),
+        slack_bytes=round(moment.slack),
+        context_bytes=round(context),
+        peak_bytes=round(needed + moment.slack),
+    )

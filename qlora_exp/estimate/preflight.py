@@ -1,0 +1,168 @@
+"""Whether a run may start: it is predicted to fit into the memory that it may take, or told what of it would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from qlora_exp.config.checks import check
+from qlora_exp.config.schema import Checkpointing, Config, Quantization, to_plain
+from qlora_exp.estimate.memory_fit import DoesNotFit, MemoryRule, Need, bound_of, fit_into, halved, key_of
+from qlora_exp.estimate.peak import Peak
+from qlora_exp.estimate.preflight_budget import check_budget_buys_a_step
+from qlora_exp.estimate.run_estimate import peak_of, row_lengths
+from qlora_exp.estimate.weights import in_mode, smallest_base
+from qlora_exp.formatting import bytes_text
+from qlora_exp.records.types import Device, Environment, Fit, Plan, Refusal
+from qlora_exp.runs.prepare import Prepared
+
+SMALLER = (Quantization.bf16, Quantization.int8, Quantization.nf4)
+"""Modes to fall back to, the most precise first."""
+WIDTH = {Quantization.fp32: 32, Quantization.bf16: 16, Quantization.fp16: 16, Quantization.int8: 8}
+"""Bits of a weight; 4 for the others."""
+SHORTEST = 16
+"""Tokens; no training of shorter rows is proposed."""
+
+
+def fit_of(config: Config, prepared: Prepared, environment: Environment, rule: MemoryRule) -> Fit | None:
+    """What the run is predicted to need beside what it may take; ``None`` where that isn't known.
+
+    Raises:
+        DoesNotFit: it is predicted to need too much; with its parts, and what would fit.
+        ConfigError: its budget doesn't buy one step.
+    """
+    check_budget_buys_a_step(config, prepared)
+    device, planned = environment.device, prepared.plan
+    bound = bound_of(rule, device)
+    if bound is None:
+        return None
+    exact = peak_of(config, environment, prepared.architecture, prepared.modules, prepared.splits).exact_bytes
+    need = need_of(planned, exact)
+    fit, may_start = fit_into(bound, need, rule, key_of(to_plain(config), device), device.kind)
+    if may_start and fit.excess < -fit.error:
+        return fit
+    limited = rule.bound_bytes is not None
+    what, hint = _told(config, prepared, environment, fit, limited)
+    fit = replace(fit, would_fit=hint)
+    if may_start:
+        return fit
+    where = f"budget.memory_bytes = {bound}" if limited else _whose(device, bound, rule.hosts)
+    raise DoesNotFit(what, where, f"{hint}; --force starts it", Refusal(fit, need.train_seconds, need.train_flops))
+
+
+def _whose(device: Device, bound: int, hosts: int) -> str:
+    """The memory that bounds a run, in words."""
+    shared = f", shared by {hosts} trials at a time" if hosts > 1 else ""
+    if device.kind == "cpu":
+        total = bytes_text(device.memory_bytes or 0)
+        limit = f"this machine's memory or its control group's limit is {total}"
+        return f"{limit}; without the process itself {bytes_text(bound)} remain{shared}"
+    return f"the memory of {device.name} = {bound}{shared}"
+
+
+def need_of(planned: Plan, exact_bytes: int = 0) -> Need:
+    """A plan with predictions, as feasibility sees it."""
+    tokens = planned.predicted_train_tokens
+    flops = planned.train_flops_per_token
+    return Need(
+        peak_bytes=planned.predicted_peak_train_bytes or 0,
+        context_bytes=planned.predicted_context_bytes or 0,
+        train_seconds=planned.predicted_train_seconds,
+        train_flops=flops * tokens if flops is not None and tokens is not None else None,
+        exact_bytes=exact_bytes,
+    )
+
+
+def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit, limited: bool) -> tuple[str, str]:
+    """What is wrong, and what to do. ``limited``: ``budget.memory_bytes`` is the bound."""
+
+    def at_least(size: int) -> str:
+        return f"at least budget.memory_bytes={size}" if limited else f"at least {bytes_text(size)} of memory"
+
+    device = environment.device
+    mode, least = smallest_base(prepared.architecture, config.quantization, device.kind, device.bf16)
+    if least > fit.bound_bytes:
+        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
+        return what, f"a smaller model, or {at_least(fit.corrected_bytes)}"
+
+    def peak(other: Config) -> Peak:
+        return peak_of(other, environment, prepared.architecture, prepared.modules, prepared.splits)
+
+    corrected = f", corrected by {fit.kin} measured runs of similar settings" if fit.kin else ""
+    what = (
+        f"the run is predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.bound_bytes)}{corrected}"
+        f": {_parts(peak(config))}"
+    )
+    scale = (fit.corrected_bytes - fit.context_bytes) / fit.peak_bytes
+
+    def needed(other: Config) -> float:
+        found = peak(other)
+        return scale * found.peak_bytes + found.context_bytes
+
+    alone = list(_smaller(config, prepared, lambda other: needed(other) <= fit.bound_bytes))
+    if alone:
+        return what, "; or ".join(f"{text} ({bytes_text(needed(other))})" for text, other in alone)
+    text, smallest = _smallest(config)
+    if needed(smallest) <= fit.bound_bytes:
+        return what, f"{text} ({bytes_text(needed(smallest))})"
+    least = round(needed(smallest))
+    return what, f"a smaller model; with {text} {at_least(least)}"
+
+
+def _parts(peak: Peak) -> str:
+    parts = {
+        "base, adapters and optimizer": peak.exact_bytes,
+        "activations": peak.activation_bytes,
+        "logits": peak.logits_bytes,
+        "unpacked weights": peak.dequantization_bytes,
+        "gaps in the heap and code": peak.slack_bytes,
+        "context": peak.context_bytes,
+    }
+    return ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
+
+
+def _smaller(config: Config, prepared: Prepared, fits: Callable[[Config], bool]) -> Iterator[tuple[str, Config]]:
+    """Of each setting the nearest smaller value that would make it fit by itself."""
+    for values in _settings(config, prepared):
+        found = next(((text, other) for text, other in values if not check(other) and fits(other)), None)
+        if found is not None:
+            yield found
+
+
+def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str, Config]]]:
+    """Each setting's smaller values, the nearest first."""
+    training = config.training
+    rows = training.micro_batch_size or training.batch_size
+    length = min(training.max_length, max(row_lengths(prepared.splits)))
+    modes = [mode for mode in SMALLER if WIDTH.get(mode, 4) < WIDTH.get(config.quantization.mode, 4)]
+
+    def trained(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
+        return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))
+
+    parts = range(rows - 1, 0, -1) if rows <= 64 else _halvings(rows, training.batch_size)
+    yield (trained("micro_batch_size", n, n) for n in parts if training.batch_size % n == 0)
+    yield (trained("max_length", n, n) for n in _halves(length, SHORTEST))
+    yield (trained("gradient_checkpointing", "on", one) for one in [Checkpointing.on])
+    yield ((f"quantization={mode.value}", _in_mode(config, mode)) for mode in modes)
+
+
+def _halvings(rows: int, batch_size: int) -> Iterator[int]:
+    while rows > 1:
+        rows = halved(rows, batch_size)
+        yield rows
+
+
+def _halves(value: int, least: int) -> Iterator[int]:
+    while (value := value // 2) >= least:
+        yield value
+
+
+def _smallest(config: Config) -> tuple[str, Config]:
+    training = replace(config.training, micro_batch_size=1, gradient_checkpointing=Checkpointing.on)
+    text = "training.micro_batch_size=1 training.gradient_checkpointing=on quantization=nf4"
+    return text, _in_mode(replace(config, training=training), Quantization.nf4)
+
+
+def _in_mode(config: Config, mode: Quantization) -> Config:
+    return replace(config, quantization=in_mode(config.quantization, mode))

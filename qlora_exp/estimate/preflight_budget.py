@@ -1,0 +1,47 @@
+"""What a run's budget will buy of its training, by what is predicted before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_exp.config.schema import Config
+from qlora_exp.estimate.affordable_steps import Pace, check_buys_a_step, steps_bought
+from qlora_exp.estimate.budget import limits_of
+from qlora_exp.estimate.duration import Interval
+from qlora_exp.estimate.run_estimate import row_lengths
+from qlora_exp.runs.prepare import Prepared
+
+
+def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
+    """By the shortest rows and the fastest that this machine is calibrated to be, where it is.
+
+    Raises:
+        ConfigError: it doesn't.
+    """
+    check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared))
+
+
+def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
+    """A sentence for each limit; a training ends after the step that reaches it."""
+    for bought in steps_bought(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared)):
+        yield bought.told
+
+
+def _pace(prepared: Prepared) -> Pace:
+    predicted = prepared.predicted
+    return Pace(
+        extent=predicted.extent,
+        shortest_row_tokens=min(row_lengths(prepared.splits)),
+        seconds=_train_seconds(prepared),
+        least_seconds=predicted.least_train_seconds,
+        before_seconds=predicted.before_seconds,
+    )
+
+
+def _train_seconds(prepared: Prepared) -> Interval | None:
+    planned = prepared.plan
+    low, middle = planned.predicted_train_seconds_low, planned.predicted_train_seconds
+    high, basis = planned.predicted_train_seconds_high, planned.predicted_train_seconds_basis
+    if low is None or middle is None or high is None:
+        return None
+    return Interval(low, middle, high, basis or "")

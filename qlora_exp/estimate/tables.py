@@ -1,0 +1,262 @@
+"""Plans as a table for a terminal, as a page, and as JSON types."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.table import Table
+
+from qlora_exp.config.override_values import hydra_value
+from qlora_exp.estimate.estimator import PlannedMemory, PlannedRun
+from qlora_exp.estimate.fit_result import EDGES
+from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES
+from qlora_exp.estimate.tokens import PlannedRows
+from qlora_exp.formatting import UNKNOWN, bytes_text, number, simple_table
+from qlora_exp.records.schema import to_dict
+
+PARTS = {
+    "base_weight_bytes": ("W", "base weights"),
+    "quantization_state_bytes": ("Q", "quantization state"),
+    "adapter_bytes": ("A", "adapters"),
+    "gradient_bytes": ("G", "gradients"),
+    "optimizer_bytes": ("O", "optimizer"),
+    "activation_bytes": ("+", "activations and all else at the peak"),
+}
+"""Part of :class:`PlannedMemory` → (letter in a bar, words)."""
+LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
+BEYOND_IMPORTS = (
+    "on a CPU a peak is what training takes beside the process as it is after imports, of about "
+    f"{bytes_text(CPU_PROCESS_BYTES)}: these are counted, too, against a machine's memory and --fit SIZE, not against "
+    "budget.memory_bytes"
+)
+LONGEST = "with every row as long as training.max_length; a run is predicted again from the rows there are"
+DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
+UNSEEN = "loading and scoring not counted: unknown until runs like these have ended in the same output_root"
+BAR_CHARACTERS = 24
+REASONS_SHOWN = 8
+ROWS_SHOWN = 40
+"""More rows than a screen or two holds; --json and --html have all."""
+
+
+def as_json(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
+    """One object a configuration; bytes, seconds and US dollars; ``null`` is unknown. ``overrides`` are its axes."""
+    return [_object(run) for run in runs]
+
+
+def _object(run: PlannedRun) -> dict[str, Any]:
+    plain = to_dict(run)
+    return {"overrides": plain.pop("params"), **plain}
+
+
+def plan_table(runs: Sequence[PlannedRun]) -> Table:
+    """One row for all configurations with the same figures, the first :data:`ROWS_SHOWN` rows."""
+    scored = any(run.other_seconds is not None for run in runs)
+    columns = ["configuration", "trainable", "memory by part", "peak", "fits", "training", "usd", "disk"]
+    if scored:
+        columns.insert(6, "load, score")
+    table = simple_table(*columns)
+    scale = _scale(runs)
+    alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
+    for run in runs:
+        verdict = (run.fits, run.near_the_edge, run.notes)
+        figures = (run.trainable_parameters, run.memory, run.disk, verdict, run.seconds, run.other_seconds, run.usd)
+        alike.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
+    for first, *others in list(alike.values())[:ROWS_SHOWN]:
+        table.add_row(*_row(first, scale, f" (and {len(others):,} alike)" if others else "", scored))
+    if len(alike) > ROWS_SHOWN:
+        table.add_row(f"… and {len(alike) - ROWS_SHOWN:,} more rows: --json or --html FILE has them all")
+    return table
+
+
+def summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> str:
+    """How many there are, and how many of them fit."""
+    count = f"{len(runs):,} configuration{'s' if len(runs) != 1 else ''}"
+    if sampled:
+        count = f"{'an unknown number of' if trials is None else f'{trials:,}'} trials among {count}"
+    verdicts = {True: "fit", False: "don't fit or can't be run", None: "unknown"}
+    told = [f"{sum(run.fits is verdict for run in runs):,} {words}" for verdict, words in verdicts.items()]
+    near = sum(run.near_the_edge for run in runs)
+    edge = f"; {near:,} near the edge" if near else ""
+    return f"{count}: {', '.join(text for text in told if not text.startswith('0 '))}{edge}"
+
+
+def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None:
+    """Time and money of all that may be run, one after the other, with their intervals added up; of a search between
+    them, of ``searched`` trials that take their mean, or all the least or the most. Where one of them is unknown: what
+    would tell it. ``None``: nothing fits."""
+    counted = [run for run in runs if run.fits is not False]
+    if not counted:
+        return None
+    seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted], searched)
+    if seconds is None:
+        return "training: seconds unknown; qlora-exp calibrate, on the machine that is to train, measures its rate"
+    told = f"training: {_duration(seconds[0], seconds[1:])}"
+    scored = [run for run in counted if run.other_seconds is not None]
+    other = _total([run.other_seconds for run in counted], [run.other_seconds_interval for run in counted], searched)
+    if other is not None:
+        told = f"{told}, loading and scoring: {_duration(other[0], other[1:])}"
+    usd = _total([run.usd for run in counted], [run.usd_interval for run in counted], searched)
+    price = "usd unknown: no price in conf/prices.yaml; budget.usd_per_hour=PRICE"
+    told = f"{told}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
+    if searched is not None:
+        told = f"{told}, for {searched:,} trials of a search between them"
+    if other is not None:
+        return told
+    if scored and usd is not None:
+        told = f"{told}; usd has loading and scoring for {len(scored):,} of {len(counted):,} configurations"
+    return f"{told}; {UNSEEN}"
+
+
+def _total(
+    middles: Sequence[float | None], intervals: Sequence[tuple[float, float] | None], searched: int | None
+) -> tuple[float, float, float] | None:
+    known = [(m, *interval) for m, interval in zip(middles, intervals, strict=True) if m is not None and interval]
+    if not known or len(known) < len(middles):
+        return None
+    middles_known, lows, highs = zip(*known, strict=True)
+    if searched is not None:
+        return searched * statistics.fmean(middles_known), searched * min(lows), searched * max(highs)
+    return sum(middles_known), sum(lows), sum(highs)
+
+
+def rows_told(runs: Sequence[PlannedRun]) -> list[str]:
+    """By which rows peaks and times are told: a sentence for each task, tokenizer and length among them."""
+    first: dict[PlannedRows | None, PlannedRun] = {}
+    for run in runs:
+        if run.memory is not None:
+            first.setdefault(run.rows, run)
+    whose = {rows: f", {name_of(run)}" if len(first) > 1 else "" for rows, run in first.items()}
+    told = [f"peak and time{name}: {_rows(rows)}" for rows, name in whose.items()]
+    return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
+
+
+def remarks(runs: Sequence[PlannedRun]) -> list[str]:
+    """What the figures are to be read with: sentences, each once."""
+    kinds = {"cpu" if run.device == "cpu" else "cuda" for run in runs if run.near_the_edge}
+    told = [f"yes?, no?: near the edge; {EDGES[kind]}" for kind in sorted(kinds)]
+    if any(run.device == "cpu" and run.memory is not None for run in runs):
+        told.append(BEYOND_IMPORTS)
+    first: dict[str, PlannedRun] = {}
+    for run in runs:
+        for note in run.notes:
+            first.setdefault(note, run)
+    return [*told, *(f"{name_of(run)}: {note}" for note, run in first.items())]
+
+
+def _rows(rows: PlannedRows | None) -> str:
+    if rows is None:
+        return LONGEST
+    counted = f", {rows.counted:,} of them counted" if rows.counted < rows.rows else ""
+    mean, longest = rows.mean_tokens, rows.lengths.longest_tokens
+    return f"by the task's {rows.rows:,} rows{counted}: {mean:.1f} tokens in the mean, {longest} in the longest"
+
+
+def reasons(runs: Sequence[PlannedRun]) -> list[str]:
+    """Why configurations don't fit, can't be run or can't be told: each reason once, the first few."""
+    first: dict[str, PlannedRun] = {}
+    for run in runs:
+        if run.fits is not True:
+            first.setdefault(run.reason if run.fits is False else run.reason.rpartition("; ")[2], run)
+    told = [f"{name_of(run)}: {reason}" if run.fits is False else reason for reason, run in first.items()]
+    return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
+
+
+def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], file: Path) -> None:
+    """All configurations as one HTML page that needs nothing else; ``words`` stand above the table.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    scale = _scale(runs)
+    rows = [
+        {
+            "name": name_of(run),
+            "trainable": number(run.trainable_parameters, 0),
+            "parts": _shares(run.memory, scale),
+            "peak": _peak(run.memory),
+            "fits": _verdict(run),
+            "reason": "; ".join((run.reason, *run.notes)),
+            "seconds": _duration(run.seconds, run.seconds_interval),
+            "other_seconds": _duration(run.other_seconds, run.other_seconds_interval),
+            "usd": _ranged(run.usd, run.usd_interval),
+            "disk": bytes_text(run.disk.checkpoint_bytes if run.disk else None),
+        }
+        for run in runs
+    ]
+    template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
+    legend = [(key, words) for key, (_, words) in PARTS.items()]
+    file.write_text(
+        template.render(title=title, words=[*words, *remarks(runs), *rows_told(runs)], rows=rows, legend=legend),
+        encoding="utf-8",
+    )
+
+
+def name_of(run: PlannedRun) -> str:
+    """A configuration by its axes; a single one by what it is."""
+    settings = run.settings
+    if run.params or not settings:
+        return " ".join(f"{key}={hydra_value(value)}" for key, value in run.params.items()) or "configuration"
+    return f"{settings['model']} {settings['quantization']} r={settings['r']} {settings['targets']}"
+
+
+def _row(run: PlannedRun, scale: int, more: str, scored: bool) -> list[str]:
+    other = [_duration(run.other_seconds, run.other_seconds_interval)] if scored else []
+    return [
+        f"{name_of(run)}{more}",
+        number(run.trainable_parameters, 0),
+        _bar(run.memory, scale),
+        _peak(run.memory),
+        _verdict(run),
+        _duration(run.seconds, run.seconds_interval),
+        *other,
+        _ranged(run.usd, run.usd_interval),
+        bytes_text(run.disk.checkpoint_bytes if run.disk else None),
+    ]
+
+
+def _ranged(middle: float | None, interval: tuple[float, float] | None, unit: str = "") -> str:
+    """``23 min (11–51)``."""
+    if middle is None or interval is None:
+        return UNKNOWN
+    told, low, high = (f"{one:,.0f}" if one >= 10 else f"{one:.2g}" for one in (middle, *interval))
+    return f"{told}{unit} ({low}–{high})"
+
+
+def _duration(seconds: float | None, interval: tuple[float, float] | None) -> str:
+    """In the largest unit of which it is one or more."""
+    if seconds is None or interval is None:
+        return UNKNOWN
+    size, unit = next(((size, unit) for size, unit in DURATIONS if seconds >= size), (1, "s"))
+    return _ranged(seconds / size, (interval[0] / size, interval[1] / size), f" {unit}")
+
+
+def _verdict(run: PlannedRun) -> str:
+    return {True: "yes", False: "no", None: UNKNOWN}[run.fits] + ("?" if run.near_the_edge else "")
+
+
+def _peak(memory: PlannedMemory | None) -> str:
+    return bytes_text(memory.peak_bytes if memory is not None else None)
+
+
+def _scale(runs: Sequence[PlannedRun]) -> int:
+    return max((run.memory.peak_bytes for run in runs if run.memory is not None), default=1)
+
+
+def _bar(memory: PlannedMemory | None, scale: int) -> str:
+    shares = _shares(memory, scale)
+    bar, end = "", 0.0
+    for part, (letter, _) in PARTS.items():
+        end += shares.get(part, 0.0)
+        bar += letter * (round(end * BAR_CHARACTERS) - len(bar))
+    return bar
+
+
+def _shares(memory: PlannedMemory | None, scale: int) -> dict[str, float]:
+    if memory is None:
+        return {}
+    return {part: getattr(memory, part) / scale for part in PARTS}

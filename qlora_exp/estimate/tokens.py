@@ -1,0 +1,161 @@
+"""How long a task's training rows are, counted before a model is loaded (and, but for GGUF files, before torch is)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.config.schema import Config, InvalidRows, Learn, ModelConfig, TaskKind, TaskSource
+from qlora_exp.data.encoding import Encoding, check_tokenizer, date_of, encode, resolve_format
+from qlora_exp.data.rows import Example
+from qlora_exp.data.splits import load_rows
+from qlora_exp.errors import QloraExpError
+from qlora_exp.estimate.tokenizer_file import tokenizer_of
+from qlora_exp.estimate.workload import RowLengths
+
+DRAWN, LONGEST = 1000, 50
+"""Of more rows, so many are drawn and counted, and as many of the longest by characters for the longest in tokens."""
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """Training rows in tokens, as ``training.max_length`` leaves them. ``counted`` of ``rows`` were tokenized."""
+
+    rows: int
+    counted: int
+    mean_tokens: float
+    lengths: RowLengths
+
+
+class RowCounter:
+    """Counts the rows of configurations' tasks, each task once for each tokenizer and format."""
+
+    def __init__(self) -> None:
+        self._counted: dict[tuple[str, ...], _Counted | None] = {}
+        self._cut: dict[tuple[str, ...], PlannedRows | None] = {}
+
+    def of(self, config: Config) -> PlannedRows | None:
+        """``None``: the data or the tokenizer isn't on this machine, or the rows can't be read; ``validate`` says
+        why."""
+        if config.task.source is TaskSource.hub:  # reading it may mean to download it
+            return None
+        model = config.model
+        key = (repr(model), repr(config.task), resolve_format(config))
+        if key not in self._counted:
+            try:
+                self._counted[key] = _counted(config)
+            except QloraExpError:
+                self._counted[key] = None
+        counted, length = self._counted[key], config.training.max_length
+        cut = (*key, str(length))
+        if cut not in self._cut:
+            self._cut[cut] = counted.cut_at(length) if counted is not None else None
+        return self._cut[cut]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Tokens of a row. ``learned``: which of them carry a loss, where that isn't the completion and the end alone."""
+
+    prompt: int
+    completion: int
+    end: int
+    learned: tuple[bool, ...] | None
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """``drawn`` rows of a larger file stand for all, ``longest`` for its longest. ``refused``: of the drawn, those that
+    no format can write."""
+
+    rows: int
+    refused: int
+    drawn: tuple[_Row, ...]
+    longest: tuple[_Row, ...]
+    options: bool
+    """The completions are options, which half of is none."""
+    drop: bool
+
+    def cut_at(self, max_length: int) -> PlannedRows | None:
+        drawn = [cut for row in self.drawn if (cut := _cut(row, max_length, self.options)) is not None]
+        longest = [cut for row in self.longest if (cut := _cut(row, max_length, self.options)) is not None]
+        given, counted = len(self.drawn) + self.refused, len(self.drawn) + len(self.longest)
+        if not drawn or (not self.drop and (self.refused or len(drawn) + len(longest) < counted)):
+            return None  # the run will refuse them
+        lengths = [whole for whole, _ in drawn]
+        of_drawn = RowLengths.of(lengths, [scored for _, scored in drawn])
+        return PlannedRows(
+            rows=round(self.rows * len(drawn) / given),
+            counted=len(drawn) + len(longest),
+            mean_tokens=of_drawn.mean_tokens,
+            lengths=replace(
+                of_drawn,
+                rows=round(self.rows * len(drawn) / given),
+                longest_tokens=max(whole for whole, _ in (*drawn, *longest)),
+                scored_most_tokens=max(scored for _, scored in (*drawn, *longest)),
+            ),
+        )
+
+
+def _cut(row: _Row, max_length: int, options: bool) -> tuple[int, int] | None:
+    """A row's tokens and those that carry a loss, cut as ``load_data`` cuts; ``None``: it refuses the row."""
+    room = max_length - row.prompt
+    if room <= 0 or (options and room < row.completion):
+        return None
+    answered = min(row.completion + row.end, room)
+    scored = answered if row.learned is None else sum(row.learned[:max_length])
+    return row.prompt + answered, scored
+
+
+def _counted(config: Config) -> _Counted | None:
+    tokenizer = _tokenizer(config.model)
+    if tokenizer is None:
+        return None
+    format = resolve_format(config)
+    check_tokenizer(tokenizer, format)
+    rows = load_rows(config.task).train
+    drawn: Sequence[Example] = rows
+    longest: Sequence[Example] = ()
+    if len(rows) > DRAWN + LONGEST:
+        drawn = random.Random(0).sample(rows, DRAWN)
+        longest = sorted(rows, key=_characters)[-LONGEST:]
+    tokens = _tokens(drawn, tokenizer, format, config)
+    return _Counted(
+        rows=len(rows),
+        refused=len(drawn) - len(tokens),
+        drawn=tokens,
+        longest=_tokens(longest, tokenizer, format, config),
+        options=config.task.kind is TaskKind.classification,
+        drop=config.task.invalid_rows is InvalidRows.drop,
+    )
+
+
+def _tokenizer(model: ModelConfig) -> Any:
+    """As much of the model's tokenizer as encoding rows needs. A GGUF file's is made by transformers, which has read
+    the file's layers by then; any other is read without it."""
+    if model.path is not None and Path(model.path).suffix == ".gguf":
+        from qlora_exp.models.tokenizers import load_tokenizer
+
+        return load_tokenizer(model)
+    return tokenizer_of(model)
+
+
+def _characters(example: Example) -> int:
+    messages = [*example.messages, *([example.answer] if example.answer is not None else [])]
+    more = [message.fields for message in messages if message.fields]
+    further = len(json.dumps([more, example.tools])) if more or example.tools else 0
+    return sum(len(message.content) for message in example.messages) + len(example.completion) + further
+
+
+def _tokens(examples: Sequence[Example], tokenizer: Any, format: str, config: Config) -> tuple[_Row, ...]:
+    every_turn = config.task.learn is Learn.all
+    encodings = encode(examples, tokenizer, format, date=date_of(config), every_turn=every_turn)
+    return tuple(
+        _Row(len(one.prompt_ids), len(one.completion_ids), len(one.end_ids), one.learned)
+        for one in encodings
+        if isinstance(one, Encoding)
+    )

@@ -1,0 +1,200 @@
+"""Bytes that are known exactly before anything is loaded: base weights, quantization state, adapters, gradients,
+optimizer states and what a checkpoint takes on disk. Counted as ``models.weight_bytes`` counts them in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
+from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
+from qlora_exp.config.names import QUANTIZED
+from qlora_exp.config.schema import AdapterInit, ComputeDtype, LoraConfig, Quantization, QuantizationConfig
+
+BLOCK = 64
+"""4-bit weights that share one constant (bitsandbytes ``Params4bit``)."""
+NESTED_BLOCK = 256
+"""Block constants that share one constant of their own under double quantization, and optimizer values under one."""
+FOUR_BIT_CODE_BYTES, EIGHT_BIT_CODE_BYTES = 16 * 4, 256 * 4
+SMALLEST_IN_8_BIT = 4096
+"""bitsandbytes' optimizers keep the states of smaller tensors in float32 (``min_8bit_size``)."""
+
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
+WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
+
+Shape = tuple[int, ...]
+Adapted = tuple[str, int, int]
+"""A layer with an adapter: full name, width of what it reads, width of what it gives."""
+
+
+@dataclass(frozen=True)
+class BaseBytes:
+    """The frozen base in memory, as :class:`qlora_exp.models.weight_bytes.WeightBytes` splits it."""
+
+    base_weight_bytes: int
+    quantization_state_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.base_weight_bytes + self.quantization_state_bytes
+
+
+@dataclass(frozen=True)
+class AdapterBytes:
+    """What training adds for its adapters. ``optimizer_bytes`` are its states after the first step, ``file_bytes`` the
+    adapter's safetensors file, ``checkpoint_bytes`` that and the optimizer's states, without what their containers
+    add (some hundred bytes a tensor)."""
+
+    trainable_parameters: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    file_bytes: int
+    checkpoint_bytes: int
+
+
+def base_bytes(architecture: Architecture, quantization: QuantizationConfig, dtype: str) -> BaseBytes:
+    """Bytes of the base; ``dtype`` is what ``run_plan.compute_dtype`` says, in which whatever isn't quantized
+    is kept too: embeddings, norms, biases, the head, and layers that bitsandbytes doesn't know."""
+    return _base_bytes(architecture, quantization.mode, quantization.double_quantization, dtype)
+
+
+@lru_cache(maxsize=256)
+def _base_bytes(architecture: Architecture, mode: Quantization, double_quantization: bool, dtype: str) -> BaseBytes:
+    column = DTYPES.index(dtype)
+    weights = sum(tensor.elements * tensor.element_bytes[column] for tensor in architecture.others)
+    state = 0
+    for shape in architecture.weights:
+        matrix = shape.in_features * shape.out_features
+        weights += (shape.parameters - matrix) * shape.element_bytes[column]
+        if mode in QUANTIZED and shape.quantizable:
+            weights += matrix if mode is Quantization.int8 else math.ceil(matrix / 2)
+            state += quantization_state(shape, mode, double_quantization)
+        else:
+            weights += matrix * shape.element_bytes[column]
+    return BaseBytes(weights, state)
+
+
+def in_mode(quantization: QuantizationConfig, mode: Quantization) -> QuantizationConfig:
+    """The same settings in another mode, computed in what that takes by default."""
+    return replace(quantization, mode=mode, compute_dtype=ComputeDtype.auto)
+
+
+def smallest_base(
+    architecture: Architecture, quantization: QuantizationConfig, device_kind: str, bf16: bool
+) -> tuple[Quantization, int]:
+    """The mode in which the base takes the least memory by itself, and its bytes."""
+
+    def size(mode: Quantization) -> int:
+        other = in_mode(quantization, mode)
+        return base_bytes(architecture, other, compute_dtype(other, device_kind, bf16)).total_bytes
+
+    sizes = {mode: size(mode) for mode in Quantization}
+    mode = min(sizes, key=lambda one: sizes[one])
+    return mode, sizes[mode]
+
+
+def quantization_state(shape: WeightShape, mode: Quantization, double_quantization: bool) -> int:
+    """Bytes kept beside one quantized matrix: a float32 scale a row for int8 (LLM.int8(), Dettmers et al. 2022; outlier
+    columns are found anew in each forward pass and kept nowhere); in 4 bit the code book and a float32 constant a block
+    of 64, or with double quantization (QLoRA, Dettmers et al. 2023) 8 bits a constant, their float32 mean, a code book
+    of their own and a float32 constant for each 256 of them."""
+    if mode is Quantization.int8:
+        return 4 * shape.out_features
+    blocks = math.ceil(shape.in_features * shape.out_features / BLOCK)
+    if not double_quantization:
+        return FOUR_BIT_CODE_BYTES + 4 * blocks
+    return FOUR_BIT_CODE_BYTES + EIGHT_BIT_CODE_BYTES + blocks + 4 + 4 * math.ceil(blocks / NESTED_BLOCK)
+
+
+def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: str) -> AdapterBytes:
+    """Bytes of adapters on ``adapted``, their gradients (in the adapters' dtype) and their optimizer states."""
+    layers = tuple((shape.name, shape.in_features, shape.out_features) for shape in adapted)
+    found = _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
+    if lora.init is not AdapterInit.pissa:
+        return found
+    written = _adapter_bytes(layers, 2 * lora.r, lora.dora, "float32", optimizer)  # with what it started from
+    return replace(found, file_bytes=written.file_bytes)
+
+
+@lru_cache(maxsize=1024)
+def _adapter_bytes(layers: tuple[Adapted, ...], r: int, dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
+    tensors = [tensor for layer in layers for tensor in _adapter_tensors(layer, r, dora, dtype)]
+    size = sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in tensors)
+    states = optimizer_state_bytes(optimizer, [(shape, WIDTHS[kind]) for _, shape, kind in tensors])
+    file = size + _safetensors_header(tensors)
+    return AdapterBytes(
+        trainable_parameters=sum(math.prod(shape) for _, shape, _ in tensors),
+        adapter_bytes=size,
+        gradient_bytes=size,
+        optimizer_bytes=states,
+        file_bytes=file,
+        checkpoint_bytes=file + states,
+    )
+
+
+def optimizer_state_bytes(optimizer: str, tensors: Iterable[tuple[Shape, int]]) -> int:
+    """States of ``optimizer`` (one of ``config.names.OPTIMIZERS``) over ``tensors``: shape, bytes an element.
+    Paged states are counted too: they move to the host only where the card runs out."""
+    name = optimizer.removeprefix("paged_")
+    given = list(tensors)
+    if name == "sgd":
+        return 0
+    if name == "adafactor":  # a row and a column of float32 sums for a matrix, and a norm
+        return sum(4 * (sum(shape) if len(shape) > 1 else math.prod(shape)) + 4 for shape, _ in given)
+    if name in _TORCH_MOMENTS:
+        return sum(_TORCH_MOMENTS[name] * math.prod(shape) * width + 4 for shape, width in given)
+    moments, in_8_bit = _bitsandbytes(name)
+    sizes = [math.prod(shape) for shape, _ in given]
+    large = [size for size in sizes if in_8_bit and size >= SMALLEST_IN_8_BIT]
+    blocks = sum(math.ceil(size / NESTED_BLOCK) for size in large)
+    code_books = min(moments, 2) * EIGHT_BIT_CODE_BYTES if large else 0
+    return moments * (4 * (sum(sizes) - sum(large)) + sum(large) + 4 * blocks) + code_books
+
+
+_TORCH_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1}
+"""torch's optimizers keep so many numbers a parameter, in its dtype, and a step of four bytes a tensor."""
+
+
+_TAKE_ALL_AT_ONCE = {"adamw_torch", "adagrad", "rmsprop"}
+"""torch's optimizers that on CUDA make one temporary for all parameters together (``torch/optim``: ``foreach``)."""
+
+
+def temporaries_bytes(optimizer: str, adapters: AdapterBytes) -> int:
+    """What ``optimizer``'s step takes beside states and gradients on CUDA: the root of the second moments."""
+    return adapters.adapter_bytes if optimizer in _TAKE_ALL_AT_ONCE else 0
+
+
+def _bitsandbytes(name: str) -> tuple[int, bool]:
+    """(numbers a parameter, whether they are kept in 8 bit)."""
+    family = name.partition("_")[0]
+    moments = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1}[family]
+    return moments, name.endswith("8bit")
+
+
+def _adapter_tensors(layer: Adapted, r: int, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:
+    """(name in the adapter's file, shape, safetensors' name of the dtype)."""
+    name, in_features, out_features = layer
+    kind = SAFETENSORS_DTYPES[dtype]
+    prefix = f"base_model.model.{name}.lora_"
+    found: list[tuple[str, Shape, str]] = [
+        (f"{prefix}A.weight", (r, in_features), kind),
+        (f"{prefix}B.weight", (out_features, r), kind),
+    ]
+    if dora:
+        found.append((f"{prefix}magnitude_vector", (out_features,), "F32"))
+    return found
+
+
+def _safetensors_header(tensors: Sequence[tuple[str, Shape, str]]) -> int:
+    """Bytes before the values: a length of 8 and a JSON text, filled up to a multiple of 8 with spaces."""
+    length, offset = len('{"__metadata__":{"format":"pt"}}'), 0
+    for name, shape, kind in sorted(tensors, key=lambda tensor: (-WIDTHS[tensor[2]], tensor[0])):
+        end = offset + math.prod(shape) * WIDTHS[kind]
+        sizes = ",".join(map(str, shape))
+        length += len(f',"{name}":{{"dtype":"{kind}","shape":[{sizes}],"data_offsets":[{offset},{end}]}}')
+        offset = end
+    return 8 + math.ceil(length / 8) * 8

@@ -1,0 +1,231 @@
+"""The bar to beat: the untouched base's scores and the baselines, computed once and kept by fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from qlora_exp.config.schema import Config, EvaluationSplit
+from qlora_exp.data.items import Splits
+from qlora_exp.evaluation.baselines import baselines
+from qlora_exp.evaluation.forgetting import DocumentLoss, answer_losses, forgetting, text_losses
+from qlora_exp.evaluation.per_item import ITEM_COLUMNS
+from qlora_exp.evaluation.scoring import Evaluation, evaluate_model, limited
+from qlora_exp.paths import RunPaths
+from qlora_exp.records.files import write_json
+from qlora_exp.records.schema import from_dict
+from qlora_exp.records.types import Baselines, Forgetting, Plan, Scores
+
+
+@dataclass(frozen=True)
+class GeneralLosses:
+    """Loss on held-out text, document by document; empty where it isn't measured."""
+
+    text: tuple[DocumentLoss, ...] = ()
+    chat: tuple[DocumentLoss, ...] = ()
+    """On the answers of chats; only for runs in the chat format."""
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """Scores of the base before tuning; ``None`` where ``evaluation.before`` is off."""
+
+    scores: Scores | None
+    test_scores: Scores | None
+    general: GeneralLosses
+    items: dict[str, pa.Table]
+    """Per-item results by split."""
+    cached: bool
+
+    def write_items(self, paths: RunPaths) -> None:
+        for split, table in self.items.items():
+            write_items(table, paths.items("before", split))
+
+
+def write_items(items: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    pq.write_table(items, temporary)
+    temporary.replace(path)
+
+
+def untouched_scores(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    config: Config,
+    plan: Plan,
+    model_fingerprint: str,
+    cache: Path,
+) -> Untouched:
+    """Score the base as it came, or read what an earlier run with the same fingerprints measured."""
+    if not config.evaluation.before:
+        return Untouched(None, None, _general_losses(model, tokenizer, splits, config), {}, cached=False)
+    general = "\n".join([*splits.general_text, *(chat.prompt + chat.completion for chat in splits.general_chats)])
+    key = cache_key(
+        *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
+        *(general, item_names(splits)),
+    )
+    folder = cache / "untouched"
+    facts = folder / f"{key}.json"
+    if not config.evaluation.cache:
+        return _measure(model, tokenizer, splits, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder / f"{key}.lock")):
+        known = _read_untouched(facts)
+        if known is not None:
+            return known
+        measured = _measure(model, tokenizer, splits, config)
+        for split, table in measured.items.items():
+            write_items(table, _table(facts, split))
+        write_json(
+            facts,
+            {
+                "scores": measured.scores,
+                "test_scores": measured.test_scores,
+                "general": measured.general,
+                "splits": list(measured.items),
+            },
+        )
+    return measured
+
+
+def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> Untouched:
+    before, test = _evaluate(model, tokenizer, splits, config)
+    return Untouched(
+        scores=before.scores,
+        test_scores=test.scores if test else None,
+        general=_general_losses(model, tokenizer, splits, config),
+        items={"validation": before.items} | ({"test": test.items} if test else {}),
+        cached=False,
+    )
+
+
+def _evaluate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config
+) -> tuple[Evaluation, Evaluation | None]:
+    """Validation always; test for answers only. The label marginal is estimated on validation for both."""
+    validation = evaluate_model(
+        model, tokenizer, limited(splits.validation, config), splits, config, split="validation"
+    )
+    if config.evaluation.split is not EvaluationSplit.test:
+        return validation, None
+    test = evaluate_model(
+        model,
+        tokenizer,
+        limited(splits.test, config),
+        splits,
+        config,
+        split="test",
+        label_marginal=validation.label_marginal,
+    )
+    return validation, test
+
+
+def _general_losses(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> GeneralLosses:
+    if not config.evaluation.forgetting:
+        return GeneralLosses()
+    return GeneralLosses(
+        tuple(text_losses(model, tokenizer, splits.general_text, config)),
+        tuple(answer_losses(model, tokenizer, splits.general_chats, config)),
+    )
+
+
+def _table(facts: Path, split: str) -> Path:
+    return facts.with_name(f"{facts.stem}.{split}.parquet")
+
+
+def _read_untouched(facts: Path) -> Untouched | None:
+    """``None`` where nothing is cached, or what is there can't be read: then it is measured again."""
+    try:
+        raw = json.loads(facts.read_text(encoding="utf-8"))
+        return Untouched(
+            scores=from_dict(Scores, raw["scores"], str(facts)),
+            test_scores=from_dict(Scores, raw["test_scores"], str(facts)) if raw["test_scores"] else None,
+            general=GeneralLosses(
+                **{kind: tuple(DocumentLoss(*loss) for loss in losses) for kind, losses in raw["general"].items()}
+            ),
+            items={split: pq.read_table(_table(facts, split)) for split in raw["splits"]},
+            cached=True,
+        )
+    except Exception:
+        return None
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What tuning cost the model elsewhere; ``None`` where it isn't measured."""
+
+    text: Forgetting | None
+    chat: Forgetting | None
+
+
+def score(
+    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, untouched: Untouched
+) -> tuple[Evaluation, Evaluation | None, Forgotten]:
+    """Scores of the tuned model: validation, test where asked, and what it forgot."""
+    after, test = _evaluate(model, tokenizer, splits, config)
+    before, now = untouched.general, _general_losses(model, tokenizer, splits, config)
+    return (
+        after,
+        test,
+        Forgotten(
+            text=forgetting(before.text, now.text, "general text") if before.text else None,
+            chat=forgetting(before.chat, now.chat, "answers in general chats") if before.chat else None,
+        ),
+    )
+
+
+def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | None:
+    """Majority and TF-IDF + logistic regression on the same split; ``None`` where the task has no labels."""
+    if not config.evaluation.baselines or not splits.labels:
+        return None
+    split = config.evaluation.split.value
+    scored = replace(
+        splits, validation=tuple(limited(splits.validation, config)), test=tuple(limited(splits.test, config))
+    )
+    if not config.evaluation.cache:
+        return baselines(scored, split)
+    folder = cache / "baselines"
+    drawn = (str(config.evaluation.max_items), str(config.task.split_seed))
+    path = folder / f"{cache_key(splits.record.fingerprint, split, *drawn)}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            try:
+                return from_dict(Baselines, json.loads(path.read_text(encoding="utf-8")), str(path))
+            except Exception:
+                path.unlink()
+        found = baselines(scored, split)
+        if found is not None:
+            write_json(path, found)
+        return found
+
+
+def item_names(splits: Splits) -> str:
+    """What per-item results are paired by: file and row. The rows' fingerprint leaves them out, so that a file that
+    got another name or an empty line has equal rows, whose results are still paired with nothing."""
+    return "\n".join(item.item_id for split in (splits.train, splits.validation, splits.test) for item in split)
+
+
+MEASURED_WITH = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")
+"""An upgrade of one of these can change a score; what it measured before is then measured again."""
+
+DEFINITIONS = "2"
+"""Raised where a score is defined otherwise: what was measured by the earlier definition is then measured again."""
+
+
+def cache_key(*parts: str) -> str:
+    """A name for what is cached: the fingerprints, the versions that it was measured with, and what is measured."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in MEASURED_WITH]
+    parts = (*parts, *versions, DEFINITIONS, *ITEM_COLUMNS.names)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,128 @@
+"""The untouched model with worked examples before each prompt, scored once and kept by fingerprint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from qlora_exp.config.schema import Config, EvaluationSplit
+from qlora_exp.data.few_shot import FewShotDraw, few_shot_draws
+from qlora_exp.data.items import Splits
+from qlora_exp.evaluation.base_scores import cache_key, item_names, write_items
+from qlora_exp.evaluation.kv_cache import max_positions
+from qlora_exp.evaluation.scoring import evaluate_model, limited
+from qlora_exp.paths import RunPaths
+from qlora_exp.records.files import write_json
+from qlora_exp.records.schema import from_dict
+from qlora_exp.records.types import FewShot, Plan
+
+
+@dataclass(frozen=True)
+class FewShotScores:
+    """``items``: per-item results of each draw, on the split that answers (``evaluation.split``)."""
+
+    draws: tuple[FewShot, ...]
+    items: tuple[pa.Table, ...]
+    split: str
+
+    def write_items(self, paths: RunPaths) -> None:
+        for draw, table in zip(self.draws, self.items, strict=True):
+            write_items(table, paths.items(moment(draw.draw), self.split))
+
+    def warning(self) -> str | None:
+        """Where fewer examples were shown than were asked for."""
+        cut = [draw for draw in self.draws if len(draw.examples) < draw.asked]
+        if not cut:
+            return None
+        shown = ", ".join(f"{len(draw.examples)} in draw {draw.draw}" for draw in cut)
+        return f"evaluation.few_shots={cut[0].asked} is more than the model's context holds: shown were {shown}"
+
+
+def moment(draw: int) -> str:
+    """What a draw's per-item results are filed under."""
+    return f"few_shot_{draw}"
+
+
+def few_shot_scores(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    config: Config,
+    plan: Plan,
+    model_fingerprint: str,
+    cache: Path,
+) -> FewShotScores:
+    """Score every draw, or read what an earlier run with the same fingerprints measured. No draws where
+    ``evaluation.few_shots`` is not set.
+
+    Raises:
+        DataError: the model's context doesn't hold one example and the longest prompt.
+    """
+    wanted = config.evaluation
+    if wanted.few_shots is None:
+        return FewShotScores((), (), wanted.split.value)
+    if not wanted.cache:
+        return _measure(model, tokenizer, splits, config)
+    shots = f"{wanted.few_shots} × {wanted.few_shot_draws}"
+    key = cache_key(
+        *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
+        *(shots, item_names(splits)),
+    )
+    folder = cache / "few_shot"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = folder / f"{key}.json"
+    with FileLock(str(folder / f"{key}.lock")):
+        known = _read(facts, wanted.split.value)
+        if known is not None:
+            return known
+        measured = _measure(model, tokenizer, splits, config)
+        for draw, table in zip(measured.draws, measured.items, strict=True):
+            write_items(table, _table(facts, draw.draw))
+        write_json(facts, {"draws": measured.draws})
+    return measured
+
+
+def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> FewShotScores:
+    on_test = config.evaluation.split is EvaluationSplit.test
+    validation = limited(splits.validation, config)
+    test = limited(splits.test, config) if on_test else ()
+    draws = few_shot_draws(config, tokenizer, splits, validation, test, max_positions(model))
+    scored = [_scored(draw, model, tokenizer, splits, config, on_test) for draw in draws]
+    found, items = zip(*scored, strict=True)
+    return FewShotScores(tuple(found), tuple(items), config.evaluation.split.value)
+
+
+def _scored(
+    draw: FewShotDraw, model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, on_test: bool
+) -> tuple[FewShot, pa.Table]:
+    """Calibrated, as everywhere, by the label marginal on validation — with the same examples before it."""
+    first = evaluate_model(model, tokenizer, draw.validation, splits, config, split="validation")
+    second = None
+    if on_test:
+        marginal = first.label_marginal
+        second = evaluate_model(model, tokenizer, draw.test, splits, config, split="test", label_marginal=marginal)
+    asked = config.evaluation.few_shots
+    assert asked is not None
+    found = FewShot(draw.number, asked, draw.examples, first.scores, second.scores if second else None)
+    return found, (second or first).items
+
+
+def _table(facts: Path, draw: int) -> Path:
+    return facts.with_name(f"{facts.stem}.{draw}.parquet")
+
+
+def _read(facts: Path, split: str) -> FewShotScores | None:
+    """``None`` where nothing is cached, or what is there can't be read: then it is measured again."""
+    try:
+        raw = json.loads(facts.read_text(encoding="utf-8"))["draws"]
+        draws = tuple(from_dict(FewShot, draw, str(facts)) for draw in raw)
+        return FewShotScores(draws, tuple(pq.read_table(_table(facts, draw.draw)) for draw in draws), split)
+    except Exception:
+        return None

@@ -1,0 +1,222 @@
+"""Metrics that work offline, as ``evaluate.Metric`` classes, and the door to those of the Hub.
+
+``evaluate.load("exact_match")`` downloads a script from the Hub, so what every run needs is defined here. Each class
+returns one number under its own ``score_name``; the per-item values behind the text metrics are plain functions, so
+that a score and the per-item table can't disagree.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import evaluate
+
+# evaluate is defined in terms of datasets' features and re-exports them; datasets itself has one importer, data/.
+from evaluate.module import Features, Value
+from sklearn.metrics import f1_score
+
+from qlora_exp.data.texts import comparable, same_text
+from qlora_exp.errors import ConfigError, nearest
+
+# The evaluate library's own metrics that score one text against one reference: what a misspelt name is held against.
+HUB_TEXT_METRICS = (
+    "bertscore",
+    "bleu",
+    "bleurt",
+    "character",
+    "charcut_mt",
+    "chrf",
+    "cer",
+    "exact_match",
+    "google_bleu",
+    "meteor",
+    "nist_mt",
+    "rouge",
+    "sacrebleu",
+    "ter",
+    "wer",
+)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case runs of letters and digits, in any script. On ASCII text this is rouge-score's own tokenizer."""
+    return re.findall(r"[^\W_]+", comparable(text))
+
+
+def rouge_l_f(prediction: str, reference: str) -> float:
+    """ROUGE-L F-measure with beta = 1 (Lin 2004): 2·LCS / (words of prediction + words of reference).
+
+    1.0 where neither text has a word, 0.0 where only one has.
+    """
+    first, second = words(prediction), words(reference)
+    if not first or not second:
+        return float(first == second)
+    return 2.0 * longest_common_subsequence(first, second) / (len(first) + len(second))
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of word precision and recall, order ignored (SQuAD, but articles are kept).
+
+    1.0 where neither text has a word, 0.0 where only one has.
+    """
+    first, second = words(prediction), words(reference)
+    if not first or not second:
+        return float(first == second)
+    return 2.0 * (Counter(first) & Counter(second)).total() / (len(first) + len(second))
+
+
+def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, by bit-parallel dynamic programming (Hyyrö 2004)."""
+    occurrences: dict[str, int] = {}
+    for index, word in enumerate(first):
+        occurrences[word] = occurrences.get(word, 0) | 1 << index
+    full = (1 << len(first)) - 1
+    row = full
+    for word in second:
+        matched = row & occurrences.get(word, 0)
+        row = ((row + matched) | (row - matched)) & full
+    return len(first) - row.bit_count()
+
+
+class _OfflineMetric(evaluate.Metric):  # type: ignore[misc]
+    """An ``evaluate.Metric`` that keeps its inputs in memory and needs neither network nor cache folder."""
+
+    score_name: ClassVar[str]
+    meaning: ClassVar[str]
+    input_type: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _build_data_dir(self) -> str:
+        return ""  # the library makes a folder under the home directory here, which may be read-only
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = Value(self.input_type)
+        return evaluate.MetricInfo(
+            description=self.meaning,
+            citation="",
+            inputs_description="predictions and references of equal length.",
+            features=Features({"predictions": value, "references": value}),
+        )
+
+
+class _LabelMetric(_OfflineMetric):
+    """Predictions and references are indices into the task's labels."""
+
+    input_type = "int64"
+
+
+class Accuracy(_LabelMetric):
+    score_name = "accuracy"
+    meaning = "Share of items whose predicted label is the right one."
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        right = sum(a == b for a, b in zip(predictions, references, strict=True))
+        return {self.score_name: right / len(references)}
+
+
+class BalancedAccuracy(_LabelMetric):
+    score_name = "balanced_accuracy"
+    meaning = "Mean over the labels that occur among the references of the share of their items that are right."
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        total = Counter(references)
+        right = Counter(b for a, b in zip(predictions, references, strict=True) if a == b)
+        return {self.score_name: sum(right[label] / count for label, count in total.items()) / len(total)}
+
+
+class MacroF1(_LabelMetric):
+    score_name = "macro_f1"
+    meaning = "Mean F1 over all of the task's labels (compute(labels=count)); 0 for a label never predicted or absent."
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int], labels: int) -> dict[str, float]:
+        value = f1_score(references, predictions, labels=list(range(labels)), average="macro", zero_division=0)
+        return {self.score_name: float(value)}
+
+
+class _TextMetric(_OfflineMetric):
+    """Predictions and references are texts."""
+
+    input_type = "string"
+
+
+class ExactMatch(_TextMetric):
+    score_name = "exact_match"
+    meaning = "Share of texts equal to their reference: stripped, in Unicode NFC, case-folded (compute(fold_case=…))."
+
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str], fold_case: bool = True
+    ) -> dict[str, float]:
+        pairs = zip(predictions, references, strict=True)
+        return {self.score_name: _mean([same_text(a, b, fold_case) for a, b in pairs])}
+
+
+class InvalidAnswerRate(_TextMetric):
+    score_name = "invalid_answer_rate"
+    meaning = "Share of texts that are none of the task's answers (compute(answers=[…])), right or wrong."
+
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str], answers: Sequence[str], fold_case: bool = True
+    ) -> dict[str, float]:
+        valid = {comparable(answer.strip(), fold_case) for answer in answers}
+        return {self.score_name: _mean([comparable(text.strip(), fold_case) not in valid for text in predictions])}
+
+
+class RougeL(_TextMetric):
+    score_name = "rouge_l"
+    meaning = "Mean ROUGE-L F-measure over items."
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return {self.score_name: _mean([rouge_l_f(a, b) for a, b in zip(predictions, references, strict=True)])}
+
+
+class TokenF1(_TextMetric):
+    score_name = "token_f1"
+    meaning = "Mean F1 of words over items, order ignored."
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return {self.score_name: _mean([token_f1(a, b) for a, b in zip(predictions, references, strict=True)])}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values)) / len(values)
+
+
+def score(metric: type[_OfflineMetric], predictions: Sequence[Any], references: Sequence[Any], **inputs: Any) -> float:
+    """One metric's value; ``inputs`` are what its ``meaning`` names (``labels``, ``answers``)."""
+    result = metric().compute(predictions=list(predictions), references=list(references), **inputs)
+    return float(result[metric.score_name])
+
+
+def hub_metric(name: str) -> Any:
+    """A metric of the evaluate library by its Hub name, e.g. ``sacrebleu``. Needs the network, or the Hub's cache.
+
+    Community metrics (``OWNER/NAME``) and scripts on disk are refused: loading one runs its code.
+
+    Raises:
+        ConfigError: the name isn't one of the library's, or the Hub can't be reached.
+    """
+    where = f"evaluation.metrics={name}"
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise ConfigError(
+            f"{name!r} is not the name of one of the evaluate library's own metrics",
+            where,
+            nearest(name, HUB_TEXT_METRICS),
+        )
+    try:
+        # Spelt out, because a bare name would first be looked for as a script in the current directory.
+        return evaluate.load(f"evaluate-metric/{name}", keep_in_memory=True)
+    except ImportError as error:
+        raise ConfigError(f"the metric {name!r} needs a package that isn't installed: {error}", where) from None
+    except Exception as error:  # the library raises OSError, FileNotFoundError, HTTP and parsing errors alike
+        logging.getLogger(__name__).debug("evaluate.load failed", exc_info=True)
+        hint = "go online once (HF_HUB_OFFLINE unset), or leave it out"
+        if name not in HUB_TEXT_METRICS:
+            hint = f"{nearest(name, HUB_TEXT_METRICS)} If it is that name: {hint}"
+        what = f"the metric {name!r} can't be loaded from the Hub ({type(error).__name__})"
+        raise ConfigError(what, where, hint) from None

@@ -1,0 +1,259 @@
+"""The straight line of an export: check, merge, write, ask again, judge. The folder appears when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.schema import Config, ExportConfig
+from qlora_exp.errors import ExportError, ModelError, QloraExpError
+from qlora_exp.export.card import export_card
+from qlora_exp.export.compatibility import end_of_answers, stop_at, write_for_version_4
+from qlora_exp.export.gguf import check_convertible, write_gguf
+from qlora_exp.export.llama_cpp import measure
+from qlora_exp.export.phone import answer_phone
+from qlora_exp.export.results import SCHEMA_VERSION, Artefact, Export, TaskCheck
+from qlora_exp.export.settings import BLOCK_TYPES
+from qlora_exp.export.task_check import Questions, check_gguf, check_merged, not_checked, questions
+from qlora_exp.models import sources
+from qlora_exp.models.adapters import write_portable
+from qlora_exp.models.base import load_base
+from qlora_exp.models.inspect import describe
+from qlora_exp.models.merging import merged_model
+from qlora_exp.models.portable_adapters import is_portable
+from qlora_exp.models.sources import ModelSource, model_config, resolve_source
+from qlora_exp.models.tokenizers import load_tokenizer
+from qlora_exp.paths import EMBEDDED, RunPaths
+from qlora_exp.records.files import read_record, write_json, write_text
+from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.runs.entry_points import config_from_plain
+from qlora_exp.system.hardware import Price, price_of
+
+BYTES_PER_WEIGHT = {"adapter": 0.0, "merged": 2.0, "q8_0": 1.07, "q5_1": 0.76, "q5_0": 0.7, "q4_1": 0.64, "q4_0": 0.57}
+"""A block of 32 weights with its scale (and for the _1 types its minimum), each in 16 bits."""
+ROOM = 1.2
+"""What an estimate may be short of: embeddings in 8 bits, the tokenizer, the adapter."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A run that may be exported."""
+
+    config: Config
+    record: RunRecord
+    paths: RunPaths
+    model: ModelSource
+    tokenizer: Any
+
+
+def export_run(
+    paths: RunPaths, to: Path | None, settings: ExportConfig, tell: Callable[[str], None] = lambda _: None
+) -> tuple[Export, Path]:
+    """Export the run in ``paths`` to ``to`` (by default the run's own ``export/``); what was made, and where.
+
+    ``tell`` hears of each step as it begins.
+
+    Raises:
+        ExportError: the run has nothing to export, or the folder can't be written.
+        ModelError: the base is gone or has changed, the adapter doesn't fit, or no GGUF file can be written of it.
+    """
+    source = _checked(paths, settings)
+    target = (to or paths.export).expanduser().absolute()
+    _check_target(target, source.record, settings)
+    with _staged(target) as folder:
+        export = _export(source, folder, settings, tell)
+    return export, target
+
+
+def _checked(paths: RunPaths, settings: ExportConfig) -> _Source:
+    """All that can be wrong with a run, before a weight is read."""
+    record = read_record(paths.record)
+    if record.status is not Status.COMPLETED:
+        hint = f"qlora-exp show {record.run_id} says why; export a completed run"
+        raise ExportError(f"the run is {record.status}: there is nothing trained to its end", record.run_id, hint)
+    if record.synthetic:
+        raise ExportError("the run trained no model (training.engine=sleep)", record.run_id, "export a trained run")
+    if not (paths.adapter / "adapter_model.safetensors").is_file():
+        what = "the run has no adapter: adapter_model.safetensors is missing"
+        raise ExportError(what, str(paths.adapter), f"restore it, or qlora-exp rerun {record.run_id}")
+    config = config_from_plain(record.config)
+    model = resolve_source(config.model)
+    if record.model_fingerprint not in (None, sources.fingerprint(model)):
+        what = "the base's files have changed since the run: the adapter would be added to other weights"
+        raise ModelError(what, model.where, "restore them")
+    tokenizer = load_tokenizer(config.model)
+    if any(name in BLOCK_TYPES for name in settings.formats):
+        check_convertible(model_config(model), tokenizer, model.where)
+    return _Source(config, record, paths, model, tokenizer)
+
+
+def _check_target(target: Path, record: RunRecord, settings: ExportConfig) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        what = "the folder isn't empty" if target.is_dir() else "there is a file of this name"
+        raise ExportError(what, str(target), "--to another folder, or delete this one first")
+    above = next(folder for folder in target.parents if folder.is_dir())
+    parameters = record.plan.total_parameters if record.plan else 0
+    needed = int(ROOM * parameters * sum(BYTES_PER_WEIGHT[name] for name in settings.formats))
+    free = shutil.disk_usage(above).free
+    if needed > free:
+        what = f"the export takes about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+        raise ExportError(what, str(above), "--to a folder on another disk, or fewer --formats")
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place when all went well, and is gone when not."""
+    folder = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        folder.chmod(0o755)
+        yield folder
+        folder.replace(target)
+    except QloraExpError:
+        raise
+    except (OSError, SafetensorError) as error:
+        what = f"the export can't be written: {getattr(error, 'strerror', None) or error}"
+        raise ExportError(what, str(target), "make room, or --to a folder that you may write to") from None
+    finally:
+        if folder is not None and folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callable[[str], None]) -> Export:
+    # Everything is made of the merged model; a format that wasn't asked for stays in a folder that is deleted.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work:
+        merged_folder = folder / "merged" if "merged" in settings.formats else Path(work)
+        source.tokenizer.save_pretrained(merged_folder)
+        asked = questions(source.config, source.record, source.paths, source.tokenizer, settings.check_items)
+        artefacts = [_adapter(source, folder)] if "adapter" in settings.formats else []
+        fingerprint = source.record.model_fingerprint or ""
+        if settings.formats != ["adapter"]:
+            tell("merge")
+            merged, fingerprint = merged_model(source.config, source.paths.adapter)
+            stop_at(merged, _end(source))
+            files = []
+            for kind in (name for name in settings.formats if name in BLOCK_TYPES):
+                tell(f"write and check {kind}")
+                files.append(_gguf(source, merged, merged_folder, folder, kind, asked, settings))
+            if "merged" in settings.formats:  # last: it is rounded in place
+                tell("write and check the merged model")
+                artefacts.append(_merged(source, merged, folder, asked, settings))
+            artefacts += files
+    export = _told(source, artefacts, fingerprint or sources.fingerprint(source.model), settings)
+    _write_cards(source, export, folder)
+    write_json(folder / "export.json", export)
+    return export
+
+
+def _adapter(source: _Source, folder: Path) -> Artefact:
+    target = folder / "adapter"
+    target.mkdir()
+    config, adapter = source.config, source.paths.adapter
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if is_portable(settings):
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copyfile(adapter / name, target / name)
+    else:  # of an earlier version
+        modules = resolve_targets(describe(config.model), config.targets)
+        write_portable(load_base(config, "cpu"), config, modules, adapter, target)
+    return Artefact("adapter", "adapter/", _size(target))
+
+
+def _end(source: _Source) -> int | None:
+    """The token with which the run's answers end."""
+    return end_of_answers(source.tokenizer, source.record.plan.format) if source.record.plan else None
+
+
+def _merged(
+    source: _Source, merged: PreTrainedModel, folder: Path, asked: Questions | str, settings: ExportConfig
+) -> Artefact:
+    """Written in 16 bits; what is checked is what was written, read back and computed in fp32."""
+    target = folder / "merged"
+    merged.to(getattr(torch, settings.dtype.value)).save_pretrained(target)
+    write_for_version_4(target)
+    check: TaskCheck
+    if isinstance(asked, str):
+        check = not_checked(asked, settings.tolerance)
+    else:
+        read_back = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
+        check = check_merged(read_back, source.tokenizer, asked, settings.tolerance)
+    return Artefact("merged", "merged/", _size(target), check)
+
+
+def _gguf(
+    source: _Source,
+    merged: PreTrainedModel,
+    tokenizer: Path,
+    folder: Path,
+    kind: str,
+    asked: Questions | str,
+    settings: ExportConfig,
+) -> Artefact:
+    path = folder / f"model-{kind}.gguf"
+    write_gguf(merged, tokenizer, path, kind, source.record.name, _end(source))
+    positions = getattr(merged.config, "max_position_embeddings", None)
+    context = min(settings.context_tokens, positions or settings.context_tokens)
+    runtime = measure(path, context, settings.generated_tokens)
+    # A file that llama.cpp can't run would end this process too: it is asked only where the other one lived.
+    check = not_checked(runtime.why, settings.tolerance) if runtime.why else None
+    check = check or check_gguf(path, merged, source.tokenizer, asked, settings.tolerance)
+    return Artefact(kind, path.name, path.stat().st_size, check, runtime)
+
+
+def _told(source: _Source, artefacts: list[Artefact], fingerprint: str, settings: ExportConfig) -> Export:
+    record = source.record
+    seconds, price = record.speed.total_seconds, _price(record, settings)
+    cost = seconds / 3600 * price.usd_per_hour if seconds is not None and price is not None else None
+    return Export(
+        schema_version=SCHEMA_VERSION,
+        run_id=record.run_id,
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        base=source.model.name,
+        base_fingerprint=fingerprint,
+        trained_against=source.config.quantization.mode.value,
+        merged_dtype=settings.dtype.value,
+        training_seconds=seconds,
+        cost_usd=cost,
+        usd_per_hour=price.usd_per_hour if price else None,
+        usd_per_hour_from=price.source if price else None,
+        artefacts=tuple(artefacts),
+        phone=answer_phone(artefacts, cost, seconds, settings, price),
+    )
+
+
+def _price(record: RunRecord, settings: ExportConfig) -> Price | None:
+    """What the caller says, else what the record's costs were counted by, else what a run begun now would take."""
+    if settings.usd_per_hour is not None:
+        return Price(settings.usd_per_hour, "--usd-per-hour")
+    if record.plan is not None and record.plan.usd_per_hour is not None:
+        return Price(record.plan.usd_per_hour, record.plan.usd_per_hour_from or "the run's record")
+    device = record.environment.device
+    return price_of((record.config.get("budget") or {}).get("usd_per_hour"), device.kind, device.name)
+
+
+def _write_cards(source: _Source, export: Export, folder: Path) -> None:
+    """Into the export and into each of its folders, which travel alone too; and the licence of what was trained on."""
+    card = export_card(source.record, export)
+    for place in (folder, folder / "adapter", folder / "merged"):
+        if place.is_dir():
+            library = "transformers" if place.name == "merged" else "peft"
+            write_text(place / "README.md", card.replace("library_name: peft", f"library_name: {library}", 1))
+    if source.model.name.startswith("embedded:"):
+        shutil.copyfile(EMBEDDED / "LICENSE.wordnet", folder / "LICENSE.wordnet")
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,63 @@
+"""Figures as text, and the table that all commands print: as wide as it needs to be in a file or a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+UNKNOWN = "–"
+
+WIDE = 4000
+"""Columns where there is no terminal: a log that is searched later must not be cut or wrapped."""
+
+
+def show(renderable: RenderableType, stream: TextIO | None = None) -> None:
+    """Print to ``stream`` (standard output by default)."""
+    file = stream if stream is not None else sys.stdout
+    width = None if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else WIDE
+    Console(file=file, width=width, highlight=False, soft_wrap=False).print(renderable, markup=False)
+
+
+def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of texts."""
+    table = simple_table(*headings)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings; lists and empty mappings are values."""
+    if isinstance(value, Mapping) and value:
+        for key, entry in value.items():
+            yield from flat(entry, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def bytes_text(size: float | None) -> str:
+    """Decimal units, as disks and model cards have them: 1 MB is 10⁶ bytes."""
+    if size is None:
+        return UNKNOWN
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(size) >= factor:
+            return f"{size / factor:.3g} {unit}" if abs(size) < 999.5 * factor else f"{size / factor:,.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return UNKNOWN if value is None else f"{value:,.{digits}f}"
+
+
+def simple_table(*columns: str) -> Table:
+    """An empty table as all of ours look; the first column is bold."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(column, overflow="fold", style="bold" if position == 0 else "")
+    return table

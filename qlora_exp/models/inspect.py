@@ -1,0 +1,331 @@
+"""What a model is made of, from its configuration alone: built on the meta device, where tensors have no memory."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qlora_exp.architecture.shapes import AS_ASKED, DTYPES, Architecture, Experts, OtherTensor, WeightShape, Widths
+from qlora_exp.config.schema import ModelConfig
+from qlora_exp.errors import ModelError
+from qlora_exp.models.config_sizes import check_given
+from qlora_exp.models.gguf_header import gguf_parts
+from qlora_exp.models.gguf_tensors import check_gguf
+from qlora_exp.models.sources import ModelSource, check_config, model_config, reason, resolve_source
+from qlora_exp.models.tensors import check_tensors, stored_tensors
+from qlora_exp.models.weight_files import weight_files
+
+ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
+ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\d+D)?$")
+"""Class names at their end only: ``JambaAttentionDecoderLayer`` holds a feed-forward network too."""
+FEED_FORWARD_NAME = re.compile(r"mlp|ffn|feed_?forward|expert|moe", re.IGNORECASE)
+FEED_FORWARD_CLASS = re.compile(r"(MLP|Mlp|FFN|FeedForward|FeedForwardNetwork|Experts?|MoE)$")
+NEITHER_NAME = re.compile(r"mamba|ssm|conv|recurrent|temporal|mixer|router|lstm|altup|laurel|indexer", re.IGNORECASE)
+NEITHER_CLASS = re.compile(r"(Mamba\d?|MambaLayer|Mixer|Conv|RecurrentBlock|Router|Gating|Indexer|mLSTMLayer)$")
+"""Neither attention nor feed-forward: state-space, recurrent and convolutional mixers, routers of expert layers."""
+NEITHER_LEAF = re.compile(r"^(gate|router|shared_expert_gate|classifier|modality_router|per_layer_\w+)$")
+REFUSED_BY_PEFT = frozenset({"out_proj", "conv1d"})
+MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types of which PEFT refuses these layers."""
+OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", re.IGNORECASE)
+"""Towers and projections for pictures and sound: no part of the language model, so never a target."""
+
+
+def describe(model: ModelConfig, to_load: bool = True) -> Architecture:
+    """The architecture of ``model``. Raises :class:`ModelError` for what can't be found or built.
+
+    ``to_load``: its weights are needed; a plan does without those that aren't downloaded.
+    """
+    source = resolve_source(model)
+    if to_load and source.cached:
+        _check_cached(source)
+    built = build_meta(model_config(source), source)
+    _check_attention(built, model.attention)
+    described = architecture_of(built)
+    check_weights(source, built)
+    return described
+
+
+def check_weights(source: ModelSource, built: PreTrainedModel | None = None) -> None:
+    """Whether the files hold exactly the model's weights, by their headers; once for each state of the files.
+
+    Of a checkpoint on the Hub, what is in the local cache is looked at. ``built``: the model without weights, which is
+    used up; it is built here where it isn't given.
+
+    Raises:
+        ModelError: a weight is in no file, or a file holds something that the model doesn't have.
+    """
+    folder = source.cached_folder
+    state = _state_of_files(source, folder)
+    if state is None or state in _checked:
+        return
+    if built is None:
+        built = build_meta(model_config(source), source)
+    if source.gguf_file:
+        check_gguf(built, Path(source.where))
+    elif folder is not None:
+        check_tensors(built, stored_tensors(folder), source.where)
+    _checked.add(state)
+
+
+def _check_cached(source: ModelSource) -> None:
+    """Whether the weights are in the local cache, where the Hub can't be reached."""
+    folder = source.cached_folder
+    if folder is None or not all(file.is_file() for file in weight_files(folder)):
+        what = f"the weights of {source.name} are not all in the local cache, and the Hub can't be reached"
+        raise ModelError(what, f"Hub id {source.name}", f"on a machine with a network: hf download {source.name}")
+
+
+_checked: set[Hashable] = set()
+"""States of files that were looked at and found right."""
+
+
+def _state_of_files(source: ModelSource, folder: Path | None) -> Hashable:
+    """Names, sizes and times of change; ``None``: there are no files to look at yet."""
+    if folder is None:
+        return None
+    files = gguf_parts(Path(source.where)) if source.gguf_file else [*weight_files(folder), folder / "config.json"]
+    if not all(file.is_file() for file in files):
+        return None
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def describe_file(file: Path) -> Architecture:
+    """The architecture that a config.json alone describes: no weights, no tokenizer beside it.
+
+    Raises :class:`ModelError` for a file that can't be read, or that doesn't say how large the model is.
+    """
+    if not file.is_file():
+        raise ModelError("there is no such configuration file", str(file), "model.path=FOLDER/config.json")
+    check_config(file)
+    source = ModelSource(file.parent.name or file.stem, str(file), None, None, is_local=True)
+    config = model_config(source)
+    check_given(file, config)
+    return architecture_of(build_meta(config, source))
+
+
+def _check_attention(model: PreTrainedModel, attention: str) -> None:
+    """Whether the architecture has ``attention``, and the package that it needs is installed, asked before a weight is
+    read."""
+    if attention == "sdpa" and not model._supports_sdpa:
+        what = f"transformers has no scaled_dot_product_attention for {model.config.model_type}"
+        raise ModelError(what, "model.attention = sdpa", "model.attention=auto, which takes eager here")
+    if not attention.startswith("flash"):
+        return
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        what = f"{attention} can't be had: {str(error).splitlines()[0]}"
+        raise ModelError(what, f"model.attention = {attention}", "model.attention=auto") from None
+
+
+def build_meta(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel:
+    """The model without weights: every module and shape, no memory."""
+    try:
+        with torch.device("meta"):
+            # In bfloat16 a buffer shows whether it takes the model's dtype or keeps its own.
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, dtype=torch.bfloat16
+            )
+    except Exception as error:  # whatever an ill-formed configuration makes an architecture's constructor raise
+        what = f"transformers can't build this {config.model_type}: {reason(error)}"
+        raise ModelError(what, source.where, "check the sizes in its config.json") from None
+    return built
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """Describe a built model (unquantized, without adapters). Expert weights that are bare three-dimensional parameters
+    count in the total; they are no linear layers and can't be targets."""
+    text = model.config.get_text_config()
+    positions = int(getattr(text, "max_position_embeddings", 0) or 0)
+    return Architecture(
+        model_type=model.config.model_type,
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weights=tuple(_weights(model)),
+        output_head=output_head(model),
+        layers=int(getattr(text, "num_hidden_layers", 0) or 0),
+        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
+        vocabulary_size=int(getattr(text, "vocab_size", 0) or 0),
+        positions=positions if positions > 0 else None,
+        heads=int(getattr(text, "num_attention_heads", 0) or 0) or None,
+        eager_alone=not model._supports_sdpa,
+        others=tuple(_others(model)),
+        experts=tuple(_experts(model, int(getattr(text, "hidden_size", 0) or 0))),
+    )
+
+
+def output_head(model: PreTrainedModel) -> str | None:
+    """The full name of the layer that gives the logits, tied to the embedding or not."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
+    inside = _language_model_prefix(model)
+    kept = _kept_from_quantization(model)
+    widths = _Widths(model)
+    left_out = _left_out_by_peft(model)
+    for name, module in _linear_layers(model):
+        conv = isinstance(module, Conv1D)
+        rows, columns = module.weight.shape
+        counted = name.startswith(inside) and not OTHER_SENSES.search(name) and (conv or _is_plain_linear(module))
+        adaptable = counted and name.rpartition(".")[2] not in left_out
+        yield WeightShape(
+            name=name,
+            kind=("conv1d" if conv else "linear") if adaptable else "other",
+            in_features=rows if conv else columns,
+            out_features=columns if conv else rows,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            role=_role(model, name) if counted else "other",
+            quantizable=(conv or type(module) is nn.Linear) and should_convert_module(name, kept),
+            element_bytes=widths.of(f"{name}.weight", module.weight),
+        )
+
+
+def _left_out_by_peft(model: PreTrainedModel) -> frozenset[str]:
+    """Last parts of names that PEFT doesn't adapt in this architecture: Mamba's, whose kernels read the weight past the
+    layer (``tuners_utils._check_lora_target_modules_mamba``), and those that it takes for experts', which an earlier
+    transformers had as layers of their own (``transformers_weight_conversion._convert_peft_config_moe``): asked for a
+    shared expert's ``gate_proj``, it adapts all experts and not the shared one."""
+    model_type = str(model.config.model_type)
+    if model_type in MAMBA:
+        return REFUSED_BY_PEFT
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
+    return frozenset(getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(pattern, ()))
+
+
+def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    head = output_head(model)
+    for name, module in model.named_modules():
+        if name != head and isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+def _others(model: PreTrainedModel) -> Iterator[OtherTensor]:
+    """Parameters outside linear layers, a tied one once, and buffers."""
+    counted = {id(parameter) for _, module in _linear_layers(model) for parameter in module.parameters()}
+    widths = _Widths(model)
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in counted:
+            yield OtherTensor(name, parameter.numel(), widths.of(name, parameter))
+    for name, buffer in model.named_buffers():
+        if buffer.numel():
+            yield OtherTensor(name, buffer.numel(), widths.of(name, buffer), buffer=True)
+
+
+def _experts(model: PreTrainedModel, hidden: int) -> Iterator[Experts]:
+    """Modules that hold all of a layer's experts as three-dimensional parameters, whichever way round these lie."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        weights = dict(module.named_parameters(recurse=False))
+        down, up = weights.get("down_proj"), weights.get("gate_up_proj", weights.get("up_proj"))
+        if down is None or up is None or down.ndim != 3 or not hidden:
+            continue
+        count = down.shape[0]
+        routed = len(inspect.signature(module.forward).parameters) > 1  # Llama 4's compute all tokens, most times zero
+        per_token = _experts_per_token(model, modules[name.rpartition(".")[0]]) if routed else None
+        yield Experts(
+            name=name,
+            count=count,
+            per_token=per_token or count,  # unknown: an upper bound
+            intermediate=_other_axis(down, hidden),
+            gated=up.numel() >= 2 * down.numel(),
+        )
+
+
+def _other_axis(down: nn.Parameter, hidden: int) -> int:
+    """Of (experts, hidden, intermediate) or (experts, intermediate, hidden) the last but ``hidden``; where experts read
+    something narrower than the hidden state, as wide as makes their operations right."""
+    _, rows, columns = down.shape
+    return columns if rows == hidden else rows if columns == hidden else rows * columns // hidden
+
+
+def _experts_per_token(model: PreTrainedModel, block: nn.Module) -> int | None:
+    """As the router beside the experts has it, else the configuration; ``None``: neither says it."""
+    told = [getattr(module, "top_k", None) for module in block.modules()]
+    text = model.config.get_text_config()
+    told += [getattr(text, key, None) for key in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")]
+    return next((number for number in told if isinstance(number, int) and number > 0), None)
+
+
+def _kept_from_quantization(model: PreTrainedModel) -> list[str]:
+    """Names and patterns that transformers keeps bitsandbytes from (head, tied weights, what stays in float32)."""
+    kept: list[str] = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return kept
+
+
+class _Widths:
+    """Bytes an element of a model's tensors takes, by the dtype that the model is loaded in."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        plans = (model._get_dtype_plan(getattr(torch, dtype)) for dtype in DTYPES)
+        self._float32 = [build_glob_alternation(list(plan))[0] if plan else None for plan in plans]
+
+    def of(self, name: str, tensor: torch.Tensor) -> Widths:
+        if tensor.dtype is not torch.bfloat16:
+            return (tensor.itemsize,) * 3
+        kept = (pattern is not None and bool(pattern.search(name)) for pattern in self._float32)
+        float32, bfloat16, float16 = (4 if keep else width for keep, width in zip(kept, AS_ASKED, strict=True))
+        return float32, bfloat16, float16
+
+
+def _language_model_prefix(model: PreTrainedModel) -> str:
+    """The name before all parts of the language model: empty for a text model, ``model.language_model.`` and the like
+    for one with eyes or ears."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{name}." if name else ""
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether y = Wx + b is all it does. Subclasses of Linear that are called so (Falcon's) are; routers, which return
+    more than y, and grouped ones, which take their input apart, are not."""
+    name = type(module).__name__
+    return type(module) is nn.Linear or (name.endswith("Linear") and "Group" not in name)
+
+
+def _role(model: PreTrainedModel, name: str) -> str:
+    """Attention, feed-forward or neither, by who holds the layer: the nearest ancestor inside the decoder layer whose
+    class or name says so; a layer held by the decoder layer itself is feed-forward (OPT's fc1, fc2)."""
+    *parents, leaf = name.split(".")
+    indices = [position for position, part in enumerate(parents) if part.isdigit()]
+    if not indices or NEITHER_LEAF.search(leaf):
+        return "other"
+    for depth in range(len(parents), indices[0], -1):
+        holder = type(model.get_submodule(".".join(parents[:depth]))).__name__
+        role = _role_of_class(holder) or _role_of_name(parents[depth - 1])
+        if role:
+            return role
+    return "mlp"
+
+
+def _role_of_class(holder: str) -> str | None:
+    if ATTENTION_CLASS.search(holder):
+        return "attention"
+    if FEED_FORWARD_CLASS.search(holder):
+        return "mlp"
+    return "other" if NEITHER_CLASS.search(holder) else None
+
+
+def _role_of_name(label: str) -> str | None:
+    if NEITHER_NAME.search(label):
+        return "other"
+    if FEED_FORWARD_NAME.search(label):
+        return "mlp"
+    return "attention" if ATTENTION_NAME.search(label) else None

@@ -1,0 +1,58 @@
+"""Settings that name a place relative to the folder that the command was given in, as the same place from anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora_exp.config.interpolations import texts_of
+from qlora_exp.config.override_values import has_interpolation, hydra_value
+from qlora_exp.config.overrides import key_of
+from qlora_exp.config.schema import absolute_path, absolute_store
+from qlora_exp.study.space import overrides_of
+from qlora_exp.study.types import Axis
+
+FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.uri", "sweep.storage")
+"""Settings that may name a place relative to the folder that the command was given in."""
+
+
+def with_absolute_places(fixed: Sequence[str], raw: DictConfig) -> list[str]:
+    """``fixed``, and what a file of sweeps/ sets, so that they mean the same places from every folder."""
+    places = {key: _written(raw, key) for key in (*FILES, *STORES)}
+    changed = {key: absolute(key, value) for key, value in places.items() if value != absolute(key, value)}
+    return [*(text for text in fixed if key_of(text) not in changed), *overrides_of(changed)]
+
+
+def _written(raw: DictConfig, key: str) -> Any:
+    """The setting as it was written: an axis may change what an interpolation in it names. One that begins with an
+    interpolation is left alone, unless that gives a relative path."""
+    section, _, name = key.rpartition(".")
+    value = texts_of(raw[section], name) if raw[section] is not None else None
+    if isinstance(value, str) and value.startswith("${") and key in FILES:
+        try:
+            shown = OmegaConf.select(raw, key)
+        except OmegaConfBaseException:
+            return value
+        return value if shown == absolute(key, shown) else f"./{value}"
+    return value
+
+
+def with_absolute_places_on(axis: Axis) -> Axis:
+    values = tuple(absolute(axis.key, value) for value in axis.values)
+    return axis if values == axis.values else replace(axis, values=values, text=",".join(map(hydra_value, values)))
+
+
+def absolute(key: str, value: Any) -> Any:
+    """``value`` of the setting ``key``; a place that begins with an interpolation stays as it is."""
+    if not isinstance(value, str) or value.startswith("${"):
+        return value
+    if key in FILES and has_interpolation(value):
+        return os.path.join(os.getcwd(), os.path.expanduser(value.removeprefix("./")))
+    if key in FILES:
+        return absolute_path(value)
+    return absolute_store(value) if key in STORES else value

@@ -1,0 +1,356 @@
+"""What a sweep command means: the study that its overrides ask for, every point of its space checked beforehand."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_points, compose_raw
+from qlora_exp.config.groups import groups
+from qlora_exp.config.interpolations import depends_on, settings_from_outside, texts_of, value_now, without_outside
+from qlora_exp.config.override_values import has_interpolation
+from qlora_exp.config.overrides import is_hydra, is_swept, key_of, value_of
+from qlora_exp.config.problems import problems_of
+from qlora_exp.config.schema import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
+from qlora_exp.config.search_path import SEARCH_PATH
+from qlora_exp.errors import ConfigError, RecordError, raise_all
+from qlora_exp.estimate import budget
+from qlora_exp.formatting import flat
+from qlora_exp.orchestration.absolute_paths import absolute, with_absolute_places, with_absolute_places_on
+from qlora_exp.orchestration.study_names import check_name
+from qlora_exp.paths import OutputPaths, StudyPaths, study_name
+from qlora_exp.rank_doubling import ladder_sweep
+from qlora_exp.records.redaction import redact
+from qlora_exp.study.space import grid, is_grid, overrides_of, parse_axes
+from qlora_exp.study.spec import STORAGE_VARIABLE, read_spec
+from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
+
+OF_THE_STUDY = tuple(f"budget.{name}" for name in budget.OF_THE_STUDY)
+"""What a study may spend, and what its trials must fit into, is no trial's own."""
+NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *OF_THE_STUDY)
+NOT_NAMING = (
+    *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
+    *("sweep.n_trials", "sweep.max_failures", "sweep.max_attempts"),
+    *OF_THE_STUDY,
+    "budget.force",
+)
+"""What may change while a study goes on: the command still means the same study."""
+LIVE = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
+"""Interpolations in these stay as they are: they may hold a password, or are read on their own."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command asks for: the study, and how this time it is worked on."""
+
+    spec: StudySpec
+    paths: StudyPaths
+    sweep: SweepConfig
+    workers: WorkersConfig
+    tracking: TrackingConfig
+    config: DictConfig
+    """Composed without the axes."""
+    fixed_axes: tuple[str, ...] = ()
+    """Overrides that give one value to what the sweep searches."""
+
+
+def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> Asked:
+    """The study that ``overrides`` mean, every point of its space checked as far as that can be done beforehand.
+
+    ``params``: axes of lowest precedence; ``sweep.params`` go before them, the command line before both.
+
+    Raises:
+        ConfigError, Problems: nothing was started.
+    """
+    from qlora_exp.rank_doubling.settings import own_axes
+    from qlora_exp.study.earlier_trials import check_earlier
+    from qlora_exp.study.samplers import check_search
+
+    overrides, as_written = _as_it_is_now(overrides)
+    raise_all(problems_of(overrides, multirun=True))
+    swept = {key_of(text): text.partition("=")[2] for text in overrides if is_swept(text)}
+    fixed = [text for text in overrides if key_of(text) not in swept]
+    raw = compose_raw(fixed)
+    settings = _settings(raw)
+    declared = {key: _axis_now(key, text) for key, text in {**(params or {}), **settings.params}.items()}
+    texts = {**declared, **swept}
+    # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
+    texts |= {key_of(text): text.partition("=")[2] for text in fixed if key_of(text) in texts}
+    searched = [text for text in fixed if key_of(text) in texts]
+    fixed_axes = [t for t in fixed if t.partition("=")[2] != declared.get(key_of(t), t.partition("=")[2])]
+    fixed = [text for text in fixed if key_of(text) not in texts]
+    naming = [as_written.get(text, text) for text in with_absolute_places(fixed, raw)]
+    from_files = settings_from_outside(raw, (*LIVE, *texts))
+    texts_now_fixed = _texts_replaced(as_written, raw, from_files)
+    if from_files:
+        fixed += overrides_of(from_files)
+        raw = compose_raw([*fixed, *searched])
+    fixed = with_absolute_places(fixed, raw)
+    narrowed = [key for key, text in declared.items() if texts[key] != text]
+    axes = tuple(with_absolute_places_on(axis) for axis in _axes(texts, settings, narrowed))
+    ladder = ladder_sweep.ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
+    points = grid(axes) if is_grid(axes) and ladder is None else None
+    if ladder is not None:
+        axes = (*axes, *own_axes(ladder))
+    output_root = OutputPaths.of(str(raw.output_root))
+    if settings.name is not None:
+        name = study_name(settings.name)
+    else:
+        name = _name(naming, {key: _value_text(as_written[f"{key}={swept[key]}"]) for key in swept})
+    paths = output_root.study(name)
+    earlier = _earlier(paths, name)
+    if earlier is None:
+        check_name(name)
+    else:
+        name = earlier.name  # as the storage has it, in whichever form of Unicode
+    alike, interpolated = _alike(raw, axes)
+    spec = StudySpec(
+        name=name,
+        question=settings.question,
+        created_at=earlier.created_at if earlier else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        overrides=tuple(_trial_overrides(fixed, output_root)),
+        axes=axes,
+        objectives=tuple(settings.objectives),
+        constraints=tuple(settings.constraints),
+        sampler=_sampler(settings.sampler, points is not None),
+        sampler_options=dict(settings.sampler_options),
+        pruner=settings.pruner.value,
+        pruner_options=dict(settings.pruner_options),
+        n_trials=_n_trials(settings, points, ladder, name),
+        seed=settings.seed,
+        enqueue=tuple(_enqueued(point) for point in settings.enqueue),
+        warm_start=tuple(settings.warm_start),
+        storage=_storage(settings, output_root),
+        output_root=str(output_root.root),
+        max_failures=settings.max_failures,
+        max_attempts=settings.max_attempts,
+        out_of_memory_retries=settings.out_of_memory_retries,
+        synthetic=raw.training.engine is Engine.sleep,
+        space={axis.key: axis.text for axis in axes},
+        fixed={key_of(text): value_of(text) for text in _of_a_run(fixed)},
+        settings=alike,
+        interpolated=interpolated | texts_now_fixed,
+        ladder=ladder,
+        id=earlier.id if earlier else None,
+    )
+    check_points([*spec.overrides, *point] for point in _points_to_check(axes))
+    _check_pruner(settings, raw)
+    check_search(spec)
+    if not paths.created.exists():
+        check_earlier(spec)
+    workers, tracking = settings_of(raw.workers, WorkersConfig), settings_of(raw.tracking, TrackingConfig)
+    return Asked(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes))
+
+
+def _as_it_is_now(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """``overrides`` with what they read from outside the configuration in its place, and each as it was written."""
+    kept = [text for text in overrides if _belongs(_key_text(text), LIVE)]
+    now = without_outside([text for text in overrides if text not in kept])
+    changed = iter(now)
+    found = [text if text in kept else next(changed) for text in overrides]
+    return found, dict(zip(found, overrides, strict=True))
+
+
+def _texts_replaced(as_written: Mapping[str, str], raw: DictConfig, from_files: Collection[str]) -> dict[str, str]:
+    """Key → text of each setting whose interpolation has been replaced by its value."""
+    plain = dict(flat(OmegaConf.to_container(raw, enum_to_str=True))) if from_files else {}
+    changed = [text for now, text in as_written.items() if now != text and not is_swept(text)]
+    given = {key_of(text): str(value_of(text)) for text in changed}
+    texts: dict[str, str] = redact({key: str(plain[key]) for key in from_files} | given)
+    return texts
+
+
+def _key_text(text: str) -> str:
+    return text.lstrip("+~").partition("=")[0]
+
+
+def _value_text(text: str) -> str:
+    return text.partition("=")[2]
+
+
+def _axis_now(key: str, text: str) -> str:
+    [now] = without_outside([f"{key}={text}"])
+    return _value_text(now)
+
+
+def _enqueued(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: absolute(key, value_now(value, f"sweep.enqueue: {key}")) for key, value in point.items()}
+
+
+def _settings(raw: DictConfig) -> SweepConfig:
+    """What a composed configuration says about the search. Axes and enqueued points stay as they were written: what
+    they name may be an axis, and then each trial has another value of it."""
+    params, enqueue = texts_of(raw.sweep, "params"), texts_of(raw.sweep, "enqueue")
+    plain = copy.deepcopy(raw)
+    OmegaConf.update(plain, "sweep.params", {}, merge=False)
+    OmegaConf.update(plain, "sweep.enqueue", [], merge=False)
+    settings: SweepConfig = settings_of(plain.sweep, SweepConfig)
+    return replace(settings, params=params, enqueue=enqueue)
+
+
+def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
+    """What ``qlora-exp run`` needs to run a trial's configuration by itself, wherever it is called."""
+    searched = [text for text in spec.overrides if key_of(text) == SEARCH_PATH]
+    # A file of sweeps/ may set what a run doesn't look at from the environment: without its value nothing composes.
+    kept = [text for text in spec.overrides if key_of(text) in spec.interpolated]
+    of_a_run = _of_a_run(spec.overrides)
+    kept = [text for text in kept if text not in of_a_run]
+    return [*searched, *of_a_run, *kept, *overrides_of(params)]
+
+
+def _of_a_run(overrides: Sequence[str]) -> list[str]:
+    return [
+        text for text in overrides if not _belongs(key_of(text), ("sweep", "workers", "output_root", *OF_THE_STUDY))
+    ]
+
+
+def _storage(settings: SweepConfig, outputs: OutputPaths) -> str:
+    chosen = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{outputs.optuna_database}"
+    return str(absolute("sweep.storage", chosen))
+
+
+def settings_of(node: Any, kind: type[Any]) -> Any:
+    try:
+        built = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0], kind.__name__, "qlora-exp validate …") from None
+    assert isinstance(built, kind)
+    return built
+
+
+def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[str]) -> tuple[Axis, ...]:
+    raise_all(
+        [
+            ConfigError(f"{key} can't be an axis", f"{key}={text}", "search what a run is, not how runs are run")
+            for key, text in texts.items()
+            if _belongs(key, NOT_SWEPT)
+        ]
+    )
+    raise_all(problems_of([f"{key}={text}" for key, text in texts.items()], multirun=True))
+    axes: tuple[Axis, ...] = parse_axes(texts, settings.conditions, lambda group: groups()[group], narrowed)
+    return axes
+
+
+def _belongs(key: str, names: Sequence[str]) -> bool:
+    return is_hydra(key) or any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _alike(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What every trial has alike, key → value, as far as it can change a trial's result; and the settings among them
+    that are written as interpolations, key → text."""
+    searched = [axis.key for axis in axes]
+    free = (*NOT_SWEPT, "budget", "name", *searched)
+    names = [*searched, *(["training"] if "model" in searched else [])]  # conf/model_training/ follows the model
+    plain = OmegaConf.to_container(raw, enum_to_str=True)
+    alike, interpolated = {}, {}
+    for key, value in flat(redact(plain)):
+        if _belongs(key, free):
+            continue
+        if has_interpolation(value):
+            interpolated[key] = str(value)
+            value = value if depends_on(raw, value, names) else redact(_resolved(raw, key))
+        alike[key] = absolute(key, value)
+    return alike, interpolated
+
+
+def _resolved(raw: DictConfig, key: str) -> Any:
+    try:
+        value = OmegaConf.select(raw, key)
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise ConfigError(what, key, f"{key}=VALUE, without ${{…}}") from None
+    value = OmegaConf.to_container(value, resolve=True, enum_to_str=True) if OmegaConf.is_config(value) else value
+    return value.name if isinstance(value, Enum) else value
+
+
+def _sampler(sampler: Sampler, grid: bool) -> str:
+    if sampler is Sampler.grid and not grid:
+        raise ConfigError("a grid needs lists of values, not intervals", "sweep.sampler=grid", "sweep.sampler=tpe")
+    if sampler is not Sampler.auto:
+        return str(sampler.value)
+    return str((Sampler.grid if grid else Sampler.tpe).value)
+
+
+def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, ladder: LadderSpec | None, name: str) -> int:
+    from qlora_exp.rank_doubling.settings import most_trials
+
+    if settings.n_trials is not None:
+        return settings.n_trials
+    if ladder is not None:
+        return most_trials(ladder)
+    if points is None or settings.sampler not in (Sampler.auto, Sampler.grid):
+        raise ConfigError("this search has no end of its own", f"study {name}", "say how many: sweep.n_trials=20")
+    return len(points)
+
+
+def _check_pruner(settings: SweepConfig, raw: Any) -> None:
+    if settings.pruner is not Pruner.none and raw.training.evaluate_every_steps is None:
+        raise ConfigError(
+            "pruning looks at the validation loss during training, and none is measured",
+            f"sweep.pruner={settings.pruner.value}",
+            "training.evaluate_every_steps=20, or sweep.pruner=none",
+        )
+
+
+def _points_to_check(axes: tuple[Axis, ...]) -> Iterator[Sequence[str]]:
+    """Overrides of every point where they are few; else each axis's values with the others at their first. Of an
+    interval, both ends."""
+    corners = tuple(_corners(axis) for axis in axes)
+    corners = tuple(replace(axis, values=axis.values[:1]) if _is_ladders_seed(axis) else axis for axis in corners)
+    if math.prod(len(axis.values) for axis in corners) <= GRID_CHECK_LIMIT:
+        spaces = [corners]
+    else:
+        first = [replace(axis, values=axis.values[:1]) for axis in corners]
+        spaces = [tuple(axis if axis is one else first[i] for i, axis in enumerate(corners)) for one in corners]
+    points = (overrides_of(params) for space in spaces for params in grid(space))
+    return itertools.islice(points, GRID_CHECK_LIMIT)
+
+
+def _is_ladders_seed(axis: Axis) -> bool:
+    return axis.key == "seed" and "ladder" in axis.tags
+
+
+def _corners(axis: Axis) -> Axis:
+    if axis.kind is AxisKind.CHOICE:
+        return axis
+    assert axis.low is not None
+    assert axis.high is not None
+    ends = (axis.low, axis.high) if axis.kind is AxisKind.FLOAT else (int(axis.low), int(axis.high))
+    return replace(axis, kind=AxisKind.CHOICE, values=ends, low=None, high=None, step=None, log=False)
+
+
+def _name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
+    """The same command, the same study: the sweep's name where nothing else is said, else with a digest of the rest."""
+    chosen = [text.partition("=")[2] for text in fixed if key_of(text) == "sweeps"]
+    naming = [text for text in fixed if not _belongs(key_of(text), NOT_NAMING)]
+    naming += [f"{key}={text}" for key, text in swept.items()]
+    if chosen and not naming:
+        return chosen[0]
+    digest = hashlib.sha256("\n".join(sorted(naming)).encode()).hexdigest()[:8]
+    return f"{chosen[0] if chosen else 'multirun'}-{digest}"
+
+
+def _trial_overrides(fixed: Sequence[str], outputs: OutputPaths) -> Iterator[str]:
+    not_theirs = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
+    yield from (text for text in fixed if key_of(text) not in not_theirs)
+    yield from overrides_of({"output_root": str(outputs.root)})
+
+
+def _earlier(paths: StudyPaths, name: str) -> StudySpec | None:
+    """What was asked before under this name; ``None``: nothing, or it can't be read."""
+    try:
+        earlier = read_spec(paths)
+    except RecordError:
+        return None
+    return earlier if study_name(earlier.name) == name else None

@@ -1,0 +1,209 @@
+"""The Hydra door: ``python -m qlora_exp [-m] key=value …``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora_exp.config.compose import check_hydra, check_multirun, checked, compose, compose_raw
+from qlora_exp.config.interpolations import texts_of, unresolved
+from qlora_exp.config.overrides import first_choice, is_swept, without_globs
+from qlora_exp.config.problems import problems_of
+from qlora_exp.config.schema import Config, register, to_plain
+from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
+from qlora_exp.errors import ConfigError, QloraExpError, raise_all
+from qlora_exp.paths import CONF
+from qlora_exp.runs.entry_points import end_killed_run, run_and_tell
+from qlora_exp.runs.process import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
+from qlora_exp.system import heap, memory_limits, signals, streams
+from qlora_exp.system.distributed import one_rank_only
+from qlora_exp.system.terminal import check_arguments, show_any_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The Hydra door. Exit codes: 0, 1 a run failed, 2 wrong input, 130 interrupted."""
+    show_any_text()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        check_arguments(given)
+    except QloraExpError as error:
+        tell(error)
+        return EXIT_WRONG_INPUT
+    flags = get_args_parser().parse_args(given)  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
+    multirun = flags.multirun
+    asks = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
+    _codes.clear()
+    if asks:
+        return _main(given, flags, multirun, asks)
+    streams.keep_writing()
+    try:
+        with signals.interrupting():
+            return _main(given, flags, multirun, asks)
+    except KeyboardInterrupt:  # while the first one was being answered
+        return EXIT_INTERRUPTED
+
+
+def _main(given: list[str], flags: argparse.Namespace, multirun: bool, asks: bool) -> int:
+    try:
+        if not asks:
+            one_rank_only()
+        _check_flags(flags)
+        if asks:
+            _check_shown(flags)
+        else:
+            _check(flags.overrides, multirun)
+        if BASIC in flags.overrides:
+            given = without_globs(given, flags.overrides)
+        _hydra(_with_search_path(given))
+    except QloraExpError as error:
+        tell(error)
+        return EXIT_WRONG_INPUT
+    except Ended as ended:
+        return ended.code
+    except KeyboardInterrupt:
+        print("interrupted; the same command begins again where it can" if asks else "interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # ``… --help | head``, as in the verbs
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return max(_codes, default=EXIT_COMPLETED)
+
+
+BASIC = "hydra/sweeper=basic"
+"""Hydra's own sweeper: a process per run, no study."""
+
+NOT_OURS = {
+    "config_name": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
+    "config_path": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
+    "config_dir": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
+    "experimental_rerun": "qlora-exp rerun RUN",
+}
+"""Hydra's flags that would read another configuration in the place of ours (the last one a pickle), and what to do."""
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    for name, hint in NOT_OURS.items():
+        value = getattr(flags, name)
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            what = f"{flag} can't be used: a run's settings come from the conf/ of qlora-exp"
+            raise ConfigError(what, f"{flag} {value}", hint)
+
+
+def _check_shown(flags: argparse.Namespace) -> None:
+    """What ``--cfg`` and ``--info`` can show: one configuration, whose overrides are right."""
+    flag = f"--cfg {flags.cfg}" if flags.cfg else f"--info {flags.info}"
+    if not (flags.cfg or flags.info):
+        return
+    raise_all(problems_of(flags.overrides, multirun=flags.multirun))
+    if flags.multirun:
+        first = [first_choice(text) for text in flags.overrides]
+        raise ConfigError(
+            f"{flag} shows one configuration, and -m asks for several",
+            " ".join([flag, "-m", *flags.overrides]),
+            f"python -m qlora_exp {flag} {shlex.join(first)}, or for all: qlora-exp plan {shlex.join(flags.overrides)}",
+        )
+    if flags.resolve:
+        try:
+            OmegaConf.resolve(compose_raw(flags.overrides))
+        except OmegaConfBaseException as error:
+            raise unresolved(error, str(getattr(error, "full_key", None) or "the configuration")) from None
+
+
+_codes: list[int] = []
+"""Exit codes of the jobs that ran in this process: Hydra drops what its jobs return."""
+
+
+def _check(overrides: Sequence[str], multirun: bool) -> None:
+    """Everything that can be wrong, before Hydra starts. The points of a study are checked by the sweep itself."""
+    if not multirun:
+        compose(overrides)
+    elif BASIC in overrides:
+        check_multirun(overrides)
+        check_hydra(overrides)
+    else:
+        raise_all(problems_of(overrides, multirun=True))
+        check_hydra(overrides)
+        compose_raw([text for text in overrides if not is_swept(text)])
+
+
+def _with_search_path(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with the folders that hold sweeps/, among the overrides: argparse wants them in one row."""
+    given = [text for text in arguments if text.startswith(f"{SEARCH_PATH}=")]
+    others = [text for text in arguments if text not in given]
+    place = next((i for i, text in enumerate(others) if "=" in text and not text.startswith("-")), len(others))
+    return [*others[:place], search_path(search_folders(given)), *others[place:]]
+
+
+def _hydra(arguments: Sequence[str]) -> None:
+    import hydra
+
+    register()
+    sys.argv = ["qlora_exp", *arguments]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(one_job)()
+
+
+def one_job(raw: Any) -> Any:
+    """Hydra's task function: a study's worker, a run, or a run of a multirun. In a function of the module's own, so
+    that any launcher can carry it to another process.
+
+    In a multirun each run has a process of its own: its memory figures are then its own, and an out-of-memory kill ends
+    one run, not all of them. An interruption or wrong input ends the multirun.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if raw.workers.job is not None:
+        from qlora_exp.orchestration.sweep import work
+
+        return work(raw, texts_of(HydraConfig.get().overrides, "task"))
+    multirun = HydraConfig.get().mode is RunMode.MULTIRUN
+    try:
+        OmegaConf.resolve(raw)
+        config = checked(raw)
+        code = _in_own_process(config) if multirun else run_and_tell(config)
+    except QloraExpError as error:
+        tell(error)
+        raise Ended(EXIT_WRONG_INPUT) from None
+    if multirun and code in (EXIT_INTERRUPTED, EXIT_WRONG_INPUT):
+        raise Ended(code)
+    _codes.append(code)
+    return code
+
+
+def _in_own_process(config: Config) -> int:
+    text = yaml.safe_dump(to_plain(config), allow_unicode=True)
+    asked: list[int] = []
+    child: subprocess.Popen[str] | None = None
+
+    def pass_on(number: int, frame: object) -> None:
+        """The child saves and says how to resume; this process only waits for it. Ctrl-C reaches the child too."""
+        if signals.heard(number) is not signals.Heard.SAME:
+            asked.append(number)
+            if child is not None and number != signal.SIGINT:
+                child.send_signal(signal.SIGTERM)
+
+    with signals.handling(pass_on):
+        environment = heap.environment() if heap.on_cpu(config.training.device.value) else {}
+        command, environment = [sys.executable, "-m", "qlora_exp.runs.job"], {**os.environ, **environment}
+        kills = memory_limits.kills()
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8", env=environment)
+        if any(number != signal.SIGINT for number in asked):
+            child.send_signal(signal.SIGTERM)
+        child.communicate(text)
+    if child.returncode >= 0:
+        return child.returncode
+    if asked:  # it was ended before it could answer
+        return EXIT_INTERRUPTED
+    end_killed_run(config, child.pid, -child.returncode, kills)
+    return EXIT_RUN_FAILED

@@ -1,0 +1,78 @@
+"""How a signal ends a sweep whose workers run in processes that a launcher started on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from qlora_exp.errors import RecordError
+from qlora_exp.paths import StudyPaths
+from qlora_exp.records.schema import from_dict
+from qlora_exp.records.types import Process
+from qlora_exp.system import signals
+from qlora_exp.system.environment import alive
+
+GRACE_SECONDS = 150.0
+"""The end of a step and a checkpoint in each worker, and the delivery to MLflow."""
+
+_sweeping = threading.local()
+
+
+def asked_here() -> bool:
+    """Whether this thread launches a sweep: a worker in it that was told to end must not be followed by another."""
+    return getattr(_sweeping, "depth", 0) > 0
+
+
+@contextlib.contextmanager
+def passed_on(paths: StudyPaths) -> Iterator[None]:
+    """While a launcher works, a request to end goes to the workers that it started here: they save and give back their
+    trials, and the launcher returns. Without such workers, and at the second request, it ends by KeyboardInterrupt.
+
+    Left as it is, it would reach the launcher first, which kills its processes.
+    """
+    timers: list[threading.Timer] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        meaning = signals.heard(number)
+        if meaning is signals.Heard.SAME:
+            return
+        workers = [] if meaning is signals.Heard.AGAIN else _own_workers(paths)
+        if not workers:
+            raise KeyboardInterrupt
+        for pid in workers:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        timers.append(threading.Timer(GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGINT)))
+        timers[-1].daemon = True
+        timers[-1].start()
+        signals.say("the workers save what they have and end; again: end at once")
+
+    _sweeping.depth = getattr(_sweeping, "depth", 0) + 1
+    try:
+        with signals.handling(ask):
+            yield
+        if timers:
+            raise KeyboardInterrupt
+    finally:
+        _sweeping.depth -= 1
+        for timer in timers:
+            timer.cancel()
+
+
+def _own_workers(paths: StudyPaths) -> list[int]:
+    """Process ids of the study's workers that descend from this process, without itself."""
+    import psutil
+
+    own = {child.pid for child in psutil.Process().children(recursive=True)}
+    found = []
+    for file in paths.workers.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecordError):
+            process = from_dict(Process, json.loads(file.read_text(encoding="utf-8"))["process"])
+            if process.pid in own and alive(process):
+                found.append(process.pid)
+    return found

@@ -1,0 +1,135 @@
+"""What a worker and its trial host say to each other: one JSON object a line, over pipes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from qlora_exp.errors import RecordError
+from qlora_exp.estimate.memory_fit import MemoryRule
+from qlora_exp.records.schema import from_dict, to_dict
+from qlora_exp.records.types import Refusal, Trial
+
+PRELOADED = {"training": ("qlora_exp.runs.pipeline",), "tracking": ("qlora_exp.tracking.run",)}
+"""What a host imports before it is ready, by the name that its worker asks for it with."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """To the host: run this trial."""
+
+    overrides: tuple[str, ...]
+    output_root: str
+    run_id: str
+    resume: bool
+    """The run has a record already: go on with it."""
+    trial: Trial
+    micro_batch_size: int | None
+    """In place of the configuration's, after memory ran out."""
+    per_item: bool
+    """Whether a :class:`Question` is to bring the loss of each item."""
+    memory: MemoryRule | None = None
+    """What a new run must fit into; ``None``: as its configuration has it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To the host: whether the study wants the run to stop."""
+
+    stop: bool
+
+
+@dataclass(frozen=True)
+class End:
+    """To the host: finish what is being delivered and exit."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """From the host: everything is imported."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From the host."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """From the host. ``metrics`` as in curve.jsonl."""
+
+    step: int
+    total: int
+    metrics: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Note:
+    """From the host."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """From the host: the validation loss at a step; it waits for the :class:`Answer`. ``items``: nats per item."""
+
+    step: int
+    value: float | None
+    items: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """From the host: the run's record is written and says how it ended."""
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """From the host: wrong input; there may be no record."""
+
+    kind: str
+    what: str
+    where: str | None
+    hint: str | None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """From the host: the run was not begun, it is predicted not to fit."""
+
+    what: str
+    refusal: Refusal
+
+
+@dataclass(frozen=True)
+class DiskFull:
+    """From the host: not even the record could be written."""
+
+    told: str
+
+
+Command = Run | Answer | End
+Told = Ready | Phase | Step | Note | Question | Ended | Wrong | Refused | DiskFull
+_KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (Run, Answer, End, Ready, Phase, Step, Note, Question, Ended, Wrong, Refused, DiskFull)
+}
+
+
+def encode(message: Command | Told) -> bytes:
+    """One line, its end included. Numbers that aren't finite become null."""
+    return json.dumps({"message": type(message).__name__, **to_dict(message)}).encode() + b"\n"
+
+
+def decode(line: bytes) -> Command | Told:
+    """Raises :class:`RecordError` for what is no message."""
+    try:
+        raw = json.loads(line)
+        kind = _KINDS[raw.pop("message")]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise RecordError(f"no message: {line[:200]!r}", "between worker and trial host") from None
+    message: Command | Told = from_dict(kind, raw, kind.__name__)
+    return message

@@ -1,0 +1,173 @@
+"""Who orchestrates a study: one process at a time holds its lease, others may share the work; and how it is asked to
+stop."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from filelock import FileLock
+
+from qlora_exp.config.schema import WorkersConfig
+from qlora_exp.errors import RecordError
+from qlora_exp.orchestration.status import running
+from qlora_exp.paths import StudyPaths, make_folder
+from qlora_exp.records.files import write_json
+from qlora_exp.system.environment import process_identity, visible
+from qlora_exp.system.lease import Lease, Watched, held, read_lease, touch, write_lease
+
+LOOK_SECONDS = 0.2
+BETWEEN_TRIALS_SECONDS = 2.0
+"""A worker has no trial for a moment after it has ended one."""
+TOLD_AFTER_SECONDS = 2.0
+"""A wait shorter than this is not announced."""
+
+
+class Orchestration:
+    """This process's part in a study. ``held``: whether it holds the lease; that may change while it works."""
+
+    def __init__(self, paths: StudyPaths, workers: WorkersConfig) -> None:
+        self.held = False
+        self._paths = paths
+        self._lease = Lease(process_identity(), workers.lease_seconds, workers.heartbeat_seconds)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="qlora-exp-lease", daemon=True)
+
+    def take(self, silent: tuple[int, int] | None = None) -> bool:
+        """Take the lease where nobody has it. ``silent``: the stamp of a holder that has been silent for too long."""
+        with FileLock(self._paths.lock):
+            lease, file = read_lease(self._paths.orchestrator), Watched(self._paths.orchestrator)
+            lives = lease is not None and visible(lease.process) is not False
+            if lives and (silent is None or file.stamp() != silent):
+                return False
+            write_lease(self._paths.orchestrator, self._lease)
+            self.held = True
+        return True
+
+    def inherits(self, patiently: bool) -> bool:
+        """For a process that shares the work, at its end: whether the holder is gone and left it the conclusion.
+        ``patiently``: give a holder that can't be seen the rest of its lease to show that it lives."""
+        if self.held or self.take():
+            return True
+        lease = read_lease(self._paths.orchestrator) if patiently else None
+        return lease is not None and _waited_in_vain(self, self._paths, lease)
+
+    def begin(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        with FileLock(self._paths.lock):
+            if self.held and self._is_ours():
+                self._paths.orchestrator.unlink(missing_ok=True)
+
+    def _is_ours(self) -> bool:
+        lease = read_lease(self._paths.orchestrator)
+        return lease is not None and lease.process == self._lease.process
+
+    def _beat(self) -> None:
+        """Keep the lease; without it, watch its holder and take over when that one is gone."""
+        watched = Watched(self._paths.orchestrator)
+        while not self._ended.wait(self._lease.heartbeat_seconds):
+            with contextlib.suppress(Exception):  # a disk that is full or away: the next heartbeat tries again
+                self._beat_once(watched)
+
+    def _beat_once(self, watched: Watched) -> None:
+        if self.held and self._is_ours():
+            touch(self._paths.orchestrator)
+        elif self.held:
+            self.held = read_lease(self._paths.orchestrator) is None and self.take()
+            if not self.held:
+                print("another process has taken this study over: it concludes it", file=sys.stderr, flush=True)
+        else:
+            lease, silent = read_lease(self._paths.orchestrator), watched.unchanged_seconds()
+            if lease is not None:
+                self.take(watched.stamp() if silent > lease.lease_seconds else None)
+
+
+@contextlib.contextmanager
+def orchestrating(paths: StudyPaths, name: str, join: bool, workers: WorkersConfig) -> Iterator[Orchestration]:
+    """Hold the study, or share it with the process that does.
+
+    A holder that can't be seen from here (another machine or container) is given the rest of its lease to show that it
+    lives; then this process takes its place.
+
+    Raises:
+        RecordError: a living process holds the study, and this one doesn't want to share.
+    """
+    make_folder(paths.folder)
+    one = Orchestration(paths, workers)
+    while not one.take():
+        lease = read_lease(paths.orchestrator)
+        stopping = paths.stop.is_file()
+        if lease is None:
+            continue  # its holder has just ended
+        if (join and not stopping) or _waited_in_vain(one, paths, lease, name):
+            break
+        if read_lease(paths.orchestrator) is not None:
+            raise _is_held(lease, paths, name, stopping)
+    if one.held:
+        paths.stop.unlink(missing_ok=True)  # it was meant for the last one
+    one.begin()
+    try:
+        yield one
+    finally:
+        one.end()
+
+
+def _waited_in_vain(one: Orchestration, paths: StudyPaths, lease: Lease, name: str | None = None) -> bool:
+    """Watch a holder that can't be seen from here; True: it gave no sign of life, and ``one`` has its place now."""
+    if visible(lease.process) is not None:
+        return False
+    watched = Watched(paths.orchestrator)
+    stamp, patience = watched.stamp(), watched.patience_seconds(lease)
+    if name is not None and patience > TOLD_AFTER_SECONDS:
+        where = f"study {name} is held by {lease.owner}, which can't be seen from here"
+        print(f"{where}: waiting {patience:.0f} s for a sign of life", file=sys.stderr, flush=True)
+    until = time.monotonic() + patience
+    while watched.stamp() == stamp:
+        if time.monotonic() >= until:
+            return one.take(stamp)
+        time.sleep(LOOK_SECONDS)
+    return False
+
+
+def _is_held(lease: Lease, paths: StudyPaths, name: str, stopping: bool) -> RecordError:
+    what = f"study {name} is being {'stopped' if stopping else 'worked on'}"
+    shared = "wait for it" if stopping else "wait for it, share the work (--join, or sweep.join=true), or stop it"
+    hint = f"{shared}: qlora-exp stop {shlex.quote(name)}{' --now' if stopping else ''}"
+    return RecordError(what, f"{lease.owner} ({paths.orchestrator})", hint)
+
+
+def wait_for_others(opened: Any, workers: WorkersConfig) -> None:
+    """Wait while other workers run trials: a launcher that lost one may leave the others at work (Slurm does)."""
+    looks = 0
+    while looks < 2:
+        time.sleep(BETWEEN_TRIALS_SECONDS)
+        looks = 0 if opened.others_run(workers.lease_seconds) else looks + 1
+
+
+def orchestrator(paths: StudyPaths) -> Lease | None:
+    """Who orchestrates the study now; ``None``: nobody does, or that process is dead, or its lease has run out."""
+    return held(paths.orchestrator)
+
+
+def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
+    """Ask the workers to stop, ``gracefully`` or ``now`` (also where the first has been asked for before); which.
+
+    Raises:
+        RecordError: nobody works on the study.
+    """
+    if orchestrator(paths) is None and not running(paths):
+        raise RecordError(
+            "nobody works on the study", f"study {name}", f"qlora-exp resume {shlex.quote(name)} goes on with it"
+        )
+    mode = "now" if now or paths.stop.is_file() else "gracefully"
+    write_json(paths.stop, {"mode": mode})
+    return mode

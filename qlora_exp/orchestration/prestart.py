@@ -1,0 +1,79 @@
+"""Trial hosts started while the study is still being opened: what they import takes longer than that."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.config.schema import Engine, WorkersConfig
+from qlora_exp.errors import QloraExpError
+from qlora_exp.orchestration import forking
+from qlora_exp.orchestration.devices import environment_of, slots_of, threads_per_host
+from qlora_exp.orchestration.live_state import worker_name
+from qlora_exp.orchestration.trial_process import HostProcess
+from qlora_exp.paths import StudyPaths
+
+
+@dataclass(frozen=True)
+class HostStart:
+    """How the host of one slot is started."""
+
+    log: Path
+    environment: tuple[tuple[str, str], ...]
+    preload: tuple[str, ...]
+
+    def start(self) -> HostProcess:
+        return HostProcess(self.log, dict(self.environment), self.preload)
+
+
+_started: dict[HostStart, HostProcess] = {}
+
+
+def host_starts(config: Any, workers: WorkersConfig, paths: StudyPaths) -> list[HostStart]:
+    """One a slot. ``config``: composed without the axes.
+
+    Raises:
+        ConfigError, Problems: a GPU is in use by another process.
+    """
+    training = config.training
+    gpus = slots_of(training.engine, training.device, workers.count)
+    threads = threads_per_host(training.threads, len(gpus), paths.threads)
+    preload: tuple[str, ...] = () if training.engine is Engine.sleep else ("training",)
+    preload = (*preload, "tracking") if config.tracking.enabled else preload
+    return [
+        HostStart(paths.logs / f"{worker_name()}-{slot}.log", tuple(environment_of(gpu, threads).items()), preload)
+        for slot, gpu in enumerate(gpus)
+    ]
+
+
+def hosts_per_device(starts: Sequence[HostStart]) -> int | None:
+    """How many hosts share the GPU that most do, or the machine where they have none; ``None``: they train nothing."""
+    gpus = [gpu for one in starts if (gpu := dict(one.environment).get("CUDA_VISIBLE_DEVICES")) is not None]
+    on_cpu = len(starts) if any("training" in one.preload for one in starts) else None
+    return max(Counter(gpus).values(), default=on_cpu)
+
+
+@contextlib.contextmanager
+def started_early(config: Any, workers: WorkersConfig, paths: StudyPaths, at_most: int) -> Iterator[None]:
+    """Start the hosts that a worker of this process will ask for; those that none has taken are ended afterwards.
+
+    Must be used by the main thread: the kernel ends a host with the thread that started it.
+    """
+    with forking.servers_kept():
+        try:
+            with contextlib.suppress(QloraExpError, OSError):  # the worker meets it too, and tells
+                for one in host_starts(config, workers, paths)[:at_most]:
+                    _started[one] = one.start()
+            yield
+        finally:
+            while _started:
+                _started.popitem()[1].kill()
+
+
+def started(one: HostStart) -> HostProcess:
+    """The host started before, or a new one."""
+    return _started.pop(one, None) or one.start()

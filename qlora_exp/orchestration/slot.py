@@ -1,0 +1,394 @@
+"""A slot of a worker: claims a trial, has its host run it, and tells how it ended — whatever happens to the host."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qlora_exp.config.schema import BudgetConfig, Isolation, WorkersConfig
+from qlora_exp.errors import QloraExpError, RecordError
+from qlora_exp.estimate.memory_fit import halved
+from qlora_exp.orchestration.live_state import SlotState, now
+from qlora_exp.orchestration.messages import Answer, DiskFull, Ended, Phase, Question, Refused, Run, Step, Wrong
+from qlora_exp.orchestration.prestart import HostStart, started
+from qlora_exp.orchestration.trial_process import Died, HostProcess
+from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, slug
+from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.types import Failure, RunRecord, Status, Trial
+from qlora_exp.study.types import Claim, Outcome, StudySpec
+from qlora_exp.system import memory_limits
+from qlora_exp.system.environment import alive
+from qlora_exp.system.out_of_memory import SMALLER, killed_for_memory
+from qlora_exp.training.outcome import disk_full
+
+if TYPE_CHECKING:
+    from qlora_exp.orchestration.worker import Worker
+
+GRACEFULLY, NOW = "gracefully", "now"
+POLL_SECONDS, LISTEN_SECONDS = 1.0, 0.25
+START_SECONDS = 300.0
+"""A host's imports, on a cold network disk, are no hang."""
+GRACE_SECONDS = 120.0
+"""After a request to stop now: the end of a step and a checkpoint."""
+LAST_OWNER_SECONDS = 10.0
+"""A host of a killed worker ends with it: within two seconds, a little more on a machine with more work than cores."""
+PROBE_BYTES = 1 << 20
+LONGEST_PAUSE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all slots work with."""
+
+    spec: StudySpec
+    paths: StudyPaths
+    workers: WorkersConfig
+    outcome_of: Callable[[RunRecord, StudySpec], Outcome]
+    budget: BudgetConfig
+    hosts_per_device: int | None
+    """Of a GPU, or of the machine where they train on its CPU; ``None``: they train nothing."""
+
+    @property
+    def limits_memory(self) -> bool:
+        """Whether anything says what a trial must fit into."""
+        return self.budget.memory_bytes is not None or self.hosts_per_device is not None
+
+
+@dataclass(frozen=True)
+class Hung:
+    """The host told nothing for ``seconds`` and was ended."""
+
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"the trial told nothing for {self.seconds:g} s, and its process was ended; its log has the stacks"
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The host was ended because the worker was told to stop."""
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """Another worker runs the trial by now; the host was ended, and its run is that worker's."""
+
+
+End = Ended | Wrong | Refused | DiskFull | Died | Hung | Stopped | TakenOver
+
+
+class Slot(threading.Thread):
+    """One host at a time, one trial at a time. The thread outlives its hosts: the kernel ties them to it."""
+
+    def __init__(self, worker: Worker, number: int, host_start: HostStart, state: SlotState) -> None:
+        super().__init__(name=f"slot-{number}")
+        self.worker, self.number, self.state = worker, number, state
+        self.setting = worker.setting
+        self._host_start = host_start
+        self._host: HostProcess | None = None
+        self._pauses = 0
+        self._kills_before: int | None = None
+
+    def run(self) -> None:
+        try:
+            while self.worker.may_claim():
+                claim = self.worker.claim(self.number)
+                if claim is not None:
+                    self._attempt(claim)
+                elif self.worker.nothing_left():
+                    break
+                else:
+                    self.worker.wait(POLL_SECONDS)
+        except BaseException as error:
+            self.worker.fail(error)
+        finally:
+            try:
+                self._end_host(politely=not self.worker.killing)
+            finally:
+                self.worker.ended(self.number)
+
+    # One trial.
+
+    def _attempt(self, claim: Claim) -> None:
+        run_id = claim.run_id or _run_id(self.setting.spec, claim)
+        if claim.run_id is None:
+            self.worker.set_run(claim, run_id)
+        paths = OutputPaths.of(self.setting.spec.output_root).run(run_id)
+        self._show(claim, run_id)
+        end: End | None = None
+        while True:
+            _wait_for_last_owner(paths)
+            record = _record(paths)
+            if record is not None and not _to_be_gone_on_with(record):  # its worker died before it could tell
+                self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
+                break
+            end = self._have_run(claim, run_id, record)
+            if not self._is_full(end, paths):
+                self._conclude(claim, paths, end)
+                break
+            if not self._pause(paths):
+                self.worker.give_back(self.number, claim)
+                break
+        vars(self.state).update(vars(SlotState(self.number, host_pid=self.state.host_pid)))
+        if self.setting.workers.isolation is Isolation.fresh and not isinstance(end, Refused):  # nothing was run in it
+            self._end_host()
+
+    def _have_run(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:
+        spec = self.setting.spec
+        self._kills_before = memory_limits.kills()
+        host = self._host = self._host or started(self._host_start)
+        host.send(
+            Run(
+                overrides=(*spec.overrides, *claim.overrides),
+                output_root=spec.output_root,
+                run_id=run_id,
+                resume=record is not None,
+                trial=Trial(spec.name, claim.number, claim.attempt, dict(claim.params), spec.id),
+                micro_batch_size=_micro_batch_asked(record),
+                per_item=spec.pruner == "wilcoxon",
+                memory=self.worker.memory_rule(claim) if record is None else None,
+            )
+        )
+        try:
+            return self._listen(host, claim)
+        except (Died, RecordError) as died:
+            code = host.kill()
+            self._host = None
+            if self.worker.stopping == NOW:
+                return Stopped()
+            return died if isinstance(died, Died) else Died(code)
+
+    def _listen(self, host: HostProcess, claim: Claim) -> End:
+        """Until the run ends, the host hangs, or time to stop is over. Raises :class:`Died`."""
+        patience = self.setting.workers.hang_seconds
+        heard, started = time.monotonic(), False
+        stop_at: float | None = None
+        while True:
+            message = host.receive(LISTEN_SECONDS)
+            self.state.host_pid = host.pid
+            clock = time.monotonic()
+            if message is not None:
+                heard, started = clock, True
+            match message:
+                case Ended() | Wrong() | Refused() | DiskFull():
+                    return message
+                case Question(step, value, items):
+                    stop = value is not None and self.worker.report(claim, step, value, items)
+                    host.send(Answer(stop))
+                case Phase(name):
+                    self.state.phase = name
+                case Step(step, total, metrics):
+                    self.state.step, self.state.total = step, total
+                    self.state.loss = metrics.get("loss", self.state.loss)
+            if self.worker.stopping == NOW and stop_at is None:
+                host.terminate()
+                stop_at = clock + GRACE_SECONDS
+            if stop_at is not None and (self.worker.killing or clock > stop_at):
+                self._end_host(politely=False)
+                return Stopped()
+            if (claim.trial_id, claim.attempt) in self.worker.taken_over:
+                self._end_host(politely=False)
+                return TakenOver()
+            if clock - heard > (patience if started else max(patience, START_SECONDS)):
+                host.dump_and_kill()
+                self._host = None
+                return Hung(patience)
+
+    # How it ended.
+
+    def _conclude(self, claim: Claim, paths: RunPaths, end: End) -> None:
+        if isinstance(end, TakenOver):
+            return self.worker.let_go(self.number)
+        record = _record(paths)
+        if isinstance(end, Died) and record is not None and record.status is Status.RUNNING:
+            record = self._killed_for_memory(paths, record, end)
+        if record is not None and not _to_be_gone_on_with(record):
+            if record.status is Status.OUT_OF_MEMORY:
+                self._end_host()  # what an allocator does after it failed is nobody's guess
+                if self._retry_with_half(claim, paths, record):
+                    return None
+            return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
+        if isinstance(end, Refused):
+            return self.worker.tell(self.number, claim, self._refused(end))
+        if isinstance(end, Wrong) and self.worker.nothing_has_ended():
+            # The first trial shows what is wrong for all of them: data, a model's files, a name that fits no module.
+            self.worker.give_back(self.number, claim)
+            return self.worker.fail(QloraExpError(end.what, end.where, end.hint))
+        if isinstance(end, Wrong):
+            failure = Failure(end.kind, end.what, phase="prepare", hint=end.hint)
+            unknown = (None,) * len(self.setting.spec.objectives)
+            return self.worker.tell(self.number, claim, Outcome(Status.FAILED, unknown, (), None, failure))
+        if self.worker.stopping == NOW and not isinstance(end, Hung | Died):
+            if record is not None and record.status is Status.RUNNING:  # its host was ended before it could write
+                failure = Failure("Interrupted", "ended before it could save", self.state.phase, self.state.step)
+                _write(paths, record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure))
+            return self.worker.give_back(self.number, claim)
+        why = str(end) if isinstance(end, Hung | Died) else "the run was interrupted from outside"
+        return self._lost(claim, paths, record, why)
+
+    def _killed_for_memory(self, paths: RunPaths, record: RunRecord, end: Died) -> RunRecord:
+        """The record of a run whose host died: told as out of memory where that is probable, else as it was."""
+        failure = killed_for_memory(record, -end.code, self._kills_before)
+        if failure is None:
+            return record
+        failure = replace(failure, phase=self.state.phase, step=self.state.step)
+        record = record.replace(status=Status.OUT_OF_MEMORY, ended_at=now(), process=None, failure=failure)
+        _write(paths, record)
+        return record
+
+    def _refused(self, end: Refused) -> Outcome:
+        spec = self.setting.spec
+        kept = (0.0,) * len(spec.constraints)
+        failure = Failure("PredictedNotToFit", end.what, phase="prepare")
+        return Outcome(Status.PRUNED, (None,) * len(spec.objectives), kept, None, failure, end.refusal)
+
+    def _lost(self, claim: Claim, paths: RunPaths, record: RunRecord | None, why: str) -> None:
+        """The host died or hung. The record says so; the trial is run again from its newest checkpoint, unless this was
+        its last attempt."""
+        if not self.worker.still_ours(claim):
+            return self.worker.let_go(self.number)
+        print(f"trial {claim.number}, attempt {claim.attempt}: {why}", file=sys.stderr, flush=True)
+        hint = SMALLER if memory_limits.kills() is None else None  # it can't be seen here whether memory ran out
+        failure = Failure("Lost", why, phase=self.state.phase, step=self.state.step, hint=hint)
+        if record is not None:
+            record = record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure)
+            _write(paths, record)
+        if not self.worker.requeue(self.number, claim, why) and record is not None:
+            _write(paths, record.replace(status=Status.FAILED))
+        return None
+
+    def _retry_with_half(self, claim: Claim, paths: RunPaths, record: RunRecord) -> bool:
+        """Give the trial back to be run with half the micro-batch, where the study allows it. The record is opened
+        again first: whoever claims the trial then goes on with it."""
+        if claim.out_of_memory_retries >= self.setting.spec.out_of_memory_retries or _micro_batch(record) <= 1:
+            return False
+        if not self.worker.still_ours(claim):
+            return False
+        half = halved(_micro_batch(record), record.config["training"]["batch_size"])
+        told = (
+            f"memory ran out with micro-batches of {_micro_batch(record)}; run again with {half}, the batch unchanged"
+        )
+        training = {**record.config["training"], "micro_batch_size": half}
+        shutil.rmtree(paths.checkpoints, ignore_errors=True)
+        opened = record.replace(
+            status=Status.INTERRUPTED,
+            config={**record.config, "training": training},
+            warnings=(*record.warnings, told),
+        )
+        _write(paths, opened)
+        if self.worker.memory_retry(self.number, claim):
+            return True
+        _write(paths, record)
+        return False
+
+    # A full disk.
+
+    def _is_full(self, end: End, paths: RunPaths) -> bool:
+        if isinstance(end, DiskFull) or (isinstance(end, Wrong) and disk_full(end.what)):
+            return True
+        record = _record(paths)
+        return isinstance(end, Ended) and record is not None and _found_no_space(record)
+
+    def _pause(self, paths: RunPaths) -> bool:
+        """Wait until something can be written again, longer each time. ``False``: told to stop first."""
+        self._pauses += 1
+        self.state.phase = "paused: the disk is full"
+        told = f"the disk is full at {paths.folder.parent}; trial {self.state.trial} waits until there is room"
+        print(told, file=sys.stderr, flush=True)
+        until = time.monotonic() + min(2.0**self._pauses, LONGEST_PAUSE_SECONDS)
+        while self.worker.stopping != NOW:
+            time.sleep(LISTEN_SECONDS)
+            if time.monotonic() > until and _can_write(paths):
+                return True
+        return False
+
+    # The host.
+
+    def _end_host(self, politely: bool = True) -> None:
+        host, self._host = self._host, None
+        self.state.host_pid = None
+        if host is not None and politely:
+            host.end()
+        elif host is not None:
+            host.kill()
+
+    def _show(self, claim: Claim, run_id: str) -> None:
+        state = self.state
+        state.trial, state.attempt, state.run_id = claim.number, claim.attempt, run_id
+        state.params, state.started_at, state.phase = dict(claim.params), now(), "start"
+
+
+def _run_id(spec: StudySpec, claim: Claim) -> str:
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    return slug(f"{stamp}-{slug(spec.name)}-{claim.number:04d}-{secrets.token_hex(2)}", 120)
+
+
+def _to_be_gone_on_with(record: RunRecord) -> bool:
+    return record.status in (Status.RUNNING, Status.INTERRUPTED) or _found_no_space(record)
+
+
+def _found_no_space(record: RunRecord) -> bool:
+    failure = record.failure
+    return record.status is Status.FAILED and failure is not None and disk_full(failure.message)
+
+
+def _record(paths: RunPaths) -> RunRecord | None:
+    """``None`` where there is none. One that can't be read is put aside: the trial is run again."""
+    if not paths.record.exists():
+        return None
+    try:
+        return read_record(paths.record)
+    except RecordError:
+        with contextlib.suppress(OSError):
+            os.replace(paths.record, paths.record.with_suffix(".json.damaged"))
+        return None
+
+
+def _write(paths: RunPaths, record: RunRecord) -> None:
+    """A full disk: the record then still says RUNNING, and that its process is dead can be seen."""
+    with contextlib.suppress(OSError):
+        write_json(paths.record, record)
+
+
+def _wait_for_last_owner(paths: RunPaths) -> None:
+    until = time.monotonic() + LAST_OWNER_SECONDS
+    while time.monotonic() < until:
+        record = _record(paths)
+        if record is None or record.status is not Status.RUNNING or record.process is None:
+            return
+        if not alive(record.process):
+            return
+        time.sleep(LISTEN_SECONDS)
+
+
+def _micro_batch(record: RunRecord) -> int:
+    if record.plan is not None:
+        return record.plan.micro_batch_size
+    training = record.config["training"]
+    return int(training["micro_batch_size"] or training["batch_size"])
+
+
+def _micro_batch_asked(record: RunRecord | None) -> int | None:
+    """Of the earlier attempt, which may have been halved after memory ran out."""
+    return None if record is None else record.config["training"]["micro_batch_size"]
+
+
+def _can_write(paths: RunPaths) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=paths.folder.parent) as probe:
+            probe.write(b"\0" * PROBE_BYTES)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,31 @@
+"""What a study may be called: any script, but nothing that a terminal, a command or a database would take otherwise."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from qlora_exp.errors import ConfigError, raise_all
+from qlora_exp.records.find import LAST
+
+MOST_CHARACTERS = 200
+"""Optuna's databases keep 512 bytes or characters, by their kind; a folder's name has 255 bytes."""
+
+CONTROLS = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories: control characters, halves of a character, separators of lines. Emoji may hold others."""
+
+
+def check_name(name: str) -> None:
+    """Raise :class:`ConfigError` for a name that a new study can't have."""
+    hint = "sweep.name=NAME, or null: by its command"
+    problems = []
+    if not name.strip():
+        problems.append("a study's name can't be empty")
+    if len(name) > MOST_CHARACTERS:
+        problems.append(f"a study's name has at most {MOST_CHARACTERS} characters, not {len(name)}")
+    if any(unicodedata.category(character) in CONTROLS for character in name):
+        problems.append("a study's name can't hold control characters")
+    if name.startswith("-"):
+        problems.append("a study's name can't begin with -, which begins an option")
+    if name == LAST:
+        problems.append(f"a study can't be called {LAST}, which means the newest one")
+    raise_all([ConfigError(what, f"sweep.name={name!a}", hint) for what in problems])

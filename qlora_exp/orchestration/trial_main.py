@@ -1,0 +1,186 @@
+"""A trial host: runs one trial after the other for the worker that started it, and keeps the base model warm.
+
+``python -m qlora_exp.orchestration.trial_main --parent PID [--preload training] [--preload tracking]``. Commands come
+on standard input and answers go to standard output, as :mod:`qlora_exp.orchestration.messages` has them; whatever
+libraries print goes to the log that standard error is. The worker sets threads and GPU in the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import faulthandler
+import math
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from qlora_exp.config.schema import Config
+from qlora_exp.errors import QloraExpError
+from qlora_exp.estimate.memory_fit import DoesNotFit
+from qlora_exp.orchestration.messages import (
+    PRELOADED,
+    Answer,
+    Command,
+    DiskFull,
+    Ended,
+    Note,
+    Phase,
+    Question,
+    Ready,
+    Refused,
+    Run,
+    Step,
+    Told,
+    Wrong,
+    decode,
+    encode,
+)
+from qlora_exp.records.redaction import redact_text
+from qlora_exp.system import streams
+from qlora_exp.system.terminal import show_any_text
+from qlora_exp.training.outcome import Report, disk_full
+
+if TYPE_CHECKING:
+    from qlora_exp.models.base_models import Bases
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--preload", action="append", default=[], choices=sorted(PRELOADED))
+    arguments = parser.parse_args()
+    _die_with(arguments.parent)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    streams.keep_writing()
+    line = Line()
+    show_any_text()
+    from qlora_exp.runs.process import import_to_stay, quiet_libraries
+
+    quiet_libraries()
+    import_to_stay(module for name in arguments.preload for module in PRELOADED[name])
+    line.tell(Ready())
+    with ThreadPoolExecutor(1, "delivery") as deliveries, contextlib.suppress(KeyboardInterrupt):
+        host = _Host(line, deliveries, _warm_bases() if "training" in arguments.preload else None)
+        while isinstance(command := line.next(), Run):
+            host.run(command)
+    return 0
+
+
+def _warm_bases() -> Bases:
+    from qlora_exp.models.base_cache import WarmBases
+
+    return WarmBases()
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when the parent's thread that started it ends (Linux); the end of standard
+    input says the same elsewhere. The parent may have died before the kernel was asked."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class Line:
+    """The two pipes to the worker, out of the reach of whatever prints or reads."""
+
+    def __init__(self) -> None:
+        self._in: BinaryIO = os.fdopen(os.dup(0), "rb")
+        self._out: BinaryIO = os.fdopen(os.dup(1), "wb", buffering=0)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.dup2(2, 1)
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._writing = threading.Lock()
+        threading.Thread(target=self._listen, name="commands", daemon=True).start()
+
+    def tell(self, message: Told) -> None:
+        with self._writing:
+            self._out.write(encode(message))
+
+    def next(self) -> Command:
+        return self._commands.get()
+
+    def _listen(self) -> None:
+        """The end of standard input means that the worker is gone: nothing here may outlive it."""
+        with contextlib.suppress(Exception):
+            for text in self._in:
+                self._commands.put(cast(Command, decode(text)))
+        os._exit(1)
+
+
+class _Host:
+    """An observer of its runs, which it tells the worker of."""
+
+    def __init__(self, line: Line, deliveries: ThreadPoolExecutor, bases: Bases | None) -> None:
+        from qlora_exp.config.compose import Composer
+
+        self.line, self.deliveries, self.bases = line, deliveries, bases
+        self.composer = Composer()
+
+    def run(self, command: Run) -> None:
+        from qlora_exp.runs.execute import execute
+
+        try:
+            execute(
+                _changed(self.composer.compose(command.overrides), command),
+                self,
+                resume=command.run_id if command.resume else None,
+                run_id=command.run_id,
+                trial=command.trial,
+                report=Report(self.ask, command.per_item),
+                bases=self.bases,
+                deliver=self.deliveries.submit,
+                memory=command.memory,
+            )
+            self.line.tell(Ended())
+        except DoesNotFit as error:
+            self.line.tell(Refused(error.what, error.refusal))
+        except QloraExpError as error:
+            what = redact_text(error.what if type(error).__str__ is QloraExpError.__str__ else str(error))
+            self.line.tell(Wrong(type(error).__name__, what, error.where, error.hint))
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            self.line.tell(DiskFull(str(error)))
+
+    def ask(self, step: int, value: float, items: Sequence[float] | None) -> bool:
+        finite = items is not None and math.isfinite(value)
+        self.line.tell(Question(step, value, tuple(items) if items is not None and finite else None))
+        answer = self.line.next()
+        assert isinstance(answer, Answer)
+        return answer.stop
+
+    def phase(self, name: str) -> None:
+        self.line.tell(Phase(name))
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        self.line.tell(Step(step, total, dict(metrics)))
+
+    def note(self, text: str) -> None:
+        self.line.tell(Note(text))
+
+
+def _changed(config: Config, command: Run) -> Config:
+    """What the worker sets beside the overrides; Hydra's grammar has no part in it."""
+    changed = replace(config, output_root=command.output_root)
+    if command.micro_batch_size is None:
+        return changed
+    return replace(changed, training=replace(changed.training, micro_batch_size=command.micro_batch_size))
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch apart would keep the worker waiting

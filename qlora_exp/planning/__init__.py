@@ -1,1 +1,0 @@
-"""What configurations will need and cost, before anything is loaded: points, figures, and what fits on a card."""

@@ -1,0 +1,90 @@
+"""Rank doubling as a sweep: what the command means, what is said before, and the answer at its end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_exp.config.compose import compose_raw
+from qlora_exp.config.interpolations import texts_of
+from qlora_exp.config.overrides import key_of
+from qlora_exp.config.schema import LadderConfig, SweepConfig
+from qlora_exp.errors import ConfigError, raise_all
+from qlora_exp.paths import StudyPaths
+from qlora_exp.records.files import write_json
+from qlora_exp.study.space import grid, overrides_of
+from qlora_exp.study.types import Axis, LadderSpec, OneLadder, StudySpec
+
+
+def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, ...]) -> LadderSpec:
+    """One ladder for each point of the axes that the sweep has besides the ladder's own.
+
+    ``fixed``: the overrides of every trial; ``seed`` among them is the first one, ``training.learning_rate`` the centre
+    at r_start.
+
+    Raises:
+        ConfigError, Problems: nothing was started.
+    """
+    from qlora_exp.rank_doubling.settings import OWN_KEYS, RANK, SPLIT, resolve
+
+    taken = [axis.key for axis in others if axis.key in OWN_KEYS]
+    taken += [key for text in fixed if (key := key_of(text)) in (RANK, SPLIT)]
+    hint = "sweep.ladder.r_start, r_max, seeds and lr_factors say which; another sampler searches freely"
+    raise_all([ConfigError("the ladder itself chooses this", f"{key}=…", hint) for key in taken])
+    ladders = [_one(fixed, point, settings.ladder.r_start) for point in grid(others)]
+    seed = int(compose_raw(fixed).seed)
+    return resolve(settings.ladder, seed, ladders)
+
+
+def _one(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> OneLadder:
+    """As the point's own configuration has it at the first rank: another model may bring another learning rate, and
+    ``lora.alpha=${lora.r}`` follows the rank."""
+    raw, doubled = (compose_raw([*fixed, *overrides_of(point | {"lora.r": rank})]) for rank in (r_start, 2 * r_start))
+    follows = raw.lora.alpha_policy != "fixed" or raw.lora.alpha != doubled.lora.alpha
+    alpha = str(raw.lora.alpha_policy)
+    if alpha == "fixed":
+        alpha = str(texts_of(raw.lora, "alpha")) if follows else f"fixed at {raw.lora.alpha}"
+    return OneLadder(
+        axes=point,
+        learning_rate=float(raw.training.learning_rate),
+        rate_exponent=0.0 if raw.lora.rslora or not follows else -0.5,
+        alpha=f"{alpha}, rsLoRA" if raw.lora.rslora else alpha,
+    )
+
+
+def announce(spec: StudySpec, config: LadderConfig) -> None:
+    """Say before training whether the planned seeds and items can settle the margin, where there is one."""
+    from qlora_exp.rank_doubling.answers import plan_sentence
+    from qlora_exp.rank_doubling.settings import is_single, rule_of
+
+    assert spec.ladder is not None
+    if is_single(spec.ladder):
+        return
+    raw = compose_raw(spec.overrides)
+    limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
+    rule, items = rule_of(spec.ladder), min(limits, default=None)
+    settles, told = plan_sentence(rule, config.seed_sd, config.item_sd, items, spec.ladder.most_seeds)
+    print(f"  {'' if settles else 'warning: '}{told}", file=sys.stderr, flush=True)
+
+
+def conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> None:
+    """Write the answers to ``ladder.json``, and print them."""
+    found = show_answers(opened, spec)
+    write_json(paths.ladder, {"study": spec.name, "synthetic": spec.synthetic, "ladders": found})
+    print(f"  {paths.ladder}")
+
+
+def show_answers(opened: Any, spec: StudySpec) -> list[dict[str, Any]]:
+    """Print each ladder's sentence and warnings, as far as it has come; its answers as ``ladder.json`` has them."""
+    from qlora_exp.rank_doubling.answers import answers
+
+    assert spec.ladder is not None
+    found: list[dict[str, Any]] = answers(spec.ladder, opened.on_ladder())
+    for one in found:
+        name = ", ".join(f"{key}={value}" for key, value in one["axes"].items())
+        marks = [text for text in ("SYNTHETIC" if spec.synthetic else "", name) if text]
+        print(": ".join([*marks, one["sentence"]]))
+        for warning in one["warnings"]:
+            print(f"  warning: {warning}")
+    return found

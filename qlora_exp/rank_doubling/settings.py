@@ -1,0 +1,127 @@
+"""What a ladder may ask for: its ranks, seeds and learning rates, checked before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from qlora_exp.analysis.rule import MOST_SEEDS, Rule, make_rule
+from qlora_exp.config.schema import LadderConfig, LrPolicy
+from qlora_exp.errors import AnalysisError, ConfigError, QloraExpError, raise_all
+from qlora_exp.study.space import parse_axes
+from qlora_exp.study.types import Axis, LadderSpec, OneLadder
+
+RANK, SEED, RATE, SPLIT = "lora.r", "seed", "training.learning_rate", "evaluation.split"
+OWN_KEYS = (RANK, SEED, RATE, SPLIT)
+"""What a ladder sets in each of its trials: no axes of anybody else's."""
+
+
+def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[OneLadder]) -> LadderSpec:
+    """``sweep.ladder``, checked.
+
+    Raises:
+        ConfigError, or Problems for several.
+    """
+    where = "sweep.ladder"
+    errors: list[QloraExpError] = []
+    single = config.r_start == config.r_max
+    if config.margin is None and not single:
+        what = "a ladder needs a margin, fixed before anything is trained"
+        errors.append(ConfigError(what, f"{where}.margin", "the least gain worth paying for, nats per item: 0.05, say"))
+    elif config.margin is not None and doublings_of(config.r_start, config.r_max):
+        try:
+            make_rule(config.margin, doublings_of(config.r_start, config.r_max), config.half_zone)
+        except AnalysisError as error:
+            errors.append(ConfigError(error.what, f"{where}.margin", error.hint))
+    if config.r_start < 1 or not (single or config.r_start <= config.r_max // 2):
+        what = f"from r = {config.r_start} to {config.r_max} there is nothing to double"
+        errors.append(ConfigError(what, f"{where}.r_max={config.r_max}", f"at least {2 * max(config.r_start, 1)}"))
+    if not 2 <= config.seeds <= MOST_SEEDS:
+        what = f"{config.seeds} seeds can't decide" if config.seeds < 2 else "more seeds than the rule was tried with"
+        errors.append(ConfigError(what, f"{where}.seeds={config.seeds}", f"from 2 to {MOST_SEEDS}; 3 is usual"))
+    elif not config.seeds <= config.most_seeds <= MOST_SEEDS:
+        what = f"a purchase can't make {config.most_seeds} of {config.seeds} seeds"
+        hint = f"from {config.seeds} (none is bought) to {MOST_SEEDS}"
+        errors.append(ConfigError(what, f"{where}.most_seeds={config.most_seeds}", hint))
+    if config.pilot_seed in range(first_seed, first_seed + MOST_SEEDS):
+        what = "the pilots' seed would enter the decision"
+        hint = f"outside {first_seed} … {first_seed + MOST_SEEDS - 1}"
+        errors.append(ConfigError(what, f"{where}.pilot_seed={config.pilot_seed}", hint))
+    factors = sorted(set(config.lr_factors))
+    few = len(factors) < 2 and config.lr_policy is not LrPolicy.fixed
+    if few or not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        what = "learning rates are chosen among at least two, all above 0"
+        errors.append(ConfigError(what, f"{where}.lr_factors={config.lr_factors}", "[0.5,1,2], or lr_policy=fixed"))
+    raise_all(errors)
+    return LadderSpec(
+        r_start=config.r_start,
+        r_max=config.r_max,
+        seeds=config.seeds,
+        first_seed=first_seed,
+        pilot_seed=config.pilot_seed,
+        margin=config.margin,
+        half_zone=config.half_zone,
+        lr_policy=config.lr_policy.value,
+        lr_factors=tuple(factors),
+        ladders=tuple(ladders),
+        most_seeds=config.most_seeds,
+    )
+
+
+def doublings_of(r_start: int, r_max: int) -> int:
+    """How often r_start can be doubled without passing r_max."""
+    return (r_max // r_start).bit_length() - 1 if 1 <= r_start <= r_max else 0
+
+
+def ranks_of(spec: LadderSpec) -> list[int]:
+    return [spec.r_start << step for step in range(doublings_of(spec.r_start, spec.r_max) + 1)]
+
+
+def rule_of(spec: LadderSpec) -> Rule:
+    assert spec.margin is not None  # where there is a doubling, resolve() has refused a missing one
+    return make_rule(spec.margin, doublings_of(spec.r_start, spec.r_max), spec.half_zone)
+
+
+def is_single(spec: LadderSpec) -> bool:
+    """Whether nothing is doubled: a learning rate is chosen by pilots, then the seeds are run, and that is all."""
+    return spec.r_start == spec.r_max
+
+
+def most_trials(spec: LadderSpec) -> int:
+    """What all ladders together can ask for at most: per rank its pilots, one of them beyond the grid, and seeds."""
+    ranks = len(ranks_of(spec))
+    seeds = spec.seeds if is_single(spec) else spec.most_seeds  # a purchase is a doubling's
+    searched = {LrPolicy.search.value: ranks, LrPolicy.transfer.value: 1}.get(spec.lr_policy, 0)
+    return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * seeds)
+
+
+def own_axes(spec: LadderSpec) -> tuple[Axis, ...]:
+    """The axes that the ladder's trials have besides the others'."""
+    rates = [rate for one in spec.ladders for rank in ranks_of(spec) for rate in rates_of(spec, one, rank)]
+    rates += [one.learning_rate for one in spec.ladders]
+    reach = max(high / low for low, high in pairwise(spec.lr_factors)) if len(spec.lr_factors) > 1 else 2.0
+    low, high = rounded(min(rates) / reach / 2), rounded(max(rates) * reach * 2)
+    seeds = (*range(spec.first_seed, spec.first_seed + MOST_SEEDS), spec.pilot_seed)
+    texts = {
+        RANK: ",".join(map(str, ranks_of(spec))),
+        SEED: ",".join(map(str, seeds)),
+        RATE: f"tag(log,interval({low},{high}))",
+        SPLIT: "validation,test",
+    }
+    return tuple(replace(axis, tags=("ladder",)) for axis in parse_axes(texts, {}))
+
+
+def rates_of(spec: LadderSpec, one: OneLadder, rank: int) -> list[float]:
+    """Rising."""
+    centre = one.learning_rate * drift(spec, one, rank)
+    return [rounded(centre * factor) for factor in spec.lr_factors]
+
+
+def drift(spec: LadderSpec, one: OneLadder, rank: int) -> float:
+    return float((rank / spec.r_start) ** one.rate_exponent)
+
+
+def rounded(rate: float) -> float:
+    return float(f"{rate:.4g}")

@@ -1,0 +1,164 @@
+"""The README.md of an adapter: what it was made from, how, and what was measured. Nothing that the record lacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_exp.records.redaction import redact, redact_text
+from qlora_exp.records.types import Data, RunRecord
+
+MEASURES = {
+    "loss": "nats per completion token",
+    "loss_per_item": "nats per item, summed over its completion tokens",
+    "perplexity": "exp(loss)",
+    "bits_per_byte": "bits per byte of completion text",
+    "token_accuracy": "teacher-forced, without the end token",
+    "accuracy": "highest summed log-likelihood of all label tokens among the options",
+    "accuracy_calibrated": "the same, corrected by the label marginal on validation",
+    "macro_f1": "mean over all labels",
+    "exact_match": "generated answer, stripped and case-folded",
+    "invalid_answer_rate": "generated answers that are no option",
+    "rouge_l": "ROUGE-L of the generated answer",
+    "token_f1": "token F1 of the generated answer",
+}
+
+
+def model_card(record: RunRecord) -> str:
+    """Markdown with the Hub's metadata header, from the record alone. Secrets are redacted."""
+    config = redact(record.config)
+    lines = [*_header(config), f"# {record.name}", "", *_made_from(record, config), "", *_scores(record), ""]
+    lines += ["## Settings", "", *_settings(record, config), "", "## Licence and limits", "", *_limits(config)]
+    return redact_text("\n".join(lines)) + "\n"
+
+
+def _header(config: dict[str, Any]) -> Iterator[str]:
+    yield "---"
+    base = _base(config)
+    if base is not None and "/" in base and not base.startswith(("/", ".", "~")):
+        yield f"base_model: {json.dumps(base)}"
+    yield "library_name: peft"
+    yield "tags: [lora, qlora-exp]"
+    yield "---"
+    yield ""
+
+
+def _base(config: dict[str, Any]) -> str | None:
+    model = config.get("model") or {}
+    return model.get("path") or (model.get("checkpoints") or {}).get(model.get("variant"))
+
+
+def _made_from(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
+    model = config.get("model") or {}
+    mode = (config.get("quantization") or {}).get("mode")
+    yield f"A LoRA adapter for `{_base(config) or model.get('family')}` ({model.get('variant')}, held in {mode})."
+    if record.model_fingerprint:
+        yield f"Base fingerprint: `{record.model_fingerprint}`."
+    if record.data is not None:
+        data = record.data
+        yield (
+            f"Trained on `{data.task}`: {data.train_items:,} items ({data.validation_items:,} validation, "
+            f"{data.test_items:,} test), fingerprint `{data.fingerprint}`."
+        )
+        if data.dropped_rows:
+            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in data.dropped_reasons.items())
+            yield f"{data.dropped_rows:,} rows of the data are in no split: {reasons}."
+        if data.truncated_items:
+            yield f"{data.truncated_items:,} items were longer than training.max_length: their end was cut."
+        yield from _prompt(data)
+    if record.status.value != "COMPLETED":
+        yield f"\n**The run did not complete: {record.status.value}.**"
+
+
+def _prompt(data: Data) -> Iterator[str]:
+    """What a server must know to write the prompts that the adapter was trained on."""
+    variables = data.answer_prefix_variables
+    if data.answer_prefix:
+        text = json.dumps(data.answer_prefix)
+        yield f"Prompts ended in `{text}`, which the chat template writes before an answer without reasoning."
+    if variables:
+        yield f"Serve it with the chat template's variables `{json.dumps(variables)}`."
+    elif data.answer_prefix:
+        yield "No known variable of the template writes this text: append it to the generation prompt."
+    if data.chat_date:
+        yield f"The chat template asks for the date. It was given {data.chat_date}."
+
+
+def _scores(record: RunRecord) -> Iterator[str]:
+    yield "## Scores"
+    yield ""
+    table = record.scores
+    for title, before, after in (
+        ("validation", table.before, table.after),
+        ("test", table.test_before, table.test),
+    ):
+        known = after or before
+        if known is None:
+            continue
+        yield f"On {known.split or title}, {known.items:,} items:"
+        yield ""
+        yield "| measure | before | after | how |"
+        yield "|---|---:|---:|---|"
+        for name, how in MEASURES.items():
+            values = [getattr(scores, name) if scores is not None else None for scores in (before, after)]
+            if any(value is not None for value in values):
+                yield f"| {name.replace('_', ' ')} | {_figure(values[0])} | {_figure(values[1])} | {how} |"
+        yield ""
+    if table.before is None and table.after is None and table.test is None:
+        yield "Not measured."
+    if record.baselines is not None:
+        yield (
+            f"To clear, on {record.baselines.split}: majority class {_figure(record.baselines.majority_accuracy)}, "
+            f"TF-IDF + logistic regression {_figure(record.baselines.tfidf_accuracy)} (accuracy)."
+        )
+    for gone in (table.forgetting, table.forgetting_chat):
+        if gone is not None:
+            yield (
+                f"Loss on {gone.text} ({gone.documents} documents) changed by {_figure(gone.difference)} nats per byte "
+                f"(95 % interval {_figure(gone.low)} to {_figure(gone.high)})."
+            )
+    if record.goal is not None:
+        yield f"Goal `{record.goal.text}` on {record.goal.split}: {record.goal.answer}."
+
+
+def _settings(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
+    lora, training = config.get("lora") or {}, config.get("training") or {}
+    rows: dict[str, Any] = {"rank r": lora.get("r"), "dropout": lora.get("dropout"), "initialisation": lora.get("init")}
+    if record.plan is not None:
+        plan = record.plan
+        rows |= {
+            "alpha": f"{plan.alpha:g} (scale {plan.scale:g})",
+            "adapted modules": f"{plan.adapted_modules} ({', '.join(plan.target_modules)})",
+            "trainable parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,}",
+            "weights, computing, adapter": f"{plan.weight_dtype}, {plan.compute_dtype}, {plan.adapter_dtype}",
+            "prompt format": plan.format,
+            "device": plan.device,
+        }
+    if record.training is not None:
+        rows["optimizer steps"] = record.training.steps
+    names = ("batch_size", "learning_rate", "scheduler", "warmup_ratio", "weight_decay", "optimizer", "max_length")
+    rows |= {name.replace("_", " "): training.get(name) for name in names}
+    rows["seed"] = record.seed
+    rows["run"] = record.run_id
+    rows |= {name: record.environment.packages.get(name) for name in ("torch", "transformers", "peft", "trl")}
+    yield "| setting | value |"
+    yield "|---|---|"
+    yield from (f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+
+
+def _limits(config: dict[str, Any]) -> Iterator[str]:
+    yield "The adapter is of use only together with its base model; the licences of the base model and of the training"
+    yield "data apply. This card was written from the run's record and claims nothing beyond the scores above."
+    lora = config.get("lora") or {}
+    if lora.get("init") == "pissa":
+        yield "PiSSA changes the base before training. The adapter's file undoes that, and has twice the rank for it:"
+        yield "on the base as it is published, W + alpha/r · B·A is the trained model."
+    if lora.get("dora"):
+        yield "DoRA's magnitudes are read by PEFT; vLLM and llama.cpp refuse them. Merge the adapter for these."
+    if (config.get("task") or {}).get("source") == "embedded":
+        yield "The embedded task is made from WordNet 3.0 (Princeton University), used under the WordNet 3.0 licence."
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,161 @@
+"""What is known of a run while it goes on, and the figures made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from qlora_exp.config.schema import BudgetConfig
+from qlora_exp.estimate.budget import RECORD_SECONDS, exhausted, spent_before
+from qlora_exp.evaluation.base_scores import Untouched
+from qlora_exp.models.weight_bytes import WeightBytes
+from qlora_exp.paths import RunPaths
+from qlora_exp.records.files import write_json
+from qlora_exp.records.types import Memory, RunRecord, Speed, Spent
+from qlora_exp.training import meter as measurement
+from qlora_exp.training.outcome import Observer
+from qlora_exp.training.trainer import Trained, Watch
+
+
+@dataclass
+class Progress:
+    """What is known so far; whatever ends the run, its record holds it."""
+
+    record: RunRecord
+    paths: RunPaths
+    meter: measurement.Meter
+    earlier_seconds: float
+    """What the parts of a resumed run took before."""
+    phase: str = "prepare"
+    weights: WeightBytes | None = None
+    resident_bytes: int | None = None
+    watch: Watch | None = None
+    trained: Trained | None = None
+    untouched: Untouched | None = None
+    started: float = field(default_factory=time.perf_counter)
+    earlier: Spent = field(init=False)
+    started_joules: float | None = field(init=False)
+    written: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.earlier = spent_before(self.record)
+        self.started_joules = measurement.energy_joules(self.meter.device)
+
+    def enter(self, phase: str, observer: Observer) -> None:
+        """A phase begins: what is known is written, so that even a killed run's record has it."""
+        self.phase = phase
+        write_json(self.paths.record, self.known(), durable=False)
+        observer.phase(phase)
+
+    def watching(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def exhausted(self, budget: BudgetConfig) -> str | None:
+        """Which limit of ``budget`` is spent. What is known is written now and then, for a run that is killed."""
+        clock = time.perf_counter()
+        if clock - self.written > RECORD_SECONDS:
+            self.written = clock
+            with contextlib.suppress(OSError):  # a full disk; the next write makes up for it
+                write_json(self.paths.record, self.known(), durable=False)
+        return exhausted(budget, self.spent())
+
+    def spent(self) -> Spent:
+        """All of this run's parts, up to now."""
+        joules, tokens = measurement.energy_joules(self.meter.device), 0
+        if self.watch is not None:
+            tokens = self.watch.meter.tokens - self.watch.meter.earlier_tokens
+        if joules is not None and self.started_joules is not None:
+            joules += (self.earlier.joules or 0.0) - self.started_joules
+        seconds = self.earlier.seconds + time.perf_counter() - self.started
+        return Spent(seconds, self.earlier.tokens + tokens, joules)
+
+    def known(self) -> RunRecord:
+        """The record with every figure that has been measured by now."""
+        trained = self.trained or (self.watch.so_far() if self.watch else None)
+        return self.record.replace(
+            memory=_memory(self, trained),
+            speed=_speed(self, trained),
+            spent=self.spent(),
+            training=trained.training if trained else None,
+        )
+
+
+def _memory(progress: Progress, trained: Trained | None) -> Memory:
+    meter, weights = progress.meter, progress.weights
+    return Memory(
+        base_weight_bytes=weights.base_weight_bytes if weights else None,
+        quantization_state_bytes=weights.quantization_state_bytes if weights else None,
+        adapter_bytes=weights.adapter_bytes if weights else None,
+        gradient_bytes=trained.gradient_bytes if trained else None,
+        optimizer_bytes=trained.optimizer_bytes if trained else None,
+        resident_after_imports_bytes=progress.resident_bytes,
+        peak_load_bytes=meter.of("load").peak_bytes,
+        peak_train_bytes=meter.of("train").peak_bytes,
+        peak_evaluation_bytes=meter.of("evaluate").peak_bytes,
+        peak_train_reserved_bytes=meter.of("train").reserved_bytes,
+        train_working_set_bytes=_working_set(progress),
+        checkpoint_bytes=trained.checkpoint_bytes if trained else None,
+        host_reused=meter.host_reused,
+        source=meter.source,
+    )
+
+
+def _working_set(progress: Progress) -> int | None:
+    """All that training needed. What a CPU's process had made before, for scoring or for MLflow, isn't part of it; what
+    of the model was there already is, mapped or not."""
+    train, weights = progress.meter.of("train"), progress.weights
+    if progress.meter.device == "cuda":
+        return train.peak_bytes
+    if train.anonymous_peak_bytes is None or weights is None:
+        return None
+    held = weights.base_weight_bytes + weights.quantization_state_bytes + weights.adapter_bytes
+    return held + train.anonymous_peak_bytes
+
+
+def _speed(progress: Progress, trained: Trained | None) -> Speed:
+    record, meter, untouched = progress.record, progress.meter, progress.untouched
+    total = progress.earlier_seconds + time.perf_counter() - progress.started
+    price = record.plan.usd_per_hour if record.plan is not None else None
+    speed = Speed(
+        load_seconds=meter.of("load").seconds,
+        evaluation_seconds=meter.of("evaluate").seconds,
+        untouched_evaluation_seconds=meter.of("untouched").seconds,
+        untouched_cached=untouched.cached if untouched else False,
+        total_seconds=total,
+        cost_usd=total / 3600.0 * price if price is not None else None,
+    )
+    if trained is None:
+        return speed
+    counted = sum(trained.counted_seconds)
+    rate = trained.counted_tokens / counted if counted > 0 else None
+    ordered = sorted(trained.counted_seconds)
+    return replace(
+        speed,
+        train_seconds=trained.seconds,
+        steps=trained.training.steps,
+        excluded_steps=trained.excluded_steps,
+        train_tokens=trained.tokens,
+        loss_tokens=trained.loss_tokens,
+        train_tokens_per_second=rate,
+        step_seconds_p50=_quantile(ordered, 0.5),
+        step_seconds_p95=_quantile(ordered, 0.95),
+        model_flops_utilisation=_utilisation(record, rate),
+        energy_joules=meter.of("train").energy_joules,
+    )
+
+
+def _utilisation(record: RunRecord, tokens_per_second: float | None) -> float | None:
+    if record.plan is None or tokens_per_second is None or record.plan.device != "cuda":
+        return None
+    plan = record.plan
+    flops = measurement.flops_per_token(plan.total_parameters, plan.trainable_parameters, recomputed=False)
+    return measurement.model_flops_utilisation(record.environment.device.name, flops, tokens_per_second)
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float | None:
+    """Nearest-rank quantile of sorted values."""
+    if not ordered:
+        return None
+    return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]

@@ -1,0 +1,90 @@
+"""A run begins: its name, its folder and its first record."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+
+import yaml
+
+from qlora_exp.config.schema import Config, Engine, to_plain
+from qlora_exp.paths import OutputPaths, RunPaths, make_folder, slug
+from qlora_exp.records import redaction
+from qlora_exp.records.files import read_record, write_json, write_text
+from qlora_exp.records.types import SCHEMA_VERSION, Environment, RunRecord, Status, Trial
+from qlora_exp.runs import sleep_engine
+from qlora_exp.system import environment
+
+
+def begin(
+    config: Config,
+    outputs: OutputPaths,
+    probed: Environment,
+    resume: str | None,
+    run_id: str | None,
+    trial: Trial | None,
+) -> tuple[RunRecord, RunPaths]:
+    plain = redaction.redact({key: value for key, value in to_plain(config).items() if key not in ("sweep", "workers")})
+    if resume is not None:
+        paths = outputs.run(resume)
+        old = read_record(paths.record)
+        record = old.replace(
+            status=Status.RUNNING,
+            ended_at=None,
+            config=plain if trial is not None else old.config,
+            failure=None,
+            earlier_failures=(*old.earlier_failures, *((old.failure,) if old.failure is not None else ())),
+            environment=probed,
+            process=environment.process_identity(),
+            trial=trial or old.trial,
+        )
+    else:
+        run_id = run_id or _new_run_id(config)
+        paths = outputs.run(run_id)
+        make_folder(paths.folder, exist_ok=trial is not None)
+        record = RunRecord(
+            schema_version=SCHEMA_VERSION,
+            run_id=run_id,
+            name=redaction.redact_text(_name(config, trial)),
+            status=Status.RUNNING,
+            started_at=now(),
+            ended_at=None,
+            config=plain,
+            environment=probed,
+            process=environment.process_identity(),
+            seed=config.seed,
+            trial=trial,
+        )
+        if config.training.engine is Engine.sleep:
+            record = sleep_engine.marked(record)
+    write_text(paths.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    write_json(paths.record, record)
+    return record, paths
+
+
+def remove(paths: RunPaths) -> None:
+    for file in (paths.record, paths.config, paths.lock):
+        file.unlink(missing_ok=True)
+    paths.folder.rmdir()
+
+
+def _name(config: Config, trial: Trial | None) -> str:
+    name = config.name or display_name(config)
+    return name if trial is None else f"{name} #{trial.number}"
+
+
+def display_name(config: Config) -> str:
+    """The axes in a few words, e.g. ``embedded-base nf4 r8 attention s1``."""
+    where = "+".join(config.targets.modules) if config.targets.modules else config.targets.set
+    model = f"{config.model.family}-{config.model.variant.value}"
+    return f"{model} {config.quantization.mode.value} r{config.lora.r} {where} s{config.seed}"
+
+
+def _new_run_id(config: Config) -> str:
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    model = f"{config.model.family}-{config.model.variant.value}"
+    return slug(f"{stamp}-{model}-{config.quantization.mode.value}-r{config.lora.r}-{secrets.token_hex(2)}", 120)
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

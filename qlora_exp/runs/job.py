@@ -1,0 +1,43 @@
+"""One run in a process of its own: reads a resolved configuration from standard input. Started by a multirun."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+
+import yaml
+
+from qlora_exp.errors import QloraExpError
+from qlora_exp.runs.entry_points import config_from_plain, run_and_tell
+from qlora_exp.runs.process import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, tell
+from qlora_exp.system import signals, streams
+from qlora_exp.system.distributed import one_rank_only
+from qlora_exp.system.terminal import show_any_text
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def die_with_parent() -> None:
+    """Have the kernel send TERM when the parent ends: the run saves, and no orphan keeps a GPU. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main() -> int:
+    die_with_parent()
+    streams.keep_writing()
+    show_any_text()
+    try:
+        with signals.interrupting():
+            one_rank_only()
+            return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.buffer.read().decode("utf-8"))))
+    except QloraExpError as error:
+        tell(error)
+        return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The straight line of one run, and the one place where an exception becomes a status."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shlex
+import traceback
+from dataclasses import replace
+from typing import Any
+
+from qlora_exp.architecture.targets import rank_above_width
+from qlora_exp.config.schema import Config, EvaluationSplit
+from qlora_exp.errors import ModelError, QloraExpError
+from qlora_exp.estimate.budget import cut_short
+from qlora_exp.estimate.preflight_budget import what_it_buys
+from qlora_exp.estimate.run_estimate import as_first_told
+from qlora_exp.evaluation.base_scores import baselines_of, score, untouched_scores, write_items
+from qlora_exp.evaluation.few_shot import few_shot_scores
+from qlora_exp.evaluation.goal import answer_goal
+from qlora_exp.evaluation.scoring import Evaluation, limited
+from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter
+from qlora_exp.models.base_cache import ColdBases
+from qlora_exp.models.base_models import Bases
+from qlora_exp.models.weight_bytes import weight_bytes
+from qlora_exp.paths import OutputPaths, RunPaths
+from qlora_exp.records.files import write_json
+from qlora_exp.records.redaction import redact_text
+from qlora_exp.records.schema import from_dict
+from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
+from qlora_exp.runs.figures import Progress
+from qlora_exp.runs.prepare import Prepared
+from qlora_exp.training import meter as measurement
+from qlora_exp.training.checkpoints import newest_valid, step_of
+from qlora_exp.training.outcome import Diverged, Observer, Report, Silent, never_stop, status_of
+from qlora_exp.training.trainer import Trained, train
+
+
+def run(
+    config: Config,
+    prepared: Prepared,
+    record: RunRecord,
+    paths: RunPaths,
+    observer: Observer | None = None,
+    report: Report = never_stop,
+    bases: Bases | None = None,
+) -> tuple[RunRecord, QloraExpError | None]:
+    """Run ``config`` to its end. Returns its record — completed, or with the failure that ended it — and the error
+    where wrong input showed itself only now (a weight file torn inside, say): the caller tells it."""
+    progress = Progress(
+        record.replace(plan=as_first_told(prepared.plan, record.plan), data=prepared.splits.record),
+        paths,
+        measurement.Meter(prepared.plan.device, host_reused=_host_is_reused()),
+        earlier_seconds=record.speed.total_seconds or 0.0,
+    )
+    try:
+        _straight_line(config, prepared, progress, observer or Silent(), report, bases or ColdBases())
+        return progress.known().replace(status=Status.COMPLETED), None
+    except (Exception, KeyboardInterrupt) as error:
+        return _failed(progress, error), error if isinstance(error, QloraExpError) else None
+
+
+def _straight_line(
+    config: Config, prepared: Prepared, progress: Progress, observer: Observer, report: Report, bases: Bases
+) -> None:
+    planned, tokenizer, splits = prepared.plan, prepared.tokenizer, prepared.splits
+    paths, meter = progress.paths, progress.meter
+    cache = OutputPaths.of(config.output_root).cache
+    progress.resident_bytes = measurement.resident_bytes()
+    if not progress.earlier.seconds:
+        for text in what_it_buys(config, prepared):
+            observer.note(text)
+
+    progress.enter("load", observer)
+    with meter.phase("load"):
+        base = bases.lend(config, planned.device)
+    _check_same_model(progress.record, base.fingerprint)
+    progress.record = progress.record.replace(model_fingerprint=base.fingerprint)
+
+    progress.enter("evaluate untouched", observer)
+    with meter.phase("untouched"):
+        model = bases.model(base)
+        untouched = untouched_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
+        shown = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
+    baselines = baselines_of(splits, config, cache)
+    untouched.write_items(paths)
+    shown.write_items(paths)
+    progress.untouched = untouched
+    before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores, few_shot=shown.draws)
+    progress.record = _warned(progress.record.replace(scores=before, baselines=baselines), shown.warning())
+    progress.record = _warned(progress.record, _short_of_rows(planned, len(splits.train)))
+    progress.record = _warned(progress.record, rank_above_width(prepared.architecture, prepared.modules, config.lora))
+
+    progress.enter("train", observer)
+    progress.trained = _trained_before(paths)
+    if progress.trained is not None:  # the run was interrupted after its training
+        model = load_adapter(base, paths.adapter)
+        progress.weights = weight_bytes(model)
+    else:
+        model = attach_adapters(bases.model(base), config, prepared.modules)
+        progress.weights = weight_bytes(model)
+        model.train()
+        validation = limited(splits.validation, config)
+        with meter.phase("train"):
+            progress.trained = train(
+                planned,
+                model,
+                tokenizer,
+                splits.train,
+                validation,
+                config,
+                paths,
+                report,
+                observer,
+                progress.watching,
+                lambda: progress.exhausted(config.budget),
+            )
+        save_adapter(model, paths.adapter)
+        write_json(paths.trained, progress.trained)
+
+    progress.record = _warned(progress.record, _cut_short(progress.trained, planned))
+
+    progress.enter("evaluate", observer)
+    with meter.phase("evaluate"):
+        after, test, forgotten = score(model, tokenizer, splits, config, untouched)
+    _check_finite(after, progress.trained)
+    write_items(after.items, paths.items("after", "validation"))
+    if test is not None:
+        write_items(test.items, paths.items("after", "test"))
+    table = replace(
+        before,
+        after=after.scores,
+        test=test.scores if test else None,
+        forgetting=forgotten.text,
+        forgetting_chat=forgotten.chat,
+    )
+    progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+
+
+def _warned(record: RunRecord, warning: str | None) -> RunRecord:
+    """A resumed run is told once."""
+    if warning is None or warning in record.warnings:
+        return record
+    return record.replace(warnings=(*record.warnings, warning))
+
+
+def _short_of_rows(planned: Plan, rows: int) -> str | None:
+    if rows >= planned.batch_size:
+        return None
+    return (
+        f"a step has {rows} rows, not training.batch_size={planned.batch_size}: there are no more in the training split"
+    )
+
+
+def _cut_short(trained: Trained, planned: Plan) -> str | None:
+    name = trained.training.ended_by_budget
+    return cut_short(name, trained.training.steps, planned.max_steps) if name is not None else None
+
+
+def _check_finite(after: Evaluation, trained: Trained) -> None:
+    """The last step can spoil an adapter after the last loss of the training: its weights may still be finite, and an
+    argmax over NaN would look like an accuracy."""
+    if after.scores.loss is not None and not math.isfinite(after.scores.loss):
+        raise Diverged("the tuned model's loss", trained.training.steps)
+
+
+def _trained_before(paths: RunPaths) -> Trained | None:
+    """What an interrupted run had trained to its end; the file is written after the adapter."""
+    try:
+        return from_dict(Trained, json.loads(paths.trained.read_text(encoding="utf-8")), str(paths.trained))
+    except (OSError, ValueError, QloraExpError):
+        return None
+
+
+def _check_same_model(record: RunRecord, fingerprint: str) -> None:
+    """A run that is resumed on other weights would be a mixture that its record doesn't tell of."""
+    if record.model_fingerprint not in (None, fingerprint):
+        raise ModelError(
+            "the model's files have changed since this run began", record.run_id, f"qlora-exp rerun {record.run_id}"
+        )
+
+
+_runs_in_this_process = itertools.count()
+
+
+def _host_is_reused() -> bool:
+    """Whether this process made a run before: the allocator then holds memory already, and a resident peak says
+    little."""
+    return next(_runs_in_this_process) > 0
+
+
+def _goal(config: Config, after: Evaluation, test: Evaluation | None) -> Any:
+    if config.task.goal is None:
+        return None
+    split = config.evaluation.split
+    return answer_goal(config.task.goal, test if split is EvaluationSplit.test and test else after, split.value)
+
+
+def _failed(progress: Progress, error: BaseException) -> RunRecord:
+    status = status_of(error)
+    message = redact_text(str(error) or type(error).__name__)
+    trace = redact_text("".join(traceback.format_exception(error))[-8000:]) if status is Status.FAILED else None
+    failure = Failure(
+        kind=type(error).__name__,
+        message=message[:4000],
+        phase=progress.phase,
+        step=getattr(error, "step", None) or (progress.watch.so_far().training.steps if progress.watch else None),
+        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress.paths),
+        traceback=None if isinstance(error, QloraExpError) else trace,
+    )
+    return progress.known().replace(status=status, failure=failure)
+
+
+def _hint(status: Status, paths: RunPaths) -> str | None:
+    newest = newest_valid(paths.checkpoints)
+    start = f"goes on at step {step_of(newest[0])}" if newest else "starts again: no step was saved"
+    if paths.trained.exists():
+        start = "goes on with the evaluation"
+    return {
+        Status.INTERRUPTED: f"qlora-exp run --resume {shlex.quote(str(paths.folder))} {start}",
+        Status.OUT_OF_MEMORY: "halve training.micro_batch_size (accumulation keeps the batch), set "
+        "training.gradient_checkpointing=on, or quantization=nf4",
+        Status.DIVERGED: "lower training.learning_rate, or raise training.warmup_ratio",
+    }.get(status)

@@ -1,0 +1,104 @@
+"""What can be known and checked before a weight is read."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_exp.architecture import run_plan
+from qlora_exp.architecture.shapes import Architecture
+from qlora_exp.architecture.targets import rank_above_width, resolve_targets
+from qlora_exp.config.checks_lora import int8_dora
+from qlora_exp.config.schema import Config, EvaluationSplit
+from qlora_exp.data.items import Splits
+from qlora_exp.data.load import load_data
+from qlora_exp.data.model_limits import check_positions, check_vocabulary
+from qlora_exp.data.sources import state_of_files
+from qlora_exp.data.splits import load_rows
+from qlora_exp.errors import ConfigError, DataError
+from qlora_exp.estimate.flops import Extent
+from qlora_exp.estimate.run_estimate import Predicted, lengths_of, predicted, row_lengths
+from qlora_exp.evaluation.metrics import hub_metric
+from qlora_exp.evaluation.oracle import check_answers
+from qlora_exp.models.base_cache import ColdBases, model_key
+from qlora_exp.models.base_models import Bases
+from qlora_exp.models.inspect import describe
+from qlora_exp.models.tokenizers import load_tokenizer
+from qlora_exp.paths import OutputPaths
+from qlora_exp.records.find import EndedRuns
+from qlora_exp.records.types import Environment, Plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be known and checked before a weight is read."""
+
+    predicted: Predicted
+    modules: tuple[str, ...]
+    tokenizer: Any
+    splits: Splits
+    architecture: Architecture
+
+    @property
+    def plan(self) -> Plan:
+        return self.predicted.plan
+
+
+def prepare(config: Config, environment: Environment, bases: Bases | None = None) -> Prepared:
+    """Check rows, target modules and plan, in the order of their cost. Raises :class:`QloraExpError`."""
+    if environment.device.kind == "cpu" and (problem := int8_dora(config)):
+        raise problem  # with training.device=auto the machine decides, which is known only here
+    if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
+        what = "FlexAttention can't be trained on a CPU: torch has no backward pass of it there"
+        raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")
+    bases = bases or ColdBases()
+    task = (repr(config.task), state_of_files(config.task.path) if config.task.path else None)
+    rows = bases.kept("rows", task, lambda: load_rows(config.task))
+    model = model_key(config.model)
+    architecture = bases.kept("architecture", model, lambda: describe(config.model))
+    modules = resolve_targets(architecture, config.targets)
+    rank_above_width(architecture, modules, config.lora)
+    tokenizer = load_tokenizer(config.model)
+    length = config.training.max_length
+    splits = bases.kept("splits", (task, model, length), lambda: load_data(config, tokenizer, length, rows))
+    check_vocabulary(splits, tokenizer, architecture.vocabulary_size)
+    check_positions(splits, architecture.positions)
+    if config.evaluation.generate:
+        asked = (task, model, length, config.evaluation.max_new_tokens)
+        bases.kept("answers that can be right", asked, lambda: check_answers(splits, tokenizer, config))
+    _check_scores_can_be_had(config, splits)
+    planned = run_plan.make_plan(config, environment, architecture, modules, splits.format)
+    if config.training.max_tokens is not None:
+        planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
+    ended = bases.kept("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
+    told = predicted(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
+    return Prepared(told, modules, tokenizer, splits, architecture)
+
+
+def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
+    """What evaluation needs, asked before a training is paid for."""
+    for name in config.evaluation.metrics:
+        hub_metric(name)
+    if config.evaluation.split is EvaluationSplit.test and not splits.test:
+        raise DataError("there are no test items", "evaluation.split = test", "task.test_fraction=0.1, or a test file")
+    shots = config.evaluation.few_shots
+    if shots is not None and shots > len(splits.train):
+        what = f"{shots} worked examples can't be drawn from {len(splits.train)} training items"
+        raise DataError(what, f"evaluation.few_shots={shots}", f"at most {len(splits.train)}")
+
+
+SHORT_ROWS_SIGMAS = 4.0
+"""How many standard errors the rows that are drawn may be shorter than the mean row: the token budget, not the last
+step, ends a training."""
+
+
+def _steps_for_tokens(config: Config, splits: Splits) -> int:
+    """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
+    lengths = row_lengths(splits)
+    mean = statistics.fmean(lengths)
+    extent = Extent.of(config.training, lengths_of(splits, config.training.max_length))
+    rows = extent.tokens / mean
+    longest = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
+    return 1 + math.ceil(longest * rows / extent.step_rows)

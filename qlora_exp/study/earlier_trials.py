@@ -1,0 +1,122 @@
+"""Trials that weren't asked here: those of earlier studies, and those of a lost database, from their runs' records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from qlora_exp.errors import ConfigError, nearest, raise_all
+from qlora_exp.records.schema import to_dict
+from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.study.distributions import distribution, encoded, fits
+from qlora_exp.study.objectives import outcome_of
+from qlora_exp.study.samplers import WARM_NUMBER
+from qlora_exp.study.spec import is_trial_of
+from qlora_exp.study.storage import sqlite_file
+from qlora_exp.study.types import Axis, StudySpec
+
+STATES = {
+    Status.COMPLETED: TrialState.COMPLETE,
+    Status.PRUNED: TrialState.PRUNED,
+    Status.OUT_OF_MEMORY: TrialState.PRUNED,
+    Status.DIVERGED: TrialState.PRUNED,
+    Status.FAILED: TrialState.FAIL,
+}
+
+
+def earlier_trials(spec: StudySpec, storage: optuna.storages.BaseStorage) -> list[FrozenTrial]:
+    """Finished trials of the ``warm_start`` studies in the same storage, for the sampler alone: they have no number
+    here and don't count. Parameters that aren't on an axis are left out, and so are trials without any.
+
+    Raises:
+        ConfigError: no such study, or one with other objectives.
+    """
+    if not spec.warm_start:
+        return []
+    studies = {study.study_name: study for study in storage.get_all_studies()}
+    raise_all([error for name in spec.warm_start if (error := _unfit(name, spec, studies))])
+    found = [
+        trial
+        for name in spec.warm_start
+        for trial in storage.get_all_trials(
+            studies[name]._study_id, states=(TrialState.COMPLETE, TrialState.PRUNED), deepcopy=True
+        )
+    ]
+    return [trial for trial in found if _narrowed(trial, spec.axes)]
+
+
+def check_earlier(spec: StudySpec) -> None:
+    """Raise :class:`ConfigError` where ``warm_start`` names studies of a database that doesn't exist: looking for them
+    would make one."""
+    file = sqlite_file(spec.storage)
+    if file is not None and not file.exists():
+        raise_all([error for name in spec.warm_start if (error := _unfit(name, spec, {}))])
+
+
+def trials_of_records(spec: StudySpec, records: Sequence[RunRecord]) -> list[FrozenTrial]:
+    """The study's trials by number, from the records of their runs; the last attempt's counts. What has no record, or
+    hadn't ended, waits to be claimed."""
+    last: dict[int, RunRecord] = {}
+    for record in records:
+        if record.trial and is_trial_of(record, spec):
+            before = last.get(record.trial.number)
+            if before is None or before.trial is None or before.trial.attempt <= record.trial.attempt:
+                last[record.trial.number] = record
+    return [_trial_of(last.get(number), spec) for number in range(max(last, default=-1) + 1)]
+
+
+def _unfit(name: str, spec: StudySpec, studies: Mapping[str, Any]) -> ConfigError | None:
+    where = f"sweep.warm_start: {name}"
+    if name not in studies or name == spec.name:
+        others = set(studies) - {spec.name}
+        hint = nearest(name, others) if others else "the storage holds no other study; leave sweep.warm_start out"
+        return ConfigError("no earlier study of this name", where, hint)
+    objectives = studies[name].user_attrs.get("asks", {}).get("objectives")
+    if objectives != list(spec.objectives):
+        return ConfigError(f"its objectives are others: {objectives}", where, f"this study's: {list(spec.objectives)}")
+    return None
+
+
+def _narrowed(trial: FrozenTrial, axes: Sequence[Axis]) -> bool:
+    """Keep what fits the axes; whether anything does."""
+    spaces, params = _placed(axes, trial.params)
+    trial.params, trial.distributions = params, spaces
+    trial.number = WARM_NUMBER
+    return bool(params)
+
+
+def _trial_of(record: RunRecord | None, spec: StudySpec) -> FrozenTrial:
+    if record is None or record.trial is None:
+        return create_trial(state=TrialState.WAITING)
+    spaces, params = _placed(spec.axes, record.trial.params)
+    outcome = outcome_of(record, spec)
+    state = STATES.get(record.status, TrialState.WAITING)
+    if state is TrialState.COMPLETE and None in outcome.values:
+        state = TrialState.FAIL
+    constraints = dict(zip(spec.constraints, outcome.violations, strict=True))
+    if record.status in (Status.OUT_OF_MEMORY, Status.DIVERGED):
+        constraints[record.status.value.lower()] = 1.0
+    attributes: dict[str, Any] = {"claim": {"attempt": record.trial.attempt, "owner": None}, "run_id": record.run_id}
+    if state.is_finished():
+        attributes |= {"status": record.status.value, "seconds": outcome.seconds}
+    if record.failure is not None:
+        attributes["failure"] = to_dict(record.failure)
+    return create_trial(
+        state=state,
+        values=[value for value in outcome.values if value is not None] if state is TrialState.COMPLETE else None,
+        params=params,
+        distributions=spaces,
+        user_attrs=attributes,
+        constraints=constraints if state.is_finished() else None,
+    )
+
+
+def _placed(axes: Sequence[Axis], params: Mapping[str, Any]) -> tuple[dict[str, BaseDistribution], dict[str, Any]]:
+    """Distributions and stored values of the parameters that lie on an axis."""
+    fitting = [axis for axis in axes if axis.key in params and fits(axis, encoded(params[axis.key]))]
+    spaces = {axis.key: distribution(axis) for axis in fitting}
+    return spaces, {axis.key: encoded(params[axis.key]) for axis in fitting}

@@ -1,0 +1,100 @@
+"""Trials that have ended badly, made free to be run again under their numbers; the others stay as they are.
+
+Optuna has no call for it: a trial that has ended can't be changed through its storage. So the tables are written here,
+all trials in one transaction, while nobody works on the study.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from filelock import FileLock
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.trial import FrozenTrial, TrialState
+
+from qlora_exp.errors import ConfigError, RecordError, StudyError
+from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.types import Status
+from qlora_exp.study.open import open_study
+from qlora_exp.study.trials import is_refused
+from qlora_exp.study.types import StudySpec
+from qlora_exp.study.user_attributes import CLAIM, FAILURE, MEMORY_RETRIES, REFUSED, RUN, STATUS, UNCOUNTED, attempt_of
+
+DOES_NOT_FIT = "does_not_fit"
+RETRIED = ("failed", "out_of_memory", DOES_NOT_FIT)
+"""What a person may ask for: a trial's status, as it is shown, in lower case."""
+
+
+def retry_trials(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> list[int]:
+    """Let the study's trials that ended as ``what`` be claimed again, their attempts counted afresh; their numbers.
+
+    A run with a checkpoint goes on from it. The record keeps the failure among its earlier ones.
+
+    Raises:
+        StudyError: the study can't be opened, or its storage is none that this can be done in.
+        ConfigError: its sampler asks for another trial in the place of one that doesn't fit.
+    """
+    if what == DOES_NOT_FIT and spec.sampler not in ("grid", "ladder"):
+        raise ConfigError(
+            f"the sampler {spec.sampler} asks for other trials in the place of those that don't fit",
+            f"--retry {what}",
+            "leave it out: resume goes on with what fits, and with --force with everything",
+        )
+    opened, _ = open_study(spec, paths, url)
+    storage = opened._storage
+    backend = getattr(storage, "_backend", storage)
+    if not isinstance(backend, RDBStorage):
+        raise StudyError("trials of this storage can't be tried again", spec.name, "start another study: sweep.name=…")
+    study_id = storage.get_study_id_from_name(spec.name)
+    with FileLock(paths.lock):
+        trials = [trial for trial in storage.get_all_trials(study_id) if _ended_as(trial, what)]
+        for trial in trials:  # first: a trial that is free while its record has ended would only be told again
+            _reopen_record(trial, OutputPaths(paths.folder.parent.parent))
+        with _create_scoped_session(backend.scoped_session) as session:
+            for trial in trials:
+                _free(trial, session)
+    return [trial.number for trial in trials]
+
+
+def _ended_as(trial: FrozenTrial, what: str) -> bool:
+    """By what was told; a trial that another tool has ended says nothing of itself."""
+    if what == DOES_NOT_FIT:
+        return is_refused(trial)
+    unfinished = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+    return trial.state not in unfinished and trial.user_attrs.get(STATUS) == Status[what.upper()].value
+
+
+def _reopen_record(trial: FrozenTrial, outputs: OutputPaths) -> None:
+    run_id = trial.user_attrs.get(RUN)
+    if run_id is None:
+        return
+    file = outputs.run(run_id).record
+    with contextlib.suppress(RecordError):  # it failed before it had a record
+        record = read_record(file)
+        if record.status is not Status.COMPLETED:
+            write_json(file, record.replace(status=Status.INTERRUPTED, process=None))
+
+
+def _free(trial: FrozenTrial, session: Any) -> None:
+    row = models.TrialModel.find_or_raise_by_id(trial._trial_id, session, for_update=True)
+    row.state, row.datetime_complete = TrialState.WAITING, None
+    attempt = attempt_of(trial)
+    attributes = {CLAIM: {"attempt": attempt, "owner": None}, UNCOUNTED: attempt, MEMORY_RETRIES: 0}
+    attributes |= dict.fromkeys((FAILURE, REFUSED))
+    for key, value in attributes.items():
+        attribute = models.TrialUserAttributeModel.find_by_trial_and_key(row, key, session)
+        if attribute is None:
+            session.add(models.TrialUserAttributeModel(trial_id=row.trial_id, key=key, value_json=json.dumps(value)))
+        else:
+            attribute.value_json = json.dumps(value)
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """``trial 3`` or ``trials 3, 7, 9``."""
+    return f"trial{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -1,0 +1,363 @@
+"""A study in Optuna's storage: who runs which trial, exactly once, whatever is killed when.
+
+A trial is RUNNING from its claim on; its user attributes say who claimed it for which attempt (``claim``) and when that
+process was last heard of (``heartbeat``, Unix seconds). Whoever claims holds the study's lock, so a RUNNING trial
+without an owner was left by a process that died while it asked. What trial number n tries first (enqueued
+configurations, then a grid's points) follows from n, so nothing can be enqueued twice or be lost. What a ladder's trial
+tries follows from the trials that have ended, and is kept in the trial from its creation on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from filelock import FileLock
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.records.schema import to_dict
+from qlora_exp.records.types import Failure, RunRecord, Status
+from qlora_exp.study import trials as rows
+from qlora_exp.study.distributions import decoded_params, encoded, suggest
+from qlora_exp.study.objectives import parse_objective
+from qlora_exp.study.open import open_study, rebuild_study
+from qlora_exp.study.read_only import read_study
+from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
+from qlora_exp.study.space import grid, overrides_of
+from qlora_exp.study.trial_outcomes import tell_end
+from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
+from qlora_exp.study.user_attributes import (
+    CLAIM,
+    FIXED,
+    HEARTBEAT,
+    MEMORY_RETRIES,
+    RUN,
+    UNCOUNTED,
+    Heartbeats,
+    attempt_of,
+)
+
+if TYPE_CHECKING:
+    from qlora_exp.rank_doubling.ladder import LadderTrial
+
+
+class Study:
+    """One study, opened in this process. Make one with :meth:`open`."""
+
+    def __init__(self, spec: StudySpec, paths: StudyPaths, study: optuna.Study) -> None:
+        self.spec = spec
+        self._paths = paths
+        self._study = study
+        self._storage = study._storage
+        self._heartbeats = Heartbeats()
+        self._ended: dict[int, LadderTrial] = {}
+        self._done: dict[int, bool] = {}
+
+    @classmethod
+    def open(cls, spec: StudySpec, paths: StudyPaths, storage_url: str | None = None) -> Study:
+        """Create the study, or open it again; any number of processes may at once.
+
+        ``storage_url`` takes the place of ``spec.storage``, which has no password.
+
+        Raises:
+            ConfigError, Problems: a search that can't be done. StudyError: a damaged database, or a study of that name
+            that asks something else.
+        """
+        study, identity = open_study(spec, paths, storage_url or spec.storage)
+        return cls(replace(spec, id=identity), paths, study)
+
+    @classmethod
+    def read(cls, spec: StudySpec, paths: StudyPaths, storage_url: str | None = None) -> Study:
+        """Open the study to look at it: nothing is written, and a read-only disk will do.
+
+        Raises:
+            StudyError: the database is damaged or lost, or holds another study of that name.
+        """
+        return cls(spec, paths, read_study(spec, storage_url or spec.storage))
+
+    @classmethod
+    def rebuild(
+        cls, spec: StudySpec, paths: StudyPaths, records: Sequence[RunRecord], storage_url: str | None = None
+    ) -> Study:
+        """Make the study again from its runs' records, where the database is damaged or lost; a damaged file is kept
+        as ``….damaged-N``. Trials without a record are asked again under their numbers. A study that is there stays as
+        it is.
+
+        Raises:
+            as :meth:`open`.
+        """
+        rebuild_study(spec, paths, records, storage_url or spec.storage)
+        return cls.open(spec, paths, storage_url)
+
+    def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool] = lambda: True) -> Claim | None:
+        """A trial for ``owner`` to run now; ``None``: there is none at the moment, or for good (see :meth:`counts`).
+
+        Trials of processes that are dead, or silent for ``lease_seconds``, are taken back first. ``affordable``: asked
+        then, while nobody else can claim; False: none.
+        """
+        with FileLock(self._paths.lock):
+            unfinished = self._unfinished()
+            lost = [(trial, why) for trial in unfinished if (why := self._heartbeats.why_lost(trial, lease_seconds))]
+            for trial, why in lost:
+                self._take_back(trial, why)
+            if not affordable():
+                return None
+            unfinished = self._unfinished() if lost else unfinished
+            waiting = [trial for trial in unfinished if trial.state is TrialState.WAITING]
+            if self.spec.ladder is not None:
+                return self._start_on_ladder(waiting, owner)
+            if waiting:
+                return self._start(waiting[0], owner)
+            if not self._all_asked():
+                return self._start(None, owner)
+        return None
+
+    def others_run(self, lease_seconds: float) -> bool:
+        """Whether a living process runs a trial."""
+        running = [trial for trial in self._unfinished() if trial.state is TrialState.RUNNING]
+        return any(self._heartbeats.why_lost(trial, lease_seconds) is None for trial in running)
+
+    def set_run(self, claim: Claim, run_id: str) -> None:
+        """Say in which run the trial's artefacts are: later attempts go on there."""
+        if self._mine(claim):
+            self._storage.set_trial_user_attr(claim.trial_id, RUN, run_id)
+
+    def heartbeat(self, claim: Claim) -> bool:
+        """Keep the claim. False: it was taken over, and this attempt doesn't count any more."""
+        mine = self._mine(claim) is not None
+        if mine:
+            self._storage.set_trial_user_attr(claim.trial_id, HEARTBEAT, time.time())
+        return mine
+
+    def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool:
+        """Report the objective at ``step``; whether the trial should be pruned.
+
+        ``items``: losses per item, always of the same items in the same order; the Wilcoxon pruner compares them with
+        the best trial's at the same step. Without pruner nothing is stored.
+        """
+        if self.spec.pruner == "none" or value != value or not self._mine(claim):
+            return False
+        if items is not None and self.spec.pruner == "wilcoxon":
+            losses = [float(f"{loss:.6g}") for loss in items]
+            self._storage.set_trial_user_attr(claim.trial_id, ITEMS_ATTRIBUTE.format(step=step), losses)
+        trial = Trial(self._study, claim.trial_id)
+        if step not in self._storage.get_trial(claim.trial_id).intermediate_values:  # of an attempt that was killed
+            trial.report(value, step)
+        return bool(trial.should_prune())  # some pruners answer with NumPy's
+
+    def tell(self, claim: Claim, outcome: Outcome) -> None:
+        """Say how the trial ended. A trial that has ended or was taken over is left as it is; an interrupted one waits
+        to be gone on with, and is none the worse for it: that attempt doesn't count."""
+        with FileLock(self._paths.lock):
+            trial = self._mine(claim)
+            if trial and outcome.status is Status.INTERRUPTED:
+                uncounted = trial.user_attrs.get(UNCOUNTED, 0) + 1
+                self._storage.set_trial_user_attr(claim.trial_id, UNCOUNTED, uncounted)
+                self._release(trial)
+            elif trial:
+                tell_end(self._study, self.spec, trial, outcome)
+
+    def requeue(self, claim: Claim, why: str) -> bool:
+        """Let the trial be claimed again, with its number, parameters and run; False: no attempt is left (then it has
+        failed with ``why``), or it isn't this claim's any more."""
+        with FileLock(self._paths.lock):
+            trial = self._mine(claim)
+            return trial is not None and self._take_back(trial, why)
+
+    def request_memory_retry(self, claim: Claim) -> bool:
+        """Let the trial be claimed again with half the micro-batch; False: no such retry is left."""
+        with FileLock(self._paths.lock):
+            trial = self._mine(claim)
+            retries = claim.out_of_memory_retries + 1
+            if trial is None or retries > self.spec.out_of_memory_retries:
+                return False
+            self._storage.set_trial_user_attr(claim.trial_id, MEMORY_RETRIES, retries)
+            self._release(trial)
+            return True
+
+    def counts(self) -> Counts:
+        trials = self._read()
+        done = self.spec.ladder is not None and self._ladder_is_done()
+        return rows.counts(trials, len(trials) if done else self._places(trials))
+
+    def refused_in_a_row(self, bound_bytes: int | None) -> int:
+        """How many of the last trials that a sampler asked for and that have ended were predicted not to fit into
+        ``bound_bytes`` or more; ``None``: into whatever it was. 0 for a grid and a ladder, whose points are done then.
+        """
+        if self._refusing_is_doing:
+            return 0
+        ended = [trial for trial in reversed(self._read()) if trial.state.is_finished()]
+        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_refused(trial, bound_bytes), ended))
+
+    def trials(self) -> list[TrialRow]:
+        """Every trial, by number."""
+        return [rows.row(trial, self.spec) for trial in self._read()]
+
+    def best(self) -> list[TrialRow]:
+        """The best completed trial that breaks no constraint, or the Pareto front of several objectives. Of a ladder,
+        which is decided by no single trial, the runs at the recommended rank."""
+        if self.spec.ladder is not None:
+            return self._recommended()
+        return rows.best(self.trials(), [parse_objective(text).direction for text in self.spec.objectives])
+
+    def on_ladder(self) -> list[LadderTrial]:
+        """The trials as rank doubling sees them, with what their runs left; without those that were never asked."""
+        from qlora_exp.rank_doubling.answers import ended_trial
+        from qlora_exp.rank_doubling.ladder import LadderTrial
+
+        outputs = OutputPaths(self._paths.folder.parent.parent)
+        seen: list[LadderTrial] = []
+        for trial in self._read():
+            if trial.number not in self._ended and (point := self._point(trial)):
+                if trial.state.is_finished():
+                    told = ended_trial(point, trial.user_attrs.get(RUN), outputs)
+                    self._ended[trial.number] = replace(told, refused=rows.is_refused(trial))
+                else:
+                    seen.append(LadderTrial(point, ended=False))
+        return [*self._ended.values(), *seen]
+
+    def importances(self) -> dict[str, dict[str, float]]:
+        """Objective → axis → share of its variance, of the completed trials."""
+        from qlora_exp.study.importance import importances  # brings scikit-learn
+
+        return importances(self._study, self.spec)
+
+    def failures_reached(self) -> bool:
+        """Whether ``max_failures`` is reached: trials told as FAIL, not those out of memory or diverged."""
+        limit = self.spec.max_failures
+        if limit is None:
+            return False
+        return self.counts().failed >= (limit if limit >= 1 else max(limit * self.spec.n_trials, 1))
+
+    @cached_property
+    def _planned(self) -> list[dict[str, Any]]:
+        """What the first trials try, by number: enqueued configurations, then a grid's other points."""
+        points = grid(self.spec.axes) if self.spec.sampler == "grid" else []
+        return [*self.spec.enqueue, *(point for point in points if point not in self.spec.enqueue)]
+
+    def _read(self) -> list[FrozenTrial]:
+        """All trials by number; finished ones come from memory."""
+        return self._storage.get_all_trials(self._study._study_id, deepcopy=False)
+
+    def _unfinished(self) -> list[FrozenTrial]:
+        """Waiting and running trials by number, without a look at each of the finished."""
+        states = (TrialState.WAITING, TrialState.RUNNING)
+        return self._storage.get_all_trials(self._study._study_id, deepcopy=False, states=states)
+
+    def _places(self, trials: Sequence[FrozenTrial]) -> int:
+        """How many trials there are to be."""
+        return self.spec.n_trials + (0 if self._refusing_is_doing else rows.refused_of(trials))
+
+    @property
+    def _refusing_is_doing(self) -> bool:
+        """Whether a point that doesn't fit takes one of the places; a sampler asks for another."""
+        return self.spec.sampler in ("grid", "ladder")
+
+    def _all_asked(self) -> bool:
+        return self._exists(self.spec.n_trials - 1) and self._exists(self._places(self._read()) - 1)
+
+    def _exists(self, last: int) -> bool:
+        try:
+            self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, last)
+        except KeyError:
+            return False
+        return True
+
+    def _mine(self, claim: Claim) -> FrozenTrial | None:
+        trial = self._storage.get_trial(claim.trial_id)
+        ours = trial.state is TrialState.RUNNING and attempt_of(trial) == claim.attempt
+        return trial if ours else None
+
+    def _recommended(self) -> list[TrialRow]:
+        from qlora_exp.rank_doubling.answers import recommended
+
+        assert self.spec.ladder is not None
+        by_point = {frozenset(overrides_of(row.params)): row for row in self.trials() if row.params}
+        points = recommended(self.spec.ladder, self.on_ladder())
+        return [by_point[key] for point in points if (key := frozenset(overrides_of(point))) in by_point]
+
+    def _ladder_is_done(self) -> bool:
+        """Asked often, and the answer changes with the ended trials alone."""
+        from qlora_exp.rank_doubling.ladder import is_done
+
+        assert self.spec.ladder is not None
+        seen = self.on_ladder()
+        if len(self._ended) not in self._done:
+            self._done[len(self._ended)] = is_done(self.spec.ladder, seen)
+        return self._done[len(self._ended)]
+
+    def _start_on_ladder(self, waiting: Sequence[FrozenTrial], owner: Owner) -> Claim | None:
+        from qlora_exp.rank_doubling.ladder import next_point
+
+        assert self.spec.ladder is not None
+        asked = [trial for trial in waiting if self._point(trial)]
+        if asked:
+            return self._start(asked[0], owner)
+        seen = self.on_ladder()
+        point = next_point(self.spec.ladder, seen)
+        if point is None and waiting and self._ladder_is_done():  # a lost trial that nothing depends on
+            for trial in waiting:
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        if point is None or (not waiting and self._all_asked()):
+            return None
+        return self._start(waiting[0] if waiting else None, owner, point)
+
+    def _point(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What a ladder's trial tries; empty for one that was never asked."""
+        return decoded_params(self.spec.axes, trial.system_attrs.get(FIXED) or trial.params)
+
+    def _start(self, waiting: FrozenTrial | None, owner: Owner, point: Mapping[str, Any] | None = None) -> Claim:
+        """``point``: what the trial tries, where that doesn't follow from its number."""
+        attempt = attempt_of(waiting) + 1 if waiting else 1
+        mark = {CLAIM: {"attempt": attempt, "owner": to_dict(owner)}, HEARTBEAT: time.time()}
+        fixed: dict[str, Any] = {FIXED: {key: encoded(value) for key, value in point.items()}} if point else {}
+        if waiting is None:
+            template = create_trial(state=TrialState.RUNNING, user_attrs=mark, system_attrs=fixed)
+            trial_id = self._storage.create_new_trial(self._study._study_id, template)
+        else:
+            trial_id = waiting._trial_id
+            for key, value in fixed.items():
+                self._storage.set_trial_system_attr(trial_id, key, value)
+            for key, value in mark.items():
+                self._storage.set_trial_user_attr(trial_id, key, value)
+            self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        trial = self._storage.get_trial(trial_id)
+        params = self._ask(trial)
+        return Claim(
+            number=trial.number,
+            trial_id=trial_id,
+            params=params,
+            overrides=overrides_of(params),
+            attempt=attempt,
+            run_id=trial.user_attrs.get(RUN),
+            out_of_memory_retries=trial.user_attrs.get(MEMORY_RETRIES, 0),
+        )
+
+    def _ask(self, trial: FrozenTrial) -> dict[str, Any]:
+        if trial.number < len(self._planned) and FIXED not in trial.system_attrs:
+            planned = {key: encoded(value) for key, value in self._planned[trial.number].items()}
+            self._storage.set_trial_system_attr(trial._trial_id, FIXED, planned)
+        self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see what is told by now
+        return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
+
+    def _take_back(self, trial: FrozenTrial, why: str) -> bool:
+        retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + trial.user_attrs.get(UNCOUNTED, 0)
+        attempt = attempt_of(trial)
+        if attempt - retries < self.spec.max_attempts:
+            self._release(trial)
+            return True
+        failure = Failure("AttemptsExhausted", f"{why}; attempt {attempt - retries} of {self.spec.max_attempts}")
+        unknown = (None,) * len(self.spec.objectives)
+        tell_end(self._study, self.spec, trial, Outcome(Status.FAILED, unknown, (), None, failure))
+        return False
+
+    def _release(self, trial: FrozenTrial) -> None:
+        left = {"attempt": attempt_of(trial), "owner": None}
+        self._storage.set_trial_user_attr(trial._trial_id, CLAIM, left)
+        self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)

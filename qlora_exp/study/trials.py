@@ -1,0 +1,81 @@
+"""Optuna's trials as tables and reports see them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from optuna.trial import FrozenTrial, TrialState
+
+from qlora_exp.records.schema import from_dict
+from qlora_exp.records.types import Refusal, Status
+from qlora_exp.study.distributions import decoded_params
+from qlora_exp.study.types import Counts, StudySpec, TrialRow
+from qlora_exp.study.user_attributes import MEMORY_RETRIES, REFUSED, attempt_of
+
+
+def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
+    by_state = Counter(trial.state for trial in trials)
+    refused = refused_of(trials)
+    return Counts(
+        total=max(n_trials, len(trials)),
+        completed=by_state[TrialState.COMPLETE],
+        pruned=by_state[TrialState.PRUNED] - refused,
+        failed=by_state[TrialState.FAIL],
+        running=by_state[TrialState.RUNNING],
+        waiting=by_state[TrialState.WAITING],
+        to_ask=max(n_trials - len(trials), 0),
+        refused=refused,
+    )
+
+
+def refused_of(trials: Sequence[FrozenTrial]) -> int:
+    """How many were not started because they were predicted not to fit."""
+    return sum(is_refused(trial) for trial in trials)
+
+
+def is_refused(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
+    """Whether the trial was predicted not to fit, into ``bound_bytes`` or more where that is given."""
+    refusal = trial.user_attrs.get(REFUSED)
+    if trial.state is not TrialState.PRUNED or refusal is None:
+        return False
+    return bound_bytes is None or bool(refusal["fit"]["bound_bytes"] >= bound_bytes)
+
+
+def row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
+    attributes = trial.user_attrs
+    ended = trial.state.is_finished()
+    complete = trial.state is TrialState.COMPLETE
+    failure = attributes.get("failure") or {}
+    return TrialRow(
+        number=trial.number,
+        state=trial.state.name,
+        status=Status(attributes["status"]) if ended and "status" in attributes else None,
+        values=tuple(trial.values) if complete else (None,) * len(spec.objectives),
+        run_id=attributes.get("run_id"),
+        seconds=attributes.get("seconds"),
+        params=decoded_params(spec.axes, trial.params),
+        attempt=attempt_of(trial),
+        feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
+        failure=f"{failure['kind']}: {failure['message']}" if failure else None,
+        out_of_memory_retries=attributes.get(MEMORY_RETRIES, 0),
+        refusal=from_dict(Refusal, attributes[REFUSED]) if is_refused(trial) else None,
+    )
+
+
+def best(rows: Sequence[TrialRow], directions: Sequence[str]) -> list[TrialRow]:
+    """Completed feasible trials that no other is better than in every objective; one only for a single objective."""
+    candidates = [row for row in rows if row.state == "COMPLETE" and row.feasible]
+    losses = {row.number: _losses(row, directions) for row in candidates}
+    if len(directions) == 1:
+        return sorted(candidates, key=lambda row: (losses[row.number], row.number))[:1]
+    return [row for row in candidates if not any(_dominates(loss, losses[row.number]) for loss in losses.values())]
+
+
+def _losses(row: TrialRow, directions: Sequence[str]) -> tuple[float, ...]:
+    known = [value for value in row.values if value is not None]
+    return tuple(value if way == "minimize" else -value for value, way in zip(known, directions, strict=True))
+
+
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))

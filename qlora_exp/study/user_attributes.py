@@ -1,0 +1,68 @@
+"""What a trial's user attributes say beside Optuna's own state: who runs it, since when, and how it ended."""
+
+from __future__ import annotations
+
+import time
+
+from optuna.trial import FrozenTrial, TrialState
+
+from qlora_exp.records.schema import from_dict
+from qlora_exp.records.types import Process
+from qlora_exp.system.environment import visible
+
+CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, UNCOUNTED = (
+    *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
+)
+REFUSED = "predicted_not_to_fit"
+"""Why a trial was not started (``records.types.Refusal``); also the name of the constraint that it breaks."""
+WATCHED_SHARE = 0.25
+"""Of the lease: for how long a heartbeat of another machine is watched before its written time counts."""
+FIXED = "fixed_params"
+"""Optuna's own name for what a trial was enqueued with."""
+
+
+def attempt_of(trial: FrozenTrial) -> int:
+    """How often the trial has been claimed; 0 for one that never was."""
+    return int((trial.user_attrs.get(CLAIM) or {}).get("attempt", 0))
+
+
+class Heartbeats:
+    """The trials' heartbeats as one observer has seen them.
+
+    A worker on another machine writes its own clock's time, which may be wrong by hours. So its trial is lost only when
+    the heartbeat has not changed for the lease by this process's clock, or for a part of it where the written time,
+    too, says that the lease has run out.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[float, float]] = {}
+        """Trial id → its heartbeat, and since when (``time.monotonic``) it has not changed."""
+
+    def why_lost(self, trial: FrozenTrial, lease_seconds: float) -> str | None:
+        """Why a RUNNING trial has nobody who runs it; ``None``: somebody does, or it isn't RUNNING."""
+        if trial.state is not TrialState.RUNNING:
+            return None
+        owner = (trial.user_attrs.get(CLAIM) or {}).get("owner")
+        if owner is None:
+            return "its worker died while claiming it"
+        process = from_dict(Process, owner["process"])
+        living = visible(process)
+        if living is False:
+            return f"its worker {owner['worker']} (process {process.pid}) died"
+        heartbeat = float(trial.user_attrs.get(HEARTBEAT, 0.0))
+        silent_seconds = time.time() - heartbeat
+        if living is None:
+            unchanged_seconds = self._unchanged_seconds(trial._trial_id, heartbeat)
+            if silent_seconds <= lease_seconds or unchanged_seconds <= WATCHED_SHARE * lease_seconds:
+                silent_seconds = unchanged_seconds
+        if silent_seconds <= lease_seconds:
+            return None
+        return f"its worker {owner['worker']} was silent for {silent_seconds:.0f} s"
+
+    def _unchanged_seconds(self, trial_id: int, heartbeat: float) -> float:
+        now = time.monotonic()
+        seen, since = self._seen.get(trial_id, (None, now))
+        if seen != heartbeat:
+            since = now
+        self._seen[trial_id] = (heartbeat, since)
+        return now - since

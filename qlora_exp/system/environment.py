@@ -1,0 +1,278 @@
+"""What machine and software this is, and which process owns a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+from qlora_exp.config.schema import DeviceChoice
+from qlora_exp.errors import ConfigError
+from qlora_exp.paths import PACKAGE
+from qlora_exp.records.types import Device, Environment, Process
+from qlora_exp.system import heap, memory_limits
+
+PACKAGES = (
+    "qlora-exp",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "hydra-core",
+    "optuna",
+    "mlflow",
+    "evaluate",
+    "scikit-learn",
+    "numpy",
+    "pyarrow",
+)
+GIT_SECONDS = 5.0
+"""A repository on a sleeping network disk must not hold up a run."""
+
+
+def probe(device_choice: DeviceChoice = DeviceChoice.auto) -> Environment:
+    """Look at this machine. ``device_choice`` as in ``training.device``; ``cuda`` where there is none raises
+    :class:`ConfigError`. Imports torch (for devices and threads), no other ML library."""
+    import torch
+
+    return _environment(_device(device_choice), torch.get_num_threads())
+
+
+def probe_without_torch() -> Environment:
+    """The same for a run that computes nothing: its device is the CPU, and torch has no part in it."""
+    return _environment(_cpu_device(), None)
+
+
+def _environment(device: Device, torch_threads: int | None) -> Environment:
+    commit, dirty = git_state(PACKAGE)
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages=package_versions(),
+        device=device,
+        cpu_cores=available_cores(),
+        memory_bytes=total_memory_bytes(),
+        torch_threads=torch_threads,
+        omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
+        omp_wait_policy=os.environ.get("OMP_WAIT_POLICY"),
+        git_commit=commit,
+        git_dirty=dirty,
+        glibc_tunables=heap.told(),
+        cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
+
+
+def process_identity() -> Process:
+    """This process, so that a later one can tell whether it still lives. Unknown parts are ``None`` (not on Linux)."""
+    return Process(os.getpid(), _start_ticks(os.getpid()), _boot_id(), _host(), _pid_namespace())
+
+
+def alive(process: Process) -> bool | None:
+    """Whether ``process`` still runs on this machine since this boot: a reused pid is not the same process.
+
+    ``None``: it belongs to another host (or container), whose processes can't be seen from here. Where start time or
+    boot are unknown, the pid alone decides. A zombie counts as dead.
+    """
+    boot_id = _boot_id()
+    rebooted = process.boot_id is not None and boot_id is not None and process.boot_id != boot_id
+    if process.host != _host() and (process.host is not None or rebooted):
+        return None
+    if rebooted:
+        return False
+    here = _pid_namespace()
+    if process.pid_namespace is not None and here is not None and process.pid_namespace != here:
+        return None
+    try:
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OverflowError:
+        return False
+    except PermissionError:
+        pass  # it exists and is another user's
+    stat = _stat_fields(process.pid)
+    if stat is not None and stat[0] in ("Z", "X"):
+        return False
+    start_ticks = _start_ticks(process.pid)
+    return process.start_ticks is None or start_ticks is None or start_ticks == process.start_ticks
+
+
+def visible(process: Process) -> bool | None:
+    """As :func:`alive`, but ``None`` also for a process of another boot: two machines may share one host name, and the
+    other one may still run it."""
+    boot_id = _boot_id()
+    if process.boot_id is not None and boot_id is not None and process.boot_id != boot_id:
+        return None
+    return alive(process)
+
+
+@lru_cache
+def package_versions() -> dict[str, str]:
+    """Installed versions by distribution name, without importing any; what isn't installed is left out."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def available_cores() -> int | None:
+    """Cores that this process may use (its affinity where the system tells), not all that the machine has."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count()
+
+
+def total_memory_bytes() -> int | None:
+    """The machine's memory, or the control group's limit where that is smaller (containers, Slurm)."""
+    return memory_limits.total_bytes()
+
+
+@lru_cache
+def git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of the checkout that ``folder`` is *tracked* in; ``(None, None)`` in an installed wheel,
+    even where the environment lies inside somebody else's repository."""
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != folder.resolve().parent:
+        return None, None
+    commit = _git(folder, "rev-parse", "HEAD")
+    status = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit, None if status is None else bool(status)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of a git command that changes nothing; ``None`` where there is no git, no repository or no commit."""
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=GIT_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()
+
+
+def _device(choice: DeviceChoice) -> Device:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if choice is DeviceChoice.cuda and not cuda:
+        raise ConfigError(
+            "training.device=cuda, but torch finds no CUDA device",
+            "training.device",
+            "training.device=auto or cpu; qlora-exp doctor says what torch was built for",
+        )
+    return _cuda_device() if cuda and choice is not DeviceChoice.cpu else _cpu_device()
+
+
+def _cuda_device() -> Device:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return Device(
+        kind="cuda",
+        name=properties.name,
+        count=torch.cuda.device_count(),
+        memory_bytes=int(properties.total_memory),
+        compute_capability=f"{properties.major}.{properties.minor}",
+        driver=_nvidia_driver(),
+        # Without emulation: torch says yes on older cards, where bf16 is emulated and slow.
+        bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+    )
+
+
+def _cpu_device() -> Device:
+    flags = _cpu_fields().get("flags", "").split()
+    return Device(
+        kind="cpu",
+        name=cpu_name(),
+        count=1,
+        memory_bytes=total_memory_bytes(),
+        compute_capability=None,
+        driver=None,
+        bf16="avx512_bf16" in flags or "amx_bf16" in flags,
+    )
+
+
+def cpu_name() -> str | None:
+    """The processor's name as the kernel tells it."""
+    return _cpu_fields().get("model name") or platform.processor() or platform.machine() or None
+
+
+def _nvidia_driver() -> str | None:
+    """Driver version from the kernel module, else from nvidia-smi."""
+    version = _read(Path("/sys/module/nvidia/version"))
+    if version is not None:
+        return version.strip()
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=GIT_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if lines else None
+
+
+@lru_cache
+def _cpu_fields() -> dict[str, str]:
+    """The first processor's entries in /proc/cpuinfo; empty where there is none."""
+    fields: dict[str, str] = {}
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            fields.setdefault(name.strip(), value.strip())
+    return fields
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Clock ticks from boot to the start of ``pid`` (field 22 of /proc/<pid>/stat)."""
+    fields = _stat_fields(pid)
+    return int(fields[19]) if fields is not None else None
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """Fields of /proc/<pid>/stat from the third (state) on: the second, the name, may hold spaces and brackets."""
+    text = _read(Path(f"/proc/{pid}/stat"))
+    return text.rpartition(")")[2].split() if text else None
+
+
+def _boot_id() -> str | None:
+    text = _read(Path("/proc/sys/kernel/random/boot_id"))
+    return text.strip() if text else None
+
+
+def _pid_namespace() -> str | None:
+    """Containers that share a host's name number their processes each from 1."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _host() -> str | None:
+    return platform.node() or None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None

@@ -1,0 +1,68 @@
+"""What an hour of a device costs: conf/prices.yaml, a table to be edited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.paths import CONF
+from qlora_exp.training.meter import card_of
+
+PRICES = CONF / "prices.yaml"
+UNIT = "usd_per_hour"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an hour costs, and who says so: ``budget.usd_per_hour``, or the table with the device that was looked up."""
+
+    usd_per_hour: float
+    source: str
+
+
+def price_of(given: float | None, device_kind: str, device_name: str | None) -> Price | None:
+    """``given`` (``budget.usd_per_hour``), else that of the device in the table; ``None`` where neither has it.
+
+    Raises:
+        ConfigError: the table can't be read.
+    """
+    if given is not None:
+        return Price(given, f"budget.{UNIT}")
+    hourly = usd_per_hour(device_kind, device_name, read_prices())
+    looked_up = "cpu" if device_kind == "cpu" else device_name
+    return Price(hourly, f"conf/prices.yaml: {looked_up}") if hourly is not None else None
+
+
+def usd_per_hour(device_kind: str, device_name: str | None, table: Mapping[str, float]) -> float | None:
+    """The price of a device by its driver's name; ``None`` where the table doesn't have it."""
+    if device_kind == "cpu":
+        return table.get("cpu")
+    by_card = {card_of(name): price for name, price in table.items()}
+    return by_card.get(card_of(device_name)) if device_name else None
+
+
+def read_prices(path: Path = PRICES) -> dict[str, float]:
+    """US dollars an hour by device. Raises :class:`ConfigError` for a file that can't be read, another unit, or a price
+    that is no number of at least 0."""
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"the price table can't be read: {why}", str(path), "restore it") from None
+    if not isinstance(raw, dict) or list(raw) != [UNIT]:
+        found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        hint = f"one key, {UNIT}: prices are US dollars an hour; {nearest(found, [UNIT])}"
+        raise ConfigError(f"the price table has the unit {found}", str(path), hint)
+    table = raw[UNIT]
+    if not isinstance(table, dict):
+        raise ConfigError("the price table has no devices", f"{path}: {UNIT}", "one line a device, such as T4: 0.53")
+    for name, price in table.items():
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < float("inf"):
+            what = f"the price of {name} is {price!r}"
+            raise ConfigError(what, f"{path}: {UNIT}.{name}", "US dollars an hour, a number of at least 0")
+    return {str(name): float(price) for name, price in table.items()}

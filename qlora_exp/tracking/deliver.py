@@ -1,0 +1,142 @@
+"""Records into an MLflow run, by explicit run id. Every function may be repeated: what is there is not doubled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag, ViewType
+
+from qlora_exp.paths import RunPaths
+from qlora_exp.records.files import read_curve
+from qlora_exp.records.model_card import model_card
+from qlora_exp.records.redaction import redact
+from qlora_exp.records.types import RunRecord
+from qlora_exp.tracking import fields
+
+METRICS_PER_CALL = 500
+"""MLflow takes 1,000 and a megabyte; half stays well below."""
+
+ADAPTER_SUFFIXES = frozenset({".safetensors", ".json", ".jinja"})
+"""What of adapter/ is shown: never pickles (``.bin``, ``.pt``), which run code when they are loaded."""
+
+
+def find(client: MlflowClient, experiment_id: str, run_id: str) -> str | None:
+    """The MLflow run of our ``run_id``, by its tag; ``None``: there is none, or a person has deleted it."""
+    query = f"tags.`{fields.RUN_ID_TAG}` = '{run_id}'"
+    found = client.search_runs([experiment_id], query, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def find_or_create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
+    """The MLflow run of this record, by its tag: also when an earlier process made it and could not note its id."""
+    return find(client, experiment_id, record.run_id) or create(client, experiment_id, record, parent)
+
+
+def create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
+    run = client.create_run(
+        experiment_id,
+        start_time=fields.start_milliseconds(record),
+        tags=fields.tags(record, parent),
+        run_name=record.name,
+    )
+    return str(run.info.run_id)
+
+
+def deliver_start(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
+    """A run that goes on: RUNNING (also after an interruption), its parameters as far as they are known."""
+    client.update_run(run_id, status="RUNNING", name=record.name)
+    _deliver_params(client, run_id, record)
+    _deliver_tags(client, run_id, record, parent)
+
+
+def deliver_curve(client: MlflowClient, run_id: str, record: RunRecord, points: Iterable[Mapping[str, Any]]) -> None:
+    """Points of the training curve, one call for each 500 values."""
+    _log_metrics(client, run_id, fields.curve_metrics(record, points))
+
+
+def deliver_all(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths, parent: str | None) -> None:
+    """All that the run folder holds. The status goes before the artifacts: a slow upload must not leave it RUNNING."""
+    _deliver_params(client, run_id, record)
+    _deliver_missing_curve(client, run_id, record, paths)
+    moment = fields.end_milliseconds(record)
+    _log_metrics(client, run_id, [Metric(key, value, moment, 0) for key, value in fields.metrics(record).items()])
+    _deliver_tags(client, run_id, record, parent)
+    client.set_tag(run_id, fields.NOTE_TAG, fields.note(record))
+    dataset = fields.dataset_input(record)
+    if dataset is not None:
+        client.log_inputs(run_id, [dataset])
+    client.set_terminated(run_id, fields.MLFLOW_STATUS[record.status], end_time=moment)
+    _deliver_artifacts(client, run_id, record, paths)
+
+
+def adapter_files(paths: RunPaths) -> list[Path]:
+    """The adapter's files that are shown, by name."""
+    if not paths.adapter.is_dir():
+        return []
+    files = (file for file in paths.adapter.iterdir() if file.is_file() and file.suffix in ADAPTER_SUFFIXES)
+    return sorted(files)
+
+
+def present_runs(client: MlflowClient, experiment_id: str) -> dict[str, str | None]:
+    """MLflow run ids by our run id; ``None`` for a run that a person has deleted in MLflow. One call per 200 runs."""
+    present: dict[str, str | None] = {}
+    page: str | None = None
+    while True:
+        runs = client.search_runs([experiment_id], "", ViewType.ALL, max_results=200, page_token=page)
+        for run in runs:
+            ours = run.data.tags.get(fields.RUN_ID_TAG)
+            if ours is not None:
+                active = run.info.lifecycle_stage == LifecycleStage.ACTIVE
+                present[ours] = run.info.run_id if active else present.get(ours)
+        page = runs.token
+        if not page:
+            return present
+
+
+def log_missing_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
+    """Parameters that are not there yet: MLflow refuses to change one."""
+    present = client.get_run(run_id).data.params
+    missing = [Param(key, value) for key, value in params.items() if key not in present]
+    if missing:
+        client.log_batch(run_id, params=missing)
+
+
+def _deliver_params(client: MlflowClient, run_id: str, record: RunRecord) -> None:
+    log_missing_params(client, run_id, fields.params(record))
+
+
+def _deliver_tags(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in fields.tags(record, parent).items()])
+
+
+def _deliver_missing_curve(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
+    rows = fields.curve_metrics(record, read_curve(paths.curve))
+    present = {
+        (key, entry.step) for key in {row.key for row in rows} for entry in client.get_metric_history(run_id, key)
+    }
+    _log_metrics(client, run_id, [row for row in rows if (row.key, row.step) not in present])
+
+
+def _log_metrics(client: MlflowClient, run_id: str, rows: list[Metric]) -> None:
+    for start in range(0, len(rows), METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=rows[start : start + METRICS_PER_CALL])
+
+
+def _deliver_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
+    """Texts go through redaction once more: a store is often shared more widely than the folder."""
+    if paths.record.is_file():
+        plain = redact(json.loads(paths.record.read_text(encoding="utf-8")))
+        client.log_text(run_id, json.dumps(plain, indent=1, ensure_ascii=False) + "\n", "record.json")
+    if paths.config.is_file():
+        plain = redact(yaml.safe_load(paths.config.read_text(encoding="utf-8")))
+        client.log_text(run_id, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), "config.yaml")
+    files = adapter_files(paths)
+    for file in files:
+        client.log_artifact(run_id, str(file), "adapter")
+    if files:
+        client.log_text(run_id, model_card(record), "adapter/README.md")

@@ -1,0 +1,334 @@
+"""A record as MLflow shows it: parameters, metrics, tags, a note. Pure: no store is asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+
+from qlora_exp.records.redaction import redact, redact_text
+from qlora_exp.records.types import RunRecord, Scores, Status
+
+RUN_ID_TAG = "qlora_exp.run_id"
+NOTE_TAG = "mlflow.note.content"
+PARENT_TAG = "mlflow.parentRunId"
+
+MAX_METRIC_KEYS = 30
+"""MLflow draws one chart per key; more than this is no overview."""
+SHOWN_DIGITS = 6
+"""The UI prints floats as they are; all digits are in the record."""
+MAX_PARAM_LENGTH = 500
+MAX_TAG_LENGTH = 5000
+DIGEST_LENGTH = 12
+"""MLflow takes 36; the whole fingerprint is in the record."""
+MIB = 1024 * 1024
+
+MLFLOW_STATUS = {
+    Status.RUNNING: "RUNNING",
+    Status.COMPLETED: "FINISHED",
+    Status.PRUNED: "KILLED",
+    Status.INTERRUPTED: "KILLED",
+    Status.OUT_OF_MEMORY: "FAILED",
+    Status.DIVERGED: "FAILED",
+    Status.FAILED: "FAILED",
+}
+
+CURVE_KEYS = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "gradient_norm": "train/gradient_norm",
+    "validation_loss": "train/validation_loss",
+}
+"""Fields of a curve point, and the metric that each becomes."""
+
+CONFIG_PARAMS = (
+    "model.family",
+    "model.variant",
+    "model.path",
+    "model.revision",
+    "quantization.mode",
+    "quantization.double_quantization",
+    "lora.r",
+    "lora.alpha_policy",
+    "lora.dropout",
+    "lora.dtype",
+    "lora.rslora",
+    "lora.dora",
+    "lora.init",
+    "task.name",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.batch_size",
+    "training.learning_rate",
+    "training.scheduler",
+    "training.warmup_ratio",
+    "training.weight_decay",
+    "training.max_grad_norm",
+    "training.optimizer",
+    "training.max_length",
+    "evaluation.split",
+)
+
+SCORE_FIELDS = (
+    "loss_per_item",
+    "loss",
+    "accuracy",
+    "accuracy_calibrated",
+    "macro_f1",
+    "exact_match",
+    "rouge_l",
+    "token_f1",
+    "invalid_answer_rate",
+    "token_accuracy",
+)
+
+HEADLINE_FIELDS = ("accuracy", "rouge_l", "exact_match", "loss_per_item", "loss")
+
+
+def params(record: RunRecord) -> dict[str, str]:
+    """Every axis of the configuration, and what the plan made of it once there is one. An unset value is left out."""
+    config = redact(record.config)
+    values: dict[str, Any] = {key: _lookup(config, key) for key in CONFIG_PARAMS}
+    if values["quantization.mode"] not in ("nf4", "fp4"):
+        values["quantization.double_quantization"] = None  # says nothing there
+    targets = config.get("targets") or {}
+    values["targets"] = ",".join(targets.get("modules") or []) or targets.get("set")
+    values["seed"] = record.seed if record.seed is not None else config.get("seed")
+    if record.plan is not None:
+        values["lora.alpha"] = record.plan.alpha
+        values["lora.scale"] = record.plan.scale
+        values["task.format"] = record.plan.format
+        values["training.micro_batch_size"] = record.plan.micro_batch_size
+        values["quantization.compute_dtype"] = record.plan.compute_dtype
+        values["plan.trainable_parameters"] = record.plan.trainable_parameters
+        values["plan.target_modules"] = ",".join(record.plan.target_modules)
+        values["plan.device"] = record.plan.device
+    if record.trial is not None:
+        values |= {param_key(key): value for key, value in redact(record.trial.params).items()}
+    return {key: shown_text(value) for key, value in values.items() if value is not None}
+
+
+def metrics(record: RunRecord) -> dict[str, float]:
+    """Final figures by key, at most ``MAX_METRIC_KEYS`` with the curve's; the least telling are left out first."""
+    room = MAX_METRIC_KEYS - len(CURVE_KEYS)
+    found = [(key, value) for key, value in _figures(record) if value is not None and math.isfinite(value)]
+    return {key: float(f"{value:.{SHOWN_DIGITS}g}") for key, value in found[:room]}
+
+
+def curve_metrics(record: RunRecord, points: Iterable[Mapping[str, Any]]) -> list[Metric]:
+    """Curve points as step-wise metrics. Timestamps are made from the record's start alone (plus the point's
+    ``seconds``, or its step as milliseconds), so that a point delivered twice is the same point."""
+    start = start_milliseconds(record)
+    rows = []
+    for point in points:
+        step = int(point["step"])
+        seconds = point.get("seconds")
+        timestamp = start + (round(1000 * seconds) if isinstance(seconds, int | float) else step)
+        for name, key in CURVE_KEYS.items():
+            value = point.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                rows.append(Metric(key, float(value), timestamp, step))
+    return rows
+
+
+def tags(record: RunRecord, parent: str | None = None) -> dict[str, str]:
+    """What runs are filtered by. ``parent``: the MLflow run id of the study that the run is a trial of."""
+    environment = record.environment
+    values = {
+        RUN_ID_TAG: record.run_id,
+        "qlora_exp.status": record.status.value,
+        "qlora_exp.schema_version": record.schema_version,
+        "qlora_exp.version": environment.packages.get("qlora-exp"),
+        "qlora_exp.config_fingerprint": record.plan.config_fingerprint[:16] if record.plan else None,
+        "qlora_exp.goal": record.goal.answer if record.goal else None,
+        "git.commit": environment.git_commit,
+        "git.dirty": environment.git_dirty,
+        "failure.kind": record.failure.kind if record.failure else None,
+        "failure.phase": record.failure.phase if record.failure else None,
+        "device": environment.device.name or environment.device.kind,
+        "mlflow.source.name": "qlora-exp",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": environment.git_commit,
+        PARENT_TAG: parent,
+    }
+    if record.trial is not None:
+        values["qlora_exp.trial.study"] = record.trial.study
+        values["qlora_exp.trial.study_id"] = record.trial.study_id
+        values["qlora_exp.trial.number"] = record.trial.number
+        values["qlora_exp.trial.attempt"] = record.trial.attempt
+    return {key: shown_text(value) for key, value in values.items() if value is not None}
+
+
+def note(record: RunRecord) -> str:
+    """The run in Markdown, as MLflow shows it on the run's page."""
+    lines = [_headline(record), "", *_score_table(record)]
+    lines += [f"- {fact}" for fact in _facts(record)]
+    if record.failure is not None:
+        where = f" in {record.failure.phase}" if record.failure.phase else ""
+        lines += ["", f"**{record.failure.kind}**{where}: {record.failure.message[:1000]}"]
+        if record.failure.hint:
+            lines.append(f"What to do: {record.failure.hint}")
+    lines += [f"\n> {warning}" for warning in record.warnings[:10]]
+    return shown_text("\n".join(lines).strip(), MAX_TAG_LENGTH)
+
+
+def dataset_input(record: RunRecord) -> DatasetInput | None:
+    """What was trained on: name, fingerprint as the digest, and where it came from; ``None`` before data was read."""
+    if record.data is None:
+        return None
+    task = redact(record.config.get("task") or {})
+    source_type, source = _data_source(task)
+    profile = {
+        "train_items": record.data.train_items,
+        "validation_items": record.data.validation_items,
+        "test_items": record.data.test_items,
+        "dropped_rows": record.data.dropped_rows,
+    }
+    dataset = Dataset(
+        name=record.data.task,
+        digest=record.data.fingerprint.removeprefix("sha256:")[:DIGEST_LENGTH],
+        source_type=source_type,
+        source=json.dumps(source),
+        profile=json.dumps(profile),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def start_milliseconds(record: RunRecord) -> int:
+    return _milliseconds(record.started_at)
+
+
+def end_milliseconds(record: RunRecord) -> int:
+    """When the run ended; its start where that is unknown, so that the figure is the same at every delivery."""
+    return _milliseconds(record.ended_at or record.started_at)
+
+
+def shown_text(value: Any, limit: int | None = MAX_PARAM_LENGTH) -> str:
+    """A value as text without secrets, cut where it would fill the table."""
+    text = redact_text(f"{value:g}" if isinstance(value, float) else str(value))
+    return text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def shown_figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def param_key(key: str) -> str:
+    """``key`` with what MLflow refuses in a name left out: ``+lora.r`` is ``lora.r``."""
+    return re.sub(r"[^\w./ :-]", "", key)
+
+
+def _figures(record: RunRecord) -> Iterator[tuple[str, float | None]]:
+    scores, memory, speed = record.scores, record.memory, record.speed
+    yield from _score_figures("score", scores.after, SCORE_FIELDS)
+    if scores.after is not None:
+        yield from ((f"score/{name}", value) for name, value in scores.after.other.items())
+    before = ("loss_per_item", "loss", "accuracy", "accuracy_calibrated", "exact_match", "rouge_l")
+    yield from _score_figures("score_before", scores.before, before)
+    yield from _score_figures("score_test", scores.test, ("loss_per_item", "accuracy", "exact_match", "rouge_l"))
+    yield "memory/peak_train_mib", _mib(memory.peak_train_bytes)
+    yield "memory/base_weights_mib", _mib(memory.base_weight_bytes)
+    yield "speed/train_tokens_per_second", speed.train_tokens_per_second
+    yield "speed/train_seconds", speed.train_seconds
+    if scores.forgetting is not None:
+        yield "score/forgetting_nats_per_byte", scores.forgetting.difference
+    if scores.forgetting_chat is not None:
+        yield "score/forgetting_chat_nats_per_byte", scores.forgetting_chat.difference
+    if record.baselines is not None:
+        yield "baseline/tfidf_accuracy", record.baselines.tfidf_accuracy
+        yield "baseline/majority_accuracy", record.baselines.majority_accuracy
+    yield "cost/usd", speed.cost_usd
+    yield "memory/adapter_mib", _mib(memory.adapter_bytes)
+    yield "memory/optimizer_mib", _mib(memory.optimizer_bytes)
+    yield "memory/peak_evaluation_mib", _mib(memory.peak_evaluation_bytes)
+    yield "speed/step_seconds_p50", speed.step_seconds_p50
+    yield "speed/evaluation_seconds", speed.evaluation_seconds
+    yield "speed/load_seconds", speed.load_seconds
+
+
+def _score_figures(group: str, scores: Scores | None, fields: Iterable[str]) -> Iterator[tuple[str, float | None]]:
+    if scores is not None:
+        yield from ((f"{group}/{name}", getattr(scores, name)) for name in fields)
+
+
+def _headline(record: RunRecord) -> str:
+    """The one line that is seen without unfolding the note."""
+    before, after = record.scores.before, record.scores.after
+    if record.status is not Status.COMPLETED or after is None:
+        return f"**{record.status.value.replace('_', ' ').lower()}**"
+    name = next((name for name in HEADLINE_FIELDS if getattr(after, name) is not None), None)
+    if name is None:
+        return "**completed**"
+    untouched = shown_figure(getattr(before, name) if before is not None else None)
+    return f"{name.replace('_', ' ')} on {after.split}: {untouched} → **{shown_figure(getattr(after, name))}**"
+
+
+def _score_table(record: RunRecord) -> Iterator[str]:
+    before, after = record.scores.before, record.scores.after
+    if before is None and after is None:
+        return
+    known = after or before
+    assert known is not None
+    yield f"| {known.split}, {known.items} items | before | after |"
+    yield "|---|---:|---:|"
+    for name in (*SCORE_FIELDS, "bits_per_byte"):
+        values = [getattr(scores, name) if scores is not None else None for scores in (before, after)]
+        if any(value is not None for value in values):
+            yield f"| {name.replace('_', ' ')} | {shown_figure(values[0])} | {shown_figure(values[1])} |"
+    yield ""
+
+
+def _facts(record: RunRecord) -> Iterator[str]:
+    if record.goal is not None:
+        yield f"goal `{record.goal.text}` on {record.goal.split}: **{record.goal.answer}**"
+    if record.baselines is not None:
+        yield (
+            f"baselines on {record.baselines.split}: "
+            f"majority class {shown_figure(record.baselines.majority_accuracy)}, "
+            f"TF-IDF + logistic regression {shown_figure(record.baselines.tfidf_accuracy)}"
+        )
+    for gone in (record.scores.forgetting, record.scores.forgetting_chat):
+        if gone is not None:
+            interval = f"95 % interval {shown_figure(gone.low)} to {shown_figure(gone.high)}"
+            yield f"loss on {gone.text} changed by {shown_figure(gone.difference)} nats per byte ({interval})"
+    if record.plan is not None:
+        yield f"{record.plan.trainable_parameters:,} trainable of {record.plan.total_parameters:,} parameters"
+    if record.memory.peak_train_bytes is not None:
+        yield f"peak while training {shown_figure(_mib(record.memory.peak_train_bytes))} MiB ({record.memory.source})"
+    if record.speed.train_tokens_per_second is not None:
+        yield f"{record.speed.train_tokens_per_second:,.0f} tokens/s on {record.environment.device.name}"
+    if record.environment.git_dirty:
+        yield "made from a checkout with uncommitted changes"
+
+
+def _data_source(task: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if task.get("source") == "hub":
+        return "hf", {
+            "path": task.get("hub_id"),
+            "config_name": task.get("hub_config"),
+            "revision": task.get("hub_revision"),
+        }
+    if task.get("source") == "local":
+        return "local", {"uri": str(task.get("path"))}
+    return "package", {"uri": "qlora_exp/embedded"}
+
+
+def _lookup(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else size / MIB
+
+
+def _milliseconds(moment: str) -> int:
+    parsed = datetime.fromisoformat(moment)
+    return round((parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp() * 1000)

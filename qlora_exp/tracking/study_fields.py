@@ -1,0 +1,238 @@
+"""A study as MLflow shows it on its parent run: parameters, metrics, a note, two files. Pure: no store is asked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import yaml
+
+from qlora_exp.records.redaction import redact, redact_overrides
+from qlora_exp.records.types import Process, Status
+from qlora_exp.tracking.fields import MAX_TAG_LENGTH, param_key, shown_figure, shown_text
+
+STUDY_TAG = "qlora_exp.study"
+"""On the parent run alone: the study's name."""
+
+STUDY_ID_TAG = "qlora_exp.study_id"
+"""On the parent run alone: the study's identity, which finds the parent again. Names are for people."""
+
+SHOWN_TRIALS = 10
+
+
+@dataclass(frozen=True)
+class StudyDefinition:
+    """``study.json``: what is asked, and of how many trials. An objective reads ``minimize PATH`` or
+    ``maximize PATH``, a path into the record; ``space`` has each swept key's range as text."""
+
+    name: str
+    question: str | None = None
+    space: dict[str, str] = field(default_factory=dict)
+    objectives: tuple[str, ...] = ()
+    sampler: str | None = None
+    pruner: str | None = None
+    n_trials: int | None = None
+    created_at: str | None = None
+    overrides: tuple[str, ...] = ()
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """What every trial has besides the swept keys, as overrides: key → value."""
+    id: str | None = None
+    """``None``: a study of a version that gave no identities."""
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial: ``values`` in the order of the objectives (none where it was not scored), ``params`` by swept key."""
+
+    number: int
+    status: Status
+    values: tuple[float | None, ...] = ()
+    params: dict[str, Any] = field(default_factory=dict)
+    run_id: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """``summary.json``: how the study stands. ``best``: numbers of the best trials, best first; several objectives
+    have several. ``process`` is the sweep's while it goes on."""
+
+    status: Status
+    updated_at: str
+    best: tuple[int, ...] = ()
+    trials: tuple[TrialRow, ...] = ()
+    process: Process | None = None
+
+    @property
+    def best_trials(self) -> list[TrialRow]:
+        by_number = {trial.number: trial for trial in self.trials}
+        return [by_number[number] for number in self.best if number in by_number]
+
+    def count(self, *statuses: Status) -> int:
+        counts = Counter(trial.status for trial in self.trials)
+        return sum(counts[status] for status in statuses)
+
+
+def params(definition: StudyDefinition) -> dict[str, str]:
+    values = {
+        "sampler": definition.sampler,
+        "pruner": definition.pruner,
+        "objective": ", ".join(definition.objectives) or None,
+    }
+    return {key: shown_text(value) for key, value in values.items() if value is not None}
+
+
+def tags(definition: StudyDefinition) -> dict[str, str]:
+    return {
+        STUDY_TAG: shown_text(definition.name),
+        **({STUDY_ID_TAG: definition.id} if definition.id is not None else {}),
+        # No parameter: MLflow never changes one, and a study goes on with more trials.
+        **({"qlora_exp.n_trials": str(definition.n_trials)} if definition.n_trials is not None else {}),
+        "mlflow.source.name": "qlora-exp sweep",
+        "mlflow.source.type": "LOCAL",
+    }
+
+
+def metrics(definition: StudyDefinition, summary: StudySummary) -> dict[str, float]:
+    """Trials by how they ended, and the best value of each objective."""
+    figures: dict[str, float] = {
+        "trials_finished": summary.count(Status.COMPLETED),
+        "trials_pruned": summary.count(Status.PRUNED),
+        "trials_failed": summary.count(Status.FAILED, Status.OUT_OF_MEMORY, Status.DIVERGED),
+    }
+    for place, objective in enumerate(definition.objectives):
+        value = _best_value(summary, place, objective)
+        if value is not None:
+            figures[f"best/{param_key(_measure(objective))}"] = value
+    return figures
+
+
+def note(definition: StudyDefinition, summary: StudySummary, answers: Sequence[str] = ()) -> str:
+    """The study in Markdown: its answers (of rank doubling), else its best so far, come first, the line that is seen
+    without unfolding the note."""
+    lines = [
+        "\n\n".join(answers) or _headline(definition, summary),
+        "",
+        *([definition.question, ""] if definition.question else []),
+        f"- {_progress(definition, summary)}",
+        f"- objective: {', '.join(definition.objectives) or 'none'}",
+        *(f"- `{key}`: {text}" for key, text in redact(definition.space).items()),
+        *([f"- always `{' '.join(redact_overrides(definition.overrides))}`"] if definition.overrides else []),
+        "",
+        *_table(definition, summary),
+    ]
+    return shown_text("\n".join(lines).strip(), MAX_TAG_LENGTH)
+
+
+def trials_csv(definition: StudyDefinition, summary: StudySummary) -> str:
+    """All trials, a column for each swept key; several objectives have ``value_FIELD`` each."""
+    keys = _swept_keys(definition, summary)
+    several = len(definition.objectives) > 1
+    values = [f"value_{_measure(objective)}" for objective in definition.objectives] if several else ["value"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["number", "status", *values, "run_id", "seconds", *keys])
+    for trial in summary.trials:
+        told = redact(trial.params)
+        row = [trial.number, trial.status.value, *(_value(trial, place) for place in range(len(values)))]
+        writer.writerow([*row, trial.run_id, trial.seconds, *(_cell(told, key) for key in keys)])
+    return text.getvalue()
+
+
+def _cell(params: dict[str, Any], key: str) -> Any:
+    """``null`` is a value; what the trial doesn't have is empty."""
+    value = params.get(key)
+    if value is None:
+        return "null" if key in params else None
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def best_yaml(definition: StudyDefinition, summary: StudySummary) -> str | None:
+    """The best trial's settings as ``qlora-exp run --from`` reads them; ``None`` before there is one."""
+    if not summary.best_trials:
+        return None
+    best = summary.best_trials[0]
+    lines = [f"# Trial {best.number} of {definition.name}: {_values_told(definition, best)}"]
+    if best.run_id is not None:
+        lines.append(f"# The same run once more: qlora-exp rerun {best.run_id}")
+    settings = redact({**definition.fixed, **best.params})
+    return shown_text("\n".join(lines), None) + "\n" + yaml.safe_dump(settings, allow_unicode=True)
+
+
+def milliseconds(moment: str) -> int:
+    return round(datetime.fromisoformat(moment).timestamp() * 1000)
+
+
+def _headline(definition: StudyDefinition, summary: StudySummary) -> str:
+    if not summary.best_trials:
+        return f"**{summary.status.value.lower()}**, no best trial yet"
+    best = summary.best_trials[0]
+    settings = ", ".join(f"{key}={value}" for key, value in redact(best.params).items())
+    return f"best so far: **{_values_told(definition, best)}** with {settings} (trial {best.number})"
+
+
+def _progress(definition: StudyDefinition, summary: StudySummary) -> str:
+    counts = Counter(trial.status for trial in summary.trials)
+    told = ", ".join(f"{count} {status.value.lower().replace('_', ' ')}" for status, count in sorted(counts.items()))
+    searched = f"sampler {definition.sampler or 'none'}, pruner {definition.pruner or 'none'}"
+    budget = "no fixed number of" if definition.n_trials is None else str(definition.n_trials)
+    return f"{budget} trials, {searched}; so far {told or 'none'}"
+
+
+def _table(definition: StudyDefinition, summary: StudySummary) -> Iterator[str]:
+    shown = _leading(definition, summary)
+    if not shown:
+        return
+    keys = _swept_keys(definition, summary)
+    heads = ["trial", *(_measure(objective) for objective in definition.objectives), *keys, "run"]
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * len(heads)}"
+    for trial in shown:
+        values = [shown_figure(_value(trial, place)) for place in range(len(definition.objectives))]
+        told = redact(trial.params)
+        cells = [f"{trial.number}", *values, *(f"{told.get(key, '–')}" for key in keys), trial.run_id or "–"]
+        yield f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _leading(definition: StudyDefinition, summary: StudySummary) -> list[TrialRow]:
+    """The best trials as told, then the other completed ones by the first objective."""
+    others = [t for t in summary.trials if t.status is Status.COMPLETED and t.number not in summary.best]
+    maximize = bool(definition.objectives) and definition.objectives[0].startswith("maximize")
+
+    def order(trial: TrialRow) -> float:
+        value = _value(trial, 0)
+        return math.inf if value is None else (-value if maximize else value)
+
+    return [*summary.best_trials, *sorted(others, key=order)][:SHOWN_TRIALS]
+
+
+def _best_value(summary: StudySummary, place: int, objective: str) -> float | None:
+    known = [value for trial in summary.best_trials if (value := _value(trial, place)) is not None]
+    return (max if objective.startswith("maximize") else min)(known, default=None)
+
+
+def _value(trial: TrialRow, place: int) -> float | None:
+    return trial.values[place] if place < len(trial.values) else None
+
+
+def _values_told(definition: StudyDefinition, trial: TrialRow) -> str:
+    told = (
+        f"{_measure(objective)} {shown_figure(_value(trial, place))}"
+        for place, objective in enumerate(definition.objectives)
+    )
+    return ", ".join(told)
+
+
+def _measure(objective: str) -> str:
+    """The path without its direction."""
+    return objective.split(maxsplit=1)[-1]
+
+
+def _swept_keys(definition: StudyDefinition, summary: StudySummary) -> list[str]:
+    return list(dict.fromkeys([*definition.space, *(key for trial in summary.trials for key in trial.params)]))

@@ -1,0 +1,316 @@
+"""What was not delivered is delivered later; what was left RUNNING by a dead process is told as it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from qlora_exp.config.schema import TrackingConfig
+from qlora_exp.errors import QloraExpError, RecordError, TrackingError
+from qlora_exp.paths import OutputPaths, RunPaths
+from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.find import run_folders
+from qlora_exp.records.redaction import REDACTED
+from qlora_exp.records.types import Failure, RunRecord, Status
+from qlora_exp.system.environment import alive
+from qlora_exp.system.out_of_memory import killed_for_memory
+from qlora_exp.tracking.pending import root_option, sync_command
+
+if TYPE_CHECKING:
+    from qlora_exp.tracking.store import OpenStore, Store
+
+DEFAULT_EXPERIMENT = "qlora-exp"
+DEFAULT_TIMEOUT_SECONDS = 5.0
+"""For records whose configuration says nothing of tracking (conf/tracking/mlflow.yaml has the same)."""
+
+
+HOST_SECONDS = 5.0
+"""How long the end of a sweep waits for a host that delivers a trial itself just then."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """Run ids by what became of them; ``failed`` has the reason."""
+
+    delivered: tuple[str, ...] = ()
+    already: tuple[str, ...] = ()
+    running: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    """RUNNING by a process of another host, which can't be seen from here; left as they are."""
+    deleted: tuple[str, ...] = ()
+    """Deleted in MLflow by a person; they stay deleted."""
+    repaired: tuple[str, ...] = ()
+    studies: tuple[str, ...] = ()
+    """Names of the studies whose parent run was delivered."""
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def sync(output_root: str | Path, uri: str | None = None, experiment: str | None = None) -> SyncReport:
+    """Deliver every ended run under ``output_root`` that its store lacks, wholly or in part.
+
+    Doing it twice adds nothing. ``uri`` takes the place of the records' own ``tracking.uri`` (needed where that held a
+    password: records keep it redacted), ``experiment`` that of their ``tracking.experiment``. Raises
+    :class:`TrackingError` only for a ``uri`` that can't be meant; a store that doesn't answer is in the report's
+    ``failed``.
+    """
+    output = OutputPaths.of(output_root)
+    if not output.runs.is_dir():
+        return SyncReport()
+    if uri is not None or experiment is not None:
+        _locate(TrackingConfig(True, uri, experiment or DEFAULT_EXPERIMENT, DEFAULT_TIMEOUT_SECONDS), output)
+    repaired = tuple(_repair_records(output).values())
+    with FileLock(output.root / "sync.lock"):
+        return replace(_Sync(output, uri, experiment=experiment).deliver(), repaired=repaired)
+
+
+def repair(output_root: str | Path) -> tuple[str, ...]:
+    """Tell runs whose process is dead as INTERRUPTED, in the record and (KILLED) in MLflow. Returns their run ids.
+
+    A run of another host stays RUNNING: whether it lives can't be seen from here.
+
+    Costs a look at each record; MLflow is only asked when there was something to repair. A store that doesn't answer
+    leaves them to :func:`sync`.
+    """
+    output = OutputPaths.of(output_root)
+    repaired = _repair_records(output)
+    if repaired:
+        with FileLock(output.root / "sync.lock"):
+            _Sync(output, None).deliver(only=set(repaired))
+    return tuple(repaired.values())
+
+
+def deliver_runs(output: OutputPaths, run_ids: Iterable[str], uri: str | None = None) -> None:
+    """Deliver those of these runs whose own process could not, because it was killed, say. Never raises; MLflow is only
+    asked where something is missing. ``uri`` as for :func:`sync`."""
+    missing = {paths.folder.name for run_id in run_ids if not _is_delivered(paths := output.run(run_id))}
+    if missing:
+        with contextlib.suppress(OSError):
+            _repair_records(output, missing)
+        with contextlib.suppress(OSError), FileLock(output.root / "sync.lock"):
+            _Sync(output, uri, patience_seconds=HOST_SECONDS).deliver(only=missing)
+
+
+def _is_delivered(paths: RunPaths) -> bool:
+    from qlora_exp.tracking.state import read_state, record_digest
+
+    state = read_state(paths)
+    return state is not None and state.delivered and state.record_digest == record_digest(paths)
+
+
+def _is_whole(paths: RunPaths, mlflow_run_id: str | None) -> bool:
+    """Whether the store's run ``mlflow_run_id`` (``None``: it has none) has all that the folder holds."""
+    from qlora_exp.tracking.state import read_state
+
+    state = read_state(paths)
+    return _is_delivered(paths) and state is not None and state.mlflow_run_id == mlflow_run_id
+
+
+class _Sync:
+    """One pass over the run folders. A store that failed is not tried again: each try costs its timeout.
+    ``patience_seconds``: how long to wait for another process that delivers a run just then."""
+
+    def __init__(
+        self, output: OutputPaths, uri: str | None, patience_seconds: float = 60.0, experiment: str | None = None
+    ) -> None:
+        self._patience_seconds = patience_seconds
+        self._experiment = experiment
+        self._output = output
+        self._uri = uri
+        self._opened: dict[Store, OpenStore] = {}
+        self._present: dict[Store, dict[str, str | None]] = {}
+        self._broken: dict[Store, str] = {}
+        self._parents: dict[tuple[Store, str, str | None], str | None] = {}
+        self._studies: dict[tuple[Store, str], None] = {}
+
+    def deliver(self, only: Set[str] | None = None) -> SyncReport:
+        from qlora_exp.tracking.store import reason
+
+        found: dict[str, list[str]] = {"delivered": [], "already": [], "running": [], "elsewhere": [], "deleted": []}
+        failed: dict[str, str] = {}
+        for paths in run_folders(self._output):
+            if only is not None and paths.folder.name not in only:
+                continue
+            try:
+                record = read_record(paths.record)
+                found[self._one(record, paths)].append(record.run_id)
+            except QloraExpError as error:
+                failed[paths.folder.name] = str(error)
+        studies = []
+        for store, name in self._studies:
+            try:
+                studies += [name] if self._study(store, name) else []
+            except Exception as error:  # every backend raises its own kinds
+                failed[f"study {name}"] = f"not delivered: {reason(error)}"
+        return SyncReport(**{name: tuple(ids) for name, ids in found.items()}, studies=tuple(studies), failed=failed)
+
+    def _one(self, record: RunRecord, paths: RunPaths) -> str:
+        from qlora_exp.tracking.state import delivering
+
+        if not record.status.ended:
+            return "elsewhere" if record.process is not None and alive(record.process) is None else "running"
+        store = _locate(self._tracking(record), self._output)
+        opened = self._open(store)
+        if record.trial is not None:
+            self._studies[store, record.trial.study] = None
+        mlflow_run_id = self._present[store].get(record.run_id)
+        if record.run_id in self._present[store] and mlflow_run_id is None:
+            return "deleted"
+        if _is_whole(paths, mlflow_run_id):
+            return "already"
+        with delivering(paths.tracking_lock, self._patience_seconds):
+            return self._deliver_one(read_record(paths.record), paths, store, opened)
+
+    def _deliver_one(self, record: RunRecord, paths: RunPaths, store: Store, opened: OpenStore) -> str:
+        """``record`` as it is now that nobody else delivers it: another may have done so, or gone on with the run."""
+        from qlora_exp.tracking.deliver import create, deliver_all, find
+        from qlora_exp.tracking.state import TrackingState, record_digest, write_state
+        from qlora_exp.tracking.store import bounded_calls, reason
+
+        if not record.status.ended:
+            return "running"
+        digest, mlflow_run_id = record_digest(paths), None
+        told = TrackingState(store.shown_uri, store.experiment, opened.experiment_id)
+        try:
+            with bounded_calls(store.timeout_seconds):
+                mlflow_run_id = find(opened.client, opened.experiment_id, record.run_id)
+                if _is_whole(paths, mlflow_run_id):
+                    return "already"
+                parent = self._parent(store, opened, record)
+                mlflow_run_id = mlflow_run_id or create(opened.client, opened.experiment_id, record, parent)
+                deliver_all(opened.client, mlflow_run_id, record, paths, parent)
+        except Exception as error:  # every backend raises its own kinds
+            why = reason(error)
+            self._forget_if_gone(store)
+            write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, error=why))
+            raise TrackingError(
+                f"not delivered: {why}", store.shown_uri, sync_command(self._output) + " tries again"
+            ) from None
+        write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, delivered=True, record_digest=digest))
+        return "delivered"
+
+    def _parent(self, store: Store, opened: OpenStore, record: RunRecord) -> str | None:
+        from qlora_exp.tracking.study import parent_run
+
+        if record.trial is None:
+            return None
+        key = (store, record.trial.study, record.trial.study_id)
+        if key not in self._parents:
+            self._parents[key] = parent_run(store, opened, self._output, record)
+        return self._parents[key]
+
+    def _study(self, store: Store, name: str) -> bool:
+        """Deliver a study's parent run, where the store lacks something of it. A living sweep does so itself."""
+        from qlora_exp.tracking.state import read_state, write_state
+        from qlora_exp.tracking.study import deliver_study, read_definition, read_summary, study_digest
+
+        paths = self._output.study(name)
+        definition, summary = read_definition(paths), read_summary(paths)
+        if definition is None or summary is None or not summary.status.ended:
+            return False
+        opened = self._open(store)
+        state = read_state(paths)
+        if (
+            state is not None
+            and state.delivered
+            and state.record_digest == study_digest(paths)
+            and (state.uri, state.experiment_id) == (store.shown_uri, opened.experiment_id)
+        ):
+            return False
+        write_state(paths, deliver_study(store, opened, paths, definition, summary))
+        return True
+
+    def _open(self, store: Store) -> OpenStore:
+        from qlora_exp.tracking.deliver import present_runs
+        from qlora_exp.tracking.store import bounded_calls, open_store, reason
+
+        if store in self._broken:
+            raise TrackingError(
+                f"not delivered: {self._broken[store]}", store.shown_uri, sync_command(self._output) + " tries again"
+            )
+        if store not in self._opened:
+            try:
+                opened = open_store(store)
+                with bounded_calls(store.timeout_seconds):
+                    self._present[store] = present_runs(opened.client, opened.experiment_id)
+                self._opened[store] = opened
+            except Exception as error:  # every backend raises its own kinds
+                self._broken[store] = reason(error)
+                raise self._failed(self._broken[store], store) from None
+        return self._opened[store]
+
+    def _failed(self, why: str, store: Store) -> TrackingError:
+        return TrackingError(f"not delivered: {why}", store.shown_uri, f"{sync_command(self._output)} tries again")
+
+    def _forget_if_gone(self, store: Store) -> None:
+        """After a failed delivery: is it the store (then the others need not try), or only this run?"""
+        from qlora_exp.tracking.store import open_store
+
+        try:
+            open_store(store)
+        except TrackingError as error:
+            self._broken[store] = error.what
+
+    def _tracking(self, record: RunRecord) -> TrackingConfig:
+        raw: dict[str, Any] = record.config.get("tracking") or {}
+        uri = self._uri or raw.get("uri")
+        if uri is not None and REDACTED in uri:
+            raise TrackingError(
+                "the record keeps tracking.uri without its password",
+                uri,
+                f"qlora-exp sync{root_option(self._output)} --uri URI, with the password in the URI or in the "
+                "environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+            )
+        return TrackingConfig(
+            enabled=True,
+            uri=uri,
+            experiment=self._experiment or raw.get("experiment") or DEFAULT_EXPERIMENT,
+            timeout_seconds=float(raw.get("timeout_seconds") or DEFAULT_TIMEOUT_SECONDS),
+        )
+
+
+def _repair_records(output: OutputPaths, only: Set[str] | None = None) -> dict[str, str]:
+    """Run ids of the repaired, by folder name."""
+    repaired = {}
+    for paths in run_folders(output):
+        if only is not None and paths.folder.name not in only:
+            continue
+        try:
+            record = read_record(paths.record)
+        except RecordError:
+            continue  # told by ls and sync; nothing of it can be repaired
+        if record.status is not Status.RUNNING or (record.process is not None and alive(record.process) is not False):
+            continue
+        write_json(paths.record, _interrupted(record, paths))
+        repaired[paths.folder.name] = record.run_id
+    return repaired
+
+
+def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
+    """The record of a run whose process ended without a word; its end is the last sign of life in the folder."""
+    files = [file for file in (paths.record, paths.curve) if file.is_file()]
+    last = datetime.fromtimestamp(max(file.stat().st_mtime for file in files), UTC).isoformat(timespec="seconds")
+    pid = f"process {record.process.pid}" if record.process is not None else "the process"
+    return record.replace(
+        status=Status.INTERRUPTED,
+        ended_at=last,
+        failure=killed_for_memory(record, None, None)
+        or Failure(
+            kind="ProcessDied",
+            message=f"{pid} ended without finishing the run (killed, out of memory, or the machine stopped); "
+            f"its last sign of life was at {last}",
+            hint="run it again with the same settings; where training.save_every_steps is set, it goes on from the "
+            "newest checkpoint",
+        ),
+    )
+
+
+def _locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
+    from qlora_exp.tracking.store import locate
+
+    return locate(tracking, output)

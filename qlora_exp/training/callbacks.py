@@ -1,0 +1,182 @@
+"""What watches a training: metering, the curve, the stop on divergence, the token budget, and a clean interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from qlora_exp.records.files import read_curve, write_text
+from qlora_exp.system import signals
+from qlora_exp.training.meter import tensor_bytes
+from qlora_exp.training.outcome import Observer, Pruned, Report
+
+EXCLUDED_STEPS = 5
+LOGGED = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "gradient_norm",
+    "eval_loss": "validation_loss",
+}
+"""The trainer's names, and ours in curve.jsonl."""
+ITEM_NATS = "eval_item_nats"
+"""Beside ``eval_loss`` where a report wants it: nats of each validation item, in their order."""
+SCALER_PATIENCE = 10
+
+
+class StepMeter(TrainerCallback):  # type: ignore[misc]
+    """Seconds of each optimizer step, and what the optimizer and the gradients weigh once they exist."""
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+        self.step_tokens: list[int] = []
+        self.tokens = 0
+        self.loss_tokens = 0
+        self.gradient_bytes: int | None = None
+        self.optimizer_bytes: int | None = None
+        self._pending_tokens = 0
+        self._started = 0.0
+        self.earlier_seconds = 0.0
+        self.earlier_tokens = 0
+        self.began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds of this training so far, those before a resume included."""
+        return self.earlier_seconds + time.perf_counter() - self.began
+
+    def count(self, tokens: int, loss_tokens: int) -> None:
+        """Called by the trainer for each micro-batch: unpadded tokens, and those among them that carry a loss."""
+        self._pending_tokens += tokens
+        self.tokens += tokens
+        self.loss_tokens += loss_tokens
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pending_tokens = 0
+        self._started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.gradient_bytes is None:
+            parameters = kwargs["model"].parameters()
+            self.gradient_bytes = tensor_bytes(p.grad for p in parameters if p.grad is not None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_seconds.append(time.perf_counter() - self._started)
+        self.step_tokens.append(self._pending_tokens)
+        if self.optimizer_bytes is None and kwargs.get("optimizer") is not None:
+            import torch
+
+            slots = kwargs["optimizer"].state.values()
+            self.optimizer_bytes = tensor_bytes(v for slot in slots for v in slot.values() if torch.is_tensor(v))
+
+    def counted(self) -> tuple[list[float], int]:
+        """Seconds of the counted steps, and the tokens that they processed. The first steps are warm-up: excluded
+        unless there are too few others."""
+        first = EXCLUDED_STEPS if len(self.step_seconds) > 2 * EXCLUDED_STEPS else min(1, len(self.step_seconds) - 1)
+        first = max(first, 0)
+        return self.step_seconds[first:], sum(self.step_tokens[first:])
+
+
+class Curve(TrainerCallback):  # type: ignore[misc]
+    """Appends each logged point to curve.jsonl, and tells the observer."""
+
+    def __init__(self, path: Path, meter: StepMeter, observer: Observer, resumed_step: int = 0) -> None:
+        """``resumed_step``: points after it were written by a part of the training that a resumed one repeats."""
+        self.path, self.meter, self.observer = path, meter, observer
+        kept = [point for point in read_curve(path) if point["step"] <= resumed_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(point) + "\n" for point in kept))
+        losses = [point["loss"] for point in kept if point.get("loss") is not None]
+        self.first_loss: float | None = losses[0] if losses else None
+        self.final_loss: float | None = losses[-1] if losses else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step's loss is logged wherever ``training.logging_steps`` falls."""
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        numbers = {ours: float(logs[theirs]) for theirs, ours in LOGGED.items() if theirs in logs}
+        if not ("loss" in numbers or "validation_loss" in numbers):
+            return
+        if "loss" in numbers:
+            self.first_loss = numbers["loss"] if self.first_loss is None else self.first_loss
+            self.final_loss = numbers["loss"]
+        passed = {"tokens": self.meter.tokens, "seconds": round(self.meter.seconds(), 3)}
+        kept = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": state.global_step, **passed, **kept}) + "\n")
+        self.observer.step(state.global_step, state.max_steps, {**passed, **numbers})
+
+
+class TokenBudget(TrainerCallback):  # type: ignore[misc]
+    """Stops at the first step that has processed ``max_tokens`` unpadded tokens."""
+
+    def __init__(self, max_tokens: int | None, meter: StepMeter) -> None:
+        self.max_tokens, self.meter = max_tokens, meter
+        self.spent = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.max_tokens is not None and self.meter.tokens >= self.max_tokens:
+            self.spent = True
+            control.should_training_stop = True
+
+
+class Budget(TrainerCallback):  # type: ignore[misc]
+    """Stops after the step at which a budget is spent, and saves a checkpoint."""
+
+    def __init__(self, exhausted: Callable[[], str | None]) -> None:
+        self.exhausted = exhausted
+        self.ended_by: str | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        name = self.exhausted()
+        if name is not None and state.global_step < state.max_steps:
+            self.ended_by = name
+            control.should_save = control.should_training_stop = True
+
+
+class AskStudy(TrainerCallback):  # type: ignore[misc]
+    """Reports each validation loss to the study, and stops when told to."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metrics = kwargs.get("metrics") or {}
+        loss = metrics.get("eval_loss")
+        if loss is not None and self.report.ask(state.global_step, float(loss), metrics.get(ITEM_NATS)):
+            raise Pruned(state.global_step)
+
+
+class Interruption(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C, TERM or HUP once: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._handling = signals.handling(self._ask)
+
+    def __enter__(self) -> Interruption:
+        self._handling.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handling.__exit__(None, None, None)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if signals.heard(number) is signals.Heard.SAME:
+            return
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True

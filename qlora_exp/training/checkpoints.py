@@ -1,0 +1,68 @@
+"""Training checkpoints that can be trusted: complete ones carry a seal; pickles that nobody needs are deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from qlora_exp.records.files import write_json
+
+SEAL = "seal.json"
+
+
+class Seal(TrainerCallback):  # type: ignore[misc]
+    """After each save: deletes ``training_args.bin`` (a pickle that holds tokens), and writes the seal last of all."""
+
+    def __init__(self, carried: Any) -> None:
+        self.carried = carried
+        """``carried() -> dict``: counters to go on from after a resume."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / "README.md").unlink(missing_ok=True)
+            write_json(folder / SEAL, {"step": state.global_step, "files": _digests(folder), "carried": self.carried()})
+
+
+def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose seal is whole and whose files still have the sealed digests, and what it carries."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=step_of, reverse=True):
+        try:
+            seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+            if seal["files"] == _digests(path):
+                return path, seal["carried"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint folder was written at."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def total_bytes(folder: Path) -> int | None:
+    """Bytes of the newest checkpoint on disk; ``None`` where there is none."""
+    newest = newest_valid(folder)
+    return sum(file.stat().st_size for file in newest[0].rglob("*") if file.is_file()) if newest else None
+
+
+def discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
