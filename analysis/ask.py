@@ -12,7 +12,7 @@ from pathlib import Path
 from qlora_exp.analysis import sections
 from qlora_exp.analysis.comparable import require_comparable
 from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of
-from qlora_exp.analysis.content import Report, Section
+from qlora_exp.analysis.content import ReportContent, Section
 from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.rendering import to_html, to_markdown
 from qlora_exp.errors import AnalysisError
@@ -31,7 +31,7 @@ QUESTIONS: dict[str, Answer] = {
 }
 
 
-def ask(question: str, records: Sequence[RunRecord]) -> Report:
+def ask(question: str, records: Sequence[RunRecord]) -> ReportContent:
     """A report of one section.
 
     Raises:
@@ -50,7 +50,7 @@ def ask(question: str, records: Sequence[RunRecord]) -> Report:
             "ask it of runs with several ranks, or of base and instruct",
         )
     said = f"{len(group.records)} runs, {len(found)} configurations, {measure.label} on {group.protocol.split}"
-    return Report(question, None, (said,), None, (section,), sections.runs_table(group.records), said)
+    return ReportContent(question, None, (said,), None, (section,), sections.runs_section_table(group.records), said)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

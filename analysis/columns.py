@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_exp.analysis.reading import Row
+from qlora_exp.analysis.reading import TableRow
 from qlora_exp.errors import AnalysisError, nearest
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -57,7 +57,9 @@ class Columns:
     notes: tuple[str, ...]
 
 
-def find_columns(rows: Sequence[Row], chosen: Mapping[str, str], higher_is_better: bool | None, file: Path) -> Columns:
+def find_columns(
+    rows: Sequence[TableRow], chosen: Mapping[str, str], higher_is_better: bool | None, file: Path
+) -> Columns:
     """Which column means what. Names are compared without regard to case.
 
     Args:

@@ -47,7 +47,7 @@ def answering_scores(record: RunRecord) -> Scores | None:
     return record.scores.test or record.scores.after
 
 
-def untouched_scores(record: RunRecord) -> Scores | None:
+def base_model_scores(record: RunRecord) -> Scores | None:
     """The untouched base's scores on the same split."""
     return record.scores.test_before if record.scores.test is not None else record.scores.before
 
@@ -72,7 +72,7 @@ def is_pilot(record: RunRecord) -> bool:
     return record.trial is not None and record.trial.params.get("evaluation.split") == "validation"
 
 
-def finished(records: Iterable[RunRecord]) -> list[RunRecord]:
+def finished_runs(records: Iterable[RunRecord]) -> list[RunRecord]:
     """Completed runs of which scores, plan and data are known."""
     return [
         record
@@ -86,7 +86,7 @@ def finished(records: Iterable[RunRecord]) -> list[RunRecord]:
 
 def groups_of(records: Sequence[RunRecord]) -> list[Group]:
     """Finished runs by protocol, the largest group first."""
-    kept = finished(records)
+    kept = finished_runs(records)
     versions = _data_versions(kept)
     found: dict[Protocol, list[RunRecord]] = defaultdict(list)
     for record in kept:
@@ -107,14 +107,14 @@ def require_comparable(records: Sequence[RunRecord]) -> Group:
         raise AnalysisError("there is no finished run to analyse", f"{len(records)} runs", "qlora-exp ls runs")
     if len(groups) > 1:
         raise AnalysisError(
-            f"these runs aren't comparable: {'; '.join(differences(groups))}",
+            f"these runs aren't comparable: {'; '.join(setting_differences(groups))}",
             f"{sum(len(group.records) for group in groups)} finished runs",
             "compare runs of one protocol, or read the report, which shows them apart",
         )
     return groups[0]
 
 
-def differences(groups: Sequence[Group]) -> list[str]:
+def setting_differences(groups: Sequence[Group]) -> list[str]:
     """What keeps the groups apart, e.g. ``max_steps: 200 in 28 runs, 100 in 4``."""
     found = []
     for field in dataclasses.fields(Protocol):

@@ -14,7 +14,7 @@ from scipy import stats
 from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.records.types import RunRecord, Scores
 
-CONFIDENCE = 0.95
+INTERVAL_CONFIDENCE = 0.95
 """Of two-sided intervals over seeds."""
 
 NOT_SETTINGS = (
@@ -71,7 +71,7 @@ class Estimate:
     se: float | None
     df: float | None
 
-    def half_width(self, confidence: float = CONFIDENCE) -> float | None:
+    def half_width(self, confidence: float = INTERVAL_CONFIDENCE) -> float | None:
         if self.se is None or self.df is None:
             return None
         return float(stats.t.ppf((1 + confidence) / 2, self.df)) * self.se
@@ -129,7 +129,7 @@ def _read_as(record: RunRecord) -> tuple[str, ...]:
 def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Configuration]:
     """Configurations in the order in which they were first run. The variance over seeds is pooled over all of them,
     with Σ(seeds − 1) degrees of freedom. A seed that was run twice counts once, by its last run."""
-    settings = [settings_of(record) for record in records]
+    settings = [configuration_settings(record) for record in records]
     varying = varying_keys(settings)
     by_key: dict[tuple[Any, ...], dict[int | None, RunRecord]] = defaultdict(dict)
     for record, flat in zip(records, settings, strict=True):
@@ -153,7 +153,7 @@ def best_on_validation(found: Sequence[Configuration], measure: Measure) -> Conf
     return max((c for c in found if c.quality is not None), key=on_validation, default=None)
 
 
-def settings_of(record: RunRecord) -> dict[str, Any]:
+def configuration_settings(record: RunRecord) -> dict[str, Any]:
     """Dotted key → value, of the settings that make a configuration; ``format`` as it was resolved."""
     return {**dict(_flat(record.config, "")), "format": record.plan.format if record.plan is not None else None}
 
@@ -179,7 +179,7 @@ def mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(present)) if present and len(present) == len(known) else None
 
 
-def shown(value: Any) -> str:
+def display_settings(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "+".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)
@@ -193,7 +193,7 @@ def _configuration(
     df: int,
     source: str,
 ) -> Configuration:
-    flat = settings_of(runs[0])
+    flat = configuration_settings(runs[0])
     known = len(values) > 0
     quality = Estimate(
         float(np.mean(values)), len(values), None if sd is None else sd / math.sqrt(len(values)), df or None
@@ -217,12 +217,12 @@ def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
         *written,
         str(flat.get("quantization.mode")),
         f"r {flat.get('lora.r')}",
-        shown(flat.get("targets.modules") or flat.get("targets.set")),
+        display_settings(flat.get("targets.modules") or flat.get("targets.set")),
     ]
     implied = ("model.template_tokens_trained", "quantization.", "targets.")
     others = [key for key in varying if key not in (*SHOWN[:4], "format") and not key.startswith(implied)]
     names = {"training.learning_rate": "lr", "lora.alpha": "alpha"}
-    parts += [f"{names.get(key, key.rsplit('.', 1)[-1])} {shown(flat.get(key))}" for key in others]
+    parts += [f"{names.get(key, key.rsplit('.', 1)[-1])} {display_settings(flat.get(key))}" for key in others]
     return " · ".join(parts)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-UNKNOWN = "–"
+UNKNOWN_TEXT = "–"
 MOST_LED = 180
 """Letters; a paragraph that stands out as a whole doesn't."""
 LEAST_P = 0.0001
 """Smaller ones say more of the tails of a distribution than of the runs."""
 
-Value = str | int | float | None
+DisplayedValue = str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Column:
 @dataclass(frozen=True)
 class Table:
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Value, ...], ...]
+    rows: tuple[tuple[DisplayedValue, ...], ...]
     caption: str | None = None
 
 
@@ -43,7 +43,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportContent:
     title: str
     question: str | None
     headline: tuple[str, ...]
@@ -57,7 +57,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Asked:
+class StudyInfo:
     """What is known of a study besides its runs; ``ladder`` as ``analysis.rank.as_object`` has it, or several."""
 
     name: str
@@ -71,10 +71,10 @@ class Asked:
     nothing limited their memory."""
 
 
-def shown(value: Value, kind: str) -> str:
+def formatted_value(value: DisplayedValue, kind: str) -> str:
     """A figure as a person reads it."""
     if value is None:
-        return UNKNOWN
+        return UNKNOWN_TEXT
     if isinstance(value, str) or kind == "text":
         return str(value)
     return {
@@ -86,15 +86,15 @@ def shown(value: Value, kind: str) -> str:
     }.get(kind) or (f"{value:.0%}" if kind == "percent" else f"${value:,.2f}" if kind == "usd" else str(value))
 
 
-def led(sentence: str) -> tuple[str, str]:
+def lead_sentence(sentence: str) -> tuple[str, str]:
     """What stands out of an answer, its first sentence where that is short, and the rest of it."""
     first, dot, rest = sentence.partition(". ")
     return (first + dot.strip(), rest) if len(first) <= MOST_LED else ("", sentence)
 
 
-def table(
+def value_table(
     columns: Sequence[tuple[str, str] | str],
-    rows: Sequence[Sequence[Value]],
+    rows: Sequence[Sequence[DisplayedValue]],
     caption: str | None = None,
     whole: bool = False,
 ) -> Table:

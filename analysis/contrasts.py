@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from qlora_exp.analysis.comparable import answering_scores, untouched_scores
+from qlora_exp.analysis.comparable import answering_scores, base_model_scores
 from qlora_exp.analysis.variance import Array, split_variance
 from qlora_exp.records.types import RunRecord, Scores
 
 INTERVAL = 0.90
-LEAST_SEEDS = 2
+MIN_SEEDS = 2
 """Below, nothing tells what another seed would have trained."""
-LOWER_IS_BETTER = ("bits_per_byte", "forgetting")
+LOWER_BETTER_METRICS = ("bits_per_byte", "forgetting")
 
 ItemScores = Callable[[RunRecord, str, str], Mapping[str, float] | None]
 """(run, moment, score) → the score of each test item, scaled so that their mean is the run's; ``None`` where there are
@@ -95,7 +95,7 @@ def interval(values: Array, over: str, trained: bool) -> Difference:
     else:
         return Difference(value, None, None, rows, over)
     half = float(stats.t.ppf((1 + INTERVAL) / 2, df)) * se
-    p = None if trained and rows < LEAST_SEEDS else _two_sided(value, se, df)
+    p = None if trained and rows < MIN_SEEDS else _two_sided(value, se, df)
     return Difference(value, value - half, value + half, rows, over, p)
 
 
@@ -111,7 +111,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def told(found: Difference | None) -> str:
+def contrast_sentence(found: Difference | None) -> str:
     if found is None:
         return "an unknown amount"
     if found.low is None or found.high is None:
@@ -186,13 +186,13 @@ def scores_at(run: RunRecord, moment: str) -> Scores | None:
     if moment == "after":
         return answering_scores(run)
     if moment == "before":
-        return untouched_scores(run)
+        return base_model_scores(run)
     shown = next(one for one in run.scores.few_shot if f"few_shot_{one.draw}" == moment)
     return shown.test if run.scores.test is not None else shown.validation
 
 
 def _minus(score: str, first: float, second: float) -> float:
-    return second - first if score in LOWER_IS_BETTER else first - second
+    return second - first if score in LOWER_BETTER_METRICS else first - second
 
 
 def _two_sided(value: float, se: float, df: float) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from qlora_exp.analysis.comparable import Group, Protocol
 from qlora_exp.analysis.configurations import mean
-from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, difference, told
+from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, contrast_sentence, difference
 from qlora_exp.records.types import RunRecord
 
 EQUAL_SHARE = 0.05
@@ -40,7 +40,7 @@ def token_groups(groups: Sequence[Group]) -> tuple[list[Group], list[RunRecord]]
     return [g for g in groups if g not in budgeted], [record for g in budgeted for record in g.records]
 
 
-def check(
+def check_equal_tokens(
     instruct: Sequence[RunRecord],
     base: Sequence[RunRecord],
     budgeted: Sequence[RunRecord],
@@ -67,7 +67,9 @@ def check(
         return TokenCheck(False, None, f"Equal-token check: not done. At equal examples {counted}; {told_how}.")
     sides[fewer] = tuple(again)
     found = difference(Side(sides["instruct"], "after"), Side(sides["base"], "after"), "bits_per_byte", items)
-    return TokenCheck(found is not None, found, f"At equal tokens ({fewer} trained to {most:,.0f}): {told(found)}.")
+    return TokenCheck(
+        found is not None, found, f"At equal tokens ({fewer} trained to {most:,.0f}): {contrast_sentence(found)}."
+    )
 
 
 def _near(tokens: int | None, wanted: float) -> bool:

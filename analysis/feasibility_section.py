@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_exp.analysis.content import Asked, Section, table
+from qlora_exp.analysis.content import Section, StudyInfo, value_table
 
-COLUMNS = {
+FEASIBILITY_COLUMNS = {
     "bound_bytes": ("memory", "bytes"),
     "refused": ("not started", "integer"),
     "seconds_saved": ("training saved", "seconds"),
@@ -18,17 +18,17 @@ COLUMNS = {
 }
 
 
-def feasibility_section(asked: Sequence[Asked]) -> Section | None:
+def feasibility_section(asked: Sequence[StudyInfo]) -> Section | None:
     """``None`` where nothing limited any study's memory."""
     limited = [one for one in asked if one.predicted_memory]
     if not limited:
         return None
-    rows = [(one.name, *(one.predicted_memory.get(key) for key in COLUMNS)) for one in limited]
+    rows = [(one.name, *(one.predicted_memory.get(key) for key in FEASIBILITY_COLUMNS)) for one in limited]
     return Section(
         "feasibility",
         "Trials that would not have fitted",
         tuple(f"{one.predicted_memory['sentence']}." for one in limited),
-        (table(("study", *COLUMNS.values()), rows),),
+        (value_table(("study", *FEASIBILITY_COLUMNS.values()), rows),),
         points=(
             "Whether a trial that was not started would have fitted after all can't be known; the time saved is what"
             " its whole training was predicted to take, and it might have run out of memory sooner.",

@@ -8,15 +8,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.analysis.configurations import Configuration, Measure, shown
-from qlora_exp.analysis.memory import PARTS, Breakdown
-from qlora_exp.analysis.tradeoffs import PRECISION, Front, Standing, mode_of
+from qlora_exp.analysis.configurations import Configuration, Measure, display_settings
+from qlora_exp.analysis.memory import PEAK_PARTS, Breakdown
+from qlora_exp.analysis.tradeoffs import PRECISION_ORDER, Front, ParetoStatus, mode_of
 
 Figure = dict[str, Any]
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
 """Okabe and Ito's, told apart by colour-blind readers too, with a darker yellow for white paper."""
-SYMBOLS = dict(zip(PRECISION, ("circle", "square", "diamond", "cross", "x", "star"), strict=True))
+SYMBOLS = dict(zip(PRECISION_ORDER, ("circle", "square", "diamond", "cross", "x", "star"), strict=True))
 MOST_DOMINATED = 1000
 """Points beyond these are left to the table: a plot of 10,000 is slow to open and shows no more."""
 PART_COLOURS = (*PALETTE[:5], PALETTE[6])
@@ -48,7 +48,7 @@ def lines(named: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tu
 def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
     """Quality against ``memory`` or ``speed``, one trace a quantization; the front's points are outlined."""
     drawn = _thinned(front)
-    by_mode: dict[str, list[tuple[Configuration, Standing | None]]] = defaultdict(list)
+    by_mode: dict[str, list[tuple[Configuration, ParetoStatus | None]]] = defaultdict(list)
     for configuration, standing in drawn:
         by_mode[mode_of(configuration)].append((configuration, standing))
     traces = [
@@ -221,7 +221,7 @@ def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
             "marker": {"color": PART_COLOURS[number]},
             "hovertemplate": "%{y}<br>" + part + " %{x:.3g} MB<extra></extra>",
         }
-        for number, part in enumerate(PARTS)
+        for number, part in enumerate(PEAK_PARTS)
         if any(b.parts[part] is not None for b in largest)
     ]
     layout = _layout("memory, MB", "") | {"barmode": "stack", "height": 130 + 34 * len(names)}
@@ -242,10 +242,12 @@ def importance_bars(shares: Mapping[str, float]) -> Figure:
     return {"data": [trace], "layout": _layout("share of the variance", "") | {"height": 130 + 32 * len(ordered)}}
 
 
-def _cloud(mode: str, points: Sequence[tuple[Configuration, Standing | None]], horizontal: str, colour: str) -> Figure:
+def _cloud(
+    mode: str, points: Sequence[tuple[Configuration, ParetoStatus | None]], horizontal: str, colour: str
+) -> Figure:
     kept = [(c, s) for c, s in points if c.quality is not None]
     estimates = [c.quality for c, _ in kept if c.quality is not None]
-    on_front = [standing is Standing.FRONT for _, standing in kept]
+    on_front = [standing is ParetoStatus.FRONT for _, standing in kept]
     values = [c.memory_bytes if horizontal == "memory" else c.tokens_per_second for c, _ in kept]
     halves = [e.half_width() if front else None for e, front in zip(estimates, on_front, strict=True)]
     return {
@@ -267,13 +269,13 @@ def _cloud(mode: str, points: Sequence[tuple[Configuration, Standing | None]], h
     }
 
 
-def _thinned(front: Front) -> list[tuple[Configuration, Standing | None]]:
+def _thinned(front: Front) -> list[tuple[Configuration, ParetoStatus | None]]:
     """All of the front, and evenly many of the rest."""
     if not front.standings:
         return [(c, None) for c in _every(front.configurations, MOST_DOMINATED)]
     pairs = list(zip(front.configurations, front.standings, strict=True))
-    rest = [pair for pair in pairs if pair[1] is not Standing.FRONT]
-    return [*_every(rest, MOST_DOMINATED), *(pair for pair in pairs if pair[1] is Standing.FRONT)]
+    rest = [pair for pair in pairs if pair[1] is not ParetoStatus.FRONT]
+    return [*_every(rest, MOST_DOMINATED), *(pair for pair in pairs if pair[1] is ParetoStatus.FRONT)]
 
 
 def _every(values: Sequence[Any], most: int) -> list[Any]:
@@ -285,7 +287,7 @@ def _named(key: str, value: Any) -> str:
     """A setting as a legend has room for it; empty where another one tells it too."""
     if key in ("quantization.double_quantization", "quantization.compute_dtype", "quantization.int8_threshold"):
         return ""
-    return value if isinstance(value, str) else f"{key.rsplit('.', 1)[-1].replace('_', ' ')} {shown(value)}"
+    return value if isinstance(value, str) else f"{key.rsplit('.', 1)[-1].replace('_', ' ')} {display_settings(value)}"
 
 
 def _error(halves: Sequence[float | None]) -> Figure:
@@ -299,7 +301,7 @@ def _error(halves: Sequence[float | None]) -> Figure:
 
 
 def _by_precision(mode: str) -> tuple[int, str]:
-    return (PRECISION.index(mode) if mode in PRECISION else len(PRECISION), mode)
+    return (PRECISION_ORDER.index(mode) if mode in PRECISION_ORDER else len(PRECISION_ORDER), mode)
 
 
 def _layout(horizontal: str, vertical: str) -> Figure:

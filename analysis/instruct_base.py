@@ -16,11 +16,11 @@ import numpy as np
 from scipy import stats
 
 from qlora_exp.analysis import equal_tokens
-from qlora_exp.analysis.comparable import answering_scores, untouched_scores
-from qlora_exp.analysis.configurations import Configuration, mean, settings_of
+from qlora_exp.analysis.comparable import answering_scores, base_model_scores
+from qlora_exp.analysis.configurations import Configuration, configuration_settings, mean
 from qlora_exp.analysis.contrasts import (
     INTERVAL,
-    LEAST_SEEDS,
+    MIN_SEEDS,
     Difference,
     ItemScores,
     Side,
@@ -34,7 +34,7 @@ from qlora_exp.analysis.equal_tokens import TokenCheck, cell_of, processed_token
 from qlora_exp.records.types import RunRecord, Scores
 
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
-BITS = "bits_per_byte"
+BITS_PER_BYTE = "bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Cell:
+class VariantCell:
     """One variant in one format, at the configuration that was best on validation."""
 
     variant: str
@@ -86,7 +86,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Contrast:
+class VariantContrast:
     """A secondary contrast: by how much the first that is named is better."""
 
     name: str
@@ -97,17 +97,17 @@ class Contrast:
 
 @dataclass(frozen=True)
 class InstructBase:
-    cells: tuple[Cell, ...]
+    cells: tuple[VariantCell, ...]
     missing: tuple[str, ...]
-    instruct: Cell
+    instruct: VariantCell
     """The better of its variant, on validation."""
-    base: Cell
+    base: VariantCell
     chosen_by: str
     untouched: Difference | None
     gain: Difference | None
     tuned: Difference | None
     """The primary contrast."""
-    secondary: tuple[Contrast, ...]
+    secondary: tuple[VariantContrast, ...]
     tokens: TokenCheck
     margin: float | None
     notes: tuple[str, ...]
@@ -125,7 +125,7 @@ _Pilots = Mapping[tuple[str, str], _Pilot]
 """(variant, format) → its pilots."""
 
 
-def compare(
+def compare_variants(
     configurations: Sequence[Configuration],
     items: ItemScores | None = None,
     margin: float | None = None,
@@ -153,9 +153,9 @@ def compare(
         for variant in ("base", "instruct")
     }
     instruct, base = best["instruct"], best["base"]
-    untouched = difference(Side(instruct.runs, "before"), Side(base.runs, "before"), BITS, items)
-    tuned = difference(Side(instruct.runs, "after"), Side(base.runs, "after"), BITS, items)
-    gain = gain_difference(instruct.runs, base.runs, BITS, items)
+    untouched = difference(Side(instruct.runs, "before"), Side(base.runs, "before"), BITS_PER_BYTE, items)
+    tuned = difference(Side(instruct.runs, "after"), Side(base.runs, "after"), BITS_PER_BYTE, items)
+    gain = gain_difference(instruct.runs, base.runs, BITS_PER_BYTE, items)
     return InstructBase(
         cells=cells,
         missing=tuple(f"{v} in the {w} format" for v, w in CELLS if (v, w) not in by_cell),
@@ -166,7 +166,7 @@ def compare(
         gain=gain,
         tuned=tuned,
         secondary=_secondary(cells, instruct, base, untouched, gain, items),
-        tokens=equal_tokens.check(instruct.runs, base.runs, budgeted, items),
+        tokens=equal_tokens.check_equal_tokens(instruct.runs, base.runs, budgeted, items),
         margin=margin,
         notes=tuple(_notes(instruct, base, tuned, items)),
     )
@@ -174,7 +174,7 @@ def compare(
 
 def verdict(found: Difference | None, margin: float | None) -> str:
     """``better``, ``worse``, ``equivalent within ±m`` or ``not settled``: of instruct, after tuning."""
-    if found is None or found.low is None or found.high is None or found.seeds < LEAST_SEEDS:
+    if found is None or found.low is None or found.high is None or found.seeds < MIN_SEEDS:
         return "not settled"
     if margin is not None and -margin < found.low and found.high < margin:
         return f"equivalent within ±{margin:g}"
@@ -204,18 +204,18 @@ def baseline_note(configuration: Configuration) -> str | None:
 # Cells.
 
 
-def _cell(variant: str, written: str, configurations: Sequence[Configuration], piloted: _Pilots) -> Cell:
+def _cell(variant: str, written: str, configurations: Sequence[Configuration], piloted: _Pilots) -> VariantCell:
     chosen = min(configurations, key=_validation_loss)
     runs = chosen.runs
-    tuned = [_of(answering_scores(run), BITS) for run in runs]
+    tuned = [_of(answering_scores(run), BITS_PER_BYTE) for run in runs]
     sd, low, high = _spread([value for value in tuned if value is not None])
     shown = runs[0].scores.few_shot
-    return Cell(
+    return VariantCell(
         variant=variant,
         written=written,
         configuration=chosen,
         searched=_tried(configurations, piloted[variant, written].runs if piloted else ()),
-        untouched=_level([untouched_scores(run) for run in runs]),
+        untouched=_level([base_model_scores(run) for run in runs]),
         few_shot=_level([scores_at(runs[0], f"few_shot_{one.draw}") for one in shown]) if shown else None,
         shots=min((len(one.examples) for one in shown), default=None),
         tuned=_level([answering_scores(run) for run in runs]),
@@ -228,19 +228,19 @@ def _cell(variant: str, written: str, configurations: Sequence[Configuration], p
 
 
 def _level(found: Sequence[Scores | None]) -> Level:
-    return Level(*(mean(_of(scores, name) for scores in found) for name in (BITS, "accuracy", "exact_match")))
+    return Level(*(mean(_of(scores, name) for scores in found) for name in (BITS_PER_BYTE, "accuracy", "exact_match")))
 
 
 def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
     """Standard deviation over seeds with its 90 % interval, from the chi-squared distribution of (n − 1)·s²/σ²."""
-    if len(values) < LEAST_SEEDS:
+    if len(values) < MIN_SEEDS:
         return None, None, None
     df, sd = len(values) - 1, float(np.std(values, ddof=1))
     upper, lower = (float(stats.chi2.ppf(share, df)) for share in ((1 + INTERVAL) / 2, (1 - INTERVAL) / 2))
     return sd, sd * math.sqrt(df / upper), sd * math.sqrt(df / lower)
 
 
-def _on_validation(cell: Cell, piloted: _Pilots) -> float:
+def _on_validation(cell: VariantCell, piloted: _Pilots) -> float:
     return piloted[cell.variant, cell.written].best if piloted else _validation_loss(cell.configuration)
 
 
@@ -248,7 +248,7 @@ def _piloted(by_cell: Mapping[tuple[str, str], Sequence[Configuration]], pilots:
     """Empty unless every cell has pilots with a score and of seeds that answer nothing in it."""
     bits: dict[tuple[str, str], list[tuple[float, RunRecord]]] = defaultdict(list)
     for run in pilots:
-        key, value = cell_of(run), _of(run.scores.after, BITS)
+        key, value = cell_of(run), _of(run.scores.after, BITS_PER_BYTE)
         answering = {other.seed for configuration in by_cell.get(key, ()) for other in configuration.runs}
         if value is not None and run.seed not in answering:
             bits[key].append((value, run))
@@ -269,11 +269,11 @@ def _chosen_by(piloted: _Pilots, configurations: int) -> str:
 def _tried(configurations: Sequence[Configuration], pilots: Sequence[RunRecord]) -> int:
     """Different configurations; a pilot's may be one of those that answer."""
     runs = [*(configuration.first for configuration in configurations), *pilots]
-    return len({str(sorted(settings_of(run).items())) for run in runs})
+    return len({str(sorted(configuration_settings(run).items())) for run in runs})
 
 
 def _validation_loss(configuration: Configuration) -> float:
-    value = mean(_of(run.scores.after, BITS) for run in configuration.runs)
+    value = mean(_of(run.scores.after, BITS_PER_BYTE) for run in configuration.runs)
     return math.inf if value is None else value
 
 
@@ -281,19 +281,19 @@ def _validation_loss(configuration: Configuration) -> float:
 
 
 def _secondary(
-    cells: Sequence[Cell],
-    instruct: Cell,
-    base: Cell,
+    cells: Sequence[VariantCell],
+    instruct: VariantCell,
+    base: VariantCell,
     untouched: Difference | None,
     gain: Difference | None,
     items: ItemScores | None,
-) -> tuple[Contrast, ...]:
+) -> tuple[VariantContrast, ...]:
     """All that is looked at besides the primary contrast, so that Holm's m is what it says."""
     pair = Side(instruct.runs, "after"), Side(base.runs, "after")
     before = Side(instruct.runs, "before"), Side(base.runs, "before")
     found = [
-        ("instruct over base, untouched", BITS, untouched),
-        ("what tuning adds, instruct over base", BITS, gain),
+        ("instruct over base, untouched", BITS_PER_BYTE, untouched),
+        ("what tuning adds, instruct over base", BITS_PER_BYTE, gain),
         ("instruct over base, untouched, by likelihood", "accuracy", difference(*before, "accuracy", items)),
         ("instruct over base, untouched, by generation", "exact_match", difference(*before, "exact_match", items)),
         ("instruct over base, tuned, by likelihood", "accuracy", difference(*pair, "accuracy", items)),
@@ -307,19 +307,28 @@ def _secondary(
             continue
         for moment, when in (("before", "untouched"), ("after", "tuned")):
             sides = Side(chat.runs, moment), Side(plain.runs, moment)
-            found.append((f"chat over plain, {variant}, {when}", BITS, difference(*sides, BITS, items)))
+            found.append(
+                (f"chat over plain, {variant}, {when}", BITS_PER_BYTE, difference(*sides, BITS_PER_BYTE, items))
+            )
     for cell in (base, instruct):
         if cell.few_shot is not None:
             sides = Side(cell.runs, "few_shot"), Side(cell.runs, "before")
             name = f"{cell.shots} examples over none, {cell.name}, untouched"
-            found.append((name, BITS, difference(*sides, BITS, items)))
+            found.append((name, BITS_PER_BYTE, difference(*sides, BITS_PER_BYTE, items)))
     known = [(name, score, one) for name, score, one in found if one is not None]
-    units = {BITS: "bits/byte", "forgetting": "nats/byte", "accuracy": "accuracy", "exact_match": "exact match"}
+    units = {
+        BITS_PER_BYTE: "bits/byte",
+        "forgetting": "nats/byte",
+        "accuracy": "accuracy",
+        "exact_match": "exact match",
+    }
     adjusted = holm([one.p for _, _, one in known])
-    return tuple(Contrast(name, units[score], one, p) for (name, score, one), p in zip(known, adjusted, strict=True))
+    return tuple(
+        VariantContrast(name, units[score], one, p) for (name, score, one), p in zip(known, adjusted, strict=True)
+    )
 
 
-def _notes(instruct: Cell, base: Cell, tuned: Difference | None, items: ItemScores | None) -> list[str]:
+def _notes(instruct: VariantCell, base: VariantCell, tuned: Difference | None, items: ItemScores | None) -> list[str]:
     seeds = [{run.seed for run in cell.runs} for cell in (instruct, base)]
     if not seeds[0] & seeds[1]:
         return [f"{instruct.name} and {base.name} share no seed: nothing pairs. Run both with seed=1,2,3."]
@@ -329,7 +338,7 @@ def _notes(instruct: Cell, base: Cell, tuned: Difference | None, items: ItemScor
             "These are scores of the validation split, on which the cells were chosen too: they flatter the choice."
             " It takes evaluation.split=test with other seeds."
         )
-    if len(seeds[0] & seeds[1]) < LEAST_SEEDS:
+    if len(seeds[0] & seeds[1]) < MIN_SEEDS:
         notes.append("One seed: nothing tells what another seed would have trained. It takes seed=1,2,3.")
     shared = len(seeds[0] & seeds[1])
     if lost := shared - (tuned.seeds if tuned is not None else 0):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from qlora_exp.analysis import figures
 from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.analysis.configurations import Configuration
-from qlora_exp.analysis.content import Section, Table, Value, table
+from qlora_exp.analysis.content import DisplayedValue, Section, Table, value_table
 from qlora_exp.analysis.contrasts import ItemScores
-from qlora_exp.analysis.instruct_base import Cell, InstructBase, compare, verdict
+from qlora_exp.analysis.instruct_base import InstructBase, VariantCell, compare_variants, verdict
 from qlora_exp.analysis.instruct_base_words import paragraph, settled
 from qlora_exp.records.types import Baselines, RunRecord
 
@@ -21,8 +21,8 @@ def instruct_section(
     pilots: Sequence[RunRecord] = (),
     budgeted: Sequence[RunRecord] = (),
 ) -> Section | None:
-    """``None`` where only one variant was run; the arguments are those of :func:`~.instruct_base.compare`."""
-    found = compare(configurations, items, margin, pilots, budgeted)
+    """``None`` where only one variant was run; the arguments are those of :func:`~.instruct_base.compare_variants`."""
+    found = compare_variants(configurations, items, margin, pilots, budgeted)
     if found is None:
         return None
     tables = (_bits(found.cells), _answers(found.cells), _prompts(found.cells), _contrasts(found))
@@ -40,7 +40,7 @@ def instruct_section(
     )
 
 
-def _bits(cells: Sequence[Cell]) -> Table:
+def _bits(cells: Sequence[VariantCell]) -> Table:
     columns = (
         *("cell", ("untouched", "figure"), ("with examples", "figure"), ("tuned", "figure")),
         *(("sd over seeds", "figure"), ("sd, low", "figure"), ("sd, high", "figure"), ("seeds", "integer")),
@@ -54,10 +54,10 @@ def _bits(cells: Sequence[Cell]) -> Table:
         )
         for c in cells
     ]
-    return table(columns, rows, "Bits per byte of the answer, lower is better; the sd with its 90 % interval")
+    return value_table(columns, rows, "Bits per byte of the answer, lower is better; the sd with its 90 % interval")
 
 
-def _answers(cells: Sequence[Cell]) -> Table:
+def _answers(cells: Sequence[VariantCell]) -> Table:
     columns = (
         *("cell", ("untouched accuracy", "figure"), ("with examples", "figure"), ("tuned", "figure")),
         *(
@@ -66,16 +66,16 @@ def _answers(cells: Sequence[Cell]) -> Table:
             ("tuned exact match", "figure"),
         ),
     )
-    rows: list[tuple[Value, ...]] = []
+    rows: list[tuple[DisplayedValue, ...]] = []
     for c in cells:
         levels = (c.untouched, c.few_shot, c.tuned)
         by_name = [[getattr(one, name) if one else None for one in levels] for name in ("accuracy", "exact_match")]
         rows.append((c.name, *by_name[0], *by_name[1]))
     rows += [(name, None, None, value, None, None, None) for name, value in _lines(cells) if value is not None]
-    return table(columns, rows, "By likelihood (accuracy) and by generation (exact match), and the lines to beat")
+    return value_table(columns, rows, "By likelihood (accuracy) and by generation (exact match), and the lines to beat")
 
 
-def _lines(cells: Sequence[Cell]) -> list[tuple[str, float | None]]:
+def _lines(cells: Sequence[VariantCell]) -> list[tuple[str, float | None]]:
     """The traditional baselines: the same for all cells, for they are of the same rows."""
     made = next((one for cell in cells if (one := _baselines(cell.runs[0])) is not None), None)
     if made is None:
@@ -91,13 +91,13 @@ def _baselines(run: RunRecord) -> Baselines | None:
     return run.baselines if run.baselines is not None and scores and run.baselines.split == scores.split else None
 
 
-def _prompts(cells: Sequence[Cell]) -> Table:
+def _prompts(cells: Sequence[VariantCell]) -> Table:
     columns = (
         *("cell", "configuration", ("chosen among", "integer"), ("prompt tokens, mean", "figure")),
         *(("of the template", "integer"), "template trained before"),
         *(("items cut", "integer"), ("tokens of a training", "integer")),
     )
-    rows: list[tuple[Value, ...]] = []
+    rows: list[tuple[DisplayedValue, ...]] = []
     for c in cells:
         data = c.runs[0].data
         if data is not None:
@@ -105,7 +105,7 @@ def _prompts(cells: Sequence[Cell]) -> Table:
             chosen = (c.name, c.configuration.label, c.searched)
             read = (data.mean_prompt_tokens, data.template_tokens, trained, data.truncated_items, c.tokens)
             rows.append((*chosen, *read))
-    return table(columns, rows, "What was chosen, and what the prompts are made of")
+    return value_table(columns, rows, "What was chosen, and what the prompts are made of")
 
 
 def _contrasts(found: InstructBase) -> Table:
@@ -113,7 +113,7 @@ def _contrasts(found: InstructBase) -> Table:
         *("contrast", "in", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "over"),
         *(("p", "p"), ("p, adjusted", "p"), "holds"),
     )
-    rows: list[tuple[Value, ...]] = []
+    rows: list[tuple[DisplayedValue, ...]] = []
     if found.tuned is not None:
         d = found.tuned
         name = f"primary: {found.instruct.name} over {found.base.name}, tuned"
@@ -125,7 +125,7 @@ def _contrasts(found: InstructBase) -> Table:
         "Above 0, the first that is named is better. 90 % intervals; p of the secondary contrasts is adjusted after"
         f" Holm for all {len(found.secondary)} of them"
     )
-    return table(columns, rows, caption)
+    return value_table(columns, rows, caption)
 
 
 def _points(found: InstructBase) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from qlora_exp.analysis.content import shown
-from qlora_exp.analysis.contrasts import INTERVAL, told
-from qlora_exp.analysis.instruct_base import Cell, Contrast, InstructBase, baseline_note, verdict
+from qlora_exp.analysis.content import formatted_value
+from qlora_exp.analysis.contrasts import INTERVAL, contrast_sentence
+from qlora_exp.analysis.instruct_base import InstructBase, VariantCell, VariantContrast, baseline_note, verdict
 
 
 def paragraph(found: InstructBase) -> str:
@@ -14,7 +14,7 @@ def paragraph(found: InstructBase) -> str:
     return " ".join([primary_sentence(found), *_more(found), "This says nothing about instruct models in general."])
 
 
-def settled(contrast: Contrast) -> bool:
+def settled(contrast: VariantContrast) -> bool:
     """Whether it holds among all secondary contrasts."""
     return contrast.adjusted_p is not None and contrast.adjusted_p <= 1 - INTERVAL
 
@@ -32,8 +32,9 @@ def primary_sentence(found: InstructBase) -> str:
         names = [f"{cell.name}, r = {cell.rank}" for cell in (found.instruct, found.base)]
     return (
         f"On {where}, for this pair of checkpoints ({names[0]} against {names[1]}, chosen {found.chosen_by}), by how"
-        f" many bits per byte of the answer instruct is better: untouched {told(found.untouched)}; in what tuning gains"
-        f" {told(found.gain)}; after tuning {told(found.tuned)}: {verdict(found.tuned, found.margin)}."
+        f" many bits per byte of the answer instruct is better: untouched {contrast_sentence(found.untouched)};"
+        f" in what tuning gains {contrast_sentence(found.gain)}; after tuning {contrast_sentence(found.tuned)}:"
+        f" {verdict(found.tuned, found.margin)}."
     )
 
 
@@ -42,7 +43,7 @@ def _more(found: InstructBase) -> Iterator[str]:
     yield from _accuracy(by_name)
     for when in ("tuned", "untouched"):
         worth = [
-            f"{variant} {told(contrast.difference)}"
+            f"{variant} {contrast_sentence(contrast.difference)}"
             for variant in ("base", "instruct")
             if (contrast := by_name.get(f"chat over plain, {variant}, {when}")) is not None
         ]
@@ -60,10 +61,10 @@ def _more(found: InstructBase) -> Iterator[str]:
     yield found.tokens.sentence
 
 
-def _accuracy(by_name: Mapping[str, Contrast]) -> Iterator[str]:
+def _accuracy(by_name: Mapping[str, VariantContrast]) -> Iterator[str]:
     """The other way to score: it need not agree with bits per byte."""
     known = [
-        f"{when} {told(contrast.difference)}"
+        f"{when} {contrast_sentence(contrast.difference)}"
         for when in ("untouched", "tuned")
         if (contrast := by_name.get(f"instruct over base, {when}, by likelihood")) is not None
     ]
@@ -71,7 +72,7 @@ def _accuracy(by_name: Mapping[str, Contrast]) -> Iterator[str]:
         yield f"By accuracy instruct is better by: {', '.join(known)}."
 
 
-def _shown_examples(base: Cell) -> Iterator[str]:
+def _shown_examples(base: VariantCell) -> Iterator[str]:
     if base.few_shot is None or base.few_shot.accuracy is None:
         return
     told_of = [("untouched", base.untouched.accuracy), ("tuned", base.tuned.accuracy)]
@@ -80,14 +81,14 @@ def _shown_examples(base: Cell) -> Iterator[str]:
     yield f"With {base.shots} examples in the prompt the untouched base has accuracy {accuracy:.3f} ({beside})."
 
 
-def _forgetting(contrast: Contrast | None) -> Iterator[str]:
+def _forgetting(contrast: VariantContrast | None) -> Iterator[str]:
     if contrast is None:
         return
     more = "base" if contrast.difference.value > 0 else "instruct"
     who = f"{more.capitalize()} forgets more" if settled(contrast) else "Who forgets more is not settled"
     if contrast.adjusted_p is not None:
-        who += f", p = {shown(contrast.adjusted_p, 'p')} after adjustment"
-    yield f"{who} (base − instruct {told(contrast.difference)} nats per byte of general text)."
+        who += f", p = {formatted_value(contrast.adjusted_p, 'p')} after adjustment"
+    yield f"{who} (base − instruct {contrast_sentence(contrast.difference)} nats per byte of general text)."
 
 
 def _stability(found: InstructBase) -> Iterator[str]:

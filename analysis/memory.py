@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from qlora_exp.analysis.configurations import Configuration, mean
 from qlora_exp.records.types import Memory, RunRecord
 
-PARTS = ("weights", "quantization state", "adapters", "gradients", "optimizer", "activations")
-BITS = {32: ("fp32",), 16: ("fp16", "bf16"), 8: ("int8",), 4: ("nf4", "fp4")}
+PEAK_PARTS = ("weights", "quantization state", "adapters", "gradients", "optimizer", "activations")
+QUANTIZATION_BITS = {32: ("fp32",), 16: ("fp16", "bf16"), 8: ("int8",), 4: ("nf4", "fp4")}
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Bytes by part (:data:`PARTS`); ``None`` is unknown."""
+    """Bytes by part (:data:`MEMORY_PARTS`); ``None`` is unknown."""
 
     label: str
     parts: dict[str, float | None]
@@ -66,7 +66,7 @@ def breakdowns(configurations: Sequence[Configuration]) -> list[Breakdown]:
     found = []
     for label, records in runs.items():
         each = [parts_of(record.memory) for record in records]
-        parts = {part: mean(x[part] for x in each if x[part] is not None) for part in PARTS}
+        parts = {part: mean(x[part] for x in each if x[part] is not None) for part in PEAK_PARTS}
         found.append(Breakdown(label, parts))
     return found
 
@@ -84,7 +84,7 @@ def weight_sizes(records: Sequence[RunRecord]) -> list[WeightSize]:
             measured.setdefault(mode, memory.base_weight_bytes + (memory.quantization_state_bytes or 0))
     return [
         WeightSize(bits, largest * bits / 8, {mode: measured[mode] for mode in modes if mode in measured})
-        for bits, modes in BITS.items()
+        for bits, modes in QUANTIZATION_BITS.items()
     ]
 
 

@@ -27,7 +27,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PowerPlan:
     """``half_width_at_cap`` in the units of the score: half of what the interval spans with the most seeds."""
 
     settles: bool
@@ -39,7 +39,7 @@ class Plan:
     sentence: str
 
 
-def plan(noise: Noise, seeds: int, items: int, rule: Rule) -> Plan:
+def plan(noise: Noise, seeds: int, items: int, rule: Rule) -> PowerPlan:
     """Whether ``seeds`` (after the purchase) and ``items`` can settle every gain at this margin.
 
     The first doubling is the hardest: only its own two ranks tell about the seeds. A half-width of at most the
@@ -53,8 +53,9 @@ def plan(noise: Noise, seeds: int, items: int, rule: Rule) -> Plan:
     if settles:
         sentence = f"The plan can settle the margin: {reach}."
     else:
-        sentence = f"The plan can't settle every gain near the margin: {reach}. {needs(needed_seeds, needed_items)}"
-    return Plan(settles, width, needed_seeds, needed_items, sentence)
+        needed = requirement_sentence(needed_seeds, needed_items)
+        sentence = f"The plan can't settle every gain near the margin: {reach}. {needed}"
+    return PowerPlan(settles, width, needed_seeds, needed_items, sentence)
 
 
 def half_width(noise: Noise, seeds: int, items: int, rule: Rule) -> float:
@@ -84,7 +85,7 @@ def items_needed(noise: Noise, seeds: int, rule: Rule) -> int | None:
     return _fewest(lambda items: half_width(noise, seeds, items, rule) <= rule.half_zone, 2, MOST_ITEMS_TOLD)
 
 
-def needs(seeds: int | None, items: int | None) -> str:
+def requirement_sentence(seeds: int | None, items: int | None) -> str:
     """What it would take, as a sentence."""
     ways = [f"about {seeds} seeds with these items"] if seeds is not None else []
     ways += [f"about {items} items with {MOST_SEEDS} seeds"] if items is not None and seeds is None else []

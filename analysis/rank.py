@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.power import Noise, items_needed, needs, seeds_needed
+from qlora_exp.analysis.power import Noise, items_needed, requirement_sentence, seeds_needed
 from qlora_exp.analysis.rule import (
     FIRST_LOOK,
     LAST_LOOK,
     MOST_SEEDS,
-    Bounds,
+    MarginBounds,
     Rule,
-    Verdict,
+    StepVerdict,
     bounds,
-    items_are_missing,
     make_rule,
+    needs_more_items,
     seeds_to_buy,
     t_quantiles,
     verdicts,
@@ -43,7 +43,7 @@ class PooledNoise:
 
 
 @dataclass(frozen=True)
-class Purchase:
+class SampleIncrease:
     """What to add before the last look, each in all: seeds, or — where no number of seeds is enough — items."""
 
     seeds: int | None
@@ -54,7 +54,7 @@ class Purchase:
 class Decision:
     """The answer for one step. Units are the score's; ``None`` is unknown."""
 
-    verdict: Verdict
+    verdict: StepVerdict
     gain: float
     low: float | None
     """One-sided bound that decides *continue*."""
@@ -68,7 +68,7 @@ class Decision:
     """A: the seeds' share of se², squared units."""
     item_part: float | None
     """B: the items' share of se²."""
-    purchase: Purchase | None = None
+    purchase: SampleIncrease | None = None
     what_it_takes: str | None = None
     """Where the verdict is *inconclusive*, and for a *buy*: what would settle it."""
 
@@ -81,10 +81,10 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RankAnswer:
     """What a ladder says. ``recommended_rank`` is ``None`` where it is inconclusive or still open."""
 
-    verdict: Verdict
+    verdict: StepVerdict
     recommended_rank: int | None
     rule: Rule
     comparisons: tuple[Comparison, ...]
@@ -115,11 +115,11 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
     found = bounds(split, rule, look)
     enough, little = verdicts(split.gain, found, rule)
     items = difference.shape[1] if np.ndim(smaller) > 1 else None
-    verdict, purchase, takes = Verdict.CONTINUE if enough else Verdict.STOP, None, None
+    verdict, purchase, takes = StepVerdict.CONTINUE if enough else StepVerdict.STOP, None, None
     if not enough and not little:
         takes = _what_it_takes(split, items, rule)
         purchase = _purchase(split, found, items, rule) if look == FIRST_LOOK else None
-        verdict = Verdict.INCONCLUSIVE if purchase is None else Verdict.BUY
+        verdict = StepVerdict.INCONCLUSIVE if purchase is None else StepVerdict.BUY
     return Decision(
         verdict=verdict,
         gain=float(split.gain),
@@ -160,35 +160,35 @@ def decide_doubling(
         return _items_are_missing(decision, decision.purchase.items)
     bought = min(max(decision.purchase.seeds, first_seeds + 1), most_seeds)
     if bought <= first_seeds:
-        return replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None)
+        return replace(decision, verdict=StepVerdict.INCONCLUSIVE, purchase=None)
     ladder = run(bought)
     if ladder is None:
-        return replace(decision, purchase=Purchase(bought, None))
+        return replace(decision, purchase=SampleIncrease(bought, None))
     return decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, LAST_LOOK)
 
 
-def decide_published(gain: float, se: float, rule: Rule, df: float = np.inf) -> Decision:
+def decide_from_summary(gain: float, se: float, rule: Rule, df: float = np.inf) -> Decision:
     """Decide from a published gain (positive is better) and its standard error with ``df`` degrees of freedom;
     infinite: taken as known (normal)."""
     t_continue, t_stop = t_quantiles(np.array(df), rule, LAST_LOOK)
     split = VarianceSplit(*(np.array(x) for x in (gain, se**2, 0.0, df, np.inf, 1.0)))
     found = bounds(split, rule, LAST_LOOK)
     enough, little = verdicts(split.gain, found, rule)
-    verdict = Verdict.CONTINUE if enough else Verdict.STOP if little else Verdict.INCONCLUSIVE
+    verdict = StepVerdict.CONTINUE if enough else StepVerdict.STOP if little else StepVerdict.INCONCLUSIVE
     takes = None
-    if verdict is Verdict.INCONCLUSIVE:
+    if verdict is StepVerdict.INCONCLUSIVE:
         needed = 2 * rule.half_zone / float(t_continue + t_stop)
         takes = f"It would take a standard error of the gain of at most {needed:.3g}; it is {se:.3g}."
     return Decision(verdict, gain, float(found.low), float(found.high), se, None, 1, None, None, None, None, takes)
 
 
-def walk(
+def decide_ladder(
     ladder: Mapping[int, Array],
     rule: Rule,
     bought: Collection[int] = (),
     complete: bool = False,
     unit: str = "nats per item",
-) -> Answer:
+) -> RankAnswer:
     """The answer of the ladder as far as it has been run: *continue* asks for the next doubling, *buy* for seeds.
 
     Args:
@@ -216,15 +216,15 @@ def walk(
     return answer(comparisons, rule, unit)
 
 
-def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str) -> Answer:
+def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str) -> RankAnswer:
     """The ladder's answer: that of the first step that isn't *continue*; steps after it are told, not used."""
-    last = next((c for c in comparisons if c.decision.verdict is not Verdict.CONTINUE), comparisons[-1])
+    last = next((c for c in comparisons if c.decision.verdict is not StepVerdict.CONTINUE), comparisons[-1])
     verdict = last.decision.verdict
-    recommended = {Verdict.CONTINUE: last.to_rank, Verdict.STOP: last.from_rank}.get(verdict)
-    return Answer(verdict, recommended, rule, tuple(comparisons), _sentence(last, rule, unit))
+    recommended = {StepVerdict.CONTINUE: last.to_rank, StepVerdict.STOP: last.from_rank}.get(verdict)
+    return RankAnswer(verdict, recommended, rule, tuple(comparisons), _sentence(last, rule, unit))
 
 
-def as_object(found: Answer) -> dict[str, Any]:
+def as_object(found: RankAnswer) -> dict[str, Any]:
     """The answer in plain JSON types, as ``analyze --json`` prints it and a sweep's record keeps it."""
     return {
         "decision": str(found.verdict),
@@ -247,10 +247,10 @@ def as_object(found: Answer) -> dict[str, Any]:
     }
 
 
-def _open_end(found: Answer) -> str | None:
+def _open_end(found: RankAnswer) -> str | None:
     """Of the step that ended the ladder undecided."""
-    last = next((c.decision for c in found.comparisons if c.decision.verdict is not Verdict.CONTINUE), None)
-    return last.what_it_takes if last is not None and last.verdict is Verdict.INCONCLUSIVE else None
+    last = next((c.decision for c in found.comparisons if c.decision.verdict is not StepVerdict.CONTINUE), None)
+    return last.what_it_takes if last is not None and last.verdict is StepVerdict.INCONCLUSIVE else None
 
 
 def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
@@ -259,9 +259,9 @@ def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
     if decision.low is not None and decision.high is not None:
         gained += f" [{_plain(decision.low)}, {_plain(decision.high)}]"
     against = f"against a margin of {rule.margin:g}"
-    if decision.verdict is Verdict.CONTINUE:
+    if decision.verdict is StepVerdict.CONTINUE:
         return f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gained}, {against}."
-    if decision.verdict is Verdict.STOP:
+    if decision.verdict is StepVerdict.STOP:
         return f"Returns have diminished at r = {last.from_rank}: {gained}, {against}."
     if decision.purchase is not None:
         bought = decision.purchase
@@ -292,21 +292,21 @@ def _paired(smaller: Array, larger: Array) -> Array:
     return difference[~absent.all(axis=1)]
 
 
-def _purchase(split: VarianceSplit, found: Bounds, items: int | None, rule: Rule) -> Purchase | None:
+def _purchase(split: VarianceSplit, found: MarginBounds, items: int | None, rule: Rule) -> SampleIncrease | None:
     """``None`` where all the seeds that may be bought are there already."""
-    if items is not None and items_are_missing(split, rule):
+    if items is not None and needs_more_items(split, rule):
         item_sd = float(np.sqrt(split.item_part * items))
         # Where eight seeds can't do even with all items, the number that the items' own part asks for.
         needed = items_needed(_noise(split, items), MOST_SEEDS, rule) or items_needed(Noise(0.0, item_sd), 2, rule)
-        return Purchase(None, needed)
+        return SampleIncrease(None, needed)
     if split.seeds >= MOST_SEEDS:
         return None
-    return Purchase(int(seeds_to_buy(found.half_width, split.seeds, rule)), None)
+    return SampleIncrease(int(seeds_to_buy(found.half_width, split.seeds, rule)), None)
 
 
 def _items_are_missing(decision: Decision, items: int | None) -> Decision:
     takes = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
-    return replace(decision, verdict=Verdict.INCONCLUSIVE, purchase=None, what_it_takes=takes)
+    return replace(decision, verdict=StepVerdict.INCONCLUSIVE, purchase=None, what_it_takes=takes)
 
 
 def _noise(split: VarianceSplit, items: int | None) -> Noise:
@@ -318,7 +318,7 @@ def _what_it_takes(split: VarianceSplit, items: int | None, rule: Rule) -> str:
         return "It would take more than one seed a rank."
     noise = _noise(split, items)
     seeds = seeds_needed(noise, items or 1, rule)
-    return needs(seeds, items_needed(noise, MOST_SEEDS, rule) if items is not None else None)
+    return requirement_sentence(seeds, items_needed(noise, MOST_SEEDS, rule) if items is not None else None)
 
 
 def _known(value: Array) -> float | None:
@@ -345,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| seeds | step | gain | low | high | decision |\n|---|---|---|---|---|---|")
     for seeds in (3, MOST_SEEDS):
         ladder = {rank: values[:seeds] for rank, values in losses.items()}
-        found = walk(ladder, make_rule(0.02, 3), bought=(16, 32, 64) if seeds > 3 else ())
+        found = decide_ladder(ladder, make_rule(0.02, 3), bought=(16, 32, 64) if seeds > 3 else ())
         for step in found.comparisons:
             d = step.decision
             print(

@@ -10,11 +10,11 @@ from typing import Any
 
 from qlora_exp.errors import AnalysisError
 
-Row = tuple[str, dict[str, Any]]
+TableRow = tuple[str, dict[str, Any]]
 """Where (``line 3``), and column → value."""
 
 
-def read_rows(file: Path) -> list[Row]:
+def read_table_rows(file: Path) -> list[TableRow]:
     """(where, column → value) of every row, nested JSON flattened to dotted names.
 
     Raises:
@@ -39,7 +39,7 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
-def _csv_rows(file: Path) -> Iterator[Row]:
+def _csv_rows(file: Path) -> Iterator[TableRow]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         head = stream.readline()
         stream.seek(0)
@@ -51,7 +51,7 @@ def _csv_rows(file: Path) -> Iterator[Row]:
             yield f"line {reader.line_num}", {str(name).strip(): value for name, value in row.items()}
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
+def _json_rows(file: Path) -> Iterator[TableRow]:
     found = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(found, dict):
         lists = [value for value in found.values() if isinstance(value, list) and value]
@@ -64,7 +64,7 @@ def _json_rows(file: Path) -> Iterator[Row]:
     yield from ((f"row {number}", dict(_flat(row))) for number, row in enumerate(found, start=1))
 
 
-def _jsonl_rows(file: Path) -> Iterator[Row]:
+def _jsonl_rows(file: Path) -> Iterator[TableRow]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             row = json.loads(line)
@@ -73,7 +73,7 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
             yield f"line {number}", dict(_flat(row))
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path) -> Iterator[TableRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

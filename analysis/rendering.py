@@ -13,14 +13,14 @@ from typing import Any
 
 import jinja2
 
-from qlora_exp.analysis.content import UNKNOWN, Report, Table, led, shown
+from qlora_exp.analysis.content import UNKNOWN_TEXT, ReportContent, Table, formatted_value, lead_sentence
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 DIGITS = 5
 """Significant digits of the figures in the page's own data: more than are shown, fewer bytes."""
 
 
-def to_html(report: Report, runs_at: str | None = None) -> str:
+def to_html(report: ReportContent, runs_at: str | None = None) -> str:
     """One file with script, style and data inside.
 
     Args:
@@ -36,7 +36,7 @@ def to_html(report: Report, runs_at: str | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "led": led}
+    environment.filters |= {"shown": formatted_value, "led": lead_sentence}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     drawn = [figure for section in report.sections for figure in section.figures]
     data = {
@@ -54,12 +54,12 @@ def to_html(report: Report, runs_at: str | None = None) -> str:
     )
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(report: ReportContent) -> str:
     """The same sentences and tables; the runs are in the CSV."""
     return "\n".join(_markdown(report)).rstrip() + "\n"
 
 
-def to_csv(report: Report) -> str:
+def to_csv(report: ReportContent) -> str:
     """Every run, raw values, unknown ones empty."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -72,12 +72,12 @@ def markdown_table(table: Table) -> Iterator[str]:
     yield _row(column.name for column in table.columns)
     yield "|" + "|".join("---" if column.kind == "text" else "---:" for column in table.columns) + "|"
     for row in table.rows:
-        yield _row(shown(value, column.kind) for value, column in zip(row, table.columns, strict=True))
+        yield _row(formatted_value(value, column.kind) for value, column in zip(row, table.columns, strict=True))
 
 
-def _markdown(report: Report) -> Iterator[str]:
+def _markdown(report: ReportContent) -> Iterator[str]:
     yield from (f"# {_plain(report.title)}", "", *([_plain(report.question), ""] if report.question else []))
-    for sentence in report.headline or [report.why_none or UNKNOWN]:
+    for sentence in report.headline or [report.why_none or UNKNOWN_TEXT]:
         yield from (f"**{_plain(sentence)}**", "")
     for section in report.sections:
         yield from (f"## {_plain(section.title)}", "")

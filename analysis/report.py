@@ -11,18 +11,18 @@ from qlora_exp.analysis import sections
 from qlora_exp.analysis.comparable import (
     Group,
     answering_scores,
-    differences,
-    finished,
+    finished_runs,
     groups_of,
     is_pilot,
     refuse_synthetic,
+    setting_differences,
 )
 from qlora_exp.analysis.configurations import Configuration, Measure, best_on_validation, configurations, measure_of
-from qlora_exp.analysis.content import Asked, Report, Section
+from qlora_exp.analysis.content import ReportContent, Section, StudyInfo
 from qlora_exp.analysis.contrasts import ItemScores
 from qlora_exp.analysis.equal_tokens import token_groups
 from qlora_exp.analysis.feasibility_section import feasibility_section
-from qlora_exp.analysis.instruct_base import InstructBase, baseline_note, compare
+from qlora_exp.analysis.instruct_base import InstructBase, baseline_note, compare_variants
 from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.instruct_base_words import primary_lead, primary_sentence
 from qlora_exp.analysis.tradeoffs import goal_answer
@@ -31,16 +31,16 @@ from qlora_exp.records.types import RunRecord, Status
 
 MOST_GROUPS = 3
 """Groups of comparable runs that are shown; further ones are named."""
-LEAST_SEEDS = 2
+MIN_SEEDS_SHOWN = 2
 
 
 def build(
     records: Sequence[RunRecord],
-    asked: Sequence[Asked],
+    asked: Sequence[StudyInfo],
     items: ItemScores | None = None,
     margin: float | None = None,
     unreadable: int = 0,
-) -> Report:
+) -> ReportContent:
     """What there is to say of these runs.
 
     Args:
@@ -57,15 +57,15 @@ def build(
     if not records:
         raise AnalysisError("the study has no run", where, "qlora-exp status shows how it stands")
     refuse_synthetic(records)
-    groups, aside = _divided(records)
+    groups, aside = _split_runs(records)
     if not groups:
         states = ", ".join(sorted({record.status.value for record in records}))
         raise AnalysisError(
             f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
         )
-    looked_at = [_looked_at(group) for group in groups[:MOST_GROUPS]]
+    looked_at = [_summarise_group(group) for group in groups[:MOST_GROUPS]]
     first, measure, found = looked_at[0]
-    compared = compare(found, items, margin, aside.pilots, aside.budgeted)
+    compared = compare_variants(found, items, margin, aside.pilots, aside.budgeted)
     why_none, several = _why_no_headline(groups, asked, measure), len(groups) > 1
     headline = _of_ladders(asked)
     if why_none is None:
@@ -79,19 +79,19 @@ def build(
         sections.method_section(groups, records, measure, asked),
         _limits(records, groups, aside, found, measure, _left_open(asked, compared, why_none), unreadable),
     ]
-    return Report(
+    return ReportContent(
         title=", ".join(one.name for one in asked),
         question=next((one.question for one in asked if one.question), None),
         headline=headline,
         why_none=None if headline else why_none,
         sections=tuple(part for part in parts if part is not None),
-        runs=sections.runs_table(records),
+        runs=sections.runs_section_table(records),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
     )
 
 
 @dataclass(frozen=True)
-class Aside:
+class SetAside:
     """Finished runs that answer nothing themselves."""
 
     pilots: tuple[RunRecord, ...]
@@ -100,15 +100,15 @@ class Aside:
     """Trained to a number of tokens, where the others were trained to a number of steps."""
 
 
-def _divided(records: Sequence[RunRecord]) -> tuple[list[Group], Aside]:
+def _split_runs(records: Sequence[RunRecord]) -> tuple[list[Group], SetAside]:
     """Groups to compare within, and what is set aside. Where nothing else has ended yet, pilots are what there is."""
     pilots = [record for record in records if is_pilot(record)]
     answering = groups_of([record for record in records if not is_pilot(record)])
     groups, budgeted = token_groups(answering or groups_of(pilots))
-    return groups, Aside(tuple(finished(pilots)) if answering else (), tuple(budgeted))
+    return groups, SetAside(tuple(finished_runs(pilots)) if answering else (), tuple(budgeted))
 
 
-def _looked_at(group: Group) -> tuple[Group, Measure | None, list[Configuration]]:
+def _summarise_group(group: Group) -> tuple[Group, Measure | None, list[Configuration]]:
     measure = measure_of(group.records)
     return group, measure, configurations(group.records, measure or Measure("loss_per_item", False))
 
@@ -119,9 +119,9 @@ def _of_group(
     found: Sequence[Configuration],
     main: bool,
     several: bool,
-    asked: Sequence[Asked],
+    asked: Sequence[StudyInfo],
     items: ItemScores | None,
-    aside: Aside,
+    aside: SetAside,
     margin: float | None,
 ) -> list[Section]:
     """The comparisons, which hold within one group only; where there are several, each says so in its titles."""
@@ -150,12 +150,13 @@ def id_of(group: Group) -> str:
     return f"{p.max_steps}-{p.scored_items}-{p.split}-{p.batch_size}-{p.adapter_dtype}-{p.data_version}"
 
 
-def _why_no_headline(groups: Sequence[Group], asked: Sequence[Asked], measure: Measure | None) -> str | None:
+def _why_no_headline(groups: Sequence[Group], asked: Sequence[StudyInfo], measure: Measure | None) -> str | None:
     """It needs a score, one protocol, and a split that nothing was chosen on; a ladder's own answer has them."""
     if measure is None:
         return "No headline: no finished run has a score."
     if len(groups) > 1:
-        return f"No headline: the runs aren't all comparable ({'; '.join(differences(groups))}); they are shown apart."
+        apart = "; ".join(setting_differences(groups))
+        return f"No headline: the runs aren't all comparable ({apart}); they are shown apart."
     searched = [text for one in asked for text in one.objectives if "scores.test" in text]
     if searched:
         return f"No headline: the test split was searched ({searched[0]}), so its scores flatter what was found."
@@ -168,7 +169,7 @@ def _why_no_headline(groups: Sequence[Group], asked: Sequence[Asked], measure: M
     return None
 
 
-def _of_ladders(asked: Sequence[Asked]) -> tuple[str, ...]:
+def _of_ladders(asked: Sequence[StudyInfo]) -> tuple[str, ...]:
     """Each ladder's sentence, and how sure they are."""
     said, sure = [], []
     for one in asked:
@@ -212,13 +213,13 @@ def _chosen(best: Configuration, found: Sequence[Configuration], measure: Measur
     said = f"Of {len(found)} configurations the best on validation is {best.label}; on test it has {told}"
     if estimate.se is None:
         return f"{said}."
-    near = sum(_alike(best, other, measure) for other in found if other is not best)
+    near = sum(_is_tie(best, other, measure) for other in found if other is not best)
     if near:
         return f"{said}. Over {near} of the others it isn't shown to be better."
     return f"{said}. It is shown to be better than each of the others."
 
 
-def _alike(best: Configuration, other: Configuration, measure: Measure) -> bool:
+def _is_tie(best: Configuration, other: Configuration, measure: Measure) -> bool:
     """Whether it isn't shown (95 %, over seeds) that the best is better."""
     if best.quality is None or other.quality is None:
         return True
@@ -227,7 +228,7 @@ def _alike(best: Configuration, other: Configuration, measure: Measure) -> bool:
     return None in halves or ahead <= math.hypot(*(half or 0.0 for half in halves))
 
 
-def _left_open(asked: Sequence[Asked], compared: InstructBase | None, why_none: str | None) -> list[str]:
+def _left_open(asked: Sequence[StudyInfo], compared: InstructBase | None, why_none: str | None) -> list[str]:
     points = [why_none] if why_none else []
     points += sections.open_ends(asked)
     points += [compared.tokens.sentence] if compared is not None and not compared.tokens.done else []
@@ -237,7 +238,7 @@ def _left_open(asked: Sequence[Asked], compared: InstructBase | None, why_none: 
 def _limits(
     records: Sequence[RunRecord],
     groups: Sequence[Group],
-    aside: Aside,
+    aside: SetAside,
     found: Sequence[Configuration],
     measure: Measure | None,
     left_open: Sequence[str],
@@ -246,10 +247,10 @@ def _limits(
     """What can't be concluded, and what it would take."""
     points = [*left_open]
     if len(groups) > 1:
-        points.append(f"The groups can't be compared with each other: {'; '.join(differences(groups))}.")
+        points.append(f"The groups can't be compared with each other: {'; '.join(setting_differences(groups))}.")
     if len(groups) > MOST_GROUPS:
         points.append(f"{len(groups) - MOST_GROUPS} smaller groups of runs are only in the table of runs.")
-    if all(len(c.runs) < LEAST_SEEDS for c in found):
+    if all(len(c.runs) < MIN_SEEDS_SHOWN for c in found):
         points.append("One seed a configuration: no difference can be told from chance. It takes seed=1,2,3.")
     ranks = {int(c.first.config["lora"]["r"]) for c in found}
     if len(ranks) == 1:

@@ -21,7 +21,7 @@ LEAST_SEEDS_BOUGHT, MOST_SEEDS = 4, 8
 """Seeds in all after the purchase."""
 
 
-class Verdict(StrEnum):
+class StepVerdict(StrEnum):
     CONTINUE = "continue"
     STOP = "stop"
     INCONCLUSIVE = "inconclusive"
@@ -60,7 +60,7 @@ def make_rule(margin: float, doublings: int, half_zone: float | None = None) -> 
 
 
 @dataclass(frozen=True)
-class Bounds:
+class MarginBounds:
     """One-sided bounds of the gain, each of shape (...): ``low`` decides *continue*, ``high`` decides *stop*."""
 
     low: Array
@@ -81,13 +81,13 @@ def t_quantiles(df: Array, rule: Rule, look: int) -> tuple[Array, Array]:
     return -special.stdtrit(df, alpha), -special.stdtrit(df, alpha / rule.doublings)
 
 
-def bounds(split: VarianceSplit, rule: Rule, look: int) -> Bounds:
+def bounds(split: VarianceSplit, rule: Rule, look: int) -> MarginBounds:
     se, df = np.sqrt(split.variance), split.df
     t_continue, t_stop = t_quantiles(df, rule, look)
-    return Bounds(split.gain - t_continue * se, split.gain + t_stop * se, se, df)
+    return MarginBounds(split.gain - t_continue * se, split.gain + t_stop * se, se, df)
 
 
-def verdicts(gain: Array, found: Bounds, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def verdicts(gain: Array, found: MarginBounds, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(continue, stop), never both: where both bounds hold, the gain is compared with the margin. NaN is neither."""
     enough = found.low > rule.margin - rule.half_zone
     little = found.high < rule.margin + rule.half_zone
@@ -101,7 +101,7 @@ def seeds_to_buy(half_width: Array, seeds: Array, rule: Rule) -> Array:
     return np.clip(wanted, LEAST_SEEDS_BOUGHT, MOST_SEEDS)
 
 
-def items_are_missing(split: VarianceSplit, rule: Rule) -> NDArray[np.bool_]:
+def needs_more_items(split: VarianceSplit, rule: Rule) -> NDArray[np.bool_]:
     """Whether t·√B alone exceeds the half-zone: then no number of seeds can settle it.
 
     t is that of the last look with the items' own degrees of freedom: what is left when seeds are plenty.

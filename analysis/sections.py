@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_exp.analysis import figures, memory, tradeoffs
-from qlora_exp.analysis.comparable import Group, answering_scores, untouched_scores
+from qlora_exp.analysis.comparable import Group, answering_scores, base_model_scores
 from qlora_exp.analysis.configurations import Configuration, Measure, mean, model_state_bytes
-from qlora_exp.analysis.content import Asked, Section, Table, Value, shown, table
+from qlora_exp.analysis.content import DisplayedValue, Section, StudyInfo, Table, formatted_value, value_table
 from qlora_exp.records.types import RunRecord, Status
 
 MOST_ROWS = 25
 """Rows of a table that is cut; all runs are in the last one."""
-LEAST_TRIALS = 10
+MIN_TRIALS_FOR_IMPORTANCE = 10
 """Per axis: below, an importance is a guess."""
 ERRS_AT_MOST, ERRS_WITH_GROWING_NOISE = 0.05, 0.06
 """Shares of simulated ladders with a wrong answer: the largest of docs/calibration.md, rounded up."""
 
 
-def ladders_of(asked: Asked) -> list[tuple[str, Mapping[str, Any]]]:
+def ladders_of(asked: StudyInfo) -> list[tuple[str, Mapping[str, Any]]]:
     """(name, answer) of each ladder, whether the study kept one, a list of them, or one a configuration."""
     raw = asked.ladder
     if isinstance(raw, Mapping) and "decision" in raw:
@@ -38,7 +38,7 @@ def ladders_of(asked: Asked) -> list[tuple[str, Mapping[str, Any]]]:
     return [(_ladder_name(one, number), one) for number, one in enumerate(named, start=1)]
 
 
-def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
+def ladder_sections(asked: Sequence[StudyInfo]) -> list[Section]:
     found = [(name, answer) for one in asked for name, answer in ladders_of(one)]
     sections = []
     for number, (name, answer) in enumerate(found, start=1):
@@ -66,7 +66,7 @@ def ladder_sections(asked: Sequence[Asked]) -> list[Section]:
                     *([sure] if (sure := how_sure(answer)) is not None else []),
                     *notes,
                 ),
-                tables=(table(columns, rows, f"margin {_figure(answer.get('margin'))}"),) if rows else (),
+                tables=(value_table(columns, rows, f"margin {_figure(answer.get('margin'))}"),) if rows else (),
                 figures=(figure,) if figure else (),
                 points=warnings,
             )
@@ -86,7 +86,7 @@ def how_sure(answer: Mapping[str, Any]) -> str | None:
     )
 
 
-def open_ends(asked: Sequence[Asked]) -> list[str]:
+def open_ends(asked: Sequence[StudyInfo]) -> list[str]:
     """What the ladders that ended undecided leave open, and what it would take."""
     found = [(name, answer) for one in asked for name, answer in ladders_of(one)]
     return [
@@ -127,7 +127,7 @@ def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) 
     unbeaten = [
         (c, standing)
         for c, standing in zip(front.configurations, front.standings or [None] * len(front.configurations), strict=True)
-        if standing is not tradeoffs.Standing.DOMINATED
+        if standing is not tradeoffs.ParetoStatus.DOMINATED
     ]
     unbeaten.sort(key=lambda pair: -measure.sign * (pair[0].quality.mean if pair[0].quality else 0.0))
     rows = [(*_configuration_row(c), str(standing) if standing else None) for c, standing in unbeaten[:MOST_ROWS]]
@@ -135,7 +135,9 @@ def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) 
     caption = (
         f"The best {MOST_ROWS} of {len(unbeaten)} that nothing clearly beats" if len(unbeaten) > MOST_ROWS else None
     )
-    return Section("tradeoffs", "Quality, memory and speed", tuple(paragraphs), (table(columns, rows, caption),), plots)
+    return Section(
+        "tradeoffs", "Quality, memory and speed", tuple(paragraphs), (value_table(columns, rows, caption),), plots
+    )
 
 
 def equal_everything_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
@@ -161,13 +163,15 @@ def equal_everything_section(configurations: Sequence[Configuration], measure: M
 def memory_section(configurations: Sequence[Configuration], records: Sequence[RunRecord]) -> Section:
     parts = memory.breakdowns(configurations)
     figure = figures.memory_bars(parts)
-    rows = [(b.label, *(b.parts[part] for part in memory.PARTS)) for b in parts[:MOST_ROWS]]
-    broken_down = table(("configuration", *((part, "bytes") for part in memory.PARTS)), rows, "Memory by part")
-    sizes: list[tuple[Value, ...]] = [
+    rows = [(b.label, *(b.parts[part] for part in memory.PEAK_PARTS)) for b in parts[:MOST_ROWS]]
+    broken_down = value_table(
+        ("configuration", *((part, "bytes") for part in memory.PEAK_PARTS)), rows, "Memory by part"
+    )
+    sizes: list[tuple[DisplayedValue, ...]] = [
         (f"{s.bits} bits", s.nominal_bytes, ", ".join(f"{m} {_bytes(b)}" for m, b in s.measured_bytes.items()) or None)
         for s in memory.weight_sizes(records)
     ]
-    weights = table(
+    weights = value_table(
         ("weights at", ("parameters × bits / 8", "bytes"), "measured, with quantization state"),
         sizes,
         "Size of the base's weights",
@@ -179,7 +183,7 @@ def memory_section(configurations: Sequence[Configuration], records: Sequence[Ru
         "Activations are the peak of training less what else was held; unknown where a process ran several trials on a"
         " CPU. Embeddings and norms stay unquantized, so that measured weights are larger than the bare product."
     )
-    tables = tuple(t for t in (broken_down, weights, table(columns, sized, "Size of the adapters")) if t.rows)
+    tables = tuple(t for t in (broken_down, weights, value_table(columns, sized, "Size of the adapters")) if t.rows)
     return Section("memory", "Memory", (note,), tables, (figure,) if figure else ())
 
 
@@ -208,7 +212,7 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
     )
     note += " where nothing else ran beside it."
     notes = (note, priced) if (priced := _priced(records)) else (note,)
-    return Section("speed", "Speed and cost", notes, (table(columns, rows),))
+    return Section("speed", "Speed and cost", notes, (value_table(columns, rows),))
 
 
 def _priced(records: Sequence[RunRecord]) -> str | None:
@@ -221,7 +225,7 @@ def _priced(records: Sequence[RunRecord]) -> str | None:
     return f"Costs: all seconds of a run, loading and scoring included, by the price of an hour: {told}."
 
 
-def importance_section(asked: Sequence[Asked], completed: Sequence[RunRecord]) -> Section | None:
+def importance_section(asked: Sequence[StudyInfo], completed: Sequence[RunRecord]) -> Section | None:
     found = [(objective, shares) for one in asked for objective, shares in one.importance.items() if shares]
     if not found:
         return None
@@ -236,13 +240,15 @@ def importance_section(asked: Sequence[Asked], completed: Sequence[RunRecord]) -
         points.append(
             "Formats have end tokens of their own, and a loss counts them: what a format explains is theirs too."
         )
-    if trials < LEAST_TRIALS * axes:
-        points.append(f"{trials} trials for {axes} axes are too few to trust it: at least {LEAST_TRIALS} an axis.")
+    if trials < MIN_TRIALS_FOR_IMPORTANCE * axes:
+        points.append(
+            f"{trials} trials for {axes} axes are too few to trust it: at least {MIN_TRIALS_FOR_IMPORTANCE} an axis."
+        )
     if any(ladders_of(one) for one in asked):
         points.append("A ladder's trials go where its answer is, not all over the axes: rank and rate change together.")
     columns = ("objective", "axis", ("share", "percent"))
     drawn = tuple(figures.importance_bars(shares) for _, shares in found)
-    return Section("importance", "What mattered", (note,), (table(columns, rows),), drawn, tuple(points))
+    return Section("importance", "What mattered", (note,), (value_table(columns, rows),), drawn, tuple(points))
 
 
 def failure_section(records: Sequence[RunRecord]) -> Section:
@@ -264,17 +270,17 @@ def failure_section(records: Sequence[RunRecord]) -> Section:
     columns = ("status", ("runs", "integer"), ("time", "seconds"), ("of all time", "percent"), ("cost", "usd"))
     kinds = Counter((r.status.value, _first_line(r)) for r in ended if r.failure is not None)
     reasons = [(status, why, count) for (status, why), count in kinds.most_common(MOST_ROWS)]
-    tables = [table(columns, rows)]
-    tables += [table(("status", "why", ("runs", "integer")), reasons, "Reasons")] if reasons else []
+    tables = [value_table(columns, rows)]
+    tables += [value_table(("status", "why", ("runs", "integer")), reasons, "Reasons")] if reasons else []
     wasted = sum(record.speed.total_seconds or 0.0 for record in ended)
     told = f"{len(ended)} of {len(records)} runs did not complete; they took {wasted / 60:,.1f} minutes."
     return Section("failures", "Failures and what they cost", (told,), tuple(tables))
 
 
 def method_section(
-    groups: Sequence[Group], records: Sequence[RunRecord], measure: Measure | None, asked: Sequence[Asked]
+    groups: Sequence[Group], records: Sequence[RunRecord], measure: Measure | None, asked: Sequence[StudyInfo]
 ) -> Section:
-    rows: list[tuple[Value, Value]] = []
+    rows: list[tuple[DisplayedValue, DisplayedValue]] = []
     if measure is not None:
         rows.append(("quality", f"{measure.label}, {'higher' if measure.higher_is_better else 'lower'} is better"))
     margins = dict.fromkeys(_margin_words(answer) for one in asked for _, answer in ladders_of(one))
@@ -295,10 +301,10 @@ def method_section(
     rows.append(("git commit", _distinct(_commit(r) for r in finished)))
     warned = Counter(warning for record in records for warning in record.warnings)
     points = tuple(f"{warning} ({count} runs)" for warning, count in warned.most_common(10))
-    return Section("method", "How it was measured", (), (table(("what", "how"), rows),), points=points)
+    return Section("method", "How it was measured", (), (value_table(("what", "how"), rows),), points=points)
 
 
-def runs_table(records: Sequence[RunRecord]) -> Table:
+def runs_section_table(records: Sequence[RunRecord]) -> Table:
     """Every run, raw values."""
     columns = (
         *(
@@ -330,12 +336,12 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
             ("cost", "usd"),
         ),
     )
-    return table(columns, [_run_row(record) for record in records], whole=True)
+    return value_table(columns, [_run_row(record) for record in records], whole=True)
 
 
-def _run_row(record: RunRecord) -> tuple[Value, ...]:
+def _run_row(record: RunRecord) -> tuple[DisplayedValue, ...]:
     config, plan, speed = record.config, record.plan, record.speed
-    scores, before = answering_scores(record), untouched_scores(record)
+    scores, before = answering_scores(record), base_model_scores(record)
     targets = config.get("targets") or {}
     modules = targets.get("modules")
     weights = record.memory.base_weight_bytes
@@ -363,13 +369,13 @@ def _configuration_columns(measure: Measure) -> tuple[tuple[str, str] | str, ...
     )
 
 
-def _configuration_row(c: Configuration) -> tuple[Value, ...]:
+def _configuration_row(c: Configuration) -> tuple[DisplayedValue, ...]:
     q = c.quality
     quality = (q.seeds, q.mean, q.low, q.high) if q is not None else (0, None, None, None)
     return (c.label, *quality, c.memory_bytes, c.tokens_per_second, c.train_seconds, c.cost_usd)
 
 
-def _contrasts(caption: str, contrasts: Sequence[tradeoffs.Contrast], measure: Measure) -> Table:
+def _contrasts(caption: str, contrasts: Sequence[tradeoffs.QuantizationContrast], measure: Measure) -> Table:
     columns = (
         *("against", ("pairs", "integer"), ("gain", "figure"), ("low", "figure"), ("high", "figure")),
         *(("memory", "percent"), ("speed", "percent"), ("parameters", "percent")),
@@ -381,17 +387,17 @@ def _contrasts(caption: str, contrasts: Sequence[tradeoffs.Contrast], measure: M
         )
         for c in contrasts
     ]
-    return table(columns, rows, caption)
+    return value_table(columns, rows, caption)
 
 
 def _counted(front: tradeoffs.Front) -> str:
     counts = Counter(front.standings)
-    near = counts[tradeoffs.Standing.NEAR]
+    near = counts[tradeoffs.ParetoStatus.NEAR]
     noise = f"; {near} more can't be told from the front (95 %, over seeds)."
     if all(c.quality is None or c.quality.se is None for c in front.configurations):
         noise = ". With one seed a configuration, a place on the front may be luck."
     return (
-        f"{counts[tradeoffs.Standing.FRONT]} of {len(front.configurations)} configurations are beaten by none in"
+        f"{counts[tradeoffs.ParetoStatus.FRONT]} of {len(front.configurations)} configurations are beaten by none in"
         f" quality, memory and speed at once (large marks){noise}"
     )
 
@@ -401,7 +407,7 @@ def _ladder_runs(answer: Mapping[str, Any]) -> list[str]:
     spent, seeds, items = answer.get("spent") or {}, answer.get("seeds") or {}, answer.get("items")
     if not spent:
         return []
-    usd = f", {shown(spent['cost_usd'], 'usd')}" if spent.get("cost_usd") is not None else ""
+    usd = f", {formatted_value(spent['cost_usd'], 'usd')}" if spent.get("cost_usd") is not None else ""
     told = f"{spent['runs']} runs, {spent['pilots']} of them pilots, took {spent['seconds'] / 60:,.1f} minutes{usd}."
     if seeds and items:
         told += f" Decided from {items} test items and {', '.join(f'{n} seeds at r = {r}' for r, n in seeds.items())}."
@@ -446,4 +452,4 @@ def _figure(value: Any) -> str:
 
 
 def _bytes(value: float) -> str:
-    return shown(value, "bytes")
+    return formatted_value(value, "bytes")

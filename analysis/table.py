@@ -16,8 +16,16 @@ from typing import Any
 import numpy as np
 
 from qlora_exp.analysis.columns import Columns, find_columns
-from qlora_exp.analysis.rank import Answer, Comparison, Decision, answer, as_object, decide_published, walk
-from qlora_exp.analysis.reading import Row, read_rows
+from qlora_exp.analysis.rank import (
+    Comparison,
+    Decision,
+    RankAnswer,
+    answer,
+    as_object,
+    decide_from_summary,
+    decide_ladder,
+)
+from qlora_exp.analysis.reading import TableRow, read_table_rows
 from qlora_exp.analysis.rule import Rule, make_rule
 from qlora_exp.errors import AnalysisError, Problems, raise_all
 
@@ -69,7 +77,7 @@ class TableAnswer:
     """One configuration's answer, with what was assumed in reading it."""
 
     configuration: str | None
-    answer: Answer
+    answer: RankAnswer
     notes: tuple[str, ...]
 
 
@@ -81,13 +89,15 @@ def analyze_table(file: Path, options: Options) -> list[TableAnswer]:
     """
     if options.se is not None and not (math.isfinite(options.se) and options.se > 0):
         raise AnalysisError(f"a standard error of {options.se:g} is none", "--se", "a number above 0")
-    rows = read_rows(file)
+    rows = read_table_rows(file)
     columns = find_columns(rows, options.named_columns, options.higher_is_better, file)
     by_configuration = _results(rows, columns, options, file)
     return [_answer(name, results, columns, options, file) for name, results in by_configuration.items()]
 
 
-def _results(rows: Sequence[Row], columns: Columns, options: Options, file: Path) -> dict[str | None, list[Result]]:
+def _results(
+    rows: Sequence[TableRow], columns: Columns, options: Options, file: Path
+) -> dict[str | None, list[Result]]:
     """Results by configuration; every wrong number is told, the first ten of them."""
     by_configuration: dict[str | None, list[Result]] = defaultdict(list)
     errors: list[AnalysisError] = []
@@ -241,7 +251,7 @@ def _step_notes(ranks: Sequence[int]) -> list[str]:
 
 def _decided(
     results: Sequence[Result], ranks: Sequence[int], rule: Rule, columns: Columns, where: str
-) -> tuple[Answer, list[str]]:
+) -> tuple[RankAnswer, list[str]]:
     sign = -1.0 if columns.higher_is_better else 1.0
     losses = [replace(result, score=sign * result.score) for result in results]
     seeds = sorted({result.seed or "" for result in results})
@@ -260,7 +270,7 @@ def _decided(
             "The standard errors are not used: they are given for some rows only, or seeds and items tell more."
         )
     ladder = _cube(losses, ranks, seeds, items, where)
-    found = walk(ladder, rule, complete=True, unit=f"in {columns.score}")
+    found = decide_ladder(ladder, rule, complete=True, unit=f"in {columns.score}")
     notes += (
         [_SAME_SEEDS]
         if any(step.decision.se is not None and step.decision.se < 1e-12 for step in found.comparisons)
@@ -290,7 +300,7 @@ _SINGLE = (
 def _published(smaller: Result, larger: Result, rule: Rule) -> Decision:
     se = math.hypot(smaller.se or 0.0, larger.se or 0.0)
     spread = sum((one.se or 0.0) ** 4 / one.df for one in (smaller, larger))
-    return decide_published(smaller.score - larger.score, se, rule, se**4 / spread if spread else math.inf)
+    return decide_from_summary(smaller.score - larger.score, se, rule, se**4 / spread if spread else math.inf)
 
 
 def _cube(
@@ -321,7 +331,7 @@ def _cube(
     return ladder if items else {rank: values[:, 0] for rank, values in ladder.items()}
 
 
-def _saved(found: Answer, results: Sequence[Result]) -> Iterable[str]:
+def _saved(found: RankAnswer, results: Sequence[Result]) -> Iterable[str]:
     """What the recommended rank saves against the largest one in the table."""
     largest = max(result.rank for result in results)
     if found.recommended_rank in (None, largest):
@@ -339,7 +349,7 @@ def _saved(found: Answer, results: Sequence[Result]) -> Iterable[str]:
             yield f"r = {found.recommended_rank} takes {much} {word} than r = {largest}."
 
 
-def as_json(found: Sequence[TableAnswer]) -> dict[str, Any]:
+def table_as_json(found: Sequence[TableAnswer]) -> dict[str, Any]:
     """The object that ``--json`` prints: one answer, or ``configurations`` with one each."""
     objects = [{"configuration": x.configuration, **as_object(x.answer), "notes": list(x.notes)} for x in found]
     return objects[0] if len(objects) == 1 else {"configurations": objects}

@@ -18,7 +18,7 @@ from scipy import stats
 from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, mean, pooled_sd
 
-PRECISION = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
+PRECISION_ORDER = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
 """Most bits first: the first that was run is what the others are held against."""
 LEAST_MODES = 2
 EQUAL_PARAMETERS = 0.10
@@ -26,7 +26,7 @@ EQUAL_PARAMETERS = 0.10
 ONE_SIDED = 0.05
 
 
-class Standing(StrEnum):
+class ParetoStatus(StrEnum):
     FRONT = "on the front"
     NEAR = "within noise of the front"
     DOMINATED = "dominated"
@@ -38,12 +38,12 @@ class Front:
     why no front can be drawn; the standings are then empty."""
 
     configurations: tuple[Configuration, ...]
-    standings: tuple[Standing, ...]
+    standings: tuple[ParetoStatus, ...]
     why_none: str | None = None
 
 
 @dataclass(frozen=True)
-class Contrast:
+class QuantizationContrast:
     """``level`` against ``reference`` over otherwise equal runs. ``gain``: how much better, in the score's units.
     Ratios are level / reference."""
 
@@ -88,30 +88,32 @@ def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
     standings = []
     for index in range(len(known)):
         if on_front[index]:
-            standings.append(Standing.FRONT)
+            standings.append(ParetoStatus.FRONT)
             continue
         cheaper = rivals[(points[rivals, 1:] <= points[index, 1:]).all(axis=1)]
         ahead = points[index, 0] - points[cheaper, 0]
         beaten = reach is not None and bool(np.any(ahead > np.hypot(reach[index], reach[cheaper])))
-        standings.append(Standing.DOMINATED if beaten or reach is None else Standing.NEAR)
+        standings.append(ParetoStatus.DOMINATED if beaten or reach is None else ParetoStatus.NEAR)
     return Front(tuple(known), tuple(standings))
 
 
-def quantization_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[Contrast]:
+def quantization_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[QuantizationContrast]:
     """Each quantization against the one with the most bits, at equal everything else."""
     modes = {mode_of(c) for c in configurations}
-    order = [mode for mode in PRECISION if mode in modes]
+    order = [mode for mode in PRECISION_ORDER if mode in modes]
     return _contrasts(configurations, measure, order, mode_of, ("quantization.",))
 
 
-def target_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[Contrast]:
+def target_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[QuantizationContrast]:
     """Each target set against the one with the most parameters, at equal rank and equal everything else."""
     return _contrasts(configurations, measure, _targets_by_size(configurations), targets_of, ("targets.",))
 
 
-def targets_at_equal_parameters(configurations: Sequence[Configuration], measure: Measure) -> list[Contrast]:
+def targets_at_equal_parameters(
+    configurations: Sequence[Configuration], measure: Measure
+) -> list[QuantizationContrast]:
     """The same at equally many trainable parameters (within 10 %), so at different ranks."""
-    found: list[Contrast] = []
+    found: list[QuantizationContrast] = []
     order = _targets_by_size(configurations)
     strata: dict[tuple[Any, ...], dict[str, list[Configuration]]] = defaultdict(lambda: defaultdict(list))
     for c in configurations:
@@ -206,7 +208,7 @@ def _reach(configurations: Sequence[Configuration]) -> NDArray[np.float64] | Non
 
 def _contrasts(
     configurations: Sequence[Configuration], measure: Measure, order: Sequence[str], level_of: Any, own: tuple[str, ...]
-) -> list[Contrast]:
+) -> list[QuantizationContrast]:
     strata: dict[tuple[Any, ...], dict[str, Configuration]] = defaultdict(dict)
     for configuration in configurations:
         strata[_others(configuration, own)][level_of(configuration)] = configuration
@@ -224,13 +226,13 @@ def _contrasts(
 
 def _contrast(
     level: str, reference: str, pairs: Sequence[tuple[Configuration, Configuration]], measure: Measure
-) -> Iterable[Contrast]:
+) -> Iterable[QuantizationContrast]:
     """Nothing where no two runs are otherwise equal."""
     gains = [gain for a, b in pairs for gain in _paired_gains(a, b, measure)]
     if gains:
         count = len(gains)
         se = float(np.std(gains, ddof=1)) / math.sqrt(count) if count > 1 else None
-        yield Contrast(
+        yield QuantizationContrast(
             *(level, reference, Estimate(float(np.mean(gains)), count, se, count - 1.0 if count > 1 else None)),
             memory_ratio=_ratio((a.memory_bytes, b.memory_bytes) for a, b in pairs),
             speed_ratio=_ratio((a.tokens_per_second, b.tokens_per_second) for a, b in pairs),

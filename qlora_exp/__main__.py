@@ -5,7 +5,7 @@ import sys
 from qlora_exp.system import heap
 
 if __name__ == "__main__":
-    heap.begin_again_to_train(sys.argv[1:])
+    heap.reexec_with_tunables(sys.argv[1:])
     from qlora_exp.orchestration.hydra_app import main
 
     sys.exit(main())

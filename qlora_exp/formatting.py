@@ -11,13 +11,13 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-UNKNOWN = "–"
+UNKNOWN_CELL = "–"
 
 WIDE = 4000
 """Columns where there is no terminal: a log that is searched later must not be cut or wrapped."""
 
 
-def show(renderable: RenderableType, stream: TextIO | None = None) -> None:
+def print_table(renderable: RenderableType, stream: TextIO | None = None) -> None:
     """Print to ``stream`` (standard output by default)."""
     file = stream if stream is not None else sys.stdout
     width = None if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else WIDE
@@ -44,7 +44,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def bytes_text(size: float | None) -> str:
     """Decimal units, as disks and model cards have them: 1 MB is 10⁶ bytes."""
     if size is None:
-        return UNKNOWN
+        return UNKNOWN_CELL
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(size) >= factor:
             return f"{size / factor:.3g} {unit}" if abs(size) < 999.5 * factor else f"{size / factor:,.0f} {unit}"
@@ -52,7 +52,7 @@ def bytes_text(size: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    return UNKNOWN if value is None else f"{value:,.{digits}f}"
+    return UNKNOWN_CELL if value is None else f"{value:,.{digits}f}"
 
 
 def simple_table(*columns: str) -> Table:

@@ -12,7 +12,7 @@ from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
 from qlora_exp.estimate.calibration import rates_file
-from qlora_exp.estimate.preflight_budget import what_it_buys
+from qlora_exp.estimate.preflight_budget import affordable_steps_message
 from qlora_exp.estimate.run_estimate import TIMES, as_first_told, row_lengths
 from qlora_exp.estimate.throughput import machine_of
 from qlora_exp.paths import OutputPaths
@@ -47,7 +47,7 @@ def prepared() -> Prepared:
 
 def test_seconds_and_dollars_buy_steps_after_what_comes_before_them(prepared: Prepared) -> None:
     def told(*overrides: str) -> list[str]:
-        return list(what_it_buys(compose([*SMALL, *overrides]), prepared))
+        return list(affordable_steps_message(compose([*SMALL, *overrides]), prepared))
 
     assert told() == []
     assert told("budget.kwh=1") == ["budget.kwh=1: what a step takes of it isn't known"]
@@ -58,23 +58,23 @@ def test_seconds_and_dollars_buy_steps_after_what_comes_before_them(prepared: Pr
     assert "about 1 of 40 steps (1 to 1," in told("budget.seconds=9")[0]
     assert "about 40 of 40 steps (40 to 40," in told("budget.seconds=1000")[0]
     unknown = replace(prepared, predicted=replace(prepared.predicted, before_seconds=None))
-    [seconds] = what_it_buys(compose([*SMALL, "budget.seconds=31"]), unknown)
+    [seconds] = affordable_steps_message(compose([*SMALL, "budget.seconds=31"]), unknown)
     assert seconds.startswith("budget.seconds=31 buys about 16 of 40 steps (8 to 31,")
     assert seconds.endswith("less what passes before training")
     config = compose([*SMALL, "budget.seconds=31"])
-    [unknown_pace] = what_it_buys(config, prepare(config, probe(config.training.device)))
+    [unknown_pace] = affordable_steps_message(config, prepare(config, probe(config.training.device)))
     assert "isn't known until qlora-exp calibrate has measured this machine" in unknown_pace
 
 
 def test_tokens_buy_steps_of_the_mean_row(prepared: Prepared) -> None:
     mean = sum(row_lengths(prepared.splits)) / 40
-    [told] = what_it_buys(compose([*SMALL, f"budget.tokens={round(10 * 4 * mean) - 1}"]), prepared)
+    [told] = affordable_steps_message(compose([*SMALL, f"budget.tokens={round(10 * 4 * mean) - 1}"]), prepared)
     assert "buys about 10 of 40 steps" in told
 
 
 def test_a_token_limit_of_the_training_is_counted_in_the_steps_it_takes() -> None:
     config = compose([*SMALL, "training.max_steps=null", "training.max_tokens=2000", "budget.tokens=1000"])
-    [told] = what_it_buys(config, prepare(config, probe(config.training.device)))
+    [told] = affordable_steps_message(config, prepare(config, probe(config.training.device)))
     found = re.search(r"about (\d+) of (\d+) steps", told)
     assert found is not None
     assert int(found[1]) == pytest.approx(int(found[2]) / 2, abs=1)

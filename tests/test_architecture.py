@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import qlora_exp
-from qlora_exp.runs.process import import_to_stay
+from qlora_exp.runs.process import import_and_freeze_gc
 
 PACKAGE = Path(qlora_exp.__file__).resolve().parent
 NO_ROOMS = {"conf", "sweeps"}
@@ -189,9 +189,9 @@ def test_what_a_trial_imports_leaves_out_the_compiler_that_nothing_uses() -> Non
 
 def test_what_is_imported_to_stay_is_left_alone_by_the_collector_and_nothing_that_comes_later() -> None:
     code = (
-        "import gc\nfrom qlora_exp.runs.process import import_to_stay\n"
-        "import_to_stay(['colorsys'])\nfirst = gc.get_freeze_count()\n"
-        "later = [[] for _ in range(1000)]\nimport_to_stay(['colorsys'])\n"
+        "import gc\nfrom qlora_exp.runs.process import import_and_freeze_gc\n"
+        "import_and_freeze_gc(['colorsys'])\nfirst = gc.get_freeze_count()\n"
+        "later = [[] for _ in range(1000)]\nimport_and_freeze_gc(['colorsys'])\n"
         "assert gc.isenabled() and 0 < first >= gc.get_freeze_count(), (first, gc.get_freeze_count())"
     )
     assert "colorsys" in loaded_after(code)
@@ -199,7 +199,7 @@ def test_what_is_imported_to_stay_is_left_alone_by_the_collector_and_nothing_tha
 
 def test_a_module_that_cannot_be_imported_leaves_the_collector_on() -> None:
     with pytest.raises(ModuleNotFoundError):
-        import_to_stay(["qlora_exp.nowhere"])
+        import_and_freeze_gc(["qlora_exp.nowhere"])
     assert gc.isenabled()
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from qlora_exp.cli import main
-from qlora_exp.estimate.budget import Purse, budget_of
+from qlora_exp.estimate.budget import StudyBudget, budget_of
 from qlora_exp.estimate.calibration import rates_file
 from qlora_exp.estimate.throughput import machine_of
-from qlora_exp.orchestration.budget_forecast import what_it_buys
-from qlora_exp.orchestration.command import ask
+from qlora_exp.orchestration.budget_forecast import affordable_trials_message
+from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.find import read_runs
@@ -248,8 +248,8 @@ def test_a_calibrated_machine_knows_beforehand_what_a_budget_will_buy(
         machine = machine_of(replace(probe_without_torch(), torch_threads=1))
         write_json(rates_file(), {machine: {"fp32": 1e10}})
     limited = ["training.device=cpu", "training.threads=1", "quantization=fp32", "budget.seconds=600", "tracking=off"]
-    asked = ask([*limited, "lora.r=4,8", "training.learning_rate=1e-4,1e-3,1e-2", "sweep.name=mine"])
-    purse = Purse(budget_of(asked.config), OutputPaths.of("outputs"))
-    [told] = what_it_buys(asked, Study.open(asked.spec, asked.paths), purse)
+    asked = study_spec([*limited, "lora.r=4,8", "training.learning_rate=1e-4,1e-3,1e-2", "sweep.name=mine"])
+    purse = StudyBudget(budget_of(asked.config), OutputPaths.of("outputs"))
+    [told] = affordable_trials_message(asked, Study.open(asked.spec, asked.paths), purse)
     assert (" of 6 trials (" in told) == calibrated
     assert ("isn't known until the first has ended" in told) != calibrated

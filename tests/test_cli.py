@@ -22,7 +22,7 @@ from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import EMBEDDED, OutputPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import Status
-from qlora_exp.runs.console import Progress
+from qlora_exp.runs.console import ProgressReporter
 from tests import processes
 
 QUICK = [
@@ -332,7 +332,7 @@ def test_ctrl_c_ends_with_exit_code_130(runs: Runs, tmp_path: Path) -> None:
 
 def test_a_log_gets_few_lines_and_the_last_step() -> None:
     stream = io.StringIO()
-    with Progress(stream) as progress:
+    with ProgressReporter(stream) as progress:
         progress.phase("train")
         for step in range(1, 1001):
             progress.step(step, 1000, {"loss": 1 / step})

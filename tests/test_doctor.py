@@ -11,7 +11,12 @@ from qlora_exp import run
 from qlora_exp.cli import main
 from qlora_exp.config.schema import Quantization
 from qlora_exp.doctor.checks import _neighbours
-from qlora_exp.doctor.speed import calibration, judged, judged_calibration, measured_flops_per_second
+from qlora_exp.doctor.speed import (
+    against_datasheet,
+    calibration,
+    calibration_against_datasheet,
+    measure_flops_per_second,
+)
 from qlora_exp.doctor.sweep_disk import RECORD_BYTES, sweep_disk, trial_bytes
 from qlora_exp.estimate.calibration import rates_file
 from qlora_exp.estimate.throughput import machine_of
@@ -35,7 +40,7 @@ CARD = "NVIDIA A100-SXM4-80GB"
 def test_a_measured_rate_is_judged_by_the_cards_data_sheet(
     kind: str, name: str, rate: float, ok: bool | None, words: str
 ) -> None:
-    check = judged(kind, name, rate)
+    check = against_datasheet(kind, name, rate)
     assert check.ok is ok
     assert words in check.detail
     assert (check.fix is not None) is (ok is False)
@@ -55,7 +60,7 @@ def test_a_measured_rate_is_judged_by_the_cards_data_sheet(
 def test_a_calibration_is_judged_by_the_cards_data_sheet(
     kind: str, name: str, rate: float | None, ok: bool | None, words: str
 ) -> None:
-    check = judged_calibration(kind, name, Quantization.bf16, rate)
+    check = calibration_against_datasheet(kind, name, Quantization.bf16, rate)
     assert check.ok is ok
     assert words in check.detail
     assert (check.fix is not None) is (ok is False)
@@ -71,7 +76,7 @@ def test_the_calibration_that_doctor_judges_is_the_one_that_plans_take(
 
 
 def test_the_rate_of_this_machine_is_one_that_a_machine_can_have() -> None:
-    assert 1e8 < measured_flops_per_second("cpu") < 1e14
+    assert 1e8 < measure_flops_per_second("cpu") < 1e14
 
 
 def test_another_process_on_a_gpu_is_named() -> None:

@@ -12,31 +12,31 @@ from typing import Any
 import optuna
 import pytest
 
-from qlora_exp.analysis.content import Asked
+from qlora_exp.analysis.content import StudyInfo
 from qlora_exp.analysis.rendering import to_csv, to_markdown
 from qlora_exp.analysis.report import build
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
-from qlora_exp.estimate.budget import Purse, budget_of
+from qlora_exp.estimate.budget import StudyBudget, budget_of
 from qlora_exp.estimate.memory_fit import (
     CPU_PROCESS_BYTES,
     ERROR,
-    DoesNotFit,
-    MemoryRule,
-    Need,
-    bound_of,
+    MemoryEstimate,
+    MemoryLimit,
+    PredictedOutOfMemory,
+    corrections,
     fit_into,
-    halved,
-    kin_of,
+    memory_limit_bytes,
+    next_smaller_micro_batch,
 )
-from qlora_exp.orchestration.budget_forecast import what_it_buys
-from qlora_exp.orchestration.command import ask
-from qlora_exp.orchestration.memory_feedback import MOST_REFUSALS_IN_A_ROW, Experience
+from qlora_exp.orchestration.budget_forecast import affordable_trials_message
+from qlora_exp.orchestration.command import study_spec
+from qlora_exp.orchestration.memory_feedback import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.find import read_runs
-from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Failure, Fit, Memory, Refusal, RunRecord, Status
+from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Failure, Fit, Memory, RunRecord, SkippedTrial, Status
 from qlora_exp.runs.execute import execute
 from qlora_exp.study.study import Study
 from qlora_exp.study.types import TrialRow
@@ -126,7 +126,7 @@ def test_a_space_in_which_nothing_fits_ends_with_one_message(capsys: pytest.Capt
         shown = capsys.readouterr().err
         assert shown.count("error:") == 1
         assert "none of them is predicted to fit into 800 kB" in shown
-        assert len(trials(capsys)) == MOST_REFUSALS_IN_A_ROW
+        assert len(trials(capsys)) == MAX_CONSECUTIVE_SKIPS
     assert sweep(*search, "budget.memory_bytes=3000000") == 0
     assert sum(row["status"] == "COMPLETED" for row in trials(capsys)) == 5
 
@@ -235,7 +235,7 @@ def test_less_memory_than_the_base_takes_in_any_quantization_is_one_message(
 
 
 def test_a_trial_is_run_with_as_much_of_its_micro_batch_as_fits_where_it_may_be_halved() -> None:
-    rule = MemoryRule(150_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=4)
+    rule = MemoryLimit(150_000_000, hosts=1, kin=(), allow_borderline=True, halvings=4)
     record = execute(compose(SMALL), memory=rule)
     assert record.status is Status.COMPLETED
     assert record.plan is not None
@@ -250,16 +250,21 @@ def test_a_smaller_micro_batch_divides_the_batch() -> None:
     for batch in range(1, 65):
         rows = batch
         while rows > 1:
-            less = halved(rows, batch)
+            less = next_smaller_micro_batch(rows, batch)
             assert less <= rows // 2
             assert batch % less == 0
             rows = less
-    assert (halved(5, 5), halved(9, 9), halved(12, 12), halved(16, 48)) == (1, 3, 6, 8)
+    assert (
+        next_smaller_micro_batch(5, 5),
+        next_smaller_micro_batch(9, 9),
+        next_smaller_micro_batch(12, 12),
+        next_smaller_micro_batch(16, 48),
+    ) == (1, 3, 6, 8)
 
 
 @pytest.mark.faults
 def test_a_batch_that_no_half_divides_is_still_trained_whole() -> None:
-    rule = MemoryRule(90_000_000, hosts=1, kin=(), tries_the_edge=True, halvings=2)
+    rule = MemoryLimit(90_000_000, hosts=1, kin=(), allow_borderline=True, halvings=2)
     record = execute(compose([*SMALL, "training.batch_size=15"]), memory=rule)
     assert record.plan is not None
     assert record.plan.micro_batch_size in (1, 5)
@@ -269,10 +274,10 @@ def test_a_batch_that_no_half_divides_is_still_trained_whole() -> None:
 def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").absolute()))
     limited = ["training.device=cpu", "training.threads=1", "quantization=fp32", "budget.seconds=600", "tracking=off"]
-    asked = ask([*limited, "lora.r=4,8"])
-    purse = Purse(budget_of(asked.config), OutputPaths.of("outputs"))
+    asked = study_spec([*limited, "lora.r=4,8"])
+    purse = StudyBudget(budget_of(asked.config), OutputPaths.of("outputs"))
     opened = Study.open(asked.spec, asked.paths)
-    [unknown] = what_it_buys(asked, opened, purse)
+    [unknown] = affordable_trials_message(asked, opened, purse)
     assert "isn't known until the first has ended" in unknown
     record = made_up.run(mode="fp32")
     assert record.plan is not None
@@ -286,11 +291,11 @@ def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeyp
     paths = OutputPaths.of("outputs").run("earlier")
     paths.folder.mkdir(parents=True)
     write_json(paths.record, record.replace(run_id="earlier"))
-    [told] = what_it_buys(asked, opened, purse)
+    [told] = affordable_trials_message(asked, opened, purse)
     assert " of 2 trials (" in told
     assert "by the predicted training of the task's rows" in told
     write_json(paths.record, record.replace(run_id="earlier", config=to_plain(compose(["quantization=nf4"]))))
-    [unknown] = what_it_buys(asked, opened, purse)
+    [unknown] = affordable_trials_message(asked, opened, purse)
     assert "isn't known until the first has ended" in unknown
 
 
@@ -299,13 +304,13 @@ def test_a_run_by_itself_is_held_to_its_budget_and_not_to_the_edge() -> None:
     record = execute(compose(config))
     assert record.fit is not None
     bound = round(0.97 * record.fit.corrected_bytes)
-    with pytest.raises(DoesNotFit):
+    with pytest.raises(PredictedOutOfMemory):
         execute(compose([*config, f"budget.memory_bytes={bound}"]))
 
 
 # What the kin of a run say.
 
-NEED = Need(1000, 0, None, None)
+NEED = MemoryEstimate(1000, 0, None, None)
 
 
 def ended(status: Status, predicted: int, measured: int | None = None, bound: int = 2000) -> RunRecord:
@@ -319,10 +324,10 @@ def ended(status: Status, predicted: int, measured: int | None = None, bound: in
     )
 
 
-def judged(records: list[RunRecord], bound: int, need: Need = NEED) -> tuple[Fit, bool]:
-    kin = kin_of(records, bound)
+def judged(records: list[RunRecord], bound: int, need: MemoryEstimate = NEED) -> tuple[Fit, bool]:
+    kin = corrections(records, bound)
     key = kin[0].key if kin else "none"
-    return fit_into(bound, need, MemoryRule(bound, 1, kin, tries_the_edge=True, halvings=0), key, "cpu")
+    return fit_into(bound, need, MemoryLimit(bound, 1, kin, allow_borderline=True, halvings=0), key, "cpu")
 
 
 def test_the_median_of_measured_over_predicted_peaks_corrects_the_next_prediction() -> None:
@@ -339,7 +344,7 @@ def test_the_median_of_measured_over_predicted_peaks_corrects_the_next_predictio
 def test_only_kin_count() -> None:
     other = ended(Status.COMPLETED, 100, 200)
     other = other.replace(config={**other.config, "quantization": {"mode": "fp32"}})
-    assert len(kin_of([other, ended(Status.COMPLETED, 100, 100)], None)) == 2
+    assert len(corrections([other, ended(Status.COMPLETED, 100, 100)], None)) == 2
 
 
 def test_what_ran_out_of_memory_bounds_its_kin_from_below() -> None:
@@ -363,31 +368,31 @@ def test_a_small_run_that_the_kernel_ended_for_other_processes_says_nothing_of_i
 
 def test_what_ran_out_of_memory_raises_the_correction_and_never_lowers_it() -> None:
     done = ended(Status.COMPLETED, 100, 120)
-    assert kin_of([done, ended(Status.OUT_OF_MEMORY, 1000, bound=1500)], None)[0].ratio == pytest.approx(1.35)
-    assert kin_of([done, ended(Status.OUT_OF_MEMORY, 2000, bound=1000)], None)[0].ratio == pytest.approx(1.2)
+    assert corrections([done, ended(Status.OUT_OF_MEMORY, 1000, bound=1500)], None)[0].ratio == pytest.approx(1.35)
+    assert corrections([done, ended(Status.OUT_OF_MEMORY, 2000, bound=1000)], None)[0].ratio == pytest.approx(1.2)
 
 
 def test_the_edge_is_tried_by_trials_and_not_by_runs() -> None:
-    rule = MemoryRule(900, 1, (), tries_the_edge=True, halvings=0)
+    rule = MemoryLimit(900, 1, (), allow_borderline=True, halvings=0)
     assert fit_into(900, NEED, rule, "", "cpu")[1]
-    assert not fit_into(900, NEED, replace(rule, tries_the_edge=False), "", "cpu")[1]
+    assert not fit_into(900, NEED, replace(rule, allow_borderline=False), "", "cpu")[1]
     assert not fit_into(800, NEED, rule, "", "cpu")[1]
 
 
 def test_the_devices_memory_is_the_bound_where_nothing_else_is_said() -> None:
     card = Device("cuda", "H100", 1, 80_000, None, None, True)
-    rule = MemoryRule(None, hosts=2, kin=(), tries_the_edge=True, halvings=0)
-    assert bound_of(rule, card) == 40_000
-    assert bound_of(replace(rule, bound_bytes=90_000), card) == 90_000
+    rule = MemoryLimit(None, hosts=2, kin=(), allow_borderline=True, halvings=0)
+    assert memory_limit_bytes(rule, card) == 40_000
+    assert memory_limit_bytes(replace(rule, bound_bytes=90_000), card) == 90_000
     machine = replace(card, kind="cpu", memory_bytes=2 * CPU_PROCESS_BYTES + 2_000)
-    assert bound_of(rule, machine) == 1_000
-    assert bound_of(rule, replace(machine, memory_bytes=None)) is None
+    assert memory_limit_bytes(rule, machine) == 1_000
+    assert memory_limit_bytes(rule, replace(machine, memory_bytes=None)) is None
 
 
 # How it is counted.
 
 
-def row(number: int, record: RunRecord | None, refusal: Refusal | None = None) -> TrialRow:
+def row(number: int, record: RunRecord | None, refusal: SkippedTrial | None = None) -> TrialRow:
     if record is not None:
         paths = OutputPaths.of("outputs").run(f"run-{number}")
         paths.folder.mkdir(parents=True)
@@ -399,13 +404,13 @@ def row(number: int, record: RunRecord | None, refusal: Refusal | None = None) -
 
 def test_a_trial_that_was_halved_and_still_went_beyond_the_bound_is_one_wrong_prediction() -> None:
     halved_once = replace(row(0, ended(Status.COMPLETED, 1000, 2100)), out_of_memory_retries=1)
-    found = Experience(OutputPaths.of("outputs")).predicted([halved_once])
+    found = MemoryFeedback(OutputPaths.of("outputs")).predicted([halved_once])
     assert found is not None
     assert (found.out_of_memory, found.beyond_the_bound, found.wrong, found.compared) == (1, 0, 1, 1)
 
 
 def test_predictions_are_counted_by_what_came_of_them() -> None:
-    refusal = Refusal(Fit(5000, 0, 5000, 2000, ERROR["cpu"], 0), train_seconds=60.0, train_flops=None)
+    refusal = SkippedTrial(Fit(5000, 0, 5000, 2000, ERROR["cpu"], 0), train_seconds=60.0, train_flops=None)
     rows = [
         row(0, ended(Status.COMPLETED, 1000, 900)),
         row(1, ended(Status.COMPLETED, 1000, 2100)),
@@ -416,23 +421,23 @@ def test_predictions_are_counted_by_what_came_of_them() -> None:
         row(6, None, refusal),
         row(7, None, refusal),
     ]
-    found = Experience(OutputPaths.of("outputs")).predicted(rows)
+    found = MemoryFeedback(OutputPaths.of("outputs")).predicted(rows)
     assert found is not None
     assert (found.refused, found.seconds_saved) == (2, 120.0)
     assert (found.near_the_edge, found.near_the_edge_out_of_memory) == (3, 1)
     assert (found.out_of_memory, found.beyond_the_bound, found.wrong, found.compared) == (1, 1, 3, 5)
     assert "2 trials predicted not to fit into 2 kB were not started (about 120 s of training)" in found.sentence
-    assert Experience(OutputPaths.of("outputs")).predicted([]) is None
+    assert MemoryFeedback(OutputPaths.of("outputs")).predicted([]) is None
 
 
 def test_the_report_has_what_was_not_started_and_what_was_wrong() -> None:
     told = {"sentence": "3 trials predicted not to fit", "refused": 3, "seconds_saved": 90.0, "bound_bytes": 2e9}
     record = made_up.run().replace(fit=Fit(1000, 0, 1100, 2000, ERROR["cpu"], 2))
-    report = build([record], [Asked("one", predicted_memory=told)])
+    report = build([record], [StudyInfo("one", predicted_memory=told)])
     page = to_markdown(report)
     assert "Trials that would not have fitted" in page
     assert "3 trials predicted not to fit." in page
     assert "90.0 s" in page
     [line] = csv.DictReader(io.StringIO(to_csv(report)))
     assert (line["predicted_need"], line["memory_bound"]) == ("1100", "2000")
-    assert "Trials that would not have fitted" not in to_markdown(build([record], [Asked("one")]))
+    assert "Trials that would not have fitted" not in to_markdown(build([record], [StudyInfo("one")]))

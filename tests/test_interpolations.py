@@ -12,11 +12,11 @@ import pytest
 
 from qlora_exp.cli import main
 from qlora_exp.config.compose import Composer, compose
-from qlora_exp.config.of_record import overrides_of
+from qlora_exp.config.of_record import recorded_overrides
 from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.errors import QloraExpError
-from qlora_exp.estimate.sweep import points_of
-from qlora_exp.orchestration.command import ask, run_overrides
+from qlora_exp.estimate.sweep import search_space
+from qlora_exp.orchestration.command import run_overrides, study_spec
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.find import read_runs
 from qlora_exp.runs.entry_points import config_from_plain
@@ -87,7 +87,7 @@ def test_a_trial_and_the_command_for_it_are_what_one_run_with_its_values_would_b
     composer = Composer()
     one = [text for text in given if "MODE" not in text]  # a choice of a group is no value to Hydra
     single = {rank: of_a_trial(composer.compose([*one, f"lora.r={rank}"])) for rank in (4, 16)}
-    spec = ask([*given, "lora.r=4,16"]).spec
+    spec = study_spec([*given, "lora.r=4,16"]).spec
     for name in ("LR", "R", "MODE", "WHO", "KEY"):
         monkeypatch.delenv(name)
     monkeypatch.chdir("/")
@@ -99,7 +99,7 @@ def test_a_trial_and_the_command_for_it_are_what_one_run_with_its_values_would_b
         assert of_a_trial(trial) | dict.fromkeys(same) == single[rank] | dict.fromkeys(same)
         again = composer.compose(run_overrides(spec, {"lora.r": rank}))
         assert of_a_trial(again) == of_a_trial(trial)
-    assert ask([*spec.overrides, "lora.r=4,16"]).spec.settings == spec.settings
+    assert study_spec([*spec.overrides, "lora.r=4,16"]).spec.settings == spec.settings
 
 
 def holds_from(holds: Any, config: Config, rank: int, folder: Path) -> bool:
@@ -128,7 +128,7 @@ def test_a_sweeps_file_and_hydras_own_params_are_read_once_for_each_trial(
     text: str, params: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep_file(text)
-    spec = ask(["sweeps=mine"], params).spec
+    spec = study_spec(["sweeps=mine"], params).spec
     points = list(points_of_spec(spec))
     assert len(points) == spec.n_trials
     here = [of_a_trial(compose(["sweeps=mine", *point])) for point in points]
@@ -141,15 +141,15 @@ def test_a_sweeps_file_and_hydras_own_params_are_read_once_for_each_trial(
 
 
 def points_of_spec(spec: Any) -> list[list[str]]:
-    from qlora_exp.study.space import grid, overrides_of
+    from qlora_exp.study.space import grid, point_overrides
 
-    return [list(overrides_of(point)) for point in grid(spec.axes)]
+    return [list(point_overrides(point)) for point in grid(spec.axes)]
 
 
 def point_of(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    from qlora_exp.config.overrides import key_of, value_of
+    from qlora_exp.config.overrides import override_key, override_value
 
-    return [(key_of(text), value_of(text)) for text in overrides]
+    return [(override_key(text), override_value(text)) for text in overrides]
 
 
 def test_record_best_rerun_and_resume_name_the_trials_configuration(
@@ -184,7 +184,7 @@ def test_record_best_rerun_and_resume_name_the_trials_configuration(
         assert config["lora"]["dropout"] in (0.8, 0.0)
         assert config["seed"] in (1, rank)
         assert of_a_trial(composer.compose(run_overrides(spec, row.params))) == config
-        assert row.number % 3 or of_a_trial(compose(overrides_of(record))) == config
+        assert row.number % 3 or of_a_trial(compose(recorded_overrides(record))) == config
         assert of_a_trial(config_from_plain(record.config)) == config
     capsys.readouterr()
     assert main(["best", "s"]) == 0
@@ -244,7 +244,7 @@ def test_what_only_hydra_knows_is_refused_with_what_to_write(text: str, capsys: 
 
 
 def test_a_plan_counts_each_point_with_its_own_values() -> None:
-    planned = points_of(
+    planned = search_space(
         ["lora.r=4,16", FIXED_ALPHA, "lora.alpha=${lora.r}", "training.batch_size=${lora.r}", "seed=1,${lora.r}"]
     )
     seen = {(p.config.lora.alpha, p.config.training.batch_size, p.config.seed) for p in planned.points if p.config}
@@ -259,8 +259,8 @@ def test_a_ladder_knows_that_alpha_follows_the_rank() -> None:
         "sweep.ladder.margin=0.1",
         FIXED_ALPHA,
     ]
-    follows = ask([*given, "lora.alpha=${lora.r}"]).spec.ladder
-    constant = ask([*given, "lora.alpha=${training.batch_size}"]).spec.ladder
+    follows = study_spec([*given, "lora.alpha=${lora.r}"]).spec.ladder
+    constant = study_spec([*given, "lora.alpha=${training.batch_size}"]).spec.ladder
     assert follows is not None
     assert constant is not None
     assert {one.rate_exponent for one in follows.ladders} == {-0.5}
@@ -276,13 +276,13 @@ def test_a_recorded_text_with_a_dollar_is_read_as_it_is(text: str) -> None:
     config = to_plain(compose([f"task.prompt={hydra_value(literal(text))}"]))
     assert config["task"]["prompt"] == text
     record = RunRecord(1, "run", "name", Status.COMPLETED, "2026-11-21T00:00:00+00:00", None, config, ENVIRONMENT)
-    assert to_plain(compose(overrides_of(record))) == config
+    assert to_plain(compose(recorded_overrides(record))) == config
     assert to_plain(config_from_plain(config)) == config
 
 
 def test_an_error_that_names_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORE", "http://user:geheim1@127.0.0.1:9")
-    spec = ask(["lora.r=4,8", "training.engine=sleep", "tracking.uri=${oc.env:STORE}"]).spec
+    spec = study_spec(["lora.r=4,8", "training.engine=sleep", "tracking.uri=${oc.env:STORE}"]).spec
     assert "geheim1" not in repr(spec)
     with pytest.raises(QloraExpError):
-        ask(["lora.r=4,8", "training.max_steps=${oc.env:STORE}"])
+        study_spec(["lora.r=4,8", "training.max_steps=${oc.env:STORE}"])

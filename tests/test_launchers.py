@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from qlora_exp.errors import ConfigError, Problems
-from qlora_exp.orchestration.command import ask
+from qlora_exp.orchestration.command import study_spec
 from qlora_exp.orchestration.hydra_app import one_job
 from qlora_exp.orchestration.sweep import jobs_of
-from qlora_exp.runs.process import Ended
+from qlora_exp.runs.process import ExitCode
 from tests.faults.sweeps import (
     SLEEP,
     Sweep,
@@ -94,7 +94,7 @@ def test_joblibs_processes_end_after_their_work_when_the_controller_was_killed(t
 
 
 @pytest.mark.parametrize(
-    "thing", [Ended(2), ConfigError("what", "where", "do"), Problems([ConfigError("a", "b", "c")])]
+    "thing", [ExitCode(2), ConfigError("what", "where", "do"), Problems([ConfigError("a", "b", "c")])]
 )
 def test_how_a_worker_ends_survives_the_way_back(thing: BaseException) -> None:
     back = cloudpickle.loads(cloudpickle.dumps(thing))
@@ -104,7 +104,7 @@ def test_how_a_worker_ends_survives_the_way_back(thing: BaseException) -> None:
 
 
 def test_what_a_launcher_carries_can_be_pickled(tmp_path: Path) -> None:
-    asked = ask(["lora.r=4,8", "training.engine=sleep", f"output_root={tmp_path}"])
+    asked = study_spec(["lora.r=4,8", "training.engine=sleep", f"output_root={tmp_path}"])
     from qlora_exp.config.compose import compose_raw
 
     carried = (one_job, jobs_of(asked), compose_raw(["training.engine=sleep"]))

@@ -30,7 +30,7 @@ from qlora_exp.runs.termination import ended_when_memory_is_short
 from qlora_exp.system import memory_limits
 from qlora_exp.system.environment import probe, process_identity
 from qlora_exp.system.out_of_memory import killed_for_memory
-from qlora_exp.tracking.sync import repair
+from qlora_exp.tracking.sync import mark_interrupted
 from tests.analysis import made_up
 from tests.conftest import write_colour_task
 
@@ -196,7 +196,7 @@ def left_running(fit: Fit | None, process: Process | None = None) -> Path:
 
 def test_a_run_near_the_bound_whose_process_is_gone_is_not_to_be_run_again_as_it_was() -> None:
     file = left_running(NEAR)
-    repair("outputs")
+    mark_interrupted("outputs")
     failure = read_record(file).failure
     assert failure is not None
     assert "probably out of memory" in failure.message
@@ -206,7 +206,7 @@ def test_a_run_near_the_bound_whose_process_is_gone_is_not_to_be_run_again_as_it
 
 def test_a_run_far_from_the_bound_whose_process_is_gone_is_told_as_before() -> None:
     file = left_running(replace(NEAR, bound_bytes=10**9))
-    repair("outputs")
+    mark_interrupted("outputs")
     assert "the same settings" in str(read_record(file).failure)
 
 

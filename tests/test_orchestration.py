@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from qlora_exp.cli import main
-from qlora_exp.orchestration.command import Asked, ask
+from qlora_exp.orchestration.command import SweepCommand, study_spec
 from qlora_exp.orchestration.orchestrator import orchestrating
-from qlora_exp.orchestration.sweep import sweep
+from qlora_exp.orchestration.sweep import run_sweep
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import Process
@@ -163,7 +163,7 @@ class WorkerLost(Exception):
     """As joblib's and submitit's for a job that was killed."""
 
 
-def then_lost(asked: Asked) -> Callable[[list[list[str]]], Sequence[Any]]:
+def then_lost(asked: SweepCommand) -> Callable[[list[list[str]]], Sequence[Any]]:
     from qlora_exp.orchestration.worker import run_worker
 
     def launch(jobs: list[list[str]]) -> Sequence[Any]:
@@ -176,8 +176,8 @@ def then_lost(asked: Asked) -> Callable[[list[list[str]]], Sequence[Any]]:
 def test_a_study_that_is_complete_although_a_worker_was_lost_ends_with_its_conclusion(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = ask(COMMAND)
-    assert sweep(asked, then_lost(asked)) == 0
+    asked = study_spec(COMMAND)
+    assert run_sweep(asked, then_lost(asked)) == 0
     told = capsys.readouterr()
     assert "2 of 2 trials done" in told.out
     assert "lost a worker" in told.err
@@ -188,5 +188,5 @@ def test_a_lost_worker_with_trials_left_is_an_error_that_says_how_to_go_on(capsy
     def launch(jobs: list[list[str]]) -> Sequence[Any]:
         raise WorkerLost("killed")
 
-    assert sweep(ask(COMMAND), launch) == 1
+    assert run_sweep(study_spec(COMMAND), launch) == 1
     assert "qlora-exp resume held" in capsys.readouterr().err

@@ -170,9 +170,10 @@ def test_every_pin_lies_within_the_declared_ranges() -> None:
 
 def test_the_installed_report_has_its_templates_and_draws(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from qlora_exp.analysis.content import Report, Section, table;"
+        "from qlora_exp.analysis.content import ReportContent, Section, value_table;"
         "from qlora_exp.analysis.rendering import to_html;"
         "section = Section('s', 'S', figures=({'data': [], 'layout': {}},));"
-        "print(len(to_html(Report('t', None, ('h',), None, (section,), table(('run',), [('r',)]), 'now'))))"
+        "content = ReportContent('t', None, ('h',), None, (section,), value_table(('run',), [('r',)]), 'now');"
+        "print(len(to_html(content)))"
     )
     assert int(run_installed(installed, tmp_path, "-c", code)) > 1_000_000

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import QuotedString
 
 from qlora_exp.architecture.run_plan import config_fingerprint
 from qlora_exp.config.compose import compose
-from qlora_exp.config.of_record import flat_overrides, overrides_of
+from qlora_exp.config.of_record import flat_overrides, recorded_overrides
 from qlora_exp.config.override_values import hydra_value
 from qlora_exp.config.schema import to_plain
 from qlora_exp.records.redaction import REDACTED
@@ -47,7 +47,7 @@ RECORDED = [
 @pytest.mark.parametrize("overrides", RECORDED, ids=lambda overrides: " ".join(overrides) or "defaults")
 def test_the_overrides_of_a_record_compose_to_its_configuration(overrides: list[str]) -> None:
     config = to_plain(compose(overrides))
-    assert to_plain(compose(overrides_of(record_of(config)))) == config
+    assert to_plain(compose(recorded_overrides(record_of(config)))) == config
 
 
 def test_a_record_of_a_version_that_took_steps_and_tokens_is_read_as_it_was_trained_to_its_tokens() -> None:
@@ -71,7 +71,7 @@ def test_a_record_names_its_files_wherever_it_is_run_again(tmp_path: Path, monke
     assert (config.task.path, config.model.path) == (str(here / "rows.jsonl"), str(tmp_path / "model"))
     assert config.model.chat_template == str(here / "t.jinja")
     monkeypatch.chdir(there)
-    again = compose(overrides_of(record_of(to_plain(config))))
+    again = compose(recorded_overrides(record_of(to_plain(config))))
     assert again == config
     assert config_fingerprint(again) == config_fingerprint(config)
     same_file = compose(
@@ -82,7 +82,7 @@ def test_a_record_names_its_files_wherever_it_is_run_again(tmp_path: Path, monke
 
 def test_changes_win_and_a_changed_group_takes_its_own_values() -> None:
     record = record_of(to_plain(compose(["quantization=nf4", "quantization.double_quantization=false", "lora.r=4"])))
-    changed = compose(overrides_of(record, ["quantization=fp32", "lora.r=32"]))
+    changed = compose(recorded_overrides(record, ["quantization=fp32", "lora.r=32"]))
     assert changed.quantization == compose(["quantization=fp32"]).quantization
     assert changed.lora.r == 32
     assert dataclasses.replace(changed.lora, r=4) == compose(["lora.r=4"]).lora
@@ -90,13 +90,13 @@ def test_changes_win_and_a_changed_group_takes_its_own_values() -> None:
 
 def test_a_changed_task_asks_for_nothing_of_the_recorded_one() -> None:
     record = record_of(to_plain(compose(["task=local", "task.path=rows.jsonl", "lora.r=4"])))
-    assert compose(overrides_of(record, ["task=embedded"])).task == compose([]).task
+    assert compose(recorded_overrides(record, ["task=embedded"])).task == compose([]).task
 
 
 def test_a_redacted_value_is_not_taken_for_a_setting() -> None:
     config = to_plain(compose([]))
     config["tracking"]["uri"] = f"https://me:{REDACTED}@host"
-    assert not [text for text in overrides_of(record_of(config)) if REDACTED in text]
+    assert not [text for text in recorded_overrides(record_of(config)) if REDACTED in text]
 
 
 AWKWARD: tuple[Any, ...] = (

@@ -353,11 +353,11 @@ STOPPED_AT_STEP_3 = """
 import os, signal, sys
 from qlora_exp.runs.execute import execute
 from qlora_exp.config.compose import compose
-from qlora_exp.training.outcome import Silent
+from qlora_exp.training.outcome import NullObserver
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
 
-class StopAtStep3(Silent):
+class StopAtStep3(NullObserver):
     def step(self, step, total, metrics):
         if step == 3:
             for _ in range(2):  # a closed terminal: the kernel and the shell send one each

@@ -12,7 +12,7 @@ import pytest
 from qlora_exp.cli import main
 from qlora_exp.config.override_values import hydra_value
 from qlora_exp.errors import QloraExpError
-from qlora_exp.orchestration.command import ask
+from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths, slug
 from qlora_exp.records.find import find_study, study_names
 from qlora_exp.study.spec import read_spec, write_spec
@@ -41,7 +41,7 @@ def named(name: str) -> str:
 
 
 def test_each_name_has_a_folder_of_its_own_and_finds_it() -> None:
-    asked = ask([*SLEEP, "sweep.name=one"]).spec
+    asked = study_spec([*SLEEP, "sweep.name=one"]).spec
     outputs = OutputPaths.of("outputs")
     for name in NAMES:
         write_spec(replace(asked, name=name), outputs.study(name))

@@ -23,7 +23,7 @@ from qlora_exp.cli.settings_file import given_overrides
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
 from qlora_exp.errors import QloraExpError
-from qlora_exp.orchestration.command import ask
+from qlora_exp.orchestration.command import study_spec
 from qlora_exp.orchestration.sweep import jobs_of
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import read_record, write_json
@@ -65,7 +65,7 @@ def trials(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_each_sweep_composes_at_every_corner_and_ends(name: str) -> None:
-    asked = ask([f"sweeps={name}"])
+    asked = study_spec([f"sweeps={name}"])
     assert asked.spec.name == name
     assert asked.spec.question
     assert 6 <= asked.spec.n_trials <= 48
@@ -73,9 +73,9 @@ def test_each_sweep_composes_at_every_corner_and_ends(name: str) -> None:
 
 
 def test_the_same_settings_in_another_order_are_the_same_study() -> None:
-    one = ask(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=5"]).spec
-    other = ask(["training.max_steps=5", "quantization=nf4,int8", "lora.r=4,8", "workers.count=2"]).spec
-    different = ask(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=6"]).spec
+    one = study_spec(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=5"]).spec
+    other = study_spec(["training.max_steps=5", "quantization=nf4,int8", "lora.r=4,8", "workers.count=2"]).spec
+    different = study_spec(["lora.r=4,8", "quantization=nf4,int8", "training.max_steps=6"]).spec
     assert one.name == other.name != different.name
     assert one.name.startswith("multirun-")
     assert one.n_trials == 4
@@ -83,18 +83,18 @@ def test_the_same_settings_in_another_order_are_the_same_study() -> None:
 
 
 def test_the_command_line_goes_before_the_file_and_the_file_before_hydras_params() -> None:
-    file = ask(["sweeps=rank_by_quantization"], {"lora.r": "1,2", "seed": "1,2"}).spec
+    file = study_spec(["sweeps=rank_by_quantization"], {"lora.r": "1,2", "seed": "1,2"}).spec
     assert file.space == {"lora.r": "4,8,16,32", "quantization": "fp16,int8,nf4", "seed": "1,2"}
-    given = ask(["sweeps=rank_by_quantization", "lora.r=64,128", "quantization=nf4"]).spec
+    given = study_spec(["sweeps=rank_by_quantization", "lora.r=64,128", "quantization=nf4"]).spec
     assert given.space == {"lora.r": "64,128", "quantization": "nf4"}
     assert given.n_trials == 2
 
 
 def test_a_search_over_intervals_needs_an_end() -> None:
     with pytest.raises(QloraExpError) as caught:
-        ask(["training.learning_rate=tag(log,interval(1e-4,1e-2))"])
+        study_spec(["training.learning_rate=tag(log,interval(1e-4,1e-2))"])
     assert "sweep.n_trials" in str(caught.value)
-    spec = ask(["training.learning_rate=tag(log,interval(1e-4,1e-2))", "sweep.n_trials=7"]).spec
+    spec = study_spec(["training.learning_rate=tag(log,interval(1e-4,1e-2))", "sweep.n_trials=7"]).spec
     assert (spec.sampler, spec.n_trials) == ("tpe", 7)
 
 
@@ -128,7 +128,7 @@ def test_what_is_wrong_is_told_before_the_first_trial(
 def test_a_sweep_of_ones_own_is_found_and_may_not_take_a_name_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "mine"]) == 0
     os.chdir("mine")
-    spec = ask(["sweeps=my_sweep"]).spec
+    spec = study_spec(["sweeps=my_sweep"]).spec
     assert spec.space["lora.r"] == "4,8,16"
     capsys.readouterr()
     assert main(["ls", "sweeps"]) == 0
@@ -137,7 +137,7 @@ def test_a_sweep_of_ones_own_is_found_and_may_not_take_a_name_of_ours(capsys: py
     assert "lora_search" in shown
     Path("sweeps/my_sweep.yaml").rename("sweeps/demo.yaml")
     with pytest.raises(QloraExpError) as caught:
-        ask(["sweeps=demo"])
+        study_spec(["sweeps=demo"])
     assert str(Path.cwd() / "sweeps" / "demo.yaml") in str(caught.value)
 
 
@@ -157,7 +157,7 @@ def test_a_grid_is_run_once_and_the_same_command_finds_it_complete(capsys: pytes
 
 
 def test_a_searched_key_can_be_fixed_though_others_depend_on_it() -> None:
-    spec = ask(["sweeps=lora_search", "lora.alpha_policy=2r", "lora.r=4,8"]).spec
+    spec = study_spec(["sweeps=lora_search", "lora.alpha_policy=2r", "lora.r=4,8"]).spec
     assert spec.space["lora.alpha_policy"] == "2r"
 
 
@@ -303,7 +303,7 @@ def test_cleaning_says_first_and_never_takes_a_record(capsys: pytest.CaptureFixt
 
 def test_the_studys_file_holds_no_password() -> None:
     uri = "http://user:geheim1@127.0.0.1:9"
-    asked = ask(["lora.r=4,8", "training.engine=sleep", f"tracking.uri='{uri}'"])
+    asked = study_spec(["lora.r=4,8", "training.engine=sleep", f"tracking.uri='{uri}'"])
     write_spec(asked.spec, asked.paths)
     assert "geheim1" not in asked.paths.spec.read_text()
     assert any("geheim1" in text for text in asked.spec.overrides)
@@ -453,7 +453,7 @@ def test_a_study_begun_with_the_environments_storage_names_it_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_EXP_STORAGE", "postgresql://user:geheim4711@db/studies")
-    asked = ask(["lora.r=4,8"])
+    asked = study_spec(["lora.r=4,8"])
     assert asked.spec.storage.endswith("@db/studies")
     assert not any(PASSWORD in text for text in asked.spec.overrides)
     assert not any(PASSWORD in text for job in jobs_of(asked) for text in job)

@@ -16,7 +16,7 @@ from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Status, Trial
 from qlora_exp.runs.execute import execute
-from qlora_exp.training.outcome import Report
+from qlora_exp.training.outcome import PruneCheck
 
 
 def sleeping(output: Path, *more: str) -> Config:
@@ -83,7 +83,7 @@ def test_it_asks_whether_to_stop_and_stops(tmp_path: Path) -> None:
         asked.append((step, loss))
         return step >= 10
 
-    record = execute(sleeping(tmp_path, "training.evaluate_every_steps=5"), report=Report(ask, per_item=True))
+    record = execute(sleeping(tmp_path, "training.evaluate_every_steps=5"), report=PruneCheck(ask, per_item=True))
     assert record.status is Status.PRUNED
     assert [step for step, _ in asked] == [5, 10]
     assert asked[0][1] > asked[1][1]

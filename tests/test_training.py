@@ -22,7 +22,7 @@ from qlora_exp.records.files import read_curve
 from qlora_exp.runs.prepare import prepare
 from qlora_exp.system import environment
 from qlora_exp.training import checkpoints
-from qlora_exp.training.outcome import Diverged, Pruned, Report
+from qlora_exp.training.outcome import Diverged, PruneCheck, Pruned
 from qlora_exp.training.trainer import Trained, train
 
 SMALL = [
@@ -291,7 +291,7 @@ def test_a_study_can_stop_a_training(tiny_models: dict[str, Path], colour_task: 
         return step >= 4
 
     with pytest.raises(Pruned) as caught:
-        train_once(config, tmp_path, Report(ask))
+        train_once(config, tmp_path, PruneCheck(ask))
     assert caught.value.step == 4
     assert [step for step, _ in seen] == [2, 4]
 
@@ -308,7 +308,7 @@ def test_a_study_that_wants_it_is_told_each_items_nats_by_the_same_pass(
             told[wanted] = (value, items)
             return False
 
-        _, model = train_once(config, tmp_path / str(wanted), Report(ask, per_item=wanted))
+        _, model = train_once(config, tmp_path / str(wanted), PruneCheck(ask, per_item=wanted))
     ready = prepare(config, environment.probe(config.training.device))
     scored = evaluate_model(model, ready.tokenizer, ready.splits.validation, ready.splits, config)
     assert told[False][1] is None

@@ -23,10 +23,10 @@ from qlora_exp.analysis.rule import (
     FIRST_SEEDS,
     LAST_LOOK,
     MOST_SEEDS,
-    Bounds,
+    MarginBounds,
     Rule,
     bounds,
-    items_are_missing,
+    needs_more_items,
     seeds_to_buy,
     verdicts,
 )
@@ -160,7 +160,7 @@ def walk_many(losses: Array, rule: Rule) -> Walked:
         split, found = _look(losses, run, going, step, rule, FIRST_LOOK)
         said[going, step] = _said(split, found, rule)
         open_end = said[going, step] == INCONCLUSIVE
-        buyers = going[open_end & ~items_are_missing(split, rule)]
+        buyers = going[open_end & ~needs_more_items(split, rule)]
         if buyers.size:
             chosen = np.isin(going, buyers)
             wanted = seeds_to_buy(found.half_width[chosen], split.seeds[chosen], rule)
@@ -175,14 +175,14 @@ def walk_many(losses: Array, rule: Rule) -> Walked:
 
 def _look(
     losses: Array, run: NDArray[np.bool_], which: NDArray[np.int_], step: int, rule: Rule, look: int
-) -> tuple[VarianceSplit, Bounds]:
+) -> tuple[VarianceSplit, MarginBounds]:
     seen = np.where(run[which, : step + 2, :, None], losses[which, : step + 2], np.nan)
     mean_square, df = rank_seed_mean_square(seen.mean(axis=-1))
     split = split_variance(seen[:, step] - seen[:, step + 1], mean_square, df)
     return split, bounds(split, rule, look)
 
 
-def _said(split: VarianceSplit, found: Bounds, rule: Rule) -> NDArray[np.int_]:
+def _said(split: VarianceSplit, found: MarginBounds, rule: Rule) -> NDArray[np.int_]:
     enough, little = verdicts(split.gain, found, rule)
     return np.select([enough, little], [CONTINUE, STOP], INCONCLUSIVE)
 

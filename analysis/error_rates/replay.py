@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_exp.analysis.power import Noise, half_width
-from qlora_exp.analysis.rank import Answer, Comparison, answer, decide_doubling, walk
-from qlora_exp.analysis.rule import FIRST_SEEDS, MOST_SEEDS, Rule, Verdict, make_rule
+from qlora_exp.analysis.rank import Comparison, RankAnswer, answer, decide_doubling, decide_ladder
+from qlora_exp.analysis.rule import FIRST_SEEDS, MOST_SEEDS, Rule, StepVerdict, make_rule
 from qlora_exp.analysis.variance import Array, split_variance
 from qlora_exp.errors import AnalysisError
 
@@ -58,9 +58,9 @@ class ReferenceGrid:
             self.provenance,
         )
 
-    def answer(self, rule: Rule) -> Answer:
+    def answer(self, rule: Rule) -> RankAnswer:
         """The ladder's own functional over the whole grid: no second look, noise pooled over all ranks."""
-        return walk(dict(zip(self.ranks, self.grid, strict=True)), rule, complete=True)
+        return decide_ladder(dict(zip(self.ranks, self.grid, strict=True)), rule, complete=True)
 
 
 def load(path: Path) -> ReferenceGrid:
@@ -98,7 +98,7 @@ class Ladder:
     """One replayed ladder."""
 
     comparisons: tuple[Comparison, ...]
-    found: Answer
+    found: RankAnswer
     seeds: NDArray[np.int_]
     """(ranks,): runs bought at each; 0 where it never came to the rank."""
 
@@ -121,21 +121,21 @@ def climb(losses: Array, ranks: Sequence[int], rule: Rule) -> Ladder:
         decision = decide_doubling(run, FIRST_SEEDS, rule)
         assert decision is not None
         comparisons.append(Comparison(smaller, larger, decision))
-        if decision.verdict is not Verdict.CONTINUE:
+        if decision.verdict is not StepVerdict.CONTINUE:
             break
     return Ladder(tuple(comparisons), answer(comparisons, rule, "nats per item"), seeds)
 
 
-def allowed(comparison: Comparison, rule: Rule) -> frozenset[Verdict]:
+def allowed(comparison: Comparison, rule: Rule) -> frozenset[StepVerdict]:
     """What the grid lets a ladder say of one doubling: either where its interval lies within margin ± half-zone, and
     nothing can be held against a ladder where the grid itself is inconclusive (the empty set)."""
     low, high = comparison.decision.low, comparison.decision.high
-    said = {Verdict.CONTINUE: low is not None and low > rule.margin - rule.half_zone}
-    said[Verdict.STOP] = high is not None and high < rule.margin + rule.half_zone
+    said = {StepVerdict.CONTINUE: low is not None and low > rule.margin - rule.half_zone}
+    said[StepVerdict.STOP] = high is not None and high < rule.margin + rule.half_zone
     return frozenset(verdict for verdict, holds in said.items() if holds)
 
 
-def compatible(ladder: Ladder, grid: Answer) -> bool | None:
+def compatible(ladder: Ladder, grid: RankAnswer) -> bool | None:
     """Whether every step is one that the grid allows; ``None``: the grid itself can't tell."""
     limits = [allowed(comparison, grid.rule) for comparison in grid.comparisons[: len(ladder.comparisons)]]
     pairs = [(c.decision.verdict, limit) for c, limit in zip(ladder.comparisons, limits, strict=True)]
@@ -153,7 +153,7 @@ class Row:
     planned: float
     """Expected half-width at the most seeds / half-zone, from the first doubling's noise: above 1, not every gain can
     be settled."""
-    grid: Answer
+    grid: RankAnswer
     decided: float
     compatible: float | None
     """Of those decided and judged."""
@@ -232,19 +232,21 @@ def _halves(reference: ReferenceGrid, rule: Rule, rng: np.random.Generator) -> t
     for _ in range(HALVES):
         order = rng.permutation(together.shape[1])
         grid, pool = together[:, order[:half]], together[:, order[half : 2 * half]]
-        one, other = (walk(dict(zip(reference.ranks, runs, strict=True)), rule, complete=True) for runs in (grid, pool))
+        one, other = (
+            decide_ladder(dict(zip(reference.ranks, runs, strict=True)), rule, complete=True) for runs in (grid, pool)
+        )
         same += _same(one, other)
         pairs.append((climb(_drawn(pool, rng), reference.ranks, rule), one))
     judged = _judged(pairs)
     return same / HALVES, (sum(judged), len(judged))
 
 
-def _judged(pairs: Sequence[tuple[Ladder, Answer]]) -> list[bool]:
+def _judged(pairs: Sequence[tuple[Ladder, RankAnswer]]) -> list[bool]:
     decided = [(ladder, grid) for ladder, grid in pairs if ladder.found.recommended_rank is not None]
     return [verdict for ladder, grid in decided if (verdict := compatible(ladder, grid)) is not None]
 
 
-def _same(one: Answer, other: Answer) -> bool:
+def _same(one: RankAnswer, other: RankAnswer) -> bool:
     return (one.verdict, one.recommended_rank) == (other.verdict, other.recommended_rank)
 
 

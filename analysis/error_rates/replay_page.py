@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 
 from qlora_exp.analysis.error_rates.replay import COMMAND, HALVES, ReferenceGrid, Row, all_seeds, noise_of
-from qlora_exp.analysis.rank import Answer
-from qlora_exp.analysis.rule import FIRST_SEEDS, MOST_SEEDS, Verdict
+from qlora_exp.analysis.rank import RankAnswer
+from qlora_exp.analysis.rule import FIRST_SEEDS, MOST_SEEDS, StepVerdict
 
 HEADINGS = (
     *(
@@ -50,9 +50,9 @@ def reached(row: Row) -> str:
     return "; ".join(told + (["(a) unknown"] if row.compatible is None else []))
 
 
-def said(found: Answer) -> str:
+def said(found: RankAnswer) -> str:
     if found.recommended_rank is None:
-        last = next(c for c in found.comparisons if c.decision.verdict is Verdict.INCONCLUSIVE)
+        last = next(c for c in found.comparisons if c.decision.verdict is StepVerdict.INCONCLUSIVE)
         return f"inconclusive at {last.from_rank} → {last.to_rank}"
     return f"{found.verdict} at {found.recommended_rank}"
 

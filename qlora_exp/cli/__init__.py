@@ -75,16 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 a run failed (or doctor found a problem), 2 wrong input, 130 interrupted."""
     show_any_text()
     if arguments is None and sys.argv[1:2] in (["run"], ["rerun"]):
-        heap.begin_again_to_train(sys.argv[2:])
+        heap.reexec_with_tunables(sys.argv[2:])
     # Completion asks the parser, not a verb: it never gets here with an error to tell.
     try:
         check_arguments(sys.argv[1:] if arguments is None else arguments)
         result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",
                           standalone_mode=False)  # fmt: skip
     except QloraExpError as error:
-        from qlora_exp.runs.process import tell
+        from qlora_exp.runs.process import print_error
 
-        tell(error)
+        print_error(error)
         return error.exit_code
     except SystemExit:
         if type(sys.stdout).__name__ != "PacifyFlushWrapper":
@@ -101,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = unwritable(error)
         if told is None:
             raise
-        from qlora_exp.runs.process import tell
+        from qlora_exp.runs.process import print_error
 
-        tell(told)
+        print_error(told)
         return told.exit_code
     except Exception as error:
         # typer's own: an unknown verb or option, a missing argument. Anything else is a fault of ours and shows itself.

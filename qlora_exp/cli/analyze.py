@@ -50,22 +50,22 @@ def analyze(
     The table has columns for rank and score, and optionally seed and item. Without seeds or a standard error, the
     command says what can't be concluded. The exit code is 0 for every answer.
     """
-    from qlora_exp.analysis.table import Options, analyze_table, as_json
+    from qlora_exp.analysis.table import Options, analyze_table, table_as_json
 
     options = Options(rank_column, score_column, configuration_column, higher_is_better, margin, se)
     found = analyze_table(file, options)
     if json:
         from json import dumps
 
-        print(dumps(as_json(found), indent=1, ensure_ascii=False, allow_nan=False))
+        print(dumps(table_as_json(found), indent=1, ensure_ascii=False, allow_nan=False))
         return 0
-    from qlora_exp.formatting import show
+    from qlora_exp.formatting import print_table
 
     for one in found:
         if one.configuration is not None:
             print(f"{one.configuration}:")
         print(one.answer.sentence)
-        show(_comparisons(one))
+        print_table(_comparisons(one))
         for note in one.notes:
             print(note)
     return 0
@@ -83,6 +83,6 @@ def _comparisons(found: TableAnswer) -> Table:
 
 
 def _figure(value: float | None) -> str:
-    from qlora_exp.formatting import UNKNOWN
+    from qlora_exp.formatting import UNKNOWN_CELL
 
-    return UNKNOWN if value is None else f"{value:+.4g}"
+    return UNKNOWN_CELL if value is None else f"{value:+.4g}"

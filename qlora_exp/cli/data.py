@@ -46,10 +46,10 @@ def add_to(app: typer.Typer) -> None:
 def validate(overrides: Overrides = None, source: Source = None, force: Force = False) -> int:
     """Check configuration and data without loading weights."""
     from qlora_exp.architecture.targets import rank_above_width
-    from qlora_exp.runs.execute import check_may_start
+    from qlora_exp.runs.execute import preflight
 
     config, prepared, environment = _prepared([*given_overrides(source, overrides), *forced(force)])
-    warning = check_may_start(config, prepared, environment)
+    warning = preflight(config, prepared, environment)
     if config.tracking.enabled:
         from qlora_exp.paths import OutputPaths
         from qlora_exp.tracking.store import locate
@@ -72,16 +72,16 @@ def preview(
     """Show items as tokens. The trained tokens are highlighted, or in [brackets] without a terminal."""
     from rich.text import Text
 
-    from qlora_exp.data.preview import preview as preview_items
-    from qlora_exp.formatting import show
+    from qlora_exp.data.preview import preview_items as preview_items
+    from qlora_exp.formatting import print_table
 
     _, prepared, _ = _prepared(given_overrides(source, overrides))
     for item in preview_items(prepared.splits, prepared.tokenizer, split, count):
         trained = sum(token.trained for token in item.tokens)
         head = f"{split} {item.item_id}: {len(item.tokens)} tokens, {trained} trained"
-        show(Text(head + (f", label {item.label!r}" if item.label is not None else ""), style="bold"))
-        show(_marked(item.tokens))
-        show("")
+        print_table(Text(head + (f", label {item.label!r}" if item.label is not None else ""), style="bold"))
+        print_table(_marked(item.tokens))
+        print_table("")
     return 0
 
 
@@ -100,13 +100,13 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
     from dataclasses import replace
 
     from qlora_exp.config.compose import compose
-    from qlora_exp.runs.process import quiet_libraries, set_threads, use_one_gpu
+    from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
     from qlora_exp.system import heap
 
     config = compose(overrides)
-    use_one_gpu(config.training.device)
+    hide_other_gpus(config.training.device)
     set_threads(config.training.threads)
-    quiet_libraries()
+    silence_libraries()
     from qlora_exp.runs.prepare import prepare
     from qlora_exp.system.environment import probe
 

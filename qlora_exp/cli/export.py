@@ -56,15 +56,15 @@ def export(
     """
     from qlora_exp.config.schema import DeviceChoice
     from qlora_exp.records.find import find_run
-    from qlora_exp.runs.process import quiet_libraries, set_threads, use_one_gpu
+    from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
 
-    use_one_gpu(DeviceChoice.auto)
+    hide_other_gpus(DeviceChoice.auto)
     set_threads(None)
-    quiet_libraries()
+    silence_libraries()
     paths = find_run(run, outputs_of(output_root))
     from qlora_exp.export.export import export_run
     from qlora_exp.export.settings import load_settings
-    from qlora_exp.runs.console import Progress
+    from qlora_exp.runs.console import ProgressReporter
 
     settings = load_settings(
         {
@@ -77,7 +77,7 @@ def export(
             "phone_memory_bytes": phone_memory_bytes,
         }
     )
-    with Progress() as observer:
+    with ProgressReporter() as observer:
         made, folder = export_run(paths, to, settings, observer.phase)
     if as_json:
         print((folder / "export.json").read_text(encoding="utf-8"), end="")

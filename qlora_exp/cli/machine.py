@@ -43,11 +43,11 @@ def doctor(
     With overrides it also checks whether the runs fit on the disk. The exit code is 1 if there is a problem.
     """
     from qlora_exp.config.schema import DeviceChoice
-    from qlora_exp.runs.process import quiet_libraries, set_threads, use_one_gpu
+    from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
 
-    use_one_gpu(DeviceChoice.auto)
+    hide_other_gpus(DeviceChoice.auto)
     set_threads(None)
-    quiet_libraries()
+    silence_libraries()
     from qlora_exp.doctor.checks import checks
     from qlora_exp.doctor.sweep_disk import sweep_disk
 
@@ -70,14 +70,14 @@ def calibrate(
     The results are stored in the user's cache folder, by device and number of threads.
     """
     from qlora_exp.config.schema import DeviceChoice
-    from qlora_exp.estimate.calibration import calibrate as measure
+    from qlora_exp.estimate.calibration import calibrate_device as measure
     from qlora_exp.estimate.calibration import rates_file
-    from qlora_exp.runs.process import quiet_libraries, set_threads, use_one_gpu
+    from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
     from qlora_exp.system.environment import probe
 
-    use_one_gpu(DeviceChoice.auto)
+    hide_other_gpus(DeviceChoice.auto)
     set_threads(threads)
-    quiet_libraries()
+    silence_libraries()
     for mode, flops_per_second in measure(probe()):
         print(f"{mode:6}{flops_per_second / 1e9:10.1f} GFLOP/s", flush=True)
     print(f"kept in {rates_file()}")
@@ -100,10 +100,10 @@ def sync(
     """
     import sys
 
-    from qlora_exp.runs.process import quiet_libraries
-    from qlora_exp.tracking.sync import sync as sync_records
+    from qlora_exp.runs.process import silence_libraries
+    from qlora_exp.tracking.sync import sync_runs as sync_records
 
-    quiet_libraries()
+    silence_libraries()
     report = sync_records(outputs_of(output_root).root, uri, experiment)
     counts = {
         "delivered": report.delivered,

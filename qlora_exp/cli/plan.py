@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qlora_exp.config.schema import Config
     from qlora_exp.estimate.device import PlanDevice
     from qlora_exp.estimate.estimator import PlannedRun, Planner
-    from qlora_exp.estimate.sweep import Asked
+    from qlora_exp.estimate.sweep import SearchSpace
     from qlora_exp.records.types import RunRecord
 
 DEVICE_KEY = "plan.device="
@@ -90,11 +90,11 @@ def plan(
     from qlora_exp.errors import raise_all
     from qlora_exp.estimate.device import CARDS, device_called, size_bytes
     from qlora_exp.estimate.estimator import Planner
-    from qlora_exp.estimate.sweep import points_of
+    from qlora_exp.estimate.sweep import search_space
     from qlora_exp.estimate.tokens import RowCounter
-    from qlora_exp.runs.process import quiet_libraries
+    from qlora_exp.runs.process import silence_libraries
 
-    quiet_libraries()
+    silence_libraries()
     overrides, named = _overrides(source, arguments)
     named = _one_device(device, named)
     if named is None and fit in CARDS:
@@ -105,10 +105,10 @@ def plan(
         _alone("--sizes", {"--fit": fit is not None, "--html": html is not None})
         return _sizes(overrides, chosen, as_json)
     if fit is not None:
-        from qlora_exp.estimate.largest import searched
+        from qlora_exp.estimate.largest import with_search_axes
 
-        overrides = searched(overrides, chosen)
-    asked = points_of(overrides)
+        overrides = with_search_axes(overrides, chosen)
+    asked = search_space(overrides)
     for text in asked.fixed_axes:
         print(f"{text} on the command line fixes an axis of the sweep", file=sys.stderr)
     counter = RowCounter() if fit is None else None  # what fits a card is asked for lengths, not for one task's rows
@@ -158,7 +158,7 @@ def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[s
     return [text for text in given if not text.startswith(DEVICE_KEY)], devices[-1] if devices else None
 
 
-def _ended_runs(asked: Asked) -> Sequence[RunRecord]:
+def _ended_runs(asked: SearchSpace) -> Sequence[RunRecord]:
     """By which the next one's seconds are told."""
     from qlora_exp.paths import OutputPaths
     from qlora_exp.records.find import EndedRuns
@@ -177,60 +177,60 @@ def _check_a_base_fits(planner: Planner, configs: Sequence[Config], device: Plan
         check_a_base_fits(planner, configs, max(known, default=None), device)
 
 
-def _with_trials_bought(runs: Sequence[PlannedRun], asked: Asked) -> list[PlannedRun]:
+def _with_trials_bought(runs: Sequence[PlannedRun], asked: SearchSpace) -> list[PlannedRun]:
     """A sweep's budget is for all of its trials together; where configurations have different ones, nothing is said."""
     from dataclasses import replace
 
-    from qlora_exp.estimate.affordable_trials import trials_bought
+    from qlora_exp.estimate.affordable_trials import affordable_trials
 
     budgets = [point.config.budget for point in asked.points if point.config is not None]
     if any(budget != budgets[0] for budget in budgets):
         return list(runs)
-    bought = trials_bought(runs, budgets[0], asked.trials)
+    bought = affordable_trials(runs, budgets[0], asked.trials)
     return [replace(run, budget=bought) for run in runs]
 
 
-def _told(runs: Sequence[PlannedRun], asked: Asked) -> list[str]:
+def _told(runs: Sequence[PlannedRun], asked: SearchSpace) -> list[str]:
     """How many there are, how many of them fit, what they cost, and what the budget buys."""
-    from qlora_exp.estimate.tables import costs, summary
+    from qlora_exp.estimate.tables import costs, plan_summary
 
     cost = costs(runs, asked.trials if asked.sampled else None) if asked.trials is not None else None
     bought = [one.told for one in runs[0].budget]
-    return [summary(runs, asked.trials, asked.sampled), *([cost] if cost is not None else []), *bought]
+    return [plan_summary(runs, asked.trials, asked.sampled), *([cost] if cost is not None else []), *bought]
 
 
-def _show(runs: Sequence[PlannedRun], asked: Asked) -> int:
-    from qlora_exp.estimate.tables import LEGEND, plan_table, reasons, remarks, rows_told
-    from qlora_exp.formatting import show
+def _show(runs: Sequence[PlannedRun], asked: SearchSpace) -> int:
+    from qlora_exp.estimate.tables import LEGEND, notes, plan_table, reasons, row_notes
+    from qlora_exp.formatting import print_table
 
-    show(plan_table(runs))
+    print_table(plan_table(runs))
     print()
     for told in _told(runs, asked):
         print(told)
     for reason in reasons(runs):
         print(f"  {reason}")
-    print(LEGEND, *remarks(runs), *rows_told(runs), sep="\n")
+    print(LEGEND, *notes(runs), *row_notes(runs), sep="\n")
     return 0
 
 
 def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
     from qlora_exp.errors import ConfigError
-    from qlora_exp.estimate.largest import BEST, best_first, undominated
-    from qlora_exp.estimate.tables import LEGEND, name_of, plan_table, remarks, rows_told
-    from qlora_exp.formatting import show
+    from qlora_exp.estimate.largest import BEST, by_preference, pareto_front
+    from qlora_exp.estimate.tables import LEGEND, candidate_name, notes, plan_table, row_notes
+    from qlora_exp.formatting import print_table
 
-    found = best_first(runs)
+    found = by_preference(runs)
     if not found:
         least = min((run for run in runs if run.memory is not None), key=_needed)
-        what = f"nothing fits: the smallest, {name_of(least)}, {least.reason}"
+        what = f"nothing fits: the smallest, {candidate_name(least)}, {least.reason}"
         raise ConfigError(what, f"--fit {fit}", "a smaller model, or a larger card")
-    best = undominated(found)
-    show(plan_table(best))
+    best = pareto_front(found)
+    print_table(plan_table(best))
     near = sum(run.near_the_edge for run in found)
     edge = f" ({near:,} of them near the edge)" if near else ""
     print(f"\n{len(found):,} of {len(runs):,} fit into {fit}{edge}; shown are those that no other beats in everything")
     print(f"best first: {BEST}")
-    print(LEGEND, *remarks(best), *rows_told(best), sep="\n")
+    print(LEGEND, *notes(best), *row_notes(best), sep="\n")
     return 0
 
 
@@ -240,15 +240,15 @@ def _needed(run: PlannedRun) -> int:
 
 
 def _fitting(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    from qlora_exp.estimate.largest import best_first
+    from qlora_exp.estimate.largest import by_preference
 
-    return best_first(runs)
+    return by_preference(runs)
 
 
 def _print_json(runs: Sequence[PlannedRun]) -> int:
-    from qlora_exp.estimate.tables import as_json
+    from qlora_exp.estimate.tables import plan_as_json
 
-    return _dump(as_json(runs))
+    return _dump(plan_as_json(runs))
 
 
 def _dump(value: Any) -> int:
@@ -272,7 +272,7 @@ def _sizes(overrides: list[str], device: PlanDevice | None, as_json: bool) -> in
     from qlora_exp.config.compose import compose
     from qlora_exp.estimate.device import device_of
     from qlora_exp.estimate.weight_tables import adapters_text, sizes_of, sizes_table
-    from qlora_exp.formatting import show
+    from qlora_exp.formatting import print_table
     from qlora_exp.records.schema import to_dict
 
     config = compose(overrides)
@@ -280,6 +280,6 @@ def _sizes(overrides: list[str], device: PlanDevice | None, as_json: bool) -> in
     if as_json:
         return _dump(to_dict(sizes))
     print(f"{sizes.model} on {sizes.device}: {sizes.total_parameters:,} parameters")
-    show(sizes_table(sizes))
+    print_table(sizes_table(sizes))
     print(f"\n{adapters_text(sizes)}")
     return 0

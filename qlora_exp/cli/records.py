@@ -41,19 +41,19 @@ def ls(
     if what not in LISTS:
         raise ConfigError(f"{what!r} can't be listed", "qlora-exp ls", nearest(what, LISTS))
     from qlora_exp.cli.tables import choices_table
-    from qlora_exp.formatting import show
+    from qlora_exp.formatting import print_table
 
     found = sweeps() if what == "sweeps" else choices(LISTED[what])
     if not found:
         print(f"there are no {what} yet")
         return 0
-    show(choices_table(found, COLUMNS.get(what, ())))
+    print_table(choices_table(found, COLUMNS.get(what, ())))
     return 0
 
 
 def _runs(outputs: OutputPaths, limit: int | None) -> int:
     from qlora_exp.cli.tables import runs_table
-    from qlora_exp.formatting import show
+    from qlora_exp.formatting import print_table
     from qlora_exp.records.find import read_runs
 
     _repair(outputs)
@@ -62,7 +62,7 @@ def _runs(outputs: OutputPaths, limit: int | None) -> int:
         print(f"there are no runs under {outputs.root} yet; qlora-exp run makes one")
         return 0
     shown = records[-limit:] if limit is not None else records
-    show(runs_table(shown))
+    print_table(runs_table(shown))
     for error in unreadable:
         print(f"not shown: {error}")
     for line in _elsewhere(shown):
@@ -76,11 +76,11 @@ def _repair(outputs: OutputPaths) -> None:
     import sys
 
     from qlora_exp.errors import QloraExpError
-    from qlora_exp.tracking.sync import repair
+    from qlora_exp.tracking.sync import mark_interrupted
 
     try:
         if outputs.runs.is_dir():
-            repair(outputs.root)
+            mark_interrupted(outputs.root)
     except (OSError, QloraExpError) as error:
         print(f"runs left by dead processes were not repaired: {error}", file=sys.stderr)
 

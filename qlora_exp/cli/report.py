@@ -11,7 +11,7 @@ import typer
 from qlora_exp.cli.arguments import OutputRoot, complete_studies, examples, outputs_of
 
 if TYPE_CHECKING:
-    from qlora_exp.analysis.content import Asked
+    from qlora_exp.analysis.content import StudyInfo
     from qlora_exp.paths import OutputPaths, StudyPaths
     from qlora_exp.records.types import RunRecord
 
@@ -108,19 +108,19 @@ def _check_equivalence(margin: float | None) -> None:
 
 def _asked(
     found: list[StudyPaths], records: list[RunRecord], outputs: OutputPaths
-) -> tuple[list[Asked], list[RunRecord]]:
+) -> tuple[list[StudyInfo], list[RunRecord]]:
     """What each study asked, and the runs that are theirs."""
-    from qlora_exp.analysis.content import Asked
+    from qlora_exp.analysis.content import StudyInfo
     from qlora_exp.study.spec import is_trial_of, read_spec
 
     if not found:
-        return [Asked(str(outputs.root.name))], records
+        return [StudyInfo(str(outputs.root.name))], records
     asked, specs = [], [read_spec(paths) for paths in found]
     for spec, paths in zip(specs, found, strict=True):
         importance = {} if spec.synthetic else _importance(spec, paths)
         predicted = {} if spec.synthetic else _predicted_memory(spec, paths)
         ladder = _read_json(paths.folder / "ladder.json")
-        asked.append(Asked(spec.name, spec.question, spec.objectives, ladder, importance, predicted))
+        asked.append(StudyInfo(spec.name, spec.question, spec.objectives, ladder, importance, predicted))
     return asked, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
 
 

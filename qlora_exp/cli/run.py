@@ -83,7 +83,7 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None,
     """Run the configuration of a recorded run again."""
     import shlex
 
-    from qlora_exp.config.of_record import overrides_of
+    from qlora_exp.config.of_record import recorded_overrides
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
     from qlora_exp.system.distributed import one_rank_only
@@ -93,7 +93,7 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None,
     changes = [*(overrides or []), *forced(force)]
     if not any(change.startswith("output_root=") for change in changes):
         changes.append(_output_root_override(paths.folder.parent.parent))
-    again = overrides_of(read_record(paths.record), changes)
+    again = recorded_overrides(read_record(paths.record), changes)
     print(f"qlora-exp run {shlex.join(again)}", flush=True)
     return _run(again)
 

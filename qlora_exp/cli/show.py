@@ -29,7 +29,7 @@ def show(
         print(paths.record.read_text(encoding="utf-8"), end="")
         return 0
     from qlora_exp.cli.tables import record_table
-    from qlora_exp.formatting import show as show_table
+    from qlora_exp.formatting import print_table as show_table
 
     show_table(record_table(record))
     print(f"record: {paths.record}")
@@ -39,7 +39,7 @@ def show(
 def diff(first: Run, second: Run, output_root: OutputRoot = None) -> int:
     """Show the differences between two runs."""
     from qlora_exp.cli.tables import difference_table
-    from qlora_exp.formatting import show as show_table
+    from qlora_exp.formatting import print_table as show_table
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
 

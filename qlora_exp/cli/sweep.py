@@ -178,7 +178,7 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
     import shlex
 
     from qlora_exp.errors import RecordError
-    from qlora_exp.formatting import show
+    from qlora_exp.formatting import print_table
     from qlora_exp.orchestration.status import best_table
     from qlora_exp.rank_doubling import ladder_sweep
 
@@ -193,7 +193,7 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
         what = what if completed else "no trial has completed yet"
         raise RecordError(what, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
     if rows:
-        show(best_table(rows, spec))
+        print_table(best_table(rows, spec))
     for command in _commands(rows, spec):
         print(f"qlora-exp run {command}")
     return 0
@@ -222,7 +222,7 @@ def trials(
     """List a study's trials, one row each."""
     import sys
 
-    from qlora_exp.formatting import show
+    from qlora_exp.formatting import print_table
     from qlora_exp.orchestration.status import trials_table, write_csv
 
     spec, paths = _found(study, output_root)
@@ -230,7 +230,7 @@ def trials(
     if csv:
         write_csv(rows, spec, sys.stdout)
     else:
-        show(trials_table(rows, spec))
+        print_table(trials_table(rows, spec))
     return 0
 
 
@@ -248,13 +248,13 @@ def clean(
     Records, per-item results and training curves are always kept.
     """
     from qlora_exp.formatting import bytes_text
-    from qlora_exp.orchestration.retention import best_first, delete, disposable, kept_numbers
+    from qlora_exp.orchestration.retention import best_runs_first, delete, disposable, kept_numbers
     from qlora_exp.paths import OutputPaths
 
     spec, paths = _found(study, output_root, whole_name=yes)  # what is deleted is named, not begun to be named
     opened = _opened(spec, paths, storage)
     rows = opened.trials()
-    ranked = best_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
+    ranked = best_runs_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
     found = disposable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
     if yes:
         print(f"{bytes_text(delete(found))} freed in {len(found)} folders")

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_exp.config.choices import Choice
-from qlora_exp.formatting import UNKNOWN, bytes_text, flat, number, simple_table
+from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, flat, number, simple_table
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Scores, Status
 
@@ -47,7 +47,7 @@ def quality(record: RunRecord) -> str:
         before, after = record.scores.test_before, record.scores.test
     shown = after or before
     if shown is None:
-        return UNKNOWN
+        return UNKNOWN_CELL
     name = next((n for n in ("accuracy", "exact_match", "rouge_l", "loss") if getattr(shown, n) is not None), "loss")
     split = f" ({shown.split})" if shown.split != "validation" else ""
     return f"{name} {_score(before, name)} → {_score(after, name)}{split}"
@@ -61,8 +61,8 @@ def choices_table(choices: Iterable[Choice], keys: Sequence[str] = ()) -> Table:
     table = simple_table("name", *columns, "command")
     for choice in shown:
         values = [_plain(_lookup(choice.keys, key)) for key in keys]
-        cost = [choice.cost or UNKNOWN] if costs else []
-        table.add_row(choice.name, *values, choice.meaning or UNKNOWN, *cost, choice.command or UNKNOWN)
+        cost = [choice.cost or UNKNOWN_CELL] if costs else []
+        table.add_row(choice.name, *values, choice.meaning or UNKNOWN_CELL, *cost, choice.command or UNKNOWN_CELL)
     return table
 
 
@@ -77,7 +77,7 @@ def record_table(record: RunRecord) -> Table:
     return table
 
 
-def differences(left: RunRecord, right: RunRecord) -> list[tuple[str, Any, Any]]:
+def differing_settings(left: RunRecord, right: RunRecord) -> list[tuple[str, Any, Any]]:
     """(key, left, right) of all that differs between two records, in the record's order; ``None`` where unknown."""
     first, second = dict(flat(to_dict(left))), dict(flat(to_dict(right)))
     keys = [*first, *(key for key in second if key not in first)]
@@ -93,7 +93,7 @@ def difference_table(left: RunRecord, right: RunRecord) -> Table:
     table = simple_table("key")
     for heading in (left.run_id, right.run_id, "change"):
         table.add_column(heading, overflow="fold", justify="right")
-    for key, first, second in differences(left, right):
+    for key, first, second in differing_settings(left, right):
         table.add_row(key, _value(key, first), _value(key, second), _change(key, first, second))
     return table
 
@@ -121,7 +121,7 @@ def _lookup(keys: Mapping[str, Any], dotted: str) -> Any:
 
 def _plain(value: Any) -> str:
     if value is None:
-        return UNKNOWN
+        return UNKNOWN_CELL
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):

@@ -21,7 +21,7 @@ from qlora_exp.config.checks import check
 from qlora_exp.config.groups import groups
 from qlora_exp.config.interpolations import unresolved
 from qlora_exp.config.override_values import has_interpolation
-from qlora_exp.config.overrides import choices_of, is_ours, key_of, parse, parsed, without_globs
+from qlora_exp.config.overrides import choices_of, is_ours, override_key, parse, parsed, without_globs
 from qlora_exp.config.problems import problems_of
 from qlora_exp.config.schema import Config, register, typed
 from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
@@ -46,13 +46,13 @@ def compose(overrides: Sequence[str]) -> Config:
 def check_hydra(overrides: Sequence[str]) -> None:
     """Raise :class:`ConfigError` for a wrong setting of Hydra's own (``hydra.launcher.njobs=2``): Hydra tells of it in
     its own way, and where nothing is launched not at all."""
-    theirs = [text for text in overrides if not is_ours(parse(text)) and key_of(text) != SEARCH_PATH]
-    theirs.sort(key=lambda text: "/" not in key_of(text))  # as Hydra: choices first, which bring the keys
+    theirs = [text for text in overrides if not is_ours(parse(text)) and override_key(text) != SEARCH_PATH]
+    theirs.sort(key=lambda text: "/" not in override_key(text))  # as Hydra: choices first, which bring the keys
     for number, text in enumerate(theirs):
         try:
             _composed_by_hydra(theirs[: number + 1])
         except (HydraException, OmegaConfBaseException) as error:
-            key = key_of(text)
+            key = override_key(text)
             parent, _, name = key.rpartition(".")
             node = OmegaConf.select(_composed_by_hydra(theirs[:number]), parent) if parent else None
             hint = nearest(name, map(str, node)) if isinstance(node, DictConfig) and name not in node else None
@@ -73,10 +73,10 @@ def check_multirun(overrides: Sequence[str]) -> None:
     raise_all(problems_of(overrides, multirun=True))
     listed = without_globs(overrides, overrides)
     axes = [choices_of(override) for override in parsed(listed) if is_ours(override)]
-    check_points(itertools.islice(itertools.product(*axes), GRID_CHECK_LIMIT))
+    check_candidates(itertools.islice(itertools.product(*axes), GRID_CHECK_LIMIT))
 
 
-def check_points(points: Iterable[Sequence[str]]) -> None:
+def check_candidates(points: Iterable[Sequence[str]]) -> None:
     """Compose each of ``points`` (overrides) and raise what is wrong with any of them, each problem once."""
     errors: dict[str, QloraExpError] = {}
     composer = Composer()
@@ -148,7 +148,7 @@ def _not_composed(error: Exception, overrides: Sequence[str] = ()) -> ConfigErro
     refused = re.match(r"Could not override '([\w.]+)'", str(error))
     for text in overrides if refused else ():
         # Overrides are checked against the schema before: what Hydra still refuses is a new entry of a mapping.
-        if refused and key_of(text) == refused[1]:
+        if refused and override_key(text) == refused[1]:
             return ConfigError(
                 f"{refused[1]} isn't there yet", text, f"a + in front adds it: {shlex.quote(f'+{text}')}"
             )

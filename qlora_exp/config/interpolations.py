@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.groups import groups
 from qlora_exp.config.override_values import has_interpolation, hydra_value, literal
-from qlora_exp.config.overrides import is_ours, parse, value_of, values_of
+from qlora_exp.config.overrides import is_ours, override_value, parse, values_of
 from qlora_exp.config.problems import typed_value
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 
@@ -95,7 +95,7 @@ def _override_without_outside(text: str) -> str:
         if swept is not None and not isinstance(swept, ChoiceSweep):
             return text
         key, entries = override.key_or_group, [] if swept is None else map(Transformer.str, swept.list)
-        values = [value_of(f"{key}={entry}") for entry in entries] if swept is not None else values_of(override)
+        values = [override_value(f"{key}={entry}") for entry in entries] if swept is not None else values_of(override)
     except (ConfigError, HydraException):  # what is wrong with it is told with the other problems
         return text
     now = [value_now(value, text) for value in values]

@@ -18,7 +18,7 @@ GROUP_KEYS = {"model": "family", "quantization": "mode", "targets": "set", "task
 """The key of each group that names the file in conf/ which it came from."""
 
 
-def overrides_of(record: RunRecord, changes: Sequence[str] = ()) -> list[str]:
+def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[str]:
     """The overrides that give the record's configuration, then ``changes``.
 
     Only what differs from the defaults is named, so that the line can be read. A changed group (``quantization=fp32``)

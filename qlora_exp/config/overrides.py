@@ -16,12 +16,12 @@ from qlora_exp.config.override_values import hydra_value
 from qlora_exp.errors import ConfigError
 
 
-def key_of(text: str) -> str:
+def override_key(text: str) -> str:
     """The key or group that an override is for."""
     return parse(text).key_or_group
 
 
-def value_of(text: str) -> Any:
+def override_value(text: str) -> Any:
     """The value of an override that has one."""
     [value] = values_of(parse(text))
     return value

@@ -27,7 +27,7 @@ from qlora_exp.errors import ConfigError, QloraExpError, nearest
 UNSAFE = ("_target_", "trust_remote_code")
 
 
-OTHER_NAMES = {
+KEY_ALIASES = {
     "lr": "training.learning_rate",
     "rank": "lora.r",
     "lora_alpha": "lora.alpha",
@@ -41,7 +41,7 @@ OTHER_NAMES = {
 """What other tools call our keys."""
 
 PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
-PACKAGES = {
+LAUNCHER_PACKAGES = {
     "joblib": "hydra-joblib-launcher",
     "ray": "hydra-ray-launcher",
     "submitit_local": "hydra-submitit-launcher",
@@ -144,7 +144,7 @@ def _problems_of_plugin(override: Override, text: str) -> Iterable[ConfigError]:
     valid = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(override.key_or_group)]
     for value in values_of(override):
         if value not in valid:
-            package = PACKAGES.get(str(value))
+            package = LAUNCHER_PACKAGES.get(str(value))
             hint = f"pip install {package}" if package else nearest(str(value), valid)
             yield ConfigError(f"{override.key_or_group} has no choice {value!r}", text, hint)
 
@@ -178,7 +178,7 @@ def _present(hint: Any) -> Any:
 
 def _nearest_key(part: str, walked: list[str], hints: dict[str, Any]) -> str:
     prefix = "".join(f"{name}." for name in walked)
-    known = OTHER_NAMES.get(part)
+    known = KEY_ALIASES.get(part)
     same_name = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == part]
     if known is not None:
         return f"did you mean {known}?"

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.data.files import RawFile, RawRow, Unlabelled, check_columns
+from qlora_exp.data.files import DataFile, RawRow, Unlabelled, check_columns
 from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.errors import DataError
 
 
-def read_parquet(path: Path, name: str, content: bytes) -> RawFile:
+def read_parquet(path: Path, name: str, content: bytes) -> DataFile:
     import pyarrow
     import pyarrow.parquet
 
@@ -24,7 +24,7 @@ def read_parquet(path: Path, name: str, content: bytes) -> RawFile:
     return _rows_of(table, path, name)
 
 
-def read_arrow(path: Path, name: str, content: bytes) -> RawFile:
+def read_arrow(path: Path, name: str, content: bytes) -> DataFile:
     """Arrow's file format (Feather) or its stream format, which ``datasets`` writes."""
     import pyarrow
     import pyarrow.feather
@@ -72,7 +72,7 @@ def named_classes(
     return named
 
 
-def _rows_of(table: Any, path: Path, name: str) -> RawFile:
+def _rows_of(table: Any, path: Path, name: str) -> DataFile:
     check_columns(table.column_names, path)
     names = class_names(table.schema.metadata)
     rows, problems = [], []
@@ -83,7 +83,7 @@ def _rows_of(table: Any, path: Path, name: str) -> RawFile:
         else:
             rows.append(RawRow(name, number, read))
     classes = tuple(column for column in table.column_names if column in names)
-    return RawFile(name, tuple(rows), tuple(table.column_names), tuple(problems), classes=classes)
+    return DataFile(name, tuple(rows), tuple(table.column_names), tuple(problems), classes=classes)
 
 
 def _values(table: Any, path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_exp.data.chat_template import Rendered
-from qlora_exp.data.example_text import Refused, Texts
+from qlora_exp.data.example_text import RowRefused, Texts
 from qlora_exp.data.rows import Example
 
 _HINT = "a template that marks answers with {% generation %}: model.chat_template=FILE.jinja; or task.learn=last"
@@ -21,7 +21,7 @@ _HINT = "a template that marks answers with {% generation %}: model.chat_templat
 def learned_ranges(
     texts: Texts, full: Rendered, example: Example, prompt_of: Callable[[int], str], through: Callable[[int], str]
 ) -> Texts:
-    """``texts`` with the ranges of all answers that are learned. Raises :class:`Refused`.
+    """``texts`` with the ranges of all answers that are learned. Raises :class:`TrialRefused`.
 
     ``prompt_of(n)``: the first n messages with the generation prompt; ``through(n)``: without one.
     """
@@ -56,10 +56,10 @@ def _check_marks(spans: Sequence[Sequence[tuple[int, int]]], stop: int) -> None:
     for number, turn in enumerate(spans, 1):
         if not turn:
             detail = f"the chat template marks nothing of answer {number} of {len(spans)}"
-            raise Refused("template that leaves answers unmarked", detail, _HINT, of_template=True)
+            raise RowRefused("template that leaves answers unmarked", detail, _HINT, of_template=True)
     if spans[-1][-1][1] <= stop:
         detail = "the chat template's marks leave out the end of the turn: the model would never learn to stop"
-        raise Refused("template without an end of turn", detail, _HINT, of_template=True)
+        raise RowRefused("template without an end of turn", detail, _HINT, of_template=True)
 
 
 def _end_of_turn(full: str, through: str) -> int:
@@ -68,13 +68,13 @@ def _end_of_turn(full: str, through: str) -> int:
     return len(through)
 
 
-def _unstable(what: str) -> Refused:
+def _unstable(what: str) -> RowRefused:
     detail = f"the chat template writes {what} otherwise when further messages follow"
-    return Refused("template that rewrites earlier turns", detail, _HINT, of_template=True)
+    return RowRefused("template that rewrites earlier turns", detail, _HINT, of_template=True)
 
 
 def learned_mask(texts: Texts, ids: Sequence[int], tokenizer: Any) -> tuple[bool, ...] | None:
-    """For each of ``ids`` whether it carries a loss. Raises :class:`Refused` where a range ends within a token."""
+    """For each of ``ids`` whether it carries a loss. Raises :class:`TrialRefused` where a range ends within a token."""
     if texts.learned is None:
         return None
     whole = texts.prompt + texts.completion + texts.end
@@ -91,5 +91,5 @@ def _tokens_before(text: str, places: Sequence[int], ids: Sequence[int], tokeniz
     for place, part in zip(places, parts, strict=True):
         if list(part) != list(ids[: len(part)]):
             detail = f"a token spans the border of an earlier answer ({text[max(0, place - 20) : place]!r})"
-            raise Refused("no token boundary", detail, "task.learn=last, or another tokenizer or template")
+            raise RowRefused("no token boundary", detail, "task.learn=last, or another tokenizer or template")
     return [len(part) for part in parts]

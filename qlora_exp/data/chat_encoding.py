@@ -16,7 +16,7 @@ import jinja2
 
 from qlora_exp.data.assistant_mask import learned_ranges
 from qlora_exp.data.chat_template import REASONING_FIELDS, Rendered, chosen, rendered
-from qlora_exp.data.example_text import FORMAT_HINT, Refused, Texts
+from qlora_exp.data.example_text import FORMAT_HINT, RowRefused, Texts
 from qlora_exp.data.messages import CALLS, Message
 from qlora_exp.data.rows import Example
 
@@ -53,7 +53,7 @@ class ChatWriter:
         self._around: dict[object, tuple[str, str, str, Mapping[str, Any] | None]] = {}
 
     def texts(self, example: Example, every_turn: bool = False) -> Texts:
-        """The row as text. ``every_turn``: with the ranges of all learned answers. Raises :class:`Refused`."""
+        """The row as text. ``every_turn``: with the ranges of all learned answers. Raises :class:`TrialRefused`."""
         self._refuse_control_tokens(example)
         messages = [self._message(message) for message in example.messages]
         answer = self._message(example.answer or Message("assistant", example.completion))
@@ -79,7 +79,7 @@ class ChatWriter:
         example = Example("", 0, (Message("user", text),), False, MARK, None, {})
         try:
             return self.texts(example).prompt
-        except Refused:
+        except RowRefused:
             return self._render([self._message(example.messages[0])], example, generation_prompt=True).text
 
     def _known(self, example: Example, messages: list[dict[str, Any]], full: str) -> Texts | None:
@@ -124,7 +124,7 @@ class ChatWriter:
             more = structured or example.completion not in completion
             return Texts(full[:begin], completion, end, more, prefix, variables)
         detail = "the chat template writes the prompt otherwise when the answer follows"
-        raise Refused("template without a stable prompt", detail, FORMAT_HINT, of_template=True)
+        raise RowRefused("template without a stable prompt", detail, FORMAT_HINT, of_template=True)
 
     def _prompts(
         self, example: Example, messages: list[dict[str, Any]]
@@ -173,7 +173,7 @@ class ChatWriter:
             )
         except jinja2.TemplateError as error:
             hint = _refusal_hint(example)
-            raise Refused("refused by the chat template", str(error), hint, of_template=True) from None
+            raise RowRefused("refused by the chat template", str(error), hint, of_template=True) from None
 
     def _rendered(
         self,
@@ -204,7 +204,7 @@ class ChatWriter:
         if texts is not None and len(texts) > 1 and not self._reads_parts:
             detail = "the content has several parts, and the chat template reads one text"
             hint = "join each message's parts into one text"
-            raise Refused("parts that the template doesn't read", detail, hint, of_template=True)
+            raise RowRefused("parts that the template doesn't read", detail, hint, of_template=True)
         if self._reads_parts and (texts is not None or not self._reads_text):
             content = [{"type": "text", "text": text} for text in (texts or (message.content,))]
         return {"role": message.role, "content": content, **fields}
@@ -249,7 +249,9 @@ class ChatWriter:
                 detail = (
                     f"a message's fields or the tools hold {token!r}, which this tokenizer reads as a control token"
                 )
-                raise Refused("special token in the text", detail, "take it out: the format adds the tokens it needs")
+                raise RowRefused(
+                    "special token in the text", detail, "take it out: the format adds the tokens it needs"
+                )
 
     def _refuse_unwritten(self, example: Example) -> None:
         """Refuses a row of which the template writes only a part; once for rows of the same shape."""
@@ -273,16 +275,16 @@ class ChatWriter:
                     raise _changed(example)
                 detail = f"the chat template doesn't write the content of message {number + 1} ({_named(message)})"
                 hint = f"write it as a system or user message; or {OTHER_TEMPLATE}"
-                raise Refused("message that the template leaves out", detail, hint, of_template=True)
+                raise RowRefused("message that the template leaves out", detail, hint, of_template=True)
         if example.tools and text == self._rendered(messages, None, False, example.variables).text:
             detail = "the chat template doesn't write the tools"
             hint = f"task.columns.tools=null leaves them out; or {OTHER_TEMPLATE}"
-            raise Refused("tools that the template leaves out", detail, hint, of_template=True)
+            raise RowRefused("tools that the template leaves out", detail, hint, of_template=True)
         for name in example.variables or {}:
             if name not in chosen(self._template, example.tools):
                 detail = f"the chat template has no variable {name!r} (chat_template_kwargs)"
                 hint = "take it out of the column"
-                raise Refused("variable that the template doesn't have", detail, hint, of_template=True)
+                raise RowRefused("variable that the template doesn't have", detail, hint, of_template=True)
 
     def _check_fields(self, example: Example, messages: list[dict[str, Any]]) -> None:
         text = self._again(example, messages)
@@ -300,14 +302,14 @@ class ChatWriter:
                 if not changed:
                     detail = f"the chat template doesn't write the field {name!r} of message {number + 1}"
                     hint = f"{_without_field(name)}; or {OTHER_TEMPLATE}"
-                    raise Refused(f"field {name!r} that the template leaves out", detail, hint, of_template=True)
+                    raise RowRefused(f"field {name!r} that the template leaves out", detail, hint, of_template=True)
 
     def _again(self, example: Example, messages: Sequence[Mapping[str, Any]]) -> str:
         return self._rendered(messages, example.tools, False, example.variables).text
 
 
 def refuse_what_plain_text_lacks(example: Example) -> None:
-    """Raises :class:`Refused` where a row holds what only a chat template can write."""
+    """Raises :class:`TrialRefused` where a row holds what only a chat template can write."""
     messages = [*example.messages, *([example.answer] if example.answer else [])]
     names = [name for message in messages for name, value in message.fields.items() if value != ""]
     roles = {"tool": "take the calls and their results out", "developer": "name the role system"}
@@ -317,7 +319,7 @@ def refuse_what_plain_text_lacks(example: Example) -> None:
     found += [("chat_template_kwargs", "take the column out")] if example.variables else []
     if found:
         what, instead = found[0]
-        raise Refused("not for the plain format", f"the row has {what}", f"task.format=chat; or {instead}")
+        raise RowRefused("not for the plain format", f"the row has {what}", f"task.format=chat; or {instead}")
 
 
 def _without_field(name: str) -> str:
@@ -341,17 +343,19 @@ def _start_of_answer(full: str, answer: str, before: str, end: str) -> int:
     raise _changed(answer)
 
 
-def _changed(answer: Example | str) -> Refused:
+def _changed(answer: Example | str) -> RowRefused:
     text = answer if isinstance(answer, str) else answer.completion
     hint = FORMAT_HINT
     if "</think>" in text:
         hint = f"give the reasoning as reasoning_content of the message (task.columns.messages), {hint}"
-    return Refused("template changes the answer", "the chat template doesn't write it as it is", hint, of_template=True)
+    return RowRefused(
+        "template changes the answer", "the chat template doesn't write it as it is", hint, of_template=True
+    )
 
 
-def _endless(what: str) -> Refused:
+def _endless(what: str) -> RowRefused:
     detail = f"the chat template {what}: the model would never learn to stop"
-    return Refused("template without an end of turn", detail, FORMAT_HINT, of_template=True)
+    return RowRefused("template without an end of turn", detail, FORMAT_HINT, of_template=True)
 
 
 def _structured(example: Example) -> bool:

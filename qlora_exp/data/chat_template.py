@@ -17,7 +17,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-Template = str | Mapping[str, str]
+ChatTemplate = str | Mapping[str, str]
 """A template, or several by name: ``default`` and, for conversations with tools, ``tool_use``."""
 
 CLOCK = re.compile(r"\bstrftime_now\b")
@@ -66,13 +66,13 @@ class Rendered:
     marks: tuple[tuple[int, int], ...]
 
 
-def reads_clock(template: Template | None) -> bool:
+def reads_clock(template: ChatTemplate | None) -> bool:
     """Whether the text depends on the day on which it is rendered."""
     texts = [template] if isinstance(template, str) else list((template or {}).values())
     return any(CLOCK.search(text) for text in texts)
 
 
-def chosen(template: Template, tools: Sequence[Any] | None) -> str:
+def chosen(template: ChatTemplate, tools: Sequence[Any] | None) -> str:
     """The one that transformers takes of several.
 
     Raises:
@@ -88,7 +88,7 @@ def chosen(template: Template, tools: Sequence[Any] | None) -> str:
 
 
 def rendered(
-    template: Template,
+    template: ChatTemplate,
     conversation: Sequence[Mapping[str, Any]],
     tokens: Mapping[str, str],
     *,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_exp.data.files import RawFile, RawRow, check_columns, text_of
+from qlora_exp.data.files import DataFile, RawRow, check_columns, text_of
 from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.errors import DataError
 
@@ -17,15 +17,15 @@ INDEX_COLUMN = "Unnamed: 0"
 """What pandas calls its own nameless index column when it reads it back."""
 
 
-def read_csv(path: Path, name: str, content: bytes) -> RawFile:
+def read_csv(path: Path, name: str, content: bytes) -> DataFile:
     return _read(path, name, content, ",")
 
 
-def read_tsv(path: Path, name: str, content: bytes) -> RawFile:
+def read_tsv(path: Path, name: str, content: bytes) -> DataFile:
     return _read(path, name, content, "\t")
 
 
-def _read(path: Path, name: str, content: bytes, mark: str) -> RawFile:
+def _read(path: Path, name: str, content: bytes, mark: str) -> DataFile:
     text = text_of(path, content)
     if "\0" in text:
         raise DataError("the file holds NUL bytes, so it is not CSV", str(path), "save it as CSV (UTF-8)")
@@ -55,7 +55,7 @@ def _read(path: Path, name: str, content: bytes, mark: str) -> RawFile:
             problems.append(RowProblem(name, number, None, *problem))
     if not rows and not problems:
         raise DataError("the file holds a header and no row", str(path), "give at least one row below the header")
-    return RawFile(name, tuple(rows), tuple(header), tuple(problems), _notes(name, rows))
+    return DataFile(name, tuple(rows), tuple(header), tuple(problems), _notes(name, rows))
 
 
 def _problem(fields: list[str], header: list[str], written: list[str], mark: str) -> tuple[str, str, str] | None:

@@ -22,7 +22,7 @@ from typing import Any
 from qlora_exp.config.schema import Config, Format, SpecialTokens, Variant
 from qlora_exp.data.assistant_mask import learned_mask
 from qlora_exp.data.chat_encoding import ChatWriter, refuse_what_plain_text_lacks
-from qlora_exp.data.example_text import Refused as _Refused
+from qlora_exp.data.example_text import RowRefused as _Refused
 from qlora_exp.data.example_text import Texts as _Texts
 from qlora_exp.data.round_trip import answer_as_written
 from qlora_exp.data.row_problems import RowProblem
@@ -81,7 +81,7 @@ def date_of(config: Config) -> datetime.date:
         raise DataError("task.date is not a date", f"task.date = {config.task.date}", hint) from None
 
 
-def encode(
+def encode_rows(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
     format: str,

@@ -26,7 +26,7 @@ class Texts:
     """Ranges of characters that carry a loss, where earlier answers are learned too."""
 
 
-class Refused(Exception):
+class RowRefused(Exception):
     def __init__(self, reason: str, detail: str, hint: str, of_template: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.detail, self.hint, self.of_template = reason, detail, hint, of_template

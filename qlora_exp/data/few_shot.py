@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qlora_exp.config.schema import Config
-from qlora_exp.data.encoding import Tokenizer, date_of, encode, plain_text, written_prompt
+from qlora_exp.data.encoding import Tokenizer, date_of, encode_rows, plain_text, written_prompt
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.messages import Message
 from qlora_exp.data.row_problems import RowProblem
@@ -96,7 +96,7 @@ def _with_examples(
     """The items with another prompt; what is scored stays as it is."""
     shown = [_shown(known[item.item_id], shots, format) for item in items]
     changed = []
-    for item, encoded in zip(items, encode(shown, tokenizer, format, date=date), strict=True):
+    for item, encoded in zip(items, encode_rows(shown, tokenizer, format, date=date), strict=True):
         if isinstance(encoded, RowProblem):
             raise encoded.error()
         if encoded.completion_ids[: len(item.completion_ids)] != item.completion_ids:

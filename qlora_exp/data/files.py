@@ -36,7 +36,7 @@ class RawRow:
 
 
 @dataclass(frozen=True)
-class RawFile:
+class DataFile:
     """A file's rows, its columns (of any row, in order of appearance) and the rows that can't even be read."""
 
     name: str
@@ -63,7 +63,7 @@ class _InvalidRow(Exception):
         self.reason, self.detail, self.hint = reason, detail, hint
 
 
-def read_file(path: Path, name: str | None = None) -> RawFile:
+def read_file(path: Path, name: str | None = None) -> DataFile:
     """Read one data file by its ending; its rows are named by ``name``, or else by the file's own name.
 
     Raises :class:`DataError` for a file that can't be read or holds no row.
@@ -87,7 +87,7 @@ def read_file(path: Path, name: str | None = None) -> RawFile:
     return read
 
 
-def _reader(ending: str) -> Callable[[Path, str, bytes], RawFile]:
+def _reader(ending: str) -> Callable[[Path, str, bytes], DataFile]:
     from qlora_exp.data import (
         arrow_files,  # which import this module
         csv_files,
@@ -154,7 +154,7 @@ def _seems_wide(begin: bytes) -> str | None:
     return "UTF-16BE" if first > second else "UTF-16LE"
 
 
-def _read_jsonl(path: Path, name: str, content: bytes) -> RawFile:
+def _read_jsonl(path: Path, name: str, content: bytes) -> DataFile:
     # Not str.splitlines: it also cuts at U+2028 and other characters that may stand inside a JSON string.
     text = text_of(path, content)
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -168,7 +168,7 @@ def _read_jsonl(path: Path, name: str, content: bytes) -> RawFile:
             problems.append(RowProblem(name, number, None, bad.reason, bad.detail, bad.hint))
     if problems:
         _check_layout(path, text)
-    return RawFile(name, tuple(rows), columns_of(rows), tuple(problems))
+    return DataFile(name, tuple(rows), columns_of(rows), tuple(problems))
 
 
 def _check_layout(path: Path, text: str) -> None:
@@ -220,7 +220,7 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _read_json(path: Path, name: str, content: bytes) -> RawFile:
+def _read_json(path: Path, name: str, content: bytes) -> DataFile:
     text = text_of(path, content)
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
@@ -240,7 +240,7 @@ def _read_json(path: Path, name: str, content: bytes) -> RawFile:
         else:
             detail = f"found {_kind(entry)}"
             problems.append(RowProblem(name, number, None, "not a JSON object", detail, "write [{…}, {…}]"))
-    return RawFile(name, tuple(rows), columns_of(rows), tuple(problems))
+    return DataFile(name, tuple(rows), columns_of(rows), tuple(problems))
 
 
 def _list_hint(path: Path, value: dict[str, Any]) -> str:

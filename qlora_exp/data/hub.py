@@ -19,18 +19,18 @@ from huggingface_hub.errors import (
 
 from qlora_exp.config.schema import TaskConfig
 from qlora_exp.data.arrow_files import named_classes
-from qlora_exp.data.files import RawFile, RawRow
+from qlora_exp.data.files import DataFile, RawRow
 from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
-HUB_SECONDS = 5.0
+HUB_READ_SECONDS = 5.0
 """Longest wait for the Hub's answer; without one, what is in the local cache is read, or the task refused."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def read_hub(task: TaskConfig) -> dict[str, RawFile]:
+def read_hub(task: TaskConfig) -> dict[str, DataFile]:
     """The splits that ``task.splits`` names. Raises :class:`DataError` for one that can't be had."""
     if not task.hub_id or not _HUB_ID.fullmatch(task.hub_id) or Path(task.hub_id).exists():
         hint = "task.hub_id=OWNER/NAME; files on disk: task=local task.path=…"
@@ -48,7 +48,7 @@ def read_hub(task: TaskConfig) -> dict[str, RawFile]:
 def _is_reachable(task: TaskConfig) -> bool:
     """Whether the Hub answers. One question: datasets itself asks six times for each split, for minutes."""
     try:
-        HfApi().dataset_info(str(task.hub_id), revision=task.hub_revision, timeout=HUB_SECONDS)
+        HfApi().dataset_info(str(task.hub_id), revision=task.hub_revision, timeout=HUB_READ_SECONDS)
     except GatedRepoError:
         hint = f"ask for access at https://huggingface.co/datasets/{task.hub_id} and run: hf auth login"
         raise DataError(f"{task.hub_id} is gated", "task.hub_id", hint) from None
@@ -78,7 +78,7 @@ def _only_the_cache(wanted: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _load_hub_split(task: TaskConfig, theirs: str, reachable: bool) -> RawFile:
+def _load_hub_split(task: TaskConfig, theirs: str, reachable: bool) -> DataFile:
     import datasets
 
     where = f"hub data set {task.hub_id}" + (f" [{task.hub_config}]" if task.hub_config else "") + f", split {theirs}"
@@ -97,7 +97,7 @@ def _load_hub_split(task: TaskConfig, theirs: str, reachable: bool) -> RawFile:
     return rows_of_dataset(loaded, f"{task.hub_id}/{theirs}")
 
 
-def rows_of_dataset(loaded: Any, name: str) -> RawFile:
+def rows_of_dataset(loaded: Any, name: str) -> DataFile:
     """The rows of a ``datasets.Dataset``. Class labels become their names: a number names no answer."""
     names = {column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
     rows, problems = [], []
@@ -109,7 +109,7 @@ def rows_of_dataset(loaded: Any, name: str) -> RawFile:
             rows.append(RawRow(name, number, read))
     if not rows:
         raise DataError("the split holds no row", name, "choose another split: task.splits.train=NAME")
-    return RawFile(name, tuple(rows), tuple(_columns_of(loaded)), tuple(problems))
+    return DataFile(name, tuple(rows), tuple(_columns_of(loaded)), tuple(problems))
 
 
 def _columns_of(loaded: Any) -> Iterable[str]:

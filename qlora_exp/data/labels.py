@@ -83,7 +83,7 @@ def _check(labels: Sequence[str], named: bool) -> None:
             raise DataError(what, "task.labels, or the labels of the training rows", "use one spelling")
 
 
-def sort_out_labels(examples: Sequence[Example], options: Mapping[str, str]) -> tuple[list[Example], list[RowProblem]]:
+def split_by_label(examples: Sequence[Example], options: Mapping[str, str]) -> tuple[list[Example], list[RowProblem]]:
     """The examples whose label is an option and whose completion is that option's text, and the others' problems."""
     if not options:
         return list(examples), []

@@ -17,7 +17,7 @@ from qlora_exp.data.encoding import (
     Tokenizer,
     check_tokenizer,
     date_of,
-    encode,
+    encode_rows,
     plain_prompt,
     plain_text,
     resolve_format,
@@ -25,7 +25,7 @@ from qlora_exp.data.encoding import (
 )
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.labels import check_no_label_lost
-from qlora_exp.data.row_problems import RowProblem, add_counts, settle
+from qlora_exp.data.row_problems import RowProblem, add_counts, raise_or_count
 from qlora_exp.data.rows import Example
 from qlora_exp.data.rows_report import joining_notes
 from qlora_exp.data.sources import read_general_chats, read_general_text
@@ -62,7 +62,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     truncated: list[RowProblem] = []
     for split, examples in _by_split(rows):
         every_turn = learns_all and split == "train"  # scores are of the last answer everywhere
-        encodings = encode(examples, tokenizer, format, date=date, every_turn=every_turn)
+        encodings = encode_rows(examples, tokenizer, format, date=date, every_turn=every_turn)
         written = [one for one in encodings if isinstance(one, Encoding)]
         prefixes |= {one.prefix for one in written}
         if split == "train":
@@ -80,7 +80,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
             for example, encoding, result in zip(examples, encodings, results, strict=True)
             if isinstance(encoding, Encoding) and not isinstance(result, RowProblem) and result[1]
         ]
-    dropped = add_counts(rows.dropped, settle(problems, config.task.invalid_rows))
+    dropped = add_counts(rows.dropped, raise_or_count(problems, config.task.invalid_rows))
     _require_items(items, problems)
     check_no_label_lost(rows.train, used["train"], problems)
     label_ids, label_end_ids = _label_ids(rows, used["train"][0], tokenizer, format, date)
@@ -131,7 +131,7 @@ def _truncated(example: Example, encoding: Encoding, max_length: int) -> RowProb
     return RowProblem(example.file, example.row, None, reason, f"{tokens} tokens")
 
 
-IGNORED = -100
+LOSS_IGNORE_INDEX = -100
 """torch's ``ignore_index``: a label without a loss."""
 
 
@@ -143,7 +143,10 @@ def to_training_dataset(items: Sequence[Item]) -> Any:
     columns = {
         "input_ids": [list(item.ids) for item in items],
         "labels": [
-            [token if learned else IGNORED for token, learned in zip(item.ids, item.completion_mask, strict=True)]
+            [
+                token if learned else LOSS_IGNORE_INDEX
+                for token, learned in zip(item.ids, item.completion_mask, strict=True)
+            ]
             for item in items
         ],
     }
@@ -192,7 +195,7 @@ def _item(
 def _general_chats(tokenizer: Tokenizer, date: datetime.date) -> tuple[Item, ...]:
     """The general chats that this tokenizer's template can write (many take no system message), never cut."""
     examples = read_general_chats()
-    results = zip(examples, encode(examples, tokenizer, "chat", date=date), strict=True)
+    results = zip(examples, encode_rows(examples, tokenizer, "chat", date=date), strict=True)
     encoded = [(example, result) for example, result in results if isinstance(result, Encoding)]
     items = [_item(example, result, tokenizer, sys.maxsize, False) for example, result in encoded]
     return tuple(item[0] for item in items if not isinstance(item, RowProblem))
@@ -215,7 +218,7 @@ def _label_ids(
     examples = [
         replace(context, completion=completion, label=label, answer=None) for label, completion in rows.options.items()
     ]
-    for example, result in zip(examples, encode(examples, tokenizer, format, date=date), strict=True):
+    for example, result in zip(examples, encode_rows(examples, tokenizer, format, date=date), strict=True):
         label = str(example.label)
         if isinstance(result, RowProblem):
             raise DataError(f"the label {label!r} can't be tokenized: {result.detail}", "task.labels", result.hint)

@@ -90,7 +90,7 @@ def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
     tools = _list(value, column, "tools", shape)
     for number, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
-            detail = f"tool {number} is {described(tool)}, not an object"
+            detail = f"tool {number} is {describe_message(tool)}, not an object"
             raise InvalidMessages("invalid tools", detail, column, shape)
     _check_json(tools, column, "task.columns.tools=null")
     return tuple(tools) or None
@@ -104,7 +104,7 @@ def read_variables(value: object, column: str) -> Mapping[str, Any] | None:
     if isinstance(value, str):
         value = _parsed(value, column, "variables", shape)
     if not isinstance(value, dict):
-        detail = f"expected an object, found {described(value)}"
+        detail = f"expected an object, found {describe_message(value)}"
         raise InvalidMessages("invalid variables", detail, column, shape)
     _check_json(value, column, "take it out of the column")
     return {name: one for name, one in value.items() if one is not None} or None
@@ -117,7 +117,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def described(value: object) -> str:
+def describe_message(value: object) -> str:
     """A value as a message shows it: its type and how it begins."""
     if value is None:
         return "null"
@@ -132,7 +132,7 @@ def _list(value: object, column: str, name: str, shape: str) -> list[Any]:
     if isinstance(value, str):  # a CSV file can hold a list only as JSON
         value = _parsed(value, column, name, shape)
     if not isinstance(value, list):
-        detail = f"expected a list of {name}, found {described(value)}"
+        detail = f"expected a list of {name}, found {describe_message(value)}"
         raise InvalidMessages(f"invalid {name}", detail, column, shape)
     return value
 
@@ -195,7 +195,7 @@ def _message(
 def _part(part: object, number: int, where: str, checked_text: Callable[[object, str], str]) -> str:
     hint = 'write each part as {"type": "text", "text": "…"}; images, sounds and videos can\'t be trained on'
     if not isinstance(part, dict) or part.get("type") != "text":
-        kind = repr(part.get("type")) if isinstance(part, dict) else described(part)
+        kind = repr(part.get("type")) if isinstance(part, dict) else describe_message(part)
         raise InvalidMessages("invalid messages", f"message {number} has a part of the type {kind}", where, hint)
     others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
     if others:
@@ -208,7 +208,7 @@ def _weight(value: object, number: int, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
-        detail = f"message {number} has the weight {described(value)}"
+        detail = f"message {number} has the weight {describe_message(value)}"
         raise InvalidMessages("invalid messages", detail, where, "0: not learned; 1, or no weight: learned")
     return float(value)
 
@@ -218,7 +218,9 @@ def _check_json(value: object, where: str, hint: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except TypeError:
-        raise InvalidMessages("invalid messages", f"{described(value)} is not a value of JSON", where, hint) from None
+        raise InvalidMessages(
+            "invalid messages", f"{describe_message(value)} is not a value of JSON", where, hint
+        ) from None
     except UnicodeEncodeError:
         detail = "it holds half of a surrogate pair, which no tokenizer can read"
         raise InvalidMessages("broken Unicode", detail, where) from None

@@ -33,7 +33,7 @@ class PreviewItem:
     label: str | None
 
 
-def preview(splits: Splits, tokenizer: Tokenizer, split: str, count: int) -> list[PreviewItem]:
+def preview_items(splits: Splits, tokenizer: Tokenizer, split: str, count: int) -> list[PreviewItem]:
     """The first ``count`` items of a split. Raises :class:`DataError` for an unknown split or a count below 1."""
     if split not in SPLIT_NAMES:
         raise DataError(f"there is no split {split!r}", "data preview", nearest(split, SPLIT_NAMES))

@@ -35,7 +35,7 @@ class RowProblem:
         return DataError(f"{self.reason}: {self.detail}", where, self.hint or _DROP_HINT)
 
 
-def settle(problems: Sequence[RowProblem], policy: InvalidRows) -> dict[str, int]:
+def raise_or_count(problems: Sequence[RowProblem], policy: InvalidRows) -> dict[str, int]:
     """Rows by reason under ``drop``. Under ``error`` the first ten are raised together, with the count of all."""
     reasons = Counter(problem.reason for problem in problems)
     if not problems or policy is InvalidRows.drop:

@@ -17,19 +17,19 @@ from functools import cached_property
 from typing import Any
 
 from qlora_exp.config.schema import Learn, SpecialTokens, TaskConfig, TaskKind, TaskSource
-from qlora_exp.data.files import RawFile, RawRow, Unlabelled
+from qlora_exp.data.files import DataFile, RawRow, Unlabelled
 from qlora_exp.data.known_formats import columns_hint
 from qlora_exp.data.messages import (
     InvalidMessages,
     Message,
-    described,
+    describe_message,
     read_messages,
     read_tools,
     read_variables,
     without_nulls,
 )
 from qlora_exp.data.row_problems import RowProblem
-from qlora_exp.data.templates import Template, parse_template, with_line_breaks
+from qlora_exp.data.templates import RowTemplate, parse_template, with_line_breaks
 from qlora_exp.data.texts import Parts, compact, is_blank, parted
 from qlora_exp.errors import DataError, nearest
 
@@ -103,8 +103,8 @@ class _InvalidRow(Exception):
 class _Mapping:
     """How the columns of one file become an example."""
 
-    prompt: str | Template | None
-    completion: str | Template | None
+    prompt: str | RowTemplate | None
+    completion: str | RowTemplate | None
     messages: str | None
     label: str | None
     system: str | None
@@ -119,11 +119,11 @@ class _Mapping:
     def used(self) -> set[str]:
         used = {column for column in self.columns if self.messages and column in (self.tools, VARIABLES_COLUMN)}
         for source in (self.prompt, self.completion, self.messages, self.label):
-            used |= set(source.columns) if isinstance(source, Template) else {source} if source else set()
+            used |= set(source.columns) if isinstance(source, RowTemplate) else {source} if source else set()
         return used
 
 
-def read_examples(task: TaskConfig, raw: RawFile) -> tuple[list[Example], list[RowProblem]]:
+def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[RowProblem]]:
     """The valid examples of one file, and the problems of the other rows (in row order).
 
     Raises :class:`DataError` when the mapping itself can't be meant: a column that no row has, a malformed template.
@@ -144,7 +144,7 @@ def read_examples(task: TaskConfig, raw: RawFile) -> tuple[list[Example], list[R
     return examples, sorted(problems, key=lambda problem: problem.row)
 
 
-def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
+def _mapping(task: TaskConfig, raw: DataFile) -> _Mapping:
     columns, classifies = raw.columns, task.kind is TaskKind.classification
     if re.search(r"\\[nrt]", task.separator or ""):
         what = f"the separator {task.separator!r} holds a backslash and a letter, not a newline or a tab"
@@ -179,7 +179,7 @@ def _mapping(task: TaskConfig, raw: RawFile) -> _Mapping:
     return _Mapping(prompt, completion, None, label, system, columns, plain)
 
 
-def _source(name: str, template: str | None, column: str | None, raw: RawFile) -> str | Template:
+def _source(name: str, template: str | None, column: str | None, raw: DataFile) -> str | RowTemplate:
     if template is not None:
         try:
             return parse_template(template, f"task.{name}", raw.columns)
@@ -195,7 +195,7 @@ def _source(name: str, template: str | None, column: str | None, raw: RawFile) -
     return column
 
 
-def _check_column(column: str | None, key: str, raw: RawFile) -> None:
+def _check_column(column: str | None, key: str, raw: DataFile) -> None:
     if column is None or column in raw.columns:
         return
     hint = _renaming_hint(column, raw.columns)
@@ -246,8 +246,8 @@ def _answer(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Parts:
     return parted(text)
 
 
-def _text(row: RawRow, source: str | Template | None, is_class: bool = False) -> str:
-    if isinstance(source, Template):
+def _text(row: RawRow, source: str | RowTemplate | None, is_class: bool = False) -> str:
+    if isinstance(source, RowTemplate):
         several = len(source.columns) > 1
         texts = {column: _column_text(row, column, whole_numbers=True, empty=several) for column in source.columns}
         if not any(text.strip() for text in texts.values()):
@@ -275,7 +275,7 @@ def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = Fa
 
 def _checked_text(value: object, column: str) -> str:
     if not isinstance(value, str):
-        raise _InvalidRow("not text", f"found {described(value)}", column, _text_hint(value, column))
+        raise _InvalidRow("not text", f"found {describe_message(value)}", column, _text_hint(value, column))
     if not value.strip():
         raise _InvalidRow("empty", "the text is empty or only white space", column)
     if is_blank(value):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_exp.config.schema import TaskConfig, TaskSource
 from qlora_exp.data.compression import ARCHIVES, COMPRESSED, ENDINGS, ending_of
-from qlora_exp.data.files import RawFile, RawRow, read_file
+from qlora_exp.data.files import DataFile, RawRow, read_file
 from qlora_exp.data.folders import check_single, files_by_split
 from qlora_exp.data.messages import Message
 from qlora_exp.data.rows import Example
@@ -17,7 +17,7 @@ from qlora_exp.errors import DataError, QloraExpError, nearest
 from qlora_exp.paths import EMBEDDED
 
 
-def read_sources(task: TaskConfig) -> dict[str, RawFile]:
+def read_sources(task: TaskConfig) -> dict[str, DataFile]:
     """The task's rows by split. A source without splits gives ``train`` alone; the other two may be absent.
 
     Raises :class:`DataError` for a missing, unreadable or empty source.
@@ -91,7 +91,7 @@ def _nearby(path: Path) -> str:
     return nearest(path.name, names)
 
 
-def _read_folder(folder: Path) -> dict[str, RawFile]:
+def _read_folder(folder: Path) -> dict[str, DataFile]:
     read = {
         split: [read_file(file.path, file.name) for file in files] for split, files in files_by_split(folder).items()
     }
@@ -100,7 +100,7 @@ def _read_folder(folder: Path) -> dict[str, RawFile]:
     return {split: replace(file, mixed_classes=mixed) for split, file in joined.items()}
 
 
-def _mixed_classes(files: Sequence[RawFile]) -> dict[str, str]:
+def _mixed_classes(files: Sequence[DataFile]) -> dict[str, str]:
     """Columns of which one file's metadata names the classes while another one holds their bare numbers."""
     named = {column: file.name for file in reversed(files) for column in file.classes}
     mixed = {}
@@ -112,9 +112,9 @@ def _mixed_classes(files: Sequence[RawFile]) -> dict[str, str]:
     return mixed
 
 
-def _joined(files: Sequence[RawFile]) -> RawFile:
+def _joined(files: Sequence[DataFile]) -> DataFile:
     """The shards of a split as one file."""
-    return RawFile(
+    return DataFile(
         name=f"{files[0].name} and {len(files) - 1} other files",
         rows=tuple(row for file in files for row in file.rows),
         columns=tuple(dict.fromkeys(column for file in files for column in file.columns)),

@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_exp.data.compression import ENDINGS, ending_of, stem_of
 
 SPLIT_NAMES = ("train", "validation", "test")
-OTHER_NAMES = {
+SPLIT_ALIASES = {
     **dict.fromkeys(("training", "trainset"), "train"),
     **dict.fromkeys(("valid", "val", "dev", "development"), "validation"),
     **dict.fromkeys(("testing", "testset"), "test"),
@@ -37,7 +37,7 @@ def parse_name(path: Path) -> tuple[str | None, int | None, int | None]:
     ``train-00000-of-00002.parquet`` gives ``("train", 0, 2)``, any other name ``(None, None, None)``."""
     match = _NAME.fullmatch(stem_of(path) if ending_of(path) in ENDINGS or not path.is_dir() else path.name)
     word = match["word"].lower() if match else None
-    if match is None or word not in {*SPLIT_NAMES, *OTHER_NAMES}:
+    if match is None or word not in {*SPLIT_NAMES, *SPLIT_ALIASES}:
         return None, None, None
     number, count = (int(match[key]) if match[key] else None for key in ("number", "count"))
     return word, number, count
@@ -46,7 +46,7 @@ def parse_name(path: Path) -> tuple[str | None, int | None, int | None]:
 def rename_hint(path: Path) -> str:
     """What to do about a file or folder that holds rows under a name that is not read."""
     split, _, _ = parse_name(path)
-    if split not in OTHER_NAMES:
+    if split not in SPLIT_ALIASES:
         return "name it train, validation or test, move it out of the folder, or give task.path=FILE"
-    names = [f"{other}{path.name[len(split) :]}" for other in OTHER_NAMES[split].split(" or ")]
+    names = [f"{other}{path.name[len(split) :]}" for other in SPLIT_ALIASES[split].split(" or ")]
     return f"rename it to {' or to '.join(names)}"

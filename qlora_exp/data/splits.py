@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_exp.config.schema import InvalidRows, TaskConfig
-from qlora_exp.data.files import RawFile, Unlabelled
-from qlora_exp.data.labels import check_no_label_lost, find_options, lost_label, sort_out_labels
-from qlora_exp.data.row_problems import RowProblem, add_counts, settle
+from qlora_exp.data.files import DataFile, Unlabelled
+from qlora_exp.data.labels import check_no_label_lost, find_options, lost_label, split_by_label
+from qlora_exp.data.row_problems import RowProblem, add_counts, raise_or_count
 from qlora_exp.data.rows import Example, read_examples
 from qlora_exp.data.rows_report import missing_value_notes
 from qlora_exp.data.sources import read_sources
@@ -56,12 +56,12 @@ def load_rows(task: TaskConfig) -> RawSplits:
         _check_no_label_unread(task, sources["train"], options, problems)
     splits, duplicates = _complete(splits, task)
     for split in splits:
-        splits[split], unknown = sort_out_labels(splits[split], options)
+        splits[split], unknown = split_by_label(splits[split], options)
         problems += unknown
     labelled = splits["train"]
     splits, leaked = _without_leaks(splits)
     problems += leaked
-    dropped = settle(problems, task.invalid_rows)
+    dropped = raise_or_count(problems, task.invalid_rows)
     check_no_label_lost(labelled, splits["train"], problems)
     for split in ("train", "validation"):
         _require(split, splits[split], problems)
@@ -74,7 +74,7 @@ def load_rows(task: TaskConfig) -> RawSplits:
 
 
 def _check_no_label_unread(
-    task: TaskConfig, raw: RawFile, options: Mapping[str, str], problems: Sequence[RowProblem]
+    task: TaskConfig, raw: DataFile, options: Mapping[str, str], problems: Sequence[RowProblem]
 ) -> None:
     """Under ``drop``, a label whose rows have all another fault would no longer be an option."""
     column = task.columns.label

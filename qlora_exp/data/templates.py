@@ -14,7 +14,7 @@ from qlora_exp.errors import DataError, nearest
 
 
 @dataclass(frozen=True)
-class Template:
+class RowTemplate:
     """``parts`` alternate: literal text, and the column that follows it (``None`` at the end)."""
 
     key: str
@@ -39,7 +39,7 @@ def with_line_breaks(text: str) -> str:
     return re.sub(r"\\{1,2}[nt]", lambda match: _WRITTEN_OUT[match[0]], text)
 
 
-def parse_template(text: str, key: str, columns: Sequence[str]) -> Template:
+def parse_template(text: str, key: str, columns: Sequence[str]) -> RowTemplate:
     """Read a template over ``columns``; :class:`DataError` names the key, the fault and the nearest columns."""
     braces = "write {column} for a column's text, and {{ or }} for a brace"
     try:
@@ -57,7 +57,7 @@ def parse_template(text: str, key: str, columns: Sequence[str]) -> Template:
             hint = f"{nearest(column, columns)} ({braces})" if column else braces
             raise DataError(f"the template names a column {column!r} that isn't there", key, hint)
         parts.append((literal, column))
-    template = Template(key, tuple(parts))
+    template = RowTemplate(key, tuple(parts))
     if not template.columns:
         raise DataError(f"the template {text!r} names no column: all rows would be alike", key, braces)
     return template

@@ -11,7 +11,7 @@ from qlora_exp.system import environment
 from qlora_exp.training.meter import DENSE_FLOPS_PER_SECOND, card_of
 
 SECONDS = 1.0
-SIZES = {"cuda": 8192, "cpu": 1024}
+MEASURED_SIZES = {"cuda": 8192, "cpu": 1024}
 """Square matrices large enough that the multiplication, not the memory, is what is timed."""
 LEAST_SHARE = 0.5
 """Of the data sheet's figure. Large matrix products reach about 0.6 to 0.9 of it on a card that is left alone."""
@@ -24,11 +24,11 @@ hand to measure one."""
 def matmul_rate() -> Check:
     """Measured for a second, in 16 bits on a GPU and in fp32 on a CPU (of which no data sheet is known)."""
     device = environment.probe().device
-    rate = measured_flops_per_second(device.kind)
-    return judged(device.kind, device.name, rate)
+    rate = measure_flops_per_second(device.kind)
+    return against_datasheet(device.kind, device.name, rate)
 
 
-def judged(kind: str, name: str | None, rate: float) -> Check:
+def against_datasheet(kind: str, name: str | None, rate: float) -> Check:
     """``rate`` in FLOP/s beside the card's data sheet, where that is known."""
     told = f"{rate / 1e12:.3g} TFLOP/s measured"
     if kind != "cuda":
@@ -54,10 +54,10 @@ def calibration() -> Check:
     mode = Quantization.bf16 if here.device.bf16 else Quantization.fp16
     if here.device.kind == "cpu":
         mode = Quantization.fp32
-    return judged_calibration(here.device.kind, here.device.name, mode, kept_flops_per_second(here, mode))
+    return calibration_against_datasheet(here.device.kind, here.device.name, mode, kept_flops_per_second(here, mode))
 
 
-def judged_calibration(kind: str, name: str | None, mode: Quantization, rate: float | None) -> Check:
+def calibration_against_datasheet(kind: str, name: str | None, mode: Quantization, rate: float | None) -> Check:
     """``rate`` in FLOP/s of training, ``None`` before ``qlora-exp calibrate``, beside the card's data sheet."""
     if rate is None:
         told = "none of this device and number of threads: plans name no seconds (qlora-exp calibrate measures it)"
@@ -73,11 +73,11 @@ def judged_calibration(kind: str, name: str | None, mode: Quantization, rate: fl
     return Check("calibration", False, told, "qlora-exp calibrate, with nothing else on the card")
 
 
-def measured_flops_per_second(kind: str) -> float:
+def measure_flops_per_second(kind: str) -> float:
     """2 n³ operations a product, over a second of products."""
     import torch
 
-    size = SIZES[kind]
+    size = MEASURED_SIZES[kind]
     dtype = torch.float32
     if kind == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

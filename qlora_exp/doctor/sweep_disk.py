@@ -44,10 +44,10 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
         ConfigError, ModelError, Problems: overrides that can't be meant; as ``run`` or ``sweep`` would say.
     """
     from qlora_exp.config.compose import compose
-    from qlora_exp.config.overrides import key_of
+    from qlora_exp.config.overrides import override_key
 
     trials, points = _asked(overrides)
-    own = [text for text in overrides if key_of(text) == "output_root"]
+    own = [text for text in overrides if override_key(text) == "output_root"]
     outputs = OutputPaths.of(output_root or compose(own).output_root)
     largest = _largest(points)
     needed = trials * largest
@@ -117,14 +117,14 @@ def nearest_folder(path: Path) -> Path:
 def _asked(overrides: Sequence[str]) -> tuple[int, list[list[str]]]:
     """Number of trials, and overrides of the runs among which the largest is."""
     from qlora_exp.config.compose import check_hydra
-    from qlora_exp.config.overrides import is_swept, key_of
+    from qlora_exp.config.overrides import is_swept, override_key
 
-    if not any(key_of(text) == "sweeps" or is_swept(text) for text in overrides):
+    if not any(override_key(text) == "sweeps" or is_swept(text) for text in overrides):
         check_hydra(overrides)
         return 1, [list(overrides)]
-    from qlora_exp.orchestration.command import ask, run_overrides
+    from qlora_exp.orchestration.command import run_overrides, study_spec
 
-    spec = ask(overrides).spec
+    spec = study_spec(overrides).spec
     choices = [[(axis.key, value) for value in _values(axis)] for axis in spec.axes]
     return spec.n_trials, [run_overrides(spec, dict(point)) for point in itertools.product(*choices)]
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, WeightShape
 from qlora_exp.architecture.targets import feeds
-from qlora_exp.estimate.traits import Habits, habits_of
+from qlora_exp.estimate.traits import ArchitectureTraits, traits_of
 
 FLOAT32 = 4
 LAYER_PLACE = re.compile(r"^(?:.*?\.)?\d+\.")
@@ -28,7 +28,7 @@ USUAL_HEAD, WIDEST_HEAD = 64, 128
 """Width of an attention head where nothing tells it, and the largest that keys and values of one head have."""
 
 
-def written_out(attention: str, architecture: Architecture) -> bool:
+def is_eager(attention: str, architecture: Architecture) -> bool:
     """Whether ``model.attention`` gives this architecture attention written out in Python, which keeps the scores."""
     return attention == "eager" or (attention == "auto" and architecture.eager_alone)
 
@@ -49,7 +49,7 @@ class Layer:
     """Root-mean-square norms are written out in Python and keep a float32 copy of their input."""
     normed_heads: bool
     heads: int
-    habits: Habits
+    habits: ArchitectureTraits
     experts: tuple[int, int, bool] = (0, 0, False)
     """How many a token passes through, the intermediate width of one, and whether it has a gate."""
 
@@ -57,12 +57,15 @@ class Layer:
     def multi_query(self) -> bool:
         """One head of keys and values, fused with the queries."""
         return (
-            self.habits.one_head and bool(self.fused) and self.key_value < self.query and self.key_value <= WIDEST_HEAD
+            self.habits.multi_query
+            and bool(self.fused)
+            and self.key_value < self.query
+            and self.key_value <= WIDEST_HEAD
         )
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedActivations:
     """Bytes a token. ``layers``: all decoder layers' together, without checkpointing; ``layer``: the largest one's;
     ``inputs``: what each layer keeps under checkpointing, together: its input, and what LLM.int8() holds, which
     bitsandbytes keeps out of autograd's sight; ``outside``: around the layers."""
@@ -73,7 +76,7 @@ class Kept:
     outside: float
 
 
-def kept_per_token(
+def saved_bytes_per_token(
     architecture: Architecture,
     adapted: Collection[str],
     *,
@@ -86,7 +89,7 @@ def kept_per_token(
     cuda: bool = False,
     lora_dropout: bool = False,
     eager: bool = False,
-) -> Kept:
+) -> SavedActivations:
     """What forward keeps for backward, per token of a batch whose rows are ``length`` long, padding included.
 
     ``adapted``: full names of the weights with adapters; ``compute_bytes``, ``adapter_bytes``: bytes an element of the
@@ -107,7 +110,7 @@ def kept_per_token(
         sizes.append(size)
         inputs += held
     outside = width * (FLOAT32 + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
-    return Kept(sum(sizes), max(sizes, default=0.0), inputs, outside)
+    return SavedActivations(sum(sizes), max(sizes, default=0.0), inputs, outside)
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def _layer(
     of_heads = [other for other in weights if feeds(other.name)]
     sizes = {other.name.removesuffix("weight"): other.elements for other in weights}
     biases = [other for other in others if sizes.get(other.name.removesuffix("bias")) == other.elements]
-    habits = habits_of(architecture.model_type)
+    habits = traits_of(architecture.model_type)
     return Layer(
         hidden=hidden,
         query=query,
@@ -180,7 +183,8 @@ def _layer(
         fused=fused,
         intermediate=intermediate,
         gated=up >= 2 * intermediate > 0,
-        norms=habits.bare_norms or max(1, sum(other.elements == hidden for other in weights if other not in of_heads)),
+        norms=habits.unweighted_norms
+        or max(1, sum(other.elements == hidden for other in weights if other not in of_heads)),
         norm_upcasts=not biases,
         normed_heads=bool(of_heads),
         heads=architecture.heads or max(1, query // USUAL_HEAD),
@@ -213,7 +217,7 @@ def _norm_bytes(layer: Layer, setting: _Setting) -> float:
 
 def _norms(layer: Layer, setting: _Setting) -> float:
     """Each norm's input (norms that read the same tensor: once), and dropout's noise on both branches."""
-    count = 1 if layer.habits.shared_input else layer.norms
+    count = 1 if layer.habits.parallel_residual else layer.norms
     noise = 2 * layer.hidden * (1 if setting.cuda else setting.compute_bytes) if layer.habits.dropout else 0
     return count * _norm_bytes(layer, setting) + noise
 
@@ -224,7 +228,7 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     width, query, key_value = setting.compute_bytes, layer.query, layer.key_value
     normed = (query + key_value) * FLOAT32 if layer.normed_heads and not layer.fused else 0
     if setting.eager:
-        wide = 2 * query * (FLOAT32 - width) if layer.habits.wide_scores else 0
+        wide = 2 * query * (FLOAT32 - width) if layer.habits.qk_in_float32 else 0
         return 3 * query * width + wide + normed + _score_bytes(layer, setting) * layer.heads * setting.length
     if not setting.cuda and (layer.habits.attention_dropout or layer.multi_query):
         scores = 3 if layer.habits.attention_dropout else 1
@@ -244,11 +248,11 @@ def _score_bytes(layer: Layer, setting: _Setting) -> int:
     """A score of attention that is written out. Where the softmax is computed in float32, what multiplies the values is
     a 16-bit copy of it; with dropout it is what that left, and the noise is kept, too."""
     width, habits = setting.compute_bytes, layer.habits
-    softmax = width if habits.narrow_scores else FLOAT32
+    softmax = width if habits.softmax_in_compute_dtype else FLOAT32
     left = width if softmax > width else 0
     if habits.attention_dropout:
         left = width + (1 if setting.cuda else width)
-    return softmax + left + (width if habits.softcaps else 0)
+    return softmax + left + (width if habits.logit_softcapping else 0)
 
 
 def _feed_forward(layer: Layer, setting: _Setting) -> float:
@@ -276,7 +280,7 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
         if flag and same_dtype:
             shared.add((_read_by(layer, shape), shape.in_features))
     free = {"output"} if _output_is_kept(layer, setting) else set()
-    if layer.habits.keeps_output:
+    if layer.habits.saves_output:
         free.add("down")
     return per_layer + setting.compute_bytes * sum(width for place, width in shared if place not in free)
 
@@ -294,7 +298,7 @@ def _read_by(layer: Layer, shape: WeightShape) -> str:
         return "input" if feeds(shape.name) else "output"
     if _leads_down(shape, layer.hidden):
         return "down"
-    return "input" if layer.habits.shared_input and layer.norms == 1 else "middle"
+    return "input" if layer.habits.parallel_residual and layer.norms == 1 else "middle"
 
 
 def _output_is_kept(layer: Layer, setting: _Setting) -> bool:
@@ -302,5 +306,5 @@ def _output_is_kept(layer: Layer, setting: _Setting) -> bool:
     otherwise in memory, and it is copied."""
     if setting.eager:
         return False
-    copied = layer.fused or layer.habits.attention_dropout or layer.multi_query or layer.habits.partly_rotary
+    copied = layer.fused or layer.habits.attention_dropout or layer.multi_query or layer.habits.partial_rope
     return setting.cuda or not copied

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.duration import Interval
-from qlora_exp.estimate.flops import Extent
+from qlora_exp.estimate.flops import Workload
 
 UNTIL = " until qlora-exp calibrate has measured this machine, or a run of this base in this mode has ended here"
 """Both with as many threads."""
-UNITS = {"seconds": "s", "tokens": "tokens", "usd": "usd", "kwh": "kWh"}
+LIMIT_UNITS = {"seconds": "s", "tokens": "tokens", "usd": "usd", "kwh": "kWh"}
 
 
 @dataclass(frozen=True)
-class Bought:
+class Affordable:
     """What one limit of a budget buys: ``least`` ≤ ``about`` ≤ ``most`` of ``of`` steps or trials; ``None`` is
     unknown."""
 
@@ -33,19 +33,19 @@ class Bought:
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepCost:
     """What one training is predicted to take; ``None`` is unknown. ``seconds`` are of all its steps, ``least_seconds``
     by the machine's calibration alone (earlier runs may have been slowed by something), ``before_seconds`` what passes
     from loading on beside training and the last scoring."""
 
-    extent: Extent
+    extent: Workload
     shortest_row_tokens: float
     seconds: Interval | None
     least_seconds: float | None
     before_seconds: float | None
 
 
-class BuysNoStep(ConfigError):
+class BudgetTooSmall(ConfigError):
     """A limit of the budget is spent before a step is made. ``times``: how many times more a step takes at the
     least."""
 
@@ -54,22 +54,22 @@ class BuysNoStep(ConfigError):
         self.times = times
 
 
-def check_buys_a_step(limits: Mapping[str, float], usd_per_hour: float | None, pace: Pace) -> None:
+def check_buys_a_step(limits: Mapping[str, float], usd_per_hour: float | None, pace: StepCost) -> None:
     """By the shortest rows and the fastest that this machine is calibrated to be, where it is.
 
     Raises:
-        BuysNoStep: it doesn't.
+        BudgetTooSmall: it doesn't.
     """
     steps = pace.extent.steps
     for name, limit in limits.items():
         step = _of_a_step(name, usd_per_hour, pace.extent, pace.least_seconds, pace.shortest_row_tokens)
         if step is not None and step > limit:
-            what = f"the budget doesn't buy one step, which takes {step:.3g} {UNITS[name]} at the least"
+            what = f"the budget doesn't buy one step, which takes {step:.3g} {LIMIT_UNITS[name]} at the least"
             hint = f"budget.{name}={step * steps:.3g} or so, for {steps} step{'s' if steps != 1 else ''}"
-            raise BuysNoStep(what, f"budget.{name} = {limit:.12g}", hint, step / limit)
+            raise BudgetTooSmall(what, f"budget.{name} = {limit:.12g}", hint, step / limit)
 
 
-def steps_bought(limits: Mapping[str, float], usd_per_hour: float | None, pace: Pace) -> Iterator[Bought]:
+def affordable_steps(limits: Mapping[str, float], usd_per_hour: float | None, pace: StepCost) -> Iterator[Affordable]:
     """One for each limit; a training ends after the step that reaches it."""
     extent = pace.extent
     slow, middle, fast = (pace.seconds.high, pace.seconds.middle, pace.seconds.low) if pace.seconds else (None,) * 3
@@ -78,7 +78,7 @@ def steps_bought(limits: Mapping[str, float], usd_per_hour: float | None, pace: 
         told = f"budget.{name}={limit:.12g}"
         if least is None or about is None or most is None:
             told = f"{told}: what a step takes of it isn't known{'' if name == 'kwh' else UNTIL}"
-            yield Bought(name, limit, "steps", None, None, None, extent.steps, told)
+            yield Affordable(name, limit, "steps", None, None, None, extent.steps, told)
             continue
         told = f"{told} buys about {about} of {extent.steps} steps"
         if name == "tokens" or pace.seconds is None:
@@ -86,10 +86,12 @@ def steps_bought(limits: Mapping[str, float], usd_per_hour: float | None, pace: 
         else:
             before = "" if pace.before_seconds is not None else ", less what passes before training"
             told = f"{told} ({least} to {most}, by {pace.seconds.basis}){before}"
-        yield Bought(name, limit, "steps", about, least, most, extent.steps, told)
+        yield Affordable(name, limit, "steps", about, least, most, extent.steps, told)
 
 
-def _steps(limit: float, name: str, usd_per_hour: float | None, pace: Pace, train_seconds: float | None) -> int | None:
+def _steps(
+    limit: float, name: str, usd_per_hour: float | None, pace: StepCost, train_seconds: float | None
+) -> int | None:
     step = _of_a_step(name, usd_per_hour, pace.extent, train_seconds, pace.extent.row.tokens)
     if step is None:
         return None
@@ -98,7 +100,7 @@ def _steps(limit: float, name: str, usd_per_hour: float | None, pace: Pace, trai
 
 
 def _of_a_step(
-    name: str, usd_per_hour: float | None, extent: Extent, train_seconds: float | None, row_tokens: float
+    name: str, usd_per_hour: float | None, extent: Workload, train_seconds: float | None, row_tokens: float
 ) -> float | None:
     """What one step takes of the limit ``name``; ``None`` is unknown."""
     if name == "tokens":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_exp.config.schema import BudgetConfig
-from qlora_exp.estimate.affordable_steps import Bought
+from qlora_exp.estimate.affordable_steps import Affordable
 from qlora_exp.estimate.budget import limits_of
 
 if TYPE_CHECKING:
@@ -17,26 +17,29 @@ Cost = tuple[float, float, float]
 """Low, middle, high."""
 
 
-def trials_bought(runs: Sequence[PlannedRun], budget: BudgetConfig, trials: int | None) -> tuple[Bought, ...]:
+def affordable_trials(runs: Sequence[PlannedRun], budget: BudgetConfig, trials: int | None) -> tuple[Affordable, ...]:
     """What each limit buys of a sweep that begins, of as many ``trials`` (``None``: it has no end of its own), by the
     points that can be run."""
     counted = [run for run in runs if run.memory is not None]
     return tuple(
-        trials_of(name, limit, limit, *planned_cost(counted, name), trials) for name, limit in limits_of(budget).items()
+        affordable_trials_at(name, limit, limit, *planned_cost(counted, name), trials)
+        for name, limit in limits_of(budget).items()
     )
 
 
-def trials_of(name: str, limit: float, left: float, cost: Cost | None, basis: str, to_come: int | None) -> Bought:
+def affordable_trials_at(
+    name: str, limit: float, left: float, cost: Cost | None, basis: str, to_come: int | None
+) -> Affordable:
     """What is ``left`` of ``limit`` buys of the trials ``to_come``, of which one takes ``cost``, known by ``basis``."""
     told = f"budget.{name}={limit:.12g}"
     if cost is None:
         told = f"{told}: what a trial takes isn't known until the first has ended"
-        return Bought(name, limit, "trials", None, None, None, to_come, told)
+        return Affordable(name, limit, "trials", None, None, None, to_come, told)
     low, middle, high = (int(max(left, 0.0) / max(one, 1e-12)) for one in cost)
     about, least, most = (one if to_come is None else min(one, to_come) for one in (middle, high, low))
     among = f"of {to_come} trials" if to_come is not None else "trials"
     told = f"{told} buys about {about} {among} ({least} to {most}, by {basis})"
-    return Bought(name, limit, "trials", about, least, most, to_come, told)
+    return Affordable(name, limit, "trials", about, least, most, to_come, told)
 
 
 def planned_cost(runs: Sequence[PlannedRun], name: str) -> tuple[Cost | None, str]:

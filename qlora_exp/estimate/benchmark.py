@@ -10,23 +10,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qlora_exp.config.schema import ComputeDtype, Quantization, QuantizationConfig
-from qlora_exp.estimate.flops import Row, train_flops_per_token
+from qlora_exp.estimate.flops import MeanRow, train_flops_per_token
 from qlora_exp.models.base import load_model
 from qlora_exp.models.inspect import architecture_of
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource
 
-SIZES = {"cpu": (512, 4, 4, 128), "cuda": (2048, 2, 16, 512)}
+PROBE_SIZES = {"cpu": (512, 4, 4, 128), "cuda": (2048, 2, 16, 512)}
 """Hidden width, layers, rows, tokens a row: on a card enough work a kernel that it doesn't wait for its host (assumed:
 none was at hand)."""
-VOCABULARY = 4096
+PROBE_VOCABULARY = 4096
 
 
 def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: float) -> float:
     """Floating-point operations a second, counted as :func:`train_flops_per_token` counts them, of forward and backward
     passes through a frozen random base, repeated for ``seconds`` after one that isn't counted."""
     quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0)
-    hidden, layers, rows, length = SIZES[device_kind]
+    hidden, layers, rows, length = PROBE_SIZES[device_kind]
     with tempfile.TemporaryDirectory() as folder, quiet_loading():
         plain = _llama(hidden, layers, length)
         plain.save_pretrained(folder)
@@ -34,8 +34,8 @@ def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: flo
     model.train()
     model.get_input_embeddings().register_forward_hook(_with_gradient)
     architecture = architecture_of(plain)  # a quantized one's weights are packed: two to a byte in four bits
-    flops = rows * length * train_flops_per_token(architecture, 0, Row.whole(length), False, fused_head=False)
-    tokens = torch.arange(rows * length, device=model.device).reshape(rows, length) % VOCABULARY
+    flops = rows * length * train_flops_per_token(architecture, 0, MeanRow.whole(length), False, fused_head=False)
+    tokens = torch.arange(rows * length, device=model.device).reshape(rows, length) % PROBE_VOCABULARY
     _pass(model, tokens)
     steps, began = 0, time.perf_counter()
     while steps == 0 or time.perf_counter() - began < seconds:
@@ -52,7 +52,7 @@ def _llama(hidden: int, layers: int, length: int) -> LlamaForCausalLM:
             intermediate_size=3 * hidden,
             num_hidden_layers=layers,
             num_attention_heads=hidden // 64,
-            vocab_size=VOCABULARY,
+            vocab_size=PROBE_VOCABULARY,
             max_position_embeddings=length,
         )
     )

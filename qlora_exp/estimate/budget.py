@@ -20,11 +20,11 @@ from qlora_exp.training.meter import energy_counter_is_there
 
 LIMITS = ("seconds", "tokens", "usd", "kwh")
 """What is spent; ``memory_bytes`` is what a run must fit into."""
-OF_THE_STUDY = (*LIMITS, "memory_bytes")
+STUDY_LIMITS = (*LIMITS, "memory_bytes")
 JOULES_PER_KWH = 3.6e6
 RECORD_SECONDS = 1.0
 """How old what a record says may be while its run trains: as much of it is lost where the process is killed."""
-MEASURED = (Status.COMPLETED, Status.PRUNED)
+MEASURED_COST = (Status.COMPLETED, Status.PRUNED)
 """Trials whose cost says what the next one costs; a failed one's is spent, too, but ends anywhere."""
 
 
@@ -42,7 +42,7 @@ def budget_of(raw: Any) -> BudgetConfig:
 
 def without_limits(config: Config) -> Config:
     """A trial's configuration: the budget is the study's, and trials that it cut short could not be compared."""
-    unlimited: dict[str, Any] = dict.fromkeys(OF_THE_STUDY)
+    unlimited: dict[str, Any] = dict.fromkeys(STUDY_LIMITS)
     return dataclasses.replace(config, budget=dataclasses.replace(config.budget, **unlimited))
 
 
@@ -83,13 +83,13 @@ def exhausted(budget: BudgetConfig, spent: Spent) -> str | None:
     )
 
 
-def cut_short(name: str, steps: int, of_steps: int) -> str:
+def budget_stop_message(name: str, steps: int, of_steps: int) -> str:
     """A record's word on a training that its budget ended."""
     return f"budget.{name} was spent after {steps} of {of_steps} steps: the training ended there, and was scored"
 
 
 @dataclass(frozen=True)
-class Account:
+class LimitUsage:
     """One limit of a study. ``held``: what its trials have spent, and what those that run are expected to."""
 
     name: str
@@ -105,7 +105,7 @@ class Account:
         return statistics.fmean(self.costs) if self.costs else None
 
     @property
-    def buys_one(self) -> bool:
+    def covers_next_trial(self) -> bool:
         """Whether what is left buys one more trial; before one has finished, whether anything is left."""
         left = self.limit - self.held
         return left > 0 and (self.cost is None or self.cost <= left)
@@ -115,28 +115,28 @@ class Account:
         return f"{told}, a trial takes {self.cost:.3g}" if self.cost is not None else told
 
 
-class Purse:
+class StudyBudget:
     """A study's budget. Seconds are those of its runs added up: two at once spend it twice as fast."""
 
     def __init__(self, budget: BudgetConfig, outputs: OutputPaths) -> None:
         self._budget, self._outputs = budget, outputs
         self._ended: dict[str, Spent] = {}
 
-    def accounts(self, trials: Iterable[TrialRow]) -> list[Account]:
+    def accounts(self, trials: Iterable[TrialRow]) -> list[LimitUsage]:
         """Each limit's, from the records of all trials, failed attempts included."""
         rows = [(row, self._spent(row)) for row in trials]
         return [self._account(name, limit, rows) for name, limit in limits_of(self._budget).items()]
 
-    def short(self, trials: Iterable[TrialRow]) -> Account | None:
+    def short(self, trials: Iterable[TrialRow]) -> LimitUsage | None:
         """The account that doesn't buy one more trial beside those that run; ``None``: all do."""
-        return next((account for account in self.accounts(trials) if not account.buys_one), None)
+        return next((account for account in self.accounts(trials) if not account.covers_next_trial), None)
 
-    def _account(self, name: str, limit: float, rows: Sequence[tuple[TrialRow, Spent]]) -> Account:
+    def _account(self, name: str, limit: float, rows: Sequence[tuple[TrialRow, Spent]]) -> LimitUsage:
         amounts = [(row, amount(spent, name, self._budget.usd_per_hour)) for row, spent in rows]
-        costs = tuple(cost for row, cost in amounts if row.status in MEASURED and row.refusal is None)
+        costs = tuple(cost for row, cost in amounts if row.status in MEASURED_COST and row.refusal is None)
         expected = statistics.fmean(costs) if costs else 0.0
         held = sum(max(cost, expected) if row.state == "RUNNING" else cost for row, cost in amounts)
-        return Account(name, limit, sum(cost for _, cost in amounts), held, costs)
+        return LimitUsage(name, limit, sum(cost for _, cost in amounts), held, costs)
 
     def _spent(self, row: TrialRow) -> Spent:
         if row.run_id is None:

@@ -54,7 +54,7 @@ def known_card_rate(card: str | None, quantization: Quantization) -> Rate | None
     return rate_from_calibration(found[mode], machine, quantization.value) if mode in found else None
 
 
-def calibrate(environment: Environment, seconds_a_mode: float = SECONDS_A_MODE) -> Iterator[tuple[str, float]]:
+def calibrate_device(environment: Environment, seconds_a_mode: float = SECONDS_A_MODE) -> Iterator[tuple[str, float]]:
     """Measure each mode and keep the rates; gives (mode, operations a second) as they come."""
     from qlora_exp.estimate.benchmark import measured_flops_per_second
 

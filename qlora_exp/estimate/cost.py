@@ -9,12 +9,12 @@ from typing import Any
 
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.schema import Config, Isolation, to_plain
-from qlora_exp.estimate.affordable_steps import Pace
+from qlora_exp.estimate.affordable_steps import StepCost
 from qlora_exp.estimate.calibration import known_card_rate, known_rate
 from qlora_exp.estimate.device import PlanDevice
-from qlora_exp.estimate.duration import Interval, Rate, at_whole_rate, predicted_seconds, predicted_usd
-from qlora_exp.estimate.flops import Extent
-from qlora_exp.estimate.throughput import Seen, seen_of
+from qlora_exp.estimate.duration import Interval, Rate, lower_bound_seconds, predicted_seconds, predicted_usd
+from qlora_exp.estimate.flops import Workload
+from qlora_exp.estimate.throughput import MeasuredThroughput, from_finished_runs
 from qlora_exp.estimate.tokens import PlannedRows
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import Environment, RunRecord
@@ -24,7 +24,7 @@ from qlora_exp.training.meter import card_of
 
 
 @dataclass(frozen=True)
-class Payment:
+class CostEstimate:
     """Steps, tokens and seconds of training; other seconds, of loading and scoring; US dollars of both, of training
     alone where the others aren't known. Times and dollars with their intervals (low, high); ``None`` is unknown."""
 
@@ -38,10 +38,10 @@ class Payment:
     usd_interval: tuple[float, float] | None
 
 
-UNKNOWN = Payment(None, None, None, None, None, None, None, None)
+UNKNOWN_COST = CostEstimate(None, None, None, None, None, None, None, None)
 
 
-class Cashier:
+class CostEstimator:
     """Looks at the machine, its rates and the prices once. ``records``: ended runs, the newest first; those of
     the same base go before the machine's calibration. ``hosts``: whether trial hosts will train, which share the cores.
 
@@ -51,7 +51,7 @@ class Cashier:
 
     def __init__(self, records: Sequence[RunRecord] = (), hosts: bool = False) -> None:
         self._records, self._hosts = records, hosts
-        self._known: dict[tuple[Any, ...], tuple[Seen, Rate | None]] = {}
+        self._known: dict[tuple[Any, ...], tuple[MeasuredThroughput, Rate | None]] = {}
         self._prices: Mapping[str, float] = read_prices()
 
     def payment(
@@ -61,26 +61,26 @@ class Cashier:
         architecture: Architecture,
         modules: Sequence[str],
         rows: PlannedRows | None = None,
-    ) -> tuple[Payment, Pace]:
+    ) -> tuple[CostEstimate, StepCost]:
         """What ``config`` takes, and at what pace. ``rows``: the task's; unknown, every one counts as long as
         ``training.max_length``, an upper bound (and as the shortest, one of a single token)."""
-        extent = Extent.of(config.training, rows.lengths if rows else None)
+        extent = Workload.of(config.training, rows.lengths if rows else None)
         seen, calibrated = self._seen(config, device, extent.steps)
 
         def by(rate: Rate | None) -> Interval | None:
             return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
 
         seconds = by(seen.rate or calibrated)
-        least = at_whole_rate(by(calibrated))
+        least = lower_bound_seconds(by(calibrated))
         hourly = config.budget.usd_per_hour
         if hourly is None:
             hourly = usd_per_hour(device.kind, device.card, self._prices)
         usd = predicted_usd(seconds.plus(seen.other) if seconds else None, hourly)
-        paid = Payment(extent.steps, extent.tokens, *_told(seconds), *_told(seen.other), *_told(usd))
+        paid = CostEstimate(extent.steps, extent.tokens, *_told(seconds), *_told(seen.other), *_told(usd))
         shortest = float(rows.lengths.shortest_tokens) if rows else 1.0
-        return paid, Pace(extent, shortest, seconds, least, seen.before)
+        return paid, StepCost(extent, shortest, seconds, least, seen.before)
 
-    def _seen(self, config: Config, device: PlanDevice, steps: int) -> tuple[Seen, Rate | None]:
+    def _seen(self, config: Config, device: PlanDevice, steps: int) -> tuple[MeasuredThroughput, Rate | None]:
         """What ended runs say, and the machine's calibration."""
         threads = _threads(config, self._hosts)
         sections = (config.model, config.quantization.mode, config.task, config.evaluation)
@@ -95,11 +95,11 @@ class Cashier:
             self._known[key] = seen, calibrated
         return self._known[key]
 
-    def _of(self, config: Config, there: Environment | None, steps: int) -> Seen:
+    def _of(self, config: Config, there: Environment | None, steps: int) -> MeasuredThroughput:
         if there is None:
-            return Seen(None, None, None)
+            return MeasuredThroughput(None, None, None)
         warm = self._hosts and config.workers is not None and config.workers.isolation is Isolation.warm
-        return seen_of(self._records, there, redact(to_plain(config)), steps, warm)
+        return from_finished_runs(self._records, there, redact(to_plain(config)), steps, warm)
 
     def _where(self, card: str | None) -> Environment | None:
         """Where the last run on such a card was made."""

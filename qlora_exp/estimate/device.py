@@ -13,7 +13,7 @@ from qlora_exp.config.names import QUANTIZED
 from qlora_exp.config.schema import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
 
-MIB = 2**20
+BYTES_PER_MIB = 2**20
 CARDS: dict[str, tuple[int, bool, str]] = {
     "t4": (15_360, False, "T4"),
     "v100_16gb": (16_384, False, "V100 SXM2"),
@@ -37,7 +37,7 @@ CARDS: dict[str, tuple[int, bool, str]] = {
 """Card → (memory in MiB as nvidia-smi tells it, whether it has bfloat16, its name in conf/prices.yaml). From
 their makers' data sheets; none of them was at hand."""
 
-UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+DEVICE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -72,7 +72,7 @@ def device_called(name: str) -> PlanDevice:
         what = f"no card called {name!r} is known"
         raise ConfigError(what, f"plan.device={name}", nearest(name, ("cpu", "cuda", *CARDS)))
     memory_mib, bf16, card = CARDS[name]
-    return PlanDevice(name, "cuda", bf16, memory_mib * MIB, card)
+    return PlanDevice(name, "cuda", bf16, memory_mib * BYTES_PER_MIB, card)
 
 
 def device_of(config: Config) -> PlanDevice:
@@ -109,7 +109,7 @@ def size_bytes(text: str) -> int:
         ConfigError: no number, an unknown unit or none.
     """
     if text in CARDS:
-        return CARDS[text][0] * MIB
+        return CARDS[text][0] * BYTES_PER_MIB
     found = SIZE.fullmatch(text)
     if not found:
         what = "a memory size is a number above 0 with a unit, or a card's name"
@@ -117,8 +117,8 @@ def size_bytes(text: str) -> int:
     number, unit = found.groups()
     if float(number) == 0:
         raise ConfigError("nothing fits into no memory", f"--fit {text}", "e.g. --fit 24GB")
-    factor = UNITS.get(unit) or {name.upper(): value for name, value in UNITS.items()}.get(unit.upper())
+    factor = DEVICE_UNITS.get(unit) or {name.upper(): value for name, value in DEVICE_UNITS.items()}.get(unit.upper())
     if factor is None:
         what = f"{unit!r} is no unit of memory" if unit else "the size has no unit"
-        raise ConfigError(what, f"--fit {text}", f"e.g. --fit {number}GB; units: {', '.join(UNITS)}")
+        raise ConfigError(what, f"--fit {text}", f"e.g. --fit {number}GB; units: {', '.join(DEVICE_UNITS)}")
     return round(float(number) * factor)

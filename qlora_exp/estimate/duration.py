@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.schema import Config
-from qlora_exp.estimate.flops import Extent, train_flops
+from qlora_exp.estimate.flops import Workload, train_flops
 
 CALIBRATED_SHARE = (0.31, 0.52, 0.92)
 """Of the calibration's rate, what a training reaches: low, middle, high. The calibration multiplies matrices; a step
@@ -51,7 +51,7 @@ def predicted_seconds(
     config: Config,
     device_kind: str,
     rate: Rate | None,
-    extent: Extent,
+    extent: Workload,
 ) -> Interval | None:
     """Seconds of training ``config`` with adapters on ``modules`` (full names), without loading and evaluation;
     ``None`` where the machine's rate is unknown."""
@@ -74,7 +74,7 @@ def rate_from_calibration(flops_per_second: float, machine: str, quantization: s
     return Rate(Interval(low, middle, high, basis), machine, quantization)
 
 
-def at_whole_rate(calibrated: Interval | None) -> float | None:
+def lower_bound_seconds(calibrated: Interval | None) -> float | None:
     """The least that a training can take that the calibration alone tells ``calibrated`` seconds: nothing but matrix
     products."""
     return calibrated.low * CALIBRATED_SHARE[-1] if calibrated is not None else None

@@ -14,14 +14,20 @@ from qlora_exp.architecture.targets import rank_above_width, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora
 from qlora_exp.config.schema import Config, DeviceChoice, ModelConfig, TargetsConfig
 from qlora_exp.errors import ConfigError, QloraExpError
-from qlora_exp.estimate.affordable_steps import Bought, BuysNoStep, Pace, check_buys_a_step, steps_bought
+from qlora_exp.estimate.affordable_steps import (
+    Affordable,
+    BudgetTooSmall,
+    StepCost,
+    affordable_steps,
+    check_buys_a_step,
+)
 from qlora_exp.estimate.budget import check_energy, limits_of
-from qlora_exp.estimate.cost import UNKNOWN, Cashier
+from qlora_exp.estimate.cost import UNKNOWN_COST, CostEstimator
 from qlora_exp.estimate.device import PlanDevice, device_of, notes_on
-from qlora_exp.estimate.fit_result import Verdict, bound_of, verdict_of
-from qlora_exp.estimate.flops import Extent
+from qlora_exp.estimate.fit_result import FitResult, planned_limit, verdict_of
+from qlora_exp.estimate.flops import Workload
 from qlora_exp.estimate.peak import predicted_peak
-from qlora_exp.estimate.sweep import Point
+from qlora_exp.estimate.sweep import Candidate
 from qlora_exp.estimate.tokens import PlannedRows, RowCounter
 from qlora_exp.estimate.weights import BaseBytes, adapter_bytes, base_bytes
 from qlora_exp.records.types import RunRecord
@@ -79,7 +85,7 @@ class PlannedRun:
     other_seconds_interval: tuple[float, float] | None
     usd: float | None
     usd_interval: tuple[float, float] | None
-    budget: tuple[Bought, ...]
+    budget: tuple[Affordable, ...]
     fits: bool | None
     near_the_edge: bool
     reason: str
@@ -104,14 +110,14 @@ class Planner:
         self._fit_bytes = fit_bytes
         self._architectures: dict[str, Architecture | QloraExpError] = {}
         self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
-        self._cashier = Cashier(records, hosts)
+        self._cashier = CostEstimator(records, hosts)
         self._hosts = hosts
         self._counter = counter
         self._problems: dict[str, QloraExpError] = {}
-        self._too_dear: BuysNoStep | None = None
+        self._too_dear: BudgetTooSmall | None = None
         self._some_can_start = False
 
-    def plan(self, point: Point) -> PlannedRun:
+    def plan(self, point: Candidate) -> PlannedRun:
         """The figures of one point; what can't be run becomes a row with its reason, too."""
         config = point.config
         if config is None:
@@ -176,13 +182,13 @@ class Planner:
         rows = self._counter.of(config) if self._counter is not None else None
         peak = _peak(architecture, names, config, device, rows)
         exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
-        bound = bound_of(self._fit_bytes, config.budget.memory_bytes, self._shared(device, config))
+        bound = planned_limit(self._fit_bytes, config.budget.memory_bytes, self._shared(device, config))
         verdict = verdict_of(peak, exact, base.total_bytes, bound, device.kind)
         limits = limits_of(config.budget)
         paid, pace = self._cashier.payment(config, device, architecture, names, rows)
         refused = self._refused_by_budget(config, device, pace)
         if refused is not None:
-            verdict = Verdict(False, False, f"{refused.what}; {verdict.reason}")
+            verdict = FitResult(False, False, f"{refused.what}; {verdict.reason}")
         self._some_can_start |= refused is None
         return PlannedRun(
             params=params,
@@ -202,7 +208,7 @@ class Planner:
             disk=PlannedDisk(adapters.file_bytes, adapters.checkpoint_bytes),
             rows=rows,
             **vars(paid),
-            budget=() if self._hosts else tuple(steps_bought(limits, config.budget.usd_per_hour, pace)),
+            budget=() if self._hosts else tuple(affordable_steps(limits, config.budget.usd_per_hour, pace)),
             **vars(verdict),
             notes=(*notes_on(config, device, architecture), *([too_wide] if too_wide else [])),
         )
@@ -214,12 +220,12 @@ class Planner:
             return device
         return replace(device, memory_bytes=device.memory_bytes // hosts)
 
-    def _refused_by_budget(self, config: Config, device: PlanDevice, pace: Pace) -> QloraExpError | None:
+    def _refused_by_budget(self, config: Config, device: PlanDevice, pace: StepCost) -> QloraExpError | None:
         try:
             if device.kind == "cpu":  # whether a card counts its energy is that machine's to say
                 check_energy(config.budget, DeviceChoice.cpu)
             check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, pace)
-        except BuysNoStep as error:
+        except BudgetTooSmall as error:
             self._too_dear = min(self._too_dear or error, error, key=lambda one: one.times)
             return error
         except ConfigError as error:
@@ -240,7 +246,7 @@ class Planner:
             memory=None,
             disk=None,
             rows=None,
-            **vars(UNKNOWN),
+            **vars(UNKNOWN_COST),
             budget=(),
             fits=False,
             near_the_edge=False,
@@ -271,8 +277,8 @@ def _peak(
         device.kind,
         bf16=device.bf16,
         rows=rows.lengths if rows else None,
-        steps=Extent.of(config.training, rows.lengths).steps if rows else None,
-        joined_heap=heap.joins(heap.tunables()),
+        steps=Workload.of(config.training, rows.lengths).steps if rows else None,
+        joined_heap=heap.merges_free_chunks(heap.tunables()),
     ).needed_bytes
 
 

@@ -20,7 +20,7 @@ from qlora_exp.estimate.workload import RowLengths
 
 
 @dataclass(frozen=True)
-class Row:
+class MeanRow:
     """A training's mean row, in tokens. ``padded``: as long as its batch; ``scored``: of its tokens those that carry a
     loss, which alone get logits."""
 
@@ -29,13 +29,13 @@ class Row:
     scored: float
 
     @staticmethod
-    def whole(tokens: float) -> Row:
+    def whole(tokens: float) -> MeanRow:
         """All rows as long as this one, and each of their tokens with logits."""
-        return Row(tokens, tokens, tokens)
+        return MeanRow(tokens, tokens, tokens)
 
 
 def train_flops_per_token(
-    architecture: Architecture, adapter_parameters: int, row: Row, recomputed: bool, fused_head: bool = True
+    architecture: Architecture, adapter_parameters: int, row: MeanRow, recomputed: bool, fused_head: bool = True
 ) -> float:
     """Operations to train one unpadded token of rows like ``row``.
 
@@ -57,30 +57,30 @@ def train_flops_per_token(
 
 
 @dataclass(frozen=True)
-class Extent:
+class Workload:
     """How much a training processes. ``step_rows``: in the mean of an epoch, whose last step has what is left."""
 
     steps: int
     step_rows: float
-    row: Row
+    row: MeanRow
     tokens: int
 
     @staticmethod
-    def of(training: TrainingConfig, lengths: RowLengths | None = None) -> Extent:
+    def of(training: TrainingConfig, lengths: RowLengths | None = None) -> Workload:
         """``lengths``: of the rows that there are; unknown, every step has a whole batch, and every row is as long as
         ``training.max_length`` with a loss on all of it, an upper bound."""
         rows = lengths.rows if lengths is not None else None
         step_rows = rows / math.ceil(rows / training.batch_size) if rows else float(training.batch_size)
-        row = Row.whole(float(training.max_length))
+        row = MeanRow.whole(float(training.max_length))
         if lengths is not None:
             together = min(training.micro_batch_size or training.batch_size, lengths.rows)
-            row = Row(lengths.mean_tokens, lengths.mean_longest(together), lengths.scored_mean_tokens)
+            row = MeanRow(lengths.mean_tokens, lengths.expected_padded_length(together), lengths.scored_mean_tokens)
         if training.max_tokens is not None:
-            return Extent(
+            return Workload(
                 math.ceil(training.max_tokens / (step_rows * row.tokens)), step_rows, row, training.max_tokens
             )
         steps = training.max_steps or 0
-        return Extent(steps, step_rows, row, round(steps * step_rows * row.tokens))
+        return Workload(steps, step_rows, row, round(steps * step_rows * row.tokens))
 
     @property
     def padded_tokens(self) -> int:
@@ -92,7 +92,7 @@ class Extent:
 
 
 def train_flops(
-    architecture: Architecture, modules: Sequence[str], config: Config, device_kind: str, extent: Extent
+    architecture: Architecture, modules: Sequence[str], config: Config, device_kind: str, extent: Workload
 ) -> float:
     """Operations of training ``config`` with adapters on ``modules`` (full names)."""
     wanted = set(modules)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.errors import ConfigError
-from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Fit, Refusal, RunRecord, Status
+from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Fit, RunRecord, SkippedTrial, Status
 
 ERROR = {"cpu": 0.22, "cuda": 0.5}
 """Device → the largest error of a predicted peak, as a share: on a CPU of the configurations not fitted to in
 docs/plan_accuracy.md, of either of two processes, but for the one with experts in 16 bit; on CUDA nothing has been
 compared, and the figure is a guess."""
-MEASURED = (Status.COMPLETED, Status.PRUNED)
+MEASURED_PEAKS = (Status.COMPLETED, Status.PRUNED)
 OTHERS_SHARE = 0.5
 """Of the bound: predictions err by less than a factor of two."""
 CPU_PROCESS_BYTES = 590_000_000
@@ -28,8 +28,8 @@ processes share."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a run is predicted to need. Bytes as in ``records.types.Fit``; the rest as in ``Refusal``."""
+class MemoryEstimate:
+    """What a run is predicted to need. Bytes as in ``records.types.Fit``; the rest as in ``SkippedTrial``."""
 
     peak_bytes: int
     context_bytes: int
@@ -40,7 +40,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Kin:
+class MemoryCorrection:
     """What the ended runs of one kin say of the next one."""
 
     key: str
@@ -53,36 +53,36 @@ class Kin:
 
 
 @dataclass(frozen=True)
-class MemoryRule:
+class MemoryLimit:
     """What a run must fit into. ``bound_bytes``: ``budget.memory_bytes``; ``None``: the device's memory divided by
     ``hosts``, the trial hosts that share it. ``force``: it runs though it is predicted not to fit."""
 
     bound_bytes: int | None
     hosts: int
-    kin: tuple[Kin, ...]
-    tries_the_edge: bool
+    kin: tuple[MemoryCorrection, ...]
+    allow_borderline: bool
     """Whether what is predicted within the prediction's error of the bound may run."""
     halvings: int
     """How often a trial's micro-batch may be halved so that it fits."""
     force: bool = False
 
 
-class DoesNotFit(ConfigError):
+class PredictedOutOfMemory(ConfigError):
     """The run is predicted to need more memory than it may take."""
 
-    def __init__(self, what: str, where: str, hint: str, refusal: Refusal) -> None:
+    def __init__(self, what: str, where: str, hint: str, refusal: SkippedTrial) -> None:
         super().__init__(what, where, hint)
         self.refusal = refusal
 
 
-def key_of(config: Mapping[str, Any], device: Device) -> str:
+def correction_key(config: Mapping[str, Any], device: Device) -> str:
     """The kin of a run by its recorded configuration."""
     model = config["model"]
     parts = (model["family"], model["variant"], model.get("path"), config["quantization"]["mode"])
     return " ".join(str(part) for part in (*parts, device.kind, device.name) if part is not None)
 
 
-def bound_of(rule: MemoryRule, device: Device) -> int | None:
+def memory_limit_bytes(rule: MemoryLimit, device: Device) -> int | None:
     """What training may need; on a CPU beyond what its process holds after its imports. ``None``: it isn't known."""
     if rule.bound_bytes is not None or device.memory_bytes is None:
         return rule.bound_bytes
@@ -90,7 +90,7 @@ def bound_of(rule: MemoryRule, device: Device) -> int | None:
     return max(share - CPU_PROCESS_BYTES, 1) if device.kind == "cpu" else share
 
 
-def halved(micro_batch_size: int, batch_size: int) -> int:
+def next_smaller_micro_batch(micro_batch_size: int, batch_size: int) -> int:
     """The next smaller micro-batch, half or less, of which a number makes the batch: 1 of 5, 3 of 9."""
     rows = max(micro_batch_size // 2, 1)
     while batch_size % rows:
@@ -98,7 +98,7 @@ def halved(micro_batch_size: int, batch_size: int) -> int:
     return rows
 
 
-def fit_into(bound_bytes: int, need: Need, rule: MemoryRule, key: str, device_kind: str) -> tuple[Fit, bool]:
+def fit_into(bound_bytes: int, need: MemoryEstimate, rule: MemoryLimit, key: str, device_kind: str) -> tuple[Fit, bool]:
     """The prediction beside the bound, and whether the run may start.
 
     Refused is what is predicted above the bound, by more than the prediction's error where the rule tries the edge;
@@ -106,18 +106,18 @@ def fit_into(bound_bytes: int, need: Need, rule: MemoryRule, key: str, device_ki
     memory, at least as much more than the bound as its prediction is more than that one's. Nothing is refused where
     the rule forces it.
     """
-    kin = next((one for one in rule.kin if one.key == key), Kin(key, 1.0, 0, None))
+    kin = next((one for one in rule.kin if one.key == key), MemoryCorrection(key, 1.0, 0, None))
     corrected = kin.ratio * need.peak_bytes + need.context_bytes
     ran_out = kin.ran_out_bytes is not None and need.peak_bytes >= kin.ran_out_bytes
     if kin.ran_out_bytes and ran_out:
         corrected = max(corrected, bound_bytes * need.peak_bytes / kin.ran_out_bytes)
     fit = Fit(need.peak_bytes, need.context_bytes, round(corrected), bound_bytes, ERROR[device_kind], kin.count)
-    tolerated = fit.error if rule.tries_the_edge else 0.0
+    tolerated = fit.error if rule.allow_borderline else 0.0
     may_start = not ran_out and fit.excess <= tolerated and need.exact_bytes + need.context_bytes <= bound_bytes
     return fit, may_start or rule.force
 
 
-def kin_of(records: Iterable[RunRecord], bound_bytes: int | None) -> tuple[Kin, ...]:
+def corrections(records: Iterable[RunRecord], bound_bytes: int | None) -> tuple[MemoryCorrection, ...]:
     """What ended runs say, kin by kin.
 
     ``ratio`` is the median of measured over predicted peaks. A run that ran out of memory needed more than its bound:
@@ -127,7 +127,7 @@ def kin_of(records: Iterable[RunRecord], bound_bytes: int | None) -> tuple[Kin, 
     by_key: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
         if predicted_of(record) is not None:
-            by_key[key_of(record.config, record.environment.device)].append(record)
+            by_key[correction_key(record.config, record.environment.device)].append(record)
     return tuple(_kin(key, kin, bound_bytes) for key, kin in by_key.items())
 
 
@@ -139,11 +139,11 @@ def predicted_of(record: RunRecord) -> int | None:
 
 def measured_of(record: RunRecord) -> int | None:
     """The peak that is comparable with :func:`predicted_of`; ``None`` where it isn't known."""
-    return record.memory.train_working_set_bytes if record.status in MEASURED else None
+    return record.memory.train_working_set_bytes if record.status in MEASURED_PEAKS else None
 
 
-def _kin(key: str, records: Sequence[RunRecord], bound_bytes: int | None) -> Kin:
-    fitted = [(predicted_of(record) or 0, measured_of(record)) for record in records if record.status in MEASURED]
+def _kin(key: str, records: Sequence[RunRecord], bound_bytes: int | None) -> MemoryCorrection:
+    fitted = [(predicted_of(record) or 0, measured_of(record)) for record in records if record.status in MEASURED_PEAKS]
     ratios = [measured / predicted for predicted, measured in fitted if measured and predicted]
     out = [record for record in records if record.status is Status.OUT_OF_MEMORY and _counts(record, bound_bytes)]
     middle = statistics.median(ratios) if ratios else 1.0
@@ -151,7 +151,7 @@ def _kin(key: str, records: Sequence[RunRecord], bound_bytes: int | None) -> Kin
     most_fitted = max((predicted for predicted, _ in fitted), default=0)
     ran_out = [predicted for record in out if (predicted := predicted_of(record)) and predicted > most_fitted]
     ratio = statistics.median([*ratios, *raised]) if ratios or raised else 1.0
-    return Kin(key, ratio, len(ratios), min(ran_out, default=None))
+    return MemoryCorrection(key, ratio, len(ratios), min(ran_out, default=None))
 
 
 def _counts(record: RunRecord, bound_bytes: int | None) -> bool:

@@ -16,8 +16,8 @@ from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, gradie
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.config.names import QUANTIZED
 from qlora_exp.config.schema import Config, Quantization
-from qlora_exp.estimate.activations import FLOAT32, Kept, kept_per_token, written_out
-from qlora_exp.estimate.traits import habits_of
+from qlora_exp.estimate.activations import FLOAT32, SavedActivations, is_eager, saved_bytes_per_token
+from qlora_exp.estimate.traits import traits_of
 from qlora_exp.estimate.weights import WIDTHS_OF, adapter_bytes, base_bytes, temporaries_bytes
 from qlora_exp.estimate.workload import RowLengths
 
@@ -106,7 +106,7 @@ def predicted_peak(
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     base = base_bytes(architecture, config.quantization, shape.compute)
     resting = base.base_weight_bytes + base.quantization_state_bytes + adapters.adapter_bytes + adapters.optimizer_bytes
-    kept = kept_per_token(
+    kept = saved_bytes_per_token(
         architecture,
         wanted,
         r=config.lora.r,
@@ -117,7 +117,7 @@ def predicted_peak(
         padded=shape.padded,
         cuda=shape.cuda,
         lora_dropout=config.lora.dropout > 0,
-        eager=written_out(config.model.attention, architecture),
+        eager=is_eager(config.model.attention, architecture),
     )
     logits = _logits(architecture, shape)
     unpacked = _unpacked(architecture, config, shape)
@@ -128,7 +128,7 @@ def predicted_peak(
     in_layer = _Moment(with_gradients, outer + recomputed, 0, unpacked, 0)
     in_optimizer = _Moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters), 0, 0, 0)
     if not shape.cuda:
-        slack = _gaps(JOINED_HEAP if joined_heap else PLAIN_HEAP, architecture, shape, kept, logits)
+        slack = _heap_fragmentation(JOINED_HEAP if joined_heap else PLAIN_HEAP, architecture, shape, kept, logits)
         at_head, in_layer = replace(at_head, slack=slack), replace(in_layer, slack=slack)
     moments = (at_head, in_layer, in_optimizer) if shape.cuda else (at_head, in_layer)
     return max((_peak(moment, shape) for moment in moments), key=lambda peak: peak.peak_bytes)
@@ -170,7 +170,7 @@ class _Shape:
         scored: float = rows * (length - 1)
         if lengths:
             batches = (steps or training.max_steps or MANY_STEPS) * math.ceil(training.batch_size / rows)
-            scored = min(scored, lengths.most_scored(rows, batches))
+            scored = min(scored, lengths.max_loss_tokens(rows, batches))
         differ = lengths is None or lengths.differ
         length_multiple, logits_multiple = shape_multiples(
             compute, device_kind, training.max_length, architecture.positions
@@ -211,7 +211,7 @@ def _logits(architecture: Architecture, shape: _Shape) -> float:
         tile = tokens * HEAD_VOCABULARY * shape.width
     else:
         words = min(architecture.vocabulary_size, HEAD_VOCABULARY)
-        capped = FLOAT32 if habits_of(architecture.model_type).softcaps else 0
+        capped = FLOAT32 if traits_of(architecture.model_type).logit_softcapping else 0
         tile = tokens * words * (HEAD_BYTES_WITHOUT_TRITON + capped + shape.width)
         tile += tokens * PAGE_BYTES if words < HEAD_VOCABULARY else 0
     return tile + shape.scored * architecture.hidden_size * FLOAT32
@@ -229,7 +229,9 @@ def _matrix(weight: WeightShape) -> int:
     return weight.in_features * weight.out_features
 
 
-def _gaps(heap: Heap, architecture: Architecture, shape: _Shape, kept: Kept, logits: float) -> float:
+def _heap_fragmentation(
+    heap: Heap, architecture: Architecture, shape: _Shape, kept: SavedActivations, logits: float
+) -> float:
     tile = min(shape.scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
     in_heap = logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0
     kernels = heap.kernels_16_bit_bytes if shape.width < FLOAT32 else 0.0

@@ -8,16 +8,24 @@ from typing import Any
 
 from qlora_exp.config.checks import check
 from qlora_exp.config.schema import Checkpointing, Config, Quantization, to_plain
-from qlora_exp.estimate.memory_fit import DoesNotFit, MemoryRule, Need, bound_of, fit_into, halved, key_of
+from qlora_exp.estimate.memory_fit import (
+    MemoryEstimate,
+    MemoryLimit,
+    PredictedOutOfMemory,
+    correction_key,
+    fit_into,
+    memory_limit_bytes,
+    next_smaller_micro_batch,
+)
 from qlora_exp.estimate.peak import Peak
 from qlora_exp.estimate.preflight_budget import check_budget_buys_a_step
 from qlora_exp.estimate.run_estimate import peak_of, row_lengths
 from qlora_exp.estimate.weights import in_mode, smallest_base
 from qlora_exp.formatting import bytes_text
-from qlora_exp.records.types import Device, Environment, Fit, Plan, Refusal
+from qlora_exp.records.types import Device, Environment, Fit, Plan, SkippedTrial
 from qlora_exp.runs.prepare import Prepared
 
-SMALLER = (Quantization.bf16, Quantization.int8, Quantization.nf4)
+SMALLER_QUANTIZATIONS = (Quantization.bf16, Quantization.int8, Quantization.nf4)
 """Modes to fall back to, the most precise first."""
 WIDTH = {Quantization.fp32: 32, Quantization.bf16: 16, Quantization.fp16: 16, Quantization.int8: 8}
 """Bits of a weight; 4 for the others."""
@@ -25,21 +33,21 @@ SHORTEST = 16
 """Tokens; no training of shorter rows is proposed."""
 
 
-def fit_of(config: Config, prepared: Prepared, environment: Environment, rule: MemoryRule) -> Fit | None:
+def memory_fit(config: Config, prepared: Prepared, environment: Environment, rule: MemoryLimit) -> Fit | None:
     """What the run is predicted to need beside what it may take; ``None`` where that isn't known.
 
     Raises:
-        DoesNotFit: it is predicted to need too much; with its parts, and what would fit.
+        PredictedOutOfMemory: it is predicted to need too much; with its parts, and what would fit.
         ConfigError: its budget doesn't buy one step.
     """
     check_budget_buys_a_step(config, prepared)
     device, planned = environment.device, prepared.plan
-    bound = bound_of(rule, device)
+    bound = memory_limit_bytes(rule, device)
     if bound is None:
         return None
     exact = peak_of(config, environment, prepared.architecture, prepared.modules, prepared.splits).exact_bytes
     need = need_of(planned, exact)
-    fit, may_start = fit_into(bound, need, rule, key_of(to_plain(config), device), device.kind)
+    fit, may_start = fit_into(bound, need, rule, correction_key(to_plain(config), device), device.kind)
     if may_start and fit.excess < -fit.error:
         return fit
     limited = rule.bound_bytes is not None
@@ -48,7 +56,9 @@ def fit_of(config: Config, prepared: Prepared, environment: Environment, rule: M
     if may_start:
         return fit
     where = f"budget.memory_bytes = {bound}" if limited else _whose(device, bound, rule.hosts)
-    raise DoesNotFit(what, where, f"{hint}; --force starts it", Refusal(fit, need.train_seconds, need.train_flops))
+    raise PredictedOutOfMemory(
+        what, where, f"{hint}; --force starts it", SkippedTrial(fit, need.train_seconds, need.train_flops)
+    )
 
 
 def _whose(device: Device, bound: int, hosts: int) -> str:
@@ -61,11 +71,11 @@ def _whose(device: Device, bound: int, hosts: int) -> str:
     return f"the memory of {device.name} = {bound}{shared}"
 
 
-def need_of(planned: Plan, exact_bytes: int = 0) -> Need:
+def need_of(planned: Plan, exact_bytes: int = 0) -> MemoryEstimate:
     """A plan with predictions, as feasibility sees it."""
     tokens = planned.predicted_train_tokens
     flops = planned.train_flops_per_token
-    return Need(
+    return MemoryEstimate(
         peak_bytes=planned.predicted_peak_train_bytes or 0,
         context_bytes=planned.predicted_context_bytes or 0,
         train_seconds=planned.predicted_train_seconds,
@@ -135,7 +145,7 @@ def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str
     training = config.training
     rows = training.micro_batch_size or training.batch_size
     length = min(training.max_length, max(row_lengths(prepared.splits)))
-    modes = [mode for mode in SMALLER if WIDTH.get(mode, 4) < WIDTH.get(config.quantization.mode, 4)]
+    modes = [mode for mode in SMALLER_QUANTIZATIONS if WIDTH.get(mode, 4) < WIDTH.get(config.quantization.mode, 4)]
 
     def trained(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
         return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))
@@ -149,7 +159,7 @@ def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str
 
 def _halvings(rows: int, batch_size: int) -> Iterator[int]:
     while rows > 1:
-        rows = halved(rows, batch_size)
+        rows = next_smaller_micro_batch(rows, batch_size)
         yield rows
 
 

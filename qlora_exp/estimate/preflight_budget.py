@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_exp.config.schema import Config
-from qlora_exp.estimate.affordable_steps import Pace, check_buys_a_step, steps_bought
+from qlora_exp.estimate.affordable_steps import StepCost, affordable_steps, check_buys_a_step
 from qlora_exp.estimate.budget import limits_of
 from qlora_exp.estimate.duration import Interval
 from qlora_exp.estimate.run_estimate import row_lengths
@@ -21,15 +21,15 @@ def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
     check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared))
 
 
-def what_it_buys(config: Config, prepared: Prepared) -> Iterator[str]:
+def affordable_steps_message(config: Config, prepared: Prepared) -> Iterator[str]:
     """A sentence for each limit; a training ends after the step that reaches it."""
-    for bought in steps_bought(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared)):
+    for bought in affordable_steps(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared)):
         yield bought.told
 
 
-def _pace(prepared: Prepared) -> Pace:
+def _pace(prepared: Prepared) -> StepCost:
     predicted = prepared.predicted
-    return Pace(
+    return StepCost(
         extent=predicted.extent,
         shortest_row_tokens=min(row_lengths(prepared.splits)),
         seconds=_train_seconds(prepared),

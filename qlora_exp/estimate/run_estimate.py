@@ -9,10 +9,10 @@ from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.data.items import Splits
 from qlora_exp.estimate.calibration import known_rate
-from qlora_exp.estimate.duration import Interval, Rate, at_whole_rate, predicted_seconds, predicted_usd
-from qlora_exp.estimate.flops import Extent, train_flops_per_token
+from qlora_exp.estimate.duration import Interval, Rate, lower_bound_seconds, predicted_seconds, predicted_usd
+from qlora_exp.estimate.flops import Workload, train_flops_per_token
 from qlora_exp.estimate.peak import Peak, predicted_peak
-from qlora_exp.estimate.throughput import seen_of
+from qlora_exp.estimate.throughput import from_finished_runs
 from qlora_exp.estimate.workload import RowLengths
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import Environment, Plan, RunRecord
@@ -21,7 +21,7 @@ from qlora_exp.system.hardware import price_of
 
 
 @dataclass(frozen=True)
-class Predicted:
+class PredictedRun:
     """``plan`` has what memory, time and money are expected to be, for the rows that there are. Seconds; ``None`` is
     unknown."""
 
@@ -30,7 +30,7 @@ class Predicted:
     """By this machine's calibration alone, at the whole of its rate: earlier runs may have been slowed by something."""
     before_seconds: float | None
     """What passes from loading on beside training and the last scoring, by runs like it."""
-    extent: Extent
+    extent: Workload
     """As is expected: with ``training.max_tokens`` the plan's steps are an upper bound."""
 
 
@@ -43,17 +43,17 @@ def predicted(
     splits: Splits,
     ended: Sequence[RunRecord],
     warm: bool,
-) -> Predicted:
+) -> PredictedRun:
     """``ended``: runs of which those of the same base say how fast this machine is; else its calibration does.
     ``warm``: its base is here already."""
     device = environment.device
     peak = peak_of(config, environment, architecture, modules, splits)
-    extent = Extent.of(config.training, lengths_of(splits, config.training.max_length))
+    extent = Workload.of(config.training, lengths_of(splits, config.training.max_length))
 
     def by(rate: Rate | None) -> Interval | None:
         return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
 
-    seen = seen_of(ended, environment, redact(to_plain(config)), extent.steps, warm)
+    seen = from_finished_runs(ended, environment, redact(to_plain(config)), extent.steps, warm)
     calibrated = by(known_rate(environment, config.quantization.mode))
     seconds = by(seen.rate) if seen.rate is not None else calibrated
     price = price_of(config.budget.usd_per_hour, device.kind, device.name)
@@ -79,7 +79,7 @@ def predicted(
         usd_per_hour_from=price.source if price else None,
         predicted_other_seconds=seen.other.middle if seen.other else None,
     )
-    return Predicted(plan, at_whole_rate(calibrated), seen.before, extent)
+    return PredictedRun(plan, lower_bound_seconds(calibrated), seen.before, extent)
 
 
 TIMES = (
@@ -105,8 +105,8 @@ def peak_of(
         environment.device.kind,
         bf16=environment.device.bf16,
         rows=lengths,
-        steps=Extent.of(config.training, lengths).steps,
-        joined_heap=heap.joins(environment.glibc_tunables),
+        steps=Workload.of(config.training, lengths).steps,
+        joined_heap=heap.merges_free_chunks(environment.glibc_tunables),
     )
 
 

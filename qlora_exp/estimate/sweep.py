@@ -17,12 +17,12 @@ from qlora_exp.config.group_files import default_choices, read_choice
 from qlora_exp.config.groups import groups
 from qlora_exp.config.interpolations import texts_of, without_outside
 from qlora_exp.config.override_values import has_interpolation, hydra_value
-from qlora_exp.config.overrides import is_swept, key_of, value_of
+from qlora_exp.config.overrides import is_swept, override_key, override_value
 from qlora_exp.config.problems import problems_of, typed_value
 from qlora_exp.config.schema import Config, EvaluationSplit, Sampler, SweepConfig
 from qlora_exp.errors import ConfigError, Problems, QloraExpError, raise_all
 from qlora_exp.paths import CONF
-from qlora_exp.study.space import grid, is_grid, overrides_of, parse_axes
+from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides
 from qlora_exp.study.types import Axis, AxisKind
 
 MOST_POINTS = 100_000
@@ -30,7 +30,7 @@ MOST_POINTS = 100_000
 
 
 @dataclass(frozen=True)
-class Point:
+class Candidate:
     """One configuration: the axes' values, and either its configuration or why it can't be run."""
 
     params: dict[str, Any]
@@ -39,11 +39,11 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SearchSpace:
     """``trials``: how many runs there will be; ``None`` where the search has no end of its own. Of an interval,
     ``points`` has both ends."""
 
-    points: tuple[Point, ...]
+    points: tuple[Candidate, ...]
     trials: int | None
     sampled: bool
     """Whether the points stand for a search between them, rather than being the trials."""
@@ -51,7 +51,7 @@ class Asked:
     """Overrides that give one value to what the sweep searches."""
 
 
-def points_of(overrides: Sequence[str]) -> Asked:
+def search_space(overrides: Sequence[str]) -> SearchSpace:
     """What ``overrides`` mean: one run, a grid (``lora.r=8,16``), or a sweep (``sweeps=NAME``).
 
     Raises:
@@ -59,32 +59,32 @@ def points_of(overrides: Sequence[str]) -> Asked:
     """
     overrides = without_outside(overrides)
     raise_all(problems_of(overrides, multirun=True))
-    swept = {key_of(text): text.partition("=")[2] for text in overrides if is_swept(text)}
-    fixed = [text for text in overrides if key_of(text) not in swept]
+    swept = {override_key(text): text.partition("=")[2] for text in overrides if is_swept(text)}
+    fixed = [text for text in overrides if override_key(text) not in swept]
     raw = compose_raw(fixed)
     first = _settings(raw)
     texts = {**first.params, **swept}
-    texts |= {key_of(text): text.partition("=")[2] for text in fixed if key_of(text) in first.params}
-    searched = [text for text in fixed if key_of(text) in texts]
+    texts |= {override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in first.params}
+    searched = [text for text in fixed if override_key(text) in texts]
     fixed = [text for text in fixed if text not in searched]
-    fixed_axes = tuple(text for text in searched if text.partition("=")[2] != first.params[key_of(text)])
+    fixed_axes = tuple(text for text in searched if text.partition("=")[2] != first.params[override_key(text)])
     raise_all(problems_of([f"{key}={text}" for key, text in first.params.items()], multirun=True))
     axes = parse_axes(texts, first.conditions, lambda group: groups()[group], tuple(swept))
     ladder = first.sampler is Sampler.ladder
     listed = is_grid(axes) and not ladder and first.sampler in (Sampler.auto, Sampler.grid)
-    corners = tuple(_corners(axis) for axis in axes)
+    corners = tuple(_interval_ends(axis) for axis in axes)
     if ladder:
         corners = (*corners, *parse_axes({"lora.r": ",".join(map(str, _ranks(first)))}, {}))
     _refuse_too_many(corners)
     found = grid(corners)
     trials = first.n_trials or (_most_trials(first, fixed, axes) if ladder else len(found) if listed else None)
     follows = has_interpolation([axis.values for axis in axes]) or _has_interpolation(raw)
-    variants = Variants(fixed, None if searched else raw, follows)
+    variants = ConfigFactory(fixed, None if searched else raw, follows)
     points = (variants.point(params) for params in found)
-    return Asked(tuple(map(_on_test, points) if ladder else points), trials, not listed, fixed_axes)
+    return SearchSpace(tuple(map(_scored_on_test, points) if ladder else points), trials, not listed, fixed_axes)
 
 
-class Variants:
+class ConfigFactory:
     """Configurations that differ from one another in axes' values only. ``fixed``: the overrides of all of them;
     ``raw``: what Hydra makes of those, where that is known; ``follows``: whether a setting may be an interpolation,
     which has another value at each point: Hydra then composes each of them."""
@@ -100,15 +100,15 @@ class Variants:
             with contextlib.suppress(QloraExpError):  # a value may be missing that an axis gives
                 self._begin(built(raw))
 
-    def point(self, params: Mapping[str, Any]) -> Point:
+    def point(self, params: Mapping[str, Any]) -> Candidate:
         """``params``: axis (key or group) → value."""
         shown = dict(params)
         try:
             config = self._config(params)
         except QloraExpError as error:
-            return Point(shown, None, error)
+            return Candidate(shown, None, error)
         problems = check(config)
-        return Point(shown, None, Problems(problems)) if problems else Point(shown, config)
+        return Candidate(shown, None, Problems(problems)) if problems else Candidate(shown, config)
 
     def _begin(self, base: Config) -> None:
         """Remember what conf/config.yaml chose for ``base``, as far as no sweep's file chose otherwise."""
@@ -118,7 +118,7 @@ class Variants:
 
     def _config(self, params: Mapping[str, Any]) -> Config:
         if self._composer is not None:
-            return built(self._composer.raw([*self._fixed, *overrides_of(params)]))
+            return built(self._composer.raw([*self._fixed, *point_overrides(params)]))
         chosen = {key: str(value) for key, value in params.items() if key in self._groups}
         base = self._base(chosen)
         values = {key: self._value(key, value) for key, value in params.items() if key not in self._groups}
@@ -153,7 +153,7 @@ class Variants:
         return found
 
     def _composed(self, chosen: Mapping[str, str]) -> Config:
-        return built(compose_raw([*self._fixed, *overrides_of(chosen)]))
+        return built(compose_raw([*self._fixed, *point_overrides(chosen)]))
 
     def _varied(self, chosen: Mapping[str, str]) -> Config | None:
         """An already composed configuration with other groups' files in the place of its own; ``None`` where only Hydra
@@ -182,9 +182,9 @@ class Variants:
         if (group, name) not in self._nodes:
             node = read_choice(group, name)
             for text in self._fixed if node is not None else ():
-                first, _, rest = key_of(text).partition(".")
+                first, _, rest = override_key(text).partition(".")
                 if first == group and rest and not text.startswith("~"):
-                    _set(node, rest, typed_value(f"{group}.{rest}", value_of(text)))
+                    _set(node, rest, typed_value(f"{group}.{rest}", override_value(text)))
             self._nodes[group, name] = node
         return self._nodes[group, name]
 
@@ -218,14 +218,14 @@ def _at(config: Any, path: Sequence[str]) -> Any:
     return node
 
 
-def _corners(axis: Axis) -> Axis:
+def _interval_ends(axis: Axis) -> Axis:
     if axis.values:
         return axis
     ends = (axis.low, axis.high)
     return replace(axis, kind=AxisKind.CHOICE, values=ends, low=None, high=None, step=None, log=False)
 
 
-def _on_test(point: Point) -> Point:
+def _scored_on_test(point: Candidate) -> Candidate:
     """As a ladder scores its trials: on both splits, but for its pilots, which take less than they are counted for."""
     if point.config is None:
         return point

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from qlora_exp.config.override_values import hydra_value
 from qlora_exp.estimate.estimator import PlannedMemory, PlannedRun
-from qlora_exp.estimate.fit_result import EDGES
+from qlora_exp.estimate.fit_result import BORDERLINE_NOTES
 from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES
 from qlora_exp.estimate.tokens import PlannedRows
-from qlora_exp.formatting import UNKNOWN, bytes_text, number, simple_table
+from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, simple_table
 from qlora_exp.records.schema import to_dict
 
-PARTS = {
+MEMORY_PARTS = {
     "base_weight_bytes": ("W", "base weights"),
     "quantization_state_bytes": ("Q", "quantization state"),
     "adapter_bytes": ("A", "adapters"),
@@ -27,7 +27,7 @@ PARTS = {
     "activation_bytes": ("+", "activations and all else at the peak"),
 }
 """Part of :class:`PlannedMemory` → (letter in a bar, words)."""
-LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in PARTS.values())
+LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in MEMORY_PARTS.values())
 BEYOND_IMPORTS = (
     "on a CPU a peak is what training takes beside the process as it is after imports, of about "
     f"{bytes_text(CPU_PROCESS_BYTES)}: these are counted, too, against a machine's memory and --fit SIZE, not against "
@@ -42,7 +42,7 @@ ROWS_SHOWN = 40
 """More rows than a screen or two holds; --json and --html have all."""
 
 
-def as_json(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
+def plan_as_json(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     """One object a configuration; bytes, seconds and US dollars; ``null`` is unknown. ``overrides`` are its axes."""
     return [_object(run) for run in runs]
 
@@ -72,7 +72,7 @@ def plan_table(runs: Sequence[PlannedRun]) -> Table:
     return table
 
 
-def summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> str:
+def plan_summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> str:
     """How many there are, and how many of them fit."""
     count = f"{len(runs):,} configuration{'s' if len(runs) != 1 else ''}"
     if sampled:
@@ -123,28 +123,28 @@ def _total(
     return sum(middles_known), sum(lows), sum(highs)
 
 
-def rows_told(runs: Sequence[PlannedRun]) -> list[str]:
+def row_notes(runs: Sequence[PlannedRun]) -> list[str]:
     """By which rows peaks and times are told: a sentence for each task, tokenizer and length among them."""
     first: dict[PlannedRows | None, PlannedRun] = {}
     for run in runs:
         if run.memory is not None:
             first.setdefault(run.rows, run)
-    whose = {rows: f", {name_of(run)}" if len(first) > 1 else "" for rows, run in first.items()}
+    whose = {rows: f", {candidate_name(run)}" if len(first) > 1 else "" for rows, run in first.items()}
     told = [f"peak and time{name}: {_rows(rows)}" for rows, name in whose.items()]
     return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
 
 
-def remarks(runs: Sequence[PlannedRun]) -> list[str]:
+def notes(runs: Sequence[PlannedRun]) -> list[str]:
     """What the figures are to be read with: sentences, each once."""
     kinds = {"cpu" if run.device == "cpu" else "cuda" for run in runs if run.near_the_edge}
-    told = [f"yes?, no?: near the edge; {EDGES[kind]}" for kind in sorted(kinds)]
+    told = [f"yes?, no?: near the edge; {BORDERLINE_NOTES[kind]}" for kind in sorted(kinds)]
     if any(run.device == "cpu" and run.memory is not None for run in runs):
         told.append(BEYOND_IMPORTS)
     first: dict[str, PlannedRun] = {}
     for run in runs:
         for note in run.notes:
             first.setdefault(note, run)
-    return [*told, *(f"{name_of(run)}: {note}" for note, run in first.items())]
+    return [*told, *(f"{candidate_name(run)}: {note}" for note, run in first.items())]
 
 
 def _rows(rows: PlannedRows | None) -> str:
@@ -161,7 +161,7 @@ def reasons(runs: Sequence[PlannedRun]) -> list[str]:
     for run in runs:
         if run.fits is not True:
             first.setdefault(run.reason if run.fits is False else run.reason.rpartition("; ")[2], run)
-    told = [f"{name_of(run)}: {reason}" if run.fits is False else reason for reason, run in first.items()]
+    told = [f"{candidate_name(run)}: {reason}" if run.fits is False else reason for reason, run in first.items()]
     return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
 
 
@@ -175,7 +175,7 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
     scale = _scale(runs)
     rows = [
         {
-            "name": name_of(run),
+            "name": candidate_name(run),
             "trainable": number(run.trainable_parameters, 0),
             "parts": _shares(run.memory, scale),
             "peak": _peak(run.memory),
@@ -189,14 +189,14 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
         for run in runs
     ]
     template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
-    legend = [(key, words) for key, (_, words) in PARTS.items()]
+    legend = [(key, words) for key, (_, words) in MEMORY_PARTS.items()]
     file.write_text(
-        template.render(title=title, words=[*words, *remarks(runs), *rows_told(runs)], rows=rows, legend=legend),
+        template.render(title=title, words=[*words, *notes(runs), *row_notes(runs)], rows=rows, legend=legend),
         encoding="utf-8",
     )
 
 
-def name_of(run: PlannedRun) -> str:
+def candidate_name(run: PlannedRun) -> str:
     """A configuration by its axes; a single one by what it is."""
     settings = run.settings
     if run.params or not settings:
@@ -207,7 +207,7 @@ def name_of(run: PlannedRun) -> str:
 def _row(run: PlannedRun, scale: int, more: str, scored: bool) -> list[str]:
     other = [_duration(run.other_seconds, run.other_seconds_interval)] if scored else []
     return [
-        f"{name_of(run)}{more}",
+        f"{candidate_name(run)}{more}",
         number(run.trainable_parameters, 0),
         _bar(run.memory, scale),
         _peak(run.memory),
@@ -222,7 +222,7 @@ def _row(run: PlannedRun, scale: int, more: str, scored: bool) -> list[str]:
 def _ranged(middle: float | None, interval: tuple[float, float] | None, unit: str = "") -> str:
     """``23 min (11–51)``."""
     if middle is None or interval is None:
-        return UNKNOWN
+        return UNKNOWN_CELL
     told, low, high = (f"{one:,.0f}" if one >= 10 else f"{one:.2g}" for one in (middle, *interval))
     return f"{told}{unit} ({low}–{high})"
 
@@ -230,13 +230,13 @@ def _ranged(middle: float | None, interval: tuple[float, float] | None, unit: st
 def _duration(seconds: float | None, interval: tuple[float, float] | None) -> str:
     """In the largest unit of which it is one or more."""
     if seconds is None or interval is None:
-        return UNKNOWN
+        return UNKNOWN_CELL
     size, unit = next(((size, unit) for size, unit in DURATIONS if seconds >= size), (1, "s"))
     return _ranged(seconds / size, (interval[0] / size, interval[1] / size), f" {unit}")
 
 
 def _verdict(run: PlannedRun) -> str:
-    return {True: "yes", False: "no", None: UNKNOWN}[run.fits] + ("?" if run.near_the_edge else "")
+    return {True: "yes", False: "no", None: UNKNOWN_CELL}[run.fits] + ("?" if run.near_the_edge else "")
 
 
 def _peak(memory: PlannedMemory | None) -> str:
@@ -250,7 +250,7 @@ def _scale(runs: Sequence[PlannedRun]) -> int:
 def _bar(memory: PlannedMemory | None, scale: int) -> str:
     shares = _shares(memory, scale)
     bar, end = "", 0.0
-    for part, (letter, _) in PARTS.items():
+    for part, (letter, _) in MEMORY_PARTS.items():
         end += shares.get(part, 0.0)
         bar += letter * (round(end * BAR_CHARACTERS) - len(bar))
     return bar
@@ -259,4 +259,4 @@ def _bar(memory: PlannedMemory | None, scale: int) -> str:
 def _shares(memory: PlannedMemory | None, scale: int) -> dict[str, float]:
     if memory is None:
         return {}
-    return {part: getattr(memory, part) / scale for part in PARTS}
+    return {part: getattr(memory, part) / scale for part in MEMORY_PARTS}

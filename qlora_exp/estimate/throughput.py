@@ -19,7 +19,7 @@ T_95 = (math.nan, 6.3138, 2.9200, 2.3534)
 
 
 @dataclass(frozen=True)
-class Seen:
+class MeasuredThroughput:
     """What runs that ended say of one more; ``None`` is unknown."""
 
     rate: Rate | None
@@ -29,13 +29,13 @@ class Seen:
     """Of these all but the last scoring."""
 
 
-def seen_of(
+def from_finished_runs(
     records: Sequence[RunRecord],
     environment: Environment,
     config: Mapping[str, Any],
     steps: int | None = None,
     warm: bool = False,
-) -> Seen:
+) -> MeasuredThroughput:
     """What ``records`` (ended runs) say of a run in ``environment`` with ``config`` (as a record holds it).
 
     Of its rate those of the same base and variant, without any those of the other variant; ``steps``: as many as it
@@ -49,24 +49,24 @@ def seen_of(
     mode = str(_of(config, "quantization", "mode"))
     rate = _rate(nearest, machine, mode, steps) or _rate(kin, machine, mode, steps)
     found = _other_seconds(alike, config)
-    return Seen(rate, *(found if found[0] is not None else _other_seconds(nearest, config)))
+    return MeasuredThroughput(rate, *(found if found[0] is not None else _other_seconds(nearest, config)))
 
 
 def _rate(records: Iterable[RunRecord], machine: str, quantization: str, steps: int | None) -> Rate | None:
     """What trainings of one base reached on ``machine``: the harmonic mean, by which many take together what they are
     told to (seconds are one over a rate), and an interval for one more over the logarithms of their rates, as
-    :func:`_half` has it. ``None`` of none."""
+    :func:`_log_half_width` has it. ``None`` of none."""
     rates = [rate for record in records if (rate := achieved_flops_per_second(record, steps)) is not None]
     if not rates:
         return None
     basis = f"{len(rates)} training{'s' if len(rates) > 1 else ''} of this base here"
-    return Rate(for_one_more(rates, statistics.harmonic_mean(rates), basis), machine, quantization)
+    return Rate(prediction_interval(rates, statistics.harmonic_mean(rates), basis), machine, quantization)
 
 
 def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> tuple[Interval | None, float | None]:
     """Of the records that completed with the same task and evaluation, whether the untouched base's scores were
-    measured or read: the mean (what many runs take together), with an interval for one more as :func:`_half` has it,
-    and the mean of what came before the last scoring. ``None`` of none."""
+    measured or read: the mean (what many runs take together), with an interval for one more as
+    :func:`_log_half_width` has it, and the mean of what came before the last scoring. ``None`` of none."""
     parts = [
         found
         for record in records
@@ -78,7 +78,7 @@ def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> t
         return None, None
     seconds = [before + after for before, after in parts]
     basis = f"{len(seconds)} run{'s' if len(seconds) > 1 else ''} like it here"
-    told = for_one_more(seconds, statistics.fmean(seconds), basis)
+    told = prediction_interval(seconds, statistics.fmean(seconds), basis)
     return told, statistics.fmean(before for before, _ in parts)
 
 
@@ -96,28 +96,28 @@ def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
     return parts if all(map(math.isfinite, parts)) and sum(parts) > 0 else None
 
 
-MOST = math.log(4.0)
+MAX_LOG_HALF_WIDTH = math.log(4.0)
 """An interval's half-width, as a factor either way: two values say little of their spread."""
-TOO_SHORT = 10
+SHORT_RUN_FACTOR = 10
 """A training of so many times fewer steps than the one to come was mostly its start."""
 
 
-def for_one_more(values: Sequence[float], middle: float, basis: str) -> Interval:
-    """The interval for one more of ``values`` around their geometric mean, as :func:`_half` has it. ``middle``, another
-    mean of them, lies in it."""
-    centre, (half, words) = statistics.fmean(map(math.log, values)), _half(values)
+def prediction_interval(values: Sequence[float], middle: float, basis: str) -> Interval:
+    """The interval for one more of ``values`` around their geometric mean, as :func:`_log_half_width` has it.
+    ``middle``, another mean of them, lies in it."""
+    centre, (half, words) = statistics.fmean(map(math.log, values)), _log_half_width(values)
     low, high = min(math.exp(centre - half), middle), max(math.exp(centre + half), middle)
     return Interval(low, middle, high, f"{basis}, {words}")
 
 
-def _half(values: Sequence[float]) -> tuple[float, str]:
+def _log_half_width(values: Sequence[float]) -> tuple[float, str]:
     """Half the width of an interval for one more, over the logarithms of ``values``, and what it is in words."""
     count = len(values)
     if count == 1:
         return math.log(2.0), "a factor of 2 either way, which is a guess"
     half = t_95(count - 1) * statistics.stdev(map(math.log, values)) * math.sqrt(1 + 1 / count)
-    if half > MOST:
-        return MOST, "a factor of 4 either way, to which the 90 % interval for one more is cut"
+    if half > MAX_LOG_HALF_WIDTH:
+        return MAX_LOG_HALF_WIDTH, "a factor of 4 either way, to which the 90 % interval for one more is cut"
     return half, "90 % interval for one more"
 
 
@@ -151,14 +151,14 @@ def _of(config: Mapping[str, Any], section: str, key: str) -> Any:
 
 def achieved_flops_per_second(record: RunRecord, steps: int | None = None) -> float | None:
     """Operations that a training made a second, by the same count as the prediction's: of all that it took, validations
-    and checkpoints within it too; of one that was :data:`TOO_SHORT` beside ``steps``, of its steps alone after the
-    first ones. ``None`` for records without it (``plan.train_flops_per_token``), without a step, or of versions that
-    counted no padding and the head for every token: up to three times what small models did."""
+    and checkpoints within it too; of one that was :data:`SHORT_RUN_FACTOR` beside ``steps``, of its steps alone after
+    the first ones. ``None`` for records without it (``plan.train_flops_per_token``), without a step, or of versions
+    that counted no padding and the head for every token: up to three times what small models did."""
     plan, speed = record.plan, record.speed
     if plan is None or plan.train_flops_per_token is None or plan.predicted_loss_tokens is None or record.synthetic:
         return None
     tokens_per_second = 0.0
-    if steps is not None and speed.steps is not None and speed.steps * TOO_SHORT < steps:
+    if steps is not None and speed.steps is not None and speed.steps * SHORT_RUN_FACTOR < steps:
         tokens_per_second = (speed.train_tokens_per_second or 0.0) if speed.excluded_steps else 0.0
     elif speed.train_tokens and speed.train_seconds:
         tokens_per_second = speed.train_tokens / speed.train_seconds

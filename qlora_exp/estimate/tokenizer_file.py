@@ -11,7 +11,7 @@ import huggingface_hub
 import tokenizers
 
 from qlora_exp.config.schema import ModelConfig
-from qlora_exp.data.chat_template import Template
+from qlora_exp.data.chat_template import ChatTemplate
 from qlora_exp.paths import EMBEDDED
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -20,7 +20,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 class FileTokenizer:
     """As much of a transformers tokenizer as :mod:`qlora_exp.data` uses to encode examples."""
 
-    def __init__(self, folder: Path, chat_template: Template | None = None) -> None:
+    def __init__(self, folder: Path, chat_template: ChatTemplate | None = None) -> None:
         """``folder`` holds tokenizer.json. ``chat_template``: in place of its own.
 
         Raises:
@@ -110,7 +110,7 @@ def _token(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _template(folder: Path, settings: Mapping[str, Any]) -> Template | None:
+def _template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
     file, further = folder / "chat_template.jinja", folder / "additional_chat_templates"
     named = {one.stem: one.read_text(encoding="utf-8") for one in sorted(further.glob("*.jinja"))}
     if file.is_file():

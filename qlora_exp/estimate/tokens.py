@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_exp.config.schema import Config, InvalidRows, Learn, ModelConfig, TaskKind, TaskSource
-from qlora_exp.data.encoding import Encoding, check_tokenizer, date_of, encode, resolve_format
+from qlora_exp.data.encoding import Encoding, check_tokenizer, date_of, encode_rows, resolve_format
 from qlora_exp.data.rows import Example
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import QloraExpError
@@ -153,7 +153,7 @@ def _characters(example: Example) -> int:
 
 def _tokens(examples: Sequence[Example], tokenizer: Any, format: str, config: Config) -> tuple[_Row, ...]:
     every_turn = config.task.learn is Learn.all
-    encodings = encode(examples, tokenizer, format, date=date_of(config), every_turn=every_turn)
+    encodings = encode_rows(examples, tokenizer, format, date=date_of(config), every_turn=every_turn)
     return tuple(
         _Row(len(one.prompt_ids), len(one.completion_ids), len(one.end_ids), one.learned)
         for one in encodings

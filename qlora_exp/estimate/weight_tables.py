@@ -13,7 +13,7 @@ from qlora_exp.estimate.estimator import Planner
 from qlora_exp.estimate.weights import adapter_bytes, in_mode
 from qlora_exp.formatting import bytes_text, simple_table
 
-BITS = {
+BITS_SHOWN = {
     Quantization.fp32: 32,
     Quantization.bf16: 16,
     Quantization.fp16: 16,
@@ -62,7 +62,7 @@ def sizes_of(config: Config, device: PlanDevice) -> Sizes:
         model=config.model.family,
         device=device.name,
         total_parameters=planner.architecture(config.model).total_parameters,
-        modes=tuple(_size(config, mode, planner, device) for mode in BITS),
+        modes=tuple(_size(config, mode, planner, device) for mode in BITS_SHOWN),
         r=config.lora.r,
         target_modules=tuple(sorted({shape.name.rsplit(".", 1)[-1] for shape in adapted})),
         trainable_parameters=adapters.trainable_parameters,
@@ -91,7 +91,7 @@ def _size(config: Config, mode: Quantization, planner: Planner, device: PlanDevi
     base = planner.base(replace(config, quantization=quantization), device)
     return Size(
         quantization=mode.value,
-        bits=BITS[mode],
+        bits=BITS_SHOWN[mode],
         remainder_dtype=compute_dtype(quantization, device.kind, device.bf16),
         base_weight_bytes=base.base_weight_bytes,
         quantization_state_bytes=base.quantization_state_bytes,

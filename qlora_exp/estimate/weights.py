@@ -13,7 +13,7 @@ from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
 from qlora_exp.config.names import QUANTIZED
 from qlora_exp.config.schema import AdapterInit, ComputeDtype, LoraConfig, Quantization, QuantizationConfig
 
-BLOCK = 64
+QUANTIZATION_BLOCK = 64
 """4-bit weights that share one constant (bitsandbytes ``Params4bit``)."""
 NESTED_BLOCK = 256
 """Block constants that share one constant of their own under double quantization, and optimizer values under one."""
@@ -104,7 +104,7 @@ def quantization_state(shape: WeightShape, mode: Quantization, double_quantizati
     of their own and a float32 constant for each 256 of them."""
     if mode is Quantization.int8:
         return 4 * shape.out_features
-    blocks = math.ceil(shape.in_features * shape.out_features / BLOCK)
+    blocks = math.ceil(shape.in_features * shape.out_features / QUANTIZATION_BLOCK)
     if not double_quantization:
         return FOUR_BIT_CODE_BYTES + 4 * blocks
     return FOUR_BIT_CODE_BYTES + EIGHT_BIT_CODE_BYTES + blocks + 4 + 4 * math.ceil(blocks / NESTED_BLOCK)

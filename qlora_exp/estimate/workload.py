@@ -41,7 +41,7 @@ class RowLengths:
     def mean_tokens(self) -> float:
         return self.longest_of_tokens[0]
 
-    def mean_longest(self, rows: int) -> float:
+    def expected_padded_length(self, rows: int) -> float:
         """Tokens that the longest of ``rows`` rows has in the mean: what a batch of them is padded to."""
         doublings = min(math.log2(rows), len(self.longest_of_tokens) - 1)
         below = int(doublings)
@@ -52,7 +52,7 @@ class RowLengths:
     def differ(self) -> bool:
         return self.shortest_tokens < self.longest_tokens
 
-    def most_scored(self, rows: int, batches: int) -> float:
+    def max_loss_tokens(self, rows: int, batches: int) -> float:
         """Tokens with a loss that the largest of ``batches`` batches of ``rows`` rows is expected to have, as if each
         batch's sum were normal: the expected largest of n normal numbers by Blom 1958, *Statistical Estimates and
         Transformed Beta-Variables*. Where every row is drawn, at least the longest one's beside mean ones."""

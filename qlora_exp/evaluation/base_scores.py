@@ -36,7 +36,7 @@ class GeneralLosses:
 
 
 @dataclass(frozen=True)
-class Untouched:
+class BaseScores:
     """Scores of the base before tuning; ``None`` where ``evaluation.before`` is off."""
 
     scores: Scores | None
@@ -58,7 +58,7 @@ def write_items(items: pa.Table, path: Path) -> None:
     temporary.replace(path)
 
 
-def untouched_scores(
+def score_base_model(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
@@ -66,10 +66,10 @@ def untouched_scores(
     plan: Plan,
     model_fingerprint: str,
     cache: Path,
-) -> Untouched:
+) -> BaseScores:
     """Score the base as it came, or read what an earlier run with the same fingerprints measured."""
     if not config.evaluation.before:
-        return Untouched(None, None, _general_losses(model, tokenizer, splits, config), {}, cached=False)
+        return BaseScores(None, None, _general_losses(model, tokenizer, splits, config), {}, cached=False)
     general = "\n".join([*splits.general_text, *(chat.prompt + chat.completion for chat in splits.general_chats)])
     key = cache_key(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
@@ -99,9 +99,9 @@ def untouched_scores(
     return measured
 
 
-def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> Untouched:
+def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> BaseScores:
     before, test = _evaluate(model, tokenizer, splits, config)
-    return Untouched(
+    return BaseScores(
         scores=before.scores,
         test_scores=test.scores if test else None,
         general=_general_losses(model, tokenizer, splits, config),
@@ -144,11 +144,11 @@ def _table(facts: Path, split: str) -> Path:
     return facts.with_name(f"{facts.stem}.{split}.parquet")
 
 
-def _read_untouched(facts: Path) -> Untouched | None:
+def _read_untouched(facts: Path) -> BaseScores | None:
     """``None`` where nothing is cached, or what is there can't be read: then it is measured again."""
     try:
         raw = json.loads(facts.read_text(encoding="utf-8"))
-        return Untouched(
+        return BaseScores(
             scores=from_dict(Scores, raw["scores"], str(facts)),
             test_scores=from_dict(Scores, raw["test_scores"], str(facts)) if raw["test_scores"] else None,
             general=GeneralLosses(
@@ -169,8 +169,8 @@ class Forgotten:
     chat: Forgetting | None
 
 
-def score(
-    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, untouched: Untouched
+def score_splits(
+    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, untouched: BaseScores
 ) -> tuple[Evaluation, Evaluation | None, Forgotten]:
     """Scores of the tuned model: validation, test where asked, and what it forgot."""
     after, test = _evaluate(model, tokenizer, splits, config)

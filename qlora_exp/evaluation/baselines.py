@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from qlora_exp.data.texts import normal_form
-from qlora_exp.evaluation.metrics import Accuracy, BalancedAccuracy, MacroF1, score
+from qlora_exp.evaluation.metrics import Accuracy, BalancedAccuracy, MacroF1, score_completions
 from qlora_exp.records.types import Baselines
 
 if TYPE_CHECKING:
@@ -51,10 +51,12 @@ def baselines(splits: Splits, split: str) -> Baselines | None:
     return Baselines(
         split=split,
         majority_label=splits.labels[majority],
-        majority_accuracy=score(Accuracy, guesses, wanted),
-        majority_balanced_accuracy=score(BalancedAccuracy, guesses, wanted),
-        tfidf_accuracy=None if predicted is None else score(Accuracy, predicted, wanted),
-        tfidf_macro_f1=None if predicted is None else score(MacroF1, predicted, wanted, labels=len(splits.labels)),
+        majority_accuracy=score_completions(Accuracy, guesses, wanted),
+        majority_balanced_accuracy=score_completions(BalancedAccuracy, guesses, wanted),
+        tfidf_accuracy=None if predicted is None else score_completions(Accuracy, predicted, wanted),
+        tfidf_macro_f1=None
+        if predicted is None
+        else score_completions(MacroF1, predicted, wanted, labels=len(splits.labels)),
         tfidf_c=chosen,
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_exp.config.schema import Config
-from qlora_exp.evaluation.kv_cache import Context
+from qlora_exp.evaluation.kv_cache import PrefilledBatch
 
 if TYPE_CHECKING:
     from qlora_exp.data.items import Splits
@@ -60,7 +60,7 @@ def stop_rule(
     return StopRule(frozenset(found), not any("\n" in answer for answer in answers), max_new_tokens, indented)
 
 
-def generate(next_logits: Tensor, context: Context, tokenizer: Any, rule: StopRule) -> list[str]:
+def generate(next_logits: Tensor, context: PrefilledBatch, tokenizer: Any, rule: StopRule) -> list[str]:
     """The greedy answer to each row's prompt, as text without special tokens, stripped as ``rule`` says.
 
     ``next_logits`` (rows, vocabulary) and ``context`` are what :func:`read` gave for the prompts. Rows that ended leave
@@ -90,7 +90,7 @@ def generate(next_logits: Tensor, context: Context, tokenizer: Any, rule: StopRu
     return [answer_text(ids, tokenizer, rule) for ids in answers]
 
 
-def _room(context: Context, max_new_tokens: int) -> list[int]:
+def _room(context: PrefilledBatch, max_new_tokens: int) -> list[int]:
     limit = context.model.max_positions
     if limit is None:
         return [max_new_tokens] * len(context.mask)
@@ -101,10 +101,10 @@ def _room(context: Context, max_new_tokens: int) -> list[int]:
 def _line_ended(ids: list[int], tokenizer: Any, rule: StopRule) -> bool:
     if not rule.at_newline or "\n" not in tokenizer.decode(ids[-1:]):
         return False
-    return "\n" in decoded(ids, tokenizer).lstrip()
+    return "\n" in decode_completions(ids, tokenizer).lstrip()
 
 
-def decoded(ids: Sequence[int], tokenizer: Any) -> str:
+def decode_completions(ids: Sequence[int], tokenizer: Any) -> str:
     """The text of ``ids`` without special tokens, its spaces as they are."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -128,7 +128,7 @@ def _last_line_start(text: str) -> str:
 
 def answer_text(ids: list[int], tokenizer: Any, rule: StopRule) -> str:
     """Generated tokens as the answer that is scored."""
-    text = decoded(ids, tokenizer)
+    text = decode_completions(ids, tokenizer)
     before = text[: len(text) - len(text.lstrip())] if rule.keep_indentation else ""
     text = text.strip()
     return before + (text.split("\n", 1)[0].strip() if rule.at_newline else text)

@@ -13,10 +13,10 @@ from qlora_exp.config.checks_task import goal_of
 from qlora_exp.evaluation.scoring import Evaluation
 from qlora_exp.records.types import Goal
 
-CONFIDENCE = 0.95
+GOAL_CONFIDENCE = 0.95
 RESAMPLES = 2_000
 
-Bounds = tuple[float, float] | None
+GoalBounds = tuple[float, float] | None
 
 # Metric → per-item column. Shares of items get Wilson bounds, means of numbers t bounds.
 _SHARES = {
@@ -63,7 +63,7 @@ def answer_goal(text: str, evaluation: Evaluation, split: str) -> Goal:
     return Goal(text, split, value, low, high, answer="yes" if met else "no" if failed else "not shown")
 
 
-def _bounds(metric: str, evaluation: Evaluation) -> Bounds:
+def _bounds(metric: str, evaluation: Evaluation) -> GoalBounds:
     def column(name: str) -> list[float]:
         return [float(value) for value in evaluation.items[name].to_pylist()]
 
@@ -83,11 +83,11 @@ def _bounds(metric: str, evaluation: Evaluation) -> Bounds:
 
 def wilson_bounds(outcomes: Sequence[float]) -> tuple[float, float]:
     """One-sided 95 % Wilson bounds of a share (Wilson 1927): those of the two-sided 90 % interval."""
-    interval = binomtest(int(sum(outcomes)), len(outcomes)).proportion_ci(2 * CONFIDENCE - 1, method="wilson")
+    interval = binomtest(int(sum(outcomes)), len(outcomes)).proportion_ci(2 * GOAL_CONFIDENCE - 1, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def ratio_bounds(numerators: Sequence[float], denominators: Sequence[float]) -> Bounds:
+def ratio_bounds(numerators: Sequence[float], denominators: Sequence[float]) -> GoalBounds:
     """One-sided 95 % bounds of Σ numerators / Σ denominators over items, by the linearised ratio estimate and
     Student's t (Cochran, Sampling Techniques, §6.4); with denominators of 1 the t bounds of a mean."""
     n, total = len(numerators), float(sum(denominators))
@@ -96,11 +96,11 @@ def ratio_bounds(numerators: Sequence[float], denominators: Sequence[float]) -> 
     ratio = sum(numerators) / total
     residuals = np.array(numerators) - ratio * np.array(denominators)
     error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / total
-    half = float(student_t.ppf(CONFIDENCE, n - 1)) * error
+    half = float(student_t.ppf(GOAL_CONFIDENCE, n - 1)) * error
     return ratio - half, ratio + half
 
 
-def _bootstrap_bounds(metric: str, evaluation: Evaluation) -> Bounds:
+def _bootstrap_bounds(metric: str, evaluation: Evaluation) -> GoalBounds:
     """5th and 95th percentile over 2,000 resamples of the items, from a fixed seed."""
     index = {label: number for number, label in enumerate(evaluation.labels)}
     wanted = np.array([index[label] for label in evaluation.items["label"].to_pylist()])
@@ -112,7 +112,7 @@ def _bootstrap_bounds(metric: str, evaluation: Evaluation) -> Bounds:
     for _ in range(RESAMPLES):
         rows = draw.integers(0, len(wanted), len(wanted))
         values.append(from_confusion(metric, wanted[rows], predicted[rows], len(index)))
-    low, high = np.quantile(values, [1 - CONFIDENCE, CONFIDENCE])
+    low, high = np.quantile(values, [1 - GOAL_CONFIDENCE, GOAL_CONFIDENCE])
     return float(low), float(high)
 
 

@@ -135,7 +135,7 @@ class CausalModel:
 
 
 @dataclass(frozen=True)
-class Context:
+class PrefilledBatch:
     """Texts that the model has read, one a row. Going on from it leaves it as it was."""
 
     model: CausalModel
@@ -145,26 +145,26 @@ class Context:
     cache: Cache | None
     """None for models whose cache can't be shared (state-space layers): they read the text again each time."""
 
-    def select(self, rows: Sequence[int]) -> Context:
+    def select(self, rows: Sequence[int]) -> PrefilledBatch:
         """These rows, in this order, repeats allowed."""
         index = torch.tensor(rows, device=self.ids.device)
         cache = self.cache
         if cache is not None and list(rows) != list(range(len(self.ids))):
-            cache = _fork(cache)
+            cache = _fork_cache(cache)
             cache.batch_select_indices(index)
-        return Context(self.model, self.ids[index], self.mask[index], cache)
+        return PrefilledBatch(self.model, self.ids[index], self.mask[index], cache)
 
-    def extend(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Context]:
+    def extend(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, PrefilledBatch]:
         """Read ``ids`` (rows, k) after the text: fp32 logits after each (rows, k, vocabulary), and the context."""
         all_ids, all_mask = torch.cat([self.ids, ids], dim=1), torch.cat([self.mask, mask], dim=1)
-        cache = _fork(self.cache) if self.cache is not None else None
+        cache = _fork_cache(self.cache) if self.cache is not None else None
         logits, cache = self.model(
             all_ids if cache is None else ids, all_mask, keep=ids.shape[1], cache=cache, use_cache=cache is not None
         )
-        return logits, Context(self.model, all_ids, all_mask, cache if self.cache is not None else None)
+        return logits, PrefilledBatch(self.model, all_ids, all_mask, cache if self.cache is not None else None)
 
     @property
-    def goes_on_side_by_side(self) -> bool:
+    def can_pack_continuations(self) -> bool:
         """Whether :meth:`branches` needs one copy of each text, whatever the number of paths."""
         whole = self.cache is not None and all(type(layer) is DynamicLayer for layer in self.cache.layers)
         return whole and self.model.takes_masks_of_its_callers
@@ -173,7 +173,7 @@ class Context:
         """Read each of ``paths`` after each text as if it stood there alone: of each path fp32 logits after its tokens,
         (rows, tokens, vocabulary). Where attention can be told who sees whom, the paths stand side by side behind the
         text; elsewhere its keys and values are repeated for each."""
-        if self.goes_on_side_by_side:
+        if self.can_pack_continuations:
             return self._side_by_side(paths)
         rows = len(self.ids)
         ids, mask = padded([*paths] * rows, "right", self.model.device)
@@ -192,15 +192,17 @@ class Context:
         dtype = model.base.get_input_embeddings().weight.dtype
         hidden = torch.zeros(seen.shape, dtype=dtype, device=model.device).masked_fill(~seen, torch.finfo(dtype).min)
         positions = self.mask.sum(dim=1, keepdim=True) + depth
-        logits, _ = model(ids, hidden[:, None], ids.shape[1], _fork(self.cache), use_cache=True, positions=positions)
+        logits, _ = model(
+            ids, hidden[:, None], ids.shape[1], _fork_cache(self.cache), use_cache=True, positions=positions
+        )
         return [logits[:, path_of == number] for number in range(len(paths))]
 
 
-def read(model: CausalModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Context]:
+def prefill(model: CausalModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, PrefilledBatch]:
     """One pass over ``texts`` (none empty): fp32 logits of the next token (rows, vocabulary), and the context."""
     ids, mask = padded(texts, "left", model.device)
     logits, cache = model(ids, mask, keep=1, cache=None, use_cache=True)
-    return logits[:, 0], Context(model, ids, mask, cache if _forkable(cache) else None)
+    return logits[:, 0], PrefilledBatch(model, ids, mask, cache if _forkable(cache) else None)
 
 
 def start_token(tokenizer: Any) -> int:
@@ -220,7 +222,7 @@ def _forkable(cache: Any) -> bool:
     return type(cache) is DynamicCache and all(type(layer) in _FORKABLE_LAYERS for layer in cache.layers)
 
 
-def _fork(cache: Cache) -> Cache:
+def _fork_cache(cache: Cache) -> Cache:
     fork = copy.copy(cache)
     fork.layers = [copy.copy(layer) for layer in cache.layers]
     return fork

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from qlora_exp.evaluation.kv_cache import LOGITS_PER_PASS, TOKENS_PER_PASS, Context, padded
+from qlora_exp.evaluation.kv_cache import LOGITS_PER_PASS, TOKENS_PER_PASS, PrefilledBatch, padded
 
 Tokens = tuple[int, ...]
 
@@ -24,7 +24,7 @@ class CompletionScore:
 
 
 def completion_scores(
-    next_logits: Tensor, context: Context, completions: Sequence[Tokens], ends: Sequence[Tokens]
+    next_logits: Tensor, context: PrefilledBatch, completions: Sequence[Tokens], ends: Sequence[Tokens]
 ) -> list[CompletionScore]:
     """Teacher-forced scores of each row's completion followed by its end tokens.
 
@@ -43,7 +43,7 @@ def completion_scores(
     return results
 
 
-def _teacher_forced(next_logits: Tensor, context: Context, targets: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+def _teacher_forced(next_logits: Tensor, context: PrefilledBatch, targets: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
     """Nats (float64) and argmax hits of every target token, both (rows, longest); beyond a row's end: meaningless."""
     ids, mask = padded(targets, "right", context.model.device)
     logits = next_logits[:, None]
@@ -73,7 +73,7 @@ class OptionTrie:
         return cls(tuple(options), tuple(paths), tuple(reader.get(option[:-1]) for option in options))
 
 
-def option_log_likelihoods(next_logits: Tensor, context: Context, trie: OptionTrie) -> Tensor:
+def option_log_likelihoods(next_logits: Tensor, context: PrefilledBatch, trie: OptionTrie) -> Tensor:
     """log p(option | prompt), summed over all of the option's tokens: float64, (rows, options), on the CPU.
 
     First tokens are read off ``next_logits``. What is left is a trie: only its distinct inner paths are fed to the
@@ -90,10 +90,10 @@ def option_log_likelihoods(next_logits: Tensor, context: Context, trie: OptionTr
     return scores.cpu()
 
 
-def _chunks(paths: Sequence[Tokens], rows: int, context: Context) -> list[range]:
+def _chunks(paths: Sequence[Tokens], rows: int, context: PrefilledBatch) -> list[range]:
     """As many paths per pass as the bounds on cached tokens and on logits allow, at least one."""
     longest = max((len(path) for path in paths), default=1)
-    repeated = 0 if context.goes_on_side_by_side else context.ids.shape[1]
+    repeated = 0 if context.can_pack_continuations else context.ids.shape[1]
     by_tokens = 2 * TOKENS_PER_PASS // (rows * (repeated + longest))
     by_logits = LOGITS_PER_PASS // (rows * longest * context.model.vocabulary_size)
     step = max(1, min(by_tokens, by_logits))

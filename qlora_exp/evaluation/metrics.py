@@ -187,7 +187,9 @@ def _mean(values: Sequence[float]) -> float:
     return float(sum(values)) / len(values)
 
 
-def score(metric: type[_OfflineMetric], predictions: Sequence[Any], references: Sequence[Any], **inputs: Any) -> float:
+def score_completions(
+    metric: type[_OfflineMetric], predictions: Sequence[Any], references: Sequence[Any], **inputs: Any
+) -> float:
     """One metric's value; ``inputs`` are what its ``meaning`` names (``labels``, ``answers``)."""
     result = metric().compute(predictions=list(predictions), references=list(references), **inputs)
     return float(result[metric.score_name])

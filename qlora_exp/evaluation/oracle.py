@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from qlora_exp.config.schema import Config
 from qlora_exp.data.texts import same_text
 from qlora_exp.errors import DataError
-from qlora_exp.evaluation.generation import StopRule, answer_text, as_answer, decoded, max_new_tokens, stop_rule
+from qlora_exp.evaluation.generation import (
+    StopRule,
+    answer_text,
+    as_answer,
+    decode_completions,
+    max_new_tokens,
+    stop_rule,
+)
 
 if TYPE_CHECKING:
     from qlora_exp.data.items import Item, Splits
@@ -33,7 +40,7 @@ def perfect_answers(items: Sequence[Item], tokenizer: Any, rule: StopRule) -> li
         stop = next((place for place, token in enumerate(ids) if token in rule.token_ids), len(ids))
         text = answer_text(ids[: min(stop, rule.max_new_tokens)], tokenizer, rule)
         if rule.keep_indentation:
-            text = as_answer(text, decoded(item.completion_ids, tokenizer), item.answer)
+            text = as_answer(text, decode_completions(item.completion_ids, tokenizer), item.answer)
         answers.append(text)
     return answers
 

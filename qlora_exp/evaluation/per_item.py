@@ -21,7 +21,7 @@ from qlora_exp.evaluation.metrics import (
     RougeL,
     TokenF1,
     rouge_l_f,
-    score,
+    score_completions,
     token_f1,
 )
 from qlora_exp.records.types import Scores
@@ -167,22 +167,25 @@ def _label_scores(column: Mapping[str, list[Any]], labels: Sequence[str]) -> dic
 
     plain = predicted("")
     return {
-        "accuracy": score(Accuracy, plain, wanted),
-        "accuracy_calibrated": score(Accuracy, predicted("_calibrated"), wanted),
-        "accuracy_normalized": score(Accuracy, predicted("_normalized"), wanted),
-        "accuracy_pmi": score(Accuracy, predicted("_pmi"), wanted),
-        "balanced_accuracy": score(BalancedAccuracy, plain, wanted),
-        "macro_f1": score(MacroF1, plain, wanted, labels=len(labels)),
+        "accuracy": score_completions(Accuracy, plain, wanted),
+        "accuracy_calibrated": score_completions(Accuracy, predicted("_calibrated"), wanted),
+        "accuracy_normalized": score_completions(Accuracy, predicted("_normalized"), wanted),
+        "accuracy_pmi": score_completions(Accuracy, predicted("_pmi"), wanted),
+        "balanced_accuracy": score_completions(BalancedAccuracy, plain, wanted),
+        "macro_f1": score_completions(MacroF1, plain, wanted, labels=len(labels)),
     }
 
 
 def _answer_scores(column: Mapping[str, list[Any]], option_texts: Sequence[str]) -> dict[str, Any]:
     generated, answers, fold_case = column["generated"], column["answer"], folds_case(option_texts)
-    found = {"exact_match": score(ExactMatch, generated, answers, fold_case=fold_case)}
+    found = {"exact_match": score_completions(ExactMatch, generated, answers, fold_case=fold_case)}
     if option_texts:
-        invalid = score(InvalidAnswerRate, generated, answers, answers=option_texts, fold_case=fold_case)
+        invalid = score_completions(InvalidAnswerRate, generated, answers, answers=option_texts, fold_case=fold_case)
         return found | {"invalid_answer_rate": invalid}
-    return found | {"rouge_l": score(RougeL, generated, answers), "token_f1": score(TokenF1, generated, answers)}
+    return found | {
+        "rouge_l": score_completions(RougeL, generated, answers),
+        "token_f1": score_completions(TokenF1, generated, answers),
+    }
 
 
 def _exp(value: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qlora_exp.evaluation.baselines import common_start
-from qlora_exp.evaluation.kv_cache import CausalModel, read
+from qlora_exp.evaluation.kv_cache import CausalModel, prefill
 from qlora_exp.evaluation.likelihood import OptionTrie, Tokens, option_log_likelihoods
 
 
@@ -20,6 +20,6 @@ def domain_prompt(prompts: Sequence[Tokens]) -> Tokens:
 
 def option_priors(model: CausalModel, prompt: Tokens, trie: OptionTrie) -> np.ndarray:
     """log p(option | prompt) for each option, by one pass over one prompt."""
-    next_logits, context = read(model, [prompt])
+    next_logits, context = prefill(model, [prompt])
     priors: np.ndarray = option_log_likelihoods(next_logits, context, trie).numpy()[0]
     return priors

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from qlora_exp.config.schema import Config, TaskSource
 from qlora_exp.data.texts import normal_form
-from qlora_exp.evaluation.generation import StopRule, as_answer, decoded, generate
-from qlora_exp.evaluation.kv_cache import CausalModel, batches, read, scoring_mode, start_token
+from qlora_exp.evaluation.generation import StopRule, as_answer, decode_completions, generate
+from qlora_exp.evaluation.kv_cache import CausalModel, batches, prefill, scoring_mode, start_token
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
 from qlora_exp.evaluation.metrics import hub_metric
 from qlora_exp.evaluation.oracle import stop_rule_of
@@ -114,14 +114,14 @@ def score_items(
     lengths = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in items]
     for batch in batches(lengths, batch_size):
         chosen = [items[index] for index in batch]
-        next_logits, context = read(model, [item.prompt_ids or (start_token(tokenizer),) for item in chosen])
+        next_logits, context = prefill(model, [item.prompt_ids or (start_token(tokenizer),) for item in chosen])
         completions = completion_scores(
             next_logits, context, [item.completion_ids for item in chosen], [item.end_ids for item in chosen]
         )
         options = option_log_likelihoods(next_logits, context, trie).numpy() if trie else None
         texts = generate(next_logits, context, tokenizer, rule) if rule else None
         if texts and rule and rule.keep_indentation:
-            expected = [decoded(item.completion_ids, tokenizer) for item in chosen]
+            expected = [decode_completions(item.completion_ids, tokenizer) for item in chosen]
             rows = zip(texts, expected, chosen, strict=True)
             texts = [as_answer(text, completion, item.answer) for text, completion, item in rows]
         for row, index in enumerate(batch):
@@ -136,7 +136,7 @@ def _domain_prompt(tokenizer: Any, splits: Splits) -> tuple[int, ...]:
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return decoded(ids, tokenizer).strip()
+    return decode_completions(ids, tokenizer).strip()
 
 
 def _further(metrics: Mapping[str, Any], table: pa.Table) -> dict[str, float]:

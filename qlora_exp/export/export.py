@@ -22,11 +22,11 @@ from qlora_exp.errors import ExportError, ModelError, QloraExpError
 from qlora_exp.export.card import export_card
 from qlora_exp.export.compatibility import end_of_answers, stop_at, write_for_version_4
 from qlora_exp.export.gguf import check_convertible, write_gguf
-from qlora_exp.export.llama_cpp import measure
+from qlora_exp.export.llama_cpp import measure_runtime
 from qlora_exp.export.phone import answer_phone
-from qlora_exp.export.results import SCHEMA_VERSION, Artefact, Export, TaskCheck
+from qlora_exp.export.results import RESULTS_SCHEMA_VERSION, Artefact, Export, TaskCheck
 from qlora_exp.export.settings import BLOCK_TYPES
-from qlora_exp.export.task_check import Questions, check_gguf, check_merged, not_checked, questions
+from qlora_exp.export.task_check import Questions, check_exported_gguf, check_merged, not_checked, questions
 from qlora_exp.models import sources
 from qlora_exp.models.adapters import write_portable
 from qlora_exp.models.base import load_base
@@ -206,10 +206,10 @@ def _gguf(
     write_gguf(merged, tokenizer, path, kind, source.record.name, _end(source))
     positions = getattr(merged.config, "max_position_embeddings", None)
     context = min(settings.context_tokens, positions or settings.context_tokens)
-    runtime = measure(path, context, settings.generated_tokens)
+    runtime = measure_runtime(path, context, settings.generated_tokens)
     # A file that llama.cpp can't run would end this process too: it is asked only where the other one lived.
     check = not_checked(runtime.why, settings.tolerance) if runtime.why else None
-    check = check or check_gguf(path, merged, source.tokenizer, asked, settings.tolerance)
+    check = check or check_exported_gguf(path, merged, source.tokenizer, asked, settings.tolerance)
     return Artefact(kind, path.name, path.stat().st_size, check, runtime)
 
 
@@ -218,7 +218,7 @@ def _told(source: _Source, artefacts: list[Artefact], fingerprint: str, settings
     seconds, price = record.speed.total_seconds, _price(record, settings)
     cost = seconds / 3600 * price.usd_per_hour if seconds is not None and price is not None else None
     return Export(
-        schema_version=SCHEMA_VERSION,
+        schema_version=RESULTS_SCHEMA_VERSION,
         run_id=record.run_id,
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         base=source.model.name,

@@ -28,7 +28,7 @@ PERMUTED = ("LLAMA",)
 ROPE_TYPES = ("default", "linear", "llama3")
 FULL_ATTENTION_EVERY = 6
 """Layers of Gemma 3, as llama.cpp has it; the others attend to a sliding window."""
-BLOCK = 32
+GGUF_BLOCK = 32
 """Weights of a row that share a scale. The K types (Q4_K …) share over 256: no choice for rows of 192."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -136,7 +136,7 @@ def _type(name: str, values: np.ndarray, kind: str) -> Any:
     types = gguf.GGMLQuantizationType
     if values.ndim == 1:
         return types.F32
-    if values.shape[-1] % BLOCK:
+    if values.shape[-1] % GGUF_BLOCK:
         return types.F16
     return types.Q8_0 if name in ("token_embd.weight", "output.weight") else types[kind.upper()]
 

@@ -32,7 +32,7 @@ def why_not() -> str | None:
     return None if importlib.util.find_spec("llama_cpp") is not None else MISSING
 
 
-def measure(path: Path, context_tokens: int, generated_tokens: int) -> Runtime:
+def measure_runtime(path: Path, context_tokens: int, generated_tokens: int) -> Runtime:
     """Memory and speed of ``path`` on one thread. What could not be measured is ``None``, and ``why`` says why."""
     unknown = Runtime(None, _processor(), 1, context_tokens)
     if (missing := why_not()) is not None:

@@ -8,7 +8,7 @@ from qlora_exp.config.schema import ExportConfig
 from qlora_exp.export.results import Artefact, Criterion, PhoneAnswer
 from qlora_exp.system.hardware import Price
 
-ORDER = ("no", "not shown", "yes")
+ROUTE_ORDER = ("no", "not shown", "yes")
 """From the worst: a case is as good as its worst criterion."""
 
 
@@ -29,12 +29,12 @@ def answer_phone(
         none = Criterion("file", "not shown", "no GGUF file was exported")
         return PhoneAnswer(question, "not shown", None, (none, cost))
     judged = [(file, (*_file_criteria(file, settings), cost)) for file in files]
-    best, criteria = max(judged, key=lambda one: (ORDER.index(_worst(one[1])), -one[0].size_bytes))
+    best, criteria = max(judged, key=lambda one: (ROUTE_ORDER.index(_worst(one[1])), -one[0].size_bytes))
     return PhoneAnswer(question, _worst(criteria), best.path, criteria)
 
 
 def _worst(criteria: Sequence[Criterion]) -> str:
-    return min((criterion.answer for criterion in criteria), key=ORDER.index)
+    return min((criterion.answer for criterion in criteria), key=ROUTE_ORDER.index)
 
 
 def _file_criteria(file: Artefact, settings: ExportConfig) -> tuple[Criterion, ...]:
@@ -79,7 +79,7 @@ def _task(file: Artefact) -> Criterion:
         f"{check.items} items; tolerance {check.tolerance:g}, loss at most {check.high:.3f} (95 %)"
     )
     if (otherwise := check.cut_otherwise) is not None:
-        answer = min(check.answer, "not shown", key=ORDER.index)
+        answer = min(check.answer, "not shown", key=ROUTE_ORDER.index)
         return Criterion("answers the task", answer, f"{detail}; {otherwise}")
     return Criterion("answers the task", check.answer, detail)
 

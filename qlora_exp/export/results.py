@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 1
+RESULTS_SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)

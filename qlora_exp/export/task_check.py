@@ -74,7 +74,7 @@ def check_merged(model: PreTrainedModel, tokenizer: Any, asked: Questions | str,
     return _compared(model, tokenizer, asked, tolerance, "transformers", asked.config.evaluation.batch_size)
 
 
-def check_gguf(
+def check_exported_gguf(
     path: Path, like: PreTrainedModel, tokenizer: Any, asked: Questions | str, tolerance: float
 ) -> TaskCheck:
     """``path`` in llama.cpp; where that isn't installed, the check is not made."""
@@ -118,7 +118,7 @@ def _compared(
         label_marginal=marginal or None,
     ).items
     return replace(
-        compare(asked.answers, found, tolerance),
+        compare_answers(asked.answers, found, tolerance),
         engine=engine,
         split=asked.split,
         items=len(asked.items),
@@ -127,7 +127,7 @@ def _compared(
     )
 
 
-def compare(run: pa.Table, exported: pa.Table, tolerance: float) -> TaskCheck:
+def compare_answers(run: pa.Table, exported: pa.Table, tolerance: float) -> TaskCheck:
     """The two tables' answers, row by row, by the first of :data:`METRICS` that both have.
 
     *yes*: the upper bound of run − exported is within the tolerance; *no*: the lower one is beyond it.

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_exp.architecture.run_plan import adapter_dtype, effective_alpha
 from qlora_exp.config.schema import AdapterInit, Config, LoraConfig
 from qlora_exp.errors import ModelError
-from qlora_exp.models.base import Base, shell
+from qlora_exp.models.base import Base, clone_sharing_weights
 from qlora_exp.models.portable_adapters import make_portable
 
 ADAPTER = "default"
@@ -118,7 +118,7 @@ def write_portable(base: Base, config: Config, modules: Sequence[str], source: P
         shutil.copyfile(source / name, target / name)
     start: dict[str, torch.Tensor] = {}
     if config.lora.init is AdapterInit.pissa:
-        start = getattr(attach_adapters(shell(base), config, modules), SUBTRACTED)
+        start = getattr(attach_adapters(clone_sharing_weights(base), config, modules), SUBTRACTED)
     make_portable(target, start)
 
 
@@ -135,7 +135,7 @@ def load_adapter(base: Base, folder: Path) -> PeftModel:
         raise ModelError(f"there is no adapter: {error.filename or error} is missing", str(folder)) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the adapter can't be read: {error}", str(folder), "copy it again") from None
-    model = shell(base)
+    model = clone_sharing_weights(base)
     if settings.get("init_lora_weights") == "pissa":
         _own_weights([module for module in model.modules() if hasattr(module, "weight")], 0)
     try:

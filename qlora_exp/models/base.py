@@ -80,12 +80,12 @@ def load_model(
         except Exception as error:  # transformers and safetensors raise every kind for weights that don't fit
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"the weights can't be loaded: {line}", source.where, "see the model's card") from error
-    _refuse_unquantized(loaded, quantization.mode, source)
+    _check_quantized(loaded, quantization.mode, source)
     if quantization.mode in QUANTIZED:
-        _let_go_of_file(loaded)
+        _copy_out_of_mmap(loaded)
     if source.gguf_file:  # loaded from memory: PEFT would write the base's name as "None"
         loaded.name_or_path = source.where
-    return _settle(loaded, source)
+    return _warm_up(loaded, source)
 
 
 def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -103,7 +103,7 @@ def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) ->
     return None
 
 
-def shell(base: Base) -> PreTrainedModel:
+def clone_sharing_weights(base: Base) -> PreTrainedModel:
     """A copy of the base's modules that shares all of its tensors: train an adapter on it and throw it away.
 
     Trainers wrap ``forward``, add hooks and change flags for good; on a shell that leaves the base untouched.
@@ -193,7 +193,7 @@ def _quantized_shape(module: nn.Module) -> tuple[int, ...] | None:
     return tuple(module.weight.shape) if isinstance(module, Linear8bitLt) else None
 
 
-def _let_go_of_file(model: PreTrainedModel) -> None:
+def _copy_out_of_mmap(model: PreTrainedModel) -> None:
     """On a CPU what isn't quantized is a view of the mapped file, and keeps all of it resident, with the weights that
     were quantized from it: a copy of its own lets the file go."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -201,7 +201,7 @@ def _let_go_of_file(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _settle(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+def _warm_up(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     """Bring the base into the state in which every forward pass leaves it as it was.
 
     On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at the first forward in eval mode, and training then
@@ -218,7 +218,7 @@ def _settle(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     return model
 
 
-def _refuse_unquantized(model: nn.Module, mode: Quantization, source: ModelSource) -> None:
+def _check_quantized(model: nn.Module, mode: Quantization, source: ModelSource) -> None:
     """bitsandbytes takes torch's own Linear and GPT-2's Conv1D; an architecture with a linear class of its own stays as
     it is, and a record that called it quantized would be wrong."""
     if mode not in QUANTIZED or any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):

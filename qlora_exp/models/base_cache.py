@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_exp.config.schema import Config, ModelConfig
-from qlora_exp.models.base import Base, load_base, shell
+from qlora_exp.models.base import Base, clone_sharing_weights, load_base
 from qlora_exp.models.sources import fingerprint, resolve_source
 
 T = TypeVar("T")
 
 
-class ColdBases:
+class NoCache:
     """Every run loads its base and makes everything itself."""
 
     warm = False
@@ -31,7 +31,7 @@ class ColdBases:
         return make()
 
 
-class WarmBases:
+class BaseCache:
     """Keeps the last base, and the last of whatever else doesn't change between trials. Trials see shells only."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class WarmBases:
         return base
 
     def model(self, base: Base) -> PreTrainedModel:
-        return shell(base)
+        return clone_sharing_weights(base)
 
     def kept(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
         """What was made of ``key`` last time, or else ``make()``; one of each ``kind`` is kept."""

@@ -11,7 +11,7 @@ from qlora_exp.models.base import Base
 T = TypeVar("T")
 
 
-class Bases(Protocol):
+class BaseModels(Protocol):
     """Where a run's base comes from, and what else a host that makes many runs need not make twice."""
 
     @property

@@ -15,7 +15,7 @@ from qlora_exp.errors import ModelError
 
 ALWAYS = ("hidden_size", "num_hidden_layers")
 """Asked for even where the architecture's configuration has no such field, or is nested."""
-OTHER_NAMES: dict[str, tuple[str, ...]] = {
+CONFIG_KEY_ALIASES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("n_embed",),  # BLOOM's and Falcon's first files
     "num_hidden_layers": ("num_layers", "layers_block_type", "attn_layers", "num_decoder_layers"),
     "vocab_size": (),
@@ -25,7 +25,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 """Size → what it is called beside its own name and that of the architecture's ``attribute_map``."""
 POSITIVE = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads")
 """A feed-forward part may have no width: some hybrids have none."""
-HINT = "restore it from the model's source"
+RESTORE_HINT = "restore it from the model's source"
 
 
 def check_possible(file: Path, raw: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ def check_possible(file: Path, raw: Mapping[str, Any]) -> None:
     ]
     if wrong:
         what = f"transformers can't build a {raw['model_type']} of such sizes: {', '.join(wrong)}"
-        raise ModelError(what, str(file), f"at least 1; {HINT}")
+        raise ModelError(what, str(file), f"at least 1; {RESTORE_HINT}")
 
 
 def check_given(file: Path, config: PretrainedConfig) -> None:
@@ -58,7 +58,7 @@ def check_given(file: Path, config: PretrainedConfig) -> None:
     given = {**raw, **(raw.get("text_config") or {})}
     defaults = {field.name: field.default for field in dataclasses.fields(text)}
     missing = []
-    for size, others in OTHER_NAMES.items():
+    for size, others in CONFIG_KEY_ALIASES.items():
         names = (text.attribute_map.get(size, size), size, *others)
         guessed = [name for name in names if isinstance(defaults.get(name), int)]
         asked = size in ALWAYS or (guessed and text is config)
@@ -67,4 +67,4 @@ def check_given(file: Path, config: PretrainedConfig) -> None:
     if missing:
         told = " and ".join(part for part in (", ".join(missing[:-1]), missing[-1]) if part)
         what = f"config.json doesn't say {told}"
-        raise ModelError(what, str(file), HINT)
+        raise ModelError(what, str(file), RESTORE_HINT)

@@ -21,7 +21,7 @@ from qlora_exp.errors import ModelError
 from qlora_exp.models.config_sizes import check_given
 from qlora_exp.models.gguf_header import gguf_parts
 from qlora_exp.models.gguf_tensors import check_gguf
-from qlora_exp.models.sources import ModelSource, check_config, model_config, reason, resolve_source
+from qlora_exp.models.sources import ModelSource, check_config, first_error_line, model_config, resolve_source
 from qlora_exp.models.tensors import check_tensors, stored_tensors
 from qlora_exp.models.weight_files import weight_files
 
@@ -138,7 +138,7 @@ def build_meta(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel
                 config, trust_remote_code=False, dtype=torch.bfloat16
             )
     except Exception as error:  # whatever an ill-formed configuration makes an architecture's constructor raise
-        what = f"transformers can't build this {config.model_type}: {reason(error)}"
+        what = f"transformers can't build this {config.model_type}: {first_error_line(error)}"
         raise ModelError(what, source.where, "check the sizes in its config.json") from None
     return built
 

@@ -27,7 +27,7 @@ TENSOR_NAMES = (
     ("fp8", re.compile(r"\.(weight_scale_inv|weight_scale|input_scale)$")),
 )
 """Method → a name that only its tensors have; the first that matches counts."""
-HINT = "give the unquantized checkpoint that it was made from; qlora-exp quantizes by itself"
+QUANTIZED_HINT = "give the unquantized checkpoint that it was made from; qlora-exp quantizes by itself"
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:

@@ -33,7 +33,7 @@ from qlora_exp.models.causality import check_configured_causal
 from qlora_exp.models.config_sizes import check_possible
 from qlora_exp.models.gguf_header import gguf_parts, is_tied, read_header
 from qlora_exp.models.gguf_rope import with_llama3_rope
-from qlora_exp.models.prequantized import HINT as UNQUANTIZED
+from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
 from qlora_exp.models.prequantized import method_of
 from qlora_exp.models.weight_files import (
     WEIGHTS,
@@ -46,7 +46,7 @@ from qlora_exp.models.weight_files import (
 )
 from qlora_exp.paths import EMBEDDED
 
-HUB_SECONDS = 5.0
+HUB_TIMEOUT_SECONDS = 5.0
 """Longest wait for the Hub's answer; without a network the local cache is used, or the run is refused at once."""
 
 
@@ -131,7 +131,7 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     try:
         config = _read_config(source)
     except Exception as error:  # every architecture validates in its own way, and GGUF readers unpack raw bytes
-        what = f"the model's configuration can't be read: {reason(error)}"
+        what = f"the model's configuration can't be read: {first_error_line(error)}"
         raise ModelError(what, source.where, "is it a complete model that transformers can build?") from None
     if source.gguf_file is None and (method := method_of(vars(config))):
         raise ModelError(f"the checkpoint is quantized already (by {method})", source.where, UNQUANTIZED)
@@ -280,11 +280,11 @@ def _hub(repository: str, revision: str | None) -> ModelSource:
 def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
     """The commit that ``revision`` (default: main) means; asked of the Hub once, else (True) of the local cache."""
     try:
-        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS)
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
         if info.sha is not None:
             if info.siblings:
                 check_hub_files({file.rfilename for file in info.siblings}, f"Hub id {repository}")
-            _remember(repository, revision)
+            _touch_hub_cache(repository, revision)
             return str(info.sha), False
     except GatedRepoError:
         hint = f"accept its licence at https://huggingface.co/{repository} and run: hf auth login"
@@ -301,11 +301,11 @@ def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
     return _cached_commit(repository, revision), True
 
 
-def _remember(repository: str, revision: str | None) -> None:
+def _touch_hub_cache(repository: str, revision: str | None) -> None:
     """What is loaded by its commit leaves no trace in the cache of the name that meant it: without a network it would
     not be found again. A file asked for by that name leaves one."""
     with contextlib.suppress(HfHubHTTPError, HTTPError, OSError):
-        huggingface_hub.hf_hub_download(repository, "config.json", revision=revision, etag_timeout=HUB_SECONDS)
+        huggingface_hub.hf_hub_download(repository, "config.json", revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS)
 
 
 def _cached_commit(repository: str, revision: str | None) -> str:
@@ -320,7 +320,7 @@ def _cached_commit(repository: str, revision: str | None) -> str:
     return Path(os.path.normpath(file)).parent.name
 
 
-def reason(error: BaseException) -> str:
+def first_error_line(error: BaseException) -> str:
     """An error's first line, or the next one where the first only leads to it; at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[1 if lines[0].endswith(":") and len(lines) > 1 else 0][:300]

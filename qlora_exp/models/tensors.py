@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qlora_exp.errors import ModelError
-from qlora_exp.models.prequantized import HINT as UNQUANTIZED
+from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
 from qlora_exp.models.prequantized import method_of_tensors
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.weight_files import weight_files
@@ -51,7 +51,7 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": "FSDP",
     "_forward_module.": "Lightning",
 }
-ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\b")
+ADAPTER_PATTERN = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\b")
 LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 NUMBERED = re.compile(r"^(.*\.experts?\.)(\d+)(\..*)$")
 HEADS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|qa_outputs|reward_head)\.")
@@ -221,7 +221,7 @@ def _check_dtypes(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], w
 
 def _check_names(tensors: Mapping[str, StoredTensor], model: PreTrainedModel, where: str) -> None:
     """Names as a wrapper of the model writes them: none of them would be found."""
-    if adapters := [name for name in tensors if ADAPTER.search(name)]:
+    if adapters := [name for name in tensors if ADAPTER_PATTERN.search(name)]:
         what = f"{len(adapters)} tensors of the files are an adapter's: {some(adapters)}"
         hint = "merge the adapter before saving: PeftModel.merge_and_unload().save_pretrained(NEW_DIR)"
         raise ModelError(what, where, hint)

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qlora_exp.errors import ModelError
-from qlora_exp.models.prequantized import HINT as UNQUANTIZED
+from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
 from qlora_exp.models.prequantized import SIDE_FILES
 
 WEIGHTS = "model.safetensors"

@@ -12,20 +12,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.interpolations import texts_of
 from qlora_exp.config.override_values import has_interpolation, hydra_value
-from qlora_exp.config.overrides import key_of
+from qlora_exp.config.overrides import override_key
 from qlora_exp.config.schema import absolute_path, absolute_store
-from qlora_exp.study.space import overrides_of
+from qlora_exp.study.space import point_overrides
 from qlora_exp.study.types import Axis
 
 FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.uri", "sweep.storage")
 """Settings that may name a place relative to the folder that the command was given in."""
 
 
-def with_absolute_places(fixed: Sequence[str], raw: DictConfig) -> list[str]:
+def with_absolute_paths(fixed: Sequence[str], raw: DictConfig) -> list[str]:
     """``fixed``, and what a file of sweeps/ sets, so that they mean the same places from every folder."""
     places = {key: _written(raw, key) for key in (*FILES, *STORES)}
     changed = {key: absolute(key, value) for key, value in places.items() if value != absolute(key, value)}
-    return [*(text for text in fixed if key_of(text) not in changed), *overrides_of(changed)]
+    return [*(text for text in fixed if override_key(text) not in changed), *point_overrides(changed)]
 
 
 def _written(raw: DictConfig, key: str) -> Any:

@@ -7,24 +7,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_exp.config.overrides import is_hydra, key_of
+from qlora_exp.config.overrides import is_hydra, override_key
 from qlora_exp.errors import QloraExpError
-from qlora_exp.estimate.affordable_trials import Cost, by_rows, planned_cost, trials_of
-from qlora_exp.estimate.budget import Account, Purse, budget_of, without_limits
+from qlora_exp.estimate.affordable_trials import Cost, affordable_trials_at, by_rows, planned_cost
+from qlora_exp.estimate.budget import LimitUsage, StudyBudget, budget_of, without_limits
 from qlora_exp.formatting import bytes_text
-from qlora_exp.orchestration.command import Asked
+from qlora_exp.orchestration.command import SweepCommand
 from qlora_exp.paths import OutputPaths
 from qlora_exp.study.types import StudySpec
 
 if TYPE_CHECKING:
     from qlora_exp.estimate.estimator import PlannedRun
-    from qlora_exp.estimate.sweep import Point
+    from qlora_exp.estimate.sweep import Candidate
 
 MOST_PLANNED = 1000
 """More points would keep the first trial waiting."""
 
 
-def what_it_buys(asked: Asked, opened: Any, purse: Purse) -> Iterator[str]:
+def affordable_trials_message(asked: SweepCommand, opened: Any, purse: StudyBudget) -> Iterator[str]:
     """A sentence for each limit of the budget."""
     counts, memory_bytes = opened.counts(), budget_of(asked.config).memory_bytes
     accounts = purse.accounts(opened.trials())
@@ -34,7 +34,7 @@ def what_it_buys(asked: Asked, opened: Any, purse: Purse) -> Iterator[str]:
         runs = _planned(asked.spec, memory_bytes)
     for account in accounts:
         left = account.limit - account.spent
-        yield trials_of(account.name, account.limit, left, *_cost(runs, account), to_come).told
+        yield affordable_trials_at(account.name, account.limit, left, *_cost(runs, account), to_come).told
     if memory_bytes is not None:
         yield _fitting(runs, memory_bytes)
 
@@ -52,7 +52,7 @@ def _fitting(runs: Sequence[PlannedRun] | None, memory_bytes: int) -> str:
     )
 
 
-def _cost(runs: Sequence[PlannedRun] | None, account: Account) -> tuple[Cost | None, str]:
+def _cost(runs: Sequence[PlannedRun] | None, account: LimitUsage) -> tuple[Cost | None, str]:
     """Of one trial: as measured (cheapest, mean, dearest), else as planned."""
     if account.costs:
         count = len(account.costs)
@@ -61,7 +61,7 @@ def _cost(runs: Sequence[PlannedRun] | None, account: Account) -> tuple[Cost | N
     return planned_cost(runs or (), account.name)
 
 
-def check_memory(asked: Asked) -> None:
+def check_memory(asked: SweepCommand) -> None:
     """Raises:
     ConfigError: no quantization of any base model of the search fits into ``budget.memory_bytes``."""
     from qlora_exp.estimate.estimator import Planner
@@ -88,7 +88,7 @@ def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | No
     return [planner.plan(_held_to(point, memory_bytes)) for point in points]
 
 
-def _held_to(point: Point, memory_bytes: int | None) -> Point:
+def _held_to(point: Candidate, memory_bytes: int | None) -> Candidate:
     """As a trial is run: the study's budget is not its own, but for the memory that it must fit into."""
     if point.config is None:
         return point
@@ -96,17 +96,17 @@ def _held_to(point: Point, memory_bytes: int | None) -> Point:
     return replace(point, config=replace(config, budget=replace(config.budget, memory_bytes=memory_bytes)))
 
 
-def _points(spec: StudySpec) -> Sequence[Point] | None:
+def _points(spec: StudySpec) -> Sequence[Candidate] | None:
     """The space's points (of an interval, its ends); ``None``: nothing is trained, there are too many, or a model's
     layers aren't known without torch."""
     if spec.synthetic:
         return None
     from qlora_exp.architecture.families import known_architecture
-    from qlora_exp.estimate.sweep import points_of
+    from qlora_exp.estimate.sweep import search_space
 
-    fixed = [text for text in spec.overrides if not is_hydra(key_of(text))]
+    fixed = [text for text in spec.overrides if not is_hydra(override_key(text))]
     try:
-        asked = points_of([*fixed, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)])
+        asked = search_space([*fixed, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)])
     except QloraExpError:  # too many points to plan
         return None
     configs = [point.config for point in asked.points if point.config is not None]

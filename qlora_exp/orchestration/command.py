@@ -16,33 +16,33 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_points, compose_raw
+from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw
 from qlora_exp.config.groups import groups
 from qlora_exp.config.interpolations import depends_on, settings_from_outside, texts_of, value_now, without_outside
 from qlora_exp.config.override_values import has_interpolation
-from qlora_exp.config.overrides import is_hydra, is_swept, key_of, value_of
+from qlora_exp.config.overrides import is_hydra, is_swept, override_key, override_value
 from qlora_exp.config.problems import problems_of
 from qlora_exp.config.schema import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.config.search_path import SEARCH_PATH
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.estimate import budget
 from qlora_exp.formatting import flat
-from qlora_exp.orchestration.absolute_paths import absolute, with_absolute_places, with_absolute_places_on
+from qlora_exp.orchestration.absolute_paths import absolute, with_absolute_paths, with_absolute_places_on
 from qlora_exp.orchestration.study_names import check_name
 from qlora_exp.paths import OutputPaths, StudyPaths, study_name
 from qlora_exp.rank_doubling import ladder_sweep
 from qlora_exp.records.redaction import redact
-from qlora_exp.study.space import grid, is_grid, overrides_of, parse_axes
+from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides
 from qlora_exp.study.spec import STORAGE_VARIABLE, read_spec
 from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 
-OF_THE_STUDY = tuple(f"budget.{name}" for name in budget.OF_THE_STUDY)
+STUDY_KEYS = tuple(f"budget.{name}" for name in budget.STUDY_LIMITS)
 """What a study may spend, and what its trials must fit into, is no trial's own."""
-NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *OF_THE_STUDY)
-NOT_NAMING = (
+NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *STUDY_KEYS)
+IGNORED_IN_NAME = (
     *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
     *("sweep.n_trials", "sweep.max_failures", "sweep.max_attempts"),
-    *OF_THE_STUDY,
+    *STUDY_KEYS,
     "budget.force",
 )
 """What may change while a study goes on: the command still means the same study."""
@@ -51,7 +51,7 @@ LIVE = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.en
 
 
 @dataclass(frozen=True)
-class Asked:
+class SweepCommand:
     """What a command asks for: the study, and how this time it is worked on."""
 
     spec: StudySpec
@@ -65,7 +65,7 @@ class Asked:
     """Overrides that give one value to what the sweep searches."""
 
 
-def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> Asked:
+def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> SweepCommand:
     """The study that ``overrides`` mean, every point of its space checked as far as that can be done beforehand.
 
     ``params``: axes of lowest precedence; ``sweep.params`` go before them, the command line before both.
@@ -79,24 +79,24 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
 
     overrides, as_written = _as_it_is_now(overrides)
     raise_all(problems_of(overrides, multirun=True))
-    swept = {key_of(text): text.partition("=")[2] for text in overrides if is_swept(text)}
-    fixed = [text for text in overrides if key_of(text) not in swept]
+    swept = {override_key(text): text.partition("=")[2] for text in overrides if is_swept(text)}
+    fixed = [text for text in overrides if override_key(text) not in swept]
     raw = compose_raw(fixed)
     settings = _settings(raw)
     declared = {key: _axis_now(key, text) for key, text in {**(params or {}), **settings.params}.items()}
     texts = {**declared, **swept}
     # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
-    texts |= {key_of(text): text.partition("=")[2] for text in fixed if key_of(text) in texts}
-    searched = [text for text in fixed if key_of(text) in texts]
-    fixed_axes = [t for t in fixed if t.partition("=")[2] != declared.get(key_of(t), t.partition("=")[2])]
-    fixed = [text for text in fixed if key_of(text) not in texts]
-    naming = [as_written.get(text, text) for text in with_absolute_places(fixed, raw)]
+    texts |= {override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in texts}
+    searched = [text for text in fixed if override_key(text) in texts]
+    fixed_axes = [t for t in fixed if t.partition("=")[2] != declared.get(override_key(t), t.partition("=")[2])]
+    fixed = [text for text in fixed if override_key(text) not in texts]
+    naming = [as_written.get(text, text) for text in with_absolute_paths(fixed, raw)]
     from_files = settings_from_outside(raw, (*LIVE, *texts))
     texts_now_fixed = _texts_replaced(as_written, raw, from_files)
     if from_files:
-        fixed += overrides_of(from_files)
+        fixed += point_overrides(from_files)
         raw = compose_raw([*fixed, *searched])
-    fixed = with_absolute_places(fixed, raw)
+    fixed = with_absolute_paths(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
     axes = tuple(with_absolute_places_on(axis) for axis in _axes(texts, settings, narrowed))
     ladder = ladder_sweep.ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
@@ -114,7 +114,7 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         check_name(name)
     else:
         name = earlier.name  # as the storage has it, in whichever form of Unicode
-    alike, interpolated = _alike(raw, axes)
+    alike, interpolated = _shared_settings(raw, axes)
     spec = StudySpec(
         name=name,
         question=settings.question,
@@ -138,19 +138,19 @@ def ask(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> As
         out_of_memory_retries=settings.out_of_memory_retries,
         synthetic=raw.training.engine is Engine.sleep,
         space={axis.key: axis.text for axis in axes},
-        fixed={key_of(text): value_of(text) for text in _of_a_run(fixed)},
+        fixed={override_key(text): override_value(text) for text in _of_a_run(fixed)},
         settings=alike,
         interpolated=interpolated | texts_now_fixed,
         ladder=ladder,
         id=earlier.id if earlier else None,
     )
-    check_points([*spec.overrides, *point] for point in _points_to_check(axes))
+    check_candidates([*spec.overrides, *point] for point in _points_to_check(axes))
     _check_pruner(settings, raw)
     check_search(spec)
     if not paths.created.exists():
         check_earlier(spec)
-    workers, tracking = settings_of(raw.workers, WorkersConfig), settings_of(raw.tracking, TrackingConfig)
-    return Asked(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes))
+    workers, tracking = spec_settings(raw.workers, WorkersConfig), spec_settings(raw.tracking, TrackingConfig)
+    return SweepCommand(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes))
 
 
 def _as_it_is_now(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -166,7 +166,7 @@ def _texts_replaced(as_written: Mapping[str, str], raw: DictConfig, from_files: 
     """Key → text of each setting whose interpolation has been replaced by its value."""
     plain = dict(flat(OmegaConf.to_container(raw, enum_to_str=True))) if from_files else {}
     changed = [text for now, text in as_written.items() if now != text and not is_swept(text)]
-    given = {key_of(text): str(value_of(text)) for text in changed}
+    given = {override_key(text): str(override_value(text)) for text in changed}
     texts: dict[str, str] = redact({key: str(plain[key]) for key in from_files} | given)
     return texts
 
@@ -195,23 +195,23 @@ def _settings(raw: DictConfig) -> SweepConfig:
     plain = copy.deepcopy(raw)
     OmegaConf.update(plain, "sweep.params", {}, merge=False)
     OmegaConf.update(plain, "sweep.enqueue", [], merge=False)
-    settings: SweepConfig = settings_of(plain.sweep, SweepConfig)
+    settings: SweepConfig = spec_settings(plain.sweep, SweepConfig)
     return replace(settings, params=params, enqueue=enqueue)
 
 
 def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
     """What ``qlora-exp run`` needs to run a trial's configuration by itself, wherever it is called."""
-    searched = [text for text in spec.overrides if key_of(text) == SEARCH_PATH]
+    searched = [text for text in spec.overrides if override_key(text) == SEARCH_PATH]
     # A file of sweeps/ may set what a run doesn't look at from the environment: without its value nothing composes.
-    kept = [text for text in spec.overrides if key_of(text) in spec.interpolated]
+    kept = [text for text in spec.overrides if override_key(text) in spec.interpolated]
     of_a_run = _of_a_run(spec.overrides)
     kept = [text for text in kept if text not in of_a_run]
-    return [*searched, *of_a_run, *kept, *overrides_of(params)]
+    return [*searched, *of_a_run, *kept, *point_overrides(params)]
 
 
 def _of_a_run(overrides: Sequence[str]) -> list[str]:
     return [
-        text for text in overrides if not _belongs(key_of(text), ("sweep", "workers", "output_root", *OF_THE_STUDY))
+        text for text in overrides if not _belongs(override_key(text), ("sweep", "workers", "output_root", *STUDY_KEYS))
     ]
 
 
@@ -220,7 +220,7 @@ def _storage(settings: SweepConfig, outputs: OutputPaths) -> str:
     return str(absolute("sweep.storage", chosen))
 
 
-def settings_of(node: Any, kind: type[Any]) -> Any:
+def spec_settings(node: Any, kind: type[Any]) -> Any:
     try:
         built = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
@@ -246,7 +246,7 @@ def _belongs(key: str, names: Sequence[str]) -> bool:
     return is_hydra(key) or any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _alike(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, Any], dict[str, str]]:
+def _shared_settings(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, Any], dict[str, str]]:
     """What every trial has alike, key → value, as far as it can change a trial's result; and the settings among them
     that are written as interpolations, key → text."""
     searched = [axis.key for axis in axes]
@@ -306,14 +306,14 @@ def _check_pruner(settings: SweepConfig, raw: Any) -> None:
 def _points_to_check(axes: tuple[Axis, ...]) -> Iterator[Sequence[str]]:
     """Overrides of every point where they are few; else each axis's values with the others at their first. Of an
     interval, both ends."""
-    corners = tuple(_corners(axis) for axis in axes)
+    corners = tuple(_interval_ends(axis) for axis in axes)
     corners = tuple(replace(axis, values=axis.values[:1]) if _is_ladders_seed(axis) else axis for axis in corners)
     if math.prod(len(axis.values) for axis in corners) <= GRID_CHECK_LIMIT:
         spaces = [corners]
     else:
         first = [replace(axis, values=axis.values[:1]) for axis in corners]
         spaces = [tuple(axis if axis is one else first[i] for i, axis in enumerate(corners)) for one in corners]
-    points = (overrides_of(params) for space in spaces for params in grid(space))
+    points = (point_overrides(params) for space in spaces for params in grid(space))
     return itertools.islice(points, GRID_CHECK_LIMIT)
 
 
@@ -321,7 +321,7 @@ def _is_ladders_seed(axis: Axis) -> bool:
     return axis.key == "seed" and "ladder" in axis.tags
 
 
-def _corners(axis: Axis) -> Axis:
+def _interval_ends(axis: Axis) -> Axis:
     if axis.kind is AxisKind.CHOICE:
         return axis
     assert axis.low is not None
@@ -332,8 +332,8 @@ def _corners(axis: Axis) -> Axis:
 
 def _name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
     """The same command, the same study: the sweep's name where nothing else is said, else with a digest of the rest."""
-    chosen = [text.partition("=")[2] for text in fixed if key_of(text) == "sweeps"]
-    naming = [text for text in fixed if not _belongs(key_of(text), NOT_NAMING)]
+    chosen = [text.partition("=")[2] for text in fixed if override_key(text) == "sweeps"]
+    naming = [text for text in fixed if not _belongs(override_key(text), IGNORED_IN_NAME)]
     naming += [f"{key}={text}" for key, text in swept.items()]
     if chosen and not naming:
         return chosen[0]
@@ -343,8 +343,8 @@ def _name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
 
 def _trial_overrides(fixed: Sequence[str], outputs: OutputPaths) -> Iterator[str]:
     not_theirs = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
-    yield from (text for text in fixed if key_of(text) not in not_theirs)
-    yield from overrides_of({"output_root": str(outputs.root)})
+    yield from (text for text in fixed if override_key(text) not in not_theirs)
+    yield from point_overrides({"output_root": str(outputs.root)})
 
 
 def _earlier(paths: StudyPaths, name: str) -> StudySpec | None:

@@ -13,9 +13,9 @@ from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.records.files import write_json
 from qlora_exp.system import heap
 from qlora_exp.system.environment import available_cores
-from qlora_exp.system.gpus import VARIABLE
+from qlora_exp.system.gpus import DEVICES_VARIABLE
 from qlora_exp.system.gpus import cards as cards_here
-from qlora_exp.system.gpus import visible as visible_gpus
+from qlora_exp.system.gpus import visible_devices as visible_gpus
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def slots_of(engine: Engine, device: DeviceChoice, count: int | None) -> tuple[s
     """:func:`assign` on this machine, for a study whose trials run so."""
     uses_gpu = engine is not Engine.sleep and device is not DeviceChoice.cpu
     gpus = inventory() if uses_gpu else ()
-    return assign(gpus, os.environ.get(VARIABLE), count, _own_pids() if gpus else ())
+    return assign(gpus, os.environ.get(DEVICES_VARIABLE), count, _own_pids() if gpus else ())
 
 
 def _own_pids() -> set[int]:
@@ -141,4 +141,4 @@ def threads_per_host(asked: int | None, slots: int, kept: Path) -> int:
 def environment_of(gpu: str | None, threads: int) -> Mapping[str, str]:
     """A host's environment variables, read by libraries when they are imported."""
     fixed = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**fixed, **heap.environment()} if gpu is None else {**fixed, VARIABLE: gpu}
+    return {**fixed, **heap.environment()} if gpu is None else {**fixed, DEVICES_VARIABLE: gpu}

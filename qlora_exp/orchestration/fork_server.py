@@ -256,10 +256,10 @@ def _tell(pipe: int, text: str) -> None:
 def _import(modules: Sequence[str]) -> str | None:
     """Import ``modules``. Returns why nothing can be forked afterwards."""
     try:
-        from qlora_exp.runs.process import import_to_stay, quiet_libraries
+        from qlora_exp.runs.process import import_and_freeze_gc, silence_libraries
 
-        quiet_libraries()
-        import_to_stay(modules)
+        silence_libraries()
+        import_and_freeze_gc(modules)
     except BaseException:
         traceback.print_exc()  # a new interpreter meets it too, and tells
         return "the imports failed"

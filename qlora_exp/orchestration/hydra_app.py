@@ -25,7 +25,14 @@ from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_pat
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.paths import CONF
 from qlora_exp.runs.entry_points import end_killed_run, run_and_tell
-from qlora_exp.runs.process import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
+from qlora_exp.runs.process import (
+    EXIT_COMPLETED,
+    EXIT_INTERRUPTED,
+    EXIT_RUN_FAILED,
+    EXIT_WRONG_INPUT,
+    ExitCode,
+    print_error,
+)
 from qlora_exp.system import heap, memory_limits, signals, streams
 from qlora_exp.system.distributed import one_rank_only
 from qlora_exp.system.terminal import check_arguments, show_any_text
@@ -38,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_arguments(given)
     except QloraExpError as error:
-        tell(error)
+        print_error(error)
         return EXIT_WRONG_INPUT
     flags = get_args_parser().parse_args(given)  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
     multirun = flags.multirun
@@ -67,9 +74,9 @@ def _main(given: list[str], flags: argparse.Namespace, multirun: bool, asks: boo
             given = without_globs(given, flags.overrides)
         _hydra(_with_search_path(given))
     except QloraExpError as error:
-        tell(error)
+        print_error(error)
         return EXIT_WRONG_INPUT
-    except Ended as ended:
+    except ExitCode as ended:
         return ended.code
     except KeyboardInterrupt:
         print("interrupted; the same command begins again where it can" if asks else "interrupted", file=sys.stderr)
@@ -173,10 +180,10 @@ def one_job(raw: Any) -> Any:
         config = checked(raw)
         code = _in_own_process(config) if multirun else run_and_tell(config)
     except QloraExpError as error:
-        tell(error)
-        raise Ended(EXIT_WRONG_INPUT) from None
+        print_error(error)
+        raise ExitCode(EXIT_WRONG_INPUT) from None
     if multirun and code in (EXIT_INTERRUPTED, EXIT_WRONG_INPUT):
-        raise Ended(code)
+        raise ExitCode(code)
     _codes.append(code)
     return code
 

@@ -17,7 +17,7 @@ from qlora_exp.records.types import Process
 from qlora_exp.system import signals
 from qlora_exp.system.environment import alive
 
-GRACE_SECONDS = 150.0
+WORKER_GRACE_SECONDS = 150.0
 """The end of a step and a checkpoint in each worker, and the delivery to MLflow."""
 
 _sweeping = threading.local()
@@ -47,7 +47,7 @@ def passed_on(paths: StudyPaths) -> Iterator[None]:
         for pid in workers:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
-        timers.append(threading.Timer(GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGINT)))
+        timers.append(threading.Timer(WORKER_GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGINT)))
         timers[-1].daemon = True
         timers[-1].start()
         signals.say("the workers save what they have and end; again: end at once")

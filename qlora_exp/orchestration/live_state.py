@@ -54,7 +54,7 @@ def worker_name() -> str:
     return f"{slug(socket.gethostname(), 40)}-{os.getpid()}"
 
 
-def now() -> str:
+def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -62,10 +62,12 @@ def state_of(
     worker: str, job: int, stopping: str | None, slots: list[SlotState], lease_seconds: float | None = None
 ) -> WorkerState:
     copies = tuple(dataclasses.replace(slot) for slot in slots)
-    return WorkerState(worker, socket.gethostname(), job, process_identity(), now(), stopping, copies, lease_seconds)
+    return WorkerState(
+        worker, socket.gethostname(), job, process_identity(), utc_now(), stopping, copies, lease_seconds
+    )
 
 
-def write_state(folder: Path, state: WorkerState) -> None:
+def write_worker_state(folder: Path, state: WorkerState) -> None:
     """A full disk is told elsewhere; the trials go on without this file."""
     with contextlib.suppress(OSError):
         write_json(folder / f"{state.worker}.json", state)

@@ -7,20 +7,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_exp.errors import RecordError
-from qlora_exp.estimate.memory_fit import Kin, kin_of, measured_of
+from qlora_exp.estimate.memory_fit import MemoryCorrection, corrections, measured_of
 from qlora_exp.estimate.throughput import achieved_flops_per_second
 from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
-from qlora_exp.records.types import Fit, Refusal, RunRecord, Status
+from qlora_exp.records.types import Fit, RunRecord, SkippedTrial, Status
 from qlora_exp.study.types import TrialRow
 
-MOST_REFUSALS_IN_A_ROW = 100
+MAX_CONSECUTIVE_SKIPS = 100
 """A space of which one trial in a hundred fits is worth narrowing by hand."""
 
 
 @dataclass(frozen=True)
-class Predicted:
+class MemoryPredictionSummary:
     """What predicting its trials' memory came to in one study. Bytes and seconds."""
 
     bound_bytes: int
@@ -58,7 +58,7 @@ class Predicted:
         return told
 
 
-class Experience:
+class MemoryFeedback:
     """The records of a study's ended trials, each read once. They are the only place where experience is kept: every
     worker, and whoever resumes the study, derives the same corrections from them."""
 
@@ -66,9 +66,9 @@ class Experience:
         self._outputs = outputs
         self._records: dict[str, RunRecord | None] = {}
 
-    def kin(self, trials: Iterable[TrialRow], bound_bytes: int | None) -> tuple[Kin, ...]:
-        """As :func:`~qlora_exp.estimate.memory_fit.kin_of` has it."""
-        return kin_of((record for _, record in self.records(trials)), bound_bytes)
+    def kin(self, trials: Iterable[TrialRow], bound_bytes: int | None) -> tuple[MemoryCorrection, ...]:
+        """As :func:`~qlora_exp.estimate.memory_fit.corrections` has it."""
+        return corrections((record for _, record in self.records(trials)), bound_bytes)
 
     def records(self, trials: Iterable[TrialRow]) -> Iterator[tuple[TrialRow, RunRecord]]:
         """Ended trials with what their runs left; those without a run, or whose record can't be read, are left out."""
@@ -80,7 +80,7 @@ class Experience:
                 if record is not None:
                     yield trial, record
 
-    def predicted(self, trials: Sequence[TrialRow]) -> Predicted | None:
+    def predicted(self, trials: Sequence[TrialRow]) -> MemoryPredictionSummary | None:
         """``None`` where nothing was predicted: nothing limited the trials' memory."""
         pairs = list(self.records(trials))
         admitted = [(trial, record, record.fit) for trial, record in pairs if record.fit is not None]
@@ -90,15 +90,15 @@ class Experience:
             return None
         edge = [(trial, record) for trial, record, fit in admitted if fit.near_the_edge]
         clear = [(trial, record) for trial, record, fit in admitted if not fit.near_the_edge]
-        out = [ran_out(trial, record) for trial, record, _ in admitted]
-        measured = [peak_beside(record, fit) for _, record, fit in admitted]
-        return Predicted(
+        out = [ran_out_of_memory(trial, record) for trial, record, _ in admitted]
+        measured = [exceeded_limit(record, fit) for _, record, fit in admitted]
+        return MemoryPredictionSummary(
             bound_bytes=fits[-1].bound_bytes,
             refused=len(refusals),
             seconds_saved=_seconds_saved(refusals, [record for _, record in pairs]),
             near_the_edge=len(edge),
-            near_the_edge_out_of_memory=sum(ran_out(*one) for one in edge),
-            out_of_memory=sum(ran_out(*one) for one in clear),
+            near_the_edge_out_of_memory=sum(ran_out_of_memory(*one) for one in edge),
+            out_of_memory=sum(ran_out_of_memory(*one) for one in clear),
             beyond_the_bound=sum(bool(above and not was) for above, was in zip(measured, out, strict=True)),
             compared=sum(was or above is not None for above, was in zip(measured, out, strict=True)),
         )
@@ -110,18 +110,18 @@ class Experience:
             return None
 
 
-def ran_out(trial: TrialRow, record: RunRecord) -> bool:
+def ran_out_of_memory(trial: TrialRow, record: RunRecord) -> bool:
     """Whether memory ran out at least once, also where the trial went on with a smaller micro-batch."""
     return record.status is Status.OUT_OF_MEMORY or trial.out_of_memory_retries > 0
 
 
-def peak_beside(record: RunRecord, fit: Fit) -> bool | None:
+def exceeded_limit(record: RunRecord, fit: Fit) -> bool | None:
     """Whether the measured peak was above the bound; ``None`` where none was measured."""
     measured = measured_of(record)
     return None if measured is None else measured + fit.context_bytes > fit.bound_bytes
 
 
-def _seconds_saved(refusals: Sequence[Refusal], records: Sequence[RunRecord]) -> float | None:
+def _seconds_saved(refusals: Sequence[SkippedTrial], records: Sequence[RunRecord]) -> float | None:
     rates = [rate for record in records if (rate := achieved_flops_per_second(record)) is not None]
     rate = statistics.harmonic_mean(rates) if rates else None
     seconds = [

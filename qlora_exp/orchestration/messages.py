@@ -6,16 +6,16 @@ import json
 from dataclasses import dataclass
 
 from qlora_exp.errors import RecordError
-from qlora_exp.estimate.memory_fit import MemoryRule
+from qlora_exp.estimate.memory_fit import MemoryLimit
 from qlora_exp.records.schema import from_dict, to_dict
-from qlora_exp.records.types import Refusal, Trial
+from qlora_exp.records.types import SkippedTrial, Trial
 
 PRELOADED = {"training": ("qlora_exp.runs.pipeline",), "tracking": ("qlora_exp.tracking.run",)}
 """What a host imports before it is ready, by the name that its worker asks for it with."""
 
 
 @dataclass(frozen=True)
-class Run:
+class RunTrial:
     """To the host: run this trial."""
 
     overrides: tuple[str, ...]
@@ -27,20 +27,20 @@ class Run:
     micro_batch_size: int | None
     """In place of the configuration's, after memory ran out."""
     per_item: bool
-    """Whether a :class:`Question` is to bring the loss of each item."""
-    memory: MemoryRule | None = None
+    """Whether a :class:`PruneRequest` is to bring the loss of each item."""
+    memory: MemoryLimit | None = None
     """What a new run must fit into; ``None``: as its configuration has it."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class PruneReply:
     """To the host: whether the study wants the run to stop."""
 
     stop: bool
 
 
 @dataclass(frozen=True)
-class End:
+class EndProcess:
     """To the host: finish what is being delivered and exit."""
 
 
@@ -50,7 +50,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseChanged:
     """From the host."""
 
     name: str
@@ -73,8 +73,8 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Question:
-    """From the host: the validation loss at a step; it waits for the :class:`Answer`. ``items``: nats per item."""
+class PruneRequest:
+    """From the host: the validation loss at a step; it waits for the :class:`PruneReply`. ``items``: nats per item."""
 
     step: int
     value: float | None
@@ -82,12 +82,12 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Ended:
+class TrialEnded:
     """From the host: the run's record is written and says how it ended."""
 
 
 @dataclass(frozen=True)
-class Wrong:
+class UserError:
     """From the host: wrong input; there may be no record."""
 
     kind: str
@@ -97,11 +97,11 @@ class Wrong:
 
 
 @dataclass(frozen=True)
-class Refused:
+class TrialRefused:
     """From the host: the run was not begun, it is predicted not to fit."""
 
     what: str
-    refusal: Refusal
+    refusal: SkippedTrial
 
 
 @dataclass(frozen=True)
@@ -111,25 +111,38 @@ class DiskFull:
     told: str
 
 
-Command = Run | Answer | End
-Told = Ready | Phase | Step | Note | Question | Ended | Wrong | Refused | DiskFull
+Command = RunTrial | PruneReply | EndProcess
+Message = Ready | PhaseChanged | Step | Note | PruneRequest | TrialEnded | UserError | TrialRefused | DiskFull
 _KINDS: dict[str, type] = {
     kind.__name__: kind
-    for kind in (Run, Answer, End, Ready, Phase, Step, Note, Question, Ended, Wrong, Refused, DiskFull)
+    for kind in (
+        RunTrial,
+        PruneReply,
+        EndProcess,
+        Ready,
+        PhaseChanged,
+        Step,
+        Note,
+        PruneRequest,
+        TrialEnded,
+        UserError,
+        TrialRefused,
+        DiskFull,
+    )
 }
 
 
-def encode(message: Command | Told) -> bytes:
+def encode_message(message: Command | Message) -> bytes:
     """One line, its end included. Numbers that aren't finite become null."""
     return json.dumps({"message": type(message).__name__, **to_dict(message)}).encode() + b"\n"
 
 
-def decode(line: bytes) -> Command | Told:
+def decode(line: bytes) -> Command | Message:
     """Raises :class:`RecordError` for what is no message."""
     try:
         raw = json.loads(line)
         kind = _KINDS[raw.pop("message")]
     except (ValueError, KeyError, AttributeError, TypeError):
         raise RecordError(f"no message: {line[:200]!r}", "between worker and trial host") from None
-    message: Command | Told = from_dict(kind, raw, kind.__name__)
+    message: Command | Message = from_dict(kind, raw, kind.__name__)
     return message

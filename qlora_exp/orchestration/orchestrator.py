@@ -18,10 +18,10 @@ from qlora_exp.errors import RecordError
 from qlora_exp.orchestration.status import running
 from qlora_exp.paths import StudyPaths, make_folder
 from qlora_exp.records.files import write_json
-from qlora_exp.system.environment import process_identity, visible
+from qlora_exp.system.environment import alive_if_visible, process_identity
 from qlora_exp.system.lease import Lease, Watched, held, read_lease, touch, write_lease
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 BETWEEN_TRIALS_SECONDS = 2.0
 """A worker has no trial for a moment after it has ended one."""
 TOLD_AFTER_SECONDS = 2.0
@@ -42,7 +42,7 @@ class Orchestration:
         """Take the lease where nobody has it. ``silent``: the stamp of a holder that has been silent for too long."""
         with FileLock(self._paths.lock):
             lease, file = read_lease(self._paths.orchestrator), Watched(self._paths.orchestrator)
-            lives = lease is not None and visible(lease.process) is not False
+            lives = lease is not None and alive_if_visible(lease.process) is not False
             if lives and (silent is None or file.stamp() != silent):
                 return False
             write_lease(self._paths.orchestrator, self._lease)
@@ -123,7 +123,7 @@ def orchestrating(paths: StudyPaths, name: str, join: bool, workers: WorkersConf
 
 def _waited_in_vain(one: Orchestration, paths: StudyPaths, lease: Lease, name: str | None = None) -> bool:
     """Watch a holder that can't be seen from here; True: it gave no sign of life, and ``one`` has its place now."""
-    if visible(lease.process) is not None:
+    if alive_if_visible(lease.process) is not None:
         return False
     watched = Watched(paths.orchestrator)
     stamp, patience = watched.stamp(), watched.patience_seconds(lease)
@@ -134,7 +134,7 @@ def _waited_in_vain(one: Orchestration, paths: StudyPaths, lease: Lease, name: s
     while watched.stamp() == stamp:
         if time.monotonic() >= until:
             return one.take(stamp)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return False
 
 

@@ -58,7 +58,7 @@ def hosts_per_device(starts: Sequence[HostStart]) -> int | None:
 
 
 @contextlib.contextmanager
-def started_early(config: Any, workers: WorkersConfig, paths: StudyPaths, at_most: int) -> Iterator[None]:
+def prestarted(config: Any, workers: WorkersConfig, paths: StudyPaths, at_most: int) -> Iterator[None]:
     """Start the hosts that a worker of this process will ask for; those that none has taken are ended afterwards.
 
     Must be used by the main thread: the kernel ends a host with the thread that started it.

@@ -48,7 +48,7 @@ def disposable(rows: Sequence[TrialRow], kept: set[int], outputs: OutputPaths) -
     return [Disposable(folder, _size(folder)) for folder in folders if folder.is_dir()]
 
 
-def best_first(rows: Sequence[TrialRow], front: Sequence[TrialRow], maximize: bool) -> list[int]:
+def best_runs_first(rows: Sequence[TrialRow], front: Sequence[TrialRow], maximize: bool) -> list[int]:
     """Numbers of the trials that have a value: the front (the best, or those that no other beats), then the rest by
     the first objective."""
     known = [row for row in rows if row.values and row.values[0] is not None and row.feasible is not False]

@@ -17,18 +17,28 @@ from typing import TYPE_CHECKING
 
 from qlora_exp.config.schema import BudgetConfig, Isolation, WorkersConfig
 from qlora_exp.errors import QloraExpError, RecordError
-from qlora_exp.estimate.memory_fit import halved
-from qlora_exp.orchestration.live_state import SlotState, now
-from qlora_exp.orchestration.messages import Answer, DiskFull, Ended, Phase, Question, Refused, Run, Step, Wrong
+from qlora_exp.estimate.memory_fit import next_smaller_micro_batch
+from qlora_exp.orchestration.live_state import SlotState, utc_now
+from qlora_exp.orchestration.messages import (
+    DiskFull,
+    PhaseChanged,
+    PruneReply,
+    PruneRequest,
+    RunTrial,
+    Step,
+    TrialEnded,
+    TrialRefused,
+    UserError,
+)
 from qlora_exp.orchestration.prestart import HostStart, started
-from qlora_exp.orchestration.trial_process import Died, HostProcess
+from qlora_exp.orchestration.trial_process import HostProcess, ProcessDied
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, slug
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status, Trial
 from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.system import memory_limits
 from qlora_exp.system.environment import alive
-from qlora_exp.system.out_of_memory import SMALLER, killed_for_memory
+from qlora_exp.system.out_of_memory import SMALLER_HINTS, killed_for_memory
 from qlora_exp.training.outcome import disk_full
 
 if TYPE_CHECKING:
@@ -38,7 +48,7 @@ GRACEFULLY, NOW = "gracefully", "now"
 POLL_SECONDS, LISTEN_SECONDS = 1.0, 0.25
 START_SECONDS = 300.0
 """A host's imports, on a cold network disk, are no hang."""
-GRACE_SECONDS = 120.0
+TRIAL_GRACE_SECONDS = 120.0
 """After a request to stop now: the end of a step and a checkpoint."""
 LAST_OWNER_SECONDS = 10.0
 """A host of a killed worker ends with it: within two seconds, a little more on a machine with more work than cores."""
@@ -65,7 +75,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Hung:
+class TimedOut:
     """The host told nothing for ``seconds`` and was ended."""
 
     seconds: float
@@ -84,7 +94,7 @@ class TakenOver:
     """Another worker runs the trial by now; the host was ended, and its run is that worker's."""
 
 
-End = Ended | Wrong | Refused | DiskFull | Died | Hung | Stopped | TakenOver
+End = TrialEnded | UserError | TrialRefused | DiskFull | ProcessDied | TimedOut | Stopped | TakenOver
 
 
 class Slot(threading.Thread):
@@ -101,7 +111,7 @@ class Slot(threading.Thread):
 
     def run(self) -> None:
         try:
-            while self.worker.may_claim():
+            while self.worker.accepting():
                 claim = self.worker.claim(self.number)
                 if claim is not None:
                     self._attempt(claim)
@@ -137,10 +147,12 @@ class Slot(threading.Thread):
                 self._conclude(claim, paths, end)
                 break
             if not self._pause(paths):
-                self.worker.give_back(self.number, claim)
+                self.worker.return_trial(self.number, claim)
                 break
         vars(self.state).update(vars(SlotState(self.number, host_pid=self.state.host_pid)))
-        if self.setting.workers.isolation is Isolation.fresh and not isinstance(end, Refused):  # nothing was run in it
+        if self.setting.workers.isolation is Isolation.fresh and not isinstance(
+            end, TrialRefused
+        ):  # nothing was run in it
             self._end_host()
 
     def _have_run(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:
@@ -148,7 +160,7 @@ class Slot(threading.Thread):
         self._kills_before = memory_limits.kills()
         host = self._host = self._host or started(self._host_start)
         host.send(
-            Run(
+            RunTrial(
                 overrides=(*spec.overrides, *claim.overrides),
                 output_root=spec.output_root,
                 run_id=run_id,
@@ -161,15 +173,15 @@ class Slot(threading.Thread):
         )
         try:
             return self._listen(host, claim)
-        except (Died, RecordError) as died:
+        except (ProcessDied, RecordError) as died:
             code = host.kill()
             self._host = None
             if self.worker.stopping == NOW:
                 return Stopped()
-            return died if isinstance(died, Died) else Died(code)
+            return died if isinstance(died, ProcessDied) else ProcessDied(code)
 
     def _listen(self, host: HostProcess, claim: Claim) -> End:
-        """Until the run ends, the host hangs, or time to stop is over. Raises :class:`Died`."""
+        """Until the run ends, the host hangs, or time to stop is over. Raises :class:`ProcessDied`."""
         patience = self.setting.workers.hang_seconds
         heard, started = time.monotonic(), False
         stop_at: float | None = None
@@ -180,19 +192,19 @@ class Slot(threading.Thread):
             if message is not None:
                 heard, started = clock, True
             match message:
-                case Ended() | Wrong() | Refused() | DiskFull():
+                case TrialEnded() | UserError() | TrialRefused() | DiskFull():
                     return message
-                case Question(step, value, items):
+                case PruneRequest(step, value, items):
                     stop = value is not None and self.worker.report(claim, step, value, items)
-                    host.send(Answer(stop))
-                case Phase(name):
+                    host.send(PruneReply(stop))
+                case PhaseChanged(name):
                     self.state.phase = name
                 case Step(step, total, metrics):
                     self.state.step, self.state.total = step, total
                     self.state.loss = metrics.get("loss", self.state.loss)
             if self.worker.stopping == NOW and stop_at is None:
                 host.terminate()
-                stop_at = clock + GRACE_SECONDS
+                stop_at = clock + TRIAL_GRACE_SECONDS
             if stop_at is not None and (self.worker.killing or clock > stop_at):
                 self._end_host(politely=False)
                 return Stopped()
@@ -202,7 +214,7 @@ class Slot(threading.Thread):
             if clock - heard > (patience if started else max(patience, START_SECONDS)):
                 host.dump_and_kill()
                 self._host = None
-                return Hung(patience)
+                return TimedOut(patience)
 
     # How it ended.
 
@@ -210,7 +222,7 @@ class Slot(threading.Thread):
         if isinstance(end, TakenOver):
             return self.worker.let_go(self.number)
         record = _record(paths)
-        if isinstance(end, Died) and record is not None and record.status is Status.RUNNING:
+        if isinstance(end, ProcessDied) and record is not None and record.status is Status.RUNNING:
             record = self._killed_for_memory(paths, record, end)
         if record is not None and not _to_be_gone_on_with(record):
             if record.status is Status.OUT_OF_MEMORY:
@@ -218,35 +230,37 @@ class Slot(threading.Thread):
                 if self._retry_with_half(claim, paths, record):
                     return None
             return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
-        if isinstance(end, Refused):
+        if isinstance(end, TrialRefused):
             return self.worker.tell(self.number, claim, self._refused(end))
-        if isinstance(end, Wrong) and self.worker.nothing_has_ended():
+        if isinstance(end, UserError) and self.worker.no_trial_finished():
             # The first trial shows what is wrong for all of them: data, a model's files, a name that fits no module.
-            self.worker.give_back(self.number, claim)
+            self.worker.return_trial(self.number, claim)
             return self.worker.fail(QloraExpError(end.what, end.where, end.hint))
-        if isinstance(end, Wrong):
+        if isinstance(end, UserError):
             failure = Failure(end.kind, end.what, phase="prepare", hint=end.hint)
             unknown = (None,) * len(self.setting.spec.objectives)
             return self.worker.tell(self.number, claim, Outcome(Status.FAILED, unknown, (), None, failure))
-        if self.worker.stopping == NOW and not isinstance(end, Hung | Died):
+        if self.worker.stopping == NOW and not isinstance(end, TimedOut | ProcessDied):
             if record is not None and record.status is Status.RUNNING:  # its host was ended before it could write
                 failure = Failure("Interrupted", "ended before it could save", self.state.phase, self.state.step)
-                _write(paths, record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure))
-            return self.worker.give_back(self.number, claim)
-        why = str(end) if isinstance(end, Hung | Died) else "the run was interrupted from outside"
+                _write(
+                    paths, record.replace(status=Status.INTERRUPTED, ended_at=utc_now(), process=None, failure=failure)
+                )
+            return self.worker.return_trial(self.number, claim)
+        why = str(end) if isinstance(end, TimedOut | ProcessDied) else "the run was interrupted from outside"
         return self._lost(claim, paths, record, why)
 
-    def _killed_for_memory(self, paths: RunPaths, record: RunRecord, end: Died) -> RunRecord:
+    def _killed_for_memory(self, paths: RunPaths, record: RunRecord, end: ProcessDied) -> RunRecord:
         """The record of a run whose host died: told as out of memory where that is probable, else as it was."""
         failure = killed_for_memory(record, -end.code, self._kills_before)
         if failure is None:
             return record
         failure = replace(failure, phase=self.state.phase, step=self.state.step)
-        record = record.replace(status=Status.OUT_OF_MEMORY, ended_at=now(), process=None, failure=failure)
+        record = record.replace(status=Status.OUT_OF_MEMORY, ended_at=utc_now(), process=None, failure=failure)
         _write(paths, record)
         return record
 
-    def _refused(self, end: Refused) -> Outcome:
+    def _refused(self, end: TrialRefused) -> Outcome:
         spec = self.setting.spec
         kept = (0.0,) * len(spec.constraints)
         failure = Failure("PredictedNotToFit", end.what, phase="prepare")
@@ -258,10 +272,10 @@ class Slot(threading.Thread):
         if not self.worker.still_ours(claim):
             return self.worker.let_go(self.number)
         print(f"trial {claim.number}, attempt {claim.attempt}: {why}", file=sys.stderr, flush=True)
-        hint = SMALLER if memory_limits.kills() is None else None  # it can't be seen here whether memory ran out
+        hint = SMALLER_HINTS if memory_limits.kills() is None else None  # it can't be seen here whether memory ran out
         failure = Failure("Lost", why, phase=self.state.phase, step=self.state.step, hint=hint)
         if record is not None:
-            record = record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure)
+            record = record.replace(status=Status.INTERRUPTED, ended_at=utc_now(), process=None, failure=failure)
             _write(paths, record)
         if not self.worker.requeue(self.number, claim, why) and record is not None:
             _write(paths, record.replace(status=Status.FAILED))
@@ -274,7 +288,7 @@ class Slot(threading.Thread):
             return False
         if not self.worker.still_ours(claim):
             return False
-        half = halved(_micro_batch(record), record.config["training"]["batch_size"])
+        half = next_smaller_micro_batch(_micro_batch(record), record.config["training"]["batch_size"])
         told = (
             f"memory ran out with micro-batches of {_micro_batch(record)}; run again with {half}, the batch unchanged"
         )
@@ -294,10 +308,10 @@ class Slot(threading.Thread):
     # A full disk.
 
     def _is_full(self, end: End, paths: RunPaths) -> bool:
-        if isinstance(end, DiskFull) or (isinstance(end, Wrong) and disk_full(end.what)):
+        if isinstance(end, DiskFull) or (isinstance(end, UserError) and disk_full(end.what)):
             return True
         record = _record(paths)
-        return isinstance(end, Ended) and record is not None and _found_no_space(record)
+        return isinstance(end, TrialEnded) and record is not None and _found_no_space(record)
 
     def _pause(self, paths: RunPaths) -> bool:
         """Wait until something can be written again, longer each time. ``False``: told to stop first."""
@@ -325,7 +339,7 @@ class Slot(threading.Thread):
     def _show(self, claim: Claim, run_id: str) -> None:
         state = self.state
         state.trial, state.attempt, state.run_id = claim.number, claim.attempt, run_id
-        state.params, state.started_at, state.phase = dict(claim.params), now(), "start"
+        state.params, state.started_at, state.phase = dict(claim.params), utc_now(), "start"
 
 
 def _run_id(spec: StudySpec, claim: Claim) -> str:

@@ -17,30 +17,30 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_exp.errors import RecordError
-from qlora_exp.formatting import UNKNOWN, bytes_text, number, show, simple_table
-from qlora_exp.orchestration.memory_feedback import Experience, Predicted
+from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, simple_table
+from qlora_exp.orchestration.memory_feedback import MemoryFeedback, MemoryPredictionSummary
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Process, Status
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
-from qlora_exp.system.environment import process_identity, visible
+from qlora_exp.system.environment import alive_if_visible, process_identity
 from qlora_exp.system.lease import Lease, age_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-DOES_NOT_FIT = "DOES_NOT_FIT"
+PREDICTED_NOT_TO_FIT = "DOES_NOT_FIT"
 """The status of a trial that was not started, since it was predicted not to fit; Optuna's state of it is PRUNED."""
 
-LOOK_SECONDS = 1.0
+REFRESH_SECONDS = 1.0
 SHOWN_BEST = 5
-SILENT_SECONDS = 60.0
+SILENT_WORKER_SECONDS = 60.0
 """A worker on another machine that has not written its state for so long is gone, if the file names no lease."""
 
 
 @dataclass(frozen=True)
-class Running:
+class SlotState:
     """What one slot of a worker is doing; ``None`` where it has not said."""
 
     trial: int | None
@@ -53,30 +53,30 @@ class Running:
     process: Process
 
 
-def running(paths: StudyPaths) -> list[Running]:
+def running(paths: StudyPaths) -> list[SlotState]:
     """What the living workers' slots are doing now."""
-    found: list[Running] = []
+    found: list[SlotState] = []
     for file in sorted(paths.workers.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, RecordError, KeyError, AttributeError, TypeError):
             raw = json.loads(file.read_text(encoding="utf-8"))
             process = from_dict(Process, raw["process"])
-            if _works(process, file, float(raw.get("lease_seconds") or SILENT_SECONDS)):
+            if _works(process, file, float(raw.get("lease_seconds") or SILENT_WORKER_SECONDS)):
                 found.extend(_running(slot, process) for slot in raw["slots"] if slot.get("trial") is not None)
     return found
 
 
 def _works(process: Process, file: Path, lease_seconds: float) -> bool:
     """Whether the worker that writes ``file`` every second still does; one on another machine is seen by that alone."""
-    living = visible(process)
+    living = alive_if_visible(process)
     if living is None:
         age = age_seconds(file)
         return age is not None and abs(age) <= lease_seconds
     return living
 
 
-def _running(slot: dict[str, Any], process: Process) -> Running:
+def _running(slot: dict[str, Any], process: Process) -> SlotState:
     keys = ("trial", "phase", "step", "total", "started_at", "loss")
-    return Running(params=slot.get("params") or {}, process=process, **{key: slot.get(key) for key in keys})
+    return SlotState(params=slot.get("params") or {}, process=process, **{key: slot.get(key) for key in keys})
 
 
 def show_progress(counts: Counts) -> str:
@@ -107,7 +107,7 @@ def best_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
     for row in rows:
         values = [_value(value) for value in row.values]
         params = [_param(row, axis.key) for axis in spec.axes]
-        table.add_row(f"trial {row.number}", *values, *params, row.run_id or UNKNOWN)
+        table.add_row(f"trial {row.number}", *values, *params, row.run_id or UNKNOWN_CELL)
     return table
 
 
@@ -133,7 +133,7 @@ def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
         values = [_value(value) for value in [*row.values, *[None] * len(fields)][: len(fields)]]
         params = [_param(row, key) for key in axes]
         table.add_row(
-            str(row.number), status_text(row), *values, number(row.seconds, 1), *params, row.run_id or UNKNOWN
+            str(row.number), status_text(row), *values, number(row.seconds, 1), *params, row.run_id or UNKNOWN_CELL
         )
     return table
 
@@ -141,11 +141,11 @@ def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
 def status_text(row: TrialRow) -> str:
     """Ours where the trial has ended, else Optuna's: WAITING, RUNNING."""
     if row.refusal is not None:
-        return DOES_NOT_FIT
+        return PREDICTED_NOT_TO_FIT
     return row.status.value if row.status is not None else row.state
 
 
-def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> RenderableType:
+def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> RenderableType:
     """All of it as one renderable: progress and time left, what runs now, the best so far, what the machine does."""
     from rich.console import Group
     from rich.text import Text
@@ -173,18 +173,18 @@ def standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | No
     return Group(*parts)
 
 
-def predicted_memory(rows: Sequence[TrialRow], paths: StudyPaths) -> Predicted | None:
+def predicted_memory(rows: Sequence[TrialRow], paths: StudyPaths) -> MemoryPredictionSummary | None:
     """What predicting the trials' memory came to; ``None`` where nothing limits it."""
-    return Experience(OutputPaths(paths.folder.parent.parent)).predicted(rows)
+    return MemoryFeedback(OutputPaths(paths.folder.parent.parent)).predicted(rows)
 
 
-def _running_table(slots: Sequence[Running]) -> Table:
+def _running_table(slots: Sequence[SlotState]) -> Table:
     table = simple_table("running", "phase", "step", "loss", "for", "configuration")
     for slot in slots:
-        step = f"{slot.step}/{slot.total}" if slot.step is not None else UNKNOWN
+        step = f"{slot.step}/{slot.total}" if slot.step is not None else UNKNOWN_CELL
         shown = " ".join(f"{key}={_text(value)}" for key, value in slot.params.items())
-        since = _duration(_age(slot.started_at)) if slot.started_at else UNKNOWN
-        table.add_row(f"trial {slot.trial}", slot.phase or UNKNOWN, step, number(slot.loss), since, shown)
+        since = _duration(_age(slot.started_at)) if slot.started_at else UNKNOWN_CELL
+        table.add_row(f"trial {slot.trial}", slot.phase or UNKNOWN_CELL, step, number(slot.loss), since, shown)
     return table
 
 
@@ -212,7 +212,7 @@ def _gpu_use() -> Iterator[str]:
         return
 
 
-class Watch:
+class LiveStatus:
     """Shows a study while it is worked on, and tells its tracker: a live view on a terminal, elsewhere a line for each
     trial that ends. Used as a context manager; looks from a thread of its own and never raises into the sweep."""
 
@@ -225,7 +225,7 @@ class Watch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="qlora-exp-watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> LiveStatus:
         self._told = {row.number for row in self._opened.trials() if row.status is not None and row.status.ended}
         self._thread.start()
         return self
@@ -240,7 +240,7 @@ class Watch:
 
     def _look_on(self) -> None:
         with self._live() as live:
-            while not self._ended.wait(LOOK_SECONDS):
+            while not self._ended.wait(REFRESH_SECONDS):
                 # A view: a busy database or a half-written file is looked at again in a second.
                 with contextlib.suppress(Exception):
                     self._look(live)
@@ -248,7 +248,7 @@ class Watch:
     def _look(self, live: Any) -> None:
         counts = self._opened.counts()
         if live is not None:
-            live.update(standing(self._spec, self._opened, self._paths, self._me), refresh=True)
+            live.update(study_status(self._spec, self._opened, self._paths, self._me), refresh=True)
         if counts == self._counts:
             return
         self._counts = counts
@@ -297,15 +297,15 @@ def watch_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Any) -
 
     with Live(auto_refresh=False) as live:
         while True:
-            live.update(standing(spec, opened, paths, holder(paths)), refresh=True)
+            live.update(study_status(spec, opened, paths, holder(paths)), refresh=True)
             counts = opened.counts()
             if counts.running + counts.waiting + counts.to_ask == 0:
                 return
-            time.sleep(LOOK_SECONDS)
+            time.sleep(REFRESH_SECONDS)
 
 
 def show_standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> None:
-    show(standing(spec, opened, paths, holder))
+    print_table(study_status(spec, opened, paths, holder))
 
 
 def _age(moment: str) -> float | None:
@@ -316,18 +316,18 @@ def _age(moment: str) -> float | None:
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
-        return UNKNOWN
+        return UNKNOWN_CELL
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _value(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
+    return UNKNOWN_CELL if value is None else f"{value:.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
 
 
 def _param(row: TrialRow, key: str) -> str:
-    return _text(row.params[key]) if key in row.params else UNKNOWN
+    return _text(row.params[key]) if key in row.params else UNKNOWN_CELL
 
 
 def _text(value: Any) -> str:

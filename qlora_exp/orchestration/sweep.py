@@ -14,26 +14,33 @@ from omegaconf import DictConfig
 from qlora_exp.config.interpolations import texts_of
 from qlora_exp.config.official_sweeper import problems_in
 from qlora_exp.config.override_values import literal
-from qlora_exp.config.overrides import is_hydra, key_of
+from qlora_exp.config.overrides import is_hydra, override_key
 from qlora_exp.config.schema import BudgetConfig, WorkersConfig
 from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
 from qlora_exp.errors import QloraExpError, StudyError, raise_all, unwritable
-from qlora_exp.estimate.budget import Purse, budget_of, check_energy
+from qlora_exp.estimate.budget import StudyBudget, budget_of, check_energy
 from qlora_exp.formatting import bytes_text
 from qlora_exp.orchestration import launcher_signals
-from qlora_exp.orchestration.budget_forecast import check_memory, what_it_buys
-from qlora_exp.orchestration.command import Asked, ask, settings_of
+from qlora_exp.orchestration.budget_forecast import affordable_trials_message, check_memory
+from qlora_exp.orchestration.command import SweepCommand, spec_settings, study_spec
 from qlora_exp.orchestration.launcher_processes import launched_work
-from qlora_exp.orchestration.memory_feedback import MOST_REFUSALS_IN_A_ROW
+from qlora_exp.orchestration.memory_feedback import MAX_CONSECUTIVE_SKIPS
 from qlora_exp.orchestration.orchestrator import Orchestration, orchestrating, wait_for_others
-from qlora_exp.orchestration.prestart import started_early
-from qlora_exp.orchestration.status import Watch, best_table, predicted_memory, show_progress, tracked
+from qlora_exp.orchestration.prestart import prestarted
+from qlora_exp.orchestration.status import LiveStatus, best_table, predicted_memory, show_progress, tracked
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.rank_doubling import ladder_sweep
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import Status
-from qlora_exp.runs.process import EXIT_COMPLETED, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, Ended, tell
-from qlora_exp.study.space import overrides_of
+from qlora_exp.runs.process import (
+    EXIT_COMPLETED,
+    EXIT_INTERRUPTED,
+    EXIT_RUN_FAILED,
+    EXIT_WRONG_INPUT,
+    ExitCode,
+    print_error,
+)
+from qlora_exp.study.space import point_overrides
 from qlora_exp.study.spec import read_spec, storage_of, without_secrets, write_spec
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.system import signals, streams
@@ -47,7 +54,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any)
     """Hydra's door: ``arguments`` are the command line's overrides. ``hydra.sweeper.params`` are read as they were
     written, since an axis may change what they name.
 
-    Leaves by :class:`~qlora_exp.runs.process.Ended`: Hydra drops what a sweeper returns.
+    Leaves by :class:`~qlora_exp.runs.process.ExitCode`: Hydra drops what a sweeper returns.
     """
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
@@ -60,20 +67,20 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any)
     asked = None
     try:
         raise_all(problems_in(list(config.hydra.sweeper)))
-        asked = ask([*arguments, *hydra], texts_of(config.hydra.sweeper, "params"))
+        asked = study_spec([*arguments, *hydra], texts_of(config.hydra.sweeper, "params"))
         job = config.hydra.job
         here = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
-        code = sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), here)
+        code = run_sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), here)
     except QloraExpError as error:
-        tell(error)
+        print_error(error)
         code = EXIT_WRONG_INPUT
     except Exception as error:
         told = _told_of(error, asked.spec if asked is not None else None)
         if told is None:
             raise
-        tell(told)
+        print_error(told)
         code = EXIT_WRONG_INPUT
-    raise Ended(code)
+    raise ExitCode(code)
 
 
 def _told_of(error: Exception, spec: StudySpec | None) -> QloraExpError | None:
@@ -85,7 +92,7 @@ def _told_of(error: Exception, spec: StudySpec | None) -> QloraExpError | None:
     return lost(error, spec.storage, spec.name) if spec is not None and unreachable(error) else None
 
 
-def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
+def run_sweep(asked: SweepCommand, launch: Launch, here: bool = False) -> int:
     """Work on the study until it is complete, stopped or has failed too often, and tell what came of it.
 
     ``here``: whether ``launch`` runs its jobs in this process, as it is now: same environment, same folder.
@@ -103,11 +110,11 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
     check_energy(budget, asked.config.training.device)
     if budget.memory_bytes is not None:
         check_memory(asked)
-    purse = Purse(budget, OutputPaths.of(spec.output_root))
+    purse = StudyBudget(budget, OutputPaths.of(spec.output_root))
     with contextlib.ExitStack() as held:
         duty = held.enter_context(orchestrating(paths, spec.name, asked.sweep.join, asked.workers))
         if here:
-            held.enter_context(started_early(asked.config, asked.workers, paths, spec.n_trials))
+            held.enter_context(prestarted(asked.config, asked.workers, paths, spec.n_trials))
         opened = Study.open(spec, paths, spec.storage)
         spec = opened.spec
         asked = replace(asked, spec=spec)
@@ -117,14 +124,14 @@ def sweep(asked: Asked, launch: Launch, here: bool = False) -> int:
             print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
             with _concluding(asked, opened, duty, purse, EXIT_COMPLETED):
                 return _conclude(opened, spec, paths, purse, budget)
-        bought = [f"\n  {text}" for text in what_it_buys(asked, opened, purse)]
+        bought = [f"\n  {text}" for text in affordable_trials_message(asked, opened, purse)]
         print(_announcement(asked, opened.counts()), *bought, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
             ladder_sweep.announce(spec, asked.sweep.ladder)
         with contextlib.ExitStack() as told:
             shares = not duty.held
             tracker = told.enter_context(_tracked(asked, opened, duty, purse))
-            with Watch(spec, opened, paths, tracker):
+            with LiveStatus(spec, opened, paths, tracker):
                 code = _launch(launch, asked, opened)
             if shares:
                 told.enter_context(_concluding(asked, opened, duty, purse, code))
@@ -141,34 +148,34 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
 
     streams.keep_writing()  # a launcher may have brought this job to a process of its own
     paths = OutputPaths.of(str(raw.output_root)).study(str(raw.sweep.name))
-    spec, workers = read_spec(paths), settings_of(raw.workers, WorkersConfig)
+    spec, workers = read_spec(paths), spec_settings(raw.workers, WorkersConfig)
     # The file holds no secrets; the command line that brought this job here does.
     own = [text for text in overrides if not text.startswith(("workers.job=", "sweep.name=", "sweep.storage="))]
-    kept = [text for text in spec.overrides if is_hydra(key_of(text))]
+    kept = [text for text in spec.overrides if is_hydra(override_key(text))]
     try:
         one_rank_only()
         spec = replace(spec, overrides=(*own, *kept), storage=storage_of(spec, raw.sweep.storage))
         with launched_work():
             result = run_worker(spec, paths, workers, int(raw.workers.job))
         if result.by_signal and launcher_signals.asked_here():
-            raise Ended(EXIT_INTERRUPTED)
+            raise ExitCode(EXIT_INTERRUPTED)
         return result
     except QloraExpError as error:
-        tell(error)
-        raise Ended(error.exit_code) from None
+        print_error(error)
+        raise ExitCode(error.exit_code) from None
 
 
-def jobs_of(asked: Asked) -> list[list[str]]:
+def jobs_of(asked: SweepCommand) -> list[list[str]]:
     """The overrides of each launcher job."""
     spec = asked.spec
-    own = [text for text in spec.overrides if not is_hydra(key_of(text))]
+    own = [text for text in spec.overrides if not is_hydra(override_key(text))]
     named: dict[str, Any] = {"sweep.name": literal(spec.name)}
     if asked.sweep.storage is not None:
         named["sweep.storage"] = spec.storage
-    return [[*own, *overrides_of(named), f"workers.job={job}"] for job in range(asked.workers.jobs)]
+    return [[*own, *point_overrides(named), f"workers.job={job}"] for job in range(asked.workers.jobs)]
 
 
-def _launch(launch: Launch, asked: Asked, opened: Any) -> int:
+def _launch(launch: Launch, asked: SweepCommand, opened: Any) -> int:
     """Run the jobs to their end. An exit code other than 0: the study isn't complete, and a worker could not work at
     all, or was lost."""
     name, code = asked.spec.name, EXIT_COMPLETED
@@ -176,7 +183,7 @@ def _launch(launch: Launch, asked: Asked, opened: Any) -> int:
     try:
         with launcher_signals.passed_on(asked.paths):
             results = launch(jobs_of(asked))
-    except Ended as ended:
+    except ExitCode as ended:
         return ended.code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -198,12 +205,12 @@ def _launch(launch: Launch, asked: Asked, opened: Any) -> int:
             print(f"{problem.what}; the other workers completed the study", file=sys.stderr, flush=True)
         return EXIT_COMPLETED
     for problem in problems:
-        tell(problem)
+        print_error(problem)
     return code
 
 
 @contextlib.contextmanager
-def _concluding(asked: Asked, opened: Any, duty: Orchestration, purse: Purse, code: int) -> Iterator[None]:
+def _concluding(asked: SweepCommand, opened: Any, duty: Orchestration, purse: StudyBudget, code: int) -> Iterator[None]:
     """Tell the study's tracker of its end where nobody has: the process that held the study is gone. ``code``: how the
     work of this process ended; one that was interrupted doesn't wait for others."""
     status = _status(opened.counts(), purse.short(opened.trials()) is not None)
@@ -217,7 +224,7 @@ def _concluding(asked: Asked, opened: Any, duty: Orchestration, purse: Purse, co
 
 
 @contextlib.contextmanager
-def _tracked(asked: Asked, opened: Any, duty: Orchestration, purse: Purse) -> Iterator[Any]:
+def _tracked(asked: SweepCommand, opened: Any, duty: Orchestration, purse: StudyBudget) -> Iterator[Any]:
     """The study's tracker, told of the end however that comes; what killed hosts could not deliver goes before it.
     None for a process that shares the work, and no end from one whose place another has taken."""
     if not (duty.held and asked.tracking.enabled):
@@ -252,7 +259,7 @@ class _WhileHeld:
             self.tracker.update(*how_it_stands)
 
 
-def _tell_not_delivered(asked: Asked, opened: Any) -> None:
+def _tell_not_delivered(asked: SweepCommand, opened: Any) -> None:
     """The last line of a sweep, whatever ended it."""
     if not asked.tracking.enabled:
         return
@@ -283,7 +290,7 @@ def _status(counts: Counts, budget_is_spent: bool) -> Status:
     return Status.COMPLETED if counts.completed else Status.FAILED
 
 
-def _announcement(asked: Asked, counts: Counts) -> str:
+def _announcement(asked: SweepCommand, counts: Counts) -> str:
     spec = asked.spec
     synthetic = "SYNTHETIC " if spec.synthetic else ""
     gone_on = f", {counts.finished} of them done" if counts.finished else ""
@@ -294,14 +301,14 @@ def _announcement(asked: Asked, counts: Counts) -> str:
     return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{gone_on} ({search})\n  {axes}"
 
 
-def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse, budget: BudgetConfig) -> int:
-    from qlora_exp.formatting import show
+def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: StudyBudget, budget: BudgetConfig) -> int:
+    from qlora_exp.formatting import print_table
 
     counts, best = opened.counts(), opened.best()
     if spec.ladder is not None:
         ladder_sweep.conclude(opened, spec, paths)
     elif best:
-        show(best_table(best, spec))
+        print_table(best_table(best, spec))
     print(("SYNTHETIC " if spec.synthetic else "") + show_progress(counts))
     predicted = predicted_memory(opened.trials(), paths)
     if predicted is not None:
@@ -310,7 +317,7 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: Purse, bud
     option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
     name = shlex.quote(spec.name)
     if counts.refused and _nothing_fits(opened, counts, budget):
-        tell(_told_nothing_fits(opened, spec, counts, budget, option))
+        print_error(_told_nothing_fits(opened, spec, counts, budget, option))
         return EXIT_COMPLETED if counts.completed else EXIT_WRONG_INPUT
     if not _is_complete(counts):
         failed = opened.failures_reached()
@@ -335,7 +342,7 @@ def _nothing_fits(opened: Any, counts: Counts, budget: BudgetConfig) -> bool:
     """Whether the sampler doesn't find anything that fits any more, or every point of a grid has been refused."""
     if _is_complete(counts):
         return counts.finished == counts.refused
-    return not counts.running and opened.refused_in_a_row(budget.memory_bytes) >= MOST_REFUSALS_IN_A_ROW
+    return not counts.running and opened.consecutive_skips(budget.memory_bytes) >= MAX_CONSECUTIVE_SKIPS
 
 
 def _told_nothing_fits(
@@ -344,7 +351,7 @@ def _told_nothing_fits(
     refusals = [row.refusal for row in opened.trials() if row.refusal is not None]
     smallest = min((refusal.fit for refusal in refusals), key=lambda fit: fit.corrected_bytes)
     least, bound = smallest.corrected_bytes, refusals[-1].fit.bound_bytes
-    which = "none of them" if not counts.completed else f"none of the last {MOST_REFUSALS_IN_A_ROW}"
+    which = "none of them" if not counts.completed else f"none of the last {MAX_CONSECUTIVE_SKIPS}"
     retry = " --retry does_not_fit" if spec.sampler in ("grid", "ladder") else ""
     again = f"qlora-exp resume {shlex.quote(spec.name)}{retry}{option}"
     if budget.memory_bytes is not None:

@@ -24,32 +24,32 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import QloraExpError
-from qlora_exp.estimate.memory_fit import DoesNotFit
+from qlora_exp.estimate.memory_fit import PredictedOutOfMemory
 from qlora_exp.orchestration.messages import (
     PRELOADED,
-    Answer,
     Command,
     DiskFull,
-    Ended,
+    Message,
     Note,
-    Phase,
-    Question,
+    PhaseChanged,
+    PruneReply,
+    PruneRequest,
     Ready,
-    Refused,
-    Run,
+    RunTrial,
     Step,
-    Told,
-    Wrong,
+    TrialEnded,
+    TrialRefused,
+    UserError,
     decode,
-    encode,
+    encode_message,
 )
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.system import streams
 from qlora_exp.system.terminal import show_any_text
-from qlora_exp.training.outcome import Report, disk_full
+from qlora_exp.training.outcome import PruneCheck, disk_full
 
 if TYPE_CHECKING:
-    from qlora_exp.models.base_models import Bases
+    from qlora_exp.models.base_models import BaseModels
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -63,24 +63,24 @@ def main() -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     streams.keep_writing()
-    line = Line()
+    line = Channel()
     show_any_text()
-    from qlora_exp.runs.process import import_to_stay, quiet_libraries
+    from qlora_exp.runs.process import import_and_freeze_gc, silence_libraries
 
-    quiet_libraries()
-    import_to_stay(module for name in arguments.preload for module in PRELOADED[name])
+    silence_libraries()
+    import_and_freeze_gc(module for name in arguments.preload for module in PRELOADED[name])
     line.tell(Ready())
     with ThreadPoolExecutor(1, "delivery") as deliveries, contextlib.suppress(KeyboardInterrupt):
         host = _Host(line, deliveries, _warm_bases() if "training" in arguments.preload else None)
-        while isinstance(command := line.next(), Run):
+        while isinstance(command := line.next(), RunTrial):
             host.run(command)
     return 0
 
 
-def _warm_bases() -> Bases:
-    from qlora_exp.models.base_cache import WarmBases
+def _warm_bases() -> BaseModels:
+    from qlora_exp.models.base_cache import BaseCache
 
-    return WarmBases()
+    return BaseCache()
 
 
 def _die_with(parent: int) -> None:
@@ -92,7 +92,7 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-class Line:
+class Channel:
     """The two pipes to the worker, out of the reach of whatever prints or reads."""
 
     def __init__(self) -> None:
@@ -105,9 +105,9 @@ class Line:
         self._writing = threading.Lock()
         threading.Thread(target=self._listen, name="commands", daemon=True).start()
 
-    def tell(self, message: Told) -> None:
+    def tell(self, message: Message) -> None:
         with self._writing:
-            self._out.write(encode(message))
+            self._out.write(encode_message(message))
 
     def next(self) -> Command:
         return self._commands.get()
@@ -123,13 +123,13 @@ class Line:
 class _Host:
     """An observer of its runs, which it tells the worker of."""
 
-    def __init__(self, line: Line, deliveries: ThreadPoolExecutor, bases: Bases | None) -> None:
+    def __init__(self, line: Channel, deliveries: ThreadPoolExecutor, bases: BaseModels | None) -> None:
         from qlora_exp.config.compose import Composer
 
         self.line, self.deliveries, self.bases = line, deliveries, bases
         self.composer = Composer()
 
-    def run(self, command: Run) -> None:
+    def run(self, command: RunTrial) -> None:
         from qlora_exp.runs.execute import execute
 
         try:
@@ -139,17 +139,17 @@ class _Host:
                 resume=command.run_id if command.resume else None,
                 run_id=command.run_id,
                 trial=command.trial,
-                report=Report(self.ask, command.per_item),
+                report=PruneCheck(self.ask, command.per_item),
                 bases=self.bases,
                 deliver=self.deliveries.submit,
                 memory=command.memory,
             )
-            self.line.tell(Ended())
-        except DoesNotFit as error:
-            self.line.tell(Refused(error.what, error.refusal))
+            self.line.tell(TrialEnded())
+        except PredictedOutOfMemory as error:
+            self.line.tell(TrialRefused(error.what, error.refusal))
         except QloraExpError as error:
             what = redact_text(error.what if type(error).__str__ is QloraExpError.__str__ else str(error))
-            self.line.tell(Wrong(type(error).__name__, what, error.where, error.hint))
+            self.line.tell(UserError(type(error).__name__, what, error.where, error.hint))
         except OSError as error:
             if not disk_full(error):
                 raise
@@ -157,13 +157,13 @@ class _Host:
 
     def ask(self, step: int, value: float, items: Sequence[float] | None) -> bool:
         finite = items is not None and math.isfinite(value)
-        self.line.tell(Question(step, value, tuple(items) if items is not None and finite else None))
+        self.line.tell(PruneRequest(step, value, tuple(items) if items is not None and finite else None))
         answer = self.line.next()
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, PruneReply)
         return answer.stop
 
     def phase(self, name: str) -> None:
-        self.line.tell(Phase(name))
+        self.line.tell(PhaseChanged(name))
 
     def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
         self.line.tell(Step(step, total, dict(metrics)))
@@ -172,7 +172,7 @@ class _Host:
         self.line.tell(Note(text))
 
 
-def _changed(config: Config, command: Run) -> Config:
+def _changed(config: Config, command: RunTrial) -> Config:
     """What the worker sets beside the overrides; Hydra's grammar has no part in it."""
     changed = replace(config, output_root=command.output_root)
     if command.micro_batch_size is None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import cast
 
 from qlora_exp.orchestration import forking
-from qlora_exp.orchestration.messages import PRELOADED, Command, End, Told, decode, encode
-from qlora_exp.system.gpus import VARIABLE
+from qlora_exp.orchestration.messages import PRELOADED, Command, EndProcess, Message, decode, encode_message
+from qlora_exp.system.gpus import DEVICES_VARIABLE
 
 DUMP_SECONDS, TERM_SECONDS = 0.5, 5.0
 """A host that hangs gets this long to write its stacks, and then to end by itself."""
@@ -26,7 +26,7 @@ ALWAYS_IMPORTED = ("qlora_exp.config.compose", "qlora_exp.orchestration.messages
 """What a host imports by itself, whatever it preloads."""
 
 
-class Died(Exception):
+class ProcessDied(Exception):
     """The host's process has ended. ``code``: as :class:`subprocess.Popen` has it, negative for a signal."""
 
     def __init__(self, code: int) -> None:
@@ -65,7 +65,7 @@ class HostProcess:
     ) -> subprocess.Popen[bytes] | forking.Forked:
         """Forked where it trains nothing on a GPU, which no process can share by a fork; else a new interpreter."""
         preloads = [argument for name in preload for argument in ("--preload", name)]
-        if preload and VARIABLE not in environment:
+        if preload and DEVICES_VARIABLE not in environment:
             modules = (*ALWAYS_IMPORTED, *(module for name in preload for module in PRELOADED[name]))
             self._server = forking.server_for(environment, modules, descriptors[2])
         if self._server is not None:
@@ -89,10 +89,10 @@ class HostProcess:
     def send(self, command: Command) -> None:
         """A host that is gone doesn't hear it: :meth:`receive` tells."""
         with contextlib.suppress(BrokenPipeError):
-            self._in.write(encode(command))
+            self._in.write(encode_message(command))
 
-    def receive(self, timeout_seconds: float) -> Told | None:
-        """The next message, or ``None`` after ``timeout_seconds``. Raises :class:`Died`."""
+    def receive(self, timeout_seconds: float) -> Message | None:
+        """The next message, or ``None`` after ``timeout_seconds``. Raises :class:`ProcessDied`."""
         until = time.monotonic() + timeout_seconds
         while b"\n" not in self._read:
             ready, _, _ = select.select([self._out], [], [], max(0.0, until - time.monotonic()))
@@ -100,10 +100,10 @@ class HostProcess:
                 return None
             chunk = os.read(self._out, CHUNK_BYTES)
             if not chunk:
-                raise Died(self._process.wait())
+                raise ProcessDied(self._process.wait())
             self._read += chunk
         line, _, self._read = self._read.partition(b"\n")
-        return cast(Told, decode(line))
+        return cast(Message, decode(line))
 
     def terminate(self) -> None:
         """TERM: the run saves what it has and ends as interrupted."""
@@ -135,7 +135,7 @@ class HostProcess:
 
     def end(self) -> None:
         """Let it finish its deliveries and exit."""
-        self.send(End())
+        self.send(EndProcess())
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(EXIT_SECONDS)
         self.kill()

@@ -13,11 +13,11 @@ from typing import Protocol, TypeVar
 
 from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.schema import WorkersConfig
-from qlora_exp.estimate.budget import Purse, budget_of, limits_of
-from qlora_exp.estimate.memory_fit import MemoryRule
+from qlora_exp.estimate.budget import StudyBudget, budget_of, limits_of
+from qlora_exp.estimate.memory_fit import MemoryLimit
 from qlora_exp.orchestration import forking
-from qlora_exp.orchestration.live_state import SlotState, remove_state, state_of, worker_name, write_state
-from qlora_exp.orchestration.memory_feedback import MOST_REFUSALS_IN_A_ROW, Experience
+from qlora_exp.orchestration.live_state import SlotState, remove_state, state_of, worker_name, write_worker_state
+from qlora_exp.orchestration.memory_feedback import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
 from qlora_exp.orchestration.prestart import host_starts, hosts_per_device
 from qlora_exp.orchestration.slot import GRACEFULLY, NOW, Setting, Slot
 from qlora_exp.paths import OutputPaths, StudyPaths
@@ -48,7 +48,7 @@ class Studied(Protocol):
     def requeue(self, claim: Claim, why: str) -> bool: ...
     def request_memory_retry(self, claim: Claim) -> bool: ...
     def counts(self) -> Counts: ...
-    def refused_in_a_row(self, bound_bytes: int | None) -> int: ...
+    def consecutive_skips(self, bound_bytes: int | None) -> int: ...
     def failures_reached(self) -> bool: ...
 
 
@@ -117,7 +117,7 @@ class Worker:
         self._process = process_identity()
         self._asked_from_outside = stop
         outputs = OutputPaths.of(setting.spec.output_root)
-        self._purse, self._experience = Purse(setting.budget, outputs), Experience(outputs)
+        self._purse, self._experience = StudyBudget(setting.budget, outputs), MemoryFeedback(outputs)
         self._claims: dict[int, Claim] = {}
         self._at_work: set[int] = set()
         self._calls = threading.RLock()
@@ -174,7 +174,7 @@ class Worker:
             self._stop(BUDGET)
         return False
 
-    def may_claim(self) -> bool:
+    def accepting(self) -> bool:
         """Whether a new trial may start; sees to it that too many failures end the study."""
         if self.stopping is None and self._ask(self.study.failures_reached):
             self._stop(FAILURES)
@@ -184,9 +184,9 @@ class Worker:
 
     def _nothing_fits(self) -> bool:
         bound = self.setting.budget.memory_bytes
-        return self._ask(lambda: self.study.refused_in_a_row(bound)) >= MOST_REFUSALS_IN_A_ROW
+        return self._ask(lambda: self.study.consecutive_skips(bound)) >= MAX_CONSECUTIVE_SKIPS
 
-    def memory_rule(self, claim: Claim) -> MemoryRule | None:
+    def memory_rule(self, claim: Claim) -> MemoryLimit | None:
         """What a trial that begins now must fit into, by all that has ended."""
         setting = self.setting
         if not setting.limits_memory:
@@ -194,14 +194,14 @@ class Worker:
         bound, halvings = setting.budget.memory_bytes, setting.spec.out_of_memory_retries - claim.out_of_memory_retries
         kin = self._experience.kin(self._ask(self.study.trials), bound)
         force = setting.budget.force
-        return MemoryRule(bound, setting.hosts_per_device or 1, kin, True, max(halvings, 0), force)
+        return MemoryLimit(bound, setting.hosts_per_device or 1, kin, True, max(halvings, 0), force)
 
     def nothing_left(self) -> bool:
         """Whether no trial will ever be free again: all have ended. One that somebody else runs may still be lost."""
         counts = self._ask(self.study.counts)
         return counts.running + counts.waiting + counts.to_ask == 0
 
-    def nothing_has_ended(self) -> bool:
+    def no_trial_finished(self) -> bool:
         """Whether no trial of the study has ended yet, however."""
         return self._ask(self.study.counts).finished == 0
 
@@ -227,7 +227,7 @@ class Worker:
         self.let_go(slot)
         return again
 
-    def give_back(self, slot: int, claim: Claim) -> None:
+    def return_trial(self, slot: int, claim: Claim) -> None:
         """The trial was interrupted because the worker stops: no fault of its own."""
         unknown = (None,) * len(self.setting.spec.objectives)
         self._ask(lambda: self.study.tell(claim, Outcome(Status.INTERRUPTED, unknown, (), None)))
@@ -297,7 +297,9 @@ class Worker:
         if now >= self._next_state:
             self._next_state = now + STATE_SECONDS
             lease = self.setting.workers.lease_seconds
-            write_state(self.setting.paths.workers, state_of(self.name, self.job, self.stopping, self.states, lease))
+            write_worker_state(
+                self.setting.paths.workers, state_of(self.name, self.job, self.stopping, self.states, lease)
+            )
 
     def _heartbeat(self, claim: Claim) -> None:
         """One that fails is made up for by the next; the lease is many heartbeats long."""

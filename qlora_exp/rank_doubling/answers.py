@@ -12,20 +12,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_exp.analysis.power import Noise, half_width, plan
-from qlora_exp.analysis.rank import Answer, Comparison, answer, as_object
-from qlora_exp.analysis.rule import MOST_SEEDS, Rule, Verdict
+from qlora_exp.analysis.rank import Comparison, RankAnswer, answer, as_object
+from qlora_exp.analysis.rule import MOST_SEEDS, Rule, StepVerdict
 from qlora_exp.config.schema import LrPolicy
 from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.rank_doubling.ladder import Choice, LadderTrial, Standing, stand
+from qlora_exp.rank_doubling.ladder import LadderState, LadderTrial, LearningRateChoice, evaluate_ladder
 from qlora_exp.rank_doubling.settings import SPLIT, is_single, rule_of
 from qlora_exp.records.files import read_curve, read_record
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
-from qlora_exp.study.objectives import MODEL_STATE, value_of
-from qlora_exp.study.types import LadderSpec, OneLadder
+from qlora_exp.study.objectives import MODEL_STATE, objective_value
+from qlora_exp.study.types import LadderSettings, LadderSpec
 
-UNIT = "nats per item"
+LOSS_UNIT = "nats per item"
 COSTS = {
     "model_state_bytes": MODEL_STATE,
     "peak_train_bytes": "memory.peak_train_bytes",
@@ -50,7 +50,7 @@ def ended_trial(params: dict[str, Any], run_id: str | None, outputs: OutputPaths
     return LadderTrial(params, ended=True, record=record, losses=losses, curve=curve)
 
 
-def trials_of(records: Sequence[RunRecord], outputs: OutputPaths) -> list[LadderTrial]:
+def ladder_trials(records: Sequence[RunRecord], outputs: OutputPaths) -> list[LadderTrial]:
     """The ended trials of a study from its runs' records: enough to make its answer again without the database."""
     ended = [record for record in records if record.status not in (Status.RUNNING, Status.INTERRUPTED)]
     return [ended_trial(record.trial.params, record.run_id, outputs) for record in ended if record.trial is not None]
@@ -64,16 +64,16 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
     seconds, dollars; negative: it costs more; no seconds where the two ranks' runs overlap), ``spent``, ``warnings``.
     Without ``decision`` and what belongs to it where a single rank is run.
     """
-    return [_object(spec, one, stand(spec, one, trials), _own(one, trials)) for one in spec.ladders]
+    return [_object(spec, one, evaluate_ladder(spec, one, trials), _own(one, trials)) for one in spec.ladders]
 
 
 def recommended(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, Any]]:
     """Parameters of the completed decision runs at the ranks that the ladders recommend, by ladder and seed."""
     found = []
     for one in spec.ladders:
-        standing = stand(spec, one, trials)
+        standing = evaluate_ladder(spec, one, trials)
         if standing.comparisons and not standing.needs:
-            rank = answer(standing.comparisons, rule_of(spec), UNIT).recommended_rank
+            rank = answer(standing.comparisons, rule_of(spec), LOSS_UNIT).recommended_rank
             runs = standing.runs.get(rank, ()) if rank is not None else ()
             found += [trial.params for trial in runs if trial.completed]
     return found
@@ -95,7 +95,7 @@ def plan_sentence(
     by_seeds = rule.half_zone / half_width(Noise(1.0, 0.0), seeds, 1, rule)
     settles = seed_sd is None or seed_sd <= by_seeds
     told = f"With {seeds} seeds after a purchase the margin can be settled if a doubling's gain varies by at most "
-    told += f"{by_seeds:.2g} {UNIT} (sd) from seed to seed"
+    told += f"{by_seeds:.2g} {LOSS_UNIT} (sd) from seed to seed"
     if items is not None:
         by_items = rule.half_zone / half_width(Noise(0.0, 1.0), seeds, items, rule)
         settles = settles and (item_sd is None or item_sd <= by_items)
@@ -117,12 +117,12 @@ def _test_losses(paths: RunPaths) -> dict[str, float] | None:
     return dict(sorted(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True)))
 
 
-def _own(one: OneLadder, trials: Sequence[LadderTrial]) -> list[LadderTrial]:
+def _own(one: LadderSettings, trials: Sequence[LadderTrial]) -> list[LadderTrial]:
     return [trial for trial in trials if one.axes.items() <= trial.params.items()]
 
 
-def _object(spec: LadderSpec, one: OneLadder, standing: Standing, own: Sequence[LadderTrial]) -> dict[str, Any]:
-    found = answer(standing.comparisons, rule_of(spec), UNIT) if standing.comparisons else None
+def _object(spec: LadderSpec, one: LadderSettings, standing: LadderState, own: Sequence[LadderTrial]) -> dict[str, Any]:
+    found = answer(standing.comparisons, rule_of(spec), LOSS_UNIT) if standing.comparisons else None
     last = _last(found) if found is not None else None
     saves = _saves(last, standing) if last is not None else None
     told = as_object(found) if found is not None else {} if is_single(spec) else _nothing(rule_of(spec))
@@ -146,15 +146,15 @@ def _nothing(rule: Rule) -> dict[str, Any]:
     return undecided | {"margin": rule.margin, "half_zone": rule.half_zone}
 
 
-def _last(found: Answer) -> Comparison:
-    return next((c for c in found.comparisons if c.decision.verdict is not Verdict.CONTINUE), found.comparisons[-1])
+def _last(found: RankAnswer) -> Comparison:
+    return next((c for c in found.comparisons if c.decision.verdict is not StepVerdict.CONTINUE), found.comparisons[-1])
 
 
-def _saves(last: Comparison, standing: Standing) -> dict[str, Any] | None:
+def _saves(last: Comparison, standing: LadderState) -> dict[str, Any] | None:
     """``None`` where no rank is recommended."""
     ranks = {
-        Verdict.STOP: (last.from_rank, last.to_rank),
-        Verdict.CONTINUE: (last.to_rank, last.from_rank),
+        StepVerdict.STOP: (last.from_rank, last.to_rank),
+        StepVerdict.CONTINUE: (last.to_rank, last.from_rank),
     }.get(last.decision.verdict)
     if ranks is None:
         return None
@@ -173,7 +173,7 @@ def _saves(last: Comparison, standing: Standing) -> dict[str, Any] | None:
 def _costs(runs: Sequence[LadderTrial]) -> dict[str, list[float]]:
     """What is known of the runs that completed."""
     records = [trial.record for trial in runs if trial.record is not None and trial.completed]
-    known = {name: [value_of(record, field) for record in records] for name, field in COSTS.items()}
+    known = {name: [objective_value(record, field) for record in records] for name, field in COSTS.items()}
     return {name: [value for value in values if value is not None] for name, values in known.items()}
 
 
@@ -195,7 +195,11 @@ def _spent(own: Sequence[LadderTrial]) -> dict[str, Any]:
 
 
 def _sentences(
-    spec: LadderSpec, one: OneLadder, standing: Standing, found: Answer | None, saves: Mapping[str, Any] | None
+    spec: LadderSpec,
+    one: LadderSettings,
+    standing: LadderState,
+    found: RankAnswer | None,
+    saves: Mapping[str, Any] | None,
 ) -> list[str]:
     if found is None and is_single(spec) and not standing.needs:
         return [_learning_rate_words(spec, one, standing.choices)]
@@ -213,7 +217,7 @@ def _sentences(
     return told
 
 
-def _learning_rate_words(spec: LadderSpec, one: OneLadder, choices: Sequence[Choice]) -> str:
+def _learning_rate_words(spec: LadderSpec, one: LadderSettings, choices: Sequence[LearningRateChoice]) -> str:
     rates = ", ".join(
         f"{choice.learning_rate:g} at r = {choice.rank}{' (unresolved)' if choice.unresolved else ''}"
         for choice in choices
@@ -246,7 +250,7 @@ def _difference(saved: float, unit: str) -> str:
     return f"{abs(saved):.3g} {unit} {'less' if saved > 0 else 'more'}"
 
 
-def _warnings(spec: LadderSpec, standing: Standing, last: Comparison | None) -> list[str]:
+def _warnings(spec: LadderSpec, standing: LadderState, last: Comparison | None) -> list[str]:
     told = [
         f"r = {choice.rank}: the best learning rate of the pilots, {choice.learning_rate:g}, is at the edge of the "
         "grid after one extension: unresolved. Other sweep.ladder.lr_factors, or another training.learning_rate"
@@ -262,7 +266,7 @@ def _warnings(spec: LadderSpec, standing: Standing, last: Comparison | None) -> 
         for step in standing.comparisons
         if _coincide(standing.runs.get(step.from_rank, ()), standing.runs.get(step.to_rank, ()))
     ]
-    if last is not None and last.from_rank == spec.r_start and last.decision.verdict is Verdict.STOP:
+    if last is not None and last.from_rank == spec.r_start and last.decision.verdict is StepVerdict.STOP:
         told.append(
             f"r = {spec.r_start} is the smallest rank that was run, and halving it may do as well: "
             f"sweep.ladder.r_start={max(spec.r_start // 2, 1)}"

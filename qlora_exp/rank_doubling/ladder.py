@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from qlora_exp.analysis.rank import Comparison, decide_doubling
-from qlora_exp.analysis.rule import MOST_SEEDS, Verdict
+from qlora_exp.analysis.rule import MOST_SEEDS, StepVerdict
 from qlora_exp.analysis.variance import Array
 from qlora_exp.config.schema import LrPolicy
 from qlora_exp.errors import AnalysisError
@@ -27,18 +27,18 @@ from qlora_exp.rank_doubling.settings import (
     RATE,
     SEED,
     SPLIT,
-    drift,
     is_single,
+    lr_scale,
     ranks_of,
     rates_of,
     rounded,
     rule_of,
 )
 from qlora_exp.records.types import RunRecord, Status
-from qlora_exp.study.space import overrides_of
-from qlora_exp.study.types import LadderSpec, OneLadder
+from qlora_exp.study.space import point_overrides
+from qlora_exp.study.types import LadderSettings, LadderSpec
 
-Point = dict[str, Any]
+LadderPoint = dict[str, Any]
 """Axis → value of one trial."""
 
 
@@ -46,7 +46,7 @@ Point = dict[str, Any]
 class LadderTrial:
     """A trial as the ladder sees it."""
 
-    params: Point
+    params: LadderPoint
     ended: bool
     record: RunRecord | None = None
     """``None`` until it has ended, and where it left none."""
@@ -70,7 +70,7 @@ class Pilot:
 
 
 @dataclass(frozen=True)
-class Choice:
+class LearningRateChoice:
     """The learning rate of one rank. ``unresolved``: the best pilot is at the edge of the grid, extended once."""
 
     rank: int
@@ -80,11 +80,11 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Standing:
+class LadderState:
     """How far a ladder has come. ``needs``: points that it waits for, running ones included; none: it has ended."""
 
-    needs: tuple[Point, ...]
-    choices: tuple[Choice, ...]
+    needs: tuple[LadderPoint, ...]
+    choices: tuple[LearningRateChoice, ...]
     comparisons: tuple[Comparison, ...]
     runs: Mapping[int, tuple[LadderTrial, ...]]
     """Rank → its decision runs that have ended, by seed."""
@@ -92,7 +92,7 @@ class Standing:
     """Why it ended without an answer."""
 
 
-def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> Point | None:
+def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> LadderPoint | None:
     """What the next trial tries; ``None``: nothing now (see :func:`is_done`).
 
     The first ladder that has something to ask for goes first, so that a host keeps its base; the others go on while it
@@ -100,7 +100,7 @@ def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> Point | None:
     """
     taken = {_key(trial.params) for trial in trials}
     for one in spec.ladders:
-        for point in stand(spec, one, trials).needs:
+        for point in evaluate_ladder(spec, one, trials).needs:
             if _key(point) not in taken:
                 return point
     return None
@@ -108,38 +108,38 @@ def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> Point | None:
 
 def is_done(spec: LadderSpec, trials: Sequence[LadderTrial]) -> bool:
     """Whether every ladder has its answer, or can't have one."""
-    return not any(stand(spec, one, trials).needs for one in spec.ladders)
+    return not any(evaluate_ladder(spec, one, trials).needs for one in spec.ladders)
 
 
-def stand(spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial]) -> Standing:
+def evaluate_ladder(spec: LadderSpec, one: LadderSettings, trials: Sequence[LadderTrial]) -> LadderState:
     """How far one ladder has come by the trials that have ended."""
-    walk = _Walk(spec, one, trials)
+    walk = _LadderEvaluation(spec, one, trials)
     try:
         comparisons = tuple(walk.steps())
         trouble = None
     except AnalysisError as error:
         comparisons, trouble = tuple(walk.comparisons), error.what
         walk.needs.clear()
-    return Standing(tuple(walk.needs), tuple(walk.choices.values()), comparisons, walk.all_runs(), trouble)
+    return LadderState(tuple(walk.needs), tuple(walk.choices.values()), comparisons, walk.all_runs(), trouble)
 
 
-def choose(
-    spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial], rank: int
-) -> tuple[Choice | None, tuple[Point, ...]]:
+def select_learning_rate(
+    spec: LadderSpec, one: LadderSettings, trials: Sequence[LadderTrial], rank: int
+) -> tuple[LearningRateChoice | None, tuple[LadderPoint, ...]]:
     """The learning rate of ``rank`` by the pilots that have ended, whatever the ladder would ask for first; and the
     pilots that it still waits for."""
-    walk = _Walk(spec, one, trials)
+    walk = _LadderEvaluation(spec, one, trials)
     return walk._choose(rank), tuple(walk.needs)
 
 
-class _Walk:
+class _LadderEvaluation:
     """One ladder walked from its start, as far as its trials have come."""
 
-    def __init__(self, spec: LadderSpec, one: OneLadder, trials: Sequence[LadderTrial]) -> None:
+    def __init__(self, spec: LadderSpec, one: LadderSettings, trials: Sequence[LadderTrial]) -> None:
         self.spec, self.one = spec, one
         self.trials = {_key(trial.params): trial for trial in trials}
-        self.needs: list[Point] = []
-        self.choices: dict[int, Choice] = {}
+        self.needs: list[LadderPoint] = []
+        self.choices: dict[int, LearningRateChoice] = {}
         self.comparisons: list[Comparison] = []
         self.seeds: dict[int, int] = {}
         """Rank → how many seeds it was to be run with, as the walk stands."""
@@ -153,7 +153,7 @@ class _Walk:
             if decision is None:
                 break
             self.comparisons.append(Comparison(smaller, larger, decision))
-            if decision.verdict is not Verdict.CONTINUE:
+            if decision.verdict is not StepVerdict.CONTINUE:
                 break
         return self.comparisons
 
@@ -169,7 +169,7 @@ class _Walk:
                 for seed in range(self.seeds[rank]):
                     self._ended(self._point(rank, self.spec.first_seed + seed, choice.learning_rate, "test"))
 
-    def _ended(self, point: Point) -> LadderTrial | None:
+    def _ended(self, point: LadderPoint) -> LadderTrial | None:
         trial = self.trials.get(_key(point))
         if trial is not None and trial.ended:
             return trial
@@ -177,21 +177,23 @@ class _Walk:
             self.needs.append(point)
         return None
 
-    def _point(self, rank: int, seed: int, rate: float, split: str) -> Point:
+    def _point(self, rank: int, seed: int, rate: float, split: str) -> LadderPoint:
         return {**self.one.axes, RANK: rank, SEED: seed, RATE: rate, SPLIT: split}
 
     # Learning rates.
 
-    def _choose(self, rank: int) -> Choice | None:
+    def _choose(self, rank: int) -> LearningRateChoice | None:
         """``None``: pilots are still missing."""
         if self.spec.lr_policy == LrPolicy.fixed.value:
-            return Choice(rank, rounded(self.one.learning_rate))
+            return LearningRateChoice(rank, rounded(self.one.learning_rate))
         if self.spec.lr_policy == LrPolicy.transfer.value and rank != self.spec.r_start:
             start = self.choices.get(self.spec.r_start)
-            return start and Choice(rank, rounded(start.learning_rate * drift(self.spec, self.one, rank)))
+            return start and LearningRateChoice(
+                rank, rounded(start.learning_rate * lr_scale(self.spec, self.one, rank))
+            )
         return self._searched(rank)
 
-    def _searched(self, rank: int) -> Choice | None:
+    def _searched(self, rank: int) -> LearningRateChoice | None:
         rates = rates_of(self.spec, self.one, rank)
         pilots = self._pilots(rank, rates)
         if pilots is None:
@@ -204,7 +206,7 @@ class _Walk:
             if pilots is None:
                 return None
             best = self._best(pilots, rank)
-        return Choice(rank, best, best in (rates[0], rates[-1]), tuple(pilots))
+        return LearningRateChoice(rank, best, best in (rates[0], rates[-1]), tuple(pilots))
 
     def _pilots(self, rank: int, rates: Sequence[float]) -> list[Pilot] | None:
         ended = [self._ended(self._point(rank, self.spec.pilot_seed, rate, "validation")) for rate in rates]
@@ -264,8 +266,8 @@ def _validation_loss(trial: LadderTrial) -> float | None:
     return loss if loss is not None and math.isfinite(loss) else None
 
 
-def _key(point: Point) -> frozenset[str]:
-    return frozenset(overrides_of(point))
+def _key(point: LadderPoint) -> frozenset[str]:
+    return frozenset(point_overrides(point))
 
 
 def _why(trials: Sequence[LadderTrial], otherwise: str = "they left no record") -> str:

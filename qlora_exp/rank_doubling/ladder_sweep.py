@@ -8,13 +8,13 @@ from typing import Any
 
 from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.interpolations import texts_of
-from qlora_exp.config.overrides import key_of
+from qlora_exp.config.overrides import override_key
 from qlora_exp.config.schema import LadderConfig, SweepConfig
 from qlora_exp.errors import ConfigError, raise_all
 from qlora_exp.paths import StudyPaths
 from qlora_exp.records.files import write_json
-from qlora_exp.study.space import grid, overrides_of
-from qlora_exp.study.types import Axis, LadderSpec, OneLadder, StudySpec
+from qlora_exp.study.space import grid, point_overrides
+from qlora_exp.study.types import Axis, LadderSettings, LadderSpec, StudySpec
 
 
 def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, ...]) -> LadderSpec:
@@ -29,7 +29,7 @@ def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, .
     from qlora_exp.rank_doubling.settings import OWN_KEYS, RANK, SPLIT, resolve
 
     taken = [axis.key for axis in others if axis.key in OWN_KEYS]
-    taken += [key for text in fixed if (key := key_of(text)) in (RANK, SPLIT)]
+    taken += [key for text in fixed if (key := override_key(text)) in (RANK, SPLIT)]
     hint = "sweep.ladder.r_start, r_max, seeds and lr_factors say which; another sampler searches freely"
     raise_all([ConfigError("the ladder itself chooses this", f"{key}=…", hint) for key in taken])
     ladders = [_one(fixed, point, settings.ladder.r_start) for point in grid(others)]
@@ -37,15 +37,17 @@ def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, .
     return resolve(settings.ladder, seed, ladders)
 
 
-def _one(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> OneLadder:
+def _one(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSettings:
     """As the point's own configuration has it at the first rank: another model may bring another learning rate, and
     ``lora.alpha=${lora.r}`` follows the rank."""
-    raw, doubled = (compose_raw([*fixed, *overrides_of(point | {"lora.r": rank})]) for rank in (r_start, 2 * r_start))
+    raw, doubled = (
+        compose_raw([*fixed, *point_overrides(point | {"lora.r": rank})]) for rank in (r_start, 2 * r_start)
+    )
     follows = raw.lora.alpha_policy != "fixed" or raw.lora.alpha != doubled.lora.alpha
     alpha = str(raw.lora.alpha_policy)
     if alpha == "fixed":
         alpha = str(texts_of(raw.lora, "alpha")) if follows else f"fixed at {raw.lora.alpha}"
-    return OneLadder(
+    return LadderSettings(
         axes=point,
         learning_rate=float(raw.training.learning_rate),
         rate_exponent=0.0 if raw.lora.rslora or not follows else -0.5,

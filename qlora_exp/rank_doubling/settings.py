@@ -11,14 +11,14 @@ from qlora_exp.analysis.rule import MOST_SEEDS, Rule, make_rule
 from qlora_exp.config.schema import LadderConfig, LrPolicy
 from qlora_exp.errors import AnalysisError, ConfigError, QloraExpError, raise_all
 from qlora_exp.study.space import parse_axes
-from qlora_exp.study.types import Axis, LadderSpec, OneLadder
+from qlora_exp.study.types import Axis, LadderSettings, LadderSpec
 
 RANK, SEED, RATE, SPLIT = "lora.r", "seed", "training.learning_rate", "evaluation.split"
 OWN_KEYS = (RANK, SEED, RATE, SPLIT)
 """What a ladder sets in each of its trials: no axes of anybody else's."""
 
 
-def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[OneLadder]) -> LadderSpec:
+def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSettings]) -> LadderSpec:
     """``sweep.ladder``, checked.
 
     Raises:
@@ -113,13 +113,13 @@ def own_axes(spec: LadderSpec) -> tuple[Axis, ...]:
     return tuple(replace(axis, tags=("ladder",)) for axis in parse_axes(texts, {}))
 
 
-def rates_of(spec: LadderSpec, one: OneLadder, rank: int) -> list[float]:
+def rates_of(spec: LadderSpec, one: LadderSettings, rank: int) -> list[float]:
     """Rising."""
-    centre = one.learning_rate * drift(spec, one, rank)
+    centre = one.learning_rate * lr_scale(spec, one, rank)
     return [rounded(centre * factor) for factor in spec.lr_factors]
 
 
-def drift(spec: LadderSpec, one: OneLadder, rank: int) -> float:
+def lr_scale(spec: LadderSpec, one: LadderSettings, rank: int) -> float:
     return float((rank / spec.r_start) ** one.rate_exponent)
 
 

@@ -174,7 +174,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class SkippedTrial:
     """Why a trial was not started: it was predicted not to fit."""
 
     fit: Fit

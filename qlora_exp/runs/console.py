@@ -20,7 +20,7 @@ a tenth takes longer, and the last step."""
 SHOWN_METRICS = ("loss", "eval_loss", "tokens_per_second")
 
 
-class Progress:
+class ProgressReporter:
     """An observer of a run (phase, step, note), used as a context manager.
 
     On a terminal it draws with Rich; elsewhere it prints lines. Both go to ``stream``, standard error by default, so
@@ -31,7 +31,7 @@ class Progress:
         self._stream = stream if stream is not None else sys.stderr
         self._view: _Lines | _Live = _Live(self._stream) if self._stream.isatty() else _Lines(self._stream)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressReporter:
         self._view.open()
         return self
 

@@ -12,12 +12,12 @@ from qlora_exp.config.compose import checked
 from qlora_exp.config.override_values import literal
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, RecordError
-from qlora_exp.estimate.budget import OF_THE_STUDY
+from qlora_exp.estimate.budget import STUDY_LIMITS
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status
 from qlora_exp.runs.execute import execute
-from qlora_exp.runs.first_record import now
+from qlora_exp.runs.first_record import current_time
 from qlora_exp.runs.process import exit_code_of
 from qlora_exp.system import environment
 from qlora_exp.system.out_of_memory import killed_for_memory
@@ -25,11 +25,11 @@ from qlora_exp.system.out_of_memory import killed_for_memory
 
 def run_and_tell(config: Config, resume: str | None = None) -> int:
     """Run with progress on stderr, print the summary on stdout, and return the exit code."""
-    from qlora_exp.runs.console import Progress
+    from qlora_exp.runs.console import ProgressReporter
 
-    with Progress() as observer:
+    with ProgressReporter() as observer:
         record = execute(config, observer, resume, alone=True)
-    print(summary(record, config))
+    print(run_summary(record, config))
     if config.tracking.enabled:
         from qlora_exp.tracking.pending import not_delivered
 
@@ -39,7 +39,7 @@ def run_and_tell(config: Config, resume: str | None = None) -> int:
     return exit_code_of(record.status)
 
 
-def summary(record: RunRecord, config: Config) -> str:
+def run_summary(record: RunRecord, config: Config) -> str:
     """Three lines after a run: what came of it, and where to look."""
     lines = [f"{record.status}: {record.name}  ({record.run_id})"]
     before, after = record.scores.before, record.scores.after
@@ -69,7 +69,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
     try:
         # A run's record doesn't keep the settings of the sweep that it belongs to.
         plain = {"sweep": None, "workers": None, **plain}
-        plain["budget"] = {**dict.fromkeys(OF_THE_STUDY), "force": False, **plain.get("budget", {})}  # of older records
+        plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}  # of older records
         plain["task"] = {**EARLIER_TASK, **plain.get("task", {})}  # older records have none
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
         training = plain.get("training")
@@ -84,7 +84,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
 def end_killed_run(config: Config, pid: int, number: int, kills_before: int | None = None) -> None:
     """A child that was killed could not end its own record. ``kills_before``: as
     :func:`~qlora_exp.system.out_of_memory.killed_for_memory` has it."""
-    from qlora_exp.tracking.sync import sync
+    from qlora_exp.tracking.sync import sync_runs
 
     outputs = OutputPaths.of(config.output_root)
     found = _running_of(pid, outputs)
@@ -94,9 +94,9 @@ def end_killed_run(config: Config, pid: int, number: int, kills_before: int | No
     print(f"error: {told.message}\n  do:    {told.hint}", file=sys.stderr)
     if found is not None:
         path, record = found
-        write_json(path, record.replace(status=status, ended_at=now(), process=None, failure=told))
+        write_json(path, record.replace(status=status, ended_at=current_time(), process=None, failure=told))
     if config.tracking.enabled:
-        sync(outputs.root)
+        sync_runs(outputs.root)
 
 
 def _running_of(pid: int, outputs: OutputPaths) -> tuple[Path, RunRecord] | None:

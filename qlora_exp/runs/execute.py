@@ -14,21 +14,27 @@ from filelock import FileLock, Timeout, UnixFileLock
 from qlora_exp.config.schema import Config, Engine
 from qlora_exp.errors import DataError, QloraExpError, RecordError
 from qlora_exp.estimate.budget import check_energy, without_limits
-from qlora_exp.estimate.memory_fit import DoesNotFit, MemoryRule, halved
+from qlora_exp.estimate.memory_fit import MemoryLimit, PredictedOutOfMemory, next_smaller_micro_batch
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import KILLED_FOR_MEMORY, Environment, Failure, Fit, RunRecord, Status, Trial
 from qlora_exp.runs import sleep_engine
-from qlora_exp.runs.first_record import begin, now, remove
-from qlora_exp.runs.process import EXIT_INTERRUPTED, import_to_stay, quiet_libraries, set_threads, use_one_gpu
+from qlora_exp.runs.first_record import create_record, current_time, remove
+from qlora_exp.runs.process import (
+    EXIT_INTERRUPTED,
+    hide_other_gpus,
+    import_and_freeze_gc,
+    set_threads,
+    silence_libraries,
+)
 from qlora_exp.runs.termination import ended_when_memory_is_short
 from qlora_exp.system import environment, signals
 from qlora_exp.system.distributed import one_rank_only
-from qlora_exp.system.out_of_memory import SMALLER, near_the_bound
-from qlora_exp.training.outcome import Observer, Report, never_stop
+from qlora_exp.system.out_of_memory import SMALLER_HINTS, near_the_bound
+from qlora_exp.training.outcome import Observer, PruneCheck, no_pruning
 
 if TYPE_CHECKING:
-    from qlora_exp.models.base_models import Bases
+    from qlora_exp.models.base_models import BaseModels
     from qlora_exp.runs.prepare import Prepared
 
 
@@ -39,10 +45,10 @@ def execute(
     *,
     run_id: str | None = None,
     trial: Trial | None = None,
-    report: Report = never_stop,
-    bases: Bases | None = None,
+    report: PruneCheck = no_pruning,
+    bases: BaseModels | None = None,
     deliver: Callable[[Callable[[], object]], object] | None = None,
-    memory: MemoryRule | None = None,
+    memory: MemoryLimit | None = None,
     alone: bool = False,
 ) -> RunRecord:
     """Run ``config``, keep its record, and show it in MLflow.
@@ -60,7 +66,7 @@ def execute(
         alone: this process is there for the run, and ends with it.
 
     Raises:
-        DoesNotFit: it is predicted to need more memory than it may take; nothing was started.
+        PredictedOutOfMemory: it is predicted to need more memory than it may take; nothing was started.
         QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
     """
     one_rank_only()
@@ -69,33 +75,33 @@ def execute(
         config = without_limits(config)
     check_energy(config.budget, config.training.device)
     if config.training.engine is not Engine.sleep:
-        use_one_gpu(config.training.device)
+        hide_other_gpus(config.training.device)
     set_threads(config.training.threads)
-    quiet_libraries()
+    silence_libraries()
     outputs = OutputPaths.of(config.output_root)
     with contextlib.ExitStack() as held:
         if resume is not None:
-            held.enter_context(_owned(outputs.run(resume)))
+            held.enter_context(_run_lock(outputs.run(resume)))
         if observer is not None:
             observer.phase("prepare")
         if alone and config.training.engine is not Engine.sleep:
-            import_to_stay(("qlora_exp.runs.pipeline",))
+            import_and_freeze_gc(("qlora_exp.runs.pipeline",))
         if resume is not None:  # it was let in when it began
             prepared = _prepare(config, bases)
             _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
-            record, paths = begin(config, outputs, prepared.environment, resume, run_id, trial)
+            record, paths = create_record(config, outputs, prepared.environment, resume, run_id, trial)
         else:  # wrong input ends here, before a run exists
-            config, prepared, fit, warnings = _let_in(config, bases, memory)
-            record, paths = begin(config, outputs, prepared.environment, resume, run_id, trial)
+            config, prepared, fit, warnings = _fit_micro_batch(config, bases, memory)
+            record, paths = create_record(config, outputs, prepared.environment, resume, run_id, trial)
             record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
             write_json(paths.record, record)  # whoever finds a killed run looks there
             if observer is not None:
                 for warning in warnings:
                     observer.note(warning)
         if resume is None:
-            held.enter_context(_owned(paths))
+            held.enter_context(_run_lock(paths))
         if alone and config.tracking.enabled:
-            import_to_stay(("qlora_exp.tracking.run",))
+            import_and_freeze_gc(("qlora_exp.tracking.run",))
         ours = alone or deliver is not None  # a notebook's process isn't ours to end
         return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver, ours)
 
@@ -107,7 +113,7 @@ def _run_and_deliver(
     paths: RunPaths,
     observer: Observer | None,
     resumed: bool,
-    report: Report,
+    report: PruneCheck,
     deliver: Callable[[Callable[[], object]], object] | None,
     ours: bool,
 ) -> RunRecord:
@@ -125,13 +131,13 @@ def _run_and_deliver(
     short: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if ours:
         short = ended_when_memory_is_short(lambda number: _last_words(paths, number), EXIT_INTERRUPTED)
-    with _terminated_like_interrupted(), short:
+    with _sigterm_as_interrupt(), short:
         try:
             finished, wrong = prepared.run(record, paths, _Told(observer, tracker), report)
         except KeyboardInterrupt:  # a second one, while the first was being answered
             finished, wrong = _interrupted(record, paths), None
     with signals.held_back("the run has ended and is being delivered to MLflow; Ctrl-C again: leave that to sync"):
-        finished = finished.replace(ended_at=now(), process=None)
+        finished = finished.replace(ended_at=current_time(), process=None)
         write_json(paths.record, finished)
         if finished.status is Status.COMPLETED:
             paths.trained.unlink(missing_ok=True)
@@ -151,15 +157,17 @@ def _last_words(paths: RunPaths, number: int) -> None:
     record = read_record(paths.record)
     if record.status is not Status.RUNNING:
         return
-    hint = (record.fit.would_fit if record.fit is not None else None) or SMALLER
+    hint = (record.fit.would_fit if record.fit is not None else None) or SMALLER_HINTS
     what = f"asked to end by signal {number}, the run could not end by itself: memory was too short"
     failure = Failure(KILLED_FOR_MEMORY, what, hint=hint)
-    write_json(paths.record, record.replace(status=Status.INTERRUPTED, ended_at=now(), process=None, failure=failure))
+    write_json(
+        paths.record, record.replace(status=Status.INTERRUPTED, ended_at=current_time(), process=None, failure=failure)
+    )
     print(f"error: {what}\n  do:    {hint}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _owned(paths: RunPaths) -> Iterator[None]:
+def _run_lock(paths: RunPaths) -> Iterator[None]:
     """Hold the run's folder for this process alone; the kernel lets go of it when the process ends, however it ends."""
     read_record(paths.record)  # no record, no run: nothing is made in its folder
     lock = FileLock(paths.lock)
@@ -183,35 +191,35 @@ class _Prepared(Protocol):
     environment: Environment
     data_fingerprint: str | None
 
-    def fit(self, memory: MemoryRule) -> Fit | None: ...
+    def fit(self, memory: MemoryLimit) -> Fit | None: ...
 
     def run(
-        self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
+        self, record: RunRecord, paths: RunPaths, observer: Observer, report: PruneCheck
     ) -> tuple[RunRecord, QloraExpError | None]: ...
 
 
-def check_may_start(config: Config, prepared: Prepared, probed: Environment) -> str | None:
+def preflight(config: Config, prepared: Prepared, probed: Environment) -> str | None:
     """What is held against a new run's predictions, asked without making one. Returns a warning, or ``None``.
 
     Raises:
         ConfigError: it would be refused for its budget or its memory.
     """
-    from qlora_exp.estimate.preflight import fit_of
+    from qlora_exp.estimate.preflight import memory_fit
 
     check_energy(config.budget, config.training.device)
     if config.training.engine is Engine.sleep:
-        return near_the_bound(sleep_engine.fit_of(config, probed, _memory_rule(config)))
-    return near_the_bound(fit_of(config, prepared, probed, _memory_rule(config)))
+        return near_the_bound(sleep_engine.synthetic_fit(config, probed, _memory_rule(config)))
+    return near_the_bound(memory_fit(config, prepared, probed, _memory_rule(config)))
 
 
-def _memory_rule(config: Config) -> MemoryRule:
+def _memory_rule(config: Config) -> MemoryLimit:
     """Of a run by itself: what its budget says is meant; a card's memory is held against a prediction that may err."""
     bound = config.budget.memory_bytes
-    return MemoryRule(bound, hosts=1, kin=(), tries_the_edge=bound is None, halvings=0, force=config.budget.force)
+    return MemoryLimit(bound, hosts=1, kin=(), allow_borderline=bound is None, halvings=0, force=config.budget.force)
 
 
-def _let_in(
-    config: Config, bases: Bases | None, memory: MemoryRule
+def _fit_micro_batch(
+    config: Config, bases: BaseModels | None, memory: MemoryLimit
 ) -> tuple[Config, _Prepared, Fit | None, tuple[str, ...]]:
     """The run as it is predicted to fit: with its micro-batch halved, where ``memory`` allows that."""
     batch = config.training.batch_size
@@ -220,15 +228,15 @@ def _let_in(
         prepared = _prepare(config, bases)
         fit = prepared.fit(memory)
         return config, prepared, fit, _warnings(fit)
-    except DoesNotFit as error:
+    except PredictedOutOfMemory as error:
         refused = error
     for _ in range(memory.halvings):
         if less == 1:
             break
-        less = halved(less, batch)
+        less = next_smaller_micro_batch(less, batch)
         smaller = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=less))
         told = f"predicted not to fit with micro-batches of {rows}; run with {less}, the batch unchanged"
-        with contextlib.suppress(DoesNotFit):
+        with contextlib.suppress(PredictedOutOfMemory):
             prepared = _prepare(smaller, bases)
             fit = prepared.fit(memory)
             return smaller, prepared, fit, (told, *_warnings(fit))
@@ -240,14 +248,14 @@ def _warnings(fit: Fit | None) -> tuple[str, ...]:
     return (warning,) if warning is not None else ()
 
 
-def _prepare(config: Config, bases: Bases | None) -> _Prepared:
+def _prepare(config: Config, bases: BaseModels | None) -> _Prepared:
     return _Sleep(config) if config.training.engine is Engine.sleep else _Training(config, bases)
 
 
 class _Training:
     """A run that trains a model."""
 
-    def __init__(self, config: Config, bases: Bases | None) -> None:
+    def __init__(self, config: Config, bases: BaseModels | None) -> None:
         from qlora_exp.runs.prepare import prepare
 
         self.config, self.bases = config, bases
@@ -255,17 +263,17 @@ class _Training:
         self.prepared = prepare(config, self.environment, self.bases)
         self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
 
-    def fit(self, memory: MemoryRule) -> Fit | None:
-        from qlora_exp.estimate.preflight import fit_of
+    def fit(self, memory: MemoryLimit) -> Fit | None:
+        from qlora_exp.estimate.preflight import memory_fit
 
-        return fit_of(self.config, self.prepared, self.environment, memory)
+        return memory_fit(self.config, self.prepared, self.environment, memory)
 
     def run(
-        self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
+        self, record: RunRecord, paths: RunPaths, observer: Observer, report: PruneCheck
     ) -> tuple[RunRecord, QloraExpError | None]:
-        from qlora_exp.runs.pipeline import run
+        from qlora_exp.runs.pipeline import run_pipeline
 
-        return run(self.config, self.prepared, record, paths, observer, report, self.bases)
+        return run_pipeline(self.config, self.prepared, record, paths, observer, report, self.bases)
 
 
 class _Sleep:
@@ -277,13 +285,13 @@ class _Sleep:
         self.config = config
         self.environment = environment.probe_without_torch()
 
-    def fit(self, memory: MemoryRule) -> Fit | None:
-        return sleep_engine.fit_of(self.config, self.environment, memory)
+    def fit(self, memory: MemoryLimit) -> Fit | None:
+        return sleep_engine.synthetic_fit(self.config, self.environment, memory)
 
     def run(
-        self, record: RunRecord, paths: RunPaths, observer: Observer, report: Report
+        self, record: RunRecord, paths: RunPaths, observer: Observer, report: PruneCheck
     ) -> tuple[RunRecord, QloraExpError | None]:
-        return sleep_engine.run(self.config, record, paths, observer, report), None
+        return sleep_engine.sleep_run(self.config, record, paths, observer, report), None
 
 
 def _tracker(config: Config, outputs: OutputPaths, warm: bool) -> Any:
@@ -311,7 +319,7 @@ def _check_same_data(record: RunRecord, fingerprint: str | None) -> None:
         raise DataError("the data have changed since this run began", record.run_id, f"qlora-exp rerun {record.run_id}")
 
 
-def _terminated_like_interrupted() -> contextlib.AbstractContextManager[None]:
+def _sigterm_as_interrupt() -> contextlib.AbstractContextManager[None]:
     """TERM (a scheduler's, a container's) and HUP (a closed terminal) end a run like Ctrl-C in every phase; training
     has a gentler way of its own."""
     return signals.interrupting()

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 
 from qlora_exp.config.schema import BudgetConfig
 from qlora_exp.estimate.budget import RECORD_SECONDS, exhausted, spent_before
-from qlora_exp.evaluation.base_scores import Untouched
+from qlora_exp.evaluation.base_scores import BaseScores
 from qlora_exp.models.weight_bytes import WeightBytes
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import Memory, RunRecord, Speed, Spent
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.outcome import Observer
-from qlora_exp.training.trainer import Trained, Watch
+from qlora_exp.training.trainer import Trained, TrainingState
 
 
 @dataclass
-class Progress:
+class RunFigures:
     """What is known so far; whatever ends the run, its record holds it."""
 
     record: RunRecord
@@ -31,9 +31,9 @@ class Progress:
     phase: str = "prepare"
     weights: WeightBytes | None = None
     resident_bytes: int | None = None
-    watch: Watch | None = None
+    watch: TrainingState | None = None
     trained: Trained | None = None
-    untouched: Untouched | None = None
+    untouched: BaseScores | None = None
     started: float = field(default_factory=time.perf_counter)
     earlier: Spent = field(init=False)
     started_joules: float | None = field(init=False)
@@ -49,7 +49,7 @@ class Progress:
         write_json(self.paths.record, self.known(), durable=False)
         observer.phase(phase)
 
-    def watching(self, watch: Watch) -> None:
+    def watching(self, watch: TrainingState) -> None:
         self.watch = watch
 
     def exhausted(self, budget: BudgetConfig) -> str | None:
@@ -82,7 +82,7 @@ class Progress:
         )
 
 
-def _memory(progress: Progress, trained: Trained | None) -> Memory:
+def _memory(progress: RunFigures, trained: Trained | None) -> Memory:
     meter, weights = progress.meter, progress.weights
     return Memory(
         base_weight_bytes=weights.base_weight_bytes if weights else None,
@@ -102,7 +102,7 @@ def _memory(progress: Progress, trained: Trained | None) -> Memory:
     )
 
 
-def _working_set(progress: Progress) -> int | None:
+def _working_set(progress: RunFigures) -> int | None:
     """All that training needed. What a CPU's process had made before, for scoring or for MLflow, isn't part of it; what
     of the model was there already is, mapped or not."""
     train, weights = progress.meter.of("train"), progress.weights
@@ -114,7 +114,7 @@ def _working_set(progress: Progress) -> int | None:
     return held + train.anonymous_peak_bytes
 
 
-def _speed(progress: Progress, trained: Trained | None) -> Speed:
+def _speed(progress: RunFigures, trained: Trained | None) -> Speed:
     record, meter, untouched = progress.record, progress.meter, progress.untouched
     total = progress.earlier_seconds + time.perf_counter() - progress.started
     price = record.plan.usd_per_hour if record.plan is not None else None

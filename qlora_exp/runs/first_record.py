@@ -16,7 +16,7 @@ from qlora_exp.runs import sleep_engine
 from qlora_exp.system import environment
 
 
-def begin(
+def create_record(
     config: Config,
     outputs: OutputPaths,
     probed: Environment,
@@ -47,7 +47,7 @@ def begin(
             run_id=run_id,
             name=redaction.redact_text(_name(config, trial)),
             status=Status.RUNNING,
-            started_at=now(),
+            started_at=current_time(),
             ended_at=None,
             config=plain,
             environment=probed,
@@ -86,5 +86,5 @@ def _new_run_id(config: Config) -> str:
     return slug(f"{stamp}-{model}-{config.quantization.mode.value}-r{config.lora.r}-{secrets.token_hex(2)}", 120)
 
 
-def now() -> str:
+def current_time() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

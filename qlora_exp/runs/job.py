@@ -10,7 +10,7 @@ import yaml
 
 from qlora_exp.errors import QloraExpError
 from qlora_exp.runs.entry_points import config_from_plain, run_and_tell
-from qlora_exp.runs.process import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, tell
+from qlora_exp.runs.process import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, print_error
 from qlora_exp.system import signals, streams
 from qlora_exp.system.distributed import one_rank_only
 from qlora_exp.system.terminal import show_any_text
@@ -33,7 +33,7 @@ def main() -> int:
             one_rank_only()
             return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.buffer.read().decode("utf-8"))))
     except QloraExpError as error:
-        tell(error)
+        print_error(error)
         return EXIT_WRONG_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

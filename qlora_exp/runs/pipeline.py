@@ -13,63 +13,63 @@ from typing import Any
 from qlora_exp.architecture.targets import rank_above_width
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.errors import ModelError, QloraExpError
-from qlora_exp.estimate.budget import cut_short
-from qlora_exp.estimate.preflight_budget import what_it_buys
+from qlora_exp.estimate.budget import budget_stop_message
+from qlora_exp.estimate.preflight_budget import affordable_steps_message
 from qlora_exp.estimate.run_estimate import as_first_told
-from qlora_exp.evaluation.base_scores import baselines_of, score, untouched_scores, write_items
+from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
 from qlora_exp.evaluation.few_shot import few_shot_scores
 from qlora_exp.evaluation.goal import answer_goal
 from qlora_exp.evaluation.scoring import Evaluation, limited
 from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter
-from qlora_exp.models.base_cache import ColdBases
-from qlora_exp.models.base_models import Bases
+from qlora_exp.models.base_cache import NoCache
+from qlora_exp.models.base_models import BaseModels
 from qlora_exp.models.weight_bytes import weight_bytes
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
-from qlora_exp.runs.figures import Progress
+from qlora_exp.runs.figures import RunFigures
 from qlora_exp.runs.prepare import Prepared
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
-from qlora_exp.training.outcome import Diverged, Observer, Report, Silent, never_stop, status_of
+from qlora_exp.training.outcome import Diverged, NullObserver, Observer, PruneCheck, no_pruning, status_of
 from qlora_exp.training.trainer import Trained, train
 
 
-def run(
+def run_pipeline(
     config: Config,
     prepared: Prepared,
     record: RunRecord,
     paths: RunPaths,
     observer: Observer | None = None,
-    report: Report = never_stop,
-    bases: Bases | None = None,
+    report: PruneCheck = no_pruning,
+    bases: BaseModels | None = None,
 ) -> tuple[RunRecord, QloraExpError | None]:
     """Run ``config`` to its end. Returns its record — completed, or with the failure that ended it — and the error
     where wrong input showed itself only now (a weight file torn inside, say): the caller tells it."""
-    progress = Progress(
+    progress = RunFigures(
         record.replace(plan=as_first_told(prepared.plan, record.plan), data=prepared.splits.record),
         paths,
         measurement.Meter(prepared.plan.device, host_reused=_host_is_reused()),
         earlier_seconds=record.speed.total_seconds or 0.0,
     )
     try:
-        _straight_line(config, prepared, progress, observer or Silent(), report, bases or ColdBases())
+        _run_pipeline(config, prepared, progress, observer or NullObserver(), report, bases or NoCache())
         return progress.known().replace(status=Status.COMPLETED), None
     except (Exception, KeyboardInterrupt) as error:
         return _failed(progress, error), error if isinstance(error, QloraExpError) else None
 
 
-def _straight_line(
-    config: Config, prepared: Prepared, progress: Progress, observer: Observer, report: Report, bases: Bases
+def _run_pipeline(
+    config: Config, prepared: Prepared, progress: RunFigures, observer: Observer, report: PruneCheck, bases: BaseModels
 ) -> None:
     planned, tokenizer, splits = prepared.plan, prepared.tokenizer, prepared.splits
     paths, meter = progress.paths, progress.meter
     cache = OutputPaths.of(config.output_root).cache
     progress.resident_bytes = measurement.resident_bytes()
     if not progress.earlier.seconds:
-        for text in what_it_buys(config, prepared):
+        for text in affordable_steps_message(config, prepared):
             observer.note(text)
 
     progress.enter("load", observer)
@@ -81,7 +81,7 @@ def _straight_line(
     progress.enter("evaluate untouched", observer)
     with meter.phase("untouched"):
         model = bases.model(base)
-        untouched = untouched_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
+        untouched = score_base_model(model, tokenizer, splits, config, planned, base.fingerprint, cache)
         shown = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
     baselines = baselines_of(splits, config, cache)
     untouched.write_items(paths)
@@ -123,7 +123,7 @@ def _straight_line(
 
     progress.enter("evaluate", observer)
     with meter.phase("evaluate"):
-        after, test, forgotten = score(model, tokenizer, splits, config, untouched)
+        after, test, forgotten = score_splits(model, tokenizer, splits, config, untouched)
     _check_finite(after, progress.trained)
     write_items(after.items, paths.items("after", "validation"))
     if test is not None:
@@ -155,7 +155,7 @@ def _short_of_rows(planned: Plan, rows: int) -> str | None:
 
 def _cut_short(trained: Trained, planned: Plan) -> str | None:
     name = trained.training.ended_by_budget
-    return cut_short(name, trained.training.steps, planned.max_steps) if name is not None else None
+    return budget_stop_message(name, trained.training.steps, planned.max_steps) if name is not None else None
 
 
 def _check_finite(after: Evaluation, trained: Trained) -> None:
@@ -197,7 +197,7 @@ def _goal(config: Config, after: Evaluation, test: Evaluation | None) -> Any:
     return answer_goal(config.task.goal, test if split is EvaluationSplit.test and test else after, split.value)
 
 
-def _failed(progress: Progress, error: BaseException) -> RunRecord:
+def _failed(progress: RunFigures, error: BaseException) -> RunRecord:
     status = status_of(error)
     message = redact_text(str(error) or type(error).__name__)
     trace = redact_text("".join(traceback.format_exception(error))[-8000:]) if status is Status.FAILED else None

@@ -18,12 +18,12 @@ from qlora_exp.data.model_limits import check_positions, check_vocabulary
 from qlora_exp.data.sources import state_of_files
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, DataError
-from qlora_exp.estimate.flops import Extent
-from qlora_exp.estimate.run_estimate import Predicted, lengths_of, predicted, row_lengths
+from qlora_exp.estimate.flops import Workload
+from qlora_exp.estimate.run_estimate import PredictedRun, lengths_of, predicted, row_lengths
 from qlora_exp.evaluation.metrics import hub_metric
 from qlora_exp.evaluation.oracle import check_answers
-from qlora_exp.models.base_cache import ColdBases, model_key
-from qlora_exp.models.base_models import Bases
+from qlora_exp.models.base_cache import NoCache, model_key
+from qlora_exp.models.base_models import BaseModels
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import OutputPaths
@@ -35,7 +35,7 @@ from qlora_exp.records.types import Environment, Plan
 class Prepared:
     """What can be known and checked before a weight is read."""
 
-    predicted: Predicted
+    predicted: PredictedRun
     modules: tuple[str, ...]
     tokenizer: Any
     splits: Splits
@@ -46,14 +46,14 @@ class Prepared:
         return self.predicted.plan
 
 
-def prepare(config: Config, environment: Environment, bases: Bases | None = None) -> Prepared:
+def prepare(config: Config, environment: Environment, bases: BaseModels | None = None) -> Prepared:
     """Check rows, target modules and plan, in the order of their cost. Raises :class:`QloraExpError`."""
     if environment.device.kind == "cpu" and (problem := int8_dora(config)):
         raise problem  # with training.device=auto the machine decides, which is known only here
     if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
         what = "FlexAttention can't be trained on a CPU: torch has no backward pass of it there"
         raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")
-    bases = bases or ColdBases()
+    bases = bases or NoCache()
     task = (repr(config.task), state_of_files(config.task.path) if config.task.path else None)
     rows = bases.kept("rows", task, lambda: load_rows(config.task))
     model = model_key(config.model)
@@ -98,7 +98,7 @@ def _steps_for_tokens(config: Config, splits: Splits) -> int:
     """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
     lengths = row_lengths(splits)
     mean = statistics.fmean(lengths)
-    extent = Extent.of(config.training, lengths_of(splits, config.training.max_length))
+    extent = Workload.of(config.training, lengths_of(splits, config.training.max_length))
     rows = extent.tokens / mean
     longest = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
     return 1 + math.ceil(longest * rows / extent.step_rows)

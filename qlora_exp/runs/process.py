@@ -19,7 +19,7 @@ from qlora_exp.system import gpus
 EXIT_COMPLETED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-class Ended(KeyboardInterrupt):
+class ExitCode(KeyboardInterrupt):
     """Leaves Hydra (which turns an ordinary exception into a trace and exit code 1) with an exit code."""
 
     def __init__(self, code: int) -> None:
@@ -40,12 +40,12 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(wanted)
 
 
-def use_one_gpu(device: DeviceChoice) -> str | None:
+def hide_other_gpus(device: DeviceChoice) -> str | None:
     """Limit this process to one GPU where ``training.device`` allows one. Must be called before torch is imported."""
     return gpus.use_one_gpu() if device is not DeviceChoice.cpu else None
 
 
-def quiet_libraries() -> None:
+def silence_libraries() -> None:
     """No telemetry, no progress bars of the libraries' own, no fork of tokenizers after threads exist."""
     for key, value in {
         "TOKENIZERS_PARALLELISM": "false",
@@ -67,7 +67,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def import_to_stay(modules: Iterable[str]) -> None:
+def import_and_freeze_gc(modules: Iterable[str]) -> None:
     """Import what a process of ours needs until it ends. Python's collector would walk all of it a dozen times and free
     next to nothing, for a fifth of a short run's time: it is off meanwhile, and leaves alone what there is then.
 
@@ -92,6 +92,6 @@ def exit_code_of(status: Status) -> int:
     return EXIT_INTERRUPTED if status is Status.INTERRUPTED else EXIT_RUN_FAILED
 
 
-def tell(error: QloraExpError) -> None:
+def print_error(error: QloraExpError) -> None:
     """Print an error to stderr as the person at the terminal should read it."""
     print(f"error: {redaction.redact_text(str(error))}", file=sys.stderr)

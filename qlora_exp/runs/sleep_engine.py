@@ -17,8 +17,8 @@ from typing import NoReturn
 
 from qlora_exp.architecture.run_plan import effective_alpha
 from qlora_exp.config.schema import Config, EvaluationSplit, Quantization, SleepFault, to_plain
-from qlora_exp.estimate.budget import RECORD_SECONDS, cut_short, exhausted, spent_before
-from qlora_exp.estimate.memory_fit import DoesNotFit, MemoryRule, Need, fit_into, key_of
+from qlora_exp.estimate.budget import RECORD_SECONDS, budget_stop_message, exhausted, spent_before
+from qlora_exp.estimate.memory_fit import MemoryEstimate, MemoryLimit, PredictedOutOfMemory, correction_key, fit_into
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.redaction import redact_text
@@ -27,20 +27,20 @@ from qlora_exp.records.types import (
     Failure,
     Fit,
     Memory,
-    Refusal,
     RunRecord,
     Scores,
     ScoreTable,
+    SkippedTrial,
     Speed,
     Spent,
     Status,
     Training,
 )
-from qlora_exp.training.outcome import Diverged, Observer, Pruned, Report, Silent, never_stop, status_of
+from qlora_exp.training.outcome import Diverged, NullObserver, Observer, PruneCheck, Pruned, no_pruning, status_of
 
 STEPS = 20
 TOKENS_PER_ROW = 10
-ITEMS = 1000
+SYNTHETIC_ITEMS = 1000
 REPORTED_ITEMS = 50
 PENALTY = {Quantization.int8: 0.01, Quantization.nf4: 0.02, Quantization.fp4: 0.04}
 BYTES = {Quantization.fp32: 4.0, Quantization.int8: 1.0, Quantization.nf4: 0.5, Quantization.fp4: 0.5}
@@ -54,17 +54,17 @@ def marked(record: RunRecord) -> RunRecord:
     return record.replace(name=f"SYNTHETIC {record.name}", synthetic=True, warnings=(*record.warnings, told))
 
 
-def run(
+def sleep_run(
     config: Config,
     record: RunRecord,
     paths: RunPaths,
     observer: Observer | None = None,
-    report: Report = never_stop,
+    report: PruneCheck = no_pruning,
 ) -> RunRecord:
     """Sleep ``training.sleep_seconds`` in twenty steps, and return the record with its status, whatever ended it."""
     started = time.perf_counter()
     earlier = record.speed.total_seconds or 0.0
-    slept = _Slept(config, record, paths, observer or Silent(), report)
+    slept = _Slept(config, record, paths, observer or NullObserver(), report)
     status, failure = Status.COMPLETED, None
     try:
         slept.through()
@@ -74,7 +74,10 @@ def run(
     return record.replace(
         status=status,
         failure=failure,
-        warnings=(*record.warnings, *([cut_short(slept.ended_by, slept.step, STEPS)] if slept.ended_by else [])),
+        warnings=(
+            *record.warnings,
+            *([budget_stop_message(slept.ended_by, slept.step, STEPS)] if slept.ended_by else []),
+        ),
         spent=slept.spent(),
         speed=_speed(config, slept.step, seconds, earlier),
         memory=_memory(config),
@@ -89,23 +92,23 @@ def run(
     )
 
 
-def fit_of(config: Config, environment: Environment, rule: MemoryRule) -> Fit | None:
-    """As :func:`qlora_exp.estimate.preflight.fit_of`, of the bytes that a sleeping run will say it took.
+def synthetic_fit(config: Config, environment: Environment, rule: MemoryLimit) -> Fit | None:
+    """As :func:`qlora_exp.estimate.preflight.memory_fit`, of the bytes that a sleeping run will say it took.
 
     Raises:
-        DoesNotFit: they are too many.
+        PredictedOutOfMemory: they are too many.
     """
     device = environment.device
     bound = rule.bound_bytes
     if bound is None:  # the machine's memory says nothing of a model that isn't there
         return None
-    need = Need(_memory(config).peak_train_bytes or 0, 0, config.training.sleep_seconds, None)
-    fit, may_start = fit_into(bound, need, rule, key_of(to_plain(config), device), device.kind)
+    need = MemoryEstimate(_memory(config).peak_train_bytes or 0, 0, config.training.sleep_seconds, None)
+    fit, may_start = fit_into(bound, need, rule, correction_key(to_plain(config), device), device.kind)
     if may_start:
         return fit
     what = f"the run is predicted to need {fit.corrected_bytes} of {fit.bound_bytes} bytes"
-    refusal = Refusal(fit, need.train_seconds, need.train_flops)
-    raise DoesNotFit(what, f"budget.memory_bytes = {bound}", "a smaller lora.r, or quantization=nf4", refusal)
+    refusal = SkippedTrial(fit, need.train_seconds, need.train_flops)
+    raise PredictedOutOfMemory(what, f"budget.memory_bytes = {bound}", "a smaller lora.r, or quantization=nf4", refusal)
 
 
 @dataclasses.dataclass
@@ -116,7 +119,7 @@ class _Slept:
     record: RunRecord
     paths: RunPaths
     observer: Observer
-    report: Report
+    report: PruneCheck
     step: int = 0
     loss: float | None = None
     ended_by: str | None = None
@@ -186,7 +189,7 @@ def _items_of(loss: float) -> list[float]:
 
 def _scores(config: Config) -> Scores:
     loss = final_loss(config)
-    return Scores(split="validation", items=ITEMS, loss=loss, loss_per_item=loss, accuracy=1.0 / (1.0 + loss))
+    return Scores(split="validation", items=SYNTHETIC_ITEMS, loss=loss, loss_per_item=loss, accuracy=1.0 / (1.0 + loss))
 
 
 def _score_table(config: Config, paths: RunPaths) -> ScoreTable:
@@ -204,7 +207,7 @@ def item_losses(config: Config) -> list[float]:
     own = random.Random(f"{config.seed}/{config.lora.r}/{config.quantization.mode.value}")
     hard = random.Random("items")
     loss = final_loss(config)
-    return [loss * (0.5 + hard.random()) + own.gauss(0.0, 0.05) for _ in range(ITEMS)]
+    return [loss * (0.5 + hard.random()) + own.gauss(0.0, 0.05) for _ in range(SYNTHETIC_ITEMS)]
 
 
 def _write_items(losses: Sequence[float], paths: RunPaths) -> None:

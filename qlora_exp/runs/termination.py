@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 
 from qlora_exp.system import memory_limits
 
-ENDING = frozenset(
+TERMINATION_SIGNALS = frozenset(
     number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None
 )
 SHORT_SECONDS = 5.0
 """What a run gets to end by itself while memory is short."""
-TICK_SECONDS = 0.5
+WATCH_SECONDS = 0.5
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def _watch(reading: int, over: threading.Event, last_words: Callable[[int], None
         return
     pages, seen = memory_limits.pages_read_back(), time.monotonic()
     short_for = 0.0
-    while not over.wait(TICK_SECONDS):
+    while not over.wait(WATCH_SECONDS):
         pages_now, now = memory_limits.pages_read_back(), time.monotonic()
         rate = (pages_now - pages) / (now - seen)
         is_short = memory_limits.is_nearly_full() or rate > memory_limits.PAGES_PER_SECOND
@@ -79,5 +79,5 @@ def _asked_to_end(reading: int, over: threading.Event) -> int | None:
         if not numbers or over.is_set():
             return None
         for number in numbers:
-            if number in ENDING:
+            if number in TERMINATION_SIGNALS:
                 return number

@@ -22,7 +22,7 @@ CLAUSE = re.compile(
     re.VERBOSE,
 )
 AND = re.compile(r"and\b")
-HINT = "e.g. lora.alpha_policy == fixed, lora.r > 8, lora.r in [8,16], joined by and"
+CONDITION_HINT = "e.g. lora.alpha_policy == fixed, lora.r > 8, lora.r in [8,16], joined by and"
 
 SIGNS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -99,14 +99,14 @@ def _parse(text: str, where: str) -> tuple[Clause, ...]:
     while True:
         match = CLAUSE.match(text, position)
         if match is None:
-            raise ConfigError("a condition that can't be read", where, HINT)
+            raise ConfigError("a condition that can't be read", where, CONDITION_HINT)
         found.append(Clause(match["key"], match["sign"], _value(match["value"], where)))
         joined = AND.match(text, match.end())
         if joined is None:
             break
         position = joined.end()
     if match.end() != len(text):
-        raise ConfigError(f"a condition that can't be read from {text[match.end() :]!r} on", where, HINT)
+        raise ConfigError(f"a condition that can't be read from {text[match.end() :]!r} on", where, CONDITION_HINT)
     return tuple(found)
 
 
@@ -114,7 +114,7 @@ def _value(text: str, where: str) -> Any:
     try:
         return OverridesParser.create().parse_override(f"value={text}").value()
     except (HydraException, ValueError):
-        raise ConfigError(f"{text} is no value", where, HINT) from None
+        raise ConfigError(f"{text} is no value", where, CONDITION_HINT) from None
 
 
 def _wrong(clause: Clause, axis: Axis, by_key: Mapping[str, Axis], narrowed: Collection[str]) -> ConfigError | None:
@@ -123,10 +123,10 @@ def _wrong(clause: Clause, axis: Axis, by_key: Mapping[str, Axis], narrowed: Col
         others = [key for key in by_key if key != axis.key]
         return ConfigError(f"{clause.key} is no axis of this search", where, nearest(clause.key, others))
     if (clause.sign == "in") != isinstance(clause.value, list):
-        return ConfigError(f"{clause.sign} doesn't go with {clause.value}", where, HINT)
+        return ConfigError(f"{clause.sign} doesn't go with {clause.value}", where, CONDITION_HINT)
     other = by_key[clause.key]
     if clause.sign in ("<", "<=", ">", ">=") and not all(map(_is_number, [clause.value, *other.values])):
-        return ConfigError(f"{clause.sign} compares numbers", where, HINT)
+        return ConfigError(f"{clause.sign} compares numbers", where, CONDITION_HINT)
     can_hold = other.low is not None or other.key in narrowed
     if not can_hold and not any(clause.holds({other.key: value}) for value in other.values):
         return ConfigError("a condition that never holds", where, f"{other.key} is searched over {other.text}")

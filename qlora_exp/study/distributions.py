@@ -29,7 +29,7 @@ def encoded(value: Any) -> Any:
     return hydra_value(value) if isinstance(value, list | tuple | Mapping) else value
 
 
-def decoded(axis: Axis, stored: Any) -> Any:
+def decode_value(axis: Axis, stored: Any) -> Any:
     """The axis's value for what Optuna holds."""
     for value in axis.values if axis.kind is AxisKind.CHOICE else ():
         if encoded(value) == stored and isinstance(stored, bool) == isinstance(value, bool):
@@ -38,7 +38,7 @@ def decoded(axis: Axis, stored: Any) -> Any:
 
 
 def decoded_params(axes: Sequence[Axis], stored: Mapping[str, Any]) -> dict[str, Any]:
-    return {axis.key: decoded(axis, stored[axis.key]) for axis in axes if axis.key in stored}
+    return {axis.key: decode_value(axis, stored[axis.key]) for axis in axes if axis.key in stored}
 
 
 def suggest(axes: Sequence[Axis], trial: Trial) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def suggest(axes: Sequence[Axis], trial: Trial) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for axis in in_order(axes):
         if is_active(axis, params):
-            params[axis.key] = decoded(axis, _suggest(axis, trial))
+            params[axis.key] = decode_value(axis, _suggest(axis, trial))
     return {axis.key: params[axis.key] for axis in axes if axis.key in params}
 
 
@@ -59,7 +59,7 @@ def fits(axis: Axis, value: Any) -> bool:
         return False
 
 
-def check_points(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) -> list[ConfigError]:
+def check_enqueued(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) -> list[ConfigError]:
     """What is wrong with configurations to try first."""
     by_key = {axis.key: axis for axis in axes}
     errors = []

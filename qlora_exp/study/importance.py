@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.types import StudySpec
 
-LEAST_TRIALS = 4
+MIN_TRIALS = 4
 """Fewer say nothing at all: the estimate needs trials that differ."""
 
 
@@ -17,7 +17,7 @@ def importances(study: optuna.Study, spec: StudySpec) -> dict[str, dict[str, flo
     """Objective → axis → share of its variance (fANOVA, from a fixed seed), the largest first. Objectives and axes that
     no share can be told of are left out."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state is TrialState.COMPLETE]
-    if len(trials) < LEAST_TRIALS:
+    if len(trials) < MIN_TRIALS:
         return {}
     found = {parse_objective(text).field: _of(study, trials, number) for number, text in enumerate(spec.objectives)}
     return {field: shares for field, shares in found.items() if shares}

@@ -68,7 +68,7 @@ def parse_constraint(text: str) -> Constraint:
     return Constraint(_checked_field(match["field"], where), match["sign"], bound)
 
 
-def value_of(record: RunRecord, field: str) -> float | None:
+def objective_value(record: RunRecord, field: str) -> float | None:
     """The number at ``field``; ``None`` where it is unknown or not finite."""
     if field == MODEL_STATE:
         return _model_state_bytes(record.memory)
@@ -85,7 +85,7 @@ def violation_of(record: RunRecord, constraint: Constraint) -> float:
 
     An unknown value counts as kept (0): a missing measurement must not turn a whole study infeasible.
     """
-    value = value_of(record, constraint.field)
+    value = objective_value(record, constraint.field)
     if value is None:
         return 0.0
     return value - constraint.bound if constraint.sign == "<=" else constraint.bound - value
@@ -95,7 +95,7 @@ def outcome_of(record: RunRecord, spec: StudySpec) -> Outcome:
     """What is told of an ended run."""
     return Outcome(
         status=record.status,
-        values=tuple(value_of(record, parse_objective(text).field) for text in spec.objectives),
+        values=tuple(objective_value(record, parse_objective(text).field) for text in spec.objectives),
         violations=tuple(violation_of(record, parse_constraint(text)) for text in spec.constraints),
         seconds=record.speed.total_seconds,
         failure=record.failure,

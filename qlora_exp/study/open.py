@@ -17,7 +17,7 @@ from qlora_exp.study.earlier_trials import earlier_trials, trials_of_records
 from qlora_exp.study.identity import identity_of, keep_identity, new_identity
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.samplers import check_search, make_pruner, make_sampler
-from qlora_exp.study.space import overrides_of
+from qlora_exp.study.space import point_overrides
 from qlora_exp.study.storage import check_whole, connect, damaged, set_aside, sqlite_file
 from qlora_exp.study.types import StudySpec
 
@@ -102,7 +102,7 @@ def _question(spec: StudySpec) -> dict[str, Any]:
         "axes": [f"{axis.key}={axis.text}" + (f" if {axis.condition}" if axis.condition else "") for axis in spec.axes],
         "objectives": list(spec.objectives),
         "constraints": list(spec.constraints),
-        "enqueue": [list(overrides_of(point)) for point in spec.enqueue],
+        "enqueue": [list(point_overrides(point)) for point in spec.enqueue],
         "grid": spec.sampler == "grid",
     } | spec.settings
 

@@ -24,10 +24,19 @@ from qlora_exp.records.types import Status
 from qlora_exp.study.open import open_study
 from qlora_exp.study.trials import is_refused
 from qlora_exp.study.types import StudySpec
-from qlora_exp.study.user_attributes import CLAIM, FAILURE, MEMORY_RETRIES, REFUSED, RUN, STATUS, UNCOUNTED, attempt_of
+from qlora_exp.study.user_attributes import (
+    CLAIM,
+    FAILURE,
+    INTERRUPTED_ATTEMPTS,
+    MEMORY_RETRIES,
+    REFUSED,
+    RUN,
+    STATUS,
+    attempt_of,
+)
 
-DOES_NOT_FIT = "does_not_fit"
-RETRIED = ("failed", "out_of_memory", DOES_NOT_FIT)
+DOES_NOT_FIT_CHOICE = "does_not_fit"
+RETRIED = ("failed", "out_of_memory", DOES_NOT_FIT_CHOICE)
 """What a person may ask for: a trial's status, as it is shown, in lower case."""
 
 
@@ -40,7 +49,7 @@ def retry_trials(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> lis
         StudyError: the study can't be opened, or its storage is none that this can be done in.
         ConfigError: its sampler asks for another trial in the place of one that doesn't fit.
     """
-    if what == DOES_NOT_FIT and spec.sampler not in ("grid", "ladder"):
+    if what == DOES_NOT_FIT_CHOICE and spec.sampler not in ("grid", "ladder"):
         raise ConfigError(
             f"the sampler {spec.sampler} asks for other trials in the place of those that don't fit",
             f"--retry {what}",
@@ -64,7 +73,7 @@ def retry_trials(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> lis
 
 def _ended_as(trial: FrozenTrial, what: str) -> bool:
     """By what was told; a trial that another tool has ended says nothing of itself."""
-    if what == DOES_NOT_FIT:
+    if what == DOES_NOT_FIT_CHOICE:
         return is_refused(trial)
     unfinished = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
     return trial.state not in unfinished and trial.user_attrs.get(STATUS) == Status[what.upper()].value
@@ -85,7 +94,7 @@ def _free(trial: FrozenTrial, session: Any) -> None:
     row = models.TrialModel.find_or_raise_by_id(trial._trial_id, session, for_update=True)
     row.state, row.datetime_complete = TrialState.WAITING, None
     attempt = attempt_of(trial)
-    attributes = {CLAIM: {"attempt": attempt, "owner": None}, UNCOUNTED: attempt, MEMORY_RETRIES: 0}
+    attributes = {CLAIM: {"attempt": attempt, "owner": None}, INTERRUPTED_ATTEMPTS: attempt, MEMORY_RETRIES: 0}
     attributes |= dict.fromkeys((FAILURE, REFUSED))
     for key, value in attributes.items():
         attribute = models.TrialUserAttributeModel.find_by_trial_and_key(row, key, session)

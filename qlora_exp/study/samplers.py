@@ -22,7 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
-from qlora_exp.study.distributions import check_points, distribution
+from qlora_exp.study.distributions import check_enqueued, distribution
 from qlora_exp.study.objectives import parse_constraint, parse_objective
 from qlora_exp.study.space import grid
 from qlora_exp.study.trials import is_refused
@@ -76,7 +76,7 @@ def check_search(spec: StudySpec) -> None:
     errors += _wrong_on_a_ladder(spec) if spec.ladder is not None else []
     if not spec.objectives:
         errors.append(ConfigError("a study needs an objective", "sweep.objectives", "minimize FIELD"))
-    raise_all([*errors, *check_points(spec.axes, spec.enqueue)])
+    raise_all([*errors, *check_enqueued(spec.axes, spec.enqueue)])
 
 
 def _wrong_on_a_ladder(spec: StudySpec) -> list[QloraExpError]:

@@ -81,11 +81,11 @@ def grid(axes: Sequence[Axis]) -> list[dict[str, Any]]:
     points: dict[tuple[str, ...], dict[str, Any]] = {}
     for values in itertools.product(*(axis.values for axis in axes)):
         point = active_part(axes, dict(zip((axis.key for axis in axes), values, strict=True)))
-        points.setdefault(overrides_of(point), point)
+        points.setdefault(point_overrides(point), point)
     return list(points.values())
 
 
-def overrides_of(params: Mapping[str, Any]) -> tuple[str, ...]:
+def point_overrides(params: Mapping[str, Any]) -> tuple[str, ...]:
     """``params`` (axis → value) as Hydra overrides, quoted so that they are read back as they are."""
     return tuple(f"{key}={hydra_value(value)}" for key, value in params.items())
 

@@ -29,16 +29,16 @@ from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.open import open_study, rebuild_study
 from qlora_exp.study.read_only import read_study
 from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
-from qlora_exp.study.space import grid, overrides_of
-from qlora_exp.study.trial_outcomes import tell_end
+from qlora_exp.study.space import grid, point_overrides
+from qlora_exp.study.trial_outcomes import record_outcome
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
 from qlora_exp.study.user_attributes import (
     CLAIM,
-    FIXED,
+    FIXED_PARAMS,
     HEARTBEAT,
+    INTERRUPTED_ATTEMPTS,
     MEMORY_RETRIES,
     RUN,
-    UNCOUNTED,
     Heartbeats,
     attempt_of,
 )
@@ -103,9 +103,11 @@ class Study:
         """
         with FileLock(self._paths.lock):
             unfinished = self._unfinished()
-            lost = [(trial, why) for trial in unfinished if (why := self._heartbeats.why_lost(trial, lease_seconds))]
+            lost = [
+                (trial, why) for trial in unfinished if (why := self._heartbeats.stale_reason(trial, lease_seconds))
+            ]
             for trial, why in lost:
-                self._take_back(trial, why)
+                self._reclaim(trial, why)
             if not affordable():
                 return None
             unfinished = self._unfinished() if lost else unfinished
@@ -121,7 +123,7 @@ class Study:
     def others_run(self, lease_seconds: float) -> bool:
         """Whether a living process runs a trial."""
         running = [trial for trial in self._unfinished() if trial.state is TrialState.RUNNING]
-        return any(self._heartbeats.why_lost(trial, lease_seconds) is None for trial in running)
+        return any(self._heartbeats.stale_reason(trial, lease_seconds) is None for trial in running)
 
     def set_run(self, claim: Claim, run_id: str) -> None:
         """Say in which run the trial's artefacts are: later attempts go on there."""
@@ -157,18 +159,18 @@ class Study:
         with FileLock(self._paths.lock):
             trial = self._mine(claim)
             if trial and outcome.status is Status.INTERRUPTED:
-                uncounted = trial.user_attrs.get(UNCOUNTED, 0) + 1
-                self._storage.set_trial_user_attr(claim.trial_id, UNCOUNTED, uncounted)
+                uncounted = trial.user_attrs.get(INTERRUPTED_ATTEMPTS, 0) + 1
+                self._storage.set_trial_user_attr(claim.trial_id, INTERRUPTED_ATTEMPTS, uncounted)
                 self._release(trial)
             elif trial:
-                tell_end(self._study, self.spec, trial, outcome)
+                record_outcome(self._study, self.spec, trial, outcome)
 
     def requeue(self, claim: Claim, why: str) -> bool:
         """Let the trial be claimed again, with its number, parameters and run; False: no attempt is left (then it has
         failed with ``why``), or it isn't this claim's any more."""
         with FileLock(self._paths.lock):
             trial = self._mine(claim)
-            return trial is not None and self._take_back(trial, why)
+            return trial is not None and self._reclaim(trial, why)
 
     def request_memory_retry(self, claim: Claim) -> bool:
         """Let the trial be claimed again with half the micro-batch; False: no such retry is left."""
@@ -186,25 +188,25 @@ class Study:
         done = self.spec.ladder is not None and self._ladder_is_done()
         return rows.counts(trials, len(trials) if done else self._places(trials))
 
-    def refused_in_a_row(self, bound_bytes: int | None) -> int:
+    def consecutive_skips(self, bound_bytes: int | None) -> int:
         """How many of the last trials that a sampler asked for and that have ended were predicted not to fit into
         ``bound_bytes`` or more; ``None``: into whatever it was. 0 for a grid and a ladder, whose points are done then.
         """
-        if self._refusing_is_doing:
+        if self._skips_count_as_done:
             return 0
         ended = [trial for trial in reversed(self._read()) if trial.state.is_finished()]
         return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_refused(trial, bound_bytes), ended))
 
     def trials(self) -> list[TrialRow]:
         """Every trial, by number."""
-        return [rows.row(trial, self.spec) for trial in self._read()]
+        return [rows.trial_row(trial, self.spec) for trial in self._read()]
 
     def best(self) -> list[TrialRow]:
         """The best completed trial that breaks no constraint, or the Pareto front of several objectives. Of a ladder,
         which is decided by no single trial, the runs at the recommended rank."""
         if self.spec.ladder is not None:
             return self._recommended()
-        return rows.best(self.trials(), [parse_objective(text).direction for text in self.spec.objectives])
+        return rows.best_rows(self.trials(), [parse_objective(text).direction for text in self.spec.objectives])
 
     def on_ladder(self) -> list[LadderTrial]:
         """The trials as rank doubling sees them, with what their runs left; without those that were never asked."""
@@ -252,10 +254,10 @@ class Study:
 
     def _places(self, trials: Sequence[FrozenTrial]) -> int:
         """How many trials there are to be."""
-        return self.spec.n_trials + (0 if self._refusing_is_doing else rows.refused_of(trials))
+        return self.spec.n_trials + (0 if self._skips_count_as_done else rows.refused_of(trials))
 
     @property
-    def _refusing_is_doing(self) -> bool:
+    def _skips_count_as_done(self) -> bool:
         """Whether a point that doesn't fit takes one of the places; a sampler asks for another."""
         return self.spec.sampler in ("grid", "ladder")
 
@@ -278,9 +280,9 @@ class Study:
         from qlora_exp.rank_doubling.answers import recommended
 
         assert self.spec.ladder is not None
-        by_point = {frozenset(overrides_of(row.params)): row for row in self.trials() if row.params}
+        by_point = {frozenset(point_overrides(row.params)): row for row in self.trials() if row.params}
         points = recommended(self.spec.ladder, self.on_ladder())
-        return [by_point[key] for point in points if (key := frozenset(overrides_of(point))) in by_point]
+        return [by_point[key] for point in points if (key := frozenset(point_overrides(point))) in by_point]
 
     def _ladder_is_done(self) -> bool:
         """Asked often, and the answer changes with the ended trials alone."""
@@ -310,13 +312,13 @@ class Study:
 
     def _point(self, trial: FrozenTrial) -> dict[str, Any]:
         """What a ladder's trial tries; empty for one that was never asked."""
-        return decoded_params(self.spec.axes, trial.system_attrs.get(FIXED) or trial.params)
+        return decoded_params(self.spec.axes, trial.system_attrs.get(FIXED_PARAMS) or trial.params)
 
     def _start(self, waiting: FrozenTrial | None, owner: Owner, point: Mapping[str, Any] | None = None) -> Claim:
         """``point``: what the trial tries, where that doesn't follow from its number."""
         attempt = attempt_of(waiting) + 1 if waiting else 1
         mark = {CLAIM: {"attempt": attempt, "owner": to_dict(owner)}, HEARTBEAT: time.time()}
-        fixed: dict[str, Any] = {FIXED: {key: encoded(value) for key, value in point.items()}} if point else {}
+        fixed: dict[str, Any] = {FIXED_PARAMS: {key: encoded(value) for key, value in point.items()}} if point else {}
         if waiting is None:
             template = create_trial(state=TrialState.RUNNING, user_attrs=mark, system_attrs=fixed)
             trial_id = self._storage.create_new_trial(self._study._study_id, template)
@@ -333,28 +335,28 @@ class Study:
             number=trial.number,
             trial_id=trial_id,
             params=params,
-            overrides=overrides_of(params),
+            overrides=point_overrides(params),
             attempt=attempt,
             run_id=trial.user_attrs.get(RUN),
             out_of_memory_retries=trial.user_attrs.get(MEMORY_RETRIES, 0),
         )
 
     def _ask(self, trial: FrozenTrial) -> dict[str, Any]:
-        if trial.number < len(self._planned) and FIXED not in trial.system_attrs:
+        if trial.number < len(self._planned) and FIXED_PARAMS not in trial.system_attrs:
             planned = {key: encoded(value) for key, value in self._planned[trial.number].items()}
-            self._storage.set_trial_system_attr(trial._trial_id, FIXED, planned)
+            self._storage.set_trial_system_attr(trial._trial_id, FIXED_PARAMS, planned)
         self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see what is told by now
         return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
 
-    def _take_back(self, trial: FrozenTrial, why: str) -> bool:
-        retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + trial.user_attrs.get(UNCOUNTED, 0)
+    def _reclaim(self, trial: FrozenTrial, why: str) -> bool:
+        retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + trial.user_attrs.get(INTERRUPTED_ATTEMPTS, 0)
         attempt = attempt_of(trial)
         if attempt - retries < self.spec.max_attempts:
             self._release(trial)
             return True
         failure = Failure("AttemptsExhausted", f"{why}; attempt {attempt - retries} of {self.spec.max_attempts}")
         unknown = (None,) * len(self.spec.objectives)
-        tell_end(self._study, self.spec, trial, Outcome(Status.FAILED, unknown, (), None, failure))
+        record_outcome(self._study, self.spec, trial, Outcome(Status.FAILED, unknown, (), None, failure))
         return False
 
     def _release(self, trial: FrozenTrial) -> None:

@@ -14,7 +14,7 @@ INFEASIBLE = (Status.OUT_OF_MEMORY, Status.DIVERGED)
 """Told as PRUNED with a broken constraint of that name: samplers learn nothing from FAIL."""
 
 
-def tell_end(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome: Outcome) -> None:
+def record_outcome(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome: Outcome) -> None:
     complete = outcome.status is Status.COMPLETED and None not in outcome.values
     failure = outcome.failure
     if outcome.status is Status.COMPLETED and not complete:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.records.schema import from_dict
-from qlora_exp.records.types import Refusal, Status
+from qlora_exp.records.types import SkippedTrial, Status
 from qlora_exp.study.distributions import decoded_params
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.study.user_attributes import MEMORY_RETRIES, REFUSED, attempt_of
@@ -42,7 +42,7 @@ def is_refused(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
     return bound_bytes is None or bool(refusal["fit"]["bound_bytes"] >= bound_bytes)
 
 
-def row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
+def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
     attributes = trial.user_attrs
     ended = trial.state.is_finished()
     complete = trial.state is TrialState.COMPLETE
@@ -59,11 +59,11 @@ def row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
         feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
         failure=f"{failure['kind']}: {failure['message']}" if failure else None,
         out_of_memory_retries=attributes.get(MEMORY_RETRIES, 0),
-        refusal=from_dict(Refusal, attributes[REFUSED]) if is_refused(trial) else None,
+        refusal=from_dict(SkippedTrial, attributes[REFUSED]) if is_refused(trial) else None,
     )
 
 
-def best(rows: Sequence[TrialRow], directions: Sequence[str]) -> list[TrialRow]:
+def best_rows(rows: Sequence[TrialRow], directions: Sequence[str]) -> list[TrialRow]:
     """Completed feasible trials that no other is better than in every objective; one only for a single objective."""
     candidates = [row for row in rows if row.state == "COMPLETE" and row.feasible]
     losses = {row.number: _losses(row, directions) for row in candidates}

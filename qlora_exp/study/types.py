@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from qlora_exp.records.types import Failure, Process, Refusal, Status
+from qlora_exp.records.types import Failure, Process, SkippedTrial, Status
 
 Value = str | int | float | bool | None
 
@@ -37,7 +37,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class OneLadder:
+class LadderSettings:
     """Rank doubling at one point of the other axes."""
 
     axes: dict[str, Any]
@@ -64,7 +64,7 @@ class LadderSpec:
     half_zone: float | None
     lr_policy: str
     lr_factors: tuple[float, ...]
-    ladders: tuple[OneLadder, ...]
+    ladders: tuple[LadderSettings, ...]
     most_seeds: int = 8
     """A rank, in all; studies of versions that didn't say have the rule's own."""
 
@@ -149,7 +149,7 @@ class Outcome:
     violations: tuple[float, ...]
     seconds: float | None
     failure: Failure | None = None
-    refusal: Refusal | None = None
+    refusal: SkippedTrial | None = None
     """The trial was not started: it was predicted not to fit. ``status`` is then PRUNED."""
 
 
@@ -171,7 +171,7 @@ class TrialRow:
     failure: str | None = None
     out_of_memory_retries: int = 0
     """How often memory ran out and the micro-batch was halved."""
-    refusal: Refusal | None = None
+    refusal: SkippedTrial | None = None
     """Why it was not started: it was predicted not to fit."""
 
 

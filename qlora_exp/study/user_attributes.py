@@ -8,16 +8,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Process
-from qlora_exp.system.environment import visible
+from qlora_exp.system.environment import alive_if_visible
 
-CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, UNCOUNTED = (
+CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, INTERRUPTED_ATTEMPTS = (
     *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
 )
 REFUSED = "predicted_not_to_fit"
-"""Why a trial was not started (``records.types.Refusal``); also the name of the constraint that it breaks."""
+"""Why a trial was not started (``records.types.SkippedTrial``); also the name of the constraint that it breaks."""
 WATCHED_SHARE = 0.25
 """Of the lease: for how long a heartbeat of another machine is watched before its written time counts."""
-FIXED = "fixed_params"
+FIXED_PARAMS = "fixed_params"
 """Optuna's own name for what a trial was enqueued with."""
 
 
@@ -38,7 +38,7 @@ class Heartbeats:
         self._seen: dict[int, tuple[float, float]] = {}
         """Trial id → its heartbeat, and since when (``time.monotonic``) it has not changed."""
 
-    def why_lost(self, trial: FrozenTrial, lease_seconds: float) -> str | None:
+    def stale_reason(self, trial: FrozenTrial, lease_seconds: float) -> str | None:
         """Why a RUNNING trial has nobody who runs it; ``None``: somebody does, or it isn't RUNNING."""
         if trial.state is not TrialState.RUNNING:
             return None
@@ -46,7 +46,7 @@ class Heartbeats:
         if owner is None:
             return "its worker died while claiming it"
         process = from_dict(Process, owner["process"])
-        living = visible(process)
+        living = alive_if_visible(process)
         if living is False:
             return f"its worker {owner['worker']} (process {process.pid}) died"
         heartbeat = float(trial.user_attrs.get(HEARTBEAT, 0.0))

@@ -11,17 +11,25 @@ from collections.abc import MutableMapping
 
 from qlora_exp.errors import ConfigError
 
-SIZES = (
+WORLD_SIZE_VARIABLES = (
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # torchrun, accelerate, DeepSpeed
     *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PALS_NRANKS"),  # MPI
     *("SLURM_STEP_NUM_TASKS", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"),  # the step, not the allocation
 )
 """Variables with the number of processes that were started together. SLURM_NTASKS is not among them: a batch job has
 it, too, for the tasks that it may start."""
-RANKS = ("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "GROUP_RANK")
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "PMIX_RANK",
+    "MV2_COMM_WORLD_RANK",
+    "GROUP_RANK",
+)
 """Variables with this process's number; a first process has 0."""
 OF_TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
-SETTINGS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_")
+LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_")
 """Beginnings of variables by which accelerate changes a training: its precision, its device, its accumulation."""
 
 
@@ -32,7 +40,7 @@ def one_rank_only(environment: MutableMapping[str, str] = os.environ) -> None:
     Raises:
         ConfigError: a launcher started this command several times.
     """
-    named = _above(SIZES, 1, environment) or _above(RANKS, 0, environment)
+    named = _above(WORLD_SIZE_VARIABLES, 1, environment) or _above(RANK_VARIABLES, 0, environment)
     if named is not None:
         name, value = named
         what = f"a launcher started several processes of this command ({name}={value}), and each would train all of it"
@@ -41,7 +49,7 @@ def one_rank_only(environment: MutableMapping[str, str] = os.environ) -> None:
             f"and qlora-exp sweep uses several; if {name} is a leftover: unset {name}"
         )
         raise ConfigError(what, name, hint)
-    for name in [name for name in environment if name in OF_TORCH or name.startswith(SETTINGS)]:
+    for name in [name for name in environment if name in OF_TORCH or name.startswith(LAUNCHER_SETTINGS)]:
         del environment[name]
 
 

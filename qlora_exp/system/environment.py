@@ -15,7 +15,7 @@ from qlora_exp.paths import PACKAGE
 from qlora_exp.records.types import Device, Environment, Process
 from qlora_exp.system import heap, memory_limits
 
-PACKAGES = (
+RECORDED_PACKAGES = (
     "qlora-exp",
     "torch",
     "transformers",
@@ -65,7 +65,7 @@ def _environment(device: Device, torch_threads: int | None) -> Environment:
         omp_wait_policy=os.environ.get("OMP_WAIT_POLICY"),
         git_commit=commit,
         git_dirty=dirty,
-        glibc_tunables=heap.told(),
+        glibc_tunables=heap.malloc_tunables(),
         cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
     )
 
@@ -105,7 +105,7 @@ def alive(process: Process) -> bool | None:
     return process.start_ticks is None or start_ticks is None or start_ticks == process.start_ticks
 
 
-def visible(process: Process) -> bool | None:
+def alive_if_visible(process: Process) -> bool | None:
     """As :func:`alive`, but ``None`` also for a process of another boot: two machines may share one host name, and the
     other one may still run it."""
     boot_id = _boot_id()
@@ -118,7 +118,7 @@ def visible(process: Process) -> bool | None:
 def package_versions() -> dict[str, str]:
     """Installed versions by distribution name, without importing any; what isn't installed is left out."""
     versions = {}
-    for name in PACKAGES:
+    for name in RECORDED_PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-VARIABLE = "CUDA_VISIBLE_DEVICES"
-ORDER = "CUDA_DEVICE_ORDER"
+DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
+DEVICE_ORDER = "CUDA_DEVICE_ORDER"
 DRIVER_FILES = Path("/proc/driver/nvidia/gpus")
 DEVICE_FILES = Path("/dev")
 NVIDIA_SMI_SECONDS = 10.0
@@ -54,21 +54,21 @@ def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> str | Non
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return None
-    given = environment.get(VARIABLE)
-    usable = visible(cards(), given, lambda entry: Card(-1, entry))
+    given = environment.get(DEVICES_VARIABLE)
+    usable = visible_devices(cards(), given, lambda entry: Card(-1, entry))
     if len(usable) < 2:
         return None
     numbers = given is not None and any(entry.strip().isdecimal() for entry in given.split(","))
-    if numbers and environment.get(ORDER) != "PCI_BUS_ID" and len({card.name for card in usable}) > 1:
+    if numbers and environment.get(DEVICE_ORDER) != "PCI_BUS_ID" and len({card.name for card in usable}) > 1:
         # CUDA numbers the fastest card first, and the driver by their slots: what a number means isn't known.
         chosen = (given or "").split(",")[0].strip()
     else:
         chosen = max(usable, key=lambda card: card.free_bytes or 0).uuid  # the first of equals
-    environment[VARIABLE] = chosen
+    environment[DEVICES_VARIABLE] = chosen
     return chosen
 
 
-def visible(known: Sequence[T], variable: str | None, unknown: Callable[[str], T]) -> list[T]:
+def visible_devices(known: Sequence[T], variable: str | None, unknown: Callable[[str], T]) -> list[T]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; the list ends at the first entry that names none.
 
     ``unknown`` makes a GPU of an entry that can't be looked up: an instance of a partitioned GPU, or a UUID where only

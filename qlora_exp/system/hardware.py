@@ -14,7 +14,7 @@ from qlora_exp.paths import CONF
 from qlora_exp.training.meter import card_of
 
 PRICES = CONF / "prices.yaml"
-UNIT = "usd_per_hour"
+PRICE_UNIT = "usd_per_hour"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def price_of(given: float | None, device_kind: str, device_name: str | None) -> 
         ConfigError: the table can't be read.
     """
     if given is not None:
-        return Price(given, f"budget.{UNIT}")
+        return Price(given, f"budget.{PRICE_UNIT}")
     hourly = usd_per_hour(device_kind, device_name, read_prices())
     looked_up = "cpu" if device_kind == "cpu" else device_name
     return Price(hourly, f"conf/prices.yaml: {looked_up}") if hourly is not None else None
@@ -54,15 +54,17 @@ def read_prices(path: Path = PRICES) -> dict[str, float]:
     except (OSError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"the price table can't be read: {why}", str(path), "restore it") from None
-    if not isinstance(raw, dict) or list(raw) != [UNIT]:
+    if not isinstance(raw, dict) or list(raw) != [PRICE_UNIT]:
         found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
-        hint = f"one key, {UNIT}: prices are US dollars an hour; {nearest(found, [UNIT])}"
+        hint = f"one key, {PRICE_UNIT}: prices are US dollars an hour; {nearest(found, [PRICE_UNIT])}"
         raise ConfigError(f"the price table has the unit {found}", str(path), hint)
-    table = raw[UNIT]
+    table = raw[PRICE_UNIT]
     if not isinstance(table, dict):
-        raise ConfigError("the price table has no devices", f"{path}: {UNIT}", "one line a device, such as T4: 0.53")
+        raise ConfigError(
+            "the price table has no devices", f"{path}: {PRICE_UNIT}", "one line a device, such as T4: 0.53"
+        )
     for name, price in table.items():
         if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < float("inf"):
             what = f"the price of {name} is {price!r}"
-            raise ConfigError(what, f"{path}: {UNIT}.{name}", "US dollars an hour, a number of at least 0")
+            raise ConfigError(what, f"{path}: {PRICE_UNIT}.{name}", "US dollars an hour, a number of at least 0")
     return {str(name): float(price) for name, price in table.items()}

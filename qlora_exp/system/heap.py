@@ -14,8 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-VARIABLE = "GLIBC_TUNABLES"
-JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+MALLOC_VARIABLE = "GLIBC_TUNABLES"
+TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 NVIDIA_DRIVER = Path("/dev/nvidiactl")
 DEVICE_CPU = re.compile(r"\+{0,2}training\.device=['\"]?cpu['\"]?")
 ELSEWHERE = {
@@ -26,26 +26,26 @@ ELSEWHERE = {
 
 
 def tunables() -> str | None:
-    """What a training process started here on a CPU is told: as the user has it, else :data:`JOINED`; ``None``:
+    """What a training process started here on a CPU is told: as the user has it, else :data:`TUNABLES`; ``None``:
     nothing, for the C library isn't glibc."""
-    told = os.environ.get(VARIABLE)
-    return told if told is not None or not _is_glibc() else JOINED
+    told = os.environ.get(MALLOC_VARIABLE)
+    return told if told is not None or not _is_glibc() else TUNABLES
 
 
-def told() -> str | None:
+def malloc_tunables() -> str | None:
     """What this process was told."""
-    return os.environ.get(VARIABLE)
+    return os.environ.get(MALLOC_VARIABLE)
 
 
-def joins(tunables: str | None) -> bool:
+def merges_free_chunks(tunables: str | None) -> bool:
     """Whether a process that was told ``tunables`` joins what is freed."""
-    return tunables is not None and all(setting in tunables.split(":") for setting in JOINED.split(":"))
+    return tunables is not None and all(setting in tunables.split(":") for setting in TUNABLES.split(":"))
 
 
 def environment() -> Mapping[str, str]:
     """Environment variables for a process that trains on a CPU."""
     wanted = tunables()
-    return {} if wanted is None else {VARIABLE: wanted}
+    return {} if wanted is None else {MALLOC_VARIABLE: wanted}
 
 
 def on_cpu(device: str) -> bool:
@@ -54,14 +54,14 @@ def on_cpu(device: str) -> bool:
     return device == "cpu" or (device == "auto" and (hidden or not NVIDIA_DRIVER.exists()))
 
 
-def begin_again_to_train(arguments: Sequence[str]) -> None:
+def reexec_with_tunables(arguments: Sequence[str]) -> None:
     """Have this process begin again with the setting: a command, with ``arguments``, that will train by itself and has
     done nothing yet. Returns where the setting is there, the user has chosen another, nothing will be trained here on a
     CPU, or the process is another program, which calls the command."""
     on_the_cpu = on_cpu("cpu" if any(DEVICE_CPU.fullmatch(text) for text in arguments) else "auto")
-    if told() is None and on_the_cpu and _is_glibc() and not ELSEWHERE & set(arguments) and _is_a_command():
+    if malloc_tunables() is None and on_the_cpu and _is_glibc() and not ELSEWHERE & set(arguments) and _is_a_command():
         with contextlib.suppress(OSError):  # then as it is: it trains all the same
-            os.execve(sys.executable, sys.orig_argv, {**os.environ, VARIABLE: JOINED})
+            os.execve(sys.executable, sys.orig_argv, {**os.environ, MALLOC_VARIABLE: TUNABLES})
 
 
 def _is_a_command() -> bool:

@@ -19,7 +19,7 @@ from qlora_exp.errors import RecordError
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import Process
-from qlora_exp.system.environment import process_identity, visible
+from qlora_exp.system.environment import alive_if_visible, process_identity
 
 EARLIER_LEASE_SECONDS, EARLIER_HEARTBEAT_SECONDS = 60.0, 5.0
 """Of a file that names none: an earlier version wrote it."""
@@ -63,7 +63,7 @@ def held(file: Path) -> Lease | None:
     lease = read_lease(file)
     if lease is None:
         return None
-    living = visible(lease.process)
+    living = alive_if_visible(lease.process)
     if living is None:
         age = age_seconds(file)
         living = age is not None and abs(age) <= lease.lease_seconds  # a clock that was set back makes ages negative

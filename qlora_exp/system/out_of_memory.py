@@ -6,7 +6,7 @@ from qlora_exp.records.types import KILLED_FOR_MEMORY, Failure, Fit, RunRecord
 from qlora_exp.system import memory_limits
 
 SIGKILL = 9
-SMALLER = (
+SMALLER_HINTS = (
     "a smaller training.micro_batch_size (accumulation keeps the batch), training.gradient_checkpointing=on, "
     "or quantization=nf4"
 )
@@ -38,7 +38,7 @@ def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before
     gone = "the run's process is gone" if signal is None else "the run's process was killed"
     how = f"{gone}, and the kernel counts a process that it ended for want of memory" if counted else gone
     needed = f"; the run was {_needs(fit)}" if fit is not None else ""
-    hint = (fit.would_fit if fit is not None else None) or SMALLER
+    hint = (fit.would_fit if fit is not None else None) or SMALLER_HINTS
     return Failure(KILLED_FOR_MEMORY, f"probably out of memory: {how}{needed}", hint=hint)
 
 

@@ -41,7 +41,7 @@ def create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: 
     run = client.create_run(
         experiment_id,
         start_time=fields.start_milliseconds(record),
-        tags=fields.tags(record, parent),
+        tags=fields.run_tags(record, parent),
         run_name=record.name,
     )
     return str(run.info.run_id)
@@ -64,9 +64,9 @@ def deliver_all(client: MlflowClient, run_id: str, record: RunRecord, paths: Run
     _deliver_params(client, run_id, record)
     _deliver_missing_curve(client, run_id, record, paths)
     moment = fields.end_milliseconds(record)
-    _log_metrics(client, run_id, [Metric(key, value, moment, 0) for key, value in fields.metrics(record).items()])
+    _log_metrics(client, run_id, [Metric(key, value, moment, 0) for key, value in fields.run_metrics(record).items()])
     _deliver_tags(client, run_id, record, parent)
-    client.set_tag(run_id, fields.NOTE_TAG, fields.note(record))
+    client.set_tag(run_id, fields.NOTE_TAG, fields.run_note(record))
     dataset = fields.dataset_input(record)
     if dataset is not None:
         client.log_inputs(run_id, [dataset])
@@ -107,11 +107,11 @@ def log_missing_params(client: MlflowClient, run_id: str, params: Mapping[str, s
 
 
 def _deliver_params(client: MlflowClient, run_id: str, record: RunRecord) -> None:
-    log_missing_params(client, run_id, fields.params(record))
+    log_missing_params(client, run_id, fields.run_params(record))
 
 
 def _deliver_tags(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in fields.tags(record, parent).items()])
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in fields.run_tags(record, parent).items()])
 
 
 def _deliver_missing_curve(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:

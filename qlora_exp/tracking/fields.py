@@ -26,7 +26,7 @@ MAX_PARAM_LENGTH = 500
 MAX_TAG_LENGTH = 5000
 DIGEST_LENGTH = 12
 """MLflow takes 36; the whole fingerprint is in the record."""
-MIB = 1024 * 1024
+BYTES_PER_MIB = 1024 * 1024
 
 MLFLOW_STATUS = {
     Status.RUNNING: "RUNNING",
@@ -90,7 +90,7 @@ SCORE_FIELDS = (
 HEADLINE_FIELDS = ("accuracy", "rouge_l", "exact_match", "loss_per_item", "loss")
 
 
-def params(record: RunRecord) -> dict[str, str]:
+def run_params(record: RunRecord) -> dict[str, str]:
     """Every axis of the configuration, and what the plan made of it once there is one. An unset value is left out."""
     config = redact(record.config)
     values: dict[str, Any] = {key: _lookup(config, key) for key in CONFIG_PARAMS}
@@ -113,7 +113,7 @@ def params(record: RunRecord) -> dict[str, str]:
     return {key: shown_text(value) for key, value in values.items() if value is not None}
 
 
-def metrics(record: RunRecord) -> dict[str, float]:
+def run_metrics(record: RunRecord) -> dict[str, float]:
     """Final figures by key, at most ``MAX_METRIC_KEYS`` with the curve's; the least telling are left out first."""
     room = MAX_METRIC_KEYS - len(CURVE_KEYS)
     found = [(key, value) for key, value in _figures(record) if value is not None and math.isfinite(value)]
@@ -136,7 +136,7 @@ def curve_metrics(record: RunRecord, points: Iterable[Mapping[str, Any]]) -> lis
     return rows
 
 
-def tags(record: RunRecord, parent: str | None = None) -> dict[str, str]:
+def run_tags(record: RunRecord, parent: str | None = None) -> dict[str, str]:
     """What runs are filtered by. ``parent``: the MLflow run id of the study that the run is a trial of."""
     environment = record.environment
     values = {
@@ -164,7 +164,7 @@ def tags(record: RunRecord, parent: str | None = None) -> dict[str, str]:
     return {key: shown_text(value) for key, value in values.items() if value is not None}
 
 
-def note(record: RunRecord) -> str:
+def run_note(record: RunRecord) -> str:
     """The run in Markdown, as MLflow shows it on the run's page."""
     lines = [_headline(record), "", *_score_table(record)]
     lines += [f"- {fact}" for fact in _facts(record)]
@@ -326,7 +326,7 @@ def _lookup(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _mib(size: int | None) -> float | None:
-    return None if size is None else size / MIB
+    return None if size is None else size / BYTES_PER_MIB
 
 
 def _milliseconds(moment: str) -> int:

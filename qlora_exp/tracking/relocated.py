@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"))
 
 
-def bring_along(database: Path, location: str, artifacts: Path) -> bool:
+def relocate_artifacts(database: Path, location: str, artifacts: Path) -> bool:
     """Have the ``database`` name ``artifacts``, which are beside it, where it names those of its former place.
 
     Args:

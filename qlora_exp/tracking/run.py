@@ -15,8 +15,8 @@ from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.types import RunRecord
 from qlora_exp.tracking.deliver import adapter_files, deliver_all, deliver_curve, deliver_start, find_or_create
-from qlora_exp.tracking.state import TrackingState, delivering, record_digest, write_state
-from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, opened_or_told, reason
+from qlora_exp.tracking.state import TrackingState, delivery_lock, record_digest, write_state
+from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, opened_or_told, store_problem
 from qlora_exp.tracking.study import parent_run
 
 CURVE_SECONDS = 5.0
@@ -43,7 +43,7 @@ class Tracker:
         self._output = output
         self._store: Store | None = locate(tracking, output) if tracking.enabled else None
         self._opened: OpenStore | None = None
-        self._delivery: _Delivery | None = None
+        self._delivery: _DeliveryThread | None = None
         self._warm = warm
         if self._store is not None and self._store.database is not None and not warm:
             self._opened = opened_or_told(self._store)
@@ -52,7 +52,7 @@ class Tracker:
         """Create the MLflow run (RUNNING). With ``wait``: waits for it, at most ``tracking.timeout_seconds``."""
         if self._store is None:
             return
-        self._delivery = _Delivery(
+        self._delivery = _DeliveryThread(
             self._store, self._opened, self._output, paths, _opened_once if self._warm else open_store
         )
         self._delivery.put(record)
@@ -83,7 +83,7 @@ class Tracker:
 _opened_once = functools.lru_cache(maxsize=8)(open_store)
 
 
-class _Delivery(threading.Thread):
+class _DeliveryThread(threading.Thread):
     """Takes records and curve points from a queue. A daemon: a hanging server must not keep the process alive."""
 
     def __init__(
@@ -126,7 +126,7 @@ class _Delivery(threading.Thread):
         try:
             self._work()
         except Exception as error:  # never into the training: every backend raises its own kinds
-            self._save(error=reason(error))
+            self._save(error=store_problem(error))
         finally:
             self.started.set()
 
@@ -153,7 +153,7 @@ class _Delivery(threading.Thread):
         if self.opened is None:
             self.opened = self._open(self._store)
         self._record = record
-        with delivering(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
+        with delivery_lock(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
             client = self.opened.client
             self._parent = self._parent or parent_run(self._store, self.opened, self._output, record)
             if self._state.mlflow_run_id is None:
@@ -174,10 +174,10 @@ class _Delivery(threading.Thread):
         if self.opened is None or self._record is None or self._state.mlflow_run_id is None:
             return
         try:
-            with delivering(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
+            with delivery_lock(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
                 deliver_curve(self.opened.client, self._state.mlflow_run_id, self._record, points)
         except Exception as error:  # as in run()
-            self._save(error=f"a part of the curve: {reason(error)}")
+            self._save(error=f"a part of the curve: {store_problem(error)}")
 
     def _save(self, **changes: Any) -> None:
         self._state = replace(self._state, **changes)

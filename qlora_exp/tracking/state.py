@@ -16,7 +16,7 @@ from qlora_exp.paths import RunPaths, StudyPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
 
-LOCK_SECONDS = 60.0
+STATE_LOCK_SECONDS = 60.0
 """A delivery takes a few calls, and the time of its uploads; who waits longer leaves the rest to ``qlora-exp sync``."""
 
 
@@ -48,7 +48,7 @@ def write_state(paths: RunPaths | StudyPaths, state: TrackingState) -> None:
 
 
 @contextlib.contextmanager
-def delivering(lock: Path, patience_seconds: float = LOCK_SECONDS) -> Iterator[None]:
+def delivery_lock(lock: Path, patience_seconds: float = STATE_LOCK_SECONDS) -> Iterator[None]:
     """One process at a time tells a store of what ``lock`` stands for: a run, a study. A run's host, an orchestrator
     whose sweep has ended and ``qlora-exp sync`` may come at once, and a store has no way to say "make this run unless
     it is there"; nor does it take the same new tag from two at a time.

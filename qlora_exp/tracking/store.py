@@ -22,7 +22,7 @@ from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.errors import TrackingError, nearest
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.redaction import redact_text
-from qlora_exp.tracking.relocated import bring_along
+from qlora_exp.tracking.relocated import relocate_artifacts
 from qlora_exp.tracking.ui import EXPERIMENT_TAGS, VIEW_TAGS
 
 # Before mlflow is imported: it decides on telemetry at import.
@@ -156,7 +156,7 @@ def bounded_calls(timeout_seconds: float) -> Iterator[None]:
             os.environ.update(before)
 
 
-def reason(error: BaseException) -> str:
+def store_problem(error: BaseException) -> str:
     """Why the store failed, in one line and without secrets."""
     text = str(error).strip() or type(error).__name__
     return redact_text(" ".join(text.split()))[:500]
@@ -197,7 +197,7 @@ def _connect(store: Store) -> OpenStore:
         if other is not None:
             raise other from error
         raise TrackingError(
-            f"the tracking store can't be opened: {reason(error)}",
+            f"the tracking store can't be opened: {store_problem(error)}",
             store.shown_uri,
             "start it, name another (tracking.uri=URI, for sync --uri URI), or run with tracking=off and "
             "qlora-exp sync later",
@@ -260,7 +260,7 @@ def _experiment_id(client: MlflowClient, store: Store) -> str:
             "tracking.uri=http://127.0.0.1:PORT, for sync --uri http://127.0.0.1:PORT",
         )
     if store.database is not None and store.artifacts is not None:
-        bring_along(store.database, str(experiment.artifact_location), store.artifacts)
+        relocate_artifacts(store.database, str(experiment.artifact_location), store.artifacts)
     for key, value in VIEW_TAGS.items():  # a store of an earlier version has earlier views
         if experiment.tags.get(key) != value:
             client.set_experiment_tag(experiment.experiment_id, key, value)

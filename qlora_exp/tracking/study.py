@@ -25,8 +25,8 @@ from qlora_exp.system.lease import held
 from qlora_exp.tracking import study_fields
 from qlora_exp.tracking.deliver import log_missing_params
 from qlora_exp.tracking.fields import MLFLOW_STATUS, NOTE_TAG
-from qlora_exp.tracking.state import TrackingState, delivering, file_digest, read_state, write_state
-from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, opened_or_told, reason
+from qlora_exp.tracking.state import TrackingState, delivery_lock, file_digest, read_state, write_state
+from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, opened_or_told, store_problem
 from qlora_exp.tracking.study_fields import StudyDefinition, StudySummary, TrialRow
 
 FINISH_SECONDS = 60.0
@@ -48,7 +48,7 @@ class StudyTracker:
         self._paths = output.study(name)
         self._store: Store | None = locate(tracking, output) if tracking.enabled else None
         self._opened: OpenStore | None = None
-        self._delivery: _Delivery | None = None
+        self._delivery: _DeliveryThread | None = None
         self._summary = read_summary(self._paths) or StudySummary(Status.RUNNING, _now())
         if self._store is not None and self._store.database is not None:
             self._opened = opened_or_told(self._store)
@@ -57,7 +57,7 @@ class StudyTracker:
         """Create the parent run, or reopen that of an earlier sweep of this name. Waits for it at most
         ``tracking.timeout_seconds``."""
         if self._store is not None:
-            self._delivery = _Delivery(self._store, self._opened, self._paths, definition)
+            self._delivery = _DeliveryThread(self._store, self._opened, self._paths, definition)
         self._tell(status=Status.RUNNING, process=process_identity())
         if self._delivery is not None and self._store is not None:
             self._delivery.started.wait(self._store.timeout_seconds)
@@ -84,7 +84,7 @@ class StudyTracker:
             self._delivery.put(self._summary)
 
 
-class _Delivery(threading.Thread):
+class _DeliveryThread(threading.Thread):
     """Takes summaries from a queue and delivers the newest. A daemon: a hanging server must not keep the process."""
 
     def __init__(self, store: Store, opened: OpenStore | None, paths: StudyPaths, definition: StudyDefinition) -> None:
@@ -124,7 +124,7 @@ class _Delivery(threading.Thread):
                 self._opened = open_store(self._store)
             self.state = deliver_study(self._store, self._opened, self._paths, self._definition, summary)
         except Exception as error:  # never into the sweep: every backend raises its own kinds
-            self.state = replace(self.state, delivered=False, error=reason(error))
+            self.state = replace(self.state, delivered=False, error=store_problem(error))
         with contextlib.suppress(OSError):
             write_state(self._paths, self.state)
 
@@ -200,7 +200,7 @@ def deliver_study(
     study that goes on is never delivered as a whole."""
     digest = study_digest(paths)
     with bounded_calls(store.timeout_seconds):
-        with delivering(paths.delivery_lock):
+        with delivery_lock(paths.delivery_lock):
             run_id = _find_or_create_parent(store, opened, paths, definition)
             if run_id is not None:
                 _deliver(opened.client, run_id, definition, summary, read_answers(paths))
@@ -226,18 +226,18 @@ def deliver_report(tracking: TrackingConfig, output: OutputPaths, name: str) -> 
         store = locate(tracking, output)
         write_state(paths, deliver_study(store, open_store(store), paths, definition, summary))
     except Exception as error:  # every backend raises its own kinds
-        return reason(error)
+        return store_problem(error)
     return None
 
 
 def _deliver(
     client: MlflowClient, run_id: str, definition: StudyDefinition, summary: StudySummary, answers: Sequence[str]
 ) -> None:
-    log_missing_params(client, run_id, study_fields.params(definition))
+    log_missing_params(client, run_id, study_fields.study_params(definition))
     moment, step = study_fields.milliseconds(summary.updated_at), len(summary.trials)
-    rows = [Metric(key, value, moment, step) for key, value in study_fields.metrics(definition, summary).items()]
-    tags = study_fields.tags(definition) | {
-        NOTE_TAG: study_fields.note(definition, summary, answers),
+    rows = [Metric(key, value, moment, step) for key, value in study_fields.study_metrics(definition, summary).items()]
+    tags = study_fields.study_tags(definition) | {
+        NOTE_TAG: study_fields.study_note(definition, summary, answers),
         "qlora_exp.status": summary.status.value,
     }
     client.log_batch(run_id, metrics=rows, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -256,7 +256,7 @@ def _find_or_create_parent(
 ) -> str | None:
     """The parent's MLflow run id, kept in ``tracking.json``; ``None`` where a person has deleted it. Trials that start
     together make one."""
-    with delivering(paths.tracking_lock):
+    with delivery_lock(paths.tracking_lock):
         state = read_state(paths)
         run_id, deleted = _find_parent(opened, definition, state.mlflow_run_id if state is not None else None)
         if run_id is None and not deleted:
@@ -281,7 +281,7 @@ def _find_parent(opened: OpenStore, definition: StudyDefinition, known: str | No
 
 def _parents_without_identity(opened: OpenStore, definition: StudyDefinition) -> list[Run]:
     """Names are compared here: MLflow's query language has no way to quote them all."""
-    name = study_fields.tags(definition)[study_fields.STUDY_TAG]
+    name = study_fields.study_tags(definition)[study_fields.STUDY_TAG]
     query = f"tags.`{study_fields.STUDY_TAG}` != ''"
     runs = opened.client.search_runs([opened.experiment_id], query, ViewType.ALL, max_results=1000)
     tagged = [(run, run.data.tags) for run in runs]
@@ -302,9 +302,9 @@ def _began_it(run: Run, definition: StudyDefinition, known: str | None) -> bool:
 def _create_parent(opened: OpenStore, definition: StudyDefinition) -> str:
     start = study_fields.milliseconds(definition.created_at) if definition.created_at is not None else None
     run = opened.client.create_run(
-        opened.experiment_id, start_time=start, tags=study_fields.tags(definition), run_name=definition.name
+        opened.experiment_id, start_time=start, tags=study_fields.study_tags(definition), run_name=definition.name
     )
-    log_missing_params(opened.client, run.info.run_id, study_fields.params(definition))
+    log_missing_params(opened.client, run.info.run_id, study_fields.study_params(definition))
     return str(run.info.run_id)
 
 

@@ -79,7 +79,7 @@ class StudySummary:
         return sum(counts[status] for status in statuses)
 
 
-def params(definition: StudyDefinition) -> dict[str, str]:
+def study_params(definition: StudyDefinition) -> dict[str, str]:
     values = {
         "sampler": definition.sampler,
         "pruner": definition.pruner,
@@ -88,7 +88,7 @@ def params(definition: StudyDefinition) -> dict[str, str]:
     return {key: shown_text(value) for key, value in values.items() if value is not None}
 
 
-def tags(definition: StudyDefinition) -> dict[str, str]:
+def study_tags(definition: StudyDefinition) -> dict[str, str]:
     return {
         STUDY_TAG: shown_text(definition.name),
         **({STUDY_ID_TAG: definition.id} if definition.id is not None else {}),
@@ -99,7 +99,7 @@ def tags(definition: StudyDefinition) -> dict[str, str]:
     }
 
 
-def metrics(definition: StudyDefinition, summary: StudySummary) -> dict[str, float]:
+def study_metrics(definition: StudyDefinition, summary: StudySummary) -> dict[str, float]:
     """Trials by how they ended, and the best value of each objective."""
     figures: dict[str, float] = {
         "trials_finished": summary.count(Status.COMPLETED),
@@ -113,7 +113,7 @@ def metrics(definition: StudyDefinition, summary: StudySummary) -> dict[str, flo
     return figures
 
 
-def note(definition: StudyDefinition, summary: StudySummary, answers: Sequence[str] = ()) -> str:
+def study_note(definition: StudyDefinition, summary: StudySummary, answers: Sequence[str] = ()) -> str:
     """The study in Markdown: its answers (of rank doubling), else its best so far, come first, the line that is seen
     without unfolding the note."""
     lines = [

@@ -51,7 +51,7 @@ class SyncReport:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def sync(output_root: str | Path, uri: str | None = None, experiment: str | None = None) -> SyncReport:
+def sync_runs(output_root: str | Path, uri: str | None = None, experiment: str | None = None) -> SyncReport:
     """Deliver every ended run under ``output_root`` that its store lacks, wholly or in part.
 
     Doing it twice adds nothing. ``uri`` takes the place of the records' own ``tracking.uri`` (needed where that held a
@@ -69,13 +69,13 @@ def sync(output_root: str | Path, uri: str | None = None, experiment: str | None
         return replace(_Sync(output, uri, experiment=experiment).deliver(), repaired=repaired)
 
 
-def repair(output_root: str | Path) -> tuple[str, ...]:
+def mark_interrupted(output_root: str | Path) -> tuple[str, ...]:
     """Tell runs whose process is dead as INTERRUPTED, in the record and (KILLED) in MLflow. Returns their run ids.
 
     A run of another host stays RUNNING: whether it lives can't be seen from here.
 
     Costs a look at each record; MLflow is only asked when there was something to repair. A store that doesn't answer
-    leaves them to :func:`sync`.
+    leaves them to :func:`sync_runs`.
     """
     output = OutputPaths.of(output_root)
     repaired = _repair_records(output)
@@ -87,7 +87,7 @@ def repair(output_root: str | Path) -> tuple[str, ...]:
 
 def deliver_runs(output: OutputPaths, run_ids: Iterable[str], uri: str | None = None) -> None:
     """Deliver those of these runs whose own process could not, because it was killed, say. Never raises; MLflow is only
-    asked where something is missing. ``uri`` as for :func:`sync`."""
+    asked where something is missing. ``uri`` as for :func:`sync_runs`."""
     missing = {paths.folder.name for run_id in run_ids if not _is_delivered(paths := output.run(run_id))}
     if missing:
         with contextlib.suppress(OSError):
@@ -129,7 +129,7 @@ class _Sync:
         self._studies: dict[tuple[Store, str], None] = {}
 
     def deliver(self, only: Set[str] | None = None) -> SyncReport:
-        from qlora_exp.tracking.store import reason
+        from qlora_exp.tracking.store import store_problem
 
         found: dict[str, list[str]] = {"delivered": [], "already": [], "running": [], "elsewhere": [], "deleted": []}
         failed: dict[str, str] = {}
@@ -146,11 +146,11 @@ class _Sync:
             try:
                 studies += [name] if self._study(store, name) else []
             except Exception as error:  # every backend raises its own kinds
-                failed[f"study {name}"] = f"not delivered: {reason(error)}"
+                failed[f"study {name}"] = f"not delivered: {store_problem(error)}"
         return SyncReport(**{name: tuple(ids) for name, ids in found.items()}, studies=tuple(studies), failed=failed)
 
     def _one(self, record: RunRecord, paths: RunPaths) -> str:
-        from qlora_exp.tracking.state import delivering
+        from qlora_exp.tracking.state import delivery_lock
 
         if not record.status.ended:
             return "elsewhere" if record.process is not None and alive(record.process) is None else "running"
@@ -163,14 +163,14 @@ class _Sync:
             return "deleted"
         if _is_whole(paths, mlflow_run_id):
             return "already"
-        with delivering(paths.tracking_lock, self._patience_seconds):
+        with delivery_lock(paths.tracking_lock, self._patience_seconds):
             return self._deliver_one(read_record(paths.record), paths, store, opened)
 
     def _deliver_one(self, record: RunRecord, paths: RunPaths, store: Store, opened: OpenStore) -> str:
         """``record`` as it is now that nobody else delivers it: another may have done so, or gone on with the run."""
         from qlora_exp.tracking.deliver import create, deliver_all, find
         from qlora_exp.tracking.state import TrackingState, record_digest, write_state
-        from qlora_exp.tracking.store import bounded_calls, reason
+        from qlora_exp.tracking.store import bounded_calls, store_problem
 
         if not record.status.ended:
             return "running"
@@ -185,7 +185,7 @@ class _Sync:
                 mlflow_run_id = mlflow_run_id or create(opened.client, opened.experiment_id, record, parent)
                 deliver_all(opened.client, mlflow_run_id, record, paths, parent)
         except Exception as error:  # every backend raises its own kinds
-            why = reason(error)
+            why = store_problem(error)
             self._forget_if_gone(store)
             write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, error=why))
             raise TrackingError(
@@ -227,7 +227,7 @@ class _Sync:
 
     def _open(self, store: Store) -> OpenStore:
         from qlora_exp.tracking.deliver import present_runs
-        from qlora_exp.tracking.store import bounded_calls, open_store, reason
+        from qlora_exp.tracking.store import bounded_calls, open_store, store_problem
 
         if store in self._broken:
             raise TrackingError(
@@ -240,7 +240,7 @@ class _Sync:
                     self._present[store] = present_runs(opened.client, opened.experiment_id)
                 self._opened[store] = opened
             except Exception as error:  # every backend raises its own kinds
-                self._broken[store] = reason(error)
+                self._broken[store] = store_problem(error)
                 raise self._failed(self._broken[store], store) from None
         return self._opened[store]
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from qlora_exp.records.files import read_curve, write_text
 from qlora_exp.system import signals
 from qlora_exp.training.meter import tensor_bytes
-from qlora_exp.training.outcome import Observer, Pruned, Report
+from qlora_exp.training.outcome import Observer, PruneCheck, Pruned
 
 EXCLUDED_STEPS = 5
 LOGGED = {
@@ -82,7 +82,7 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         return self.step_seconds[first:], sum(self.step_tokens[first:])
 
 
-class Curve(TrainerCallback):  # type: ignore[misc]
+class LossCurve(TrainerCallback):  # type: ignore[misc]
     """Appends each logged point to curve.jsonl, and tells the observer."""
 
     def __init__(self, path: Path, meter: StepMeter, observer: Observer, resumed_step: int = 0) -> None:
@@ -142,10 +142,10 @@ class Budget(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
 
-class AskStudy(TrainerCallback):  # type: ignore[misc]
+class PruningCallback(TrainerCallback):  # type: ignore[misc]
     """Reports each validation loss to the study, and stops when told to."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: PruneCheck) -> None:
         self.report = report
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -155,14 +155,14 @@ class AskStudy(TrainerCallback):  # type: ignore[misc]
             raise Pruned(state.global_step)
 
 
-class Interruption(TrainerCallback):  # type: ignore[misc]
+class GracefulInterrupt(TrainerCallback):  # type: ignore[misc]
     """Ctrl-C, TERM or HUP once: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self._handling = signals.handling(self._ask)
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> GracefulInterrupt:
         self._handling.__enter__()
         return self
 

@@ -15,7 +15,7 @@ from qlora_exp.records.files import write_json
 SEAL = "seal.json"
 
 
-class Seal(TrainerCallback):  # type: ignore[misc]
+class ChecksumCallback(TrainerCallback):  # type: ignore[misc]
     """After each save: deletes ``training_args.bin`` (a pickle that holds tokens), and writes the seal last of all."""
 
     def __init__(self, carried: Any) -> None:
@@ -48,7 +48,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def total_bytes(folder: Path) -> int | None:
+def newest_checkpoint_bytes(folder: Path) -> int | None:
     """Bytes of the newest checkpoint on disk; ``None`` where there is none."""
     newest = newest_valid(folder)
     return sum(file.stat().st_size for file in newest[0].rglob("*") if file.is_file()) if newest else None

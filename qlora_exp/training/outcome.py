@@ -12,7 +12,7 @@ from qlora_exp.records.types import Status
 
 
 @dataclass(frozen=True)
-class Report:
+class PruneCheck:
     """Whom a training asks after each validation whether to stop."""
 
     ask: Callable[[int, float, Sequence[float] | None], bool]
@@ -21,7 +21,7 @@ class Report:
     """Whether ``items`` are wanted; ``None`` is given otherwise."""
 
 
-never_stop = Report(lambda step, loss, items: False)
+no_pruning = PruneCheck(lambda step, loss, items: False)
 
 
 class Observer(Protocol):
@@ -34,7 +34,7 @@ class Observer(Protocol):
     def note(self, text: str) -> None: ...
 
 
-class Silent:
+class NullObserver:
     """An observer that does nothing."""
 
     def phase(self, name: str) -> None:

@@ -26,14 +26,14 @@ from qlora_exp.training import checkpoints
 from qlora_exp.training.callbacks import (
     ITEM_NATS,
     SCALER_PATIENCE,
-    AskStudy,
     Budget,
-    Curve,
-    Interruption,
+    GracefulInterrupt,
+    LossCurve,
+    PruningCallback,
     StepMeter,
     TokenBudget,
 )
-from qlora_exp.training.outcome import Diverged, Interrupted, Observer, Report, Silent, never_stop
+from qlora_exp.training.outcome import Diverged, Interrupted, NullObserver, Observer, PruneCheck, no_pruning
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Trained:
 
 
 @dataclass
-class Watch:
+class TrainingState:
     """The live side of a training: what a failure can still tell."""
 
     meter: StepMeter
-    curve: Curve
+    curve: LossCurve
     plan: Plan
     resumed_from_step: int | None = None
     steps: int = 0
@@ -95,9 +95,9 @@ def train(
     validation_items: Sequence[Item],
     config: Config,
     paths: RunPaths,
-    report: Report = never_stop,
+    report: PruneCheck = no_pruning,
     observer: Observer | None = None,
-    watching: Callable[[Watch], None] = lambda watch: None,
+    watching: Callable[[TrainingState], None] = lambda watch: None,
     exhausted: Callable[[], str | None] = lambda: None,
 ) -> Trained:
     """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
@@ -121,12 +121,20 @@ def train(
     def carry() -> dict[str, Any]:
         return {"tokens": meter.tokens, "loss_tokens": meter.loss_tokens, "seconds": meter.seconds()}
 
-    curve = Curve(paths.curve, meter, observer or Silent(), resumed_step or 0)
-    watch = Watch(meter, curve, plan, resumed_step)
+    curve = LossCurve(paths.curve, meter, observer or NullObserver(), resumed_step or 0)
+    watch = TrainingState(meter, curve, plan, resumed_step)
     watching(watch)
-    interruption, token_budget = Interruption(), TokenBudget(config.training.max_tokens, meter)
+    interruption, token_budget = GracefulInterrupt(), TokenBudget(config.training.max_tokens, meter)
     budget = Budget(exhausted)
-    watchers = [meter, token_budget, budget, curve, AskStudy(report), interruption, checkpoints.Seal(carry)]
+    watchers = [
+        meter,
+        token_budget,
+        budget,
+        curve,
+        PruningCallback(report),
+        interruption,
+        checkpoints.ChecksumCallback(carry),
+    ]
     if config.training.early_stopping_patience is not None:
         watchers.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     folder = paths.checkpoints
@@ -151,7 +159,7 @@ def train(
             stopped_early=steps < trainer.state.max_steps and not token_budget.spent and not budget.ended_by,
             ended_by_budget=budget.ended_by,
         ),
-        checkpoint_bytes=checkpoints.total_bytes(paths.checkpoints),
+        checkpoint_bytes=checkpoints.newest_checkpoint_bytes(paths.checkpoints),
     )
 
 

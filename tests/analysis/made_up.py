@@ -123,14 +123,14 @@ def many(count: int) -> list[RunRecord]:
 
 
 def main() -> None:
-    from qlora_exp.analysis.content import Asked
+    from qlora_exp.analysis.content import StudyInfo
     from qlora_exp.analysis.rendering import to_csv, to_html, to_markdown
     from qlora_exp.analysis.report import build
 
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     records = many(count)
     started = time.perf_counter()
-    report = build(records, [Asked("made-up")])
+    report = build(records, [StudyInfo("made-up")])
     page = to_html(report, "runs")
     to_markdown(report), to_csv(report)
     print(f"{count} records: {time.perf_counter() - started:.1f} s, {len(page.encode()) / 1e6:.2f} MB")

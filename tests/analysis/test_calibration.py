@@ -16,8 +16,8 @@ from qlora_exp.analysis.error_rates.calibration import (
     simulated_losses,
     walk_many,
 )
-from qlora_exp.analysis.rank import walk
-from qlora_exp.analysis.rule import Verdict
+from qlora_exp.analysis.rank import decide_ladder
+from qlora_exp.analysis.rule import StepVerdict
 
 EDGE, BEYOND = (
     next(w for w in WORLDS if w.name == f"Gaussian, {n}") for n in ("at the edge of the plan", "beyond the plan")
@@ -25,7 +25,7 @@ EDGE, BEYOND = (
 AT_LEAST, AT_MOST = SETTINGS[1], SETTINGS[0]
 
 
-def controlled(losses: np.ndarray) -> list[Verdict]:
+def controlled(losses: np.ndarray) -> list[StepVerdict]:
     """One ladder by the functions that decide real ones: what the walk asks for is run, until it asks no more."""
     ranks, seeds = [8 * 2**step for step in range(losses.shape[0])], {}
     seeds[8] = seeds[16] = 3
@@ -36,16 +36,16 @@ def controlled(losses: np.ndarray) -> list[Verdict]:
             for number, rank in enumerate(ranks)
             if rank in seeds
         }
-        found = walk(ladder, RULE, bought)
+        found = decide_ladder(ladder, RULE, bought)
         last = found.comparisons[-1]
-        if found.verdict is Verdict.BUY and last.decision.purchase.seeds is not None:
+        if found.verdict is StepVerdict.BUY and last.decision.purchase.seeds is not None:
             bought.add(last.to_rank)
             for rank in (last.from_rank, last.to_rank):
                 seeds[rank] = max(seeds[rank], last.decision.purchase.seeds)
-        elif found.verdict is Verdict.CONTINUE and last.to_rank != ranks[-1]:
+        elif found.verdict is StepVerdict.CONTINUE and last.to_rank != ranks[-1]:
             seeds[2 * last.to_rank] = 3
         else:
-            ends = Verdict.INCONCLUSIVE if found.verdict is Verdict.BUY else found.verdict
+            ends = StepVerdict.INCONCLUSIVE if found.verdict is StepVerdict.BUY else found.verdict
             return [*(step.decision.verdict for step in found.comparisons[:-1]), ends]
 
 
@@ -54,7 +54,7 @@ def test_many_ladders_at_once_are_decided_as_each_is_alone(world: World) -> None
     rng = np.random.default_rng(5)
     losses = simulated_losses(world, rng.uniform(0, 6, (40, RULE.doublings)), rng)
     walked = walk_many(losses, RULE)
-    names = (Verdict.CONTINUE, Verdict.STOP, Verdict.INCONCLUSIVE)
+    names = (StepVerdict.CONTINUE, StepVerdict.STOP, StepVerdict.INCONCLUSIVE)
     for said, alone in zip(walked.verdicts, losses, strict=True):
         assert [names[code] for code in said if code >= 0] == controlled(alone)
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import made_up
 
-from qlora_exp.analysis.comparable import differences, groups_of, require_comparable
+from qlora_exp.analysis.comparable import groups_of, require_comparable, setting_differences
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records.types import RunRecord, Status
 
@@ -90,4 +90,4 @@ def test_synthetic_runs_are_refused() -> None:
 def test_runs_that_did_not_finish_are_in_no_group() -> None:
     groups = groups_of([made_up.run(0), made_up.failed(1), made_up.run(2).replace(status=Status.RUNNING)])
     assert [len(group.records) for group in groups] == [1]
-    assert differences(groups) == []
+    assert setting_differences(groups) == []

@@ -15,7 +15,7 @@ import made_up
 
 from qlora_exp.analysis.configurations import Measure, configurations
 from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, difference, holm
-from qlora_exp.analysis.instruct_base import InstructBase, compare, verdict
+from qlora_exp.analysis.instruct_base import InstructBase, compare_variants, verdict
 from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.instruct_base_words import paragraph
 from qlora_exp.records.types import Baselines, FewShot, Forgetting, RunRecord
@@ -43,7 +43,7 @@ def study(
 
 
 def compared(records: list[RunRecord], items: ItemScores | None = None, **options: Any) -> InstructBase:
-    found = compare(configurations(records, LOSS), items, **options)
+    found = compare_variants(configurations(records, LOSS), items, **options)
     assert found is not None
     return found
 
@@ -98,7 +98,7 @@ def test_missing_cells_are_named_and_the_rest_is_compared() -> None:
 
 
 def test_one_variant_alone_is_no_comparison() -> None:
-    assert compare(configurations(study(0.0, CELLS[:2]), LOSS)) is None
+    assert compare_variants(configurations(study(0.0, CELLS[:2]), LOSS)) is None
 
 
 def test_cells_without_a_common_seed_are_told_to_have_no_pairs() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.analysis.content import shown
+from qlora_exp.analysis.content import formatted_value
 from qlora_exp.cli import main
 from qlora_exp.paths import OutputPaths
 
@@ -42,7 +42,7 @@ def test_the_report_agrees_with_the_ladder_figure_by_figure(
         (
             *(str(step["from_rank"]), str(step["to_rank"])),
             step["decision"],
-            *(shown(step[figure], "figure") for figure in ("gain", "low", "high")),
+            *(formatted_value(step[figure], "figure") for figure in ("gain", "low", "high")),
         )
         for step in ladder["comparisons"]
     ]

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from qlora_exp.analysis.power import Noise, plan
-from qlora_exp.analysis.rank import PooledNoise, decide, decide_published, pooled_noise, walk
-from qlora_exp.analysis.rule import FIRST_LOOK, LAST_LOOK, Rule, Verdict, make_rule
+from qlora_exp.analysis.rank import PooledNoise, decide, decide_from_summary, decide_ladder, pooled_noise
+from qlora_exp.analysis.rule import FIRST_LOOK, LAST_LOOK, Rule, StepVerdict, make_rule
 from qlora_exp.errors import AnalysisError
 
 RULE = Rule(margin=0.02, half_zone=0.01, doublings=5)
@@ -48,33 +48,33 @@ def test_the_bounds_are_the_formulas_of_the_rule() -> None:
 
 
 def test_a_ladder_stops_where_its_gains_fall_below_the_margin() -> None:
-    found = walk(losses([0.09, 0.05, 0.0, 0.05], seeds=8), RULE, bought=(16, 32, 64, 128))
+    found = decide_ladder(losses([0.09, 0.05, 0.0, 0.05], seeds=8), RULE, bought=(16, 32, 64, 128))
     assert [step.decision.verdict for step in found.comparisons][:3] == ["continue", "continue", "stop"]
-    assert (found.verdict, found.recommended_rank) == (Verdict.STOP, 32)
+    assert (found.verdict, found.recommended_rank) == (StepVerdict.STOP, 32)
     assert "diminished at r = 32" in found.sentence
 
 
 def test_a_ladder_of_large_gains_continues_to_its_end() -> None:
-    found = walk(losses([0.2, 0.2], seeds=8), RULE, complete=True)
-    assert (found.verdict, found.recommended_rank) == (Verdict.CONTINUE, 32)
+    found = decide_ladder(losses([0.2, 0.2], seeds=8), RULE, complete=True)
+    assert (found.verdict, found.recommended_rank) == (StepVerdict.CONTINUE, 32)
 
 
 def test_an_open_first_look_buys_seeds_and_an_open_last_look_is_inconclusive() -> None:
     ladder = losses([0.021], seed_sd=0.01)
-    first = walk(ladder, RULE)
-    assert first.verdict is Verdict.BUY
+    first = decide_ladder(ladder, RULE)
+    assert first.verdict is StepVerdict.BUY
     assert first.recommended_rank is None
     bought = first.comparisons[0].decision.purchase
     assert bought is not None
     assert 4 <= bought.seeds <= 8
     assert bought.items is None
-    last = walk(ladder, RULE, bought=(16,))
-    assert (last.verdict, last.recommended_rank) == (Verdict.INCONCLUSIVE, None)
+    last = decide_ladder(ladder, RULE, bought=(16,))
+    assert (last.verdict, last.recommended_rank) == (StepVerdict.INCONCLUSIVE, None)
     assert "It would take" in last.sentence
 
 
 def test_where_items_alone_are_too_few_it_asks_for_items_and_for_more_than_there_are() -> None:
-    bought = walk(losses([0.02], seed_sd=0.0001, item_sd=0.3), RULE).comparisons[0].decision.purchase
+    bought = decide_ladder(losses([0.02], seed_sd=0.0001, item_sd=0.3), RULE).comparisons[0].decision.purchase
     assert bought is not None
     assert bought.seeds is None
     assert bought.items > 400
@@ -86,13 +86,15 @@ def test_a_decision_does_not_change_with_the_order_of_items_or_seeds_or_with_a_s
     items, seeds = rng.permutation(400), rng.permutation(3)
     shift = rng.normal(size=(3, 400))
     changed = {rank: (values + shift)[seeds][:, items] for rank, values in ladder.items()}
-    for step, other in zip(walk(ladder, RULE).comparisons, walk(changed, RULE).comparisons, strict=True):
+    for step, other in zip(
+        decide_ladder(ladder, RULE).comparisons, decide_ladder(changed, RULE).comparisons, strict=True
+    ):
         assert step.decision.verdict == other.decision.verdict
         assert (step.decision.low, step.decision.high) == pytest.approx((other.decision.low, other.decision.high))
 
 
 def test_a_larger_gain_never_turns_continue_into_stop_and_a_larger_margin_never_stop_into_continue() -> None:
-    order = {Verdict.STOP: 0, Verdict.BUY: 1, Verdict.INCONCLUSIVE: 1, Verdict.CONTINUE: 2}
+    order = {StepVerdict.STOP: 0, StepVerdict.BUY: 1, StepVerdict.INCONCLUSIVE: 1, StepVerdict.CONTINUE: 2}
     ladder = losses([0.0], seeds=8, seed_sd=0.012)
     pooled = pooled_noise(list(ladder.values()))
     by_gain = [
@@ -119,43 +121,43 @@ def test_stop_gets_harder_with_the_number_of_doublings_and_continue_does_not() -
 def test_a_failed_run_is_left_out_of_its_doubling_only() -> None:
     ladder = losses([0.05, 0.05], seeds=4)
     ladder[32][1] = np.nan
-    found = walk(ladder, RULE, complete=True)
+    found = decide_ladder(ladder, RULE, complete=True)
     assert [step.decision.seeds for step in found.comparisons] == [4, 3]
     assert pooled_noise(list(ladder.values())).df == 5
 
 
 def test_a_ladder_is_decided_the_same_when_it_has_grown() -> None:
     ladder = losses([0.05, 0.03, 0.02])
-    early = walk({rank: ladder[rank] for rank in (8, 16)}, RULE)
-    late = walk(ladder, RULE)
+    early = decide_ladder({rank: ladder[rank] for rank in (8, 16)}, RULE)
+    late = decide_ladder(ladder, RULE)
     assert early.comparisons[0] == late.comparisons[0]
 
 
 def test_scores_without_items_are_decided_over_seeds_and_a_single_seed_is_not_decided() -> None:
     ladder = {rank: values.mean(axis=1) for rank, values in losses([0.2], seeds=8).items()}
-    decision = walk(ladder, RULE, complete=True).comparisons[0].decision
-    assert (decision.verdict, decision.items, decision.item_part) == (Verdict.CONTINUE, None, None)
-    one = walk({rank: values[:1] for rank, values in losses([0.2]).items()}, RULE, complete=True)
+    decision = decide_ladder(ladder, RULE, complete=True).comparisons[0].decision
+    assert (decision.verdict, decision.items, decision.item_part) == (StepVerdict.CONTINUE, None, None)
+    one = decide_ladder({rank: values[:1] for rank, values in losses([0.2]).items()}, RULE, complete=True)
     decision = one.comparisons[0].decision
-    assert (decision.verdict, decision.low, decision.high) == (Verdict.INCONCLUSIVE, None, None)
+    assert (decision.verdict, decision.low, decision.high) == (StepVerdict.INCONCLUSIVE, None, None)
     assert "more than one seed" in one.sentence
 
 
 def test_identical_losses_stop_without_a_division_by_zero() -> None:
     same = np.ones((3, 50))
-    found = walk({8: same, 16: same, 32: same}, RULE)
-    assert (found.verdict, found.recommended_rank) == (Verdict.STOP, 8)
+    found = decide_ladder({8: same, 16: same, 32: same}, RULE)
+    assert (found.verdict, found.recommended_rank) == (StepVerdict.STOP, 8)
 
 
 def test_a_published_gain_is_decided_by_the_normal_quantiles() -> None:
-    found = decide_published(1.0, 0.1, make_rule(0.5, 1))
-    assert found.verdict is Verdict.CONTINUE
+    found = decide_from_summary(1.0, 0.1, make_rule(0.5, 1))
+    assert found.verdict is StepVerdict.CONTINUE
     assert (found.low, found.high) == pytest.approx((1 - 1.959964 * 0.1, 1 + 1.959964 * 0.1))
 
 
-@pytest.mark.parametrize(("gain", "verdict"), [(0.49, Verdict.STOP), (0.51, Verdict.CONTINUE)])
-def test_where_either_answer_would_do_the_mean_is_held_against_the_margin(gain: float, verdict: Verdict) -> None:
-    found = decide_published(gain, 0.01, make_rule(0.5, 3))
+@pytest.mark.parametrize(("gain", "verdict"), [(0.49, StepVerdict.STOP), (0.51, StepVerdict.CONTINUE)])
+def test_where_either_answer_would_do_the_mean_is_held_against_the_margin(gain: float, verdict: StepVerdict) -> None:
+    found = decide_from_summary(gain, 0.01, make_rule(0.5, 3))
     assert 0.25 < found.low < found.high < 0.75
     assert found.verdict is verdict
 
@@ -171,7 +173,7 @@ def test_where_either_answer_would_do_the_mean_is_held_against_the_margin(gain: 
 )
 def test_ladders_that_do_not_pair_are_refused(ladder: dict[int, np.ndarray], words: str) -> None:
     with pytest.raises(AnalysisError, match=words):
-        walk(ladder, RULE)
+        decide_ladder(ladder, RULE)
 
 
 @pytest.mark.parametrize(("margin", "zone"), [(0, None), (-1, None), (float("nan"), None), (1, 0), (1, 2)])

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from made_up_grid import RANKS, SEEDS, made_up_grid
 
 from qlora_exp.analysis.error_rates.replay import DATA, allowed, climb, load, main, noise_of, replay, save
-from qlora_exp.analysis.rule import FIRST_SEEDS, Verdict, make_rule
+from qlora_exp.analysis.rule import FIRST_SEEDS, StepVerdict, make_rule
 from qlora_exp.errors import AnalysisError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_clear_answer_is_found_by_every_ladder_at_a_fraction_of_the_grid() -> None:
     row = replay(made_up_grid(), margin=0.1, r_start=1, draws=20, seed=1)
-    assert (row.grid.verdict, row.grid.recommended_rank) == (Verdict.STOP, 4)
+    assert (row.grid.verdict, row.grid.recommended_rank) == (StepVerdict.STOP, 4)
     assert (row.decided, row.compatible, row.unjudged, row.exact, row.grids_agree) == (1, 1, 0, 1, 1)
     # Ranks 1, 2, 4 and 8 of five, three seeds of eight, all with their three pilots.
     spent, whole = (FIRST_SEEDS + 3) * (1 + 2 + 4 + 8 + 400), (SEEDS + 3) * (31 + 500)
@@ -41,7 +41,7 @@ def test_gains_at_the_margin_may_be_called_either_way() -> None:
     reference = made_up_grid(gains=(0.1, 0.1, 0.1, 0.1), item_sd=0.05)
     rule = make_rule(0.1, 4)
     limits = [allowed(comparison, rule) for comparison in reference.answer(rule).comparisons]
-    assert limits == [frozenset({Verdict.CONTINUE, Verdict.STOP})] * 4
+    assert limits == [frozenset({StepVerdict.CONTINUE, StepVerdict.STOP})] * 4
     assert replay(reference, margin=0.1, r_start=1, draws=10, seed=1).compatible == 1
 
 
@@ -49,7 +49,7 @@ def test_a_grid_that_is_itself_inconclusive_judges_nobody() -> None:
     clear = made_up_grid()
     noisy = made_up_grid(gains=(0.1, 0.1, 0.1, 0.1), seed_sd=1.0, seed=3).grid
     row = replay(replace(clear, grid=noisy), margin=0.1, r_start=1, draws=5, seed=1)
-    assert row.grid.verdict is Verdict.INCONCLUSIVE
+    assert row.grid.verdict is StepVerdict.INCONCLUSIVE
     assert (row.decided, row.unjudged, row.compatible) == (1, 1, None)
 
 
@@ -57,12 +57,12 @@ def test_noise_buys_seeds_and_no_more_than_there_are() -> None:
     noisy = made_up_grid(gains=(0.1, 0.1, 0.1, 0.1), seed_sd=0.15, seed=4)
     ladder = climb(noisy.pool, RANKS, make_rule(0.1, 4))
     assert FIRST_SEEDS < ladder.seeds[0] <= SEEDS
-    assert all(comparison.decision.verdict is not Verdict.BUY for comparison in ladder.comparisons)
+    assert all(comparison.decision.verdict is not StepVerdict.BUY for comparison in ladder.comparisons)
 
 
 def test_a_ladder_that_starts_higher_is_held_against_the_grid_from_there() -> None:
     row = replay(made_up_grid(), margin=0.1, r_start=4, draws=5, seed=1)
-    assert (row.grid.verdict, row.grid.recommended_rank, row.exact) == (Verdict.STOP, 4, 1)
+    assert (row.grid.verdict, row.grid.recommended_rank, row.exact) == (StepVerdict.STOP, 4, 1)
 
 
 def test_measured_noise_is_that_of_the_differences() -> None:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import made_up
 
 from qlora_exp.analysis import sections
-from qlora_exp.analysis.content import Asked, Report
+from qlora_exp.analysis.content import ReportContent, StudyInfo
 from qlora_exp.analysis.rendering import to_csv, to_html, to_markdown
 from qlora_exp.analysis.report import build
 from qlora_exp.cli import main
@@ -41,8 +41,8 @@ LADDER: dict[str, Any] = {
 }
 
 
-def of(records: list[RunRecord], **asked: Any) -> Report:
-    return build(records, [Asked("made-up", **asked)])
+def of(records: list[RunRecord], **asked: Any) -> ReportContent:
+    return build(records, [StudyInfo("made-up", **asked)])
 
 
 def data_of(page: str) -> Any:
@@ -79,7 +79,7 @@ def test_what_other_people_wrote_is_text_never_markup() -> None:
     nasty = "</script><img src=x onerror=alert(1)>"
     record = made_up.run(0, targets="mlp").replace(warnings=(nasty,), run_id=nasty)
     broken = made_up.failed(1, Status.FAILED, nasty)
-    page = to_html(build([record, broken], [Asked(nasty, question=nasty, ladder={**LADDER, "sentence": nasty})]))
+    page = to_html(build([record, broken], [StudyInfo(nasty, question=nasty, ladder={**LADDER, "sentence": nasty})]))
     assert "<img src=x" not in page
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
 

@@ -12,7 +12,7 @@ import made_up
 
 from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of
 from qlora_exp.analysis.tradeoffs import (
-    Standing,
+    ParetoStatus,
     equal_parameters_hint,
     front,
     goal_answer,
@@ -29,7 +29,7 @@ def of(*records: RunRecord) -> list[Configuration]:
     return configurations(records, LOSS)
 
 
-def standings(*records: RunRecord) -> dict[float, Standing]:
+def standings(*records: RunRecord) -> dict[float, ParetoStatus]:
     found = front(of(*records), LOSS)
     return {
         round(c.quality.mean, 3): standing
@@ -51,7 +51,7 @@ def test_the_front_is_what_no_other_configuration_beats_by_brute_force() -> None
     points = [(c.quality.mean, c.memory_bytes, -c.tokens_per_second) for c in found.configurations]  # type: ignore
     for point, standing in zip(points, found.standings, strict=True):
         beaten = any(all(x <= y for x, y in zip(other, point, strict=True)) and other != point for other in points)
-        assert (standing is Standing.FRONT) == (not beaten)
+        assert (standing is ParetoStatus.FRONT) == (not beaten)
 
 
 def test_a_configuration_within_the_seeds_noise_of_the_front_is_not_called_dominated() -> None:
@@ -63,7 +63,7 @@ def test_a_configuration_within_the_seeds_noise_of_the_front_is_not_called_domin
             for seed, shift in ((1, -0.05), (2, 0.05), (3, 0.0))
         )
     ]
-    assert standings(*noisy) == {1.5: Standing.FRONT, 1.52: Standing.NEAR, 2.5: Standing.DOMINATED}
+    assert standings(*noisy) == {1.5: ParetoStatus.FRONT, 1.52: ParetoStatus.NEAR, 2.5: ParetoStatus.DOMINATED}
 
 
 def test_no_front_is_drawn_with_a_single_quantization() -> None:

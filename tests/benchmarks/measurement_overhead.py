@@ -24,12 +24,12 @@ from trl import SFTTrainer
 from qlora_exp.config.compose import compose
 from qlora_exp.data.load import to_training_dataset
 from qlora_exp.models.adapters import attach_adapters, recast_adapters
-from qlora_exp.models.base import load_base, shell
+from qlora_exp.models.base import clone_sharing_weights, load_base
 from qlora_exp.runs.prepare import prepare
-from qlora_exp.runs.process import quiet_libraries
+from qlora_exp.runs.process import silence_libraries
 from qlora_exp.system import environment
-from qlora_exp.training.callbacks import Curve, Interruption, StepMeter
-from qlora_exp.training.outcome import Silent
+from qlora_exp.training.callbacks import GracefulInterrupt, LossCurve, StepMeter
+from qlora_exp.training.outcome import NullObserver
 from qlora_exp.training.trainer import _MeteredTrainer, arguments
 
 WARM_UP = 5
@@ -119,9 +119,9 @@ for name in PLAIN_SECONDS:
 
 def one_round(ready: Any, base: Any, config: Any, turns: Turns) -> None:
     row = ready.splits.train[0]
-    model, meter = attach_adapters(shell(base), config, ready.modules), StepMeter()
+    model, meter = attach_adapters(clone_sharing_weights(base), config, ready.modules), StepMeter()
     with tempfile.TemporaryDirectory() as folder:
-        watchers = [meter, Curve(Path(folder) / "curve.jsonl", meter, Silent()), Interruption()]
+        watchers = [meter, LossCurve(Path(folder) / "curve.jsonl", meter, NullObserver()), GracefulInterrupt()]
         trainer = Alternating(
             model=model,
             args=arguments(ready.plan, config, Path(folder)),
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=120)
     given = parser.parse_args()
-    quiet_libraries()
+    silence_libraries()
     config = compose([f"training.max_steps={given.steps}", "training.device=cpu", "targets=all_linear"])
     ready = prepare(config, environment.probe(config.training.device))
     base = load_base(config, "cpu")

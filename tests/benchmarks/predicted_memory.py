@@ -294,7 +294,7 @@ def overrides(case: Case, folder: Path, joined: bool) -> list[str]:
 def measure(case: Case, joined: bool) -> dict[str, Any]:
     """The record of one fresh process that trains ``case`` on one thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    environment |= {heap.VARIABLE: heap.JOINED if joined else ""}
+    environment |= {heap.MALLOC_VARIABLE: heap.TUNABLES if joined else ""}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [sys.executable, "-m", "qlora_exp.cli", "run", *overrides(case, folder, joined)]

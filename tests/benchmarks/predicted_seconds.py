@@ -27,7 +27,7 @@ from predicted_memory import Case, overrides
 from qlora_exp.config.schema import Quantization
 from qlora_exp.estimate.calibration import kept_flops_per_second, rates_file
 from qlora_exp.estimate.duration import Interval, Rate, rate_from_calibration
-from qlora_exp.estimate.throughput import for_one_more, seen_of
+from qlora_exp.estimate.throughput import from_finished_runs, prediction_interval
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.system import heap
@@ -119,7 +119,7 @@ def seconds_of(flops: float, rate: Rate) -> Interval:
 def measured_rows(folder: Path, to_do: int) -> list[Row]:
     """Those whose runs lie in ``folder``, after as many of the others as ``to_do`` says were made there."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    environment |= {heap.VARIABLE: heap.JOINED, "XDG_CACHE_HOME": str(folder / "cache")}
+    environment |= {heap.MALLOC_VARIABLE: heap.TUNABLES, "XDG_CACHE_HOME": str(folder / "cache")}
     os.environ["XDG_CACHE_HOME"] = environment["XDG_CACHE_HOME"]
     if not rates_file().exists():
         command(environment, "calibrate", "--threads", "1")
@@ -165,7 +165,7 @@ def measured(record: RunRecord, others: Sequence[RunRecord]) -> Measured:
     flops = plan.train_flops_per_token * plan.predicted_train_tokens
     calibrated = kept_flops_per_second(record.environment, Quantization(record.config["quantization"]["mode"]))
     assert calibrated is not None
-    rate = seen_of(others, record.environment, record.config, record.speed.steps).rate
+    rate = from_finished_runs(others, record.environment, record.config, record.speed.steps).rate
     return Measured(flops, calibrated, record.speed.train_seconds, seconds_of(flops, rate) if rate else None)
 
 
@@ -248,7 +248,7 @@ def fitted_shares(rows: Sequence[Row]) -> Interval:
     """What CALIBRATED_SHARE is by the fitted trainings: the interval for one more, and the mean of what they took for
     each operation."""
     shares = [found.share for training, found in rows if training.fitted]
-    return for_one_more(shares, statistics.harmonic_mean(shares), f"{len(shares)} fitted trainings")
+    return prediction_interval(shares, statistics.harmonic_mean(shares), f"{len(shares)} fitted trainings")
 
 
 def main() -> None:

@@ -24,12 +24,12 @@ import numpy as np
 
 from qlora_exp.analysis.error_rates.replay import ReferenceGrid, save
 from qlora_exp.paths import OutputPaths
-from qlora_exp.rank_doubling.answers import trials_of
-from qlora_exp.rank_doubling.ladder import Choice, LadderTrial, Point, choose
+from qlora_exp.rank_doubling.answers import ladder_trials
+from qlora_exp.rank_doubling.ladder import LadderPoint, LadderTrial, LearningRateChoice, select_learning_rate
 from qlora_exp.rank_doubling.settings import RANK, RATE, SEED, SPLIT, ranks_of
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord
-from qlora_exp.study.types import LadderSpec, OneLadder
+from qlora_exp.study.types import LadderSettings, LadderSpec
 from qlora_exp.training.meter import flops_per_token
 
 GRID_SEEDS, REPLAY_SEEDS, PILOT_SEED = range(1, 9), range(101, 109), 1000
@@ -45,7 +45,7 @@ SPEC = LadderSpec(
     half_zone=None,
     lr_policy="search",
     lr_factors=(0.5, 1.0, 2.0),
-    ladders=(OneLadder(axes={}, learning_rate=CENTRE_AT_8 * 8**0.5, rate_exponent=-0.5, alpha="2r"),),
+    ladders=(LadderSettings(axes={}, learning_rate=CENTRE_AT_8 * 8**0.5, rate_exponent=-0.5, alpha="2r"),),
 )
 SETTINGS: dict[str, Any] = {
     "seed": 1,
@@ -71,7 +71,9 @@ def main() -> None:
         return
     one = SPEC.ladders[0]
     for stage in ("pilots", "pilots_beyond"):
-        needs = [point for rank in ranks_of(SPEC) for point in choose(SPEC, one, pilots_in(root), rank)[1]]
+        needs = [
+            point for rank in ranks_of(SPEC) for point in select_learning_rate(SPEC, one, pilots_in(root), rank)[1]
+        ]
         run_stage(root, stage, needs, PILOT_ITEMS, given.workers)
     rates = {rank: choice.learning_rate for rank, choice in choices(root).items()}
     seeds = [seed for pair in zip(GRID_SEEDS, REPLAY_SEEDS, strict=True) for seed in pair]
@@ -79,8 +81,8 @@ def main() -> None:
     run_stage(root, "grid", points, UNUSED_ITEMS, given.workers)
 
 
-def choices(root: Path) -> dict[int, Choice]:
-    found = {rank: choose(SPEC, SPEC.ladders[0], pilots_in(root), rank)[0] for rank in ranks_of(SPEC)}
+def choices(root: Path) -> dict[int, LearningRateChoice]:
+    found = {rank: select_learning_rate(SPEC, SPEC.ladders[0], pilots_in(root), rank)[0] for rank in ranks_of(SPEC)}
     return {rank: choice for rank, choice in found.items() if choice is not None}
 
 
@@ -90,10 +92,10 @@ def pilots_in(root: Path) -> list[LadderTrial]:
 
 def trials_in(root: Path, pattern: str) -> list[LadderTrial]:
     records = [read_record(path) for path in sorted(root.glob(f"runs/{pattern}/record.json"))]
-    return [trial for trial in trials_of(records, OutputPaths.of(str(root))) if trial.completed]
+    return [trial for trial in ladder_trials(records, OutputPaths.of(str(root))) if trial.completed]
 
 
-def run_stage(root: Path, name: str, points: Sequence[Point], validation_items: int, workers: int) -> None:
+def run_stage(root: Path, name: str, points: Sequence[LadderPoint], validation_items: int, workers: int) -> None:
     """A sweep over ``points``; it goes on where it was begun, then with the points of its file."""
     path = root / "sweeps" / f"reference_{name}.yaml"
     if not path.exists():
@@ -105,7 +107,7 @@ def run_stage(root: Path, name: str, points: Sequence[Point], validation_items: 
     subprocess.run([*command, f"output_root={root}", "tracking=off"], cwd=root, check=True, env=dict(os.environ))
 
 
-def sweep_file(name: str, points: Sequence[Point], validation_items: int) -> str:
+def sweep_file(name: str, points: Sequence[LadderPoint], validation_items: int) -> str:
     """JSON is YAML."""
     values = {key: sorted({point[key] for point in points}) for key in (RANK, SEED, RATE, SPLIT)}
     params = {key: ",".join(map(str, values[key])) for key in (RANK, SEED, SPLIT)}

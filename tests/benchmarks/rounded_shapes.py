@@ -24,7 +24,11 @@ COMMAND = "import sys; from qlora_exp.cli import main; sys.exit(main(sys.argv[1:
 
 def trained(rounded: bool, steps: int) -> tuple[float, float]:
     """MB and seconds of one training."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", heap.VARIABLE: heap.JOINED}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        heap.MALLOC_VARIABLE: heap.TUNABLES,
+    }
     with tempfile.TemporaryDirectory() as folder:
         settings = ["model=embedded", "quantization=fp16", f"training.max_steps={steps}", "training.device=cpu"]
         quick = ["evaluation=quick", "evaluation.max_items=50", "tracking=off", f"output_root={folder}"]

@@ -26,7 +26,7 @@ from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import RunRecord, Status, Trial
 from qlora_exp.tracking.state import read_state
-from qlora_exp.tracking.sync import sync
+from qlora_exp.tracking.sync import sync_runs
 from qlora_exp.tracking.ui import charts_url, compare_url, runs_url
 
 pytestmark = [
@@ -79,7 +79,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     write_json(output.study("which-rank").spec, definition)
     for record in records():
         synthetic.write_run(output, record)
-    assert sync(output.root).failed == {}
+    assert sync_runs(output.root).failed == {}
     states = {record.name: read_state(output.run(record.run_id)) for record in records()}
     runs = {name: str(state.mlflow_run_id) for name, state in states.items() if state is not None}
     experiment_id = str(next(state.experiment_id for state in states.values() if state is not None))

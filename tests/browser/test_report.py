@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 
 import made_up
 
-from qlora_exp.analysis.content import Asked
+from qlora_exp.analysis.content import StudyInfo
 from qlora_exp.analysis.rendering import to_html
 from qlora_exp.analysis.report import build
 
@@ -96,7 +96,7 @@ FRAME = """<!DOCTYPE html><body style="margin:0">
 
 def looked_at(folder: Path, width: int, *flags: str, runs: int = 300) -> dict[str, Any]:
     """What the page's script sees once it has been drawn, sorted, clicked and filtered."""
-    page = to_html(build(made_up.many(runs), [Asked("which-rank-is-worth-paying-for", "Which rank?")]), "runs")
+    page = to_html(build(made_up.many(runs), [StudyInfo("which-rank-is-worth-paying-for", "Which rank?")]), "runs")
     page = page.replace("<style>", f"{EARLY}<style>", 1).replace("</body>", f"{LATE}</body>")
     (folder / "page.html").write_text(page, encoding="utf-8")
     (folder / "frame.html").write_text(FRAME.format(width=width), encoding="utf-8")

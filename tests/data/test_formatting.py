@@ -19,7 +19,7 @@ from qlora_exp.config.schema import Format, InvalidRows, Variant
 from qlora_exp.data.encoding import resolve_format
 from qlora_exp.data.items import Splits
 from qlora_exp.data.load import load_data, to_training_dataset
-from qlora_exp.data.preview import preview
+from qlora_exp.data.preview import preview_items
 from qlora_exp.errors import DataError, Problems
 
 Configure = Callable[..., Any]
@@ -345,7 +345,7 @@ def test_preview_marks_exactly_the_trained_tokens(
 ) -> None:
     config = in_format(configure(folder), "chat" if name == "chat" else "plain")
     splits = load_data(config, tokenizers[name], 512)
-    shown = preview(splits, tokenizers[name], "train", 3)
+    shown = preview_items(splits, tokenizers[name], "train", 3)
     assert [item.item_id for item in shown] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
     for item, row in zip(splits.train, shown, strict=False):
         assert tuple(token.id for token in row.tokens) == item.ids
@@ -356,7 +356,7 @@ def test_preview_marks_exactly_the_trained_tokens(
         else:
             assert "".join(token.text for token in row.tokens) == tokenizers[name].decode(item.ids)
     with pytest.raises(DataError, match="no split 'tset'") as error:
-        preview(splits, tokenizers[name], "tset", 1)
+        preview_items(splits, tokenizers[name], "tset", 1)
     assert "did you mean test" in str(error.value)
 
 
@@ -365,7 +365,7 @@ def test_a_preview_shows_characters_of_several_tokens(
 ) -> None:
     rows = [{"prompt": f"{n}号苹果的颜色是", "completion": color} for n, color in enumerate(("红色", "绿🍏") * 20)]
     config = in_format(configure(rows_file(rows)), "plain")
-    for item in preview(load_data(config, tokenizers["plain"], 512), tokenizers["plain"], "train", 4):
+    for item in preview_items(load_data(config, tokenizers["plain"], 512), tokenizers["plain"], "train", 4):
         row = rows[int(item.item_id.rpartition(":")[2]) - 1]
         assert len(item.tokens) == item.prompt_tokens + item.completion_tokens + item.end_tokens
         for trained, text in ((False, row["prompt"]), (True, row["completion"])):

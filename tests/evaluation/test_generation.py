@@ -13,7 +13,7 @@ from qlora_exp.data.model_limits import check_positions
 from qlora_exp.errors import DataError
 from qlora_exp.evaluation.forgetting import text_losses
 from qlora_exp.evaluation.generation import MARGIN_TOKENS, StopRule, generate, max_new_tokens, stop_rule
-from qlora_exp.evaluation.kv_cache import CausalModel, read, scoring_mode
+from qlora_exp.evaluation.kv_cache import CausalModel, prefill, scoring_mode
 from qlora_exp.evaluation.scoring import evaluate_model
 
 PROMPTS = ["a", "a much longer prompt than the others:", "bb b", "tell me:"]
@@ -21,7 +21,9 @@ PROMPTS = ["a", "a much longer prompt than the others:", "bb b", "tell me:"]
 
 def generated(model: Any, tokenizer: Any, prompts: list[str], rule: StopRule) -> list[str]:
     with scoring_mode(model):
-        return generate(*read(CausalModel(model), [tokenizer(text)["input_ids"] for text in prompts]), tokenizer, rule)
+        return generate(
+            *prefill(CausalModel(model), [tokenizer(text)["input_ids"] for text in prompts]), tokenizer, rule
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mistral", "lfm2", "mamba"])
@@ -87,7 +89,7 @@ def test_generation_ends_where_the_model_has_no_further_positions(
     model = make_model("gpt2", n_positions=16)
     rule = StopRule(frozenset(), at_newline=False, max_new_tokens=50)
     with scoring_mode(model):
-        start = read(CausalModel(model), [[65] * 16, [66] * 10])
+        start = prefill(CausalModel(model), [[65] * 16, [66] * 10])
         first, second = generate(*start, tokenizer, rule)
     # 16 positions hold the prompt and all generated tokens but the last; a token is at most one character here.
     assert len(first) <= 1

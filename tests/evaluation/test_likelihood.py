@@ -13,7 +13,7 @@ import torch
 from qlora_exp.config.compose import compose
 from qlora_exp.data.load import load_data
 from qlora_exp.evaluation import likelihood
-from qlora_exp.evaluation.kv_cache import CausalModel, batches, read, scoring_mode
+from qlora_exp.evaluation.kv_cache import CausalModel, batches, prefill, scoring_mode
 from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
 from qlora_exp.evaluation.scoring import evaluate_model
 from qlora_exp.models.base import load_base
@@ -41,7 +41,7 @@ def random_prompts(count: int = 6) -> list[tuple[int, ...]]:
 def test_options_score_as_one_forward_pass_each(family: str, make_model: Callable[..., Any]) -> None:
     model, prompts = make_model(family), random_prompts()
     with scoring_mode(model):
-        found = option_log_likelihoods(*read(CausalModel(model), prompts), OptionTrie.of(OPTIONS))
+        found = option_log_likelihoods(*prefill(CausalModel(model), prompts), OptionTrie.of(OPTIONS))
     for row, prompt in enumerate(prompts):
         for column, option in enumerate(OPTIONS):
             assert float(found[row, column]) == pytest.approx(-sum(plain_nats(model, prompt, option)), abs=1e-4)
@@ -53,7 +53,7 @@ def test_completions_score_as_one_forward_pass_each(family: str, make_model: Cal
     completions = [(7,), (1, 2, 3, 4), (9, 9), (200,), (4, 5, 6), (8, 8)]
     ends = [(250,), (), (250, 10), (250,), (250,), ()]
     with scoring_mode(model):
-        found = completion_scores(*read(CausalModel(model), prompts), completions, ends)
+        found = completion_scores(*prefill(CausalModel(model), prompts), completions, ends)
     for prompt, completion, end, result in zip(prompts, completions, ends, found, strict=True):
         nats = plain_nats(model, prompt, completion + end)
         assert result.completion_nats == pytest.approx(sum(nats[: len(completion)]), abs=1e-4)
@@ -66,7 +66,7 @@ def test_hits_are_those_of_the_teacher_forced_argmax(make_model: Callable[..., A
         best = [int(model(torch.tensor([prompt])).logits[0, -1].argmax()) for prompt in prompts]
     completions = [(best[0],), ((best[1] + 1) % 256,), (best[2],), (best[3],), ((best[4] + 1) % 256,), (best[5],)]
     with scoring_mode(model):
-        found = completion_scores(*read(CausalModel(model), prompts), completions, [()] * 6)
+        found = completion_scores(*prefill(CausalModel(model), prompts), completions, [()] * 6)
     assert [result.tokens_correct for result in found] == [1, 0, 1, 1, 0, 1]
 
 
@@ -74,7 +74,7 @@ def test_bounds_on_memory_change_no_score(make_model: Callable[..., Any], monkey
     model, prompts = make_model("llama"), random_prompts()
     trie, completions = OptionTrie.of(OPTIONS), [(1, 2, 3)] * 6
     with scoring_mode(model):
-        start = read(CausalModel(model), prompts)
+        start = prefill(CausalModel(model), prompts)
         options, nats = option_log_likelihoods(*start, trie), completion_scores(*start, completions, [()] * 6)
         monkeypatch.setattr(likelihood, "TOKENS_PER_PASS", 1)
         monkeypatch.setattr(likelihood, "LOGITS_PER_PASS", 1)

@@ -20,7 +20,7 @@ from qlora_exp.evaluation.metrics import (
     hub_metric,
     longest_common_subsequence,
     rouge_l_f,
-    score,
+    score_completions,
     token_f1,
     words,
 )
@@ -31,16 +31,16 @@ PREDICTED = [0, 0, 0, 1, 1, 0, 0, 0]
 
 
 def test_label_metrics_have_their_values_by_hand() -> None:
-    assert score(Accuracy, PREDICTED, WANTED) == pytest.approx(4 / 8)
-    assert score(BalancedAccuracy, PREDICTED, WANTED) == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
+    assert score_completions(Accuracy, PREDICTED, WANTED) == pytest.approx(4 / 8)
+    assert score_completions(BalancedAccuracy, PREDICTED, WANTED) == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
     # F1 of 0: 2·3/(4+6); of 1: 2·1/(2+2); of 2 and of the absent 3: 0.
-    assert score(MacroF1, PREDICTED, WANTED, labels=4) == pytest.approx((0.6 + 0.5 + 0 + 0) / 4)
+    assert score_completions(MacroF1, PREDICTED, WANTED, labels=4) == pytest.approx((0.6 + 0.5 + 0 + 0) / 4)
 
 
 def test_text_metrics_have_their_values_by_hand() -> None:
     generated, answers = ["  Red ", "blue", "bleu", ""], ["red", "red", "blue", "blue"]
-    assert score(ExactMatch, generated, answers) == 0.25
-    assert score(InvalidAnswerRate, generated, answers, answers=["red", "Blue"]) == 0.5
+    assert score_completions(ExactMatch, generated, answers) == 0.25
+    assert score_completions(InvalidAnswerRate, generated, answers, answers=["red", "Blue"]) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_text_metrics_have_their_values_by_hand() -> None:
 def test_overlap_has_known_values(prediction: str, reference: str, rouge_l: float, f1: float) -> None:
     assert rouge_l_f(prediction, reference) == pytest.approx(rouge_l)
     assert token_f1(prediction, reference) == pytest.approx(f1)
-    assert score(RougeL, [prediction, "x"], [reference, "x"]) == pytest.approx((rouge_l + 1) / 2)
-    assert score(TokenF1, [prediction, "x"], [reference, "x"]) == pytest.approx((f1 + 1) / 2)
+    assert score_completions(RougeL, [prediction, "x"], [reference, "x"]) == pytest.approx((rouge_l + 1) / 2)
+    assert score_completions(TokenF1, [prediction, "x"], [reference, "x"]) == pytest.approx((f1 + 1) / 2)
 
 
 def test_the_longest_common_subsequence_is_that_of_the_textbook_table() -> None:

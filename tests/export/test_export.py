@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_exp.cli import main
 from qlora_exp.config.schema import ExportConfig
 from qlora_exp.export.card import export_card
-from qlora_exp.export.llama_cpp import measure
+from qlora_exp.export.llama_cpp import measure_runtime
 from qlora_exp.export.phone import answer_phone
 from qlora_exp.export.results import Artefact, Export, Runtime, TaskCheck
 from qlora_exp.export.settings import load_settings
-from qlora_exp.export.task_check import compare, paired_bounds
+from qlora_exp.export.task_check import compare_answers, paired_bounds
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
 from qlora_exp.system.hardware import read_prices
@@ -266,7 +266,7 @@ def test_a_llama_cpp_that_needs_a_network_does_not_run(
     (tmp_path / "llama_cpp.py").write_text(f"{ANY_LLAMA_CPP}        {needs}\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    measured = measure(tmp_path / "model.gguf", 8, 2)
+    measured = measure_runtime(tmp_path / "model.gguf", 8, 2)
     assert (measured.generated_tokens_per_second is not None) == runs, measured.why
     assert runs or "needs a network" in str(measured.why)
 
@@ -291,13 +291,15 @@ def answers(*right: bool) -> pa.Table:
 
 
 def test_a_check_is_answered_by_its_bounds_not_by_its_figure() -> None:
-    assert compare(answers(*[True] * 400), answers(*[True] * 400), 0.03).answer == "yes"
-    assert compare(answers(*[True] * 10), answers(*[True] * 10), 0.03).answer == "not shown"
-    assert compare(answers(*[True] * 400), answers(*[False] * 40, *[True] * 360), 0.03).answer == "no"
-    mixed = compare(answers(*[True] * 50, *[False] * 50), answers(*[False] * 10, *[True] * 50, *[False] * 40), 0.03)
+    assert compare_answers(answers(*[True] * 400), answers(*[True] * 400), 0.03).answer == "yes"
+    assert compare_answers(answers(*[True] * 10), answers(*[True] * 10), 0.03).answer == "not shown"
+    assert compare_answers(answers(*[True] * 400), answers(*[False] * 40, *[True] * 360), 0.03).answer == "no"
+    mixed = compare_answers(
+        answers(*[True] * 50, *[False] * 50), answers(*[False] * 10, *[True] * 50, *[False] * 40), 0.03
+    )
     assert (mixed.lost_items, mixed.won_items, mixed.run, mixed.exported) == (10, 10, 0.5, 0.5)
     assert mixed.answer == "not shown"
-    assert compare(pa.table({"correct": [None], "exact": [None]}), answers(True), 0.03).why is not None
+    assert compare_answers(pa.table({"correct": [None], "exact": [None]}), answers(True), 0.03).why is not None
 
 
 def test_the_bounds_hold_at_their_level() -> None:

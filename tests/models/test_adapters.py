@@ -18,7 +18,7 @@ from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError
 from qlora_exp.models.adapters import adapter_parameters, attach_adapters, load_adapter, recast_adapters, save_adapter
-from qlora_exp.models.base import Base, load_base, shell
+from qlora_exp.models.base import Base, clone_sharing_weights, load_base
 from qlora_exp.models.inspect import architecture_of, describe
 
 TOKENS = torch.arange(5, 25).reshape(2, 10)
@@ -29,7 +29,7 @@ def adapted(folder: Path, *more: str) -> tuple[Base, PeftModel, Config]:
     config = compose(["model=local", f"model.path={folder}", "targets=all_linear", *more])
     base = load_base(config, "cpu")
     modules = resolve_targets(describe(config.model), config.targets)
-    return base, attach_adapters(shell(base), config, modules), config
+    return base, attach_adapters(clone_sharing_weights(base), config, modules), config
 
 
 def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -232,4 +232,4 @@ def test_targets_that_the_model_lacks_are_refused(tiny_models: dict[str, Path]) 
     config = compose(["model=local", f"model.path={tiny_models['gpt2']}"])
     base = load_base(config, "cpu")
     with pytest.raises(ModelError, match="doesn't have"):
-        attach_adapters(shell(base), config, ["model.layers.0.self_attn.q_proj"])
+        attach_adapters(clone_sharing_weights(base), config, ["model.layers.0.self_attn.q_proj"])

@@ -20,7 +20,7 @@ from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import Config, Quantization
 from qlora_exp.errors import ModelError
 from qlora_exp.models.adapters import attach_adapters
-from qlora_exp.models.base import load_base, shell
+from qlora_exp.models.base import clone_sharing_weights, load_base
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.self_test import dequantized, quantization_self_test
 from qlora_exp.models.weight_bytes import weight_bytes
@@ -99,11 +99,11 @@ def test_quantized_training_is_exact_on_the_dequantized_weights_before_and_after
     config = configured(tiny_models[family], mode)
     base = load_base(config, "cpu")
     modules = resolve_targets(describe(config.model), config.targets)
-    before = trained_step(shell(base), config, modules)
+    before = trained_step(clone_sharing_weights(base), config, modules)
     reference = trained_step(dequantized(base.model), config, modules)
     with torch.no_grad():
         base.model(input_ids=TOKENS)
-    after = trained_step(shell(base), config, modules)
+    after = trained_step(clone_sharing_weights(base), config, modules)
     assert before.keys() == reference.keys() == after.keys()
     for name, gradient in before.items():
         assert torch.equal(gradient, after[name]), name
@@ -173,7 +173,7 @@ def test_training_on_a_shell_shares_tensors_and_leaves_the_base_as_it_was(
     modules = resolve_targets(describe(config.model), config.targets)
     before, losses = state_of(base.model), []
     for _ in range(2):
-        lent = shell(base)
+        lent = clone_sharing_weights(base)
         shared = dict(base.model.named_parameters())
         assert all(parameter is shared[name] for name, parameter in lent.named_parameters())
         torch.manual_seed(0)
@@ -192,7 +192,7 @@ def test_training_on_a_shell_shares_tensors_and_leaves_the_base_as_it_was(
 def test_a_shell_holds_no_tensor_of_its_own(tiny_models: dict[str, Path]) -> None:
     for mode in ("int8", "nf4"):
         base = load_base(configured(tiny_models["llama"], mode), "cpu")
-        copies = weight_bytes(torch.nn.ModuleList([base.model, shell(base)]))
+        copies = weight_bytes(torch.nn.ModuleList([base.model, clone_sharing_weights(base)]))
         assert copies == weight_bytes(base.model)
 
 

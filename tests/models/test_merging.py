@@ -10,7 +10,7 @@ import torch
 from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.compose import compose
 from qlora_exp.models.adapters import adapter_parameters, attach_adapters, save_adapter
-from qlora_exp.models.base import load_base, shell
+from qlora_exp.models.base import clone_sharing_weights, load_base
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 
@@ -27,7 +27,7 @@ def test_the_merged_model_is_base_and_adapter(
     config = compose([*given, "quantization=fp32", "training.device=cpu"])
     base = load_base(config, "cpu")
     modules = resolve_targets(describe(config.model), config.targets)
-    adapted = attach_adapters(shell(base), config, modules)
+    adapted = attach_adapters(clone_sharing_weights(base), config, modules)
     torch.manual_seed(0)
     with torch.no_grad():
         untouched = base.model(input_ids=TOKENS).logits

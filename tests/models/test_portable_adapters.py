@@ -17,7 +17,7 @@ from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter, write_portable
-from qlora_exp.models.base import load_base, shell
+from qlora_exp.models.base import clone_sharing_weights, load_base
 from qlora_exp.models.inspect import describe
 
 TOKENS = torch.arange(5, 45).reshape(2, 20)
@@ -39,7 +39,7 @@ def trained(folder: Path, family: str, *variant: str) -> tuple[Any, Any, tuple[s
     config = compose(["model=local", f"model.path={folder}", "quantization=fp32", "targets=all_linear", *variant])
     base = load_base(config, "cpu")
     modules = resolve_targets(describe(config.model), config.targets)
-    model = attach_adapters(shell(base), config, modules)
+    model = attach_adapters(clone_sharing_weights(base), config, modules)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from qlora_exp.architecture.families import known_architecture
-from qlora_exp.estimate.activations import kept_per_token, written_out
-from qlora_exp.estimate.sweep import points_of
+from qlora_exp.estimate.activations import is_eager, saved_bytes_per_token
+from qlora_exp.estimate.sweep import search_space
 
 HIDDEN, ROWS, LENGTH = 256, 2, 24
 LONG = 128
@@ -137,7 +137,7 @@ def check_a_layer(
     saved, counted = [], []
     for layers in (2, 3):
         total, (described, names) = saved_bytes(architecture, layers, dtype, padded, adapted, eager, length)
-        kept = kept_per_token(
+        kept = saved_bytes_per_token(
             described,
             names,
             r=4,
@@ -146,7 +146,7 @@ def check_a_layer(
             int8=False,
             length=length,
             padded=padded,
-            eager=eager or written_out("auto", described),
+            eager=eager or is_eager("auto", described),
         )
         saved.append(total)
         counted.append(kept.layers * ROWS * length)
@@ -180,7 +180,9 @@ def test_attention_that_is_written_out_keeps_its_scores(architecture: str, dtype
 def test_a_llama_layer_in_numbers() -> None:
     """fp32, no adapters: two norms' inputs, q and output, k and v, three of the intermediate width, a sum a head."""
     _, (described, _) = saved_bytes("llama", 1, "float32", False, False)
-    kept = kept_per_token(described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False)
+    kept = saved_bytes_per_token(
+        described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False
+    )
     elements = 2 * HIDDEN + 2 * HIDDEN + 2 * HIDDEN // 2 + 3 * 3 * HIDDEN + 8
     # the first layer's first norm keeps nothing, nor does its attention: its input needs no gradient
     assert kept.layers == 4 * (elements - HIDDEN - (2 * HIDDEN + 2 * HIDDEN // 2 + 8))
@@ -208,7 +210,7 @@ def test_what_int8_holds_outlives_checkpointing(mode: str) -> None:
     assert (inner[0]() is not None) == (mode == "int8")
     del output
     _, (described, _) = saved_bytes("llama", 2, "float32", False, False)
-    kept = kept_per_token(
+    kept = saved_bytes_per_token(
         described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=mode == "int8", length=LENGTH, padded=False
     )
     held = 2 * HIDDEN + HIDDEN + 3 * HIDDEN  # what q, k, v read, what o reads, what gate and up read, what down reads
@@ -222,14 +224,14 @@ def test_counting_loads_no_torch() -> None:
 
 
 def test_what_adapters_keep_in_single_layers_adds_up() -> None:
-    [point] = points_of(["model=smollm2_135m"]).points
+    [point] = search_space(["model=smollm2_135m"]).points
     assert point.config is not None
     architecture = known_architecture(point.config.model)
     assert architecture is not None
     names = [shape.name for shape in architecture.weights if shape.name.endswith("q_proj")]
 
     def kept(adapted: list[str]) -> float:
-        return kept_per_token(
+        return saved_bytes_per_token(
             architecture, adapted, r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False
         ).layers
 

@@ -90,17 +90,17 @@ def test_the_largest_batch_of_rows_of_many_lengths() -> None:
     assert (rows.shortest_tokens, rows.longest_tokens, rows.differ) == (30, 129, True)
     for batches in (1, 10, 100):
         seen = [max(sum(rng.sample(scored, 8)) for _ in range(batches)) for _ in range(200)]
-        assert rows.most_scored(8, batches) == pytest.approx(statistics.fmean(seen), rel=0.03)
+        assert rows.max_loss_tokens(8, batches) == pytest.approx(statistics.fmean(seen), rel=0.03)
     few_long = RowLengths.of([30] * 98 + [2000] * 2, [20] * 98 + [1990] * 2)
-    assert few_long.most_scored(1, 100) == 1990
-    assert few_long.most_scored(4, 100) >= 1990 + 3 * 20
-    assert few_long.most_scored(1, 2) < 1990
+    assert few_long.max_loss_tokens(1, 100) == 1990
+    assert few_long.max_loss_tokens(4, 100) >= 1990 + 3 * 20
+    assert few_long.max_loss_tokens(1, 2) < 1990
     for together in (1, 3, 8, 100):
         seen = [max(rng.choices(scored, k=together)) + 10 for _ in range(2000)]
-        assert rows.mean_longest(together) == pytest.approx(statistics.fmean(seen), rel=0.02)
+        assert rows.expected_padded_length(together) == pytest.approx(statistics.fmean(seen), rel=0.02)
     same = RowLengths.of([50, 50], [20, 20])
-    assert same.most_scored(4, 100) == 80
-    assert same.mean_longest(4) == 50
+    assert same.max_loss_tokens(4, 100) == 80
+    assert same.expected_padded_length(4) == 50
     assert not same.differ
 
 

@@ -15,7 +15,7 @@ from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
 from qlora_exp.estimate.device import device_called, size_bytes
-from qlora_exp.estimate.sweep import points_of
+from qlora_exp.estimate.sweep import search_space
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import SCHEMA_VERSION, Plan, RunRecord, Speed, Status
@@ -98,14 +98,14 @@ def test_a_thousand_configurations_of_a_known_family_are_planned_without_torch()
 def test_varied_configurations_are_those_that_hydra_composes(fixed: tuple[str, ...]) -> None:
     common = [*fixed, "model.variant=instruct"]
     axes = ("quantization=fp16,int8", "targets=mlp,attention", "lora.r=2,4", "task.columns.label=category,kind")
-    asked = points_of([*common, *axes])
+    asked = search_space([*common, *axes])
     assert len(asked.points) == 16
     for point in asked.points:
         assert point.config == compose([*common, *(f"{key}={value}" for key, value in point.params.items())])
 
 
 def test_a_model_among_the_axes_brings_its_own_training(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = points_of(["model=qwen3_0_6b,embedded,smollm2_135m", "lora.r=8"])
+    asked = search_space(["model=qwen3_0_6b,embedded,smollm2_135m", "lora.r=8"])
     for point in asked.points:
         assert point.config == compose([f"model={point.params['model']}", "lora.r=8"])
     totals = [run["total_parameters"] for run in planned(capsys, "model=qwen3_0_6b,smollm2_135m")]
@@ -122,7 +122,7 @@ def test_a_sweep_is_planned_by_its_name(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_search_is_planned_at_the_ends_of_its_intervals(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "lora_search"]) == 0
     assert "20 trials" in capsys.readouterr().out
-    asked = points_of(["training.learning_rate=tag(log,interval(1e-4,1e-2))", "sweep.n_trials=7"])
+    asked = search_space(["training.learning_rate=tag(log,interval(1e-4,1e-2))", "sweep.n_trials=7"])
     assert [point.params["training.learning_rate"] for point in asked.points] == [1e-4, 1e-2]
     assert asked.trials == 7
 
@@ -297,7 +297,7 @@ def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     rates = tmp_path / "qlora-exp" / "rates-2.json"
     rates.parent.mkdir()
     rates.write_text(json.dumps({"cuda, NVIDIA GeForce RTX 4090, 2.13.0": {"nf4": 1e14}}))
-    [point] = points_of(["model=llama3_1_8b"]).points
+    [point] = search_space(["model=llama3_1_8b"]).points
     one = Planner(device_called("rtx4090")).plan(point)
     assert one.seconds is not None
     searched = costs([one], searched=2)
@@ -360,8 +360,8 @@ def test_sizes_refuse_an_option_that_they_would_not_heed(
 
 
 def test_a_ladders_configurations_are_planned_as_scored_on_both_splits() -> None:
-    configs = [point.config for point in points_of(["sweeps=demo"]).points]
+    configs = [point.config for point in search_space(["sweeps=demo"]).points]
     assert {config.evaluation.split.value for config in configs if config is not None} == {"test"}
-    [single] = points_of(["model=embedded"]).points
+    [single] = search_space(["model=embedded"]).points
     assert single.config is not None
     assert single.config.evaluation.split.value == "validation"

@@ -16,11 +16,11 @@ from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import Config, Quantization, to_plain
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate import benchmark, calibration
-from qlora_exp.estimate.cost import Cashier
+from qlora_exp.estimate.cost import CostEstimator
 from qlora_exp.estimate.device import device_called
 from qlora_exp.estimate.duration import Interval, Rate, predicted_seconds, predicted_usd, rate_from_calibration
-from qlora_exp.estimate.flops import Extent, Row, train_flops_per_token
-from qlora_exp.estimate.throughput import Seen, machine_of, seen_of, t_95
+from qlora_exp.estimate.flops import MeanRow, Workload, train_flops_per_token
+from qlora_exp.estimate.throughput import MeasuredThroughput, from_finished_runs, machine_of, t_95
 from qlora_exp.estimate.workload import RowLengths
 from qlora_exp.records.types import SCHEMA_VERSION, Memory, Plan, RunRecord, Speed, Spent, Status
 from qlora_exp.system.environment import probe_without_torch
@@ -37,7 +37,7 @@ LAYERS, HEAD = 4 * WIDTH * WIDTH, VOCABULARY * WIDTH
 
 def test_operations_of_a_token_in_numbers() -> None:
     attention = (4 + 8) * WIDTH * 100 / 2
-    whole = Row.whole(100)
+    whole = MeanRow.whole(100)
     assert train_flops_per_token(ONE_LAYER, 10, whole, False) == 4 * LAYERS + 6 * HEAD + 60 + attention
     recomputed = attention + 4 * WIDTH * 100 / 2
     assert (
@@ -64,7 +64,7 @@ def test_of_experts_those_count_that_a_token_passes_through(family: str, per_tok
     }
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.arange(40)[None], use_cache=False)
-    row = Row(tokens=40, padded=40, scored=40)
+    row = MeanRow(tokens=40, padded=40, scored=40)
     forward = 40 * train_flops_per_token(described, 0, row, False, fused_head=False) / 2
     assert forward == pytest.approx(counter.get_total_flops(), rel=0.05)
 
@@ -72,25 +72,25 @@ def test_of_experts_those_count_that_a_token_passes_through(family: str, per_tok
 def test_padding_is_counted_in_the_layers_and_in_the_head_the_tokens_with_a_loss_alone() -> None:
     attention = (4 + 8) * WIDTH * 100 / 2
     of_a_row = 100 * (4 * LAYERS + 60 + attention) + 5 * 6 * HEAD
-    assert train_flops_per_token(ONE_LAYER, 10, Row(80, 100, 5), False) == pytest.approx(of_a_row / 80)
+    assert train_flops_per_token(ONE_LAYER, 10, MeanRow(80, 100, 5), False) == pytest.approx(of_a_row / 80)
     lengths = RowLengths.of([60, 100], [4, 6])
     training = compose(["training.max_steps=10", "training.batch_size=8"]).training
-    assert Extent.of(training, lengths).row == Row(80, 90, 5)
-    assert Extent.of(replace(training, micro_batch_size=1), lengths).row == Row(80, 80, 5)
-    found = Extent.of(training, lengths)
+    assert Workload.of(training, lengths).row == MeanRow(80, 90, 5)
+    assert Workload.of(replace(training, micro_batch_size=1), lengths).row == MeanRow(80, 80, 5)
+    found = Workload.of(training, lengths)
     assert (found.tokens, found.padded_tokens, found.scored_tokens) == (1600, 1800, 100)
 
 
 def test_seconds_and_dollars_are_operations_over_the_rate() -> None:
     config = compose(["training.max_steps=10", "training.batch_size=4", "training.max_length=100", "lora.r=2"])
-    flops = 10 * 4 * 50 * train_flops_per_token(ONE_LAYER, 2 * 2 * WIDTH, Row.whole(50), False)
-    extent = Extent.of(config.training, RowLengths.of([50] * 4, [50] * 4))
+    flops = 10 * 4 * 50 * train_flops_per_token(ONE_LAYER, 2 * 2 * WIDTH, MeanRow.whole(50), False)
+    extent = Workload.of(config.training, RowLengths.of([50] * 4, [50] * 4))
     rate = Rate(Interval(flops / 4, flops / 2, flops, "seen"), "here", "nf4")
     seconds = predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", rate, extent)
     assert seconds == Interval(1.0, 2.0, 4.0, "seen")
     assert predicted_usd(seconds, 3600.0) == seconds
     assert predicted_usd(seconds, None) is None
-    assert predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", None, Extent.of(config.training)) is None
+    assert predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", None, Workload.of(config.training)) is None
     assert Interval(1.0, 2.0, 4.0, "seen").plus(Interval(1.0, 1.0, 2.0, "too")) == Interval(2.0, 3.0, 6.0, "seen; too")
 
 
@@ -127,16 +127,16 @@ def finished(
     )
 
 
-def seen(*records: RunRecord, of: RunRecord | None = None) -> Seen:
+def seen(*records: RunRecord, of: RunRecord | None = None) -> MeasuredThroughput:
     """What ``records`` say of one more like ``of``."""
-    return seen_of(records, probe_without_torch(), (of or finished()).config)
+    return from_finished_runs(records, probe_without_torch(), (of or finished()).config)
 
 
 def test_trainings_of_the_same_base_tell_the_rate() -> None:
     assert seen().rate is None
     assert seen(finished(7.0, "fp32"), finished(7.0, flops=None), finished(7.0, family="large")).rate is None
     elsewhere = replace(probe_without_torch(), torch_threads=77)
-    assert seen_of([finished(7.0)], elsewhere, finished().config).rate is None
+    assert from_finished_runs([finished(7.0)], elsewhere, finished().config).rate is None
     one = seen(finished(7.0), finished(100.0, family="large")).rate
     assert one is not None
     assert (one.flops_per_second.low, one.flops_per_second.high) == pytest.approx((35.0, 140.0))
@@ -183,7 +183,7 @@ def test_loading_and_scoring_are_told_by_runs_with_the_same_evaluation_alone() -
 
 
 def test_a_record_that_lacks_its_configuration_or_has_no_figures_is_passed_over() -> None:
-    assert seen(finished(7.0).replace(config={})) == Seen(None, None, None)
+    assert seen(finished(7.0).replace(config={})) == MeasuredThroughput(None, None, None)
     for wrong in ({"train_seconds": 0.0}, {"train_seconds": -1.0}, {"train_seconds": math.nan}, {"train_tokens": None}):
         record = finished(7.0)
         assert seen(record.replace(speed=replace(record.speed, **wrong))).rate is None, wrong
@@ -229,9 +229,9 @@ def test_of_trials_warm_runs_tell_what_loading_and_scoring_take_and_of_runs_cold
     warm = warm.replace(memory=Memory(host_reused=True))
     here = probe_without_torch()
     for records in ([cold, warm], [warm, cold]):
-        told = [seen_of(records, here, cold.config, warm=one).other for one in (False, True)]
+        told = [from_finished_runs(records, here, cold.config, warm=one).other for one in (False, True)]
         assert [one.middle for one in told if one is not None] == pytest.approx([22.0, 2.0])
-    assert seen_of([cold], here, cold.config, warm=True).other == seen(cold).other
+    assert from_finished_runs([cold], here, cold.config, warm=True).other == seen(cold).other
 
 
 def test_a_training_that_was_mostly_its_start_is_told_by_its_later_steps() -> None:
@@ -240,7 +240,7 @@ def test_a_training_that_was_mostly_its_start_is_told_by_its_later_steps() -> No
     short = short.replace(speed=replace(short.speed, excluded_steps=1))
 
     def rate(steps: int, record: RunRecord = short) -> float | None:
-        found = seen_of([record], probe_without_torch(), record.config, steps).rate
+        found = from_finished_runs([record], probe_without_torch(), record.config, steps).rate
         return found.flops_per_second.middle if found is not None else None
 
     assert rate(20) == pytest.approx(10.0)
@@ -250,16 +250,16 @@ def test_a_training_that_was_mostly_its_start_is_told_by_its_later_steps() -> No
 
 def test_an_epochs_last_step_has_what_is_left() -> None:
     training = compose(["training.max_steps=10", "training.batch_size=8"]).training
-    row = Row.whole(10.0)
+    row = MeanRow.whole(10.0)
 
     def rows(count: int) -> RowLengths:
         return RowLengths.of([10] * count, [10] * count)
 
-    assert Extent.of(training, rows(36)) == Extent(10, 7.2, row, 720)
-    assert Extent.of(training, rows(4)) == Extent(10, 4.0, row, 400)
-    assert Extent.of(training, rows(16)) == Extent(10, 8.0, row, 800)
-    assert Extent.of(training) == Extent(10, 8.0, Row.whole(training.max_length), 80 * training.max_length)
-    assert Extent.of(replace(training, max_tokens=1000), rows(4)) == Extent(25, 4.0, row, 1000)
+    assert Workload.of(training, rows(36)) == Workload(10, 7.2, row, 720)
+    assert Workload.of(training, rows(4)) == Workload(10, 4.0, row, 400)
+    assert Workload.of(training, rows(16)) == Workload(10, 8.0, row, 800)
+    assert Workload.of(training) == Workload(10, 8.0, MeanRow.whole(training.max_length), 80 * training.max_length)
+    assert Workload.of(replace(training, max_tokens=1000), rows(4)) == Workload(25, 4.0, row, 1000)
 
 
 def test_one_look_tells_each_configuration_what_it_would_be_told_alone() -> None:
@@ -270,11 +270,11 @@ def test_one_look_tells_each_configuration_what_it_would_be_told_alone() -> None
     short = finished(1.0).replace(config=to_plain(both[0]), environment=replace(here, torch_threads=here.cpu_cores))
     short = short.replace(speed=replace(short.speed, steps=2, excluded_steps=1, train_tokens_per_second=50.0))
 
-    def seconds(cashier: Cashier, config: Config) -> float | None:
+    def seconds(cashier: CostEstimator, config: Config) -> float | None:
         return cashier.payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name])[0].seconds
 
-    one = Cashier([short])
-    assert [seconds(one, config) for config in both] == [seconds(Cashier([short]), config) for config in both]
+    one = CostEstimator([short])
+    assert [seconds(one, config) for config in both] == [seconds(CostEstimator([short]), config) for config in both]
     assert seconds(one, both[0]) != pytest.approx(seconds(one, both[1]), rel=0.5)
 
 
@@ -286,7 +286,7 @@ def test_trials_on_warm_hosts_load_nothing(hosts: bool, isolation: str, told: fl
     config = compose(["quantization=nf4", "training.threads=1", f"workers.isolation={isolation}"])
     cold = finished(other=(20.0, 1.0, 1.0)).replace(config=to_plain(config), environment=replace(here, torch_threads=1))
     warm = cold.replace(speed=replace(cold.speed, load_seconds=0.0), memory=Memory(host_reused=True))
-    paid, _ = Cashier([cold, warm], hosts).payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name])
+    paid, _ = CostEstimator([cold, warm], hosts).payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name])
     assert paid.other_seconds == pytest.approx(told)
 
 
@@ -303,7 +303,7 @@ def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made(
 
     def seconds(card: str | None, *given: RunRecord) -> tuple[float, float] | None:
         device = device_called(card) if card is not None else device_called("cuda")
-        return Cashier(given).payment(config, device, ONE_LAYER, [SHAPES[0].name])[0].seconds_interval
+        return CostEstimator(given).payment(config, device, ONE_LAYER, [SHAPES[0].name])[0].seconds_interval
 
     assert seconds("rtx4090", *records) == seconds("rtx4090", records[1])
     assert seconds(None, *records) == seconds("rtx4090", records[1])
@@ -331,7 +331,7 @@ def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytes
 
 def test_a_calibration_counts_the_same_operations_in_every_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that ticks once a look, rates differ by what is counted alone."""
-    monkeypatch.setitem(benchmark.SIZES, "cpu", (64, 1, 1, 8))
+    monkeypatch.setitem(benchmark.PROBE_SIZES, "cpu", (64, 1, 1, 8))
     counted = {}
     for mode in calibration.MODES:
         monkeypatch.setattr("time.perf_counter", count().__next__)

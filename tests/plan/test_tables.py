@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qlora_exp.architecture.families import FOLDER, from_table, known_architecture, known_families, to_table
-from qlora_exp.architecture.shipped.build import CONFIGS, described
+from qlora_exp.architecture.shipped.build import CONFIGS, architecture_table
 from qlora_exp.config.choices import choices
 from qlora_exp.config.compose import compose
 from qlora_exp.models.inspect import describe
@@ -16,7 +16,7 @@ from qlora_exp.models.inspect import describe
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_table_is_the_description_of_the_published_sizes(family: str) -> None:
     """described() holds the published number of parameters, too."""
-    built = described(family)
+    built = architecture_table(family)
     table = json.loads((FOLDER / f"{family}.json").read_text(encoding="utf-8"))
     base = next(iter(table["positions"]))
     assert from_table(table, base) == built

@@ -12,7 +12,7 @@ from qlora_exp.cli import main
 from qlora_exp.estimate.device import device_called
 from qlora_exp.estimate.estimator import Planner
 from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES, ERROR
-from qlora_exp.estimate.sweep import points_of
+from qlora_exp.estimate.sweep import search_space
 from qlora_exp.formatting import bytes_text
 from qlora_exp.system import heap
 
@@ -76,7 +76,7 @@ def test_on_a_cpu_what_a_process_holds_after_imports_counts_against_the_whole_an
 
 
 def test_a_machine_must_hold_the_process_too() -> None:
-    [point] = points_of(["model=embedded", *ONE]).points
+    [point] = search_space(["model=embedded", *ONE]).points
     here = device_called("cpu")
     run = Planner(here).plan(point)
     assert run.memory is not None
@@ -90,7 +90,7 @@ def test_a_machine_must_hold_the_process_too() -> None:
 def test_validate_holds_a_budget_against_the_process_that_will_train(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv(heap.VARIABLE, raising=False)  # as it has no word of its own on the heap
+    monkeypatch.delenv(heap.MALLOC_VARIABLE, raising=False)  # as it has no word of its own on the heap
     asked = ("model=embedded", "quantization=fp32", "task.max_train_items=40")
     [run] = planned(capsys, *asked)
     assert main(["validate", *asked, "budget.memory_bytes=20000000"]) == 2

@@ -23,7 +23,7 @@ from qlora_exp.data.load import load_data
 from qlora_exp.data.texts import same_text
 from qlora_exp.errors import DataError, Problems
 from qlora_exp.estimate.tokenizer_file import FileTokenizer
-from qlora_exp.evaluation.generation import StopRule, as_answer, decoded, generate, max_new_tokens, stop_rule
+from qlora_exp.evaluation.generation import StopRule, as_answer, decode_completions, generate, max_new_tokens, stop_rule
 from qlora_exp.paths import EMBEDDED
 
 LLAMA3_SPLIT = "|".join(
@@ -200,7 +200,7 @@ def oracle_answers(splits: Splits, tokenizer: Any) -> list[str]:
     items, rule = items_of(splits), rule_of(splits, tokenizer)
     context: Any = Oracle([[*item.completion_ids, *item.end_ids] for item in items])
     texts = generate(context.logits(), context, tokenizer, rule)
-    expected = [decoded(item.completion_ids, tokenizer) for item in items]
+    expected = [decode_completions(item.completion_ids, tokenizer) for item in items]
     return [as_answer(*pair, item.answer) for *pair, item in zip(texts, expected, items, strict=True)]
 
 
@@ -280,7 +280,7 @@ def test_a_wrong_indentation_is_a_wrong_answer(load: Load, tokenizers: dict[str,
         ids = ids[len(tokenizer(item.prompt, add_special_tokens=False)["input_ids"]) :] or ids
         context: Any = Oracle([[*ids, *item.end_ids]])
         (text,) = generate(context.logits(), context, tokenizer, rule)
-        answer = as_answer(text, decoded(item.completion_ids, tokenizer), item.answer)
+        answer = as_answer(text, decode_completions(item.completion_ids, tokenizer), item.answer)
         assert "return y" in answer
         assert not same_text(answer, item.answer)
 
@@ -355,7 +355,7 @@ def test_tokens_that_are_not_special_are_ordinary_text(load: Load, tokenizers: d
 
 
 def test_a_plan_counts_the_tokens_that_are_trained_on(load: Load, tokenizers: dict[str, Any], tmp_path: Path) -> None:
-    from qlora_exp.data.encoding import date_of, encode
+    from qlora_exp.data.encoding import date_of, encode_rows
     from qlora_exp.data.splits import load_rows
 
     rows = [row for pair in (*AS_IT_IS.values(), *CONTROL.values()) for row in numbered(pair, 3)]
@@ -364,7 +364,7 @@ def test_a_plan_counts_the_tokens_that_are_trained_on(load: Load, tokenizers: di
     counted = FileTokenizer(tmp_path / "saved")
     config = compose(["task=local", f"task.path={tmp_path / 'rows.jsonl'}", "task.special_tokens=text"])
     examples = load_rows(config.task).train
-    for example, encoding in zip(examples, encode(examples, counted, "plain", date=date_of(config)), strict=True):
+    for example, encoding in zip(examples, encode_rows(examples, counted, "plain", date=date_of(config)), strict=True):
         assert encoding.prompt_ids + encoding.completion_ids + encoding.end_ids == items[example.item_id]
 
 

@@ -12,7 +12,7 @@ import pytest
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.data.chat_template import rendered
-from qlora_exp.data.encoding import encode
+from qlora_exp.data.encoding import encode_rows
 from qlora_exp.data.load import load_data
 from qlora_exp.data.splits import load_rows
 from qlora_exp.estimate.tokenizer_file import FileTokenizer
@@ -70,7 +70,9 @@ def test_a_tokenizer_by_its_file_encodes_whole_messages_as_transformers_does(
     examples = load_rows(chat_task([row for row, _ in KINDS.values()] + ROWS[:2]).task).train
     for every_turn in (False, True):
         settings: dict[str, Any] = {"date": DATE, "every_turn": every_turn}
-        assert encode(examples, by_file, "chat", **settings) == encode(examples, tokenizer, "chat", **settings)
+        assert encode_rows(examples, by_file, "chat", **settings) == encode_rows(
+            examples, tokenizer, "chat", **settings
+        )
 
 
 @pytest.mark.parametrize("template", ["qwen3_training", "qwen2_5", "gptoss_training"])

@@ -13,7 +13,7 @@ from qlora_exp.cli import main
 from qlora_exp.cli.settings_file import given_overrides
 from qlora_exp.config.choices import sweeps
 from qlora_exp.config.compose import compose
-from qlora_exp.orchestration.command import Asked, ask
+from qlora_exp.orchestration.command import SweepCommand, study_spec
 
 NAMES = [choice.name for choice in sweeps()]
 A_VALUE = {
@@ -43,9 +43,9 @@ def file_of(settings: dict[str, Any], name: str = "settings.yaml") -> Path:
     return Path(name)
 
 
-def asked(name: str, settings: dict[str, Any] | None, *typed: str) -> Asked:
+def asked(name: str, settings: dict[str, Any] | None, *typed: str) -> SweepCommand:
     source = file_of(settings) if settings is not None else None
-    return ask([f"sweeps={name}", *given_overrides(source, typed, sweep=name)])
+    return study_spec([f"sweeps={name}", *given_overrides(source, typed, sweep=name)])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,22 +16,22 @@ import numpy as np
 import pytest
 from studies import ENVIRONMENT
 
-from qlora_exp.analysis.content import Asked
+from qlora_exp.analysis.content import StudyInfo
 from qlora_exp.analysis.power import Noise, half_width
-from qlora_exp.analysis.rule import Verdict
+from qlora_exp.analysis.rule import StepVerdict
 from qlora_exp.analysis.sections import ladder_sections
 from qlora_exp.cli import main
 from qlora_exp.config.schema import LadderConfig, LrPolicy
 from qlora_exp.errors import QloraExpError
-from qlora_exp.orchestration.command import ask
+from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths
-from qlora_exp.rank_doubling.answers import answers, plan_sentence, trials_of
-from qlora_exp.rank_doubling.ladder import LadderTrial, Point, is_done, next_point, stand
+from qlora_exp.rank_doubling.answers import answers, ladder_trials, plan_sentence
+from qlora_exp.rank_doubling.ladder import LadderPoint, LadderTrial, evaluate_ladder, is_done, next_point
 from qlora_exp.rank_doubling.settings import most_trials, own_axes, resolve, rule_of
 from qlora_exp.records import find
 from qlora_exp.records.types import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
 from qlora_exp.study.spec import read_spec
-from qlora_exp.study.types import LadderSpec, OneLadder
+from qlora_exp.study.types import LadderSettings, LadderSpec
 from tests import processes
 
 ITEMS = 200
@@ -49,13 +49,13 @@ CONFIG = LadderConfig(
     seed_sd=None,
     item_sd=None,
 )
-ONE = OneLadder({}, CENTRE, 0.0, "fixed at 16")
+ONE = LadderSettings({}, CENTRE, 0.0, "fixed at 16")
 
-Level = Callable[[Point], float | None]
+Level = Callable[[LadderPoint], float | None]
 """What a run scores in nats per item; ``None``: it fails."""
 
 
-def spec_of(*ladders: OneLadder, **changes: Any) -> LadderSpec:
+def spec_of(*ladders: LadderSettings, **changes: Any) -> LadderSpec:
     return resolve(LadderConfig(**(vars(CONFIG) | changes)), 1, ladders or (ONE,))
 
 
@@ -64,7 +64,7 @@ def gains(*doublings: float, seed_sd: float = 0.002, off: float = 0.0) -> Level:
     seed is above the others, so that gains differ from seed to seed by 4 times as much."""
     levels = 2.0 - np.concatenate([[0.0], np.cumsum(doublings)])
 
-    def level(point: Point) -> float:
+    def level(point: LadderPoint) -> float:
         noise = random.Random(f"{sorted(point.items())}").gauss(0.0, seed_sd)
         step = int(np.log2(point["lora.r"] // 8))
         return float(levels[step]) + noise + off * (-1) ** (step + point["seed"])
@@ -72,7 +72,7 @@ def gains(*doublings: float, seed_sd: float = 0.002, off: float = 0.0) -> Level:
     return level
 
 
-def ran(point: Point, level: Level, item_sd: float) -> LadderTrial:
+def ran(point: LadderPoint, level: Level, item_sd: float) -> LadderTrial:
     """The trial, ended, as a run would have left it."""
     loss = level(point)
     name = "-".join(str(value) for value in point.values())
@@ -95,7 +95,7 @@ def play(spec: LadderSpec, level: Level, at_once: int = 1, seed: int = 0, item_s
     """All trials that the ladders ask for, ``at_once`` running at a time and ending in any order."""
     chance = random.Random(seed)
     ended: list[LadderTrial] = []
-    running: list[Point] = []
+    running: list[LadderPoint] = []
     while True:
         seen = [*ended, *(LadderTrial(point, False) for point in running)]
         point = next_point(spec, seen) if len(running) < at_once else None
@@ -142,10 +142,10 @@ def test_it_stops_at_the_first_doubling_that_gains_too_little_and_runs_nothing_b
 
 
 def test_a_single_rank_gets_its_learning_rate_and_its_seeds_and_no_decision() -> None:
-    cells = [OneLadder({"task.format": written}, CENTRE, 0.0, "2r") for written in ("plain", "chat")]
+    cells = [LadderSettings({"task.format": written}, CENTRE, 0.0, "2r") for written in ("plain", "chat")]
     spec = spec_of(*cells, r_max=8, margin=None, lr_policy=LrPolicy.search)
 
-    def level(point: Point) -> float:
+    def level(point: LadderPoint) -> float:
         best = 1e-3 if point["task.format"] == "plain" else 2e-3
         return float(2.0 + 0.05 * np.log2(point["training.learning_rate"] / best) ** 2)
 
@@ -166,7 +166,7 @@ def test_a_single_rank_gets_its_learning_rate_and_its_seeds_and_no_decision() ->
 def test_an_open_doubling_buys_seeds_once() -> None:
     spec = spec_of()
     trials = play(spec, gains(0.05, 0.0, 0.0, off=0.01))
-    [first, *_] = stand(spec, ONE, trials).comparisons
+    [first, *_] = evaluate_ladder(spec, ONE, trials).comparisons
     assert first.decision.seeds > spec.seeds
     bought = max(seed for _, seed in decision_runs(trials))
     assert 4 <= bought <= 8
@@ -212,14 +212,14 @@ def test_an_earlier_decision_stays_as_it_was_when_a_later_doubling_buys_seeds() 
     early = [trial for trial in trials if (trial.params["lora.r"], trial.params["seed"]) <= (16, 3)]
     early = [trial for trial in early if trial.params["seed"] <= 3]
     assert max(seed for rank, seed in decision_runs(trials) if rank == 16) > 3
-    assert stand(spec, ONE, trials).comparisons[0] == stand(spec, ONE, early).comparisons[0]
+    assert evaluate_ladder(spec, ONE, trials).comparisons[0] == evaluate_ladder(spec, ONE, early).comparisons[0]
 
 
 def test_pilots_choose_the_learning_rate_by_the_rank_and_are_in_no_decision() -> None:
-    one = OneLadder({}, CENTRE, -0.5, "2r")
+    one = LadderSettings({}, CENTRE, -0.5, "2r")
     spec = spec_of(one, lr_policy=LrPolicy.search)
 
-    def level(point: Point) -> float:
+    def level(point: LadderPoint) -> float:
         best = 1e-3 * (point["lora.r"] / 8) ** -0.5
         off = np.log2(point["training.learning_rate"] / best)
         return float(gains(0.2, 0.0, 0.0)(point) + 0.05 * off**2) - 5.0 * (point["seed"] == CONFIG.pilot_seed)
@@ -227,7 +227,7 @@ def test_pilots_choose_the_learning_rate_by_the_rank_and_are_in_no_decision() ->
     trials = play(spec, level)
     assert pilots(trials, 8) == [5e-4, 1e-3, 2e-3]
     assert pilots(trials, 16) == [3.536e-4, 7.071e-4, 1.414e-3]
-    choices = {choice.rank: choice for choice in stand(spec, one, trials).choices}
+    choices = {choice.rank: choice for choice in evaluate_ladder(spec, one, trials).choices}
     assert choices[8].learning_rate == 1e-3
     assert choices[16].learning_rate == 7.071e-4
     assert not any(choice.unresolved for choice in choices.values())
@@ -240,7 +240,7 @@ def test_pilots_choose_the_learning_rate_by_the_rank_and_are_in_no_decision() ->
 def test_an_optimum_at_the_edge_extends_the_grid_once(best: float, tried: float, unresolved: bool) -> None:
     spec = spec_of(r_max=16, lr_policy=LrPolicy.search)
 
-    def level(point: Point) -> float:
+    def level(point: LadderPoint) -> float:
         return float(gains(0.2)(point) + 0.1 * np.log2(point["training.learning_rate"] / best) ** 2)
 
     trials = play(spec, level)
@@ -254,23 +254,23 @@ def test_an_optimum_at_the_edge_extends_the_grid_once(best: float, tried: float,
 def test_a_rate_that_diverges_is_not_chosen() -> None:
     spec = spec_of(r_max=16, lr_policy=LrPolicy.search)
     trials = play(spec, lambda point: None if point["training.learning_rate"] > 1.5e-3 else gains(0.2)(point))
-    assert {choice.learning_rate for choice in stand(spec, ONE, trials).choices} <= {2.5e-4, 5e-4, 1e-3}
+    assert {choice.learning_rate for choice in evaluate_ladder(spec, ONE, trials).choices} <= {2.5e-4, 5e-4, 1e-3}
     assert answer_of(spec, trials)["decision"] == "continue"
 
 
 def test_a_transferred_rate_is_searched_at_the_first_rank_only_and_said() -> None:
-    one = OneLadder({}, CENTRE, -0.5, "2r")
+    one = LadderSettings({}, CENTRE, -0.5, "2r")
     spec = spec_of(one, lr_policy=LrPolicy.transfer)
     trials = play(spec, gains(0.2, 0.0, 0.0))
     assert pilots(trials, 8)
     assert not pilots(trials, 16)
-    rates = {choice.rank: choice.learning_rate for choice in stand(spec, one, trials).choices}
+    rates = {choice.rank: choice.learning_rate for choice in evaluate_ladder(spec, one, trials).choices}
     assert rates[32] == pytest.approx(rates[8] / 2, rel=1e-3)
     assert "At this learning rate" in answer_of(spec, trials)["sentence"]
 
 
 def test_ladders_have_their_own_answers_and_the_second_goes_on_while_the_first_waits() -> None:
-    ladders = [OneLadder({"quantization": mode}, CENTRE, 0.0, "r") for mode in ("nf4", "int8")]
+    ladders = [LadderSettings({"quantization": mode}, CENTRE, 0.0, "r") for mode in ("nf4", "int8")]
     spec = spec_of(*ladders)
     steep, flat = gains(0.2, 0.2, 0.2), gains(0.0, 0.0, 0.0)
     trials = play(spec, lambda point: (steep if point["quantization"] == "nf4" else flat)(point), at_once=9)
@@ -302,11 +302,11 @@ def test_a_resumed_ladder_asks_what_an_undisturbed_one_would_have_asked() -> Non
 
 
 def test_every_point_lies_on_the_axes() -> None:
-    one = OneLadder({}, 3.3e-4, -0.5, "2r")
+    one = LadderSettings({}, 3.3e-4, -0.5, "2r")
     spec = spec_of(one, lr_policy=LrPolicy.search)
     axes = {axis.key: axis for axis in own_axes(spec)}
 
-    def level(point: Point) -> float:  # the rate always wants to be higher
+    def level(point: LadderPoint) -> float:  # the rate always wants to be higher
         return gains(0.2, 0.2, 0.2)(point) - float(np.log2(point["training.learning_rate"]))
 
     for trial in play(spec, level):
@@ -341,11 +341,11 @@ def test_runs_that_can_not_be_compared_are_refused_with_the_difference_named() -
     trials = play(spec, gains(0.2, 0.0, 0.0))
     assert trials[0].record is not None
     other = LadderTrial(trials[0].params, True, trials[0].record.replace(synthetic=True), trials[0].losses)
-    standing = stand(spec, ONE, [other, *trials[1:]])
+    standing = evaluate_ladder(spec, ONE, [other, *trials[1:]])
     assert standing.trouble is not None
     assert "whether a model was trained" in standing.trouble
     fewer = dict(list((trials[0].losses or {}).items())[1:])
-    standing = stand(spec, ONE, [LadderTrial(trials[0].params, True, trials[0].record, fewer), *trials[1:]])
+    standing = evaluate_ladder(spec, ONE, [LadderTrial(trials[0].params, True, trials[0].record, fewer), *trials[1:]])
     assert standing.trouble is not None
     assert "other items" in standing.trouble
 
@@ -397,10 +397,10 @@ def test_the_sentence_says_what_the_rank_saves_in_memory_time_and_money(usd: flo
 
 
 def test_the_report_has_the_ladders_own_figures_words_and_warnings() -> None:
-    ladders = [OneLadder({"model.variant": variant}, CENTRE, 0.0, "2r") for variant in ("base", "instruct")]
+    ladders = [LadderSettings({"model.variant": variant}, CENTRE, 0.0, "2r") for variant in ("base", "instruct")]
     spec = spec_of(*ladders)
     base, instruct = found = answers(spec, play(spec, gains(0.2, 0.01)))
-    sections = ladder_sections([Asked("doubling", ladder={"ladders": found})])
+    sections = ladder_sections([StudyInfo("doubling", ladder={"ladders": found})])
     assert [section.title for section in sections] == [
         "Rank doubling: model.variant=base",
         "Rank doubling: model.variant=instruct",
@@ -468,7 +468,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_command_means_one_ladder_for_each_point_of_the_other_axes(elsewhere: Path) -> None:
-    spec = ask(["sweeps=rank_doubling", "model.variant=base,instruct", "quantization=nf4,int8", "seed=5"]).spec
+    spec = study_spec(["sweeps=rank_doubling", "model.variant=base,instruct", "quantization=nf4,int8", "seed=5"]).spec
     assert spec.ladder is not None
     assert [one.axes for one in spec.ladder.ladders] == [
         {"model.variant": variant, "quantization": mode} for variant in ("base", "instruct") for mode in ("nf4", "int8")
@@ -476,7 +476,7 @@ def test_a_command_means_one_ladder_for_each_point_of_the_other_axes(elsewhere: 
     assert spec.ladder.first_seed == 5
     assert {one.learning_rate for one in spec.ladder.ladders} == {2e-3}
     assert {one.rate_exponent for one in spec.ladder.ladders} == {-0.5}
-    fixed = ask(["sweeps=rank_doubling", "lora.rslora=true", "training.learning_rate=1e-4"]).spec.ladder
+    fixed = study_spec(["sweeps=rank_doubling", "lora.rslora=true", "training.learning_rate=1e-4"]).spec.ladder
     assert fixed is not None
     assert (fixed.ladders[0].learning_rate, fixed.ladders[0].rate_exponent) == (1e-4, 0.0)
 
@@ -529,7 +529,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_answer(elsewhere: Path) -> N
     assert len(own) == len(records) == 4 * 3
     spec = read_spec(outputs.study(study.name))
     assert spec.ladder is not None
-    assert answers(spec.ladder, trials_of(records, outputs)) == [ladder]
+    assert answers(spec.ladder, ladder_trials(records, outputs)) == [ladder]
 
 
 def test_a_margin_can_not_change_once_there_are_runs(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -548,7 +548,7 @@ def test_a_lost_database_is_made_again_and_the_ladder_resumed(
     assert main(["resume", "last", "--rebuild", "sweep.n_trials=40"]) == 0
     [study] = outputs.studies.iterdir()
     [ladder] = json.loads((study / "ladder.json").read_text())["ladders"]
-    assert ladder["decision"] in (Verdict.STOP, Verdict.CONTINUE)
+    assert ladder["decision"] in (StepVerdict.STOP, StepVerdict.CONTINUE)
     assert sum(ladder["seeds"].values()) == len(list(outputs.runs.iterdir()))
     capsys.readouterr()
 

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_exp.errors import ConfigError
 from qlora_exp.records.types import Device, Environment, Memory, RunRecord, Scores, ScoreTable, Speed, Status
-from qlora_exp.study.objectives import parse_constraint, parse_objective, value_of, violation_of
+from qlora_exp.study.objectives import objective_value, parse_constraint, parse_objective, violation_of
 
 ENVIRONMENT = Environment(*("3.11", "Linux", {}, Device("cpu", None, 1, None, None, None, False)), *(None,) * 7)
 
@@ -20,15 +20,15 @@ def test_an_objective_is_read_and_its_value_found() -> None:
     objective = parse_objective("maximize scores.after.accuracy")
     assert objective.direction == "maximize"
     record = a_record(scores=ScoreTable(after=Scores("validation", 10, accuracy=0.5, other={"chrf": 3.0})))
-    assert value_of(record, objective.field) == 0.5
-    assert value_of(record, parse_objective("minimize scores.after.other.chrf").field) == 3.0
-    assert value_of(record, "config.lora.r") == 8.0
+    assert objective_value(record, objective.field) == 0.5
+    assert objective_value(record, parse_objective("minimize scores.after.other.chrf").field) == 3.0
+    assert objective_value(record, "config.lora.r") == 8.0
 
 
 def test_what_is_unknown_or_not_finite_has_no_value() -> None:
     record = a_record(speed=Speed(train_seconds=float("nan")))
-    assert value_of(record, "scores.after.loss") is None
-    assert value_of(record, "speed.train_seconds") is None
+    assert objective_value(record, "scores.after.loss") is None
+    assert objective_value(record, "speed.train_seconds") is None
 
 
 @pytest.mark.parametrize(
@@ -74,5 +74,5 @@ def test_a_constraint_that_cant_be_meant_is_told(text: str) -> None:
 def test_model_state_is_the_sum_of_its_parts_and_unknown_with_any_of_them() -> None:
     field = parse_objective("minimize memory.model_state_bytes").field
     whole = Memory(100, 20, 3, gradient_bytes=4, optimizer_bytes=5)
-    assert value_of(a_record(memory=whole), field) == 132.0
-    assert value_of(a_record(memory=Memory(100, 20, 3, gradient_bytes=4)), field) is None
+    assert objective_value(a_record(memory=whole), field) == 132.0
+    assert objective_value(a_record(memory=Memory(100, 20, 3, gradient_bytes=4)), field) is None

@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from qlora_exp.errors import ConfigError, Problems
 from qlora_exp.study.distributions import distribution
-from qlora_exp.study.space import grid, is_grid, overrides_of, parse_axes
+from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides
 
 
 @pytest.mark.parametrize(
@@ -171,5 +171,5 @@ def test_conditions_that_wait_for_each_other_are_told() -> None:
 
 @pytest.mark.parametrize("value", ["a b", "8", "it's", "null", "", "a,b", "x=y", 8, 1e-05, True, None, ["q", "8"]])
 def test_an_override_is_read_back_as_the_value_it_was_made_from(value: Any) -> None:
-    (text,) = overrides_of({"key": value})
+    (text,) = point_overrides({"key": value})
     assert OverridesParser.create().parse_override(text).value() == value

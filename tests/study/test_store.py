@@ -16,7 +16,7 @@ from studies import a_record, a_spec, answer, claimed, completed, finish, loss_o
 
 from qlora_exp.errors import ConfigError, Problems, StudyError
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import Failure, Fit, Process, Refusal, Status
+from qlora_exp.records.types import Failure, Fit, Process, SkippedTrial, Status
 from qlora_exp.study.study import Study
 from qlora_exp.study.types import Outcome, Owner
 from qlora_exp.study.user_attributes import FAILURE, REFUSED
@@ -375,7 +375,7 @@ def test_optunas_experimental_warnings_reach_nobody(tmp_path: Path) -> None:
 
 def test_a_refusal_whose_telling_was_cut_short_is_forgotten_when_the_trial_ends_in_another_way(tmp_path: Path) -> None:
     study = opened(a_spec(tmp_path, n_trials=2))
-    refusal = Refusal(Fit(200, 0, 200, 100, 0.1, 0), None, None)
+    refusal = SkippedTrial(Fit(200, 0, 200, 100, 0.1, 0), None, None)
     for status in (Status.COMPLETED, Status.PRUNED):
         lost = study.claim(NOBODY, 600.0)
         assert lost is not None
@@ -387,7 +387,7 @@ def test_a_refusal_whose_telling_was_cut_short_is_forgotten_when_the_trial_ends_
 
 
 def test_after_five_trials_in_a_row_that_did_not_fit_one_is_drawn_at_random(tmp_path: Path) -> None:
-    refused = Outcome(Status.PRUNED, (None,), (), None, refusal=Refusal(Fit(200, 0, 200, 100, 0.1, 0), None, None))
+    refused = Outcome(Status.PRUNED, (None,), (), None, refusal=SkippedTrial(Fit(200, 0, 200, 100, 0.1, 0), None, None))
 
     def sixth(outcomes: list[Outcome], folder: str, sampler: str = "qmc") -> dict[str, Any]:
         spec = a_spec(tmp_path / folder, sampler=sampler, params={"lora.r": "int(interval(1,100000))"})

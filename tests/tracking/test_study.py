@@ -24,7 +24,7 @@ from qlora_exp.records.types import RunRecord, Status, Trial
 from qlora_exp.tracking.run import Tracker
 from qlora_exp.tracking.study import StudyTracker, deliver_report
 from qlora_exp.tracking.study_fields import StudyDefinition, TrialRow
-from qlora_exp.tracking.sync import sync
+from qlora_exp.tracking.sync import sync_runs
 
 STUDY = 'which rank: it\'s "quoted"'
 PARENT = "mlflow.parentRunId"
@@ -164,7 +164,7 @@ def test_parent_and_children_are_rebuilt_on_a_new_store(output: OutputPaths, emp
     other.parent.mkdir()
     other.write_bytes(empty_database.read_bytes())
 
-    report = sync(output.root, uri=f"sqlite:///{other}")
+    report = sync_runs(output.root, uri=f"sqlite:///{other}")
     assert (report.delivered, report.studies, report.failed) == (("trial-0",), (STUDY,), {})
     first, again = family(output.mlflow_database), family(other)
     assert [run.info.run_name for run in again[1]] == ["base nf4 r8"]
@@ -174,7 +174,7 @@ def test_parent_and_children_are_rebuilt_on_a_new_store(output: OutputPaths, emp
     state = json.loads(output.study(STUDY).tracking_state.read_text())
     assert (state["uri"], state["mlflow_run_id"]) == (f"sqlite:///{other}", again[0].info.run_id)
 
-    once_more = sync(output.root, uri=f"sqlite:///{other}")
+    once_more = sync_runs(output.root, uri=f"sqlite:///{other}")
     assert (once_more.delivered, once_more.studies) == ((), ())
 
 
@@ -191,9 +191,9 @@ def test_a_report_is_an_artifact_of_the_parent_run_and_comes_with_it_to_a_new_st
     parent, _ = family(output.mlflow_database)
     client = MlflowClient(tracking_uri=f"sqlite:///{output.mlflow_database}")
     assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert sync(output.root).studies == ()
+    assert sync_runs(output.root).studies == ()
     (output.study(STUDY).folder / "report.html").write_text("another answer")
-    assert sync(output.root).studies == (STUDY,)
+    assert sync_runs(output.root).studies == (STUDY,)
 
 
 def test_a_ladders_answer_is_the_note_of_the_parent_run_and_its_file_an_artifact(output: OutputPaths) -> None:
@@ -215,9 +215,9 @@ def test_a_ladders_answer_is_the_note_of_the_parent_run_and_its_file_an_artifact
         "model.variant=base: Returns have diminished at r = 8.\n\nmodel.variant=instruct: Inconclusive."
     )
     assert json.loads(artifact(output.mlflow_database, parent, "ladder.json"))["ladders"] == ladders
-    assert sync(output.root).studies == ()
+    assert sync_runs(output.root).studies == ()
     write_json(output.study(STUDY).ladder, {"study": STUDY, "ladders": ladders[:1]})
-    assert sync(output.root).studies == (STUDY,)
+    assert sync_runs(output.root).studies == (STUDY,)
 
 
 def test_a_sweep_without_tracking_is_delivered_later(output: OutputPaths) -> None:
@@ -227,7 +227,7 @@ def test_a_sweep_without_tracking_is_delivered_later(output: OutputPaths) -> Non
     synthetic.write_run(output, trial_record(0))
     study.update([row(0, value=2.0)], best=[0])
     assert study.finish(Status.COMPLETED) is False
-    assert sync(output.root).studies == (STUDY,)
+    assert sync_runs(output.root).studies == (STUDY,)
     parent, children = family(output.mlflow_database)
     assert (parent.info.status, len(children)) == ("FINISHED", 1)
 
@@ -265,7 +265,7 @@ def test_a_sweep_that_died_is_told_as_interrupted_by_sync(output: OutputPaths) -
     parent, _ = family(output.mlflow_database)
     assert parent.info.status == "RUNNING"
     synthetic.write_run(output, trial_record(0))
-    assert sync(output.root).studies == (STUDY,)
+    assert sync_runs(output.root).studies == (STUDY,)
     assert family(output.mlflow_database)[0].info.status == "KILLED"
 
 
@@ -283,7 +283,7 @@ def test_an_unreachable_server_costs_a_sweep_nothing(
     assert json.loads(output.study(STUDY).tracking_state.read_text())["error"]
 
     synthetic.write_run(output, trial_record(0))
-    assert sync(output.root, uri=f"sqlite:///{output.mlflow_database}").studies == (STUDY,)
+    assert sync_runs(output.root, uri=f"sqlite:///{output.mlflow_database}").studies == (STUDY,)
     assert family(output.mlflow_database)[0].data.metrics["trials_finished"] == 49
 
 

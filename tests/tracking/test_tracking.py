@@ -26,7 +26,7 @@ from qlora_exp.records.types import Process, Status
 from qlora_exp.tracking import fields
 from qlora_exp.tracking.run import Tracker
 from qlora_exp.tracking.store import locate, open_store
-from qlora_exp.tracking.sync import repair, sync
+from qlora_exp.tracking.sync import mark_interrupted, sync_runs
 from qlora_exp.tracking.ui import VIEW_BARS, VIEW_PARAMS, VIEW_PLOTS, VIEW_TAGS, compare_url, ui_command, ui_environment
 
 EXPERIMENT = "qlora-exp"
@@ -117,7 +117,7 @@ def test_a_run_is_seen_whole(output: OutputPaths) -> None:
 def test_a_run_that_did_not_complete_is_never_finished(output: OutputPaths, status: Status, shown: str) -> None:
     record = synthetic.failed("made-up-1", status)
     synthetic.write_run(output, record, adapter=False)
-    assert sync(output.root).delivered == ("made-up-1",)
+    assert sync_runs(output.root).delivered == ("made-up-1",)
     (run,) = runs_of(output)
     assert run.info.status == shown
     assert run.data.tags["failure.kind"] == "RuntimeError"
@@ -126,13 +126,13 @@ def test_a_run_that_did_not_complete_is_never_finished(output: OutputPaths, stat
 def test_syncing_twice_adds_nothing(output: OutputPaths) -> None:
     for number in range(3):
         synthetic.write_run(output, synthetic.completed(f"made-up-{number}", seed=number))
-    assert len(sync(output.root).delivered) == 3
+    assert len(sync_runs(output.root).delivered) == 3
     first = contents(output)
     for paths in output.runs.iterdir():
         RunPaths(paths).tracking_state.unlink()  # even where it is not known what was delivered
-    assert len(sync(output.root).delivered) == 3
+    assert len(sync_runs(output.root).delivered) == 3
     assert contents(output) == first
-    assert len(sync(output.root).already) == 3
+    assert len(sync_runs(output.root).already) == 3
 
 
 def test_a_partly_delivered_run_is_completed_and_not_doubled(output: OutputPaths) -> None:
@@ -143,7 +143,7 @@ def test_a_partly_delivered_run_is_completed_and_not_doubled(output: OutputPaths
     client, run_id = client_of(output), str(state_of(paths)["mlflow_run_id"])
     client.log_metric(run_id, "train/loss", 2.4, step=5)  # delivered by the process that died then
     synthetic.write_run(output, synthetic.completed(), steps=6)
-    assert sync(output.root).delivered == ("made-up-1",)
+    assert sync_runs(output.root).delivered == ("made-up-1",)
     (run,) = runs_of(output)
     assert run.info.run_id == run_id
     assert run.info.status == "FINISHED"
@@ -162,30 +162,30 @@ def test_the_view_is_rebuilt_from_the_run_folders(output: OutputPaths) -> None:
     other = OutputPaths.of(output.root.parent / "moved" / "outputs")
     other.root.parent.mkdir()
     output.root.rename(other.root)
-    assert sync(other.root).delivered == ("made-up-1",)
+    assert sync_runs(other.root).delivered == ("made-up-1",)
     assert contents(other) == live
 
 
 def test_a_run_deleted_in_mlflow_stays_deleted(output: OutputPaths) -> None:
     synthetic.write_run(output, synthetic.completed())
-    sync(output.root)
+    sync_runs(output.root)
     client_of(output).delete_run(runs_of(output)[0].info.run_id)
-    assert sync(output.root).deleted == ("made-up-1",)
+    assert sync_runs(output.root).deleted == ("made-up-1",)
     assert runs_of(output) == []
 
 
 def test_a_changed_record_is_delivered_again_into_the_same_run(output: OutputPaths) -> None:
     synthetic.write_run(output, synthetic.failed("made-up-1"))
-    sync(output.root)
+    sync_runs(output.root)
     synthetic.write_run(output, synthetic.completed("made-up-1"))
-    assert sync(output.root).delivered == ("made-up-1",)
+    assert sync_runs(output.root).delivered == ("made-up-1",)
     (run,) = runs_of(output)
     assert run.info.status == "FINISHED"
 
 
 def test_a_run_that_goes_on_after_an_interruption_is_the_same_mlflow_run(output: OutputPaths) -> None:
     synthetic.write_run(output, synthetic.failed("made-up-1", Status.INTERRUPTED))
-    sync(output.root)
+    sync_runs(output.root)
     begun = synthetic.running("made-up-1")
     paths = synthetic.write_run(output, begun)
     Tracker(tracking(), output).start(begun, paths)
@@ -204,7 +204,7 @@ def test_a_run_whose_process_died_is_told_so_and_a_living_one_is_left_alone(outp
     child.wait()
     write_json(dead.record, read_record(dead.record).replace(process=Process(child.pid, None, None)))
 
-    assert repair(output.root) == ("dead",)
+    assert mark_interrupted(output.root) == ("dead",)
     record = read_record(dead.record)
     assert record.status is Status.INTERRUPTED
     assert record.ended_at is not None
@@ -212,7 +212,7 @@ def test_a_run_whose_process_died_is_told_so_and_a_living_one_is_left_alone(outp
     assert str(child.pid) in record.failure.message
     assert read_record(output.run("living").record).status is Status.RUNNING
     assert {run.data.tags[TAG]: run.info.status for run in runs_of(output)} == {"dead": "KILLED", "living": "RUNNING"}
-    assert repair(output.root) == ()
+    assert mark_interrupted(output.root) == ()
 
 
 def test_a_run_of_another_host_is_left_running_and_told_so(
@@ -220,8 +220,8 @@ def test_a_run_of_another_host_is_left_running_and_told_so(
 ) -> None:
     record = synthetic.running("far").replace(process=Process(2**22 + 1, 1, "another boot", "another-host"))
     paths = synthetic.write_run(output, record)
-    assert repair(output.root) == ()
-    assert sync(output.root).elsewhere == ("far",)
+    assert mark_interrupted(output.root) == ()
+    assert sync_runs(output.root).elsewhere == ("far",)
     assert read_record(paths.record).status is Status.RUNNING
     assert main(["ls", "runs", "--output-root", str(output.root)]) == 0
     assert "on another-host, which can't be seen from here" in capsys.readouterr().out
@@ -243,9 +243,9 @@ def test_a_server_that_fails_costs_a_run_nothing_and_sync_delivers_later(
     assert state_of(paths)["delivered"] is False
     assert state_of(paths)["error"]
 
-    report = sync(output.root)
+    report = sync_runs(output.root)
     assert set(report.failed) == {"made-up-1"}
-    assert sync(output.root, uri=f"sqlite:///{output.mlflow_database}").delivered == ("made-up-1",)
+    assert sync_runs(output.root, uri=f"sqlite:///{output.mlflow_database}").delivered == ("made-up-1",)
     assert [run.info.status for run in runs_of(output)] == ["FINISHED"]
 
 
@@ -262,7 +262,8 @@ def test_a_server_that_dies_during_a_run_leaves_the_rest_to_sync(output: OutputP
     output.mlflow_database.unlink()
     # Another process, as a user's would be: in this one MLflow keeps the connection to the file that is gone.
     code = (
-        "import sys; from qlora_exp.tracking.sync import sync; sys.exit(sync(sys.argv[1]).delivered != ('made-up-1',))"
+        "import sys; from qlora_exp.tracking.sync import sync_runs;"
+        " sys.exit(sync_runs(sys.argv[1]).delivered != ('made-up-1',))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(output.root)], check=False).returncode == 0
 
@@ -320,7 +321,7 @@ def test_the_store_holds_no_secret(output: OutputPaths) -> None:
     record = synthetic.completed("made-up-1", f"model.path=/models/{canary}").replace(warnings=(f"password={canary}",))
     paths = synthetic.write_run(output, record)
     paths.config.write_text(f"hub_token: {canary}\nurl: https://me:{canary}@host/x\n")
-    assert sync(output.root).delivered == ("made-up-1",)
+    assert sync_runs(output.root).delivered == ("made-up-1",)
     places = [output.mlflow_database, *(file for file in output.mlflow_artifacts.rglob("*") if file.is_file())]
     assert len(places) > 4
     assert [place for place in places if canary.encode() in place.read_bytes()] == []
@@ -330,7 +331,7 @@ def test_the_host_program_keeps_its_own_mlflow_settings(output: OutputPaths, mon
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     uri = mlflow.get_tracking_uri()
     synthetic.write_run(output, synthetic.completed())
-    sync(output.root)
+    sync_runs(output.root)
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "5"
     assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == MLFLOW_HTTP_REQUEST_TIMEOUT.default
     assert mlflow.get_tracking_uri() == uri
@@ -374,14 +375,14 @@ def test_an_unreadable_record_does_not_stop_the_others(output: OutputPaths) -> N
     synthetic.write_run(output, synthetic.completed("whole"))
     torn = synthetic.write_run(output, synthetic.completed("torn"))
     torn.record.write_text('{"schema_version": 1, "run')
-    report = sync(output.root)
+    report = sync_runs(output.root)
     assert report.delivered == ("whole",)
     assert set(report.failed) == {"torn"}
 
 
 def test_a_redacted_password_is_asked_for(output: OutputPaths) -> None:
     synthetic.write_run(output, synthetic.completed("made-up-1", "tracking.uri=http://me:***@host:5000"))
-    assert "password" in sync(output.root).failed["made-up-1"]
+    assert "password" in sync_runs(output.root).failed["made-up-1"]
 
 
 START = """
@@ -482,7 +483,7 @@ def test_eight_processes_that_start_together_on_a_fresh_database_all_succeed(fre
 def test_a_real_server_shows_runs_with_their_artifacts(output: OutputPaths) -> None:
     """Through ``qlora-exp ui``'s own command: a database's artifacts are served, and a server takes runs by HTTP."""
     synthetic.write_run(output, synthetic.completed("made-up-1"))
-    sync(output.root)
+    sync_runs(output.root)
     port = int(closed_port().rpartition(":")[2])
     server = subprocess.Popen(
         ui_command(None, output.mlflow_database, port),
@@ -497,7 +498,7 @@ def test_a_real_server_shows_runs_with_their_artifacts(output: OutputPaths) -> N
         wait_for(port)
         (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
         assert len(client.list_artifacts(run.info.run_id, "adapter")) == 3
-        assert sync(output.root, uri=uri).already == ("made-up-1",)  # the same database, through the server
+        assert sync_runs(output.root, uri=uri).already == ("made-up-1",)  # the same database, through the server
         other = "tracking.experiment=through-http"
         record = synthetic.completed("made-up-2", f"tracking.uri={uri}", other)
         synthetic.write_run(output, record)
@@ -540,14 +541,14 @@ def test_a_store_of_an_earlier_version_gets_the_views_of_this_one(output: Output
 
 def test_the_first_charts_are_of_parameters_and_metrics_that_runs_have() -> None:
     record = synthetic.completed()
-    assert set(VIEW_PARAMS) <= set(fields.params(record))
-    assert {*VIEW_BARS, *(key for keys in VIEW_PLOTS.values() for key in keys)} <= set(fields.metrics(record))
+    assert set(VIEW_PARAMS) <= set(fields.run_params(record))
+    assert {*VIEW_BARS, *(key for keys in VIEW_PLOTS.values() for key in keys)} <= set(fields.run_metrics(record))
 
 
 def test_a_place_with_blanks_and_accents_works(tmp_path: Path) -> None:
     output = OutputPaths.of(tmp_path / "mes essais été #1 100%" / "outputs")
     synthetic.write_run(output, synthetic.completed())
-    assert sync(output.root).delivered == ("made-up-1",)
+    assert sync_runs(output.root).delivered == ("made-up-1",)
     (run,) = runs_of(output)
     assert len(list(output.mlflow_artifacts.rglob("record.json"))) == 1
     assert len(client_of(output).list_artifacts(run.info.run_id)) == 3
@@ -555,7 +556,8 @@ def test_a_place_with_blanks_and_accents_works(tmp_path: Path) -> None:
 
 def test_repair_of_a_clean_folder_needs_no_mlflow(tmp_path: Path) -> None:
     code = (
-        "import sys; from qlora_exp.tracking.sync import repair; repair(sys.argv[1]); sys.exit('mlflow' in sys.modules)"
+        "import sys; from qlora_exp.tracking.sync import mark_interrupted; mark_interrupted(sys.argv[1]);"
+        " sys.exit('mlflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
 

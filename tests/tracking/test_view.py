@@ -11,7 +11,7 @@ from qlora_exp.tracking import fields
 
 def test_every_axis_is_a_parameter() -> None:
     record = synthetic.completed("a", "targets.modules=[q_proj,v_proj]", "lora.r=16", seed=7)
-    params = fields.params(record)
+    params = fields.run_params(record)
     expected = {
         "model.family": "embedded",
         "model.variant": "base",
@@ -29,7 +29,7 @@ def test_every_axis_is_a_parameter() -> None:
 
 
 def test_a_run_without_plan_still_has_its_configured_axes() -> None:
-    params = fields.params(synthetic.running().replace(plan=None))
+    params = fields.run_params(synthetic.running().replace(plan=None))
     assert params["lora.r"] == "8"
     assert "lora.alpha" not in params
 
@@ -41,7 +41,7 @@ def test_no_run_has_more_than_thirty_metric_keys_and_all_are_grouped() -> None:
     full = full.replace(
         scores=type(full.scores)(before=scores, after=scores, test=scores, forgetting=gone, forgetting_chat=gone)
     )
-    keys = set(fields.metrics(full)) | set(fields.CURVE_KEYS.values())
+    keys = set(fields.run_metrics(full)) | set(fields.CURVE_KEYS.values())
     assert len(keys) == fields.MAX_METRIC_KEYS
     assert all("/" in key for key in keys)
     assert {"score/accuracy", "score/loss_per_item", "score/hub_0"} <= keys
@@ -54,19 +54,19 @@ def test_what_was_forgotten_is_shown_for_text_and_for_chats() -> None:
     )
     record = synthetic.completed()
     record = record.replace(scores=replace(record.scores, forgetting=text, forgetting_chat=chat))
-    shown = fields.metrics(record)
+    shown = fields.run_metrics(record)
     assert (shown["score/forgetting_nats_per_byte"], shown["score/forgetting_chat_nats_per_byte"]) == (0.1, 0.15)
-    for page in (fields.note(record).lower(), model_card(record).lower()):
+    for page in (fields.run_note(record).lower(), model_card(record).lower()):
         assert "loss on general text" in page
         assert "loss on answers in general chats" in page
 
 
 def test_what_was_not_measured_is_no_metric() -> None:
-    assert fields.metrics(synthetic.running()) == {}
+    assert fields.run_metrics(synthetic.running()) == {}
     nan = synthetic.completed()
     nan = nan.replace(scores=type(nan.scores)(after=Scores("validation", 5, loss=float("nan"), accuracy=0.5)))
-    assert "score/loss" not in fields.metrics(nan)
-    assert fields.metrics(nan)["score/accuracy"] == 0.5
+    assert "score/loss" not in fields.run_metrics(nan)
+    assert fields.run_metrics(nan)["score/accuracy"] == 0.5
 
 
 def test_curve_points_have_the_same_identity_at_every_delivery() -> None:
@@ -78,12 +78,12 @@ def test_curve_points_have_the_same_identity_at_every_delivery() -> None:
 
 
 def test_the_note_says_before_and_after_and_hides_secrets() -> None:
-    text = fields.note(synthetic.completed(after=0.61))
+    text = fields.run_note(synthetic.completed(after=0.61))
     assert text.startswith("accuracy on validation: 0.2 → **0.61**")
     assert "| accuracy | 0.2 | 0.61 |" in text
     leak = synthetic.failed("x", Status.FAILED, "no access with token=hf_Canary0123456789abcdef")
-    assert "Canary" not in fields.note(leak)
-    assert "**RuntimeError** in train" in fields.note(leak)
+    assert "Canary" not in fields.run_note(leak)
+    assert "**RuntimeError** in train" in fields.run_note(leak)
 
 
 def test_every_status_has_an_honest_counterpart() -> None:

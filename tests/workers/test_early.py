@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from qlora_exp.config.compose import compose_raw
-from qlora_exp.orchestration.prestart import host_starts, started, started_early
+from qlora_exp.orchestration.prestart import host_starts, prestarted, started
 from tests.workers.small_study import paths_of, workers_of
 
 ASLEEP = ["training.engine=sleep", "tracking=off"]
@@ -17,7 +17,7 @@ def test_a_host_started_early_is_taken_once_and_one_that_nobody_takes_is_ended(t
     config, workers, paths = compose_raw(ASLEEP), workers_of(count=2), paths_of(tmp_path)
     first, second = host_starts(config, workers, paths)
     before = set(psutil.Process().children())
-    with started_early(config, workers, paths, at_most=2):
+    with prestarted(config, workers, paths, at_most=2):
         early = {child.pid for child in set(psutil.Process().children()) - before}
         taken = started(first)
         assert taken.pid in early
@@ -35,12 +35,12 @@ def test_a_host_started_early_is_taken_once_and_one_that_nobody_takes_is_ended(t
 def test_no_more_hosts_start_early_than_there_are_trials(tmp_path: Path) -> None:
     config, workers, paths = compose_raw(ASLEEP), workers_of(count=3), paths_of(tmp_path)
     before = set(psutil.Process().children())
-    with started_early(config, workers, paths, at_most=1):
+    with prestarted(config, workers, paths, at_most=1):
         assert len(set(psutil.Process().children()) - before) == 1
 
 
 def test_what_keeps_hosts_from_starting_early_is_left_for_the_worker_to_tell(tmp_path: Path) -> None:
     paths = paths_of(tmp_path)
     paths.logs.write_text("no folder")
-    with started_early(compose_raw(ASLEEP), workers_of(count=1), paths, at_most=1):
+    with prestarted(compose_raw(ASLEEP), workers_of(count=1), paths, at_most=1):
         pass

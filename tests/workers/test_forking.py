@@ -21,7 +21,7 @@ from qlora_exp.orchestration import forking
 from qlora_exp.orchestration.devices import environment_of
 from qlora_exp.orchestration.messages import Ready
 from qlora_exp.orchestration.slot import LAST_OWNER_SECONDS
-from qlora_exp.orchestration.trial_process import Died, HostProcess
+from qlora_exp.orchestration.trial_process import HostProcess, ProcessDied
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Status
@@ -204,7 +204,7 @@ def test_hosts_share_a_server_and_end_with_it(tmp_path: Path) -> None:
         assert b"qlora_exp.orchestration.trial_main" in Path(f"/proc/{other.pid}/cmdline").read_bytes()
         assert one.kill() == -signal.SIGKILL
         os.kill(server, signal.SIGKILL)
-        with pytest.raises(Died) as died:
+        with pytest.raises(ProcessDied) as died:
             other.receive(60.0)
         assert died.value.code == -signal.SIGKILL
         again = host(tmp_path)
@@ -293,7 +293,7 @@ def test_a_signal_to_all_processes_of_a_job_is_answered_by_hosts_not_by_their_se
         other = host(tmp_path)
         assert parent_of(ready(other)) == server
         other.terminate()
-        with pytest.raises(Died) as died:
+        with pytest.raises(ProcessDied) as died:
             other.receive(60.0)
         assert died.value.code == -signal.SIGTERM
         one.kill()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qlora_exp.config.compose import compose
-from qlora_exp.models.base_cache import WarmBases
+from qlora_exp.models.base_cache import BaseCache
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Status
@@ -55,7 +55,7 @@ def in_fresh_process(output: Path, mode: str, trial: list[str]) -> dict[str, Any
     return result(read_record(OutputPaths.of(output).run(done.stdout.split()[-1]).record), output)
 
 
-def run(output: Path, mode: str, trial: list[str], bases: WarmBases | None = None) -> dict[str, Any]:
+def run(output: Path, mode: str, trial: list[str], bases: BaseCache | None = None) -> dict[str, Any]:
     return result(execute(compose(overrides(output, mode, trial)), bases=bases), output)
 
 
@@ -76,7 +76,7 @@ def state(model: torch.nn.Module) -> dict[str, Any]:
     "mode", ["fp32", "nf4", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fp16", "int8"))]
 )
 def test_warm_trials_equal_fresh_ones_and_leave_the_base_as_it_was(tmp_path: Path, mode: str) -> None:
-    bases = WarmBases()
+    bases = BaseCache()
     base = bases.lend(compose(overrides(tmp_path, mode, A)), "cpu")
     before = state(base.model)
     fresh = {"A": in_fresh_process(tmp_path, mode, A)}
@@ -90,7 +90,7 @@ def test_warm_trials_equal_fresh_ones_and_leave_the_base_as_it_was(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fp32", "fp16", "nf4", "int8"])
 def test_every_warm_trial_equals_one_in_a_fresh_process(tmp_path: Path, mode: str) -> None:
-    bases = WarmBases()
+    bases = BaseCache()
     trials = {"A": A, "B": B, "C": C}
     fresh = {name: in_fresh_process(tmp_path, mode, trial) for name, trial in trials.items()}
     for name in "ABACA":
@@ -99,7 +99,7 @@ def test_every_warm_trial_equals_one_in_a_fresh_process(tmp_path: Path, mode: st
 
 @pytest.mark.parametrize("trial", [PISSA, DORA], ids=["pissa", "dora"])
 def test_other_kinds_of_adapters_leave_a_lent_base_as_it_was(tmp_path: Path, trial: list[str]) -> None:
-    bases = WarmBases()
+    bases = BaseCache()
     base = bases.lend(compose(overrides(tmp_path, "fp32", trial)), "cpu")
     before = state(base.model)
     assert run(tmp_path, "fp32", trial, bases) == run(tmp_path, "fp32", trial)
@@ -107,7 +107,7 @@ def test_other_kinds_of_adapters_leave_a_lent_base_as_it_was(tmp_path: Path, tri
 
 
 def test_another_base_takes_the_place_of_the_kept_one(tmp_path: Path) -> None:
-    bases = WarmBases()
+    bases = BaseCache()
     first = bases.lend(compose(overrides(tmp_path, "fp32", A)), "cpu")
     again = bases.lend(compose(overrides(tmp_path, "fp32", [*A, "lora.r=16", "seed=3"])), "cpu")
     other = bases.lend(compose(overrides(tmp_path, "fp32", [*A, "model.variant=instruct"])), "cpu")
@@ -117,7 +117,7 @@ def test_another_base_takes_the_place_of_the_kept_one(tmp_path: Path) -> None:
 
 
 def test_a_task_file_that_changed_is_read_again(tmp_path: Path, colour_task: Path) -> None:
-    bases = WarmBases()
+    bases = BaseCache()
     task = ["task=local", "task.kind=classification", f"task.path={colour_task}"]
 
     def items() -> int:

@@ -92,7 +92,7 @@ POSITIONS = {f"Qwen/Qwen3-{size}": 40960 for size in ("0.6B", "1.7B", "4B", "8B"
 """Checkpoints that take longer sequences than their sibling."""
 
 
-def described(family: str) -> Architecture:
+def architecture_table(family: str) -> Architecture:
     """The architecture of a family of :data:`CONFIGS`, built on the meta device.
 
     Raises:
@@ -125,7 +125,7 @@ def main() -> int:
         checkpoints = (choice.keys.get("checkpoints") or {}).values()
         if choice.name not in CONFIGS and choice.name != "embedded":
             continue
-        architecture = _embedded() if choice.name == "embedded" else described(choice.name)
+        architecture = _embedded() if choice.name == "embedded" else architecture_table(choice.name)
         positions = {checkpoint: POSITIONS.get(checkpoint, architecture.positions) for checkpoint in checkpoints}
         text = json.dumps(to_table(architecture, positions), indent=1)
         (FOLDER / f"{choice.name}.json").write_text(f"{text}\n", encoding="utf-8")
