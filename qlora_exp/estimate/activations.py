@@ -1,11 +1,11 @@
-"""What a training step keeps for its backward pass: bytes a token, layer by layer, counted from the layers' shapes.
+"""Bytes per token that a training step saves for its backward pass, layer by layer, from the layers' shapes.
 
-The bookkeeping is that of Korthikanti et al. 2022 (*Reducing Activation Recomputation in Large Transformer Models*,
-section 4), read again for adapters on a frozen base, operation by operation, from the code that runs: transformers 5
+The count follows Korthikanti et al. 2022 (*Reducing Activation Recomputation in Large Transformer Models*, section 4),
+adapted to adapters on a frozen base. It goes operation by operation through the code that runs: transformers 5
 (modeling files of each architecture), PEFT 0.21 (``tuners/lora/layer.py``, ``bnb.py``), bitsandbytes 0.50
-(``autograd/_functions.py``) and torch 2.13 (``scaled_dot_product_attention``). A frozen linear layer keeps nothing of
-its own: its input is kept only where an adapter (for A's gradient) or LLM.int8() holds it.
-``tests/plan/test_activations.py`` compares the count with what autograd really saves.
+(``autograd/_functions.py``) and torch 2.13 (``scaled_dot_product_attention``). A frozen linear layer saves no input for
+itself. The input is saved only where an adapter (for A's gradient) or LLM.int8() holds it.
+``tests/plan/test_activations.py`` compares the count with the tensors that autograd saves.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ DOWN_NAME = re.compile(r"(down|c_proj|4h_to_h|fc2|fc_out|w2|out_proj|dense)[^.]*
 
 
 USUAL_HEAD, WIDEST_HEAD = 64, 128
-"""Width of an attention head where nothing tells it, and the largest that keys and values of one head have."""
+"""The head width assumed if the architecture doesn't give one, and the largest width of one head's keys and values."""
 
 
 def is_eager(attention: str, architecture: Architecture) -> bool:
-    """Whether ``model.attention`` gives this architecture attention written out in Python, which keeps the scores."""
+    """Return whether ``model.attention`` gives this architecture eager attention, which saves the scores."""
     return attention == "eager" or (attention == "auto" and architecture.eager_alone)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's widths, in elements a token."""
+    """The widths of one decoder layer, in elements per token."""
 
     hidden: int
     query: int
     key_value: int
     fused: int
-    """Output of a fused q, k, v projection; 0 where they are separate."""
+    """Output width of a fused q, k, v projection; 0 if the projections are separate."""
     intermediate: int
     gated: bool
     norms: int
     norm_upcasts: bool
-    """Root-mean-square norms are written out in Python and keep a float32 copy of their input."""
+    """The RMS norms are written in Python and save a float32 copy of their input."""
     normed_heads: bool
     heads: int
     habits: ArchitectureTraits
     experts: tuple[int, int, bool] = (0, 0, False)
-    """How many a token passes through, the intermediate width of one, and whether it has a gate."""
+    """Experts per token, the intermediate width of one expert, and whether it has a gate."""
 
     @property
     def multi_query(self) -> bool:
-        """One head of keys and values, fused with the queries."""
+        """Whether all query heads share one head of keys and values, fused with the queries."""
         return (
             self.habits.multi_query
             and bool(self.fused)
@@ -66,9 +66,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """Bytes a token. ``layers``: all decoder layers' together, without checkpointing; ``layer``: the largest one's;
-    ``inputs``: what each layer keeps under checkpointing, together: its input, and what LLM.int8() holds, which
-    bitsandbytes keeps out of autograd's sight; ``outside``: around the layers."""
+    """Bytes per token.
+
+    ``layers``: all decoder layers together, without checkpointing. ``layer``: the largest layer alone. ``inputs``: what
+    all layers save under checkpointing: their inputs, and what LLM.int8() holds outside autograd. ``outside``: the
+    tensors around the decoder layers.
+    """
 
     layers: float
     layer: float
@@ -90,25 +93,28 @@ def saved_bytes_per_token(
     lora_dropout: bool = False,
     eager: bool = False,
 ) -> SavedActivations:
-    """What forward keeps for backward, per token of a batch whose rows are ``length`` long, padding included.
+    """Return what forward saves for backward, per token (padding included) of a batch with rows of ``length`` tokens.
 
-    ``adapted``: full names of the weights with adapters; ``compute_bytes``, ``adapter_bytes``: bytes an element of the
-    two dtypes; ``padded``: rows differ in length, so that attention gets a mask; ``eager``: attention is written out.
+    ``adapted``: full names of the weights with adapters. ``compute_bytes``, ``adapter_bytes``: bytes per element of the
+    two dtypes. ``padded``: rows differ in length, so attention gets a mask. ``eager``: attention is eager.
     """
     setting = _Setting(r, compute_bytes, adapter_bytes, int8, length, padded, cuda, lora_dropout, eager)
-    wanted = frozenset(adapted)
+    adapted_names = frozenset(adapted)
     sizes: list[float] = []
     width = architecture.hidden_size
     inputs = 0
-    known: dict[tuple[int, tuple[bool, ...], bool], tuple[float, int]] = {}
+    bytes_by_layer: dict[tuple[int, tuple[bool, ...], bool], tuple[float, int]] = {}
     for kind, (layer, shapes) in zip(_kinds(architecture), layers_of(architecture), strict=True):
-        key = (kind, tuple([shape.name in wanted for shape in shapes]), not sizes)
-        if key not in known:
-            kept = _layer_bytes(layer, shapes, key[1], setting, first=not sizes)
-            known[key] = kept, compute_bytes * (width + sum(held for _, held in _held(layer, shapes, setting)))
-        size, held = known[key]
+        key = (kind, tuple([shape.name in adapted_names for shape in shapes]), not sizes)
+        if key not in bytes_by_layer:
+            layer_bytes = _layer_bytes(layer, shapes, key[1], setting, first=not sizes)
+            bytes_by_layer[key] = (
+                layer_bytes,
+                compute_bytes * (width + sum(input_bytes for _, input_bytes in _held(layer, shapes, setting))),
+            )
+        size, input_bytes = bytes_by_layer[key]
         sizes.append(size)
-        inputs += held
+        inputs += input_bytes
     outside = width * (FLOAT32 + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
     return SavedActivations(sum(sizes), max(sizes, default=0.0), inputs, outside)
 
@@ -128,33 +134,37 @@ class _Setting:
 
 @lru_cache(maxsize=64)
 def layers_of(architecture: Architecture) -> tuple[tuple[Layer, tuple[WeightShape, ...]], ...]:
-    """Each decoder layer's widths, and its linear layers."""
+    """Return the widths and the linear layers of each decoder layer."""
     grouped: dict[str, list[WeightShape]] = {}
     for shape in architecture.weights:
-        place = LAYER_PLACE.match(shape.name)
-        if place:
-            grouped.setdefault(place[0], []).append(shape)
+        prefix = LAYER_PLACE.match(shape.name)
+        if prefix:
+            grouped.setdefault(prefix[0], []).append(shape)
     norms: dict[str, list[OtherTensor]] = {}
     for tensor in architecture.others:
-        place = LAYER_PLACE.match(tensor.name)
-        if place and not tensor.buffer:
-            norms.setdefault(place[0], []).append(tensor)
-    experts = {place[0]: one for one in architecture.experts if (place := LAYER_PLACE.match(one.name))}
+        prefix = LAYER_PLACE.match(tensor.name)
+        if prefix and not tensor.buffer:
+            norms.setdefault(prefix[0], []).append(tensor)
+    experts = {
+        prefix[0]: experts_of_layer
+        for experts_of_layer in architecture.experts
+        if (prefix := LAYER_PLACE.match(experts_of_layer.name))
+    }
     return tuple(
-        (_layer(architecture, shapes, norms.get(place, []), experts.get(place)), tuple(shapes))
-        for place, shapes in grouped.items()
+        (_layer(architecture, shapes, norms.get(prefix, []), experts.get(prefix)), tuple(shapes))
+        for prefix, shapes in grouped.items()
         if any(shape.role != "other" for shape in shapes)
     )
 
 
 @lru_cache(maxsize=64)
 def _kinds(architecture: Architecture) -> tuple[int, ...]:
-    """Each decoder layer's kind: layers of one kind differ in nothing but their place."""
+    """Return each decoder layer's kind: layers of one kind differ only in their index."""
     kinds: dict[tuple[Layer, tuple[WeightShape, ...]], int] = {}
     numbers = []
     for layer, shapes in layers_of(architecture):
-        placeless = tuple(replace(shape, name=LAYER_PLACE.sub("", shape.name)) for shape in shapes)
-        numbers.append(kinds.setdefault((layer, placeless), len(kinds)))
+        shapes_without_index = tuple(replace(shape, name=LAYER_PLACE.sub("", shape.name)) for shape in shapes)
+        numbers.append(kinds.setdefault((layer, shapes_without_index), len(kinds)))
     return tuple(numbers)
 
 
@@ -163,18 +173,18 @@ def _layer(
 ) -> Layer:
     hidden = architecture.hidden_size
     attention = [shape for shape in shapes if shape.role == "attention"]
-    entering = [shape for shape in attention if feeds(shape.name)]
-    leaving = next((shape for shape in attention if not feeds(shape.name)), None)
-    query = leaving.in_features if leaving else hidden
-    fused = entering[0].out_features if len(entering) == 1 else 0
-    key_value = max(0, sum(shape.out_features for shape in entering) - query) // 2
+    inputs = [shape for shape in attention if feeds(shape.name)]
+    output = next((shape for shape in attention if not feeds(shape.name)), None)
+    query = output.in_features if output else hidden
+    fused = inputs[0].out_features if len(inputs) == 1 else 0
+    key_value = max(0, sum(shape.out_features for shape in inputs) - query) // 2
     down = [shape for shape in shapes if _leads_down(shape, hidden)]
     intermediate = sum(shape.in_features for shape in down)
     up = sum(shape.out_features for shape in shapes if shape.role == "mlp" and shape not in down)
-    weights = [other for other in others if other.name.endswith("weight")]
-    of_heads = [other for other in weights if feeds(other.name)]
-    sizes = {other.name.removesuffix("weight"): other.elements for other in weights}
-    biases = [other for other in others if sizes.get(other.name.removesuffix("bias")) == other.elements]
+    norm_weights = [tensor for tensor in others if tensor.name.endswith("weight")]
+    head_norms = [tensor for tensor in norm_weights if feeds(tensor.name)]
+    sizes = {tensor.name.removesuffix("weight"): tensor.elements for tensor in norm_weights}
+    biases = [tensor for tensor in others if sizes.get(tensor.name.removesuffix("bias")) == tensor.elements]
     habits = traits_of(architecture.model_type)
     return Layer(
         hidden=hidden,
@@ -184,9 +194,9 @@ def _layer(
         intermediate=intermediate,
         gated=up >= 2 * intermediate > 0,
         norms=habits.unweighted_norms
-        or max(1, sum(other.elements == hidden for other in weights if other not in of_heads)),
+        or max(1, sum(tensor.elements == hidden for tensor in norm_weights if tensor not in head_norms)),
         norm_upcasts=not biases,
-        normed_heads=bool(of_heads),
+        normed_heads=bool(head_norms),
         heads=architecture.heads or max(1, query // USUAL_HEAD),
         habits=habits,
         experts=(experts.per_token, experts.intermediate, experts.gated) if experts else (0, 0, False),
@@ -200,15 +210,15 @@ def _leads_down(shape: WeightShape, hidden: int) -> bool:
 def _layer_bytes(
     layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting, first: bool
 ) -> float:
-    """Bytes a token. The first layer's input needs no gradient, so its first norm keeps nothing; neither does its
-    attention before an adapter."""
+    """Return the layer's bytes per token. The first layer's input needs no gradient: its first norm saves nothing, and
+    neither does its attention unless the attention has an adapter."""
     attention_adapted = any(flag and shape.role == "attention" for shape, flag in zip(shapes, adapted, strict=True))
-    kept = _norms(layer, setting) + _feed_forward(layer, setting) + _adapters(layer, shapes, adapted, setting)
+    size = _norms(layer, setting) + _feed_forward(layer, setting) + _adapters(layer, shapes, adapted, setting)
     if first:
-        kept -= _norm_bytes(layer, setting)
+        size -= _norm_bytes(layer, setting)
     if not first or attention_adapted:
-        kept += _attention(layer, setting)
-    return kept
+        size += _attention(layer, setting)
+    return size
 
 
 def _norm_bytes(layer: Layer, setting: _Setting) -> float:
@@ -216,48 +226,62 @@ def _norm_bytes(layer: Layer, setting: _Setting) -> float:
 
 
 def _norms(layer: Layer, setting: _Setting) -> float:
-    """Each norm's input (norms that read the same tensor: once), and dropout's noise on both branches."""
+    """Each norm's input (once, if several norms read the same tensor), and the dropout masks of both branches."""
     count = 1 if layer.habits.parallel_residual else layer.norms
-    noise = 2 * layer.hidden * (1 if setting.cuda else setting.compute_bytes) if layer.habits.dropout else 0
-    return count * _norm_bytes(layer, setting) + noise
+    dropout_masks = 2 * layer.hidden * (1 if setting.cuda else setting.compute_bytes) if layer.habits.dropout else 0
+    return count * _norm_bytes(layer, setting) + dropout_masks
 
 
 def _attention(layer: Layer, setting: _Setting) -> float:
-    """Queries, keys, values, output, the scores' logarithmic sums, and the mask as numbers (a copy a layer). With a
-    mask, shared keys and values are repeated for each head. A fused projection is kept whole by its values' view."""
+    """Queries, keys, values, output, the log-sum-exp of the scores, and the mask as numbers (one copy per layer).
+
+    With a mask, keys and values that several heads share are repeated for each head. The view of the values keeps all
+    of a fused projection's output in memory.
+    """
     width, query, key_value = setting.compute_bytes, layer.query, layer.key_value
-    normed = (query + key_value) * FLOAT32 if layer.normed_heads and not layer.fused else 0
+    normed_heads = (query + key_value) * FLOAT32 if layer.normed_heads and not layer.fused else 0
     if setting.eager:
-        wide = 2 * query * (FLOAT32 - width) if layer.habits.qk_in_float32 else 0
-        return 3 * query * width + wide + normed + _score_bytes(layer, setting) * layer.heads * setting.length
+        float32_copies = 2 * query * (FLOAT32 - width) if layer.habits.qk_in_float32 else 0
+        return (
+            3 * query * width
+            + float32_copies
+            + normed_heads
+            + _score_bytes(layer, setting) * layer.heads * setting.length
+        )
     if not setting.cuda and (layer.habits.attention_dropout or layer.multi_query):
         scores = 3 if layer.habits.attention_dropout else 1
         return FLOAT32 * (3 * query + scores * layer.heads * setting.length)
     repeated = setting.padded and 0 < key_value < query
     if repeated:
-        three = 3 * query
+        qkv = 3 * query
     elif layer.fused:
-        three = layer.fused + (query + key_value if layer.habits.rotary else 0)
+        qkv = layer.fused + (query + key_value if layer.habits.rotary else 0)
     else:
-        three = query + 2 * key_value
+        qkv = query + 2 * key_value
     mask = setting.length * width if setting.padded else 0
-    return (three + query) * width + normed + mask + FLOAT32 * layer.heads
+    return (qkv + query) * width + normed_heads + mask + FLOAT32 * layer.heads
 
 
 def _score_bytes(layer: Layer, setting: _Setting) -> int:
-    """A score of attention that is written out. Where the softmax is computed in float32, what multiplies the values is
-    a 16-bit copy of it; with dropout it is what that left, and the noise is kept, too."""
+    """Bytes per score of eager attention.
+
+    If the softmax is computed in float32, a 16-bit copy of it multiplies the values. With dropout the product uses the
+    softmax after dropout, and the dropout mask is saved, too.
+    """
     width, habits = setting.compute_bytes, layer.habits
     softmax = width if habits.softmax_in_compute_dtype else FLOAT32
-    left = width if softmax > width else 0
+    multiplier = width if softmax > width else 0
     if habits.attention_dropout:
-        left = width + (1 if setting.cuda else width)
-    return softmax + left + (width if habits.logit_softcapping else 0)
+        multiplier = width + (1 if setting.cuda else width)
+    return softmax + multiplier + (width if habits.logit_softcapping else 0)
 
 
 def _feed_forward(layer: Layer, setting: _Setting) -> float:
-    """Gated: the gate before and after its activation, and what it multiplies; else what the activation keeps. Of the
-    experts that a token passes through the same, and their outputs, which the router's weights multiply."""
+    """Bytes per token of the feed-forward layers.
+
+    With a gate: the gate before and after its activation, and the tensor that it multiplies. Without: what the
+    activation saves. Each expert of a token saves the same, and its output, which the router's weight multiplies.
+    """
     copies = layer.habits.activation_copies
     per_token, width, gated = layer.experts
     routed = per_token * (width * (layer.habits.expert_copies if gated else copies) + layer.hidden)
@@ -267,9 +291,12 @@ def _feed_forward(layer: Layer, setting: _Setting) -> float:
 
 
 def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting) -> float:
-    """Inputs kept for A's gradients, and A's outputs for B's. In one dtype, layers that read the same tensor share it,
-    and what attention or ReLU keeps anyway isn't kept twice; where the adapter's dtype differs, each layer casts a copy
-    of its own. LLM.int8() holds its input whether it is adapted or not."""
+    """Inputs saved for A's gradients, and A's outputs saved for B's gradients.
+
+    In one dtype, layers that read the same tensor share it, and a tensor that attention or ReLU saves anyway isn't
+    counted twice. If the adapter's dtype differs, each layer casts its own copy. LLM.int8() holds its input with or
+    without an adapter.
+    """
     same_dtype = setting.compute_bytes == setting.adapter_bytes
     per_layer, shared = 0.0, _held(layer, shapes, setting)
     for shape, flag in zip(shapes, adapted, strict=True):
@@ -279,21 +306,25 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
             per_layer += 2 * shape.in_features * setting.adapter_bytes if setting.lora_dropout else 0
         if flag and same_dtype:
             shared.add((_read_by(layer, shape), shape.in_features))
-    free = {"output"} if _output_is_kept(layer, setting) else set()
+    already_saved = {"output"} if _output_is_kept(layer, setting) else set()
     if layer.habits.saves_output:
-        free.add("down")
-    return per_layer + setting.compute_bytes * sum(width for place, width in shared if place not in free)
+        already_saved.add("down")
+    return per_layer + setting.compute_bytes * sum(width for source, width in shared if source not in already_saved)
 
 
 def _held(layer: Layer, shapes: Sequence[WeightShape], setting: _Setting) -> set[tuple[str, int]]:
-    """The inputs that LLM.int8() holds, as what is read and its width: as attributes of its function's context
-    (``MatMul8bitLt``, ``MatMul8bitFp``), not as saved tensors, so that checkpointing doesn't let go of them."""
+    """Return the inputs that LLM.int8() holds, as (tensor that is read, width).
+
+    The autograd functions (``MatMul8bitLt``, ``MatMul8bitFp``) hold them as attributes of their context, not as saved
+    tensors, so checkpointing doesn't free them.
+    """
     quantized = (shape for shape in shapes if setting.int8 and shape.quantizable)
     return {(_read_by(layer, shape), shape.in_features) for shape in quantized}
 
 
 def _read_by(layer: Layer, shape: WeightShape) -> str:
-    """Which tensor a linear layer reads: the normed input, attention's output, or the activation's."""
+    """Return which tensor a linear layer reads: ``input`` or ``middle`` (after the first or second norm), ``output``
+    (of attention) or ``down`` (of the activation)."""
     if shape.role == "attention":
         return "input" if feeds(shape.name) else "output"
     if _leads_down(shape, layer.hidden):
@@ -302,8 +333,8 @@ def _read_by(layer: Layer, shape: WeightShape) -> str:
 
 
 def _output_is_kept(layer: Layer, setting: _Setting) -> bool:
-    """Whether the output projection reads the very tensor that attention keeps; a fused projection's views make it lie
-    otherwise in memory, and it is copied."""
+    """Return whether the output projection reads the same tensor that attention saves. A fused projection's views give
+    attention's output another memory layout, so it is copied."""
     if setting.eager:
         return False
     copied = layer.fused or layer.habits.attention_dropout or layer.multi_query or layer.habits.partial_rope

@@ -1,4 +1,4 @@
-"""What a budget buys of a training: steps, by what one is predicted to take of each limit."""
+"""How many training steps each limit of a budget is enough for, from the predicted cost of one step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qlora_exp.estimate.duration import Interval
 from qlora_exp.estimate.flops import Workload
 
 UNTIL = " until qlora-exp calibrate has measured this machine, or a run of this base in this mode has ended here"
-"""Both with as many threads."""
+"""Calibration and run must have used the same number of threads."""
 LIMIT_UNITS = {"seconds": "s", "tokens": "tokens", "usd": "usd", "kwh": "kWh"}
 
 
 @dataclass(frozen=True)
 class Affordable:
-    """What one limit of a budget buys: ``least`` ≤ ``about`` ≤ ``most`` of ``of`` steps or trials; ``None`` is
-    unknown."""
+    """How many of ``of`` steps or trials one limit of a budget is enough for: ``least`` ≤ ``about`` ≤ ``most``;
+    ``None`` is unknown. The last field is the sentence for the user."""
 
     limit: str
     amount: float
@@ -34,9 +34,11 @@ class Affordable:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one training is predicted to take; ``None`` is unknown. ``seconds`` are of all its steps, ``least_seconds``
-    by the machine's calibration alone (earlier runs may have been slowed by something), ``before_seconds`` what passes
-    from loading on beside training and the last scoring."""
+    """The predicted cost of one training; ``None`` is unknown.
+
+    ``seconds``: of all its steps. ``least_seconds``: a lower bound from this machine's calibration alone, because
+    something may have slowed earlier runs. ``before_seconds``: from loading on, without training and the last scoring.
+    """
 
     extent: Workload
     shortest_row_tokens: float
@@ -46,8 +48,8 @@ class StepCost:
 
 
 class BudgetTooSmall(ConfigError):
-    """A limit of the budget is spent before a step is made. ``times``: how many times more a step takes at the
-    least."""
+    """A limit of the budget is too small for one step. ``times``: the lower bound of a step's cost, divided by the
+    limit."""
 
     def __init__(self, what: str, where: str, hint: str, times: float) -> None:
         super().__init__(what, where, hint)
@@ -55,10 +57,10 @@ class BudgetTooSmall(ConfigError):
 
 
 def check_buys_a_step(limits: Mapping[str, float], usd_per_hour: float | None, pace: StepCost) -> None:
-    """By the shortest rows and the fastest that this machine is calibrated to be, where it is.
+    """Check each limit against the lower bound of one step's cost: the shortest rows at the fastest calibrated rate.
 
     Raises:
-        BudgetTooSmall: it doesn't.
+        BudgetTooSmall: a limit is too small for one step.
     """
     steps = pace.extent.steps
     for name, limit in limits.items():
@@ -70,46 +72,47 @@ def check_buys_a_step(limits: Mapping[str, float], usd_per_hour: float | None, p
 
 
 def affordable_steps(limits: Mapping[str, float], usd_per_hour: float | None, pace: StepCost) -> Iterator[Affordable]:
-    """One for each limit; a training ends after the step that reaches it."""
+    """Yield one :class:`Affordable` per limit. A training ends after the step that reaches the limit."""
     extent = pace.extent
     slow, middle, fast = (pace.seconds.high, pace.seconds.middle, pace.seconds.low) if pace.seconds else (None,) * 3
     for name, limit in limits.items():
-        least, about, most = (_steps(limit, name, usd_per_hour, pace, seconds) for seconds in (slow, middle, fast))
-        told = f"budget.{name}={limit:.12g}"
-        if least is None or about is None or most is None:
-            told = f"{told}: what a step takes of it isn't known{'' if name == 'kwh' else UNTIL}"
-            yield Affordable(name, limit, "steps", None, None, None, extent.steps, told)
+        minimum, about, maximum = (_steps(limit, name, usd_per_hour, pace, seconds) for seconds in (slow, middle, fast))
+        message = f"budget.{name}={limit:.12g}"
+        if minimum is None or about is None or maximum is None:
+            message = f"{message}: what a step takes of it isn't known{'' if name == 'kwh' else UNTIL}"
+            yield Affordable(name, limit, "steps", None, None, None, extent.steps, message)
             continue
-        told = f"{told} buys about {about} of {extent.steps} steps"
+        message = f"{message} buys about {about} of {extent.steps} steps"
         if name == "tokens" or pace.seconds is None:
-            told = f"{told}, by the mean row"
+            message = f"{message}, by the mean row"
         else:
-            before = "" if pace.before_seconds is not None else ", less what passes before training"
-            told = f"{told} ({least} to {most}, by {pace.seconds.basis}){before}"
-        yield Affordable(name, limit, "steps", about, least, most, extent.steps, told)
+            without_overhead = "" if pace.before_seconds is not None else ", less what passes before training"
+            message = f"{message} ({minimum} to {maximum}, by {pace.seconds.basis}){without_overhead}"
+        yield Affordable(name, limit, "steps", about, minimum, maximum, extent.steps, message)
 
 
 def _steps(
     limit: float, name: str, usd_per_hour: float | None, pace: StepCost, train_seconds: float | None
 ) -> int | None:
+    """Return how many steps the limit is enough for: at least one, at most all; ``None`` is unknown."""
     step = _of_a_step(name, usd_per_hour, pace.extent, train_seconds, pace.extent.row.tokens)
     if step is None:
         return None
-    left = limit - (_in_units(name, usd_per_hour, pace.before_seconds or 0.0) or 0.0)
-    return min(pace.extent.steps, max(1, math.ceil(left / step)))
+    remaining = limit - (_in_units(name, usd_per_hour, pace.before_seconds or 0.0) or 0.0)
+    return min(pace.extent.steps, max(1, math.ceil(remaining / step)))
 
 
 def _of_a_step(
     name: str, usd_per_hour: float | None, extent: Workload, train_seconds: float | None, row_tokens: float
 ) -> float | None:
-    """What one step takes of the limit ``name``; ``None`` is unknown."""
+    """Return the cost of one step in the unit of the limit ``name``; ``None`` is unknown."""
     if name == "tokens":
         return extent.step_rows * row_tokens
     return _in_units(name, usd_per_hour, train_seconds / extent.steps) if train_seconds is not None else None
 
 
 def _in_units(name: str, usd_per_hour: float | None, seconds: float) -> float | None:
-    """Seconds in the unit of the limit ``name``; ``None``: they aren't what it limits."""
+    """Return ``seconds`` in the unit of the limit ``name``; ``None`` if the limit isn't about time."""
     match name:
         case "seconds":
             return seconds

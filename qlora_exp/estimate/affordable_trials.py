@@ -1,4 +1,4 @@
-"""What a sweep's budget will buy: trials, by what one is planned to take, or was seen to."""
+"""How many trials of a sweep each limit of its budget is enough for, from planned or measured costs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Cost = tuple[float, float, float]
 
 
 def affordable_trials(runs: Sequence[PlannedRun], budget: BudgetConfig, trials: int | None) -> tuple[Affordable, ...]:
-    """What each limit buys of a sweep that begins, of as many ``trials`` (``None``: it has no end of its own), by the
-    points that can be run."""
+    """Return what each limit is enough for in a sweep that starts, from the points that can be run. ``trials``: how
+    many the sweep has; ``None``: it is unbounded."""
     counted = [run for run in runs if run.memory is not None]
     return tuple(
         affordable_trials_at(name, limit, limit, *planned_cost(counted, name), trials)
@@ -30,34 +30,38 @@ def affordable_trials(runs: Sequence[PlannedRun], budget: BudgetConfig, trials: 
 def affordable_trials_at(
     name: str, limit: float, left: float, cost: Cost | None, basis: str, to_come: int | None
 ) -> Affordable:
-    """What is ``left`` of ``limit`` buys of the trials ``to_come``, of which one takes ``cost``, known by ``basis``."""
-    told = f"budget.{name}={limit:.12g}"
+    """Return how many of the remaining trials ``to_come`` the rest ``left`` of ``limit`` is enough for. One trial takes
+    ``cost``, known from ``basis``."""
+    message = f"budget.{name}={limit:.12g}"
     if cost is None:
-        told = f"{told}: what a trial takes isn't known until the first has ended"
-        return Affordable(name, limit, "trials", None, None, None, to_come, told)
-    low, middle, high = (int(max(left, 0.0) / max(one, 1e-12)) for one in cost)
-    about, least, most = (one if to_come is None else min(one, to_come) for one in (middle, high, low))
+        message = f"{message}: what a trial takes isn't known until the first has ended"
+        return Affordable(name, limit, "trials", None, None, None, to_come, message)
+    low, middle, high = (int(max(left, 0.0) / max(bound, 1e-12)) for bound in cost)
+    about, minimum, maximum = (bound if to_come is None else min(bound, to_come) for bound in (middle, high, low))
     among = f"of {to_come} trials" if to_come is not None else "trials"
-    told = f"{told} buys about {about} {among} ({least} to {most}, by {basis})"
-    return Affordable(name, limit, "trials", about, least, most, to_come, told)
+    message = f"{message} buys about {about} {among} ({minimum} to {maximum}, by {basis})"
+    return Affordable(name, limit, "trials", about, minimum, maximum, to_come, message)
 
 
 def planned_cost(runs: Sequence[PlannedRun], name: str) -> tuple[Cost | None, str]:
-    """What one trial takes of the limit ``name``: the mean over ``runs``, the points of a search (of an interval, its
-    ends), with the least and the most; ``None`` where one of them isn't known. And by what."""
-    whose = "the task's rows" if by_rows(runs) else "rows as long as training.max_length"
+    """Return the cost of one trial in the unit of the limit ``name``, and a phrase that says what it is based on.
+
+    The cost is the mean over ``runs`` (the points of a search; of an interval, its ends), with the smallest and the
+    largest; ``None`` if the cost of any of them is unknown.
+    """
+    rows = "the task's rows" if by_rows(runs) else "rows as long as training.max_length"
     if name == "tokens":
-        return _mean([_tokens(run) for run in runs]), whose
-    known = sum(run.other_seconds is not None for run in runs)
-    others = ("", ", and loading and scoring where they are known", ", loading and scoring")
-    told = others[0 if not known else 1 + (known == len(runs))]
+        return _mean([_tokens(run) for run in runs]), rows
+    known_count = sum(run.other_seconds is not None for run in runs)
+    phrases = ("", ", and loading and scoring where they are known", ", loading and scoring")
+    with_other_seconds = phrases[0 if not known_count else 1 + (known_count == len(runs))]
     costs = {"seconds": _seconds, "usd": _usd}
     cost = _mean([costs[name](run) for run in runs]) if name in costs else None
-    return cost, f"the predicted training of {whose}{told}"
+    return cost, f"the predicted training of {rows}{with_other_seconds}"
 
 
 def by_rows(runs: Sequence[PlannedRun]) -> bool:
-    """Whether the task's own rows were counted, for all that can be run."""
+    """Return whether the task's rows were counted for every run that can be run."""
     return all(run.rows is not None for run in runs if run.memory is not None)
 
 

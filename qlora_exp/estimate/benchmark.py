@@ -1,4 +1,4 @@
-"""How fast this machine trains: a small random Llama forward and backward, in one quantization mode."""
+"""Measures how fast this machine trains: forward and backward of a small random Llama in one quantization mode."""
 
 from __future__ import annotations
 
@@ -17,31 +17,34 @@ from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource
 
 PROBE_SIZES = {"cpu": (512, 4, 4, 128), "cuda": (2048, 2, 16, 512)}
-"""Hidden width, layers, rows, tokens a row: on a card enough work a kernel that it doesn't wait for its host (assumed:
-none was at hand)."""
+"""Hidden width, layers, rows, tokens per row. On a GPU each kernel has enough work that it doesn't wait for the host
+(an assumption: not measured)."""
 PROBE_VOCABULARY = 4096
 
 
 def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: float) -> float:
-    """Floating-point operations a second, counted as :func:`train_flops_per_token` counts them, of forward and backward
-    passes through a frozen random base, repeated for ``seconds`` after one that isn't counted."""
+    """Return the floating-point operations per second of forward and backward passes through a frozen random base.
+
+    Operations are counted as in :func:`train_flops_per_token`. The passes repeat for ``seconds``, after one warm-up
+    pass that isn't counted.
+    """
     quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0)
     hidden, layers, rows, length = PROBE_SIZES[device_kind]
     with tempfile.TemporaryDirectory() as folder, quiet_loading():
-        plain = _llama(hidden, layers, length)
-        plain.save_pretrained(folder)
+        unquantized = _llama(hidden, layers, length)
+        unquantized.save_pretrained(folder)
         model = load_model(ModelSource("calibration", folder, None, None, True), quantization, "sdpa", device_kind)
     model.train()
     model.get_input_embeddings().register_forward_hook(_with_gradient)
-    architecture = architecture_of(plain)  # a quantized one's weights are packed: two to a byte in four bits
+    architecture = architecture_of(unquantized)  # not of the quantized model: 4-bit weights are packed, two per byte
     flops = rows * length * train_flops_per_token(architecture, 0, MeanRow.whole(length), False, fused_head=False)
     tokens = torch.arange(rows * length, device=model.device).reshape(rows, length) % PROBE_VOCABULARY
     _pass(model, tokens)
-    steps, began = 0, time.perf_counter()
-    while steps == 0 or time.perf_counter() - began < seconds:
+    steps, started = 0, time.perf_counter()
+    while steps == 0 or time.perf_counter() - started < seconds:
         _pass(model, tokens)
         steps += 1
-    return steps * flops / (time.perf_counter() - began)
+    return steps * flops / (time.perf_counter() - started)
 
 
 def _llama(hidden: int, layers: int, length: int) -> LlamaForCausalLM:

@@ -19,36 +19,40 @@ from qlora_exp.study.types import TrialRow
 from qlora_exp.training.meter import energy_counter_is_there
 
 LIMITS = ("seconds", "tokens", "usd", "kwh")
-"""What is spent; ``memory_bytes`` is what a run must fit into."""
+"""Limits on what is spent. ``memory_bytes`` is different: a run must fit into it."""
 STUDY_LIMITS = (*LIMITS, "memory_bytes")
 JOULES_PER_KWH = 3.6e6
 RECORD_SECONDS = 1.0
-"""How old what a record says may be while its run trains: as much of it is lost where the process is killed."""
+"""How often a training run updates its record. If the process is killed, at most so much spending is lost."""
 MEASURED_COST = (Status.COMPLETED, Status.PRUNED)
-"""Trials whose cost says what the next one costs; a failed one's is spent, too, but ends anywhere."""
+"""Trials whose cost predicts the next one's. A failed trial spends, too, but may end at any point."""
 
 
 def limits_of(budget: BudgetConfig) -> dict[str, float]:
-    """The limits that are set, by name."""
+    """Return the limits that are set, by name."""
     return {name: value for name in LIMITS if (value := getattr(budget, name)) is not None}
 
 
 def budget_of(raw: Any) -> BudgetConfig:
-    """That of a composed but unchecked configuration."""
-    found = OmegaConf.to_object(raw.budget)
-    assert isinstance(found, BudgetConfig)
-    return found
+    """Return the budget of a composed but unchecked configuration."""
+    budget = OmegaConf.to_object(raw.budget)
+    assert isinstance(budget, BudgetConfig)
+    return budget
 
 
 def without_limits(config: Config) -> Config:
-    """A trial's configuration: the budget is the study's, and trials that it cut short could not be compared."""
+    """Return a trial's configuration. The study holds the budget, and trials that the budget cut short couldn't be
+    compared."""
     unlimited: dict[str, Any] = dict.fromkeys(STUDY_LIMITS)
     return dataclasses.replace(config, budget=dataclasses.replace(config.budget, **unlimited))
 
 
 def check_energy(budget: BudgetConfig, device: DeviceChoice) -> None:
-    """Raises:
-    ConfigError: kilowatt-hours are limited, and nothing here counts them."""
+    """Check that energy can be measured if it is limited.
+
+    Raises:
+        ConfigError: ``budget.kwh`` is set, and no energy counter is available.
+    """
     if budget.kwh is not None and (device is DeviceChoice.cpu or not energy_counter_is_there()):
         raise ConfigError(
             "energy can't be read here: it takes an NVIDIA card (Volta or later) and nvidia-ml-py",
@@ -58,13 +62,13 @@ def check_energy(budget: BudgetConfig, device: DeviceChoice) -> None:
 
 
 def spent_before(record: RunRecord) -> Spent:
-    """What a run's earlier parts have spent; of a record that didn't say, what its speed does."""
+    """Return what a run's earlier parts have spent. A record without this field: what its speed says."""
     speed = record.speed
     return record.spent or Spent(speed.total_seconds or 0.0, speed.train_tokens or 0, speed.energy_joules)
 
 
 def amount(spent: Spent, name: str, usd_per_hour: float | None) -> float:
-    """``spent`` in the unit of the limit ``name``; what could not be measured counts as nothing."""
+    """Return ``spent`` in the unit of the limit ``name``. What could not be measured counts as 0."""
     match name:
         case "seconds":
             return spent.seconds
@@ -77,59 +81,60 @@ def amount(spent: Spent, name: str, usd_per_hour: float | None) -> float:
 
 
 def exhausted(budget: BudgetConfig, spent: Spent) -> str | None:
-    """The first limit that ``spent`` reaches, or ``None``."""
+    """Return the first limit that ``spent`` reaches, or ``None``."""
     return next(
         (name for name, limit in limits_of(budget).items() if amount(spent, name, budget.usd_per_hour) >= limit), None
     )
 
 
 def budget_stop_message(name: str, steps: int, of_steps: int) -> str:
-    """A record's word on a training that its budget ended."""
+    """Return the record's message for a training that its budget ended."""
     return f"budget.{name} was spent after {steps} of {of_steps} steps: the training ended there, and was scored"
 
 
 @dataclass(frozen=True)
 class LimitUsage:
-    """One limit of a study. ``held``: what its trials have spent, and what those that run are expected to."""
+    """The state of one limit of a study. ``held``: what its trials have spent, and what the running ones are expected
+    to spend."""
 
     name: str
     limit: float
     spent: float
     held: float
     costs: tuple[float, ...]
-    """Of each finished trial."""
+    """The cost of each finished trial."""
 
     @property
     def cost(self) -> float | None:
-        """Of one trial, by the mean of those that finished."""
+        """The mean cost of a finished trial; ``None`` before the first."""
         return statistics.fmean(self.costs) if self.costs else None
 
     @property
     def covers_next_trial(self) -> bool:
-        """Whether what is left buys one more trial; before one has finished, whether anything is left."""
-        left = self.limit - self.held
-        return left > 0 and (self.cost is None or self.cost <= left)
+        """Whether the rest is enough for one more trial; before the first has finished, whether anything is left."""
+        remaining = self.limit - self.held
+        return remaining > 0 and (self.cost is None or self.cost <= remaining)
 
     def __str__(self) -> str:
-        told = f"budget.{self.name}={self.limit:g}: {self.spent:.3g} spent"
-        return f"{told}, a trial takes {self.cost:.3g}" if self.cost is not None else told
+        message = f"budget.{self.name}={self.limit:g}: {self.spent:.3g} spent"
+        return f"{message}, a trial takes {self.cost:.3g}" if self.cost is not None else message
 
 
 class StudyBudget:
-    """A study's budget. Seconds are those of its runs added up: two at once spend it twice as fast."""
+    """A study's budget. Seconds are added up over its runs: two trials at once spend them twice as fast."""
 
     def __init__(self, budget: BudgetConfig, outputs: OutputPaths) -> None:
         self._budget, self._outputs = budget, outputs
         self._ended: dict[str, Spent] = {}
 
     def accounts(self, trials: Iterable[TrialRow]) -> list[LimitUsage]:
-        """Each limit's, from the records of all trials, failed attempts included."""
+        """Return the usage of each limit, from the records of all trials, failed attempts included."""
         rows = [(row, self._spent(row)) for row in trials]
         return [self._account(name, limit, rows) for name, limit in limits_of(self._budget).items()]
 
     def short(self, trials: Iterable[TrialRow]) -> LimitUsage | None:
-        """The account that doesn't buy one more trial beside those that run; ``None``: all do."""
-        return next((account for account in self.accounts(trials) if not account.covers_next_trial), None)
+        """Return the first limit that isn't enough for one more trial next to the running ones, or ``None``."""
+        return next((usage for usage in self.accounts(trials) if not usage.covers_next_trial), None)
 
     def _account(self, name: str, limit: float, rows: Sequence[tuple[TrialRow, Spent]]) -> LimitUsage:
         amounts = [(row, amount(spent, name, self._budget.usd_per_hour)) for row, spent in rows]

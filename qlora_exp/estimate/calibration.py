@@ -1,4 +1,4 @@
-"""This machine's rates of training, measured once and kept in the user's cache: ``qlora-exp calibrate``."""
+"""This machine's training rates, measured once by ``qlora-exp calibrate`` and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -16,46 +16,51 @@ from qlora_exp.training.meter import card_of
 
 MODES = tuple(mode for mode in Quantization if mode is not Quantization.fp4)
 COUNTING = 2
-"""How often what counts as an operation has changed, and one: rates that were counted otherwise are none."""
+"""Version of the operation count. Rates of another version aren't read."""
 SECONDS_A_MODE = 2.0
-"""Five modes make ten seconds."""
+"""Five modes take ten seconds."""
 
 
 def rates_file() -> Path:
-    """``qlora-exp/rates-COUNTING.json`` in XDG_CACHE_HOME, or in ~/.cache: machine → mode → operations a second."""
+    """Return ``qlora-exp/rates-COUNTING.json`` in XDG_CACHE_HOME or ~/.cache: machine → mode → operations per
+    second."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "qlora-exp" / f"rates-{COUNTING}.json"
 
 
 def known_rate(environment: Environment, quantization: Quantization) -> Rate | None:
-    """The rate kept for this machine, device and number of threads; ``None`` before ``qlora-exp calibrate``."""
-    found = kept_flops_per_second(environment, quantization)
-    return rate_from_calibration(found, machine_of(environment), quantization.value) if found else None
+    """Return the rate kept for this machine, device and number of threads; ``None`` before ``qlora-exp calibrate``."""
+    flops_per_second = kept_flops_per_second(environment, quantization)
+    return (
+        rate_from_calibration(flops_per_second, machine_of(environment), quantization.value)
+        if flops_per_second
+        else None
+    )
 
 
 def kept_flops_per_second(environment: Environment, quantization: Quantization) -> float | None:
-    """As ``qlora-exp calibrate`` measured it on this machine, device and number of threads."""
+    """Return what ``qlora-exp calibrate`` measured on this machine, device and number of threads, or ``None``."""
     mode = "nf4" if quantization is Quantization.fp4 else quantization.value
     return _read().get(machine_of(environment), {}).get(mode)
 
 
 def known_card_rate(card: str | None, quantization: Quantization) -> Rate | None:
-    """The rate kept for a CUDA card by its name; without one, that of the only card that was calibrated here."""
+    """Return the rate kept for a CUDA card by its name; without a name, that of the only card calibrated here."""
     mode = "nf4" if quantization is Quantization.fp4 else quantization.value
-    rates = {machine: found for machine, found in _read().items() if machine.startswith("cuda, ")}
-    fitting = {
-        machine: found
-        for machine, found in rates.items()
+    rates = {machine: rate_by_mode for machine, rate_by_mode in _read().items() if machine.startswith("cuda, ")}
+    matches = {
+        machine: rate_by_mode
+        for machine, rate_by_mode in rates.items()
         if card is None or card_of(machine.split(", ")[1]) == card_of(card)
     }
-    if len(fitting) != 1:
+    if len(matches) != 1:
         return None
-    [(machine, found)] = fitting.items()
-    return rate_from_calibration(found[mode], machine, quantization.value) if mode in found else None
+    [(machine, rate_by_mode)] = matches.items()
+    return rate_from_calibration(rate_by_mode[mode], machine, quantization.value) if mode in rate_by_mode else None
 
 
 def calibrate_device(environment: Environment, seconds_a_mode: float = SECONDS_A_MODE) -> Iterator[tuple[str, float]]:
-    """Measure each mode and keep the rates; gives (mode, operations a second) as they come."""
+    """Measure each mode, yield (mode, operations per second), and keep the rates after the last one."""
     from qlora_exp.estimate.benchmark import measured_flops_per_second
 
     measured: dict[str, float] = {}
@@ -66,7 +71,7 @@ def calibrate_device(environment: Environment, seconds_a_mode: float = SECONDS_A
 
 
 def _read() -> Mapping[str, Mapping[str, float]]:
-    """A cache that is missing or torn is empty."""
+    """Return the cached rates. A cache that is missing or damaged counts as empty."""
     try:
         raw = json.loads(rates_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Time and money of a plan: this machine's calibrated rate, and the table of prices."""
+"""Time and money of a plan, from finished runs, this machine's calibration and the price table."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from qlora_exp.training.meter import card_of
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """Steps, tokens and seconds of training; other seconds, of loading and scoring; US dollars of both, of training
-    alone where the others aren't known. Times and dollars with their intervals (low, high); ``None`` is unknown."""
+    """Steps, tokens and seconds of training, other seconds (loading and scoring), and US dollars.
+
+    Dollars are of training, loading and scoring; of training alone if the others are unknown. Intervals are (low,
+    high); ``None`` is unknown.
+    """
 
     steps: int | None
     tokens: int | None
@@ -42,11 +45,13 @@ UNKNOWN_COST = CostEstimate(None, None, None, None, None, None, None, None)
 
 
 class CostEstimator:
-    """Looks at the machine, its rates and the prices once. ``records``: ended runs, the newest first; those of
-    the same base go before the machine's calibration. ``hosts``: whether trial hosts will train, which share the cores.
+    """Estimates time and money. It reads the machine, its rates and the prices once.
+
+    ``records``: ended runs, the newest first; those of the same base take precedence over the machine's calibration.
+    ``hosts``: trial hosts will train, and share the cores.
 
     Raises:
-        ConfigError: the table of prices can't be read.
+        ConfigError: the price table can't be read.
     """
 
     def __init__(self, records: Sequence[RunRecord] = (), hosts: bool = False) -> None:
@@ -62,49 +67,59 @@ class CostEstimator:
         modules: Sequence[str],
         rows: PlannedRows | None = None,
     ) -> tuple[CostEstimate, StepCost]:
-        """What ``config`` takes, and at what pace. ``rows``: the task's; unknown, every one counts as long as
-        ``training.max_length``, an upper bound (and as the shortest, one of a single token)."""
-        extent = Workload.of(config.training, rows.lengths if rows else None)
-        seen, calibrated = self._seen(config, device, extent.steps)
+        """Return the cost of ``config``, and the cost of its steps.
 
-        def by(rate: Rate | None) -> Interval | None:
+        ``rows``: the task's row lengths. If they are unknown, each row counts as ``training.max_length`` tokens (an
+        upper bound), and the shortest as one token.
+        """
+        extent = Workload.of(config.training, rows.lengths if rows else None)
+        throughput, calibrated = self._seen(config, device, extent.steps)
+
+        def seconds_at(rate: Rate | None) -> Interval | None:
             return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
 
-        seconds = by(seen.rate or calibrated)
-        least = lower_bound_seconds(by(calibrated))
-        hourly = config.budget.usd_per_hour
-        if hourly is None:
-            hourly = usd_per_hour(device.kind, device.card, self._prices)
-        usd = predicted_usd(seconds.plus(seen.other) if seconds else None, hourly)
-        paid = CostEstimate(extent.steps, extent.tokens, *_told(seconds), *_told(seen.other), *_told(usd))
+        seconds = seconds_at(throughput.rate or calibrated)
+        lower_bound = lower_bound_seconds(seconds_at(calibrated))
+        price = config.budget.usd_per_hour
+        if price is None:
+            price = usd_per_hour(device.kind, device.card, self._prices)
+        usd = predicted_usd(seconds.plus(throughput.other) if seconds else None, price)
+        cost = CostEstimate(extent.steps, extent.tokens, *_told(seconds), *_told(throughput.other), *_told(usd))
         shortest = float(rows.lengths.shortest_tokens) if rows else 1.0
-        return paid, StepCost(extent, shortest, seconds, least, seen.before)
+        return cost, StepCost(extent, shortest, seconds, lower_bound, throughput.before)
 
     def _seen(self, config: Config, device: PlanDevice, steps: int) -> tuple[MeasuredThroughput, Rate | None]:
-        """What ended runs say, and the machine's calibration."""
+        """Return what ended runs say, and the machine's calibration."""
         threads = _threads(config, self._hosts)
         sections = (config.model, config.quantization.mode, config.task, config.evaluation)
         key = (device.name, threads, steps, repr(sections))
         if key not in self._known:
             if device.kind == "cpu":
-                here = replace(probe_without_torch(), torch_threads=threads)  # as a run with so many would find it
-                seen, calibrated = self._of(config, here, steps), known_rate(here, config.quantization.mode)
+                environment = replace(
+                    probe_without_torch(), torch_threads=threads
+                )  # the environment of a run with so many threads
+                throughput, calibrated = (
+                    self._of(config, environment, steps),
+                    known_rate(environment, config.quantization.mode),
+                )
             else:
-                seen = self._of(config, self._where(device.card), steps)
+                throughput = self._of(config, self._where(device.card), steps)
                 calibrated = known_card_rate(device.card, config.quantization.mode)
-            self._known[key] = seen, calibrated
+            self._known[key] = throughput, calibrated
         return self._known[key]
 
-    def _of(self, config: Config, there: Environment | None, steps: int) -> MeasuredThroughput:
-        if there is None:
+    def _of(self, config: Config, environment: Environment | None, steps: int) -> MeasuredThroughput:
+        if environment is None:
             return MeasuredThroughput(None, None, None)
         warm = self._hosts and config.workers is not None and config.workers.isolation is Isolation.warm
-        return from_finished_runs(self._records, there, redact(to_plain(config)), steps, warm)
+        return from_finished_runs(self._records, environment, redact(to_plain(config)), steps, warm)
 
     def _where(self, card: str | None) -> Environment | None:
-        """Where the last run on such a card was made."""
-        cards = (one.environment for one in self._records if one.environment.device.kind == "cuda")
-        return next((one for one in cards if card is None or card_of(one.device.name or "") == card_of(card)), None)
+        """Return the environment of the last run on such a card, or ``None``."""
+        environments = (record.environment for record in self._records if record.environment.device.kind == "cuda")
+        return next(
+            (env for env in environments if card is None or card_of(env.device.name or "") == card_of(card)), None
+        )
 
 
 def _told(interval: Interval | None) -> tuple[float | None, tuple[float, float] | None]:
@@ -112,12 +127,12 @@ def _told(interval: Interval | None) -> tuple[float | None, tuple[float, float] 
 
 
 def _threads(config: Config, hosts: bool) -> int | None:
-    """Of one run: trial hosts share the cores; alone, torch takes OMP_NUM_THREADS, or all of them."""
+    """Return the threads of one run. Trial hosts share the cores; a single run takes OMP_NUM_THREADS, or all cores."""
     cores = available_cores()
     if config.training.threads is not None:
         return config.training.threads
     if hosts:
         at_once = (config.workers.count if config.workers is not None else None) or 1
         return max(1, (cores or 1) // at_once)
-    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(told) if told.isdecimal() and int(told) > 0 else cores
+    omp_threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(omp_threads) if omp_threads.isdecimal() and int(omp_threads) > 0 else cores

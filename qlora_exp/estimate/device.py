@@ -34,8 +34,8 @@ CARDS: dict[str, tuple[int, bool, str]] = {
     "h100_80gb": (81_559, True, "H100 HBM3"),
     "h200": (143_771, True, "H200"),
 }
-"""Card → (memory in MiB as nvidia-smi tells it, whether it has bfloat16, its name in conf/prices.yaml). From
-their makers' data sheets; none of them was at hand."""
+"""Card → (memory in MiB as nvidia-smi shows it, whether it has bfloat16, its name in conf/prices.yaml). From the
+makers' data sheets, not measured."""
 
 DEVICE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -43,8 +43,8 @@ SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True)
 class PlanDevice:
-    """``kind`` is ``cpu`` or ``cuda``; ``memory_bytes`` and ``card`` (as a driver names it, without its maker) are
-    ``None`` where no card is named."""
+    """``kind`` is ``cpu`` or ``cuda``. ``memory_bytes`` and ``card`` (the driver's name for it, without its maker) are
+    ``None`` if no card is named."""
 
     name: str
     kind: str
@@ -57,7 +57,7 @@ CUDA = PlanDevice("cuda", "cuda", bf16=True, memory_bytes=None)
 
 
 def device_called(name: str) -> PlanDevice:
-    """The device of ``plan.device=NAME``: ``cpu``, ``cuda`` (any card with bfloat16) or a card.
+    """Return the device of ``plan.device=NAME``: ``cpu``, ``cuda`` (any card with bfloat16) or a card.
 
     Raises:
         ConfigError: there is no such card.
@@ -76,8 +76,8 @@ def device_called(name: str) -> PlanDevice:
 
 
 def device_of(config: Config) -> PlanDevice:
-    """Where ``config`` would run if nothing else is said: as ``training.device`` has it, else a model of the Hub on
-    CUDA, and one on disk or in the package on this machine's CPU."""
+    """Return the device on which ``config`` runs by default: ``training.device`` if it is set; else CUDA for a model of
+    the Hub, and this machine's CPU for one on disk or in the package."""
     chosen = config.training.device
     if chosen is not DeviceChoice.auto:
         return device_called(chosen.value)
@@ -87,34 +87,34 @@ def device_of(config: Config) -> PlanDevice:
 
 
 def notes_on(config: Config, device: PlanDevice, architecture: Architecture) -> Iterator[str]:
-    """What is worth knowing of a configuration on ``device`` before it is paid for."""
+    """Yield what a user should know about ``config`` on ``device`` before paying for it."""
     quantization, targets = config.quantization, config.targets
     if quantization.mode in QUANTIZED and architecture.experts:
-        names = tuple(one.name for one in architecture.experts)
-        elements = sum(other.elements for other in architecture.others if other.name.startswith(names))
-        told = f"{elements / architecture.total_parameters:.0%} of the parameters are experts'"
-        yield f"{told}, which bitsandbytes doesn't quantize: they are three-dimensional parameters, no linear layers"
+        names = tuple(experts.name for experts in architecture.experts)
+        elements = sum(tensor.elements for tensor in architecture.others if tensor.name.startswith(names))
+        share = f"{elements / architecture.total_parameters:.0%} of the parameters are experts'"
+        yield f"{share}, which bitsandbytes doesn't quantize: they are three-dimensional parameters, no linear layers"
     names_left = left_out(architecture)
     if names_left and targets.modules is None and targets.set == "all_linear":
         yield f"{', '.join(names_left)} get no adapters: PEFT takes them for the names of experts' layers"
-    computed = compute_dtype(quantization, device.kind, device.bf16)
-    if device.kind == "cuda" and not device.bf16 and computed == "bfloat16":
+    dtype = compute_dtype(quantization, device.kind, device.bf16)
+    if device.kind == "cuda" and not device.bf16 and dtype == "bfloat16":
         yield f"{device.name} has no bfloat16: it is emulated there, and slow; quantization=fp16 isn't"
 
 
 def size_bytes(text: str) -> int:
-    """``24GB`` (10⁹), ``24GiB`` (2³⁰), or a card's memory by its name.
+    """Return the bytes of ``24GB`` (10⁹) or ``24GiB`` (2³⁰), or a card's memory by its name.
 
     Raises:
         ConfigError: no number, an unknown unit or none.
     """
     if text in CARDS:
         return CARDS[text][0] * BYTES_PER_MIB
-    found = SIZE.fullmatch(text)
-    if not found:
+    match = SIZE.fullmatch(text)
+    if not match:
         what = "a memory size is a number above 0 with a unit, or a card's name"
         raise ConfigError(what, f"--fit {text}", f"e.g. --fit 24GB; {nearest(text, CARDS)}")
-    number, unit = found.groups()
+    number, unit = match.groups()
     if float(number) == 0:
         raise ConfigError("nothing fits into no memory", f"--fit {text}", "e.g. --fit 24GB")
     factor = DEVICE_UNITS.get(unit) or {name.upper(): value for name, value in DEVICE_UNITS.items()}.get(unit.upper())

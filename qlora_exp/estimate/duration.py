@@ -1,5 +1,7 @@
-"""How long training takes, and what it costs: floating-point operations over the rate that this machine was seen at,
-by :mod:`qlora_exp.estimate.benchmark` or by finished runs (:mod:`qlora_exp.estimate.throughput`)."""
+"""Training time and cost: floating-point operations divided by a measured rate.
+
+The rate comes from :mod:`qlora_exp.estimate.benchmark` or from finished runs (:mod:`qlora_exp.estimate.throughput`).
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,17 @@ from qlora_exp.config.schema import Config
 from qlora_exp.estimate.flops import Workload, train_flops
 
 CALIBRATED_SHARE = (0.31, 0.52, 0.92)
-"""Of the calibration's rate, what a training reaches: low, middle, high. The calibration multiplies matrices; a step
-also has element-wise work, an optimizer and the trainer's own. Fitted by tests/benchmarks/predicted_seconds.py to nine
-trainings on one thread of a CPU (the 90 % interval for one more); assumed for more threads, and for cards."""
+"""The share of the calibrated rate that a training reaches: low, middle, high.
+
+The calibration multiplies matrices. A training step also has element-wise work, an optimizer and the trainer's
+overhead. Fitted by tests/benchmarks/predicted_seconds.py to nine trainings on one CPU thread (90 % interval for one
+more); assumed for more threads and for GPUs.
+"""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """``low`` ≤ ``middle`` ≤ ``high``, and how they were made."""
+    """``low`` ≤ ``middle`` ≤ ``high``, and what they are based on."""
 
     low: float
     middle: float
@@ -29,7 +34,7 @@ class Interval:
         return Interval(self.low * factor, self.middle * factor, self.high * factor, self.basis)
 
     def plus(self, other: Interval | None) -> Interval:
-        """Ends added to ends, as if both were long or short together."""
+        """Add low to low and high to high, as if both were short or long together."""
         if other is None:
             return self
         basis = f"{self.basis}; {other.basis}"
@@ -38,7 +43,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Rate:
-    """Floating-point operations a second that trainings reach on one machine in one quantization mode."""
+    """Floating-point operations per second that trainings reach on one machine in one quantization mode."""
 
     flops_per_second: Interval
     machine: str
@@ -53,8 +58,8 @@ def predicted_seconds(
     rate: Rate | None,
     extent: Workload,
 ) -> Interval | None:
-    """Seconds of training ``config`` with adapters on ``modules`` (full names), without loading and evaluation;
-    ``None`` where the machine's rate is unknown."""
+    """Return the seconds of training ``config`` with adapters on ``modules`` (full names), without loading and
+    evaluation; ``None`` if the machine's rate is unknown."""
     if rate is None:
         return None
     flops = train_flops(architecture, modules, config, device_kind, extent)
@@ -63,18 +68,18 @@ def predicted_seconds(
 
 
 def predicted_usd(seconds: Interval | None, usd_per_hour: float | None) -> Interval | None:
-    """``None`` where time or price is unknown."""
+    """Return US dollars; ``None`` if time or price is unknown."""
     return seconds.times(usd_per_hour / 3600.0) if seconds is not None and usd_per_hour is not None else None
 
 
 def rate_from_calibration(flops_per_second: float, machine: str, quantization: str) -> Rate:
-    """From the rate of bare matrix products, before any run has finished here."""
+    """Return the expected training rate from the rate of plain matrix products, before any run has finished here."""
     low, middle, high = (share * flops_per_second for share in CALIBRATED_SHARE)
     basis = "a calibration of this machine: matrix products, and the share of their rate that trainings reach"
     return Rate(Interval(low, middle, high, basis), machine, quantization)
 
 
 def lower_bound_seconds(calibrated: Interval | None) -> float | None:
-    """The least that a training can take that the calibration alone tells ``calibrated`` seconds: nothing but matrix
+    """Return a lower bound on training time for a run whose calibrated estimate is ``calibrated``: nothing but matrix
     products."""
     return calibrated.low * CALIBRATED_SHARE[-1] if calibrated is not None else None

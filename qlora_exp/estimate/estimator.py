@@ -1,4 +1,4 @@
-"""A configuration's figures: parameters, bytes by part, whether they fit, time, money and disk."""
+"""The plan of one configuration: parameters, bytes by part, whether it fits, time, money and disk."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """Bytes by part. ``activation_bytes`` is whatever training needs at its peak beyond the other parts, which are
-    exact; on a CPU all of it is beside the process itself."""
+    """Bytes by part.
+
+    ``activation_bytes`` is what training needs at its peak beyond the other parts, which are exact. On a CPU nothing of
+    the process itself is included.
+    """
 
     base_weight_bytes: int
     quantization_state_bytes: int
@@ -52,8 +55,8 @@ class PlannedMemory:
 
 @dataclass(frozen=True)
 class PlannedDisk:
-    """``adapter_file_bytes`` stays after a run; ``checkpoint_bytes`` is one training checkpoint, the optimizer's state
-    included."""
+    """``adapter_file_bytes`` stays after a run. ``checkpoint_bytes`` is one training checkpoint with the optimizer's
+    state."""
 
     adapter_file_bytes: int
     checkpoint_bytes: int
@@ -61,13 +64,18 @@ class PlannedDisk:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One configuration's plan. ``fits`` is ``None`` where the device's memory isn't known, ``False`` also for what
-    can't be run at all, and where the budget doesn't buy one step; ``near_the_edge``: the bound lies within the
-    prediction's error; ``reason`` says why in words, ``notes`` what else is worth knowing. ``rows`` is ``None`` where
-    they aren't known here: peak, seconds and tokens are then those of rows as long as ``training.max_length``.
-    ``steps`` and ``tokens`` are of training, so are ``seconds``; ``other_seconds`` are of loading and scoring, by runs
-    like it; ``usd`` is of both, of training alone where the others aren't known. ``budget`` has what each of its
-    limits buys: of one run its steps, of a sweep its trials."""
+    """The plan of one configuration; ``None`` is unknown.
+
+    * ``fits``: ``None`` if the device's memory is unknown; ``False`` also if it can't run, or if the budget is too
+      small for one step.
+    * ``near_the_edge``: the memory limit lies within the prediction's error. ``reason`` says why; ``notes`` adds
+      warnings.
+    * ``rows``: if ``None``, peak, seconds and tokens assume rows as long as ``training.max_length``.
+    * ``steps``, ``tokens`` and ``seconds`` are of training; ``other_seconds`` are of loading and scoring, from similar
+      runs.
+    * ``usd`` covers both; training alone if ``other_seconds`` is unknown.
+    * ``budget``: what each limit is enough for: steps of a run, trials of a sweep.
+    """
 
     params: dict[str, Any]
     settings: dict[str, Any]
@@ -93,10 +101,13 @@ class PlannedRun:
 
 
 class Planner:
-    """Plans points one after the other; what several have in common is worked out once. ``device``: for all of them, in
-    place of each one's own; ``fit_bytes``: the memory to fit into as a whole, in place of ``budget.memory_bytes`` and
-    the device's; ``records``: finished runs, by which seconds are told; ``counter``: counts the tasks' rows, which are
-    taken for as long as ``training.max_length`` without it; ``hosts``: trial hosts will train."""
+    """Plans candidates one after the other, and computes what they share once.
+
+    ``device``: replaces each candidate's own. ``fit_bytes``: the memory that must hold all of it; replaces
+    ``budget.memory_bytes`` and the device's memory. ``records``: finished runs, from which seconds are predicted.
+    ``counter``: counts the tasks' rows; without it, rows count as ``training.max_length`` tokens. ``hosts``: trial
+    hosts will train.
+    """
 
     def __init__(
         self,
@@ -118,7 +129,7 @@ class Planner:
         self._some_can_start = False
 
     def plan(self, point: Candidate) -> PlannedRun:
-        """The figures of one point; what can't be run becomes a row with its reason, too."""
+        """Return the plan of one candidate. One that can't run gets a plan with its reason, too."""
         config = point.config
         if config is None:
             assert point.problem is not None
@@ -130,13 +141,13 @@ class Planner:
 
     @property
     def problems(self) -> list[QloraExpError]:
-        """Where none of the points can be run: why, each problem once; of a budget that buys a step of none, the one
-        that comes nearest to it."""
-        found = [*self._problems.values(), *([self._too_dear] if self._too_dear is not None else [])]
-        return found if not self._some_can_start else []
+        """If no candidate can run: why, each problem once. Of the budget's problems, the one closest to a single
+        step."""
+        errors = [*self._problems.values(), *([self._too_dear] if self._too_dear is not None else [])]
+        return errors if not self._some_can_start else []
 
     def architecture(self, model: ModelConfig) -> Architecture:
-        """As the package's table has it, or else described from its configuration file (which loads torch).
+        """Return the architecture from the package's table, or else from the configuration file (which loads torch).
 
         Raises:
             ModelError: there is no such configuration, or transformers can't build it.
@@ -150,10 +161,10 @@ class Planner:
         return _or_raise(self._architectures[key])
 
     def adapted(self, model: ModelConfig, targets: TargetsConfig) -> tuple[WeightShape, ...]:
-        """The layers that ``targets`` adapt.
+        """Return the layers that ``targets`` adapt.
 
         Raises:
-            ModelError: it matches nothing in this architecture.
+            ModelError: ``targets`` match nothing in this architecture.
         """
         key = (_model_key(model), repr(targets))
         if key not in self._adapted:
@@ -166,7 +177,7 @@ class Planner:
         return _or_raise(self._adapted[key])
 
     def base(self, config: Config, device: PlanDevice) -> BaseBytes:
-        """Bytes of the frozen base on ``device``."""
+        """Return the bytes of the frozen base on ``device``."""
         quantization = config.quantization
         dtype = compute_dtype(quantization, device.kind, device.bf16)
         return base_bytes(self.architecture(config.model), quantization, dtype)
@@ -182,14 +193,14 @@ class Planner:
         rows = self._counter.of(config) if self._counter is not None else None
         peak = _peak(architecture, names, config, device, rows)
         exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
-        bound = planned_limit(self._fit_bytes, config.budget.memory_bytes, self._shared(device, config))
-        verdict = verdict_of(peak, exact, base.total_bytes, bound, device.kind)
+        limit = planned_limit(self._fit_bytes, config.budget.memory_bytes, self._shared(device, config))
+        fit = verdict_of(peak, exact, base.total_bytes, limit, device.kind)
         limits = limits_of(config.budget)
-        paid, pace = self._cashier.payment(config, device, architecture, names, rows)
-        refused = self._refused_by_budget(config, device, pace)
-        if refused is not None:
-            verdict = FitResult(False, False, f"{refused.what}; {verdict.reason}")
-        self._some_can_start |= refused is None
+        cost, step_cost = self._cashier.payment(config, device, architecture, names, rows)
+        budget_problem = self._refused_by_budget(config, device, step_cost)
+        if budget_problem is not None:
+            fit = FitResult(False, False, f"{budget_problem.what}; {fit.reason}")
+        self._some_can_start |= budget_problem is None
         return PlannedRun(
             params=params,
             settings=_settings(config),
@@ -207,26 +218,26 @@ class Planner:
             ),
             disk=PlannedDisk(adapters.file_bytes, adapters.checkpoint_bytes),
             rows=rows,
-            **vars(paid),
-            budget=() if self._hosts else tuple(affordable_steps(limits, config.budget.usd_per_hour, pace)),
-            **vars(verdict),
+            **vars(cost),
+            budget=() if self._hosts else tuple(affordable_steps(limits, config.budget.usd_per_hour, step_cost)),
+            **vars(fit),
             notes=(*notes_on(config, device, architecture), *([too_wide] if too_wide else [])),
         )
 
     def _shared(self, device: PlanDevice, config: Config) -> PlanDevice:
-        """The share of this machine's memory that each of a sweep's trials may take."""
+        """Return ``device`` with the share of this machine's memory that each concurrent trial may take."""
         hosts = config.workers.count if self._hosts and config.workers is not None else None
         if hosts is None or device.kind != "cpu" or device.memory_bytes is None:
             return device
         return replace(device, memory_bytes=device.memory_bytes // hosts)
 
-    def _refused_by_budget(self, config: Config, device: PlanDevice, pace: StepCost) -> QloraExpError | None:
+    def _refused_by_budget(self, config: Config, device: PlanDevice, step_cost: StepCost) -> QloraExpError | None:
         try:
-            if device.kind == "cpu":  # whether a card counts its energy is that machine's to say
+            if device.kind == "cpu":  # for a GPU, only its own machine knows whether energy is measured
                 check_energy(config.budget, DeviceChoice.cpu)
-            check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, pace)
+            check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, step_cost)
         except BudgetTooSmall as error:
-            self._too_dear = min(self._too_dear or error, error, key=lambda one: one.times)
+            self._too_dear = min(self._too_dear or error, error, key=lambda problem: problem.times)
             return error
         except ConfigError as error:
             self._problems.setdefault(str(error), error)
@@ -235,8 +246,8 @@ class Planner:
 
     def _impossible(self, params: dict[str, Any], config: Config | None, error: QloraExpError) -> PlannedRun:
         parts = getattr(error, "errors", (error,))
-        for one in parts:
-            self._problems.setdefault(str(one), one)
+        for part in parts:
+            self._problems.setdefault(str(part), part)
         return PlannedRun(
             params=params,
             settings=_settings(config) if config is not None else {},
@@ -250,7 +261,7 @@ class Planner:
             budget=(),
             fits=False,
             near_the_edge=False,
-            reason=f"can't be run: {'; '.join(one.what for one in parts)}",
+            reason=f"can't be run: {'; '.join(part.what for part in parts)}",
             notes=(),
         )
 
@@ -308,7 +319,7 @@ def _model_key(model: ModelConfig) -> str:
     return f"{model.path or ''}|{model.family}|{checkpoint}|{model.revision}"
 
 
-def _or_raise(found: Found | QloraExpError) -> Found:
-    if isinstance(found, QloraExpError):
-        raise found
-    return found
+def _or_raise(result: Found | QloraExpError) -> Found:
+    if isinstance(result, QloraExpError):
+        raise result
+    return result

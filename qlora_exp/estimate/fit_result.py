@@ -1,4 +1,4 @@
-"""Whether a planned configuration fits into memory, how surely, and why, in words."""
+"""Whether a planned configuration fits into memory, how certain that is, and why."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ BORDERLINE_NOTES = {
     "cpu": f"predictions have been off by up to {100 * ERROR['cpu']:.0f} %",
     "cuda": f"by how much predictions are off on a GPU nobody has measured yet: {100 * ERROR['cuda']:.0f} % is a guess",
 }
-"""Device → what is known of a predicted peak's error."""
+"""Device → what is known about the error of a predicted peak."""
 
 
 @dataclass(frozen=True)
 class PlannedLimit:
-    """What a configuration must fit into. ``whole``: all that its process takes must, on a CPU too what it holds after
-    its imports; else, for ``budget.memory_bytes``, what training adds to that."""
+    """The memory that a configuration must fit into.
+
+    ``whole``: the limit covers all of the process, on a CPU also what it holds after its imports. Else
+    (``budget.memory_bytes``) it covers only what training adds.
+    """
 
     bound_bytes: int
     whole: bool
@@ -26,7 +29,8 @@ class PlannedLimit:
 
 @dataclass(frozen=True)
 class FitResult:
-    """``fits`` is ``None`` where no bound is known. ``near_the_edge``: the bound lies within the prediction's error."""
+    """``fits`` is ``None`` if no memory limit is known. ``near_the_edge``: the limit lies within the prediction's
+    error."""
 
     fits: bool | None
     near_the_edge: bool
@@ -34,8 +38,8 @@ class FitResult:
 
 
 def planned_limit(fit_bytes: int | None, budget_bytes: int | None, device: PlanDevice) -> PlannedLimit | None:
-    """``fit_bytes``: of ``--fit SIZE``, which goes before ``budget.memory_bytes``, and that before the device's memory;
-    ``None``: it isn't known."""
+    """Return the limit that applies: ``fit_bytes`` (``--fit SIZE``), else ``budget.memory_bytes``, else the device's
+    memory; ``None``: it is unknown."""
     bounds = ((fit_bytes, True), (budget_bytes, False), (device.memory_bytes, True))
     return next((PlannedLimit(size, whole) for size, whole in bounds if size is not None), None)
 
@@ -43,7 +47,8 @@ def planned_limit(fit_bytes: int | None, budget_bytes: int | None, device: PlanD
 def verdict_of(
     peak_bytes: int, exact_bytes: int, base_bytes: int, bound: PlannedLimit | None, device_kind: str
 ) -> FitResult:
-    """``exact_bytes``: of the predicted ``peak_bytes`` what is known exactly, ``base_bytes`` of these the base."""
+    """Compare the predicted peak with the limit. ``exact_bytes``: the part of ``peak_bytes`` that is exact.
+    ``base_bytes``: the part of these that is the base."""
     on_cpu = device_kind == "cpu"
     needs = f"needs {bytes_text(peak_bytes)}"
     if bound is None:
@@ -53,10 +58,12 @@ def verdict_of(
         needs = f"needs {bytes_text(process + peak_bytes)} ({bytes_text(process)} after imports)"
     elif on_cpu:
         needs = f"{needs} beyond what it has after imports,"
-    told, left = f"{needs} of {bytes_text(bound.bound_bytes)}", bound.bound_bytes - process
-    if base_bytes > left:
-        return FitResult(False, False, f"{told}{f', the base alone {bytes_text(base_bytes)}' if left > 0 else ''}")
+    message, available = f"{needs} of {bytes_text(bound.bound_bytes)}", bound.bound_bytes - process
+    if base_bytes > available:
+        return FitResult(
+            False, False, f"{message}{f', the base alone {bytes_text(base_bytes)}' if available > 0 else ''}"
+        )
     factor = 1.0 + ERROR[device_kind]
-    if exact_bytes <= left and left / factor < peak_bytes <= left * factor:
-        return FitResult(peak_bytes <= left, True, f"near the edge: {told}; {BORDERLINE_NOTES[device_kind]}")
-    return FitResult(peak_bytes <= left, False, told)
+    if exact_bytes <= available and available / factor < peak_bytes <= available * factor:
+        return FitResult(peak_bytes <= available, True, f"near the edge: {message}; {BORDERLINE_NOTES[device_kind]}")
+    return FitResult(peak_bytes <= available, False, message)

@@ -1,9 +1,11 @@
-"""The peak of training in memory, predicted: what is known exactly, and on top what forward keeps and the head needs.
+"""The predicted peak memory of training: the exact parts, plus what forward saves and what the head needs.
 
-Three moments can be the highest. *At the head*, when backward begins: everything that forward kept is there, and the
-logits with their gradient. *In a layer*, with checkpointing: the layers' inputs, and one layer computed again. On a CPU
-the second leaves gaps in the heap that are still there at the first, one step later, so there they add up. *In the
-optimizer*, on CUDA: torch's own take all adapters at once, with a temporary of their size.
+The peak is at one of three moments. *At the head*, when backward begins: everything that forward saved exists, with the
+logits and their gradient. *In a layer*, with checkpointing: the layers' inputs, and one recomputed layer. *In the
+optimizer*, on CUDA: torch's optimizers process all adapters at once, with a temporary of the same size.
+
+On a CPU the second moment leaves gaps in the heap. They are still there at the first moment one step later, so the two
+add up.
 """
 
 from __future__ import annotations
@@ -22,54 +24,61 @@ from qlora_exp.estimate.weights import WIDTHS_OF, adapter_bytes, base_bytes, tem
 from qlora_exp.estimate.workload import RowLengths
 
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
-"""TRL's fused head (``trl/kernels/chunked_logprob.py``) computes logits in tiles of so many tokens and words."""
+"""TRL's fused head (``trl/kernels/chunked_logprob.py``) computes logits in tiles of this many tokens and vocabulary
+entries."""
 HEAD_BYTES_WITHOUT_TRITON = 29
-"""A logit in a tile's backward pass in plain torch, besides the tile itself (``_backward_tile``): y, z, log p, p and
-the gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
+"""Bytes per logit of a tile's backward pass in plain torch, without the tile itself (``_backward_tile``): y, z, log p,
+p and the gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
 
 
 PAGE_BYTES = 4096
 MANY_STEPS = 1000
-"""Where the number of steps isn't known."""
+"""Used if the number of steps is unknown."""
 
 
 @dataclass(frozen=True)
 class Heap:
-    """What a CPU's process holds beyond its tensors. glibc serves aligned requests of less than 32 MiB from its heap,
-    where the gap that a freed tensor leaves is a little too small for the next of its size."""
+    """What a CPU process holds beyond its tensors.
+
+    glibc serves aligned requests of less than 32 MiB from its heap. There, the gap that a freed tensor leaves is a
+    little too small for the next tensor of the same size.
+    """
 
     code_bytes: float
-    """What the libraries make at first use, buffers of their threads, and Python's objects."""
+    """What the libraries allocate at first use, their threads' buffers, and Python's objects."""
     kernels_16_bit_bytes: float
-    """What oneDNN compiles and keeps for the shapes of 16-bit multiplications."""
+    """What oneDNN compiles and caches for the shapes of 16-bit multiplications."""
     gaps_layers: float
-    """Of what forward keeps in the layers, what stays resident as gaps between it. With checkpointing the layers that
-    are computed again leave as much, one after the other."""
+    """Share of what forward saves in the layers that stays resident as gaps. With checkpointing, the recomputed layers
+    together leave as much."""
     gaps_logits: float
-    """The same of the head's tensors, where they are below 32 MiB."""
+    """The same share of the head's tensors, if they are smaller than 32 MiB."""
 
 
 PLAIN_HEAP = Heap(42e6, 0.0, 0.58, 0.2)
 JOINED_HEAP = Heap(17e6, 26e6, 0.165, 0.165)
-"""glibc as it is, and as :mod:`qlora_exp.system.heap` tells it to be. Fitted to the rows of llama, gpt2 and gpt_neox in
-docs/predicted_memory_plain.csv and docs/predicted_memory.csv: docs/plan_accuracy.md."""
+"""glibc with its defaults, and with the settings of :mod:`qlora_exp.system.heap`. Fitted to the rows of llama, gpt2 and
+gpt_neox in docs/predicted_memory_plain.csv and docs/predicted_memory.csv: docs/plan_accuracy.md."""
 MAPPED_FROM_BYTES = 32 * 2**20
-"""glibc's largest threshold (``M_MMAP_THRESHOLD``): larger requests are mapped one by one, and given back at once."""
+"""glibc's largest threshold (``M_MMAP_THRESHOLD``). Larger requests are mapped one by one, and returned at once."""
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
-"""Driver, kernels and cuBLAS workspaces on the card, outside of torch's allocator. Not confirmed: no GPU at hand."""
+"""Driver, kernels and cuBLAS workspaces on the card, outside torch's allocator. An assumption, not measured."""
 CUDA_FRAGMENTS = 0.05
-"""What torch's allocator takes from the card beyond what is allocated, as a share of it. Not confirmed here."""
+"""What torch's allocator reserves beyond the allocated bytes, as a share of them. An assumption, not measured."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes. ``peak_bytes`` is comparable with ``memory.train_working_set_bytes``: on CUDA what torch has allocated, on
-    a CPU what the base, its adapters and training take beside the process itself. ``needed_bytes`` is what the device
-    must have free: on CUDA also fragments and the context."""
+    """Bytes.
+
+    ``peak_bytes`` is comparable with ``memory.train_working_set_bytes``. On CUDA it is what torch has allocated; on a
+    CPU it is the base, adapters and training, without the process itself. ``needed_bytes`` is what the device must have
+    free: on CUDA also fragmentation and the context.
+    """
 
     exact_bytes: int
-    """Base, quantization state, adapters, optimizer states; gradients too where they are there at the peak."""
+    """Base, quantization state, adapters and optimizer states; gradients, if they exist at the peak."""
     activation_bytes: int
     logits_bytes: int
     dequantization_bytes: int
@@ -93,22 +102,23 @@ def predicted_peak(
     steps: int | None = None,
     joined_heap: bool = False,
 ) -> Peak:
-    """The peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
+    """Return the peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
 
-    ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. ``rows``: the lengths of the training rows;
-    unknown, they differ, and a batch has as many tokens as ``training.max_length`` allows, each with a loss.
-    ``steps``: of the training; unknown, many.
-    ``joined_heap``: on a CPU, whether the process runs as :mod:`qlora_exp.system.heap` has it.
+    * ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it.
+    * ``rows``: the lengths of the training rows. If unknown, they differ, and each row has ``training.max_length``
+      tokens with a loss.
+    * ``steps``: of the training; if unknown, many.
+    * ``joined_heap``: whether a CPU process runs with the settings of :mod:`qlora_exp.system.heap`.
     """
     shape = _Shape.of(config, architecture, device_kind, bf16, rows, steps)
-    wanted = set(modules)
-    adapted = [weight for weight in architecture.weights if weight.name in wanted]
+    module_names = set(modules)
+    adapted = [weight for weight in architecture.weights if weight.name in module_names]
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     base = base_bytes(architecture, config.quantization, shape.compute)
     resting = base.base_weight_bytes + base.quantization_state_bytes + adapters.adapter_bytes + adapters.optimizer_bytes
-    kept = saved_bytes_per_token(
+    activations = saved_bytes_per_token(
         architecture,
-        wanted,
+        module_names,
         r=config.lora.r,
         compute_bytes=shape.width,
         adapter_bytes=WIDTHS_OF[adapter_dtype(config.lora)],
@@ -120,15 +130,17 @@ def predicted_peak(
         eager=is_eager(config.model.attention, architecture),
     )
     logits = _logits(architecture, shape)
-    unpacked = _unpacked(architecture, config, shape)
+    dequantized = _unpacked(architecture, config, shape)
     with_gradients = resting + adapters.gradient_bytes
-    outer = shape.tokens * (kept.outside + (kept.inputs if shape.checkpointing else kept.layers))
-    recomputed = shape.tokens * kept.layer * 2 if shape.checkpointing else 0.0
+    outer = shape.tokens * (activations.outside + (activations.inputs if shape.checkpointing else activations.layers))
+    recomputed = shape.tokens * activations.layer * 2 if shape.checkpointing else 0.0
     at_head = _Moment(with_gradients if shape.accumulates else resting, outer, logits, 0, 0)
-    in_layer = _Moment(with_gradients, outer + recomputed, 0, unpacked, 0)
+    in_layer = _Moment(with_gradients, outer + recomputed, 0, dequantized, 0)
     in_optimizer = _Moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters), 0, 0, 0)
     if not shape.cuda:
-        slack = _heap_fragmentation(JOINED_HEAP if joined_heap else PLAIN_HEAP, architecture, shape, kept, logits)
+        slack = _heap_fragmentation(
+            JOINED_HEAP if joined_heap else PLAIN_HEAP, architecture, shape, activations, logits
+        )
         at_head, in_layer = replace(at_head, slack=slack), replace(in_layer, slack=slack)
     moments = (at_head, in_layer, in_optimizer) if shape.cuda else (at_head, in_layer)
     return max((_peak(moment, shape) for moment in moments), key=lambda peak: peak.peak_bytes)
@@ -136,18 +148,18 @@ def predicted_peak(
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a forward pass looks like."""
+    """The shape of one forward pass: dtype, rows and tokens of a micro-batch."""
 
     compute: str
     width: int
     rows: int
     length: int
     scored: int
-    """Tokens that carry a loss, which alone get logits."""
+    """Tokens with a loss; only they get logits."""
     padded: bool
     checkpointing: bool
     accumulates: bool
-    """A batch of several micro-batches: from the second on the gradients of those before are there."""
+    """The batch has several micro-batches: from the second one on, gradients of the earlier ones exist."""
     cuda: bool
 
     @property
@@ -203,23 +215,26 @@ class _Moment:
 
 
 def _logits(architecture: Architecture, shape: _Shape) -> float:
-    """One tile of logits and what its backward pass makes of it, and the hidden states' gradient in float32. The tile
-    has rows of the full width, whatever the vocabulary: CUDA's memory is all of it, a CPU's the pages that the
-    vocabulary touches."""
+    """Return the bytes of one tile of logits, of what its backward pass computes, and of the hidden states' float32
+    gradient.
+
+    A tile always has rows of the full tile width. On CUDA all of it takes memory; on a CPU only the pages that the
+    vocabulary touches.
+    """
     tokens = min(shape.scored, HEAD_TOKENS)
     if shape.cuda:
         tile = tokens * HEAD_VOCABULARY * shape.width
     else:
-        words = min(architecture.vocabulary_size, HEAD_VOCABULARY)
-        capped = FLOAT32 if traits_of(architecture.model_type).logit_softcapping else 0
-        tile = tokens * words * (HEAD_BYTES_WITHOUT_TRITON + capped + shape.width)
-        tile += tokens * PAGE_BYTES if words < HEAD_VOCABULARY else 0
+        vocabulary = min(architecture.vocabulary_size, HEAD_VOCABULARY)
+        softcap_bytes = FLOAT32 if traits_of(architecture.model_type).logit_softcapping else 0
+        tile = tokens * vocabulary * (HEAD_BYTES_WITHOUT_TRITON + softcap_bytes + shape.width)
+        tile += tokens * PAGE_BYTES if vocabulary < HEAD_VOCABULARY else 0
     return tile + shape.scored * architecture.hidden_size * FLOAT32
 
 
 def _unpacked(architecture: Architecture, config: Config, shape: _Shape) -> float:
-    """The largest quantized weight in the compute dtype, which every multiplication makes and frees again; LLM.int8()'s
-    forward pass on CUDA multiplies whole numbers, its backward pass unpacks too."""
+    """Return the bytes of the largest quantized weight in the compute dtype: every multiplication dequantizes one and
+    frees it again. On CUDA, LLM.int8()'s forward multiplies integers, but its backward dequantizes, too."""
     if config.quantization.mode not in QUANTIZED:
         return 0.0
     return max((_matrix(weight) for weight in architecture.weights if weight.quantizable), default=0) * shape.width
@@ -230,12 +245,17 @@ def _matrix(weight: WeightShape) -> int:
 
 
 def _heap_fragmentation(
-    heap: Heap, architecture: Architecture, shape: _Shape, kept: SavedActivations, logits: float
+    heap: Heap, architecture: Architecture, shape: _Shape, activations: SavedActivations, logits: float
 ) -> float:
     tile = min(shape.scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
-    in_heap = logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0
+    logits_in_heap = logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0
     kernels = heap.kernels_16_bit_bytes if shape.width < FLOAT32 else 0.0
-    return heap.code_bytes + kernels + heap.gaps_layers * shape.tokens * kept.layers + heap.gaps_logits * in_heap
+    return (
+        heap.code_bytes
+        + kernels
+        + heap.gaps_layers * shape.tokens * activations.layers
+        + heap.gaps_logits * logits_in_heap
+    )
 
 
 def _peak(moment: _Moment, shape: _Shape) -> Peak:

@@ -1,4 +1,4 @@
-"""Whether a run may start: it is predicted to fit into the memory that it may take, or told what of it would."""
+"""Whether a run may start: it is predicted to fit into its memory limit, or the error says what would fit."""
 
 from __future__ import annotations
 
@@ -26,43 +26,43 @@ from qlora_exp.records.types import Device, Environment, Fit, Plan, SkippedTrial
 from qlora_exp.runs.prepare import Prepared
 
 SMALLER_QUANTIZATIONS = (Quantization.bf16, Quantization.int8, Quantization.nf4)
-"""Modes to fall back to, the most precise first."""
+"""Modes to suggest, the most precise first."""
 WIDTH = {Quantization.fp32: 32, Quantization.bf16: 16, Quantization.fp16: 16, Quantization.int8: 8}
-"""Bits of a weight; 4 for the others."""
+"""Bits per weight; 4 for the other modes."""
 SHORTEST = 16
-"""Tokens; no training of shorter rows is proposed."""
+"""Tokens. Shorter rows are never suggested."""
 
 
 def memory_fit(config: Config, prepared: Prepared, environment: Environment, rule: MemoryLimit) -> Fit | None:
-    """What the run is predicted to need beside what it may take; ``None`` where that isn't known.
+    """Return the predicted memory with its limit; ``None`` if no limit is known.
 
     Raises:
-        PredictedOutOfMemory: it is predicted to need too much; with its parts, and what would fit.
-        ConfigError: its budget doesn't buy one step.
+        PredictedOutOfMemory: the prediction exceeds the limit; the error has its parts, and what would fit.
+        ConfigError: the budget is too small for one step.
     """
     check_budget_buys_a_step(config, prepared)
-    device, planned = environment.device, prepared.plan
-    bound = memory_limit_bytes(rule, device)
-    if bound is None:
+    device, plan = environment.device, prepared.plan
+    limit = memory_limit_bytes(rule, device)
+    if limit is None:
         return None
     exact = peak_of(config, environment, prepared.architecture, prepared.modules, prepared.splits).exact_bytes
-    need = need_of(planned, exact)
-    fit, may_start = fit_into(bound, need, rule, correction_key(to_plain(config), device), device.kind)
+    need = need_of(plan, exact)
+    fit, may_start = fit_into(limit, need, rule, correction_key(to_plain(config), device), device.kind)
     if may_start and fit.excess < -fit.error:
         return fit
-    limited = rule.bound_bytes is not None
-    what, hint = _told(config, prepared, environment, fit, limited)
+    from_budget = rule.bound_bytes is not None
+    what, hint = _told(config, prepared, environment, fit, from_budget)
     fit = replace(fit, would_fit=hint)
     if may_start:
         return fit
-    where = f"budget.memory_bytes = {bound}" if limited else _whose(device, bound, rule.hosts)
+    where = f"budget.memory_bytes = {limit}" if from_budget else _whose(device, limit, rule.hosts)
     raise PredictedOutOfMemory(
         what, where, f"{hint}; --force starts it", SkippedTrial(fit, need.train_seconds, need.train_flops)
     )
 
 
 def _whose(device: Device, bound: int, hosts: int) -> str:
-    """The memory that bounds a run, in words."""
+    """Return a phrase that names the memory that limits the run."""
     shared = f", shared by {hosts} trials at a time" if hosts > 1 else ""
     if device.kind == "cpu":
         total = bytes_text(device.memory_bytes or 0)
@@ -72,7 +72,7 @@ def _whose(device: Device, bound: int, hosts: int) -> str:
 
 
 def need_of(planned: Plan, exact_bytes: int = 0) -> MemoryEstimate:
-    """A plan with predictions, as feasibility sees it."""
+    """Return the memory estimate of a plan that has predictions."""
     tokens = planned.predicted_train_tokens
     flops = planned.train_flops_per_token
     return MemoryEstimate(
@@ -85,15 +85,15 @@ def need_of(planned: Plan, exact_bytes: int = 0) -> MemoryEstimate:
 
 
 def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit, limited: bool) -> tuple[str, str]:
-    """What is wrong, and what to do. ``limited``: ``budget.memory_bytes`` is the bound."""
+    """Return what is wrong, and what to do. ``limited``: the limit is ``budget.memory_bytes``."""
 
     def at_least(size: int) -> str:
         return f"at least budget.memory_bytes={size}" if limited else f"at least {bytes_text(size)} of memory"
 
     device = environment.device
-    mode, least = smallest_base(prepared.architecture, config.quantization, device.kind, device.bf16)
-    if least > fit.bound_bytes:
-        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
+    mode, minimum = smallest_base(prepared.architecture, config.quantization, device.kind, device.bf16)
+    if minimum > fit.bound_bytes:
+        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(minimum)} by itself"
         return what, f"a smaller model, or {at_least(fit.corrected_bytes)}"
 
     def peak(other: Config) -> Peak:
@@ -107,17 +107,17 @@ def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit
     scale = (fit.corrected_bytes - fit.context_bytes) / fit.peak_bytes
 
     def needed(other: Config) -> float:
-        found = peak(other)
-        return scale * found.peak_bytes + found.context_bytes
+        predicted = peak(other)
+        return scale * predicted.peak_bytes + predicted.context_bytes
 
-    alone = list(_smaller(config, prepared, lambda other: needed(other) <= fit.bound_bytes))
-    if alone:
-        return what, "; or ".join(f"{text} ({bytes_text(needed(other))})" for text, other in alone)
+    changes = list(_smaller(config, prepared, lambda other: needed(other) <= fit.bound_bytes))
+    if changes:
+        return what, "; or ".join(f"{text} ({bytes_text(needed(other))})" for text, other in changes)
     text, smallest = _smallest(config)
     if needed(smallest) <= fit.bound_bytes:
         return what, f"{text} ({bytes_text(needed(smallest))})"
-    least = round(needed(smallest))
-    return what, f"a smaller model; with {text} {at_least(least)}"
+    minimum = round(needed(smallest))
+    return what, f"a smaller model; with {text} {at_least(minimum)}"
 
 
 def _parts(peak: Peak) -> str:
@@ -133,27 +133,27 @@ def _parts(peak: Peak) -> str:
 
 
 def _smaller(config: Config, prepared: Prepared, fits: Callable[[Config], bool]) -> Iterator[tuple[str, Config]]:
-    """Of each setting the nearest smaller value that would make it fit by itself."""
+    """Yield, for each setting, the nearest smaller value that makes the run fit by itself."""
     for values in _settings(config, prepared):
-        found = next(((text, other) for text, other in values if not check(other) and fits(other)), None)
-        if found is not None:
-            yield found
+        candidate = next(((text, other) for text, other in values if not check(other) and fits(other)), None)
+        if candidate is not None:
+            yield candidate
 
 
 def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str, Config]]]:
-    """Each setting's smaller values, the nearest first."""
+    """Yield each setting's smaller values, the nearest first."""
     training = config.training
     rows = training.micro_batch_size or training.batch_size
     length = min(training.max_length, max(row_lengths(prepared.splits)))
     modes = [mode for mode in SMALLER_QUANTIZATIONS if WIDTH.get(mode, 4) < WIDTH.get(config.quantization.mode, 4)]
 
-    def trained(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
+    def with_training(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
         return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))
 
-    parts = range(rows - 1, 0, -1) if rows <= 64 else _halvings(rows, training.batch_size)
-    yield (trained("micro_batch_size", n, n) for n in parts if training.batch_size % n == 0)
-    yield (trained("max_length", n, n) for n in _halves(length, SHORTEST))
-    yield (trained("gradient_checkpointing", "on", one) for one in [Checkpointing.on])
+    row_counts = range(rows - 1, 0, -1) if rows <= 64 else _halvings(rows, training.batch_size)
+    yield (with_training("micro_batch_size", n, n) for n in row_counts if training.batch_size % n == 0)
+    yield (with_training("max_length", n, n) for n in _halves(length, SHORTEST))
+    yield (with_training("gradient_checkpointing", "on", checkpointing) for checkpointing in [Checkpointing.on])
     yield ((f"quantization={mode.value}", _in_mode(config, mode)) for mode in modes)
 
 
@@ -163,8 +163,8 @@ def _halvings(rows: int, batch_size: int) -> Iterator[int]:
         yield rows
 
 
-def _halves(value: int, least: int) -> Iterator[int]:
-    while (value := value // 2) >= least:
+def _halves(value: int, minimum: int) -> Iterator[int]:
+    while (value := value // 2) >= minimum:
         yield value
 
 

@@ -1,4 +1,4 @@
-"""What a run's budget will buy of its training, by what is predicted before a weight is read."""
+"""How many training steps a run's budget is enough for, predicted before any weights are read."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qlora_exp.runs.prepare import Prepared
 
 
 def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
-    """By the shortest rows and the fastest that this machine is calibrated to be, where it is.
+    """Check each limit against the lower bound of one step's cost: the shortest rows at the fastest calibrated rate.
 
     Raises:
-        ConfigError: it doesn't.
+        ConfigError: a limit is too small for one step.
     """
     check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared))
 
 
 def affordable_steps_message(config: Config, prepared: Prepared) -> Iterator[str]:
-    """A sentence for each limit; a training ends after the step that reaches it."""
-    for bought in affordable_steps(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared)):
-        yield bought.told
+    """Yield a sentence for each limit. A training ends after the step that reaches the limit."""
+    for affordable in affordable_steps(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared)):
+        yield affordable.told
 
 
 def _pace(prepared: Prepared) -> StepCost:
@@ -39,9 +39,9 @@ def _pace(prepared: Prepared) -> StepCost:
 
 
 def _train_seconds(prepared: Prepared) -> Interval | None:
-    planned = prepared.plan
-    low, middle = planned.predicted_train_seconds_low, planned.predicted_train_seconds
-    high, basis = planned.predicted_train_seconds_high, planned.predicted_train_seconds_basis
+    plan = prepared.plan
+    low, middle = plan.predicted_train_seconds_low, plan.predicted_train_seconds
+    high, basis = plan.predicted_train_seconds_high, plan.predicted_train_seconds_basis
     if low is None or middle is None or high is None:
         return None
     return Interval(low, middle, high, basis or "")

@@ -1,4 +1,4 @@
-"""What a run is expected to need, beside what it will be seen to: memory, seconds, dollars."""
+"""The predictions that a run's record shows next to its measurements: memory, seconds, dollars."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from qlora_exp.system.hardware import price_of
 
 @dataclass(frozen=True)
 class PredictedRun:
-    """``plan`` has what memory, time and money are expected to be, for the rows that there are. Seconds; ``None`` is
-    unknown."""
+    """``plan`` holds the predicted memory, time and money for the run's rows. Seconds; ``None`` is unknown."""
 
     plan: Plan
     least_train_seconds: float | None
-    """By this machine's calibration alone, at the whole of its rate: earlier runs may have been slowed by something."""
+    """A lower bound from this machine's calibration alone: something may have slowed earlier runs."""
     before_seconds: float | None
-    """What passes from loading on beside training and the last scoring, by runs like it."""
+    """Seconds from loading on, without training and the last scoring, from similar runs."""
     extent: Workload
-    """As is expected: with ``training.max_tokens`` the plan's steps are an upper bound."""
+    """The expected workload. With ``training.max_tokens`` the plan's steps are an upper bound instead."""
 
 
 def predicted(
@@ -44,18 +43,18 @@ def predicted(
     ended: Sequence[RunRecord],
     warm: bool,
 ) -> PredictedRun:
-    """``ended``: runs of which those of the same base say how fast this machine is; else its calibration does.
-    ``warm``: its base is here already."""
+    """Return ``planned`` with its predictions. ``ended``: finished runs; those of the same base say how fast this
+    machine is, otherwise its calibration does. ``warm``: the base is loaded already."""
     device = environment.device
     peak = peak_of(config, environment, architecture, modules, splits)
     extent = Workload.of(config.training, lengths_of(splits, config.training.max_length))
 
-    def by(rate: Rate | None) -> Interval | None:
+    def seconds_at(rate: Rate | None) -> Interval | None:
         return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
 
-    seen = from_finished_runs(ended, environment, redact(to_plain(config)), extent.steps, warm)
-    calibrated = by(known_rate(environment, config.quantization.mode))
-    seconds = by(seen.rate) if seen.rate is not None else calibrated
+    throughput = from_finished_runs(ended, environment, redact(to_plain(config)), extent.steps, warm)
+    calibrated = seconds_at(known_rate(environment, config.quantization.mode))
+    seconds = seconds_at(throughput.rate) if throughput.rate is not None else calibrated
     price = price_of(config.budget.usd_per_hour, device.kind, device.name)
     usd = predicted_usd(seconds, price.usd_per_hour if price else None)
     plan = replace(
@@ -77,9 +76,9 @@ def predicted(
         predicted_train_usd=usd.middle if usd else None,
         usd_per_hour=price.usd_per_hour if price else None,
         usd_per_hour_from=price.source if price else None,
-        predicted_other_seconds=seen.other.middle if seen.other else None,
+        predicted_other_seconds=throughput.other.middle if throughput.other else None,
     )
-    return PredictedRun(plan, lower_bound_seconds(calibrated), seen.before, extent)
+    return PredictedRun(plan, lower_bound_seconds(calibrated), throughput.before, extent)
 
 
 TIMES = (
@@ -89,14 +88,14 @@ TIMES = (
 
 
 def as_first_told(planned: Plan, before: Plan | None) -> Plan:
-    """A resumed run's times are those that it was told at its start, whatever has ended since."""
+    """Return ``planned`` with the predicted times of ``before``: a resumed run keeps those of its start."""
     return planned if before is None else replace(planned, **{name: getattr(before, name) for name in TIMES})
 
 
 def peak_of(
     config: Config, environment: Environment, architecture: Architecture, modules: Sequence[str], splits: Splits
 ) -> Peak:
-    """The peak of training with the rows that there are, cut at ``training.max_length``."""
+    """Return the predicted peak of training on these rows, cut at ``training.max_length``."""
     lengths = lengths_of(splits, config.training.max_length)
     return predicted_peak(
         architecture,
@@ -111,12 +110,12 @@ def peak_of(
 
 
 def lengths_of(splits: Splits, limit: int) -> RowLengths:
-    """The training rows' tokens, each row cut at ``limit``."""
+    """Return the lengths of the training rows, each row cut at ``limit`` tokens."""
     lengths = [min(length, limit) for length in row_lengths(splits)]
     scored = [sum(item.completion_mask[:limit]) for item in splits.train]
     return RowLengths.of(lengths, scored)
 
 
 def row_lengths(splits: Splits) -> list[int]:
-    """Tokens of each training row."""
+    """Return the tokens of each training row."""
     return [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.train]

@@ -1,4 +1,4 @@
-"""Whether any quantization of a base fits into ``budget.memory_bytes`` by itself."""
+"""Whether any quantization of a base model fits into ``budget.memory_bytes``, without adapters and training."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from qlora_exp.formatting import bytes_text
 def check_a_base_fits(
     planner: Planner, configs: Sequence[Config], memory_bytes: int | None, device: PlanDevice | None = None
 ) -> None:
-    """``device``: for all of them, in place of each one's own.
+    """Check that some quantization of some base fits. ``device``: replaces each configuration's own.
 
     Raises:
-        ConfigError: no quantization of any of their bases does.
+        ConfigError: no quantization of any of their bases fits.
         ModelError: there is no such base.
     """
     if memory_bytes is None or not configs:
         return
 
     def smallest(config: Config) -> tuple[Quantization, int]:
-        there = device or device_of(config)
-        return smallest_base(planner.architecture(config.model), config.quantization, there.kind, there.bf16)
+        target = device or device_of(config)
+        return smallest_base(planner.architecture(config.model), config.quantization, target.kind, target.bf16)
 
-    different = {(repr(config.model), repr(config.quantization), config.training.device): config for config in configs}
-    mode, least = min(map(smallest, different.values()), key=lambda found: found[1])
-    if least > memory_bytes:
-        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(least)} by itself"
-        hint = f"a smaller model, or more than budget.memory_bytes={least}"
+    distinct = {(repr(config.model), repr(config.quantization), config.training.device): config for config in configs}
+    mode, minimum = min(map(smallest, distinct.values()), key=lambda mode_and_bytes: mode_and_bytes[1])
+    if minimum > memory_bytes:
+        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(minimum)} by itself"
+        hint = f"a smaller model, or more than budget.memory_bytes={minimum}"
         raise ConfigError(what, f"budget.memory_bytes = {memory_bytes}", hint)

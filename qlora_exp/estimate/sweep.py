@@ -1,4 +1,4 @@
-"""The configurations that a command line means, composed once and varied without Hydra: a thousand in a second."""
+"""The configurations of a command line, composed once and then varied without Hydra: a thousand per second."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides
 from qlora_exp.study.types import Axis, AxisKind
 
 MOST_POINTS = 100_000
-"""More can't be looked at by anybody, and would take minutes."""
+"""More would take minutes, and nobody could read them."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration: the axes' values, and either its configuration or why it can't be run."""
+    """One point of the search space: the axes' values, and its configuration or the reason why it can't run."""
 
     params: dict[str, Any]
     config: Config | None
@@ -40,19 +40,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """``trials``: how many runs there will be; ``None`` where the search has no end of its own. Of an interval,
-    ``points`` has both ends."""
+    """The candidates of a command line. ``points``: of an interval, both ends. ``trials``: how many runs there will be;
+    ``None``: the search is unbounded."""
 
     points: tuple[Candidate, ...]
     trials: int | None
     sampled: bool
-    """Whether the points stand for a search between them, rather than being the trials."""
+    """The trials are sampled between the points. Otherwise the points are the trials."""
     fixed_axes: tuple[str, ...] = ()
-    """Overrides that give one value to what the sweep searches."""
+    """Overrides that fix an axis of the sweep to one value."""
 
 
 def search_space(overrides: Sequence[str]) -> SearchSpace:
-    """What ``overrides`` mean: one run, a grid (``lora.r=8,16``), or a sweep (``sweeps=NAME``).
+    """Return the candidates of ``overrides``: one run, a grid (``lora.r=8,16``), or a sweep (``sweeps=NAME``).
 
     Raises:
         ConfigError, Problems: a misspelt key or choice, a wrong type, too many points.
@@ -62,32 +62,40 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     swept = {override_key(text): text.partition("=")[2] for text in overrides if is_swept(text)}
     fixed = [text for text in overrides if override_key(text) not in swept]
     raw = compose_raw(fixed)
-    first = _settings(raw)
-    texts = {**first.params, **swept}
-    texts |= {override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in first.params}
-    searched = [text for text in fixed if override_key(text) in texts]
+    settings = _settings(raw)
+    axis_texts = {**settings.params, **swept}
+    axis_texts |= {
+        override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in settings.params
+    }
+    searched = [text for text in fixed if override_key(text) in axis_texts]
     fixed = [text for text in fixed if text not in searched]
-    fixed_axes = tuple(text for text in searched if text.partition("=")[2] != first.params[override_key(text)])
-    raise_all(problems_of([f"{key}={text}" for key, text in first.params.items()], multirun=True))
-    axes = parse_axes(texts, first.conditions, lambda group: groups()[group], tuple(swept))
-    ladder = first.sampler is Sampler.ladder
-    listed = is_grid(axes) and not ladder and first.sampler in (Sampler.auto, Sampler.grid)
+    fixed_axes = tuple(text for text in searched if text.partition("=")[2] != settings.params[override_key(text)])
+    raise_all(problems_of([f"{key}={text}" for key, text in settings.params.items()], multirun=True))
+    axes = parse_axes(axis_texts, settings.conditions, lambda group: groups()[group], tuple(swept))
+    ladder = settings.sampler is Sampler.ladder
+    all_listed = is_grid(axes) and not ladder and settings.sampler in (Sampler.auto, Sampler.grid)
     corners = tuple(_interval_ends(axis) for axis in axes)
     if ladder:
-        corners = (*corners, *parse_axes({"lora.r": ",".join(map(str, _ranks(first)))}, {}))
+        corners = (*corners, *parse_axes({"lora.r": ",".join(map(str, _ranks(settings)))}, {}))
     _refuse_too_many(corners)
-    found = grid(corners)
-    trials = first.n_trials or (_most_trials(first, fixed, axes) if ladder else len(found) if listed else None)
-    follows = has_interpolation([axis.values for axis in axes]) or _has_interpolation(raw)
-    variants = ConfigFactory(fixed, None if searched else raw, follows)
-    points = (variants.point(params) for params in found)
-    return SearchSpace(tuple(map(_scored_on_test, points) if ladder else points), trials, not listed, fixed_axes)
+    combinations = grid(corners)
+    trials = settings.n_trials or (
+        _most_trials(settings, fixed, axes) if ladder else len(combinations) if all_listed else None
+    )
+    interpolates = has_interpolation([axis.values for axis in axes]) or _has_interpolation(raw)
+    factory = ConfigFactory(fixed, None if searched else raw, interpolates)
+    candidates = (factory.point(params) for params in combinations)
+    return SearchSpace(
+        tuple(map(_scored_on_test, candidates) if ladder else candidates), trials, not all_listed, fixed_axes
+    )
 
 
 class ConfigFactory:
-    """Configurations that differ from one another in axes' values only. ``fixed``: the overrides of all of them;
-    ``raw``: what Hydra makes of those, where that is known; ``follows``: whether a setting may be an interpolation,
-    which has another value at each point: Hydra then composes each of them."""
+    """Makes configurations that differ only in the axes' values.
+
+    ``fixed``: the overrides that they share. ``raw``: what Hydra composes from those, if it is known. ``follows``:
+    whether a setting may be an interpolation. Its value then differs per point, so Hydra composes each of them.
+    """
 
     def __init__(self, fixed: Sequence[str], raw: DictConfig | None = None, follows: bool = False) -> None:
         self._fixed = tuple(fixed)
@@ -97,24 +105,24 @@ class ConfigFactory:
         self._nodes: dict[tuple[str, str], Any] = {}
         self._values: dict[tuple[str, str], Any] = {}
         if raw is not None and not follows:
-            with contextlib.suppress(QloraExpError):  # a value may be missing that an axis gives
+            with contextlib.suppress(QloraExpError):  # a value may be missing because an axis sets it
                 self._begin(built(raw))
 
     def point(self, params: Mapping[str, Any]) -> Candidate:
-        """``params``: axis (key or group) → value."""
-        shown = dict(params)
+        """Return the candidate at ``params``: axis (key or group) → value."""
+        axis_values = dict(params)
         try:
             config = self._config(params)
         except QloraExpError as error:
-            return Candidate(shown, None, error)
+            return Candidate(axis_values, None, error)
         problems = check(config)
-        return Candidate(shown, None, Problems(problems)) if problems else Candidate(shown, config)
+        return Candidate(axis_values, None, Problems(problems)) if problems else Candidate(axis_values, config)
 
     def _begin(self, base: Config) -> None:
-        """Remember what conf/config.yaml chose for ``base``, as far as no sweep's file chose otherwise."""
+        """Remember the group choices of conf/config.yaml for ``base``, except where a sweep's file overrides them."""
         chosen = default_choices().items()
-        alike = [(group, name) for group, name in chosen if self._node(group, name) == getattr(base, group)]
-        self._bases[tuple(alike)] = base
+        unchanged = [(group, name) for group, name in chosen if self._node(group, name) == getattr(base, group)]
+        self._bases[tuple(unchanged)] = base
 
     def _config(self, params: Mapping[str, Any]) -> Config:
         if self._composer is not None:
@@ -123,22 +131,24 @@ class ConfigFactory:
         base = self._base(chosen)
         values = {key: self._value(key, value) for key, value in params.items() if key not in self._groups}
         config = copy.copy(base)
-        own: set[str] = set()  # sections of its own: those on the way to a value; it shares the rest with its base
+        copied: set[str] = (
+            set()
+        )  # the sections copied so far, on the way to a value; all others are shared with the base
         for key, value in values.items():
             path = key.split(".")[:-1]
             for depth in range(len(path)):
-                place = ".".join(path[: depth + 1])
-                if place not in own:
-                    own.add(place)
-                    _set(config, place, copy.copy(_at(config, path[: depth + 1])))
+                section = ".".join(path[: depth + 1])
+                if section not in copied:
+                    copied.add(section)
+                    _set(config, section, copy.copy(_at(config, path[: depth + 1])))
             _set(config, key, value)
         return config
 
     def _value(self, key: str, value: Any) -> Any:
-        known = (key, hydra_value(value))
-        if known not in self._values:
-            self._values[known] = typed_value(key, value)
-        return self._values[known]
+        cache_key = (key, hydra_value(value))
+        if cache_key not in self._values:
+            self._values[cache_key] = typed_value(key, value)
+        return self._values[cache_key]
 
     def _base(self, chosen: Mapping[str, str]) -> Config:
         key = tuple(chosen.items())
@@ -147,38 +157,39 @@ class ConfigFactory:
                 self._bases[key] = self._varied(chosen) or self._composed(chosen)
             except QloraExpError as error:
                 self._bases[key] = error
-        found = self._bases[key]
-        if isinstance(found, QloraExpError):
-            raise found
-        return found
+        base = self._bases[key]
+        if isinstance(base, QloraExpError):
+            raise base
+        return base
 
     def _composed(self, chosen: Mapping[str, str]) -> Config:
         return built(compose_raw([*self._fixed, *point_overrides(chosen)]))
 
     def _varied(self, chosen: Mapping[str, str]) -> Config | None:
-        """An already composed configuration with other groups' files in the place of its own; ``None`` where only Hydra
-        can say what a choice changes."""
-        for other, base in self._bases.items():
+        """Return an already composed configuration with other groups' files swapped in; ``None`` if only Hydra can say
+        what a choice changes."""
+        for base_key, base in self._bases.items():
             if isinstance(base, QloraExpError):
                 continue
-            own = dict(other)
-            changed = {group: name for group, name in chosen.items() if own.get(group) != name}
-            if all(self._replaceable(base, group, own.get(group), name) for group, name in changed.items()):
+            base_choices = dict(base_key)
+            changed = {group: name for group, name in chosen.items() if base_choices.get(group) != name}
+            if all(self._replaceable(base, group, base_choices.get(group), name) for group, name in changed.items()):
                 return replace(base, **{group: self._node(group, name) for group, name in changed.items()})
         return None
 
-    def _replaceable(self, base: Config, group: str, own: str | None, name: str) -> bool:
-        """Whether ``base`` has in ``group`` just what the file ``own`` says, so that ``name``'s may take its place."""
-        if own is None:
+    def _replaceable(self, base: Config, group: str, base_name: str | None, name: str) -> bool:
+        """Return whether ``base`` has in ``group`` exactly what the file ``base_name`` says, so that ``name``'s file
+        can replace it."""
+        if base_name is None:
             return False
-        overlays = (CONF / f"{group}_training" / f"{one}.yaml" for one in (own, name))
+        overlays = (CONF / f"{group}_training" / f"{choice}.yaml" for choice in (base_name, name))
         if not hasattr(base, group) or any(file.is_file() for file in overlays):
             return False
-        return self._node(group, own) == getattr(base, group) and self._node(group, name) is not None
+        return self._node(group, base_name) == getattr(base, group) and self._node(group, name) is not None
 
     def _node(self, group: str, name: str) -> Any:
-        """A group's file read without Hydra, with the values that are fixed; ``None`` where its defaults are more than
-        files of its own folder, or where a value is still to be given."""
+        """Return a group's file, read without Hydra, with the fixed values; ``None`` if its defaults go beyond files of
+        its own folder, or if a value is still missing."""
         if (group, name) not in self._nodes:
             node = read_choice(group, name)
             for text in self._fixed if node is not None else ():
@@ -190,10 +201,10 @@ class ConfigFactory:
 
 
 def _settings(raw: DictConfig) -> SweepConfig:
-    """What a composed configuration says about the search."""
-    found = OmegaConf.to_object(raw.sweep)
-    assert isinstance(found, SweepConfig)
-    return replace(found, params=texts_of(raw.sweep, "params"))
+    """Return the sweep settings of a composed configuration."""
+    settings = OmegaConf.to_object(raw.sweep)
+    assert isinstance(settings, SweepConfig)
+    return replace(settings, params=texts_of(raw.sweep, "params"))
 
 
 def _has_interpolation(raw: DictConfig) -> bool:
@@ -226,7 +237,8 @@ def _interval_ends(axis: Axis) -> Axis:
 
 
 def _scored_on_test(point: Candidate) -> Candidate:
-    """As a ladder scores its trials: on both splits, but for its pilots, which take less than they are counted for."""
+    """Return ``point`` as a ladder scores its trials: on both splits. Pilots are scored on one, so they cost less than
+    this."""
     if point.config is None:
         return point
     evaluation = replace(point.config.evaluation, split=EvaluationSplit.test)

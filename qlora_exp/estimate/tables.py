@@ -1,4 +1,4 @@
-"""Plans as a table for a terminal, as a page, and as JSON types."""
+"""Plans as a terminal table, as an HTML page, and as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEMORY_PARTS = {
     "optimizer_bytes": ("O", "optimizer"),
     "activation_bytes": ("+", "activations and all else at the peak"),
 }
-"""Part of :class:`PlannedMemory` → (letter in a bar, words)."""
+"""Part of :class:`PlannedMemory` → (its letter in the bar, its name)."""
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in MEMORY_PARTS.values())
 BEYOND_IMPORTS = (
     "on a CPU a peak is what training takes beside the process as it is after imports, of about "
@@ -39,11 +39,12 @@ UNSEEN = "loading and scoring not counted: unknown until runs like these have en
 BAR_CHARACTERS = 24
 REASONS_SHOWN = 8
 ROWS_SHOWN = 40
-"""More rows than a screen or two holds; --json and --html have all."""
+"""More rows don't fit on a screen or two; --json and --html show all."""
 
 
 def plan_as_json(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
-    """One object a configuration; bytes, seconds and US dollars; ``null`` is unknown. ``overrides`` are its axes."""
+    """Return one object per configuration, in bytes, seconds and US dollars; ``null`` is unknown. ``overrides`` are the
+    axes' values."""
     return [_object(run) for run in runs]
 
 
@@ -53,62 +54,68 @@ def _object(run: PlannedRun) -> dict[str, Any]:
 
 
 def plan_table(runs: Sequence[PlannedRun]) -> Table:
-    """One row for all configurations with the same figures, the first :data:`ROWS_SHOWN` rows."""
+    """Return one row for all configurations with the same figures: the first :data:`ROWS_SHOWN` rows."""
     scored = any(run.other_seconds is not None for run in runs)
     columns = ["configuration", "trainable", "memory by part", "peak", "fits", "training", "usd", "disk"]
     if scored:
         columns.insert(6, "load, score")
     table = simple_table(*columns)
     scale = _scale(runs)
-    alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
+    groups: dict[tuple[Any, ...], list[PlannedRun]] = {}
     for run in runs:
-        verdict = (run.fits, run.near_the_edge, run.notes)
-        figures = (run.trainable_parameters, run.memory, run.disk, verdict, run.seconds, run.other_seconds, run.usd)
-        alike.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
-    for first, *others in list(alike.values())[:ROWS_SHOWN]:
+        fit = (run.fits, run.near_the_edge, run.notes)
+        figures = (run.trainable_parameters, run.memory, run.disk, fit, run.seconds, run.other_seconds, run.usd)
+        groups.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
+    for first, *others in list(groups.values())[:ROWS_SHOWN]:
         table.add_row(*_row(first, scale, f" (and {len(others):,} alike)" if others else "", scored))
-    if len(alike) > ROWS_SHOWN:
-        table.add_row(f"… and {len(alike) - ROWS_SHOWN:,} more rows: --json or --html FILE has them all")
+    if len(groups) > ROWS_SHOWN:
+        table.add_row(f"… and {len(groups) - ROWS_SHOWN:,} more rows: --json or --html FILE has them all")
     return table
 
 
 def plan_summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> str:
-    """How many there are, and how many of them fit."""
+    """Return how many configurations there are, and how many of them fit."""
     count = f"{len(runs):,} configuration{'s' if len(runs) != 1 else ''}"
     if sampled:
         count = f"{'an unknown number of' if trials is None else f'{trials:,}'} trials among {count}"
-    verdicts = {True: "fit", False: "don't fit or can't be run", None: "unknown"}
-    told = [f"{sum(run.fits is verdict for run in runs):,} {words}" for verdict, words in verdicts.items()]
-    near = sum(run.near_the_edge for run in runs)
-    edge = f"; {near:,} near the edge" if near else ""
-    return f"{count}: {', '.join(text for text in told if not text.startswith('0 '))}{edge}"
+    words_by_fit = {True: "fit", False: "don't fit or can't be run", None: "unknown"}
+    counts = [f"{sum(run.fits is fits for run in runs):,} {words}" for fits, words in words_by_fit.items()]
+    borderline = sum(run.near_the_edge for run in runs)
+    edge = f"; {borderline:,} near the edge" if borderline else ""
+    return f"{count}: {', '.join(text for text in counts if not text.startswith('0 '))}{edge}"
 
 
 def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None:
-    """Time and money of all that may be run, one after the other, with their intervals added up; of a search between
-    them, of ``searched`` trials that take their mean, or all the least or the most. Where one of them is unknown: what
-    would tell it. ``None``: nothing fits."""
+    """Return a sentence with the time and money of all runs that may start, one after the other; ``None``: nothing
+    fits.
+
+    The ends of the intervals are added up. With ``searched`` trials of a search between the runs, each trial counts as
+    the mean; the interval as all the smallest or all the largest. If a run's time is unknown, the sentence says how to
+    find it out.
+    """
     counted = [run for run in runs if run.fits is not False]
     if not counted:
         return None
     seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted], searched)
     if seconds is None:
         return "training: seconds unknown; qlora-exp calibrate, on the machine that is to train, measures its rate"
-    told = f"training: {_duration(seconds[0], seconds[1:])}"
+    message = f"training: {_duration(seconds[0], seconds[1:])}"
     scored = [run for run in counted if run.other_seconds is not None]
-    other = _total([run.other_seconds for run in counted], [run.other_seconds_interval for run in counted], searched)
-    if other is not None:
-        told = f"{told}, loading and scoring: {_duration(other[0], other[1:])}"
+    other_seconds = _total(
+        [run.other_seconds for run in counted], [run.other_seconds_interval for run in counted], searched
+    )
+    if other_seconds is not None:
+        message = f"{message}, loading and scoring: {_duration(other_seconds[0], other_seconds[1:])}"
     usd = _total([run.usd for run in counted], [run.usd_interval for run in counted], searched)
     price = "usd unknown: no price in conf/prices.yaml; budget.usd_per_hour=PRICE"
-    told = f"{told}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
+    message = f"{message}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
     if searched is not None:
-        told = f"{told}, for {searched:,} trials of a search between them"
-    if other is not None:
-        return told
+        message = f"{message}, for {searched:,} trials of a search between them"
+    if other_seconds is not None:
+        return message
     if scored and usd is not None:
-        told = f"{told}; usd has loading and scoring for {len(scored):,} of {len(counted):,} configurations"
-    return f"{told}; {UNSEEN}"
+        message = f"{message}; usd has loading and scoring for {len(scored):,} of {len(counted):,} configurations"
+    return f"{message}; {UNSEEN}"
 
 
 def _total(
@@ -124,27 +131,31 @@ def _total(
 
 
 def row_notes(runs: Sequence[PlannedRun]) -> list[str]:
-    """By which rows peaks and times are told: a sentence for each task, tokenizer and length among them."""
-    first: dict[PlannedRows | None, PlannedRun] = {}
+    """Return which rows peaks and times are predicted from: one sentence per task, tokenizer and length."""
+    first_by_rows: dict[PlannedRows | None, PlannedRun] = {}
     for run in runs:
         if run.memory is not None:
-            first.setdefault(run.rows, run)
-    whose = {rows: f", {candidate_name(run)}" if len(first) > 1 else "" for rows, run in first.items()}
-    told = [f"peak and time{name}: {_rows(rows)}" for rows, name in whose.items()]
-    return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
+            first_by_rows.setdefault(run.rows, run)
+    names = {rows: f", {candidate_name(run)}" if len(first_by_rows) > 1 else "" for rows, run in first_by_rows.items()}
+    sentences = [f"peak and time{name}: {_rows(rows)}" for rows, name in names.items()]
+    return (
+        sentences
+        if len(sentences) <= REASONS_SHOWN
+        else [*sentences[:REASONS_SHOWN], f"… and {len(sentences) - REASONS_SHOWN:,} more"]
+    )
 
 
 def notes(runs: Sequence[PlannedRun]) -> list[str]:
-    """What the figures are to be read with: sentences, each once."""
+    """Return what a reader needs to know about the figures, each sentence once."""
     kinds = {"cpu" if run.device == "cpu" else "cuda" for run in runs if run.near_the_edge}
-    told = [f"yes?, no?: near the edge; {BORDERLINE_NOTES[kind]}" for kind in sorted(kinds)]
+    sentences = [f"yes?, no?: near the edge; {BORDERLINE_NOTES[kind]}" for kind in sorted(kinds)]
     if any(run.device == "cpu" and run.memory is not None for run in runs):
-        told.append(BEYOND_IMPORTS)
-    first: dict[str, PlannedRun] = {}
+        sentences.append(BEYOND_IMPORTS)
+    first_by_note: dict[str, PlannedRun] = {}
     for run in runs:
         for note in run.notes:
-            first.setdefault(note, run)
-    return [*told, *(f"{candidate_name(run)}: {note}" for note, run in first.items())]
+            first_by_note.setdefault(note, run)
+    return [*sentences, *(f"{candidate_name(run)}: {note}" for note, run in first_by_note.items())]
 
 
 def _rows(rows: PlannedRows | None) -> str:
@@ -156,17 +167,23 @@ def _rows(rows: PlannedRows | None) -> str:
 
 
 def reasons(runs: Sequence[PlannedRun]) -> list[str]:
-    """Why configurations don't fit, can't be run or can't be told: each reason once, the first few."""
-    first: dict[str, PlannedRun] = {}
+    """Return why configurations don't fit, can't run or are unknown: each reason once, the first few."""
+    first_by_reason: dict[str, PlannedRun] = {}
     for run in runs:
         if run.fits is not True:
-            first.setdefault(run.reason if run.fits is False else run.reason.rpartition("; ")[2], run)
-    told = [f"{candidate_name(run)}: {reason}" if run.fits is False else reason for reason, run in first.items()]
-    return told if len(told) <= REASONS_SHOWN else [*told[:REASONS_SHOWN], f"… and {len(told) - REASONS_SHOWN:,} more"]
+            first_by_reason.setdefault(run.reason if run.fits is False else run.reason.rpartition("; ")[2], run)
+    sentences = [
+        f"{candidate_name(run)}: {reason}" if run.fits is False else reason for reason, run in first_by_reason.items()
+    ]
+    return (
+        sentences
+        if len(sentences) <= REASONS_SHOWN
+        else [*sentences[:REASONS_SHOWN], f"… and {len(sentences) - REASONS_SHOWN:,} more"]
+    )
 
 
 def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], file: Path) -> None:
-    """All configurations as one HTML page that needs nothing else; ``words`` stand above the table.
+    """Write all configurations as one self-contained HTML page, with ``words`` above the table.
 
     Raises:
         OSError: it can't be written.
@@ -197,7 +214,7 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
 
 
 def candidate_name(run: PlannedRun) -> str:
-    """A configuration by its axes; a single one by what it is."""
+    """Return a configuration's axes as text; for a single one, its model, quantization, rank and targets."""
     settings = run.settings
     if run.params or not settings:
         return " ".join(f"{key}={hydra_value(value)}" for key, value in run.params.items()) or "configuration"
@@ -205,7 +222,7 @@ def candidate_name(run: PlannedRun) -> str:
 
 
 def _row(run: PlannedRun, scale: int, more: str, scored: bool) -> list[str]:
-    other = [_duration(run.other_seconds, run.other_seconds_interval)] if scored else []
+    other_seconds = [_duration(run.other_seconds, run.other_seconds_interval)] if scored else []
     return [
         f"{candidate_name(run)}{more}",
         number(run.trainable_parameters, 0),
@@ -213,22 +230,22 @@ def _row(run: PlannedRun, scale: int, more: str, scored: bool) -> list[str]:
         _peak(run.memory),
         _verdict(run),
         _duration(run.seconds, run.seconds_interval),
-        *other,
+        *other_seconds,
         _ranged(run.usd, run.usd_interval),
         bytes_text(run.disk.checkpoint_bytes if run.disk else None),
     ]
 
 
 def _ranged(middle: float | None, interval: tuple[float, float] | None, unit: str = "") -> str:
-    """``23 min (11–51)``."""
+    """Return e.g. ``23 min (11–51)``."""
     if middle is None or interval is None:
         return UNKNOWN_CELL
-    told, low, high = (f"{one:,.0f}" if one >= 10 else f"{one:.2g}" for one in (middle, *interval))
-    return f"{told}{unit} ({low}–{high})"
+    figure, low, high = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in (middle, *interval))
+    return f"{figure}{unit} ({low}–{high})"
 
 
 def _duration(seconds: float | None, interval: tuple[float, float] | None) -> str:
-    """In the largest unit of which it is one or more."""
+    """Return seconds in the largest unit that gives at least 1."""
     if seconds is None or interval is None:
         return UNKNOWN_CELL
     size, unit = next(((size, unit) for size, unit in DURATIONS if seconds >= size), (1, "s"))

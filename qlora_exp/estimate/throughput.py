@@ -1,6 +1,6 @@
-"""What runs that ended say of one more: the rate that their trainings reached, and their other seconds.
+"""What finished runs predict for the next one: the rate of its training, and the seconds of loading and scoring.
 
-Rates are in the operations that :mod:`qlora_exp.estimate.flops` counts.
+Rates count the same operations as :mod:`qlora_exp.estimate.flops`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from qlora_exp.estimate.duration import Interval, Rate
 from qlora_exp.records.types import Environment, RunRecord, Status
 
 T_95 = (math.nan, 6.3138, 2.9200, 2.3534)
-"""Student's t, 95 % one-sided, by degrees of freedom: those that :func:`t_95`'s series isn't right for."""
+"""Student's t, 95 % one-sided, by degrees of freedom: the first ones, for which the series of :func:`t_95` isn't
+accurate."""
 
 
 @dataclass(frozen=True)
 class MeasuredThroughput:
-    """What runs that ended say of one more; ``None`` is unknown."""
+    """What finished runs predict for the next one; ``None`` is unknown."""
 
     rate: Rate | None
     other: Interval | None
-    """Seconds beside training, from loading on: loading the base, scoring it untouched and scoring it tuned."""
+    """Seconds without training, from loading on: loading the base, scoring it before tuning, and scoring after
+    tuning."""
     before: float | None
-    """Of these all but the last scoring."""
+    """The part of ``other`` before the last scoring."""
 
 
 def from_finished_runs(
@@ -36,26 +38,35 @@ def from_finished_runs(
     steps: int | None = None,
     warm: bool = False,
 ) -> MeasuredThroughput:
-    """What ``records`` (ended runs) say of a run in ``environment`` with ``config`` (as a record holds it).
+    """Return what ``records`` (ended runs) predict for a run in ``environment`` with ``config`` (as a record holds it).
 
-    Of its rate those of the same base and variant, without any those of the other variant; ``steps``: as many as it
-    will train. Of its other seconds those of the same variant whose process had made a run before, where it is
-    ``warm``, else those whose had not; without any of these all.
+    The rate comes from runs of the same base and variant; if there are none, from the other variant. ``steps``: how
+    many steps the run will train. The other seconds come from runs of the same variant in the same state: with
+    ``warm``, runs whose process had made a run before, else the first runs of their process. If there are none, all
+    runs of the variant count.
     """
     machine, variant = machine_of(environment), _of(config, "model", "variant")
-    kin = [one for one in records if machine_of(one.environment) == machine and _base(one.config) == _base(config)]
-    nearest = [one for one in kin if _of(one.config, "model", "variant") == variant]
-    alike = [one for one in nearest if one.memory.host_reused == warm]
+    same_base = [
+        record
+        for record in records
+        if machine_of(record.environment) == machine and _base(record.config) == _base(config)
+    ]
+    same_variant = [record for record in same_base if _of(record.config, "model", "variant") == variant]
+    same_warmth = [record for record in same_variant if record.memory.host_reused == warm]
     mode = str(_of(config, "quantization", "mode"))
-    rate = _rate(nearest, machine, mode, steps) or _rate(kin, machine, mode, steps)
-    found = _other_seconds(alike, config)
-    return MeasuredThroughput(rate, *(found if found[0] is not None else _other_seconds(nearest, config)))
+    rate = _rate(same_variant, machine, mode, steps) or _rate(same_base, machine, mode, steps)
+    other_seconds = _other_seconds(same_warmth, config)
+    return MeasuredThroughput(
+        rate, *(other_seconds if other_seconds[0] is not None else _other_seconds(same_variant, config))
+    )
 
 
 def _rate(records: Iterable[RunRecord], machine: str, quantization: str, steps: int | None) -> Rate | None:
-    """What trainings of one base reached on ``machine``: the harmonic mean, by which many take together what they are
-    told to (seconds are one over a rate), and an interval for one more over the logarithms of their rates, as
-    :func:`_log_half_width` has it. ``None`` of none."""
+    """Return the rate that trainings of one base reached on ``machine``; ``None`` if there are none.
+
+    The middle is the harmonic mean, because seconds are proportional to one over a rate. The interval is for one more
+    run, over the logarithms of the rates: :func:`_log_half_width`.
+    """
     rates = [rate for record in records if (rate := achieved_flops_per_second(record, steps)) is not None]
     if not rates:
         return None
@@ -64,27 +75,32 @@ def _rate(records: Iterable[RunRecord], machine: str, quantization: str, steps: 
 
 
 def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> tuple[Interval | None, float | None]:
-    """Of the records that completed with the same task and evaluation, whether the untouched base's scores were
-    measured or read: the mean (what many runs take together), with an interval for one more as
-    :func:`_log_half_width` has it, and the mean of what came before the last scoring. ``None`` of none."""
+    """Return the seconds of loading and scoring in completed runs with the same task and evaluation, and the mean of
+    the part before the last scoring; ``None`` if there are none.
+
+    The middle is the mean, with an interval for one more run: :func:`_log_half_width`. Runs count whether they measured
+    the base model's scores or read them from the cache.
+    """
     parts = [
-        found
+        seconds_of_run
         for record in records
         if record.status is Status.COMPLETED
         and all(record.config.get(section) == config.get(section) for section in ("task", "evaluation"))
-        and (found := _before_and_after(record)) is not None
+        and (seconds_of_run := _before_and_after(record)) is not None
     ]
     if not parts:
         return None, None
     seconds = [before + after for before, after in parts]
     basis = f"{len(seconds)} run{'s' if len(seconds) > 1 else ''} like it here"
-    told = prediction_interval(seconds, statistics.fmean(seconds), basis)
-    return told, statistics.fmean(before for before, _ in parts)
+    interval = prediction_interval(seconds, statistics.fmean(seconds), basis)
+    return interval, statistics.fmean(before for before, _ in parts)
 
 
 def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
-    """Seconds of a run, from loading on, that are neither training nor the last scoring, and those of the last scoring.
-    Of one that failed or trained steps twice only what its phases took: the rest may be training that was lost."""
+    """Return a run's seconds from loading on without training and the last scoring, and those of the last scoring.
+
+    If the run failed or repeated steps, only its measured phases count: the rest may be lost training.
+    """
     speed, spent = record.speed, record.spent
     if speed.load_seconds is None or speed.evaluation_seconds is None:
         return None
@@ -97,33 +113,37 @@ def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
 
 
 MAX_LOG_HALF_WIDTH = math.log(4.0)
-"""An interval's half-width, as a factor either way: two values say little of their spread."""
+"""The largest half-width of an interval, as a factor: two values say little about their spread."""
 SHORT_RUN_FACTOR = 10
-"""A training of so many times fewer steps than the one to come was mostly its start."""
+"""A training with this many times fewer steps than the next one was mostly start-up."""
 
 
 def prediction_interval(values: Sequence[float], middle: float, basis: str) -> Interval:
-    """The interval for one more of ``values`` around their geometric mean, as :func:`_log_half_width` has it.
-    ``middle``, another mean of them, lies in it."""
+    """Return the interval for one more of ``values`` around their geometric mean: :func:`_log_half_width`. It is
+    widened to contain ``middle``, another mean of them."""
     centre, (half, words) = statistics.fmean(map(math.log, values)), _log_half_width(values)
     low, high = min(math.exp(centre - half), middle), max(math.exp(centre + half), middle)
     return Interval(low, middle, high, f"{basis}, {words}")
 
 
 def _log_half_width(values: Sequence[float]) -> tuple[float, str]:
-    """Half the width of an interval for one more, over the logarithms of ``values``, and what it is in words."""
+    """Return half the width of an interval for one more value, over the logarithms of ``values``, and its
+    description."""
     count = len(values)
     if count == 1:
         return math.log(2.0), "a factor of 2 either way, which is a guess"
-    half = t_95(count - 1) * statistics.stdev(map(math.log, values)) * math.sqrt(1 + 1 / count)
-    if half > MAX_LOG_HALF_WIDTH:
+    half_width = t_95(count - 1) * statistics.stdev(map(math.log, values)) * math.sqrt(1 + 1 / count)
+    if half_width > MAX_LOG_HALF_WIDTH:
         return MAX_LOG_HALF_WIDTH, "a factor of 4 either way, to which the 90 % interval for one more is cut"
-    return half, "90 % interval for one more"
+    return half_width, "90 % interval for one more"
 
 
 def t_95(degrees: int) -> float:
-    """Student's t, 95 % one-sided, with ``degrees`` of freedom, to 0.02 %; importing scipy for it would take longer
-    than a plan. Abramowitz & Stegun 1964, *Handbook of Mathematical Functions*, 26.7.5."""
+    """Return Student's t, 95 % one-sided, with ``degrees`` of freedom, to 0.02 %.
+
+    Importing scipy for it would take longer than a plan. Abramowitz & Stegun 1964, *Handbook of Mathematical
+    Functions*, 26.7.5.
+    """
     if degrees < len(T_95):
         return T_95[degrees]
     z = statistics.NormalDist().inv_cdf(0.95)
@@ -138,22 +158,26 @@ def t_95(degrees: int) -> float:
 
 
 def _base(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Which base, of both variants, in which quantization."""
+    """Return the base model (both variants) and the quantization."""
     model = tuple(_of(config, "model", key) for key in ("family", "path", "checkpoints", "revision"))
     return (*model, _of(config, "quantization", "mode"))
 
 
 def _of(config: Mapping[str, Any], section: str, key: str) -> Any:
-    """``None`` where a record's configuration lacks it."""
-    found = config.get(section)
-    return found.get(key) if isinstance(found, Mapping) else None
+    """Return a value of a record's configuration, or ``None`` if it lacks it."""
+    settings = config.get(section)
+    return settings.get(key) if isinstance(settings, Mapping) else None
 
 
 def achieved_flops_per_second(record: RunRecord, steps: int | None = None) -> float | None:
-    """Operations that a training made a second, by the same count as the prediction's: of all that it took, validations
-    and checkpoints within it too; of one that was :data:`SHORT_RUN_FACTOR` beside ``steps``, of its steps alone after
-    the first ones. ``None`` for records without it (``plan.train_flops_per_token``), without a step, or of versions
-    that counted no padding and the head for every token: up to three times what small models did."""
+    """Return the operations per second of a training, counted as the prediction counts them.
+
+    Usually over all its seconds, validations and checkpoints included. If ``steps`` is more than
+    :data:`SHORT_RUN_FACTOR` times its steps, only over its steps after the first ones.
+
+    ``None`` for records without ``plan.train_flops_per_token``, for trainings without a step, and for older records.
+    Those counted no padding, and the head for every token: up to three times too much for small models.
+    """
     plan, speed = record.plan, record.speed
     if plan is None or plan.train_flops_per_token is None or plan.predicted_loss_tokens is None or record.synthetic:
         return None
@@ -167,7 +191,7 @@ def achieved_flops_per_second(record: RunRecord, steps: int | None = None) -> fl
 
 
 def machine_of(environment: Any) -> str:
-    """What a rate belongs to: device, how many cores and threads, and torch's version."""
+    """Return what a rate belongs to: device, number of cores and threads, and torch's version."""
     device = environment.device
     threads = environment.torch_threads if device.kind == "cpu" else None
     parts = (device.kind, device.name, environment.cpu_cores if device.kind == "cpu" else None, threads)

@@ -1,4 +1,4 @@
-"""A tokenizer by its own file, tokenizer.json: what counting tokens needs of it, without transformers or torch."""
+"""A tokenizer read from its tokenizer.json: enough to count tokens, without transformers or torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 
 class FileTokenizer:
-    """As much of a transformers tokenizer as :mod:`qlora_exp.data` uses to encode examples."""
+    """The part of a transformers tokenizer that :mod:`qlora_exp.data` uses to encode examples."""
 
     def __init__(self, folder: Path, chat_template: ChatTemplate | None = None) -> None:
-        """``folder`` holds tokenizer.json. ``chat_template``: in place of its own.
+        """Read the tokenizer from ``folder``, which has tokenizer.json. ``chat_template``: replaces its own.
 
         Raises:
             ValueError, OSError: a file can't be read.
@@ -39,8 +39,8 @@ class FileTokenizer:
         self.chat_template = chat_template or _template(folder, settings)
         self.added_tokens_decoder: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-        more = [_token(one) for one in (extra.values() if isinstance(extra, dict) else extra)]
-        self.all_special_tokens = [*self._named.values(), *(text for text in more if text is not None)]
+        further_tokens = [_token(entry) for entry in (extra.values() if isinstance(extra, dict) else extra)]
+        self.all_special_tokens = [*self._named.values(), *(text for text in further_tokens if text is not None)]
 
     def __call__(
         self, texts: str | Sequence[str], add_special_tokens: bool = True, split_special_tokens: bool = False
@@ -62,26 +62,28 @@ class FileTokenizer:
 
 
 def tokenizer_of(model: ModelConfig) -> FileTokenizer | None:
-    """The tokenizer of ``model``'s checkpoint where its file is on this machine: in the package, in ``model.path``, or
-    in the Hub's cache. ``None``: it isn't, or can't be read."""
+    """Return the tokenizer of ``model``'s checkpoint if its file is on this machine: in the package, in ``model.path``,
+    or in the Hub's cache. ``None``: it isn't, or can't be read."""
     try:
         folder = _folder(model)
         if folder is None:
             return None
-        given = Path(model.chat_template).expanduser().read_text(encoding="utf-8") if model.chat_template else None
-        found = FileTokenizer(folder, given)
-        if not found.chat_template and model.variant.value == "base":
+        chat_template = (
+            Path(model.chat_template).expanduser().read_text(encoding="utf-8") if model.chat_template else None
+        )
+        tokenizer = FileTokenizer(folder, chat_template)
+        if not tokenizer.chat_template and model.variant.value == "base":
             sibling = _cached(model.checkpoints.get("instruct"), None)
-            found.chat_template = _template(sibling, _settings(sibling)) if sibling is not None else None
-        return found
-    except (OSError, ValueError, RuntimeError):  # the last: a home folder of nobody
+            tokenizer.chat_template = _template(sibling, _settings(sibling)) if sibling is not None else None
+        return tokenizer
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home folder
         return None
 
 
 def _folder(model: ModelConfig) -> Path | None:
     if model.path or model.family == "local":
-        place = Path(model.path or "").expanduser()
-        return place if (place / "tokenizer.json").is_file() else None
+        folder = Path(model.path or "").expanduser()
+        return folder if (folder / "tokenizer.json").is_file() else None
     return _cached(model.checkpoints.get(model.variant.value), model.revision)
 
 
@@ -95,33 +97,36 @@ def _cached(checkpoint: str | None, revision: str | None) -> Path | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What the tokenizer's files say of its tokens; tokenizer_config.json goes before the older file."""
-    found: dict[str, Any] = {}
+    """Return the token settings of the tokenizer's files; tokenizer_config.json takes precedence over the older
+    file."""
+    settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
-        read = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        found |= {key: value for key, value in read.items() if value is not None} if isinstance(read, dict) else {}
-    return found
+        contents = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings |= (
+            {key: value for key, value in contents.items() if value is not None} if isinstance(contents, dict) else {}
+        )
+    return settings
 
 
 def _token(value: Any) -> str | None:
-    """A token's text, which some files wrap in an object."""
+    """Return a token's text, which some files wrap in an object."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
 
 
 def _template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
-    file, further = folder / "chat_template.jinja", folder / "additional_chat_templates"
-    named = {one.stem: one.read_text(encoding="utf-8") for one in sorted(further.glob("*.jinja"))}
+    file, named_templates = folder / "chat_template.jinja", folder / "additional_chat_templates"
+    named = {entry.stem: entry.read_text(encoding="utf-8") for entry in sorted(named_templates.glob("*.jinja"))}
     if file.is_file():
         default = file.read_text(encoding="utf-8")
         return {"default": default, **named} if named else default
-    told = settings.get("chat_template")
-    if isinstance(told, list):
+    template = settings.get("chat_template")
+    if isinstance(template, list):
         named = {
-            str(one["name"]): one["template"]
-            for one in told
-            if isinstance(one, dict) and {"name", "template"} <= set(one)
+            str(entry["name"]): entry["template"]
+            for entry in template
+            if isinstance(entry, dict) and {"name", "template"} <= set(entry)
         }
         return {name: text for name, text in named.items() if isinstance(text, str)} or None
-    return told if isinstance(told, str) else None
+    return template if isinstance(template, str) else None

@@ -1,4 +1,4 @@
-"""How long a task's training rows are, counted before a model is loaded (and, but for GGUF files, before torch is)."""
+"""The lengths of a task's training rows, counted before a model is loaded. Only GGUF files need torch for it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from qlora_exp.estimate.tokenizer_file import tokenizer_of
 from qlora_exp.estimate.workload import RowLengths
 
 DRAWN, LONGEST = 1000, 50
-"""Of more rows, so many are drawn and counted, and as many of the longest by characters for the longest in tokens."""
+"""If there are more rows, this many are sampled and counted; the longest ones by characters are counted, too, to find
+the longest in tokens."""
 
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """Training rows in tokens, as ``training.max_length`` leaves them. ``counted`` of ``rows`` were tokenized."""
+    """Training rows in tokens, cut at ``training.max_length``. ``counted`` of ``rows`` were tokenized."""
 
     rows: int
     counted: int
@@ -32,16 +33,16 @@ class PlannedRows:
 
 
 class RowCounter:
-    """Counts the rows of configurations' tasks, each task once for each tokenizer and format."""
+    """Counts the rows of the configurations' tasks, each task once per tokenizer and format."""
 
     def __init__(self) -> None:
         self._counted: dict[tuple[str, ...], _Counted | None] = {}
         self._cut: dict[tuple[str, ...], PlannedRows | None] = {}
 
     def of(self, config: Config) -> PlannedRows | None:
-        """``None``: the data or the tokenizer isn't on this machine, or the rows can't be read; ``validate`` says
-        why."""
-        if config.task.source is TaskSource.hub:  # reading it may mean to download it
+        """Return the rows of ``config``'s task. ``None``: the data or the tokenizer isn't on this machine, or the rows
+        can't be read; ``validate`` says why."""
+        if config.task.source is TaskSource.hub:  # reading it may download it
             return None
         model = config.model
         key = (repr(model), repr(config.task), resolve_format(config))
@@ -59,7 +60,7 @@ class RowCounter:
 
 @dataclass(frozen=True)
 class _Row:
-    """Tokens of a row. ``learned``: which of them carry a loss, where that isn't the completion and the end alone."""
+    """Tokens of a row. ``learned``: which of them carry a loss; ``None``: those of the completion and the end."""
 
     prompt: int
     completion: int
@@ -69,40 +70,41 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Counted:
-    """``drawn`` rows of a larger file stand for all, ``longest`` for its longest. ``refused``: of the drawn, those that
-    no format can write."""
+    """The tokenized rows of a task. Of a large file, ``drawn`` is a sample, and ``longest`` are its longest rows.
+    ``refused``: the sampled rows that can't be encoded."""
 
     rows: int
     refused: int
     drawn: tuple[_Row, ...]
     longest: tuple[_Row, ...]
     options: bool
-    """The completions are options, which half of is none."""
+    """The completions are options, which can't be cut."""
     drop: bool
 
     def cut_at(self, max_length: int) -> PlannedRows | None:
         drawn = [cut for row in self.drawn if (cut := _cut(row, max_length, self.options)) is not None]
         longest = [cut for row in self.longest if (cut := _cut(row, max_length, self.options)) is not None]
-        given, counted = len(self.drawn) + self.refused, len(self.drawn) + len(self.longest)
+        sampled, counted = len(self.drawn) + self.refused, len(self.drawn) + len(self.longest)
         if not drawn or (not self.drop and (self.refused or len(drawn) + len(longest) < counted)):
             return None  # the run will refuse them
-        lengths = [whole for whole, _ in drawn]
+        lengths = [tokens for tokens, _ in drawn]
         of_drawn = RowLengths.of(lengths, [scored for _, scored in drawn])
         return PlannedRows(
-            rows=round(self.rows * len(drawn) / given),
+            rows=round(self.rows * len(drawn) / sampled),
             counted=len(drawn) + len(longest),
             mean_tokens=of_drawn.mean_tokens,
             lengths=replace(
                 of_drawn,
-                rows=round(self.rows * len(drawn) / given),
-                longest_tokens=max(whole for whole, _ in (*drawn, *longest)),
+                rows=round(self.rows * len(drawn) / sampled),
+                longest_tokens=max(tokens for tokens, _ in (*drawn, *longest)),
                 scored_most_tokens=max(scored for _, scored in (*drawn, *longest)),
             ),
         )
 
 
 def _cut(row: _Row, max_length: int, options: bool) -> tuple[int, int] | None:
-    """A row's tokens and those that carry a loss, cut as ``load_data`` cuts; ``None``: it refuses the row."""
+    """Return a row's tokens and those with a loss, cut as ``load_data`` cuts; ``None``: ``load_data`` refuses the
+    row."""
     room = max_length - row.prompt
     if room <= 0 or (options and room < row.completion):
         return None
@@ -135,8 +137,10 @@ def _counted(config: Config) -> _Counted | None:
 
 
 def _tokenizer(model: ModelConfig) -> Any:
-    """As much of the model's tokenizer as encoding rows needs. A GGUF file's is made by transformers, which has read
-    the file's layers by then; any other is read without it."""
+    """Return the part of the model's tokenizer that encoding rows needs.
+
+    transformers makes a GGUF file's tokenizer, and has read the file's layers by then. Any other is read without it.
+    """
     if model.path is not None and Path(model.path).suffix == ".gguf":
         from qlora_exp.models.tokenizers import load_tokenizer
 
@@ -146,16 +150,16 @@ def _tokenizer(model: ModelConfig) -> Any:
 
 def _characters(example: Example) -> int:
     messages = [*example.messages, *([example.answer] if example.answer is not None else [])]
-    more = [message.fields for message in messages if message.fields]
-    further = len(json.dumps([more, example.tools])) if more or example.tools else 0
-    return sum(len(message.content) for message in example.messages) + len(example.completion) + further
+    fields = [message.fields for message in messages if message.fields]
+    fields_length = len(json.dumps([fields, example.tools])) if fields or example.tools else 0
+    return sum(len(message.content) for message in example.messages) + len(example.completion) + fields_length
 
 
 def _tokens(examples: Sequence[Example], tokenizer: Any, format: str, config: Config) -> tuple[_Row, ...]:
     every_turn = config.task.learn is Learn.all
     encodings = encode_rows(examples, tokenizer, format, date=date_of(config), every_turn=every_turn)
     return tuple(
-        _Row(len(one.prompt_ids), len(one.completion_ids), len(one.end_ids), one.learned)
-        for one in encodings
-        if isinstance(one, Encoding)
+        _Row(len(encoding.prompt_ids), len(encoding.completion_ids), len(encoding.end_ids), encoding.learned)
+        for encoding in encodings
+        if isinstance(encoding, Encoding)
     )

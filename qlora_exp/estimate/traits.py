@@ -1,4 +1,4 @@
-"""What the code of each architecture does that its layers' shapes don't tell, and what memory it costs."""
+"""What an architecture's code does that the shapes of its layers don't show, and that costs memory."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ArchitectureTraits:
-    """What the code of an architecture does that its shapes don't tell."""
+    """What an architecture's code does that the shapes of its layers don't show."""
 
     rotary: bool = True
-    """Queries and keys are turned: new tensors beside the projections' outputs."""
+    """Queries and keys are rotated (RoPE): new tensors in addition to the projections' outputs."""
     parallel_residual: bool = False
-    """Attention and feed-forward read the same residual stream, side by side."""
+    """Attention and feed-forward read the same residual stream in parallel."""
     activation_copies: int = 1
-    """Tensors of the intermediate width that the activation keeps; 4 for ``gelu_new``, written out in Python."""
+    """Tensors of the intermediate width that the activation saves; 4 for ``gelu_new``, written in Python."""
     activation_mask: bool = False
-    """The activation keeps which of its inputs are positive, a byte each (xIELU)."""
+    """The activation saves which of its inputs are positive, one byte each (xIELU)."""
     saves_output: bool = False
-    """The activation keeps its output (ReLU), which is the next layer's input too."""
+    """The activation saves its output (ReLU), which is also the next layer's input."""
     dropout: bool = False
-    """Dropout on both branches, in the published configurations."""
+    """The published configurations have dropout on both branches."""
     attention_dropout: bool = False
-    """On CPUs, attention with dropout takes torch's plain path, which keeps the scores."""
+    """On CPUs, attention with dropout takes torch's math path, which saves the scores."""
     logit_softcapping: bool = False
-    """Scores of attention and logits go through tanh (Gemma 2), which keeps what it made."""
+    """Attention scores and logits go through tanh (Gemma 2), which saves its output."""
     softmax_in_compute_dtype: bool = False
-    """The softmax of attention that is written out is computed in the compute dtype, not in float32."""
+    """Eager attention computes the softmax in the compute dtype, not in float32."""
     qk_in_float32: bool = False
-    """Attention that is written out multiplies queries and keys in float32."""
+    """Eager attention multiplies queries and keys in float32."""
     partial_rope: bool = False
-    """A part of each head is turned: queries are put together anew, and attention's output, laid out as they are, is
-    copied on CPUs before the projection reads it."""
+    """Only a part of each head is rotated, so queries are concatenated anew. Attention's output has their memory
+    layout, and is copied on CPUs before the projection reads it."""
     unweighted_norms: int = 0
-    """Norms without weights, which shapes don't show."""
+    """The number of norms without weights, which shapes don't show."""
     norm_copies: int = 1
-    """Copies of its input that a norm keeps; 2 where it is a layer norm written out in Python."""
+    """Copies of its input that a norm saves; 2 for a layer norm written in Python."""
     expert_copies: int = 3
-    """Tensors of the intermediate width that a gated expert keeps."""
+    """Tensors of the intermediate width that a gated expert saves."""
     gates_shared: bool = False
-    """The output of the expert that all tokens pass through is multiplied by a gate of its own, and kept for that."""
+    """The shared expert's output is multiplied by its own gate, so it is saved."""
     multi_query: bool = False
-    """Keys and values may be those of a single head, broadcast to all (Falcon's ``multi_query``), for which CPUs take
-    the plain path too."""
+    """All query heads may share one head of keys and values (Falcon's ``multi_query``). CPUs take the math path for it,
+    too."""
 
 
 TRAITS = {
@@ -74,8 +74,8 @@ TRAITS = {
     "vaultgemma": ArchitectureTraits(logit_softcapping=True),
     "xglm": ArchitectureTraits(rotary=False, dropout=True, attention_dropout=True),
 }
-"""Every other architecture is taken to be built as Llama is; what shapes tell (gated or not, fused projections, norms
-of queries and keys, the number and kind of norms) is read from the shapes."""
+"""Other architectures are assumed to be built like Llama. What shapes do show is read from them: gates, fused
+projections, norms of queries and keys, the number and kind of norms."""
 
 
 def traits_of(model_type: str) -> ArchitectureTraits:

@@ -1,4 +1,4 @@
-"""The size of weights: one model at 32, 16, 8 and 4 bits, and its adapters."""
+"""Weight sizes: one model at 32, 16, 8 and 4 bits, and its adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BITS_SHOWN = {
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of one model's base in one mode; ``remainder_dtype`` is what its unquantized tensors are kept in."""
+    """Bytes of one model's base in one mode; ``remainder_dtype`` is the dtype of its unquantized tensors."""
 
     quantization: str
     bits: int
@@ -37,7 +37,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's sizes on one device, and those of the adapters that its configuration asks for."""
+    """A model's sizes on one device, and those of its configured adapters."""
 
     model: str
     device: str
@@ -50,7 +50,7 @@ class Sizes:
 
 
 def sizes_of(config: Config, device: PlanDevice) -> Sizes:
-    """``config``'s model in every mode on ``device``, and its adapters.
+    """Return the sizes of ``config``'s model in every mode on ``device``, and of its adapters.
 
     Raises:
         ModelError: it can't be described, or the targets match nothing in it.
@@ -71,7 +71,7 @@ def sizes_of(config: Config, device: PlanDevice) -> Sizes:
 
 
 def sizes_table(sizes: Sizes) -> Table:
-    """One row a mode, and the adapters."""
+    """Return a table with one row per mode."""
     table = simple_table("quantization", "bits", "unquantized rest", "weights", "quantization state", "together")
     for size in sizes.modes:
         parts = (size.base_weight_bytes, size.quantization_state_bytes, size.total_bytes)
@@ -81,7 +81,7 @@ def sizes_table(sizes: Sizes) -> Table:
 
 
 def adapters_text(sizes: Sizes) -> str:
-    """The adapters in a sentence."""
+    """Return a sentence with the size of the adapters."""
     modules, count = ", ".join(sizes.target_modules), f"{sizes.trainable_parameters:,}"
     return f"adapters, r = {sizes.r} on {modules}: {count} parameters, {bytes_text(sizes.adapter_bytes)}"
 

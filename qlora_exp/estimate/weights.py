@@ -1,5 +1,5 @@
-"""Bytes that are known exactly before anything is loaded: base weights, quantization state, adapters, gradients,
-optimizer states and what a checkpoint takes on disk. Counted as ``models.weight_bytes`` counts them in memory."""
+"""Exact bytes, known before anything is loaded: base weights, quantization state, adapters, gradients, optimizer
+states, and a checkpoint on disk. The count matches what ``models.weight_bytes`` measures in memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qlora_exp.config.names import QUANTIZED
 from qlora_exp.config.schema import AdapterInit, ComputeDtype, LoraConfig, Quantization, QuantizationConfig
 
 QUANTIZATION_BLOCK = 64
-"""4-bit weights that share one constant (bitsandbytes ``Params4bit``)."""
+"""4-bit weights per constant (bitsandbytes ``Params4bit``)."""
 NESTED_BLOCK = 256
-"""Block constants that share one constant of their own under double quantization, and optimizer values under one."""
+"""Block constants per nested constant under double quantization; also 8-bit optimizer values per constant."""
 FOUR_BIT_CODE_BYTES, EIGHT_BIT_CODE_BYTES = 16 * 4, 256 * 4
 SMALLEST_IN_8_BIT = 4096
 """bitsandbytes' optimizers keep the states of smaller tensors in float32 (``min_8bit_size``)."""
@@ -27,7 +27,7 @@ WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
 
 Shape = tuple[int, ...]
 Adapted = tuple[str, int, int]
-"""A layer with an adapter: full name, width of what it reads, width of what it gives."""
+"""A layer with an adapter: full name, input width, output width."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class BaseBytes:
 
 @dataclass(frozen=True)
 class AdapterBytes:
-    """What training adds for its adapters. ``optimizer_bytes`` are its states after the first step, ``file_bytes`` the
-    adapter's safetensors file, ``checkpoint_bytes`` that and the optimizer's states, without what their containers
-    add (some hundred bytes a tensor)."""
+    """What adapters add to training. ``optimizer_bytes``: the states after the first step. ``file_bytes``: the
+    adapter's safetensors file. ``checkpoint_bytes``: that and the optimizer's states, without container overhead (some
+    hundred bytes per tensor)."""
 
     trainable_parameters: int
     adapter_bytes: int
@@ -57,8 +57,8 @@ class AdapterBytes:
 
 
 def base_bytes(architecture: Architecture, quantization: QuantizationConfig, dtype: str) -> BaseBytes:
-    """Bytes of the base; ``dtype`` is what ``run_plan.compute_dtype`` says, in which whatever isn't quantized
-    is kept too: embeddings, norms, biases, the head, and layers that bitsandbytes doesn't know."""
+    """Return the bytes of the base. ``dtype`` is ``run_plan.compute_dtype``: also the dtype of everything that isn't
+    quantized: embeddings, norms, biases, the head, and layers that bitsandbytes doesn't support."""
     return _base_bytes(architecture, quantization.mode, quantization.double_quantization, dtype)
 
 
@@ -79,29 +79,33 @@ def _base_bytes(architecture: Architecture, mode: Quantization, double_quantizat
 
 
 def in_mode(quantization: QuantizationConfig, mode: Quantization) -> QuantizationConfig:
-    """The same settings in another mode, computed in what that takes by default."""
+    """Return the same settings in another mode, with that mode's default compute dtype."""
     return replace(quantization, mode=mode, compute_dtype=ComputeDtype.auto)
 
 
 def smallest_base(
     architecture: Architecture, quantization: QuantizationConfig, device_kind: str, bf16: bool
 ) -> tuple[Quantization, int]:
-    """The mode in which the base takes the least memory by itself, and its bytes."""
+    """Return the mode in which the base takes the least memory, and its bytes."""
 
     def size(mode: Quantization) -> int:
-        other = in_mode(quantization, mode)
-        return base_bytes(architecture, other, compute_dtype(other, device_kind, bf16)).total_bytes
+        candidate = in_mode(quantization, mode)
+        return base_bytes(architecture, candidate, compute_dtype(candidate, device_kind, bf16)).total_bytes
 
     sizes = {mode: size(mode) for mode in Quantization}
-    mode = min(sizes, key=lambda one: sizes[one])
+    mode = min(sizes, key=lambda candidate_mode: sizes[candidate_mode])
     return mode, sizes[mode]
 
 
 def quantization_state(shape: WeightShape, mode: Quantization, double_quantization: bool) -> int:
-    """Bytes kept beside one quantized matrix: a float32 scale a row for int8 (LLM.int8(), Dettmers et al. 2022; outlier
-    columns are found anew in each forward pass and kept nowhere); in 4 bit the code book and a float32 constant a block
-    of 64, or with double quantization (QLoRA, Dettmers et al. 2023) 8 bits a constant, their float32 mean, a code book
-    of their own and a float32 constant for each 256 of them."""
+    """Return the bytes kept with one quantized matrix.
+
+    * int8 (LLM.int8(), Dettmers et al. 2022): a float32 scale per row. Outlier columns are found in each forward pass,
+      and not kept.
+    * 4 bit: a code book, and a float32 constant per block of 64.
+    * 4 bit with double quantization (QLoRA, Dettmers et al. 2023): a code book, and 8 bits per constant. The constants
+      have their float32 mean, a code book, and a float32 constant per 256 of them.
+    """
     if mode is Quantization.int8:
         return 4 * shape.out_features
     blocks = math.ceil(shape.in_features * shape.out_features / QUANTIZATION_BLOCK)
@@ -111,13 +115,16 @@ def quantization_state(shape: WeightShape, mode: Quantization, double_quantizati
 
 
 def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: str) -> AdapterBytes:
-    """Bytes of adapters on ``adapted``, their gradients (in the adapters' dtype) and their optimizer states."""
+    """Return the bytes of adapters on ``adapted``, of their gradients (in the adapters' dtype) and of their optimizer
+    states."""
     layers = tuple((shape.name, shape.in_features, shape.out_features) for shape in adapted)
-    found = _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
+    sizes = _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
     if lora.init is not AdapterInit.pissa:
-        return found
-    written = _adapter_bytes(layers, 2 * lora.r, lora.dora, "float32", optimizer)  # with what it started from
-    return replace(found, file_bytes=written.file_bytes)
+        return sizes
+    written = _adapter_bytes(
+        layers, 2 * lora.r, lora.dora, "float32", optimizer
+    )  # the file also holds the initial adapter
+    return replace(sizes, file_bytes=written.file_bytes)
 
 
 @lru_cache(maxsize=1024)
@@ -137,18 +144,18 @@ def _adapter_bytes(layers: tuple[Adapted, ...], r: int, dora: bool, dtype: str, 
 
 
 def optimizer_state_bytes(optimizer: str, tensors: Iterable[tuple[Shape, int]]) -> int:
-    """States of ``optimizer`` (one of ``config.names.OPTIMIZERS``) over ``tensors``: shape, bytes an element.
-    Paged states are counted too: they move to the host only where the card runs out."""
+    """Return the bytes of the states of ``optimizer`` (one of ``config.names.OPTIMIZERS``) over ``tensors``: (shape,
+    bytes per element). Paged states count, too: they move to the host only if the card runs out of memory."""
     name = optimizer.removeprefix("paged_")
-    given = list(tensors)
+    shapes = list(tensors)
     if name == "sgd":
         return 0
-    if name == "adafactor":  # a row and a column of float32 sums for a matrix, and a norm
-        return sum(4 * (sum(shape) if len(shape) > 1 else math.prod(shape)) + 4 for shape, _ in given)
+    if name == "adafactor":  # float32 sums of a matrix's rows and columns, and a norm
+        return sum(4 * (sum(shape) if len(shape) > 1 else math.prod(shape)) + 4 for shape, _ in shapes)
     if name in _TORCH_MOMENTS:
-        return sum(_TORCH_MOMENTS[name] * math.prod(shape) * width + 4 for shape, width in given)
+        return sum(_TORCH_MOMENTS[name] * math.prod(shape) * width + 4 for shape, width in shapes)
     moments, in_8_bit = _bitsandbytes(name)
-    sizes = [math.prod(shape) for shape, _ in given]
+    sizes = [math.prod(shape) for shape, _ in shapes]
     large = [size for size in sizes if in_8_bit and size >= SMALLEST_IN_8_BIT]
     blocks = sum(math.ceil(size / NESTED_BLOCK) for size in large)
     code_books = min(moments, 2) * EIGHT_BIT_CODE_BYTES if large else 0
@@ -156,7 +163,7 @@ def optimizer_state_bytes(optimizer: str, tensors: Iterable[tuple[Shape, int]]) 
 
 
 _TORCH_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1}
-"""torch's optimizers keep so many numbers a parameter, in its dtype, and a step of four bytes a tensor."""
+"""The numbers per parameter that torch's optimizers keep, in its dtype; plus a step of four bytes per tensor."""
 
 
 _TAKE_ALL_AT_ONCE = {"adamw_torch", "adagrad", "rmsprop"}
@@ -164,33 +171,34 @@ _TAKE_ALL_AT_ONCE = {"adamw_torch", "adagrad", "rmsprop"}
 
 
 def temporaries_bytes(optimizer: str, adapters: AdapterBytes) -> int:
-    """What ``optimizer``'s step takes beside states and gradients on CUDA: the root of the second moments."""
+    """Return what the step of ``optimizer`` needs on CUDA in addition to states and gradients: the root of the second
+    moments."""
     return adapters.adapter_bytes if optimizer in _TAKE_ALL_AT_ONCE else 0
 
 
 def _bitsandbytes(name: str) -> tuple[int, bool]:
-    """(numbers a parameter, whether they are kept in 8 bit)."""
+    """Return (numbers per parameter, whether they are kept in 8 bit)."""
     family = name.partition("_")[0]
     moments = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1}[family]
     return moments, name.endswith("8bit")
 
 
 def _adapter_tensors(layer: Adapted, r: int, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:
-    """(name in the adapter's file, shape, safetensors' name of the dtype)."""
+    """Return (name in the adapter's file, shape, safetensors' name of the dtype) of each tensor."""
     name, in_features, out_features = layer
     kind = SAFETENSORS_DTYPES[dtype]
     prefix = f"base_model.model.{name}.lora_"
-    found: list[tuple[str, Shape, str]] = [
+    tensors: list[tuple[str, Shape, str]] = [
         (f"{prefix}A.weight", (r, in_features), kind),
         (f"{prefix}B.weight", (out_features, r), kind),
     ]
     if dora:
-        found.append((f"{prefix}magnitude_vector", (out_features,), "F32"))
-    return found
+        tensors.append((f"{prefix}magnitude_vector", (out_features,), "F32"))
+    return tensors
 
 
 def _safetensors_header(tensors: Sequence[tuple[str, Shape, str]]) -> int:
-    """Bytes before the values: a length of 8 and a JSON text, filled up to a multiple of 8 with spaces."""
+    """Return the bytes before the values: 8 for the length, and a JSON text, padded with spaces to a multiple of 8."""
     length, offset = len('{"__metadata__":{"format":"pt"}}'), 0
     for name, shape, kind in sorted(tensors, key=lambda tensor: (-WIDTHS[tensor[2]], tensor[0])):
         end = offset + math.prod(shape) * WIDTHS[kind]

@@ -1,5 +1,8 @@
-"""How large the batches of a training are. The largest has fewer tokens with a loss than its number of rows times the
-longest; all are padded to the longest row that they happen to have."""
+"""The sizes of a training's batches.
+
+Each batch is padded to its longest row. Even the largest batch has fewer tokens with a loss than its rows times the
+longest row.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowLengths:
-    """A task's training rows, ``rows`` of them, in tokens. ``scored_…``: of these, those that carry a loss.
-    ``longest_of_tokens``: of one row, of two, of four, … drawn together the longest, in the mean."""
+    """The lengths of a task's ``rows`` training rows, in tokens. ``scored_…``: tokens with a loss.
+    ``longest_of_tokens``: the expected longest of 1, 2, 4, … randomly drawn rows."""
 
     rows: int
     shortest_tokens: int
@@ -26,7 +29,7 @@ class RowLengths:
 
     @staticmethod
     def of(tokens: Sequence[int], scored: Sequence[int]) -> RowLengths:
-        """``tokens`` and ``scored`` of each row, at least one."""
+        """Return the statistics of rows with these ``tokens`` and ``scored`` tokens (with a loss); at least one row."""
         return RowLengths(
             rows=len(tokens),
             shortest_tokens=min(tokens),
@@ -42,37 +45,45 @@ class RowLengths:
         return self.longest_of_tokens[0]
 
     def expected_padded_length(self, rows: int) -> float:
-        """Tokens that the longest of ``rows`` rows has in the mean: what a batch of them is padded to."""
+        """Return the expected length of the longest of ``rows`` rows: a batch of them is padded to it."""
         doublings = min(math.log2(rows), len(self.longest_of_tokens) - 1)
-        below = int(doublings)
-        near, far = self.longest_of_tokens[below], self.longest_of_tokens[math.ceil(doublings)]
-        return near + (doublings - below) * (far - near)
+        lower = int(doublings)
+        lower_length, upper_length = (
+            self.longest_of_tokens[lower],
+            self.longest_of_tokens[math.ceil(doublings)],
+        )
+        return lower_length + (doublings - lower) * (upper_length - lower_length)
 
     @property
     def differ(self) -> bool:
         return self.shortest_tokens < self.longest_tokens
 
     def max_loss_tokens(self, rows: int, batches: int) -> float:
-        """Tokens with a loss that the largest of ``batches`` batches of ``rows`` rows is expected to have, as if each
-        batch's sum were normal: the expected largest of n normal numbers by Blom 1958, *Statistical Estimates and
-        Transformed Beta-Variables*. Where every row is drawn, at least the longest one's beside mean ones."""
-        above = statistics.NormalDist().inv_cdf((batches - 0.375) / (batches + 0.25)) if batches > 1 else 0.0
-        expected = rows * self.scored_mean_tokens + above * math.sqrt(rows) * self.scored_deviation_tokens
+        """Return the expected tokens with a loss in the largest of ``batches`` batches of ``rows`` rows.
+
+        Each batch's sum is taken as normal. The expected largest of n normal numbers follows Blom 1958, *Statistical
+        Estimates and Transformed Beta-Variables*. If every row is drawn, the result is at least the longest row plus
+        mean rows.
+        """
+        deviations = statistics.NormalDist().inv_cdf((batches - 0.375) / (batches + 0.25)) if batches > 1 else 0.0
+        expected = rows * self.scored_mean_tokens + deviations * math.sqrt(rows) * self.scored_deviation_tokens
         if rows * batches >= self.rows:
             expected = max(expected, self.scored_most_tokens + (rows - 1) * self.scored_mean_tokens)
         return min(expected, float(rows * self.scored_most_tokens))
 
 
 def _longest_of(tokens: Sequence[int]) -> tuple[float, ...]:
-    """The mean of the longest of 1, 2, 4, … rows, up to as many as there are, each drawn from all of them: a share
-    F(n)^k of such draws of k has no row above n tokens, F(n) being the share of the rows that haven't."""
+    """Return the expected longest of 1, 2, 4, … rows, up to as many as there are, drawn with replacement.
+
+    If F(n) is the share of rows with at most n tokens, F(n)^k is the probability that none of k drawn rows is longer.
+    """
     counts = sorted(Counter(tokens).items())
     shares = [0.0, *(number / len(tokens) for number in itertools.accumulate(count for _, count in counts))]
-    of_several = (
+    expected_max = (
         sum(
-            length * (upto**drawn - below**drawn)
-            for (length, _), (below, upto) in zip(counts, itertools.pairwise(shares), strict=True)
+            length * (share**drawn - share_below**drawn)
+            for (length, _), (share_below, share) in zip(counts, itertools.pairwise(shares), strict=True)
         )
         for drawn in (2**power for power in range(1, len(tokens).bit_length()))
     )
-    return statistics.fmean(tokens), *of_several
+    return statistics.fmean(tokens), *expected_max
