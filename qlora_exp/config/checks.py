@@ -1,4 +1,4 @@
-"""What must hold between the keys of a configuration: every problem found at once, before anything is loaded."""
+"""Checks between the keys of a configuration. All problems are found at once, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlora_exp.errors import ConfigError
 
 
 def check(config: Config) -> list[ConfigError]:
-    """Every problem between keys, none raised. An empty list: the configuration can be meant."""
+    """Return every problem between keys, without raising; an empty list if there is none."""
     parts = (
         model_problems(config.model),
         quantization_problems(config.quantization),
@@ -72,7 +72,7 @@ def _sweep(sweep: SweepConfig | None) -> Iterator[ConfigError]:
 
 
 MOST_WORKERS = 1024
-"""Each is a process, with a connection to the study's database."""
+"""Each worker is a process with a connection to the study's database."""
 
 
 def _workers(workers: WorkersConfig | None) -> Iterator[ConfigError]:

@@ -1,4 +1,4 @@
-"""The model and what is done to it: family, quantization, adapter, target modules."""
+"""Checks of the model, the quantization, the adapter and the target modules."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def quantization_problems(quantization: QuantizationConfig) -> Iterator[ConfigEr
     mode, choice = quantization.mode, quantization.compute_dtype
     native = NATIVE_DTYPES.get(mode)
     if native and choice is not ComputeDtype.auto and choice.value != native:
-        other = next(name.value for name, dtype in NATIVE_DTYPES.items() if dtype == choice.value)
-        hint = f"quantization.compute_dtype=auto, or quantization={other}"
+        matching_mode = next(name.value for name, dtype in NATIVE_DTYPES.items() if dtype == choice.value)
+        hint = f"quantization.compute_dtype=auto, or quantization={matching_mode}"
         yield config_error(
             f"{mode.value} weights are computed with in {native}", "quantization.compute_dtype", choice.value, hint
         )
@@ -76,7 +76,7 @@ def quantization_problems(quantization: QuantizationConfig) -> Iterator[ConfigEr
 
 
 def int8_dora(config: Config) -> ConfigError | None:
-    """The problem of a configuration that would train DoRA over int8 on a CPU; ``None`` for every other."""
+    """Return the problem of a configuration that would train DoRA over int8 on a CPU, or ``None``."""
     if not (config.lora.dora and config.quantization.mode is Quantization.int8):
         return None
     what = "DoRA can't be trained over int8 on a CPU: peft 0.21 loses the weights' scales when it unpacks them there"

@@ -1,4 +1,4 @@
-"""The task and its goal."""
+"""Checks of the task and its goal."""
 
 from __future__ import annotations
 
@@ -43,23 +43,27 @@ SHARES = (*OF_LABELS, *OF_FREE_TEXT, "exact_match", "token_accuracy")
 
 @functools.cache
 def goal_metrics() -> tuple[str, ...]:
-    """Names that ``task.goal`` can speak of: the numbers of :class:`~qlora_exp.records.types.Scores`."""
+    """Return the metrics that ``task.goal`` can name: the numbers of :class:`~qlora_exp.records.types.Scores`."""
     hints = typing.get_type_hints(Scores)
     return tuple(field.name for field in dataclasses.fields(Scores) if hints[field.name] == (float | None))
 
 
 def _goal(text: str) -> str:
-    """As it is written in a shell: Hydra wants quotes around spaces and signs, too."""
+    """Return the override as it is written in a shell: Hydra needs quotes around spaces and signs, too."""
     return f"'task.goal=\"{text}\"'"
 
 
 def goal_of(text: str) -> tuple[str, str, float]:
-    """``"accuracy >= 0.6"`` as ``("accuracy", ">=", 0.6)``. Raises :class:`ConfigError` for anything else."""
+    """Parse a goal: ``"accuracy >= 0.6"`` gives ``("accuracy", ">=", 0.6)``.
+
+    Raises:
+        ConfigError: it isn't METRIC >= NUMBER, or there is no such metric.
+    """
     where = f"task.goal = {text}"
-    found = GOAL.fullmatch(text)
-    if not found:
+    match = GOAL.fullmatch(text)
+    if not match:
         raise ConfigError("the goal can't be read", where, f"write METRIC >= NUMBER, e.g. {_goal('accuracy >= 0.6')}")
-    metric, sign, threshold = found[1], found[2], float(found[3])
+    metric, sign, threshold = match[1], match[2], float(match[3])
     if metric not in goal_metrics():
         raise ConfigError(f"there is no metric called {metric}", where, nearest(metric, goal_metrics()))
     if metric in SHARES and not 0 <= threshold <= 1:
@@ -124,8 +128,8 @@ def goal_problems(config: Config) -> Iterator[ConfigError]:
     except ConfigError as problem:
         yield problem
         return
-    other = {TaskKind.classification: OF_FREE_TEXT, TaskKind.generation: OF_LABELS}[task.kind]
-    if metric in other:
+    unavailable = {TaskKind.classification: OF_FREE_TEXT, TaskKind.generation: OF_LABELS}[task.kind]
+    if metric in unavailable:
         what = f"{metric} isn't measured for task.kind={task.kind.value}"
         yield config_error(
             what, "task.goal", text, f"task.goal=null, or another metric, e.g. {_goal('exact_match >= 0.5')}"

@@ -1,4 +1,4 @@
-"""Budget, batches, schedule and optimizer."""
+"""Checks of training length, batches, schedule and optimizer."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def _budget(training: TrainingConfig) -> Iterator[ConfigError]:
 def _batches(training: TrainingConfig) -> Iterator[ConfigError]:
     yield from at_least("training.batch_size", training.batch_size, 1)
     yield from at_least("training.micro_batch_size", training.micro_batch_size, 1)
-    micro, batch = training.micro_batch_size, training.batch_size
-    if micro is not None and micro >= 1 and batch >= 1 and batch % micro:
+    micro_batch, batch = training.micro_batch_size, training.batch_size
+    if micro_batch is not None and micro_batch >= 1 and batch >= 1 and batch % micro_batch:
         divisors = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
-        what = f"training.batch_size={batch} can't be made of micro-batches of {micro}"
-        yield config_error(what, "training.micro_batch_size", micro, f"a divisor of {batch}: {divisors}")
+        what = f"training.batch_size={batch} can't be made of micro-batches of {micro_batch}"
+        yield config_error(what, "training.micro_batch_size", micro_batch, f"a divisor of {batch}: {divisors}")

@@ -1,4 +1,4 @@
-"""What can be chosen, read from the headers of conf/ and sweeps/: no configuration is composed, nothing is imported."""
+"""What can be chosen, read from the files of conf/ and sweeps/ without composing a configuration."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.paths import CONF, SWEEPS
 
 LISTED = {"models": "model", "quantizations": "quantization", "targets": "targets", "tasks": "task"}
-"""What ``ls`` calls a configuration group: the group's folder in conf/."""
+"""The names of configuration groups in ``ls`` → the group's folder in conf/."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One file of a group: its name, its first line's meaning and command, and its keys as written; of a sweep also
-    what it costs."""
+    """One file of a group: its name, the meaning and the command in its first line, and its keys as written; for a
+    sweep also its cost."""
 
     name: str
     meaning: str
@@ -29,22 +29,22 @@ class Choice:
 
 
 OVERLAYS = ("model_training",)
-"""Folders of conf/ that are merged over a group by themselves and never chosen by name."""
+"""Folders of conf/ that Hydra merges over a group automatically; their files aren't chosen by name."""
 
 
 def group_names() -> list[str]:
-    """The configuration groups, e.g. ``model``, ``quantization``."""
+    """Return the configuration groups, e.g. ``model``, ``quantization``."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in OVERLAYS)
 
 
 def group_keys(group: str) -> list[str]:
-    """The keys that the files of a group set, shared parts included."""
+    """Return the keys that the files of a group set, shared parts included."""
     files = (CONF / group).glob("*.yaml")
     return sorted({key for path in files for key in _read(path).keys} - {"defaults"})
 
 
 def choices(group: str) -> list[Choice]:
-    """The choices of a configuration group, by name. Files that start with ``_`` are shared parts, no choices.
+    """Return the choices of a configuration group, by name. Files that start with ``_`` are shared parts, not choices.
 
     Raises:
         ConfigError: there is no such group.
@@ -56,14 +56,14 @@ def choices(group: str) -> list[Choice]:
 
 
 def sweeps() -> list[Choice]:
-    """One file per question: the sweeps that come with the package, then those of the current folder."""
-    own = Path.cwd() / "sweeps"
-    folders = [SWEEPS, *([own] if own.resolve() != SWEEPS else [])]
+    """Return the sweeps, one file per question: those of the package, then those of the current folder."""
+    local = Path.cwd() / "sweeps"
+    folders = [SWEEPS, *([local] if local.resolve() != SWEEPS else [])]
     return [choice for folder in folders if folder.is_dir() for choice in _choices_in(folder)]
 
 
 def default_output_root() -> str:
-    """``output_root`` as conf/config.yaml has it."""
+    """Return ``output_root`` from conf/config.yaml."""
     return str(yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["output_root"])
 
 
@@ -73,9 +73,8 @@ def _choices_in(folder: Path) -> list[Choice]:
 
 def _read(path: Path) -> Choice:
     text = path.read_text(encoding="utf-8")
-    first = next(
-        (line for line in text.splitlines() if not line.startswith("# @")), ""
-    )  # Hydra wants its own line first
+    # The header is the first line, except that Hydra needs its "# @package …" line above it.
+    first = next((line for line in text.splitlines() if not line.startswith("# @")), "")
     header = first.removeprefix("#").strip() if first.startswith("#") else ""
     meaning, gap, command = header.partition("  ")
     cost = re.search(r"^# cost: (.+)$", text, re.MULTILINE)

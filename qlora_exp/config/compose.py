@@ -1,4 +1,4 @@
-"""Overrides in, typed configuration out: every mistake in them found at once, before anything expensive."""
+"""From overrides to a typed configuration. All mistakes are found at once, before anything expensive."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.paths import CONF
 
 GRID_CHECK_LIMIT = 256
-"""Configurations of a multirun that are composed and checked before its first run; the rest are checked by axis."""
+"""Configurations of a multirun that are composed and checked before its first run. The others are checked by axis."""
 
 
 def compose(overrides: Sequence[str]) -> Config:
-    """One configuration from conf/ and ``overrides`` (``group=choice``, ``key.path=value``).
+    """Return the configuration of conf/ with ``overrides`` (``group=choice``, ``key.path=value``).
 
     Raises:
         ConfigError, Problems: a misspelt key or choice, a wrong type, an impossible combination; all together.
@@ -44,24 +44,29 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 def check_hydra(overrides: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` for a wrong setting of Hydra's own (``hydra.launcher.njobs=2``): Hydra tells of it in
-    its own way, and where nothing is launched not at all."""
-    theirs = [text for text in overrides if not is_ours(parse(text)) and override_key(text) != SEARCH_PATH]
-    theirs.sort(key=lambda text: "/" not in override_key(text))  # as Hydra: choices first, which bring the keys
-    for number, text in enumerate(theirs):
+    """Check Hydra's own settings (``hydra.launcher.njobs=2``). Hydra reports an error in its own format, and only if
+    something is launched.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    hydra_overrides = [text for text in overrides if not is_ours(parse(text)) and override_key(text) != SEARCH_PATH]
+    # Choices first, as in Hydra: they define the keys.
+    hydra_overrides.sort(key=lambda text: "/" not in override_key(text))
+    for number, text in enumerate(hydra_overrides):
         try:
-            _composed_by_hydra(theirs[: number + 1])
+            _composed_by_hydra(hydra_overrides[: number + 1])
         except (HydraException, OmegaConfBaseException) as error:
             key = override_key(text)
             parent, _, name = key.rpartition(".")
-            node = OmegaConf.select(_composed_by_hydra(theirs[:number]), parent) if parent else None
+            node = OmegaConf.select(_composed_by_hydra(hydra_overrides[:number]), parent) if parent else None
             hint = nearest(name, map(str, node)) if isinstance(node, DictConfig) and name not in node else None
             what = str(error.__cause__ or error).splitlines()[0]
             raise ConfigError(what, text, hint or f"{key}=VALUE, or leave it out") from None
 
 
 def _composed_by_hydra(overrides: Sequence[str]) -> DictConfig:
-    """Its own settings included."""
+    """Return what Hydra composes, its own settings included."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -69,7 +74,7 @@ def _composed_by_hydra(overrides: Sequence[str]) -> DictConfig:
 
 
 def check_multirun(overrides: Sequence[str]) -> None:
-    """Raise for any wrong point of a grid (``lora.r=8,16``) before its first run starts."""
+    """Raise every problem of a grid's points (``lora.r=8,16``) before its first run starts."""
     raise_all(problems_of(overrides, multirun=True))
     listed = without_globs(overrides, overrides)
     axes = [choices_of(override) for override in parsed(listed) if is_ours(override)]
@@ -77,50 +82,50 @@ def check_multirun(overrides: Sequence[str]) -> None:
 
 
 def check_candidates(points: Iterable[Sequence[str]]) -> None:
-    """Compose each of ``points`` (overrides) and raise what is wrong with any of them, each problem once."""
+    """Compose each of ``points`` (overrides), and raise all their problems, each once."""
     errors: dict[str, QloraExpError] = {}
     composer = Composer()
     for point in points:
         try:
             checked(composer.raw(point))
         except QloraExpError as error:
-            for one in getattr(error, "errors", (error,)):
-                errors.setdefault(str(one), one)
+            for problem in getattr(error, "errors", (error,)):
+                errors.setdefault(str(problem), problem)
     raise_all(list(errors.values()))
 
 
 class Composer:
-    """Composes one configuration after the other. Hydra, which takes a tenth of a second, composes each combination of
-    group choices once only; the values are set on a copy of it: Hydra sets them last, too."""
+    """Composes many configurations. Hydra takes a tenth of a second, so it composes each combination of group choices
+    once. The values are set on a copy of it: Hydra sets them last, too."""
 
     def __init__(self) -> None:
         self._groups = frozenset(groups())
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def compose(self, overrides: Sequence[str]) -> Config:
-        """As :func:`compose`."""
+        """Return the configuration; see :func:`compose`."""
         raise_all(problems_of(overrides, multirun=False))
         return checked(self.raw(overrides))
 
     def raw(self, overrides: Sequence[str]) -> DictConfig:
-        """As :func:`compose_raw`."""
-        chosen: list[str] = []
+        """Return the unchecked configuration; see :func:`compose_raw`."""
+        group_overrides: list[str] = []
         values: list[Override] = []
         for text in overrides:
             override = parse(text)
-            plain = override.type is OverrideType.CHANGE and is_ours(override)
-            if plain and override.key_or_group not in self._groups:
+            is_change = override.type is OverrideType.CHANGE and is_ours(override)
+            if is_change and override.key_or_group not in self._groups:
                 values.append(override)
             else:
-                chosen.append(text)
-        if tuple(chosen) not in self._composed:
-            self._composed[tuple(chosen)] = compose_raw(chosen)
-        config = copy.deepcopy(self._composed[tuple(chosen)])
+                group_overrides.append(text)
+        if tuple(group_overrides) not in self._composed:
+            self._composed[tuple(group_overrides)] = compose_raw(group_overrides)
+        config = copy.deepcopy(self._composed[tuple(group_overrides)])
         try:
             for override in values:
                 OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
         except OmegaConfBaseException:
-            return compose_raw(overrides)  # which says what is wrong
+            return compose_raw(overrides)  # raises with a message that says what is wrong
         return config
 
 
@@ -129,25 +134,25 @@ def _compose_checked(overrides: Sequence[str]) -> Config:
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
-    """What Hydra composes, unchecked: values may still be missing, and interpolations are not resolved.
+    """Return what Hydra composes, unchecked: values may be missing, and interpolations are unresolved.
 
     Raises:
         ConfigError: it can't be composed.
     """
     register()
-    own = [text for text in overrides if is_ours(parse(text))]
+    our_overrides = [text for text in overrides if is_ours(parse(text))]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra_compose("config", overrides=[search_path(search_folders(overrides)), *own])
+            return hydra_compose("config", overrides=[search_path(search_folders(overrides)), *our_overrides])
     except (HydraException, OmegaConfBaseException) as error:
-        raise _not_composed(error, own) from None
+        raise _not_composed(error, our_overrides) from None
 
 
 def _not_composed(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     refused = re.match(r"Could not override '([\w.]+)'", str(error))
     for text in overrides if refused else ():
-        # Overrides are checked against the schema before: what Hydra still refuses is a new entry of a mapping.
+        # The overrides fit the schema (checked before), so Hydra can only refuse a new entry of a mapping.
         if refused and override_key(text) == refused[1]:
             return ConfigError(
                 f"{refused[1]} isn't there yet", text, f"a + in front adds it: {shlex.quote(f'+{text}')}"
@@ -161,35 +166,37 @@ def _missing(error: MissingMandatoryValue) -> ConfigError:
 
 
 def checked(config: Any) -> Config:
-    """The same checks for a configuration that Hydra composed itself."""
+    """Return a composed configuration as :class:`Config`, or raise all its problems."""
     result = built(config)
     raise_all(check(result))
     return result
 
 
 def _without_search(config: Any) -> Any:
-    """``config`` without its sweep's axes where they hold interpolations: only the sweep can say what those name, and
-    a trial is composed on machines where an environment variable may not be set."""
+    """Return ``config`` without those axes of its sweep that hold interpolations.
+
+    Only the sweep can resolve them, and a trial may be composed on a machine where an environment variable isn't set.
+    """
     search = config.get("sweep")
     if search is None:
         return config
     plain = OmegaConf.to_container(search, resolve=False)
     assert isinstance(plain, dict)
     empty: dict[str, Any] = {"params": {}, "conditions": {}, "enqueue": []}
-    changed = {key: value for key, value in empty.items() if has_interpolation(plain.get(key))}
-    if not changed:
+    cleared = {key: value for key, value in empty.items() if has_interpolation(plain.get(key))}
+    if not cleared:
         return config
     config = copy.deepcopy(config)
-    for key, value in changed.items():
+    for key, value in cleared.items():
         OmegaConf.update(config, f"sweep.{key}", value, merge=False)
     return config
 
 
 def built(config: Any) -> Config:
-    """A composed configuration as dataclasses; what must hold between its keys is not looked at.
+    """Return a composed configuration as dataclasses, without the checks between its keys.
 
     Raises:
-        ConfigError: a value is missing, or an interpolation names nothing.
+        ConfigError: a value is missing, or an interpolation can't be resolved.
     """
     try:
         return typed(_without_search(config))

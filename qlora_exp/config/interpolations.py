@@ -1,7 +1,7 @@
-"""Interpolations (``${…}``): what they read from outside the configuration is replaced by its value, once.
+"""Interpolations (``${…}``). Those that read from outside the configuration are replaced by their values, once.
 
-``${oc.env:LR}`` has another value in another shell, on another machine and on another day. A study keeps the value that
-it was begun with. ``${lora.r}`` reads the configuration, so it stays: each trial has its own value.
+``${oc.env:LR}`` may differ in another shell, on another machine or on another day, so a study keeps the value from its
+start. ``${lora.r}`` reads the configuration, so it stays: each trial has its own value.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from qlora_exp.config.problems import typed_value
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 
 OUTSIDE = ("oc.decode", "oc.create", "now", "python_version")
-"""Resolvers whose value follows from their arguments, or from the moment. ``oc.env`` is read on its own."""
+"""Resolvers whose value depends only on their arguments, or on the time. ``oc.env`` is handled separately."""
 
 RESOLVER = re.compile(r"\s*([A-Za-z_][\w.]*)\s*:(.*)", re.DOTALL)
 HYDRAS = re.compile(r"\s*hydra\s*[:.]")
 
 
 class Constant:
-    """What a part of a text turned out to be."""
+    """The value of a resolved part of a text."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 def unresolved(error: Exception, key: str) -> ConfigError:
-    """What to say where the interpolation in ``key`` has no value."""
+    """Return the error for an interpolation in ``key`` that has no value."""
     what = str(error).splitlines()[0]
     variable = re.search(r"Environment variable '(.*)' not found", what)
     if variable:
@@ -61,27 +61,28 @@ def _of_hydra(part: str, where: str) -> ConfigError:
 
 
 def texts_of(node: Any, key: str) -> Any:
-    """What ``node`` holds at ``key``, as it was written: reading an entry of a container of OmegaConf's resolves it,
-    against values that an axis may still change."""
+    """Return what ``node`` holds at ``key``, as it was written. Reading it from OmegaConf would resolve it, with values
+    that an axis may still change."""
     plain: Any = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
     return plain[key]
 
 
 def without_outside(overrides: Sequence[str]) -> list[str]:
-    """``overrides`` with the value of each ``${oc.env:…}`` and the like in its place; Hydra's own stay as they are.
+    """Return ``overrides`` with each ``${oc.env:…}`` and the like replaced by its value. Hydra's own overrides are
+    unchanged.
 
     Raises:
         ConfigError, Problems: an environment variable is not set, or a setting of Hydra's is named.
     """
-    found, errors = [], []
+    replaced, errors = [], []
     for text in overrides:
         try:
-            found.append(_override_without_outside(text))
+            replaced.append(_override_without_outside(text))
         except QloraExpError as error:
             errors.append(error)
-            found.append(text)
+            replaced.append(text)
     raise_all(errors)
-    return found
+    return replaced
 
 
 def _override_without_outside(text: str) -> str:
@@ -96,17 +97,18 @@ def _override_without_outside(text: str) -> str:
             return text
         key, entries = override.key_or_group, [] if swept is None else map(Transformer.str, swept.list)
         values = [override_value(f"{key}={entry}") for entry in entries] if swept is not None else values_of(override)
-    except (ConfigError, HydraException):  # what is wrong with it is told with the other problems
+    except (ConfigError, HydraException):  # reported later, with the other problems
         return text
-    now = [value_now(value, text) for value in values]
-    if now == values:
+    resolved = [value_now(value, text) for value in values]
+    if resolved == values:
         return text
-    listed = ",".join(hydra_value(_typed(override.key_or_group, one)) for one in now)
+    listed = ",".join(hydra_value(_typed(override.key_or_group, entry_value)) for entry_value in resolved)
     return f"{override.get_key_element()}={f'shuffle({listed})' if swept is not None and swept.shuffle else listed}"
 
 
 def _typed(key: str, value: Any) -> Any:
-    """As the schema has it, where it is known by now: the text ``8`` of an environment variable is the number."""
+    """Return ``value`` typed by the schema, if it is known already: the text ``8`` of an environment variable becomes a
+    number."""
     if has_interpolation(value) or key in groups():
         return value
     typed = typed_value(key, value)
@@ -114,43 +116,45 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def value_now(value: Any, where: str) -> Any:
-    """``value`` (JSON types) with what its texts read from outside the configuration in its place.
+    """Return ``value`` (JSON types) with its outside interpolations replaced by their values.
 
     Raises:
         ConfigError: an environment variable is not set, or a setting of Hydra's is named.
     """
     if isinstance(value, str):
-        now = _text_now(value, where)
-        return literal(now.value) if isinstance(now, Constant) else now
+        resolved = _text_now(value, where)
+        return literal(resolved.value) if isinstance(resolved, Constant) else resolved
     if isinstance(value, Mapping):
         return {key: value_now(entry, where) for key, entry in value.items()}
     return [value_now(entry, where) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def settings_from_outside(raw: DictConfig, others: Collection[str] = ()) -> dict[str, Any]:
-    """Key → value of each setting in ``raw`` that reads something outside the configuration; without ``others`` and
-    what is below them.
+    """Return key → value of each setting in ``raw`` that reads something outside the configuration, except ``others``
+    and the keys below them.
 
     Raises:
         as :func:`without_outside`.
     """
-    found, errors = {}, []
+    settings, errors = {}, []
     for key, value in _leaves(OmegaConf.to_container(raw, resolve=False, enum_to_str=True)):
-        if any(key == other or key.startswith(f"{other}.") for other in others) or not has_interpolation(value):
+        if any(key == excluded or key.startswith(f"{excluded}.") for excluded in others) or not has_interpolation(
+            value
+        ):
             continue
         try:
-            now = value_now(value, key)
-            if now != value:
-                found[key] = _typed(key, now)
+            resolved = value_now(value, key)
+            if resolved != value:
+                settings[key] = _typed(key, resolved)
         except QloraExpError as error:
             errors.append(error)
     raise_all(errors)
-    return found
+    return settings
 
 
 def depends_on(raw: DictConfig, value: Any, keys: Collection[str]) -> bool:
-    """Whether ``value``, an interpolated setting of ``raw``, follows from a setting or group among ``keys``; True also
-    where that can't be seen."""
+    """Return whether ``value``, an interpolated setting of ``raw``, depends on a setting or group among ``keys``; True
+    also if that can't be determined."""
     return _depends(OmegaConf.to_container(raw, resolve=False, enum_to_str=True), value, keys, set())
 
 
@@ -176,7 +180,7 @@ def _overlap(name: str, key: str) -> bool:
 
 
 def _names_read(value: Any) -> Iterator[str | None]:
-    """The settings that the texts of ``value`` name; ``None`` for one that can't be read off."""
+    """Yield the settings that the texts of ``value`` name; ``None`` for one that can't be determined."""
     if isinstance(value, str):
         for part in _parts(value):
             if not part.startswith("${"):
@@ -209,29 +213,32 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _text_now(text: str, where: str) -> Constant | str:
     parts = _parts(text)
-    now = [_part_now(part, where) if part.startswith("${") else part for part in parts]
-    if len(now) == 1:
-        return now[0]
-    return "".join(literal(str(part.value)) if isinstance(part, Constant) else part for part in now)
+    resolved = [_part_now(part, where) if part.startswith("${") else part for part in parts]
+    if len(resolved) == 1:
+        return resolved[0]
+    return "".join(literal(str(part.value)) if isinstance(part, Constant) else part for part in resolved)
 
 
 def _parts(text: str) -> list[str]:
-    """``text`` cut before and after each interpolation; those that are nested stay within theirs."""
-    parts, begin, place = [], 0, 0
-    while (place := text.find("${", place)) >= 0:
-        escaped = (len(text[:place]) - len(text[:place].rstrip("\\"))) % 2 == 1
-        end = None if escaped else _end(text, place)
+    """Return ``text`` split before and after each interpolation. Nested interpolations stay inside theirs.
+
+    Example: ``r${lora.r}-x`` gives ``["r", "${lora.r}", "-x"]``.
+    """
+    parts, begin, position = [], 0, 0
+    while (position := text.find("${", position)) >= 0:
+        escaped = (len(text[:position]) - len(text[:position].rstrip("\\"))) % 2 == 1
+        end = None if escaped else _end(text, position)
         if end is None:
-            place += 2
+            position += 2
             continue
-        parts += [text[begin:place]] if place > begin else []
-        parts.append(text[place:end])
-        begin = place = end
+        parts += [text[begin:position]] if position > begin else []
+        parts.append(text[position:end])
+        begin = position = end
     return [*parts, text[begin:]] if begin < len(text) or not parts else parts
 
 
 def _end(text: str, place: int) -> int | None:
-    """Where the interpolation that begins at ``place`` ends; ``None``: it has no end."""
+    """Return the index after the interpolation that begins at ``place``; ``None``: it isn't closed."""
     depth, quote = 0, ""
     for index in range(place, len(text)):
         character = text[index]
@@ -249,7 +256,7 @@ def _end(text: str, place: int) -> int | None:
 
 
 def _part_now(part: str, where: str) -> Constant | str:
-    """One interpolation: its value where it reads nothing of the configuration, else its text."""
+    """Return the value of one interpolation if it doesn't read the configuration, else its text."""
     inner = part[2:-1]
     if HYDRAS.match(inner):
         raise _of_hydra(part, where)
@@ -278,7 +285,7 @@ def _variable_now(part: str, arguments: str, where: str) -> Constant | str:
 
 
 def _within(text: str, where: str, quoted: bool) -> str:
-    """The inside of an interpolation with what is nested in it as it is now; ``quoted``: as a resolver's argument."""
+    """Return the inside of an interpolation with nested ones resolved; ``quoted``: it is the argument of a resolver."""
     parts: list[Constant | str] = []
     for part in _parts(text) if text else []:
         parts.append(_part_now(part, where) if part.startswith("${") else part)
@@ -286,14 +293,14 @@ def _within(text: str, where: str, quoted: bool) -> str:
     joined = "".join(str(part.value) if isinstance(part, Constant) else part for part in parts)
     if not quoted or not constants:
         return joined
-    others = [part for part in parts if isinstance(part, str)]
-    if others and all(re.fullmatch(r"[\w.+/-]*", part) for part in others):  # one argument, made of several parts
+    literals = [part for part in parts if isinstance(part, str)]
+    if literals and all(re.fullmatch(r"[\w.+/-]*", part) for part in literals):  # several parts form one argument
         return _quoted(joined)
     return "".join(_quoted(part.value) if isinstance(part, Constant) else part for part in parts)
 
 
 def _quoted(value: Any) -> str:
-    """A text always in quotes: ``oc.decode`` takes no numbers."""
+    """Return a value as an argument; texts are always quoted, because ``oc.decode`` accepts only texts."""
     if not isinstance(value, str):
         return hydra_value(value)
     escaped = re.sub(r"(\\*)'", lambda match: f"{match[1]}{match[1]}\\'", literal(value))

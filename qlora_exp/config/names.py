@@ -1,4 +1,4 @@
-"""Names that a configuration may use, and which of them go with which."""
+"""The names that a configuration may use, and which of them can be combined."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUANTIZED = (Quantization.int8, Quantization.nf4, Quantization.fp4)
 NATIVE_DTYPES = {Quantization.fp32: "float32", Quantization.bf16: "bfloat16", Quantization.fp16: "float16"}
 FOUR_BIT = (Quantization.nf4, Quantization.fp4)
 
-# Kept here because importing transformers takes seconds; a test holds that both equal transformers' own enums.
+# Copied here because importing transformers takes seconds; a test checks that both equal transformers' enums.
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
@@ -38,13 +38,14 @@ SCHEDULERS_NEEDING_MORE = {
 OPTIMIZERS_NEEDING_MORE = re.compile(
     r"galore|lomo|apollo|anyprecision|_xla|_npu|_torch_4bit|_torch_8bit|grok|free|stable"
 )
-"""Names of transformers that need another package, another machine or a list of weight matrices of their own."""
+"""Names in transformers that need another package, another machine or a list of weight matrices."""
 
 DIVIDING_IN_ADAPTERS_DTYPE = ("adamw_torch", "rmsprop", "adagrad")
-"""Optimizers of torch that keep their state in the adapters' dtype, epsilon included: NaN at the second step."""
+"""torch optimizers that keep their state, epsilon included, in the adapters' dtype. In float16 the second step gives
+NaN."""
 
 MOST_THREADS = 1024
-"""More than any machine has cores; a thousand times as many end the process that asks for them."""
+"""More than any machine has cores. A thousand times as many threads crash the process."""
 
 LARGEST_RANK = 65_536
-"""Above the width of every model there is, beyond which no rank adds anything."""
+"""More than the width of any model; a higher rank adds nothing."""

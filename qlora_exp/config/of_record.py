@@ -1,4 +1,4 @@
-"""A recorded run as the overrides that compose it again, with changes on top."""
+"""The overrides that compose a recorded run's configuration again, with changes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from qlora_exp.records.redaction import REDACTED
 from qlora_exp.records.types import RunRecord
 
 GROUP_KEYS = {"model": "family", "quantization": "mode", "targets": "set", "task": "source"}
-"""The key of each group that names the file in conf/ which it came from."""
+"""The key of each group that names its file in conf/."""
 
 
 def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[str]:
-    """The overrides that give the record's configuration, then ``changes``.
+    """Return the overrides that give the record's configuration, then ``changes``.
 
-    Only what differs from the defaults is named, so that the line can be read. A changed group (``quantization=fp32``)
-    takes its own values: the recorded ones of that group are left out. Redacted values keep their defaults.
+    Only differences from the defaults are named, so that the line stays readable. A changed group
+    (``quantization=fp32``) takes its own values, without the recorded ones of that group. Redacted values keep their
+    defaults.
 
     Raises:
-        RecordError: the record holds no configuration. ConfigError: it no longer composes with this version.
+        RecordError: the record has no configuration.
+        ConfigError: it no longer composes with this version.
     """
     if not isinstance(record.config.get("model"), Mapping):
         raise RecordError("the record holds no configuration", record.run_id, "run it again by hand")
@@ -33,17 +35,18 @@ def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[s
     chosen = [text for group, text in _chosen_groups(record.config) if group not in changed]
     needed = _needed(record.config, changed)
     composed = to_plain(compose([*chosen, *needed]))
-    given = {text.partition("=")[0] for text in needed}
-    own = [
+    needed_keys = {text.partition("=")[0] for text in needed}
+    differing = [
         f"{path}={hydra_value(literal(value))}"
         for path, value in _different(record.config, composed)
-        if path not in given and path not in changed and path.partition(".")[0] not in changed
+        if path not in needed_keys and path not in changed and path.partition(".")[0] not in changed
     ]
-    return [*chosen, *needed, *own, *changes]
+    return [*chosen, *needed, *differing, *changes]
 
 
 def flat_overrides(settings: Mapping[str, Any]) -> list[str]:
-    """``{"task": "local", "lora": {"r": 8}}`` as ``task=local lora.r=8``; group choices first, as Hydra has it."""
+    """Return e.g. ``task=local lora.r=8`` for ``{"task": "local", "lora": {"r": 8}}``; group choices first, as in
+    Hydra."""
     leaves = list(_leaves(settings))
     groups_first = sorted(leaves, key=lambda leaf: leaf[0] not in groups())
     return [f"{path}={hydra_value(value)}" for path, value in groups_first]
@@ -66,7 +69,7 @@ def _chosen_groups(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _needed(config: Mapping[str, Any], changed: set[str]) -> list[str]:
-    """Keys that a chosen group leaves to the user (``???``): without them nothing composes."""
+    """Return the keys that a chosen group leaves to the user (``???``): without them nothing composes."""
     needed = []
     for group, key in GROUP_KEYS.items():
         name = config.get(group, {}).get(key)
@@ -83,7 +86,9 @@ def _different(recorded: Mapping[str, Any], composed: Mapping[str, Any], prefix:
     for key, value in recorded.items():
         path = f"{prefix}.{key}" if prefix else str(key)
         if key not in composed:
-            if prefix:  # an open mapping such as task.splits; elsewhere a setting that this version doesn't know
+            if (
+                prefix
+            ):  # an open mapping such as task.splits; at the top level it is a setting that this version doesn't know
                 yield f"++{path}", value
         elif isinstance(value, Mapping) and isinstance(composed[key], Mapping):
             yield from _different(value, composed[key], path)

@@ -1,4 +1,4 @@
-"""Options of the official Optuna sweeper for Hydra, by the names that they have here."""
+"""Options of Hydra's official Optuna sweeper, and what to write here instead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qlora_exp.errors import ConfigError
 
 SWEEPER = "hydra.sweeper"
 OURS = ("_target_", "params")
-"""What ``hydra/sweeper=qlora_optuna`` has itself."""
+"""The keys that ``hydra/sweeper=qlora_optuna`` has."""
 
 NAMES = {
     "n_trials": "sweep.n_trials={value}",
@@ -24,7 +24,7 @@ NAMES = {
 
 
 def problem_of(key: str, value: object, text: str) -> ConfigError | None:
-    """What to write instead of an option of the official sweeper; ``None``: it is none."""
+    """Return the error for an option of the official sweeper, with what to write instead; ``None``: it isn't one."""
     if key == "hydra/sweeper" and value == "optuna":
         hint = "leave it out: python -m qlora_exp -m … searches with Optuna"
         return ConfigError("the official Optuna sweeper is not used here", text, hint)
@@ -41,11 +41,13 @@ def problem_of(key: str, value: object, text: str) -> ConfigError | None:
 
 
 def problems_in(options: Collection[str]) -> list[ConfigError]:
-    """Of those that a file of sweeps/ sets under ``hydra.sweeper``."""
+    """Return the errors for ``options`` that a file of sweeps/ sets under ``hydra.sweeper``."""
     return [_instead(name, "VALUE", f"{SWEEPER}.{name}") for name in options if name not in OURS]
 
 
 def _instead(name: str, value: object, text: str) -> ConfigError:
-    given = "VALUE" if value is None else value
-    hint = NAMES[name].format(value=given) if name in NAMES else "python -m qlora_exp --cfg job -p sweep shows ours"
+    shown_value = "VALUE" if value is None else value
+    hint = (
+        NAMES[name].format(value=shown_value) if name in NAMES else "python -m qlora_exp --cfg job -p sweep shows ours"
+    )
     return ConfigError(f"{name} is an option of the official Optuna sweeper, which is not used here", text, hint)

@@ -1,4 +1,4 @@
-"""Values in the grammar of Hydra's overrides."""
+"""Values in Hydra's override grammar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 
 def hydra_value(value: Any) -> str:
-    """``value`` (JSON types) in Hydra's override grammar, quoted so that it is read back as it is."""
+    """Return ``value`` (JSON types) in Hydra's override grammar, quoted so that Hydra reads the same value back.
+
+    Example: ``[1, "a b"]`` gives ``[1,'a b']``.
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -28,7 +31,8 @@ def hydra_value(value: Any) -> str:
 
 
 def has_interpolation(value: Any) -> bool:
-    """Whether a text in ``value`` (JSON types) holds an interpolation: ``${lora.r}``, but not ``\\${lora.r}``."""
+    """Return whether a text in ``value`` (JSON types) holds an interpolation: ``${lora.r}``, but not
+    ``\\${lora.r}``."""
     if isinstance(value, str):
         return any(len(match[1]) % 2 == 0 for match in re.finditer(r"(\\*)\$\{", value))
     if isinstance(value, Mapping):
@@ -37,7 +41,7 @@ def has_interpolation(value: Any) -> bool:
 
 
 def literal(value: Any) -> Any:
-    """``value`` (JSON types) with its texts escaped: OmegaConf reads ``${`` in them as characters."""
+    """Return ``value`` (JSON types) with ``${`` escaped in its texts, so that OmegaConf reads it literally."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: f"{match[1]}{match[1]}\\${{", value)
     if isinstance(value, Mapping):
@@ -46,7 +50,7 @@ def literal(value: Any) -> Any:
 
 
 def _reads_otherwise(text: str) -> bool:
-    """Whether an unquoted ``text`` would be a number, a boolean or null."""
+    """Return whether Hydra would read an unquoted ``text`` as a number, a boolean or null."""
     if text.lower() in ("null", "true", "false", "none"):
         return True
     try:

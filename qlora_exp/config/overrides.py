@@ -1,4 +1,4 @@
-"""Hydra's grammar of overrides: what one override is for, and which values it has."""
+"""Parsing of Hydra's overrides: the key of an override, and its values."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from qlora_exp.errors import ConfigError
 
 
 def override_key(text: str) -> str:
-    """The key or group that an override is for."""
+    """Return the key or group of an override."""
     return parse(text).key_or_group
 
 
 def override_value(text: str) -> Any:
-    """The value of an override that has one."""
+    """Return the value of an override with a single value."""
     [value] = values_of(parse(text))
     return value
 
 
 def is_swept(text: str) -> bool:
-    """Whether an override has several values: ``lora.r=4,8``, ``training.learning_rate=interval(1e-4,1e-2)``."""
+    """Return whether an override has several values: ``lora.r=4,8``, ``training.learning_rate=interval(1e-4,1e-2)``."""
     return parse(text).is_sweep_override()
 
 
 def first_choice(text: str) -> str:
-    """The override with the first of its values; with its lower end, of an interval."""
+    """Return the override with the first of its values; for an interval, with its lower end."""
     override = parse(text)
     value = next(iter(values_of(override)), None) if override.is_sweep_override() else None
     return text if value is None else f"{override.get_key_element()}={hydra_value(value)}"
 
 
 def is_hydra(key: str) -> bool:
-    """Whether a key or group is Hydra's own: how a configuration is launched, not what it is."""
+    """Return whether a key or group is Hydra's own: how a configuration is launched, not what it contains."""
     return key == "hydra" or key.startswith(("hydra.", "hydra/"))
 
 
@@ -62,7 +62,8 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _in_quotes(text: str) -> str | None:
-    """``key=value`` with its value as a text that Hydra reads, itself quoted for a shell; ``None`` without a key."""
+    """Return ``key=value`` with the value quoted for Hydra, and all of it quoted for a shell; ``None`` without a
+    key."""
     key, sign, value = text.partition("=")
     if not (sign and re.fullmatch(r"\+{0,2}\w+(\.\w+)*", key)):
         return None
@@ -70,13 +71,14 @@ def _in_quotes(text: str) -> str | None:
 
 
 def choices_of(override: Override) -> list[str]:
-    """The override once per value that it sweeps over."""
+    """Return the override once per value that it sweeps over."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def values_of(override: Override) -> list[Any]:
+    """Return the values of an override; for an interval, both ends."""
     if not override.is_sweep_override():
         value = override.value()
         return [value.text if isinstance(value, QuotedString) else value]
@@ -94,20 +96,21 @@ def _plain(text: str) -> Any:
 
 
 def without_globs(texts: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """``texts`` with each glob among the ``overrides`` spelt out: ``lora=glob(*)`` names every choice of that group.
+    """Return ``texts`` with each glob among the ``overrides`` expanded: ``lora=glob(*)`` becomes every choice of the
+    group.
 
-    Hydra would count the groups' shared parts (``_mode.yaml``), which are no choices, too.
+    Hydra's own expansion would include the groups' shared parts (``_mode.yaml``), which aren't choices.
     """
     return [_without_glob(text) if text in overrides else text for text in texts]
 
 
 def _without_glob(text: str) -> str:
     override = parse(text)
-    fitting = globbed(override)
-    return f"{override.get_key_element()}={','.join(fitting)}" if fitting else text
+    matches = globbed(override)
+    return f"{override.get_key_element()}={','.join(matches)}" if matches else text
 
 
 def globbed(override: Override) -> list[str]:
-    """The choices of its group that a ``glob(…)`` means; none for every other override."""
+    """Return the choices that match a ``glob(…)``; an empty list for any other override."""
     value = override.value()
     return value.filter(groups().get(override.key_or_group, [])) if isinstance(value, Glob) else []

@@ -1,4 +1,4 @@
-"""Every mistake that can be seen in the overrides one by one, found at once."""
+"""All mistakes that single overrides show, found at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KEY_ALIASES = {
     "dataset": "task",
     "data": "task",
 }
-"""What other tools call our keys."""
+"""Other tools' names → our keys."""
 
 PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
 LAUNCHER_PACKAGES = {
@@ -47,44 +47,42 @@ LAUNCHER_PACKAGES = {
     "submitit_local": "hydra-submitit-launcher",
     "submitit_slurm": "hydra-submitit-launcher",
 }
-"""Launchers that come in packages of their own."""
+"""Launchers that are in separate packages."""
 
 
 def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]:
-    """Every problem that can be seen in the overrides one by one."""
-    found: list[QloraExpError] = []
+    """Return every problem that single overrides show."""
+    problems: list[QloraExpError] = []
     try:
-        searched = search_folders(overrides)
+        folders = search_folders(overrides)
     except ConfigError as error:
         return [error]
     for text in overrides:
         try:
             override = parse(text)
             if is_ours(override):
-                found.extend(_problems_of_one(override, text, multirun, searched))
-            elif official := problem_of(override.key_or_group, _shown(override), text):
-                found.append(official)
+                problems.extend(_problems_of_one(override, text, multirun, folders))
+            elif sweeper_problem := problem_of(override.key_or_group, _shown(override), text):
+                problems.append(sweeper_problem)
             elif override.is_sweep_override():
                 what = f"{override.key_or_group} says how runs are launched, and has one value"
-                found.append(ConfigError(what, text, "choose one of them"))
+                problems.append(ConfigError(what, text, "choose one of them"))
             elif override.key_or_group in PLUGIN_GROUPS:
-                found.extend(_problems_of_plugin(override, text))
+                problems.extend(_problems_of_plugin(override, text))
         except ConfigError as error:
-            found.append(error)
-        except HydraException as error:  # a sweep that can be neither listed nor bounded
+            problems.append(error)
+        except HydraException as error:  # a sweep whose values can't be listed
             what = f"{text} can't be listed value by value: {str(error).splitlines()[0]}"
-            found.append(ConfigError(what, "command line", "name the values: key=a,b,c or key=range(1,4)"))
-    return found
+            problems.append(ConfigError(what, "command line", "name the values: key=a,b,c or key=range(1,4)"))
+    return problems
 
 
 def _shown(override: Override) -> object:
-    """The value as it was typed, without quotes."""
+    """Return the value as the user typed it, without quotes."""
     return None if override.is_delete() else str(override.input_line).partition("=")[2].strip("'\"")
 
 
-def _problems_of_one(
-    override: Override, text: str, multirun: bool, searched: Sequence[Path]
-) -> Iterable[QloraExpError]:
+def _problems_of_one(override: Override, text: str, multirun: bool, folders: Sequence[Path]) -> Iterable[QloraExpError]:
     key = override.key_or_group
     if any(name in key.split(".") for name in UNSAFE):
         yield ConfigError(f"{key} can't be set", text, "remote code and object construction are off, on purpose")
@@ -103,7 +101,7 @@ def _problems_of_one(
     if not key:
         yield ConfigError("an override without a key", text, "write key=value")
         return
-    choices = groups(searched)
+    choices = groups(folders)
     if key in choices:
         yield from _problems_of_choice(override, text, choices[key])
         return
@@ -124,7 +122,7 @@ def _problems_of_choice(override: Override, text: str, valid: list[str]) -> Iter
     key = override.key_or_group
     if override.is_delete():
         yield ConfigError(
-            f"the group {key} can't be left out", text, f"choose one: {' '.join(f'{key}={one}' for one in valid)}"
+            f"the group {key} can't be left out", text, f"choose one: {' '.join(f'{key}={choice}' for choice in valid)}"
         )
         return
     for value in values_of(override):
@@ -139,8 +137,9 @@ def _problems_of_choice(override: Override, text: str, valid: list[str]) -> Iter
 
 
 def _problems_of_plugin(override: Override, text: str) -> Iterable[ConfigError]:
-    """Hydra alone would tell of a plugin that isn't there only when a sweep starts, and a single run never."""
-    Plugins.instance()  # imports those that are installed, which name themselves
+    """Yield an error for a plugin that isn't installed. Hydra alone reports it only when a sweep starts, and never for
+    a single run."""
+    Plugins.instance()  # imports the installed plugins, which register themselves
     valid = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(override.key_or_group)]
     for value in values_of(override):
         if value not in valid:
@@ -150,25 +149,25 @@ def _problems_of_plugin(override: Override, text: str) -> Iterable[ConfigError]:
 
 
 def _schema_type(key: str) -> Any:
-    """The type of ``a.b.c`` in the schema, or the error that names the nearest keys."""
+    """Return the type of ``a.b.c`` in the schema, or the error that names the nearest keys."""
     current: Any = Config
-    walked: list[str] = []
+    prefix: list[str] = []
     for part in key.split("."):
         if not dataclasses.is_dataclass(current):
             if typing.get_origin(current) is dict:
                 return typing.get_args(current)[1]
-            return ConfigError(f"{'.'.join(walked)} holds a single value", key, f"{'.'.join(walked)}=VALUE")
+            return ConfigError(f"{'.'.join(prefix)} holds a single value", key, f"{'.'.join(prefix)}=VALUE")
         hints = _hints(current)
         if part not in hints:
-            where = ".".join(walked) or "the configuration"
-            return ConfigError(f"there is no key {key!r}", where, _nearest_key(part, walked, hints))
-        walked.append(part)
+            where = ".".join(prefix) or "the configuration"
+            return ConfigError(f"there is no key {key!r}", where, _nearest_key(part, prefix, hints))
+        prefix.append(part)
         current = hints[part]
     return current
 
 
 def _hints(kind: Any) -> dict[str, Any]:
-    """A schema's keys and types; a group that may be absent counts as the group."""
+    """Return a schema's keys and types; a group that may be null counts as the group."""
     return {name: _present(hint) for name, hint in typing.get_type_hints(kind).items()}
 
 
@@ -176,31 +175,35 @@ def _present(hint: Any) -> Any:
     return next((kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)), hint)
 
 
-def _nearest_key(part: str, walked: list[str], hints: dict[str, Any]) -> str:
-    prefix = "".join(f"{name}." for name in walked)
+def _nearest_key(part: str, parents: list[str], hints: dict[str, Any]) -> str:
+    prefix = "".join(f"{name}." for name in parents)
     known = KEY_ALIASES.get(part)
     same_name = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == part]
     if known is not None:
         return f"did you mean {known}?"
     if same_name:
         return f"did you mean {' or '.join(same_name[:3])}?"
-    told = nearest(part, hints)
-    return told if told.startswith("valid") else nearest(f"{prefix}{part}", [f"{prefix}{name}" for name in hints])
+    suggestion = nearest(part, hints)
+    return (
+        suggestion
+        if suggestion.startswith("valid")
+        else nearest(f"{prefix}{part}", [f"{prefix}{name}" for name in hints])
+    )
 
 
 def _all_keys(kind: Any, prefix: str = "") -> list[str]:
-    found = []
+    keys = []
     for name, hint in _hints(kind).items():
         path = f"{prefix}{name}"
-        found.extend(_all_keys(hint, f"{path}.") if dataclasses.is_dataclass(hint) else [path])
-    return found
+        keys.extend(_all_keys(hint, f"{path}.") if dataclasses.is_dataclass(hint) else [path])
+    return keys
 
 
 def _problem_of_value(key: str, value: Any, kind: Any, text: str) -> ConfigError | None:
     holder = dataclasses.make_dataclass("Holder", [("value", kind)])
     try:
         node = OmegaConf.structured(holder)
-        # An interpolation is resolved by Hydra later; everything else must fit now.
+        # Hydra resolves an interpolation later; any other value must have the right type now.
         if not (isinstance(value, str) and "${" in value):
             node.value = value
     except (OmegaConfBaseException, ValueError, TypeError):
@@ -209,10 +212,10 @@ def _problem_of_value(key: str, value: Any, kind: Any, text: str) -> ConfigError
 
 
 def typed_value(key: str, value: Any) -> Any:
-    """``value`` as the schema has it at ``key``: ``nf4`` as its enum, ``1`` as a float where one is asked for.
+    """Return ``value`` typed by the schema at ``key``: ``nf4`` as its enum, ``1`` as a float if the key is a float.
 
     Raises:
-        ConfigError: there is no such key, or it can't be that.
+        ConfigError: there is no such key, or the value has the wrong type.
     """
     kind = _schema_type(key)
     problem = kind if isinstance(kind, ConfigError) else _problem_of_value(key, value, kind, f"{key}={value}")

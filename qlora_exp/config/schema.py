@@ -1,4 +1,4 @@
-"""The typed schema of a configuration, and the checks that need more than one key. Defaults live in conf/ alone."""
+"""The typed schema of a configuration. Its defaults are in conf/ only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class Enum(enum.Enum):
-    """A setting's choices, written by name wherever a text names them: ``name='${quantization.mode}-r${lora.r}'``."""
+    """A setting's choices. As text they are their names: ``name='${quantization.mode}-r${lora.r}'``."""
 
     def __str__(self) -> str:
         return str(self.name)
@@ -63,7 +63,7 @@ class Format(Enum):
 
 
 class Learn(Enum):
-    """Which answers of a conversation are learned."""
+    """Which answers of a conversation the model learns."""
 
     last = "last"
     all = "all"
@@ -75,13 +75,13 @@ class InvalidRows(Enum):
 
 
 class SpecialTokens(Enum):
-    """What the plain format makes of a special token that is written out in a row."""
+    """What the plain format does with a special token that is written out in a row."""
 
     refuse = "refuse"
     text = "text"
-    """It is read as ordinary text."""
+    """Read it as ordinary text."""
     token = "token"
-    """In a prompt it is the token itself."""
+    """In a prompt, read it as the token itself."""
 
 
 class Checkpointing(Enum):
@@ -99,7 +99,7 @@ class Engine(Enum):
     sft = "sft"
     """TRL's SFTTrainer."""
     sleep = "sleep"
-    """Sleeps in place of training and scores by a formula; SYNTHETIC, for trying out orchestration."""
+    """Sleeps instead of training, and scores by a formula; marked SYNTHETIC, to try out orchestration."""
 
 
 class SleepFault(Enum):
@@ -121,16 +121,16 @@ class Sampler(Enum):
     qmc = "qmc"
     cmaes = "cmaes"
     ladder = "ladder"
-    """Rank doubling: sweep.ladder says how."""
+    """Rank doubling, configured by sweep.ladder."""
 
 
 class LrPolicy(Enum):
     search = "search"
-    """Pilots at every rank choose among lr_factors × the centre."""
+    """Pilot runs at every rank choose among lr_factors × the centre."""
     fixed = "fixed"
     """training.learning_rate at every rank."""
     transfer = "transfer"
-    """Pilots at r_start only; other ranks take what was chosen there, scaled as the centre is."""
+    """Pilot runs at r_start only; other ranks use the chosen rate, scaled like the centre."""
 
 
 class Pruner(Enum):
@@ -145,7 +145,7 @@ class Isolation(Enum):
     warm = "warm"
     """Trials of one host share a loaded base."""
     fresh = "fresh"
-    """Each trial has a process of its own."""
+    """Each trial has its own process."""
 
 
 class DeviceChoice(Enum):
@@ -164,11 +164,12 @@ class ModelConfig:
     """A directory (safetensors) or a GGUF file on disk; only for ``model=local``."""
     revision: str | None
     chat_template: str | None
-    """A .jinja file that takes the place of the tokenizer's own template."""
+    """A .jinja file that replaces the tokenizer's own template."""
     template_tokens_trained: dict[str, bool]
     """By variant: has the model seen the chat template's special tokens?"""
     attention: str
-    """transformers' ``attn_implementation``: sdpa, eager, flash_attention_2 …; auto: sdpa where there is one."""
+    """transformers' ``attn_implementation``: sdpa, eager, flash_attention_2 …; auto: sdpa if the architecture has
+    it."""
 
 
 @dataclass
@@ -197,7 +198,7 @@ class TargetsConfig:
     set: str
     """attention, attention_qv, mlp, all_linear."""
     modules: list[str] | None
-    """An explicit list of module-name endings; takes the place of ``set``."""
+    """A list of module-name endings; replaces ``set``."""
 
 
 @dataclass
@@ -207,7 +208,7 @@ class ColumnsConfig:
     messages: str | None
     label: str | None
     tools: str | None
-    """Beside a messages column: what the assistant may call, for the chat template. Read where the file has it."""
+    """With a messages column: the tools that the assistant may call, for the chat template. Read if the file has it."""
 
 
 @dataclass
@@ -221,7 +222,7 @@ class TaskConfig:
     hub_config: str | None
     hub_revision: str | None
     splits: dict[str, str]
-    """hub: our split name to theirs."""
+    """hub: our split name → the data set's."""
     validation_fraction: float
     test_fraction: float
     split_seed: int
@@ -230,18 +231,18 @@ class TaskConfig:
     """Template over the row's columns, e.g. ``"Definition: {definition}\\nCategory:"``; null: the prompt column."""
     completion: str | None
     separator: str | None
-    """plain format: what stands between prompt and completion; null: by the texts (docs/measures.md)."""
+    """plain format: the text between prompt and completion; null: depends on the texts (docs/measures.md)."""
     special_tokens: SpecialTokens
     system: str | None
     labels: list[str] | None
     """classification: the options, in order; null: the distinct completions of the training split."""
     format: Format
     learn: Learn
-    """Of a conversation: the last answer, or all of the assistant's. Scores are of the last one."""
+    """Of a conversation: the last answer, or all of the assistant's. Scores always use the last one."""
     ignore_fields: list[str]
-    """Fields of messages to leave out; any other field that the chat template doesn't write is refused."""
+    """Fields of messages to ignore; any other field that the chat template doesn't use is an error."""
     date: str
-    """The day that a chat template is given when it asks for the date, e.g. ``2026-01-01``."""
+    """The date for chat templates that ask for today's date, e.g. ``2026-01-01``."""
     invalid_rows: InvalidRows
     goal: str | None
     """A business objective, e.g. ``accuracy >= 0.6``."""
@@ -254,8 +255,8 @@ class TaskConfig:
 class TrainingConfig:
     max_steps: int | None
     max_tokens: int | None
-    """A budget in processed (unpadded) tokens, in place of max_steps, which is null then; the first step that reaches
-    it is the last."""
+    """A budget in processed (unpadded) tokens, instead of max_steps, which must be null then. Training ends after the
+    step that reaches it."""
     batch_size: int
     micro_batch_size: int | None
     learning_rate: float
@@ -280,7 +281,7 @@ class TrainingConfig:
     sleep_seconds: float
     """engine=sleep: how long a trial takes."""
     sleep_fault: SleepFault
-    """engine=sleep: what goes wrong half-way; out_of_memory only while the micro-batch is the whole batch."""
+    """engine=sleep: what fails half-way; out_of_memory only while the micro-batch is the full batch."""
 
 
 @dataclass
@@ -291,16 +292,17 @@ class EvaluationConfig:
     batch_size: int
     generate: bool
     max_new_tokens: int | None
-    """null: the longest label, or for free text the longest completion of any split, and a few more."""
+    """null: the longest label, or for free text the longest completion of any split, plus a few tokens."""
     forgetting: bool
     forgetting_documents: int | None
     few_shots: int | None
-    """Worked examples of the training split before each prompt, to score the untouched model with; null: it isn't."""
+    """Worked examples of the training split before each prompt, when the base model is scored; null: no few-shot
+    scores."""
     few_shot_draws: int
-    """How many sets of examples are drawn; the same ones for every model, format and run."""
+    """How many sets of examples are drawn; the same sets for every model, format and run."""
     baselines: bool
     metrics: list[str]
-    """Further metrics by Hub name (online), computed on generated answers."""
+    """More metrics by their Hub name (online), computed on generated answers."""
     cache: bool
 
 
@@ -308,35 +310,39 @@ class EvaluationConfig:
 class TrackingConfig:
     enabled: bool
     uri: str | None
-    """null: SQLite at mlflow.db beside output_root."""
+    """null: SQLite, mlflow.db next to output_root."""
     experiment: str
     timeout_seconds: float
 
 
 @dataclass
 class BudgetConfig:
-    """What a run may spend, or all trials of a sweep together; null: no limit."""
+    """The limits of a run, or of all trials of a sweep together; null: no limit."""
 
     seconds: float | None
-    """Of a run, loading and the untouched model's scores included; of a sweep its runs' seconds, added up."""
+    """Of a run: including loading and the base model's scores. Of a sweep: the seconds of its runs, added up."""
     tokens: int | None
-    """Processed (unpadded) training tokens, those of failed and repeated parts included."""
+    """Processed (unpadded) training tokens, including failed and repeated parts."""
     usd: float | None
     kwh: float | None
-    """By the card's own counter."""
+    """As the GPU's energy counter measures it."""
     usd_per_hour: float | None
-    """Price of this machine; null: that of conf/prices.yaml, by which costs are told but not limited."""
+    """Price of this machine; null: the price of conf/prices.yaml, which is used for cost estimates, but not for
+    limits."""
     memory_bytes: int | None
-    """Of a run, at its peak: on a GPU what it takes of the card, on a CPU what training adds to the process as it is
-    after imports. A run that is predicted to need more is refused, and a trial not started. null: the card's memory, or
-    on a CPU the machine's or its control group's limit; then by more than the prediction's error."""
+    """A run's peak memory: on a GPU what it takes of the card, on a CPU what training adds to the process after its
+    imports. A run or trial that is predicted to need more doesn't start.
+
+    null: the card's memory; on a CPU the machine's or its control group's limit. Then a run doesn't start if its peak
+    exceeds this by more than the prediction's error.
+    """
     force: bool
     """Start runs that are predicted not to fit, as ``--force`` does."""
 
 
 @dataclass
 class ExportConfig:
-    """``qlora-exp export``: conf/export.yaml, no part of a run's configuration."""
+    """``qlora-exp export``: conf/export.yaml, which isn't part of a run's configuration."""
 
     formats: list[str]
     """adapter, merged, or a GGUF block type."""
@@ -344,11 +350,11 @@ class ExportConfig:
     """Of the merged model: bfloat16 or float16."""
     check_items: int
     tolerance: float
-    """Accuracy that an exported file may lose against the run's own, as a share of items."""
+    """How much accuracy an exported file may lose against the run, as a share of items."""
     context_tokens: int
     generated_tokens: int
     usd_per_hour: float | None
-    """null: the record's cost."""
+    """null: the cost in the run's record."""
     phone_file_bytes: int
     phone_memory_bytes: int
     phone_usd: float
@@ -356,54 +362,60 @@ class ExportConfig:
 
 @dataclass
 class LadderConfig:
-    """Rank doubling (``sweep.sampler=ladder``): r_start, 2·r_start … until returns have diminished, or r_max."""
+    """Rank doubling (``sweep.sampler=ladder``): r_start, 2·r_start … until the gain is below the margin, or r_max."""
 
     r_start: int
     r_max: int
     seeds: int
-    """Seeds a rank at the first look, from ``seed`` upwards."""
+    """Seeds per rank at the first look, from ``seed`` upwards."""
     most_seeds: int
-    """Seeds a rank in all, at most 8, that the one purchase of a doubling may make of them; as many as ``seeds``: none
-    is bought."""
+    """Maximum seeds per rank, at most 8, after the one sample increase of a doubling; equal to ``seeds``: no
+    increase."""
     pilot_seed: int
-    """Of the runs that choose learning rates; it plays no part in any decision."""
+    """Seed of the pilot runs that choose learning rates; decisions don't use these runs."""
     margin: float | None
-    """The least gain of a doubling that is worth paying for, in nats per test item; to be said. Where r_max is r_start
-    nothing is doubled: each point of the other axes gets its learning rate and its seeds, and no margin is needed."""
+    """The smallest gain of a doubling that is worth its cost, in nats per test item; required.
+
+    If r_max is r_start, nothing is doubled and no margin is needed: each point of the other axes gets its learning rate
+    and its seeds.
+    """
     half_zone: float | None
-    """Gains within margin ± half_zone may be called either way; null: margin / 2."""
+    """Gains within margin ± half_zone may be decided either way; null: margin / 2."""
     lr_policy: LrPolicy
     lr_factors: list[float]
-    """Of the centre: training.learning_rate at r_start, ∝ r^−½ for alpha = 2r and r, constant for the others."""
+    """Factors of the centre. The centre is training.learning_rate at r_start; ∝ r^−½ for alpha = 2r and r, constant for
+    other policies."""
     seed_sd: float | None
-    """Expected standard deviation over seeds of one seed's mean difference of two ranks, nats per item; null: not
-    known."""
+    """Expected standard deviation, over seeds, of the mean difference between two ranks, in nats per item; null:
+    unknown."""
     item_sd: float | None
-    """Expected standard deviation over items of the difference of two ranks, nats; null: not known."""
+    """Expected standard deviation, over items, of the difference between two ranks, in nats; null: unknown."""
 
 
 @dataclass
 class SweepConfig:
-    """A study: its space, its search and its end. Plain runs don't look at it."""
+    """A study: its search space, its sampler and when it ends. Single runs ignore it."""
 
     name: str | None
-    """null: made from the overrides, so that the same command goes on with the same study."""
+    """null: made from the overrides, so that the same command resumes the same study."""
     question: str | None
     params: dict[str, str]
     """Axis → values in the override grammar, e.g. ``lora.r: choice(4,8,16)``."""
     conditions: dict[str, str]
-    """Axis → when it is searched, e.g. ``lora.alpha: lora.alpha_policy == fixed``; otherwise conf/'s value stands."""
+    """Axis → when it is searched, e.g. ``lora.alpha: lora.alpha_policy == fixed``; otherwise it has its value from
+    conf/."""
     objectives: list[str]
     """``minimize FIELD`` or ``maximize FIELD``, FIELD a path into the record."""
     constraints: list[str]
-    """``FIELD <= NUMBER``; a trial that breaks one is infeasible to the sampler."""
+    """``FIELD <= NUMBER``; a trial that violates one is infeasible to the sampler."""
     sampler: Sampler
     sampler_options: dict[str, Any]
     ladder: LadderConfig
     pruner: Pruner
     pruner_options: dict[str, Any]
     n_trials: int | None
-    """A total, whatever is killed and started again; null: every point of a grid, whatever a ladder asks for."""
+    """Total number of trials; interrupted and restarted ones count once. null: every point of a grid, or all that a
+    ladder needs."""
     seed: int
     enqueue: list[dict[str, Any]]
     """Configurations to try first: axis → value."""
@@ -412,36 +424,36 @@ class SweepConfig:
     storage: str | None
     """Optuna storage URL; null: SQLite at optuna.db under output_root."""
     max_failures: float | None
-    """At least 1: a number of trials; below 1: a share of n_trials. Reached: no further trial starts."""
+    """1 or more: a number of trials; below 1: a share of n_trials. When it is reached, no more trials start."""
     max_attempts: int
-    """How often a trial whose process died, hung or was lost is started, the first time included."""
+    """How often a trial is started if its process dies, hangs or is lost, the first time included."""
     out_of_memory_retries: int
-    """Retries with half the micro-batch and double accumulation."""
+    """Retries with half the micro-batch and twice the gradient accumulation steps."""
     join: bool
-    """Share a study that another orchestrator is working on."""
+    """Work on a study that another orchestrator is working on."""
 
 
 @dataclass
 class WorkersConfig:
-    """Who runs a study's trials."""
+    """The processes that run a study's trials."""
 
     count: int | None
-    """Trials at once in one worker; null: one per GPU, or one."""
+    """Concurrent trials of one worker; null: one per GPU, or one."""
     jobs: int
-    """Workers: launcher jobs (more than one on Slurm, Ray or joblib)."""
+    """Number of workers: launcher jobs (more than one on Slurm, Ray or joblib)."""
     job: int | None
-    """Which launcher job this is; set by the sweeper."""
+    """The index of this launcher job; the sweeper sets it."""
     isolation: Isolation
     heartbeat_seconds: float
     lease_seconds: float
-    """A trial without a heartbeat for so long is taken over (at once where its process is seen to be dead)."""
+    """A trial without a heartbeat for this long is taken over; at once, if its process is known to be dead."""
     hang_seconds: float
-    """A host that tells nothing for so long is dumped, ended and replaced."""
+    """A trial process that is silent for this long gets its stacks dumped, is killed and replaced."""
 
 
 @dataclass
 class Config:
-    """One run; with ``-m`` or ``sweep`` the runs of a study."""
+    """The configuration of one run; with ``-m`` or ``sweep``, of the runs of a study."""
 
     model: ModelConfig
     quantization: QuantizationConfig
@@ -463,13 +475,13 @@ SCHEMA_NODE = "qlora_exp_schema"
 
 
 def register() -> None:
-    """Make the schema known to Hydra; conf/config.yaml merges into it, so that every key and type is checked."""
+    """Register the schema with Hydra. conf/config.yaml merges into it, so every key and type is checked."""
     ConfigStore.instance().store(name=SCHEMA_NODE, node=Config)
 
 
 def typed(config: DictConfig) -> Config:
-    """The composed configuration as plain dataclasses, interpolations resolved. Paths are made absolute, so that a
-    record and a fingerprint name the same file whichever folder a command is called in."""
+    """Return the composed configuration as dataclasses, with interpolations resolved. Paths become absolute, so that
+    records and fingerprints don't depend on the current folder."""
     built = OmegaConf.to_object(config)
     assert isinstance(built, Config)
     built.task.path = absolute_path(built.task.path)
@@ -480,19 +492,20 @@ def typed(config: DictConfig) -> Config:
 
 
 def absolute_path(path: str | None) -> str | None:
-    """Links stay as they are: a file of the Hub's cache is one, and its target has no ending."""
+    """Return an absolute path. Symbolic links aren't resolved: files of the Hub's cache are links, and their targets
+    have no suffix."""
     return os.path.abspath(os.path.expanduser(path)) if path else path
 
 
 def absolute_store(uri: str | None) -> str | None:
-    """A SQLite address whose file is relative to the current folder, as the same file's from every folder."""
-    scheme, found, name = (uri or "").partition("sqlite:///")
-    relative = found and not scheme and name and not name.startswith(("/", ":", "file:"))
+    """Return a SQLite address with an absolute path instead of one relative to the current folder; others unchanged."""
+    scheme, separator, name = (uri or "").partition("sqlite:///")
+    relative = separator and not scheme and name and not name.startswith(("/", ":", "file:"))
     return f"sqlite:///{absolute_path(name)}" if relative else uri
 
 
 def to_plain(config: Config) -> dict[str, Any]:
-    """The configuration as JSON types: enums by name, as they are written on the command line."""
+    """Return the configuration as JSON types; enums by name, as on the command line."""
     return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 
@@ -502,5 +515,5 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
