@@ -50,26 +50,26 @@ def test_seconds_and_dollars_buy_steps_after_what_comes_before_them(prepared: Pr
         return list(affordable_steps_message(compose([*SMALL, *overrides]), prepared))
 
     assert told() == []
-    assert told("budget.kwh=1") == ["budget.kwh=1: what a step takes of it isn't known"]
+    assert told("budget.kwh=1") == ["budget.kwh=1: the cost of a step is unknown"]
     [seconds] = told("budget.seconds=31")  # 21 s at 4, 2, 1 s a step; the step that reaches the limit is made
-    assert seconds == "budget.seconds=31 buys about 11 of 40 steps (6 to 21, by a guess)"
+    assert seconds == "budget.seconds=31 is enough for about 11 of 40 steps (6–21, from a guess)"
     [dollars] = told("budget.usd=0.31", "budget.usd_per_hour=36")  # one cent a second
-    assert dollars == "budget.usd=0.31 buys about 11 of 40 steps (6 to 21, by a guess)"
-    assert "about 1 of 40 steps (1 to 1," in told("budget.seconds=9")[0]
-    assert "about 40 of 40 steps (40 to 40," in told("budget.seconds=1000")[0]
+    assert dollars == "budget.usd=0.31 is enough for about 11 of 40 steps (6–21, from a guess)"
+    assert "about 1 of 40 steps (1–1," in told("budget.seconds=9")[0]
+    assert "about 40 of 40 steps (40–40," in told("budget.seconds=1000")[0]
     unknown = replace(prepared, predicted=replace(prepared.predicted, before_seconds=None))
     [seconds] = affordable_steps_message(compose([*SMALL, "budget.seconds=31"]), unknown)
-    assert seconds.startswith("budget.seconds=31 buys about 16 of 40 steps (8 to 31,")
-    assert seconds.endswith("less what passes before training")
+    assert seconds.startswith("budget.seconds=31 is enough for about 16 of 40 steps (8–31,")
+    assert seconds.endswith("not counting the time before training")
     config = compose([*SMALL, "budget.seconds=31"])
     [unknown_pace] = affordable_steps_message(config, prepare(config, probe(config.training.device)))
-    assert "isn't known until qlora-exp calibrate has measured this machine" in unknown_pace
+    assert "is unknown until qlora-exp calibrate has measured this machine" in unknown_pace
 
 
 def test_tokens_buy_steps_of_the_mean_row(prepared: Prepared) -> None:
     mean = sum(row_lengths(prepared.splits)) / 40
     [told] = affordable_steps_message(compose([*SMALL, f"budget.tokens={round(10 * 4 * mean) - 1}"]), prepared)
-    assert "buys about 10 of 40 steps" in told
+    assert "is enough for about 10 of 40 steps" in told
 
 
 def test_a_token_limit_of_the_training_is_counted_in_the_steps_it_takes() -> None:
@@ -104,7 +104,7 @@ def test_a_budget_is_refused_by_the_calibrations_fastest_and_not_by_a_slow_run(
     for verb in ("validate", "run"):
         assert main([verb, *limited]) == 2
         told = capsys.readouterr().err
-        assert "the budget doesn't buy one step" in told
+        assert "the budget is too small for one training step" in told
         assert "budget.seconds = 30" in told
     assert [folder.name for folder in Path("outputs/runs").iterdir()] == ["slow"]
 
@@ -122,7 +122,7 @@ def test_validate_refuses_what_a_run_would_for_its_energy_and_its_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["validate", *SMALL, "budget.kwh=1"]) == 2
-    assert "energy can't be read here" in capsys.readouterr().err
+    assert "energy can't be measured here" in capsys.readouterr().err
     limited = [*SMALL, "budget.memory_bytes=1000000"]
     assert main(["validate", *limited]) == 2
     assert "budget.memory_bytes" in capsys.readouterr().err

@@ -53,7 +53,7 @@ WRONG = [
     (["task.goal='rouge_l >= 0.5'"], ["rouge_l", "classification"]),
     (["task=local", "task.path=x.jsonl", "task.goal='accuracy >= 0.5'"], ["accuracy", "generation"]),
     (["task.goal='exact_match >= 0.5'", "evaluation=quick"], ["exact_match", "evaluation.generate"]),
-    (["task=hub", "task.hub_id=a/b", "task.splits.validation=dev"], ["isn't there yet", "+task.splits.validation=dev"]),
+    (["task=hub", "task.hub_id=a/b", "task.splits.validation=dev"], ["doesn't exist", "+task.splits.validation=dev"]),
     (["task.validation_fraction=0.7", "task.test_fraction=0.5"], ["fraction"]),
     (["training.max_steps=0"], ["training.max_steps"]),
     (["training.max_steps=null"], ["training.max_steps", "training.max_tokens"]),
@@ -171,7 +171,7 @@ def test_a_globs_points_are_checked_like_any_other() -> None:
 
 @pytest.mark.parametrize("glob", ["quantization=glob(x*)", "lora.r=glob(*)"])
 def test_a_glob_that_means_nothing_is_told(glob: str) -> None:
-    with pytest.raises(QloraExpError, match="fits no choice"):
+    with pytest.raises(QloraExpError, match="matches no choice"):
         check_multirun([glob])
 
 

@@ -92,7 +92,7 @@ def test_a_sweep_starts_no_trial_that_what_is_left_does_not_buy(capsys: pytest.C
     shown = capsys.readouterr()
     assert f"the budget is spent (budget.tokens={3 * TOKENS + 100}" in shown.out
     assert "qlora-exp resume mine budget.tokens=" in shown.out
-    assert "isn't known until the first has ended" in shown.err
+    assert "is unknown until the first has ended" in shown.err
     assert [record.training.steps for record in records() if record.training] == [20, 20, 20]
 
 
@@ -102,7 +102,8 @@ def test_a_resumed_sweep_spends_what_is_left_of_a_larger_budget(capsys: pytest.C
     assert len(trials(capsys)) == 2
     assert main(["resume", "mine", f"budget.tokens={5 * TOKENS}"]) == 0
     assert (
-        f"budget.tokens={5 * TOKENS} buys about 3 of 4 trials (3 to 3, by 2 finished trials)" in capsys.readouterr().err
+        f"budget.tokens={5 * TOKENS} is enough for about 3 of 4 trials (3–3, from 2 finished trials)"
+        in capsys.readouterr().err
     )
     assert len(trials(capsys)) == 5
     assert main(["resume", "mine", "budget.tokens=null"]) == 0
@@ -177,7 +178,7 @@ def test_a_trials_configuration_is_not_limited_by_its_studys_budget() -> None:
         ("budget.tokens=-5", "budget.tokens must be above 0"),
         ("budget.usd=nan", "budget.usd must be above 0"),
         ("budget.usd=1", "budget.usd_per_hour=2.5"),
-        ("budget.tokens=3", "doesn't buy one step"),
+        ("budget.tokens=3", "too small for one training step"),
         ("budget.seconds=10min", "budget.seconds"),
         ("budget.tokens=1.5", "budget.tokens"),
         ("budget.minutes=5", "budget.minutes"),
@@ -201,7 +202,7 @@ def test_energy_that_nothing_counts_is_no_budget(verb: str, capsys: pytest.Captu
     limit = ["budget.kwh=1", "training.device=cpu"]
     assert (main(["run", *SLEEP, *limit]) if verb == "run" else sweep(*limit)) == 2
     shown = capsys.readouterr().err
-    assert "energy can't be read here" in shown
+    assert "energy can't be measured here" in shown
     assert "budget.seconds" in shown
 
 
@@ -225,7 +226,7 @@ def test_a_real_training_that_a_budget_ends_keeps_its_checkpoint_and_is_scored(
     [record] = records()
     assert record.training is not None
     if name == "tokens":
-        told = re.search(r"budget.tokens=400 buys about (\d+) of 2000 steps", capsys.readouterr().err)
+        told = re.search(r"budget.tokens=400 is enough for about (\d+) of 2000 steps", capsys.readouterr().err)
         assert told is not None
         assert int(told[1]) == pytest.approx(record.training.steps, rel=0.5)
     assert record.training.ended_by_budget == name
@@ -252,4 +253,4 @@ def test_a_calibrated_machine_knows_beforehand_what_a_budget_will_buy(
     purse = StudyBudget(budget_of(asked.config), OutputPaths.of("outputs"))
     [told] = affordable_trials_message(asked, Study.open(asked.spec, asked.paths), purse)
     assert (" of 6 trials (" in told) == calibrated
-    assert ("isn't known until the first has ended" in told) != calibrated
+    assert ("is unknown until the first has ended" in told) != calibrated

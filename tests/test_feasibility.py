@@ -278,7 +278,7 @@ def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeyp
     purse = StudyBudget(budget_of(asked.config), OutputPaths.of("outputs"))
     opened = Study.open(asked.spec, asked.paths)
     [unknown] = affordable_trials_message(asked, opened, purse)
-    assert "isn't known until the first has ended" in unknown
+    assert "is unknown until the first has ended" in unknown
     record = made_up.run(mode="fp32")
     assert record.plan is not None
     record = record.replace(
@@ -293,10 +293,10 @@ def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeyp
     write_json(paths.record, record.replace(run_id="earlier"))
     [told] = affordable_trials_message(asked, opened, purse)
     assert " of 2 trials (" in told
-    assert "by the predicted training of the task's rows" in told
+    assert "from training times predicted from the task's row lengths" in told
     write_json(paths.record, record.replace(run_id="earlier", config=to_plain(compose(["quantization=nf4"]))))
     [unknown] = affordable_trials_message(asked, opened, purse)
-    assert "isn't known until the first has ended" in unknown
+    assert "is unknown until the first has ended" in unknown
 
 
 def test_a_run_by_itself_is_held_to_its_budget_and_not_to_the_edge() -> None:

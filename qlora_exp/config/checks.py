@@ -34,7 +34,7 @@ def evaluation_problems(evaluation: EvaluationConfig) -> Iterator[ConfigError]:
     for key in ("batch_size", "max_new_tokens", "max_items", "forgetting_documents", "few_shots", "few_shot_draws"):
         yield from at_least(f"evaluation.{key}", getattr(evaluation, key), 1)
     if evaluation.metrics and not evaluation.generate:
-        what = "further metrics are computed on generated answers, and nothing is generated"
+        what = "these metrics are computed on generated answers, but nothing is generated"
         yield config_error(
             what, "evaluation.metrics", evaluation.metrics, "evaluation.generate=true, or evaluation.metrics=[]"
         )
@@ -47,7 +47,7 @@ def _rest(config: Config) -> Iterator[ConfigError]:
     if not config.tracking.experiment.strip():
         yield config_error("the experiment needs a name", "tracking.experiment", "''", "tracking.experiment=qlora-exp")
     if not config.output_root.strip():
-        yield config_error("there is no output folder", "output_root", "''", "output_root=outputs")
+        yield config_error("no output folder is set", "output_root", "''", "output_root=outputs")
 
 
 def _budget(config: Config) -> Iterator[ConfigError]:
@@ -56,10 +56,10 @@ def _budget(config: Config) -> Iterator[ConfigError]:
     for key in ("seconds", "tokens", "usd", "kwh", "memory_bytes"):
         yield from above_zero(f"budget.{key}", getattr(budget, key))
     if budget.usd is not None and not budget.usd_per_hour:
-        what = "dollars can't be counted without what an hour of this machine costs"
+        what = "a limit in dollars needs the hourly price of this machine"
         yield config_error(what, "budget.usd", budget.usd, "budget.usd_per_hour=2.5")
     if budget.tokens is not None and 0 < budget.tokens < batch:
-        what = f"the budget doesn't buy one step: training.batch_size={batch} rows have a token each at the least"
+        what = f"the budget is too small for one training step: training.batch_size={batch} rows of at least one token"
         yield config_error(what, "budget.tokens", budget.tokens, "more tokens, or a smaller training.batch_size")
 
 

@@ -70,7 +70,7 @@ def quantization_problems(quantization: QuantizationConfig) -> Iterator[ConfigEr
         matching_mode = next(name.value for name, dtype in NATIVE_DTYPES.items() if dtype == choice.value)
         hint = f"quantization.compute_dtype=auto, or quantization={matching_mode}"
         yield config_error(
-            f"{mode.value} weights are computed with in {native}", "quantization.compute_dtype", choice.value, hint
+            f"{mode.value} weights are always computed in {native}", "quantization.compute_dtype", choice.value, hint
         )
     yield from at_least("quantization.int8_threshold", quantization.int8_threshold, 0)
 
@@ -79,7 +79,9 @@ def int8_dora(config: Config) -> ConfigError | None:
     """Return the problem of a configuration that would train DoRA over int8 on a CPU, or ``None``."""
     if not (config.lora.dora and config.quantization.mode is Quantization.int8):
         return None
-    what = "DoRA can't be trained over int8 on a CPU: peft 0.21 loses the weights' scales when it unpacks them there"
+    what = (
+        "DoRA can't be trained over int8 on a CPU: peft 0.21 loses the weights' scales when it dequantizes them there"
+    )
     return config_error(what, "lora.dora", config.lora.dora, "quantization=nf4, or lora.dora=false, or a GPU")
 
 
@@ -92,10 +94,10 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
     yield from _alpha(lora)
     optimizer = config.training.optimizer
     if lora.dtype is ComputeDtype.float16 and optimizer in DIVIDING_IN_ADAPTERS_DTYPE:
-        what = f"{optimizer} can't train float16 adapters: what it divides by, 1e-8 at the least, is 0 in float16"
+        what = f"{optimizer} can't train float16 adapters: it divides by at least 1e-8, which is 0 in float16"
         yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
     if lora.init is AdapterInit.pissa and mode in QUANTIZED:
-        what = f"PiSSA takes its start from the base's own weights, which {mode.value} has rounded away"
+        what = f"PiSSA is initialized from the base's exact weights, which {mode.value} has rounded"
         yield config_error(
             what, "lora.init", lora.init.value, "quantization=bf16 (or fp16, fp32), or lora.init=kaiming"
         )
@@ -105,7 +107,7 @@ def _alpha(lora: LoraConfig) -> Iterator[ConfigError]:
     yield from one_of("lora.alpha_policy", lora.alpha_policy, ALPHA_POLICIES)
     yield from above_zero("lora.alpha", lora.alpha)
     if lora.alpha_policy == "fixed" and lora.alpha is None:
-        what = "lora.alpha_policy=fixed needs to be told which alpha"
+        what = "lora.alpha_policy=fixed needs a value of lora.alpha"
         yield config_error(what, "lora.alpha", None, f"lora.alpha={2 * lora.r}")
     implied = {"2r": 2 * lora.r, "r": lora.r}.get(lora.alpha_policy)
     if implied is not None and lora.alpha is not None and lora.alpha != implied:

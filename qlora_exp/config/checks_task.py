@@ -89,7 +89,7 @@ def task_problems(task: TaskConfig) -> Iterator[ConfigError]:
     yield from within("task.validation_fraction", task.validation_fraction, 0, 1, open_end=True)
     yield from within("task.test_fraction", task.test_fraction, 0, 1, open_end=True)
     if not task.validation_fraction + task.test_fraction < 1:
-        what = "validation and test together leave nothing to train on"
+        what = "validation and test together leave no rows for training"
         total = f"{task.validation_fraction} + {task.test_fraction}"
         yield config_error(what, "task.validation_fraction + task.test_fraction", total, "their sum must be below 1")
     for split in ("train", "validation", "test"):

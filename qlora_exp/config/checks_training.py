@@ -53,13 +53,13 @@ def training_problems(training: TrainingConfig) -> Iterator[ConfigError]:
 def _budget(training: TrainingConfig) -> Iterator[ConfigError]:
     if training.max_steps is None and training.max_tokens is None:
         yield config_error(
-            "the training has no end",
+            "the length of the training is not set",
             "training.max_steps",
             None,
-            "training.max_steps=200, or training.max_tokens=100000 in its place",
+            "training.max_steps=200, or training.max_tokens=100000 instead",
         )
     if training.max_steps is not None and training.max_tokens is not None:
-        what = f"training.max_steps={training.max_steps} says when the training ends, too"
+        what = f"training.max_steps={training.max_steps} is set, too: only one of them may end the training"
         hint = "training.max_steps=null, or training.max_tokens=null"
         yield config_error(what, "training.max_tokens", training.max_tokens, hint)
     yield from at_least("training.max_steps", training.max_steps, 1)
@@ -72,5 +72,5 @@ def _batches(training: TrainingConfig) -> Iterator[ConfigError]:
     micro_batch, batch = training.micro_batch_size, training.batch_size
     if micro_batch is not None and micro_batch >= 1 and batch >= 1 and batch % micro_batch:
         divisors = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
-        what = f"training.batch_size={batch} can't be made of micro-batches of {micro_batch}"
+        what = f"training.batch_size={batch} is not a multiple of training.micro_batch_size={micro_batch}"
         yield config_error(what, "training.micro_batch_size", micro_batch, f"a divisor of {batch}: {divisors}")

@@ -155,7 +155,7 @@ def _not_composed(error: Exception, overrides: Sequence[str] = ()) -> ConfigErro
         # The overrides fit the schema (checked before), so Hydra can only refuse a new entry of a mapping.
         if refused and override_key(text) == refused[1]:
             return ConfigError(
-                f"{refused[1]} isn't there yet", text, f"a + in front adds it: {shlex.quote(f'+{text}')}"
+                f"{refused[1]} doesn't exist yet", text, f"a + in front adds it: {shlex.quote(f'+{text}')}"
             )
     return ConfigError(str(error).splitlines()[0], " ".join(overrides) or "conf/", "qlora-exp validate …")
 

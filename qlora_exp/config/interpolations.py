@@ -54,9 +54,9 @@ def _not_set(name: str, where: str) -> ConfigError:
 
 def _of_hydra(part: str, where: str) -> ConfigError:
     return ConfigError(
-        f"{part} names a setting of Hydra's, which a run doesn't have",
+        f"{part} reads a setting of Hydra, which a run doesn't have",
         where,
-        "write the value, or name one of ours: ${model.family}, ${quantization.mode}, ${lora.r}",
+        "write the value, or read one of our settings: ${model.family}, ${quantization.mode}, ${lora.r}",
     )
 
 

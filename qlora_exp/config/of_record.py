@@ -30,7 +30,7 @@ def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[s
         ConfigError: it no longer composes with this version.
     """
     if not isinstance(record.config.get("model"), Mapping):
-        raise RecordError("the record holds no configuration", record.run_id, "run it again by hand")
+        raise RecordError("the record has no configuration", record.run_id, "start a new run with its overrides")
     changed = {change.lstrip("+~").partition("=")[0] for change in changes}
     chosen = [text for group, text in _chosen_groups(record.config) if group not in changed]
     needed = _needed(record.config, changed)

@@ -53,7 +53,7 @@ def parse(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         first = str(error).splitlines()[0]
-        what = f"{text!r} can't be read as an override: {first}"
+        what = f"{text!r} is not a valid override: {first}"
         raise ConfigError(what, "command line", _in_quotes(text) or "write key=value") from None
 
 

@@ -65,7 +65,7 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
             elif sweeper_problem := problem_of(override.key_or_group, _shown(override), text):
                 problems.append(sweeper_problem)
             elif override.is_sweep_override():
-                what = f"{override.key_or_group} says how runs are launched, and has one value"
+                what = f"{override.key_or_group} configures how runs are launched, and takes one value"
                 problems.append(ConfigError(what, text, "choose one of them"))
             elif override.key_or_group in PLUGIN_GROUPS:
                 problems.extend(_problems_of_plugin(override, text))
@@ -85,15 +85,17 @@ def _shown(override: Override) -> object:
 def _problems_of_one(override: Override, text: str, multirun: bool, folders: Sequence[Path]) -> Iterable[QloraExpError]:
     key = override.key_or_group
     if any(name in key.split(".") for name in UNSAFE):
-        yield ConfigError(f"{key} can't be set", text, "remote code and object construction are off, on purpose")
+        yield ConfigError(f"{key} can't be set", text, "remote code and object construction are disabled on purpose")
         return
     if isinstance(override.value(), Glob) and multirun:
         if not globbed(override):
-            yield ConfigError(f"{text} fits no choice", "command line", f"a glob is for a group: {', '.join(groups())}")
+            yield ConfigError(
+                f"{text} matches no choice", "command line", f"a glob works for a group: {', '.join(groups())}"
+            )
         return
     if override.is_sweep_override() and not multirun:
         yield ConfigError(
-            f"{key} has several values, and this is one run",
+            f"{key} has several values, but this is a single run",
             text,
             f"python -m qlora_exp -m {text} runs them all; in a list use brackets: {key}=[a,b]",
         )

@@ -30,9 +30,7 @@ def search_folders(overrides: Sequence[str]) -> list[Path]:
     listed_folders = [Path(entry).resolve() for entry in entries]
     folders = [SWEEPS.parent]
     for folder in (*listed_folders, Path.cwd()):
-        if (folder / "sweeps").is_dir() and (folder / "sweeps").resolve() not in [
-            known / "sweeps" for known in folders
-        ]:
+        if (folder / "sweeps").is_dir() and (folder / "sweeps").resolve() not in [f / "sweeps" for f in folders]:
             folders.append(folder.resolve())
     owners: dict[str, Path] = {}
     for folder in list(folders):

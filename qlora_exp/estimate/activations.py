@@ -145,11 +145,7 @@ def layers_of(architecture: Architecture) -> tuple[tuple[Layer, tuple[WeightShap
         prefix = LAYER_PLACE.match(tensor.name)
         if prefix and not tensor.buffer:
             norms.setdefault(prefix[0], []).append(tensor)
-    experts = {
-        prefix[0]: experts_of_layer
-        for experts_of_layer in architecture.experts
-        if (prefix := LAYER_PLACE.match(experts_of_layer.name))
-    }
+    experts = {prefix[0]: entry for entry in architecture.experts if (prefix := LAYER_PLACE.match(entry.name))}
     return tuple(
         (_layer(architecture, shapes, norms.get(prefix, []), experts.get(prefix)), tuple(shapes))
         for prefix, shapes in grouped.items()
@@ -177,6 +173,7 @@ def _layer(
     output = next((shape for shape in attention if not feeds(shape.name)), None)
     query = output.in_features if output else hidden
     fused = inputs[0].out_features if len(inputs) == 1 else 0
+    # The width of q, k and v together, minus that of q; k and v are equally wide.
     key_value = max(0, sum(shape.out_features for shape in inputs) - query) // 2
     down = [shape for shape in shapes if _leads_down(shape, hidden)]
     intermediate = sum(shape.in_features for shape in down)
@@ -192,6 +189,7 @@ def _layer(
         key_value=key_value,
         fused=fused,
         intermediate=intermediate,
+        # A gated layer has two projections of the intermediate width: gate and up.
         gated=up >= 2 * intermediate > 0,
         norms=habits.unweighted_norms
         or max(1, sum(tensor.elements == hidden for tensor in norm_weights if tensor not in head_norms)),
@@ -239,15 +237,10 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     of a fused projection's output in memory.
     """
     width, query, key_value = setting.compute_bytes, layer.query, layer.key_value
-    normed_heads = (query + key_value) * FLOAT32 if layer.normed_heads and not layer.fused else 0
+    normed = (query + key_value) * FLOAT32 if layer.normed_heads and not layer.fused else 0
     if setting.eager:
-        float32_copies = 2 * query * (FLOAT32 - width) if layer.habits.qk_in_float32 else 0
-        return (
-            3 * query * width
-            + float32_copies
-            + normed_heads
-            + _score_bytes(layer, setting) * layer.heads * setting.length
-        )
+        upcast = 2 * query * (FLOAT32 - width) if layer.habits.qk_in_float32 else 0
+        return 3 * query * width + upcast + normed + _score_bytes(layer, setting) * layer.heads * setting.length
     if not setting.cuda and (layer.habits.attention_dropout or layer.multi_query):
         scores = 3 if layer.habits.attention_dropout else 1
         return FLOAT32 * (3 * query + scores * layer.heads * setting.length)
@@ -259,7 +252,7 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     else:
         qkv = query + 2 * key_value
     mask = setting.length * width if setting.padded else 0
-    return (qkv + query) * width + normed_heads + mask + FLOAT32 * layer.heads
+    return (qkv + query) * width + normed + mask + FLOAT32 * layer.heads
 
 
 def _score_bytes(layer: Layer, setting: _Setting) -> int:

@@ -10,7 +10,7 @@ from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.duration import Interval
 from qlora_exp.estimate.flops import Workload
 
-UNTIL = " until qlora-exp calibrate has measured this machine, or a run of this base in this mode has ended here"
+UNTIL = " until qlora-exp calibrate has measured this machine, or a run with this base and quantization has ended on it"
 """Calibration and run must have used the same number of threads."""
 LIMIT_UNITS = {"seconds": "s", "tokens": "tokens", "usd": "usd", "kwh": "kWh"}
 
@@ -66,8 +66,8 @@ def check_buys_a_step(limits: Mapping[str, float], usd_per_hour: float | None, p
     for name, limit in limits.items():
         step = _of_a_step(name, usd_per_hour, pace.extent, pace.least_seconds, pace.shortest_row_tokens)
         if step is not None and step > limit:
-            what = f"the budget doesn't buy one step, which takes {step:.3g} {LIMIT_UNITS[name]} at the least"
-            hint = f"budget.{name}={step * steps:.3g} or so, for {steps} step{'s' if steps != 1 else ''}"
+            what = f"the budget is too small for one training step, which needs at least {step:.3g} {LIMIT_UNITS[name]}"
+            hint = f"about budget.{name}={step * steps:.3g} for {steps} step{'s' if steps != 1 else ''}"
             raise BudgetTooSmall(what, f"budget.{name} = {limit:.12g}", hint, step / limit)
 
 
@@ -79,15 +79,15 @@ def affordable_steps(limits: Mapping[str, float], usd_per_hour: float | None, pa
         minimum, about, maximum = (_steps(limit, name, usd_per_hour, pace, seconds) for seconds in (slow, middle, fast))
         message = f"budget.{name}={limit:.12g}"
         if minimum is None or about is None or maximum is None:
-            message = f"{message}: what a step takes of it isn't known{'' if name == 'kwh' else UNTIL}"
+            message = f"{message}: the cost of a step is unknown{'' if name == 'kwh' else UNTIL}"
             yield Affordable(name, limit, "steps", None, None, None, extent.steps, message)
             continue
-        message = f"{message} buys about {about} of {extent.steps} steps"
+        message = f"{message} is enough for about {about} of {extent.steps} steps"
         if name == "tokens" or pace.seconds is None:
-            message = f"{message}, by the mean row"
+            message = f"{message}, from the mean row length"
         else:
-            without_overhead = "" if pace.before_seconds is not None else ", less what passes before training"
-            message = f"{message} ({minimum} to {maximum}, by {pace.seconds.basis}){without_overhead}"
+            without_overhead = "" if pace.before_seconds is not None else ", not counting the time before training"
+            message = f"{message} ({minimum}–{maximum}, from {pace.seconds.basis}){without_overhead}"
         yield Affordable(name, limit, "steps", about, minimum, maximum, extent.steps, message)
 
 

@@ -34,12 +34,12 @@ def affordable_trials_at(
     ``cost``, known from ``basis``."""
     message = f"budget.{name}={limit:.12g}"
     if cost is None:
-        message = f"{message}: what a trial takes isn't known until the first has ended"
+        message = f"{message}: the cost of a trial is unknown until the first has ended"
         return Affordable(name, limit, "trials", None, None, None, to_come, message)
     low, middle, high = (int(max(left, 0.0) / max(bound, 1e-12)) for bound in cost)
     about, minimum, maximum = (bound if to_come is None else min(bound, to_come) for bound in (middle, high, low))
     among = f"of {to_come} trials" if to_come is not None else "trials"
-    message = f"{message} buys about {about} {among} ({minimum} to {maximum}, by {basis})"
+    message = f"{message} is enough for about {about} {among} ({minimum}–{maximum}, from {basis})"
     return Affordable(name, limit, "trials", about, minimum, maximum, to_come, message)
 
 
@@ -49,15 +49,15 @@ def planned_cost(runs: Sequence[PlannedRun], name: str) -> tuple[Cost | None, st
     The cost is the mean over ``runs`` (the points of a search; of an interval, its ends), with the smallest and the
     largest; ``None`` if the cost of any of them is unknown.
     """
-    rows = "the task's rows" if by_rows(runs) else "rows as long as training.max_length"
+    rows = "the task's row lengths" if by_rows(runs) else "rows of training.max_length tokens"
     if name == "tokens":
         return _mean([_tokens(run) for run in runs]), rows
     known_count = sum(run.other_seconds is not None for run in runs)
-    phrases = ("", ", and loading and scoring where they are known", ", loading and scoring")
+    phrases = ("", ", plus loading and scoring where known", ", plus loading and scoring")
     with_other_seconds = phrases[0 if not known_count else 1 + (known_count == len(runs))]
     costs = {"seconds": _seconds, "usd": _usd}
     cost = _mean([costs[name](run) for run in runs]) if name in costs else None
-    return cost, f"the predicted training of {rows}{with_other_seconds}"
+    return cost, f"training times predicted from {rows}{with_other_seconds}"
 
 
 def by_rows(runs: Sequence[PlannedRun]) -> bool:

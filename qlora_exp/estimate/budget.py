@@ -55,9 +55,9 @@ def check_energy(budget: BudgetConfig, device: DeviceChoice) -> None:
     """
     if budget.kwh is not None and (device is DeviceChoice.cpu or not energy_counter_is_there()):
         raise ConfigError(
-            "energy can't be read here: it takes an NVIDIA card (Volta or later) and nvidia-ml-py",
+            "energy can't be measured here: this needs an NVIDIA GPU (Volta or later) and nvidia-ml-py",
             f"budget.kwh = {budget.kwh:g}",
-            "budget.kwh=null; budget.seconds=… or budget.usd=… are known everywhere",
+            "budget.kwh=null; budget.seconds=… or budget.usd=… work everywhere",
         )
 
 
@@ -89,7 +89,9 @@ def exhausted(budget: BudgetConfig, spent: Spent) -> str | None:
 
 def budget_stop_message(name: str, steps: int, of_steps: int) -> str:
     """Return the record's message for a training that its budget ended."""
-    return f"budget.{name} was spent after {steps} of {of_steps} steps: the training ended there, and was scored"
+    return (
+        f"budget.{name} was spent after {steps} of {of_steps} steps: training stopped there, and the model was scored"
+    )
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,8 @@ def rates_file() -> Path:
 
 def known_rate(environment: Environment, quantization: Quantization) -> Rate | None:
     """Return the rate kept for this machine, device and number of threads; ``None`` before ``qlora-exp calibrate``."""
-    flops_per_second = kept_flops_per_second(environment, quantization)
-    return (
-        rate_from_calibration(flops_per_second, machine_of(environment), quantization.value)
-        if flops_per_second
-        else None
-    )
+    flops = kept_flops_per_second(environment, quantization)
+    return rate_from_calibration(flops, machine_of(environment), quantization.value) if flops else None
 
 
 def kept_flops_per_second(environment: Environment, quantization: Quantization) -> float | None:

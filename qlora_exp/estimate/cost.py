@@ -95,13 +95,8 @@ class CostEstimator:
         key = (device.name, threads, steps, repr(sections))
         if key not in self._known:
             if device.kind == "cpu":
-                environment = replace(
-                    probe_without_torch(), torch_threads=threads
-                )  # the environment of a run with so many threads
-                throughput, calibrated = (
-                    self._of(config, environment, steps),
-                    known_rate(environment, config.quantization.mode),
-                )
+                env = replace(probe_without_torch(), torch_threads=threads)  # as in a run with so many threads
+                throughput, calibrated = self._of(config, env, steps), known_rate(env, config.quantization.mode)
             else:
                 throughput = self._of(config, self._where(device.card), steps)
                 calibrated = known_card_rate(device.card, config.quantization.mode)

@@ -69,7 +69,7 @@ def device_called(name: str) -> PlanDevice:
     if name == "cuda":
         return CUDA
     if name not in CARDS:
-        what = f"no card called {name!r} is known"
+        what = f"there is no card {name!r}"
         raise ConfigError(what, f"plan.device={name}", nearest(name, ("cpu", "cuda", *CARDS)))
     memory_mib, bf16, card = CARDS[name]
     return PlanDevice(name, "cuda", bf16, memory_mib * BYTES_PER_MIB, card)
@@ -92,14 +92,14 @@ def notes_on(config: Config, device: PlanDevice, architecture: Architecture) -> 
     if quantization.mode in QUANTIZED and architecture.experts:
         names = tuple(experts.name for experts in architecture.experts)
         elements = sum(tensor.elements for tensor in architecture.others if tensor.name.startswith(names))
-        share = f"{elements / architecture.total_parameters:.0%} of the parameters are experts'"
-        yield f"{share}, which bitsandbytes doesn't quantize: they are three-dimensional parameters, no linear layers"
+        share = f"{elements / architecture.total_parameters:.0%} of the parameters belong to experts"
+        yield f"{share}, and bitsandbytes doesn't quantize those: they are 3-dimensional parameters, not linear layers"
     names_left = left_out(architecture)
     if names_left and targets.modules is None and targets.set == "all_linear":
-        yield f"{', '.join(names_left)} get no adapters: PEFT takes them for the names of experts' layers"
+        yield f"{', '.join(names_left)} get no adapters: PEFT regards these names as experts' layers"
     dtype = compute_dtype(quantization, device.kind, device.bf16)
     if device.kind == "cuda" and not device.bf16 and dtype == "bfloat16":
-        yield f"{device.name} has no bfloat16: it is emulated there, and slow; quantization=fp16 isn't"
+        yield f"{device.name} has no bfloat16: torch emulates it, which is slow; quantization=fp16 is faster"
 
 
 def size_bytes(text: str) -> int:
@@ -116,9 +116,9 @@ def size_bytes(text: str) -> int:
         raise ConfigError(what, f"--fit {text}", f"e.g. --fit 24GB; {nearest(text, CARDS)}")
     number, unit = match.groups()
     if float(number) == 0:
-        raise ConfigError("nothing fits into no memory", f"--fit {text}", "e.g. --fit 24GB")
+        raise ConfigError("the memory size must be above 0", f"--fit {text}", "e.g. --fit 24GB")
     factor = DEVICE_UNITS.get(unit) or {name.upper(): value for name, value in DEVICE_UNITS.items()}.get(unit.upper())
     if factor is None:
-        what = f"{unit!r} is no unit of memory" if unit else "the size has no unit"
+        what = f"{unit!r} is not a unit of memory" if unit else "the size has no unit"
         raise ConfigError(what, f"--fit {text}", f"e.g. --fit {number}GB; units: {', '.join(DEVICE_UNITS)}")
     return round(float(number) * factor)

@@ -75,7 +75,7 @@ def predicted_usd(seconds: Interval | None, usd_per_hour: float | None) -> Inter
 def rate_from_calibration(flops_per_second: float, machine: str, quantization: str) -> Rate:
     """Return the expected training rate from the rate of plain matrix products, before any run has finished here."""
     low, middle, high = (share * flops_per_second for share in CALIBRATED_SHARE)
-    basis = "a calibration of this machine: matrix products, and the share of their rate that trainings reach"
+    basis = "a calibration of this machine: the rate of matrix products, times the share that trainings reach"
     return Rate(Interval(low, middle, high, basis), machine, quantization)
 
 

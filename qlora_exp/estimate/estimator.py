@@ -261,7 +261,7 @@ class Planner:
             budget=(),
             fits=False,
             near_the_edge=False,
-            reason=f"can't be run: {'; '.join(part.what for part in parts)}",
+            reason=f"can't run: {'; '.join(part.what for part in parts)}",
             notes=(),
         )
 

@@ -9,8 +9,8 @@ from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES, ERROR
 from qlora_exp.formatting import bytes_text
 
 BORDERLINE_NOTES = {
-    "cpu": f"predictions have been off by up to {100 * ERROR['cpu']:.0f} %",
-    "cuda": f"by how much predictions are off on a GPU nobody has measured yet: {100 * ERROR['cuda']:.0f} % is a guess",
+    "cpu": f"predictions were off by up to {100 * ERROR['cpu']:.0f} %",
+    "cuda": f"the error of predictions on a GPU hasn't been measured yet: {100 * ERROR['cuda']:.0f} % is a guess",
 }
 """Device → what is known about the error of a predicted peak."""
 
@@ -57,7 +57,7 @@ def verdict_of(
     if process:
         needs = f"needs {bytes_text(process + peak_bytes)} ({bytes_text(process)} after imports)"
     elif on_cpu:
-        needs = f"{needs} beyond what it has after imports,"
+        needs = f"{needs} beyond the process after imports,"
     message, available = f"{needs} of {bytes_text(bound.bound_bytes)}", bound.bound_bytes - process
     if base_bytes > available:
         return FitResult(
@@ -65,5 +65,5 @@ def verdict_of(
         )
     factor = 1.0 + ERROR[device_kind]
     if exact_bytes <= available and available / factor < peak_bytes <= available * factor:
-        return FitResult(peak_bytes <= available, True, f"near the edge: {message}; {BORDERLINE_NOTES[device_kind]}")
+        return FitResult(peak_bytes <= available, True, f"borderline: {message}; {BORDERLINE_NOTES[device_kind]}")
     return FitResult(peak_bytes <= available, False, message)

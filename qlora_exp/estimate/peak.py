@@ -134,6 +134,7 @@ def predicted_peak(
     with_gradients = resting + adapters.gradient_bytes
     outer = shape.tokens * (activations.outside + (activations.inputs if shape.checkpointing else activations.layers))
     recomputed = shape.tokens * activations.layer * 2 if shape.checkpointing else 0.0
+    # Before the first backward pass of a step the gradients of the last step are freed.
     at_head = _Moment(with_gradients if shape.accumulates else resting, outer, logits, 0, 0)
     in_layer = _Moment(with_gradients, outer + recomputed, 0, dequantized, 0)
     in_optimizer = _Moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters), 0, 0, 0)

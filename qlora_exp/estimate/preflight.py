@@ -57,13 +57,13 @@ def memory_fit(config: Config, prepared: Prepared, environment: Environment, rul
         return fit
     where = f"budget.memory_bytes = {limit}" if from_budget else _whose(device, limit, rule.hosts)
     raise PredictedOutOfMemory(
-        what, where, f"{hint}; --force starts it", SkippedTrial(fit, need.train_seconds, need.train_flops)
+        what, where, f"{hint}; --force starts it anyway", SkippedTrial(fit, need.train_seconds, need.train_flops)
     )
 
 
 def _whose(device: Device, bound: int, hosts: int) -> str:
     """Return a phrase that names the memory that limits the run."""
-    shared = f", shared by {hosts} trials at a time" if hosts > 1 else ""
+    shared = f", shared by {hosts} concurrent trials" if hosts > 1 else ""
     if device.kind == "cpu":
         total = bytes_text(device.memory_bytes or 0)
         limit = f"this machine's memory or its control group's limit is {total}"
@@ -96,23 +96,23 @@ def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit
         what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(minimum)} by itself"
         return what, f"a smaller model, or {at_least(fit.corrected_bytes)}"
 
-    def peak(other: Config) -> Peak:
-        return peak_of(other, environment, prepared.architecture, prepared.modules, prepared.splits)
+    def peak(variant: Config) -> Peak:
+        return peak_of(variant, environment, prepared.architecture, prepared.modules, prepared.splits)
 
-    corrected = f", corrected by {fit.kin} measured runs of similar settings" if fit.kin else ""
+    corrected = f", corrected by the measured peaks of {fit.kin} similar runs" if fit.kin else ""
     what = (
         f"the run is predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.bound_bytes)}{corrected}"
         f": {_parts(peak(config))}"
     )
     scale = (fit.corrected_bytes - fit.context_bytes) / fit.peak_bytes
 
-    def needed(other: Config) -> float:
-        predicted = peak(other)
+    def needed(variant: Config) -> float:
+        predicted = peak(variant)
         return scale * predicted.peak_bytes + predicted.context_bytes
 
-    changes = list(_smaller(config, prepared, lambda other: needed(other) <= fit.bound_bytes))
+    changes = list(_smaller(config, prepared, lambda variant: needed(variant) <= fit.bound_bytes))
     if changes:
-        return what, "; or ".join(f"{text} ({bytes_text(needed(other))})" for text, other in changes)
+        return what, "; or ".join(f"{text} ({bytes_text(needed(variant))})" for text, variant in changes)
     text, smallest = _smallest(config)
     if needed(smallest) <= fit.bound_bytes:
         return what, f"{text} ({bytes_text(needed(smallest))})"
@@ -125,8 +125,8 @@ def _parts(peak: Peak) -> str:
         "base, adapters and optimizer": peak.exact_bytes,
         "activations": peak.activation_bytes,
         "logits": peak.logits_bytes,
-        "unpacked weights": peak.dequantization_bytes,
-        "gaps in the heap and code": peak.slack_bytes,
+        "dequantized weights": peak.dequantization_bytes,
+        "heap fragmentation and code": peak.slack_bytes,
         "context": peak.context_bytes,
     }
     return ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
@@ -135,7 +135,7 @@ def _parts(peak: Peak) -> str:
 def _smaller(config: Config, prepared: Prepared, fits: Callable[[Config], bool]) -> Iterator[tuple[str, Config]]:
     """Yield, for each setting, the nearest smaller value that makes the run fit by itself."""
     for values in _settings(config, prepared):
-        candidate = next(((text, other) for text, other in values if not check(other) and fits(other)), None)
+        candidate = next(((text, variant) for text, variant in values if not check(variant) and fits(variant)), None)
         if candidate is not None:
             yield candidate
 
@@ -150,6 +150,7 @@ def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str
     def with_training(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
         return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))
 
+    # Micro-batches that divide the batch: all of them for a small batch, else only by halving.
     row_counts = range(rows - 1, 0, -1) if rows <= 64 else _halvings(rows, training.batch_size)
     yield (with_training("micro_batch_size", n, n) for n in row_counts if training.batch_size % n == 0)
     yield (with_training("max_length", n, n) for n in _halves(length, SHORTEST))

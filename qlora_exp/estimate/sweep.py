@@ -64,29 +64,31 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     raw = compose_raw(fixed)
     settings = _settings(raw)
     axis_texts = {**settings.params, **swept}
+    # A plain value on the command line fixes an axis of the sweep's file.
     axis_texts |= {
         override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in settings.params
     }
     searched = [text for text in fixed if override_key(text) in axis_texts]
     fixed = [text for text in fixed if text not in searched]
     fixed_axes = tuple(text for text in searched if text.partition("=")[2] != settings.params[override_key(text)])
+    # The axes of the sweep's file are checked like overrides of the command line.
     raise_all(problems_of([f"{key}={text}" for key, text in settings.params.items()], multirun=True))
     axes = parse_axes(axis_texts, settings.conditions, lambda group: groups()[group], tuple(swept))
     ladder = settings.sampler is Sampler.ladder
-    all_listed = is_grid(axes) and not ladder and settings.sampler in (Sampler.auto, Sampler.grid)
+    is_listed = is_grid(axes) and not ladder and settings.sampler in (Sampler.auto, Sampler.grid)
     corners = tuple(_interval_ends(axis) for axis in axes)
-    if ladder:
+    if ladder:  # its ranks are an axis, too
         corners = (*corners, *parse_axes({"lora.r": ",".join(map(str, _ranks(settings)))}, {}))
     _refuse_too_many(corners)
     combinations = grid(corners)
     trials = settings.n_trials or (
-        _most_trials(settings, fixed, axes) if ladder else len(combinations) if all_listed else None
+        _most_trials(settings, fixed, axes) if ladder else len(combinations) if is_listed else None
     )
     interpolates = has_interpolation([axis.values for axis in axes]) or _has_interpolation(raw)
     factory = ConfigFactory(fixed, None if searched else raw, interpolates)
     candidates = (factory.point(params) for params in combinations)
     return SearchSpace(
-        tuple(map(_scored_on_test, candidates) if ladder else candidates), trials, not all_listed, fixed_axes
+        tuple(map(_scored_on_test, candidates) if ladder else candidates), trials, not is_listed, fixed_axes
     )
 
 
@@ -125,15 +127,16 @@ class ConfigFactory:
         self._bases[tuple(unchanged)] = base
 
     def _config(self, params: Mapping[str, Any]) -> Config:
+        """Return the configuration at ``params``: a copy of the base with the same group choices, with the values
+        set."""
         if self._composer is not None:
             return built(self._composer.raw([*self._fixed, *point_overrides(params)]))
         chosen = {key: str(value) for key, value in params.items() if key in self._groups}
         base = self._base(chosen)
         values = {key: self._value(key, value) for key, value in params.items() if key not in self._groups}
         config = copy.copy(base)
-        copied: set[str] = (
-            set()
-        )  # the sections copied so far, on the way to a value; all others are shared with the base
+        # Sections on the way to a value are copied, once; all others are shared with the base.
+        copied: set[str] = set()
         for key, value in values.items():
             path = key.split(".")[:-1]
             for depth in range(len(path)):
@@ -151,6 +154,7 @@ class ConfigFactory:
         return self._values[cache_key]
 
     def _base(self, chosen: Mapping[str, str]) -> Config:
+        """Return the configuration with these group choices and no axis values, from the cache if possible."""
         key = tuple(chosen.items())
         if key not in self._bases:
             try:
@@ -230,6 +234,7 @@ def _at(config: Any, path: Sequence[str]) -> Any:
 
 
 def _interval_ends(axis: Axis) -> Axis:
+    """Return an axis with the two ends of an interval as its values; an axis with values as it is."""
     if axis.values:
         return axis
     ends = (axis.low, axis.high)
@@ -237,8 +242,8 @@ def _interval_ends(axis: Axis) -> Axis:
 
 
 def _scored_on_test(point: Candidate) -> Candidate:
-    """Return ``point`` as a ladder scores its trials: on both splits. Pilots are scored on one, so they cost less than
-    this."""
+    """Return ``point`` as a ladder scores its trials: on both splits. Pilot runs are scored on one, so this
+    overestimates them."""
     if point.config is None:
         return point
     evaluation = replace(point.config.evaluation, split=EvaluationSplit.test)

@@ -24,18 +24,18 @@ MEMORY_PARTS = {
     "adapter_bytes": ("A", "adapters"),
     "gradient_bytes": ("G", "gradients"),
     "optimizer_bytes": ("O", "optimizer"),
-    "activation_bytes": ("+", "activations and all else at the peak"),
+    "activation_bytes": ("+", "activations and everything else at the peak"),
 }
 """Part of :class:`PlannedMemory` → (its letter in the bar, its name)."""
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in MEMORY_PARTS.values())
 BEYOND_IMPORTS = (
-    "on a CPU a peak is what training takes beside the process as it is after imports, of about "
-    f"{bytes_text(CPU_PROCESS_BYTES)}: these are counted, too, against a machine's memory and --fit SIZE, not against "
+    "a peak on a CPU doesn't include what the process holds after its imports, about "
+    f"{bytes_text(CPU_PROCESS_BYTES)}; this counts against the machine's memory and --fit SIZE, but not against "
     "budget.memory_bytes"
 )
-LONGEST = "with every row as long as training.max_length; a run is predicted again from the rows there are"
+LONGEST = "for rows as long as training.max_length; a run predicts both again from its own rows"
 DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
-UNSEEN = "loading and scoring not counted: unknown until runs like these have ended in the same output_root"
+UNSEEN = "without loading and scoring: unknown until similar runs have ended in the same output_root"
 BAR_CHARACTERS = 24
 REASONS_SHOWN = 8
 ROWS_SHOWN = 40
@@ -67,7 +67,7 @@ def plan_table(runs: Sequence[PlannedRun]) -> Table:
         figures = (run.trainable_parameters, run.memory, run.disk, fit, run.seconds, run.other_seconds, run.usd)
         groups.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
     for first, *others in list(groups.values())[:ROWS_SHOWN]:
-        table.add_row(*_row(first, scale, f" (and {len(others):,} alike)" if others else "", scored))
+        table.add_row(*_row(first, scale, f" (and {len(others):,} with the same figures)" if others else "", scored))
     if len(groups) > ROWS_SHOWN:
         table.add_row(f"… and {len(groups) - ROWS_SHOWN:,} more rows: --json or --html FILE has them all")
     return table
@@ -78,10 +78,10 @@ def plan_summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) 
     count = f"{len(runs):,} configuration{'s' if len(runs) != 1 else ''}"
     if sampled:
         count = f"{'an unknown number of' if trials is None else f'{trials:,}'} trials among {count}"
-    words_by_fit = {True: "fit", False: "don't fit or can't be run", None: "unknown"}
+    words_by_fit = {True: "fit", False: "don't fit or can't run", None: "unknown"}
     counts = [f"{sum(run.fits is fits for run in runs):,} {words}" for fits, words in words_by_fit.items()]
     borderline = sum(run.near_the_edge for run in runs)
-    edge = f"; {borderline:,} near the edge" if borderline else ""
+    edge = f"; {borderline:,} borderline" if borderline else ""
     return f"{count}: {', '.join(text for text in counts if not text.startswith('0 '))}{edge}"
 
 
@@ -98,7 +98,7 @@ def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None
         return None
     seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted], searched)
     if seconds is None:
-        return "training: seconds unknown; qlora-exp calibrate, on the machine that is to train, measures its rate"
+        return "training: time unknown; run qlora-exp calibrate on the training machine to measure its rate"
     message = f"training: {_duration(seconds[0], seconds[1:])}"
     scored = [run for run in counted if run.other_seconds is not None]
     other_seconds = _total(
@@ -110,11 +110,11 @@ def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None
     price = "usd unknown: no price in conf/prices.yaml; budget.usd_per_hour=PRICE"
     message = f"{message}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
     if searched is not None:
-        message = f"{message}, for {searched:,} trials of a search between them"
+        message = f"{message}, for {searched:,} trials of a search between these"
     if other_seconds is not None:
         return message
     if scored and usd is not None:
-        message = f"{message}; usd has loading and scoring for {len(scored):,} of {len(counted):,} configurations"
+        message = f"{message}; usd includes loading and scoring for {len(scored):,} of {len(counted):,} configurations"
     return f"{message}; {UNSEEN}"
 
 
@@ -137,25 +137,23 @@ def row_notes(runs: Sequence[PlannedRun]) -> list[str]:
         if run.memory is not None:
             first_by_rows.setdefault(run.rows, run)
     names = {rows: f", {candidate_name(run)}" if len(first_by_rows) > 1 else "" for rows, run in first_by_rows.items()}
-    sentences = [f"peak and time{name}: {_rows(rows)}" for rows, name in names.items()]
+    lines = [f"peak and time{name}: {_rows(rows)}" for rows, name in names.items()]
     return (
-        sentences
-        if len(sentences) <= REASONS_SHOWN
-        else [*sentences[:REASONS_SHOWN], f"… and {len(sentences) - REASONS_SHOWN:,} more"]
+        lines if len(lines) <= REASONS_SHOWN else [*lines[:REASONS_SHOWN], f"… and {len(lines) - REASONS_SHOWN:,} more"]
     )
 
 
 def notes(runs: Sequence[PlannedRun]) -> list[str]:
     """Return what a reader needs to know about the figures, each sentence once."""
     kinds = {"cpu" if run.device == "cpu" else "cuda" for run in runs if run.near_the_edge}
-    sentences = [f"yes?, no?: near the edge; {BORDERLINE_NOTES[kind]}" for kind in sorted(kinds)]
+    lines = [f"yes?, no?: borderline; {BORDERLINE_NOTES[kind]}" for kind in sorted(kinds)]
     if any(run.device == "cpu" and run.memory is not None for run in runs):
-        sentences.append(BEYOND_IMPORTS)
+        lines.append(BEYOND_IMPORTS)
     first_by_note: dict[str, PlannedRun] = {}
     for run in runs:
         for note in run.notes:
             first_by_note.setdefault(note, run)
-    return [*sentences, *(f"{candidate_name(run)}: {note}" for note, run in first_by_note.items())]
+    return [*lines, *(f"{candidate_name(run)}: {note}" for note, run in first_by_note.items())]
 
 
 def _rows(rows: PlannedRows | None) -> str:
@@ -163,7 +161,7 @@ def _rows(rows: PlannedRows | None) -> str:
         return LONGEST
     counted = f", {rows.counted:,} of them counted" if rows.counted < rows.rows else ""
     mean, longest = rows.mean_tokens, rows.lengths.longest_tokens
-    return f"by the task's {rows.rows:,} rows{counted}: {mean:.1f} tokens in the mean, {longest} in the longest"
+    return f"from the task's {rows.rows:,} rows{counted}: mean {mean:.1f} tokens, longest {longest}"
 
 
 def reasons(runs: Sequence[PlannedRun]) -> list[str]:
@@ -172,13 +170,11 @@ def reasons(runs: Sequence[PlannedRun]) -> list[str]:
     for run in runs:
         if run.fits is not True:
             first_by_reason.setdefault(run.reason if run.fits is False else run.reason.rpartition("; ")[2], run)
-    sentences = [
+    lines = [
         f"{candidate_name(run)}: {reason}" if run.fits is False else reason for reason, run in first_by_reason.items()
     ]
     return (
-        sentences
-        if len(sentences) <= REASONS_SHOWN
-        else [*sentences[:REASONS_SHOWN], f"… and {len(sentences) - REASONS_SHOWN:,} more"]
+        lines if len(lines) <= REASONS_SHOWN else [*lines[:REASONS_SHOWN], f"… and {len(lines) - REASONS_SHOWN:,} more"]
     )
 
 

@@ -70,7 +70,7 @@ def _rate(records: Iterable[RunRecord], machine: str, quantization: str, steps: 
     rates = [rate for record in records if (rate := achieved_flops_per_second(record, steps)) is not None]
     if not rates:
         return None
-    basis = f"{len(rates)} training{'s' if len(rates) > 1 else ''} of this base here"
+    basis = f"{len(rates)} training{'s' if len(rates) > 1 else ''} of this base on this machine"
     return Rate(prediction_interval(rates, statistics.harmonic_mean(rates), basis), machine, quantization)
 
 
@@ -91,7 +91,7 @@ def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> t
     if not parts:
         return None, None
     seconds = [before + after for before, after in parts]
-    basis = f"{len(seconds)} run{'s' if len(seconds) > 1 else ''} like it here"
+    basis = f"{len(seconds)} similar run{'s' if len(seconds) > 1 else ''} on this machine"
     interval = prediction_interval(seconds, statistics.fmean(seconds), basis)
     return interval, statistics.fmean(before for before, _ in parts)
 
@@ -131,11 +131,11 @@ def _log_half_width(values: Sequence[float]) -> tuple[float, str]:
     description."""
     count = len(values)
     if count == 1:
-        return math.log(2.0), "a factor of 2 either way, which is a guess"
+        return math.log(2.0), "a factor of 2 either way (a guess)"
     half_width = t_95(count - 1) * statistics.stdev(map(math.log, values)) * math.sqrt(1 + 1 / count)
     if half_width > MAX_LOG_HALF_WIDTH:
-        return MAX_LOG_HALF_WIDTH, "a factor of 4 either way, to which the 90 % interval for one more is cut"
-    return half_width, "90 % interval for one more"
+        return MAX_LOG_HALF_WIDTH, "a factor of 4 either way (the 90 % prediction interval is wider)"
+    return half_width, "90 % prediction interval"
 
 
 def t_95(degrees: int) -> float:

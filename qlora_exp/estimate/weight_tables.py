@@ -72,7 +72,7 @@ def sizes_of(config: Config, device: PlanDevice) -> Sizes:
 
 def sizes_table(sizes: Sizes) -> Table:
     """Return a table with one row per mode."""
-    table = simple_table("quantization", "bits", "unquantized rest", "weights", "quantization state", "together")
+    table = simple_table("quantization", "bits", "unquantized dtype", "weights", "quantization state", "total")
     for size in sizes.modes:
         parts = (size.base_weight_bytes, size.quantization_state_bytes, size.total_bytes)
         rest = size.remainder_dtype if size.bits < 16 else ""

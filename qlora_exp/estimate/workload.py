@@ -47,6 +47,7 @@ class RowLengths:
     def expected_padded_length(self, rows: int) -> float:
         """Return the expected length of the longest of ``rows`` rows: a batch of them is padded to it."""
         doublings = min(math.log2(rows), len(self.longest_of_tokens) - 1)
+        # Interpolate linearly in the logarithm of the number of rows.
         lower = int(doublings)
         lower_length, upper_length = (
             self.longest_of_tokens[lower],

@@ -182,7 +182,7 @@ def test_what_experts_change_is_told_where_it_matters(tmp_path: Path, capsys: py
 
     model = ("model=local", f"model.path={file}")
     [run] = planned(capsys, *model, "targets=all_linear", "quantization=nf4")
-    assert "experts', which bitsandbytes doesn't quantize" in run["notes"][0]
+    assert "belong to experts, and bitsandbytes doesn't quantize" in run["notes"][0]
     assert run["notes"][1].startswith("down_proj, gate_proj, up_proj get no adapters")
     [run] = planned(capsys, *model, "targets=attention", "quantization=fp32")
     assert run["notes"] == []
@@ -197,8 +197,8 @@ def test_what_experts_change_is_told_where_it_matters(tmp_path: Path, capsys: py
         (("--fit", "24"), "no unit"),
         (("--fit", "much"), "a number above 0 with a unit"),
         (("--fit", "rtx4091"), "rtx4090"),
-        (("--fit", "0GB"), "nothing fits"),
-        (("--fit", "0"), "nothing fits"),
+        (("--fit", "0GB"), "must be above 0"),
+        (("--fit", "0"), "must be above 0"),
         (("--device", "cpu", "plan.device=cuda"), "not for both cpu and cuda"),
         (("budget.memory_bytes=1000",), "no quantization of this base fits"),
         (("demo", "budget.memory_bytes=1000"), "no quantization of this base fits"),
@@ -304,7 +304,7 @@ def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     alone = costs([one, one])
     assert alone is not None
     told, unseen = alone.split("; ")
-    assert searched == f"{told}, for 2 trials of a search between them; {unseen}"
+    assert searched == f"{told}, for 2 trials of a search between these; {unseen}"
     told = costs([replace(one, seconds=5400.0, seconds_interval=(3600.0, 9000.0), usd=12.0, usd_interval=(8.0, 20.0))])
     assert told is not None
     assert told.startswith("training: 1.5 h (1–2.5), 12 usd (8–20)")
@@ -346,7 +346,7 @@ def test_finished_runs_here_tell_the_seconds_before_a_calibration_does(
     [found] = planned(capsys, *asked, "evaluation=quick")
     assert found["other_seconds"] is None
     assert main(["plan", *asked, "evaluation=quick"]) == 0
-    assert "loading and scoring not counted" in capsys.readouterr().out
+    assert "without loading and scoring" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", [["--fit", "24GB"], ["--html", "page.html"]])

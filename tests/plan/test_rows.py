@@ -133,7 +133,7 @@ def test_rows_that_are_not_here_are_unknown(
     Path("broken.jsonl").write_text('{"prompt": "only half', encoding="utf-8")
     assert RowCounter().of(compose(overrides)) is None
     assert main(["plan", *overrides]) == 0
-    assert "with every row as long as training.max_length" in capsys.readouterr().out
+    assert "for rows as long as training.max_length" in capsys.readouterr().out
 
 
 def test_the_plan_and_the_run_predict_the_same(
@@ -163,7 +163,9 @@ def test_the_plan_and_the_run_predict_the_same(
     assert planned["other_seconds"] == pytest.approx(of_run["predicted_other_seconds"])
     speed = record["speed"]
     assert planned["other_seconds"] == pytest.approx(speed["total_seconds"] - speed["train_seconds"])
-    assert "budget.seconds=600 buys about 2 of 2 steps (2 to 2, by 1 training of this base" in told.stderr.decode()
+    assert (
+        "budget.seconds=600 is enough for about 2 of 2 steps (2–2, from 1 training of this base" in told.stderr.decode()
+    )
 
 
 def test_counting_rows_needs_no_torch() -> None:

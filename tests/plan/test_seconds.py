@@ -140,7 +140,7 @@ def test_trainings_of_the_same_base_tell_the_rate() -> None:
     one = seen(finished(7.0), finished(100.0, family="large")).rate
     assert one is not None
     assert (one.flops_per_second.low, one.flops_per_second.high) == pytest.approx((35.0, 140.0))
-    assert "which is a guess" in one.flops_per_second.basis
+    assert "(a guess)" in one.flops_per_second.basis
     several = seen(*(finished(rate) for rate in (9.0, 10.0, 10.0, 11.0))).rate
     assert several is not None
     speed = several.flops_per_second
@@ -149,7 +149,7 @@ def test_trainings_of_the_same_base_tell_the_rate() -> None:
     logs = [math.log(rate) for rate in (90.0, 100.0, 100.0, 110.0)]
     half = 2.3534 * statistics.stdev(logs) * (1 + 1 / 4) ** 0.5  # t with three degrees of freedom, 95 % one-sided
     assert (speed.low, speed.high) == pytest.approx((centre / math.exp(half), centre * math.exp(half)))
-    assert speed.basis == "4 trainings of this base here, 90 % interval for one more"
+    assert speed.basis == "4 trainings of this base on this machine, 90 % prediction interval"
     instruct = finished(1.0)
     instruct.config["model"] = {"family": "tiny", "variant": "instruct"}
     assert seen(instruct, finished(7.0)).rate == seen(finished(7.0)).rate
@@ -157,7 +157,7 @@ def test_trainings_of_the_same_base_tell_the_rate() -> None:
     two = seen(finished(5.0), finished(20.0)).rate
     assert two is not None
     assert (two.flops_per_second.low, two.flops_per_second.high) == pytest.approx((25.0, 400.0))
-    assert "is cut" in two.flops_per_second.basis
+    assert "is wider" in two.flops_per_second.basis
 
 
 def test_loading_and_scoring_are_told_by_runs_with_the_same_evaluation_alone() -> None:

@@ -42,7 +42,7 @@ def test_what_lies_within_the_predictions_error_of_its_bound_is_marked(
         limit = f"budget.memory_bytes={round(bound)}"
         [run] = planned(capsys, *asked, limit)
         assert (run["fits"], run["near_the_edge"]) == (fits, near)
-        assert run["reason"].startswith("near the edge: needs ") == near
+        assert run["reason"].startswith("borderline: needs ") == near
         assert main(["plan", *asked, limit]) == 0
         shown = capsys.readouterr().out
         assert f"   {'yes' if fits else 'no'}{'?' if near else ' '}  " in shown
@@ -70,9 +70,9 @@ def test_on_a_cpu_what_a_process_holds_after_imports_counts_against_the_whole_an
     assert "nothing fits" in capsys.readouterr().err
     [budgeted] = planned(capsys, *asked, "task.max_train_items=40", "budget.memory_bytes=300000000")
     assert budgeted["fits"] is True
-    assert "beyond what it has after imports" in budgeted["reason"]
+    assert "beyond the process after imports" in budgeted["reason"]
     assert main(["plan", *asked]) == 0
-    assert "process as it is after imports" in capsys.readouterr().out
+    assert "what the process holds after its imports" in capsys.readouterr().out
 
 
 def test_a_machine_must_hold_the_process_too() -> None:
