@@ -182,7 +182,7 @@ def _layer(
     head_norms = [tensor for tensor in norm_weights if feeds(tensor.name)]
     sizes = {tensor.name.removesuffix("weight"): tensor.elements for tensor in norm_weights}
     biases = [tensor for tensor in others if sizes.get(tensor.name.removesuffix("bias")) == tensor.elements]
-    habits = traits_of(architecture.model_type)
+    traits = traits_of(architecture.model_type)
     return Layer(
         hidden=hidden,
         query=query,
@@ -191,12 +191,12 @@ def _layer(
         intermediate=intermediate,
         # A gated layer has two projections of the intermediate width: gate and up.
         gated=up >= 2 * intermediate > 0,
-        norms=habits.unweighted_norms
+        norms=traits.unweighted_norms
         or max(1, sum(tensor.elements == hidden for tensor in norm_weights if tensor not in head_norms)),
         norm_upcasts=not biases,
         normed_heads=bool(head_norms),
         heads=architecture.heads or max(1, query // USUAL_HEAD),
-        habits=habits,
+        habits=traits,
         experts=(experts.per_token, experts.intermediate, experts.gated) if experts else (0, 0, False),
     )
 
@@ -261,12 +261,12 @@ def _score_bytes(layer: Layer, setting: _Setting) -> int:
     If the softmax is computed in float32, a 16-bit copy of it multiplies the values. With dropout the product uses the
     softmax after dropout, and the dropout mask is saved, too.
     """
-    width, habits = setting.compute_bytes, layer.habits
-    softmax = width if habits.softmax_in_compute_dtype else FLOAT32
+    width, traits = setting.compute_bytes, layer.habits
+    softmax = width if traits.softmax_in_compute_dtype else FLOAT32
     multiplier = width if softmax > width else 0
-    if habits.attention_dropout:
+    if traits.attention_dropout:
         multiplier = width + (1 if setting.cuda else width)
-    return softmax + multiplier + (width if habits.logit_softcapping else 0)
+    return softmax + multiplier + (width if traits.logit_softcapping else 0)
 
 
 def _feed_forward(layer: Layer, setting: _Setting) -> float:

@@ -10,7 +10,7 @@ from qlora_exp.formatting import bytes_text
 
 BORDERLINE_NOTES = {
     "cpu": f"predictions were off by up to {100 * ERROR['cpu']:.0f} %",
-    "cuda": f"the error of predictions on a GPU hasn't been measured yet: {100 * ERROR['cuda']:.0f} % is a guess",
+    "cuda": f"the error of predictions on GPUs is not measured yet: {100 * ERROR['cuda']:.0f} % is a guess",
 }
 """Device → what is known about the error of a predicted peak."""
 
