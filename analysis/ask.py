@@ -1,4 +1,4 @@
-"""One question at a time, from run folders: prints the answer and its tables, and saves its plots as a page.
+"""Answer one question from run folders: print the answer and its tables, and save its plots as a page.
 
 ``python -m qlora_exp.analysis.ask tradeoffs outputs/runs --page tradeoffs.html``
 """
@@ -22,35 +22,37 @@ from qlora_exp.records.types import RunRecord
 Answer = Callable[[Sequence[RunRecord], Sequence[Configuration], Measure], Section | None]
 
 QUESTIONS: dict[str, Answer] = {
-    "rank": lambda records, found, measure: sections.rank_section(found, measure, with_ladder=False),
-    "tradeoffs": lambda records, found, measure: sections.tradeoff_section(found, measure),
-    "equal": lambda records, found, measure: sections.equal_everything_section(found, measure),
-    "instruct_base": lambda records, found, measure: instruct_section(found),
-    "memory": lambda records, found, measure: sections.memory_section(found, records),
-    "speed": lambda records, found, measure: sections.speed_section(records),
+    "rank": lambda records, configs, measure: sections.rank_section(configs, measure, with_ladder=False),
+    "tradeoffs": lambda records, configs, measure: sections.tradeoff_section(configs, measure),
+    "equal": lambda records, configs, measure: sections.equal_everything_section(configs, measure),
+    "instruct_base": lambda records, configs, measure: instruct_section(configs),
+    "memory": lambda records, configs, measure: sections.memory_section(configs, records),
+    "speed": lambda records, configs, measure: sections.speed_section(records),
 }
 
 
 def ask(question: str, records: Sequence[RunRecord]) -> ReportContent:
-    """A report of one section.
+    """Return a report with one section, the answer to ``question``.
 
     Raises:
-        AnalysisError: runs that can't be compared, or that don't bear on the question.
+        AnalysisError: the runs aren't comparable, or don't bear on the question.
     """
     group = require_comparable(records)
     measure = measure_of(group.records)
     if measure is None:
         raise AnalysisError("no finished run has a score", f"{len(group.records)} runs", "qlora-exp ls runs")
-    found = configurations(group.records, measure)
-    section = QUESTIONS[question](group.records, found, measure)
+    configs = configurations(group.records, measure)
+    section = QUESTIONS[question](group.records, configs, measure)
     if section is None:
         raise AnalysisError(
             f"these runs don't bear on {question}: nothing was varied that it asks about",
             f"{len(group.records)} runs",
             "ask it of runs with several ranks, or of base and instruct",
         )
-    said = f"{len(group.records)} runs, {len(found)} configurations, {measure.label} on {group.protocol.split}"
-    return ReportContent(question, None, (said,), None, (section,), sections.runs_section_table(group.records), said)
+    summary = f"{len(group.records)} runs, {len(configs)} configurations, {measure.label} on {group.protocol.split}"
+    return ReportContent(
+        question, None, (summary,), None, (section,), sections.runs_section_table(group.records), summary
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,15 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("question", choices=QUESTIONS)
     parser.add_argument("runs", type=Path, help="a folder of run folders, e.g. outputs/runs")
     parser.add_argument("--page", type=Path, help="also write the plots to this HTML file")
-    given = parser.parse_args(arguments)
-    records = [read_record(file) for file in sorted(given.runs.glob("*/record.json"))]
+    options = parser.parse_args(arguments)
+    records = [read_record(file) for file in sorted(options.runs.glob("*/record.json"))]
     try:
-        report = ask(given.question, records)
+        report = ask(options.question, records)
     except AnalysisError as error:
         parser.exit(error.exit_code, f"{error}\n")
     print(to_markdown(report))
-    if given.page is not None:
-        write_text(given.page, to_html(report))
+    if options.page is not None:
+        write_text(options.page, to_html(report))
 
 
 if __name__ == "__main__":

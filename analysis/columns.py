@@ -1,4 +1,4 @@
-"""Which column of a table means what, and whether its score is better high or low."""
+"""Find which column of a table means what, and whether a higher score is better."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "se": ("se", "sem", "stderr", "std_err", "standard_error"),
     "count": ("n", "n_seeds", "num_seeds", "seeds", "runs", "n_runs"),
 }
-"""Column names by meaning as :func:`_bare` gives them, the likeliest first."""
+"""Meaning → column names as :func:`_bare` writes them, the most likely first."""
 
 EXPORTED = ("config", "params", "hparams", "summary", "metrics", "tags", "run_info", "train_info")
-"""What trackers put before a name: ``params.lora.r`` of MLflow, ``config.lora_r`` and ``summary.loss`` of W&B."""
+"""Prefixes of trackers: ``params.lora.r`` of MLflow, ``config.lora_r`` and ``summary.loss`` of W&B."""
 
 CONFIGURATION = ("configuration", "config", "model", "variant", "quantization", "targets", "task", "dataset", "method")
-"""Columns that tell configurations apart; all that are there count."""
+"""Columns that distinguish configurations; a table's configuration is all of them that it has."""
 
 PROTOCOL = (
     *("steps", "max_steps", "train_steps", "epochs", "num_epochs", "num_train_epochs", "max_tokens", "batch_size"),
     *("split", "data_fingerprint", "fingerprint", "adapter_dtype", "dtype", "max_length", "max_items"),
 )
-"""What has to be equal before two scores mean the same."""
+"""Columns that must be equal before two scores are comparable."""
 
 LOWER_IS_BETTER = (
     *("loss_per_item", "eval_loss", "eval.loss", "test_loss", "val_loss", "validation_loss", "loss", "nll", "ppl"),
@@ -41,18 +41,19 @@ HIGHER_IS_BETTER = (
     *("accuracy", "acc", "eval_accuracy", "eval.accuracy", "test_accuracy", "test.accuracy", "exact_match", "macro_f1"),
     *("f1", "correct", "rouge_l", "rougel", "rouge", "bleu", "auc", "mcc", "win_rate", "pass@1", "em", "score"),
 )
-"""Names of scores whose direction is known; ``score`` as scikit-learn has it."""
+"""Scores with a known direction; a higher ``score`` is better, as in scikit-learn."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Meaning → the name that the file has for it."""
+    """The columns of one file by their meaning."""
 
     named: dict[str, str]
+    """Meaning → column."""
     score: str
     configuration: tuple[str, ...]
     protocol: tuple[str, ...]
-    """Of which no configuration may have two values."""
+    """Columns in which a configuration must have a single value."""
     higher_is_better: bool
     notes: tuple[str, ...]
 
@@ -60,18 +61,18 @@ class Columns:
 def find_columns(
     rows: Sequence[TableRow], chosen: Mapping[str, str], higher_is_better: bool | None, file: Path
 ) -> Columns:
-    """Which column means what. Names are compared without regard to case.
+    """Return which column means what. Names are compared case-insensitively.
 
     Args:
-        chosen: ``rank``, ``score`` or ``configuration`` → the column that a person named.
-        higher_is_better: as a person said; ``None`` where the score's name has to tell.
+        chosen: ``rank``, ``score`` or ``configuration`` → the column that the user named.
+        higher_is_better: as the user set it; ``None``: inferred from the score's name.
 
     Raises:
-        AnalysisError: no rank or score column, or a score whose better direction isn't known.
+        AnalysisError: no rank or score column, or a score whose direction is unknown.
     """
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     by_lower = {name.lower(): name for name in reversed(names)}
-    named = {meaning: found[0] for meaning, aliases in ALIASES.items() if (found := _known(names, aliases))}
+    named = {meaning: matches[0] for meaning, aliases in ALIASES.items() if (matches := _known(names, aliases))}
     named |= {meaning: _chosen(name, by_lower, meaning, file) for meaning, name in chosen.items()}
     if "rank" not in named:
         raise AnalysisError(
@@ -81,20 +82,21 @@ def find_columns(
     if "configuration" in named:
         configuration: tuple[str, ...] = (named.pop("configuration"),)
     else:
-        taken = {score, *named.values()}
-        configuration = tuple(name for name in _known(names, CONFIGURATION) if name not in taken)
+        used = {score, *named.values()}
+        configuration = tuple(name for name in _known(names, CONFIGURATION) if name not in used)
     higher, note = _direction(score, higher_is_better, file)
     protocol = tuple(name for name in _known(names, PROTOCOL) if name not in configuration)
     return Columns(named, score, configuration, protocol, higher, (note,) if note else ())
 
 
 def _known(names: Sequence[str], aliases: Sequence[str]) -> list[str]:
-    """The names that are one of the aliases, in the aliases' order; a name as it stands before one of an export."""
-    found = [(aliases.index(bare), name.count("."), name) for name in names if (bare := _bare(name)) in aliases]
-    return [name for _, _, name in sorted(found)]
+    """Return the names that match an alias, in the aliases' order; a plain name comes before a prefixed one."""
+    matches = [(aliases.index(bare), name.count("."), name) for name in names if (bare := _bare(name)) in aliases]
+    return [name for _, _, name in sorted(matches)]
 
 
 def _bare(name: str) -> str:
+    """Return the name as :data:`ALIASES` writes it, without prefixes: ``config/LoRA-r`` gives ``lora_r``."""
     parts = name.strip().lower().replace("/", ".").replace(" ", "_").replace("-", "_").split(".")
     while len(parts) > 1 and parts[0] in EXPORTED:
         parts = parts[1:]
@@ -110,21 +112,21 @@ def _chosen(name: str, by_lower: Mapping[str, str], meaning: str, file: Path) ->
 
 
 def _score_column(names: Sequence[str], file: Path) -> str:
-    found = _known(names, ("score",)) or _known(names, (*LOWER_IS_BETTER, *HIGHER_IS_BETTER))
-    if not found:
+    candidates = _known(names, ("score",)) or _known(names, (*LOWER_IS_BETTER, *HIGHER_IS_BETTER))
+    if not candidates:
         raise AnalysisError(
             "there is no column with the score", f"{file}: {', '.join(names)}", "name it with --score-column"
         )
-    if len(found) > 1:
+    if len(candidates) > 1:
         raise AnalysisError(
-            f"several columns could be the score: {', '.join(found)}", str(file), "name one with --score-column"
+            f"several columns could be the score: {', '.join(candidates)}", str(file), "name one with --score-column"
         )
-    return found[0]
+    return candidates[0]
 
 
-def _direction(score: str, given: bool | None, file: Path) -> tuple[bool, str | None]:
-    if given is not None:
-        return given, None
+def _direction(score: str, higher_is_better: bool | None, file: Path) -> tuple[bool, str | None]:
+    if higher_is_better is not None:
+        return higher_is_better, None
     name = _bare(score)
     last = name.rsplit(".", 1)[-1]
     for names, higher in ((LOWER_IS_BETTER, False), (HIGHER_IS_BETTER, True)):

@@ -1,4 +1,4 @@
-"""Which runs may be compared with each other, and what keeps the others apart."""
+"""Which runs may be compared with each other, and which settings separate the others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qlora_exp.errors import AnalysisError
 from qlora_exp.records.types import Data, RunRecord, Scores, Status
 
 TOLD = 4
-"""Values of a difference that a message names."""
+"""How many values of a setting a message names."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What has to be equal before two scores mean the same; ``None`` is unknown."""
+    """Settings that must be equal before two scores are comparable; ``None`` is unknown."""
 
     task: str
     split: str
@@ -25,55 +25,56 @@ class Protocol:
     train_items: int
     labels: tuple[str, ...]
     max_steps: int
-    """The steps planned, or made where a budget ended the training before."""
+    """Planned steps, or the steps made if a budget ended the training early."""
     max_tokens: int | None
     batch_size: int
     adapter_dtype: str
     data_version: int
-    """1 for the rows that most runs were trained and scored on, 2 for the next. Where a record lacks
-    ``rows_fingerprint`` all are told apart within one checkpoint and format alone: their fingerprint covers both."""
+    """1 for the rows that most runs were trained and scored on, 2 for the next. If a record lacks ``rows_fingerprint``,
+    versions are counted within each checkpoint and format, because the older ``fingerprint`` covers both."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs that may be compared."""
+    """Finished runs of one protocol."""
 
     protocol: Protocol
     records: tuple[RunRecord, ...]
 
 
 def answering_scores(record: RunRecord) -> Scores | None:
-    """The tuned model's scores on the test split where it was scored there, else on the validation split."""
+    """Return the tuned model's scores on the test split, or on the validation split if it wasn't scored on test."""
     return record.scores.test or record.scores.after
 
 
 def base_model_scores(record: RunRecord) -> Scores | None:
-    """The untouched base's scores on the same split."""
+    """Return the base model's scores before training, on the same split."""
     return record.scores.test_before if record.scores.test is not None else record.scores.before
 
 
 def refuse_synthetic(records: Sequence[RunRecord]) -> None:
-    """
+    """Check that no run is SYNTHETIC.
+
     Raises:
-        AnalysisError: a run that trained nothing is among them.
+        AnalysisError: a run trained nothing (``training.engine=sleep``).
     """
-    made_up = [record.run_id for record in records if record.synthetic]
-    if made_up:
+    synthetic = [record.run_id for record in records if record.synthetic]
+    if synthetic:
         raise AnalysisError(
-            f"{len(made_up)} of {len(records)} runs are SYNTHETIC: they trained nothing, and their scores come from a"
+            f"{len(synthetic)} of {len(records)} runs are SYNTHETIC: they trained nothing, and their scores come from a"
             " formula",
-            f"run {made_up[0]}" + (f" and {len(made_up) - 1} more" if len(made_up) > 1 else ""),
+            f"run {synthetic[0]}" + (f" and {len(synthetic) - 1} more" if len(synthetic) > 1 else ""),
             "sweep without training.engine=sleep",
         )
 
 
 def is_pilot(record: RunRecord) -> bool:
-    """Whether a ladder ran it to choose a learning rate: such a run is scored on validation and answers nothing."""
+    """Return whether a ladder ran it only to choose a learning rate; such a run is scored on validation."""
     return record.trial is not None and record.trial.params.get("evaluation.split") == "validation"
 
 
 def finished_runs(records: Iterable[RunRecord]) -> list[RunRecord]:
-    """Completed runs of which scores, plan and data are known."""
+    """Return the completed runs whose scores, plan and data are known."""
     return [
         record
         for record in records
@@ -85,21 +86,21 @@ def finished_runs(records: Iterable[RunRecord]) -> list[RunRecord]:
 
 
 def groups_of(records: Sequence[RunRecord]) -> list[Group]:
-    """Finished runs by protocol, the largest group first."""
-    kept = finished_runs(records)
-    versions = _data_versions(kept)
-    found: dict[Protocol, list[RunRecord]] = defaultdict(list)
-    for record in kept:
-        found[_protocol(record, versions)].append(record)
-    groups = [Group(protocol, tuple(group)) for protocol, group in found.items()]
+    """Group the finished runs by protocol, the largest group first."""
+    finished = finished_runs(records)
+    versions = _data_versions(finished)
+    by_protocol: dict[Protocol, list[RunRecord]] = defaultdict(list)
+    for record in finished:
+        by_protocol[_protocol(record, versions)].append(record)
+    groups = [Group(protocol, tuple(group)) for protocol, group in by_protocol.items()]
     return sorted(groups, key=lambda group: -len(group.records))
 
 
 def require_comparable(records: Sequence[RunRecord]) -> Group:
-    """The one group that all finished runs are in.
+    """Return the one group that contains all finished runs.
 
     Raises:
-        AnalysisError: SYNTHETIC runs, no finished run, or runs that differ in more than their configuration.
+        AnalysisError: SYNTHETIC runs, no finished run, or runs with different protocols.
     """
     refuse_synthetic(records)
     groups = groups_of(records)
@@ -115,16 +116,16 @@ def require_comparable(records: Sequence[RunRecord]) -> Group:
 
 
 def setting_differences(groups: Sequence[Group]) -> list[str]:
-    """What keeps the groups apart, e.g. ``max_steps: 200 in 28 runs, 100 in 4``."""
-    found = []
+    """Return what differs between the groups, e.g. ``max_steps: 200 in 28 runs, 100 in 4 runs``."""
+    differences = []
     for field in dataclasses.fields(Protocol):
         runs: Counter[Any] = Counter()
         for group in groups:
             runs[getattr(group.protocol, field.name)] += len(group.records)
         if len(runs) > 1:
-            told = [f"{_plain(value)} in {count} runs" for value, count in runs.most_common(TOLD)]
-            found.append(f"{field.name}: {', '.join(told)}" + (", …" if len(runs) > TOLD else ""))
-    return found
+            values = [f"{_plain(value)} in {count} runs" for value, count in runs.most_common(TOLD)]
+            differences.append(f"{field.name}: {', '.join(values)}" + (", …" if len(runs) > TOLD else ""))
+    return differences
 
 
 def _protocol(record: RunRecord, versions: dict[str, int]) -> Protocol:
@@ -153,30 +154,33 @@ def _steps(record: RunRecord, planned: int) -> int:
 
 
 def _data_versions(records: Sequence[RunRecord]) -> dict[str, int]:
-    """Run → version of its rows."""
-    everywhere = all(record.data is None or record.data.rows_fingerprint is not None for record in records)
-    read = {
-        record.run_id: ("", record.data.rows_fingerprint or "") if everywhere else _rows(record, record.data)
+    """Return run id → version of its rows."""
+    all_have_rows_fingerprint = all(
+        record.data is None or record.data.rows_fingerprint is not None for record in records
+    )
+    rows_of_run = {
+        record.run_id: ("", record.data.rows_fingerprint or "")
+        if all_have_rows_fingerprint
+        else _rows(record, record.data)
         for record in records
         if record.data is not None
     }
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for read_as, fingerprint in read.values():
+    for read_as, fingerprint in rows_of_run.values():
         counts[read_as][fingerprint] += 1
     versions = {
         (read_as, fingerprint): version
-        for read_as, found in counts.items()
-        for version, (fingerprint, _) in enumerate(found.most_common(), start=1)
+        for read_as, counts_of_rows in counts.items()
+        for version, (fingerprint, _) in enumerate(counts_of_rows.most_common(), start=1)
     }
-    return {run: versions[rows] for run, rows in read.items()}
+    return {run: versions[rows] for run, rows in rows_of_run.items()}
 
 
 def _rows(record: RunRecord, data: Data) -> tuple[str, str]:
-    """What the fingerprint depends on besides the rows (which checkpoint's tokenizer reads them, in which format), and
-    the fingerprint."""
+    """Return the checkpoint with the format, and the fingerprint: it depends on both, and on the rows."""
     model = record.config.get("model") or {}
-    written = record.plan.format if record.plan is not None else None
-    return f"{model.get('family')} {model.get('path')} {model.get('variant')} {written}", data.fingerprint
+    prompt_format = record.plan.format if record.plan is not None else None
+    return f"{model.get('family')} {model.get('path')} {model.get('variant')} {prompt_format}", data.fingerprint
 
 
 def _plain(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A configuration over its seeds: what was set, how good it is with what uncertainty, and what it takes."""
+"""A configuration over its seeds: its settings, its score with an interval, and its cost."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.records.types import RunRecord, Scores
 
 INTERVAL_CONFIDENCE = 0.95
-"""Of two-sided intervals over seeds."""
+"""Level of the two-sided intervals over seeds."""
 
 NOT_SETTINGS = (
     *("seed", "name", "output_root", "tracking", "evaluation", "budget", "task", "workers", "sweep"),
     *("training.resume", "training.threads", "training.logging_steps", "training.save_every_steps"),
 )
-"""What can differ between two runs of one configuration (the task is held equal by the protocol)."""
+"""Keys in which two runs of one configuration may differ. The task is one: the protocol holds it equal."""
 
 SHOWN = ("model.variant", "quantization.mode", "lora.r", "targets.set", "training.learning_rate")
-"""What a configuration is known by; anything else is shown where it differs."""
+"""Keys that every label shows (the learning rate only where it differs)."""
 
 QUALITIES = (
     *(
@@ -40,7 +40,7 @@ QUALITIES = (
 
 @dataclass(frozen=True)
 class Measure:
-    """The score that answers, and which way is better."""
+    """The score that is compared, and whether higher is better."""
 
     name: str
     higher_is_better: bool
@@ -54,7 +54,7 @@ class Measure:
 
     @property
     def sign(self) -> float:
-        """Times the score: higher is better."""
+        """Factor after which a higher score is better."""
         return 1.0 if self.higher_is_better else -1.0
 
     def of(self, scores: Scores | None) -> float | None:
@@ -64,7 +64,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds. ``se`` and ``df`` are ``None`` where no configuration has a second seed to tell them by."""
+    """A mean over seeds. ``se`` and ``df`` are ``None`` if no configuration has a second seed."""
 
     mean: float
     seeds: int
@@ -89,15 +89,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One configuration's finished runs, one a seed. Means over seeds; ``None`` is unknown."""
+    """One configuration's finished runs, one per seed. Figures are means over seeds; ``None`` is unknown."""
 
     label: str
     settings: dict[str, Any]
-    """Of the keys in which the compared configurations differ."""
+    """Key → value, for the keys in which the compared configurations differ."""
     runs: tuple[RunRecord, ...]
     quality: Estimate | None
     memory_bytes: float | None
-    """The peak of training where it was measured on a GPU, else weights, quantization state, adapter, gradients and
+    """Peak of training if it was measured on a GPU, else weights + quantization state + adapter + gradients +
     optimizer."""
     tokens_per_second: float | None
     train_seconds: float | None
@@ -109,9 +109,11 @@ class Configuration:
 
 
 def measure_of(records: Sequence[RunRecord]) -> Measure | None:
-    """The first score that every run has: loss per item (bits per byte where the runs were read in several formats or
-    by several models' tokenizers, for its end tokens are theirs), accuracy, exact match, ROUGE-L, loss; else the first
-    that any run has. ``None`` without any."""
+    """Return the first score that every run has, else the first that any run has; ``None`` if there is none.
+
+    The order is that of :data:`QUALITIES`. Loss per item is skipped if the runs differ in format or model family: it
+    counts end tokens, which depend on both.
+    """
     qualities = QUALITIES[1:] if len({_read_as(record) for record in records}) > 1 else QUALITIES
     for enough in (all, any):
         for name, higher in qualities:
@@ -127,8 +129,11 @@ def _read_as(record: RunRecord) -> tuple[str, ...]:
 
 
 def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Configuration]:
-    """Configurations in the order in which they were first run. The variance over seeds is pooled over all of them,
-    with Σ(seeds − 1) degrees of freedom. A seed that was run twice counts once, by its last run."""
+    """Group the runs into configurations, in the order in which they were first run.
+
+    The variance over seeds is pooled over all of them, with Σ(seeds − 1) degrees of freedom. If a seed was run twice,
+    its last run counts.
+    """
     settings = [configuration_settings(record) for record in records]
     varying = varying_keys(settings)
     by_key: dict[tuple[Any, ...], dict[int | None, RunRecord]] = defaultdict(dict)
@@ -143,27 +148,29 @@ def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Confi
     return [_configuration(tuple(runs.values()), varying, values[key], sd, df, source) for key, runs in by_key.items()]
 
 
-def best_on_validation(found: Sequence[Configuration], measure: Measure) -> Configuration | None:
-    """What a person would choose: on validation, to be judged on test. ``None`` where no configuration has a score."""
+def best_on_validation(candidates: Sequence[Configuration], measure: Measure) -> Configuration | None:
+    """Return the configuration that is best on validation, to be scored on test; ``None`` if none has a score."""
 
     def on_validation(configuration: Configuration) -> float:
         known = [value for run in configuration.runs if (value := measure.of(run.scores.after)) is not None]
         return measure.sign * float(np.mean(known)) if known else -math.inf
 
-    return max((c for c in found if c.quality is not None), key=on_validation, default=None)
+    return max((c for c in candidates if c.quality is not None), key=on_validation, default=None)
 
 
 def configuration_settings(record: RunRecord) -> dict[str, Any]:
-    """Dotted key → value, of the settings that make a configuration; ``format`` as it was resolved."""
+    """Return dotted key → value of the settings that define a configuration; ``format`` as it was resolved."""
     return {**dict(_flat(record.config, "")), "format": record.plan.format if record.plan is not None else None}
 
 
 def varying_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys whose values differ."""
     keys = dict.fromkeys(key for flat in settings for key in flat)
     return [key for key in keys if len({str(flat.get(key)) for flat in settings}) > 1]
 
 
 def model_state_bytes(record: RunRecord) -> float | None:
+    """Return weights + quantization state + adapter + gradients + optimizer; ``None`` if one is unknown."""
     memory = record.memory
     parts = (
         *(memory.base_weight_bytes, memory.quantization_state_bytes, memory.adapter_bytes),
@@ -173,7 +180,7 @@ def model_state_bytes(record: RunRecord) -> float | None:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """``None`` where any is unknown, or there is none."""
+    """Return the mean; ``None`` if any value is unknown, or there is none."""
     known = list(values)
     present = [value for value in known if value is not None]
     return float(np.mean(present)) if present and len(present) == len(known) else None
@@ -211,10 +218,10 @@ def _configuration(
 
 
 def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
-    written = [str(flat.get("format"))] if "format" in varying else []
+    format_part = [str(flat.get("format"))] if "format" in varying else []
     parts = [
         str(flat.get("model.variant")),
-        *written,
+        *format_part,
         str(flat.get("quantization.mode")),
         f"r {flat.get('lora.r')}",
         display_settings(flat.get("targets.modules") or flat.get("targets.set")),
@@ -227,8 +234,10 @@ def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
 
 
 def pooled_sd(samples: Iterable[Sequence[float]]) -> tuple[float | None, int]:
-    """Pooled standard deviation over the seeds of each sample, and its degrees of freedom; ``None`` without a second
-    seed."""
+    """Return the standard deviation over seeds, pooled over the samples, and its degrees of freedom.
+
+    ``(None, 0)`` without a second seed.
+    """
     squares, df = 0.0, 0
     for sample in samples:
         if len(sample) > 1:

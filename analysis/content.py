@@ -1,4 +1,4 @@
-"""What a report says, before it is HTML, Markdown or CSV: sections of sentences, tables and figures."""
+"""A report's content before it is HTML, Markdown or CSV: sections of sentences, tables and figures."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 UNKNOWN_TEXT = "–"
 MOST_LED = 180
-"""Letters; a paragraph that stands out as a whole doesn't."""
+"""Characters; a longer first sentence is not emphasised."""
 LEAST_P = 0.0001
-"""Smaller ones say more of the tails of a distribution than of the runs."""
+"""Smaller p-values depend on the tails of a distribution more than on the runs."""
 
 DisplayedValue = str | int | float | None
 
 
 @dataclass(frozen=True)
 class Column:
-    """``kind``: text, integer, figure (4 digits), p (2 digits), bytes, seconds, percent (of 1) or usd."""
+    """``kind``, the format: text, integer, figure (4 digits), p (2 digits), bytes, seconds, percent (of 1) or usd."""
 
     name: str
     kind: str = "text"
@@ -33,13 +33,13 @@ class Table:
 @dataclass(frozen=True)
 class Section:
     name: str
-    """An anchor: lower case, no blanks."""
+    """The section's anchor: lower case, no spaces."""
     title: str
     paragraphs: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     figures: tuple[dict[str, Any], ...] = ()
     points: tuple[str, ...] = ()
-    """A list after the paragraphs."""
+    """Bullet points after the paragraphs."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class ReportContent:
     title: str
     question: str | None
     headline: tuple[str, ...]
-    """Empty where none may be drawn; ``why_none`` says why then."""
+    """Empty if no conclusion may be drawn; ``why_none`` then says why."""
     why_none: str | None
     sections: tuple[Section, ...]
     runs: Table
-    """Every run, raw values; the first column is the run's id."""
+    """All runs with raw values; the first column is the run's id."""
     made: str
-    """When, and with what."""
+    """When the report was made, and from how many runs."""
 
 
 @dataclass(frozen=True)
 class StudyInfo:
-    """What is known of a study besides its runs; ``ladder`` as ``analysis.rank.as_object`` has it, or several."""
+    """What a report needs of a study besides its runs. ``ladder``: one or several of ``analysis.rank.as_object``."""
 
     name: str
     question: str | None = None
@@ -67,12 +67,12 @@ class StudyInfo:
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Objective → axis → share of the variance."""
     predicted_memory: Mapping[str, Any] = field(default_factory=dict)
-    """How many trials were not started because they were predicted not to fit, and how right that was; empty where
-    nothing limited their memory."""
+    """How many trials were skipped because they were predicted not to fit, and how accurate the predictions were; empty
+    if the study has no memory limit."""
 
 
 def formatted_value(value: DisplayedValue, kind: str) -> str:
-    """A figure as a person reads it."""
+    """Return the value as text, e.g. ``1.2 GB`` for bytes."""
     if value is None:
         return UNKNOWN_TEXT
     if isinstance(value, str) or kind == "text":
@@ -87,7 +87,7 @@ def formatted_value(value: DisplayedValue, kind: str) -> str:
 
 
 def lead_sentence(sentence: str) -> tuple[str, str]:
-    """What stands out of an answer, its first sentence where that is short, and the rest of it."""
+    """Return an answer's first sentence, to be emphasised, and the rest. A long first sentence is left in the rest."""
     first, dot, rest = sentence.partition(". ")
     return (first + dot.strip(), rest) if len(first) <= MOST_LED else ("", sentence)
 
@@ -96,11 +96,11 @@ def value_table(
     columns: Sequence[tuple[str, str] | str],
     rows: Sequence[Sequence[DisplayedValue]],
     caption: str | None = None,
-    whole: bool = False,
+    keep_empty: bool = False,
 ) -> Table:
-    """``whole`` keeps columns of which nothing is known."""
+    """Return a table. Columns without a known value are dropped, unless ``keep_empty``."""
     named = [Column(column) if isinstance(column, str) else Column(*column) for column in columns]
-    kept = [i for i in range(len(named)) if whole or not rows or any(row[i] is not None for row in rows)]
+    kept = [i for i in range(len(named)) if keep_empty or not rows or any(row[i] is not None for row in rows)]
     return Table(tuple(named[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows), caption)
 
 

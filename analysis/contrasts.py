@@ -1,4 +1,4 @@
-"""One side of a comparison against another, run by run and item by item: difference, interval, p, Holm's adjustment."""
+"""Compare two sides, paired by run and item: difference, interval, p, Holm's adjustment."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from qlora_exp.analysis.variance import Array, split_variance
 from qlora_exp.records.types import RunRecord, Scores
 
 INTERVAL = 0.90
+"""Level of the two-sided intervals."""
 MIN_SEEDS = 2
-"""Below, nothing tells what another seed would have trained."""
+"""With fewer, the variation from seed to seed is unknown."""
 LOWER_BETTER_METRICS = ("bits_per_byte", "forgetting")
 
 ItemScores = Callable[[RunRecord, str, str], Mapping[str, float] | None]
-"""(run, moment, score) → the score of each test item, scaled so that their mean is the run's; ``None`` where there are
+"""(run, moment, score) → the score of each test item, scaled so that their mean is the run's; ``None`` if there are
 none. Moments: ``before``, ``after``, ``few_shot_DRAW``; scores: ``bits_per_byte``, ``accuracy``, ``exact_match``."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """``moment``: ``before`` (the untouched model, which has no seed), ``few_shot`` (with worked examples: its draws
-    take the place of seeds) or ``after``."""
+    """Runs at one ``moment``: ``before`` (the base model, which has no seed), ``few_shot`` (the base model with worked
+    examples, whose draws take the place of seeds) or ``after`` (the tuned model)."""
 
     runs: tuple[RunRecord, ...]
     moment: str
@@ -34,21 +35,23 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the first side is better; low and high: 90 %, two-sided; ``None`` where unknown."""
+    """How much better the first side is; ``low`` and ``high``: its two-sided 90 % interval. ``None`` is unknown."""
 
     value: float
     low: float | None
     high: float | None
     seeds: int
     over: str
-    """What the interval is over, in words."""
+    """What the interval is over, e.g. ``3 seeds and 300 items``."""
     p: float | None = None
-    """Two-sided, of no difference."""
+    """Two-sided p-value of no difference."""
 
 
 def difference(first: Side, second: Side, score: str, items: ItemScores | None) -> Difference | None:
-    """``None`` where the sides share no seed of which both have a finite score; other seeds are left out. Without
-    per-item values, or where they are of other items, the interval is over seeds alone."""
+    """Return the difference over the shared seeds with finite scores; ``None`` if there is no such seed.
+
+    The interval is over seeds and items, or over seeds alone if per-item values are missing or belong to other items.
+    """
     pairs = scored_pairs(first, second, score)
     if not pairs:
         return None
@@ -64,7 +67,7 @@ def difference(first: Side, second: Side, score: str, items: ItemScores | None) 
 def gain_difference(
     first: Sequence[RunRecord], second: Sequence[RunRecord], score: str, items: ItemScores | None
 ) -> Difference | None:
-    """How much more tuning gains on the first side: the difference after, less the one before."""
+    """Return how much more tuning gains on the first side: the difference after tuning minus the one before."""
     sides = [(Side(tuple(first), moment), Side(tuple(second), moment)) for moment in ("before", "after")]
     before, after = (difference(a, b, score, items) for a, b in sides)
     if before is None or after is None:
@@ -74,16 +77,16 @@ def gain_difference(
     if cells is not None:
         return interval(cells[len(shared[0]) :] - cells[: len(shared[0])], after.over, trained=True)
     low, high = (None if bound is None else bound - before.value for bound in (after.low, after.high))
-    # What was before is taken as known: its own uncertainty is the items', and they are not at hand.
+    # The difference before tuning counts as exact: its uncertainty is over items, whose values are missing here.
     return replace(after, value=after.value - before.value, low=low, high=high, p=None)
 
 
 def interval(values: Array, over: str, trained: bool) -> Difference:
-    """The mean of (rows, items) with its 90 % interval: over both, over the items of a single row, or none.
+    """Return the mean of (rows, items) with its 90 % interval: over both, over the items of a single row, or none.
 
     Args:
-        trained: a row is a seed of a training; with a single one the interval is over its items alone, and there is no
-            p: nothing tells what another seed would have trained.
+        trained: a row is a seed of a training. With a single one the interval is over its items alone, and there is no
+            p, because the variation from seed to seed is unknown.
     """
     rows, items = values.shape
     value = float(values.mean())
@@ -100,23 +103,26 @@ def interval(values: Array, over: str, trained: bool) -> Difference:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjusted p, in the same order: the k-th smallest of m times m − k + 1, never less than a smaller one's (Holm
-    1979). ``None`` where p is unknown; such a contrast still counts in m."""
+    """Return adjusted p-values in the same order (Holm 1979).
+
+    The k-th smallest of m is multiplied by m − k + 1, and is never less than the one before it. ``None`` is unknown;
+    such a contrast still counts in m.
+    """
     adjusted: list[float | None] = [None] * len(p_values)
-    least = 0.0
+    largest = 0.0
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
-    for before, (p, index) in enumerate(known):
-        least = max(least, min(1.0, (len(p_values) - before) * p))
-        adjusted[index] = least
+    for smaller, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, (len(p_values) - smaller) * p))
+        adjusted[index] = largest
     return adjusted
 
 
-def contrast_sentence(found: Difference | None) -> str:
-    if found is None:
+def contrast_sentence(contrast: Difference | None) -> str:
+    if contrast is None:
         return "an unknown amount"
-    if found.low is None or found.high is None:
-        return f"{found.value:+.3g} (no interval: {found.over})"
-    return f"{found.value:+.3g} [90 % {found.low:+.3g}, {found.high:+.3g}; {found.over}]"
+    if contrast.low is None or contrast.high is None:
+        return f"{contrast.value:+.3g} (no interval: {contrast.over})"
+    return f"{contrast.value:+.3g} [90 % {contrast.low:+.3g}, {contrast.high:+.3g}; {contrast.over}]"
 
 
 def finite(value: float | None) -> float | None:
@@ -127,12 +133,12 @@ _Row = tuple[RunRecord, str]
 
 
 def scored_pairs(first: Side, second: Side, score: str) -> list[tuple[_Row, _Row]]:
-    """The pairs of which both have a finite score."""
+    """Return the pairs in which both sides have a finite score."""
     return [pair for pair in _pairs(first, second) if None not in (_value(pair[0], score), _value(pair[1], score))]
 
 
 def _pairs(first: Side, second: Side) -> list[tuple[_Row, _Row]]:
-    """Rows of the same seed or draw; what has neither stands beside each row of the other side."""
+    """Pair rows of the same seed or draw; a side with neither is paired with every row of the other side."""
     rows = [_by_key(side) for side in (first, second)]
     alone = [by_key.get(None) for by_key in rows]
     if alone[0] is not None and alone[1] is not None:
@@ -146,12 +152,12 @@ def _pairs(first: Side, second: Side) -> list[tuple[_Row, _Row]]:
 
 def _by_key(side: Side) -> dict[int | None, _Row]:
     if side.moment == "after":
-        # A run without a seed is one of its own, not the untouched model.
+        # -1 for a tuned run without a seed: None stands for the base model.
         return {-1 if run.seed is None else run.seed: (run, "after") for run in side.runs}
     run = side.runs[0]
     if side.moment == "before":
         return {None: (run, "before")}
-    return {shown.draw: (run, f"few_shot_{shown.draw}") for shown in run.scores.few_shot}
+    return {few_shot.draw: (run, f"few_shot_{few_shot.draw}") for few_shot in run.scores.few_shot}
 
 
 def _rows(first: Side, second: Side) -> str:
@@ -160,18 +166,23 @@ def _rows(first: Side, second: Side) -> str:
 
 
 def _items(pairs: Sequence[tuple[_Row, _Row]], score: str, items: ItemScores | None) -> Array | None:
-    """(rows, items) by which the first is better; ``None`` where values are missing or of other items."""
+    """Return how much better the first side is, (rows, items); ``None`` if values are missing or of other items."""
     if items is None or not pairs:
         return None
     sides = [[items(*row, score) for row in pair] for pair in pairs]
     names = sides[0][0]
     rows = []
-    for own, other in sides:
-        if not names or not own or not other or not own.keys() == other.keys() == names.keys():
+    for first_items, second_items in sides:
+        if (
+            not names
+            or not first_items
+            or not second_items
+            or not first_items.keys() == second_items.keys() == names.keys()
+        ):
             return None
-        rows.append([_minus(score, own[item], other[item]) for item in names])
-    found = np.array(rows, dtype=float)
-    return found if np.isfinite(found).all() else None
+        rows.append([_minus(score, first_items[item], second_items[item]) for item in names])
+    differences = np.array(rows, dtype=float)
+    return differences if np.isfinite(differences).all() else None
 
 
 def _value(row: _Row, score: str) -> float | None:
@@ -182,13 +193,13 @@ def _value(row: _Row, score: str) -> float | None:
 
 
 def scores_at(run: RunRecord, moment: str) -> Scores | None:
-    """On the split that answers."""
+    """Return the run's scores at ``moment``, on the test split if the run was scored on it."""
     if moment == "after":
         return answering_scores(run)
     if moment == "before":
         return base_model_scores(run)
-    shown = next(one for one in run.scores.few_shot if f"few_shot_{one.draw}" == moment)
-    return shown.test if run.scores.test is not None else shown.validation
+    few_shot = next(draw for draw in run.scores.few_shot if f"few_shot_{draw.draw}" == moment)
+    return few_shot.test if run.scores.test is not None else few_shot.validation
 
 
 def _minus(score: str, first: float, second: float) -> float:

@@ -1,5 +1,7 @@
-"""Equal examples are not equal tokens: a chat template is processed with every example. Does the answer still hold
-where both sides were trained on equally many tokens?"""
+"""Does the answer still hold if both sides are trained on equally many tokens?
+
+Equal examples are not equal tokens: a chat template adds its tokens to every example.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, contrast_
 from qlora_exp.records.types import RunRecord
 
 EQUAL_SHARE = 0.05
-"""Two sides processed equally many tokens where they differ by no more than this share."""
+"""Two sides count as equal if their processed tokens differ by at most this share."""
 DOCUMENTED = "sweeps/instruct_or_base.yaml"
 
 
@@ -22,18 +24,20 @@ class TokenCheck:
 
     done: bool
     difference: Difference | None
-    """Instruct against base at equal tokens; ``None`` where that wasn't run, or need not be."""
+    """Instruct against base at equal tokens; ``None`` if that wasn't run, or isn't needed."""
     sentence: str
 
 
 def processed_tokens(runs: Sequence[RunRecord]) -> float | None:
-    """Unpadded tokens read in training, mean over runs."""
+    """Return the unpadded tokens processed in training, mean over runs."""
     return mean(run.speed.train_tokens for run in runs)
 
 
 def token_groups(groups: Sequence[Group]) -> tuple[list[Group], list[RunRecord]]:
-    """The groups to compare within, and apart from them the runs that differ from the first group in nothing but that
-    their training ended by a budget of tokens (``training.max_tokens``), not of steps."""
+    """Return the groups to compare within, and the runs that repeat the first group with a token budget.
+
+    Those runs differ from the first group only in their training's end: ``training.max_tokens`` instead of steps.
+    """
     if not groups or groups[0].protocol.max_tokens is not None:
         return list(groups), []
     budgeted = [g for g in groups[1:] if g.protocol.max_tokens is not None and _unbudgeted(g) == _unbudgeted(groups[0])]
@@ -46,34 +50,38 @@ def check_equal_tokens(
     budgeted: Sequence[RunRecord],
     items: ItemScores | None,
 ) -> TokenCheck:
-    """The primary contrast at equal tokens.
+    """Return the primary contrast at equal tokens.
 
     Args:
-        budgeted: runs of the same protocol that were trained to a number of tokens, of any cell.
+        budgeted: runs of the same protocol, of any cell, that were trained to a number of tokens.
     """
     tokens = {"instruct": processed_tokens(instruct), "base": processed_tokens(base)}
     if tokens["instruct"] is None or tokens["base"] is None:
         return TokenCheck(False, None, "Equal-token check: not done, for the tokens that were processed are unknown.")
     fewer, more = sorted(tokens, key=lambda side: tokens[side] or 0.0)
-    least, most = tokens[fewer] or 0.0, tokens[more] or 0.0
+    fewer_tokens, more_tokens = tokens[fewer] or 0.0, tokens[more] or 0.0
     counted = f"{tokens['instruct']:,.0f} tokens were processed for instruct and {tokens['base']:,.0f} for base"
-    if most <= least * (1 + EQUAL_SHARE):
+    if more_tokens <= fewer_tokens * (1 + EQUAL_SHARE):
         return TokenCheck(True, None, f"Equal examples are equal tokens here: {counted}.")
     sides = {"instruct": tuple(instruct), "base": tuple(base)}
-    again = [run for run in budgeted if _same_cell(run, sides[fewer][0]) and _near(run.speed.train_tokens, most)]
-    if not again:
-        command = f"training.max_steps=null training.max_tokens={most:.0f}"
-        told_how = f"{fewer} trained again with {command} would tell ({DOCUMENTED} says how)"
-        return TokenCheck(False, None, f"Equal-token check: not done. At equal examples {counted}; {told_how}.")
-    sides[fewer] = tuple(again)
-    found = difference(Side(sides["instruct"], "after"), Side(sides["base"], "after"), "bits_per_byte", items)
+    repeated = [
+        run for run in budgeted if _same_cell(run, sides[fewer][0]) and _near(run.speed.train_tokens, more_tokens)
+    ]
+    if not repeated:
+        command = f"training.max_steps=null training.max_tokens={more_tokens:.0f}"
+        next_step = f"{fewer} trained again with {command} would tell ({DOCUMENTED} says how)"
+        return TokenCheck(False, None, f"Equal-token check: not done. At equal examples {counted}; {next_step}.")
+    sides[fewer] = tuple(repeated)
+    contrast = difference(Side(sides["instruct"], "after"), Side(sides["base"], "after"), "bits_per_byte", items)
     return TokenCheck(
-        found is not None, found, f"At equal tokens ({fewer} trained to {most:,.0f}): {contrast_sentence(found)}."
+        contrast is not None,
+        contrast,
+        f"At equal tokens ({fewer} trained to {more_tokens:,.0f}): {contrast_sentence(contrast)}.",
     )
 
 
-def _near(tokens: int | None, wanted: float) -> bool:
-    return tokens is not None and wanted / (1 + EQUAL_SHARE) <= tokens <= wanted * (1 + EQUAL_SHARE)
+def _near(tokens: int | None, target: float) -> bool:
+    return tokens is not None and target / (1 + EQUAL_SHARE) <= tokens <= target * (1 + EQUAL_SHARE)
 
 
 def _same_cell(run: RunRecord, other: RunRecord) -> bool:
@@ -81,11 +89,11 @@ def _same_cell(run: RunRecord, other: RunRecord) -> bool:
 
 
 def cell_of(run: RunRecord) -> tuple[str, str]:
-    """(variant, format)"""
+    """Return (variant, format), e.g. ``("instruct", "chat")``."""
     variant = str((run.config.get("model") or {}).get("variant"))
     return variant, run.plan.format if run.plan is not None else "plain"
 
 
 def _unbudgeted(group: Group) -> Protocol:
-    """What is left of a protocol without how long it trains."""
+    """Return the protocol without its length of training."""
     return replace(group.protocol, max_steps=0, max_tokens=None)

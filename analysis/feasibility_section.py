@@ -1,4 +1,4 @@
-"""The report's section on memory that was predicted: which trials that saved, and how often it was wrong."""
+"""The report's section on predicted memory: which trials were skipped, and how often the prediction was wrong."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FEASIBILITY_COLUMNS = {
 }
 
 
-def feasibility_section(asked: Sequence[StudyInfo]) -> Section | None:
-    """``None`` where nothing limited any study's memory."""
-    limited = [one for one in asked if one.predicted_memory]
+def feasibility_section(studies: Sequence[StudyInfo]) -> Section | None:
+    """Return the section; ``None`` if no study has a memory limit."""
+    limited = [study for study in studies if study.predicted_memory]
     if not limited:
         return None
-    rows = [(one.name, *(one.predicted_memory.get(key) for key in FEASIBILITY_COLUMNS)) for one in limited]
+    rows = [(study.name, *(study.predicted_memory.get(key) for key in FEASIBILITY_COLUMNS)) for study in limited]
     return Section(
         "feasibility",
         "Trials that would not have fitted",
-        tuple(f"{one.predicted_memory['sentence']}." for one in limited),
+        tuple(f"{study.predicted_memory['sentence']}." for study in limited),
         (value_table(("study", *FEASIBILITY_COLUMNS.values()), rows),),
         points=(
             "Whether a trial that was not started would have fitted after all can't be known; the time saved is what"

@@ -1,4 +1,4 @@
-"""The report's plots as plain plotly figures (``data`` and ``layout``); the page colours them for light and dark."""
+"""The report's plots as plain plotly figures (``data`` and ``layout``); the page sets colours for light and dark."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qlora_exp.analysis.tradeoffs import PRECISION_ORDER, Front, ParetoStatus, m
 Figure = dict[str, Any]
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
-"""Okabe and Ito's, told apart by colour-blind readers too, with a darker yellow for white paper."""
+"""Okabe and Ito's palette for colour-blind readers, with a darker yellow for a white page."""
 SYMBOLS = dict(zip(PRECISION_ORDER, ("circle", "square", "diamond", "cross", "x", "star"), strict=True))
 MOST_DOMINATED = 1000
-"""Points beyond these are left to the table: a plot of 10,000 is slow to open and shows no more."""
+"""More dominated points than these are thinned out: a plot of 10,000 is slow and shows no more. The table has all."""
 PART_COLOURS = (*PALETTE[:5], PALETTE[6])
 MOST_LINES = len(PALETTE)
 MOST_BARS = 16
@@ -26,7 +26,7 @@ RATE = "training.learning_rate"
 
 
 def write_figure(figure: Figure | None, path: Path) -> None:
-    """One HTML file that needs no network. Nothing is written for a figure that can't be drawn."""
+    """Write one HTML file that works offline. ``None`` writes nothing."""
     from plotly.io import write_html
 
     if figure is not None:
@@ -34,7 +34,7 @@ def write_figure(figure: Figure | None, path: Path) -> None:
 
 
 def lines(named: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tuple[str, str], goal: float) -> Figure:
-    """(x, y) by name, against a dashed line at ``goal``. ``axes``: titles, horizontal and vertical."""
+    """Plot (x, y) by name, with a dashed line at ``goal``. ``axes``: titles, horizontal and vertical."""
     traces = [
         {"type": "scatter", "mode": "lines+markers", "name": escape(name), "x": list(x), "y": list(y)}
         | {"line": {"color": PALETTE[number % len(PALETTE)]}}
@@ -46,11 +46,11 @@ def lines(named: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tu
 
 
 def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
-    """Quality against ``memory`` or ``speed``, one trace a quantization; the front's points are outlined."""
+    """Plot quality against ``memory`` or ``speed``, one trace per quantization; points on the front are larger."""
     drawn = _thinned(front)
     by_mode: dict[str, list[tuple[Configuration, ParetoStatus | None]]] = defaultdict(list)
-    for configuration, standing in drawn:
-        by_mode[mode_of(configuration)].append((configuration, standing))
+    for configuration, status in drawn:
+        by_mode[mode_of(configuration)].append((configuration, status))
     traces = [
         _cloud(mode, by_mode[mode], horizontal, PALETTE[number % len(PALETTE)])
         for number, mode in enumerate(sorted(by_mode, key=_by_precision))
@@ -65,18 +65,20 @@ def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
 
 
 def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Figure | None:
-    """Quality by rank with 95 % intervals over seeds, one line for each setting of everything else; of the learning
-    rate only where a rank has several."""
+    """Plot quality by rank with 95 % intervals over seeds, one line per combination of the other settings.
+
+    Learning rates share a line unless one rank was run with several. ``None`` if no line has two points.
+    """
     scored = [configuration for configuration in configurations if configuration.quality is not None]
     lines = _lines(scored, ("lora.r", "lora.alpha", RATE))
     if any(len({c.settings.get("lora.r") for c in line}) < len(line) for line in lines.values()):
         lines = _lines(scored, ("lora.r", "lora.alpha"))
-    long = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))
-    if not long:
+    drawn_lines = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))
+    if not drawn_lines:
         return None
     traces: list[Figure] = []
     ranks: set[int] = set()
-    for number, (name, points) in enumerate(long[:MOST_LINES]):
+    for number, (name, points) in enumerate(drawn_lines[:MOST_LINES]):
         ordered = sorted(points, key=lambda c: int(c.first.config["lora"]["r"]))
         estimates = [c.quality for c in ordered if c.quality is not None]
         ranks.update(int(c.first.config["lora"]["r"]) for c in ordered)
@@ -103,7 +105,7 @@ def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Fig
 def _lines(
     configurations: Sequence[Configuration], of_a_line: Sequence[str]
 ) -> dict[tuple[str, ...], list[Configuration]]:
-    """By all settings but those that change along a line."""
+    """Group the configurations by all settings except ``of_a_line``, which change along a line."""
     lines: dict[tuple[str, ...], list[Configuration]] = defaultdict(list)
     for configuration in configurations:
         others = [(key, value) for key, value in configuration.settings.items() if key not in of_a_line]
@@ -112,7 +114,7 @@ def _lines(
 
 
 def ladder(answer: Mapping[str, Any]) -> Figure | None:
-    """Each doubling's gain with its bounds, against the margin and its zone."""
+    """Plot each doubling's gain with its bounds, the margin and its zone; ``None`` if no step has a gain."""
     steps = [step for step in answer.get("comparisons") or [] if step.get("gain") is not None]
     margin = answer.get("margin")
     if not steps or margin is None:
@@ -159,16 +161,16 @@ def ladder(answer: Mapping[str, Any]) -> Figure | None:
         "showlegend": False,
     }
     layout["xaxis"]["type"] = "category"
-    drawn = [0.0, margin + zone, *gains, *(step[end] for step in steps for end in ("low", "high") if step.get(end))]
-    space = 0.06 * (max(drawn) - min(drawn))
-    layout["yaxis"]["range"] = [min(drawn) - space, max(drawn) + space]
+    y_values = [0.0, margin + zone, *gains, *(step[end] for step in steps for end in ("low", "high") if step.get(end))]
+    padding = 0.06 * (max(y_values) - min(y_values))
+    layout["yaxis"]["range"] = [min(y_values) - padding, max(y_values) + padding]
     return {"data": [trace], "layout": layout}
 
 
 def accuracy_by_cell(
     cells: Sequence[tuple[str, float | None, float | None, float | None]], lines: Sequence[tuple[str, float]]
 ) -> Figure | None:
-    """Accuracy of each cell untouched, with worked examples and tuned; ``lines`` are what there is to beat."""
+    """Plot each cell's accuracy: base model, with worked examples, tuned. ``lines``: the baselines to beat."""
     names = [escape(name) for name, *_ in cells]
     traces: list[Figure] = []
     for number, label in enumerate(("untouched", "with examples", "tuned")):
@@ -205,7 +207,7 @@ def accuracy_by_cell(
 
 
 def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
-    """Memory by part, stacked, the largest configurations first."""
+    """Plot memory by part, stacked, for the largest configurations; ``None`` if nothing is known."""
     known = [b for b in breakdowns if any(b.parts.values())]
     largest = sorted(known, key=lambda b: -sum(part or 0 for part in b.parts.values()))[:MOST_BARS]
     if not largest:
@@ -245,10 +247,10 @@ def importance_bars(shares: Mapping[str, float]) -> Figure:
 def _cloud(
     mode: str, points: Sequence[tuple[Configuration, ParetoStatus | None]], horizontal: str, colour: str
 ) -> Figure:
-    kept = [(c, s) for c, s in points if c.quality is not None]
-    estimates = [c.quality for c, _ in kept if c.quality is not None]
-    on_front = [standing is ParetoStatus.FRONT for _, standing in kept]
-    values = [c.memory_bytes if horizontal == "memory" else c.tokens_per_second for c, _ in kept]
+    scored = [(c, s) for c, s in points if c.quality is not None]
+    estimates = [c.quality for c, _ in scored if c.quality is not None]
+    on_front = [status is ParetoStatus.FRONT for _, status in scored]
+    values = [c.memory_bytes if horizontal == "memory" else c.tokens_per_second for c, _ in scored]
     halves = [e.half_width() if front else None for e, front in zip(estimates, on_front, strict=True)]
     return {
         "type": "scatter",
@@ -257,20 +259,20 @@ def _cloud(
         "x": [None if v is None else v / 1e6 if horizontal == "memory" else v for v in values],
         "y": [e.mean for e in estimates],
         "error_y": _error(halves),
-        "text": [escape(c.label) + (f"<br>{s}" if s is not None else "") for c, s in kept],
-        "customdata": [c.first.run_id for c, _ in kept],
+        "text": [escape(c.label) + (f"<br>{s}" if s is not None else "") for c, s in scored],
+        "customdata": [c.first.run_id for c, _ in scored],
         "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.4g}<extra></extra>",
         "marker": {
             "color": colour,
             "symbol": SYMBOLS.get(mode, "circle"),
             "size": [13 if front else 8 for front in on_front],
-            "opacity": [1.0 if front or s is None else 0.45 for front, (_, s) in zip(on_front, kept, strict=True)],
+            "opacity": [1.0 if front or s is None else 0.45 for front, (_, s) in zip(on_front, scored, strict=True)],
         },
     }
 
 
 def _thinned(front: Front) -> list[tuple[Configuration, ParetoStatus | None]]:
-    """All of the front, and evenly many of the rest."""
+    """Return the whole front, and every k-th of the other points."""
     if not front.standings:
         return [(c, None) for c in _every(front.configurations, MOST_DOMINATED)]
     pairs = list(zip(front.configurations, front.standings, strict=True))
@@ -278,13 +280,13 @@ def _thinned(front: Front) -> list[tuple[Configuration, ParetoStatus | None]]:
     return [*_every(rest, MOST_DOMINATED), *(pair for pair in pairs if pair[1] is ParetoStatus.FRONT)]
 
 
-def _every(values: Sequence[Any], most: int) -> list[Any]:
-    step = max(1, -(-len(values) // most))
+def _every(values: Sequence[Any], limit: int) -> list[Any]:
+    step = max(1, -(-len(values) // limit))
     return list(values[::step])
 
 
 def _named(key: str, value: Any) -> str:
-    """A setting as a legend has room for it; empty where another one tells it too."""
+    """Return a short text for the legend; empty if the quantization mode implies the setting."""
     if key in ("quantization.double_quantization", "quantization.compute_dtype", "quantization.int8_threshold"):
         return ""
     return value if isinstance(value, str) else f"{key.rsplit('.', 1)[-1].replace('_', ' ')} {display_settings(value)}"

@@ -1,7 +1,7 @@
-"""Is it better to start from the instruct model or from the base? The 2 × 2 of variant and format, and its paragraph.
+"""Is it better to start from the instruct model or from the base? The 2 × 2 of variant and format, and its contrasts.
 
-Named beforehand, the primary contrast: best instruct cell − best base cell after tuning, cells chosen on validation.
-Every other contrast is secondary, and its p is Holm-adjusted over all of them.
+The primary contrast is fixed beforehand: best instruct cell − best base cell after tuning, cells chosen on validation.
+All other contrasts are secondary; their p-values are Holm-adjusted together.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ BITS_PER_BYTE = "bits_per_byte"
 
 @dataclass(frozen=True)
 class Level:
-    """One model's scores: bits per byte of the answer (comparable across formats), accuracy by likelihood, exact match
-    by generation. Means over seeds or draws; ``None`` is unknown."""
+    """A model's scores: bits per byte of the answer (comparable across formats), accuracy by likelihood, exact match by
+    generation. Means over seeds or draws; ``None`` is unknown."""
 
     bits_per_byte: float | None
     accuracy: float | None
@@ -49,28 +49,29 @@ class Level:
 
 @dataclass(frozen=True)
 class VariantCell:
-    """One variant in one format, at the configuration that was best on validation."""
+    """One variant in one format, with the configuration that was best on validation."""
 
     variant: str
     written: str
     """``plain`` or ``chat``."""
     configuration: Configuration
     searched: int
-    """Configurations that the cell's was chosen among: those of its pilots and of its own runs."""
+    """How many configurations were tried for this cell, by its pilots and its answering runs."""
     untouched: Level
+    """The base model, before training."""
     few_shot: Level | None
-    """The untouched model with worked examples; ``None`` where that wasn't scored."""
+    """The base model with worked examples; ``None`` if that wasn't scored."""
     shots: int | None
-    """The fewest examples of a draw."""
+    """The fewest worked examples of a draw."""
     tuned: Level
     forgetting: float | None
     """Nats per byte of general text."""
     seed_sd: float | None
-    """Of the tuned bits per byte; low and high: 90 %."""
+    """Standard deviation over seeds of the tuned bits per byte; low and high: its 90 % interval."""
     seed_sd_low: float | None
     seed_sd_high: float | None
     tokens: float | None
-    """Processed in a training."""
+    """Tokens processed in training, mean over runs."""
 
     @property
     def name(self) -> str:
@@ -87,7 +88,7 @@ class VariantCell:
 
 @dataclass(frozen=True)
 class VariantContrast:
-    """A secondary contrast: by how much the first that is named is better."""
+    """A secondary contrast: how much better the side that is named first is."""
 
     name: str
     unit: str
@@ -100,24 +101,26 @@ class InstructBase:
     cells: tuple[VariantCell, ...]
     missing: tuple[str, ...]
     instruct: VariantCell
-    """The better of its variant, on validation."""
+    """The instruct cell that is better on validation; ``base`` likewise."""
     base: VariantCell
     chosen_by: str
     untouched: Difference | None
+    """Before training."""
     gain: Difference | None
+    """What tuning adds."""
     tuned: Difference | None
     """The primary contrast."""
     secondary: tuple[VariantContrast, ...]
     tokens: TokenCheck
     margin: float | None
     notes: tuple[str, ...]
-    """What is less than it should be."""
+    """What weakens the comparison, e.g. a single seed."""
 
 
 @dataclass(frozen=True)
 class _Pilot:
     best: float
-    """Bits per byte on validation, of the best of them."""
+    """The lowest bits per byte on validation among them."""
     runs: tuple[RunRecord, ...]
 
 
@@ -132,13 +135,13 @@ def compare_variants(
     pilots: Sequence[RunRecord] = (),
     budgeted: Sequence[RunRecord] = (),
 ) -> InstructBase | None:
-    """The cells that there are, and their contrasts. ``None`` where only one variant was run.
+    """Return the cells that were run, and their contrasts; ``None`` if only one variant was run.
 
     Args:
         items: per-item values; without them intervals are over seeds alone.
-        margin: bits per byte within which both count as equivalent; ``None``: equivalence is never said.
-        pilots: runs that were scored on validation only; where every cell has some, of seeds that answer nothing, the
-            cells are chosen by them instead of by their own runs' validation scores.
+        margin: bits per byte within which both count as equivalent; ``None``: equivalence is never concluded.
+        pilots: runs that were scored on validation only. They choose the cells if every cell has some whose seeds no
+            answering run uses; else the answering runs' validation scores choose.
         budgeted: runs that were trained to a number of tokens, for the equal-token check.
     """
     by_cell: dict[tuple[str, str], list[Configuration]] = defaultdict(list)
@@ -161,7 +164,7 @@ def compare_variants(
         missing=tuple(f"{v} in the {w} format" for v, w in CELLS if (v, w) not in by_cell),
         instruct=instruct,
         base=base,
-        chosen_by=_chosen_by(piloted, max(len(several) for several in by_cell.values())),
+        chosen_by=_chosen_by(piloted, max(len(cell_configurations) for cell_configurations in by_cell.values())),
         untouched=untouched,
         gain=gain,
         tuned=tuned,
@@ -172,33 +175,33 @@ def compare_variants(
     )
 
 
-def verdict(found: Difference | None, margin: float | None) -> str:
-    """``better``, ``worse``, ``equivalent within ±m`` or ``not settled``: of instruct, after tuning."""
-    if found is None or found.low is None or found.high is None or found.seeds < MIN_SEEDS:
+def verdict(contrast: Difference | None, margin: float | None) -> str:
+    """Return ``better``, ``worse``, ``equivalent within ±m`` or ``not settled``: instruct against base, tuned."""
+    if contrast is None or contrast.low is None or contrast.high is None or contrast.seeds < MIN_SEEDS:
         return "not settled"
-    if margin is not None and -margin < found.low and found.high < margin:
+    if margin is not None and -margin < contrast.low and contrast.high < margin:
         return f"equivalent within ±{margin:g}"
-    if found.low > 0:
+    if contrast.low > 0:
         return "better"
-    return "worse" if found.high < 0 else "not settled"
+    return "worse" if contrast.high < 0 else "not settled"
 
 
 def baseline_note(configuration: Configuration) -> str | None:
-    """Whether the configuration beats the traditional baselines on the same split; ``None`` where none was made."""
+    """Say whether the configuration beats the traditional baselines on the same split; ``None`` if there are none."""
     scores, baselines = answering_scores(configuration.first), configuration.first.baselines
     accuracy = mean(_of(answering_scores(run), "accuracy") for run in configuration.runs)
     if scores is None or baselines is None or accuracy is None or baselines.split != scores.split:
         return None
     majority, linear = baselines.majority_accuracy, baselines.tfidf_accuracy
     if majority is not None and accuracy <= majority:
-        told_of = f"always answering {baselines.majority_label!r} ({majority:.3f} on {baselines.split})"
-        return f"Its accuracy of {accuracy:.3f} does not even beat {told_of}."
+        baseline = f"always answering {baselines.majority_label!r} ({majority:.3f} on {baselines.split})"
+        return f"Its accuracy of {accuracy:.3f} does not even beat {baseline}."
     if linear is None:
         return None
-    told_of = f"TF-IDF with logistic regression ({linear:.3f} on {baselines.split})"
+    baseline = f"TF-IDF with logistic regression ({linear:.3f} on {baselines.split})"
     if accuracy > linear:
-        return f"Its accuracy of {accuracy:.3f} is above that of {told_of}."
-    return f"Its accuracy of {accuracy:.3f} does not beat {told_of}, which costs next to nothing."
+        return f"Its accuracy of {accuracy:.3f} is above that of {baseline}."
+    return f"Its accuracy of {accuracy:.3f} does not beat {baseline}, which costs next to nothing."
 
 
 # Cells.
@@ -209,15 +212,15 @@ def _cell(variant: str, written: str, configurations: Sequence[Configuration], p
     runs = chosen.runs
     tuned = [_of(answering_scores(run), BITS_PER_BYTE) for run in runs]
     sd, low, high = _spread([value for value in tuned if value is not None])
-    shown = runs[0].scores.few_shot
+    draws = runs[0].scores.few_shot
     return VariantCell(
         variant=variant,
         written=written,
         configuration=chosen,
         searched=_tried(configurations, piloted[variant, written].runs if piloted else ()),
         untouched=_level([base_model_scores(run) for run in runs]),
-        few_shot=_level([scores_at(runs[0], f"few_shot_{one.draw}") for one in shown]) if shown else None,
-        shots=min((len(one.examples) for one in shown), default=None),
+        few_shot=_level([scores_at(runs[0], f"few_shot_{draw.draw}") for draw in draws]) if draws else None,
+        shots=min((len(draw.examples) for draw in draws), default=None),
         tuned=_level([answering_scores(run) for run in runs]),
         forgetting=mean(run.scores.forgetting.difference if run.scores.forgetting else None for run in runs),
         seed_sd=sd,
@@ -227,12 +230,14 @@ def _cell(variant: str, written: str, configurations: Sequence[Configuration], p
     )
 
 
-def _level(found: Sequence[Scores | None]) -> Level:
-    return Level(*(mean(_of(scores, name) for scores in found) for name in (BITS_PER_BYTE, "accuracy", "exact_match")))
+def _level(several_scores: Sequence[Scores | None]) -> Level:
+    return Level(
+        *(mean(_of(scores, name) for scores in several_scores) for name in (BITS_PER_BYTE, "accuracy", "exact_match"))
+    )
 
 
 def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Standard deviation over seeds with its 90 % interval, from the chi-squared distribution of (n − 1)·s²/σ²."""
+    """Return the standard deviation over seeds and its 90 % interval: (n − 1)·s²/σ² is chi-squared distributed."""
     if len(values) < MIN_SEEDS:
         return None, None, None
     df, sd = len(values) - 1, float(np.std(values, ddof=1))
@@ -245,7 +250,7 @@ def _on_validation(cell: VariantCell, piloted: _Pilots) -> float:
 
 
 def _piloted(by_cell: Mapping[tuple[str, str], Sequence[Configuration]], pilots: Sequence[RunRecord]) -> _Pilots:
-    """Empty unless every cell has pilots with a score and of seeds that answer nothing in it."""
+    """Return each cell's pilots; empty unless every cell has scored pilots whose seeds no answering run of it uses."""
     bits: dict[tuple[str, str], list[tuple[float, RunRecord]]] = defaultdict(list)
     for run in pilots:
         key, value = cell_of(run), _of(run.scores.after, BITS_PER_BYTE)
@@ -258,16 +263,16 @@ def _piloted(by_cell: Mapping[tuple[str, str], Sequence[Configuration]], pilots:
 
 
 def _chosen_by(piloted: _Pilots, configurations: int) -> str:
-    """``configurations``: of the cell that has the most."""
-    own = "by the same runs' validation scores"
+    """Say how the cells were chosen. ``configurations``: the number in the cell that has the most."""
+    by_own_runs = "by the same runs' validation scores"
     if not piloted:
-        return own
-    among = f", the configurations within a cell {own}" if configurations > 1 else ""
+        return by_own_runs
+    among = f", the configurations within a cell {by_own_runs}" if configurations > 1 else ""
     return f"by pilots of seeds that answer nothing{among}"
 
 
 def _tried(configurations: Sequence[Configuration], pilots: Sequence[RunRecord]) -> int:
-    """Different configurations; a pilot's may be one of those that answer."""
+    """Count the different configurations; a pilot and an answering run may share one."""
     runs = [*(configuration.first for configuration in configurations), *pilots]
     return len({str(sorted(configuration_settings(run).items())) for run in runs})
 
@@ -288,17 +293,21 @@ def _secondary(
     gain: Difference | None,
     items: ItemScores | None,
 ) -> tuple[VariantContrast, ...]:
-    """All that is looked at besides the primary contrast, so that Holm's m is what it says."""
-    pair = Side(instruct.runs, "after"), Side(base.runs, "after")
-    before = Side(instruct.runs, "before"), Side(base.runs, "before")
-    found = [
+    """Return every contrast besides the primary one, so that Holm's m counts them all."""
+    tuned_sides = Side(instruct.runs, "after"), Side(base.runs, "after")
+    base_model_sides = Side(instruct.runs, "before"), Side(base.runs, "before")
+    contrasts = [
         ("instruct over base, untouched", BITS_PER_BYTE, untouched),
         ("what tuning adds, instruct over base", BITS_PER_BYTE, gain),
-        ("instruct over base, untouched, by likelihood", "accuracy", difference(*before, "accuracy", items)),
-        ("instruct over base, untouched, by generation", "exact_match", difference(*before, "exact_match", items)),
-        ("instruct over base, tuned, by likelihood", "accuracy", difference(*pair, "accuracy", items)),
-        ("instruct over base, tuned, by generation", "exact_match", difference(*pair, "exact_match", items)),
-        ("instruct over base, general text kept", "forgetting", difference(*pair, "forgetting", None)),
+        ("instruct over base, untouched, by likelihood", "accuracy", difference(*base_model_sides, "accuracy", items)),
+        (
+            "instruct over base, untouched, by generation",
+            "exact_match",
+            difference(*base_model_sides, "exact_match", items),
+        ),
+        ("instruct over base, tuned, by likelihood", "accuracy", difference(*tuned_sides, "accuracy", items)),
+        ("instruct over base, tuned, by generation", "exact_match", difference(*tuned_sides, "exact_match", items)),
+        ("instruct over base, general text kept", "forgetting", difference(*tuned_sides, "forgetting", None)),
     ]
     for variant in ("base", "instruct"):
         by_format = {cell.written: cell for cell in cells if cell.variant == variant}
@@ -307,24 +316,25 @@ def _secondary(
             continue
         for moment, when in (("before", "untouched"), ("after", "tuned")):
             sides = Side(chat.runs, moment), Side(plain.runs, moment)
-            found.append(
+            contrasts.append(
                 (f"chat over plain, {variant}, {when}", BITS_PER_BYTE, difference(*sides, BITS_PER_BYTE, items))
             )
     for cell in (base, instruct):
         if cell.few_shot is not None:
             sides = Side(cell.runs, "few_shot"), Side(cell.runs, "before")
             name = f"{cell.shots} examples over none, {cell.name}, untouched"
-            found.append((name, BITS_PER_BYTE, difference(*sides, BITS_PER_BYTE, items)))
-    known = [(name, score, one) for name, score, one in found if one is not None]
+            contrasts.append((name, BITS_PER_BYTE, difference(*sides, BITS_PER_BYTE, items)))
+    known = [(name, score, contrast) for name, score, contrast in contrasts if contrast is not None]
     units = {
         BITS_PER_BYTE: "bits/byte",
         "forgetting": "nats/byte",
         "accuracy": "accuracy",
         "exact_match": "exact match",
     }
-    adjusted = holm([one.p for _, _, one in known])
+    adjusted = holm([contrast.p for _, _, contrast in known])
     return tuple(
-        VariantContrast(name, units[score], one, p) for (name, score, one), p in zip(known, adjusted, strict=True)
+        VariantContrast(name, units[score], contrast, p)
+        for (name, score, contrast), p in zip(known, adjusted, strict=True)
     )
 
 
@@ -341,8 +351,8 @@ def _notes(instruct: VariantCell, base: VariantCell, tuned: Difference | None, i
     if len(seeds[0] & seeds[1]) < MIN_SEEDS:
         notes.append("One seed: nothing tells what another seed would have trained. It takes seed=1,2,3.")
     shared = len(seeds[0] & seeds[1])
-    if lost := shared - (tuned.seeds if tuned is not None else 0):
-        notes.append(f"{lost} of {shared} shared seeds have no finite score on both sides and are left out.")
+    if unscored := shared - (tuned.seeds if tuned is not None else 0):
+        notes.append(f"{unscored} of {shared} shared seeds have no finite score on both sides and are left out.")
     if tuned is None:
         return notes
     if items is not None and "items" not in tuned.over:

@@ -1,4 +1,4 @@
-"""The report's section on instruct or base: the paragraph, the 2 × 2, what the prompts are made of, every contrast."""
+"""The report's section on instruct or base: the paragraph, the 2 × 2, the prompts' parts, every contrast."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def instruct_section(
     pilots: Sequence[RunRecord] = (),
     budgeted: Sequence[RunRecord] = (),
 ) -> Section | None:
-    """``None`` where only one variant was run; the arguments are those of :func:`~.instruct_base.compare_variants`."""
-    found = compare_variants(configurations, items, margin, pilots, budgeted)
-    if found is None:
+    """Return the section; ``None`` if only one variant was run. Arguments: :func:`~.instruct_base.compare_variants`."""
+    comparison = compare_variants(configurations, items, margin, pilots, budgeted)
+    if comparison is None:
         return None
-    tables = (_bits(found.cells), _answers(found.cells), _prompts(found.cells), _contrasts(found))
+    tables = (_bits(comparison.cells), _answers(comparison.cells), _prompts(comparison.cells), _contrasts(comparison))
     accuracies = [
         (c.name, c.untouched.accuracy, c.few_shot.accuracy if c.few_shot else None, c.tuned.accuracy)
-        for c in found.cells
+        for c in comparison.cells
     ]
-    lines = [(name, value) for name, value in _lines(found.cells) if value is not None]
+    lines = [(name, value) for name, value in _lines(comparison.cells) if value is not None]
     figure = figures.accuracy_by_cell(accuracies, lines)
     return Section(
-        *("instruct-base", "Instruct or base", (paragraph(found),)),
-        tables=tuple(one for one in tables if one.rows),
+        *("instruct-base", "Instruct or base", (paragraph(comparison),)),
+        tables=tuple(table for table in tables if table.rows),
         figures=(figure,) if figure is not None else (),
-        points=tuple(_points(found)),
+        points=tuple(_points(comparison)),
     )
 
 
@@ -69,20 +69,24 @@ def _answers(cells: Sequence[VariantCell]) -> Table:
     rows: list[tuple[DisplayedValue, ...]] = []
     for c in cells:
         levels = (c.untouched, c.few_shot, c.tuned)
-        by_name = [[getattr(one, name) if one else None for one in levels] for name in ("accuracy", "exact_match")]
+        by_name = [
+            [getattr(level, name) if level else None for level in levels] for name in ("accuracy", "exact_match")
+        ]
         rows.append((c.name, *by_name[0], *by_name[1]))
     rows += [(name, None, None, value, None, None, None) for name, value in _lines(cells) if value is not None]
     return value_table(columns, rows, "By likelihood (accuracy) and by generation (exact match), and the lines to beat")
 
 
 def _lines(cells: Sequence[VariantCell]) -> list[tuple[str, float | None]]:
-    """The traditional baselines: the same for all cells, for they are of the same rows."""
-    made = next((one for cell in cells if (one := _baselines(cell.runs[0])) is not None), None)
-    if made is None:
+    """Return the traditional baselines; the cells share them because they share the rows."""
+    baselines = next(
+        (cell_baselines for cell in cells if (cell_baselines := _baselines(cell.runs[0])) is not None), None
+    )
+    if baselines is None:
         return []
     return [
-        (f"baseline: always {made.majority_label}", made.majority_accuracy),
-        ("baseline: TF-IDF with logistic regression", made.tfidf_accuracy),
+        (f"baseline: always {baselines.majority_label}", baselines.majority_accuracy),
+        ("baseline: TF-IDF with logistic regression", baselines.tfidf_accuracy),
     ]
 
 
@@ -103,44 +107,44 @@ def _prompts(cells: Sequence[VariantCell]) -> Table:
         if data is not None:
             trained = {True: "yes", False: "no", None: None}[data.template_tokens_trained]
             chosen = (c.name, c.configuration.label, c.searched)
-            read = (data.mean_prompt_tokens, data.template_tokens, trained, data.truncated_items, c.tokens)
-            rows.append((*chosen, *read))
+            prompt = (data.mean_prompt_tokens, data.template_tokens, trained, data.truncated_items, c.tokens)
+            rows.append((*chosen, *prompt))
     return value_table(columns, rows, "What was chosen, and what the prompts are made of")
 
 
-def _contrasts(found: InstructBase) -> Table:
+def _contrasts(comparison: InstructBase) -> Table:
     columns = (
         *("contrast", "in", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "over"),
         *(("p", "p"), ("p, adjusted", "p"), "holds"),
     )
     rows: list[tuple[DisplayedValue, ...]] = []
-    if found.tuned is not None:
-        d = found.tuned
-        name = f"primary: {found.instruct.name} over {found.base.name}, tuned"
-        rows.append((name, "bits/byte", d.value, d.low, d.high, d.over, d.p, None, verdict(d, found.margin)))
-    for contrast in found.secondary:
+    if comparison.tuned is not None:
+        d = comparison.tuned
+        name = f"primary: {comparison.instruct.name} over {comparison.base.name}, tuned"
+        rows.append((name, "bits/byte", d.value, d.low, d.high, d.over, d.p, None, verdict(d, comparison.margin)))
+    for contrast in comparison.secondary:
         d, holds = contrast.difference, "yes" if settled(contrast) else "not shown"
         rows.append((contrast.name, contrast.unit, d.value, d.low, d.high, d.over, d.p, contrast.adjusted_p, holds))
     caption = (
         "Above 0, the first that is named is better. 90 % intervals; p of the secondary contrasts is adjusted after"
-        f" Holm for all {len(found.secondary)} of them"
+        f" Holm for all {len(comparison.secondary)} of them"
     )
     return value_table(columns, rows, caption)
 
 
-def _points(found: InstructBase) -> list[str]:
-    points = [*found.notes]
-    if found.missing:
-        points.append(f"Not run: {', '.join(found.missing)}.")
-    if len({cell.searched for cell in found.cells}) > 1:
-        counts = ", ".join(f"{cell.searched} for {cell.name}" for cell in found.cells)
+def _points(comparison: InstructBase) -> list[str]:
+    points = [*comparison.notes]
+    if comparison.missing:
+        points.append(f"Not run: {', '.join(comparison.missing)}.")
+    if len({cell.searched for cell in comparison.cells}) > 1:
+        counts = ", ".join(f"{cell.searched} for {cell.name}" for cell in comparison.cells)
         points.append(f"The cells were not searched equally ({counts} tried): the more are tried, the better.")
-    untrained = [c.name for c in found.cells if c.runs[0].data and c.runs[0].data.template_tokens_trained is False]
+    untrained = [c.name for c in comparison.cells if c.runs[0].data and c.runs[0].data.template_tokens_trained is False]
     if untrained:
         points.append(
             f"{', '.join(untrained)}: this checkpoint never saw the template's tokens, and LoRA leaves embeddings as"
             " they are."
         )
-    if found.margin is None:
+    if comparison.margin is None:
         points.append("No margin of equivalence was given (--equivalence): that both are equally good can't be said.")
     return points

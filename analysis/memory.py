@@ -1,4 +1,4 @@
-"""What the memory goes to, and how large the weights are at 32, 16, 8 and 4 bits."""
+"""What uses the memory, and how large the weights are at 32, 16, 8 and 4 bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUANTIZATION_BITS = {32: ("fp32",), 16: ("fp16", "bf16"), 8: ("int8",), 4: ("nf4
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Bytes by part (:data:`MEMORY_PARTS`); ``None`` is unknown."""
+    """Bytes by part (:data:`PEAK_PARTS`); ``None`` is unknown."""
 
     label: str
     parts: dict[str, float | None]
@@ -24,8 +24,8 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class WeightSize:
-    """``nominal_bytes``: parameters × bits / 8. ``measured_bytes``: weights and quantization state as they were really
-    held, by mode; larger where embeddings and norms stay unquantized."""
+    """``nominal_bytes``: parameters × bits / 8. ``measured_bytes``: mode → weights + quantization state in memory;
+    larger, because embeddings and norms stay unquantized."""
 
     bits: int
     nominal_bytes: float
@@ -41,8 +41,10 @@ class AdapterSize:
 
 
 def parts_of(memory: Memory) -> dict[str, float | None]:
-    """Activations: the peak of training less what was held besides them. A CPU's peak is above the phase's start, when
-    weights and adapters were already held; a GPU's counts them."""
+    """Return bytes by part; activations are the peak of training minus the other parts that it counts.
+
+    A GPU's peak counts all parts. A CPU's peak is what training adds to the weights and adapters held at its start.
+    """
     held = {
         "weights": memory.base_weight_bytes,
         "quantization state": memory.quantization_state_bytes,
@@ -58,27 +60,30 @@ def parts_of(memory: Memory) -> dict[str, float | None]:
 
 
 def breakdowns(configurations: Sequence[Configuration]) -> list[Breakdown]:
-    """Means over the runs that know a part, one bar for each model, quantization, rank and target set."""
+    """Return one breakdown per quantization, rank and target set: means over the runs that know a part."""
     runs: dict[str, list[RunRecord]] = defaultdict(list)
     for configuration in configurations:
         for run in configuration.runs:
             runs[_kind(run)].append(run)
-    found = []
+    bars = []
     for label, records in runs.items():
-        each = [parts_of(record.memory) for record in records]
-        parts = {part: mean(x[part] for x in each if x[part] is not None) for part in PEAK_PARTS}
-        found.append(Breakdown(label, parts))
-    return found
+        parts_of_runs = [parts_of(record.memory) for record in records]
+        parts = {
+            part: mean(run_parts[part] for run_parts in parts_of_runs if run_parts[part] is not None)
+            for part in PEAK_PARTS
+        }
+        bars.append(Breakdown(label, parts))
+    return bars
 
 
 def weight_sizes(records: Sequence[RunRecord]) -> list[WeightSize]:
-    """At 32, 16, 8 and 4 bits, of the largest model among the runs."""
+    """Return the sizes of the largest model among the runs at 32, 16, 8 and 4 bits."""
     largest = max((record.plan.total_parameters for record in records if record.plan is not None), default=None)
     if largest is None:
         return []
-    own = [record for record in records if record.plan is not None and record.plan.total_parameters == largest]
+    largest_runs = [record for record in records if record.plan is not None and record.plan.total_parameters == largest]
     measured: dict[str, float] = {}
-    for record in own:
+    for record in largest_runs:
         memory, mode = record.memory, str((record.config.get("quantization") or {}).get("mode"))
         if memory.base_weight_bytes is not None:
             measured.setdefault(mode, memory.base_weight_bytes + (memory.quantization_state_bytes or 0))
@@ -89,14 +94,14 @@ def weight_sizes(records: Sequence[RunRecord]) -> list[WeightSize]:
 
 
 def adapter_sizes(records: Sequence[RunRecord]) -> list[AdapterSize]:
-    """One for each rank and target set, the smallest first."""
-    found: dict[tuple[int, str], AdapterSize] = {}
+    """Return one size per rank and target set, the smallest first."""
+    sizes: dict[tuple[int, str], AdapterSize] = {}
     for record in records:
         if record.plan is not None:
             rank, targets = int(record.config["lora"]["r"]), _targets(record)
             size = AdapterSize(rank, targets, record.plan.trainable_parameters, record.memory.adapter_bytes)
-            found.setdefault((rank, targets), size)
-    return sorted(found.values(), key=lambda size: size.parameters)
+            sizes.setdefault((rank, targets), size)
+    return sorted(sizes.values(), key=lambda size: size.parameters)
 
 
 def _kind(record: RunRecord) -> str:
@@ -110,7 +115,7 @@ def _targets(record: RunRecord) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The answer and its tables of a folder of runs; ``--page FILE`` saves the plots."""
+    """Print the answer and its tables for a folder of runs; ``--page FILE`` saves the plots."""
     from qlora_exp.analysis.ask import main as ask
 
     ask(["memory", *(sys.argv[1:] if arguments is None else arguments)])

@@ -1,4 +1,4 @@
-"""Can the planned seeds and items settle the margin? Asked before training, and answered after an open end."""
+"""Can the planned seeds and items settle the margin? Computed before training, and after an inconclusive ladder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qlora_exp.analysis.rule import FIRST_SEEDS, LAST_LOOK, MOST_SEEDS, Rule, t_
 from qlora_exp.analysis.variance import VarianceSplit
 
 MOST_SEEDS_TOLD, MOST_ITEMS_TOLD = 1000, 10_000_000
-"""Beyond these, "more than anyone would run" is the honest word."""
+"""The search for enough seeds or items ends here: nobody would run more."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What a difference between two ranks is expected to vary by, in the units of the score."""
+    """Expected variation of the difference between two ranks, in the units of the score."""
 
     seed_sd: float
     """Standard deviation over seeds of one seed's mean difference."""
@@ -28,22 +28,23 @@ class Noise:
 
 @dataclass(frozen=True)
 class PowerPlan:
-    """``half_width_at_cap`` in the units of the score: half of what the interval spans with the most seeds."""
+    """Whether a plan settles the margin. ``half_width_at_cap``: half-width of the interval with the planned seeds, in
+    units of the score."""
 
     settles: bool
     half_width_at_cap: float
     seeds_needed: int | None
-    """Seeds at the planned items; ``None`` where no number of seeds is enough."""
+    """With the planned items; ``None`` if no number of seeds is enough."""
     items_needed: int | None
-    """Items at the most seeds; ``None`` where no number of items is enough."""
+    """With the most seeds; ``None`` if no number of items is enough."""
     sentence: str
 
 
 def plan(noise: Noise, seeds: int, items: int, rule: Rule) -> PowerPlan:
-    """Whether ``seeds`` (after the purchase) and ``items`` can settle every gain at this margin.
+    """Return whether ``seeds`` (the total at the last look) and ``items`` can settle every gain at this margin.
 
-    The first doubling is the hardest: only its own two ranks tell about the seeds. A half-width of at most the
-    half-zone leaves no gain undecided.
+    The first doubling is the hardest: only its two ranks show how much seeds vary. If the half-width is at most the
+    half-zone, every gain is decided.
     """
     width = half_width(noise, seeds, items, rule)
     needed_seeds = seeds_needed(noise, items, rule)
@@ -59,7 +60,7 @@ def plan(noise: Noise, seeds: int, items: int, rule: Rule) -> PowerPlan:
 
 
 def half_width(noise: Noise, seeds: int, items: int, rule: Rule) -> float:
-    """Expected half-width of the interval at the last look of the first doubling; infinite with a single seed."""
+    """Return the expected half-width of the interval at the first doubling's last look; infinite with a single seed."""
     if seeds < 2:
         return float("inf")
     item_df = items - 1 if noise.item_sd > 0 and items > 1 else np.inf
@@ -76,17 +77,17 @@ def half_width(noise: Noise, seeds: int, items: int, rule: Rule) -> float:
 
 
 def seeds_needed(noise: Noise, items: int, rule: Rule) -> int | None:
-    """The fewest seeds at which every gain is settled with ``items``; ``None`` where more seeds don't help."""
+    """Return the fewest seeds that settle every gain with ``items``; ``None`` if more seeds don't help."""
     return _fewest(lambda seeds: half_width(noise, seeds, items, rule) <= rule.half_zone, 2, MOST_SEEDS_TOLD)
 
 
 def items_needed(noise: Noise, seeds: int, rule: Rule) -> int | None:
-    """The fewest items at which every gain is settled with ``seeds``; ``None`` where more items don't help."""
+    """Return the fewest items that settle every gain with ``seeds``; ``None`` if more items don't help."""
     return _fewest(lambda items: half_width(noise, seeds, items, rule) <= rule.half_zone, 2, MOST_ITEMS_TOLD)
 
 
 def requirement_sentence(seeds: int | None, items: int | None) -> str:
-    """What it would take, as a sentence."""
+    """Return a sentence on what would settle the margin."""
     ways = [f"about {seeds} seeds with these items"] if seeds is not None else []
     ways += [f"about {items} items with {MOST_SEEDS} seeds"] if items is not None and seeds is None else []
     return (
@@ -94,11 +95,11 @@ def requirement_sentence(seeds: int | None, items: int | None) -> str:
     )
 
 
-def _fewest(enough: Callable[[int], bool], least: int, most: int) -> int | None:
-    """The smallest whole number that is ``enough``, which holds for every larger one too."""
-    if not enough(most):
+def _fewest(enough: Callable[[int], bool], minimum: int, maximum: int) -> int | None:
+    """Return the smallest integer that is ``enough``, by bisection: every larger one must be enough, too."""
+    if not enough(maximum):
         return None
-    low, high = least, most
+    low, high = minimum, maximum
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)
@@ -111,16 +112,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--figure", type=Path, help="also draw them into this HTML file")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     rule, seeds = Rule(margin=2.0, half_zone=1.0, doublings=5), (FIRST_SEEDS, 4, 6, MOST_SEEDS)
     widths = {sd: [half_width(Noise(sd, 0.0), n, 1, rule) for n in seeds] for sd in (0.1, 0.25, 0.5, 0.75, 1.0)}
     print("| seed sd / half-zone | " + " | ".join(f"{n} seeds" for n in seeds) + " |")
     print("|---|---|---|---|---|")
-    for seed_sd, of_seeds in widths.items():
-        print(f"| {seed_sd} | " + " | ".join(f"{width:.2f}" for width in of_seeds) + " |")
-    if given.figure is not None:
-        drawn = {f"seed sd {sd} half-zones": (seeds, of_seeds) for sd, of_seeds in widths.items()}
-        write_figure(lines(drawn, ("seeds", "half-width / half-zone"), goal=1.0), given.figure)
+    for seed_sd, row in widths.items():
+        print(f"| {seed_sd} | " + " | ".join(f"{width:.2f}" for width in row) + " |")
+    if options.figure is not None:
+        series = {f"seed sd {sd} half-zones": (seeds, row) for sd, row in widths.items()}
+        write_figure(lines(series, ("seeds", "half-width / half-zone"), goal=1.0), options.figure)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Is the larger rank worth it? One doubling decided, and a ladder of them walked: pure functions over per-item losses.
+"""Is the larger rank worth it? Decides one doubling, or a ladder of them: pure functions over per-item losses.
 
 The rule, its formulas and its sources are in docs/statistics.md, its measured error rates in docs/calibration.md.
 """
@@ -35,8 +35,7 @@ from qlora_exp.errors import AnalysisError
 
 @dataclass(frozen=True)
 class PooledNoise:
-    """MS_rank×seed over all ranks run (squared units of the score) and its degrees of freedom; ``None`` where there is
-    no second seed to tell it by."""
+    """MS_rank×seed over all ranks run (squared units of the score) and its degrees of freedom; ``None``: one seed."""
 
     mean_square: float | None
     df: int
@@ -44,7 +43,7 @@ class PooledNoise:
 
 @dataclass(frozen=True)
 class SampleIncrease:
-    """What to add before the last look, each in all: seeds, or — where no number of seeds is enough — items."""
+    """The totals to run before the last look: seeds, or items if no number of seeds is enough."""
 
     seeds: int | None
     items: int | None
@@ -52,7 +51,7 @@ class SampleIncrease:
 
 @dataclass(frozen=True)
 class Decision:
-    """The answer for one step. Units are the score's; ``None`` is unknown."""
+    """The decision on one step. Units are the score's; ``None`` is unknown."""
 
     verdict: StepVerdict
     gain: float
@@ -70,7 +69,7 @@ class Decision:
     """B: the items' share of se²."""
     purchase: SampleIncrease | None = None
     what_it_takes: str | None = None
-    """Where the verdict is *inconclusive*, and for a *buy*: what would settle it."""
+    """What would settle the step, if the verdict is *inconclusive* or *buy*."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RankAnswer:
-    """What a ladder says. ``recommended_rank`` is ``None`` where it is inconclusive or still open."""
+    """A ladder's answer. ``recommended_rank`` is ``None`` if the ladder is inconclusive or not finished."""
 
     verdict: StepVerdict
     recommended_rank: int | None
@@ -92,7 +91,7 @@ class RankAnswer:
 
 
 def pooled_noise(ladder: Sequence[Array]) -> PooledNoise:
-    """MS_rank×seed over the ranks of ``ladder``, (seeds, items) or (seeds,); a run that doesn't exist is NaN."""
+    """Return MS_rank×seed over the ranks of ``ladder``: losses (seeds, items) or (seeds,), NaN for a missing run."""
     mean_square, df = rank_seed_mean_square(np.stack([as_losses(losses).mean(axis=-1) for losses in ladder]))
     return PooledNoise(float(mean_square) if df > 0 else None, int(df))
 
@@ -102,9 +101,9 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
 
     Args:
         smaller, larger: losses of the two ranks, (seeds, items) or, for scores without items, (seeds,). Row s is the
-            same seed and column i the same test item in both; a run that doesn't exist is a row of NaN.
+            same seed and column i the same test item in both; a missing run is a row of NaN.
         pooled: the noise over all ranks run.
-        look: FIRST_LOOK, or LAST_LOOK after the purchase.
+        look: FIRST_LOOK, or LAST_LOOK after seeds or items were added.
 
     Raises:
         AnalysisError: shapes that don't pair, missing items, no shared seed.
@@ -112,43 +111,43 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
     difference = _paired(smaller, larger)
     mean_square = np.array(np.nan if pooled.mean_square is None else pooled.mean_square)
     split = split_variance(difference, mean_square, np.array(float(pooled.df)))
-    found = bounds(split, rule, look)
-    enough, little = verdicts(split.gain, found, rule)
+    interval = bounds(split, rule, look)
+    continues, stops = verdicts(split.gain, interval, rule)
     items = difference.shape[1] if np.ndim(smaller) > 1 else None
-    verdict, purchase, takes = StepVerdict.CONTINUE if enough else StepVerdict.STOP, None, None
-    if not enough and not little:
-        takes = _what_it_takes(split, items, rule)
-        purchase = _purchase(split, found, items, rule) if look == FIRST_LOOK else None
+    verdict, purchase, requirement = StepVerdict.CONTINUE if continues else StepVerdict.STOP, None, None
+    if not continues and not stops:
+        requirement = _what_it_takes(split, items, rule)
+        purchase = _purchase(split, interval, items, rule) if look == FIRST_LOOK else None
         verdict = StepVerdict.INCONCLUSIVE if purchase is None else StepVerdict.BUY
     return Decision(
         verdict=verdict,
         gain=float(split.gain),
-        low=_known(found.low),
-        high=_known(found.high),
-        se=_known(found.se),
-        df=_known(found.df),
+        low=_known(interval.low),
+        high=_known(interval.high),
+        se=_known(interval.se),
+        df=_known(interval.df),
         seeds=int(split.seeds),
         items=items,
         seed_part=_known(split.seed_part),
         item_part=_known(split.item_part) if items is not None else None,
         purchase=purchase,
-        what_it_takes=takes,
+        what_it_takes=requirement,
     )
 
 
 def decide_doubling(
     run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule, most_seeds: int = MOST_SEEDS
 ) -> Decision | None:
-    """One doubling with its two looks and the one purchase between them.
+    """Decide one doubling with two looks; seeds are added between them at most once.
 
     Args:
-        run: seeds in all → losses of the ladder's ranks so far, the doubling's two last, both with so many seeds;
-            ``None`` where runs are still missing.
-        first_seeds: of the first look.
-        most_seeds: in all; where that allows no purchase, the first look is the last.
+        run: total number of seeds → losses of the ladder's ranks so far, with that many seeds for the doubling's two
+            ranks, which come last; ``None`` if runs are missing.
+        first_seeds: seeds at the first look.
+        most_seeds: the most seeds in total; if no seed can be added, the first look is the last.
 
     Returns:
-        The decision, a *buy* while what was bought is missing; ``None`` while the first look's runs are.
+        The decision; *buy* while added runs are missing, ``None`` while runs of the first look are missing.
     """
     ladder = run(first_seeds)
     if ladder is None:
@@ -158,28 +157,32 @@ def decide_doubling(
         return decision
     if decision.purchase.seeds is None:
         return _items_are_missing(decision, decision.purchase.items)
-    bought = min(max(decision.purchase.seeds, first_seeds + 1), most_seeds)
-    if bought <= first_seeds:
+    total_seeds = min(max(decision.purchase.seeds, first_seeds + 1), most_seeds)
+    if total_seeds <= first_seeds:
         return replace(decision, verdict=StepVerdict.INCONCLUSIVE, purchase=None)
-    ladder = run(bought)
+    ladder = run(total_seeds)
     if ladder is None:
-        return replace(decision, purchase=SampleIncrease(bought, None))
+        return replace(decision, purchase=SampleIncrease(total_seeds, None))
     return decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, LAST_LOOK)
 
 
 def decide_from_summary(gain: float, se: float, rule: Rule, df: float = np.inf) -> Decision:
-    """Decide from a published gain (positive is better) and its standard error with ``df`` degrees of freedom;
-    infinite: taken as known (normal)."""
+    """Decide from a published gain (positive is better) and its standard error.
+
+    ``df``: degrees of freedom of ``se``; infinite: ``se`` is exact, and the gain is normal.
+    """
     t_continue, t_stop = t_quantiles(np.array(df), rule, LAST_LOOK)
     split = VarianceSplit(*(np.array(x) for x in (gain, se**2, 0.0, df, np.inf, 1.0)))
-    found = bounds(split, rule, LAST_LOOK)
-    enough, little = verdicts(split.gain, found, rule)
-    verdict = StepVerdict.CONTINUE if enough else StepVerdict.STOP if little else StepVerdict.INCONCLUSIVE
-    takes = None
+    interval = bounds(split, rule, LAST_LOOK)
+    continues, stops = verdicts(split.gain, interval, rule)
+    verdict = StepVerdict.CONTINUE if continues else StepVerdict.STOP if stops else StepVerdict.INCONCLUSIVE
+    requirement = None
     if verdict is StepVerdict.INCONCLUSIVE:
         needed = 2 * rule.half_zone / float(t_continue + t_stop)
-        takes = f"It would take a standard error of the gain of at most {needed:.3g}; it is {se:.3g}."
-    return Decision(verdict, gain, float(found.low), float(found.high), se, None, 1, None, None, None, None, takes)
+        requirement = f"It would take a standard error of the gain of at most {needed:.3g}; it is {se:.3g}."
+    return Decision(
+        verdict, gain, float(interval.low), float(interval.high), se, None, 1, None, None, None, None, requirement
+    )
 
 
 def decide_ladder(
@@ -189,14 +192,14 @@ def decide_ladder(
     complete: bool = False,
     unit: str = "nats per item",
 ) -> RankAnswer:
-    """The answer of the ladder as far as it has been run: *continue* asks for the next doubling, *buy* for seeds.
+    """Return the answer of the ladder as far as it was run: *continue* asks for the next doubling, *buy* for seeds.
 
     Args:
         ladder: rank → losses as :func:`decide` takes them, with the same seeds and items at every rank.
-        bought: the larger ranks of the doublings whose purchase has been made.
-        complete: the ranks had all been run before anything was decided (a table, a grid): noise is pooled over all of
-            them, and there is no second look. Otherwise each doubling is decided as it was when its turn came.
-        unit: of the scores, for the sentence.
+        bought: the larger rank of each doubling to which seeds or items were added.
+        complete: all ranks were run before anything was decided (a table, a grid). Then noise is pooled over all of
+            them, and there is no second look. Otherwise each doubling uses the ranks up to its own.
+        unit: unit of the scores, for the sentence.
 
     Raises:
         AnalysisError: fewer than two ranks, or losses that don't pair.
@@ -217,20 +220,20 @@ def decide_ladder(
 
 
 def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str) -> RankAnswer:
-    """The ladder's answer: that of the first step that isn't *continue*; steps after it are told, not used."""
+    """Return the ladder's answer: the first step that isn't *continue* decides; later steps are listed, not used."""
     last = next((c for c in comparisons if c.decision.verdict is not StepVerdict.CONTINUE), comparisons[-1])
     verdict = last.decision.verdict
     recommended = {StepVerdict.CONTINUE: last.to_rank, StepVerdict.STOP: last.from_rank}.get(verdict)
     return RankAnswer(verdict, recommended, rule, tuple(comparisons), _sentence(last, rule, unit))
 
 
-def as_object(found: RankAnswer) -> dict[str, Any]:
-    """The answer in plain JSON types, as ``analyze --json`` prints it and a sweep's record keeps it."""
+def as_object(result: RankAnswer) -> dict[str, Any]:
+    """Return the answer in plain JSON types, as ``analyze --json`` prints it and a sweep's record stores it."""
     return {
-        "decision": str(found.verdict),
-        "recommended_rank": found.recommended_rank,
-        "margin": found.rule.margin,
-        "half_zone": found.rule.half_zone,
+        "decision": str(result.verdict),
+        "recommended_rank": result.recommended_rank,
+        "margin": result.rule.margin,
+        "half_zone": result.rule.half_zone,
         "comparisons": [
             {
                 "from_rank": step.from_rank,
@@ -240,38 +243,40 @@ def as_object(found: RankAnswer) -> dict[str, Any]:
                 "high": step.decision.high,
                 "decision": str(step.decision.verdict),
             }
-            for step in found.comparisons
+            for step in result.comparisons
         ],
-        "what_it_takes": _open_end(found),
-        "sentence": found.sentence,
+        "what_it_takes": _open_end(result),
+        "sentence": result.sentence,
     }
 
 
-def _open_end(found: RankAnswer) -> str | None:
-    """Of the step that ended the ladder undecided."""
-    last = next((c.decision for c in found.comparisons if c.decision.verdict is not StepVerdict.CONTINUE), None)
+def _open_end(result: RankAnswer) -> str | None:
+    """Return what would settle the step that left the ladder undecided; ``None`` if no step did."""
+    last = next((c.decision for c in result.comparisons if c.decision.verdict is not StepVerdict.CONTINUE), None)
     return last.what_it_takes if last is not None and last.verdict is StepVerdict.INCONCLUSIVE else None
 
 
 def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
     decision, step = last.decision, f"from r = {last.from_rank} to {last.to_rank}"
-    gained = f"going {step} gains {_plain(decision.gain)} {unit}"
+    gain = f"going {step} gains {_plain(decision.gain)} {unit}"
     if decision.low is not None and decision.high is not None:
-        gained += f" [{_plain(decision.low)}, {_plain(decision.high)}]"
+        gain += f" [{_plain(decision.low)}, {_plain(decision.high)}]"
     against = f"against a margin of {rule.margin:g}"
     if decision.verdict is StepVerdict.CONTINUE:
-        return f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gained}, {against}."
+        return f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gain}, {against}."
     if decision.verdict is StepVerdict.STOP:
-        return f"Returns have diminished at r = {last.from_rank}: {gained}, {against}."
+        return f"Returns have diminished at r = {last.from_rank}: {gain}, {against}."
     if decision.purchase is not None:
-        bought = decision.purchase
-        asked = f"{bought.seeds} seeds" if bought.seeds is not None else f"{bought.items or 'many more'} test items"
-        return f"Not settled yet: {gained}, {against}. Run {asked} in all and look once more."
-    return f"Inconclusive: {gained}, {against}. {decision.what_it_takes}"
+        increase = decision.purchase
+        addition = (
+            f"{increase.seeds} seeds" if increase.seeds is not None else f"{increase.items or 'many more'} test items"
+        )
+        return f"Not settled yet: {gain}, {against}. Run {addition} in all and look once more."
+    return f"Inconclusive: {gain}, {against}. {decision.what_it_takes}"
 
 
 def _paired(smaller: Array, larger: Array) -> Array:
-    """loss(smaller) − loss(larger), (seeds, items), of the seeds that both have."""
+    """Return loss(smaller) − loss(larger), (seeds, items), for the seeds that both have."""
     if np.shape(smaller) != np.shape(larger):
         raise AnalysisError(
             f"losses of shape {np.shape(smaller)} and {np.shape(larger)} don't pair",
@@ -279,34 +284,34 @@ def _paired(smaller: Array, larger: Array) -> Array:
             "score both ranks with the same seeds on the same test items",
         )
     difference = as_losses(smaller) - as_losses(larger)
-    absent = np.isnan(difference)
-    partly = absent.any(axis=1) & ~absent.all(axis=1)
+    missing = np.isnan(difference)
+    partly = missing.any(axis=1) & ~missing.all(axis=1)
     if partly.any():
         raise AnalysisError(
-            f"{int(absent[partly].sum())} items have no finite loss in {int(partly.sum())} of the runs",
+            f"{int(missing[partly].sum())} items have no finite loss in {int(partly.sum())} of the runs",
             "per-item losses",
             "score every run on the same test items; a run that failed is left out whole",
         )
-    if absent.all():
+    if missing.all():
         raise AnalysisError("the two ranks share no seed", "a doubling", "run both ranks with the same seeds")
-    return difference[~absent.all(axis=1)]
+    return difference[~missing.all(axis=1)]
 
 
-def _purchase(split: VarianceSplit, found: MarginBounds, items: int | None, rule: Rule) -> SampleIncrease | None:
-    """``None`` where all the seeds that may be bought are there already."""
+def _purchase(split: VarianceSplit, interval: MarginBounds, items: int | None, rule: Rule) -> SampleIncrease | None:
+    """Return the totals to run; ``None`` if all allowed seeds were run."""
     if items is not None and needs_more_items(split, rule):
         item_sd = float(np.sqrt(split.item_part * items))
-        # Where eight seeds can't do even with all items, the number that the items' own part asks for.
+        # If eight seeds aren't enough with any number of items: the items needed for their part of the variance alone.
         needed = items_needed(_noise(split, items), MOST_SEEDS, rule) or items_needed(Noise(0.0, item_sd), 2, rule)
         return SampleIncrease(None, needed)
     if split.seeds >= MOST_SEEDS:
         return None
-    return SampleIncrease(int(seeds_to_buy(found.half_width, split.seeds, rule)), None)
+    return SampleIncrease(int(seeds_to_buy(interval.half_width, split.seeds, rule)), None)
 
 
 def _items_are_missing(decision: Decision, items: int | None) -> Decision:
-    takes = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
-    return replace(decision, verdict=StepVerdict.INCONCLUSIVE, purchase=None, what_it_takes=takes)
+    requirement = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
+    return replace(decision, verdict=StepVerdict.INCONCLUSIVE, purchase=None, what_it_takes=requirement)
 
 
 def _noise(split: VarianceSplit, items: int | None) -> Noise:
@@ -335,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--figure", type=Path, help="also draw the last answer's doublings into this HTML file")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     rng = np.random.default_rng(0)
     item = rng.normal(0.9, 0.4, 1000)
     losses = {
@@ -345,16 +350,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| seeds | step | gain | low | high | decision |\n|---|---|---|---|---|---|")
     for seeds in (3, MOST_SEEDS):
         ladder = {rank: values[:seeds] for rank, values in losses.items()}
-        found = decide_ladder(ladder, make_rule(0.02, 3), bought=(16, 32, 64) if seeds > 3 else ())
-        for step in found.comparisons:
+        result = decide_ladder(ladder, make_rule(0.02, 3), bought=(16, 32, 64) if seeds > 3 else ())
+        for step in result.comparisons:
             d = step.decision
             print(
                 f"| {seeds} | {step.from_rank} → {step.to_rank} | {d.gain:.4f} | {d.low:.4f} | {d.high:.4f} |", end=""
             )
             print(f" {d.verdict} |")
-        print(f"\n{found.sentence}\n")
-    if given.figure is not None:
-        figures.write_figure(figures.ladder(as_object(found)), given.figure)
+        print(f"\n{result.sentence}\n")
+    if options.figure is not None:
+        figures.write_figure(figures.ladder(as_object(result)), options.figure)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of a table file, whatever its kind, each with a word for where it is."""
+"""Read the rows of a table file (CSV, TSV, JSON, JSON lines, Parquet), each with its position for messages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from qlora_exp.errors import AnalysisError
 
 TableRow = tuple[str, dict[str, Any]]
-"""Where (``line 3``), and column → value."""
+"""Position (``line 3``), and column → value."""
 
 
 def read_table_rows(file: Path) -> list[TableRow]:
-    """(where, column → value) of every row, nested JSON flattened to dotted names.
+    """Return (position, column → value) of every row; nested JSON becomes dotted names.
 
     Raises:
         AnalysisError: no such file, an unknown kind of file, one that isn't what its name says, or no row.
@@ -52,16 +52,16 @@ def _csv_rows(file: Path) -> Iterator[TableRow]:
 
 
 def _json_rows(file: Path) -> Iterator[TableRow]:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list) and value]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list) and value]
         rows = [value for value in lists if all(isinstance(entry, dict) for entry in value)]
-        if len(lists) == len(found) and not rows and len({len(value) for value in lists}) == 1:
-            rows = [[dict(zip(found, values, strict=True)) for values in zip(*lists, strict=True)]]
-        found = rows[0] if rows else None
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        if len(lists) == len(content) and not rows and len({len(value) for value in lists}) == 1:
+            rows = [[dict(zip(content, values, strict=True)) for values in zip(*lists, strict=True)]]
+        content = rows[0] if rows else None
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError("a list of objects is wanted, or an object of lists of one length")
-    yield from ((f"row {number}", dict(_flat(row))) for number, row in enumerate(found, start=1))
+    yield from ((f"row {number}", dict(_flat(row))) for number, row in enumerate(content, start=1))
 
 
 def _jsonl_rows(file: Path) -> Iterator[TableRow]:

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs no network, as Markdown, and its runs as CSV: the same figures in each."""
+"""Render a report as one HTML file that works offline, as Markdown, and its runs as CSV: the same figures in each."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from qlora_exp.analysis.content import UNKNOWN_TEXT, ReportContent, Table, forma
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 DIGITS = 5
-"""Significant digits of the figures in the page's own data: more than are shown, fewer bytes."""
+"""Significant digits in the page's data: more than are shown, and fewer bytes than all of them."""
 
 
 def to_html(report: ReportContent, runs_at: str | None = None) -> str:
-    """One file with script, style and data inside.
+    """Return one HTML file that contains its script, style and data.
 
     Args:
-        runs_at: where the run folders are, relative to the file; ``None``: runs are not linked.
+        runs_at: path of the run folders, relative to the file; ``None``: runs are not linked.
     """
     from plotly.offline import get_plotlyjs
 
-    # Labels, messages and settings are other people's text: all of it is escaped, and the script writes text only.
+    # Labels, messages and settings are untrusted text: all of it is escaped, and the script writes text only.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -38,9 +38,9 @@ def to_html(report: ReportContent, runs_at: str | None = None) -> str:
     )
     environment.filters |= {"shown": formatted_value, "led": lead_sentence}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    drawn = [figure for section in report.sections for figure in section.figures]
+    figures = [figure for section in report.sections for figure in section.figures]
     data = {
-        "figures": _rounded(drawn),
+        "figures": _rounded(figures),
         "columns": [[column.name, column.kind] for column in report.runs.columns],
         "runs": _compressed([_rounded(list(column)) for column in zip(*report.runs.rows, strict=True)]),
         "runsAt": runs_at,
@@ -48,19 +48,19 @@ def to_html(report: ReportContent, runs_at: str | None = None) -> str:
     return environment.get_template("report.html.jinja").render(
         report=report,
         data=data,
-        plotly=get_plotlyjs() if drawn else "",
+        plotly=get_plotlyjs() if figures else "",
         script=(TEMPLATES / "report.js").read_text(encoding="utf-8"),
         style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
     )
 
 
 def to_markdown(report: ReportContent) -> str:
-    """The same sentences and tables; the runs are in the CSV."""
+    """Return the same sentences and tables as Markdown; the runs are in the CSV."""
     return "\n".join(_markdown(report)).rstrip() + "\n"
 
 
 def to_csv(report: ReportContent) -> str:
-    """Every run, raw values, unknown ones empty."""
+    """Return all runs as CSV with raw values; unknown ones are empty."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([column.name.replace(" ", "_") for column in report.runs.columns])
@@ -97,12 +97,12 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line, without what Markdown would take for HTML."""
+    """Return the text on one line, without what Markdown would read as HTML."""
     return " ".join(text.split()).replace("<", "&lt;")
 
 
 def _compressed(value: Any) -> str:
-    """JSON, gzipped, in base64: 10,000 runs must not fill the file."""
+    """Return JSON, gzipped, in base64, so that 10,000 runs don't fill the file."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 

@@ -1,4 +1,4 @@
-"""A study's report: the answer in words with its confidence, and everything it rests on. From records alone."""
+"""A study's report, from its records: the answer in words with its confidence, and everything that supports it."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from qlora_exp.errors import AnalysisError
 from qlora_exp.records.types import RunRecord, Status
 
 MOST_GROUPS = 3
-"""Groups of comparable runs that are shown; further ones are named."""
+"""Groups of comparable runs that the report shows; it only counts further ones."""
 MIN_SEEDS_SHOWN = 2
 
 
 def build(
     records: Sequence[RunRecord],
-    asked: Sequence[StudyInfo],
+    studies: Sequence[StudyInfo],
     items: ItemScores | None = None,
     margin: float | None = None,
     unreadable: int = 0,
 ) -> ReportContent:
-    """What there is to say of these runs.
+    """Return the report of these runs.
 
     Args:
-        records: all runs of the studies, failed ones too.
-        asked: one for each study.
-        items: per-item values for the instruct-or-base intervals; without them they are over seeds alone.
+        records: all runs of the studies, including failed ones.
+        studies: one entry per study.
+        items: per-item values for the instruct-or-base intervals; without them, those intervals are over seeds alone.
         margin: bits per byte within which instruct and base count as equivalent.
-        unreadable: records that could not be read; told, not guessed at.
+        unreadable: number of records that could not be read.
 
     Raises:
         AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
     """
-    where = "study " + ", ".join(one.name for one in asked)
+    where = "study " + ", ".join(study.name for study in studies)
     if not records:
         raise AnalysisError("the study has no run", where, "qlora-exp status shows how it stands")
     refuse_synthetic(records)
@@ -63,25 +63,29 @@ def build(
         raise AnalysisError(
             f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
         )
-    looked_at = [_summarise_group(group) for group in groups[:MOST_GROUPS]]
-    first, measure, found = looked_at[0]
-    compared = compare_variants(found, items, margin, aside.pilots, aside.budgeted)
-    why_none, several = _why_no_headline(groups, asked, measure), len(groups) > 1
-    headline = _of_ladders(asked)
+    shown_groups = [_summarise_group(group) for group in groups[:MOST_GROUPS]]
+    first, measure, candidates = shown_groups[0]
+    comparison = compare_variants(candidates, items, margin, aside.pilots, aside.budgeted)
+    why_none, several = _why_no_headline(groups, studies, measure), len(groups) > 1
+    headline = _of_ladders(studies)
     if why_none is None:
-        headline += _headline(first, measure, found, compared, decided=bool(headline))
+        headline += _headline(first, measure, candidates, comparison, decided=bool(headline))
     parts = [
-        *sections.ladder_sections(asked),
-        *(s for one in looked_at for s in _of_group(*one, one is looked_at[0], several, asked, items, aside, margin)),
-        sections.importance_section(asked, [record for record in records if record.status is Status.COMPLETED]),
+        *sections.ladder_sections(studies),
+        *(
+            s
+            for summary in shown_groups
+            for s in _of_group(*summary, summary is shown_groups[0], several, studies, items, aside, margin)
+        ),
+        sections.importance_section(studies, [record for record in records if record.status is Status.COMPLETED]),
         sections.failure_section(records),
-        feasibility_section(asked),
-        sections.method_section(groups, records, measure, asked),
-        _limits(records, groups, aside, found, measure, _left_open(asked, compared, why_none), unreadable),
+        feasibility_section(studies),
+        sections.method_section(groups, records, measure, studies),
+        _limits(records, groups, aside, candidates, measure, _left_open(studies, comparison, why_none), unreadable),
     ]
     return ReportContent(
-        title=", ".join(one.name for one in asked),
-        question=next((one.question for one in asked if one.question), None),
+        title=", ".join(study.name for study in studies),
+        question=next((study.question for study in studies if study.question), None),
         headline=headline,
         why_none=None if headline else why_none,
         sections=tuple(part for part in parts if part is not None),
@@ -92,16 +96,16 @@ def build(
 
 @dataclass(frozen=True)
 class SetAside:
-    """Finished runs that answer nothing themselves."""
+    """Finished runs outside the comparison."""
 
     pilots: tuple[RunRecord, ...]
-    """They chose learning rates."""
+    """Runs that chose learning rates."""
     budgeted: tuple[RunRecord, ...]
-    """Trained to a number of tokens, where the others were trained to a number of steps."""
+    """Runs trained to a number of tokens, if the others were trained to a number of steps."""
 
 
 def _split_runs(records: Sequence[RunRecord]) -> tuple[list[Group], SetAside]:
-    """Groups to compare within, and what is set aside. Where nothing else has ended yet, pilots are what there is."""
+    """Return the groups to compare within, and the runs set aside. If only pilots have finished, these are grouped."""
     pilots = [record for record in records if is_pilot(record)]
     answering = groups_of([record for record in records if not is_pilot(record)])
     groups, budgeted = token_groups(answering or groups_of(pilots))
@@ -116,33 +120,33 @@ def _summarise_group(group: Group) -> tuple[Group, Measure | None, list[Configur
 def _of_group(
     group: Group,
     measure: Measure | None,
-    found: Sequence[Configuration],
+    candidates: Sequence[Configuration],
     main: bool,
     several: bool,
-    asked: Sequence[StudyInfo],
+    studies: Sequence[StudyInfo],
     items: ItemScores | None,
     aside: SetAside,
     margin: float | None,
 ) -> list[Section]:
-    """The comparisons, which hold within one group only; where there are several, each says so in its titles."""
+    """Return the sections that compare within one group; if there are ``several``, each title names the group."""
     parts: list[Section | None] = []
     if measure is not None:
-        goal = goal_answer(found)
+        goal = goal_answer(candidates)
         parts = [
-            sections.rank_section(found, measure, any(one.ladder for one in asked)),
-            sections.tradeoff_section(found, measure),
-            sections.equal_everything_section(found, measure),
+            sections.rank_section(candidates, measure, any(study.ladder for study in studies)),
+            sections.tradeoff_section(candidates, measure),
+            sections.equal_everything_section(candidates, measure),
             Section("goal", "The cheapest that is good enough", (goal.sentence,)) if goal else None,
-            instruct_section(found, items, margin, aside.pilots, aside.budgeted if main else ()),
+            instruct_section(candidates, items, margin, aside.pilots, aside.budgeted if main else ()),
         ]
-    parts += [sections.memory_section(found, group.records), sections.speed_section(group.records)]
-    kept = [part for part in parts if part is not None]
+    parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
+    known = [part for part in parts if part is not None]
     if not several:
-        return kept
+        return known
     p = group.protocol
-    apart = f"{len(group.records)} runs, {p.max_steps} steps, {p.scored_items} {p.split} items"
+    subtitle = f"{len(group.records)} runs, {p.max_steps} steps, {p.scored_items} {p.split} items"
     number = "" if main else f"-{id_of(group)}"
-    return [replace(part, name=part.name + number, title=f"{part.title} ({apart})") for part in kept]
+    return [replace(part, name=part.name + number, title=f"{part.title} ({subtitle})") for part in known]
 
 
 def id_of(group: Group) -> str:
@@ -150,14 +154,14 @@ def id_of(group: Group) -> str:
     return f"{p.max_steps}-{p.scored_items}-{p.split}-{p.batch_size}-{p.adapter_dtype}-{p.data_version}"
 
 
-def _why_no_headline(groups: Sequence[Group], asked: Sequence[StudyInfo], measure: Measure | None) -> str | None:
-    """It needs a score, one protocol, and a split that nothing was chosen on; a ladder's own answer has them."""
+def _why_no_headline(groups: Sequence[Group], studies: Sequence[StudyInfo], measure: Measure | None) -> str | None:
+    """Return why there is no headline; ``None`` with a score, one protocol, and a split that nothing was chosen on."""
     if measure is None:
         return "No headline: no finished run has a score."
     if len(groups) > 1:
-        apart = "; ".join(setting_differences(groups))
-        return f"No headline: the runs aren't all comparable ({apart}); they are shown apart."
-    searched = [text for one in asked for text in one.objectives if "scores.test" in text]
+        differences = "; ".join(setting_differences(groups))
+        return f"No headline: the runs aren't all comparable ({differences}); they are shown apart."
+    searched = [text for study in studies for text in study.objectives if "scores.test" in text]
     if searched:
         return f"No headline: the test split was searched ({searched[0]}), so its scores flatter what was found."
     split = groups[0].protocol.split
@@ -169,58 +173,60 @@ def _why_no_headline(groups: Sequence[Group], asked: Sequence[StudyInfo], measur
     return None
 
 
-def _of_ladders(asked: Sequence[StudyInfo]) -> tuple[str, ...]:
-    """Each ladder's sentence, and how sure they are."""
-    said, sure = [], []
-    for one in asked:
-        ladders = sections.ladders_of(one)
+def _of_ladders(studies: Sequence[StudyInfo]) -> tuple[str, ...]:
+    """Return each ladder's sentence, and its error rates."""
+    sentences, error_rates = [], []
+    for study in studies:
+        ladders = sections.ladders_of(study)
         for name, answer in ladders:
-            said.append((f"{name}: " if len(ladders) > 1 else "") + str(answer.get("sentence") or answer["decision"]))
-            sure.append(sections.how_sure(answer))
-    return (*said, *dict.fromkeys(one for one in sure if one is not None))
+            sentences.append(
+                (f"{name}: " if len(ladders) > 1 else "") + str(answer.get("sentence") or answer["decision"])
+            )
+            error_rates.append(sections.how_sure(answer))
+    return (*sentences, *dict.fromkeys(rate for rate in error_rates if rate is not None))
 
 
 def _headline(
     group: Group,
     measure: Measure | None,
-    found: Sequence[Configuration],
-    compared: InstructBase | None,
+    candidates: Sequence[Configuration],
+    comparison: InstructBase | None,
     decided: bool,
 ) -> tuple[str, ...]:
-    """Beside the ladders' answers; ``decided``: whether there are any."""
-    said = [f"{primary_lead(compared)} {primary_sentence(compared)}"] if compared is not None else []
-    best = best_on_validation(found, measure) if measure is not None else None
+    """Return the sentences after the ladders' answers; ``decided``: whether a ladder answered."""
+    sentences = [f"{primary_lead(comparison)} {primary_sentence(comparison)}"] if comparison is not None else []
+    best = best_on_validation(candidates, measure) if measure is not None else None
     if best is not None and measure is not None and not decided:
-        said.append(_chosen(best, found, measure))
+        sentences.append(_chosen(best, candidates, measure))
         note = baseline_note(best)
-        said += [note] if note else []
-    goal = goal_answer(found)
-    return (*said, *([goal.sentence] if goal is not None and goal.split == group.protocol.split else []))
+        sentences += [note] if note else []
+    goal = goal_answer(candidates)
+    return (*sentences, *([goal.sentence] if goal is not None and goal.split == group.protocol.split else []))
 
 
-def _chosen(best: Configuration, found: Sequence[Configuration], measure: Measure) -> str:
-    """What was chosen on one split is judged on another."""
+def _chosen(best: Configuration, candidates: Sequence[Configuration], measure: Measure) -> str:
+    """Return the test score of the configuration that validation chose, and whether it is shown to be the best."""
     estimate = best.quality
     assert estimate is not None
-    told = f"{measure.name.replace('_', ' ')} {estimate.mean:.4g}"
+    score = f"{measure.name.replace('_', ' ')} {estimate.mean:.4g}"
     if estimate.low is not None and estimate.high is not None:
         seeds = f"{estimate.seeds} seed{'s' * (estimate.seeds > 1)}"
-        told += f" [95 % over {seeds}: {estimate.low:.4g}, {estimate.high:.4g}]"
+        score += f" [95 % over {seeds}: {estimate.low:.4g}, {estimate.high:.4g}]"
     else:
-        told += " (one seed: no interval)"
-    if len(found) < 2:
-        return f"The only configuration is {best.label}; on test it has {told}."
-    said = f"Of {len(found)} configurations the best on validation is {best.label}; on test it has {told}"
+        score += " (one seed: no interval)"
+    if len(candidates) < 2:
+        return f"The only configuration is {best.label}; on test it has {score}."
+    sentence = f"Of {len(candidates)} configurations the best on validation is {best.label}; on test it has {score}"
     if estimate.se is None:
-        return f"{said}."
-    near = sum(_is_tie(best, other, measure) for other in found if other is not best)
-    if near:
-        return f"{said}. Over {near} of the others it isn't shown to be better."
-    return f"{said}. It is shown to be better than each of the others."
+        return f"{sentence}."
+    ties = sum(_is_tie(best, other, measure) for other in candidates if other is not best)
+    if ties:
+        return f"{sentence}. Over {ties} of the others it isn't shown to be better."
+    return f"{sentence}. It is shown to be better than each of the others."
 
 
 def _is_tie(best: Configuration, other: Configuration, measure: Measure) -> bool:
-    """Whether it isn't shown (95 %, over seeds) that the best is better."""
+    """Return whether the best is not shown (95 %, over seeds) to be better than the other."""
     if best.quality is None or other.quality is None:
         return True
     halves = [estimate.half_width() for estimate in (best.quality, other.quality)]
@@ -228,10 +234,10 @@ def _is_tie(best: Configuration, other: Configuration, measure: Measure) -> bool
     return None in halves or ahead <= math.hypot(*(half or 0.0 for half in halves))
 
 
-def _left_open(asked: Sequence[StudyInfo], compared: InstructBase | None, why_none: str | None) -> list[str]:
+def _left_open(studies: Sequence[StudyInfo], comparison: InstructBase | None, why_none: str | None) -> list[str]:
     points = [why_none] if why_none else []
-    points += sections.open_ends(asked)
-    points += [compared.tokens.sentence] if compared is not None and not compared.tokens.done else []
+    points += sections.open_ends(studies)
+    points += [comparison.tokens.sentence] if comparison is not None and not comparison.tokens.done else []
     return points
 
 
@@ -239,28 +245,28 @@ def _limits(
     records: Sequence[RunRecord],
     groups: Sequence[Group],
     aside: SetAside,
-    found: Sequence[Configuration],
+    candidates: Sequence[Configuration],
     measure: Measure | None,
     left_open: Sequence[str],
     unreadable: int,
 ) -> Section:
-    """What can't be concluded, and what it would take."""
+    """Return the section on what can't be concluded, and what would settle it."""
     points = [*left_open]
     if len(groups) > 1:
         points.append(f"The groups can't be compared with each other: {'; '.join(setting_differences(groups))}.")
     if len(groups) > MOST_GROUPS:
         points.append(f"{len(groups) - MOST_GROUPS} smaller groups of runs are only in the table of runs.")
-    if all(len(c.runs) < MIN_SEEDS_SHOWN for c in found):
+    if all(len(c.runs) < MIN_SEEDS_SHOWN for c in candidates):
         points.append("One seed a configuration: no difference can be told from chance. It takes seed=1,2,3.")
-    ranks = {int(c.first.config["lora"]["r"]) for c in found}
+    ranks = {int(c.first.config["lora"]["r"]) for c in candidates}
     if len(ranks) == 1:
         points.append(f"Only r = {ranks.pop()} was run: nothing follows about the rank. It takes lora.r=8,16,32.")
     running = sum(not record.status.ended for record in records)
     points += [f"{running} runs have not ended: the answer may change."] if running else []
     scored = sum(measure is not None and measure.of(answering_scores(r)) is None for g in groups for r in g.records)
     points += [f"{scored} finished runs have no finite score and are left out of every comparison."] if scored else []
-    told = sum(len(g.records) for g in groups) + len(aside.pilots) + len(aside.budgeted)
-    unscored = sum(r.status is Status.COMPLETED for r in records) - told
+    considered = sum(len(g.records) for g in groups) + len(aside.pilots) + len(aside.budgeted)
+    unscored = sum(r.status is Status.COMPLETED for r in records) - considered
     points += [f"{unscored} completed runs lack scores, plan or data and are left out."] if unscored else []
     points += [f"{unreadable} records could not be read: qlora-exp ls runs names them."] if unreadable else []
     if aside.pilots:

@@ -1,4 +1,4 @@
-"""The rule of the rank question as arithmetic: margin, error rates, bounds, verdict. docs/statistics.md explains it."""
+"""The decision rule of the rank question: margin, error rates, bounds, verdict. docs/statistics.md explains it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qlora_exp.errors import AnalysisError
 
 FIRST_LOOK, LAST_LOOK = 1, 2
 ALPHA = {FIRST_LOOK: 0.015, LAST_LOOK: 0.025}
-"""One-sided, by look. Two looks at one doubling together stay below 5 %."""
+"""One-sided error rate by look. Two looks at one doubling together stay below 5 %."""
 FIRST_SEEDS = 3
 LEAST_SEEDS_BOUGHT, MOST_SEEDS = 4, 8
-"""Seeds in all after the purchase."""
+"""Range of the total number of seeds at the last look."""
 
 
 class StepVerdict(StrEnum):
@@ -26,23 +26,23 @@ class StepVerdict(StrEnum):
     STOP = "stop"
     INCONCLUSIVE = "inconclusive"
     BUY = "buy"
-    """Neither yet, and the one purchase is still to be made."""
+    """Undecided so far: more seeds or items have to be run, once a doubling."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is fixed beforehand. ``margin`` and ``half_zone`` in the units of the score, both above 0."""
+    """What is fixed beforehand. ``margin`` and ``half_zone`` are in the units of the score, both above 0."""
 
     margin: float
-    """The least gain of a doubling that is worth paying for."""
+    """The smallest gain of a doubling that is worth its cost."""
     half_zone: float
-    """Gains within margin ± half_zone may be called either way."""
+    """For a true gain within margin ± half_zone, either answer counts as right."""
     doublings: int
-    """The largest number of doublings that the ladder can make."""
+    """The most doublings that the ladder can make."""
 
 
 def make_rule(margin: float, doublings: int, half_zone: float | None = None) -> Rule:
-    """A checked rule; ``half_zone`` is margin / 2 where not given.
+    """Return a checked rule; ``half_zone`` defaults to margin / 2.
 
     Raises:
         AnalysisError: a margin that isn't above 0, a half-zone outside (0, margin], or no doubling.
@@ -74,10 +74,13 @@ class MarginBounds:
 
 
 def t_quantiles(df: Array, rule: Rule, look: int) -> tuple[Array, Array]:
-    """(t of *continue*, t of *stop*). A wrong stop can happen at any doubling, so its alpha is divided among them; a
-    wrong continue needs the first true null to be rejected (a fixed sequence), so its alpha is not."""
+    """Return (t of *continue*, t of *stop*).
+
+    A wrong stop can happen at any doubling, so its alpha is divided among them. A wrong continue requires that the
+    first true null hypothesis is rejected (a fixed sequence of tests), so its alpha is not divided.
+    """
     alpha = ALPHA[look]
-    # What stats.t.isf computes, without its checks of every argument: a replay asks a hundred thousand times.
+    # The same as stats.t.isf without its argument checks: a replay calls this a hundred thousand times.
     return -special.stdtrit(df, alpha), -special.stdtrit(df, alpha / rule.doublings)
 
 
@@ -87,24 +90,24 @@ def bounds(split: VarianceSplit, rule: Rule, look: int) -> MarginBounds:
     return MarginBounds(split.gain - t_continue * se, split.gain + t_stop * se, se, df)
 
 
-def verdicts(gain: Array, found: MarginBounds, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(continue, stop), never both: where both bounds hold, the gain is compared with the margin. NaN is neither."""
-    enough = found.low > rule.margin - rule.half_zone
-    little = found.high < rule.margin + rule.half_zone
+def verdicts(gain: Array, interval: MarginBounds, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return (continue, stop), never both: if both bounds hold, the gain is compared with the margin. NaN: neither."""
+    continues = interval.low > rule.margin - rule.half_zone
+    stops = interval.high < rule.margin + rule.half_zone
     above = gain > rule.margin
-    return enough & (~little | above), little & (~enough | ~above)
+    return continues & (~stops | above), stops & (~continues | ~above)
 
 
 def seeds_to_buy(half_width: Array, seeds: Array, rule: Rule) -> Array:
-    """S₂ = clip(⌈S·(h/w)²⌉, 4, 8), seeds in all; 8 where the half-width isn't known."""
-    wanted = np.ceil(np.nan_to_num(seeds * (half_width / rule.half_zone) ** 2, nan=MOST_SEEDS, posinf=MOST_SEEDS))
-    return np.clip(wanted, LEAST_SEEDS_BOUGHT, MOST_SEEDS)
+    """Return S₂ = clip(⌈S·(h/w)²⌉, 4, 8), the total number of seeds; 8 if the half-width is unknown."""
+    needed = np.ceil(np.nan_to_num(seeds * (half_width / rule.half_zone) ** 2, nan=MOST_SEEDS, posinf=MOST_SEEDS))
+    return np.clip(needed, LEAST_SEEDS_BOUGHT, MOST_SEEDS)
 
 
 def needs_more_items(split: VarianceSplit, rule: Rule) -> NDArray[np.bool_]:
-    """Whether t·√B alone exceeds the half-zone: then no number of seeds can settle it.
+    """Return whether t·√B alone exceeds the half-zone; then no number of seeds can settle it.
 
-    t is that of the last look with the items' own degrees of freedom: what is left when seeds are plenty.
+    t is the last look's with the items' degrees of freedom, the limit for many seeds.
     """
     t_continue, t_stop = t_quantiles(split.item_df, rule, LAST_LOOK)
     return np.asarray((t_continue + t_stop) / 2 * np.sqrt(split.item_part) > rule.half_zone)

@@ -1,4 +1,4 @@
-"""The report's sections, one function each: what a group of comparable runs, or a study as a whole, has to say."""
+"""The report's sections, one function each: about a group of comparable runs, or about a whole study."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from qlora_exp.analysis.content import DisplayedValue, Section, StudyInfo, Table
 from qlora_exp.records.types import RunRecord, Status
 
 MOST_ROWS = 25
-"""Rows of a table that is cut; all runs are in the last one."""
+"""Rows shown of a long table; the report's last table has all runs."""
 MIN_TRIALS_FOR_IMPORTANCE = 10
-"""Per axis: below, an importance is a guess."""
+"""Per axis; with fewer, an importance is a guess."""
 ERRS_AT_MOST, ERRS_WITH_GROWING_NOISE = 0.05, 0.06
-"""Shares of simulated ladders with a wrong answer: the largest of docs/calibration.md, rounded up."""
+"""Shares of simulated ladders with a wrong answer: the largest in docs/calibration.md, rounded up."""
 
 
-def ladders_of(asked: StudyInfo) -> list[tuple[str, Mapping[str, Any]]]:
-    """(name, answer) of each ladder, whether the study kept one, a list of them, or one a configuration."""
-    raw = asked.ladder
+def ladders_of(study: StudyInfo) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return (name, answer) of each ladder, whether the study stored one, a list, or one per configuration."""
+    raw = study.ladder
     if isinstance(raw, Mapping) and "decision" in raw:
-        return [(asked.name, raw)]
+        return [(study.name, raw)]
     if isinstance(raw, Mapping):
         inner = raw.get("ladders") or raw.get("configurations")
         if inner is None:
-            return [(str(name), one) for name, one in raw.items() if isinstance(one, Mapping) and "decision" in one]
+            return [
+                (str(name), entry) for name, entry in raw.items() if isinstance(entry, Mapping) and "decision" in entry
+            ]
         raw = inner
     if isinstance(raw, Mapping):
-        raw = [{"configuration": name, **one} for name, one in raw.items() if isinstance(one, Mapping)]
+        raw = [{"configuration": name, **entry} for name, entry in raw.items() if isinstance(entry, Mapping)]
     if not isinstance(raw, list):
         return []
-    named = [one for one in raw if isinstance(one, Mapping) and "decision" in one]
-    return [(_ladder_name(one, number), one) for number, one in enumerate(named, start=1)]
+    answers = [entry for entry in raw if isinstance(entry, Mapping) and "decision" in entry]
+    return [(_ladder_name(entry, number), entry) for number, entry in enumerate(answers, start=1)]
 
 
-def ladder_sections(asked: Sequence[StudyInfo]) -> list[Section]:
-    found = [(name, answer) for one in asked for name, answer in ladders_of(one)]
+def ladder_sections(studies: Sequence[StudyInfo]) -> list[Section]:
+    ladders = [(name, answer) for study in studies for name, answer in ladders_of(study)]
     sections = []
-    for number, (name, answer) in enumerate(found, start=1):
+    for number, (name, answer) in enumerate(ladders, start=1):
         figure = figures.ladder(answer)
         rows = [
             (
@@ -59,11 +61,11 @@ def ladder_sections(asked: Sequence[StudyInfo]) -> list[Section]:
         sections.append(
             Section(
                 name=f"ladder-{number}",
-                title="Rank doubling" + (f": {name}" if len(found) > 1 else ""),
+                title="Rank doubling" + (f": {name}" if len(ladders) > 1 else ""),
                 paragraphs=(
                     str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}."),
                     *_ladder_runs(answer),
-                    *([sure] if (sure := how_sure(answer)) is not None else []),
+                    *([error_rates] if (error_rates := how_sure(answer)) is not None else []),
                     *notes,
                 ),
                 tables=(value_table(columns, rows, f"margin {_figure(answer.get('margin'))}"),) if rows else (),
@@ -75,7 +77,7 @@ def ladder_sections(asked: Sequence[StudyInfo]) -> list[Section]:
 
 
 def how_sure(answer: Mapping[str, Any]) -> str | None:
-    """How a ladder's interval is read, and how often such an answer is wrong; ``None`` where nothing was decided."""
+    """Return how to read a ladder's interval, and how often its answers are wrong; ``None`` if nothing was decided."""
     margin, zone = answer.get("margin"), answer.get("half_zone")
     if margin is None or zone is None or not answer.get("comparisons"):
         return None
@@ -86,12 +88,12 @@ def how_sure(answer: Mapping[str, Any]) -> str | None:
     )
 
 
-def open_ends(asked: Sequence[StudyInfo]) -> list[str]:
-    """What the ladders that ended undecided leave open, and what it would take."""
-    found = [(name, answer) for one in asked for name, answer in ladders_of(one)]
+def open_ends(studies: Sequence[StudyInfo]) -> list[str]:
+    """Return what each undecided ladder leaves open, and what would settle it."""
+    ladders = [(name, answer) for study in studies for name, answer in ladders_of(study)]
     return [
         f"{name}: {_open_step(answer)} is not settled. {answer.get('what_it_takes') or ''}".rstrip()
-        for name, answer in found
+        for name, answer in ladders
         if answer["decision"] == "inconclusive" and answer.get("comparisons")
     ]
 
@@ -105,13 +107,13 @@ def rank_section(configurations: Sequence[Configuration], measure: Measure, with
     figure = figures.rank_curve(configurations, measure)
     if figure is None:
         return None
-    said = "Means over seeds; bars are 95 % intervals from the variance over seeds, pooled over the configurations."
+    note = "Means over seeds; bars are 95 % intervals from the variance over seeds, pooled over the configurations."
     if all(c.quality is None or c.quality.se is None for c in configurations):
-        said = "One seed a configuration: nothing tells how much of a difference is the seed's."
+        note = "One seed a configuration: nothing tells how much of a difference is the seed's."
     if len(figure["data"]) == figures.MOST_LINES:
-        said += f" At most {figures.MOST_LINES} lines are drawn, those with the most ranks."
-    described = "" if with_ladder else " A description, not a decision: for one, qlora-exp sweep rank_doubling."
-    return Section("rank", "Quality by rank", (said + described,), (), (figure,))
+        note += f" At most {figures.MOST_LINES} lines are drawn, those with the most ranks."
+    caveat = "" if with_ladder else " A description, not a decision: for one, qlora-exp sweep rank_doubling."
+    return Section("rank", "Quality by rank", (note + caveat,), (), (figure,))
 
 
 def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
@@ -125,12 +127,12 @@ def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) 
             f"About {figures.MOST_DOMINATED:,} of the dominated points are drawn; the last table has all."
         )
     unbeaten = [
-        (c, standing)
-        for c, standing in zip(front.configurations, front.standings or [None] * len(front.configurations), strict=True)
-        if standing is not tradeoffs.ParetoStatus.DOMINATED
+        (c, status)
+        for c, status in zip(front.configurations, front.standings or [None] * len(front.configurations), strict=True)
+        if status is not tradeoffs.ParetoStatus.DOMINATED
     ]
     unbeaten.sort(key=lambda pair: -measure.sign * (pair[0].quality.mean if pair[0].quality else 0.0))
-    rows = [(*_configuration_row(c), str(standing) if standing else None) for c, standing in unbeaten[:MOST_ROWS]]
+    rows = [(*_configuration_row(c), str(status) if status else None) for c, status in unbeaten[:MOST_ROWS]]
     columns = (*_configuration_columns(measure), "standing")
     caption = (
         f"The best {MOST_ROWS} of {len(unbeaten)} that nothing clearly beats" if len(unbeaten) > MOST_ROWS else None
@@ -141,15 +143,15 @@ def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) 
 
 
 def equal_everything_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
-    """Quantization modes and target sets against each other, matched in everything else."""
+    """Compare quantization modes and target sets between runs that agree in everything else."""
     at_equal_size = tradeoffs.targets_at_equal_parameters(configurations, measure)
     hint = None if at_equal_size else tradeoffs.equal_parameters_hint(configurations)
-    asked = (
+    comparisons = (
         ("Quantizations, everything else equal", tradeoffs.quantization_contrasts(configurations, measure)),
         ("Target modules at equal rank", tradeoffs.target_contrasts(configurations, measure)),
         ("Target modules at equally many parameters", at_equal_size),
     )
-    tables = tuple(_contrasts(caption, contrasts, measure) for caption, contrasts in asked if contrasts)
+    tables = tuple(_contrasts(caption, contrasts, measure) for caption, contrasts in comparisons if contrasts)
     note = (
         f"Gain in {measure.label}: above 0, the first is better. Runs are paired by configuration and seed; the 95 %"
         " interval is over these pairs, on these items."
@@ -164,9 +166,7 @@ def memory_section(configurations: Sequence[Configuration], records: Sequence[Ru
     parts = memory.breakdowns(configurations)
     figure = figures.memory_bars(parts)
     rows = [(b.label, *(b.parts[part] for part in memory.PEAK_PARTS)) for b in parts[:MOST_ROWS]]
-    broken_down = value_table(
-        ("configuration", *((part, "bytes") for part in memory.PEAK_PARTS)), rows, "Memory by part"
-    )
+    by_part = value_table(("configuration", *((part, "bytes") for part in memory.PEAK_PARTS)), rows, "Memory by part")
     sizes: list[tuple[DisplayedValue, ...]] = [
         (f"{s.bits} bits", s.nominal_bytes, ", ".join(f"{m} {_bytes(b)}" for m, b in s.measured_bytes.items()) or None)
         for s in memory.weight_sizes(records)
@@ -178,12 +178,12 @@ def memory_section(configurations: Sequence[Configuration], records: Sequence[Ru
     )
     adapters = memory.adapter_sizes(records)
     columns = (("r", "integer"), "targets", ("parameters", "integer"), ("adapter", "bytes"))
-    sized = [(a.rank, a.targets, a.parameters, a.adapter_bytes) for a in adapters[:MOST_ROWS]]
+    adapter_rows = [(a.rank, a.targets, a.parameters, a.adapter_bytes) for a in adapters[:MOST_ROWS]]
     note = (
         "Activations are the peak of training less what else was held; unknown where a process ran several trials on a"
         " CPU. Embeddings and norms stay unquantized, so that measured weights are larger than the bare product."
     )
-    tables = tuple(t for t in (broken_down, weights, value_table(columns, sized, "Size of the adapters")) if t.rows)
+    tables = tuple(t for t in (by_part, weights, value_table(columns, adapter_rows, "Size of the adapters")) if t.rows)
     return Section("memory", "Memory", (note,), tables, (figure,) if figure else ())
 
 
@@ -216,27 +216,30 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
 
 
 def _priced(records: Sequence[RunRecord]) -> str | None:
-    """What the costs were counted by; records of older versions knew one price alone."""
+    """Return which prices the costs use; ``None`` if no record has any. Older records have a single price."""
     plans = [record.plan for record in records if record.plan is not None and record.plan.usd_per_hour is not None]
     prices = sorted({(str(plan.usd_per_hour_from), plan.usd_per_hour or 0.0) for plan in plans})
     if not prices:
         return None
-    told = ", ".join(f"{price:g} USD ({source})" for source, price in prices)
-    return f"Costs: all seconds of a run, loading and scoring included, by the price of an hour: {told}."
+    described = ", ".join(f"{price:g} USD ({source})" for source, price in prices)
+    return f"Costs: all seconds of a run, loading and scoring included, by the price of an hour: {described}."
 
 
-def importance_section(asked: Sequence[StudyInfo], completed: Sequence[RunRecord]) -> Section | None:
-    found = [(objective, shares) for one in asked for objective, shares in one.importance.items() if shares]
-    if not found:
+def importance_section(studies: Sequence[StudyInfo], completed: Sequence[RunRecord]) -> Section | None:
+    importances = [(objective, shares) for study in studies for objective, shares in study.importance.items() if shares]
+    if not importances:
         return None
-    rows = [(objective, axis, share) for objective, shares in found for axis, share in shares.items()]
-    axes = max(len(shares) for _, shares in found)
+    rows = [(objective, axis, share) for objective, shares in importances for axis, share in shares.items()]
+    axes = max(len(shares) for _, shares in importances)
     note = (
         "Share of the objective's variance over the trials that each axis explains (fANOVA): a description of what was"
     )
     note += " searched, not of what would matter elsewhere."
     points, trials = [], len(completed)
-    if any(".loss" in objective for objective, _ in found) and len({r.plan.format for r in completed if r.plan}) > 1:
+    if (
+        any(".loss" in objective for objective, _ in importances)
+        and len({r.plan.format for r in completed if r.plan}) > 1
+    ):
         points.append(
             "Formats have end tokens of their own, and a loss counts them: what a format explains is theirs too."
         )
@@ -244,19 +247,19 @@ def importance_section(asked: Sequence[StudyInfo], completed: Sequence[RunRecord
         points.append(
             f"{trials} trials for {axes} axes are too few to trust it: at least {MIN_TRIALS_FOR_IMPORTANCE} an axis."
         )
-    if any(ladders_of(one) for one in asked):
+    if any(ladders_of(study) for study in studies):
         points.append("A ladder's trials go where its answer is, not all over the axes: rank and rate change together.")
     columns = ("objective", "axis", ("share", "percent"))
-    drawn = tuple(figures.importance_bars(shares) for _, shares in found)
+    drawn = tuple(figures.importance_bars(shares) for _, shares in importances)
     return Section("importance", "What mattered", (note,), (value_table(columns, rows),), drawn, tuple(points))
 
 
 def failure_section(records: Sequence[RunRecord]) -> Section:
     ended = [r for r in records if r.status.ended and r.status is not Status.COMPLETED]
     if not ended:
-        whole = all(r.status.ended for r in records)
-        told = "Every run completed." if whole else "Every run that has ended completed."
-        return Section("failures", "Failures", (told,))
+        all_ended = all(r.status.ended for r in records)
+        summary = "Every run completed." if all_ended else "Every run that has ended completed."
+        return Section("failures", "Failures", (summary,))
     seconds: dict[Status, float] = defaultdict(float)
     for record in records:
         seconds[record.status] += record.speed.total_seconds or 0.0
@@ -273,17 +276,17 @@ def failure_section(records: Sequence[RunRecord]) -> Section:
     tables = [value_table(columns, rows)]
     tables += [value_table(("status", "why", ("runs", "integer")), reasons, "Reasons")] if reasons else []
     wasted = sum(record.speed.total_seconds or 0.0 for record in ended)
-    told = f"{len(ended)} of {len(records)} runs did not complete; they took {wasted / 60:,.1f} minutes."
-    return Section("failures", "Failures and what they cost", (told,), tuple(tables))
+    summary = f"{len(ended)} of {len(records)} runs did not complete; they took {wasted / 60:,.1f} minutes."
+    return Section("failures", "Failures and what they cost", (summary,), tuple(tables))
 
 
 def method_section(
-    groups: Sequence[Group], records: Sequence[RunRecord], measure: Measure | None, asked: Sequence[StudyInfo]
+    groups: Sequence[Group], records: Sequence[RunRecord], measure: Measure | None, studies: Sequence[StudyInfo]
 ) -> Section:
     rows: list[tuple[DisplayedValue, DisplayedValue]] = []
     if measure is not None:
         rows.append(("quality", f"{measure.label}, {'higher' if measure.higher_is_better else 'lower'} is better"))
-    margins = dict.fromkeys(_margin_words(answer) for one in asked for _, answer in ladders_of(one))
+    margins = dict.fromkeys(_margin_words(answer) for study in studies for _, answer in ladders_of(study))
     rows += [("margin, fixed beforehand", margin) for margin in margins]
     for number, group in enumerate(groups[:3], start=1):
         p = group.protocol
@@ -305,7 +308,7 @@ def method_section(
 
 
 def runs_section_table(records: Sequence[RunRecord]) -> Table:
-    """Every run, raw values."""
+    """Return the table of all runs, with raw values."""
     columns = (
         *(
             "run",
@@ -336,7 +339,7 @@ def runs_section_table(records: Sequence[RunRecord]) -> Table:
             ("cost", "usd"),
         ),
     )
-    return value_table(columns, [_run_row(record) for record in records], whole=True)
+    return value_table(columns, [_run_row(record) for record in records], keep_empty=True)
 
 
 def _run_row(record: RunRecord) -> tuple[DisplayedValue, ...]:
@@ -392,8 +395,8 @@ def _contrasts(caption: str, contrasts: Sequence[tradeoffs.QuantizationContrast]
 
 def _counted(front: tradeoffs.Front) -> str:
     counts = Counter(front.standings)
-    near = counts[tradeoffs.ParetoStatus.NEAR]
-    noise = f"; {near} more can't be told from the front (95 %, over seeds)."
+    ties = counts[tradeoffs.ParetoStatus.NEAR]
+    noise = f"; {ties} more can't be told from the front (95 %, over seeds)."
     if all(c.quality is None or c.quality.se is None for c in front.configurations):
         noise = ". With one seed a configuration, a place on the front may be luck."
     return (
@@ -403,15 +406,17 @@ def _counted(front: tradeoffs.Front) -> str:
 
 
 def _ladder_runs(answer: Mapping[str, Any]) -> list[str]:
-    """What the ladder was decided from, and what it took; nothing where it doesn't say."""
+    """Return what the ladder cost and was decided from; empty if the answer doesn't have it."""
     spent, seeds, items = answer.get("spent") or {}, answer.get("seeds") or {}, answer.get("items")
     if not spent:
         return []
     usd = f", {formatted_value(spent['cost_usd'], 'usd')}" if spent.get("cost_usd") is not None else ""
-    told = f"{spent['runs']} runs, {spent['pilots']} of them pilots, took {spent['seconds'] / 60:,.1f} minutes{usd}."
+    summary = f"{spent['runs']} runs, {spent['pilots']} of them pilots, took {spent['seconds'] / 60:,.1f} minutes{usd}."
     if seeds and items:
-        told += f" Decided from {items} test items and {', '.join(f'{n} seeds at r = {r}' for r, n in seeds.items())}."
-    return [told]
+        summary += (
+            f" Decided from {items} test items and {', '.join(f'{n} seeds at r = {r}' for r, n in seeds.items())}."
+        )
+    return [summary]
 
 
 def _margin_words(answer: Mapping[str, Any]) -> str:
@@ -438,8 +443,8 @@ def _known_mean(values: Any) -> float | None:
 
 
 def _distinct(values: Any) -> str:
-    found = Counter(str(value) for value in values if value is not None)
-    return ", ".join(value for value, _ in found.most_common(4)) + (", …" if len(found) > 4 else "")
+    counts = Counter(str(value) for value in values if value is not None)
+    return ", ".join(value for value, _ in counts.most_common(4)) + (", …" if len(counts) > 4 else "")
 
 
 def _commit(record: RunRecord) -> str | None:

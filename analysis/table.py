@@ -1,6 +1,6 @@
-"""Any table with a rank and a score, of any tool (CSV, TSV, JSON, JSON lines, Parquet): the rank question answered.
+"""Answer the rank question for any tool's table with a rank and a score (CSV, TSV, JSON, JSON lines, Parquet).
 
-A table without replicates is not refused: it is told what can't be concluded from it.
+A table without replicates is accepted; the answer says what can't be concluded from it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from qlora_exp.analysis.rule import Rule, make_rule
 from qlora_exp.errors import AnalysisError, Problems, raise_all
 
 TRUTH = {"true": 1.0, "false": 0.0}
-"""Item by item, a right answer is often one of these."""
+"""Per-item correctness is often written as one of these."""
 ASSUMED_MARGIN_SHARE = 0.01
-"""Of the smallest rank's mean score, where no margin is given: said in every answer that rests on it."""
+"""Default margin as a share of the smallest rank's mean score; every answer that uses it says so."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a table is to be read; ``None`` is to be found out."""
+    """How to read a table; ``None``: inferred from the table."""
 
     rank_column: str | None = None
     score_column: str | None = None
@@ -45,18 +45,18 @@ class Options:
     higher_is_better: bool | None = None
     margin: float | None = None
     se: float | None = None
-    """A published standard error of every score, in its units."""
+    """A published standard error of every score, in the score's units."""
 
     @property
     def named_columns(self) -> dict[str, str]:
-        """Meaning → column, of those that were named."""
-        given = {"rank": self.rank_column, "score": self.score_column, "configuration": self.configuration_column}
-        return {meaning: name for meaning, name in given.items() if name is not None}
+        """Meaning → column, for those that the user named."""
+        columns = {"rank": self.rank_column, "score": self.score_column, "configuration": self.configuration_column}
+        return {meaning: name for meaning, name in columns.items() if name is not None}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row. ``where`` says which, for a message."""
+    """One row; ``where`` is its position, for messages."""
 
     where: str
     rank: int
@@ -65,16 +65,16 @@ class Result:
     item: str | None
     se: float | None
     df: float
-    """Of ``se``, where it was made from the sd of a known number of runs; else infinite: taken as known."""
+    """Degrees of freedom of ``se`` if it comes from a known number of runs; else infinite: ``se`` counts as exact."""
     memory: float | None
     seconds: float | None
     others: dict[str, str]
-    """The columns that have no meaning here, as text."""
+    """All other columns, as text."""
 
 
 @dataclass(frozen=True)
 class TableAnswer:
-    """One configuration's answer, with what was assumed in reading it."""
+    """One configuration's answer, and the assumptions made in reading the table."""
 
     configuration: str | None
     answer: RankAnswer
@@ -82,10 +82,10 @@ class TableAnswer:
 
 
 def analyze_table(file: Path, options: Options) -> list[TableAnswer]:
-    """One answer a configuration, in the file's order.
+    """Return one answer per configuration, in the file's order.
 
     Raises:
-        AnalysisError, Problems: the file, a column, a row or a number that no answer can be drawn from.
+        AnalysisError, Problems: the file, a column, a row or a number can't be used.
     """
     if options.se is not None and not (math.isfinite(options.se) and options.se > 0):
         raise AnalysisError(f"a standard error of {options.se:g} is none", "--se", "a number above 0")
@@ -98,7 +98,7 @@ def analyze_table(file: Path, options: Options) -> list[TableAnswer]:
 def _results(
     rows: Sequence[TableRow], columns: Columns, options: Options, file: Path
 ) -> dict[str | None, list[Result]]:
-    """Results by configuration; every wrong number is told, the first ten of them."""
+    """Return the results by configuration; the error lists the first ten wrong rows."""
     by_configuration: dict[str | None, list[Result]] = defaultdict(list)
     errors: list[AnalysisError] = []
     for where, row in rows:
@@ -144,32 +144,32 @@ def _result(where: str, row: Mapping[str, Any], columns: Columns, options: Optio
 
 
 def _standard_error(
-    se: float | None, std: float | None, count: float | None, given: float | None, where: str
+    se: float | None, std: float | None, count: float | None, published: float | None, where: str
 ) -> float | None:
-    """``--se``, else the se column, else std over the root of the number of runs, else std itself."""
-    found = given if given is not None else se
-    if found is None and std is not None:
-        found = std / math.sqrt(count) if count is not None and count >= 1 else std
-    if found is not None and not found > 0:
-        raise AnalysisError(f"a standard error of {found:g} is none", where, "above 0, or leave it out")
-    return found
+    """Return ``--se``, else the se column, else std / √runs, else std."""
+    standard_error = published if published is not None else se
+    if standard_error is None and std is not None:
+        standard_error = std / math.sqrt(count) if count is not None and count >= 1 else std
+    if standard_error is not None and not standard_error > 0:
+        raise AnalysisError(f"a standard error of {standard_error:g} is none", where, "above 0, or leave it out")
+    return standard_error
 
 
 def _number(value: Any, where: str, column: str) -> float:
     try:
         number = float(TRUTH.get(str(value).strip().lower(), value))
     except (TypeError, ValueError):
-        told = "is missing" if _text(value) == "" else f"is {_text(value)!r}, no number"
-        raise AnalysisError(f"column {column} {told}", where, _mend(_text(value))) from None
+        problem = "is missing" if _text(value) == "" else f"is {_text(value)!r}, no number"
+        raise AnalysisError(f"column {column} {problem}", where, _mend(_text(value))) from None
     if not math.isfinite(number):
         raise AnalysisError(f"column {column} is {number}", where, "leave out the runs without a result") from None
     return number
 
 
 def _mend(text: str) -> str:
-    ways = {"%": "leave the % out", "±": "put what follows ± into a column se", ",": "a decimal point, no comma"}
-    fitting = [way for mark, way in ways.items() if mark in text]
-    return ", and ".join(fitting) or "mend the row, or leave out the runs without a result"
+    fixes = {"%": "leave the % out", "±": "put what follows ± into a column se", ",": "a decimal point, no comma"}
+    matching = [fix for mark, fix in fixes.items() if mark in text]
+    return ", and ".join(matching) or "mend the row, or leave out the runs without a result"
 
 
 def _text(value: Any) -> str:
@@ -187,23 +187,23 @@ def _answer(name: str | None, results: Sequence[Result], columns: Columns, optio
     _refuse_mixed(results, columns, where)
     margin, margin_notes = _margin(results, ranks[0], options.margin)
     rule = make_rule(margin, len(ranks) - 1)
-    found, notes = _decided(results, ranks, rule, columns, where)
-    notes = [*columns.notes, *margin_notes, *_step_notes(ranks), *notes, *_saved(found, results)]
-    return TableAnswer(name, found, tuple(notes))
+    result, notes = _decided(results, ranks, rule, columns, where)
+    notes = [*columns.notes, *margin_notes, *_step_notes(ranks), *notes, *_saved(result, results)]
+    return TableAnswer(name, result, tuple(notes))
 
 
 def _refuse_repeated(results: Sequence[Result], where: str) -> None:
-    """Two scores for one rank, seed and item: a row given twice, or configurations that nothing tells apart."""
+    """Refuse two scores for one rank, seed and item: a repeated row, or configurations that no column distinguishes."""
     first: dict[tuple[int, str | None, str | None], Result] = {}
     for result in results:
         key = (result.rank, result.seed, result.item)
-        other = first.setdefault(key, result)
-        if other is result:
+        earlier = first.setdefault(key, result)
+        if earlier is result:
             continue
-        named = f"r = {result.rank}" + "".join(
+        run = f"r = {result.rank}" + "".join(
             f", {what} {value}" for what, value in (("seed", result.seed), ("item", result.item)) if value is not None
         )
-        differing = [name for name, value in result.others.items() if other.others.get(name) != value]
+        differing = [name for name, value in result.others.items() if earlier.others.get(name) != value]
         hint = "leave each result in once"
         if differing:
             hint = (
@@ -211,11 +211,11 @@ def _refuse_repeated(results: Sequence[Result], where: str) -> None:
             )
         if result.seed is None:
             hint += "; if these are repetitions, add a column seed"
-        raise AnalysisError(f"{named} has two scores ({other.where} and {result.where})", where, hint)
+        raise AnalysisError(f"{run} has two scores ({earlier.where} and {result.where})", where, hint)
 
 
 def _refuse_mixed(results: Sequence[Result], columns: Columns, where: str) -> None:
-    """Runs that differ in more than their rank and seed: a difference may be that of the steps, not of the ranks."""
+    """Refuse runs that differ in more than rank and seed: a gain could come from the steps, not from the rank."""
     for name in columns.protocol:
         values = list(dict.fromkeys(result.others[name] for result in results if name in result.others))
         if len(values) > 1:
@@ -226,9 +226,9 @@ def _refuse_mixed(results: Sequence[Result], columns: Columns, where: str) -> No
             )
 
 
-def _margin(results: Sequence[Result], smallest: int, given: float | None) -> tuple[float, list[str]]:
-    if given is not None:
-        return given, []
+def _margin(results: Sequence[Result], smallest: int, requested: float | None) -> tuple[float, list[str]]:
+    if requested is not None:
+        return requested, []
     level = abs(float(np.mean([result.score for result in results if result.rank == smallest])))
     margin = float(f"{ASSUMED_MARGIN_SHARE * level:.2g}")
     if margin <= 0:
@@ -260,8 +260,8 @@ def _decided(
     if len(seeds) == 1 and not items and len(with_se) == len(results):
         by_rank = {result.rank: result for result in losses}
         steps = [Comparison(a, b, _published(by_rank[a], by_rank[b], rule)) for a, b in pairwise(ranks)]
-        known = all(math.isinf(result.df) for result in results)
-        return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED if known else _PUBLISHED_RUNS]
+        exact = all(math.isinf(result.df) for result in results)
+        return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED if exact else _PUBLISHED_RUNS]
     notes = [_SINGLE] if len(seeds) == 1 else []
     if len(seeds) > 1 and not items:
         notes.append("Scores without items: the answer is for these test items, not for others.")
@@ -270,13 +270,13 @@ def _decided(
             "The standard errors are not used: they are given for some rows only, or seeds and items tell more."
         )
     ladder = _cube(losses, ranks, seeds, items, where)
-    found = decide_ladder(ladder, rule, complete=True, unit=f"in {columns.score}")
+    result = decide_ladder(ladder, rule, complete=True, unit=f"in {columns.score}")
     notes += (
         [_SAME_SEEDS]
-        if any(step.decision.se is not None and step.decision.se < 1e-12 for step in found.comparisons)
+        if any(step.decision.se is not None and step.decision.se < 1e-12 for step in result.comparisons)
         else []
     )
-    return found, notes
+    return result, notes
 
 
 _PUBLISHED = (
@@ -299,14 +299,14 @@ _SINGLE = (
 
 def _published(smaller: Result, larger: Result, rule: Rule) -> Decision:
     se = math.hypot(smaller.se or 0.0, larger.se or 0.0)
-    spread = sum((one.se or 0.0) ** 4 / one.df for one in (smaller, larger))
+    spread = sum((result.se or 0.0) ** 4 / result.df for result in (smaller, larger))
     return decide_from_summary(smaller.score - larger.score, se, rule, se**4 / spread if spread else math.inf)
 
 
 def _cube(
     losses: Sequence[Result], ranks: Sequence[int], seeds: Sequence[str], items: Sequence[str], where: str
 ) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Rank → (seeds, items) or (seeds,), NaN for a run that isn't there.
+    """Return rank → (seeds, items) or (seeds,), NaN for a missing run.
 
     Raises:
         AnalysisError: neighbouring ranks without a common seed, or runs scored on different items.
@@ -318,10 +318,10 @@ def _cube(
         ladder[result.rank][seed_of[result.seed or ""], item] = result.score
     for rank, values in ladder.items():
         counts = (~np.isnan(values)).sum(axis=1)
-        short = [seed for seed, count in zip(seeds, counts, strict=True) if 0 < count < values.shape[1]]
-        if short:
+        incomplete = [seed for seed, count in zip(seeds, counts, strict=True) if 0 < count < values.shape[1]]
+        if incomplete:
             raise AnalysisError(
-                f"r = {rank}, seed {short[0]} lacks some of the {len(items)} items",
+                f"r = {rank}, seed {incomplete[0]} lacks some of the {len(items)} items",
                 where,
                 "score every run on the same items",
             )
@@ -331,25 +331,34 @@ def _cube(
     return ladder if items else {rank: values[:, 0] for rank, values in ladder.items()}
 
 
-def _saved(found: RankAnswer, results: Sequence[Result]) -> Iterable[str]:
-    """What the recommended rank saves against the largest one in the table."""
-    largest = max(result.rank for result in results)
-    if found.recommended_rank in (None, largest):
+def _saved(result: RankAnswer, results: Sequence[Result]) -> Iterable[str]:
+    """Yield what the recommended rank saves against the largest one in the table."""
+    largest = max(row.rank for row in results)
+    if result.recommended_rank in (None, largest):
         return
     for what, word in (("memory", "memory"), ("seconds", "time")):
-        known = Counter(result.rank for result in results if getattr(result, what) is not None)
-        if not (known[found.recommended_rank or 0] and known[largest]):
+        known = Counter(row.rank for row in results if getattr(row, what) is not None)
+        if not (known[result.recommended_rank or 0] and known[largest]):
             continue
-        here, there = (
+        at_recommended, at_largest = (
             float(np.mean([getattr(r, what) for r in results if r.rank == rank and getattr(r, what) is not None]))
-            for rank in (found.recommended_rank, largest)
+            for rank in (result.recommended_rank, largest)
         )
-        if there > 0:
-            much = f"{abs(1 - here / there):.0%} {'less' if here <= there else 'more'}"
-            yield f"r = {found.recommended_rank} takes {much} {word} than r = {largest}."
+        if at_largest > 0:
+            difference = (
+                f"{abs(1 - at_recommended / at_largest):.0%} {'less' if at_recommended <= at_largest else 'more'}"
+            )
+            yield f"r = {result.recommended_rank} takes {difference} {word} than r = {largest}."
 
 
-def table_as_json(found: Sequence[TableAnswer]) -> dict[str, Any]:
-    """The object that ``--json`` prints: one answer, or ``configurations`` with one each."""
-    objects = [{"configuration": x.configuration, **as_object(x.answer), "notes": list(x.notes)} for x in found]
+def table_as_json(answers: Sequence[TableAnswer]) -> dict[str, Any]:
+    """Return the object that ``--json`` prints: one answer, or ``configurations`` with one answer each."""
+    objects = [
+        {
+            "configuration": table_answer.configuration,
+            **as_object(table_answer.answer),
+            "notes": list(table_answer.notes),
+        }
+        for table_answer in answers
+    ]
     return objects[0] if len(objects) == 1 else {"configurations": objects}

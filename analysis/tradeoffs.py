@@ -1,5 +1,5 @@
-"""What does quality cost in memory and speed? Fronts, one axis at equal everything else, and the cheapest that is good
-enough."""
+"""What does quality cost in memory and speed? Pareto fronts, contrasts of one axis, and the cheapest configuration that
+meets the goal."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, mean, pooled_sd
 
 PRECISION_ORDER = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
-"""Most bits first: the first that was run is what the others are held against."""
+"""Most bits first; the first of these that was run is the reference."""
 LEAST_MODES = 2
 EQUAL_PARAMETERS = 0.10
-"""Two target sets have equally many parameters where they differ by no more than this share."""
+"""Two target sets count as equally large if their parameters differ by at most this share."""
 ONE_SIDED = 0.05
 
 
@@ -34,8 +34,8 @@ class ParetoStatus(StrEnum):
 
 @dataclass(frozen=True)
 class Front:
-    """``standings``: one for each of ``configurations``, those whose quality, memory and speed are known. ``why_none``:
-    why no front can be drawn; the standings are then empty."""
+    """``configurations``: those whose quality, memory and speed are known; ``standings``: one for each. ``why_none``:
+    reason why there is no front; ``standings`` is then empty."""
 
     configurations: tuple[Configuration, ...]
     standings: tuple[ParetoStatus, ...]
@@ -57,7 +57,7 @@ class QuantizationContrast:
 
 @dataclass(frozen=True)
 class GoalAnswer:
-    """``cheapest``: of the configurations that are shown to meet the goal, the one that takes the least memory."""
+    """``cheapest``: among the configurations shown to meet the goal, the one with the least memory."""
 
     text: str
     split: str
@@ -68,23 +68,23 @@ class GoalAnswer:
 
 
 def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
-    """Who is beaten by nobody in quality, memory and speed at once. A configuration whose quality can't be told from
-    that of the one that beats it (95 %, over seeds) is *within noise of the front*.
+    """Return the Pareto front of quality, memory and speed.
 
-    No front across quantizations is drawn with fewer than two of them really measured.
+    A configuration off the front is *within noise of the front* if none that is at least as small and fast is shown to
+    have a better quality (95 %, over seeds). There is no front with fewer than two measured quantizations.
     """
     known = [c for c in configurations if None not in (c.quality, c.memory_bytes, c.tokens_per_second)]
     modes = sorted({mode_of(c) for c in known})
     if len(modes) < LEAST_MODES:
-        was = f"only {modes[0]} was" if modes else "none was"
-        why = f"A front needs at least two quantizations measured in this study, and {was}: qlora-exp sweep pareto"
+        measured = f"only {modes[0]} was" if modes else "none was"
+        why = f"A front needs at least two quantizations measured in this study, and {measured}: qlora-exp sweep pareto"
         return Front(tuple(known), (), why)
     points = np.array(
         [[-measure.sign * c.quality.mean, c.memory_bytes, -c.tokens_per_second] for c in known]  # type: ignore[union-attr,operator]
     )
     on_front = _undominated(points)
     rivals = np.flatnonzero(on_front)
-    reach = _reach(known)
+    half_widths = _reach(known)
     standings = []
     for index in range(len(known)):
         if on_front[index]:
@@ -92,28 +92,30 @@ def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
             continue
         cheaper = rivals[(points[rivals, 1:] <= points[index, 1:]).all(axis=1)]
         ahead = points[index, 0] - points[cheaper, 0]
-        beaten = reach is not None and bool(np.any(ahead > np.hypot(reach[index], reach[cheaper])))
-        standings.append(ParetoStatus.DOMINATED if beaten or reach is None else ParetoStatus.NEAR)
+        is_dominated = half_widths is not None and bool(
+            np.any(ahead > np.hypot(half_widths[index], half_widths[cheaper]))
+        )
+        standings.append(ParetoStatus.DOMINATED if is_dominated or half_widths is None else ParetoStatus.NEAR)
     return Front(tuple(known), tuple(standings))
 
 
 def quantization_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[QuantizationContrast]:
-    """Each quantization against the one with the most bits, at equal everything else."""
+    """Compare each quantization with the one of the most bits, between runs that agree in everything else."""
     modes = {mode_of(c) for c in configurations}
     order = [mode for mode in PRECISION_ORDER if mode in modes]
     return _contrasts(configurations, measure, order, mode_of, ("quantization.",))
 
 
 def target_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[QuantizationContrast]:
-    """Each target set against the one with the most parameters, at equal rank and equal everything else."""
+    """Compare each target set with the largest one, between runs that agree in rank and everything else."""
     return _contrasts(configurations, measure, _targets_by_size(configurations), targets_of, ("targets.",))
 
 
 def targets_at_equal_parameters(
     configurations: Sequence[Configuration], measure: Measure
 ) -> list[QuantizationContrast]:
-    """The same at equally many trainable parameters (within 10 %), so at different ranks."""
-    found: list[QuantizationContrast] = []
+    """Compare target sets at equally many trainable parameters (within 10 %), so at different ranks."""
+    contrasts: list[QuantizationContrast] = []
     order = _targets_by_size(configurations)
     strata: dict[tuple[Any, ...], dict[str, list[Configuration]]] = defaultdict(lambda: defaultdict(list))
     for c in configurations:
@@ -126,12 +128,12 @@ def targets_at_equal_parameters(
             for b in sets[order[0]]
             if abs(math.log(_parameters(a) / _parameters(b))) <= math.log(1 + EQUAL_PARAMETERS)
         ]
-        found += _contrast(level, order[0], pairs, measure)
-    return found
+        contrasts += _contrast(level, order[0], pairs, measure)
+    return contrasts
 
 
 def equal_parameters_hint(configurations: Sequence[Configuration]) -> str | None:
-    """Which ranks would make target sets equally large, where several sets were run and none is; else ``None``."""
+    """Return which ranks would make the target sets equally large; ``None`` if only one set was run."""
     per_rank = {targets_of(c): _parameters(c) / int(c.first.config["lora"]["r"]) for c in configurations}
     order = _targets_by_size(configurations)
     if len(order) < 2:
@@ -145,35 +147,37 @@ def equal_parameters_hint(configurations: Sequence[Configuration]) -> str | None
 
 
 def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
-    """The cheapest configuration that is shown to meet ``task.goal``; ``None`` where no run was asked about one.
+    """Return the cheapest configuration that is shown to meet ``task.goal``; ``None`` if no run had a goal.
 
     Shown: the one-sided bound over seeds and items meets the goal, at 5 % divided by the number of configurations
-    (Bonferroni), so that the best of many isn't taken for good by luck. Cheapest: least memory, then least time.
+    (Bonferroni), because the best of many may pass by luck. Cheapest: least memory, then least time.
     """
-    asked = [(c, [run.goal for run in c.runs if run.goal is not None]) for c in configurations]
-    asked = [(c, goals) for c, goals in asked if goals]
-    if not asked:
+    with_goals = [(c, [run.goal for run in c.runs if run.goal is not None]) for c in configurations]
+    with_goals = [(c, goals) for c, goals in with_goals if goals]
+    if not with_goals:
         return None
-    texts = {goal.text for _, goals in asked for goal in goals}
-    text, split = asked[0][1][0].text, asked[0][1][0].split
+    texts = {goal.text for _, goals in with_goals for goal in goals}
+    text, split = with_goals[0][1][0].text, with_goals[0][1][0].split
     if len(texts) > 1:
         return GoalAnswer(text, split, 0, 0, None, f"The runs were asked {len(texts)} different goals: no answer.")
-    sd, df = pooled_sd([[goal.value for goal in goals if goal.value is not None] for _, goals in asked])
-    met = [c for c, goals in asked if _shown(goals, text, ONE_SIDED / len(asked), sd, df)]
+    sd, df = pooled_sd([[goal.value for goal in goals if goal.value is not None] for _, goals in with_goals])
+    met = [c for c, goals in with_goals if _shown(goals, text, ONE_SIDED / len(with_goals), sd, df)]
     cheapest = min(met, key=_price) if met else None
     over = "seeds and items" if sd is not None else "items alone: no configuration has a second seed"
-    divided = f" / {len(asked)}, for {len(asked)} configurations were looked at" if len(asked) > 1 else ""
-    several = f" (each bound at 5 %{divided}; over {over})"
+    divided = (
+        f" / {len(with_goals)}, for {len(with_goals)} configurations were looked at" if len(with_goals) > 1 else ""
+    )
+    qualifier = f" (each bound at 5 %{divided}; over {over})"
     if cheapest is None:
-        best = max((goal.value for _, goals in asked for goal in goals if goal.value is not None), default=None)
-        told = "" if best is None or "<" in text else f" The highest value of a run was {best:.3g}."
-        sentence = f"No configuration is shown to meet {text} on {split}{several}.{told}"
+        best = max((goal.value for _, goals in with_goals for goal in goals if goal.value is not None), default=None)
+        highest = "" if best is None or "<" in text else f" The highest value of a run was {best:.3g}."
+        sentence = f"No configuration is shown to meet {text} on {split}{qualifier}.{highest}"
     else:
         sentence = (
             f"The cheapest configuration (least memory, then time) that is shown to meet {text} on {split} is"
-            f" {cheapest.label}; {len(met)} of {len(asked)} are shown to meet it{several}."
+            f" {cheapest.label}; {len(met)} of {len(with_goals)} are shown to meet it{qualifier}."
         )
-    return GoalAnswer(text, split, len(met), len(asked), cheapest, sentence)
+    return GoalAnswer(text, split, len(met), len(with_goals), cheapest, sentence)
 
 
 def mode_of(configuration: Configuration) -> str:
@@ -187,31 +191,35 @@ def targets_of(configuration: Configuration) -> str:
 
 
 def _undominated(points: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Rows (lower is better in every column) that no other row equals or beats everywhere and beats somewhere."""
-    kept = np.zeros(len(points), dtype=bool)
+    """Return which rows no other row dominates: equal or lower in every column, and lower in at least one."""
+    on_front = np.zeros(len(points), dtype=bool)
     members: list[int] = []
-    # In lexicographic order nothing that comes later can beat what came before.
+    # In lexicographic order no later row can dominate an earlier one.
     for index in np.lexsort(points.T[::-1]):
         rivals = points[members]
         beaten = (rivals <= points[index]).all(axis=1) & (rivals < points[index]).any(axis=1)
         if not beaten.any():
-            kept[index] = True
+            on_front[index] = True
             members.append(int(index))
-    return kept
+    return on_front
 
 
 def _reach(configurations: Sequence[Configuration]) -> NDArray[np.float64] | None:
-    """One-sided 97.5 % reach of each configuration's quality; ``None`` where no seed was repeated."""
+    """Return the half-width of each quality's 95 % interval; ``None`` if no configuration has a second seed."""
     halves = [c.quality.half_width() if c.quality is not None else None for c in configurations]
     return None if None in halves else np.array(halves, dtype=float)
 
 
 def _contrasts(
-    configurations: Sequence[Configuration], measure: Measure, order: Sequence[str], level_of: Any, own: tuple[str, ...]
+    configurations: Sequence[Configuration],
+    measure: Measure,
+    order: Sequence[str],
+    level_of: Any,
+    compared_keys: tuple[str, ...],
 ) -> list[QuantizationContrast]:
     strata: dict[tuple[Any, ...], dict[str, Configuration]] = defaultdict(dict)
     for configuration in configurations:
-        strata[_others(configuration, own)][level_of(configuration)] = configuration
+        strata[_others(configuration, compared_keys)][level_of(configuration)] = configuration
     return [
         contrast
         for level in order[1:]
@@ -227,7 +235,7 @@ def _contrasts(
 def _contrast(
     level: str, reference: str, pairs: Sequence[tuple[Configuration, Configuration]], measure: Measure
 ) -> Iterable[QuantizationContrast]:
-    """Nothing where no two runs are otherwise equal."""
+    """Yield the contrast over all pairs; nothing if there is no pair."""
     gains = [gain for a, b in pairs for gain in _paired_gains(a, b, measure)]
     if gains:
         count = len(gains)
@@ -249,14 +257,14 @@ def _paired_gains(a: Configuration, b: Configuration, measure: Measure) -> Itera
 
 
 def _ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
-    """Geometric mean of the known ratios."""
+    """Return the geometric mean of the known ratios."""
     logs = [math.log(first / second) for first, second in pairs if first and second]
-    found = mean(logs)
-    return None if found is None else math.exp(found)
+    log_ratio = mean(logs)
+    return None if log_ratio is None else math.exp(log_ratio)
 
 
-def _others(configuration: Configuration, own: tuple[str, ...]) -> tuple[Any, ...]:
-    return tuple(str(value) for key, value in configuration.settings.items() if not key.startswith(own))
+def _others(configuration: Configuration, excluded: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(str(value) for key, value in configuration.settings.items() if not key.startswith(excluded))
 
 
 def _parameters(configuration: Configuration) -> int:
@@ -265,7 +273,7 @@ def _parameters(configuration: Configuration) -> int:
 
 
 def _targets_by_size(configurations: Sequence[Configuration]) -> list[str]:
-    """Parameters per unit of rank tell the sets' sizes apart, whatever ranks each was run at."""
+    """Return the target sets, the largest first, by parameters per unit of rank: sets may be run at different ranks."""
     size = {targets_of(c): _parameters(c) / int(c.first.config["lora"]["r"]) for c in configurations}
     return sorted(size, key=lambda name: -size[name])
 
@@ -277,7 +285,7 @@ def _price(configuration: Configuration) -> tuple[float, float]:
 
 
 def _shown(goals: Sequence[Any], text: str, alpha: float, seed_sd: float | None, seed_df: int) -> bool:
-    """Whether the bound over seeds and items meets the goal. The records' own bounds are at 5 % over items."""
+    """Return whether the bound over seeds and items meets the goal. The records' bounds are at 5 % over items."""
     values = [goal.value for goal in goals if goal.value is not None]
     rising = ">" in text
     edges = [goal.low if rising else goal.high for goal in goals if goal.value is not None]
@@ -287,14 +295,14 @@ def _shown(goals: Sequence[Any], text: str, alpha: float, seed_sd: float | None,
     item_se = max(abs(v - e) for v, e in zip(values, edges, strict=True)) / float(stats.norm.isf(ONE_SIDED))
     seed_variance = 0.0 if seed_sd is None else seed_sd**2 / len(values)
     variance = item_se**2 + seed_variance
-    # Welch–Satterthwaite; the items' own degrees of freedom are beyond counting.
+    # Welch–Satterthwaite, with infinite degrees of freedom for the items: there are many.
     df = variance**2 / seed_variance**2 * seed_df if seed_variance > 0 else math.inf
     bound = float(np.mean(values)) + (-1 if rising else 1) * float(stats.t.isf(alpha, df)) * math.sqrt(variance)
     return bound >= threshold if rising else bound <= threshold
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The answer and its tables of a folder of runs; ``--page FILE`` saves the plots."""
+    """Print the answer and its tables for a folder of runs; ``--page FILE`` saves the plots."""
     from qlora_exp.analysis.ask import main as ask
 
     ask(["tradeoffs", *(sys.argv[1:] if arguments is None else arguments)])

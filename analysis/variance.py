@@ -1,8 +1,8 @@
-"""How much of a difference between two ranks is chance: its variance split into the seeds' part and the items' part.
+"""Split the variance of a difference between two ranks into the seeds' part and the items' part.
 
-Every array may carry leading axes (simulated ladders); NaN marks a run that doesn't exist. Source: the two-way analysis
-of variance with one observation a cell (Searle, Casella and McCulloch, *Variance Components*, 1992), by least squares
-where cells are missing.
+Arrays may have leading axes (simulated ladders); NaN marks a missing run. Source: the two-way analysis of variance with
+one observation per cell (Searle, Casella and McCulloch, *Variance Components*, 1992), by least squares if cells are
+missing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class VarianceSplit:
-    """The mean difference of two ranks and its variance, each of shape (...). NaN where it can't be known."""
+    """The mean difference of two ranks and its variance, each of shape (...). NaN is unknown."""
 
     gain: Array
     """Mean over seeds and items of loss(smaller rank) − loss(larger rank)."""
     seed_part: Array
-    """A of docs/statistics.md, squared units of the loss: falls with more seeds."""
+    """A in docs/statistics.md, squared units of the loss: falls with more seeds."""
     item_part: Array
-    """B: falls with more items. 0 where scores come without items."""
+    """B in docs/statistics.md: falls with more items. 0 for scores without items."""
     seed_df: Array
     item_df: Array
-    """Items − 1; infinite where scores come without items."""
+    """Items − 1; infinite for scores without items."""
     seeds: Array
     """Seeds that both ranks share."""
 
@@ -38,7 +38,7 @@ class VarianceSplit:
 
     @property
     def df(self) -> Array:
-        """Welch–Satterthwaite degrees of freedom of ``variance``; those of the seeds where it is 0."""
+        """Welch–Satterthwaite degrees of freedom of ``variance``; those of the seeds if it is 0."""
         with np.errstate(divide="ignore", invalid="ignore"):
             spread = self.seed_part**2 / self.seed_df + self.item_part**2 / self.item_df
             df: Array = np.where(self.variance > 0, self.variance**2 / spread, self.seed_df)
@@ -46,20 +46,20 @@ class VarianceSplit:
 
 
 def rank_seed_mean_square(cells: Array) -> tuple[Array, Array]:
-    """MS_rank×seed and its degrees of freedom.
+    """Return MS_rank×seed and its degrees of freedom.
 
     Args:
-        cells: mean loss of each run, (..., ranks, seeds); NaN for a run that doesn't exist.
+        cells: mean loss of each run, (..., ranks, seeds); NaN for a missing run.
 
     Returns:
-        The residual mean square of rank + seed by least squares, and its df, both (...). NaN where df is 0.
+        The residual mean square of rank + seed by least squares, and its df, both (...). NaN if df is 0.
     """
     present = ~np.isnan(cells)
     runs_of_seed = np.maximum(present.sum(axis=-2), 1)
     seed_means = np.where(present, cells, 0.0).sum(axis=-2) / runs_of_seed
     centred = np.where(present, cells - seed_means[..., None, :], 0.0)
     weights = present.astype(float)
-    # The seeds' effects are eliminated; what is left to solve is as large as the number of ranks.
+    # The seeds' effects are eliminated first: the system left to solve is only as large as the number of ranks.
     normal = np.eye(cells.shape[-2]) * weights.sum(axis=-1)[..., None, :]
     normal = normal - np.einsum("...rs,...qs->...rq", weights / runs_of_seed[..., None, :], weights)
     inverse = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
@@ -74,13 +74,13 @@ def rank_seed_mean_square(cells: Array) -> tuple[Array, Array]:
 
 
 def item_mean_squares(differences: Array) -> tuple[Array, Array]:
-    """MS_item and MS_item×seed of paired differences.
+    """Return MS_item and MS_item×seed of paired differences.
 
     Args:
-        differences: (..., seeds, items); a seed that isn't there is NaN throughout.
+        differences: (..., seeds, items); a missing seed is NaN throughout.
 
     Returns:
-        Both mean squares, (...). MS_item×seed is 0 with a single seed, where it can't be told from MS_item.
+        Both mean squares, (...). MS_item×seed is 0 with a single seed, which can't separate it from MS_item.
     """
     present = ~np.isnan(differences[..., 0])
     seeds, items = present.sum(axis=-1), differences.shape[-1]
@@ -90,12 +90,12 @@ def item_mean_squares(differences: Array) -> tuple[Array, Array]:
     item_effects = item_means - grand_mean[..., None]
     by_item = seeds * (item_effects**2).sum(axis=-1) / (items - 1)
     residuals = kept - kept.mean(axis=-1)[..., None] - item_effects[..., None, :]
-    left = (np.where(present[..., None], residuals, 0.0) ** 2).sum(axis=(-2, -1))
-    return by_item, left / np.maximum((seeds - 1) * (items - 1), 1) * (seeds > 1)
+    residual_squares = (np.where(present[..., None], residuals, 0.0) ** 2).sum(axis=(-2, -1))
+    return by_item, residual_squares / np.maximum((seeds - 1) * (items - 1), 1) * (seeds > 1)
 
 
 def split_variance(differences: Array, mean_square: Array, df: Array) -> VarianceSplit:
-    """The split for one doubling.
+    """Return the variance split of one doubling.
 
     Args:
         differences: loss(smaller) − loss(larger), (..., seeds, items), or (..., seeds, 1) for scores without items;
@@ -109,8 +109,8 @@ def split_variance(differences: Array, mean_square: Array, df: Array) -> Varianc
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = np.where(present, seed_means, 0.0).sum(axis=-1) / seeds
         deviations = np.where(present, seed_means - gain[..., None], 0.0)
-        own = np.where(seeds > 1, (deviations**2).sum(axis=-1) / (seeds - 1), np.nan)
-        seed_part = np.fmax(own, 2 * mean_square) / seeds
+        seed_mean_square = np.where(seeds > 1, (deviations**2).sum(axis=-1) / (seeds - 1), np.nan)
+        seed_part = np.fmax(seed_mean_square, 2 * mean_square) / seeds
         item_part = np.zeros_like(gain)
         if items > 1:
             by_item, by_item_and_seed = item_mean_squares(differences)
@@ -120,6 +120,6 @@ def split_variance(differences: Array, mean_square: Array, df: Array) -> Varianc
 
 
 def as_losses(values: Any) -> Array:
-    """(seeds, items) as a three-way array needs it: scores without items get an item axis of length 1."""
+    """Return (seeds, items); scores without items get an item axis of length 1."""
     array = np.asarray(values, dtype=float)
     return array[:, None] if array.ndim == 1 else array

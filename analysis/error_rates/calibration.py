@@ -1,8 +1,7 @@
-"""How often the rank decision is wrong, by simulation: ``make calibration``.
+"""Measure by simulation how often the rank decision is wrong: ``make calibration``.
 
-A loss is made of what the rank is worth, the seed, rank × seed, the item, rank × item and a rest; the seed's and the
-item's own effects cancel in every paired difference and are left out. Ladders are decided by the functions that decide
-real ones, many at a time.
+A simulated loss is the sum of the rank's effect, rank × seed, rank × item and a rest. The main effects of seed and item
+are left out because they cancel in every paired difference. The functions that decide real ladders decide these too.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ RULE = Rule(margin=2.0, half_zone=1.0, doublings=5)
 """r = 8 … 256. Only margin : half-zone : noise matters, so the half-zone is the unit."""
 ITEMS = 100
 REST_SD = 1.0
-"""Of one item's loss in one run, beyond what rank and seed explain."""
+"""Standard deviation of one item's loss in one run, beyond what rank and seed explain."""
 CHUNK = 500
-"""Ladders made at once: about 0.1 GB."""
+"""Ladders simulated at once: about 0.1 GB."""
 COMMAND = "python -m qlora_exp.analysis.error_rates.calibration"
 
 CONTINUE, STOP, INCONCLUSIVE = range(3)
@@ -60,7 +59,7 @@ class World:
     growth: float = 1.0
     """Seed standard deviation at the largest rank / at the smallest, geometric between."""
     goal: float = 0.05
-    """For wrong answers."""
+    """The most wrong answers allowed, as a share."""
 
     @property
     def planned_half_width(self) -> float:
@@ -69,8 +68,8 @@ class World:
 
 
 EDGE, PAST, BEYOND = 0.67, 1.0, 1.6
-"""Seed standard deviations at which the planned half-width is about w, half as much again, and more than twice that.
-Errors are commonest past the edge: where noise is small, the half-zone leaves no room for them."""
+"""Seed standard deviations at which the planned half-width is about w, 1.5 w, and more than 2 w. Errors are most common
+past the edge: with little noise, the half-zone leaves no room for them."""
 
 WORLDS = (
     World("Gaussian, little noise", seed_sd=0.2, item_sd=0.5),
@@ -85,14 +84,14 @@ WORLDS = (
     World("seed sd rises 2.5× with rank, to the edge", seed_sd=EDGE / 2.5, item_sd=0.5, growth=2.5, goal=0.07),
     World("seed sd rises 2.5× with rank, from the edge", seed_sd=EDGE, item_sd=0.5, growth=2.5, goal=0.07),
     World("seed sd rises 2.5× with rank, beyond", seed_sd=BEYOND, item_sd=0.5, growth=2.5, goal=0.07),
-    # Where it is worst: seeds that look alike by luck leave the items' part, and with it too many degrees of freedom.
+    # The worst case: if seeds agree by chance, the items' part dominates, with too many degrees of freedom.
     World("Gaussian, beyond the plan, items as much as seeds", seed_sd=1.2, item_sd=2.2),
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one simulated cell showed. Shares of ladders; ``seeds_per_rank`` is the mean number of runs at a rank."""
+    """The result of one simulated cell, in shares of ladders; ``seeds_per_rank``: mean number of runs at a rank."""
 
     world: World
     gains: str
@@ -105,7 +104,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Walked:
-    """What became of each ladder. ``verdicts``: (ladders, doublings), −1 where a ladder had ended."""
+    """How each ladder ended. ``verdicts``: (ladders, doublings), −1 after a ladder's end."""
 
     verdicts: NDArray[np.int_]
     runs: Array
@@ -120,7 +119,7 @@ def all_gains_at(gain: float) -> Gains:
 
 
 def random_gains(rng: np.random.Generator, ladders: int) -> Array:
-    """The first uniform on 0 to 5 margins, each next one a share of the last; the share uniform on 0.3 to 0.8."""
+    """Draw the first gain uniformly on 0 to 5 margins; each next one is a share of the last, uniform on 0.3 to 0.8."""
     first = rng.uniform(0, 5 * RULE.margin, (ladders, 1))
     return np.asarray(first * rng.uniform(0.3, 0.8, (ladders, 1)) ** np.arange(RULE.doublings))
 
@@ -133,7 +132,7 @@ SETTINGS: tuple[tuple[str, Gains], ...] = (
 
 
 def simulated_losses(world: World, gains: Array, rng: np.random.Generator) -> Array:
-    """(ladders, ranks, seeds, items); NaN throughout for a run that fails."""
+    """Return losses (ladders, ranks, seeds, items); a failed run is NaN throughout."""
     ladders, ranks = gains.shape[0], gains.shape[1] + 1
     levels = -np.concatenate([np.zeros((ladders, 1)), np.cumsum(gains, axis=1)], axis=1)
     seed_sds = world.seed_sd * world.growth ** np.linspace(0, 1, ranks)
@@ -145,57 +144,57 @@ def simulated_losses(world: World, gains: Array, rng: np.random.Generator) -> Ar
 
 
 def walk_many(losses: Array, rule: Rule) -> Walked:
-    """The controller over many ladders at once: three seeds a rank, one purchase a doubling, to the first open end.
+    """Decide many ladders at once: three seeds per rank, more at most once a doubling, up to *stop* or *inconclusive*.
 
     Args:
-        losses: (ladders, ranks, seeds that can be bought, items).
+        losses: (ladders, ranks, available seeds, items).
     """
     ladders, ranks, seeds, _ = losses.shape
     run = np.zeros((ladders, ranks, seeds), dtype=bool)
     run[:, 0, :FIRST_SEEDS] = True
-    said = np.full((ladders, ranks - 1), -1)
-    going = np.arange(ladders)
+    decisions = np.full((ladders, ranks - 1), -1)
+    running = np.arange(ladders)
     for step in range(ranks - 1):
-        run[going, step + 1, :FIRST_SEEDS] = True
-        split, found = _look(losses, run, going, step, rule, FIRST_LOOK)
-        said[going, step] = _said(split, found, rule)
-        open_end = said[going, step] == INCONCLUSIVE
-        buyers = going[open_end & ~needs_more_items(split, rule)]
+        run[running, step + 1, :FIRST_SEEDS] = True
+        split, intervals = _look(losses, run, running, step, rule, FIRST_LOOK)
+        decisions[running, step] = _said(split, intervals, rule)
+        undecided = decisions[running, step] == INCONCLUSIVE
+        buyers = running[undecided & ~needs_more_items(split, rule)]
         if buyers.size:
-            chosen = np.isin(going, buyers)
-            wanted = seeds_to_buy(found.half_width[chosen], split.seeds[chosen], rule)
-            bought = np.arange(seeds) < wanted[:, None]
-            run[buyers, step] |= bought
-            run[buyers, step + 1] |= bought
-            split, found = _look(losses, run, buyers, step, rule, LAST_LOOK)
-            said[buyers, step] = _said(split, found, rule)
-        going = going[said[going, step] == CONTINUE]
-    return Walked(said, run.sum(axis=(1, 2)).astype(float), run.any(axis=2).sum(axis=1).astype(float))
+            increased = np.isin(running, buyers)
+            needed = seeds_to_buy(intervals.half_width[increased], split.seeds[increased], rule)
+            to_run = np.arange(seeds) < needed[:, None]
+            run[buyers, step] |= to_run
+            run[buyers, step + 1] |= to_run
+            split, intervals = _look(losses, run, buyers, step, rule, LAST_LOOK)
+            decisions[buyers, step] = _said(split, intervals, rule)
+        running = running[decisions[running, step] == CONTINUE]
+    return Walked(decisions, run.sum(axis=(1, 2)).astype(float), run.any(axis=2).sum(axis=1).astype(float))
 
 
 def _look(
     losses: Array, run: NDArray[np.bool_], which: NDArray[np.int_], step: int, rule: Rule, look: int
 ) -> tuple[VarianceSplit, MarginBounds]:
-    seen = np.where(run[which, : step + 2, :, None], losses[which, : step + 2], np.nan)
-    mean_square, df = rank_seed_mean_square(seen.mean(axis=-1))
-    split = split_variance(seen[:, step] - seen[:, step + 1], mean_square, df)
+    available = np.where(run[which, : step + 2, :, None], losses[which, : step + 2], np.nan)
+    mean_square, df = rank_seed_mean_square(available.mean(axis=-1))
+    split = split_variance(available[:, step] - available[:, step + 1], mean_square, df)
     return split, bounds(split, rule, look)
 
 
-def _said(split: VarianceSplit, found: MarginBounds, rule: Rule) -> NDArray[np.int_]:
-    enough, little = verdicts(split.gain, found, rule)
-    return np.select([enough, little], [CONTINUE, STOP], INCONCLUSIVE)
+def _said(split: VarianceSplit, intervals: MarginBounds, rule: Rule) -> NDArray[np.int_]:
+    continues, stops = verdicts(split.gain, intervals, rule)
+    return np.select([continues, stops], [CONTINUE, STOP], INCONCLUSIVE)
 
 
 def simulate(world: World, name: str, gains_of: Gains, ladders: int, seed: int) -> Cell:
-    """One cell. The same ``seed`` gives the same figures."""
+    """Simulate one cell. The same ``seed`` gives the same figures."""
     rng = np.random.default_rng(seed)
     wrong_continue = wrong_stop = open_ends = 0
     runs = ranks = 0.0
     for size in _chunks(ladders):
         gains = gains_of(rng, size)
         walked = walk_many(simulated_losses(world, gains, rng), RULE)
-        # Gains set exactly to m ± w must count, whatever their last bit.
+        # The tolerance keeps gains of exactly m ± w in, in spite of rounding.
         low, high = gains <= RULE.margin - RULE.half_zone + 1e-9, gains >= RULE.margin + RULE.half_zone - 1e-9
         wrong_continue += int(((walked.verdicts == CONTINUE) & low).any(axis=1).sum())
         wrong_stop += int(((walked.verdicts == STOP) & high).any(axis=1).sum())
@@ -206,7 +205,7 @@ def simulate(world: World, name: str, gains_of: Gains, ladders: int, seed: int) 
 
 
 def calibrate(ladders: int, seed: int, worlds: Sequence[World] = WORLDS) -> Iterator[Cell]:
-    """Every world with every setting of the gains; each cell has a stream of random numbers of its own."""
+    """Simulate every world with every setting of the gains; each cell has its own stream of random numbers."""
     for number, world in enumerate(worlds):
         for position, (name, gains_of) in enumerate(SETTINGS):
             yield simulate(world, name, gains_of, ladders, seed + 1000 * number + position)
@@ -218,7 +217,7 @@ def _chunks(ladders: int) -> Iterator[int]:
 
 
 def _noise(world: World, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Standard deviation 1."""
+    """Draw noise with standard deviation 1."""
     if world.t3:
         return np.asarray(rng.standard_t(3, shape) / np.sqrt(3))
     return rng.standard_normal(shape)
@@ -259,7 +258,7 @@ def row(cell: Cell) -> tuple[str, ...]:
 
 
 def _percent(share: float, ladders: int) -> str:
-    """With the half-width of the simulation's own 95 % interval (Wilson), in points."""
+    """Return the share with the half-width of the simulation's 95 % interval (Wilson), in points."""
     interval = stats.binomtest(round(share * ladders), ladders).proportion_ci(method="wilson")
     return f"{100 * share:.1f} ± {50 * (interval.high - interval.low):.1f} %"
 
@@ -300,30 +299,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="also write the page to this Markdown file")
     parser.add_argument("--figure", type=Path, help="also draw the error rates into this HTML file")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     cells = []
-    for cell in calibrate(given.ladders, given.seed):
+    for cell in calibrate(options.ladders, options.seed):
         cells.append(cell)
         print(f"{cell.world.name}, {cell.gains}: done", file=sys.stderr, flush=True)
-    page = document(cells, given.ladders, given.seed)
+    page = document(cells, options.ladders, options.seed)
     print(page)
-    if given.output is not None:
-        given.output.write_text(page, encoding="utf-8")
-    if given.figure is not None:
-        _draw(cells, given.figure)
+    if options.output is not None:
+        options.output.write_text(page, encoding="utf-8")
+    if options.figure is not None:
+        _draw(cells, options.figure)
 
 
 def _draw(cells: Sequence[Cell], path: Path) -> None:
-    """The larger of the two error rates by how far the noise is beyond the plan, one line for each setting of gains."""
+    """Plot the larger error rate by the planned half-width, one line for each setting of the gains."""
     from qlora_exp.analysis.figures import lines, write_figure
 
-    drawn = {}
+    series = {}
     for name, _ in SETTINGS:
-        several = sorted((c for c in cells if c.gains == name), key=lambda c: c.world.planned_half_width)
-        widths = [cell.world.planned_half_width / RULE.half_zone for cell in several]
-        drawn[f"gains {name}"] = (widths, [max(cell.wrong_continue, cell.wrong_stop) for cell in several])
+        cells_of_setting = sorted((c for c in cells if c.gains == name), key=lambda c: c.world.planned_half_width)
+        widths = [cell.world.planned_half_width / RULE.half_zone for cell in cells_of_setting]
+        series[f"gains {name}"] = (widths, [max(cell.wrong_continue, cell.wrong_stop) for cell in cells_of_setting])
     axes = ("planned half-width / half-zone", "share of ladders with a wrong answer")
-    write_figure(lines(drawn, axes, goal=0.05), path)
+    write_figure(lines(series, axes, goal=0.05), path)
 
 
 if __name__ == "__main__":

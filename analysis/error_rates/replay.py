@@ -1,7 +1,7 @@
-"""Does the ladder say what a whole grid says, for how much less? ``make replay``
+"""Does a ladder give the answer of a whole grid, and how much cheaper is it? ``make replay``
 
-Ladders are decided again and again from a pool of runs that were really made, by the function that decides real ones,
-and held against a grid of the same ranks with other seeds. docs/replay.md explains the columns and has the answer.
+The function that decides real ladders decides many of them from a pool of real runs. Their answers are compared with a
+grid of the same ranks with other seeds. docs/replay.md explains the columns and has the result.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from qlora_exp.errors import AnalysisError
 DATA = Path("docs/replay.npz")
 COMMAND = "python -m qlora_exp.analysis.error_rates.replay"
 MARGINS = (0.02, 0.05, 0.1, 0.2)
-"""Nats per item."""
+"""In nats per item."""
 STARTS = (1, 2, 4, 8)
 HALVES = 50
-"""Random divisions of all seeds in two, for how often two whole grids agree."""
+"""Random divisions of all seeds into two halves, to measure how often two whole grids agree."""
 
 
 @dataclass(frozen=True)
 class ReferenceGrid:
-    """Every rank run with every seed. Losses in nats, (ranks, seeds, items); a run that doesn't exist is NaN."""
+    """Every rank run with every seed. Losses in nats, (ranks, seeds, items); a missing run is NaN."""
 
     ranks: tuple[int, ...]
     grid: Array
     pool: Array
-    """Of the replay's own seeds, none of them the grid's."""
+    """Losses of the replay's seeds, none of which is in the grid."""
     run_flops: Array
     """(ranks,): training and test evaluation of one run."""
     pilot_flops: Array
@@ -59,29 +59,33 @@ class ReferenceGrid:
         )
 
     def answer(self, rule: Rule) -> RankAnswer:
-        """The ladder's own functional over the whole grid: no second look, noise pooled over all ranks."""
+        """Return the ladder's rule applied to the whole grid: no second look, noise pooled over all ranks."""
         return decide_ladder(dict(zip(self.ranks, self.grid, strict=True)), rule, complete=True)
 
 
 def load(path: Path) -> ReferenceGrid:
-    """Raises AnalysisError: no such file, or not one of ours."""
+    """Read a reference grid that :func:`save` wrote.
+
+    Raises:
+        AnalysisError: no such file, or another kind of file.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
         return ReferenceGrid(
-            tuple(held["ranks"].tolist()),
-            held["grid"].astype(float),
-            held["pool"].astype(float),
-            held["run_flops"],
-            held["pilot_flops"],
-            json.loads(str(held["provenance"])),
+            tuple(arrays["ranks"].tolist()),
+            arrays["grid"].astype(float),
+            arrays["pool"].astype(float),
+            arrays["run_flops"],
+            arrays["pilot_flops"],
+            json.loads(str(arrays["provenance"])),
         )
     except (OSError, KeyError, ValueError, BadZipFile) as error:
         raise AnalysisError(f"no reference grid: {error}", str(path), "make replay in a checkout, or --data") from None
 
 
 def save(reference: ReferenceGrid, path: Path) -> None:
-    """Losses in single precision: they are compared in hundredths."""
+    """Write the grid, with losses in single precision: they are compared in hundredths of a nat."""
     np.savez_compressed(
         path,
         ranks=np.array(reference.ranks),
@@ -100,23 +104,23 @@ class Ladder:
     comparisons: tuple[Comparison, ...]
     found: RankAnswer
     seeds: NDArray[np.int_]
-    """(ranks,): runs bought at each; 0 where it never came to the rank."""
+    """(ranks,): runs at each rank; 0 if the ladder ended before it."""
 
 
 def climb(losses: Array, ranks: Sequence[int], rule: Rule) -> Ladder:
-    """The controller over runs that exist already: three seeds a rank, one purchase a doubling, to the first end.
+    """Decide a ladder from existing runs: three seeds per rank, more seeds at most once a doubling, up to its end.
 
     Args:
-        losses: (ranks, seeds that can be bought, items).
+        losses: (ranks, available seeds, items).
     """
     seeds = np.zeros(len(ranks), dtype=int)
     comparisons: list[Comparison] = []
     for step, (smaller, larger) in enumerate(pairwise(ranks)):
 
-        def run(wanted: int, step: int = step) -> list[Array]:
-            seeds[step : step + 2] = np.maximum(seeds[step : step + 2], min(wanted, losses.shape[1]))
-            there = np.arange(losses.shape[1]) < seeds[: step + 2, None]
-            return list(np.where(there[..., None], losses[: step + 2], np.nan))
+        def run(requested: int, step: int = step) -> list[Array]:
+            seeds[step : step + 2] = np.maximum(seeds[step : step + 2], min(requested, losses.shape[1]))
+            available = np.arange(losses.shape[1]) < seeds[: step + 2, None]
+            return list(np.where(available[..., None], losses[: step + 2], np.nan))
 
         decision = decide_doubling(run, FIRST_SEEDS, rule)
         assert decision is not None
@@ -127,16 +131,18 @@ def climb(losses: Array, ranks: Sequence[int], rule: Rule) -> Ladder:
 
 
 def allowed(comparison: Comparison, rule: Rule) -> frozenset[StepVerdict]:
-    """What the grid lets a ladder say of one doubling: either where its interval lies within margin ± half-zone, and
-    nothing can be held against a ladder where the grid itself is inconclusive (the empty set)."""
+    """Return the verdicts of a ladder on one doubling that agree with the grid.
+
+    Both agree if the grid's interval lies within margin ± half-zone. The set is empty if the grid is inconclusive.
+    """
     low, high = comparison.decision.low, comparison.decision.high
-    said = {StepVerdict.CONTINUE: low is not None and low > rule.margin - rule.half_zone}
-    said[StepVerdict.STOP] = high is not None and high < rule.margin + rule.half_zone
-    return frozenset(verdict for verdict, holds in said.items() if holds)
+    consistent = {StepVerdict.CONTINUE: low is not None and low > rule.margin - rule.half_zone}
+    consistent[StepVerdict.STOP] = high is not None and high < rule.margin + rule.half_zone
+    return frozenset(verdict for verdict, holds in consistent.items() if holds)
 
 
 def compatible(ladder: Ladder, grid: RankAnswer) -> bool | None:
-    """Whether every step is one that the grid allows; ``None``: the grid itself can't tell."""
+    """Return whether the grid allows every step; ``None`` if the grid is inconclusive at a step."""
     limits = [allowed(comparison, grid.rule) for comparison in grid.comparisons[: len(ladder.comparisons)]]
     pairs = [(c.decision.verdict, limit) for c, limit in zip(ladder.comparisons, limits, strict=True)]
     if any(limit and verdict not in limit for verdict, limit in pairs):
@@ -146,50 +152,52 @@ def compatible(ladder: Ladder, grid: RankAnswer) -> bool | None:
 
 @dataclass(frozen=True)
 class Row:
-    """What one margin and first rank showed. Shares of draws unless said otherwise; ``None``: no such draw."""
+    """The result for one margin and first rank. Shares of draws unless stated otherwise; ``None``: no such draw."""
 
     margin: float
     r_start: int
     planned: float
-    """Expected half-width at the most seeds / half-zone, from the first doubling's noise: above 1, not every gain can
+    """Expected half-width with the most seeds / half-zone, from the first doubling's noise. Above 1, not every gain can
     be settled."""
     grid: RankAnswer
     decided: float
     compatible: float | None
-    """Of those decided and judged."""
+    """Share of the draws that were decided and judged."""
     unjudged: float
-    """Of those decided: the grid itself is inconclusive there."""
+    """Share of the decided draws: the grid is inconclusive at one of their steps."""
     exact: float | None
-    """Of those decided: the grid's own verdict and rank."""
+    """Share of the decided draws: verdict and rank are the grid's."""
     grids_agree: float
-    """Of pairs of whole grids with half of all seeds each."""
+    """Share of pairs of whole grids, each with half of all seeds."""
     in_halves: tuple[int, int]
     """Compatible ladders, and those decided and judged, with one half as the grid and the other as the pool."""
     regret: tuple[float, float] | None
     """Nats per item above the best rank of the whole grid, by the grid's means: median and 90th percentile."""
     flops: tuple[float, float]
-    """Of the whole reference grid's: median and 90th percentile."""
+    """Share of the whole reference grid's FLOPs: median and 90th percentile."""
     flops_of_own: float
-    """Of a grid of the user's own, FIRST_SEEDS seeds at every rank from r_start: median."""
+    """Share of the FLOPs of a user's grid with FIRST_SEEDS seeds at every rank from r_start: median."""
     seeds_per_rank: float
 
 
-def replay(whole: ReferenceGrid, margin: float, r_start: int, draws: int, seed: int) -> Row:
-    """``draws`` ladders: the pool's seeds in random order, its items drawn with replacement."""
+def replay(reference_grid: ReferenceGrid, margin: float, r_start: int, draws: int, seed: int) -> Row:
+    """Replay ``draws`` ladders: the pool's seeds in random order, its items drawn with replacement."""
     rng = np.random.default_rng([seed, r_start])
-    reference = whole.starting_at(r_start)
+    reference = reference_grid.starting_at(r_start)
     rule = make_rule(margin, len(reference.ranks) - 1)
     grid = reference.answer(rule)
     ladders = [climb(_drawn(reference.pool, rng), reference.ranks, rule) for _ in range(draws)]
-    decided = [one for one in ladders if one.found.recommended_rank is not None]
-    judged = _judged([(one, grid) for one in ladders])
-    agree, in_halves = _halves(reference, rule, rng)
-    exact = [_same(one.found, grid) for one in decided]
+    decided = [ladder for ladder in ladders if ladder.found.recommended_rank is not None]
+    judged = _judged([(ladder, grid) for ladder in ladders])
+    grids_agree, in_halves = _halves(reference, rule, rng)
+    exact = [_same(ladder.found, grid) for ladder in decided]
     noise = noise_of(all_seeds(reference)[:2])
-    shares = np.array([_flops(reference, one) for one in ladders])
-    levels = dict(zip(whole.ranks, np.nanmean(whole.grid, axis=(1, 2)), strict=True))
+    shares = np.array([_flops(reference, ladder) for ladder in ladders])
+    levels = dict(zip(reference_grid.ranks, np.nanmean(reference_grid.grid, axis=(1, 2)), strict=True))
     regrets = [
-        levels[one.found.recommended_rank] - min(levels.values()) for one in decided if one.found.recommended_rank
+        levels[ladder.found.recommended_rank] - min(levels.values())
+        for ladder in decided
+        if ladder.found.recommended_rank
     ]
     return Row(
         margin=margin,
@@ -200,19 +208,21 @@ def replay(whole: ReferenceGrid, margin: float, r_start: int, draws: int, seed: 
         compatible=_share(judged),
         unjudged=1 - len(judged) / len(decided) if decided else 0.0,
         exact=_share(exact),
-        grids_agree=agree,
+        grids_agree=grids_agree,
         in_halves=in_halves,
         regret=_middle_and_high(regrets) if regrets else None,
-        flops=_middle_and_high(shares / _grid_flops(whole, whole.grid.shape[1])),
+        flops=_middle_and_high(shares / _grid_flops(reference_grid, reference_grid.grid.shape[1])),
         flops_of_own=float(np.median(shares) / _grid_flops(reference, FIRST_SEEDS)),
-        seeds_per_rank=float(sum(one.seeds.sum() for one in ladders) / sum((one.seeds > 0).sum() for one in ladders)),
+        seeds_per_rank=float(
+            sum(ladder.seeds.sum() for ladder in ladders) / sum((ladder.seeds > 0).sum() for ladder in ladders)
+        ),
     )
 
 
 def noise_of(pair: Array) -> Noise:
-    """What the difference of two ranks varies by, (2, seeds, items): see :class:`Noise`."""
-    nothing = np.array(np.nan)
-    split = split_variance(pair[0] - pair[1], nothing, nothing)
+    """Return the noise of the difference of two ranks; ``pair``: their losses, (2, seeds, items)."""
+    unknown = np.array(np.nan)
+    split = split_variance(pair[0] - pair[1], unknown, unknown)
     return Noise(float(np.sqrt(split.seed_part * split.seeds)), float(np.sqrt(split.item_part * pair.shape[2])))
 
 
@@ -232,11 +242,11 @@ def _halves(reference: ReferenceGrid, rule: Rule, rng: np.random.Generator) -> t
     for _ in range(HALVES):
         order = rng.permutation(together.shape[1])
         grid, pool = together[:, order[:half]], together[:, order[half : 2 * half]]
-        one, other = (
+        grid_answer, pool_answer = (
             decide_ladder(dict(zip(reference.ranks, runs, strict=True)), rule, complete=True) for runs in (grid, pool)
         )
-        same += _same(one, other)
-        pairs.append((climb(_drawn(pool, rng), reference.ranks, rule), one))
+        same += _same(grid_answer, pool_answer)
+        pairs.append((climb(_drawn(pool, rng), reference.ranks, rule), grid_answer))
     judged = _judged(pairs)
     return same / HALVES, (sum(judged), len(judged))
 
@@ -246,8 +256,8 @@ def _judged(pairs: Sequence[tuple[Ladder, RankAnswer]]) -> list[bool]:
     return [verdict for ladder, grid in decided if (verdict := compatible(ladder, grid)) is not None]
 
 
-def _same(one: RankAnswer, other: RankAnswer) -> bool:
-    return (one.verdict, one.recommended_rank) == (other.verdict, other.recommended_rank)
+def _same(first: RankAnswer, second: RankAnswer) -> bool:
+    return (first.verdict, first.recommended_rank) == (second.verdict, second.recommended_rank)
 
 
 def _flops(reference: ReferenceGrid, ladder: Ladder) -> float:
@@ -277,16 +287,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="also write the page to this Markdown file")
     parser.add_argument("--figure", type=Path, help="also draw the grid's doublings into this HTML file")
-    given = parser.parse_args(arguments)
-    reference = load(given.data)
-    rows = [replay(reference, margin, start, given.draws, given.seed) for start in STARTS for margin in MARGINS]
-    page = document(reference, rows, given.draws, given.seed)
+    options = parser.parse_args(arguments)
+    reference = load(options.data)
+    rows = [replay(reference, margin, start, options.draws, options.seed) for start in STARTS for margin in MARGINS]
+    page = document(reference, rows, options.draws, options.seed)
     print(page)
-    if given.output is not None:
-        given.output.write_text(page, encoding="utf-8")
-    if given.figure is not None:
+    if options.output is not None:
+        options.output.write_text(page, encoding="utf-8")
+    if options.figure is not None:
         rule = make_rule(MARGINS[1], len(reference.ranks) - 1)
-        write_figure(ladder(as_object(reference.answer(rule))), given.figure)
+        write_figure(ladder(as_object(reference.answer(rule))), options.figure)
 
 
 if __name__ == "__main__":

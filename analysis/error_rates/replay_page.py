@@ -39,15 +39,15 @@ def document(reference: ReferenceGrid, rows: Sequence[Row], draws: int, seed: in
 
 
 def reached(row: Row) -> str:
-    """The goals that a row misses, by letter; "yes" where none, "(a) unknown" where no ladder could be judged."""
+    """Return the letters of the goals that a row misses, "yes" if none, "(a) unknown" if no ladder could be judged."""
     holds = {
         "a": row.compatible is None or row.compatible >= COMPATIBLE,
         "b": row.decided >= DECIDED,
         "e": row.flops[0] <= FLOPS_MEDIAN and row.flops[1] <= FLOPS_P90,
     }
     missed = [letter for letter, held in holds.items() if not held]
-    told = [f"**no: {', '.join(missed)}**"] if missed else [] if row.compatible is None else ["yes"]
-    return "; ".join(told + (["(a) unknown"] if row.compatible is None else []))
+    verdict = [f"**no: {', '.join(missed)}**"] if missed else [] if row.compatible is None else ["yes"]
+    return "; ".join(verdict + (["(a) unknown"] if row.compatible is None else []))
 
 
 def said(found: RankAnswer) -> str:
@@ -162,9 +162,9 @@ def _noise(reference: ReferenceGrid) -> Iterator[str]:
     for step, (smaller, larger) in enumerate(pairwise(reference.ranks)):
         noise, gain = noise_of(together[step : step + 2]), levels[step] - levels[step + 1]
         share = gain / (levels[0] - levels.min())
-        told = f"{rates[str(smaller)]:g} → {rates[str(larger)]:g}"
+        learning_rates = f"{rates[str(smaller)]:g} → {rates[str(larger)]:g}"
         yield (
-            f"| {smaller} → {larger} | {told} | {gain:+.4f} | {_percent(share)} | {noise.seed_sd:.4f} |"
+            f"| {smaller} → {larger} | {learning_rates} | {gain:+.4f} | {_percent(share)} | {noise.seed_sd:.4f} |"
             f" {noise.item_sd:.3f} |"
         )
     yield ""
