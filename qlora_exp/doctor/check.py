@@ -1,4 +1,4 @@
-"""What a check of the machine says."""
+"""The result of a check of the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """``ok`` is ``None`` where the check does not apply here (``detail`` says why). ``fix`` only with a problem."""
+    """``ok`` is ``None`` if the check does not apply here (``detail`` says why). ``fix`` is set only with a problem."""
 
     name: str
     ok: bool | None
@@ -17,7 +17,7 @@ class Check:
 
 
 def guarded(name: str, check: Callable[[], Check]) -> Check:
-    """The check, or that it fell over: a doctor that falls over helps nobody."""
+    """Return the check's result; an exception in the check becomes a problem, so that the other checks still run."""
     try:
         return check()
     except Exception as error:

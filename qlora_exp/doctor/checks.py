@@ -1,4 +1,4 @@
-"""Named checks of this machine and installation: ok or problem, and what mends it. Nothing is changed."""
+"""Named checks of this machine and installation: ok or a problem, and how to fix it. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ OLDEST_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2 * 10**9
 """An adapter is small, but checkpoints, the MLflow store and a downloaded model are not."""
 BUSY_GPU_BYTES = 10**9
-"""More than a desktop session takes: another training, which would spoil memory and speed figures."""
+"""More than a desktop session uses. Another training would distort memory and speed figures."""
 COMMAND_SECONDS = 20.0
 
 
 def checks(output_root: str | Path, self_test: bool = True) -> Iterator[Check]:
-    """All checks, each as soon as it is done. A check that itself fails is a problem, not a crash.
+    """Yield the result of each check as soon as it is done. A check that itself fails is a problem, not a crash.
 
     Args:
-        self_test: also measure its speed, and train through every quantization mode on it (some seconds; loads torch).
+        self_test: also measure the machine's speed, and train through every quantization mode (some seconds).
     """
     outputs = OutputPaths.of(output_root)
     plain: tuple[tuple[str, Callable[[], Check]], ...] = (
@@ -64,15 +64,15 @@ def checks(output_root: str | Path, self_test: bool = True) -> Iterator[Check]:
 
 
 def python_version() -> Check:
-    found = ".".join(map(str, sys.version_info[:3]))
+    version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] < OLDEST_PYTHON:
-        wanted = ".".join(map(str, OLDEST_PYTHON))
-        return Check("python", False, found, f"create the environment with Python {wanted} or newer")
-    return Check("python", True, f"{found} at {sys.executable}")
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        return Check("python", False, version, f"create the environment with Python {oldest} or newer")
+    return Check("python", True, f"{version} at {sys.executable}")
 
 
 def package_ranges() -> Check:
-    """Installed versions against the ranges that this package declares."""
+    """Compare installed versions with the ranges that this package declares."""
     try:
         declared = importlib.metadata.requires("qlora-exp") or []
     except importlib.metadata.PackageNotFoundError:
@@ -112,7 +112,7 @@ def bf16_support() -> Check:
 
 
 def threads() -> Check:
-    """More OpenMP threads than cores make every run slower, many times over where several share the machine."""
+    """Compare OpenMP threads with cores: more threads slow every run, many times over if runs share the machine."""
     import torch
 
     cores, used = environment.available_cores(), torch.get_num_threads()
@@ -122,7 +122,7 @@ def threads() -> Check:
 
 
 def cuda_driver() -> Check:
-    """A card that torch can't use: a CPU build of torch, or a driver older than torch's CUDA."""
+    """Find a card that torch can't use: a CPU build of torch, or a driver older than torch's CUDA."""
     import torch
 
     query = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
@@ -139,7 +139,7 @@ def cuda_driver() -> Check:
 
 
 def gpu_neighbours() -> Check:
-    """Another process on a card makes memory peaks and speed untrue."""
+    """Find other processes on a card: they distort measured peaks and speed."""
     from qlora_exp.orchestration.devices import inventory, nvml_works
 
     if _output("nvidia-smi", "-L") is None:
@@ -183,7 +183,7 @@ def writable(outputs: OutputPaths) -> Check:
 
 
 def tracking_database(outputs: OutputPaths) -> Check:
-    """Open the database as a run would; where there is none yet, it is made by the first run."""
+    """Open the database as a run would; the first run creates it if it is missing."""
     from qlora_exp.config.schema import TrackingConfig
     from qlora_exp.tracking.store import locate, open_store
 
@@ -207,7 +207,7 @@ def git() -> Check:
 
 
 def embedded_assets(assets: Path = EMBEDDED) -> Check:
-    """Every file of the embedded pair against the hashes that its build wrote."""
+    """Compare every file of the embedded pair with the hashes that its build wrote."""
     import hashlib
 
     listing = assets / "SHA256SUMS"
@@ -242,7 +242,7 @@ def _self_test(mode: Quantization) -> Check:
 
 
 def _output(*command: str) -> str | None:
-    """Standard output of a command; ``None`` where it isn't there or fails. Empty output is an answer."""
+    """Return a command's standard output, which may be empty; ``None`` if the command is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,5 @@
-"""Is this machine as fast as its data sheet says, now and in its calibration? Else seconds and dollars are untrue."""
+"""Is this machine as fast as its data sheet says, now and in its calibration? If not, predicted seconds and dollars are
+wrong."""
 
 from __future__ import annotations
 
@@ -12,69 +13,71 @@ from qlora_exp.training.meter import DENSE_FLOPS_PER_SECOND, card_of
 
 SECONDS = 1.0
 MEASURED_SIZES = {"cuda": 8192, "cpu": 1024}
-"""Square matrices large enough that the multiplication, not the memory, is what is timed."""
+"""Square matrices large enough that the multiplication is timed, not the memory."""
 LEAST_SHARE = 0.5
-"""Of the data sheet's figure. Large matrix products reach about 0.6 to 0.9 of it on a card that is left alone."""
+"""Share of the data sheet's figure. Large matrix products reach about 0.6 to 0.9 of it on an idle card."""
 MOST_SHARE = 1.05
 LEAST_CALIBRATED_SHARE = 0.1
-"""Of the data sheet's figure, in the calibration's training steps, which do more than multiply. Assumed: no card was at
-hand to measure one."""
+"""Share of the data sheet's figure that the calibration's training steps reach: they do more than multiply. An
+assumption, not measured on a card."""
 
 
 def matmul_rate() -> Check:
-    """Measured for a second, in 16 bits on a GPU and in fp32 on a CPU (of which no data sheet is known)."""
+    """Measure the rate for a second, in 16 bits on a GPU and in fp32 on a CPU (which has no data sheet here)."""
     device = environment.probe().device
     rate = measure_flops_per_second(device.kind)
     return against_datasheet(device.kind, device.name, rate)
 
 
 def against_datasheet(kind: str, name: str | None, rate: float) -> Check:
-    """``rate`` in FLOP/s beside the card's data sheet, where that is known."""
-    told = f"{rate / 1e12:.3g} TFLOP/s measured"
+    """Compare ``rate`` in FLOP/s with the card's data sheet, if that is known."""
+    detail = f"{rate / 1e12:.3g} TFLOP/s measured"
     if kind != "cuda":
-        return Check("matmul rate", True, f"{told} in fp32 with the threads above (no data sheet for CPUs)")
+        return Check("matmul rate", True, f"{detail} in fp32 with the threads above (no data sheet for CPUs)")
     sheet = DENSE_FLOPS_PER_SECOND.get(card_of(name)) if name else None
     if sheet is None:
-        return Check("matmul rate", None, f"{told} in 16 bits; there is no data sheet here for {name}")
+        return Check("matmul rate", None, f"{detail} in 16 bits; there is no data sheet here for {name}")
     share = rate / sheet
-    told = f"{told} in 16 bits, {share:.0%} of the data sheet's {sheet / 1e12:.4g}"
+    detail = f"{detail} in 16 bits, {share:.0%} of the data sheet's {sheet / 1e12:.4g}"
     if share > MOST_SHARE:
         return Check(
-            "matmul rate", False, told, f"the data sheet's figure for {card_of(name or '')} is wrong: report it"
+            "matmul rate", False, detail, f"the data sheet's figure for {card_of(name or '')} is wrong: report it"
         )
     if share < LEAST_SHARE:
         fix = "nvidia-smi -q -d PERFORMANCE says why (another process, heat, a power limit, a part of a card)"
-        return Check("matmul rate", False, told, fix)
-    return Check("matmul rate", True, told)
+        return Check("matmul rate", False, detail, fix)
+    return Check("matmul rate", True, detail)
 
 
 def calibration() -> Check:
-    """The rate that plans take for this machine, in the 16 bits of data sheets (on a CPU in fp32)."""
-    here = environment.probe()
-    mode = Quantization.bf16 if here.device.bf16 else Quantization.fp16
-    if here.device.kind == "cpu":
+    """Check the rate that plans use for this machine, in the 16 bits of data sheets (on a CPU in fp32)."""
+    machine = environment.probe()
+    mode = Quantization.bf16 if machine.device.bf16 else Quantization.fp16
+    if machine.device.kind == "cpu":
         mode = Quantization.fp32
-    return calibration_against_datasheet(here.device.kind, here.device.name, mode, kept_flops_per_second(here, mode))
+    return calibration_against_datasheet(
+        machine.device.kind, machine.device.name, mode, kept_flops_per_second(machine, mode)
+    )
 
 
 def calibration_against_datasheet(kind: str, name: str | None, mode: Quantization, rate: float | None) -> Check:
-    """``rate`` in FLOP/s of training, ``None`` before ``qlora-exp calibrate``, beside the card's data sheet."""
+    """Compare ``rate`` in FLOP/s of training with the card's data sheet; ``None`` before ``qlora-exp calibrate``."""
     if rate is None:
-        told = "none of this device and number of threads: plans name no seconds (qlora-exp calibrate measures it)"
-        return Check("calibration", None, told)
-    told = f"{rate / 1e12:.3g} TFLOP/s of training kept in {mode.value}"
+        detail = "none of this device and number of threads: plans name no seconds (qlora-exp calibrate measures it)"
+        return Check("calibration", None, detail)
+    detail = f"{rate / 1e12:.3g} TFLOP/s of training kept in {mode.value}"
     sheet = DENSE_FLOPS_PER_SECOND.get(card_of(name)) if kind == "cuda" and name else None
     if sheet is None:
         whose = "CPUs" if kind == "cpu" else name
-        return Check("calibration", None, f"{told}; whether it agrees is unknown: no data sheet for {whose}")
-    told = f"{told}, {rate / sheet:.0%} of the data sheet's {sheet / 1e12:.4g}"
+        return Check("calibration", None, f"{detail}; whether it agrees is unknown: no data sheet for {whose}")
+    detail = f"{detail}, {rate / sheet:.0%} of the data sheet's {sheet / 1e12:.4g}"
     if LEAST_CALIBRATED_SHARE <= rate / sheet <= MOST_SHARE:
-        return Check("calibration", True, told)
-    return Check("calibration", False, told, "qlora-exp calibrate, with nothing else on the card")
+        return Check("calibration", True, detail)
+    return Check("calibration", False, detail, "qlora-exp calibrate, with nothing else on the card")
 
 
 def measure_flops_per_second(kind: str) -> float:
-    """2 n³ operations a product, over a second of products."""
+    """Return the rate of square matrix products over a second, at 2 n³ operations a product."""
     import torch
 
     size = MEASURED_SIZES[kind]

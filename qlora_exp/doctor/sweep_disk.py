@@ -1,4 +1,4 @@
-"""Is there disk for what a run or a sweep would leave behind? By arithmetic, from the model's configuration alone."""
+"""Is the disk large enough for a run or a sweep? Computed from the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ if TYPE_CHECKING:
     from qlora_exp.study.types import Axis
 
 HELD_CHECKPOINTS = 3
-"""TrainingArguments.save_total_limit of our trainer, and the newest while it is written."""
+"""TrainingArguments.save_total_limit of our trainer, plus the newest while it is written."""
 CHECKPOINT_BESIDES = 500_000
-"""Random states, schedule and log of a training, beside adapter, optimizer states and tokenizer."""
+"""Random states, schedule and log in a checkpoint, in addition to adapter, optimizer states and tokenizer."""
 CONTAINER_BYTES = 2_000
-"""What optimizer.pt adds for a trained tensor: 830 were measured with two states of it."""
+"""What optimizer.pt adds per trained tensor; 830 were measured with two optimizer states."""
 TOKENIZER_BYTES = 40_000_000
-"""Gemma 3's, the largest of the shipped families; each checkpoint has it."""
+"""Gemma 3's, the largest of the shipped families; each checkpoint contains it."""
 INDENTED = 2.5
-"""transformers writes tokenizer.json indented; 2.3 times what the embedded one is without."""
+"""transformers indents tokenizer.json; the embedded one grows 2.3 times by that."""
 RECORD_BYTES = 500_000
-"""Record, curve and per-item results of a run, generously, and the head of its adapter's file."""
+"""Upper estimate for a run's record, curve and per-item results, and the header of its adapter's file."""
 SIZE_AXES = (
     *("model", "model.variant", "model.path", "targets", "targets.set", "targets.modules"),
     *("lora.dora", "lora.dtype", "training.optimizer", "training.save_every_steps", "training.keep_best"),
 )
-"""Axes beside lora.r that decide how large an adapter or a checkpoint is."""
+"""Axes besides lora.r that change the size of an adapter or a checkpoint."""
 
 
 def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
-    """The bytes of all trials at most (each unfinished, with its checkpoints) beside what is free.
+    """Compare the most bytes that all trials can hold, checkpoints included, with the free space.
 
     Raises:
-        ConfigError, ModelError, Problems: overrides that can't be meant; as ``run`` or ``sweep`` would say.
+        ConfigError, ModelError, Problems: invalid overrides, with the messages of ``run`` and ``sweep``.
     """
     from qlora_exp.config.compose import compose
     from qlora_exp.config.overrides import override_key
 
     trials, points = _asked(overrides)
-    own = [text for text in overrides if override_key(text) == "output_root"]
-    outputs = OutputPaths.of(output_root or compose(own).output_root)
+    output_overrides = [text for text in overrides if override_key(text) == "output_root"]
+    outputs = OutputPaths.of(output_root or compose(output_overrides).output_root)
     largest = _largest(points)
     needed = trials * largest
     free = shutil.disk_usage(nearest_folder(outputs.root)).free
-    of = f"{trials} trial{'s' if trials != 1 else ''}"
-    detail = f"{of} of {_told(largest)} at most need {_told(needed)}; {_told(free)} free for {outputs.root}"
+    count = f"{trials} trial{'s' if trials != 1 else ''}"
+    detail = f"{count} of {_told(largest)} at most need {_told(needed)}; {_told(free)} free for {outputs.root}"
     if needed > free:
         fix = "make room, output_root=DIR on another disk, or qlora-exp clean STUDY as it goes on"
         return Check("sweep's disk", False, detail, fix)
@@ -61,47 +61,47 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
 
 
 def trial_bytes(overrides: Sequence[str]) -> int:
-    """What one trial holds while it is not finished: adapter, checkpoints where it saves any, record."""
+    """Return the bytes of an unfinished trial: adapter, record, and checkpoints if it saves any."""
     return _largest([overrides])
 
 
 def _largest(points: Sequence[Sequence[str]]) -> int:
-    """Of the trials at ``points`` the most bytes. A point that can't be composed is none of a sweep's trials.
+    """Return the bytes of the largest trial among ``points``. Invalid points are skipped: a sweep never runs them.
 
     Raises:
-        ConfigError, ModelError, Problems: no point can be meant.
+        ConfigError, ModelError, Problems: no point is valid.
     """
     from qlora_exp.config.compose import Composer
     from qlora_exp.estimate.estimator import Planner
 
     composer, planner = Composer(), Planner()
-    found: list[int] = []
-    refused: QloraExpError | None = None
+    sizes: list[int] = []
+    first_error: QloraExpError | None = None
     for point in points:
         try:
             config = composer.compose(point)
-            found.append(_bytes(config, planner.adapted(config.model, config.targets)))
+            sizes.append(_bytes(config, planner.adapted(config.model, config.targets)))
         except QloraExpError as error:
-            refused = refused or error
-    if not found and refused is not None:
-        raise refused
-    return max(found)
+            first_error = first_error or error
+    if not sizes and first_error is not None:
+        raise first_error
+    return max(sizes)
 
 
 def _bytes(config: Config, shapes: Sequence[WeightShape]) -> int:
     from qlora_exp.estimate.weights import adapter_bytes
 
     adapters = adapter_bytes(shapes, config.lora, config.training.optimizer)
-    held = adapters.adapter_bytes + RECORD_BYTES
+    finished_bytes = adapters.adapter_bytes + RECORD_BYTES
     if config.training.save_every_steps is None and not config.training.keep_best:
-        return held
+        return finished_bytes
     tensors = len(shapes) * (3 if config.lora.dora else 2)
-    besides = tensors * CONTAINER_BYTES + _tokenizer_bytes(config.model) + CHECKPOINT_BESIDES
-    return held + HELD_CHECKPOINTS * (adapters.checkpoint_bytes + besides)
+    other_bytes = tensors * CONTAINER_BYTES + _tokenizer_bytes(config.model) + CHECKPOINT_BESIDES
+    return finished_bytes + HELD_CHECKPOINTS * (adapters.checkpoint_bytes + other_bytes)
 
 
 def _tokenizer_bytes(model: ModelConfig) -> int:
-    """By its file where it is in the package or in ``model.path``."""
+    """Return the size of a saved tokenizer: from its file if that is in the package or in ``model.path``."""
     checkpoint = model.checkpoints.get(model.variant.value) or ""
     embedded = EMBEDDED / checkpoint.removeprefix("embedded:") if checkpoint.startswith("embedded:") else None
     folder = Path(model.path).expanduser() if model.path else embedded
@@ -110,12 +110,12 @@ def _tokenizer_bytes(model: ModelConfig) -> int:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The folder itself, or the first parent that exists: where it would be made."""
+    """Return the folder itself, or its first parent that exists."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _asked(overrides: Sequence[str]) -> tuple[int, list[list[str]]]:
-    """Number of trials, and overrides of the runs among which the largest is."""
+    """Return the number of trials, and the overrides of the candidates for the largest one."""
     from qlora_exp.config.compose import check_hydra
     from qlora_exp.config.overrides import is_swept, override_key
 
@@ -130,7 +130,7 @@ def _asked(overrides: Sequence[str]) -> tuple[int, list[list[str]]]:
 
 
 def _values(axis: Axis) -> Iterator[Any]:
-    """Of lora.r its largest, of what else decides the size all, of the others any one."""
+    """Yield the values to try: the largest lora.r, all of the other size axes, one of any other axis."""
     if axis.low is not None and axis.high is not None:
         yield (int(axis.high) if axis.kind.value == "int" else axis.high) if axis.key == "lora.r" else axis.low
     elif axis.key == "lora.r":
@@ -142,6 +142,6 @@ def _values(axis: Axis) -> Iterator[Any]:
 
 
 def _told(size: float) -> str:
-    """``1.2 GB``: three figures in the unit that fits."""
+    """Return the size as text with three digits, e.g. ``1.2 GB``."""
     power = max(0, min(4, int(math.log10(size) // 3))) if size >= 1 else 0
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
