@@ -49,12 +49,12 @@ def test_a_measured_rate_is_judged_by_the_cards_data_sheet(
 @pytest.mark.parametrize(
     ("kind", "name", "rate", "ok", "words"),
     [
-        ("cuda", CARD, 100e12, True, "100 TFLOP/s of training kept in bf16, 32% of the data sheet's 312"),
+        ("cuda", CARD, 100e12, True, "100 TFLOP/s of training in bf16, 32% of the data sheet's 312"),
         ("cuda", CARD, 3e12, False, "1% of"),
         ("cuda", CARD, 900e12, False, "288% of"),
         ("cuda", "NVIDIA Unheard-of 1", 9e12, None, "unknown: no data sheet for NVIDIA Unheard-of 1"),
         ("cpu", "some CPU", 0.1e12, None, "unknown: no data sheet for CPUs"),
-        ("cuda", CARD, None, None, "qlora-exp calibrate measures it"),
+        ("cuda", CARD, None, None, "run qlora-exp calibrate"),
     ],
 )
 def test_a_calibration_is_judged_by_the_cards_data_sheet(
@@ -70,9 +70,9 @@ def test_the_calibration_that_doctor_judges_is_the_one_that_plans_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert "none of this device" in calibration().detail
+    assert "none for this device" in calibration().detail
     write_json(rates_file(), {machine_of(probe()): dict.fromkeys(("fp32", "fp16", "bf16"), 0.25e12)})
-    assert "0.25 TFLOP/s of training kept" in calibration().detail
+    assert "0.25 TFLOP/s of training in" in calibration().detail
 
 
 def test_the_rate_of_this_machine_is_one_that_a_machine_can_have() -> None:

@@ -107,8 +107,8 @@ def bf16_support() -> Check:
     device = environment.probe().device
     if device.bf16:
         return Check("bf16", True, f"in the {device.kind}'s hardware")
-    what = "float16 would be computed in" if device.kind == "cuda" else "float32 is computed in"
-    return Check("bf16", None, f"this {device.kind} has none; {what}")
+    what = "runs would compute in float16" if device.kind == "cuda" else "runs compute in float32"
+    return Check("bf16", None, f"this {device.kind} doesn't support it; {what}")
 
 
 def threads() -> Check:
@@ -132,7 +132,7 @@ def cuda_driver() -> Check:
     if torch.cuda.is_available():
         return Check("cuda driver", True, f"{card}; torch is built for CUDA {torch.version.cuda}")
     if torch.version.cuda is None:
-        fix = "pip install --force-reinstall torch of a CUDA build (pytorch.org names the index)"
+        fix = "reinstall torch from a CUDA index: pip install --force-reinstall torch --index-url … (see pytorch.org)"
         return Check("cuda driver", False, f"{card}, but torch {torch.__version__} is a CPU build", fix)
     fix = f"update the driver to one for CUDA {torch.version.cuda}, or check CUDA_VISIBLE_DEVICES"
     return Check("cuda driver", False, f"{card}, but torch finds no CUDA device", fix)
@@ -146,7 +146,7 @@ def gpu_neighbours() -> Check:
         return Check("gpu memory", None, "there is no NVIDIA driver on this machine")
     gpus = inventory()
     if not any(gpu.users for gpu in gpus) and not nvml_works():
-        return Check("gpu memory", None, "who uses the GPUs can't be seen: pip install nvidia-ml-py")
+        return Check("gpu memory", None, "the processes on the GPUs can't be listed: pip install nvidia-ml-py")
     return _neighbours(gpus)
 
 
@@ -167,7 +167,7 @@ def disk_space(outputs: OutputPaths) -> Check:
     free = shutil.disk_usage(nearest_folder(outputs.root)).free
     detail = f"{free / 1e9:.1f} GB free for {outputs.root}"
     if free < LOW_DISK_BYTES:
-        return Check("disk", False, detail, "make room, or set output_root to another disk")
+        return Check("disk", False, detail, "free disk space, or set output_root to another disk")
     return Check("disk", True, detail)
 
 
@@ -177,7 +177,7 @@ def writable(outputs: OutputPaths) -> Check:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        fix = "run from a folder of your own, or set output_root=DIR"
+        fix = "run in a folder that you can write to, or set output_root=DIR"
         return Check("output_root", False, f"{folder} can't be written: {error.strerror}", fix)
     return Check("output_root", True, f"{outputs.root} can be written")
 
@@ -188,7 +188,7 @@ def tracking_database(outputs: OutputPaths) -> Check:
     from qlora_exp.tracking.store import locate, open_store
 
     if not outputs.mlflow_database.is_file():
-        return Check("mlflow database", None, f"none yet at {outputs.mlflow_database}; the first run makes it")
+        return Check("mlflow database", None, f"none yet at {outputs.mlflow_database}; the first run creates it")
     try:
         open_store(locate(TrackingConfig(enabled=True, uri=None, experiment="qlora-exp", timeout_seconds=5.0), outputs))
     except QloraExpError as error:

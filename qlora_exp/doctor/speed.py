@@ -36,7 +36,7 @@ def against_datasheet(kind: str, name: str | None, rate: float) -> Check:
         return Check("matmul rate", True, f"{detail} in fp32 with the threads above (no data sheet for CPUs)")
     sheet = DENSE_FLOPS_PER_SECOND.get(card_of(name)) if name else None
     if sheet is None:
-        return Check("matmul rate", None, f"{detail} in 16 bits; there is no data sheet here for {name}")
+        return Check("matmul rate", None, f"{detail} in 16 bits; no data sheet is known for {name}")
     share = rate / sheet
     detail = f"{detail} in 16 bits, {share:.0%} of the data sheet's {sheet / 1e12:.4g}"
     if share > MOST_SHARE:
@@ -63,9 +63,9 @@ def calibration() -> Check:
 def calibration_against_datasheet(kind: str, name: str | None, mode: Quantization, rate: float | None) -> Check:
     """Compare ``rate`` in FLOP/s of training with the card's data sheet; ``None`` before ``qlora-exp calibrate``."""
     if rate is None:
-        detail = "none of this device and number of threads: plans name no seconds (qlora-exp calibrate measures it)"
+        detail = "none for this device and number of threads: plans have no seconds (run qlora-exp calibrate)"
         return Check("calibration", None, detail)
-    detail = f"{rate / 1e12:.3g} TFLOP/s of training kept in {mode.value}"
+    detail = f"{rate / 1e12:.3g} TFLOP/s of training in {mode.value}"
     sheet = DENSE_FLOPS_PER_SECOND.get(card_of(name)) if kind == "cuda" and name else None
     if sheet is None:
         whose = "CPUs" if kind == "cpu" else name

@@ -55,7 +55,7 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
     count = f"{trials} trial{'s' if trials != 1 else ''}"
     detail = f"{count} of {_told(largest)} at most need {_told(needed)}; {_told(free)} free for {outputs.root}"
     if needed > free:
-        fix = "make room, output_root=DIR on another disk, or qlora-exp clean STUDY as it goes on"
+        fix = "free disk space, set output_root=DIR on another disk, or run qlora-exp clean STUDY during the sweep"
         return Check("sweep's disk", False, detail, fix)
     return Check("sweep's disk", True, detail)
 
