@@ -45,9 +45,9 @@ def ask(question: str, records: Sequence[RunRecord]) -> ReportContent:
     section = QUESTIONS[question](group.records, configs, measure)
     if section is None:
         raise AnalysisError(
-            f"these runs don't bear on {question}: nothing was varied that it asks about",
+            f"these runs can't answer {question}: they don't vary what it compares",
             f"{len(group.records)} runs",
-            "ask it of runs with several ranks, or of base and instruct",
+            "use runs with several ranks, or of base and instruct",
         )
     summary = f"{len(group.records)} runs, {len(configs)} configurations, {measure.label} on {group.protocol.split}"
     return ReportContent(

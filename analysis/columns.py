@@ -131,9 +131,9 @@ def _direction(score: str, higher_is_better: bool | None, file: Path) -> tuple[b
     last = name.rsplit(".", 1)[-1]
     for names, higher in ((LOWER_IS_BETTER, False), (HIGHER_IS_BETTER, True)):
         if name in names or last in names:
-            return higher, f"{'Higher' if higher else 'Lower'} is taken to be better, by the name {score!r}."
+            return higher, f"{'Higher' if higher else 'Lower'} counts as better, inferred from the name {score!r}."
     raise AnalysisError(
-        f"whether a higher {score!r} is better can't be told from its name",
+        f"whether a higher {score!r} is better can't be inferred from its name",
         f"{file}, column {score}",
         "add --higher-is-better or --lower-is-better",
     )

@@ -118,11 +118,12 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def contrast_sentence(contrast: Difference | None) -> str:
+    """Return e.g. ``+0.21 (90 % CI +0.18 to +0.24, 3 seeds and 300 items)``."""
     if contrast is None:
-        return "an unknown amount"
+        return "unknown"
     if contrast.low is None or contrast.high is None:
         return f"{contrast.value:+.3g} (no interval: {contrast.over})"
-    return f"{contrast.value:+.3g} [90 % {contrast.low:+.3g}, {contrast.high:+.3g}; {contrast.over}]"
+    return f"{contrast.value:+.3g} (90 % CI {contrast.low:+.3g} to {contrast.high:+.3g}, {contrast.over})"
 
 
 def finite(value: float | None) -> float | None:

@@ -57,10 +57,10 @@ def check_equal_tokens(
     """
     tokens = {"instruct": processed_tokens(instruct), "base": processed_tokens(base)}
     if tokens["instruct"] is None or tokens["base"] is None:
-        return TokenCheck(False, None, "Equal-token check: not done, for the tokens that were processed are unknown.")
+        return TokenCheck(False, None, "Equal-token check: not done, because the processed tokens are unknown.")
     fewer, more = sorted(tokens, key=lambda side: tokens[side] or 0.0)
     fewer_tokens, more_tokens = tokens[fewer] or 0.0, tokens[more] or 0.0
-    counted = f"{tokens['instruct']:,.0f} tokens were processed for instruct and {tokens['base']:,.0f} for base"
+    counted = f"training processed {tokens['instruct']:,.0f} tokens for instruct and {tokens['base']:,.0f} for base"
     if more_tokens <= fewer_tokens * (1 + EQUAL_SHARE):
         return TokenCheck(True, None, f"Equal examples are equal tokens here: {counted}.")
     sides = {"instruct": tuple(instruct), "base": tuple(base)}
@@ -69,8 +69,8 @@ def check_equal_tokens(
     ]
     if not repeated:
         command = f"training.max_steps=null training.max_tokens={more_tokens:.0f}"
-        next_step = f"{fewer} trained again with {command} would tell ({DOCUMENTED} says how)"
-        return TokenCheck(False, None, f"Equal-token check: not done. At equal examples {counted}; {next_step}.")
+        next_step = f"To check, train {fewer} again with {command} ({DOCUMENTED} says how)"
+        return TokenCheck(False, None, f"Equal-token check: not done. At equal examples, {counted}. {next_step}.")
     sides[fewer] = tuple(repeated)
     contrast = difference(Side(sides["instruct"], "after"), Side(sides["base"], "after"), "bits_per_byte", items)
     return TokenCheck(

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from qlora_exp.analysis.content import Section, StudyInfo, value_table
 
 FEASIBILITY_COLUMNS = {
-    "bound_bytes": ("memory", "bytes"),
+    "bound_bytes": ("memory limit", "bytes"),
     "refused": ("not started", "integer"),
     "seconds_saved": ("training saved", "seconds"),
-    "near_the_edge": ("tried near the bound", "integer"),
+    "near_the_edge": ("tried near the limit", "integer"),
     "near_the_edge_out_of_memory": ("of these out of memory", "integer"),
     "out_of_memory": ("out of memory though predicted to fit", "integer"),
-    "beyond_the_bound": ("peak above the bound", "integer"),
+    "beyond_the_bound": ("peak above the limit", "integer"),
     "compared": ("compared", "integer"),
 }
 
@@ -30,7 +30,7 @@ def feasibility_section(studies: Sequence[StudyInfo]) -> Section | None:
         tuple(f"{study.predicted_memory['sentence']}." for study in limited),
         (value_table(("study", *FEASIBILITY_COLUMNS.values()), rows),),
         points=(
-            "Whether a trial that was not started would have fitted after all can't be known; the time saved is what"
-            " its whole training was predicted to take, and it might have run out of memory sooner.",
+            "Whether a trial that was not started would have fitted after all is unknown. The time saved is its"
+            " predicted training time; it might have run out of memory sooner.",
         ),
     )

@@ -173,7 +173,7 @@ def accuracy_by_cell(
     """Plot each cell's accuracy: base model, with worked examples, tuned. ``lines``: the baselines to beat."""
     names = [escape(name) for name, *_ in cells]
     traces: list[Figure] = []
-    for number, label in enumerate(("untouched", "with examples", "tuned")):
+    for number, label in enumerate(("before tuning", "with examples", "after tuning")):
         values = [cell[number + 1] for cell in cells]
         if any(value is not None for value in values):
             traces.append(

@@ -35,6 +35,7 @@ from qlora_exp.records.types import RunRecord, Scores
 
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
 BITS_PER_BYTE = "bits_per_byte"
+BEFORE, AFTER = "before tuning", "after tuning"
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def baseline_note(configuration: Configuration) -> str | None:
     baseline = f"TF-IDF with logistic regression ({linear:.3f} on {baselines.split})"
     if accuracy > linear:
         return f"Its accuracy of {accuracy:.3f} is above that of {baseline}."
-    return f"Its accuracy of {accuracy:.3f} does not beat {baseline}, which costs next to nothing."
+    return f"Its accuracy of {accuracy:.3f} does not beat {baseline}, which costs almost nothing."
 
 
 # Cells.
@@ -268,7 +269,7 @@ def _chosen_by(piloted: _Pilots, configurations: int) -> str:
     if not piloted:
         return by_own_runs
     among = f", the configurations within a cell {by_own_runs}" if configurations > 1 else ""
-    return f"by pilots of seeds that answer nothing{among}"
+    return f"by pilots with other seeds{among}"
 
 
 def _tried(configurations: Sequence[Configuration], pilots: Sequence[RunRecord]) -> int:
@@ -297,16 +298,16 @@ def _secondary(
     tuned_sides = Side(instruct.runs, "after"), Side(base.runs, "after")
     base_model_sides = Side(instruct.runs, "before"), Side(base.runs, "before")
     contrasts = [
-        ("instruct over base, untouched", BITS_PER_BYTE, untouched),
-        ("what tuning adds, instruct over base", BITS_PER_BYTE, gain),
-        ("instruct over base, untouched, by likelihood", "accuracy", difference(*base_model_sides, "accuracy", items)),
+        (f"instruct over base, {BEFORE}", BITS_PER_BYTE, untouched),
+        ("gain of tuning, instruct over base", BITS_PER_BYTE, gain),
+        (f"instruct over base, {BEFORE}, by likelihood", "accuracy", difference(*base_model_sides, "accuracy", items)),
         (
-            "instruct over base, untouched, by generation",
+            f"instruct over base, {BEFORE}, by generation",
             "exact_match",
             difference(*base_model_sides, "exact_match", items),
         ),
-        ("instruct over base, tuned, by likelihood", "accuracy", difference(*tuned_sides, "accuracy", items)),
-        ("instruct over base, tuned, by generation", "exact_match", difference(*tuned_sides, "exact_match", items)),
+        (f"instruct over base, {AFTER}, by likelihood", "accuracy", difference(*tuned_sides, "accuracy", items)),
+        (f"instruct over base, {AFTER}, by generation", "exact_match", difference(*tuned_sides, "exact_match", items)),
         ("instruct over base, general text kept", "forgetting", difference(*tuned_sides, "forgetting", None)),
     ]
     for variant in ("base", "instruct"):
@@ -314,7 +315,7 @@ def _secondary(
         chat, plain = by_format.get("chat"), by_format.get("plain")
         if chat is None or plain is None:
             continue
-        for moment, when in (("before", "untouched"), ("after", "tuned")):
+        for moment, when in (("before", BEFORE), ("after", AFTER)):
             sides = Side(chat.runs, moment), Side(plain.runs, moment)
             contrasts.append(
                 (f"chat over plain, {variant}, {when}", BITS_PER_BYTE, difference(*sides, BITS_PER_BYTE, items))
@@ -322,7 +323,7 @@ def _secondary(
     for cell in (base, instruct):
         if cell.few_shot is not None:
             sides = Side(cell.runs, "few_shot"), Side(cell.runs, "before")
-            name = f"{cell.shots} examples over none, {cell.name}, untouched"
+            name = f"{cell.shots} examples over none, {cell.name}, {BEFORE}"
             contrasts.append((name, BITS_PER_BYTE, difference(*sides, BITS_PER_BYTE, items)))
     known = [(name, score, contrast) for name, score, contrast in contrasts if contrast is not None]
     units = {
@@ -341,15 +342,15 @@ def _secondary(
 def _notes(instruct: VariantCell, base: VariantCell, tuned: Difference | None, items: ItemScores | None) -> list[str]:
     seeds = [{run.seed for run in cell.runs} for cell in (instruct, base)]
     if not seeds[0] & seeds[1]:
-        return [f"{instruct.name} and {base.name} share no seed: nothing pairs. Run both with seed=1,2,3."]
+        return [f"{instruct.name} and {base.name} share no seed: no runs can be paired. Run both with seed=1,2,3."]
     notes = []
     if instruct.runs[0].scores.test is None:
         notes.append(
-            "These are scores of the validation split, on which the cells were chosen too: they flatter the choice."
-            " It takes evaluation.split=test with other seeds."
+            "These are scores of the validation split, which also chose the cells: they flatter the choice."
+            " Run evaluation.split=test with other seeds."
         )
     if len(seeds[0] & seeds[1]) < MIN_SEEDS:
-        notes.append("One seed: nothing tells what another seed would have trained. It takes seed=1,2,3.")
+        notes.append("One seed: the variation from seed to seed is unknown. Run seed=1,2,3.")
     shared = len(seeds[0] & seeds[1])
     if unscored := shared - (tuned.seeds if tuned is not None else 0):
         notes.append(f"{unscored} of {shared} shared seeds have no finite score on both sides and are left out.")

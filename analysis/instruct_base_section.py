@@ -9,7 +9,7 @@ from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.analysis.configurations import Configuration
 from qlora_exp.analysis.content import DisplayedValue, Section, Table, value_table
 from qlora_exp.analysis.contrasts import ItemScores
-from qlora_exp.analysis.instruct_base import InstructBase, VariantCell, compare_variants, verdict
+from qlora_exp.analysis.instruct_base import AFTER, BEFORE, InstructBase, VariantCell, compare_variants, verdict
 from qlora_exp.analysis.instruct_base_words import paragraph, settled
 from qlora_exp.records.types import Baselines, RunRecord
 
@@ -42,7 +42,7 @@ def instruct_section(
 
 def _bits(cells: Sequence[VariantCell]) -> Table:
     columns = (
-        *("cell", ("untouched", "figure"), ("with examples", "figure"), ("tuned", "figure")),
+        *("cell", (BEFORE, "figure"), ("with examples", "figure"), (AFTER, "figure")),
         *(("sd over seeds", "figure"), ("sd, low", "figure"), ("sd, high", "figure"), ("seeds", "integer")),
         ("forgetting, nats/byte", "figure"),
     )
@@ -54,16 +54,23 @@ def _bits(cells: Sequence[VariantCell]) -> Table:
         )
         for c in cells
     ]
-    return value_table(columns, rows, "Bits per byte of the answer, lower is better; the sd with its 90 % interval")
+    return value_table(
+        columns, rows, "Bits per byte of the answer, lower is better; sd: standard deviation with its 90 % CI"
+    )
 
 
 def _answers(cells: Sequence[VariantCell]) -> Table:
     columns = (
-        *("cell", ("untouched accuracy", "figure"), ("with examples", "figure"), ("tuned", "figure")),
         *(
-            ("untouched exact match", "figure"),
-            ("exact match, examples", "figure"),
-            ("tuned exact match", "figure"),
+            "cell",
+            (f"accuracy {BEFORE}", "figure"),
+            ("accuracy with examples", "figure"),
+            (f"accuracy {AFTER}", "figure"),
+        ),
+        *(
+            (f"exact match {BEFORE}", "figure"),
+            ("exact match with examples", "figure"),
+            (f"exact match {AFTER}", "figure"),
         ),
     )
     rows: list[tuple[DisplayedValue, ...]] = []
@@ -74,7 +81,7 @@ def _answers(cells: Sequence[VariantCell]) -> Table:
         ]
         rows.append((c.name, *by_name[0], *by_name[1]))
     rows += [(name, None, None, value, None, None, None) for name, value in _lines(cells) if value is not None]
-    return value_table(columns, rows, "By likelihood (accuracy) and by generation (exact match), and the lines to beat")
+    return value_table(columns, rows, "By likelihood (accuracy) and by generation (exact match), and the baselines")
 
 
 def _lines(cells: Sequence[VariantCell]) -> list[tuple[str, float | None]]:
@@ -97,9 +104,9 @@ def _baselines(run: RunRecord) -> Baselines | None:
 
 def _prompts(cells: Sequence[VariantCell]) -> Table:
     columns = (
-        *("cell", "configuration", ("chosen among", "integer"), ("prompt tokens, mean", "figure")),
-        *(("of the template", "integer"), "template trained before"),
-        *(("items cut", "integer"), ("tokens of a training", "integer")),
+        *("cell", "configuration", ("configurations tried", "integer"), ("prompt tokens, mean", "figure")),
+        *(("template tokens", "integer"), "template seen in pretraining"),
+        *(("truncated items", "integer"), ("tokens in training", "integer")),
     )
     rows: list[tuple[DisplayedValue, ...]] = []
     for c in cells:
@@ -114,20 +121,20 @@ def _prompts(cells: Sequence[VariantCell]) -> Table:
 
 def _contrasts(comparison: InstructBase) -> Table:
     columns = (
-        *("contrast", "in", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "over"),
+        *("contrast", "unit", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "over"),
         *(("p", "p"), ("p, adjusted", "p"), "holds"),
     )
     rows: list[tuple[DisplayedValue, ...]] = []
     if comparison.tuned is not None:
         d = comparison.tuned
-        name = f"primary: {comparison.instruct.name} over {comparison.base.name}, tuned"
+        name = f"primary: {comparison.instruct.name} over {comparison.base.name}, {AFTER}"
         rows.append((name, "bits/byte", d.value, d.low, d.high, d.over, d.p, None, verdict(d, comparison.margin)))
     for contrast in comparison.secondary:
         d, holds = contrast.difference, "yes" if settled(contrast) else "not shown"
         rows.append((contrast.name, contrast.unit, d.value, d.low, d.high, d.over, d.p, contrast.adjusted_p, holds))
     caption = (
-        "Above 0, the first that is named is better. 90 % intervals; p of the secondary contrasts is adjusted after"
-        f" Holm for all {len(comparison.secondary)} of them"
+        "Above 0, the side named first is better; low and high: 90 % CI. The p of the"
+        f" {len(comparison.secondary)} secondary contrasts are adjusted together (Holm)"
     )
     return value_table(columns, rows, caption)
 
@@ -138,7 +145,7 @@ def _points(comparison: InstructBase) -> list[str]:
         points.append(f"Not run: {', '.join(comparison.missing)}.")
     if len({cell.searched for cell in comparison.cells}) > 1:
         counts = ", ".join(f"{cell.searched} for {cell.name}" for cell in comparison.cells)
-        points.append(f"The cells were not searched equally ({counts} tried): the more are tried, the better.")
+        points.append(f"The cells were not searched equally ({counts} tried): more tries are an advantage.")
     untrained = [c.name for c in comparison.cells if c.runs[0].data and c.runs[0].data.template_tokens_trained is False]
     if untrained:
         points.append(
@@ -146,5 +153,5 @@ def _points(comparison: InstructBase) -> list[str]:
             " they are."
         )
     if comparison.margin is None:
-        points.append("No margin of equivalence was given (--equivalence): that both are equally good can't be said.")
+        points.append("No margin of equivalence was given (--equivalence): the report can't call both equivalent.")
     return points

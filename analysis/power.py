@@ -107,7 +107,7 @@ def _fewest(enough: Callable[[int], bool], minimum: int, maximum: int) -> int | 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Half-widths in units of the half-zone, for a ladder of five doublings: 1 or less settles every gain."""
+    """Print half-widths in units of the half-zone, for a ladder of five doublings: 1 or less settles every gain."""
     from qlora_exp.analysis.figures import lines, write_figure
 
     parser = argparse.ArgumentParser(description=main.__doc__)

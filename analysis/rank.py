@@ -271,7 +271,7 @@ def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
         addition = (
             f"{increase.seeds} seeds" if increase.seeds is not None else f"{increase.items or 'many more'} test items"
         )
-        return f"Not settled yet: {gain}, {against}. Run {addition} in all and look once more."
+        return f"Not settled yet: {gain}, {against}. Run {addition} in total and decide again."
     return f"Inconclusive: {gain}, {against}. {decision.what_it_takes}"
 
 
@@ -290,7 +290,7 @@ def _paired(smaller: Array, larger: Array) -> Array:
         raise AnalysisError(
             f"{int(missing[partly].sum())} items have no finite loss in {int(partly.sum())} of the runs",
             "per-item losses",
-            "score every run on the same test items; a run that failed is left out whole",
+            "score every run on the same test items; leave out failed runs completely",
         )
     if missing.all():
         raise AnalysisError("the two ranks share no seed", "a doubling", "run both ranks with the same seeds")
@@ -335,7 +335,7 @@ def _plain(value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The rule on a made-up ladder: gains 0.09, 0.05, 0.005 nats per item, margin 0.02, three seeds, then eight."""
+    """Apply the rule to a simulated ladder: gains 0.09, 0.05, 0.005 nats per item, margin 0.02, 3 and 8 seeds."""
     from qlora_exp.analysis import figures
 
     parser = argparse.ArgumentParser(description=main.__doc__)

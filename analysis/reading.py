@@ -24,18 +24,20 @@ def read_table_rows(file: Path) -> list[TableRow]:
     readers[".parquet"] = _parquet_rows
     suffix = file.suffix.lower()
     if suffix not in readers:
-        raise AnalysisError(f"{suffix or 'no ending'!r} is no table's", str(file), f"valid: {', '.join(readers)}")
+        raise AnalysisError(
+            f"{suffix or 'no suffix'!r} is not a table format", str(file), f"valid: {', '.join(readers)}"
+        )
     try:
         rows = list(readers[suffix](file))
     except FileNotFoundError:
         raise AnalysisError("there is no such file", str(file), "give the path of a table") from None
     except UnicodeDecodeError as error:
-        raise AnalysisError(f"this isn't UTF-8: {error.reason}", str(file), "export the table as UTF-8") from None
+        raise AnalysisError(f"not valid UTF-8: {error.reason}", str(file), "export the table as UTF-8") from None
     except (OSError, ValueError, csv.Error) as error:
         text = str(error).splitlines()[0]
-        raise AnalysisError(f"this can't be read as {suffix}: {text}", str(file), "export the table again") from None
+        raise AnalysisError(f"not readable as {suffix}: {text}", str(file), "export the table again") from None
     if not rows:
-        raise AnalysisError("the table has no row", str(file), "columns rank and score, and a row for each result")
+        raise AnalysisError("the table has no rows", str(file), "columns rank and score, and a row for each result")
     return rows
 
 
@@ -60,7 +62,7 @@ def _json_rows(file: Path) -> Iterator[TableRow]:
             rows = [[dict(zip(content, values, strict=True)) for values in zip(*lists, strict=True)]]
         content = rows[0] if rows else None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise ValueError("a list of objects is wanted, or an object of lists of one length")
+        raise ValueError("expected a list of objects, or an object of lists of equal length")
     yield from ((f"row {number}", dict(_flat(row))) for number, row in enumerate(content, start=1))
 
 
@@ -69,7 +71,7 @@ def _jsonl_rows(file: Path) -> Iterator[TableRow]:
         if line.strip():
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no object")
+                raise ValueError(f"line {number} is not an object")
             yield f"line {number}", dict(_flat(row))
 
 

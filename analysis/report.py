@@ -55,7 +55,7 @@ def build(
     """
     where = "study " + ", ".join(study.name for study in studies)
     if not records:
-        raise AnalysisError("the study has no run", where, "qlora-exp status shows how it stands")
+        raise AnalysisError("the study has no run", where, "see qlora-exp status")
     refuse_synthetic(records)
     groups, aside = _split_runs(records)
     if not groups:
@@ -160,10 +160,12 @@ def _why_no_headline(groups: Sequence[Group], studies: Sequence[StudyInfo], meas
         return "No headline: no finished run has a score."
     if len(groups) > 1:
         differences = "; ".join(setting_differences(groups))
-        return f"No headline: the runs aren't all comparable ({differences}); they are shown apart."
+        return f"No headline: the runs aren't all comparable ({differences}); the report shows them separately."
     searched = [text for study in studies for text in study.objectives if "scores.test" in text]
     if searched:
-        return f"No headline: the test split was searched ({searched[0]}), so its scores flatter what was found."
+        return (
+            f"No headline: the test split was searched ({searched[0]}), so its scores flatter the best configuration."
+        )
     split = groups[0].protocol.split
     if split != "test":
         return (
@@ -211,18 +213,18 @@ def _chosen(best: Configuration, candidates: Sequence[Configuration], measure: M
     score = f"{measure.name.replace('_', ' ')} {estimate.mean:.4g}"
     if estimate.low is not None and estimate.high is not None:
         seeds = f"{estimate.seeds} seed{'s' * (estimate.seeds > 1)}"
-        score += f" [95 % over {seeds}: {estimate.low:.4g}, {estimate.high:.4g}]"
+        score += f" (95 % CI {estimate.low:.4g} to {estimate.high:.4g}, {seeds})"
     else:
         score += " (one seed: no interval)"
     if len(candidates) < 2:
         return f"The only configuration is {best.label}; on test it has {score}."
-    sentence = f"Of {len(candidates)} configurations the best on validation is {best.label}; on test it has {score}"
+    sentence = f"Of {len(candidates)} configurations, {best.label} is best on validation; on test it has {score}"
     if estimate.se is None:
         return f"{sentence}."
     ties = sum(_is_tie(best, other, measure) for other in candidates if other is not best)
     if ties:
-        return f"{sentence}. Over {ties} of the others it isn't shown to be better."
-    return f"{sentence}. It is shown to be better than each of the others."
+        return f"{sentence}. It isn't shown to be better than {ties} of the others."
+    return f"{sentence}. It is shown to be better than all others."
 
 
 def _is_tie(best: Configuration, other: Configuration, measure: Measure) -> bool:
@@ -257,10 +259,10 @@ def _limits(
     if len(groups) > MOST_GROUPS:
         points.append(f"{len(groups) - MOST_GROUPS} smaller groups of runs are only in the table of runs.")
     if all(len(c.runs) < MIN_SEEDS_SHOWN for c in candidates):
-        points.append("One seed a configuration: no difference can be told from chance. It takes seed=1,2,3.")
+        points.append("One seed per configuration: no difference can be distinguished from chance. Run seed=1,2,3.")
     ranks = {int(c.first.config["lora"]["r"]) for c in candidates}
     if len(ranks) == 1:
-        points.append(f"Only r = {ranks.pop()} was run: nothing follows about the rank. It takes lora.r=8,16,32.")
+        points.append(f"Only r = {ranks.pop()} was run: nothing follows about the rank. Run lora.r=8,16,32.")
     running = sum(not record.status.ended for record in records)
     points += [f"{running} runs have not ended: the answer may change."] if running else []
     scored = sum(measure is not None and measure.of(answering_scores(r)) is None for g in groups for r in g.records)
@@ -268,11 +270,11 @@ def _limits(
     considered = sum(len(g.records) for g in groups) + len(aside.pilots) + len(aside.budgeted)
     unscored = sum(r.status is Status.COMPLETED for r in records) - considered
     points += [f"{unscored} completed runs lack scores, plan or data and are left out."] if unscored else []
-    points += [f"{unreadable} records could not be read: qlora-exp ls runs names them."] if unreadable else []
+    points += [f"{unreadable} records could not be read: qlora-exp ls runs lists them."] if unreadable else []
     if aside.pilots:
         points.append(f"{len(aside.pilots)} pilots chose learning rates on validation and are in no comparison.")
     points.append(
-        "Intervals are over seeds on these items, a ladder's and those of instruct or base where they say so over items"
-        " of this kind too: another task may answer differently."
+        "Intervals are over seeds, on these items. A ladder's intervals, and those that name items, are also over items"
+        " of this kind. Another task may give another answer."
     )
     return Section("limits", "What can't be concluded, and what it would take", points=tuple(points))

@@ -48,12 +48,10 @@ def make_rule(margin: float, doublings: int, half_zone: float | None = None) -> 
         AnalysisError: a margin that isn't above 0, a half-zone outside (0, margin], or no doubling.
     """
     if not (math.isfinite(margin) and margin > 0):
-        raise AnalysisError(
-            f"a margin of {margin:g} can't be decided against", "margin", "a number above 0, in the score's units"
-        )
+        raise AnalysisError(f"invalid margin {margin:g}", "margin", "use a number above 0, in the score's units")
     zone = margin / 2 if half_zone is None else half_zone
     if not 0 < zone <= margin:
-        raise AnalysisError(f"a half-zone of {zone:g} doesn't fit margin {margin:g}", "half-zone", "above 0, ≤ margin")
+        raise AnalysisError(f"invalid half-zone {zone:g} for margin {margin:g}", "half-zone", "above 0, ≤ margin")
     if doublings < 1:
         raise AnalysisError("a ladder needs at least two ranks", "ranks", "add a rank to compare with")
     return Rule(margin, zone, doublings)

@@ -82,9 +82,9 @@ def how_sure(answer: Mapping[str, Any]) -> str | None:
     if margin is None or zone is None or not answer.get("comparisons"):
         return None
     return (
-        f"How sure: continue is said where the lower bound of a gain is above {margin - zone:.4g}, stop where the upper"
-        f" one is below {margin + zone:.4g}; of simulated ladders at most {100 * ERRS_AT_MOST:g} % got a wrong answer,"
-        f" {100 * ERRS_WITH_GROWING_NOISE:g} % where the seeds' noise grows with the rank (docs/calibration.md)."
+        f"How sure: the answer is continue if the lower bound of a gain is above {margin - zone:.4g}, and stop if the"
+        f" upper bound is below {margin + zone:.4g}. Of simulated ladders, at most {100 * ERRS_AT_MOST:g} % got a wrong"
+        f" answer, {100 * ERRS_WITH_GROWING_NOISE:g} % if the seeds' noise grows with the rank (docs/calibration.md)."
     )
 
 
@@ -92,7 +92,7 @@ def open_ends(studies: Sequence[StudyInfo]) -> list[str]:
     """Return what each undecided ladder leaves open, and what would settle it."""
     ladders = [(name, answer) for study in studies for name, answer in ladders_of(study)]
     return [
-        f"{name}: {_open_step(answer)} is not settled. {answer.get('what_it_takes') or ''}".rstrip()
+        f"{name}: it is not settled {_open_step(answer)}. {answer.get('what_it_takes') or ''}".rstrip()
         for name, answer in ladders
         if answer["decision"] == "inconclusive" and answer.get("comparisons")
     ]
@@ -100,7 +100,7 @@ def open_ends(studies: Sequence[StudyInfo]) -> list[str]:
 
 def _open_step(answer: Mapping[str, Any]) -> str:
     last = answer["comparisons"][-1]
-    return f"whether r = {last['to_rank']} is worth paying for beside r = {last['from_rank']}"
+    return f"whether r = {last['to_rank']} is worth its cost over r = {last['from_rank']}"
 
 
 def rank_section(configurations: Sequence[Configuration], measure: Measure, with_ladder: bool) -> Section | None:
@@ -109,10 +109,12 @@ def rank_section(configurations: Sequence[Configuration], measure: Measure, with
         return None
     note = "Means over seeds; bars are 95 % intervals from the variance over seeds, pooled over the configurations."
     if all(c.quality is None or c.quality.se is None for c in configurations):
-        note = "One seed a configuration: nothing tells how much of a difference is the seed's."
+        note = "One seed per configuration: how much of a difference is due to the seed is unknown."
     if len(figure["data"]) == figures.MOST_LINES:
         note += f" At most {figures.MOST_LINES} lines are drawn, those with the most ranks."
-    caveat = "" if with_ladder else " A description, not a decision: for one, qlora-exp sweep rank_doubling."
+    caveat = (
+        "" if with_ladder else " This describes the runs and decides nothing; qlora-exp sweep rank_doubling decides."
+    )
     return Section("rank", "Quality by rank", (note + caveat,), (), (figure,))
 
 
@@ -135,7 +137,9 @@ def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) 
     rows = [(*_configuration_row(c), str(status) if status else None) for c, status in unbeaten[:MOST_ROWS]]
     columns = (*_configuration_columns(measure), "standing")
     caption = (
-        f"The best {MOST_ROWS} of {len(unbeaten)} that nothing clearly beats" if len(unbeaten) > MOST_ROWS else None
+        f"The best {MOST_ROWS} of {len(unbeaten)} configurations that no other clearly beats"
+        if len(unbeaten) > MOST_ROWS
+        else None
     )
     return Section(
         "tradeoffs", "Quality, memory and speed", tuple(paragraphs), (value_table(columns, rows, caption),), plots
@@ -153,10 +157,10 @@ def equal_everything_section(configurations: Sequence[Configuration], measure: M
     )
     tables = tuple(_contrasts(caption, contrasts, measure) for caption, contrasts in comparisons if contrasts)
     note = (
-        f"Gain in {measure.label}: above 0, the first is better. Runs are paired by configuration and seed; the 95 %"
-        " interval is over these pairs, on these items."
+        f"Gain in {measure.label}: above 0, the one named first is better. Runs are paired by configuration and seed;"
+        " the 95 % interval is over these pairs, on these items."
     )
-    nothing = "No two runs differ in nothing but their quantization or target modules: there is nothing to hold equal."
+    nothing = "No two runs differ only in their quantization or target modules: there is nothing to compare."
     return Section(
         "equal", "At equal everything else", (note if tables else nothing,), tables, points=(hint,) if hint else ()
     )
@@ -180,8 +184,8 @@ def memory_section(configurations: Sequence[Configuration], records: Sequence[Ru
     columns = (("r", "integer"), "targets", ("parameters", "integer"), ("adapter", "bytes"))
     adapter_rows = [(a.rank, a.targets, a.parameters, a.adapter_bytes) for a in adapters[:MOST_ROWS]]
     note = (
-        "Activations are the peak of training less what else was held; unknown where a process ran several trials on a"
-        " CPU. Embeddings and norms stay unquantized, so that measured weights are larger than the bare product."
+        "Activations are the peak of training minus the other parts; they are unknown if a process ran several trials"
+        " on a CPU. Embeddings and norms stay unquantized, so measured weights are larger than parameters × bits / 8."
     )
     tables = tuple(t for t in (by_part, weights, value_table(columns, adapter_rows, "Size of the adapters")) if t.rows)
     return Section("memory", "Memory", (note,), tables, (figure,) if figure else ())
@@ -208,9 +212,9 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
         *(("training", "seconds"), ("cost", "usd")),
     )
     note = (
-        "Means over runs; the first steps, evaluation and saving are not counted. Compare on one device only, and only"
+        "Means over runs; the first steps, evaluation and saving are not counted. Compare runs on one device only, and"
     )
-    note += " where nothing else ran beside it."
+    note += " only if nothing else ran on it."
     notes = (note, priced) if (priced := _priced(records)) else (note,)
     return Section("speed", "Speed and cost", notes, (value_table(columns, rows),))
 
@@ -222,7 +226,7 @@ def _priced(records: Sequence[RunRecord]) -> str | None:
     if not prices:
         return None
     described = ", ".join(f"{price:g} USD ({source})" for source, price in prices)
-    return f"Costs: all seconds of a run, loading and scoring included, by the price of an hour: {described}."
+    return f"Costs: all seconds of a run, including loading and scoring, at the price per hour: {described}."
 
 
 def importance_section(studies: Sequence[StudyInfo], completed: Sequence[RunRecord]) -> Section | None:
@@ -231,24 +235,20 @@ def importance_section(studies: Sequence[StudyInfo], completed: Sequence[RunReco
         return None
     rows = [(objective, axis, share) for objective, shares in importances for axis, share in shares.items()]
     axes = max(len(shares) for _, shares in importances)
-    note = (
-        "Share of the objective's variance over the trials that each axis explains (fANOVA): a description of what was"
-    )
-    note += " searched, not of what would matter elsewhere."
+    note = "Share of the objective's variance over the trials that each axis explains (fANOVA). It describes this"
+    note += " search, not what would matter elsewhere."
     points, trials = [], len(completed)
     if (
         any(".loss" in objective for objective, _ in importances)
         and len({r.plan.format for r in completed if r.plan}) > 1
     ):
-        points.append(
-            "Formats have end tokens of their own, and a loss counts them: what a format explains is theirs too."
-        )
+        points.append("A loss counts end tokens, which depend on the format: they cause a part of the format's share.")
     if trials < MIN_TRIALS_FOR_IMPORTANCE * axes:
         points.append(
-            f"{trials} trials for {axes} axes are too few to trust it: at least {MIN_TRIALS_FOR_IMPORTANCE} an axis."
+            f"{trials} trials for {axes} axes are too few to trust: run at least {MIN_TRIALS_FOR_IMPORTANCE} an axis."
         )
     if any(ladders_of(study) for study in studies):
-        points.append("A ladder's trials go where its answer is, not all over the axes: rank and rate change together.")
+        points.append("A ladder's trials don't cover the axes evenly: rank and learning rate change together.")
     columns = ("objective", "axis", ("share", "percent"))
     drawn = tuple(figures.importance_bars(shares) for _, shares in importances)
     return Section("importance", "What mattered", (note,), (value_table(columns, rows),), drawn, tuple(points))
@@ -396,12 +396,12 @@ def _contrasts(caption: str, contrasts: Sequence[tradeoffs.QuantizationContrast]
 def _counted(front: tradeoffs.Front) -> str:
     counts = Counter(front.standings)
     ties = counts[tradeoffs.ParetoStatus.NEAR]
-    noise = f"; {ties} more can't be told from the front (95 %, over seeds)."
+    noise = f"; {ties} more are within noise of the front (95 %, over seeds)."
     if all(c.quality is None or c.quality.se is None for c in front.configurations):
-        noise = ". With one seed a configuration, a place on the front may be luck."
+        noise = ". With one seed per configuration, a place on the front may be chance."
     return (
-        f"{counts[tradeoffs.ParetoStatus.FRONT]} of {len(front.configurations)} configurations are beaten by none in"
-        f" quality, memory and speed at once (large marks){noise}"
+        f"{counts[tradeoffs.ParetoStatus.FRONT]} of {len(front.configurations)} configurations are on the Pareto front:"
+        f" no other beats them in quality, memory and speed at once (large marks){noise}"
     )
 
 
@@ -421,8 +421,8 @@ def _ladder_runs(answer: Mapping[str, Any]) -> list[str]:
 
 def _margin_words(answer: Mapping[str, Any]) -> str:
     zone = answer.get("half_zone")
-    either = "" if zone is None else f"; within ± {_figure(zone)} of it either answer does"
-    return f"{_figure(answer.get('margin'))} nats per item a doubling{either}"
+    either = "" if zone is None else f"; within ± {_figure(zone)} of it, either answer counts as right"
+    return f"{_figure(answer.get('margin'))} nats per item per doubling{either}"
 
 
 def _ladder_name(answer: Mapping[str, Any], number: int) -> str:

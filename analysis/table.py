@@ -88,7 +88,7 @@ def analyze_table(file: Path, options: Options) -> list[TableAnswer]:
         AnalysisError, Problems: the file, a column, a row or a number can't be used.
     """
     if options.se is not None and not (math.isfinite(options.se) and options.se > 0):
-        raise AnalysisError(f"a standard error of {options.se:g} is none", "--se", "a number above 0")
+        raise AnalysisError(f"invalid standard error {options.se:g}", "--se", "use a number above 0")
     rows = read_table_rows(file)
     columns = find_columns(rows, options.named_columns, options.higher_is_better, file)
     by_configuration = _results(rows, columns, options, file)
@@ -126,7 +126,9 @@ def _result(where: str, row: Mapping[str, Any], columns: Columns, options: Optio
     rank_name = columns.named["rank"]
     rank = _number(row.get(rank_name), f"{file}, {where}", rank_name)
     if rank < 1 or rank != int(rank):
-        raise AnalysisError(f"{rank:g} is no rank", f"{file}, {where}, column {rank_name}", "a whole number from 1 on")
+        raise AnalysisError(
+            f"invalid rank {rank:g}", f"{file}, {where}, column {rank_name}", "use a whole number, at least 1"
+        )
     count = number("count")
     known = {columns.score, *columns.named.values(), *columns.configuration}
     return Result(
@@ -151,7 +153,9 @@ def _standard_error(
     if standard_error is None and std is not None:
         standard_error = std / math.sqrt(count) if count is not None and count >= 1 else std
     if standard_error is not None and not standard_error > 0:
-        raise AnalysisError(f"a standard error of {standard_error:g} is none", where, "above 0, or leave it out")
+        raise AnalysisError(
+            f"invalid standard error {standard_error:g}", where, "use a number above 0, or leave it out"
+        )
     return standard_error
 
 
@@ -159,7 +163,7 @@ def _number(value: Any, where: str, column: str) -> float:
     try:
         number = float(TRUTH.get(str(value).strip().lower(), value))
     except (TypeError, ValueError):
-        problem = "is missing" if _text(value) == "" else f"is {_text(value)!r}, no number"
+        problem = "is missing" if _text(value) == "" else f"is {_text(value)!r}, not a number"
         raise AnalysisError(f"column {column} {problem}", where, _mend(_text(value))) from None
     if not math.isfinite(number):
         raise AnalysisError(f"column {column} is {number}", where, "leave out the runs without a result") from None
@@ -167,9 +171,9 @@ def _number(value: Any, where: str, column: str) -> float:
 
 
 def _mend(text: str) -> str:
-    fixes = {"%": "leave the % out", "±": "put what follows ± into a column se", ",": "a decimal point, no comma"}
+    fixes = {"%": "remove the %", "±": "put what follows ± into a column se", ",": "use a decimal point, no comma"}
     matching = [fix for mark, fix in fixes.items() if mark in text]
-    return ", and ".join(matching) or "mend the row, or leave out the runs without a result"
+    return ", and ".join(matching) or "fix the row, or leave out the runs without a result"
 
 
 def _text(value: Any) -> str:
@@ -235,18 +239,18 @@ def _margin(results: Sequence[Result], smallest: int, requested: float | None) -
         raise AnalysisError(
             f"no margin can be assumed from a score of {level:g}",
             "--margin",
-            "say how much a step must gain to be worth paying for",
+            "say how much a step must gain to be worth its cost",
         )
     note = (
-        f"No margin was given: {margin:g} is assumed, {ASSUMED_MARGIN_SHARE:.0%} of the score at r = {smallest}. Fix"
-        " beforehand what a step must gain to be worth paying for, and give it with --margin."
+        f"No margin was given: {margin:g} is assumed, {ASSUMED_MARGIN_SHARE:.0%} of the score at r = {smallest}. Decide"
+        " beforehand how much a step must gain to be worth its cost, and give it with --margin."
     )
     return margin, [note]
 
 
 def _step_notes(ranks: Sequence[int]) -> list[str]:
     others = [f"{a} → {b}" for a, b in pairwise(ranks) if b != 2 * a]
-    return [f"Not every step is a doubling ({', '.join(others)}): each is held to the same margin."] if others else []
+    return [f"Not every step is a doubling ({', '.join(others)}): the same margin applies to each."] if others else []
 
 
 def _decided(
@@ -266,9 +270,7 @@ def _decided(
     if len(seeds) > 1 and not items:
         notes.append("Scores without items: the answer is for these test items, not for others.")
     if with_se:
-        notes.append(
-            "The standard errors are not used: they are given for some rows only, or seeds and items tell more."
-        )
+        notes.append("The standard errors are not used: only some rows have one, or seeds and items are more precise.")
     ladder = _cube(losses, ranks, seeds, items, where)
     result = decide_ladder(ladder, rule, complete=True, unit=f"in {columns.score}")
     notes += (
@@ -280,20 +282,20 @@ def _decided(
 
 
 _PUBLISHED = (
-    "The standard errors are taken as known, and two ranks' scores as independent: with the same seeds and items at"
-    " every rank, paired results would tell more."
+    "The standard errors count as exact, and two ranks' scores as independent. Paired results (the same seeds and items"
+    " at every rank) would be more precise."
 )
 _PUBLISHED_RUNS = (
-    "The standard errors are those of the runs that stand behind a score (Welch's degrees of freedom), and two ranks'"
-    " scores are taken as independent: with the same seeds and items at every rank, paired results would tell more."
+    "The standard errors come from the runs of each score (Welch's degrees of freedom), and two ranks' scores count as"
+    " independent. Paired results (the same seeds and items at every rank) would be more precise."
 )
 _SAME_SEEDS = (
-    "At some step every seed gave the very same gain: either the seed changed nothing, or the scores are rounded. The"
-    " answer is no surer than that."
+    "At some step every seed gave exactly the same gain: the seed changed nothing, or the scores are rounded. The"
+    " interval may be too narrow."
 )
 _SINGLE = (
-    "One run a rank: the gains are those of these runs. Nothing in the table tells how much of them is the seed's, so"
-    " they neither show that returns continue nor that they have diminished."
+    "One run per rank: the gains are those of these runs. How much of a gain is due to the seed is unknown, so the"
+    " table shows neither that returns continue nor that they have diminished."
 )
 
 

@@ -77,7 +77,7 @@ def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
     modes = sorted({mode_of(c) for c in known})
     if len(modes) < LEAST_MODES:
         measured = f"only {modes[0]} was" if modes else "none was"
-        why = f"A front needs at least two quantizations measured in this study, and {measured}: qlora-exp sweep pareto"
+        why = f"A Pareto front needs at least two measured quantizations, and here {measured}: qlora-exp sweep pareto"
         return Front(tuple(known), (), why)
     points = np.array(
         [[-measure.sign * c.quality.mean, c.memory_bytes, -c.tokens_per_second] for c in known]  # type: ignore[union-attr,operator]
@@ -159,13 +159,13 @@ def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
     texts = {goal.text for _, goals in with_goals for goal in goals}
     text, split = with_goals[0][1][0].text, with_goals[0][1][0].split
     if len(texts) > 1:
-        return GoalAnswer(text, split, 0, 0, None, f"The runs were asked {len(texts)} different goals: no answer.")
+        return GoalAnswer(text, split, 0, 0, None, f"The runs have {len(texts)} different goals: no answer.")
     sd, df = pooled_sd([[goal.value for goal in goals if goal.value is not None] for _, goals in with_goals])
     met = [c for c, goals in with_goals if _shown(goals, text, ONE_SIDED / len(with_goals), sd, df)]
     cheapest = min(met, key=_price) if met else None
     over = "seeds and items" if sd is not None else "items alone: no configuration has a second seed"
     divided = (
-        f" / {len(with_goals)}, for {len(with_goals)} configurations were looked at" if len(with_goals) > 1 else ""
+        f" / {len(with_goals)}, because {len(with_goals)} configurations are compared" if len(with_goals) > 1 else ""
     )
     qualifier = f" (each bound at 5 %{divided}; over {over})"
     if cheapest is None:

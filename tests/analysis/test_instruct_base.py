@@ -53,25 +53,25 @@ def told(records: list[RunRecord], **options: Any) -> str:
 
 
 def test_a_clear_gain_of_instruct_is_called_better_and_its_opposite_worse() -> None:
-    assert ": better." in told(study(0.5))
-    assert ": worse." in told(study(-0.5))
+    assert "After tuning, the instruct model is better: " in told(study(0.5))
+    assert "After tuning, the base model is better: " in told(study(-0.5))
 
 
 def test_all_four_cells_are_compared_and_none_hides_another() -> None:
     found = compared(study(0.5))
     assert [c.name for c in found.cells] == ["base, plain", "base, chat", "instruct, plain", "instruct, chat"]
     assert found.missing == ()
-    assert "(below 0: it costs), tuned: base" in paragraph(found)
+    assert "after tuning, in bits per byte (below 0: a loss): base" in paragraph(found)
 
 
 def test_equivalence_is_said_only_within_a_margin_that_was_given() -> None:
-    assert ": not settled." in told(study(0.0))
-    assert ": equivalent within ±0.1." in told(study(0.0), margin=0.1)
+    assert "it is not settled which model is better." in told(study(0.0))
+    assert "both models are equivalent within ±0.1 bits per byte." in told(study(0.0), margin=0.1)
 
 
 def test_a_single_seed_never_settles_what_tuning_did() -> None:
     found = compared(study(0.5, seeds=1))
-    assert ": not settled." in paragraph(found)
+    assert "it is not settled which model is better." in paragraph(found)
     assert any("One seed" in note for note in found.notes)
     assert verdict(Difference(0.5, 0.4, 0.6, 1, "1000 items alone"), None) == "not settled"
 
@@ -86,15 +86,15 @@ def test_accuracy_stands_beside_bits_per_byte_with_which_it_need_not_agree() -> 
     assert found.untouched is not None
     assert found.untouched.value > 0
     by_name = {contrast.name: contrast.difference.value for contrast in found.secondary}
-    assert by_name["instruct over base, untouched, by likelihood"] == pytest.approx(-0.2)
-    assert "By accuracy instruct is better by: untouched -0.2" in paragraph(found)
+    assert by_name["instruct over base, before tuning, by likelihood"] == pytest.approx(-0.2)
+    assert "In accuracy (above 0: instruct is better), the difference is -0.2" in paragraph(found)
 
 
 def test_missing_cells_are_named_and_the_rest_is_compared() -> None:
     found = compared(study(0.5, (("base", "plain"), ("instruct", "chat"))))
     assert found.missing == ("base in the chat format", "instruct in the plain format")
     assert found.tuned is not None
-    assert "chat template is worth" not in paragraph(found)
+    assert "Gain of the chat format" not in paragraph(found)
 
 
 def test_one_variant_alone_is_no_comparison() -> None:
@@ -105,7 +105,7 @@ def test_cells_without_a_common_seed_are_told_to_have_no_pairs() -> None:
     found = compared([*study(0.5, CELLS[:2]), *study(0.5, CELLS[2:], first=7)])
     assert found.tuned is None
     assert any("share no seed" in note for note in found.notes)
-    assert "an unknown amount: not settled" in paragraph(found)
+    assert "before tuning and unknown after tuning" in paragraph(found)
 
 
 def test_a_cell_is_chosen_on_validation_and_judged_on_test() -> None:
@@ -125,7 +125,7 @@ def test_pilots_of_other_seeds_choose_the_cells_and_those_of_the_same_seeds_do_n
     ]
     found = compared(records, pilots=pilots)
     assert (found.instruct.written, found.base.written) == ("chat", "chat")
-    assert "chosen by pilots of seeds that answer nothing" in paragraph(found)
+    assert "chosen by pilots with other seeds" in paragraph(found)
     leaking = [pilot.replace(seed=1) for pilot in pilots]
     assert "by the same runs' validation scores" in told(records, pilots=leaking)
     assert "by the same runs' validation scores" in told(records, pilots=pilots[:3])
@@ -141,7 +141,7 @@ def test_ranks_that_the_answering_runs_chose_are_told_beside_the_pilots_and_so_a
     ]
     found = compared([*records, *larger], pilots=pilots)
     assert "within a cell by the same runs' validation scores" in paragraph(found)
-    assert "(instruct, chat, r = 32 against base, plain, r = 8," in paragraph(found)
+    assert "(instruct, chat, r = 32) with (base, plain, r = 8), chosen" in paragraph(found)
     assert [cell.searched for cell in found.cells] == [2, 3]
 
 
@@ -206,7 +206,7 @@ def test_a_seed_whose_score_is_not_finite_is_left_out_and_told() -> None:
     assert "1 of 3 shared seeds have no finite score on both sides and are left out." in found.notes
     none_left = compared([without_score(run) for run in study(0.5)])
     assert none_left.tuned is None
-    assert "an unknown amount: not settled" in paragraph(none_left)
+    assert "before tuning and unknown after tuning" in paragraph(none_left)
 
 
 def test_scores_of_the_split_that_was_searched_are_told_to_be() -> None:
@@ -251,7 +251,7 @@ def test_worked_examples_are_compared_with_none_over_their_draws() -> None:
     (contrast,) = (c for c in found.secondary if c.name.startswith("3 examples over none, base"))
     assert contrast.difference.value == pytest.approx((9.0 - 7.2) / 5)
     assert contrast.difference.over == "3 draws"
-    assert "With 3 examples in the prompt the untouched base has accuracy 0.200" in paragraph(found)
+    assert "With 3 examples in the prompt, base has accuracy 0.200 before tuning" in paragraph(found)
 
 
 def with_forgetting(record: RunRecord, nats: float) -> RunRecord:
@@ -268,7 +268,7 @@ def test_who_forgets_more_is_said_only_where_it_holds_among_all_contrasts() -> N
 
     assert "Base forgets more" in told(forgetful(0.5, 0.1, 1e-5))
     assert "Instruct forgets more" in told(forgetful(0.1, 0.5, 1e-5))
-    assert "Who forgets more is not settled" in told(forgetful(0.3, 0.3, 0.1))
+    assert "Which model forgets more is not settled" in told(forgetful(0.3, 0.3, 0.1))
 
 
 def test_stability_is_a_standard_deviation_with_its_interval() -> None:
@@ -329,6 +329,6 @@ def test_the_section_shows_every_contrast_the_lines_to_beat_and_what_prompts_are
     assert any(name.startswith("primary: instruct") for name in names)
     assert "baseline: TF-IDF with logistic regression" in names
     assert any("prompts are made of" in caption for caption in captions)
-    assert "tuned" in {trace["name"] for trace in section.figures[0]["data"]}
+    assert "after tuning" in {trace["name"] for trace in section.figures[0]["data"]}
     lines = [(shape["name"], shape["y0"]) for shape in section.figures[0]["layout"]["shapes"]]
     assert lines[0] == ("baseline: always act, 0.200", 0.2)

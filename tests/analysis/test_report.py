@@ -126,7 +126,7 @@ def test_a_winner_is_told_with_how_many_it_cannot_be_told_from() -> None:
         for s in (1, 2, 3)
     ]
     (sentence,) = of(runs).headline
-    assert "Over 2 of the others it isn't shown to be better." in sentence
+    assert "It isn't shown to be better than 2 of the others." in sentence
 
 
 def test_over_a_configuration_scored_in_another_way_nothing_is_shown() -> None:
@@ -136,7 +136,7 @@ def test_over_a_configuration_scored_in_another_way_nothing_is_shown() -> None:
         other.scores, test=Scores("test", 1000, rouge_l=0.5), after=Scores("validation", 1000, rouge_l=0.5)
     )
     (sentence,) = of([*runs, other.replace(scores=elsewise)]).headline
-    assert "Over 1 of the others it isn't shown to be better." in sentence
+    assert "It isn't shown to be better than 1 of the others." in sentence
 
 
 def test_the_ladders_sentence_is_the_headline_and_its_interval_is_drawn() -> None:
@@ -235,7 +235,7 @@ def test_a_study_without_an_answer_is_refused_in_a_sentence(records: list[RunRec
 def test_one_seed_one_rank_and_scores_that_are_not_numbers_are_told_as_limits() -> None:
     lost = made_up.run(2, mode="fp16", loss=float("nan"), accuracy=float("nan"))
     text = to_markdown(of([made_up.run(0), made_up.run(1, mode="int8"), lost]))
-    assert "One seed a configuration" in text
+    assert "One seed per configuration" in text
     assert "Only r = 8 was run" in text
     assert "1 finished runs have no finite score" in text
     assert "nan" not in text.lower().replace("finance", "")
@@ -290,8 +290,8 @@ def test_pilots_are_set_aside_and_the_headline_is_the_instruct_or_base_sentence(
     pilots = [as_pilot(run) for run in cells(500, range(1000, 1004), split="validation")]
     report = of([*cells(0, range(1, 4)), *pilots])
     assert report.why_none is None
-    assert ": better." in report.headline[0]
-    assert "pilots of seeds that answer nothing" in report.headline[0]
+    assert report.headline[0].startswith("After tuning, the instruct model is better: ")
+    assert "pilots with other seeds" in report.headline[0]
     limits = next(s for s in report.sections if s.name == "limits")
     assert any("16 pilots chose learning rates" in point for point in limits.points)
     assert [s.name for s in report.sections].count("instruct-base") == 1

@@ -75,7 +75,7 @@ def test_one_number_a_rank_concludes_nothing_and_says_so(tmp_path: Path, capsys:
     assert (found["decision"], found["recommended_rank"]) == ("inconclusive", None)
     assert {step["low"] for step in found["comparisons"]} == {None}
     assert main(["analyze", str(file), "--margin", "1"]) == 0
-    assert "One run a rank" in capsys.readouterr().out
+    assert "One run per rank" in capsys.readouterr().out
 
 
 def test_a_std_of_some_runs_is_a_standard_error_and_few_runs_know_it_badly(
@@ -95,7 +95,7 @@ def test_right_and_wrong_answers_are_scores_of_items(tmp_path: Path, capsys: pyt
     rows = [f"{r},{s},{i},{(i + s) % 4 < r // 8}" for r in (8, 16) for s in (1, 2, 3) for i in range(40)]
     found = answered(capsys, written(tmp_path, "\n".join(["rank,seed,item,correct", *rows])), "--margin", "0.1")
     assert found["comparisons"][0]["gain"] == pytest.approx(0.25)
-    assert any("every seed gave the very same gain" in note for note in found["notes"])
+    assert any("every seed gave exactly the same gain" in note for note in found["notes"])
 
 
 def long_table(gains: tuple[float, ...], seeds: int = 5, items: int = 0) -> list[dict[str, Any]]:
@@ -201,9 +201,9 @@ def test_a_margin_that_is_not_given_is_assumed_and_said(tmp_path: Path, capsys: 
         ("rank,loss,accuracy\n8,1,1\n16,2,2", "several columns could be the score"),
         ("rank,accuracy\n8,nan\n16,2", "line 2.*leave out the runs"),
         ("rank,accuracy\n8,\n16,2", "accuracy is missing"),
-        ("rank,accuracy\n8,good\n16,2", "'good', no number"),
-        ("rank,accuracy\neight,1\n16,2", "'eight', no number"),
-        ("rank,accuracy\n8.5,1\n16,2", "8.5 is no rank"),
+        ("rank,accuracy\n8,good\n16,2", "'good', not a number"),
+        ("rank,accuracy\neight,1\n16,2", "'eight', not a number"),
+        ("rank,accuracy\n8.5,1\n16,2", "invalid rank 8.5"),
         ("rank,accuracy\n8,1\n8,2", "only rank"),
         ("rank,seed,accuracy\n8,1,1\n16,1,2\n16,1,2", "r = 16, seed 1 has two scores"),
         ("rank,seed,precision,accuracy\n8,1,nf4,1\n8,1,int8,1\n16,1,nf4,2", "differ in precision"),
@@ -211,8 +211,8 @@ def test_a_margin_that_is_not_given_is_assumed_and_said(tmp_path: Path, capsys: 
         ("rank,seed,accuracy\n8,1,1\n8,2,1\n16,3,2\n16,4,2", "share no seed"),
         ("rank,seed,item,loss\n8,1,a,1\n8,1,b,1\n8,2,a,1\n16,1,a,1\n16,2,a,1", "seed 2 lacks some of the 2 items"),
         ("rank,accuracy\n8,1,3\n16,2", "columns"),
-        ("rank,accuracy\n8,73.4%\n16,74%", "leave the % out"),
-        ("rank;accuracy\n8;73,4\n16;74,0", "'73,4', no number.*a decimal point"),
+        ("rank,accuracy\n8,73.4%\n16,74%", "remove the %"),
+        ("rank;accuracy\n8;73,4\n16;74,0", "'73,4', not a number.*a decimal point"),
         ("rank,accuracy\n8,73.4±0.5\n16,74±0.5", "into a column se"),
         ("Name,r,loss\nr8-seed1,8,1\nr8-seed2,8,2\nx,16,1", "differ in Name.*add a column seed"),
         ("rank,seed,max_steps,loss\n8,1,100,1\n16,1,200,2", "aren't comparable: max_steps is 100, 200"),
@@ -250,6 +250,6 @@ def test_a_score_whose_direction_is_not_known_asks_for_it(tmp_path: Path, capsys
     assert main(["analyze", str(file), "--score-column", "points", "--margin", "1"]) == 2
     assert "--higher-is-better or --lower-is-better" in capsys.readouterr().err
     assert main(["analyze", str(file), "--score-column", "points", "--higher-is-better", "--se", "0"]) == 2
-    assert "a standard error of 0 is none" in capsys.readouterr().err
+    assert "invalid standard error 0" in capsys.readouterr().err
     assert main(["analyze", str(file), "--score-column", "point"]) == 2
     assert "did you mean points" in capsys.readouterr().err

@@ -176,7 +176,7 @@ def test_an_open_doubling_buys_seeds_once() -> None:
 def test_what_is_asked_for_before_the_last_look_is_the_capped_number_of_seeds() -> None:
     spec = spec_of(r_max=16, most_seeds=5)
     first = [t for t in play(spec, gains(0.05, off=0.2)) if t.params["seed"] <= spec.seeds]
-    assert "Run 5 seeds in all" in answer_of(spec, first)["sentence"]
+    assert "Run 5 seeds in total" in answer_of(spec, first)["sentence"]
 
 
 @pytest.mark.parametrize(("most_seeds", "runs"), [(5, 10), (3, 6)])
