@@ -91,6 +91,7 @@ def interval(values: Array, over: str, trained: bool) -> Difference:
     rows, items = values.shape
     value = float(values.mean())
     if rows > 1:
+        # NaN: no mean square is pooled over other ranks, so the seeds' part comes from these rows alone.
         split = split_variance(values, np.array(np.nan), np.array(rows - 1.0))
         se, df = math.sqrt(float(split.variance)), float(split.df)
     elif items > 1:

@@ -366,7 +366,7 @@ def _of(scores: Scores | None, name: str) -> float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The answer and its tables of a folder of runs; ``--page FILE`` saves the plots."""
+    """Print the answer and its tables for a folder of runs; ``--page FILE`` saves the plots."""
     from qlora_exp.analysis.ask import main as ask
 
     ask(["instruct_base", *(sys.argv[1:] if arguments is None else arguments)])

@@ -104,6 +104,7 @@ def _plain(text: str) -> str:
 def _compressed(value: Any) -> str:
     """Return JSON, gzipped, in base64, so that 10,000 runs don't fill the file."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    # mtime=0: the same runs give the same bytes.
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 

@@ -234,6 +234,7 @@ def _margin(results: Sequence[Result], smallest: int, requested: float | None) -
     if requested is not None:
         return requested, []
     level = abs(float(np.mean([result.score for result in results if result.rank == smallest])))
+    # Two digits, so that the note and the decision name the same margin.
     margin = float(f"{ASSUMED_MARGIN_SHARE * level:.2g}")
     if margin <= 0:
         raise AnalysisError(

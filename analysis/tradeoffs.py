@@ -292,6 +292,7 @@ def _shown(goals: Sequence[Any], text: str, alpha: float, seed_sd: float | None,
     if not values or None in edges:
         return False
     threshold = float(text.replace("=", "").split(">" if rising else "<")[1])
+    # The records have one-sided 5 % bounds over items: dividing by the normal quantile gives the standard error.
     item_se = max(abs(v - e) for v, e in zip(values, edges, strict=True)) / float(stats.norm.isf(ONE_SIDED))
     seed_variance = 0.0 if seed_sd is None else seed_sd**2 / len(values)
     variance = item_se**2 + seed_variance

@@ -110,6 +110,7 @@ def split_variance(differences: Array, mean_square: Array, df: Array) -> Varianc
         gain = np.where(present, seed_means, 0.0).sum(axis=-1) / seeds
         deviations = np.where(present, seed_means - gain[..., None], 0.0)
         seed_mean_square = np.where(seeds > 1, (deviations**2).sum(axis=-1) / (seeds - 1), np.nan)
+        # The larger of the pair's own variance and the pooled one; fmax ignores a NaN, i.e. whichever is unknown.
         seed_part = np.fmax(seed_mean_square, 2 * mean_square) / seeds
         item_part = np.zeros_like(gain)
         if items > 1:
