@@ -1,9 +1,11 @@
-"""Rank doubling: which rank, seed and learning rate to run next. Pure over the trials that have ended, so that a study
-that was killed asks what an undisturbed one would have asked.
+"""Rank doubling: decide which rank, seed and learning rate to run next.
 
-A doubling r → 2r is decided by :mod:`qlora_exp.analysis.rank` from the test losses of runs with shared seeds. The
-learning rate of a rank is chosen before, on the validation loss of pilots, whose seed is in no decision. A run is asked
-for once it is surely needed, whatever the runs still under way will show.
+The functions are pure over the ended trials, so that a killed study continues with the trials that it would have run
+otherwise.
+
+:mod:`qlora_exp.analysis.rank` decides each doubling r → 2r from the test losses of runs with shared seeds. Before that,
+pilot runs choose the rank's learning rate by their validation loss; no decision uses the pilots' seed. A run is
+requested as soon as it is certainly needed, independent of the results of running trials.
 """
 
 from __future__ import annotations
@@ -44,18 +46,18 @@ LadderPoint = dict[str, Any]
 
 @dataclass(frozen=True)
 class LadderTrial:
-    """A trial as the ladder sees it."""
+    """One trial of the study, with what the ladder uses of its run."""
 
     params: LadderPoint
     ended: bool
     record: RunRecord | None = None
-    """``None`` until it has ended, and where it left none."""
+    """``None`` until the trial has ended, and if its run left no record."""
     losses: Mapping[str, float] | None = None
-    """Item → nats on the test split, sorted by item; ``None`` where it left none."""
+    """Item → nats on the test split, sorted by item; ``None`` if the run left none."""
     curve: Mapping[int, float] = field(default_factory=dict)
-    """Step → training loss, as far as logged."""
+    """Step → training loss, for the logged steps."""
     refused: bool = False
-    """It was not started: it was predicted not to fit."""
+    """The trial was not started because it was predicted not to fit into memory."""
 
     @property
     def completed(self) -> bool:
@@ -64,14 +66,17 @@ class LadderTrial:
 
 @dataclass(frozen=True)
 class Pilot:
+    """One pilot run of a learning rate."""
+
     learning_rate: float
     validation_loss: float | None
-    """Nats per item; ``None``: the run left none (it diverged, failed, or ran out of memory)."""
+    """Nats per item; ``None`` if the run left no loss (diverged, failed, or out of memory)."""
 
 
 @dataclass(frozen=True)
 class LearningRateChoice:
-    """The learning rate of one rank. ``unresolved``: the best pilot is at the edge of the grid, extended once."""
+    """The learning rate of one rank. ``unresolved``: the best pilot is still at the edge of the grid after one
+    extension."""
 
     rank: int
     learning_rate: float
@@ -81,75 +86,79 @@ class LearningRateChoice:
 
 @dataclass(frozen=True)
 class LadderState:
-    """How far a ladder has come. ``needs``: points that it waits for, running ones included; none: it has ended."""
+    """State of one ladder. ``needs``: points that it still waits for, running ones included; empty if it has ended."""
 
     needs: tuple[LadderPoint, ...]
     choices: tuple[LearningRateChoice, ...]
     comparisons: tuple[Comparison, ...]
     runs: Mapping[int, tuple[LadderTrial, ...]]
-    """Rank → its decision runs that have ended, by seed."""
+    """Rank → its ended decision runs, by seed."""
     trouble: str | None = None
-    """Why it ended without an answer."""
+    """Why the ladder ended without an answer."""
 
 
 def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> LadderPoint | None:
-    """What the next trial tries; ``None``: nothing now (see :func:`is_done`).
+    """Return the parameters of the next trial; ``None``: nothing to start now (see :func:`is_done`).
 
-    The first ladder that has something to ask for goes first, so that a host keeps its base; the others go on while it
-    waits for results.
+    The first ladder that needs a run goes first, so that a trial process keeps its base model; the others continue
+    while it waits for results.
     """
-    taken = {_key(trial.params) for trial in trials}
-    for one in spec.ladders:
-        for point in evaluate_ladder(spec, one, trials).needs:
-            if _key(point) not in taken:
+    existing = {_key(trial.params) for trial in trials}
+    for ladder in spec.ladders:
+        for point in evaluate_ladder(spec, ladder, trials).needs:
+            if _key(point) not in existing:
                 return point
     return None
 
 
 def is_done(spec: LadderSpec, trials: Sequence[LadderTrial]) -> bool:
-    """Whether every ladder has its answer, or can't have one."""
-    return not any(evaluate_ladder(spec, one, trials).needs for one in spec.ladders)
+    """Return whether every ladder has its answer, or has ended without one."""
+    return not any(evaluate_ladder(spec, ladder, trials).needs for ladder in spec.ladders)
 
 
-def evaluate_ladder(spec: LadderSpec, one: LadderSettings, trials: Sequence[LadderTrial]) -> LadderState:
-    """How far one ladder has come by the trials that have ended."""
-    walk = _LadderEvaluation(spec, one, trials)
+def evaluate_ladder(spec: LadderSpec, ladder: LadderSettings, trials: Sequence[LadderTrial]) -> LadderState:
+    """Return the state of one ladder, computed from the ended trials."""
+    evaluation = _LadderEvaluation(spec, ladder, trials)
     try:
-        comparisons = tuple(walk.steps())
+        comparisons = tuple(evaluation.steps())
         trouble = None
     except AnalysisError as error:
-        comparisons, trouble = tuple(walk.comparisons), error.what
-        walk.needs.clear()
-    return LadderState(tuple(walk.needs), tuple(walk.choices.values()), comparisons, walk.all_runs(), trouble)
+        comparisons, trouble = tuple(evaluation.comparisons), error.what
+        evaluation.needs.clear()
+    return LadderState(
+        tuple(evaluation.needs), tuple(evaluation.choices.values()), comparisons, evaluation.all_runs(), trouble
+    )
 
 
 def select_learning_rate(
-    spec: LadderSpec, one: LadderSettings, trials: Sequence[LadderTrial], rank: int
+    spec: LadderSpec, ladder: LadderSettings, trials: Sequence[LadderTrial], rank: int
 ) -> tuple[LearningRateChoice | None, tuple[LadderPoint, ...]]:
-    """The learning rate of ``rank`` by the pilots that have ended, whatever the ladder would ask for first; and the
-    pilots that it still waits for."""
-    walk = _LadderEvaluation(spec, one, trials)
-    return walk._choose(rank), tuple(walk.needs)
+    """Return the learning rate of ``rank`` from its ended pilots, and the pilots that are still missing.
+
+    Unlike :func:`evaluate_ladder` this doesn't depend on the lower ranks' results.
+    """
+    evaluation = _LadderEvaluation(spec, ladder, trials)
+    return evaluation._choose(rank), tuple(evaluation.needs)
 
 
 class _LadderEvaluation:
-    """One ladder walked from its start, as far as its trials have come."""
+    """Evaluates one ladder from its first rank, as far as its ended trials allow."""
 
-    def __init__(self, spec: LadderSpec, one: LadderSettings, trials: Sequence[LadderTrial]) -> None:
-        self.spec, self.one = spec, one
+    def __init__(self, spec: LadderSpec, ladder: LadderSettings, trials: Sequence[LadderTrial]) -> None:
+        self.spec, self.one = spec, ladder
         self.trials = {_key(trial.params): trial for trial in trials}
         self.needs: list[LadderPoint] = []
         self.choices: dict[int, LearningRateChoice] = {}
         self.comparisons: list[Comparison] = []
         self.seeds: dict[int, int] = {}
-        """Rank → how many seeds it was to be run with, as the walk stands."""
+        """Rank → number of seeds that the evaluation has requested so far."""
 
     def steps(self) -> list[Comparison]:
         if is_single(self.spec):
             self._ask_for(self.spec.r_start, self.spec.r_start, self.spec.seeds)
         for smaller, larger in pairwise(ranks_of(self.spec)):
-            seen = partial(self._seen, smaller, larger)
-            decision = decide_doubling(seen, self.spec.seeds, rule_of(self.spec), self.spec.most_seeds)
+            losses = partial(self._seen, smaller, larger)
+            decision = decide_doubling(losses, self.spec.seeds, rule_of(self.spec), self.spec.most_seeds)
             if decision is None:
                 break
             self.comparisons.append(Comparison(smaller, larger, decision))
@@ -183,7 +192,7 @@ class _LadderEvaluation:
     # Learning rates.
 
     def _choose(self, rank: int) -> LearningRateChoice | None:
-        """``None``: pilots are still missing."""
+        """Return the rank's learning rate; ``None``: pilots are still missing."""
         if self.spec.lr_policy == LrPolicy.fixed.value:
             return LearningRateChoice(rank, rounded(self.one.learning_rate))
         if self.spec.lr_policy == LrPolicy.transfer.value and rank != self.spec.r_start:
@@ -218,41 +227,42 @@ class _LadderEvaluation:
     def _best(self, pilots: Sequence[Pilot], rank: int) -> float:
         known = [(pilot.validation_loss, pilot.learning_rate) for pilot in pilots if pilot.validation_loss is not None]
         if not known:
-            own = [trial for trial in self.trials.values() if trial.params[RANK] == rank]
-            why = _why(own, otherwise="")
-            told = f"no pilot at r = {rank} left a validation loss{f': {why}' if why else ''}"
-            raise AnalysisError(told, f"r = {rank}")
+            of_rank = [trial for trial in self.trials.values() if trial.params[RANK] == rank]
+            reason = _why(of_rank, otherwise="")
+            message = f"no pilot at r = {rank} left a validation loss{f': {reason}' if reason else ''}"
+            raise AnalysisError(message, f"r = {rank}")
         return min(known)[1]
 
     # Decisions.
 
     def _seen(self, smaller: int, larger: int, seeds: int) -> list[Array] | None:
-        """Losses of the ranks so far, these two with ``seeds`` seeds; ``None``: runs are still missing."""
+        """Return the losses of the ranks up to ``larger``, with ``seeds`` seeds for this doubling; ``None``: runs are
+        missing."""
         self._ask_for(smaller, larger, seeds)
         return None if self.needs else list(self._losses([rank for rank in ranks_of(self.spec) if rank <= larger]))
 
     def _losses(self, ranks: Sequence[int]) -> Iterator[Array]:
-        """(MOST_SEEDS, items) for each rank, NaN for a run that doesn't exist; the items in the same order."""
+        """Yield an array (MOST_SEEDS, items) for each rank, NaN for missing runs; items have the same order in all."""
         runs = {rank: list(self._runs(rank)) for rank in ranks}
-        whole = [trial for several in runs.values() for trial in several if trial.completed]
-        for rank, several in runs.items():
-            if not any(trial.completed for trial in several):
-                raise AnalysisError(f"no run at r = {rank} completed: {_why(several)}", f"r = {rank}")
-        _check_comparable([trial.record for trial in whole if trial.record is not None])
-        items = list(whole[0].losses or ())
-        for trial in whole:
+        completed = [trial for trials in runs.values() for trial in trials if trial.completed]
+        for rank, trials in runs.items():
+            if not any(trial.completed for trial in trials):
+                raise AnalysisError(f"no run at r = {rank} completed: {_why(trials)}", f"r = {rank}")
+        _check_comparable([trial.record for trial in completed if trial.record is not None])
+        items = list(completed[0].losses or ())
+        for trial in completed:
             if not trial.losses or list(trial.losses) != items:
                 run = trial.record.run_id if trial.record else "a run"
                 raise AnalysisError(f"the per-item losses of {run} are missing, or are of other items", "test split")
-        for several in runs.values():
+        for trials in runs.values():
             losses = np.full((MOST_SEEDS, len(items)), np.nan)
-            for row, trial in enumerate(several):
+            for row, trial in enumerate(trials):
                 if trial.completed and trial.losses:
                     losses[row] = list(trial.losses.values())
             yield losses
 
     def _runs(self, rank: int) -> Iterator[LadderTrial]:
-        """The ended decision runs of ``rank``, by seed, as many as it was to be run with."""
+        """Yield the ended decision runs of ``rank``, by seed, up to the requested number of seeds."""
         rate = self.choices[rank].learning_rate
         for seed in range(self.seeds[rank]):
             trial = self.trials.get(_key(self._point(rank, self.spec.first_seed + seed, rate, "test")))
@@ -272,14 +282,14 @@ def _key(point: LadderPoint) -> frozenset[str]:
 
 def _why(trials: Sequence[LadderTrial], otherwise: str = "they left no record") -> str:
     failures = [trial.record.failure for trial in trials if trial.record is not None]
-    told = {f"{failure.kind}: {failure.message.splitlines()[0]}" for failure in failures if failure is not None}
-    told |= {"predicted not to fit into memory" for trial in trials if trial.refused}
-    return "; ".join(sorted(told)) or otherwise
+    reasons = {f"{failure.kind}: {failure.message.splitlines()[0]}" for failure in failures if failure is not None}
+    reasons |= {"predicted not to fit into memory" for trial in trials if trial.refused}
+    return "; ".join(sorted(reasons)) or otherwise
 
 
 def _check_comparable(records: Sequence[RunRecord]) -> None:
-    """Raises :class:`AnalysisError` with the difference named."""
-    told: dict[str, set[str]] = {
+    """Raise :class:`AnalysisError` that names the difference, if the runs can't be compared."""
+    values_by_topic: dict[str, set[str]] = {
         "the data": {record.data.fingerprint for record in records if record.data},
         "the model's files": {record.model_fingerprint for record in records if record.model_fingerprint},
         "the training steps": {str(record.plan.max_steps) for record in records if record.plan},
@@ -287,6 +297,6 @@ def _check_comparable(records: Sequence[RunRecord]) -> None:
         "the computing type": {record.plan.compute_dtype for record in records if record.plan},
         "whether a model was trained": {str(record.synthetic) for record in records},
     }
-    for what, values in told.items():
+    for topic, values in values_by_topic.items():
         if len(values) > 1:
-            raise AnalysisError(f"the ladder's runs differ in {what}: {', '.join(sorted(values))}", "decision runs")
+            raise AnalysisError(f"the ladder's runs differ in {topic}: {', '.join(sorted(values))}", "decision runs")

@@ -1,4 +1,4 @@
-"""Rank doubling as a sweep: what the command means, what is said before, and the answer at its end."""
+"""Rank doubling as a sweep: from the command to ladders, the message before training, and the answers at the end."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from qlora_exp.study.types import Axis, LadderSettings, LadderSpec, StudySpec
 
 
 def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, ...]) -> LadderSpec:
-    """One ladder for each point of the axes that the sweep has besides the ladder's own.
+    """Return one ladder for each point of the sweep's other axes.
 
-    ``fixed``: the overrides of every trial; ``seed`` among them is the first one, ``training.learning_rate`` the centre
+    ``fixed``: the overrides of every trial. Its ``seed`` is the first seed, its ``training.learning_rate`` the centre
     at r_start.
 
     Raises:
@@ -28,18 +28,21 @@ def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, .
     """
     from qlora_exp.rank_doubling.settings import OWN_KEYS, RANK, SPLIT, resolve
 
-    taken = [axis.key for axis in others if axis.key in OWN_KEYS]
-    taken += [key for text in fixed if (key := override_key(text)) in (RANK, SPLIT)]
+    fixed_keys = [axis.key for axis in others if axis.key in OWN_KEYS]
+    fixed_keys += [key for text in fixed if (key := override_key(text)) in (RANK, SPLIT)]
     hint = "sweep.ladder.r_start, r_max, seeds and lr_factors say which; another sampler searches freely"
-    raise_all([ConfigError("the ladder itself chooses this", f"{key}=…", hint) for key in taken])
+    raise_all([ConfigError("the ladder itself chooses this", f"{key}=…", hint) for key in fixed_keys])
     ladders = [_one(fixed, point, settings.ladder.r_start) for point in grid(others)]
     seed = int(compose_raw(fixed).seed)
     return resolve(settings.ladder, seed, ladders)
 
 
 def _one(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSettings:
-    """As the point's own configuration has it at the first rank: another model may bring another learning rate, and
-    ``lora.alpha=${lora.r}`` follows the rank."""
+    """Return the ladder at ``point``, with the settings that this point's configuration has at the first rank.
+
+    Another model may bring another learning rate, and ``lora.alpha=${lora.r}`` follows the rank: so two ranks are
+    composed.
+    """
     raw, doubled = (
         compose_raw([*fixed, *point_overrides(point | {"lora.r": rank})]) for rank in (r_start, 2 * r_start)
     )
@@ -56,7 +59,7 @@ def _one(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSet
 
 
 def announce(spec: StudySpec, config: LadderConfig) -> None:
-    """Say before training whether the planned seeds and items can settle the margin, where there is one."""
+    """Print before training whether the planned seeds and items can settle the margin, if there is one."""
     from qlora_exp.rank_doubling.answers import plan_sentence
     from qlora_exp.rank_doubling.settings import is_single, rule_of
 
@@ -66,27 +69,27 @@ def announce(spec: StudySpec, config: LadderConfig) -> None:
     raw = compose_raw(spec.overrides)
     limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
     rule, items = rule_of(spec.ladder), min(limits, default=None)
-    settles, told = plan_sentence(rule, config.seed_sd, config.item_sd, items, spec.ladder.most_seeds)
-    print(f"  {'' if settles else 'warning: '}{told}", file=sys.stderr, flush=True)
+    settles, sentence = plan_sentence(rule, config.seed_sd, config.item_sd, items, spec.ladder.most_seeds)
+    print(f"  {'' if settles else 'warning: '}{sentence}", file=sys.stderr, flush=True)
 
 
 def conclude(opened: Any, spec: StudySpec, paths: StudyPaths) -> None:
     """Write the answers to ``ladder.json``, and print them."""
-    found = show_answers(opened, spec)
-    write_json(paths.ladder, {"study": spec.name, "synthetic": spec.synthetic, "ladders": found})
+    ladder_answers = show_answers(opened, spec)
+    write_json(paths.ladder, {"study": spec.name, "synthetic": spec.synthetic, "ladders": ladder_answers})
     print(f"  {paths.ladder}")
 
 
 def show_answers(opened: Any, spec: StudySpec) -> list[dict[str, Any]]:
-    """Print each ladder's sentence and warnings, as far as it has come; its answers as ``ladder.json`` has them."""
+    """Print each ladder's sentence and warnings so far, and return the answers as ``ladder.json`` has them."""
     from qlora_exp.rank_doubling.answers import answers
 
     assert spec.ladder is not None
-    found: list[dict[str, Any]] = answers(spec.ladder, opened.on_ladder())
-    for one in found:
-        name = ", ".join(f"{key}={value}" for key, value in one["axes"].items())
+    ladder_answers: list[dict[str, Any]] = answers(spec.ladder, opened.on_ladder())
+    for answer in ladder_answers:
+        name = ", ".join(f"{key}={value}" for key, value in answer["axes"].items())
         marks = [text for text in ("SYNTHETIC" if spec.synthetic else "", name) if text]
-        print(": ".join([*marks, one["sentence"]]))
-        for warning in one["warnings"]:
+        print(": ".join([*marks, answer["sentence"]]))
+        for warning in answer["warnings"]:
             print(f"  warning: {warning}")
-    return found
+    return ladder_answers

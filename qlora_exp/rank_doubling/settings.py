@@ -1,4 +1,4 @@
-"""What a ladder may ask for: its ranks, seeds and learning rates, checked before anything is trained."""
+"""The settings of a rank ladder: ranks, seeds and learning rates, checked before anything is trained."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qlora_exp.study.types import Axis, LadderSettings, LadderSpec
 
 RANK, SEED, RATE, SPLIT = "lora.r", "seed", "training.learning_rate", "evaluation.split"
 OWN_KEYS = (RANK, SEED, RATE, SPLIT)
-"""What a ladder sets in each of its trials: no axes of anybody else's."""
+"""Keys that a ladder sets in each of its trials: no other axis may use them."""
 
 
 def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSettings]) -> LadderSpec:
-    """``sweep.ladder``, checked.
+    """Return the checked ``sweep.ladder``.
 
     Raises:
         ConfigError, or Problems for several.
@@ -71,36 +71,40 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
 
 
 def doublings_of(r_start: int, r_max: int) -> int:
-    """How often r_start can be doubled without passing r_max."""
+    """Return how often r_start can be doubled without passing r_max."""
     return (r_max // r_start).bit_length() - 1 if 1 <= r_start <= r_max else 0
 
 
 def ranks_of(spec: LadderSpec) -> list[int]:
+    """Return the ranks of a ladder, ascending."""
     return [spec.r_start << step for step in range(doublings_of(spec.r_start, spec.r_max) + 1)]
 
 
 def rule_of(spec: LadderSpec) -> Rule:
-    assert spec.margin is not None  # where there is a doubling, resolve() has refused a missing one
+    """Return the decision rule that the ladder's margin and number of doublings give."""
+    assert spec.margin is not None  # resolve() requires a margin unless there is a single rank
     return make_rule(spec.margin, doublings_of(spec.r_start, spec.r_max), spec.half_zone)
 
 
 def is_single(spec: LadderSpec) -> bool:
-    """Whether nothing is doubled: a learning rate is chosen by pilots, then the seeds are run, and that is all."""
+    """Return whether there is only one rank: pilots choose its learning rate, its seeds are run, and nothing is
+    decided."""
     return spec.r_start == spec.r_max
 
 
 def most_trials(spec: LadderSpec) -> int:
-    """What all ladders together can ask for at most: per rank its pilots, one of them beyond the grid, and seeds."""
+    """Return the maximum number of trials of all ladders: the pilots of each rank, one beyond the grid included, and
+    the seeds."""
     ranks = len(ranks_of(spec))
-    seeds = spec.seeds if is_single(spec) else spec.most_seeds  # a purchase is a doubling's
+    seeds = spec.seeds if is_single(spec) else spec.most_seeds  # only a doubling's decision can add seeds
     searched = {LrPolicy.search.value: ranks, LrPolicy.transfer.value: 1}.get(spec.lr_policy, 0)
     return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * seeds)
 
 
 def own_axes(spec: LadderSpec) -> tuple[Axis, ...]:
-    """The axes that the ladder's trials have besides the others'."""
-    rates = [rate for one in spec.ladders for rank in ranks_of(spec) for rate in rates_of(spec, one, rank)]
-    rates += [one.learning_rate for one in spec.ladders]
+    """Return the axes that the ladder adds to the sweep's other axes."""
+    rates = [rate for ladder in spec.ladders for rank in ranks_of(spec) for rate in rates_of(spec, ladder, rank)]
+    rates += [ladder.learning_rate for ladder in spec.ladders]
     reach = max(high / low for low, high in pairwise(spec.lr_factors)) if len(spec.lr_factors) > 1 else 2.0
     low, high = rounded(min(rates) / reach / 2), rounded(max(rates) * reach * 2)
     seeds = (*range(spec.first_seed, spec.first_seed + MOST_SEEDS), spec.pilot_seed)
@@ -113,15 +117,17 @@ def own_axes(spec: LadderSpec) -> tuple[Axis, ...]:
     return tuple(replace(axis, tags=("ladder",)) for axis in parse_axes(texts, {}))
 
 
-def rates_of(spec: LadderSpec, one: LadderSettings, rank: int) -> list[float]:
-    """Rising."""
-    centre = one.learning_rate * lr_scale(spec, one, rank)
+def rates_of(spec: LadderSpec, ladder: LadderSettings, rank: int) -> list[float]:
+    """Return the learning rates of a rank's pilots, ascending."""
+    centre = ladder.learning_rate * lr_scale(spec, ladder, rank)
     return [rounded(centre * factor) for factor in spec.lr_factors]
 
 
-def lr_scale(spec: LadderSpec, one: LadderSettings, rank: int) -> float:
-    return float((rank / spec.r_start) ** one.rate_exponent)
+def lr_scale(spec: LadderSpec, ladder: LadderSettings, rank: int) -> float:
+    """Return the factor between the rank's central learning rate and the one at r_start."""
+    return float((rank / spec.r_start) ** ladder.rate_exponent)
 
 
 def rounded(rate: float) -> float:
+    """Return ``rate`` rounded to four significant digits."""
     return float(f"{rate:.4g}")
