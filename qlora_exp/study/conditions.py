@@ -1,4 +1,5 @@
-"""When an axis is searched: ``lora.alpha_policy == fixed and lora.r > 8``, over other axes of the same space."""
+"""Conditional axes, for example ``lora.alpha_policy == fixed and lora.r > 8``: the axis is searched only if this
+holds."""
 
 from __future__ import annotations
 
@@ -37,19 +38,23 @@ SIGNS: dict[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Clause:
+    """One comparison of a condition, for example ``lora.r > 8``."""
+
     key: str
     sign: str
     value: Any
 
     def holds(self, params: Mapping[str, Any]) -> bool:
-        """``params``: the values of the active axes; a clause over an inactive one doesn't hold."""
+        """Return whether the clause holds for ``params``, the values of the active axes; over an inactive axis it
+        doesn't."""
         return self.key in params and bool(SIGNS[self.sign](params[self.key], self.value))
 
 
 def check_conditions(axes: Sequence[Axis], narrowed: Collection[str] = ()) -> list[QloraExpError]:
-    """What is wrong with the axes' conditions: grammar, names, values that can't be, cycles.
+    """Return the problems in the axes' conditions: grammar, unknown axes, impossible values, cycles.
 
-    ``narrowed``: axes that search less than was declared; that a condition over one never holds is then meant.
+    ``narrowed``: axes that the command searches over less than the sweep's file declares. A condition over one of them
+    may never hold; that is no problem.
     """
     by_key = {axis.key: axis for axis in axes}
     errors: list[QloraExpError] = []
@@ -69,19 +74,19 @@ def check_conditions(axes: Sequence[Axis], narrowed: Collection[str] = ()) -> li
 
 
 def in_order(axes: Sequence[Axis]) -> list[Axis]:
-    """Axes such that each comes after those that its condition names."""
+    """Return the axes sorted so that each comes after the axes that its condition names."""
     by_key = {axis.key: axis for axis in axes}
-    needs = {axis.key: [clause.key for clause in clauses(axis)] for axis in axes}
-    return [by_key[key] for key in TopologicalSorter(needs).static_order()]
+    named_keys = {axis.key: [clause.key for clause in clauses(axis)] for axis in axes}
+    return [by_key[key] for key in TopologicalSorter(named_keys).static_order()]
 
 
 def is_active(axis: Axis, params: Mapping[str, Any]) -> bool:
-    """Whether ``axis`` is searched, given the values of the axes before it."""
+    """Return whether ``axis`` is searched, given the values of the axes before it."""
     return all(clause.holds(params) for clause in clauses(axis))
 
 
 def active_part(axes: Sequence[Axis], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of ``values`` (one per axis) those whose condition holds, in the order of ``axes``."""
+    """Return the part of ``values`` (one per axis) whose axes are active, in the order of ``axes``."""
     params: dict[str, Any] = {}
     for axis in in_order(axes):
         if is_active(axis, params):
@@ -90,24 +95,25 @@ def active_part(axes: Sequence[Axis], values: Mapping[str, Any]) -> dict[str, An
 
 
 def clauses(axis: Axis) -> tuple[Clause, ...]:
+    """Return the clauses of the axis's condition; empty if it has none."""
     return _parse(axis.condition, f"sweep.conditions.{axis.key}: {axis.condition}") if axis.condition else ()
 
 
 @lru_cache
 def _parse(text: str, where: str) -> tuple[Clause, ...]:
-    found, position = [], 0
+    clauses, position = [], 0
     while True:
         match = CLAUSE.match(text, position)
         if match is None:
             raise ConfigError("a condition that can't be read", where, CONDITION_HINT)
-        found.append(Clause(match["key"], match["sign"], _value(match["value"], where)))
-        joined = AND.match(text, match.end())
-        if joined is None:
+        clauses.append(Clause(match["key"], match["sign"], _value(match["value"], where)))
+        conjunction = AND.match(text, match.end())
+        if conjunction is None:
             break
-        position = joined.end()
+        position = conjunction.end()
     if match.end() != len(text):
         raise ConfigError(f"a condition that can't be read from {text[match.end() :]!r} on", where, CONDITION_HINT)
-    return tuple(found)
+    return tuple(clauses)
 
 
 def _value(text: str, where: str) -> Any:
@@ -124,12 +130,14 @@ def _wrong(clause: Clause, axis: Axis, by_key: Mapping[str, Axis], narrowed: Col
         return ConfigError(f"{clause.key} is no axis of this search", where, nearest(clause.key, others))
     if (clause.sign == "in") != isinstance(clause.value, list):
         return ConfigError(f"{clause.sign} doesn't go with {clause.value}", where, CONDITION_HINT)
-    other = by_key[clause.key]
-    if clause.sign in ("<", "<=", ">", ">=") and not all(map(_is_number, [clause.value, *other.values])):
+    referenced = by_key[clause.key]
+    if clause.sign in ("<", "<=", ">", ">=") and not all(map(_is_number, [clause.value, *referenced.values])):
         return ConfigError(f"{clause.sign} compares numbers", where, CONDITION_HINT)
-    can_hold = other.low is not None or other.key in narrowed
-    if not can_hold and not any(clause.holds({other.key: value}) for value in other.values):
-        return ConfigError("a condition that never holds", where, f"{other.key} is searched over {other.text}")
+    can_hold = referenced.low is not None or referenced.key in narrowed
+    if not can_hold and not any(clause.holds({referenced.key: value}) for value in referenced.values):
+        return ConfigError(
+            "a condition that never holds", where, f"{referenced.key} is searched over {referenced.text}"
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""Axes as Optuna's distributions, and values between the two."""
+"""Conversion of axes to Optuna's distributions, and of values in both directions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qlora_exp.study.types import Axis, AxisKind
 
 
 def distribution(axis: Axis) -> BaseDistribution:
+    """Return the Optuna distribution of an axis."""
     if axis.kind is AxisKind.CHOICE:
         return CategoricalDistribution([encoded(value) for value in axis.values])
     assert axis.low is not None
@@ -25,12 +26,12 @@ def distribution(axis: Axis) -> BaseDistribution:
 
 
 def encoded(value: Any) -> Any:
-    """``value`` as Optuna keeps it: scalars as they are, lists and mappings as override text."""
+    """Return ``value`` as Optuna stores it: scalars unchanged, lists and mappings as override text."""
     return hydra_value(value) if isinstance(value, list | tuple | Mapping) else value
 
 
 def decode_value(axis: Axis, stored: Any) -> Any:
-    """The axis's value for what Optuna holds."""
+    """Return the axis's value for a value stored by Optuna."""
     for value in axis.values if axis.kind is AxisKind.CHOICE else ():
         if encoded(value) == stored and isinstance(stored, bool) == isinstance(value, bool):
             return value
@@ -38,11 +39,12 @@ def decode_value(axis: Axis, stored: Any) -> Any:
 
 
 def decoded_params(axes: Sequence[Axis], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the axes' values for the parameters stored by Optuna."""
     return {axis.key: decode_value(axis, stored[axis.key]) for axis in axes if axis.key in stored}
 
 
 def suggest(axes: Sequence[Axis], trial: Trial) -> dict[str, Any]:
-    """Ask for a value of every active axis: one that the trial has already is kept."""
+    """Return a value for every active axis, as suggested by the trial; a value that the trial already has stays."""
     params: dict[str, Any] = {}
     for axis in in_order(axes):
         if is_active(axis, params):
@@ -51,16 +53,16 @@ def suggest(axes: Sequence[Axis], trial: Trial) -> dict[str, Any]:
 
 
 def fits(axis: Axis, value: Any) -> bool:
-    """Whether ``value`` lies on the axis."""
-    kind = distribution(axis)
+    """Return whether ``value`` lies on the axis."""
+    distribution_of_axis = distribution(axis)
     try:
-        return kind._contains(kind.to_internal_repr(encoded(value)))
+        return distribution_of_axis._contains(distribution_of_axis.to_internal_repr(encoded(value)))
     except ValueError:
         return False
 
 
 def check_enqueued(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) -> list[ConfigError]:
-    """What is wrong with configurations to try first."""
+    """Return the problems in the enqueued configurations."""
     by_key = {axis.key: axis for axis in axes}
     errors = []
     for index, point in enumerate(points):
@@ -74,10 +76,22 @@ def check_enqueued(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) ->
 
 
 def _suggest(axis: Axis, trial: Trial) -> Any:
-    kind = distribution(axis)
-    if isinstance(kind, CategoricalDistribution):
-        return trial.suggest_categorical(axis.key, kind.choices)
-    if isinstance(kind, IntDistribution):
-        return trial.suggest_int(axis.key, kind.low, kind.high, step=kind.step, log=kind.log)
-    assert isinstance(kind, FloatDistribution)
-    return trial.suggest_float(axis.key, kind.low, kind.high, step=kind.step, log=kind.log)
+    distribution_of_axis = distribution(axis)
+    if isinstance(distribution_of_axis, CategoricalDistribution):
+        return trial.suggest_categorical(axis.key, distribution_of_axis.choices)
+    if isinstance(distribution_of_axis, IntDistribution):
+        return trial.suggest_int(
+            axis.key,
+            distribution_of_axis.low,
+            distribution_of_axis.high,
+            step=distribution_of_axis.step,
+            log=distribution_of_axis.log,
+        )
+    assert isinstance(distribution_of_axis, FloatDistribution)
+    return trial.suggest_float(
+        axis.key,
+        distribution_of_axis.low,
+        distribution_of_axis.high,
+        step=distribution_of_axis.step,
+        log=distribution_of_axis.log,
+    )

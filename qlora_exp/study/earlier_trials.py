@@ -1,4 +1,5 @@
-"""Trials that weren't asked here: those of earlier studies, and those of a lost database, from their runs' records."""
+"""Trials that this database didn't create: those of earlier studies, and those of a lost database, from their runs'
+records."""
 
 from __future__ import annotations
 
@@ -29,44 +30,48 @@ STATES = {
 
 
 def earlier_trials(spec: StudySpec, storage: optuna.storages.BaseStorage) -> list[FrozenTrial]:
-    """Finished trials of the ``warm_start`` studies in the same storage, for the sampler alone: they have no number
-    here and don't count. Parameters that aren't on an axis are left out, and so are trials without any.
+    """Return finished trials of the ``warm_start`` studies in the same storage, for the sampler only.
+
+    They have no number in this study and don't count. Parameters that aren't on an axis are dropped, as are trials
+    without any.
 
     Raises:
-        ConfigError: no such study, or one with other objectives.
+        ConfigError: no such study, or one with different objectives.
     """
     if not spec.warm_start:
         return []
     studies = {study.study_name: study for study in storage.get_all_studies()}
     raise_all([error for name in spec.warm_start if (error := _unfit(name, spec, studies))])
-    found = [
+    trials = [
         trial
         for name in spec.warm_start
         for trial in storage.get_all_trials(
             studies[name]._study_id, states=(TrialState.COMPLETE, TrialState.PRUNED), deepcopy=True
         )
     ]
-    return [trial for trial in found if _narrowed(trial, spec.axes)]
+    return [trial for trial in trials if _narrowed(trial, spec.axes)]
 
 
 def check_earlier(spec: StudySpec) -> None:
-    """Raise :class:`ConfigError` where ``warm_start`` names studies of a database that doesn't exist: looking for them
-    would make one."""
+    """Raise :class:`ConfigError` if ``warm_start`` names studies but the database doesn't exist. Looking for them in it
+    would create it."""
     file = sqlite_file(spec.storage)
     if file is not None and not file.exists():
         raise_all([error for name in spec.warm_start if (error := _unfit(name, spec, {}))])
 
 
 def trials_of_records(spec: StudySpec, records: Sequence[RunRecord]) -> list[FrozenTrial]:
-    """The study's trials by number, from the records of their runs; the last attempt's counts. What has no record, or
-    hadn't ended, waits to be claimed."""
-    last: dict[int, RunRecord] = {}
+    """Return the study's trials by number, from the records of their runs.
+
+    The last attempt counts. A trial without a record, or whose run hadn't ended, is WAITING.
+    """
+    latest: dict[int, RunRecord] = {}
     for record in records:
         if record.trial and is_trial_of(record, spec):
-            before = last.get(record.trial.number)
-            if before is None or before.trial is None or before.trial.attempt <= record.trial.attempt:
-                last[record.trial.number] = record
-    return [_trial_of(last.get(number), spec) for number in range(max(last, default=-1) + 1)]
+            previous = latest.get(record.trial.number)
+            if previous is None or previous.trial is None or previous.trial.attempt <= record.trial.attempt:
+                latest[record.trial.number] = record
+    return [_trial_of(latest.get(number), spec) for number in range(max(latest, default=-1) + 1)]
 
 
 def _unfit(name: str, spec: StudySpec, studies: Mapping[str, Any]) -> ConfigError | None:
@@ -82,7 +87,7 @@ def _unfit(name: str, spec: StudySpec, studies: Mapping[str, Any]) -> ConfigErro
 
 
 def _narrowed(trial: FrozenTrial, axes: Sequence[Axis]) -> bool:
-    """Keep what fits the axes; whether anything does."""
+    """Reduce the trial to the parameters that fit the axes; return whether there are any."""
     spaces, params = _placed(axes, trial.params)
     trial.params, trial.distributions = params, spaces
     trial.number = WARM_NUMBER
@@ -116,7 +121,7 @@ def _trial_of(record: RunRecord | None, spec: StudySpec) -> FrozenTrial:
 
 
 def _placed(axes: Sequence[Axis], params: Mapping[str, Any]) -> tuple[dict[str, BaseDistribution], dict[str, Any]]:
-    """Distributions and stored values of the parameters that lie on an axis."""
+    """Return distributions and stored values of the parameters that lie on an axis."""
     fitting = [axis for axis in axes if axis.key in params and fits(axis, encoded(params[axis.key]))]
     spaces = {axis.key: distribution(axis) for axis in fitting}
     return spaces, {axis.key: encoded(params[axis.key]) for axis in fitting}

@@ -1,7 +1,7 @@
-"""Which study a name means in a storage: each study has an identity of its own, and its name is for people.
+"""Each study has a unique identity; its name is for people.
 
-Two output roots may share a storage, and a root may be deleted and begun again: a study of the same name is then
-another one. The identity is made once, under the study's lock; it is kept in the storage first, then in ``study.json``.
+Two output roots may share a storage, and a root may be deleted and created again: a study of the same name is then a
+different study. The identity is created once, under the study's lock. The storage has it first, then ``study.json``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ IDENTITY, BEGUN_UNDER = "identity", "output_root"
 
 
 def identity_of(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.BaseStorage, held: bool, url: str) -> str:
-    """The study's identity, new where it has none. ``held``: whether the storage has a study of its name.
+    """Return the study's identity, a new one if it has none. ``held``: whether the storage has a study of this name.
 
     Raises:
-        StudyError: that one is another study.
+        StudyError: the stored study is a different one.
     """
     file = _study_file(paths)
     local = file.get("id")
@@ -37,7 +37,7 @@ def identity_of(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.Bas
     if local is not None and _is_copy(file, paths):
         if not own:
             raise another(spec, url, attributes)
-        # Both go on from here, each as a study of its own. A copy that has begun to has its identity in its storage.
+        # Original and copy continue as two studies. A copy that has already run has its identity in its storage.
         return str(stored) if attributes.get(BEGUN_UNDER) == spec.output_root and stored != local else new_identity()
     if stored is not None and local in (stored, None) and (local or own or _is_ours(spec, paths, storage, study_id)):
         return str(stored)
@@ -47,7 +47,7 @@ def identity_of(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.Bas
 
 
 def keep_identity(study: optuna.Study, spec: StudySpec, identity: str) -> None:
-    """Write what is new of it into the storage."""
+    """Write the identity and the output root into the storage, as far as they are new."""
     attributes = study.user_attrs
     for key, value in ((IDENTITY, identity), (BEGUN_UNDER, spec.output_root)):
         if attributes.get(key) != value:
@@ -55,6 +55,7 @@ def keep_identity(study: optuna.Study, spec: StudySpec, identity: str) -> None:
 
 
 def new_identity() -> str:
+    """Return a new random identity."""
     return uuid.uuid4().hex
 
 
@@ -67,30 +68,34 @@ def _study_file(paths: StudyPaths) -> dict[str, Any]:
 
 
 def _is_copy(file: dict[str, Any], paths: StudyPaths) -> bool:
-    """Whether ``study.json`` was copied here from an output root that still has it."""
-    here, there = paths.folder.absolute().parent.parent, Path(str(file.get("output_root")))
-    if here == there or not there.is_dir() or there.samefile(here):
+    """Return whether ``study.json`` was copied here from an output root that still has it."""
+    own_root, original_root = paths.folder.absolute().parent.parent, Path(str(file.get("output_root")))
+    if own_root == original_root or not original_root.is_dir() or original_root.samefile(own_root):
         return False
-    return _study_file(StudyPaths(there / "studies" / paths.folder.name)).get("id") == file.get("id")
+    return _study_file(StudyPaths(original_root / "studies" / paths.folder.name)).get("id") == file.get("id")
 
 
 def _is_ours(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.BaseStorage, study_id: int | None) -> bool:
-    """Whether the storage's study is the one of this folder, which says nothing of it (any more)."""
+    """Return whether the storage's study belongs to this folder, although the folder doesn't say so (any more)."""
     outputs = OutputPaths.of(spec.output_root)
     if paths.created.exists() or study_id is None:
         return True
-    runs = [trial.user_attrs.get(RUN) for trial in storage.get_all_trials(study_id, deepcopy=False)]
-    known = [str(run) for run in runs if run is not None]
+    run_ids = [trial.user_attrs.get(RUN) for trial in storage.get_all_trials(study_id, deepcopy=False)]
+    known_run_ids = [str(run) for run in run_ids if run is not None]
     begun_under = storage.get_study_user_attrs(study_id).get(BEGUN_UNDER, spec.output_root)
-    return any(outputs.run(run).folder.is_dir() for run in known) if known else bool(begun_under == spec.output_root)
+    return (
+        any(outputs.run(run).folder.is_dir() for run in known_run_ids)
+        if known_run_ids
+        else bool(begun_under == spec.output_root)
+    )
 
 
 def another(spec: StudySpec, url: str, attributes: dict[str, Any]) -> StudyError:
-    """What to say where the storage's study of that name is another one."""
-    under = attributes.get(BEGUN_UNDER)
-    shown = url.rpartition("@")[2]
+    """Return the error for a study of the same name that is a different study."""
+    original_root = attributes.get(BEGUN_UNDER)
+    location = url.rpartition("@")[2]
     return StudyError(
         f"the storage holds another study of the name {spec.name}",
-        f"{shown}" + (f", begun under {under}" if under else ""),
+        f"{location}" + (f", begun under {original_root}" if original_root else ""),
         "sweep.name=OTHER begins one of another name; a study that nobody needs: optuna delete-study",
     )

@@ -1,4 +1,4 @@
-"""What a study optimises and what it must keep to: paths into the run's record, checked before anything runs."""
+"""A study's objectives and constraints: paths into the run's record, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from qlora_exp.records.types import Memory, RunRecord
 from qlora_exp.study.types import Outcome, StudySpec
 
 MODEL_STATE = "memory.model_state_bytes"
-"""Derived: what training keeps besides activations: base, quantization state, adapter, gradients and optimizer."""
+"""Derived field: memory that training needs besides activations (base, quantization state, adapter, gradients,
+optimizer)."""
 
 
 Direction = Literal["minimize", "maximize"]
@@ -26,12 +27,16 @@ DIRECTIONS: dict[str, Direction] = {"minimize": "minimize", "maximize": "maximiz
 
 @dataclass(frozen=True)
 class Objective:
+    """A field of the record, to minimize or maximize."""
+
     direction: Direction
     field: str
 
 
 @dataclass(frozen=True)
 class Constraint:
+    """A bound on a field of the record."""
+
     field: str
     sign: str
     """``<=`` or ``>=``."""
@@ -39,20 +44,20 @@ class Constraint:
 
 
 def parse_objective(text: str) -> Objective:
-    """``minimize FIELD`` or ``maximize FIELD``, FIELD a path to a number in the record.
+    """Return the objective for ``minimize FIELD`` or ``maximize FIELD``; FIELD is a path to a number in the record.
 
     Raises:
         ConfigError: another form, or no such field.
     """
-    word, _, field = text.strip().partition(" ")
+    direction, _, field = text.strip().partition(" ")
     where = f"sweep.objectives: {text}"
-    if word not in DIRECTIONS:
+    if direction not in DIRECTIONS:
         raise ConfigError("an objective begins with minimize or maximize", where, "minimize FIELD")
-    return Objective(DIRECTIONS[word], _checked_field(field.strip(), where))
+    return Objective(DIRECTIONS[direction], _checked_field(field.strip(), where))
 
 
 def parse_constraint(text: str) -> Constraint:
-    """``FIELD <= NUMBER`` or ``FIELD >= NUMBER``.
+    """Return the constraint for ``FIELD <= NUMBER`` or ``FIELD >= NUMBER``.
 
     Raises:
         ConfigError: another form, or no such field.
@@ -69,7 +74,7 @@ def parse_constraint(text: str) -> Constraint:
 
 
 def objective_value(record: RunRecord, field: str) -> float | None:
-    """The number at ``field``; ``None`` where it is unknown or not finite."""
+    """Return the number at ``field``; ``None`` if it is unknown or not finite."""
     if field == MODEL_STATE:
         return _model_state_bytes(record.memory)
     value: Any = record
@@ -81,9 +86,9 @@ def objective_value(record: RunRecord, field: str) -> float | None:
 
 
 def violation_of(record: RunRecord, constraint: Constraint) -> float:
-    """How far the constraint is broken, in the field's unit; at most 0 where it is kept.
+    """Return by how much the record violates the constraint, in the field's unit; at most 0 if it is satisfied.
 
-    An unknown value counts as kept (0): a missing measurement must not turn a whole study infeasible.
+    An unknown value counts as satisfied (0): a missing measurement must not make a whole study infeasible.
     """
     value = objective_value(record, constraint.field)
     if value is None:
@@ -92,7 +97,7 @@ def violation_of(record: RunRecord, constraint: Constraint) -> float:
 
 
 def outcome_of(record: RunRecord, spec: StudySpec) -> Outcome:
-    """What is told of an ended run."""
+    """Return the outcome of an ended run, with the values of objectives and constraints."""
     return Outcome(
         status=record.status,
         values=tuple(objective_value(record, parse_objective(text).field) for text in spec.objectives),
@@ -104,7 +109,7 @@ def outcome_of(record: RunRecord, spec: StudySpec) -> Outcome:
 
 @cache
 def numeric_fields() -> tuple[str, ...]:
-    """Paths of all numbers in a record; ``….*`` where any name may follow."""
+    """Return the paths of all numbers in a record; ``….*`` where any name may follow."""
     return (MODEL_STATE, *_numbers(RunRecord, ""))
 
 
@@ -122,8 +127,8 @@ def _model_state_bytes(memory: Memory) -> float | None:
 
 def _checked_field(field: str, where: str) -> str:
     fields = numeric_fields()
-    open_ended = (path.removesuffix("*") for path in fields if path.endswith("*"))
-    if field in fields or any(field.startswith(path) and len(field) > len(path) for path in open_ended):
+    prefixes = (prefix.removesuffix("*") for prefix in fields if prefix.endswith("*"))
+    if field in fields or any(field.startswith(prefix) and len(field) > len(prefix) for prefix in prefixes):
         return field
     raise ConfigError(f"a record has no number {field!r}", where, nearest(field, fields))
 

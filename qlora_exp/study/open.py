@@ -1,4 +1,4 @@
-"""Creating a study in Optuna's storage, opening it again, and making it anew from its runs' records."""
+"""Create a study in Optuna's storage, open it again, or rebuild it from its runs' records."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from qlora_exp.study.types import StudySpec
 
 
 def open_study(spec: StudySpec, paths: StudyPaths, url: str) -> tuple[optuna.Study, str]:
-    """As :meth:`~qlora_exp.study.study.Study.open`; the study and its identity."""
+    """Return the study and its identity; see :meth:`~qlora_exp.study.study.Study.open`."""
     check_search(spec)
     paths.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(paths.lock):
         storage = connect(url, spec.name)
-        held = _holds(storage, spec.name)
-        if paths.created.exists() and not held:
+        exists = _holds(storage, spec.name)
+        if paths.created.exists() and not exists:
             raise damaged(
                 f"the database doesn't hold the study {spec.name} any more", url.rpartition("@")[2], spec.name
             )
-        identity = identity_of(spec, paths, storage, held, url)
+        identity = identity_of(spec, paths, storage, exists, url)
         study = _created(spec, storage)
         keep_identity(study, spec, identity)
         if not paths.created.exists():
@@ -42,7 +42,7 @@ def open_study(spec: StudySpec, paths: StudyPaths, url: str) -> tuple[optuna.Stu
 
 
 def rebuild_study(spec: StudySpec, paths: StudyPaths, records: Sequence[RunRecord], url: str) -> None:
-    """As :meth:`~qlora_exp.study.study.Study.rebuild`."""
+    """See :meth:`~qlora_exp.study.study.Study.rebuild`."""
     check_search(spec)
     paths.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(paths.lock):
@@ -64,7 +64,7 @@ def _holds(storage: optuna.storages.BaseStorage, name: str) -> bool:
 
 
 def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.Study:
-    """The study in ``storage``, new or of before; raises :class:`StudyError` where it asks something else."""
+    """Create the study in ``storage`` or load it; raise :class:`StudyError` if it exists with different settings."""
     study = optuna.create_study(
         study_name=spec.name,
         storage=storage,
@@ -73,13 +73,17 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
         directions=[parse_objective(text).direction for text in spec.objectives],
         load_if_exists=True,
     )
-    asked, stored = _question(spec), study.user_attrs.get("asks")
-    if stored is None:
-        study.set_user_attr("asks", asked)
+    settings, stored_settings = _question(spec), study.user_attrs.get("asks")
+    if stored_settings is None:
+        study.set_user_attr("asks", settings)
         return study
-    # A key that only one of them has came or went with another version of this package.
-    both = [key for key in asked if key in stored]
-    changes = [f"{key}: {stored[key]} there, {asked[key]} now" for key in both if not _same(key, stored, asked, spec)]
+    # A key that only one of them has was added or removed by another version of this package.
+    shared_keys = [key for key in settings if key in stored_settings]
+    changes = [
+        f"{key}: {stored_settings[key]} there, {settings[key]} now"
+        for key in shared_keys
+        if not _same(key, stored_settings, settings, spec)
+    ]
     if changes:
         raise StudyError(
             f"the study {spec.name} exists and asks something else",
@@ -89,16 +93,18 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
     return study
 
 
-def _same(key: str, stored: dict[str, Any], asked: dict[str, Any], spec: StudySpec) -> bool:
-    """Studies of earlier versions have the text of an interpolation where its value is now."""
-    return bool(stored[key] == asked[key] or stored[key] == spec.interpolated.get(key))
+def _same(key: str, stored: dict[str, Any], settings: dict[str, Any], spec: StudySpec) -> bool:
+    """Return whether a setting is unchanged. Earlier versions stored the text of an interpolation instead of its
+    value."""
+    return bool(stored[key] == settings[key] or stored[key] == spec.interpolated.get(key))
 
 
 def _question(spec: StudySpec) -> dict[str, Any]:
-    """What can't change once trials exist: later ones couldn't be compared, or would repeat earlier ones."""
-    ladder = {} if spec.ladder is None else {"ladder": to_dict(spec.ladder)}
+    """Return the settings that can't change once trials exist: later trials couldn't be compared, or would repeat
+    earlier ones."""
+    ladder_settings = {} if spec.ladder is None else {"ladder": to_dict(spec.ladder)}
     return {
-        **ladder,
+        **ladder_settings,
         "axes": [f"{axis.key}={axis.text}" + (f" if {axis.condition}" if axis.condition else "") for axis in spec.axes],
         "objectives": list(spec.objectives),
         "constraints": list(spec.constraints),

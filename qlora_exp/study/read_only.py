@@ -1,4 +1,4 @@
-"""A study read from the outside: nothing is written, so that a copy on a read-only disk can be read, too."""
+"""Read a study without writing anything, so that a copy on a read-only disk can be read, too."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from qlora_exp.study.storage import BUSY_SECONDS, connect, damaged, sqlite_file
 from qlora_exp.study.types import StudySpec
 
 _copies: list[tempfile.TemporaryDirectory[str]] = []
-"""Databases that had to be copied to be read; they go when the process ends."""
+"""Databases that had to be copied before reading; the copies are deleted when the process ends."""
 
 
 def read_study(spec: StudySpec, url: str) -> optuna.Study:
-    """As :meth:`~qlora_exp.study.study.Study.read`."""
+    """See :meth:`~qlora_exp.study.study.Study.read`."""
     file = sqlite_file(url)
     storage = connect(url, spec.name) if file is None else _read_only(file, spec.name)
-    shown = url.rpartition("@")[2]
+    location = url.rpartition("@")[2]
     try:
         study_id = storage.get_study_id_from_name(spec.name)
     except KeyError:
-        raise damaged(f"the database doesn't hold the study {spec.name} any more", shown, spec.name) from None
+        raise damaged(f"the database doesn't hold the study {spec.name} any more", location, spec.name) from None
     attributes = storage.get_study_user_attrs(study_id)
     if None not in (spec.id, attributes.get(IDENTITY)) and attributes[IDENTITY] != spec.id:
         raise another(spec, url, attributes)
@@ -47,15 +47,18 @@ def _read_only(file: Path, name: str) -> optuna.storages.BaseStorage:
     try:
         backend = optuna.storages.RDBStorage(url, engine_kwargs={"creator": connection}, skip_table_creation=True)
         return optuna.storages.get_storage(backend)
-    except Exception as error:  # SQLAlchemy's and Optuna's own
+    except Exception as error:  # SQLAlchemy and Optuna each raise their own
         raise StudyError(
             f"the study's database can't be read: {str(error).splitlines()[0]}", str(file), "qlora-exp doctor"
         ) from None
 
 
 def _readable(file: Path, name: str) -> str:
-    """An address under which SQLite reads ``file`` without writing. What an unfinished sweep left in its write-ahead
-    log can only be read in a folder that takes files: there, a copy of both is read."""
+    """Return a URI under which SQLite reads ``file`` without writing.
+
+    The write-ahead log of an unfinished sweep can only be read in a writable folder. In a read-only one, this copies
+    database and log and returns the copy's URI.
+    """
     address = f"file:{quote(str(file.absolute()))}?mode=ro"
     try:
         _check(address, file, name)
@@ -80,15 +83,16 @@ def _readable(file: Path, name: str) -> str:
 
 
 def _check(address: str, file: Path, name: str) -> None:
-    """Raise ``sqlite3.OperationalError`` where it can't be opened so, :class:`StudyError` where it is damaged."""
+    """Raise ``sqlite3.OperationalError`` if ``address`` can't be opened, :class:`StudyError` if the database is
+    damaged."""
     try:
         with closing(sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS)) as database:
-            answer = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
+            result = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
     except sqlite3.OperationalError as error:
         if "malformed" not in str(error):
             raise
-        answer = str(error)
+        result = str(error)
     except sqlite3.DatabaseError as error:
-        answer = str(error)
-    if answer != "ok":
-        raise damaged(f"the study's database is damaged: {answer}", file, name)
+        result = str(error)
+    if result != "ok":
+        raise damaged(f"the study's database is damaged: {result}", file, name)

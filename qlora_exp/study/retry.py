@@ -1,7 +1,7 @@
-"""Trials that have ended badly, made free to be run again under their numbers; the others stay as they are.
+"""Reopen trials that ended badly, so that they run again under their numbers.
 
-Optuna has no call for it: a trial that has ended can't be changed through its storage. So the tables are written here,
-all trials in one transaction, while nobody works on the study.
+Optuna has no call for this: its storage doesn't change a trial that has ended. So this module writes the tables itself,
+all trials in one transaction, while no process works on the study.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from qlora_exp.study.user_attributes import (
 
 DOES_NOT_FIT_CHOICE = "does_not_fit"
 RETRIED = ("failed", "out_of_memory", DOES_NOT_FIT_CHOICE)
-"""What a person may ask for: a trial's status, as it is shown, in lower case."""
+"""Allowed values of ``--retry``: a trial's displayed status, in lower case."""
 
 
 def retry_trials(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> list[int]:
-    """Let the study's trials that ended as ``what`` be claimed again, their attempts counted afresh; their numbers.
+    """Make the study's trials that ended as ``what`` claimable again, with their attempts reset; return their numbers.
 
-    A run with a checkpoint goes on from it. The record keeps the failure among its earlier ones.
+    A run with a checkpoint continues from it. The record keeps the failure among its earlier ones.
 
     Raises:
-        StudyError: the study can't be opened, or its storage is none that this can be done in.
-        ConfigError: its sampler asks for another trial in the place of one that doesn't fit.
+        StudyError: the study can't be opened, or its storage doesn't support this.
+        ConfigError: the study's sampler replaces trials that don't fit by other trials.
     """
     if what == DOES_NOT_FIT_CHOICE and spec.sampler not in ("grid", "ladder"):
         raise ConfigError(
@@ -63,7 +63,8 @@ def retry_trials(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> lis
     study_id = storage.get_study_id_from_name(spec.name)
     with FileLock(paths.lock):
         trials = [trial for trial in storage.get_all_trials(study_id) if _ended_as(trial, what)]
-        for trial in trials:  # first: a trial that is free while its record has ended would only be told again
+        # Records first: if a trial were claimed while its record still says that it ended, it would not run again.
+        for trial in trials:
             _reopen_record(trial, OutputPaths(paths.folder.parent.parent))
         with _create_scoped_session(backend.scoped_session) as session:
             for trial in trials:
@@ -72,7 +73,7 @@ def retry_trials(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> lis
 
 
 def _ended_as(trial: FrozenTrial, what: str) -> bool:
-    """By what was told; a trial that another tool has ended says nothing of itself."""
+    """Return whether the trial ended as ``what``. A trial that another tool ended has no status of ours."""
     if what == DOES_NOT_FIT_CHOICE:
         return is_refused(trial)
     unfinished = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
@@ -94,9 +95,9 @@ def _free(trial: FrozenTrial, session: Any) -> None:
     row = models.TrialModel.find_or_raise_by_id(trial._trial_id, session, for_update=True)
     row.state, row.datetime_complete = TrialState.WAITING, None
     attempt = attempt_of(trial)
-    attributes = {CLAIM: {"attempt": attempt, "owner": None}, INTERRUPTED_ATTEMPTS: attempt, MEMORY_RETRIES: 0}
-    attributes |= dict.fromkeys((FAILURE, REFUSED))
-    for key, value in attributes.items():
+    new_attributes = {CLAIM: {"attempt": attempt, "owner": None}, INTERRUPTED_ATTEMPTS: attempt, MEMORY_RETRIES: 0}
+    new_attributes |= dict.fromkeys((FAILURE, REFUSED))
+    for key, value in new_attributes.items():
         attribute = models.TrialUserAttributeModel.find_by_trial_and_key(row, key, session)
         if attribute is None:
             session.add(models.TrialUserAttributeModel(trial_id=row.trial_id, key=key, value_json=json.dumps(value)))
@@ -105,5 +106,5 @@ def _free(trial: FrozenTrial, session: Any) -> None:
 
 
 def numbers_text(numbers: Sequence[int]) -> str:
-    """``trial 3`` or ``trials 3, 7, 9``."""
+    """Return ``trial 3`` or ``trials 3, 7, 9``."""
     return f"trial{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -1,5 +1,8 @@
-"""Samplers and pruners by name. A sampler's randomness depends on the study's seed and the trial's number alone, so
-that a resumed study asks what an undisturbed one would have asked."""
+"""Samplers and pruners by name.
+
+A sampler's randomness depends only on the study's seed and the trial's number. So a resumed study suggests what it
+would have suggested without the interruption.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ from qlora_exp.study.types import StudySpec
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 SAMPLERS: dict[str, type[BaseSampler]] = {
-    "grid": RandomSampler,  # its points are enqueued by number; random once they are all asked
-    "ladder": RandomSampler,  # never asked: each trial has its point
+    "grid": RandomSampler,  # each trial's point follows from its number; random after the last one
+    "ladder": RandomSampler,  # never used: rank doubling sets every parameter of a trial
     "random": RandomSampler,
     "tpe": optuna.samplers.TPESampler,
     "gp": optuna.samplers.GPSampler,
@@ -44,20 +47,20 @@ NOT_OPTIONS = {
     *("seed", "constraints_func", "independent_sampler", "gamma", "weights", "source_trials", "mutation", "crossover"),
     *("elite_population_selection_strategy", "child_generation_strategy", "after_trial_strategy"),
 }
-"""Constructor arguments that are ours to set, or that can't be written in a configuration."""
+"""Constructor arguments that this package sets, or that can't be written in a configuration."""
 
 WARM_NUMBER = -1
-"""Trials of earlier studies: older than any of this one."""
+"""Number of trials from earlier studies: before any number of this study."""
 
 REFUSED_BEFORE_RANDOM = 5
-"""Trials in a row that did not fit before one is drawn at random."""
+"""After this many consecutive trials that were predicted not to fit, the next one is drawn at random."""
 
 ITEMS_ATTRIBUTE = "items:{step}"
-"""Per-item losses that a trial reported at a step, in the items' fixed order."""
+"""Attribute with the per-item losses that a trial reported at a step, in the items' fixed order."""
 
 
 def check_search(spec: StudySpec) -> None:
-    """Everything about a search that can be known to be wrong before the first trial.
+    """Check everything about a search that can be wrong before the first trial.
 
     Raises:
         ConfigError, or Problems for several.
@@ -91,10 +94,10 @@ def _wrong_on_a_ladder(spec: StudySpec) -> list[QloraExpError]:
 
 
 def make_sampler(spec: StudySpec, history: Sequence[FrozenTrial] = ()) -> BaseSampler:
-    """The study's sampler. ``history``: trials of earlier studies that it learns from as well (TPE and GP do).
+    """Return the study's sampler. ``history``: trials of earlier studies that it also learns from (only TPE and GP do).
 
     Raises:
-        ConfigError: no such sampler or option, or one that can't do what the study asks.
+        ConfigError: no such sampler or option, or one that doesn't support the study's objectives.
     """
     if spec.sampler not in SAMPLERS:
         raise ConfigError(f"no sampler {spec.sampler}", "sweep.sampler", nearest(spec.sampler, SAMPLERS))
@@ -108,7 +111,7 @@ def make_sampler(spec: StudySpec, history: Sequence[FrozenTrial] = ()) -> BaseSa
 
 
 def make_pruner(spec: StudySpec) -> BasePruner:
-    """The study's pruner.
+    """Return the study's pruner.
 
     Raises:
         ConfigError: no such pruner or option, or several objectives.
@@ -142,9 +145,9 @@ def _constructed(make: Any, kind: type, options: dict[str, Any], where: str) -> 
     )
     raise_all(
         [
-            ConfigError(f"{kind.__name__}'s {name} can't be {value!r}", f"{where}.{name}", f"its type: {told}")
+            ConfigError(f"{kind.__name__}'s {name} can't be {value!r}", f"{where}.{name}", f"its type: {required_type}")
             for name, value in options.items()
-            if (told := _other_type(kind, name, value))
+            if (required_type := _other_type(kind, name, value))
         ]
     )
     try:
@@ -158,30 +161,36 @@ PLAIN_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (st
 
 
 def _other_type(kind: type, name: str, value: Any) -> str | None:
-    """The type that an option should have, where ``value`` isn't of it: the first trial would be the one to find out.
-    Read as it is written: Optuna imports the names in it for type checkers alone."""
+    """Return the option's required type if ``value`` has another one, else ``None``. Otherwise only the first trial
+    would fail.
+
+    The annotation is compared as text, because Optuna imports the names in it only for type checkers.
+    """
     annotation = inspect.signature(kind).parameters[name].annotation
-    told = str(getattr(annotation, "__name__", annotation))
-    names = [one.strip() for one in told.split("|")]
-    if not all(one in PLAIN_TYPES for one in names):
+    type_text = str(getattr(annotation, "__name__", annotation))
+    type_names = [type_name.strip() for type_name in type_text.split("|")]
+    if not all(type_name in PLAIN_TYPES for type_name in type_names):
         return None
-    return None if any(type(value) in PLAIN_TYPES[one] for one in names) else told
+    return None if any(type(value) in PLAIN_TYPES[type_name] for type_name in type_names) else type_text
 
 
 @contextlib.contextmanager
 def _may_be_experimental() -> Iterator[None]:
-    """Optuna calls conditional TPE, QMC and Wilcoxon experimental each time one is made; nobody at the terminal can do
-    anything about it. Said here and not once for the process: whoever resets the filters would bring it back."""
+    """Silence Optuna's ExperimentalWarning for conditional TPE, QMC and Wilcoxon: the user can't act on it.
+
+    A filter set once per process would not do: any code that resets the filters would bring the warning back.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
 
 
 class SeededSampler(BaseSampler):
-    """Asks a fresh inner sampler for each trial (and, independently, each axis), seeded by the trial's number.
+    """Creates a new inner sampler for each trial (and, for independent sampling, each axis), seeded by the trial's
+    number.
 
-    An axis's independent draw doesn't depend on which axes were drawn before it, so a trial whose process died while
-    it was asked gets the values that it would have got.
+    An axis's independent draw doesn't depend on which axes were drawn before it. So a trial whose process died during
+    sampling gets the same values when it is sampled again.
     """
 
     def __init__(self, spec: StudySpec, history: Sequence[FrozenTrial] = ()) -> None:
@@ -190,12 +199,15 @@ class SeededSampler(BaseSampler):
         self._asked: dict[int, BaseSampler] = {}
 
     def inner(self, number: int, axis: str = "") -> BaseSampler:
+        """Return a new inner sampler for the trial (and axis)."""
         with _may_be_experimental():
             return self._inner(number, axis)
 
     def _asking(self, study: optuna.Study, number: int, axis: str = "") -> BaseSampler:
-        """A random draw where several trials before this one were predicted not to fit: GP looks at completed trials
-        alone, and would ask for much the same again."""
+        """Return the trial's sampler: a random one if the trials before it were predicted not to fit.
+
+        GP learns only from completed trials, so it would suggest nearly the same point again.
+        """
         if _all_refused(study, range(number - REFUSED_BEFORE_RANDOM, number)):
             return RandomSampler(_seed(self._spec.seed, number, axis))
         return self.inner(number, axis)
@@ -234,8 +246,10 @@ class SeededSampler(BaseSampler):
 
 
 class NumberedQmc(QMCSampler):
-    """Point n of one scrambled sequence for trial n: Optuna's own counts in the storage, where a kill loses a point and
-    a race doubles one."""
+    """Uses point n of one scrambled sequence for trial n.
+
+    Optuna's own QMC sampler counts in the storage, where a kill loses a point and a race uses one twice.
+    """
 
     def __init__(self, spec: StudySpec, number: int, independent: BaseSampler) -> None:
         options = {"scramble": True, "warn_independent_sampling": False} | spec.sampler_options
@@ -252,10 +266,10 @@ class NumberedQmc(QMCSampler):
 
 
 class RepeatableNsga2(optuna.samplers.NSGAIISampler):
-    """NSGA-II whose parents stand in one order.
+    """NSGA-II with parents in a fixed order.
 
-    Optuna hands the first trial of a generation its parents by fitness and every later one, from the storage, by
-    number; crossover draws parents by their place. So a trial that is asked again after a kill would get others.
+    Optuna returns a generation's parents sorted by fitness to its first trial and by number to every later one, but
+    crossover picks parents by position. So a trial that is sampled again after a kill would get other values.
     """
 
     def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
@@ -263,7 +277,7 @@ class RepeatableNsga2(optuna.samplers.NSGAIISampler):
 
 
 class ItemPruner(WilcoxonPruner):
-    """Wilcoxon's signed-rank test over per-item losses of the same items at the same step, against the best trial's."""
+    """Wilcoxon signed-rank test on per-item losses: this trial against the best one, same items at the same step."""
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         key = ITEMS_ATTRIBUTE.format(step=trial.last_step)
@@ -278,8 +292,11 @@ class ItemPruner(WilcoxonPruner):
 
 
 class _SeenByTrial(optuna.Study):
-    """A study as a sampler sees it that is asked for a trial: with trials of earlier studies, without that trial. GP
-    takes running trials as points already measured: a trial asked again after a kill would avoid its own values."""
+    """The study that the sampler sees for one trial: trials of earlier studies included, the trial itself excluded.
+
+    GP treats running trials as points already measured. A trial that is sampled again after a kill would avoid its own
+    values.
+    """
 
     def __init__(self, study: optuna.Study, history: tuple[FrozenTrial, ...], number: int) -> None:
         super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
@@ -294,7 +311,7 @@ class _SeenByTrial(optuna.Study):
 
 
 def _all_refused(study: optuna.Study, numbers: range) -> bool:
-    """Whether the trials of these numbers exist and were all predicted not to fit."""
+    """Return whether the trials with these numbers exist and were all predicted not to fit."""
     if numbers.start < 0:
         return False
     trials = study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.PRUNED,))

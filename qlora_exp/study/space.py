@@ -1,4 +1,4 @@
-"""The search space: override texts to axes, grids of them, and chosen values back to overrides."""
+"""The search space: parse override texts into axes, build grids of them, and convert values back to overrides."""
 
 from __future__ import annotations
 
@@ -36,16 +36,20 @@ def parse_axes(
     group_choices: Callable[[str], list[str]] | None = None,
     narrowed: Collection[str] = (),
 ) -> tuple[Axis, ...]:
-    """Axes of the search, in the order of ``params``: key → text in Hydra's override grammar.
+    """Return the axes of the search, in the order of ``params`` (key → text in Hydra's override grammar).
 
-    Lists (``8,16``, ``choice(8,16)``, ``glob(*)``) and single values are choices; ``interval`` is continuous, or whole
-    numbers with ``int(…)``. ``range(1,4)`` is read as people know it: a grid has 1, 2, 3 as in Hydra, a sampler draws
-    from 1 to 4 as in the official Optuna sweeper. ``shuffle`` shuffles the same way each time, so that a study that is
-    opened again has the same axes. ``group_choices`` names the files of a configuration group, for ``glob``;
-    ``narrowed`` the keys that search less than was declared, so that a condition over them may never hold.
+    * Lists (``8,16``, ``choice(8,16)``, ``glob(*)``) and single values are choices.
+    * ``interval(0,0.2)`` is continuous, ``int(interval(1,64))`` has integers only.
+    * ``range(1,4)``: a grid has 1, 2, 3 as in Hydra; a sampler draws from 1 to 4, both included, as the official
+      Optuna sweeper does.
+    * ``shuffle(…)`` always gives the same order, so that a reopened study has the same axes.
+
+    Args:
+        group_choices: returns the files of a configuration group, for ``glob``.
+        narrowed: keys that are searched over less than was declared, so that a condition over them may never hold.
 
     Raises:
-        ConfigError, or Problems for several: a text or a condition that can't be meant.
+        ConfigError, or Problems for several: an invalid text or condition.
     """
     axes: list[Axis] = []
     errors: list[QloraExpError] = []
@@ -66,13 +70,14 @@ def parse_axes(
 
 
 def is_grid(axes: Sequence[Axis]) -> bool:
-    """Whether every axis is a list, so that all points can be tried."""
+    """Return whether every axis is a list, so that all points can be tried."""
     return all(axis.values for axis in axes)
 
 
 def grid(axes: Sequence[Axis]) -> list[dict[str, Any]]:
-    """Every point, the last axis varying fastest; axes whose condition doesn't hold are left out, and what is then
-    equal comes once.
+    """Return every point of the grid; the last axis varies fastest.
+
+    Inactive axes are left out, and points that are then equal appear once.
 
     Raises:
         ConfigError: an axis is an interval.
@@ -86,7 +91,7 @@ def grid(axes: Sequence[Axis]) -> list[dict[str, Any]]:
 
 
 def point_overrides(params: Mapping[str, Any]) -> tuple[str, ...]:
-    """``params`` (axis → value) as Hydra overrides, quoted so that they are read back as they are."""
+    """Return ``params`` (axis → value) as Hydra overrides, quoted so that Hydra reads back the same values."""
     return tuple(f"{key}={hydra_value(value)}" for key, value in params.items())
 
 
@@ -128,10 +133,10 @@ def _listed(override: Override, value: Any, group_choices: Callable[[str], list[
     key, text = override.get_key_element(), str(override.input_line).partition("=")[2]
     if isinstance(value, Glob):
         names = group_choices(override.key_or_group) if group_choices else []
-        found = value.filter(names)
-        if not found:
+        matches = value.filter(names)
+        if not matches:
             raise _wrong(key, text, "nothing in this group matches", nearest(text, names))
-        return list(found)
+        return list(matches)
     if not isinstance(value, ChoiceSweep):
         return [value]
     return _shuffled([_parsed(key, Transformer.str(entry)).value() for entry in value.list], value.shuffle)
@@ -160,15 +165,15 @@ def _range(axis: Axis, value: RangeSweep) -> Axis:
         raise _wrong(axis.key, axis.text, "an empty range", "range(start,stop,step): stop comes after start")
     if value.shuffle or value.step < 0:
         return _choice(axis, _shuffled(points, value.shuffle))
-    whole = all(isinstance(number, int) for number in (value.start, value.stop, value.step))
+    is_integer = all(isinstance(number, int) for number in (value.start, value.stop, value.step))
     start, stop, step = (Decimal(str(number)) for number in (value.start, value.stop, value.step))
     last = start + (stop - start) // step * step
     return replace(
         axis,
-        kind=AxisKind.INT if whole else AxisKind.FLOAT,
-        values=tuple(points if whole else (float(start + index * step) for index in range(len(points)))),
+        kind=AxisKind.INT if is_integer else AxisKind.FLOAT,
+        values=tuple(points if is_integer else (float(start + index * step) for index in range(len(points)))),
         low=value.start,
-        high=int(last) if whole else float(last),
+        high=int(last) if is_integer else float(last),
         step=value.step,
     )
 
@@ -182,8 +187,8 @@ def _interval(axis: Axis, value: IntervalSweep) -> Axis:
         raise _wrong(axis.key, axis.text, "an interval goes from a number to a larger one", "interval(0,0.2)")
     if log and low <= 0:
         raise _wrong(axis.key, axis.text, "a log scale begins above 0", "tag(log, interval(1e-5,1e-2))")
-    whole = isinstance(low, int) and isinstance(high, int)
-    return replace(axis, kind=AxisKind.INT if whole else AxisKind.FLOAT, low=low, high=high, log=log)
+    is_integer = isinstance(low, int) and isinstance(high, int)
+    return replace(axis, kind=AxisKind.INT if is_integer else AxisKind.FLOAT, low=low, high=high, log=log)
 
 
 def _wrong(key: str, text: str, what: str, hint: str) -> ConfigError:

@@ -1,4 +1,4 @@
-"""``study.json``: what a study asks, written without secrets and read back where its folder is now."""
+"""``study.json``: a study's definition, written without secrets and read back for the folder that it is in now."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from qlora_exp.records.types import RunRecord
 from qlora_exp.study.types import StudySpec
 
 STORAGE_VARIABLE = "QLORA_EXP_STORAGE"
-"""Environment variable with the URL of the storage: a password stays off command lines and out of files."""
+"""Environment variable with the storage's URL: keeps a password off command lines and out of files."""
 
 
 def write_spec(spec: StudySpec, paths: StudyPaths) -> None:
-    """``study.json``: without secrets."""
+    """Write ``study.json``, without secrets."""
     write_json(paths.spec, without_secrets(spec))
 
 
 def without_secrets(spec: StudySpec) -> StudySpec:
-    """As it is written and told."""
+    """Return the spec as it may be written to files and MLflow."""
     return replace(
         spec,
         overrides=tuple(redact_overrides(spec.overrides)),
@@ -36,7 +36,7 @@ def without_secrets(spec: StudySpec) -> StudySpec:
 
 
 def read_spec(paths: StudyPaths) -> StudySpec:
-    """``study.json``, its places those where it is now.
+    """Return the spec in ``study.json``, with paths adjusted if the folder was moved.
 
     Raises:
         RecordError: it can't be read, or was moved without its database.
@@ -49,17 +49,17 @@ def read_spec(paths: StudyPaths) -> StudySpec:
 
 
 def is_trial_of(record: RunRecord, spec: StudySpec) -> bool:
-    """Whether the run is a trial of this study, and not of another that had its name before."""
+    """Return whether the run is a trial of this study, rather than of an earlier study of the same name."""
     trial = record.trial
     if trial is None or trial.study != spec.name:
         return False
-    if trial.study_id is None and spec.id is not None:  # begun by a version that gave no identities
+    if trial.study_id is None and spec.id is not None:  # written by a version without identities
         return _moment(record.started_at) >= _moment(spec.created_at)
     return trial.study_id == spec.id or spec.id is None
 
 
 def _moment(text: str) -> float:
-    """Seconds; a time without a zone is UTC."""
+    """Return the time in Unix seconds; a time without a zone is UTC."""
     try:
         moment = datetime.datetime.fromisoformat(text)
     except ValueError:
@@ -68,33 +68,35 @@ def _moment(text: str) -> float:
 
 
 def _where_it_is(spec: StudySpec, paths: StudyPaths) -> StudySpec:
-    """The study under the output root that its folder is in now: outputs are moved, copied and mounted elsewhere."""
-    here, there = OutputPaths(paths.folder.absolute().parent.parent), OutputPaths.of(spec.output_root)
-    if here == there or (there.root.exists() and here.root.samefile(there.root)):
+    """Return the spec for the output root that its folder is in now: output roots are moved, copied and mounted
+    elsewhere."""
+    outputs, recorded_outputs = OutputPaths(paths.folder.absolute().parent.parent), OutputPaths.of(spec.output_root)
+    if outputs == recorded_outputs or (recorded_outputs.root.exists() and outputs.root.samefile(recorded_outputs.root)):
         return spec
-    own = spec.storage == f"sqlite:///{there.optuna_database}"
-    if own and there.optuna_database.exists() and not here.optuna_database.exists():
+    is_default_storage = spec.storage == f"sqlite:///{recorded_outputs.optuna_database}"
+    if is_default_storage and recorded_outputs.optuna_database.exists() and not outputs.optuna_database.exists():
         what = f"the study {spec.name} was moved without its database and its runs"
-        hint = f"move all of {there.root} together: runs/, studies/ and optuna.db"
-        raise RecordError(what, f"{paths.folder}, and {there.optuna_database}", hint)
-    kept = [text for text in spec.overrides if not text.startswith("output_root=")]
+        hint = f"move all of {recorded_outputs.root} together: runs/, studies/ and optuna.db"
+        raise RecordError(what, f"{paths.folder}, and {recorded_outputs.optuna_database}", hint)
+    other_overrides = [text for text in spec.overrides if not text.startswith("output_root=")]
     return replace(
         spec,
-        output_root=str(here.root),
-        overrides=(*kept, f"output_root={hydra_value(str(here.root))}"),
-        storage=f"sqlite:///{here.optuna_database}" if own else spec.storage,
+        output_root=str(outputs.root),
+        overrides=(*other_overrides, f"output_root={hydra_value(str(outputs.root))}"),
+        storage=f"sqlite:///{outputs.optuna_database}" if is_default_storage else spec.storage,
     )
 
 
-def storage_of(spec: StudySpec, given: str | None = None) -> str:
-    """The URL of a study's storage: ``given``, else that of ``study.json``; where this one was stripped of its
-    password, the one of the environment.
+def storage_of(spec: StudySpec, requested: str | None = None) -> str:
+    """Return the URL of the study's storage: ``requested``, else that of ``study.json``.
+
+    If the password was removed from the URL in ``study.json``, :data:`STORAGE_VARIABLE` is used instead.
 
     Raises:
         StudyError: the password is nowhere.
     """
     hidden = REDACTED in spec.storage
-    url = given or (os.environ.get(STORAGE_VARIABLE) if hidden else None) or spec.storage
+    url = requested or (os.environ.get(STORAGE_VARIABLE) if hidden else None) or spec.storage
     if REDACTED in url:
         hint = f"--storage URL, or {STORAGE_VARIABLE}=URL in the environment"
         raise StudyError("the study's file doesn't keep its storage's password", spec.storage, hint)

@@ -1,4 +1,4 @@
-"""Optuna's storage behind a study: opened by many processes at once, and told apart from a damaged one."""
+"""Optuna's storage of a study: opened by many processes at once, checked for damage and lost connections."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from qlora_exp.errors import StudyError
 
 SQLITE = "sqlite:///"
 BUSY_SECONDS = 120.0
-"""How long a writer waits for the others'; each holds SQLite for milliseconds."""
+"""How long a writer waits for the others; each locks SQLite for milliseconds only."""
 
 LOCAL_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs")
-"""SQLite's write-ahead log needs memory that all writers share: on a network's disk it would damage the database."""
+"""SQLite's write-ahead log needs memory that all writers share: on a network file system it would corrupt the
+database."""
 
 
 def connect(url: str, name: str) -> optuna.storages.BaseStorage:
-    """Open the storage at ``url``, creating its tables once whoever comes first.
+    """Open the storage at ``url``; the first process creates its tables.
 
     Raises:
         StudyError: the database is damaged, can't be reached, or is one in memory.
@@ -39,7 +40,7 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
     lock = Path(f"{file}.lock")
     try:
         lock.touch()
-    except FileNotFoundError:  # a folder that takes no files, as /proc: the lock would be tried for ever
+    except FileNotFoundError:  # a folder that can't hold files, such as /proc: FileLock would retry forever
         hint = "sweep.storage=null for optuna.db under output_root, or sqlite:////DIR/FILE.db"
         raise StudyError("the study's database can't be made there", str(file), hint) from None
     with FileLock(lock):
@@ -51,21 +52,23 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
 
 
 def on_local_disk(file: Path) -> bool:
-    """Whether the file is where one machine alone can write it; a disk of an unknown kind may be another's as well."""
+    """Return whether the file is on a file system that only this machine can write; an unknown kind counts as
+    shared."""
     file = file.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if file.is_relative_to(part.mountpoint)]
-    # Of two on one folder the later hides the earlier.
+    # If two are mounted on one folder, the later one hides the earlier one.
     nearest = max(reversed(mounts), key=lambda part: len(part.mountpoint), default=None)
     return nearest is not None and nearest.fstype.lower() in LOCAL_DISKS
 
 
 def _set_journal(file: Path, write_ahead: bool) -> None:
-    """A database keeps its mode: one brought here from a local disk may have to leave it."""
+    """Set the journal mode. SQLite stores it in the file, so a database copied from a local disk may have to leave WAL
+    mode."""
     try:
         with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as database:
             database.execute(f"PRAGMA journal_mode={'WAL' if write_ahead else 'DELETE'}")
     except sqlite3.OperationalError as error:
-        if write_ahead:  # a disk that is full, or a database in use in its old mode: it then keeps that
+        if write_ahead:  # the disk is full, or the database is in use: it then keeps its mode
             return
         raise StudyError(
             f"the study's database can't leave the write-ahead mode, which a network's disk doesn't carry: {error}",
@@ -75,7 +78,7 @@ def _set_journal(file: Path, write_ahead: bool) -> None:
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The database file of an SQLite URL (``file:…?uri=true`` as well); ``None`` for a server's."""
+    """Return the database file of an SQLite URL (``file:…?uri=true`` included); ``None`` for a server."""
     if not url.startswith(SQLITE):
         return None
     name = url.removeprefix(SQLITE)
@@ -83,39 +86,40 @@ def sqlite_file(url: str) -> Path | None:
 
 
 def check_whole(file: Path, name: str) -> None:
-    """Raise :class:`StudyError` where ``file`` exists and is no whole SQLite database."""
+    """Raise :class:`StudyError` if ``file`` exists and isn't an intact SQLite database."""
     if not file.exists():
         return
     try:
         with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as database:
-            answer = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            result = database.execute("PRAGMA quick_check(1)").fetchone()[0]
     except sqlite3.OperationalError as error:
         if "malformed" not in str(error):
             raise StudyError(
                 f"the study's database can't be opened: {error}", str(file), "check its folder's permissions and space"
             ) from None
-        answer = str(error)
+        result = str(error)
     except sqlite3.DatabaseError as error:
-        answer = str(error)
-    if answer != "ok":
-        raise damaged(f"the study's database is damaged: {answer}", file, name)
+        result = str(error)
+    if result != "ok":
+        raise damaged(f"the study's database is damaged: {result}", file, name)
 
 
 def damaged(what: str, where: Path | str, name: str) -> StudyError:
+    """Return the error for a damaged or lost database."""
     hint = f"qlora-exp resume {shlex.quote(name)} --rebuild makes the study again from its runs"
     return StudyError(what, str(where), hint)
 
 
 def set_aside(file: Path) -> Path:
-    """Rename a damaged database and its journal, which belongs to it alone, to ``….damaged-N``: the new name."""
+    """Rename a damaged database and its journal files to ``….damaged-N``; return the new path."""
     number = 1
-    while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
+    while (new_file := file.with_name(f"{file.name}.damaged-{number}")).exists():
         number += 1
     for suffix in ("-journal", "-wal", "-shm"):
-        extra = file.with_name(file.name + suffix)
-        if extra.exists():
-            extra.rename(aside.with_name(aside.name + suffix))
-    return file.rename(aside)
+        journal = file.with_name(file.name + suffix)
+        if journal.exists():
+            journal.rename(new_file.with_name(new_file.name + suffix))
+    return file.rename(new_file)
 
 
 def _opened(
@@ -124,14 +128,14 @@ def _opened(
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_options)
         if write_ahead:
-            storage.engine.dispose()  # connections of before
+            storage.engine.dispose()  # close connections made before the listener below
             sqlalchemy.event.listen(storage.engine, "connect", _do_not_wait)
         return optuna.storages.get_storage(storage)
     except ImportError as error:
         raise StudyError(
             f"the storage needs a package: {error}", _shown(url), "pip install 'psycopg[binary]' for PostgreSQL"
         ) from None
-    except Exception as error:  # every driver has its own
+    except Exception as error:  # every database driver raises its own exceptions
         reason = str(error).splitlines()[0]
         raise StudyError(
             f"the storage can't be opened: {reason}", _shown(url), f"then qlora-exp resume {shlex.quote(name)}"
@@ -139,24 +143,27 @@ def _opened(
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether ``error`` is that of a storage which doesn't answer: its server is gone, or its file kept locked."""
+    """Return whether ``error`` means that the storage doesn't answer: the server is gone, or the file stays locked."""
     return isinstance(error, sqlalchemy.exc.OperationalError | optuna.exceptions.StorageInternalError)
 
 
 def lost(error: BaseException, url: str, name: str) -> StudyError:
-    """What to tell of an :func:`unreachable` storage."""
+    """Return the error to show for an :func:`unreachable` storage."""
     reason = str(error.__cause__ or error).splitlines()[0]
     hint = f"when it answers again: qlora-exp resume {shlex.quote(name)}"
     return StudyError(f"the study's storage doesn't answer: {reason}", _shown(url), hint)
 
 
 def _do_not_wait(connection: Any, _: object) -> None:
-    """A commit to the write-ahead log then is one write without a wait for the disk. What is committed outlives every
-    process that is killed; a power failure may take back the last commits, never damage the file."""
+    """Make a commit to the write-ahead log return without waiting for the disk.
+
+    Committed data survive the kill of any process. A power failure may undo the last commits, but doesn't corrupt the
+    file.
+    """
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _shown(url: str) -> str:
-    """The URL without user and password."""
+    """Return the URL without user and password."""
     scheme, separator, rest = url.partition("://")
     return scheme + separator + rest.rpartition("@")[2]

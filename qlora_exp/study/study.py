@@ -1,10 +1,12 @@
-"""A study in Optuna's storage: who runs which trial, exactly once, whatever is killed when.
+"""A study in Optuna's storage: one worker at a time runs a trial, and a kill at any moment neither loses nor repeats it.
 
-A trial is RUNNING from its claim on; its user attributes say who claimed it for which attempt (``claim``) and when that
-process was last heard of (``heartbeat``, Unix seconds). Whoever claims holds the study's lock, so a RUNNING trial
-without an owner was left by a process that died while it asked. What trial number n tries first (enqueued
-configurations, then a grid's points) follows from n, so nothing can be enqueued twice or be lost. What a ladder's trial
-tries follows from the trials that have ended, and is kept in the trial from its creation on.
+A trial is RUNNING from its claim on. Its user attributes name the owner and attempt (``claim``) and the owner's last
+sign of life (``heartbeat``, Unix seconds). A claim holds the study's lock, so a RUNNING trial without an owner belonged
+to a process that died during the claim.
+
+Trial number n's planned parameters (enqueued configurations, then a grid's points) follow from n, so none can be
+enqueued twice or lost. The parameters of a ladder's trial follow from the ended trials, and are stored when the trial
+is created.
 """
 
 from __future__ import annotations
@@ -61,20 +63,20 @@ class Study:
 
     @classmethod
     def open(cls, spec: StudySpec, paths: StudyPaths, storage_url: str | None = None) -> Study:
-        """Create the study, or open it again; any number of processes may at once.
+        """Create the study, or open it again; any number of processes may do so at once.
 
-        ``storage_url`` takes the place of ``spec.storage``, which has no password.
+        ``storage_url`` replaces ``spec.storage``, which has no password.
 
         Raises:
-            ConfigError, Problems: a search that can't be done. StudyError: a damaged database, or a study of that name
-            that asks something else.
+            ConfigError, Problems: the search is invalid.
+            StudyError: the database is damaged, or a study of this name exists with different settings.
         """
         study, identity = open_study(spec, paths, storage_url or spec.storage)
         return cls(replace(spec, id=identity), paths, study)
 
     @classmethod
     def read(cls, spec: StudySpec, paths: StudyPaths, storage_url: str | None = None) -> Study:
-        """Open the study to look at it: nothing is written, and a read-only disk will do.
+        """Open the study for reading: nothing is written, and a read-only disk is enough.
 
         Raises:
             StudyError: the database is damaged or lost, or holds another study of that name.
@@ -85,9 +87,10 @@ class Study:
     def rebuild(
         cls, spec: StudySpec, paths: StudyPaths, records: Sequence[RunRecord], storage_url: str | None = None
     ) -> Study:
-        """Make the study again from its runs' records, where the database is damaged or lost; a damaged file is kept
-        as ``….damaged-N``. Trials without a record are asked again under their numbers. A study that is there stays as
-        it is.
+        """Rebuild the study from its runs' records after its database was damaged or lost.
+
+        A damaged file is kept as ``….damaged-N``. Trials without a record will run again under their numbers. An
+        existing study stays as it is.
 
         Raises:
             as :meth:`open`.
@@ -96,10 +99,10 @@ class Study:
         return cls.open(spec, paths, storage_url)
 
     def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool] = lambda: True) -> Claim | None:
-        """A trial for ``owner`` to run now; ``None``: there is none at the moment, or for good (see :meth:`counts`).
+        """Return a trial for ``owner`` to run; ``None``: there is none now, or none any more (see :meth:`counts`).
 
-        Trials of processes that are dead, or silent for ``lease_seconds``, are taken back first. ``affordable``: asked
-        then, while nobody else can claim; False: none.
+        First, trials whose process is dead, or silent for ``lease_seconds``, are requeued. ``affordable`` is then
+        called while no other process can claim; if it returns False, no trial is claimed.
         """
         with FileLock(self._paths.lock):
             unfinished = self._unfinished()
@@ -121,27 +124,27 @@ class Study:
         return None
 
     def others_run(self, lease_seconds: float) -> bool:
-        """Whether a living process runs a trial."""
+        """Return whether a living process runs a trial."""
         running = [trial for trial in self._unfinished() if trial.state is TrialState.RUNNING]
         return any(self._heartbeats.stale_reason(trial, lease_seconds) is None for trial in running)
 
     def set_run(self, claim: Claim, run_id: str) -> None:
-        """Say in which run the trial's artefacts are: later attempts go on there."""
+        """Store the trial's run, so that later attempts continue it."""
         if self._mine(claim):
             self._storage.set_trial_user_attr(claim.trial_id, RUN, run_id)
 
     def heartbeat(self, claim: Claim) -> bool:
-        """Keep the claim. False: it was taken over, and this attempt doesn't count any more."""
+        """Renew the claim. False: another worker has taken the trial over, and this attempt doesn't count any more."""
         mine = self._mine(claim) is not None
         if mine:
             self._storage.set_trial_user_attr(claim.trial_id, HEARTBEAT, time.time())
         return mine
 
     def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool:
-        """Report the objective at ``step``; whether the trial should be pruned.
+        """Report the objective at ``step``; return whether the trial should be pruned.
 
-        ``items``: losses per item, always of the same items in the same order; the Wilcoxon pruner compares them with
-        the best trial's at the same step. Without pruner nothing is stored.
+        ``items``: losses per item, always of the same items in the same order. The Wilcoxon pruner compares them with
+        the best trial's at the same step. Without a pruner nothing is stored.
         """
         if self.spec.pruner == "none" or value != value or not self._mine(claim):
             return False
@@ -149,13 +152,16 @@ class Study:
             losses = [float(f"{loss:.6g}") for loss in items]
             self._storage.set_trial_user_attr(claim.trial_id, ITEMS_ATTRIBUTE.format(step=step), losses)
         trial = Trial(self._study, claim.trial_id)
-        if step not in self._storage.get_trial(claim.trial_id).intermediate_values:  # of an attempt that was killed
+        # A killed attempt may have reported this step already.
+        if step not in self._storage.get_trial(claim.trial_id).intermediate_values:
             trial.report(value, step)
-        return bool(trial.should_prune())  # some pruners answer with NumPy's
+        return bool(trial.should_prune())  # some pruners return NumPy's bool
 
     def tell(self, claim: Claim, outcome: Outcome) -> None:
-        """Say how the trial ended. A trial that has ended or was taken over is left as it is; an interrupted one waits
-        to be gone on with, and is none the worse for it: that attempt doesn't count."""
+        """Record how the trial ended. A trial that has ended or was taken over stays as it is.
+
+        An interrupted trial waits to be continued, and that attempt doesn't count.
+        """
         with FileLock(self._paths.lock):
             trial = self._mine(claim)
             if trial and outcome.status is Status.INTERRUPTED:
@@ -166,14 +172,17 @@ class Study:
                 record_outcome(self._study, self.spec, trial, outcome)
 
     def requeue(self, claim: Claim, why: str) -> bool:
-        """Let the trial be claimed again, with its number, parameters and run; False: no attempt is left (then it has
-        failed with ``why``), or it isn't this claim's any more."""
+        """Make the trial claimable again, with its number, parameters and run.
+
+        False: no attempt is left (the trial has then failed with ``why``), or this claim doesn't own the trial any
+        more.
+        """
         with FileLock(self._paths.lock):
             trial = self._mine(claim)
             return trial is not None and self._reclaim(trial, why)
 
     def request_memory_retry(self, claim: Claim) -> bool:
-        """Let the trial be claimed again with half the micro-batch; False: no such retry is left."""
+        """Make the trial claimable again with half the micro-batch; False: no such retry is left."""
         with FileLock(self._paths.lock):
             trial = self._mine(claim)
             retries = claim.out_of_memory_retries + 1
@@ -184,13 +193,15 @@ class Study:
             return True
 
     def counts(self) -> Counts:
+        """Return the number of trials by state."""
         trials = self._read()
         done = self.spec.ladder is not None and self._ladder_is_done()
         return rows.counts(trials, len(trials) if done else self._places(trials))
 
     def consecutive_skips(self, bound_bytes: int | None) -> int:
-        """How many of the last trials that a sampler asked for and that have ended were predicted not to fit into
-        ``bound_bytes`` or more; ``None``: into whatever it was. 0 for a grid and a ladder, whose points are done then.
+        """Return how many of the last ended trials in a row were predicted not to fit into ``bound_bytes`` or more.
+
+        ``None``: into any limit. 0 for a grid and a ladder, whose skipped points count as done.
         """
         if self._skips_count_as_done:
             return 0
@@ -198,40 +209,43 @@ class Study:
         return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_refused(trial, bound_bytes), ended))
 
     def trials(self) -> list[TrialRow]:
-        """Every trial, by number."""
+        """Return every trial, by number."""
         return [rows.trial_row(trial, self.spec) for trial in self._read()]
 
     def best(self) -> list[TrialRow]:
-        """The best completed trial that breaks no constraint, or the Pareto front of several objectives. Of a ladder,
-        which is decided by no single trial, the runs at the recommended rank."""
+        """Return the best completed feasible trial, or the Pareto front of several objectives.
+
+        For a ladder, which no single trial decides, return the runs at the recommended rank.
+        """
         if self.spec.ladder is not None:
             return self._recommended()
         return rows.best_rows(self.trials(), [parse_objective(text).direction for text in self.spec.objectives])
 
     def on_ladder(self) -> list[LadderTrial]:
-        """The trials as rank doubling sees them, with what their runs left; without those that were never asked."""
+        """Return the trials as rank doubling sees them, with what their runs left. Trials without parameters are left
+        out."""
         from qlora_exp.rank_doubling.answers import ended_trial
         from qlora_exp.rank_doubling.ladder import LadderTrial
 
         outputs = OutputPaths(self._paths.folder.parent.parent)
-        seen: list[LadderTrial] = []
+        unfinished: list[LadderTrial] = []
         for trial in self._read():
             if trial.number not in self._ended and (point := self._point(trial)):
                 if trial.state.is_finished():
-                    told = ended_trial(point, trial.user_attrs.get(RUN), outputs)
-                    self._ended[trial.number] = replace(told, refused=rows.is_refused(trial))
+                    ended = ended_trial(point, trial.user_attrs.get(RUN), outputs)
+                    self._ended[trial.number] = replace(ended, refused=rows.is_refused(trial))
                 else:
-                    seen.append(LadderTrial(point, ended=False))
-        return [*self._ended.values(), *seen]
+                    unfinished.append(LadderTrial(point, ended=False))
+        return [*self._ended.values(), *unfinished]
 
     def importances(self) -> dict[str, dict[str, float]]:
-        """Objective → axis → share of its variance, of the completed trials."""
-        from qlora_exp.study.importance import importances  # brings scikit-learn
+        """Return objective → axis → share of its variance, over the completed trials."""
+        from qlora_exp.study.importance import importances  # imports scikit-learn
 
         return importances(self._study, self.spec)
 
     def failures_reached(self) -> bool:
-        """Whether ``max_failures`` is reached: trials told as FAIL, not those out of memory or diverged."""
+        """Return whether ``max_failures`` is reached. Only FAIL counts, not out of memory or divergence."""
         limit = self.spec.max_failures
         if limit is None:
             return False
@@ -239,26 +253,26 @@ class Study:
 
     @cached_property
     def _planned(self) -> list[dict[str, Any]]:
-        """What the first trials try, by number: enqueued configurations, then a grid's other points."""
+        """Parameters of the first trials, by number: enqueued configurations, then the remaining points of a grid."""
         points = grid(self.spec.axes) if self.spec.sampler == "grid" else []
         return [*self.spec.enqueue, *(point for point in points if point not in self.spec.enqueue)]
 
     def _read(self) -> list[FrozenTrial]:
-        """All trials by number; finished ones come from memory."""
+        """Return all trials by number; Optuna caches the finished ones."""
         return self._storage.get_all_trials(self._study._study_id, deepcopy=False)
 
     def _unfinished(self) -> list[FrozenTrial]:
-        """Waiting and running trials by number, without a look at each of the finished."""
+        """Return waiting and running trials by number, without reading each finished one."""
         states = (TrialState.WAITING, TrialState.RUNNING)
         return self._storage.get_all_trials(self._study._study_id, deepcopy=False, states=states)
 
     def _places(self, trials: Sequence[FrozenTrial]) -> int:
-        """How many trials there are to be."""
+        """Return how many trials the study is to have in all."""
         return self.spec.n_trials + (0 if self._skips_count_as_done else rows.refused_of(trials))
 
     @property
     def _skips_count_as_done(self) -> bool:
-        """Whether a point that doesn't fit takes one of the places; a sampler asks for another."""
+        """Whether a point that doesn't fit counts as one of the n_trials; a sampler replaces it instead."""
         return self.spec.sampler in ("grid", "ladder")
 
     def _all_asked(self) -> bool:
@@ -273,8 +287,8 @@ class Study:
 
     def _mine(self, claim: Claim) -> FrozenTrial | None:
         trial = self._storage.get_trial(claim.trial_id)
-        ours = trial.state is TrialState.RUNNING and attempt_of(trial) == claim.attempt
-        return trial if ours else None
+        is_ours = trial.state is TrialState.RUNNING and attempt_of(trial) == claim.attempt
+        return trial if is_ours else None
 
     def _recommended(self) -> list[TrialRow]:
         from qlora_exp.rank_doubling.answers import recommended
@@ -285,24 +299,24 @@ class Study:
         return [by_point[key] for point in points if (key := frozenset(point_overrides(point))) in by_point]
 
     def _ladder_is_done(self) -> bool:
-        """Asked often, and the answer changes with the ended trials alone."""
+        """Return whether the ladder has ended. Cached, since it is called often and changes only when a trial ends."""
         from qlora_exp.rank_doubling.ladder import is_done
 
         assert self.spec.ladder is not None
-        seen = self.on_ladder()
+        trials = self.on_ladder()
         if len(self._ended) not in self._done:
-            self._done[len(self._ended)] = is_done(self.spec.ladder, seen)
+            self._done[len(self._ended)] = is_done(self.spec.ladder, trials)
         return self._done[len(self._ended)]
 
     def _start_on_ladder(self, waiting: Sequence[FrozenTrial], owner: Owner) -> Claim | None:
         from qlora_exp.rank_doubling.ladder import next_point
 
         assert self.spec.ladder is not None
-        asked = [trial for trial in waiting if self._point(trial)]
-        if asked:
-            return self._start(asked[0], owner)
-        seen = self.on_ladder()
-        point = next_point(self.spec.ladder, seen)
+        with_point = [trial for trial in waiting if self._point(trial)]
+        if with_point:
+            return self._start(with_point[0], owner)
+        trials = self.on_ladder()
+        point = next_point(self.spec.ladder, trials)
         if point is None and waiting and self._ladder_is_done():  # a lost trial that nothing depends on
             for trial in waiting:
                 self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
@@ -311,22 +325,22 @@ class Study:
         return self._start(waiting[0] if waiting else None, owner, point)
 
     def _point(self, trial: FrozenTrial) -> dict[str, Any]:
-        """What a ladder's trial tries; empty for one that was never asked."""
+        """Return the parameters of a ladder's trial; empty for a trial that never got any."""
         return decoded_params(self.spec.axes, trial.system_attrs.get(FIXED_PARAMS) or trial.params)
 
     def _start(self, waiting: FrozenTrial | None, owner: Owner, point: Mapping[str, Any] | None = None) -> Claim:
-        """``point``: what the trial tries, where that doesn't follow from its number."""
+        """Start the waiting trial, or a new one. ``point``: its parameters, if they don't follow from its number."""
         attempt = attempt_of(waiting) + 1 if waiting else 1
-        mark = {CLAIM: {"attempt": attempt, "owner": to_dict(owner)}, HEARTBEAT: time.time()}
+        claim_attributes = {CLAIM: {"attempt": attempt, "owner": to_dict(owner)}, HEARTBEAT: time.time()}
         fixed: dict[str, Any] = {FIXED_PARAMS: {key: encoded(value) for key, value in point.items()}} if point else {}
         if waiting is None:
-            template = create_trial(state=TrialState.RUNNING, user_attrs=mark, system_attrs=fixed)
+            template = create_trial(state=TrialState.RUNNING, user_attrs=claim_attributes, system_attrs=fixed)
             trial_id = self._storage.create_new_trial(self._study._study_id, template)
         else:
             trial_id = waiting._trial_id
             for key, value in fixed.items():
                 self._storage.set_trial_system_attr(trial_id, key, value)
-            for key, value in mark.items():
+            for key, value in claim_attributes.items():
                 self._storage.set_trial_user_attr(trial_id, key, value)
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         trial = self._storage.get_trial(trial_id)
@@ -345,7 +359,7 @@ class Study:
         if trial.number < len(self._planned) and FIXED_PARAMS not in trial.system_attrs:
             planned = {key: encoded(value) for key, value in self._planned[trial.number].items()}
             self._storage.set_trial_system_attr(trial._trial_id, FIXED_PARAMS, planned)
-        self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see what is told by now
+        self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see all ended trials
         return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
 
     def _reclaim(self, trial: FrozenTrial, why: str) -> bool:
@@ -360,6 +374,6 @@ class Study:
         return False
 
     def _release(self, trial: FrozenTrial) -> None:
-        left = {"attempt": attempt_of(trial), "owner": None}
-        self._storage.set_trial_user_attr(trial._trial_id, CLAIM, left)
+        claim_attribute = {"attempt": attempt_of(trial), "owner": None}
+        self._storage.set_trial_user_attr(trial._trial_id, CLAIM, claim_attribute)
         self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)

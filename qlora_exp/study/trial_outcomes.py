@@ -1,4 +1,4 @@
-"""How a trial's end is told to Optuna, so that samplers learn from it."""
+"""Record a trial's outcome in Optuna, so that samplers learn from it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from qlora_exp.study.types import Outcome, StudySpec
 from qlora_exp.study.user_attributes import FAILURE, REFUSED, RUN, SECONDS, STATUS
 
 INFEASIBLE = (Status.OUT_OF_MEMORY, Status.DIVERGED)
-"""Told as PRUNED with a broken constraint of that name: samplers learn nothing from FAIL."""
+"""Recorded as PRUNED with a violated constraint of that name: samplers learn nothing from FAIL."""
 
 
 def record_outcome(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome: Outcome) -> None:
+    """End the trial in Optuna with its outcome: state, values, constraints and user attributes."""
     complete = outcome.status is Status.COMPLETED and None not in outcome.values
     failure = outcome.failure
     if outcome.status is Status.COMPLETED and not complete:
         failure = Failure("UnknownObjective", f"the run completed without a value for {spec.objectives}")
     status = Status.FAILED if failure and not complete and outcome.status is Status.COMPLETED else outcome.status
     _constrain(study, spec, trial, outcome)
-    told = {STATUS: status.value, SECONDS: outcome.seconds, FAILURE: failure and to_dict(failure)}
-    told |= {REFUSED: outcome.refusal and to_dict(outcome.refusal)}
-    for key, value in told.items():
-        if value is not None or key in trial.user_attrs:  # of a telling that was cut short
+    attributes = {STATUS: status.value, SECONDS: outcome.seconds, FAILURE: failure and to_dict(failure)}
+    attributes |= {REFUSED: outcome.refusal and to_dict(outcome.refusal)}
+    for key, value in attributes.items():
+        if value is not None or key in trial.user_attrs:  # overwrite what a killed process wrote
             study._storage.set_trial_user_attr(trial._trial_id, key, value)
     if outcome.refusal is not None:
-        study._storage.set_trial_user_attr(trial._trial_id, RUN, None)  # the run that was to be never began
+        study._storage.set_trial_user_attr(trial._trial_id, RUN, None)  # the planned run never started
     if complete:
         study.tell(trial.number, [float(value) for value in outcome.values if value is not None])
     elif status in (Status.PRUNED, *INFEASIBLE):
@@ -37,17 +38,19 @@ def record_outcome(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, out
 
 
 def _constrain(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome: Outcome) -> None:
-    """Set the trial's constraints; those of an earlier telling that was cut short are overwritten, which
-    ``Trial.set_constraint`` refuses."""
-    wanted = dict.fromkeys(trial.constraints, 0.0) | dict(zip(spec.constraints, outcome.violations, strict=False))
+    """Set the trial's constraints, overwriting those that a killed process set: ``Trial.set_constraint`` would
+    refuse."""
+    violations = dict.fromkeys(trial.constraints, 0.0) | dict(zip(spec.constraints, outcome.violations, strict=False))
     if outcome.status in INFEASIBLE:
-        wanted[outcome.status.value.lower()] = 1.0
+        violations[outcome.status.value.lower()] = 1.0
     if outcome.refusal is not None:
-        fit = outcome.refusal.fit  # refused within its error: one of its kin ran out of memory with no more
-        wanted[REFUSED] = max(fit.excess, fit.error)
-    if wanted:
+        # A trial may be skipped within the prediction's error, since a similar one that needed no more ran out of
+        # memory. Its excess may then be 0 or less, but a violation must be above 0.
+        fit = outcome.refusal.fit
+        violations[REFUSED] = max(fit.excess, fit.error)
+    if violations:
         handle = Trial(study, trial._trial_id)
-        for name, violation in wanted.items():
+        for name, violation in violations.items():
             if name not in trial.constraints:
                 handle.set_constraint(name, violation)
             elif trial.constraints[name] != violation:

@@ -1,4 +1,4 @@
-"""Optuna's trials as tables and reports see them."""
+"""Optuna's trials as rows for tables and reports."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qlora_exp.study.user_attributes import MEMORY_RETRIES, REFUSED, attempt_of
 
 
 def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
+    """Return the number of trials by state."""
     by_state = Counter(trial.state for trial in trials)
     refused = refused_of(trials)
     return Counts(
@@ -30,12 +31,12 @@ def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
 
 
 def refused_of(trials: Sequence[FrozenTrial]) -> int:
-    """How many were not started because they were predicted not to fit."""
+    """Return how many trials were not started because they were predicted not to fit."""
     return sum(is_refused(trial) for trial in trials)
 
 
 def is_refused(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
-    """Whether the trial was predicted not to fit, into ``bound_bytes`` or more where that is given."""
+    """Return whether the trial was predicted not to fit, into a limit of at least ``bound_bytes`` if that is given."""
     refusal = trial.user_attrs.get(REFUSED)
     if trial.state is not TrialState.PRUNED or refusal is None:
         return False
@@ -43,6 +44,7 @@ def is_refused(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
 
 
 def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
+    """Return the trial as one row."""
     attributes = trial.user_attrs
     ended = trial.state.is_finished()
     complete = trial.state is TrialState.COMPLETE
@@ -64,7 +66,7 @@ def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
 
 
 def best_rows(rows: Sequence[TrialRow], directions: Sequence[str]) -> list[TrialRow]:
-    """Completed feasible trials that no other is better than in every objective; one only for a single objective."""
+    """Return the completed feasible trials that no other dominates; only one for a single objective."""
     candidates = [row for row in rows if row.state == "COMPLETE" and row.feasible]
     losses = {row.number: _losses(row, directions) for row in candidates}
     if len(directions) == 1:
@@ -74,8 +76,10 @@ def best_rows(rows: Sequence[TrialRow], directions: Sequence[str]) -> list[Trial
 
 def _losses(row: TrialRow, directions: Sequence[str]) -> tuple[float, ...]:
     known = [value for value in row.values if value is not None]
-    return tuple(value if way == "minimize" else -value for value, way in zip(known, directions, strict=True))
+    return tuple(
+        value if direction == "minimize" else -value for value, direction in zip(known, directions, strict=True)
+    )
 
 
-def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+def _dominates(losses: Sequence[float], other_losses: Sequence[float]) -> bool:
+    return losses != other_losses and all(own <= other for own, other in zip(losses, other_losses, strict=True))

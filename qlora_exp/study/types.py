@@ -1,4 +1,4 @@
-"""What a study is and what goes in and out of it, as plain frozen types: no optuna, so that anyone may hold them."""
+"""Input and output of a study, as plain frozen types without Optuna, so that any module may use them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ Value = str | int | float | bool | None
 
 
 class AxisKind(StrEnum):
+    """What values an axis has."""
+
     CHOICE = "choice"
     INT = "int"
     FLOAT = "float"
@@ -19,8 +21,11 @@ class AxisKind(StrEnum):
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of the search. ``choice``: ``values``; ``int`` and ``float``: ``low`` to ``high``, both included,
-    in steps of ``step`` where given, on a log scale where ``log``."""
+    """One dimension of the search.
+
+    ``choice``: one of ``values``. ``int`` and ``float``: from ``low`` to ``high``, both included, in steps of ``step``
+    if given, on a log scale if ``log``.
+    """
 
     key: str
     """The override's key: ``lora.r``, or a group such as ``quantization``."""
@@ -38,21 +43,21 @@ class Axis:
 
 @dataclass(frozen=True)
 class LadderSettings:
-    """Rank doubling at one point of the other axes."""
+    """The settings of one rank ladder, at one point of the other axes."""
 
     axes: dict[str, Any]
     """The other axes' values."""
     learning_rate: float
-    """The centre at r_start."""
+    """The central learning rate at r_start."""
     rate_exponent: float
-    """The centre is ∝ r to this power."""
+    """The central learning rate is proportional to r to this power."""
     alpha: str
-    """The alpha policy, in words."""
+    """The alpha policy, as text."""
 
 
 @dataclass(frozen=True)
 class LadderSpec:
-    """``sweep.ladder`` of a study, resolved; fixed before its first trial."""
+    """``sweep.ladder`` of a study, resolved; fixed before the first trial."""
 
     r_start: int
     r_max: int
@@ -60,18 +65,18 @@ class LadderSpec:
     first_seed: int
     pilot_seed: int
     margin: float | None
-    """Nats per test item; ``None`` only where a single rank is run, and nothing is decided."""
+    """Nats per test item; ``None`` only if a single rank is run and nothing is decided."""
     half_zone: float | None
     lr_policy: str
     lr_factors: tuple[float, ...]
     ladders: tuple[LadderSettings, ...]
     most_seeds: int = 8
-    """A rank, in all; studies of versions that didn't say have the rule's own."""
+    """Maximum number of seeds per rank. Studies of versions without this field have the rule's maximum."""
 
 
 @dataclass(frozen=True)
 class StudySpec:
-    """Everything that a worker needs to go on with a study; kept as studies/NAME/study.json."""
+    """Everything that a worker needs to continue a study; stored as studies/NAME/study.json."""
 
     name: str
     question: str | None
@@ -91,25 +96,28 @@ class StudySpec:
     enqueue: tuple[dict[str, Any], ...]
     warm_start: tuple[str, ...]
     storage: str
-    """URL; redacted of passwords in the file (``sweep.storage`` of the command is used then)."""
+    """URL; without password in the file, where ``sweep.storage`` of the command is used instead."""
     output_root: str
     max_failures: float | None
     max_attempts: int
     out_of_memory_retries: int
     synthetic: bool = False
     space: dict[str, str] = field(default_factory=dict)
-    """Axis → text, for people and for the tracking view."""
+    """Axis → text, for people and for MLflow."""
     fixed: dict[str, Any] = field(default_factory=dict)
-    """Those of ``overrides`` that make a trial what it is, key → value: with a trial's axes, its configuration."""
+    """Those of ``overrides`` that affect a trial's result, key → value: with the trial's axes, they are its
+    configuration."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What all trials have alike, key → value, secrets redacted: a study goes on with the same alone."""
+    """Settings that all trials share, key → value, secrets redacted: a study can only be continued with the same
+    ones."""
     interpolated: dict[str, str] = field(default_factory=dict)
-    """Those of ``settings`` that were written as interpolations, key → text; ``settings`` has their values, unless a
-    trial's axes change them."""
+    """Those of ``settings`` that were written as interpolations, key → text. ``settings`` has their values, unless they
+    depend on a trial's axes."""
     ladder: LadderSpec | None = None
-    """Only with the sampler ``ladder``."""
+    """Set only with the sampler ``ladder``."""
     id: str | None = None
-    """Which study this is, wherever it is kept; its name is for people. ``None``: of a version that gave none."""
+    """The study's identity, wherever it is stored; the name is for people. ``None``: of a version without
+    identities."""
 
 
 @dataclass(frozen=True)
@@ -123,25 +131,25 @@ class Owner:
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that this worker may run now, and nobody else."""
+    """A trial that this worker, and no other, may run now."""
 
     number: int
     trial_id: int
     params: dict[str, Any]
     overrides: tuple[str, ...]
-    """The axes as overrides, to be added to the spec's."""
+    """The axes as overrides, in addition to the spec's."""
     attempt: int
     run_id: str | None
-    """The run of an earlier attempt, to be gone on with; ``None`` for a new trial."""
+    """The run of an earlier attempt, to be continued; ``None`` for a new trial."""
     out_of_memory_retries: int = 0
     """How often the micro-batch has been halved so far."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended, for telling: the record's status and the objectives' and constraints' values.
+    """How a trial ended: the record's status and the values of objectives and constraints.
 
-    ``values``: one per objective, ``None`` where unknown; ``violations``: one per constraint, above 0 where broken.
+    ``values``: one per objective, ``None`` if unknown. ``violations``: one per constraint, above 0 if violated.
     """
 
     status: Status
@@ -150,18 +158,18 @@ class Outcome:
     seconds: float | None
     failure: Failure | None = None
     refusal: SkippedTrial | None = None
-    """The trial was not started: it was predicted not to fit. ``status`` is then PRUNED."""
+    """The trial was not started because it was predicted not to fit. ``status`` is then PRUNED."""
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial as tables and reports see it."""
+    """One trial, as a row for tables and reports."""
 
     number: int
     state: str
     """Optuna's: WAITING, RUNNING, COMPLETE, PRUNED, FAIL."""
     status: Status | None
-    """Ours, once the trial has ended."""
+    """The run's status, once the trial has ended."""
     values: tuple[float | None, ...]
     run_id: str | None
     seconds: float | None
@@ -172,13 +180,13 @@ class TrialRow:
     out_of_memory_retries: int = 0
     """How often memory ran out and the micro-batch was halved."""
     refusal: SkippedTrial | None = None
-    """Why it was not started: it was predicted not to fit."""
+    """Why the trial was not started: it was predicted not to fit."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Trials by state; ``to_ask`` are those that don't exist yet, ``refused`` those predicted not to fit, which
-    ``pruned`` leaves out."""
+    """Trials by state. ``to_ask``: don't exist yet. ``refused``: predicted not to fit; ``pruned`` doesn't count
+    them."""
 
     total: int
     completed: int

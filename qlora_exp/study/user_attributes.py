@@ -1,4 +1,4 @@
-"""What a trial's user attributes say beside Optuna's own state: who runs it, since when, and how it ended."""
+"""A trial's user attributes, in addition to Optuna's state: who runs it, since when, and how it ended."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, INTERRUPTED_ATT
     *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
 )
 REFUSED = "predicted_not_to_fit"
-"""Why a trial was not started (``records.types.SkippedTrial``); also the name of the constraint that it breaks."""
+"""Why a trial was not started (``records.types.SkippedTrial``); also the name of the constraint that it violates."""
 WATCHED_SHARE = 0.25
-"""Of the lease: for how long a heartbeat of another machine is watched before its written time counts."""
+"""Share of the lease for which another machine's heartbeat is watched before its written time counts."""
 FIXED_PARAMS = "fixed_params"
-"""Optuna's own name for what a trial was enqueued with."""
+"""Optuna's own key for the parameters that a trial was enqueued with."""
 
 
 def attempt_of(trial: FrozenTrial) -> int:
-    """How often the trial has been claimed; 0 for one that never was."""
+    """Return how often the trial has been claimed; 0 if never."""
     return int((trial.user_attrs.get(CLAIM) or {}).get("attempt", 0))
 
 
 class Heartbeats:
     """The trials' heartbeats as one observer has seen them.
 
-    A worker on another machine writes its own clock's time, which may be wrong by hours. So its trial is lost only when
-    the heartbeat has not changed for the lease by this process's clock, or for a part of it where the written time,
-    too, says that the lease has run out.
+    A worker on another machine writes the time of its own clock, which may be wrong by hours. So its trial is stale
+    only if its heartbeat has not changed for the lease by this process's clock. If the written time, too, says that the
+    lease has run out, a quarter of the lease is enough.
     """
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[float, float]] = {}
-        """Trial id → its heartbeat, and since when (``time.monotonic``) it has not changed."""
+        """Trial id → last heartbeat, and since when (``time.monotonic``) it is unchanged."""
 
     def stale_reason(self, trial: FrozenTrial, lease_seconds: float) -> str | None:
-        """Why a RUNNING trial has nobody who runs it; ``None``: somebody does, or it isn't RUNNING."""
+        """Return why nobody runs a RUNNING trial any more; ``None``: somebody does, or it isn't RUNNING."""
         if trial.state is not TrialState.RUNNING:
             return None
         owner = (trial.user_attrs.get(CLAIM) or {}).get("owner")
@@ -61,8 +61,8 @@ class Heartbeats:
 
     def _unchanged_seconds(self, trial_id: int, heartbeat: float) -> float:
         now = time.monotonic()
-        seen, since = self._seen.get(trial_id, (None, now))
-        if seen != heartbeat:
+        previous, since = self._seen.get(trial_id, (None, now))
+        if previous != heartbeat:
             since = now
         self._seen[trial_id] = (heartbeat, since)
         return now - since
