@@ -1,4 +1,4 @@
-"""A study in Optuna's storage: one worker at a time runs a trial, and a kill at any moment neither loses nor repeats it.
+"""A study in Optuna's storage: one worker at a time runs a trial, and no kill at any moment loses or repeats one.
 
 A trial is RUNNING from its claim on. Its user attributes name the owner and attempt (``claim``) and the owner's last
 sign of life (``heartbeat``, Unix seconds). A claim holds the study's lock, so a RUNNING trial without an owner belonged
