@@ -1,4 +1,4 @@
-"""Settings that name a place relative to the folder that the command was given in, as the same place from anywhere."""
+"""Make relative paths in settings absolute, so that they mean the same place from every folder."""
 
 from __future__ import annotations
 
@@ -18,37 +18,41 @@ from qlora_exp.study.space import point_overrides
 from qlora_exp.study.types import Axis
 
 FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.uri", "sweep.storage")
-"""Settings that may name a place relative to the folder that the command was given in."""
+"""Settings that may name a place relative to the command's working directory."""
 
 
 def with_absolute_paths(fixed: Sequence[str], raw: DictConfig) -> list[str]:
-    """``fixed``, and what a file of sweeps/ sets, so that they mean the same places from every folder."""
+    """Return ``fixed`` with absolute paths, including those that a file of sweeps/ sets."""
     places = {key: _written(raw, key) for key in (*FILES, *STORES)}
     changed = {key: absolute(key, value) for key, value in places.items() if value != absolute(key, value)}
     return [*(text for text in fixed if override_key(text) not in changed), *point_overrides(changed)]
 
 
 def _written(raw: DictConfig, key: str) -> Any:
-    """The setting as it was written: an axis may change what an interpolation in it names. One that begins with an
-    interpolation is left alone, unless that gives a relative path."""
+    """Return the setting's text as written, since an axis may change what an interpolation in it refers to.
+
+    If it begins with an interpolation that gives a relative path, ``./`` is put before it.
+    """
     section, _, name = key.rpartition(".")
     value = texts_of(raw[section], name) if raw[section] is not None else None
     if isinstance(value, str) and value.startswith("${") and key in FILES:
         try:
-            shown = OmegaConf.select(raw, key)
+            resolved = OmegaConf.select(raw, key)
         except OmegaConfBaseException:
             return value
-        return value if shown == absolute(key, shown) else f"./{value}"
+        return value if resolved == absolute(key, resolved) else f"./{value}"
     return value
 
 
 def with_absolute_places_on(axis: Axis) -> Axis:
+    """Return the axis with absolute paths as values."""
     values = tuple(absolute(axis.key, value) for value in axis.values)
     return axis if values == axis.values else replace(axis, values=values, text=",".join(map(hydra_value, values)))
 
 
 def absolute(key: str, value: Any) -> Any:
-    """``value`` of the setting ``key``; a place that begins with an interpolation stays as it is."""
+    """Return ``value`` of the setting ``key`` as an absolute path. A path that begins with an interpolation stays as it
+    is."""
     if not isinstance(value, str) or value.startswith("${"):
         return value
     if key in FILES and has_interpolation(value):

@@ -1,4 +1,4 @@
-"""What a sweep's budget will buy, said at its start."""
+"""What a sweep's budget is enough for, printed at its start."""
 
 from __future__ import annotations
 
@@ -21,61 +21,68 @@ if TYPE_CHECKING:
     from qlora_exp.estimate.sweep import Candidate
 
 MOST_PLANNED = 1000
-"""More points would keep the first trial waiting."""
+"""Estimating more points would delay the first trial."""
 
 
-def affordable_trials_message(asked: SweepCommand, opened: Any, purse: StudyBudget) -> Iterator[str]:
-    """A sentence for each limit of the budget."""
-    counts, memory_bytes = opened.counts(), budget_of(asked.config).memory_bytes
-    accounts = purse.accounts(opened.trials())
+def affordable_trials_message(command: SweepCommand, opened: Any, budget: StudyBudget) -> Iterator[str]:
+    """Yield a sentence for each limit of the budget."""
+    counts, memory_bytes = opened.counts(), budget_of(command.config).memory_bytes
+    limits = budget.accounts(opened.trials())
     to_come = counts.waiting + counts.to_ask + counts.running
     runs = None
-    if memory_bytes is not None or any(not account.costs for account in accounts):
-        runs = _planned(asked.spec, memory_bytes)
-    for account in accounts:
-        left = account.limit - account.spent
-        yield affordable_trials_at(account.name, account.limit, left, *_cost(runs, account), to_come).told
+    if memory_bytes is not None or any(not limit.costs for limit in limits):
+        runs = _planned(command.spec, memory_bytes)
+    for limit in limits:
+        remaining = limit.limit - limit.spent
+        yield affordable_trials_at(limit.name, limit.limit, remaining, *_cost(runs, limit), to_come).told
     if memory_bytes is not None:
         yield _fitting(runs, memory_bytes)
 
 
 def _fitting(runs: Sequence[PlannedRun] | None, memory_bytes: int) -> str:
-    told = f"budget.memory_bytes={memory_bytes} ({bytes_text(memory_bytes)})"
+    """Return a sentence that says how many configurations fit into ``memory_bytes``."""
+    limit_text = f"budget.memory_bytes={memory_bytes} ({bytes_text(memory_bytes)})"
     if runs is None:
-        return f"{told}: what fits is predicted trial by trial"
+        return f"{limit_text}: what fits is predicted trial by trial"
     fitting = sum(run.fits is True for run in runs)
     if by_rows(runs):
-        return f"{told}: {fitting} of {len(runs)} configurations fit, by the task's rows"
+        return f"{limit_text}: {fitting} of {len(runs)} configurations fit, by the task's rows"
     return (
-        f"{told}: at least {fitting} of {len(runs)} configurations fit, with rows as long as training.max_length; each"
-        " trial is predicted again from the rows that there are"
+        f"{limit_text}: at least {fitting} of {len(runs)} configurations fit, with rows as long as training.max_length;"
+        " each trial is predicted again from the rows that there are"
     )
 
 
-def _cost(runs: Sequence[PlannedRun] | None, account: LimitUsage) -> tuple[Cost | None, str]:
-    """Of one trial: as measured (cheapest, mean, dearest), else as planned."""
-    if account.costs:
-        count = len(account.costs)
+def _cost(runs: Sequence[PlannedRun] | None, limit: LimitUsage) -> tuple[Cost | None, str]:
+    """Return one trial's cost (minimum, mean, maximum) and where it is from: finished trials if any, else the
+    estimates."""
+    if limit.costs:
+        count = len(limit.costs)
         basis = f"{count} finished trial{'s' if count > 1 else ''}"
-        return (min(account.costs), statistics.fmean(account.costs), max(account.costs)), basis
-    return planned_cost(runs or (), account.name)
+        return (min(limit.costs), statistics.fmean(limit.costs), max(limit.costs)), basis
+    return planned_cost(runs or (), limit.name)
 
 
-def check_memory(asked: SweepCommand) -> None:
-    """Raises:
-    ConfigError: no quantization of any base model of the search fits into ``budget.memory_bytes``."""
+def check_memory(command: SweepCommand) -> None:
+    """Check that some base model of the search fits into ``budget.memory_bytes``.
+
+    Raises:
+        ConfigError: no quantization of any of them does.
+    """
     from qlora_exp.estimate.estimator import Planner
     from qlora_exp.estimate.smallest_base import check_a_base_fits
 
-    memory_bytes = budget_of(asked.config).memory_bytes
+    memory_bytes = budget_of(command.config).memory_bytes
     if memory_bytes is not None:
-        configs = [point.config for point in _points(asked.spec) or () if point.config is not None]
+        configs = [point.config for point in _points(command.spec) or () if point.config is not None]
         check_a_base_fits(Planner(), configs, memory_bytes)
 
 
 def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | None:
-    """The space's points, planned by the rates of the runs that have ended here, else by the machine's calibration.
-    ``None``: as :func:`_points`."""
+    """Return an estimate for each point of the space; ``None`` as in :func:`_points`.
+
+    The rates are those of runs that have ended here, else of the machine's calibration.
+    """
     from qlora_exp.estimate.estimator import Planner
     from qlora_exp.estimate.tokens import RowCounter
     from qlora_exp.records.find import EndedRuns
@@ -89,7 +96,7 @@ def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | No
 
 
 def _held_to(point: Candidate, memory_bytes: int | None) -> Candidate:
-    """As a trial is run: the study's budget is not its own, but for the memory that it must fit into."""
+    """Return the point as a trial runs it: without the study's budget, except for the memory limit."""
     if point.config is None:
         return point
     config = without_limits(point.config)
@@ -97,8 +104,10 @@ def _held_to(point: Candidate, memory_bytes: int | None) -> Candidate:
 
 
 def _points(spec: StudySpec) -> Sequence[Candidate] | None:
-    """The space's points (of an interval, its ends); ``None``: nothing is trained, there are too many, or a model's
-    layers aren't known without torch."""
+    """Return the space's points (of an interval, its ends).
+
+    ``None``: nothing is trained, there are too many points, or a model's architecture isn't known without torch.
+    """
     if spec.synthetic:
         return None
     from qlora_exp.architecture.families import known_architecture
@@ -106,10 +115,10 @@ def _points(spec: StudySpec) -> Sequence[Candidate] | None:
 
     fixed = [text for text in spec.overrides if not is_hydra(override_key(text))]
     try:
-        asked = search_space([*fixed, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)])
+        space = search_space([*fixed, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)])
     except QloraExpError:  # too many points to plan
         return None
-    configs = [point.config for point in asked.points if point.config is not None]
-    if len(asked.points) > MOST_PLANNED or not all(known_architecture(one.model) for one in configs):
-        return None  # describing another architecture loads torch
-    return asked.points
+    configs = [point.config for point in space.points if point.config is not None]
+    if len(space.points) > MOST_PLANNED or not all(known_architecture(config.model) for config in configs):
+        return None  # reading any other architecture imports torch
+    return space.points

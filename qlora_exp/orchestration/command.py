@@ -1,4 +1,4 @@
-"""What a sweep command means: the study that its overrides ask for, every point of its space checked beforehand."""
+"""Build the study that a sweep command's overrides describe, and check every point of its space."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from qlora_exp.study.spec import STORAGE_VARIABLE, read_spec
 from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 
 STUDY_KEYS = tuple(f"budget.{name}" for name in budget.STUDY_LIMITS)
-"""What a study may spend, and what its trials must fit into, is no trial's own."""
+"""Budget limits that apply to the whole study; no trial has them as its own."""
 NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *STUDY_KEYS)
 IGNORED_IN_NAME = (
     *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
@@ -45,14 +45,14 @@ IGNORED_IN_NAME = (
     *STUDY_KEYS,
     "budget.force",
 )
-"""What may change while a study goes on: the command still means the same study."""
+"""Settings that may change while a study continues: the command still means the same study."""
 LIVE = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
-"""Interpolations in these stay as they are: they may hold a password, or are read on their own."""
+"""Interpolations in these settings stay unresolved: they may hold a password, or are resolved elsewhere."""
 
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """What a command asks for: the study, and how this time it is worked on."""
+    """What a command asks for: the study, and the settings of this call."""
 
     spec: StudySpec
     paths: StudyPaths
@@ -62,13 +62,13 @@ class SweepCommand:
     config: DictConfig
     """Composed without the axes."""
     fixed_axes: tuple[str, ...] = ()
-    """Overrides that give one value to what the sweep searches."""
+    """Overrides that set one value for an axis that the sweep's file searches."""
 
 
 def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> SweepCommand:
-    """The study that ``overrides`` mean, every point of its space checked as far as that can be done beforehand.
+    """Return the study that ``overrides`` describe, with every point of its space checked as far as possible.
 
-    ``params``: axes of lowest precedence; ``sweep.params`` go before them, the command line before both.
+    ``params``: axes with the lowest precedence; ``sweep.params`` override them, the command line overrides both.
 
     Raises:
         ConfigError, Problems: nothing was started.
@@ -85,17 +85,19 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     settings = _settings(raw)
     declared = {key: _axis_now(key, text) for key, text in {**(params or {}), **settings.params}.items()}
     texts = {**declared, **swept}
-    # A fixed key that the sweep searches is an axis of one value: conditions can still refer to it.
+    # A fixed key that the sweep searches becomes an axis with one value, so that conditions can still refer to it.
     texts |= {override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in texts}
-    searched = [text for text in fixed if override_key(text) in texts]
-    fixed_axes = [t for t in fixed if t.partition("=")[2] != declared.get(override_key(t), t.partition("=")[2])]
+    single_valued = [text for text in fixed if override_key(text) in texts]
+    fixed_axes = [
+        text for text in fixed if text.partition("=")[2] != declared.get(override_key(text), text.partition("=")[2])
+    ]
     fixed = [text for text in fixed if override_key(text) not in texts]
-    naming = [as_written.get(text, text) for text in with_absolute_paths(fixed, raw)]
+    name_texts = [as_written.get(text, text) for text in with_absolute_paths(fixed, raw)]
     from_files = settings_from_outside(raw, (*LIVE, *texts))
     texts_now_fixed = _texts_replaced(as_written, raw, from_files)
     if from_files:
         fixed += point_overrides(from_files)
-        raw = compose_raw([*fixed, *searched])
+        raw = compose_raw([*fixed, *single_valued])
     fixed = with_absolute_paths(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
     axes = tuple(with_absolute_places_on(axis) for axis in _axes(texts, settings, narrowed))
@@ -107,14 +109,14 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     if settings.name is not None:
         name = study_name(settings.name)
     else:
-        name = _name(naming, {key: _value_text(as_written[f"{key}={swept[key]}"]) for key in swept})
+        name = _name(name_texts, {key: _value_text(as_written[f"{key}={swept[key]}"]) for key in swept})
     paths = output_root.study(name)
     earlier = _earlier(paths, name)
     if earlier is None:
         check_name(name)
     else:
-        name = earlier.name  # as the storage has it, in whichever form of Unicode
-    alike, interpolated = _shared_settings(raw, axes)
+        name = earlier.name  # as stored: the same characters may be in another Unicode normal form
+    shared_settings, interpolated = _shared_settings(raw, axes)
     spec = StudySpec(
         name=name,
         question=settings.question,
@@ -139,7 +141,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
         synthetic=raw.training.engine is Engine.sleep,
         space={axis.key: axis.text for axis in axes},
         fixed={override_key(text): override_value(text) for text in _of_a_run(fixed)},
-        settings=alike,
+        settings=shared_settings,
         interpolated=interpolated | texts_now_fixed,
         ladder=ladder,
         id=earlier.id if earlier else None,
@@ -154,20 +156,21 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
 
 
 def _as_it_is_now(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """``overrides`` with what they read from outside the configuration in its place, and each as it was written."""
+    """Return ``overrides`` with interpolations of the environment and the like resolved, and resolved → original
+    text."""
     kept = [text for text in overrides if _belongs(_key_text(text), LIVE)]
-    now = without_outside([text for text in overrides if text not in kept])
-    changed = iter(now)
-    found = [text if text in kept else next(changed) for text in overrides]
-    return found, dict(zip(found, overrides, strict=True))
+    values = without_outside([text for text in overrides if text not in kept])
+    next_value = iter(values)
+    resolved = [text if text in kept else next(next_value) for text in overrides]
+    return resolved, dict(zip(resolved, overrides, strict=True))
 
 
 def _texts_replaced(as_written: Mapping[str, str], raw: DictConfig, from_files: Collection[str]) -> dict[str, str]:
-    """Key → text of each setting whose interpolation has been replaced by its value."""
-    plain = dict(flat(OmegaConf.to_container(raw, enum_to_str=True))) if from_files else {}
+    """Return key → text of each setting whose interpolation was replaced by its value."""
+    settings = dict(flat(OmegaConf.to_container(raw, enum_to_str=True))) if from_files else {}
     changed = [text for now, text in as_written.items() if now != text and not is_swept(text)]
-    given = {override_key(text): str(override_value(text)) for text in changed}
-    texts: dict[str, str] = redact({key: str(plain[key]) for key in from_files} | given)
+    on_command_line = {override_key(text): str(override_value(text)) for text in changed}
+    texts: dict[str, str] = redact({key: str(settings[key]) for key in from_files} | on_command_line)
     return texts
 
 
@@ -189,8 +192,10 @@ def _enqueued(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(raw: DictConfig) -> SweepConfig:
-    """What a composed configuration says about the search. Axes and enqueued points stay as they were written: what
-    they name may be an axis, and then each trial has another value of it."""
+    """Return the ``sweep`` settings of a composed configuration.
+
+    Axes and enqueued points stay as written: they may refer to an axis, so that each trial has another value.
+    """
     params, enqueue = texts_of(raw.sweep, "params"), texts_of(raw.sweep, "enqueue")
     plain = copy.deepcopy(raw)
     OmegaConf.update(plain, "sweep.params", {}, merge=False)
@@ -200,9 +205,9 @@ def _settings(raw: DictConfig) -> SweepConfig:
 
 
 def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
-    """What ``qlora-exp run`` needs to run a trial's configuration by itself, wherever it is called."""
+    """Return the overrides with which ``qlora-exp run`` runs a trial's configuration, from any folder."""
     searched = [text for text in spec.overrides if override_key(text) == SEARCH_PATH]
-    # A file of sweeps/ may set what a run doesn't look at from the environment: without its value nothing composes.
+    # A file of sweeps/ may read from the environment what a run doesn't use. Without its value Hydra can't compose.
     kept = [text for text in spec.overrides if override_key(text) in spec.interpolated]
     of_a_run = _of_a_run(spec.overrides)
     kept = [text for text in kept if text not in of_a_run]
@@ -221,6 +226,7 @@ def _storage(settings: SweepConfig, outputs: OutputPaths) -> str:
 
 
 def spec_settings(node: Any, kind: type[Any]) -> Any:
+    """Return the node as an instance of its dataclass ``kind``."""
     try:
         built = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
@@ -247,21 +253,23 @@ def _belongs(key: str, names: Sequence[str]) -> bool:
 
 
 def _shared_settings(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What every trial has alike, key → value, as far as it can change a trial's result; and the settings among them
-    that are written as interpolations, key → text."""
+    """Return the settings that all trials share, key → value, as far as they can change a trial's result.
+
+    The second mapping has the texts of those that are written as interpolations, key → text.
+    """
     searched = [axis.key for axis in axes]
     free = (*NOT_SWEPT, "budget", "name", *searched)
     names = [*searched, *(["training"] if "model" in searched else [])]  # conf/model_training/ follows the model
-    plain = OmegaConf.to_container(raw, enum_to_str=True)
-    alike, interpolated = {}, {}
-    for key, value in flat(redact(plain)):
+    settings = OmegaConf.to_container(raw, enum_to_str=True)
+    shared, interpolated = {}, {}
+    for key, value in flat(redact(settings)):
         if _belongs(key, free):
             continue
         if has_interpolation(value):
             interpolated[key] = str(value)
             value = value if depends_on(raw, value, names) else redact(_resolved(raw, key))
-        alike[key] = absolute(key, value)
-    return alike, interpolated
+        shared[key] = absolute(key, value)
+    return shared, interpolated
 
 
 def _resolved(raw: DictConfig, key: str) -> Any:
@@ -304,15 +312,19 @@ def _check_pruner(settings: SweepConfig, raw: Any) -> None:
 
 
 def _points_to_check(axes: tuple[Axis, ...]) -> Iterator[Sequence[str]]:
-    """Overrides of every point where they are few; else each axis's values with the others at their first. Of an
-    interval, both ends."""
-    corners = tuple(_interval_ends(axis) for axis in axes)
-    corners = tuple(replace(axis, values=axis.values[:1]) if _is_ladders_seed(axis) else axis for axis in corners)
-    if math.prod(len(axis.values) for axis in corners) <= GRID_CHECK_LIMIT:
-        spaces = [corners]
+    """Yield the overrides of every point if they are few, else each axis's values with the other axes at their first.
+
+    Intervals are checked at both ends.
+    """
+    with_ends = tuple(_interval_ends(axis) for axis in axes)
+    with_ends = tuple(replace(axis, values=axis.values[:1]) if _is_ladders_seed(axis) else axis for axis in with_ends)
+    if math.prod(len(axis.values) for axis in with_ends) <= GRID_CHECK_LIMIT:
+        spaces = [with_ends]
     else:
-        first = [replace(axis, values=axis.values[:1]) for axis in corners]
-        spaces = [tuple(axis if axis is one else first[i] for i, axis in enumerate(corners)) for one in corners]
+        first = [replace(axis, values=axis.values[:1]) for axis in with_ends]
+        spaces = [
+            tuple(axis if axis is varied else first[i] for i, axis in enumerate(with_ends)) for varied in with_ends
+        ]
     points = (point_overrides(params) for space in spaces for params in grid(space))
     return itertools.islice(points, GRID_CHECK_LIMIT)
 
@@ -331,24 +343,25 @@ def _interval_ends(axis: Axis) -> Axis:
 
 
 def _name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
-    """The same command, the same study: the sweep's name where nothing else is said, else with a digest of the rest."""
+    """Return the same name for the same command: the sweep's name if nothing else is set, else with a digest of the
+    rest."""
     chosen = [text.partition("=")[2] for text in fixed if override_key(text) == "sweeps"]
-    naming = [text for text in fixed if not _belongs(override_key(text), IGNORED_IN_NAME)]
-    naming += [f"{key}={text}" for key, text in swept.items()]
-    if chosen and not naming:
+    name_texts = [text for text in fixed if not _belongs(override_key(text), IGNORED_IN_NAME)]
+    name_texts += [f"{key}={text}" for key, text in swept.items()]
+    if chosen and not name_texts:
         return chosen[0]
-    digest = hashlib.sha256("\n".join(sorted(naming)).encode()).hexdigest()[:8]
+    digest = hashlib.sha256("\n".join(sorted(name_texts)).encode()).hexdigest()[:8]
     return f"{chosen[0] if chosen else 'multirun'}-{digest}"
 
 
 def _trial_overrides(fixed: Sequence[str], outputs: OutputPaths) -> Iterator[str]:
-    not_theirs = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
-    yield from (text for text in fixed if override_key(text) not in not_theirs)
+    study_keys = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
+    yield from (text for text in fixed if override_key(text) not in study_keys)
     yield from point_overrides({"output_root": str(outputs.root)})
 
 
 def _earlier(paths: StudyPaths, name: str) -> StudySpec | None:
-    """What was asked before under this name; ``None``: nothing, or it can't be read."""
+    """Return the existing study of this name; ``None``: there is none, or it can't be read."""
     try:
         earlier = read_spec(paths)
     except RecordError:

@@ -1,4 +1,4 @@
-"""Which GPU and how many threads each trial host gets."""
+"""Which GPU and how many threads each trial process gets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GpuUser:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, with the processes that use it where NVML tells of them."""
+    """One GPU, with the processes that use it if NVML reports them."""
 
     index: int
     uuid: str
@@ -40,14 +40,16 @@ class Gpu:
 def assign(
     gpus: Sequence[Gpu], visible: str | None, slots: int | None, own_pids: Collection[int] = ()
 ) -> tuple[str | None, ...]:
-    """Each slot's GPU (its UUID), ``None`` where there is none. Slots beyond the GPUs share them in turn.
+    """Return each slot's GPU (its UUID), ``None`` without GPUs. If there are more slots than GPUs, they share them in
+    turn.
 
     Args:
         visible: CUDA_VISIBLE_DEVICES; only those GPUs are used, in that order.
-        slots: how many hosts; ``None``: one per GPU, or one.
+        slots: number of trial processes; ``None``: one per GPU, or one.
         own_pids: processes that may hold memory.
 
-    Raises :class:`ConfigError` or :class:`Problems` naming whoever holds memory on one of the GPUs that would be used.
+    Raises:
+        ConfigError, Problems: other processes hold memory on GPUs that would be used; they are named.
     """
     usable = visible_gpus(gpus, visible, lambda entry: Gpu(-1, entry, ""))
     count = slots if slots is not None else max(1, len(usable))
@@ -59,22 +61,22 @@ def assign(
 
 
 def _occupied(gpu: Gpu, user: GpuUser) -> QloraExpError:
-    held = f"{user.memory_bytes / 2**30:.1f} GiB" if user.memory_bytes is not None else "memory"
-    who = f"process {user.pid}{f' ({user.name})' if user.name else ''}"
+    memory = f"{user.memory_bytes / 2**30:.1f} GiB" if user.memory_bytes is not None else "memory"
+    holder = f"process {user.pid}{f' ({user.name})' if user.name else ''}"
     return ConfigError(
-        f"GPU {gpu.index} is in use: {who} holds {held} on it",
+        f"GPU {gpu.index} is in use: {holder} holds {memory} on it",
         f"{gpu.name}, {gpu.uuid}",
         "wait for it, end it, or choose other GPUs with CUDA_VISIBLE_DEVICES",
     )
 
 
 def inventory() -> tuple[Gpu, ...]:
-    """The machine's GPUs and who uses them, which NVML alone tells; empty where there are no GPUs."""
+    """Return the machine's GPUs and the processes on them (only NVML reports those); empty without GPUs."""
     return _by_nvml() or tuple(Gpu(card.index, card.uuid, card.name) for card in cards_here())
 
 
 def nvml_works() -> bool:
-    """Whether the processes that use the GPUs can be seen."""
+    """Return whether the processes that use the GPUs can be seen."""
     return bool(_by_nvml())
 
 
@@ -84,7 +86,7 @@ def _by_nvml() -> tuple[Gpu, ...]:
 
         pynvml.nvmlInit()
         return tuple(_described(index) for index in range(pynvml.nvmlDeviceGetCount()))
-    except Exception:  # NVML has many ways to be absent
+    except Exception:  # no NVML: missing package, library, driver or GPU each raise differently
         return ()
 
 
@@ -111,25 +113,28 @@ def _name_of(pid: int) -> str | None:
 
 
 def slots_of(engine: Engine, device: DeviceChoice, count: int | None) -> tuple[str | None, ...]:
-    """:func:`assign` on this machine, for a study whose trials run so."""
+    """Return :func:`assign` for this machine, given how the study's trials run."""
     uses_gpu = engine is not Engine.sleep and device is not DeviceChoice.cpu
     gpus = inventory() if uses_gpu else ()
     return assign(gpus, os.environ.get(DEVICES_VARIABLE), count, _own_pids() if gpus else ())
 
 
 def _own_pids() -> set[int]:
-    """This process and what it has started: its hosts may hold memory before they have a trial."""
+    """Return this process and its descendants: trial processes may hold memory before their first trial."""
     import psutil
 
     me = psutil.Process()
     return {me.pid, *(child.pid for child in me.children(recursive=True))}
 
 
-def threads_per_host(asked: int | None, slots: int, kept: Path) -> int:
-    """``training.threads``, or the cores divided among the slots. The study's first worker fixes it in ``kept``; a
-    study that is gone on with elsewhere keeps it, since results are bit-equal at equal thread counts only."""
-    if asked is not None:
-        return asked
+def threads_per_host(requested: int | None, slots: int, kept: Path) -> int:
+    """Return ``training.threads`` if set, else the cores divided by the number of slots.
+
+    The study's first worker writes the number to ``kept``. The study keeps it on other machines, since results are
+    bit-equal only at equal thread counts.
+    """
+    if requested is not None:
+        return requested
     try:
         return max(1, int(json.loads(kept.read_text(encoding="utf-8"))["threads"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -139,6 +144,6 @@ def threads_per_host(asked: int | None, slots: int, kept: Path) -> int:
 
 
 def environment_of(gpu: str | None, threads: int) -> Mapping[str, str]:
-    """A host's environment variables, read by libraries when they are imported."""
+    """Return a trial process's environment variables; libraries read them at import."""
     fixed = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return {**fixed, **heap.environment()} if gpu is None else {**fixed, DEVICES_VARIABLE: gpu}

@@ -1,4 +1,4 @@
-"""The Hydra door: ``python -m qlora_exp [-m] key=value …``."""
+"""The Hydra application: ``python -m qlora_exp [-m] key=value …``."""
 
 from __future__ import annotations
 
@@ -39,55 +39,59 @@ from qlora_exp.system.terminal import check_arguments, show_any_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The Hydra door. Exit codes: 0, 1 a run failed, 2 wrong input, 130 interrupted."""
+    """Run the Hydra application. Exit codes: 0, 1 a run failed, 2 wrong input, 130 interrupted."""
     show_any_text()
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    arguments_given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        check_arguments(given)
+        check_arguments(arguments_given)
     except QloraExpError as error:
         print_error(error)
         return EXIT_WRONG_INPUT
-    flags = get_args_parser().parse_args(given)  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
+    flags = get_args_parser().parse_args(
+        arguments_given
+    )  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
     multirun = flags.multirun
-    asks = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
+    only_shows = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
     _codes.clear()
-    if asks:
-        return _main(given, flags, multirun, asks)
+    if only_shows:
+        return _main(arguments_given, flags, multirun, only_shows)
     streams.keep_writing()
     try:
         with signals.interrupting():
-            return _main(given, flags, multirun, asks)
-    except KeyboardInterrupt:  # while the first one was being answered
+            return _main(arguments_given, flags, multirun, only_shows)
+    except KeyboardInterrupt:  # a second one, while the first one was handled
         return EXIT_INTERRUPTED
 
 
-def _main(given: list[str], flags: argparse.Namespace, multirun: bool, asks: bool) -> int:
+def _main(arguments: list[str], flags: argparse.Namespace, multirun: bool, only_shows: bool) -> int:
     try:
-        if not asks:
+        if not only_shows:
             one_rank_only()
         _check_flags(flags)
-        if asks:
+        if only_shows:
             _check_shown(flags)
         else:
             _check(flags.overrides, multirun)
         if BASIC in flags.overrides:
-            given = without_globs(given, flags.overrides)
-        _hydra(_with_search_path(given))
+            arguments = without_globs(arguments, flags.overrides)
+        _hydra(_with_search_path(arguments))
     except QloraExpError as error:
         print_error(error)
         return EXIT_WRONG_INPUT
     except ExitCode as ended:
         return ended.code
     except KeyboardInterrupt:
-        print("interrupted; the same command begins again where it can" if asks else "interrupted", file=sys.stderr)
+        print(
+            "interrupted; the same command begins again where it can" if only_shows else "interrupted", file=sys.stderr
+        )
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # ``… --help | head``, as in the verbs
+    except BrokenPipeError:  # ``… --help | head``, as in the qlora-exp commands
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return max(_codes, default=EXIT_COMPLETED)
 
 
 BASIC = "hydra/sweeper=basic"
-"""Hydra's own sweeper: a process per run, no study."""
+"""Hydra's own sweeper: one process per run, no study."""
 
 NOT_OURS = {
     "config_name": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
@@ -95,7 +99,7 @@ NOT_OURS = {
     "config_dir": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
     "experimental_rerun": "qlora-exp rerun RUN",
 }
-"""Hydra's flags that would read another configuration in the place of ours (the last one a pickle), and what to do."""
+"""Hydra's flags that would read another configuration than conf/ (the last one a pickle), and what to use instead."""
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
@@ -108,7 +112,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
 
 
 def _check_shown(flags: argparse.Namespace) -> None:
-    """What ``--cfg`` and ``--info`` can show: one configuration, whose overrides are right."""
+    """Check that ``--cfg`` and ``--info`` have one configuration with valid overrides to show."""
     flag = f"--cfg {flags.cfg}" if flags.cfg else f"--info {flags.info}"
     if not (flags.cfg or flags.info):
         return
@@ -128,11 +132,11 @@ def _check_shown(flags: argparse.Namespace) -> None:
 
 
 _codes: list[int] = []
-"""Exit codes of the jobs that ran in this process: Hydra drops what its jobs return."""
+"""Exit codes of the jobs that ran in this process: Hydra discards what its jobs return."""
 
 
 def _check(overrides: Sequence[str], multirun: bool) -> None:
-    """Everything that can be wrong, before Hydra starts. The points of a study are checked by the sweep itself."""
+    """Check everything before Hydra starts. The sweep itself checks the points of a study."""
     if not multirun:
         compose(overrides)
     elif BASIC in overrides:
@@ -145,11 +149,12 @@ def _check(overrides: Sequence[str], multirun: bool) -> None:
 
 
 def _with_search_path(arguments: Sequence[str]) -> list[str]:
-    """``arguments`` with the folders that hold sweeps/, among the overrides: argparse wants them in one row."""
-    given = [text for text in arguments if text.startswith(f"{SEARCH_PATH}=")]
-    others = [text for text in arguments if text not in given]
-    place = next((i for i, text in enumerate(others) if "=" in text and not text.startswith("-")), len(others))
-    return [*others[:place], search_path(search_folders(given)), *others[place:]]
+    """Return ``arguments`` with the folders that hold sweeps/, next to the other overrides: argparse needs those in one
+    block."""
+    own = [text for text in arguments if text.startswith(f"{SEARCH_PATH}=")]
+    rest = [text for text in arguments if text not in own]
+    position = next((i for i, text in enumerate(rest) if "=" in text and not text.startswith("-")), len(rest))
+    return [*rest[:position], search_path(search_folders(own)), *rest[position:]]
 
 
 def _hydra(arguments: Sequence[str]) -> None:
@@ -161,11 +166,11 @@ def _hydra(arguments: Sequence[str]) -> None:
 
 
 def one_job(raw: Any) -> Any:
-    """Hydra's task function: a study's worker, a run, or a run of a multirun. In a function of the module's own, so
-    that any launcher can carry it to another process.
+    """Hydra's task function: a study's worker, a run, or a run of a multirun.
 
-    In a multirun each run has a process of its own: its memory figures are then its own, and an out-of-memory kill ends
-    one run, not all of them. An interruption or wrong input ends the multirun.
+    It is a module-level function, so that any launcher can pickle it. In a multirun each run has its own process: its
+    memory figures are its own, and an out-of-memory kill ends one run, not all. An interruption or wrong input ends the
+    multirun.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -190,13 +195,14 @@ def one_job(raw: Any) -> Any:
 
 def _in_own_process(config: Config) -> int:
     text = yaml.safe_dump(to_plain(config), allow_unicode=True)
-    asked: list[int] = []
+    stop_signals: list[int] = []
     child: subprocess.Popen[str] | None = None
 
     def pass_on(number: int, frame: object) -> None:
-        """The child saves and says how to resume; this process only waits for it. Ctrl-C reaches the child too."""
+        """Pass the signal on: the child saves and says how to resume, this process only waits. Ctrl-C reaches the child
+        anyway."""
         if signals.heard(number) is not signals.Heard.SAME:
-            asked.append(number)
+            stop_signals.append(number)
             if child is not None and number != signal.SIGINT:
                 child.send_signal(signal.SIGTERM)
 
@@ -205,12 +211,12 @@ def _in_own_process(config: Config) -> int:
         command, environment = [sys.executable, "-m", "qlora_exp.runs.job"], {**os.environ, **environment}
         kills = memory_limits.kills()
         child = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8", env=environment)
-        if any(number != signal.SIGINT for number in asked):
+        if any(number != signal.SIGINT for number in stop_signals):
             child.send_signal(signal.SIGTERM)
         child.communicate(text)
     if child.returncode >= 0:
         return child.returncode
-    if asked:  # it was ended before it could answer
+    if stop_signals:  # the child was killed before it handled the signal
         return EXIT_INTERRUPTED
     end_killed_run(config, child.pid, -child.returncode, kills)
     return EXIT_RUN_FAILED

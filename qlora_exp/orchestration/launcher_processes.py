@@ -1,4 +1,4 @@
-"""Processes that a launcher keeps for its jobs, such as joblib's: they end when their launcher is gone."""
+"""Worker processes that a launcher such as joblib keeps: they end when their launcher is gone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ _watched = threading.Lock()
 
 @contextlib.contextmanager
 def launched_work() -> Iterator[None]:
-    """The work of one launcher job. joblib's processes wait five minutes for another job, also if the process that
-    started them was killed: such a process ends here once its own job is done."""
+    """Context of one launcher job.
+
+    joblib's processes wait five minutes for another job, even if the process that started them was killed. Such a
+    process ends here once its own job is done.
+    """
     if not multiprocessing.current_process().name.startswith("LokyProcess"):
         yield
         return

@@ -18,26 +18,27 @@ from qlora_exp.system import signals
 from qlora_exp.system.environment import alive
 
 WORKER_GRACE_SECONDS = 150.0
-"""The end of a step and a checkpoint in each worker, and the delivery to MLflow."""
+"""Time for the end of a step and a checkpoint in each worker, and for logging to MLflow."""
 
 _sweeping = threading.local()
 
 
 def asked_here() -> bool:
-    """Whether this thread launches a sweep: a worker in it that was told to end must not be followed by another."""
+    """Return whether this thread launches a sweep: after a worker in it was stopped, the launcher must start no other
+    one."""
     return getattr(_sweeping, "depth", 0) > 0
 
 
 @contextlib.contextmanager
 def passed_on(paths: StudyPaths) -> Iterator[None]:
-    """While a launcher works, a request to end goes to the workers that it started here: they save and give back their
-    trials, and the launcher returns. Without such workers, and at the second request, it ends by KeyboardInterrupt.
+    """Pass a request to stop on to the workers that a launcher started on this machine.
 
-    Left as it is, it would reach the launcher first, which kills its processes.
+    They save and return their trials, and the launcher returns. Without such workers, and at the second request, this
+    raises KeyboardInterrupt. Otherwise the signal would reach the launcher first, which kills its processes.
     """
     timers: list[threading.Timer] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def stop_workers(number: int, frame: FrameType | None) -> None:
         meaning = signals.heard(number)
         if meaning is signals.Heard.SAME:
             return
@@ -54,7 +55,7 @@ def passed_on(paths: StudyPaths) -> Iterator[None]:
 
     _sweeping.depth = getattr(_sweeping, "depth", 0) + 1
     try:
-        with signals.handling(ask):
+        with signals.handling(stop_workers):
             yield
         if timers:
             raise KeyboardInterrupt
@@ -65,14 +66,14 @@ def passed_on(paths: StudyPaths) -> Iterator[None]:
 
 
 def _own_workers(paths: StudyPaths) -> list[int]:
-    """Process ids of the study's workers that descend from this process, without itself."""
+    """Return the process ids of the study's workers that descend from this process, without itself."""
     import psutil
 
-    own = {child.pid for child in psutil.Process().children(recursive=True)}
-    found = []
+    descendants = {child.pid for child in psutil.Process().children(recursive=True)}
+    pids = []
     for file in paths.workers.glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecordError):
             process = from_dict(Process, json.loads(file.read_text(encoding="utf-8"))["process"])
-            if process.pid in own and alive(process):
-                found.append(process.pid)
-    return found
+            if process.pid in descendants and alive(process):
+                pids.append(process.pid)
+    return pids

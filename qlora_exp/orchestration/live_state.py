@@ -19,7 +19,7 @@ from qlora_exp.system.environment import process_identity
 
 @dataclass
 class SlotState:
-    """One slot's trial, or ``phase`` alone while it has none. ``started_at``: of the trial's present attempt."""
+    """One slot's trial, or only ``phase`` while it has none. ``started_at``: of the trial's current attempt."""
 
     slot: int
     phase: str = "waiting for a trial"
@@ -36,7 +36,7 @@ class SlotState:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """``workers/<host>-<pid>.json``. A file whose process isn't alive is of a worker that was killed."""
+    """``workers/<host>-<pid>.json``. If its process isn't alive, the worker was killed."""
 
     worker: str
     host: str
@@ -47,20 +47,23 @@ class WorkerState:
     """``gracefully``, ``now`` or ``failures``: no new trial starts."""
     slots: tuple[SlotState, ...]
     lease_seconds: float | None = None
-    """A worker that can't be seen and has not written this file for so long is gone."""
+    """A worker on another machine that has not written this file for so long is gone."""
 
 
 def worker_name() -> str:
+    """Return this worker's name, ``<host>-<pid>``."""
     return f"{slug(socket.gethostname(), 40)}-{os.getpid()}"
 
 
 def utc_now() -> str:
+    """Return the current time as ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def state_of(
     worker: str, job: int, stopping: str | None, slots: list[SlotState], lease_seconds: float | None = None
 ) -> WorkerState:
+    """Return the state to write, with copies of the slots' states."""
     copies = tuple(dataclasses.replace(slot) for slot in slots)
     return WorkerState(
         worker, socket.gethostname(), job, process_identity(), utc_now(), stopping, copies, lease_seconds
@@ -68,11 +71,12 @@ def state_of(
 
 
 def write_worker_state(folder: Path, state: WorkerState) -> None:
-    """A full disk is told elsewhere; the trials go on without this file."""
+    """Write the worker's file. A full disk is reported elsewhere; the trials continue without this file."""
     with contextlib.suppress(OSError):
         write_json(folder / f"{state.worker}.json", state)
 
 
 def remove_state(folder: Path, worker: str) -> None:
+    """Delete the worker's file."""
     with contextlib.suppress(OSError):
         (folder / f"{worker}.json").unlink()

@@ -1,4 +1,4 @@
-"""What a worker and its trial host say to each other: one JSON object a line, over pipes."""
+"""Messages between a worker and its trial process: one JSON object per line, over pipes."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ PRELOADED = {"training": ("qlora_exp.runs.pipeline",), "tracking": ("qlora_exp.t
 
 @dataclass(frozen=True)
 class RunTrial:
-    """To the host: run this trial."""
+    """To the trial process: run this trial."""
 
     overrides: tuple[str, ...]
     output_root: str
     run_id: str
     resume: bool
-    """The run has a record already: go on with it."""
+    """The run has a record already: continue it."""
     trial: Trial
     micro_batch_size: int | None
-    """In place of the configuration's, after memory ran out."""
+    """Replaces the configuration's after memory ran out."""
     per_item: bool
-    """Whether a :class:`PruneRequest` is to bring the loss of each item."""
+    """Whether a :class:`PruneRequest` must contain the loss of each item."""
     memory: MemoryLimit | None = None
-    """What a new run must fit into; ``None``: as its configuration has it."""
+    """What a new run must fit into; ``None``: as its configuration says."""
 
 
 @dataclass(frozen=True)
 class PruneReply:
-    """To the host: whether the study wants the run to stop."""
+    """To the trial process: whether to stop the run, because the study prunes it."""
 
     stop: bool
 
 
 @dataclass(frozen=True)
 class EndProcess:
-    """To the host: finish what is being delivered and exit."""
+    """To the trial process: finish logging to MLflow and exit."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """From the host: everything is imported."""
+    """From the trial process: all imports are done."""
 
 
 @dataclass(frozen=True)
 class PhaseChanged:
-    """From the host."""
+    """From the trial process: the run's next phase."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Step:
-    """From the host. ``metrics`` as in curve.jsonl."""
+    """From the trial process: a training step. ``metrics`` as in curve.jsonl."""
 
     step: int
     total: int
@@ -67,14 +67,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Note:
-    """From the host."""
+    """From the trial process: a note on the run."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class PruneRequest:
-    """From the host: the validation loss at a step; it waits for the :class:`PruneReply`. ``items``: nats per item."""
+    """From the trial process: the validation loss at a step; it waits for the :class:`PruneReply`. ``items``: nats per
+    item."""
 
     step: int
     value: float | None
@@ -83,12 +84,12 @@ class PruneRequest:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """From the host: the run's record is written and says how it ended."""
+    """From the trial process: the run's record is written and says how it ended."""
 
 
 @dataclass(frozen=True)
 class UserError:
-    """From the host: wrong input; there may be no record."""
+    """From the trial process: wrong input; there may be no record."""
 
     kind: str
     what: str
@@ -98,7 +99,7 @@ class UserError:
 
 @dataclass(frozen=True)
 class TrialRefused:
-    """From the host: the run was not begun, it is predicted not to fit."""
+    """From the trial process: the run was not started, because it is predicted not to fit."""
 
     what: str
     refusal: SkippedTrial
@@ -106,7 +107,7 @@ class TrialRefused:
 
 @dataclass(frozen=True)
 class DiskFull:
-    """From the host: not even the record could be written."""
+    """From the trial process: not even the record could be written."""
 
     told: str
 
@@ -133,12 +134,16 @@ _KINDS: dict[str, type] = {
 
 
 def encode_message(message: Command | Message) -> bytes:
-    """One line, its end included. Numbers that aren't finite become null."""
+    """Return the message as one line, with its newline. Numbers that aren't finite become null."""
     return json.dumps({"message": type(message).__name__, **to_dict(message)}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Command | Message:
-    """Raises :class:`RecordError` for what is no message."""
+    """Return the message in a line.
+
+    Raises:
+        RecordError: the line is not a message.
+    """
     try:
         raw = json.loads(line)
         kind = _KINDS[raw.pop("message")]

@@ -1,5 +1,7 @@
-"""Who orchestrates a study: one process at a time holds its lease, others may share the work; and how it is asked to
-stop."""
+"""Which process orchestrates a study. One process at a time holds the study's lease; others may share the work.
+
+Also: how a study's workers are asked to stop.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,9 @@ from qlora_exp.system.lease import Lease, Watched, held, read_lease, touch, writ
 
 POLL_SECONDS = 0.2
 BETWEEN_TRIALS_SECONDS = 2.0
-"""A worker has no trial for a moment after it has ended one."""
+"""After a trial has ended, its worker has none for a moment."""
 TOLD_AFTER_SECONDS = 2.0
-"""A wait shorter than this is not announced."""
+"""A shorter wait is not announced."""
 
 
 class Orchestration:
@@ -39,19 +41,21 @@ class Orchestration:
         self._thread = threading.Thread(target=self._beat, name="qlora-exp-lease", daemon=True)
 
     def take(self, silent: tuple[int, int] | None = None) -> bool:
-        """Take the lease where nobody has it. ``silent``: the stamp of a holder that has been silent for too long."""
+        """Take the lease if no process has it. ``silent``: the stamp of a holder that has been silent for too long."""
         with FileLock(self._paths.lock):
-            lease, file = read_lease(self._paths.orchestrator), Watched(self._paths.orchestrator)
-            lives = lease is not None and alive_if_visible(lease.process) is not False
-            if lives and (silent is None or file.stamp() != silent):
+            lease, watched = read_lease(self._paths.orchestrator), Watched(self._paths.orchestrator)
+            is_alive = lease is not None and alive_if_visible(lease.process) is not False
+            if is_alive and (silent is None or watched.stamp() != silent):
                 return False
             write_lease(self._paths.orchestrator, self._lease)
             self.held = True
         return True
 
     def inherits(self, patiently: bool) -> bool:
-        """For a process that shares the work, at its end: whether the holder is gone and left it the conclusion.
-        ``patiently``: give a holder that can't be seen the rest of its lease to show that it lives."""
+        """Return whether the holder is gone, so that this process, which shared the work, must conclude the study.
+
+        ``patiently``: give a holder on another machine the rest of its lease to show that it lives.
+        """
         if self.held or self.take():
             return True
         lease = read_lease(self._paths.orchestrator) if patiently else None
@@ -72,10 +76,10 @@ class Orchestration:
         return lease is not None and lease.process == self._lease.process
 
     def _beat(self) -> None:
-        """Keep the lease; without it, watch its holder and take over when that one is gone."""
+        """Renew the lease; without it, watch the holder and take over when it is gone."""
         watched = Watched(self._paths.orchestrator)
         while not self._ended.wait(self._lease.heartbeat_seconds):
-            with contextlib.suppress(Exception):  # a disk that is full or away: the next heartbeat tries again
+            with contextlib.suppress(Exception):  # the disk is full or unavailable: the next heartbeat tries again
                 self._beat_once(watched)
 
     def _beat_once(self, watched: Watched) -> None:
@@ -93,36 +97,36 @@ class Orchestration:
 
 @contextlib.contextmanager
 def orchestrating(paths: StudyPaths, name: str, join: bool, workers: WorkersConfig) -> Iterator[Orchestration]:
-    """Hold the study, or share it with the process that does.
+    """Hold the study's lease, or share the study with the process that does.
 
-    A holder that can't be seen from here (another machine or container) is given the rest of its lease to show that it
-    lives; then this process takes its place.
+    A holder that can't be seen from here (another machine or container) has the rest of its lease to show that it
+    lives; then this process takes the lease.
 
     Raises:
-        RecordError: a living process holds the study, and this one doesn't want to share.
+        RecordError: a living process holds the study, and this one must not share it.
     """
     make_folder(paths.folder)
-    one = Orchestration(paths, workers)
-    while not one.take():
+    orchestration = Orchestration(paths, workers)
+    while not orchestration.take():
         lease = read_lease(paths.orchestrator)
         stopping = paths.stop.is_file()
         if lease is None:
             continue  # its holder has just ended
-        if (join and not stopping) or _waited_in_vain(one, paths, lease, name):
+        if (join and not stopping) or _waited_in_vain(orchestration, paths, lease, name):
             break
         if read_lease(paths.orchestrator) is not None:
             raise _is_held(lease, paths, name, stopping)
-    if one.held:
-        paths.stop.unlink(missing_ok=True)  # it was meant for the last one
-    one.begin()
+    if orchestration.held:
+        paths.stop.unlink(missing_ok=True)  # the request was for the previous orchestrator
+    orchestration.begin()
     try:
-        yield one
+        yield orchestration
     finally:
-        one.end()
+        orchestration.end()
 
 
-def _waited_in_vain(one: Orchestration, paths: StudyPaths, lease: Lease, name: str | None = None) -> bool:
-    """Watch a holder that can't be seen from here; True: it gave no sign of life, and ``one`` has its place now."""
+def _waited_in_vain(orchestration: Orchestration, paths: StudyPaths, lease: Lease, name: str | None = None) -> bool:
+    """Watch a holder that can't be seen from here. True: it gave no sign of life, and ``one`` holds the lease now."""
     if alive_if_visible(lease.process) is not None:
         return False
     watched = Watched(paths.orchestrator)
@@ -130,39 +134,42 @@ def _waited_in_vain(one: Orchestration, paths: StudyPaths, lease: Lease, name: s
     if name is not None and patience > TOLD_AFTER_SECONDS:
         where = f"study {name} is held by {lease.owner}, which can't be seen from here"
         print(f"{where}: waiting {patience:.0f} s for a sign of life", file=sys.stderr, flush=True)
-    until = time.monotonic() + patience
+    deadline = time.monotonic() + patience
     while watched.stamp() == stamp:
-        if time.monotonic() >= until:
-            return one.take(stamp)
+        if time.monotonic() >= deadline:
+            return orchestration.take(stamp)
         time.sleep(POLL_SECONDS)
     return False
 
 
 def _is_held(lease: Lease, paths: StudyPaths, name: str, stopping: bool) -> RecordError:
     what = f"study {name} is being {'stopped' if stopping else 'worked on'}"
-    shared = "wait for it" if stopping else "wait for it, share the work (--join, or sweep.join=true), or stop it"
-    hint = f"{shared}: qlora-exp stop {shlex.quote(name)}{' --now' if stopping else ''}"
+    first_option = "wait for it" if stopping else "wait for it, share the work (--join, or sweep.join=true), or stop it"
+    hint = f"{first_option}: qlora-exp stop {shlex.quote(name)}{' --now' if stopping else ''}"
     return RecordError(what, f"{lease.owner} ({paths.orchestrator})", hint)
 
 
 def wait_for_others(opened: Any, workers: WorkersConfig) -> None:
-    """Wait while other workers run trials: a launcher that lost one may leave the others at work (Slurm does)."""
-    looks = 0
-    while looks < 2:
+    """Wait while other workers run trials: a launcher that lost one worker may leave the others running (Slurm
+    does)."""
+    quiet_checks = 0
+    while quiet_checks < 2:
         time.sleep(BETWEEN_TRIALS_SECONDS)
-        looks = 0 if opened.others_run(workers.lease_seconds) else looks + 1
+        quiet_checks = 0 if opened.others_run(workers.lease_seconds) else quiet_checks + 1
 
 
 def orchestrator(paths: StudyPaths) -> Lease | None:
-    """Who orchestrates the study now; ``None``: nobody does, or that process is dead, or its lease has run out."""
+    """Return the lease of the process that orchestrates the study; ``None``: none does, it is dead, or its lease ran
+    out."""
     return held(paths.orchestrator)
 
 
 def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
-    """Ask the workers to stop, ``gracefully`` or ``now`` (also where the first has been asked for before); which.
+    """Ask the workers to stop and return the mode: ``gracefully``, or ``now`` if ``now`` or if this is the second
+    request.
 
     Raises:
-        RecordError: nobody works on the study.
+        RecordError: no process works on the study.
     """
     if orchestrator(paths) is None and not running(paths):
         raise RecordError(

@@ -1,5 +1,7 @@
-"""What of a study's runs need not be kept: checkpoints first, then the adapters of all but the best trials. Records,
-per-item results and curves stay: a report needs them."""
+"""Which files of a study's runs may be deleted: checkpoints first, then the adapters of all but the best trials.
+
+Records, per-item results and curves stay, because a report needs them.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ from qlora_exp.study.types import TrialRow
 
 @dataclass(frozen=True)
 class Disposable:
-    """A folder that may go, and the bytes that it takes."""
+    """A folder that may be deleted, and its size in bytes."""
 
     folder: Path
     size_bytes: int
 
 
 def kept_numbers(keep: str, best_first: Sequence[int], rows: Sequence[TrialRow]) -> set[int]:
-    """Trials whose adapters stay, by ``all`` or ``best:K``.
+    """Return the trials whose adapters stay, for ``all`` or ``best:K``.
 
     Raises:
         ConfigError: ``keep`` is neither.
@@ -39,8 +41,10 @@ def kept_numbers(keep: str, best_first: Sequence[int], rows: Sequence[TrialRow])
 
 
 def disposable(rows: Sequence[TrialRow], kept: set[int], outputs: OutputPaths) -> list[Disposable]:
-    """Checkpoints of ended runs, then adapters of trials that are not ``kept``. A run that can still be resumed keeps
-    everything."""
+    """Return the checkpoints of ended runs, then the adapters of trials that are not ``kept``.
+
+    A run that can still be resumed keeps everything.
+    """
     ended = [row for row in rows if row.run_id is not None and row.status is not None and _ended(row.run_id, outputs)]
     runs = [(row.number, outputs.run(str(row.run_id))) for row in ended]
     folders = [paths.checkpoints for _, paths in runs]
@@ -49,19 +53,19 @@ def disposable(rows: Sequence[TrialRow], kept: set[int], outputs: OutputPaths) -
 
 
 def best_runs_first(rows: Sequence[TrialRow], front: Sequence[TrialRow], maximize: bool) -> list[int]:
-    """Numbers of the trials that have a value: the front (the best, or those that no other beats), then the rest by
-    the first objective."""
+    """Return the numbers of the trials with a value: the best trial or Pareto front, then the rest by the first
+    objective."""
     known = [row for row in rows if row.values and row.values[0] is not None and row.feasible is not False]
     ranked = sorted(known, key=lambda row: (-1 if maximize else 1) * (row.values[0] or 0.0))
     numbers = [row.number for row in front]
     return [*numbers, *(row.number for row in ranked if row.number not in numbers)]
 
 
-def delete(found: Sequence[Disposable]) -> int:
-    """Delete the folders; the bytes that were freed."""
-    for one in found:
-        shutil.rmtree(one.folder)
-    return sum(one.size_bytes for one in found)
+def delete(folders: Sequence[Disposable]) -> int:
+    """Delete the folders and return the number of bytes freed."""
+    for folder in folders:
+        shutil.rmtree(folder.folder)
+    return sum(folder.size_bytes for folder in folders)
 
 
 def _ended(run_id: str, outputs: OutputPaths) -> bool:

@@ -1,4 +1,4 @@
-"""How a study stands: its trials, what its workers are doing, the time left. Read from the outside, by anyone."""
+"""A study's progress: its trials, what its workers are doing, the time left. Any process can read it."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PREDICTED_NOT_TO_FIT = "DOES_NOT_FIT"
-"""The status of a trial that was not started, since it was predicted not to fit; Optuna's state of it is PRUNED."""
+"""Status of a trial that was not started because it was predicted not to fit; Optuna's state is PRUNED."""
 
 REFRESH_SECONDS = 1.0
 SHOWN_BEST = 5
 SILENT_WORKER_SECONDS = 60.0
-"""A worker on another machine that has not written its state for so long is gone, if the file names no lease."""
+"""A worker on another machine that has not written its file for so long is gone, if the file has no lease."""
 
 
 @dataclass(frozen=True)
 class SlotState:
-    """What one slot of a worker is doing; ``None`` where it has not said."""
+    """What one slot of a worker is doing; ``None``: not reported yet."""
 
     trial: int | None
     params: dict[str, Any]
@@ -54,24 +54,25 @@ class SlotState:
 
 
 def running(paths: StudyPaths) -> list[SlotState]:
-    """What the living workers' slots are doing now."""
-    found: list[SlotState] = []
+    """Return what the living workers' slots are doing now."""
+    states: list[SlotState] = []
     for file in sorted(paths.workers.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, RecordError, KeyError, AttributeError, TypeError):
             raw = json.loads(file.read_text(encoding="utf-8"))
             process = from_dict(Process, raw["process"])
             if _works(process, file, float(raw.get("lease_seconds") or SILENT_WORKER_SECONDS)):
-                found.extend(_running(slot, process) for slot in raw["slots"] if slot.get("trial") is not None)
-    return found
+                states.extend(_running(slot, process) for slot in raw["slots"] if slot.get("trial") is not None)
+    return states
 
 
 def _works(process: Process, file: Path, lease_seconds: float) -> bool:
-    """Whether the worker that writes ``file`` every second still does; one on another machine is seen by that alone."""
-    living = alive_if_visible(process)
-    if living is None:
+    """Return whether the worker that writes ``file`` every second is alive; on another machine only its file shows
+    that."""
+    is_alive = alive_if_visible(process)
+    if is_alive is None:
         age = age_seconds(file)
         return age is not None and abs(age) <= lease_seconds
-    return living
+    return is_alive
 
 
 def _running(slot: dict[str, Any], process: Process) -> SlotState:
@@ -80,16 +81,16 @@ def _running(slot: dict[str, Any], process: Process) -> SlotState:
 
 
 def show_progress(counts: Counts) -> str:
-    """``12 of 20 trials done: 9 finished, 2 pruned, 1 failed; 2 running, 6 to come``."""
-    told = f"{counts.finished} of {counts.total} trials done: {counts.completed} finished, {counts.pruned} pruned"
+    """Return, for example, ``12 of 20 trials done: 9 finished, 2 pruned, 1 failed; 2 running, 6 to come``."""
+    progress = f"{counts.finished} of {counts.total} trials done: {counts.completed} finished, {counts.pruned} pruned"
     left = counts.waiting + counts.to_ask
-    refused = f", {counts.refused} predicted not to fit" if counts.refused else ""
-    more = f"; {counts.running} running, {left} to come" if left or counts.running else ""
-    return f"{told}, {counts.failed} failed{refused}{more}"
+    skipped = f", {counts.refused} predicted not to fit" if counts.refused else ""
+    remaining = f"; {counts.running} running, {left} to come" if left or counts.running else ""
+    return f"{progress}, {counts.failed} failed{skipped}{remaining}"
 
 
 def seconds_left(rows: Sequence[TrialRow], counts: Counts, at_once: int) -> float | None:
-    """From the mean time of the trials that have ended, failures included; ``None`` before the first."""
+    """Return an estimate from the mean time of the ended trials, failures included; ``None`` before the first."""
     known = [row.seconds for row in rows if row.seconds is not None]
     if not known:
         return None
@@ -98,11 +99,12 @@ def seconds_left(rows: Sequence[TrialRow], counts: Counts, at_once: int) -> floa
 
 
 def objective_fields(spec: StudySpec) -> list[str]:
+    """Return the record's field of each objective."""
     return [objective.split(maxsplit=1)[-1] for objective in spec.objectives]
 
 
 def best_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
-    """The best trial, the Pareto front of several objectives, or a ladder's runs at its recommended rank."""
+    """Return a table of the best trial, the Pareto front, or a ladder's runs at its recommended rank."""
     table = simple_table("best", *objective_fields(spec), *(axis.key for axis in spec.axes), "run")
     for row in rows:
         values = [_value(value) for value in row.values]
@@ -112,8 +114,11 @@ def best_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
 
 
 def write_csv(rows: Sequence[TrialRow], spec: StudySpec, stream: TextIO) -> None:
-    """``number,status,value,run_id,seconds`` and one column per axis; of several objectives ``value_FIELD`` each. An
-    axis's value is written in full; ``null`` is a value, and an axis that the trial doesn't have is empty."""
+    """Write ``number,status,value,run_id,seconds`` and one column per axis; with several objectives ``value_FIELD``
+    each.
+
+    Values of axes have all digits. ``null`` is a value; an axis that the trial doesn't have is empty.
+    """
     fields = objective_fields(spec)
     columns = ["value"] if len(fields) == 1 else [f"value_{field}" for field in fields]
     axes = [axis.key for axis in spec.axes]
@@ -126,7 +131,7 @@ def write_csv(rows: Sequence[TrialRow], spec: StudySpec, stream: TextIO) -> None
 
 
 def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
-    """All trials, one row each."""
+    """Return a table of all trials, one row each."""
     fields, axes = objective_fields(spec), [axis.key for axis in spec.axes]
     table = simple_table("trial", "status", *fields, "seconds", *axes, "run")
     for row in rows:
@@ -139,29 +144,31 @@ def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
 
 
 def status_text(row: TrialRow) -> str:
-    """Ours where the trial has ended, else Optuna's: WAITING, RUNNING."""
+    """Return the run's status if the trial has ended, else Optuna's state: WAITING, RUNNING."""
     if row.refusal is not None:
         return PREDICTED_NOT_TO_FIT
     return row.status.value if row.status is not None else row.state
 
 
 def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> RenderableType:
-    """All of it as one renderable: progress and time left, what runs now, the best so far, what the machine does."""
+    """Return everything as one renderable: progress, time left, running trials, the best so far, and the machine's
+    load."""
     from rich.console import Group
     from rich.text import Text
 
     counts, rows = opened.counts(), opened.trials()
-    at_work = {row.number for row in rows if row.state == "RUNNING"}
-    slots = [slot for slot in running(paths) if slot.trial in at_work]  # a dead worker's file may still look fresh
-    left = seconds_left(rows, counts, len(slots))
-    head = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {show_progress(counts)}"
+    running_numbers = {row.number for row in rows if row.state == "RUNNING"}
+    # The file of a worker that just died may still look fresh, so the study's own state decides.
+    slots = [slot for slot in running(paths) if slot.trial in running_numbers]
+    seconds = seconds_left(rows, counts, len(slots))
+    text = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {show_progress(counts)}"
     if counts.running + counts.waiting + counts.to_ask:
-        head += f", {_duration(left)} left" if left is not None and slots else ""
-        nobody = f"nobody works on it: qlora-exp resume {shlex.quote(spec.name)}"
-        head += f"\nworked on by {holder.owner}" if holder else f"\n{nobody}"
+        text += f", {_duration(seconds)} left" if seconds is not None and slots else ""
+        resume_hint = f"nobody works on it: qlora-exp resume {shlex.quote(spec.name)}"
+        text += f"\nworked on by {holder.owner}" if holder else f"\n{resume_hint}"
     predicted = predicted_memory(rows, paths)
-    head += f"\n{predicted.sentence}" if predicted is not None else ""
-    parts: list[RenderableType] = [Text(head)]
+    text += f"\n{predicted.sentence}" if predicted is not None else ""
+    parts: list[RenderableType] = [Text(text)]
     if slots:
         parts.append(_running_table(slots))
     best = opened.best()
@@ -174,7 +181,7 @@ def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease 
 
 
 def predicted_memory(rows: Sequence[TrialRow], paths: StudyPaths) -> MemoryPredictionSummary | None:
-    """What predicting the trials' memory came to; ``None`` where nothing limits it."""
+    """Return how the predictions of the trials' memory turned out; ``None`` if nothing limits the memory."""
     return MemoryFeedback(OutputPaths(paths.folder.parent.parent)).predicted(rows)
 
 
@@ -182,14 +189,16 @@ def _running_table(slots: Sequence[SlotState]) -> Table:
     table = simple_table("running", "phase", "step", "loss", "for", "configuration")
     for slot in slots:
         step = f"{slot.step}/{slot.total}" if slot.step is not None else UNKNOWN_CELL
-        shown = " ".join(f"{key}={_text(value)}" for key, value in slot.params.items())
-        since = _duration(_age(slot.started_at)) if slot.started_at else UNKNOWN_CELL
-        table.add_row(f"trial {slot.trial}", slot.phase or UNKNOWN_CELL, step, number(slot.loss), since, shown)
+        configuration = " ".join(f"{key}={_text(value)}" for key, value in slot.params.items())
+        duration = _duration(_age(slot.started_at)) if slot.started_at else UNKNOWN_CELL
+        table.add_row(
+            f"trial {slot.trial}", slot.phase or UNKNOWN_CELL, step, number(slot.loss), duration, configuration
+        )
     return table
 
 
 def machine_use() -> str:
-    """CPU, memory and GPU use of the whole machine, e.g. ``cpu 87 %, memory 3.1 GB of 8.3 GB``."""
+    """Return the whole machine's CPU, memory and GPU use, for example ``cpu 87 %, memory 3.1 GB of 8.3 GB``."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -208,13 +217,16 @@ def _gpu_use() -> Iterator[str]:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             share = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
             yield f"gpu {index} {share} %, {bytes_text(memory.used)} of {bytes_text(memory.total)}"
-    except Exception:  # no driver, no library, a card that doesn't tell: there is nothing to show
+    except Exception:  # no driver, no library, or a GPU that doesn't report its use: there is nothing to show
         return
 
 
 class LiveStatus:
-    """Shows a study while it is worked on, and tells its tracker: a live view on a terminal, elsewhere a line for each
-    trial that ends. Used as a context manager; looks from a thread of its own and never raises into the sweep."""
+    """Context manager that shows a study while it runs and updates its MLflow parent run.
+
+    On a terminal it is a live view, elsewhere a line for each trial that ends. It polls in its own thread and never
+    raises into the sweep.
+    """
 
     def __init__(self, spec: StudySpec, opened: Any, paths: StudyPaths, tracker: Any, stream: TextIO | None = None):
         self._spec, self._opened, self._paths, self._tracker = spec, opened, paths, tracker
@@ -241,7 +253,7 @@ class LiveStatus:
     def _look_on(self) -> None:
         with self._live() as live:
             while not self._ended.wait(REFRESH_SECONDS):
-                # A view: a busy database or a half-written file is looked at again in a second.
+                # After an error, such as a busy database or a half-written file, the next poll tries again.
                 with contextlib.suppress(Exception):
                     self._look(live)
 
@@ -271,17 +283,17 @@ class LiveStatus:
 
 
 def trial_line(row: TrialRow, done: int, total: int) -> str:
-    """``[4/20] trial 3 COMPLETED 0.8123  lora.r=8 quantization=nf4  (12.1 s)``."""
+    """Return, for example, ``[4/20] trial 3 COMPLETED 0.8123  lora.r=8 quantization=nf4  (12.1 s)``."""
     values = " ".join(_value(value) for value in row.values if value is not None)
     params = " ".join(f"{key}={_text(value)}" for key, value in row.params.items())
-    why = f"  {row.failure.splitlines()[0]}" if row.failure else ""
+    failure = f"  {row.failure.splitlines()[0]}" if row.failure else ""
     seconds = f"  ({row.seconds:.1f} s)" if row.seconds is not None else ""
-    told = f"{status_text(row)} {values}".strip()
-    return f"[{done}/{total}] trial {row.number} {told}  {params}{seconds}{why}"
+    result = f"{status_text(row)} {values}".strip()
+    return f"[{done}/{total}] trial {row.number} {result}  {params}{seconds}{failure}"
 
 
 def tracked(rows: Sequence[TrialRow]) -> list[Any]:
-    """The trials as the tracking view takes them."""
+    """Return the trials as :mod:`qlora_exp.tracking` takes them."""
     from qlora_exp.tracking.study_fields import TrialRow
 
     return [
@@ -292,7 +304,7 @@ def tracked(rows: Sequence[TrialRow]) -> list[Any]:
 
 
 def watch_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Any) -> None:
-    """Show the study anew every second until it is complete; Ctrl-C ends the view, not the study."""
+    """Show the study's status every second until it is complete. Ctrl-C ends the view, not the study."""
     from rich.live import Live
 
     with Live(auto_refresh=False) as live:
@@ -305,6 +317,7 @@ def watch_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Any) -
 
 
 def show_standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> None:
+    """Print the study's status."""
     print_table(study_status(spec, opened, paths, holder))
 
 
@@ -331,12 +344,12 @@ def _param(row: TrialRow, key: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """For people: an axis's value in six digits."""
+    """Return an axis's value for people: at most six digits."""
     return f"{value:.6g}" if isinstance(value, float) else exact_text(value)
 
 
 def exact_text(value: Any) -> str:
-    """An axis's value as a trial had it: every digit of a number, ``null`` for none."""
+    """Return an axis's value exactly as the trial had it: every digit of a number, ``null`` for none."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What a study may be called: any script, but nothing that a terminal, a command or a database would take otherwise."""
+"""Which names a study may have: any script, but nothing that a terminal, a command or a database would misread."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from qlora_exp.errors import ConfigError, raise_all
 from qlora_exp.records.find import LAST
 
 MOST_CHARACTERS = 200
-"""Optuna's databases keep 512 bytes or characters, by their kind; a folder's name has 255 bytes."""
+"""Optuna's databases store at most 512 bytes or characters, depending on their kind; a folder name has at most 255
+bytes."""
 
 CONTROLS = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode categories: control characters, halves of a character, separators of lines. Emoji may hold others."""
+"""Unicode categories: control characters, surrogates, line separators. Others are allowed, since emoji use them."""
 
 
 def check_name(name: str) -> None:
-    """Raise :class:`ConfigError` for a name that a new study can't have."""
+    """Raise :class:`ConfigError` if a new study can't have this name."""
     hint = "sweep.name=NAME, or null: by its command"
     problems = []
     if not name.strip():

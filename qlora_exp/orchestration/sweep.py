@@ -1,4 +1,4 @@
-"""The straight line of a sweep: what is asked, the study, its parent run, the workers, the conclusion."""
+"""A sweep from start to end: the study, its MLflow parent run, the workers, and the conclusion."""
 
 from __future__ import annotations
 
@@ -47,44 +47,46 @@ from qlora_exp.system import signals, streams
 from qlora_exp.system.distributed import one_rank_only
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
-"""Takes the overrides of each job, returns when all have ended; the results have Hydra's ``return_value``."""
+"""Takes the overrides of each job and returns when all have ended; the results have Hydra's ``return_value``."""
 
 
 def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any) -> None:
-    """Hydra's door: ``arguments`` are the command line's overrides. ``hydra.sweeper.params`` are read as they were
-    written, since an axis may change what they name.
+    """Run a sweep for Hydra's sweeper; ``arguments`` are the command line's overrides.
 
-    Leaves by :class:`~qlora_exp.runs.process.ExitCode`: Hydra drops what a sweeper returns.
+    ``hydra.sweeper.params`` are read unresolved, since an axis may change what they refer to.
+
+    Raises:
+        ExitCode: always, because Hydra discards what a sweeper returns.
     """
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
     texts = texts_of(config.hydra.overrides, "hydra")
     hydra = [text for text in texts if not text.startswith(("hydra.mode=", SEARCH_PATH))]
-    given = [text for text in texts if text.startswith(SEARCH_PATH)]
-    own = search_folders(given)[1:]
-    if own:
-        hydra.append(search_path(own))
-    asked = None
+    search_path_texts = [text for text in texts if text.startswith(SEARCH_PATH)]
+    own_folders = search_folders(search_path_texts)[1:]
+    if own_folders:
+        hydra.append(search_path(own_folders))
+    command = None
     try:
         raise_all(problems_in(list(config.hydra.sweeper)))
-        asked = study_spec([*arguments, *hydra], texts_of(config.hydra.sweeper, "params"))
+        command = study_spec([*arguments, *hydra], texts_of(config.hydra.sweeper, "params"))
         job = config.hydra.job
-        here = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
-        code = run_sweep(asked, lambda jobs: launcher.launch(jobs, initial_job_idx=0), here)
+        in_this_process = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
+        code = run_sweep(command, lambda jobs: launcher.launch(jobs, initial_job_idx=0), in_this_process)
     except QloraExpError as error:
         print_error(error)
         code = EXIT_WRONG_INPUT
     except Exception as error:
-        told = _told_of(error, asked.spec if asked is not None else None)
-        if told is None:
+        shown_error = _told_of(error, command.spec if command is not None else None)
+        if shown_error is None:
             raise
-        print_error(told)
+        print_error(shown_error)
         code = EXIT_WRONG_INPUT
     raise ExitCode(code)
 
 
 def _told_of(error: Exception, spec: StudySpec | None) -> QloraExpError | None:
-    """``None``: a fault of ours, which shows itself."""
+    """Return the error to show for ``error``; ``None``: a bug, which gets a traceback."""
     from qlora_exp.study.storage import lost, unreachable
 
     if isinstance(error, OSError):
@@ -92,69 +94,74 @@ def _told_of(error: Exception, spec: StudySpec | None) -> QloraExpError | None:
     return lost(error, spec.storage, spec.name) if spec is not None and unreachable(error) else None
 
 
-def run_sweep(asked: SweepCommand, launch: Launch, here: bool = False) -> int:
-    """Work on the study until it is complete, stopped or has failed too often, and tell what came of it.
+def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
+    """Work on the study until it is complete, stopped or has failed too often, and print the conclusion.
 
-    ``here``: whether ``launch`` runs its jobs in this process, as it is now: same environment, same folder.
+    ``here``: whether ``launch`` runs its jobs in this process, with the same environment and folder.
 
     Exit codes: 0 complete; 1 ``sweep.max_failures`` reached, no trial completed, or a worker failed; 130 interrupted.
 
     Raises:
-        QloraExpError: another process orchestrates the study (and ``sweep.join`` is false), or the study can't be
-            opened, or was begun with another space; nothing was started.
+        QloraExpError: another process orchestrates the study (and ``sweep.join`` is false), the study can't be opened,
+        or it exists with another space. Nothing was started.
     """
     from qlora_exp.study.study import Study
 
-    spec, paths = asked.spec, asked.paths
-    budget = budget_of(asked.config)
-    check_energy(budget, asked.config.training.device)
+    spec, paths = command.spec, command.paths
+    budget = budget_of(command.config)
+    check_energy(budget, command.config.training.device)
     if budget.memory_bytes is not None:
-        check_memory(asked)
-    purse = StudyBudget(budget, OutputPaths.of(spec.output_root))
-    with contextlib.ExitStack() as held:
-        duty = held.enter_context(orchestrating(paths, spec.name, asked.sweep.join, asked.workers))
+        check_memory(command)
+    study_budget = StudyBudget(budget, OutputPaths.of(spec.output_root))
+    with contextlib.ExitStack() as resources:
+        orchestration = resources.enter_context(orchestrating(paths, spec.name, command.sweep.join, command.workers))
         if here:
-            held.enter_context(prestarted(asked.config, asked.workers, paths, spec.n_trials))
+            resources.enter_context(prestarted(command.config, command.workers, paths, spec.n_trials))
         opened = Study.open(spec, paths, spec.storage)
         spec = opened.spec
-        asked = replace(asked, spec=spec)
+        command = replace(command, spec=spec)
         write_spec(spec, paths)
-        held.callback(_tell_not_delivered, asked, opened)
+        resources.callback(_tell_not_delivered, command, opened)
         if _is_complete(opened.counts()):
             print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
-            with _concluding(asked, opened, duty, purse, EXIT_COMPLETED):
-                return _conclude(opened, spec, paths, purse, budget)
-        bought = [f"\n  {text}" for text in affordable_trials_message(asked, opened, purse)]
-        print(_announcement(asked, opened.counts()), *bought, sep="", file=sys.stderr, flush=True)
+            with _concluding(command, opened, orchestration, study_budget, EXIT_COMPLETED):
+                return _conclude(opened, spec, paths, study_budget, budget)
+        budget_lines = [f"\n  {text}" for text in affordable_trials_message(command, opened, study_budget)]
+        print(_announcement(command, opened.counts()), *budget_lines, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
-            ladder_sweep.announce(spec, asked.sweep.ladder)
-        with contextlib.ExitStack() as told:
-            shares = not duty.held
-            tracker = told.enter_context(_tracked(asked, opened, duty, purse))
+            ladder_sweep.announce(spec, command.sweep.ladder)
+        with contextlib.ExitStack() as trackers:
+            shares = not orchestration.held
+            tracker = trackers.enter_context(_tracked(command, opened, orchestration, study_budget))
             with LiveStatus(spec, opened, paths, tracker):
-                code = _launch(launch, asked, opened)
+                code = _launch(launch, command, opened)
             if shares:
-                told.enter_context(_concluding(asked, opened, duty, purse, code))
+                trackers.enter_context(_concluding(command, opened, orchestration, study_budget, code))
             if code not in (EXIT_COMPLETED, EXIT_INTERRUPTED):
                 return code
-            conclusion = _conclude(opened, spec, paths, purse, budget)
+            conclusion = _conclude(opened, spec, paths, study_budget, budget)
             return conclusion if _is_complete(opened.counts()) else code or conclusion
 
 
 def work(raw: Any, overrides: Sequence[str]) -> Any:
-    """One launcher job: a worker that runs trials until nothing is left. Needs only the study's name and place, so
-    that any launcher can carry it to another machine that shares the folder."""
+    """Run one launcher job: a worker that runs trials until none is left.
+
+    It needs only the study's name and output root, so that any launcher can run it on another machine that shares the
+    folder.
+    """
     from qlora_exp.orchestration.worker import run_worker
 
-    streams.keep_writing()  # a launcher may have brought this job to a process of its own
+    streams.keep_writing()  # a launcher may run this job in a new process
     paths = OutputPaths.of(str(raw.output_root)).study(str(raw.sweep.name))
     spec, workers = read_spec(paths), spec_settings(raw.workers, WorkersConfig)
-    # The file holds no secrets; the command line that brought this job here does.
-    own = [text for text in overrides if not text.startswith(("workers.job=", "sweep.name=", "sweep.storage="))]
-    kept = [text for text in spec.overrides if is_hydra(override_key(text))]
+    # study.json holds no secrets; this job's command line does.
+    own_overrides = [
+        text for text in overrides if not text.startswith(("workers.job=", "sweep.name=", "sweep.storage="))
+    ]
+    hydra_overrides = [text for text in spec.overrides if is_hydra(override_key(text))]
     try:
         one_rank_only()
-        spec = replace(spec, overrides=(*own, *kept), storage=storage_of(spec, raw.sweep.storage))
+        spec = replace(spec, overrides=(*own_overrides, *hydra_overrides), storage=storage_of(spec, raw.sweep.storage))
         with launched_work():
             result = run_worker(spec, paths, workers, int(raw.workers.job))
         if result.by_signal and launcher_signals.asked_here():
@@ -165,35 +172,37 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
         raise ExitCode(error.exit_code) from None
 
 
-def jobs_of(asked: SweepCommand) -> list[list[str]]:
-    """The overrides of each launcher job."""
-    spec = asked.spec
-    own = [text for text in spec.overrides if not is_hydra(override_key(text))]
-    named: dict[str, Any] = {"sweep.name": literal(spec.name)}
-    if asked.sweep.storage is not None:
-        named["sweep.storage"] = spec.storage
-    return [[*own, *point_overrides(named), f"workers.job={job}"] for job in range(asked.workers.jobs)]
+def jobs_of(command: SweepCommand) -> list[list[str]]:
+    """Return the overrides of each launcher job."""
+    spec = command.spec
+    overrides = [text for text in spec.overrides if not is_hydra(override_key(text))]
+    study_overrides: dict[str, Any] = {"sweep.name": literal(spec.name)}
+    if command.sweep.storage is not None:
+        study_overrides["sweep.storage"] = spec.storage
+    return [
+        [*overrides, *point_overrides(study_overrides), f"workers.job={job}"] for job in range(command.workers.jobs)
+    ]
 
 
-def _launch(launch: Launch, asked: SweepCommand, opened: Any) -> int:
-    """Run the jobs to their end. An exit code other than 0: the study isn't complete, and a worker could not work at
-    all, or was lost."""
-    name, code = asked.spec.name, EXIT_COMPLETED
+def _launch(launch: Launch, command: SweepCommand, opened: Any) -> int:
+    """Run the jobs to their end. An exit code other than 0: the study isn't complete, and a worker failed or was
+    lost."""
+    name, code = command.spec.name, EXIT_COMPLETED
     problems: list[QloraExpError] = []
     try:
-        with launcher_signals.passed_on(asked.paths):
-            results = launch(jobs_of(asked))
+        with launcher_signals.passed_on(command.paths):
+            results = launch(jobs_of(command))
     except ExitCode as ended:
         return ended.code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception as error:  # every launcher has its own for a job that was killed
+    except Exception as error:  # every launcher raises its own exception for a killed job
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         hint = f"qlora-exp resume {shlex.quote(name)} goes on with it"
         code = EXIT_RUN_FAILED
         problems.append(StudyError(f"the launcher lost a worker: {reason}", f"study {name}", hint))
         results = []
-        wait_for_others(opened, asked.workers)
+        wait_for_others(opened, command.workers)
     for result in results:
         try:
             _ = result.return_value
@@ -210,64 +219,73 @@ def _launch(launch: Launch, asked: SweepCommand, opened: Any) -> int:
 
 
 @contextlib.contextmanager
-def _concluding(asked: SweepCommand, opened: Any, duty: Orchestration, purse: StudyBudget, code: int) -> Iterator[None]:
-    """Tell the study's tracker of its end where nobody has: the process that held the study is gone. ``code``: how the
-    work of this process ended; one that was interrupted doesn't wait for others."""
-    status = _status(opened.counts(), purse.short(opened.trials()) is not None)
-    if not duty.inherits(code == EXIT_COMPLETED) or _end_is_told(asked.paths, status):
+def _concluding(
+    command: SweepCommand, opened: Any, orchestration: Orchestration, study_budget: StudyBudget, code: int
+) -> Iterator[None]:
+    """Update the study's MLflow run if the process that held the study is gone and has not done so.
+
+    ``code``: exit code of this process's work; one that was interrupted doesn't wait for others.
+    """
+    status = _status(opened.counts(), study_budget.short(opened.trials()) is not None)
+    if not orchestration.inherits(code == EXIT_COMPLETED) or _end_is_told(command.paths, status):
         yield
         return
-    with _tracked(asked, opened, duty, purse) as tracker:
+    with _tracked(command, opened, orchestration, study_budget) as tracker:
         if tracker is not None:
             tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
         yield
 
 
 @contextlib.contextmanager
-def _tracked(asked: SweepCommand, opened: Any, duty: Orchestration, purse: StudyBudget) -> Iterator[Any]:
-    """The study's tracker, told of the end however that comes; what killed hosts could not deliver goes before it.
-    None for a process that shares the work, and no end from one whose place another has taken."""
-    if not (duty.held and asked.tracking.enabled):
+def _tracked(
+    command: SweepCommand, opened: Any, orchestration: Orchestration, study_budget: StudyBudget
+) -> Iterator[Any]:
+    """Yield the study's tracker and finish it however the sweep ends, after logging the runs that killed processes
+    could not.
+
+    ``None`` for a process that shares the work. If another process has taken the study over, that one finishes the run.
+    """
+    if not (orchestration.held and command.tracking.enabled):
         yield None
         return
     from qlora_exp.tracking.study import StudyTracker
     from qlora_exp.tracking.study_fields import StudyDefinition
     from qlora_exp.tracking.sync import deliver_runs
 
-    outputs = OutputPaths(asked.paths.folder.parent.parent)
-    tracker = StudyTracker(asked.tracking, outputs, asked.spec.name)
+    outputs = OutputPaths(command.paths.folder.parent.parent)
+    tracker = StudyTracker(command.tracking, outputs, command.spec.name)
     try:
-        tracker.start(from_dict(StudyDefinition, to_dict(without_secrets(asked.spec))))
-        yield _WhileHeld(tracker, duty)
+        tracker.start(from_dict(StudyDefinition, to_dict(without_secrets(command.spec))))
+        yield _WhileHeld(tracker, orchestration)
     finally:
         with signals.held_back("the study is being delivered to MLflow; Ctrl-C again: leave that to qlora-exp sync"):
-            own = [row.run_id for row in opened.trials() if row.run_id is not None]
-            deliver_runs(outputs, own, asked.tracking.uri)
-            if duty.held:
-                tracker.finish(_status(opened.counts(), purse.short(opened.trials()) is not None))
+            run_ids = [row.run_id for row in opened.trials() if row.run_id is not None]
+            deliver_runs(outputs, run_ids, command.tracking.uri)
+            if orchestration.held:
+                tracker.finish(_status(opened.counts(), study_budget.short(opened.trials()) is not None))
 
 
 @dataclass(frozen=True)
 class _WhileHeld:
-    """A study's tracker that falls silent when another process takes the study over."""
+    """A study's tracker that stops updating when another process takes the study over."""
 
     tracker: Any
     duty: Orchestration
 
-    def update(self, *how_it_stands: Any) -> None:
+    def update(self, *state: Any) -> None:
         if self.duty.held:
-            self.tracker.update(*how_it_stands)
+            self.tracker.update(*state)
 
 
-def _tell_not_delivered(asked: SweepCommand, opened: Any) -> None:
-    """The last line of a sweep, whatever ended it."""
-    if not asked.tracking.enabled:
+def _tell_not_delivered(command: SweepCommand, opened: Any) -> None:
+    """Print, as the sweep's last line, which runs have not been logged to MLflow."""
+    if not command.tracking.enabled:
         return
     from qlora_exp.tracking.pending import not_delivered
 
-    with contextlib.suppress(Exception):  # a storage that is gone: that has been told
-        runs = [row.run_id for row in opened.trials() if row.run_id is not None]
-        missing = not_delivered(OutputPaths(asked.paths.folder.parent.parent), runs, asked.spec.name)
+    with contextlib.suppress(Exception):  # a lost storage has been reported already
+        run_ids = [row.run_id for row in opened.trials() if row.run_id is not None]
+        missing = not_delivered(OutputPaths(command.paths.folder.parent.parent), run_ids, command.spec.name)
         if missing is not None:
             print(missing, flush=True)
 
@@ -290,18 +308,18 @@ def _status(counts: Counts, budget_is_spent: bool) -> Status:
     return Status.COMPLETED if counts.completed else Status.FAILED
 
 
-def _announcement(asked: SweepCommand, counts: Counts) -> str:
-    spec = asked.spec
+def _announcement(command: SweepCommand, counts: Counts) -> str:
+    spec = command.spec
     synthetic = "SYNTHETIC " if spec.synthetic else ""
-    gone_on = f", {counts.finished} of them done" if counts.finished else ""
+    done = f", {counts.finished} of them done" if counts.finished else ""
     axes = " × ".join(f"{axis.key}={axis.text}" for axis in spec.axes) or "no axes"
-    axes += "".join(f"\n  {text} on the command line fixes an axis of the sweep" for text in asked.fixed_axes)
+    axes += "".join(f"\n  {text} on the command line fixes an axis of the sweep" for text in command.fixed_axes)
     search = f"{spec.sampler}, pruner {spec.pruner}"
     at_most = "at most " if spec.ladder is not None else ""
-    return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{gone_on} ({search})\n  {axes}"
+    return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{done} ({search})\n  {axes}"
 
 
-def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: StudyBudget, budget: BudgetConfig) -> int:
+def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, study_budget: StudyBudget, budget: BudgetConfig) -> int:
     from qlora_exp.formatting import print_table
 
     counts, best = opened.counts(), opened.best()
@@ -321,14 +339,14 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: StudyBudge
         return EXIT_COMPLETED if counts.completed else EXIT_WRONG_INPUT
     if not _is_complete(counts):
         failed = opened.failures_reached()
-        short = purse.short(opened.trials())
-        if short is not None and not failed and not counts.running:
-            more = f"budget.{short.name}={2 * short.limit:g}"
-            print(f"the budget is spent ({short}): qlora-exp resume {name} {more}{option}")
+        exhausted = study_budget.short(opened.trials())
+        if exhausted is not None and not failed and not counts.running:
+            larger_limit = f"budget.{exhausted.name}={2 * exhausted.limit:g}"
+            print(f"the budget is spent ({exhausted}): qlora-exp resume {name} {larger_limit}{option}")
             return EXIT_COMPLETED if counts.completed else EXIT_RUN_FAILED
         why = f"sweep.max_failures={spec.max_failures:g} is reached" if failed else "not complete"
-        allow = " sweep.max_failures=null" if failed else ""
-        print(f"{why}: qlora-exp resume {name}{allow}{option}")
+        without_limit = " sweep.max_failures=null" if failed else ""
+        print(f"{why}: qlora-exp resume {name}{without_limit}{option}")
         return EXIT_RUN_FAILED if failed else EXIT_INTERRUPTED
     if best:
         print(f"  qlora-exp best {name}{option}")
@@ -339,7 +357,7 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, purse: StudyBudge
 
 
 def _nothing_fits(opened: Any, counts: Counts, budget: BudgetConfig) -> bool:
-    """Whether the sampler doesn't find anything that fits any more, or every point of a grid has been refused."""
+    """Return whether the sampler no longer finds a configuration that fits, or no point of a grid fits."""
     if _is_complete(counts):
         return counts.finished == counts.refused
     return not counts.running and opened.consecutive_skips(budget.memory_bytes) >= MAX_CONSECUTIVE_SKIPS
@@ -348,20 +366,21 @@ def _nothing_fits(opened: Any, counts: Counts, budget: BudgetConfig) -> bool:
 def _told_nothing_fits(
     opened: Any, spec: StudySpec, counts: Counts, budget: BudgetConfig, option: str
 ) -> QloraExpError:
+    """Return the error that says what would fit."""
     refusals = [row.refusal for row in opened.trials() if row.refusal is not None]
     smallest = min((refusal.fit for refusal in refusals), key=lambda fit: fit.corrected_bytes)
-    least, bound = smallest.corrected_bytes, refusals[-1].fit.bound_bytes
-    which = "none of them" if not counts.completed else f"none of the last {MAX_CONSECUTIVE_SKIPS}"
+    smallest_bytes, bound = smallest.corrected_bytes, refusals[-1].fit.bound_bytes
+    subject = "none of them" if not counts.completed else f"none of the last {MAX_CONSECUTIVE_SKIPS}"
     retry = " --retry does_not_fit" if spec.sampler in ("grid", "ladder") else ""
-    again = f"qlora-exp resume {shlex.quote(spec.name)}{retry}{option}"
+    resume_command = f"qlora-exp resume {shlex.quote(spec.name)}{retry}{option}"
     if budget.memory_bytes is not None:
         hint = "a space with smaller batches, lengths or models under another sweep.name, or a larger bound: "
-        hint += f"{again} budget.memory_bytes={least}"
+        hint += f"{resume_command} budget.memory_bytes={smallest_bytes}"
     else:
         would_fit = smallest.would_fit or "smaller batches, lengths or models"
-        hint = f"under another sweep.name: {would_fit}; to start them all the same: {again} --force"
+        hint = f"under another sweep.name: {would_fit}; to start them all the same: {resume_command} --force"
     return StudyError(
-        f"{counts.finished} trials were asked for, and {which} is predicted to fit into {bytes_text(bound)}",
-        f"study {spec.name}: the smallest needs {bytes_text(least)}",
+        f"{counts.finished} trials were asked for, and {subject} is predicted to fit into {bytes_text(bound)}",
+        f"study {spec.name}: the smallest needs {bytes_text(smallest_bytes)}",
         hint,
     )

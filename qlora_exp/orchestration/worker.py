@@ -1,4 +1,4 @@
-"""A worker: runs a study's trials in supervised trial hosts until nothing is left, or it is told to stop."""
+"""A worker: runs a study's trials in supervised trial processes until none is left, or until it is asked to stop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WAIT_SECONDS = 2.0
 
 
 class Studied(Protocol):
-    """What a worker asks of a study; :class:`qlora_exp.study.study.Study` is one."""
+    """The part of :class:`qlora_exp.study.study.Study` that a worker uses."""
 
     def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool] = ...) -> Claim | None: ...
     def trials(self) -> list[TrialRow]: ...
@@ -54,8 +54,11 @@ class Studied(Protocol):
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """``told``: how many trials this worker told the end of. ``stopped``: why it ended before the study did —
-    ``gracefully``, ``now``, ``failures``, ``budget`` or ``memory`` — or ``None``. ``by_signal``: a signal said so."""
+    """``told``: number of trials whose end this worker recorded. ``by_signal``: a signal stopped it.
+
+    ``stopped``: why it ended before the study did (``gracefully``, ``now``, ``failures``, ``budget`` or ``memory``), or
+    ``None``.
+    """
 
     told: int
     stopped: str | None
@@ -74,14 +77,14 @@ def run_worker(
     """Run trials until the study has none left.
 
     Args:
-        stop: asked twice a second for ``gracefully`` or ``now``, beside the file ``paths.stop`` and, in a main thread,
-            INT, TERM and HUP (the second one ends the hosts at once).
-        study: the study, where it is open already; ``outcome_of`` likewise.
+        stop: called twice a second; returns ``gracefully``, ``now`` or ``None``. The file ``paths.stop`` and, in a main
+        thread, INT, TERM and HUP stop the worker, too (the second signal kills the trial processes). study: the study,
+        if it is open already; ``outcome_of`` likewise.
 
     Raises:
         QloraExpError: the study can't be opened, or a GPU is in use by another process; nothing was started.
     """
-    # Unchecked: without its axes a trial may lack what makes it possible.
+    # Without checks: the configuration may only be valid together with the axes' values.
     from qlora_exp.study.study import Study
 
     config = compose_raw(spec.overrides)
@@ -95,13 +98,13 @@ def run_worker(
         hosts_per_device=hosts_per_device(starts),
     )
     worker = Worker(setting, study if study is not None else Study.open(spec, paths), job, len(starts), stop)
-    slots = [Slot(worker, state.slot, one, state) for state, one in zip(worker.states, starts, strict=True)]
+    slots = [Slot(worker, state.slot, start, state) for state, start in zip(worker.states, starts, strict=True)]
     with forking.servers_kept():
         return worker.run(slots)
 
 
 class Worker:
-    """What the slots of one worker share: the study, one call at a time, and whether to stop."""
+    """What the slots of one worker share: the study, called by one slot at a time, and whether to stop."""
 
     def __init__(self, setting: Setting, study: Studied, job: int, slots: int, stop: Callable[[], str | None]) -> None:
         self.setting, self.study, self.job = setting, study, job
@@ -113,7 +116,7 @@ class Worker:
         self.told = 0
         self.error: BaseException | None = None
         self.taken_over: set[tuple[int, int]] = set()
-        """Trial ids and attempts that are somebody else's by now."""
+        """(trial id, attempt) of trials that another worker has taken over."""
         self._process = process_identity()
         self._asked_from_outside = stop
         outputs = OutputPaths.of(setting.spec.output_root)
@@ -132,7 +135,7 @@ class Worker:
                     slot.start()
                 try:
                     self._wait()
-                except BaseException:  # a launcher's signal, as submitit has one: the job's time is over
+                except BaseException:  # a launcher's signal (submitit's, for example): the job's time is over
                     self._stop(NOW)
                     self._wait()
                     raise
@@ -143,8 +146,11 @@ class Worker:
         return WorkerResult(self.told, self.stopping, self.by_signal)
 
     def _wait(self) -> None:
-        """Until every slot has ended. Not by joining them: an exception out of a signal's handler, in a join, has
-        Python 3.11 and 3.12 take a running thread for an ended one."""
+        """Wait until every slot has ended.
+
+        This doesn't join the threads: in Python 3.11 and 3.12 an exception from a signal handler during a join makes a
+        running thread count as ended.
+        """
         while self._at_work:
             self._tick()
             with self._changed:
@@ -154,7 +160,7 @@ class Worker:
     # What slots ask.
 
     def claim(self, slot: int) -> Claim | None:
-        """A trial for ``slot``; ``None``: there is none now."""
+        """Return a trial for ``slot``; ``None``: there is none now."""
         owner = Owner(self._process, self.name, slot)
         lease = self.setting.workers.lease_seconds
         limited = bool(limits_of(self.setting.budget))
@@ -166,7 +172,10 @@ class Worker:
         return claim
 
     def _affordable(self) -> bool:
-        """Whether the budget buys one more trial. Those that run may turn out cheap: it is spent when none does."""
+        """Return whether the budget covers one more trial.
+
+        Running trials may turn out cheaper than reserved, so the budget counts as spent only when none runs.
+        """
         trials = self.study.trials()
         if self._purse.short(trials) is None:
             return True
@@ -175,7 +184,8 @@ class Worker:
         return False
 
     def accepting(self) -> bool:
-        """Whether a new trial may start; sees to it that too many failures end the study."""
+        """Return whether a new trial may start; stop the worker after too many failures, or if nothing fits any
+        more."""
         if self.stopping is None and self._ask(self.study.failures_reached):
             self._stop(FAILURES)
         if self.stopping is None and self.setting.limits_memory and self._nothing_fits():
@@ -187,26 +197,26 @@ class Worker:
         return self._ask(lambda: self.study.consecutive_skips(bound)) >= MAX_CONSECUTIVE_SKIPS
 
     def memory_rule(self, claim: Claim) -> MemoryLimit | None:
-        """What a trial that begins now must fit into, by all that has ended."""
+        """Return what a trial that starts now must fit into, corrected by the ended trials."""
         setting = self.setting
         if not setting.limits_memory:
             return None
         bound, halvings = setting.budget.memory_bytes, setting.spec.out_of_memory_retries - claim.out_of_memory_retries
-        kin = self._experience.kin(self._ask(self.study.trials), bound)
+        known_corrections = self._experience.kin(self._ask(self.study.trials), bound)
         force = setting.budget.force
-        return MemoryLimit(bound, setting.hosts_per_device or 1, kin, True, max(halvings, 0), force)
+        return MemoryLimit(bound, setting.hosts_per_device or 1, known_corrections, True, max(halvings, 0), force)
 
     def nothing_left(self) -> bool:
-        """Whether no trial will ever be free again: all have ended. One that somebody else runs may still be lost."""
+        """Return whether all trials have ended. A trial that another worker runs may still be lost and become free."""
         counts = self._ask(self.study.counts)
         return counts.running + counts.waiting + counts.to_ask == 0
 
     def no_trial_finished(self) -> bool:
-        """Whether no trial of the study has ended yet, however."""
+        """Return whether no trial of the study has ended yet."""
         return self._ask(self.study.counts).finished == 0
 
     def wait(self, seconds: float) -> None:
-        """Until another slot tells or gives back a trial, at most ``seconds``."""
+        """Wait until another slot ends or returns a trial, at most ``seconds``."""
         with self._changed:
             self._changed.wait(seconds)
 
@@ -222,19 +232,20 @@ class Worker:
         self.let_go(slot)
 
     def requeue(self, slot: int, claim: Claim, why: str) -> bool:
-        """Give the trial back for another attempt. ``False``: there is none left, and it is told as failed."""
+        """Return the trial to the study for another attempt. ``False``: none is left, and the trial has failed."""
         again = self._ask(lambda: self.study.requeue(claim, why))
         self.let_go(slot)
         return again
 
     def return_trial(self, slot: int, claim: Claim) -> None:
-        """The trial was interrupted because the worker stops: no fault of its own."""
+        """Return the trial to the study because the worker stops; the attempt doesn't count."""
         unknown = (None,) * len(self.setting.spec.objectives)
         self._ask(lambda: self.study.tell(claim, Outcome(Status.INTERRUPTED, unknown, (), None)))
         self.let_go(slot)
 
     def still_ours(self, claim: Claim) -> bool:
-        """Whether nobody has taken the trial over (from a machine that slept longer than the lease, say)."""
+        """Return whether no other worker has taken the trial over (after this machine slept longer than the lease, for
+        example)."""
         return self._ask(lambda: self.study.heartbeat(claim))
 
     def memory_retry(self, slot: int, claim: Claim) -> bool:
@@ -244,43 +255,45 @@ class Worker:
         return granted
 
     def let_go(self, slot: int) -> None:
-        """The slot has no trial any more."""
+        """Forget the slot's trial."""
         self._claims.pop(slot, None)
         with self._changed:
             self._changed.notify_all()
 
     def ended(self, slot: int) -> None:
-        """The slot has ended its host, and does nothing more."""
+        """Mark the slot as ended: its trial process is gone, and it does nothing more."""
         with self._changed:
             self._at_work.discard(slot)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """A slot met what it can't handle: the worker ends, its trials free for others."""
+        """Stop the worker after an error that a slot can't handle; its trials become free for others."""
         self.error = self.error or error
         self._stop(NOW)
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """One call to the study. A full disk is waited for, and a lease long for a server that doesn't answer: nothing
-        that has been reached may be lost."""
+        """Call the study, and wait for a full disk to have space, or for one lease for a server to answer.
+
+        So no finished work is lost.
+        """
         from qlora_exp.study.storage import lost, unreachable
 
-        told, until = False, time.monotonic() + self.setting.workers.lease_seconds
+        reported, deadline = False, time.monotonic() + self.setting.workers.lease_seconds
         while True:
             try:
                 with self._calls:
                     return call()
-            except Exception as error:  # whatever the storage's driver raises
-                full, gone = disk_full(error), unreachable(error)
-                if self.killing or not (full or gone):
+            except Exception as error:  # each storage driver raises its own exceptions
+                disk_is_full, storage_is_lost = disk_full(error), unreachable(error)
+                if self.killing or not (disk_is_full or storage_is_lost):
                     raise
                 problem = lost(error, self.setting.spec.storage, self.setting.spec.name)
-                if not full and time.monotonic() > until:
+                if not disk_is_full and time.monotonic() > deadline:
                     raise problem from None
-                if not told:
-                    what = f"the study can't be written: {error}; waiting for space" if full else problem.what
+                if not reported:
+                    what = f"the study can't be written: {error}; waiting for space" if disk_is_full else problem.what
                     print(what, file=sys.stderr, flush=True)
-                    told = True
+                    reported = True
                 time.sleep(WAIT_SECONDS)
 
     # What happens twice a second.
@@ -302,7 +315,7 @@ class Worker:
             )
 
     def _heartbeat(self, claim: Claim) -> None:
-        """One that fails is made up for by the next; the lease is many heartbeats long."""
+        """Renew a claim. A failed heartbeat does no harm: the lease lasts for many."""
         from qlora_exp.study.storage import unreachable
 
         try:
@@ -310,17 +323,17 @@ class Worker:
                 if not self.study.heartbeat(claim):
                     self.taken_over.add((claim.trial_id, claim.attempt))
         except Exception as error:  # as in _ask
-            if not unreachable(error):  # the next call tells
+            if not unreachable(error):  # the next call to the study reports a lost storage
                 print(f"trial {claim.number}: no heartbeat: {error}", file=sys.stderr, flush=True)
 
     def _stop_file(self) -> str | None:
         try:
-            asked = json.loads(self.setting.paths.stop.read_text(encoding="utf-8"))
+            request = json.loads(self.setting.paths.stop.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
             return GRACEFULLY
-        return NOW if isinstance(asked, dict) and asked.get("mode") == NOW else GRACEFULLY
+        return NOW if isinstance(request, dict) and request.get("mode") == NOW else GRACEFULLY
 
     def _stop(self, mode: str) -> None:
         if self.stopping != NOW:
@@ -329,12 +342,12 @@ class Worker:
             self._changed.notify_all()
 
     def _signals(self) -> contextlib.AbstractContextManager[None]:
-        """INT, TERM and HUP: as a request to stop now; the second: without mercy."""
+        """Handle INT, TERM and HUP: the first is a request to stop now, the second kills the trial processes."""
 
-        def asked(number: int, frame: object) -> None:
+        def request_stop(number: int, frame: object) -> None:
             if signals.heard(number) is not signals.Heard.SAME:
                 self.killing = self.stopping == NOW
                 self.stopping = NOW
                 self.by_signal = True
 
-        return signals.handling(asked)
+        return signals.handling(request_stop)
