@@ -166,7 +166,7 @@ def test_a_trial_that_ran_out_of_memory_keeps_its_larger_kin_from_being_started(
     statuses = ["OUT_OF_MEMORY", "DOES_NOT_FIT", "OUT_OF_MEMORY", "DOES_NOT_FIT"]
     assert [row["status"] for row in trials(capsys)] == statuses
     assert main(["status", "mine"]) == 0
-    told = "predictions wrong: 2 of 2 (out of memory: 1 of 1 tried near the bound, 1 of the others;"
+    told = "predictions wrong: 2 of 2 (out of memory: 1 of 1 borderline trials, 1 of the others;"
     assert told in capsys.readouterr().out
 
 

@@ -133,9 +133,9 @@ def test_status_and_stop_tell_a_holder_that_is_gone_from_one_elsewhere(capsys: p
     os.utime(paths.orchestrator, (earlier, earlier))
     capsys.readouterr()
     assert main(["status", "held"]) == 0
-    assert "nobody works on it" in capsys.readouterr().out
+    assert "no process works on it" in capsys.readouterr().out
     assert main(["stop", "held"]) == 2
-    assert "nobody works on the study" in capsys.readouterr().err
+    assert "no process works on the study" in capsys.readouterr().err
 
 
 def test_a_holder_that_was_replaced_while_it_slept_leaves_the_study_to_its_successor() -> None:

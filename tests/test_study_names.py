@@ -66,7 +66,7 @@ def test_every_verb_takes_such_a_name(name: str, capsys: pytest.CaptureFixture[s
         assert main([verb[0], name, *verb[1:]]) == 0, capsys.readouterr().err
     capsys.readouterr()
     assert main(["stop", name]) == 2
-    assert "nobody works on the study" in capsys.readouterr().err
+    assert "no process works on the study" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_a_study_goes_on_with_the_settings_that_it_began_with_alone(capsys: pyte
         ("sweep.out_of_memory_retries=-1", "sweep.out_of_memory_retries must be at least 0"),
         ("sweep.sampler_options.multivariate=true", "+sweep.sampler_options.multivariate=true"),
         ("+sweep.pruner_options.multivariate=true", "NopPruner has no option"),
-        ("sweep.constraints=['memory.peak <= x']", "a constraint that can't be read"),
+        ("sweep.constraints=['memory.peak <= x']", "the constraint can't be parsed"),
         ("sweep.warm_start=[earlier]", "no earlier study of this name"),
     ],
 )

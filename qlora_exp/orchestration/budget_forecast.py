@@ -43,13 +43,13 @@ def _fitting(runs: Sequence[PlannedRun] | None, memory_bytes: int) -> str:
     """Return a sentence that says how many configurations fit into ``memory_bytes``."""
     limit_text = f"budget.memory_bytes={memory_bytes} ({bytes_text(memory_bytes)})"
     if runs is None:
-        return f"{limit_text}: what fits is predicted trial by trial"
+        return f"{limit_text}: each trial's memory is predicted before it starts"
     fitting = sum(run.fits is True for run in runs)
     if by_rows(runs):
-        return f"{limit_text}: {fitting} of {len(runs)} configurations fit, by the task's rows"
+        return f"{limit_text}: {fitting} of {len(runs)} configurations fit (from the task's row lengths)"
     return (
-        f"{limit_text}: at least {fitting} of {len(runs)} configurations fit, with rows as long as training.max_length;"
-        " each trial is predicted again from the rows that there are"
+        f"{limit_text}: at least {fitting} of {len(runs)} configurations fit (if all rows have training.max_length"
+        " tokens); each trial is predicted again from the task's row lengths"
     )
 
 

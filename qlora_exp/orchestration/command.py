@@ -238,7 +238,11 @@ def spec_settings(node: Any, kind: type[Any]) -> Any:
 def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[str]) -> tuple[Axis, ...]:
     raise_all(
         [
-            ConfigError(f"{key} can't be an axis", f"{key}={text}", "search what a run is, not how runs are run")
+            ConfigError(
+                f"{key} can't be an axis",
+                f"{key}={text}",
+                "an axis must be a setting of the run, not of the sweep or its workers",
+            )
             for key, text in texts.items()
             if _belongs(key, NOT_SWEPT)
         ]
@@ -298,14 +302,14 @@ def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, ladder: Ladde
     if ladder is not None:
         return most_trials(ladder)
     if points is None or settings.sampler not in (Sampler.auto, Sampler.grid):
-        raise ConfigError("this search has no end of its own", f"study {name}", "say how many: sweep.n_trials=20")
+        raise ConfigError("the search is unbounded", f"study {name}", "set the number of trials: sweep.n_trials=20")
     return len(points)
 
 
 def _check_pruner(settings: SweepConfig, raw: Any) -> None:
     if settings.pruner is not Pruner.none and raw.training.evaluate_every_steps is None:
         raise ConfigError(
-            "pruning looks at the validation loss during training, and none is measured",
+            "pruning needs a validation loss during training, and none is measured",
             f"sweep.pruner={settings.pruner.value}",
             "training.evaluate_every_steps=20, or sweep.pruner=none",
         )

@@ -81,9 +81,7 @@ def _main(arguments: list[str], flags: argparse.Namespace, multirun: bool, only_
     except ExitCode as ended:
         return ended.code
     except KeyboardInterrupt:
-        print(
-            "interrupted; the same command begins again where it can" if only_shows else "interrupted", file=sys.stderr
-        )
+        print("interrupted; run the same command again" if only_shows else "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # ``… --help | head``, as in the qlora-exp commands
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

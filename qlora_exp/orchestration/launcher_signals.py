@@ -51,7 +51,7 @@ def passed_on(paths: StudyPaths) -> Iterator[None]:
         timers.append(threading.Timer(WORKER_GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGINT)))
         timers[-1].daemon = True
         timers[-1].start()
-        signals.say("the workers save what they have and end; again: end at once")
+        signals.say("the workers save and stop; a second signal stops them at once")
 
     _sweeping.depth = getattr(_sweeping, "depth", 0) + 1
     try:

@@ -57,9 +57,9 @@ class MemoryPredictionSummary:
         sentence += f"; predictions wrong: {self.wrong} of {self.compared}"
         if self.near_the_edge or self.wrong:
             sentence += (
-                f" (out of memory: {self.near_the_edge_out_of_memory} of {self.near_the_edge} tried near the bound,"
+                f" (out of memory: {self.near_the_edge_out_of_memory} of {self.near_the_edge} borderline trials,"
             )
-            sentence += f" {self.out_of_memory} of the others; peak above the bound: {self.beyond_the_bound})"
+            sentence += f" {self.out_of_memory} of the others; peak above the limit: {self.beyond_the_bound})"
         return sentence
 
 

@@ -88,7 +88,7 @@ class Orchestration:
         elif self.held:
             self.held = read_lease(self._paths.orchestrator) is None and self.take()
             if not self.held:
-                print("another process has taken this study over: it concludes it", file=sys.stderr, flush=True)
+                print("another process has taken over this study and will conclude it", file=sys.stderr, flush=True)
         else:
             lease, silent = read_lease(self._paths.orchestrator), watched.unchanged_seconds()
             if lease is not None:
@@ -133,7 +133,7 @@ def _waited_in_vain(orchestration: Orchestration, paths: StudyPaths, lease: Leas
     stamp, patience = watched.stamp(), watched.patience_seconds(lease)
     if name is not None and patience > TOLD_AFTER_SECONDS:
         where = f"study {name} is held by {lease.owner}, which can't be seen from here"
-        print(f"{where}: waiting {patience:.0f} s for a sign of life", file=sys.stderr, flush=True)
+        print(f"{where}: waiting {patience:.0f} s for a heartbeat", file=sys.stderr, flush=True)
     deadline = time.monotonic() + patience
     while watched.stamp() == stamp:
         if time.monotonic() >= deadline:
@@ -173,7 +173,7 @@ def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
     """
     if orchestrator(paths) is None and not running(paths):
         raise RecordError(
-            "nobody works on the study", f"study {name}", f"qlora-exp resume {shlex.quote(name)} goes on with it"
+            "no process works on the study", f"study {name}", f"qlora-exp resume {shlex.quote(name)} continues it"
         )
     mode = "now" if now or paths.stop.is_file() else "gracefully"
     write_json(paths.stop, {"mode": mode})

@@ -36,7 +36,7 @@ def kept_numbers(keep: str, best_first: Sequence[int], rows: Sequence[TrialRow])
         return {row.number for row in rows}
     match = re.fullmatch(r"best:([0-9]+)", keep)
     if match is None:
-        raise ConfigError(f"{keep!r} says nothing that could be kept", "--keep", "--keep best:3, or --keep all")
+        raise ConfigError(f"--keep must be best:K or all, got {keep!r}", "--keep", "--keep best:3, or --keep all")
     return set(best_first[: int(match[1])])
 
 

@@ -81,7 +81,9 @@ class TimedOut:
     seconds: float
 
     def __str__(self) -> str:
-        return f"the trial told nothing for {self.seconds:g} s, and its process was ended; its log has the stacks"
+        return (
+            f"the trial sent nothing for {self.seconds:g} s, and its process was killed; its log has the stack traces"
+        )
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease 
     text = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {show_progress(counts)}"
     if counts.running + counts.waiting + counts.to_ask:
         text += f", {_duration(seconds)} left" if seconds is not None and slots else ""
-        resume_hint = f"nobody works on it: qlora-exp resume {shlex.quote(spec.name)}"
+        resume_hint = f"no process works on it: qlora-exp resume {shlex.quote(spec.name)}"
         text += f"\nworked on by {holder.owner}" if holder else f"\n{resume_hint}"
     predicted = predicted_memory(rows, paths)
     text += f"\n{predicted.sentence}" if predicted is not None else ""

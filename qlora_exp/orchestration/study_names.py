@@ -17,7 +17,7 @@ CONTROLS = ("Cc", "Cs", "Zl", "Zp")
 
 def check_name(name: str) -> None:
     """Raise :class:`ConfigError` if a new study can't have this name."""
-    hint = "sweep.name=NAME, or null: by its command"
+    hint = "sweep.name=NAME, or null for a name made from the command"
     problems = []
     if not name.strip():
         problems.append("a study's name can't be empty")

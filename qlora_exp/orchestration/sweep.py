@@ -123,7 +123,7 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
         write_spec(spec, paths)
         resources.callback(_tell_not_delivered, command, opened)
         if _is_complete(opened.counts()):
-            print(f"study {spec.name} is complete; sweep.n_trials=… goes on with it, sweep.name=… starts another")
+            print(f"study {spec.name} is complete; sweep.n_trials=… continues it, sweep.name=… starts another")
             with _concluding(command, opened, orchestration, study_budget, EXIT_COMPLETED):
                 return _conclude(opened, spec, paths, study_budget, budget)
         budget_lines = [f"\n  {text}" for text in affordable_trials_message(command, opened, study_budget)]
@@ -198,7 +198,7 @@ def _launch(launch: Launch, command: SweepCommand, opened: Any) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:  # every launcher raises its own exception for a killed job
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        hint = f"qlora-exp resume {shlex.quote(name)} goes on with it"
+        hint = f"qlora-exp resume {shlex.quote(name)} continues it"
         code = EXIT_RUN_FAILED
         problems.append(StudyError(f"the launcher lost a worker: {reason}", f"study {name}", hint))
         results = []
@@ -258,7 +258,7 @@ def _tracked(
         tracker.start(from_dict(StudyDefinition, to_dict(without_secrets(command.spec))))
         yield _WhileHeld(tracker, orchestration)
     finally:
-        with signals.held_back("the study is being delivered to MLflow; Ctrl-C again: leave that to qlora-exp sync"):
+        with signals.held_back("the study is being logged to MLflow; Ctrl-C again leaves that to qlora-exp sync"):
             run_ids = [row.run_id for row in opened.trials() if row.run_id is not None]
             deliver_runs(outputs, run_ids, command.tracking.uri)
             if orchestration.held:
@@ -378,9 +378,9 @@ def _told_nothing_fits(
         hint += f"{resume_command} budget.memory_bytes={smallest_bytes}"
     else:
         would_fit = smallest.would_fit or "smaller batches, lengths or models"
-        hint = f"under another sweep.name: {would_fit}; to start them all the same: {resume_command} --force"
+        hint = f"under another sweep.name: {would_fit}; to start them anyway: {resume_command} --force"
     return StudyError(
-        f"{counts.finished} trials were asked for, and {subject} is predicted to fit into {bytes_text(bound)}",
+        f"{counts.finished} trials were proposed, and {subject} is predicted to fit into {bytes_text(bound)}",
         f"study {spec.name}: the smallest needs {bytes_text(smallest_bytes)}",
         hint,
     )

@@ -101,14 +101,17 @@ def plan_sentence(
         return power_plan.settles, power_plan.sentence
     max_seed_sd = rule.half_zone / half_width(Noise(1.0, 0.0), seeds, 1, rule)
     settles = seed_sd is None or seed_sd <= max_seed_sd
-    sentence = f"With {seeds} seeds after a purchase the margin can be settled if a doubling's gain varies by at most "
-    sentence += f"{max_seed_sd:.2g} {LOSS_UNIT} (sd) from seed to seed"
+    sentence = (
+        f"With {seeds} seeds per rank, extra seeds included, the margin can be decided if the standard deviation of a"
+        " doubling's gain "
+    )
+    sentence += f"is at most {max_seed_sd:.2g} {LOSS_UNIT} between seeds"
     if items is not None:
         max_item_sd = rule.half_zone / half_width(Noise(0.0, 1.0), seeds, items, rule)
         settles = settles and (item_sd is None or item_sd <= max_item_sd)
-        sentence += f", and by less than {max_item_sd:.2g} nats from item to item ({items} items)"
-    known = [f"{sd:g} over {what}" for sd, what in ((seed_sd, "seeds"), (item_sd, "items")) if sd is not None]
-    sentence += f"; expected: {', '.join(known)}." if known else "; what it will vary by isn't known yet."
+        sentence += f", and below {max_item_sd:.2g} nats between items ({items} items)"
+    known = [f"{sd:g} between {what}" for sd, what in ((seed_sd, "seeds"), (item_sd, "items")) if sd is not None]
+    sentence += f"; expected: {', '.join(known)}." if known else "; the expected deviations are unknown."
     return settles, sentence
 
 
@@ -226,10 +229,10 @@ def _sentences(
     if state.needs:
         sentences.append("The ladder isn't finished.")
     if state.trouble:
-        sentences.append(f"It ended there: {state.trouble}.")
+        sentences.append(f"It ended early: {state.trouble}.")
     sentences.append(_learning_rate_words(spec, ladder, state.choices))
     if saves is not None:
-        chosen = f"Beside one at r = {saves['against_rank']}, a run at r = {rank_answer.recommended_rank}"
+        chosen = f"Compared with r = {saves['against_rank']}, a run at r = {rank_answer.recommended_rank}"
         sentences.append(f"{chosen} {_cost_words(saves)}.")
     return sentences
 
@@ -243,23 +246,23 @@ def _learning_rate_words(spec: LadderSpec, ladder: LadderSettings, choices: Sequ
     if spec.lr_policy == LrPolicy.search.value:
         return words + f"Learning rate chosen at every rank: {rates}."
     if spec.lr_policy == LrPolicy.transfer.value:
-        return words + f"At this learning rate, chosen at r = {spec.r_start} and carried over: {rates}."
-    return words + f"At this learning rate: {ladder.learning_rate:g} at every rank."
+        return words + f"Learning rate chosen at r = {spec.r_start} and carried over: {rates}."
+    return words + f"Learning rate: {ladder.learning_rate:g} at every rank."
 
 
 def _cost_words(saves: Mapping[str, Any]) -> str:
     memory, seconds, usd = saves["peak_train_bytes"], saves["train_seconds"], saves["cost_usd"]
     if memory is None:
         memory = saves["model_state_bytes"]
-    unpriced = "; the money is unknown: budget.usd_per_hour isn't set, and conf/prices.yaml doesn't have the device"
+    unpriced = "; the cost is unknown: budget.usd_per_hour isn't set, and conf/prices.yaml doesn't have the device"
     money = unpriced if usd is None else f", {_difference(usd, 'USD')}"
-    unclear = "a training time that can't be told apart (the runs of one rank differ by more)"
+    unclear = "no clearly different training time (runs of the same rank differ by more)"
     parts = [
-        "unknown memory" if memory is None else f"{_difference(memory / 1e6, 'MB')} of memory",
-        unclear if seconds is None else f"{_difference(seconds, 's')} of training",
+        "unknown memory" if memory is None else f"{_difference(memory / 1e6, 'MB')} memory",
+        unclear if seconds is None else f"{_difference(seconds, 's')} training time",
     ]
     if usd is not None and seconds is None:
-        money = ", and so with the money"
+        money = ", and so no clearly different cost"
     return f"takes {', '.join(parts)}{money}"
 
 
@@ -270,7 +273,7 @@ def _difference(saved: float, unit: str) -> str:
 def _warnings(spec: LadderSpec, state: LadderState, last: Comparison | None) -> list[str]:
     warnings = [
         f"r = {choice.rank}: the best learning rate of the pilots, {choice.learning_rate:g}, is at the edge of the "
-        "grid after one extension: unresolved. Other sweep.ladder.lr_factors, or another training.learning_rate"
+        "grid after one extension: unresolved. Change sweep.ladder.lr_factors or training.learning_rate"
         for choice in state.choices
         if choice.unresolved
     ]
@@ -278,21 +281,19 @@ def _warnings(spec: LadderSpec, state: LadderState, last: Comparison | None) -> 
     if lost:
         warnings.append(f"{lost} decision runs left no result")
     warnings += [
-        f"the training losses of r = {step.from_rank} and {step.to_rank} coincide: the budget is too short for ranks "
-        "to differ. More training.max_steps"
+        f"the training losses of r = {step.from_rank} and {step.to_rank} coincide: training is too short for the ranks "
+        "to differ. Increase training.max_steps"
         for step in state.comparisons
         if _coincide(state.runs.get(step.from_rank, ()), state.runs.get(step.to_rank, ()))
     ]
     if last is not None and last.from_rank == spec.r_start and last.decision.verdict is StepVerdict.STOP:
         warnings.append(
-            f"r = {spec.r_start} is the smallest rank that was run, and halving it may do as well: "
+            f"r = {spec.r_start} is the smallest rank that was run, and half of it may be enough: "
             f"sweep.ladder.r_start={max(spec.r_start // 2, 1)}"
         )
         rule = rule_of(spec)
         if last.decision.high is not None and last.decision.high < rule.margin - rule.half_zone:
-            warnings.append(
-                f"r = {spec.r_start} saturates: what r = {last.to_rank} gains is below the whole zone in doubt"
-            )
+            warnings.append(f"r = {spec.r_start} saturates: the gain of r = {last.to_rank} is below margin - half_zone")
     return warnings
 
 

@@ -253,7 +253,7 @@ class _LadderEvaluation:
         for trial in completed:
             if not trial.losses or list(trial.losses) != items:
                 run = trial.record.run_id if trial.record else "a run"
-                raise AnalysisError(f"the per-item losses of {run} are missing, or are of other items", "test split")
+                raise AnalysisError(f"the per-item losses of {run} are missing, or belong to other items", "test split")
         for trials in runs.values():
             losses = np.full((MOST_SEEDS, len(items)), np.nan)
             for row, trial in enumerate(trials):
@@ -291,10 +291,10 @@ def _check_comparable(records: Sequence[RunRecord]) -> None:
     """Raise :class:`AnalysisError` that names the difference, if the runs can't be compared."""
     values_by_topic: dict[str, set[str]] = {
         "the data": {record.data.fingerprint for record in records if record.data},
-        "the model's files": {record.model_fingerprint for record in records if record.model_fingerprint},
+        "the model files": {record.model_fingerprint for record in records if record.model_fingerprint},
         "the training steps": {str(record.plan.max_steps) for record in records if record.plan},
-        "the adapters' type": {record.plan.adapter_dtype for record in records if record.plan},
-        "the computing type": {record.plan.compute_dtype for record in records if record.plan},
+        "the adapter dtype": {record.plan.adapter_dtype for record in records if record.plan},
+        "the compute dtype": {record.plan.compute_dtype for record in records if record.plan},
         "whether a model was trained": {str(record.synthetic) for record in records},
     }
     for topic, values in values_by_topic.items():

@@ -30,8 +30,8 @@ def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, .
 
     fixed_keys = [axis.key for axis in others if axis.key in OWN_KEYS]
     fixed_keys += [key for text in fixed if (key := override_key(text)) in (RANK, SPLIT)]
-    hint = "sweep.ladder.r_start, r_max, seeds and lr_factors say which; another sampler searches freely"
-    raise_all([ConfigError("the ladder itself chooses this", f"{key}=…", hint) for key in fixed_keys])
+    hint = "set sweep.ladder.r_start, r_max, seeds and lr_factors instead, or use another sampler"
+    raise_all([ConfigError("the ladder sets this key itself", f"{key}=…", hint) for key in fixed_keys])
     ladders = [_one(fixed, point, settings.ladder.r_start) for point in grid(others)]
     seed = int(compose_raw(fixed).seed)
     return resolve(settings.ladder, seed, ladders)

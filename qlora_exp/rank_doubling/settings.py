@@ -28,31 +28,35 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
     errors: list[QloraExpError] = []
     single = config.r_start == config.r_max
     if config.margin is None and not single:
-        what = "a ladder needs a margin, fixed before anything is trained"
-        errors.append(ConfigError(what, f"{where}.margin", "the least gain worth paying for, nats per item: 0.05, say"))
+        what = "a ladder needs a margin, fixed before the first training"
+        errors.append(
+            ConfigError(
+                what, f"{where}.margin", "the smallest gain worth a doubling, in nats per item, for example 0.05"
+            )
+        )
     elif config.margin is not None and doublings_of(config.r_start, config.r_max):
         try:
             make_rule(config.margin, doublings_of(config.r_start, config.r_max), config.half_zone)
         except AnalysisError as error:
             errors.append(ConfigError(error.what, f"{where}.margin", error.hint))
     if config.r_start < 1 or not (single or config.r_start <= config.r_max // 2):
-        what = f"from r = {config.r_start} to {config.r_max} there is nothing to double"
+        what = f"there is no doubling from r = {config.r_start} to {config.r_max}"
         errors.append(ConfigError(what, f"{where}.r_max={config.r_max}", f"at least {2 * max(config.r_start, 1)}"))
     if not 2 <= config.seeds <= MOST_SEEDS:
-        what = f"{config.seeds} seeds can't decide" if config.seeds < 2 else "more seeds than the rule was tried with"
+        what = f"{config.seeds} seeds are too few" if config.seeds < 2 else "more seeds than the rule was tested with"
         errors.append(ConfigError(what, f"{where}.seeds={config.seeds}", f"from 2 to {MOST_SEEDS}; 3 is usual"))
     elif not config.seeds <= config.most_seeds <= MOST_SEEDS:
-        what = f"a purchase can't make {config.most_seeds} of {config.seeds} seeds"
-        hint = f"from {config.seeds} (none is bought) to {MOST_SEEDS}"
+        what = f"most_seeds={config.most_seeds} doesn't fit seeds={config.seeds}"
+        hint = f"from {config.seeds} (no extra seeds) to {MOST_SEEDS}"
         errors.append(ConfigError(what, f"{where}.most_seeds={config.most_seeds}", hint))
     if config.pilot_seed in range(first_seed, first_seed + MOST_SEEDS):
-        what = "the pilots' seed would enter the decision"
+        what = "the pilots' seed is also a seed of the decision runs"
         hint = f"outside {first_seed} … {first_seed + MOST_SEEDS - 1}"
         errors.append(ConfigError(what, f"{where}.pilot_seed={config.pilot_seed}", hint))
     factors = sorted(set(config.lr_factors))
     few = len(factors) < 2 and config.lr_policy is not LrPolicy.fixed
     if few or not all(math.isfinite(factor) and factor > 0 for factor in factors):
-        what = "learning rates are chosen among at least two, all above 0"
+        what = "a choice of learning rate needs at least two factors, all above 0"
         errors.append(ConfigError(what, f"{where}.lr_factors={config.lr_factors}", "[0.5,1,2], or lr_policy=fixed"))
     raise_all(errors)
     return LadderSpec(

@@ -68,8 +68,8 @@ def check_conditions(axes: Sequence[Axis], narrowed: Collection[str] = ()) -> li
             in_order(axes)
         except CycleError as error:
             around = " → ".join(error.args[1])
-            what = f"conditions that wait for each other: {around}"
-            errors.append(ConfigError(what, "sweep.conditions", "take one of them out"))
+            what = f"the conditions depend on each other in a cycle: {around}"
+            errors.append(ConfigError(what, "sweep.conditions", "remove one of them"))
     return errors
 
 
@@ -105,14 +105,14 @@ def _parse(text: str, where: str) -> tuple[Clause, ...]:
     while True:
         match = CLAUSE.match(text, position)
         if match is None:
-            raise ConfigError("a condition that can't be read", where, CONDITION_HINT)
+            raise ConfigError("the condition can't be parsed", where, CONDITION_HINT)
         clauses.append(Clause(match["key"], match["sign"], _value(match["value"], where)))
         conjunction = AND.match(text, match.end())
         if conjunction is None:
             break
         position = conjunction.end()
     if match.end() != len(text):
-        raise ConfigError(f"a condition that can't be read from {text[match.end() :]!r} on", where, CONDITION_HINT)
+        raise ConfigError(f"the condition can't be parsed from {text[match.end() :]!r} on", where, CONDITION_HINT)
     return tuple(clauses)
 
 
@@ -120,24 +120,22 @@ def _value(text: str, where: str) -> Any:
     try:
         return OverridesParser.create().parse_override(f"value={text}").value()
     except (HydraException, ValueError):
-        raise ConfigError(f"{text} is no value", where, CONDITION_HINT) from None
+        raise ConfigError(f"{text} is not a value", where, CONDITION_HINT) from None
 
 
 def _wrong(clause: Clause, axis: Axis, by_key: Mapping[str, Axis], narrowed: Collection[str]) -> ConfigError | None:
     where = f"sweep.conditions.{axis.key}: {axis.condition}"
     if clause.key not in by_key:
         others = [key for key in by_key if key != axis.key]
-        return ConfigError(f"{clause.key} is no axis of this search", where, nearest(clause.key, others))
+        return ConfigError(f"{clause.key} is not an axis of this search", where, nearest(clause.key, others))
     if (clause.sign == "in") != isinstance(clause.value, list):
-        return ConfigError(f"{clause.sign} doesn't go with {clause.value}", where, CONDITION_HINT)
+        return ConfigError(f"{clause.sign} can't be used with {clause.value}", where, CONDITION_HINT)
     referenced = by_key[clause.key]
     if clause.sign in ("<", "<=", ">", ">=") and not all(map(_is_number, [clause.value, *referenced.values])):
-        return ConfigError(f"{clause.sign} compares numbers", where, CONDITION_HINT)
+        return ConfigError(f"{clause.sign} compares numbers only", where, CONDITION_HINT)
     can_hold = referenced.low is not None or referenced.key in narrowed
     if not can_hold and not any(clause.holds({referenced.key: value}) for value in referenced.values):
-        return ConfigError(
-            "a condition that never holds", where, f"{referenced.key} is searched over {referenced.text}"
-        )
+        return ConfigError("the condition never holds", where, f"{referenced.key} is searched over {referenced.text}")
     return None
 
 

@@ -69,7 +69,7 @@ def check_enqueued(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) ->
         for key, value in point.items():
             where = f"sweep.enqueue[{index}].{key}: {value}"
             if key not in by_key:
-                errors.append(ConfigError(f"{key} is no axis of this search", where, nearest(key, by_key)))
+                errors.append(ConfigError(f"{key} is not an axis of this search", where, nearest(key, by_key)))
             elif not fits(by_key[key], value):
                 errors.append(ConfigError(f"{value} is outside the search", where, f"searched: {by_key[key].text}"))
     return errors

@@ -82,7 +82,7 @@ def _unfit(name: str, spec: StudySpec, studies: Mapping[str, Any]) -> ConfigErro
         return ConfigError("no earlier study of this name", where, hint)
     objectives = studies[name].user_attrs.get("asks", {}).get("objectives")
     if objectives != list(spec.objectives):
-        return ConfigError(f"its objectives are others: {objectives}", where, f"this study's: {list(spec.objectives)}")
+        return ConfigError(f"its objectives differ: {objectives}", where, f"this study's: {list(spec.objectives)}")
     return None
 
 

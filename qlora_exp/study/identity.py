@@ -95,7 +95,7 @@ def another(spec: StudySpec, url: str, attributes: dict[str, Any]) -> StudyError
     original_root = attributes.get(BEGUN_UNDER)
     location = url.rpartition("@")[2]
     return StudyError(
-        f"the storage holds another study of the name {spec.name}",
-        f"{location}" + (f", begun under {original_root}" if original_root else ""),
-        "sweep.name=OTHER begins one of another name; a study that nobody needs: optuna delete-study",
+        f"the storage has a different study named {spec.name}",
+        f"{location}" + (f", created under {original_root}" if original_root else ""),
+        "choose another name with sweep.name=OTHER, or delete the stored study with optuna delete-study",
     )

@@ -52,7 +52,7 @@ def parse_objective(text: str) -> Objective:
     direction, _, field = text.strip().partition(" ")
     where = f"sweep.objectives: {text}"
     if direction not in DIRECTIONS:
-        raise ConfigError("an objective begins with minimize or maximize", where, "minimize FIELD")
+        raise ConfigError("an objective must begin with minimize or maximize", where, "minimize FIELD")
     return Objective(DIRECTIONS[direction], _checked_field(field.strip(), where))
 
 
@@ -69,7 +69,7 @@ def parse_constraint(text: str) -> Constraint:
     except ValueError:
         bound = math.nan
     if match is None or not math.isfinite(bound):
-        raise ConfigError("a constraint that can't be read", where, "FIELD <= NUMBER, or FIELD >= NUMBER")
+        raise ConfigError("the constraint can't be parsed", where, "FIELD <= NUMBER, or FIELD >= NUMBER")
     return Constraint(_checked_field(match["field"], where), match["sign"], bound)
 
 
@@ -130,7 +130,7 @@ def _checked_field(field: str, where: str) -> str:
     prefixes = (prefix.removesuffix("*") for prefix in fields if prefix.endswith("*"))
     if field in fields or any(field.startswith(prefix) and len(field) > len(prefix) for prefix in prefixes):
         return field
-    raise ConfigError(f"a record has no number {field!r}", where, nearest(field, fields))
+    raise ConfigError(f"a record has no numeric field {field!r}", where, nearest(field, fields))
 
 
 def _numbers(kind: Any, path: str) -> Iterator[str]:

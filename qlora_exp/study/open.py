@@ -30,9 +30,7 @@ def open_study(spec: StudySpec, paths: StudyPaths, url: str) -> tuple[optuna.Stu
         storage = connect(url, spec.name)
         exists = _holds(storage, spec.name)
         if paths.created.exists() and not exists:
-            raise damaged(
-                f"the database doesn't hold the study {spec.name} any more", url.rpartition("@")[2], spec.name
-            )
+            raise damaged(f"the database no longer contains the study {spec.name}", url.rpartition("@")[2], spec.name)
         identity = identity_of(spec, paths, storage, exists, url)
         study = _created(spec, storage)
         keep_identity(study, spec, identity)
@@ -80,15 +78,15 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
     # A key that only one of them has was added or removed by another version of this package.
     shared_keys = [key for key in settings if key in stored_settings]
     changes = [
-        f"{key}: {stored_settings[key]} there, {settings[key]} now"
+        f"{key}: {stored_settings[key]} in the study, {settings[key]} now"
         for key in shared_keys
         if not _same(key, stored_settings, settings, spec)
     ]
     if changes:
         raise StudyError(
-            f"the study {spec.name} exists and asks something else",
+            f"the study {spec.name} exists with other settings",
             "; ".join(changes),
-            "go on with the same settings, or start another with sweep.name=NAME",
+            "continue with the same settings, or start another study with sweep.name=NAME",
         )
     return study
 

@@ -28,7 +28,7 @@ def read_study(spec: StudySpec, url: str) -> optuna.Study:
     try:
         study_id = storage.get_study_id_from_name(spec.name)
     except KeyError:
-        raise damaged(f"the database doesn't hold the study {spec.name} any more", location, spec.name) from None
+        raise damaged(f"the database no longer contains the study {spec.name}", location, spec.name) from None
     attributes = storage.get_study_user_attrs(study_id)
     if None not in (spec.id, attributes.get(IDENTITY)) and attributes[IDENTITY] != spec.id:
         raise another(spec, url, attributes)
@@ -37,7 +37,7 @@ def read_study(spec: StudySpec, url: str) -> optuna.Study:
 
 def _read_only(file: Path, name: str) -> optuna.storages.BaseStorage:
     if not file.exists():
-        raise damaged("the study's database isn't there", file, name)
+        raise damaged("the study's database doesn't exist", file, name)
     address = _readable(file, name)
 
     def connection() -> sqlite3.Connection:

@@ -51,15 +51,15 @@ def retry_trials(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> lis
     """
     if what == DOES_NOT_FIT_CHOICE and spec.sampler not in ("grid", "ladder"):
         raise ConfigError(
-            f"the sampler {spec.sampler} asks for other trials in the place of those that don't fit",
+            f"the sampler {spec.sampler} replaces trials that don't fit by other trials",
             f"--retry {what}",
-            "leave it out: resume goes on with what fits, and with --force with everything",
+            "leave --retry out: resume continues with trials that fit, with --force with all",
         )
     opened, _ = open_study(spec, paths, url)
     storage = opened._storage
     backend = getattr(storage, "_backend", storage)
     if not isinstance(backend, RDBStorage):
-        raise StudyError("trials of this storage can't be tried again", spec.name, "start another study: sweep.name=…")
+        raise StudyError("trials in this storage can't be reopened", spec.name, "start another study: sweep.name=…")
     study_id = storage.get_study_id_from_name(spec.name)
     with FileLock(paths.lock):
         trials = [trial for trial in storage.get_all_trials(study_id) if _ended_as(trial, what)]

@@ -89,7 +89,7 @@ def _wrong_on_a_ladder(spec: StudySpec) -> list[QloraExpError]:
         errors.append(ConfigError(what, f"sweep.pruner: {spec.pruner}", "sweep.pruner=none"))
     for key in ("enqueue", "warm_start"):
         if getattr(spec, key):
-            errors.append(ConfigError("a ladder asks for its own trials", f"sweep.{key}", f"sweep.{key}=[]"))
+            errors.append(ConfigError("a ladder chooses its trials itself", f"sweep.{key}", f"sweep.{key}=[]"))
     return errors
 
 
@@ -104,7 +104,9 @@ def make_sampler(spec: StudySpec, history: Sequence[FrozenTrial] = ()) -> BaseSa
     if spec.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
         raise ConfigError("CMA-ES needs the package cmaes", "sweep.sampler: cmaes", "pip install cmaes")
     if spec.sampler == "cmaes" and len(spec.objectives) > 1:
-        raise ConfigError("CMA-ES has one objective", "sweep.sampler: cmaes", "sweep.sampler=nsga2, tpe or gp")
+        raise ConfigError(
+            "CMA-ES supports only one objective", "sweep.sampler: cmaes", "sweep.sampler=nsga2, tpe or gp"
+        )
     sampler = SeededSampler(spec, history)
     _constructed(partial(sampler.inner, 0), SAMPLERS[spec.sampler], spec.sampler_options, "sweep.sampler_options")
     return sampler
@@ -154,7 +156,7 @@ def _constructed(make: Any, kind: type, options: dict[str, Any], where: str) -> 
         with _may_be_experimental():
             return make()
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"{kind.__name__} can't be made: {error}", where, f"options: {options}") from None
+        raise ConfigError(f"{kind.__name__} can't be created: {error}", where, f"options: {options}") from None
 
 
 PLAIN_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}

@@ -61,7 +61,9 @@ def parse_axes(
     for key in conditions:
         if key not in params:
             errors.append(
-                ConfigError("a condition for what isn't searched", f"sweep.conditions.{key}", nearest(key, params))
+                ConfigError(
+                    "a condition for a key that isn't searched", f"sweep.conditions.{key}", nearest(key, params)
+                )
             )
     if not errors:
         errors += check_conditions(axes, narrowed)
@@ -99,7 +101,7 @@ def _not_a_list(axis: Axis) -> ConfigError:
     return ConfigError(
         "a grid needs lists, and this is an interval",
         f"sweep.params.{axis.key}: {axis.text}",
-        "name the values, e.g. 1e-4,3e-4,1e-3, or take another sampler, e.g. sweep.sampler=tpe",
+        "list the values, e.g. 1e-4,3e-4,1e-3, or use another sampler, e.g. sweep.sampler=tpe",
     )
 
 
@@ -125,7 +127,7 @@ def _parsed(key: str, text: str) -> Override:
     except (HydraException, ValueError) as error:
         raise _wrong(key, text, f"can't be read: {str(error).splitlines()[0]}", GRAMMAR) from None
     if override.is_delete():
-        raise _wrong(key, text, "a deletion can't be searched", "choose what the key may be instead, e.g. null")
+        raise _wrong(key, text, "a deletion can't be searched", "search a value instead, e.g. null")
     return override
 
 

@@ -99,5 +99,5 @@ def storage_of(spec: StudySpec, requested: str | None = None) -> str:
     url = requested or (os.environ.get(STORAGE_VARIABLE) if hidden else None) or spec.storage
     if REDACTED in url:
         hint = f"--storage URL, or {STORAGE_VARIABLE}=URL in the environment"
-        raise StudyError("the study's file doesn't keep its storage's password", spec.storage, hint)
+        raise StudyError("study.json doesn't contain the storage's password", spec.storage, hint)
     return url

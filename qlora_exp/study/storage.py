@@ -31,7 +31,7 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
         StudyError: the database is damaged, can't be reached, or is one in memory.
     """
     if url == "sqlite://" or (url.startswith(SQLITE) and (":memory:" in url or "mode=memory" in url)):
-        what = "a storage in memory ends with its process, and those of a study are several"
+        what = "a study has several processes, and they can't share a storage in memory"
         raise StudyError(what, url, "sweep.storage=null for optuna.db under output_root, or sqlite:////DIR/FILE.db")
     file = sqlite_file(url)
     if file is None:
@@ -42,7 +42,7 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
         lock.touch()
     except FileNotFoundError:  # a folder that can't hold files, such as /proc: FileLock would retry forever
         hint = "sweep.storage=null for optuna.db under output_root, or sqlite:////DIR/FILE.db"
-        raise StudyError("the study's database can't be made there", str(file), hint) from None
+        raise StudyError("the study's database can't be created there", str(file), hint) from None
     with FileLock(lock):
         check_whole(file, name)
         braces_escaped = url.replace("{", "{{").replace("}", "}}")
@@ -71,9 +71,9 @@ def _set_journal(file: Path, write_ahead: bool) -> None:
         if write_ahead:  # the disk is full, or the database is in use: it then keeps its mode
             return
         raise StudyError(
-            f"the study's database can't leave the write-ahead mode, which a network's disk doesn't carry: {error}",
+            f"the study's database can't leave WAL mode, which doesn't work on a network file system: {error}",
             str(file),
-            "wait until nobody uses it, or give all machines a PostgreSQL server: sweep.storage=postgresql://…",
+            "wait until no process uses it, or use a PostgreSQL server: sweep.storage=postgresql://…",
         ) from None
 
 
@@ -106,7 +106,7 @@ def check_whole(file: Path, name: str) -> None:
 
 def damaged(what: str, where: Path | str, name: str) -> StudyError:
     """Return the error for a damaged or lost database."""
-    hint = f"qlora-exp resume {shlex.quote(name)} --rebuild makes the study again from its runs"
+    hint = f"qlora-exp resume {shlex.quote(name)} --rebuild rebuilds the study from its runs"
     return StudyError(what, str(where), hint)
 
 

@@ -60,7 +60,7 @@ def test_every_fault_is_told_as_what_it_was_and_the_sweep_goes_on(tmp_path: Path
     told = {record["config"]["training"]["sleep_fault"]: record["failure"] for record in records(root)}
     assert told["none"] is None
     assert "SIGKILL" in told["crash"]["message"]
-    assert "told nothing for 3 s" in told["hang"]["message"]
+    assert "sent nothing for 3 s" in told["hang"]["message"]
     # Out of memory and divergence teach the sampler: infeasible points, not failures that it never hears of.
     assert sorted(optuna_states(root)) == ["COMPLETE", "FAIL", "FAIL", "FAIL", "PRUNED", "PRUNED"]
     assert not survivors(root)

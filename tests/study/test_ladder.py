@@ -266,7 +266,7 @@ def test_a_transferred_rate_is_searched_at_the_first_rank_only_and_said() -> Non
     assert not pilots(trials, 16)
     rates = {choice.rank: choice.learning_rate for choice in evaluate_ladder(spec, one, trials).choices}
     assert rates[32] == pytest.approx(rates[8] / 2, rel=1e-3)
-    assert "At this learning rate" in answer_of(spec, trials)["sentence"]
+    assert "Learning rate chosen at r = 8 and carried over" in answer_of(spec, trials)["sentence"]
 
 
 def test_ladders_have_their_own_answers_and_the_second_goes_on_while_the_first_waits() -> None:
@@ -377,10 +377,10 @@ def test_training_times_that_overlap_are_no_saving() -> None:
     spec = spec_of(r_max=16)
     found = answer_of(spec, [timed(trial) for trial in play(spec, gains(0.0))])
     assert found["saves"]["train_seconds"] is None
-    assert "can't be told apart" in found["sentence"]
+    assert "no clearly different training time" in found["sentence"]
 
 
-@pytest.mark.parametrize(("usd", "told"), [(0.5, "0.5 USD less"), (None, "the money is unknown: budget.usd_per_hour")])
+@pytest.mark.parametrize(("usd", "told"), [(0.5, "0.5 USD less"), (None, "the cost is unknown: budget.usd_per_hour")])
 def test_the_sentence_says_what_the_rank_saves_in_memory_time_and_money(usd: float | None, told: str) -> None:
     def with_costs(trial: LadderTrial) -> LadderTrial:
         assert trial.record is not None
@@ -392,7 +392,7 @@ def test_the_sentence_says_what_the_rank_saves_in_memory_time_and_money(usd: flo
     spec = spec_of(r_max=16)
     found = answer_of(spec, [with_costs(trial) for trial in play(spec, gains(0.0))])
     assert found["saves"]["cost_usd"] == usd
-    assert "Beside one at r = 16, a run at r = 8 takes 2 MB less of memory, 3 s less of training" in found["sentence"]
+    assert "Compared with r = 16, a run at r = 8 takes 2 MB less memory, 3 s less training time" in found["sentence"]
     assert told in found["sentence"]
 
 

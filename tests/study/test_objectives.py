@@ -36,9 +36,9 @@ def test_what_is_unknown_or_not_finite_has_no_value() -> None:
     [
         ("minimize scores.after.los_per_item", "scores.after.loss_per_item"),
         ("lower scores.after.loss", "minimize FIELD"),
-        ("minimize name", "no number"),
-        ("minimize", "no number"),
-        ("minimize scores.after.other.", "no number"),
+        ("minimize name", "no numeric field"),
+        ("minimize", "no numeric field"),
+        ("minimize scores.after.other.", "no numeric field"),
     ],
 )
 def test_an_objective_that_no_record_has_is_told_with_the_nearest(text: str, word: str) -> None:

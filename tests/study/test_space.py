@@ -142,10 +142,10 @@ def test_a_condition_compares_as_it_reads(condition: str, searched_with: list[in
         ("lora.alpha_polic == fixed", "did you mean lora.alpha_policy"),
         ("lora.alpha_policy == fixe", "never holds"),
         ("lora.alpha_policy > 3", "numbers"),
-        ("lora.alpha_policy = fixed", "read"),
-        ("lora.alpha_policy == fixed or lora.r > 8", "read"),
-        ("__import__('os')", "read"),
-        ("lora.r in 8", "doesn't go with"),
+        ("lora.alpha_policy = fixed", "parsed"),
+        ("lora.alpha_policy == fixed or lora.r > 8", "parsed"),
+        ("__import__('os')", "parsed"),
+        ("lora.r in 8", "can't be used with"),
         ("", None),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_narrowed_axis_may_switch_off_what_depends_on_it() -> None:
 
 
 def test_conditions_that_wait_for_each_other_are_told() -> None:
-    with pytest.raises(ConfigError, match="wait for each other"):
+    with pytest.raises(ConfigError, match="depend on each other"):
         parse_axes({"a": "1,2", "b": "1,2"}, {"a": "b == 1", "b": "a == 1"})
 
 

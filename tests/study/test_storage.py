@@ -32,7 +32,7 @@ def test_a_database_from_a_local_disk_leaves_the_write_ahead_mode_on_a_networks(
     assert mode_of(database) == "wal"
     monkeypatch.setattr(storage, "BUSY_SECONDS", 0.2)
     monkeypatch.setattr(LOCAL, ())
-    with pytest.raises(StudyError, match="write-ahead"):  # another machine may still use it there
+    with pytest.raises(StudyError, match="WAL mode"):  # another machine may still use it there
         opened(spec)
     study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
     assert len(opened(spec).trials()) == 1
@@ -42,7 +42,7 @@ def test_a_database_from_a_local_disk_leaves_the_write_ahead_mode_on_a_networks(
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_place_that_takes_no_files_is_told(tmp_path: Path) -> None:
     spec = a_spec(tmp_path)
-    with pytest.raises(StudyError, match="can't be made there"):
+    with pytest.raises(StudyError, match="can't be created there"):
         Study.open(spec, paths_of(spec), "sqlite:////proc/studies.db")
 
 

@@ -169,7 +169,7 @@ def test_an_inactive_axis_is_neither_asked_nor_overridden(tmp_path: Path) -> Non
 
 def test_a_study_that_asks_something_else_is_told_apart(tmp_path: Path) -> None:
     opened(a_spec(tmp_path))
-    with pytest.raises(StudyError, match="asks something else") as caught:
+    with pytest.raises(StudyError, match="exists with other settings") as caught:
         opened(a_spec(tmp_path, params={"lora.r": "4,8"}, objectives=("minimize scores.after.loss",)))
     assert "axes" in str(caught.value.where)
     assert "objectives" not in str(caught.value.where)

@@ -101,8 +101,8 @@ def test_a_shared_storage_never_mixes_two_studies_of_one_name(capsys: pytest.Cap
     first = identity("a")
     assert begin("b", shared, tracked=False) == 2
     told = capsys.readouterr().err
-    assert "another study of the name s" in told
-    assert f"begun under {Path('a').absolute()}" in told
+    assert "a different study named s" in told
+    assert f"created under {Path('a').absolute()}" in told
     assert "sweep.name=OTHER" in told
     assert not list(Path().glob("b/runs/*"))
     shutil.rmtree("a/studies")  # the runs are there: it is this study
@@ -114,7 +114,7 @@ def test_a_shared_storage_never_mixes_two_studies_of_one_name(capsys: pytest.Cap
     assert identity("moved") == first
     shutil.rmtree("moved")
     assert begin("a", shared, tracked=False) == 2  # begun again: its runs are gone
-    assert "another study of the name s" in capsys.readouterr().err
+    assert "a different study named s" in capsys.readouterr().err
 
 
 def test_a_study_of_elsewhere_that_took_the_name_meanwhile_is_not_gone_on_with(
@@ -125,7 +125,7 @@ def test_a_study_of_elsewhere_that_took_the_name_meanwhile_is_not_gone_on_with(
     Path("shared.db").unlink()
     assert begin("b", shared, tracked=False) == 0
     assert main(["resume", "s", "--output-root", "a"]) == 2
-    assert "another study of the name s" in capsys.readouterr().err
+    assert "a different study named s" in capsys.readouterr().err
 
 
 def made_by_an_earlier_version(root: str, store: Path | None = None) -> None:
@@ -188,7 +188,7 @@ def test_an_earlier_versions_study_in_a_shared_storage_is_its_roots(capsys: pyte
     assert begin("a", shared, "sweep.n_trials=1", tracked=False) == 0
     made_by_an_earlier_version("a")
     assert begin("b", shared, tracked=False) == 2
-    assert "another study of the name s" in capsys.readouterr().err
+    assert "a different study named s" in capsys.readouterr().err
     shutil.rmtree("a/studies")
     assert begin("a", shared, tracked=False) == 0
     assert len(read_runs(OutputPaths.of("a"))[0]) == 2

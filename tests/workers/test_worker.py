@@ -143,7 +143,7 @@ def test_a_host_that_hangs_is_dumped_and_replaced(tmp_path: Path) -> None:
     assert study.told[1].status is Status.COMPLETED
     failure = record_of(study, 0).failure
     assert failure is not None
-    assert "told nothing" in failure.message
+    assert "sent nothing" in failure.message
     log = next(paths_of(tmp_path).logs.iterdir()).read_text()
     assert "_hang" in log
 
