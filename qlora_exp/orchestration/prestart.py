@@ -1,4 +1,4 @@
-"""Trial hosts started while the study is still being opened: what they import takes longer than that."""
+"""Start trial processes while the study is still being opened, because their imports take longer than that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_exp.paths import StudyPaths
 
 @dataclass(frozen=True)
 class HostStart:
-    """How the host of one slot is started."""
+    """How one slot's trial process is started."""
 
     log: Path
     environment: tuple[tuple[str, str], ...]
@@ -34,7 +34,7 @@ _started: dict[HostStart, HostProcess] = {}
 
 
 def host_starts(config: Any, workers: WorkersConfig, paths: StudyPaths) -> list[HostStart]:
-    """One a slot. ``config``: composed without the axes.
+    """Return one per slot. ``config``: composed without the axes.
 
     Raises:
         ConfigError, Problems: a GPU is in use by another process.
@@ -51,7 +51,8 @@ def host_starts(config: Any, workers: WorkersConfig, paths: StudyPaths) -> list[
 
 
 def hosts_per_device(starts: Sequence[HostStart]) -> int | None:
-    """How many hosts share the GPU that most do, or the machine where they have none; ``None``: they train nothing."""
+    """Return the largest number of trial processes on one GPU, or on the machine if they use none; ``None``: nothing is
+    trained."""
     gpus = [gpu for one in starts if (gpu := dict(one.environment).get("CUDA_VISIBLE_DEVICES")) is not None]
     on_cpu = len(starts) if any("training" in one.preload for one in starts) else None
     return max(Counter(gpus).values(), default=on_cpu)
@@ -59,9 +60,9 @@ def hosts_per_device(starts: Sequence[HostStart]) -> int | None:
 
 @contextlib.contextmanager
 def prestarted(config: Any, workers: WorkersConfig, paths: StudyPaths, at_most: int) -> Iterator[None]:
-    """Start the hosts that a worker of this process will ask for; those that none has taken are ended afterwards.
+    """Start the processes that a worker of this process will need; those that it didn't take are killed afterwards.
 
-    Must be used by the main thread: the kernel ends a host with the thread that started it.
+    Only the main thread may use this: the kernel kills a process when the thread that started it ends.
     """
     with forking.servers_kept():
         try:
@@ -75,5 +76,5 @@ def prestarted(config: Any, workers: WorkersConfig, paths: StudyPaths, at_most: 
 
 
 def started(one: HostStart) -> HostProcess:
-    """The host started before, or a new one."""
+    """Return the process started before, or a new one."""
     return _started.pop(one, None) or one.start()

@@ -1,4 +1,5 @@
-"""A slot of a worker: claims a trial, has its host run it, and tells how it ended — whatever happens to the host."""
+"""A slot of a worker: claims a trial, runs it in a trial process, and records how it ended, even if the process
+dies."""
 
 from __future__ import annotations
 
@@ -47,18 +48,18 @@ if TYPE_CHECKING:
 GRACEFULLY, NOW = "gracefully", "now"
 POLL_SECONDS, LISTEN_SECONDS = 1.0, 0.25
 START_SECONDS = 300.0
-"""A host's imports, on a cold network disk, are no hang."""
+"""A trial process may need this long for its imports on a slow network disk before it counts as hung."""
 TRIAL_GRACE_SECONDS = 120.0
-"""After a request to stop now: the end of a step and a checkpoint."""
+"""Time for the end of a step and a checkpoint after a request to stop now."""
 LAST_OWNER_SECONDS = 10.0
-"""A host of a killed worker ends with it: within two seconds, a little more on a machine with more work than cores."""
+"""A killed worker's trial process ends with it: within two seconds, or a little more on an overloaded machine."""
 PROBE_BYTES = 1 << 20
 LONGEST_PAUSE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all slots work with."""
+    """What all slots of a worker share."""
 
     spec: StudySpec
     paths: StudyPaths
@@ -66,17 +67,17 @@ class Setting:
     outcome_of: Callable[[RunRecord, StudySpec], Outcome]
     budget: BudgetConfig
     hosts_per_device: int | None
-    """Of a GPU, or of the machine where they train on its CPU; ``None``: they train nothing."""
+    """Trial processes per GPU, or on the machine if they train on its CPU; ``None``: nothing is trained."""
 
     @property
     def limits_memory(self) -> bool:
-        """Whether anything says what a trial must fit into."""
+        """Whether a trial's memory is limited."""
         return self.budget.memory_bytes is not None or self.hosts_per_device is not None
 
 
 @dataclass(frozen=True)
 class TimedOut:
-    """The host told nothing for ``seconds`` and was ended."""
+    """The trial process sent nothing for ``seconds`` and was killed."""
 
     seconds: float
 
@@ -88,19 +89,20 @@ class TimedOut:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The host was ended because the worker was told to stop."""
+    """The trial process was ended because the worker was asked to stop."""
 
 
 @dataclass(frozen=True)
 class TakenOver:
-    """Another worker runs the trial by now; the host was ended, and its run is that worker's."""
+    """Another worker has taken the trial over; the process was ended, and the run belongs to that worker."""
 
 
 End = TrialEnded | UserError | TrialRefused | DiskFull | ProcessDied | TimedOut | Stopped | TakenOver
 
 
 class Slot(threading.Thread):
-    """One host at a time, one trial at a time. The thread outlives its hosts: the kernel ties them to it."""
+    """Runs one trial at a time in one trial process at a time. The thread must outlive them: the kernel kills a process
+    when the thread that started it ends."""
 
     def __init__(self, worker: Worker, number: int, host_start: HostStart, state: SlotState) -> None:
         super().__init__(name=f"slot-{number}")
@@ -141,7 +143,7 @@ class Slot(threading.Thread):
         while True:
             _wait_for_last_owner(paths)
             record = _record(paths)
-            if record is not None and not _to_be_gone_on_with(record):  # its worker died before it could tell
+            if record is not None and not _to_be_gone_on_with(record):  # its worker died before recording the end
                 self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
                 break
             end = self._have_run(claim, run_id, record)
@@ -183,7 +185,8 @@ class Slot(threading.Thread):
             return died if isinstance(died, ProcessDied) else ProcessDied(code)
 
     def _listen(self, host: HostProcess, claim: Claim) -> End:
-        """Until the run ends, the host hangs, or time to stop is over. Raises :class:`ProcessDied`."""
+        """Handle messages until the run ends, the process hangs, or the time to stop is over. Raises
+        :class:`ProcessDied`."""
         patience = self.setting.workers.hang_seconds
         heard, started = time.monotonic(), False
         stop_at: float | None = None
@@ -228,7 +231,7 @@ class Slot(threading.Thread):
             record = self._killed_for_memory(paths, record, end)
         if record is not None and not _to_be_gone_on_with(record):
             if record.status is Status.OUT_OF_MEMORY:
-                self._end_host()  # what an allocator does after it failed is nobody's guess
+                self._end_host()  # the allocator's state after a failed allocation is undefined
                 if self._retry_with_half(claim, paths, record):
                     return None
             return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
@@ -243,7 +246,7 @@ class Slot(threading.Thread):
             unknown = (None,) * len(self.setting.spec.objectives)
             return self.worker.tell(self.number, claim, Outcome(Status.FAILED, unknown, (), None, failure))
         if self.worker.stopping == NOW and not isinstance(end, TimedOut | ProcessDied):
-            if record is not None and record.status is Status.RUNNING:  # its host was ended before it could write
+            if record is not None and record.status is Status.RUNNING:  # the process was killed before it could write
                 failure = Failure("Interrupted", "ended before it could save", self.state.phase, self.state.step)
                 _write(
                     paths, record.replace(status=Status.INTERRUPTED, ended_at=utc_now(), process=None, failure=failure)
@@ -253,7 +256,7 @@ class Slot(threading.Thread):
         return self._lost(claim, paths, record, why)
 
     def _killed_for_memory(self, paths: RunPaths, record: RunRecord, end: ProcessDied) -> RunRecord:
-        """The record of a run whose host died: told as out of memory where that is probable, else as it was."""
+        """Return the record of a run whose process died, marked as out of memory if that is probable."""
         failure = killed_for_memory(record, -end.code, self._kills_before)
         if failure is None:
             return record
@@ -264,17 +267,21 @@ class Slot(threading.Thread):
 
     def _refused(self, end: TrialRefused) -> Outcome:
         spec = self.setting.spec
-        kept = (0.0,) * len(spec.constraints)
+        satisfied = (0.0,) * len(spec.constraints)
         failure = Failure("PredictedNotToFit", end.what, phase="prepare")
-        return Outcome(Status.PRUNED, (None,) * len(spec.objectives), kept, None, failure, end.refusal)
+        return Outcome(Status.PRUNED, (None,) * len(spec.objectives), satisfied, None, failure, end.refusal)
 
     def _lost(self, claim: Claim, paths: RunPaths, record: RunRecord | None, why: str) -> None:
-        """The host died or hung. The record says so; the trial is run again from its newest checkpoint, unless this was
-        its last attempt."""
+        """Record that the process died or hung, and requeue the trial, which continues from its newest checkpoint.
+
+        If this was the last attempt, the run has failed.
+        """
         if not self.worker.still_ours(claim):
             return self.worker.let_go(self.number)
         print(f"trial {claim.number}, attempt {claim.attempt}: {why}", file=sys.stderr, flush=True)
-        hint = SMALLER_HINTS if memory_limits.kills() is None else None  # it can't be seen here whether memory ran out
+        hint = (
+            SMALLER_HINTS if memory_limits.kills() is None else None
+        )  # the kernel doesn't report here whether memory ran out
         failure = Failure("Lost", why, phase=self.state.phase, step=self.state.step, hint=hint)
         if record is not None:
             record = record.replace(status=Status.INTERRUPTED, ended_at=utc_now(), process=None, failure=failure)
@@ -284,14 +291,16 @@ class Slot(threading.Thread):
         return None
 
     def _retry_with_half(self, claim: Claim, paths: RunPaths, record: RunRecord) -> bool:
-        """Give the trial back to be run with half the micro-batch, where the study allows it. The record is opened
-        again first: whoever claims the trial then goes on with it."""
+        """Requeue the trial with half the micro-batch, if the study allows it; return whether it was requeued.
+
+        The record is reopened first, because any worker may claim the trial right after.
+        """
         if claim.out_of_memory_retries >= self.setting.spec.out_of_memory_retries or _micro_batch(record) <= 1:
             return False
         if not self.worker.still_ours(claim):
             return False
         half = next_smaller_micro_batch(_micro_batch(record), record.config["training"]["batch_size"])
-        told = (
+        warning = (
             f"memory ran out with micro-batches of {_micro_batch(record)}; run again with {half}, the batch unchanged"
         )
         training = {**record.config["training"], "micro_batch_size": half}
@@ -299,7 +308,7 @@ class Slot(threading.Thread):
         opened = record.replace(
             status=Status.INTERRUPTED,
             config={**record.config, "training": training},
-            warnings=(*record.warnings, told),
+            warnings=(*record.warnings, warning),
         )
         _write(paths, opened)
         if self.worker.memory_retry(self.number, claim):
@@ -316,15 +325,16 @@ class Slot(threading.Thread):
         return isinstance(end, TrialEnded) and record is not None and _found_no_space(record)
 
     def _pause(self, paths: RunPaths) -> bool:
-        """Wait until something can be written again, longer each time. ``False``: told to stop first."""
+        """Wait until something can be written again, longer each time. ``False``: the worker was asked to stop
+        first."""
         self._pauses += 1
         self.state.phase = "paused: the disk is full"
-        told = f"the disk is full at {paths.folder.parent}; trial {self.state.trial} waits until there is room"
-        print(told, file=sys.stderr, flush=True)
-        until = time.monotonic() + min(2.0**self._pauses, LONGEST_PAUSE_SECONDS)
+        message = f"the disk is full at {paths.folder.parent}; trial {self.state.trial} waits until there is room"
+        print(message, file=sys.stderr, flush=True)
+        next_check = time.monotonic() + min(2.0**self._pauses, LONGEST_PAUSE_SECONDS)
         while self.worker.stopping != NOW:
             time.sleep(LISTEN_SECONDS)
-            if time.monotonic() > until and _can_write(paths):
+            if time.monotonic() > next_check and _can_write(paths):
                 return True
         return False
 
@@ -359,7 +369,7 @@ def _found_no_space(record: RunRecord) -> bool:
 
 
 def _record(paths: RunPaths) -> RunRecord | None:
-    """``None`` where there is none. One that can't be read is put aside: the trial is run again."""
+    """Return the run's record; ``None`` if there is none. An unreadable one is renamed, and the trial is run again."""
     if not paths.record.exists():
         return None
     try:
@@ -371,14 +381,14 @@ def _record(paths: RunPaths) -> RunRecord | None:
 
 
 def _write(paths: RunPaths, record: RunRecord) -> None:
-    """A full disk: the record then still says RUNNING, and that its process is dead can be seen."""
+    """Write the record. On a full disk it still says RUNNING, and readers see that its process is dead."""
     with contextlib.suppress(OSError):
         write_json(paths.record, record)
 
 
 def _wait_for_last_owner(paths: RunPaths) -> None:
-    until = time.monotonic() + LAST_OWNER_SECONDS
-    while time.monotonic() < until:
+    deadline = time.monotonic() + LAST_OWNER_SECONDS
+    while time.monotonic() < deadline:
         record = _record(paths)
         if record is None or record.status is not Status.RUNNING or record.process is None:
             return
@@ -395,7 +405,7 @@ def _micro_batch(record: RunRecord) -> int:
 
 
 def _micro_batch_asked(record: RunRecord | None) -> int | None:
-    """Of the earlier attempt, which may have been halved after memory ran out."""
+    """Return the micro-batch of the earlier attempt, which may be smaller than configured after memory ran out."""
     return None if record is None else record.config["training"]["micro_batch_size"]
 
 

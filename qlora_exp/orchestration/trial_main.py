@@ -1,8 +1,8 @@
-"""A trial host: runs one trial after the other for the worker that started it, and keeps the base model warm.
+"""The trial process: runs one trial after another for the worker that started it, and keeps the base model loaded.
 
-``python -m qlora_exp.orchestration.trial_main --parent PID [--preload training] [--preload tracking]``. Commands come
-on standard input and answers go to standard output, as :mod:`qlora_exp.orchestration.messages` has them; whatever
-libraries print goes to the log that standard error is. The worker sets threads and GPU in the environment.
+``python -m qlora_exp.orchestration.trial_main --parent PID [--preload training] [--preload tracking]``. It reads
+commands from standard input and writes messages to standard output; see :mod:`qlora_exp.orchestration.messages`. Output
+of libraries goes to standard error, which is the log. The worker sets threads and GPU in the environment.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def _warm_bases() -> BaseModels:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel end this process when the parent's thread that started it ends (Linux); the end of standard
-    input says the same elsewhere. The parent may have died before the kernel was asked."""
+    """Make the kernel kill this process when the parent's thread that started it ends (Linux).
+
+    Elsewhere the end of standard input has this effect. The parent may already have died before the kernel call.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -93,7 +95,7 @@ def _die_with(parent: int) -> None:
 
 
 class Channel:
-    """The two pipes to the worker, out of the reach of whatever prints or reads."""
+    """The two pipes to the worker, moved so that no library can print to or read from them."""
 
     def __init__(self) -> None:
         self._in: BinaryIO = os.fdopen(os.dup(0), "rb")
@@ -113,7 +115,8 @@ class Channel:
         return self._commands.get()
 
     def _listen(self) -> None:
-        """The end of standard input means that the worker is gone: nothing here may outlive it."""
+        """Read commands. The end of standard input means that the worker is gone, and this process must not outlive
+        it."""
         with contextlib.suppress(Exception):
             for text in self._in:
                 self._commands.put(cast(Command, decode(text)))
@@ -121,7 +124,7 @@ class Channel:
 
 
 class _Host:
-    """An observer of its runs, which it tells the worker of."""
+    """Runs trials and, as their observer, sends their progress to the worker."""
 
     def __init__(self, line: Channel, deliveries: ThreadPoolExecutor, bases: BaseModels | None) -> None:
         from qlora_exp.config.compose import Composer
@@ -173,7 +176,7 @@ class _Host:
 
 
 def _changed(config: Config, command: RunTrial) -> Config:
-    """What the worker sets beside the overrides; Hydra's grammar has no part in it."""
+    """Return the configuration with the values that the worker sets directly, not as Hydra overrides."""
     changed = replace(config, output_root=command.output_root)
     if command.micro_batch_size is None:
         return changed
@@ -183,4 +186,4 @@ def _changed(config: Config, command: RunTrial) -> Config:
 if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
-    os._exit(code)  # taking torch apart would keep the worker waiting
+    os._exit(code)  # an ordinary exit would take torch so long that the worker had to wait

@@ -1,4 +1,4 @@
-"""A trial host as its worker sees it: a process to start, to talk to and, when it must be, to end."""
+"""A trial process as its worker sees it: start it, exchange messages, end it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from qlora_exp.orchestration.messages import PRELOADED, Command, EndProcess, Mes
 from qlora_exp.system.gpus import DEVICES_VARIABLE
 
 DUMP_SECONDS, TERM_SECONDS = 0.5, 5.0
-"""A host that hangs gets this long to write its stacks, and then to end by itself."""
+"""Time for a hung process to write its stack traces, and then to end after SIGTERM."""
 EXIT_SECONDS = 120.0
-"""A host that was told to end may still be delivering to MLflow, which bounds itself to about a minute."""
+"""Time for a process to end after :class:`EndProcess`: logging to MLflow may take up to about a minute."""
 CHUNK_BYTES = 65536
 ALWAYS_IMPORTED = ("qlora_exp.config.compose", "qlora_exp.orchestration.messages", "hydra.core.global_hydra")
 """What a host imports by itself, whatever it preloads."""
 
 
 class ProcessDied(Exception):
-    """The host's process has ended. ``code``: as :class:`subprocess.Popen` has it, negative for a signal."""
+    """The trial process has ended. ``code``: as in :class:`subprocess.Popen`, negative for a signal."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -40,7 +40,8 @@ class ProcessDied(Exception):
 
 
 class HostProcess:
-    """Must be started by the thread that outlives it: the kernel ends a host with the thread that started it."""
+    """A running trial process. The thread that starts it must outlive it: the kernel kills the process when that thread
+    ends."""
 
     def __init__(self, log: Path, environment: Mapping[str, str], preload: Sequence[str]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -87,15 +88,15 @@ class HostProcess:
         return self._process.pid
 
     def send(self, command: Command) -> None:
-        """A host that is gone doesn't hear it: :meth:`receive` tells."""
+        """Send a command. If the process is gone, only :meth:`receive` reports that."""
         with contextlib.suppress(BrokenPipeError):
             self._in.write(encode_message(command))
 
     def receive(self, timeout_seconds: float) -> Message | None:
         """The next message, or ``None`` after ``timeout_seconds``. Raises :class:`ProcessDied`."""
-        until = time.monotonic() + timeout_seconds
+        deadline = time.monotonic() + timeout_seconds
         while b"\n" not in self._read:
-            ready, _, _ = select.select([self._out], [], [], max(0.0, until - time.monotonic()))
+            ready, _, _ = select.select([self._out], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 return None
             chunk = os.read(self._out, CHUNK_BYTES)
@@ -106,7 +107,7 @@ class HostProcess:
         return cast(Message, decode(line))
 
     def terminate(self) -> None:
-        """TERM: the run saves what it has and ends as interrupted."""
+        """Send SIGTERM: the run saves its state and ends as interrupted."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
 
@@ -122,7 +123,7 @@ class HostProcess:
         return self._closed(self._process.wait())
 
     def dump_and_kill(self) -> int:
-        """For a host that hangs: its stacks to the log, TERM, and KILL."""
+        """End a hung process: stack traces to the log, SIGTERM, SIGKILL."""
         if self._process.pid is None and self._server is not None:  # its imports hang
             self._server.close()
         with contextlib.suppress(ProcessLookupError):
@@ -134,7 +135,7 @@ class HostProcess:
         return self.kill()
 
     def end(self) -> None:
-        """Let it finish its deliveries and exit."""
+        """Let the process finish logging to MLflow, and end it."""
         self.send(EndProcess())
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(EXIT_SECONDS)
