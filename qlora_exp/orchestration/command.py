@@ -158,10 +158,10 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
 def _as_it_is_now(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return ``overrides`` with interpolations of the environment and the like resolved, and resolved → original
     text."""
-    kept = [text for text in overrides if _belongs(_key_text(text), LIVE)]
-    values = without_outside([text for text in overrides if text not in kept])
+    unresolved = [text for text in overrides if _belongs(_key_text(text), LIVE)]
+    values = without_outside([text for text in overrides if text not in unresolved])
     next_value = iter(values)
-    resolved = [text if text in kept else next(next_value) for text in overrides]
+    resolved = [text if text in unresolved else next(next_value) for text in overrides]
     return resolved, dict(zip(resolved, overrides, strict=True))
 
 
@@ -206,12 +206,12 @@ def _settings(raw: DictConfig) -> SweepConfig:
 
 def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
     """Return the overrides with which ``qlora-exp run`` runs a trial's configuration, from any folder."""
-    searched = [text for text in spec.overrides if override_key(text) == SEARCH_PATH]
+    search_path_texts = [text for text in spec.overrides if override_key(text) == SEARCH_PATH]
     # A file of sweeps/ may read from the environment what a run doesn't use. Without its value Hydra can't compose.
-    kept = [text for text in spec.overrides if override_key(text) in spec.interpolated]
+    others = [text for text in spec.overrides if override_key(text) in spec.interpolated]
     of_a_run = _of_a_run(spec.overrides)
-    kept = [text for text in kept if text not in of_a_run]
-    return [*searched, *of_a_run, *kept, *point_overrides(params)]
+    others = [text for text in others if text not in of_a_run]
+    return [*search_path_texts, *of_a_run, *others, *point_overrides(params)]
 
 
 def _of_a_run(overrides: Sequence[str]) -> list[str]:

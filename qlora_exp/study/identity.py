@@ -82,11 +82,11 @@ def _is_ours(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.BaseSt
         return True
     run_ids = [trial.user_attrs.get(RUN) for trial in storage.get_all_trials(study_id, deepcopy=False)]
     known_run_ids = [str(run) for run in run_ids if run is not None]
-    begun_under = storage.get_study_user_attrs(study_id).get(BEGUN_UNDER, spec.output_root)
+    creation_root = storage.get_study_user_attrs(study_id).get(BEGUN_UNDER, spec.output_root)
     return (
         any(outputs.run(run).folder.is_dir() for run in known_run_ids)
         if known_run_ids
-        else bool(begun_under == spec.output_root)
+        else bool(creation_root == spec.output_root)
     )
 
 

@@ -33,5 +33,5 @@ def _of(study: optuna.Study, trials: list[FrozenTrial], number: int) -> dict[str
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     try:
         return dict(get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[number]))
-    except (ValueError, RuntimeError):  # conditional axes of which no trial has all
+    except (ValueError, RuntimeError):  # conditional axes, and no trial has all of them
         return {}

@@ -109,7 +109,7 @@ def outcome_of(record: RunRecord, spec: StudySpec) -> Outcome:
 
 @cache
 def numeric_fields() -> tuple[str, ...]:
-    """Return the paths of all numbers in a record; ``….*`` where any name may follow."""
+    """Return the paths of all numbers in a record. ``….*`` means that any name may follow."""
     return (MODEL_STATE, *_numbers(RunRecord, ""))
 
 

@@ -39,7 +39,7 @@ class Heartbeats:
         """Trial id → last heartbeat, and since when (``time.monotonic``) it is unchanged."""
 
     def stale_reason(self, trial: FrozenTrial, lease_seconds: float) -> str | None:
-        """Return why nobody runs a RUNNING trial any more; ``None``: somebody does, or it isn't RUNNING."""
+        """Return why no worker runs a RUNNING trial any more; ``None``: one does, or the trial isn't RUNNING."""
         if trial.state is not TrialState.RUNNING:
             return None
         owner = (trial.user_attrs.get(CLAIM) or {}).get("owner")
