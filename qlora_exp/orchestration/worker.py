@@ -78,8 +78,8 @@ def run_worker(
 
     Args:
         stop: called twice a second; returns ``gracefully``, ``now`` or ``None``. The file ``paths.stop`` and, in a main
-        thread, INT, TERM and HUP stop the worker, too (the second signal kills the trial processes). study: the study,
-        if it is open already; ``outcome_of`` likewise.
+            thread, INT, TERM and HUP stop the worker, too. The second signal kills the trial processes.
+        study: the study, if it is open already; ``outcome_of`` likewise.
 
     Raises:
         QloraExpError: the study can't be opened, or a GPU is in use by another process; nothing was started.
