@@ -148,6 +148,6 @@ def decode(line: bytes) -> Command | Message:
         raw = json.loads(line)
         kind = _KINDS[raw.pop("message")]
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise RecordError(f"no message: {line[:200]!r}", "between worker and trial host") from None
+        raise RecordError(f"not a message: {line[:200]!r}", "between worker and trial process") from None
     message: Command | Message = from_dict(kind, raw, kind.__name__)
     return message
