@@ -11,7 +11,7 @@ from typing import Any
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records.types import Data, RunRecord, Scores, Status
 
-TOLD = 4
+MAX_VALUES_NAMED = 4
 """How many values of a setting a message names."""
 
 
@@ -123,8 +123,8 @@ def setting_differences(groups: Sequence[Group]) -> list[str]:
         for group in groups:
             runs[getattr(group.protocol, field.name)] += len(group.records)
         if len(runs) > 1:
-            values = [f"{_plain(value)} in {count} runs" for value, count in runs.most_common(TOLD)]
-            differences.append(f"{field.name}: {', '.join(values)}" + (", …" if len(runs) > TOLD else ""))
+            values = [f"{_plain(value)} in {count} runs" for value, count in runs.most_common(MAX_VALUES_NAMED)]
+            differences.append(f"{field.name}: {', '.join(values)}" + (", …" if len(runs) > MAX_VALUES_NAMED else ""))
     return differences
 
 

@@ -17,16 +17,16 @@ from qlora_exp.records.types import RunRecord, Scores
 INTERVAL_CONFIDENCE = 0.95
 """Level of the two-sided intervals over seeds."""
 
-NOT_SETTINGS = (
+IGNORED_KEYS = (
     *("seed", "name", "output_root", "tracking", "evaluation", "budget", "task", "workers", "sweep"),
     *("training.resume", "training.threads", "training.logging_steps", "training.save_every_steps"),
 )
 """Keys in which two runs of one configuration may differ. The task is one: the protocol holds it equal."""
 
-SHOWN = ("model.variant", "quantization.mode", "lora.r", "targets.set", "training.learning_rate")
+LABEL_KEYS = ("model.variant", "quantization.mode", "lora.r", "targets.set", "training.learning_rate")
 """Keys that every label shows (the learning rate only where it differs)."""
 
-QUALITIES = (
+MEASURES = (
     *(
         ("loss_per_item", False),
         ("bits_per_byte", False),
@@ -111,10 +111,10 @@ class Configuration:
 def measure_of(records: Sequence[RunRecord]) -> Measure | None:
     """Return the first score that every run has, else the first that any run has; ``None`` if there is none.
 
-    The order is that of :data:`QUALITIES`. Loss per item is skipped if the runs differ in format or model family: it
+    The order is that of :data:`MEASURES`. Loss per item is skipped if the runs differ in format or model family: it
     counts end tokens, which depend on both.
     """
-    qualities = QUALITIES[1:] if len({_read_as(record) for record in records}) > 1 else QUALITIES
+    qualities = MEASURES[1:] if len({_format_and_family(record) for record in records}) > 1 else MEASURES
     for enough in (all, any):
         for name, higher in qualities:
             measure = Measure(name, higher)
@@ -123,7 +123,7 @@ def measure_of(records: Sequence[RunRecord]) -> Measure | None:
     return None
 
 
-def _read_as(record: RunRecord) -> tuple[str, ...]:
+def _format_and_family(record: RunRecord) -> tuple[str, ...]:
     model = record.config.get("model") or {}
     return (str(record.plan.format if record.plan is not None else None), str(model.get("family")))
 
@@ -227,7 +227,7 @@ def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
         display_settings(flat.get("targets.modules") or flat.get("targets.set")),
     ]
     implied = ("model.template_tokens_trained", "quantization.", "targets.")
-    others = [key for key in varying if key not in (*SHOWN[:4], "format") and not key.startswith(implied)]
+    others = [key for key in varying if key not in (*LABEL_KEYS[:4], "format") and not key.startswith(implied)]
     names = {"training.learning_rate": "lr", "lora.alpha": "alpha"}
     parts += [f"{names.get(key, key.rsplit('.', 1)[-1])} {display_settings(flat.get(key))}" for key in others]
     return " · ".join(parts)
@@ -260,7 +260,7 @@ def _memory(record: RunRecord, source: str) -> float | None:
 def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, entry in value.items():
         name = f"{prefix}{key}"
-        if name in NOT_SETTINGS:
+        if name in IGNORED_KEYS:
             continue
         if isinstance(entry, Mapping):
             yield from _flat(entry, f"{name}.")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 UNKNOWN_TEXT = "–"
-MOST_LED = 180
+MAX_LEAD_CHARACTERS = 180
 """Characters; a longer first sentence is not emphasised."""
-LEAST_P = 0.0001
+MIN_SHOWN_P = 0.0001
 """Smaller p-values depend on the tails of a distribution more than on the runs."""
 
 DisplayedValue = str | int | float | None
@@ -80,7 +80,7 @@ def formatted_value(value: DisplayedValue, kind: str) -> str:
     return {
         "integer": f"{value:,.0f}",
         "figure": _figure(value),
-        "p": f"{value:.2g}" if value >= LEAST_P else f"< {LEAST_P:g}",
+        "p": f"{value:.2g}" if value >= MIN_SHOWN_P else f"< {MIN_SHOWN_P:g}",
         "bytes": _bytes(value),
         "seconds": f"{value:,.1f} s",
     }.get(kind) or (f"{value:.0%}" if kind == "percent" else f"${value:,.2f}" if kind == "usd" else str(value))
@@ -89,7 +89,7 @@ def formatted_value(value: DisplayedValue, kind: str) -> str:
 def lead_sentence(sentence: str) -> tuple[str, str]:
     """Return an answer's first sentence, to be emphasised, and the rest. A long first sentence is left in the rest."""
     first, dot, rest = sentence.partition(". ")
-    return (first + dot.strip(), rest) if len(first) <= MOST_LED else ("", sentence)
+    return (first + dot.strip(), rest) if len(first) <= MAX_LEAD_CHARACTERS else ("", sentence)
 
 
 def value_table(

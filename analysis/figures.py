@@ -17,11 +17,11 @@ Figure = dict[str, Any]
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
 """Okabe and Ito's palette for colour-blind readers, with a darker yellow for a white page."""
 SYMBOLS = dict(zip(PRECISION_ORDER, ("circle", "square", "diamond", "cross", "x", "star"), strict=True))
-MOST_DOMINATED = 1000
+MAX_DOMINATED_POINTS = 1000
 """More dominated points than these are thinned out: a plot of 10,000 is slow and shows no more. The table has all."""
 PART_COLOURS = (*PALETTE[:5], PALETTE[6])
-MOST_LINES = len(PALETTE)
-MOST_BARS = 16
+MAX_LINES = len(PALETTE)
+MAX_BARS = 16
 RATE = "training.learning_rate"
 
 
@@ -78,7 +78,7 @@ def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Fig
         return None
     traces: list[Figure] = []
     ranks: set[int] = set()
-    for number, (name, points) in enumerate(drawn_lines[:MOST_LINES]):
+    for number, (name, points) in enumerate(drawn_lines[:MAX_LINES]):
         ordered = sorted(points, key=lambda c: int(c.first.config["lora"]["r"]))
         estimates = [c.quality for c in ordered if c.quality is not None]
         ranks.update(int(c.first.config["lora"]["r"]) for c in ordered)
@@ -209,7 +209,7 @@ def accuracy_by_cell(
 def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
     """Plot memory by part, stacked, for the largest configurations; ``None`` if nothing is known."""
     known = [b for b in breakdowns if any(b.parts.values())]
-    largest = sorted(known, key=lambda b: -sum(part or 0 for part in b.parts.values()))[:MOST_BARS]
+    largest = sorted(known, key=lambda b: -sum(part or 0 for part in b.parts.values()))[:MAX_BARS]
     if not largest:
         return None
     names = [escape(b.label) for b in reversed(largest)]
@@ -273,11 +273,11 @@ def _cloud(
 
 def _thinned(front: Front) -> list[tuple[Configuration, ParetoStatus | None]]:
     """Return the whole front, and every k-th of the other points."""
-    if not front.standings:
-        return [(c, None) for c in _every(front.configurations, MOST_DOMINATED)]
-    pairs = list(zip(front.configurations, front.standings, strict=True))
+    if not front.statuses:
+        return [(c, None) for c in _every(front.configurations, MAX_DOMINATED_POINTS)]
+    pairs = list(zip(front.configurations, front.statuses, strict=True))
     rest = [pair for pair in pairs if pair[1] is not ParetoStatus.FRONT]
-    return [*_every(rest, MOST_DOMINATED), *(pair for pair in pairs if pair[1] is ParetoStatus.FRONT)]
+    return [*_every(rest, MAX_DOMINATED_POINTS), *(pair for pair in pairs if pair[1] is ParetoStatus.FRONT)]
 
 
 def _every(values: Sequence[Any], limit: int) -> list[Any]:

@@ -150,7 +150,7 @@ def compare_variants(
         by_cell[cell_of(configuration.first)].append(configuration)
     if {"base", "instruct"} - {variant for variant, _ in by_cell}:
         return None
-    piloted = _piloted(by_cell, pilots)
+    piloted = _pilots_by_cell(by_cell, pilots)
     cells = tuple(_cell(*key, by_cell[key], piloted) for key in CELLS if key in by_cell)
     best = {
         variant: min((c for c in cells if c.variant == variant), key=lambda cell: _on_validation(cell, piloted))
@@ -212,13 +212,13 @@ def _cell(variant: str, written: str, configurations: Sequence[Configuration], p
     chosen = min(configurations, key=_validation_loss)
     runs = chosen.runs
     tuned = [_of(answering_scores(run), BITS_PER_BYTE) for run in runs]
-    sd, low, high = _spread([value for value in tuned if value is not None])
+    sd, low, high = _sd_with_interval([value for value in tuned if value is not None])
     draws = runs[0].scores.few_shot
     return VariantCell(
         variant=variant,
         written=written,
         configuration=chosen,
-        searched=_tried(configurations, piloted[variant, written].runs if piloted else ()),
+        searched=_count_configurations(configurations, piloted[variant, written].runs if piloted else ()),
         untouched=_level([base_model_scores(run) for run in runs]),
         few_shot=_level([scores_at(runs[0], f"few_shot_{draw.draw}") for draw in draws]) if draws else None,
         shots=min((len(draw.examples) for draw in draws), default=None),
@@ -237,7 +237,7 @@ def _level(several_scores: Sequence[Scores | None]) -> Level:
     )
 
 
-def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+def _sd_with_interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
     """Return the standard deviation over seeds and its 90 % interval: (n − 1)·s²/σ² is chi-squared distributed."""
     if len(values) < MIN_SEEDS:
         return None, None, None
@@ -250,7 +250,7 @@ def _on_validation(cell: VariantCell, piloted: _Pilots) -> float:
     return piloted[cell.variant, cell.written].best if piloted else _validation_loss(cell.configuration)
 
 
-def _piloted(by_cell: Mapping[tuple[str, str], Sequence[Configuration]], pilots: Sequence[RunRecord]) -> _Pilots:
+def _pilots_by_cell(by_cell: Mapping[tuple[str, str], Sequence[Configuration]], pilots: Sequence[RunRecord]) -> _Pilots:
     """Return each cell's pilots; empty unless every cell has scored pilots whose seeds no answering run of it uses."""
     bits: dict[tuple[str, str], list[tuple[float, RunRecord]]] = defaultdict(list)
     for run in pilots:
@@ -272,7 +272,7 @@ def _chosen_by(piloted: _Pilots, configurations: int) -> str:
     return f"by pilots with other seeds{among}"
 
 
-def _tried(configurations: Sequence[Configuration], pilots: Sequence[RunRecord]) -> int:
+def _count_configurations(configurations: Sequence[Configuration], pilots: Sequence[RunRecord]) -> int:
     """Count the different configurations; a pilot and an answering run may share one."""
     runs = [*(configuration.first for configuration in configurations), *pilots]
     return len({str(sorted(configuration_settings(run).items())) for run in runs})

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_exp.analysis.rule import FIRST_SEEDS, LAST_LOOK, MOST_SEEDS, Rule, t_quantiles
+from qlora_exp.analysis.rule import FIRST_SEEDS, LAST_LOOK, MAX_SEEDS, Rule, t_quantiles
 from qlora_exp.analysis.variance import VarianceSplit
 
-MOST_SEEDS_TOLD, MOST_ITEMS_TOLD = 1000, 10_000_000
+MAX_SEEDS_SEARCHED, MAX_ITEMS_SEARCHED = 1000, 10_000_000
 """The search for enough seeds or items ends here: nobody would run more."""
 
 
@@ -48,7 +48,7 @@ def plan(noise: Noise, seeds: int, items: int, rule: Rule) -> PowerPlan:
     """
     width = half_width(noise, seeds, items, rule)
     needed_seeds = seeds_needed(noise, items, rule)
-    needed_items = items_needed(noise, max(seeds, MOST_SEEDS), rule)
+    needed_items = items_needed(noise, max(seeds, MAX_SEEDS), rule)
     settles = width <= rule.half_zone
     reach = f"{seeds} seeds and {items} items reach ±{width:.3g}, and the margin needs ±{rule.half_zone:.3g}"
     if settles:
@@ -78,18 +78,18 @@ def half_width(noise: Noise, seeds: int, items: int, rule: Rule) -> float:
 
 def seeds_needed(noise: Noise, items: int, rule: Rule) -> int | None:
     """Return the fewest seeds that settle every gain with ``items``; ``None`` if more seeds don't help."""
-    return _fewest(lambda seeds: half_width(noise, seeds, items, rule) <= rule.half_zone, 2, MOST_SEEDS_TOLD)
+    return _fewest(lambda seeds: half_width(noise, seeds, items, rule) <= rule.half_zone, 2, MAX_SEEDS_SEARCHED)
 
 
 def items_needed(noise: Noise, seeds: int, rule: Rule) -> int | None:
     """Return the fewest items that settle every gain with ``seeds``; ``None`` if more items don't help."""
-    return _fewest(lambda items: half_width(noise, seeds, items, rule) <= rule.half_zone, 2, MOST_ITEMS_TOLD)
+    return _fewest(lambda items: half_width(noise, seeds, items, rule) <= rule.half_zone, 2, MAX_ITEMS_SEARCHED)
 
 
 def requirement_sentence(seeds: int | None, items: int | None) -> str:
     """Return a sentence on what would settle the margin."""
     ways = [f"about {seeds} seeds with these items"] if seeds is not None else []
-    ways += [f"about {items} items with {MOST_SEEDS} seeds"] if items is not None and seeds is None else []
+    ways += [f"about {items} items with {MAX_SEEDS} seeds"] if items is not None and seeds is None else []
     return (
         f"It would take {' or '.join(ways)}." if ways else "It would take more seeds and more items, or a wider margin."
     )
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--figure", type=Path, help="also draw them into this HTML file")
     options = parser.parse_args(arguments)
-    rule, seeds = Rule(margin=2.0, half_zone=1.0, doublings=5), (FIRST_SEEDS, 4, 6, MOST_SEEDS)
+    rule, seeds = Rule(margin=2.0, half_zone=1.0, doublings=5), (FIRST_SEEDS, 4, 6, MAX_SEEDS)
     widths = {sd: [half_width(Noise(sd, 0.0), n, 1, rule) for n in seeds] for sd in (0.1, 0.25, 0.5, 0.75, 1.0)}
     print("| seed sd / half-zone | " + " | ".join(f"{n} seeds" for n in seeds) + " |")
     print("|---|---|---|---|---|")

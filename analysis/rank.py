@@ -18,14 +18,14 @@ from qlora_exp.analysis.power import Noise, items_needed, requirement_sentence, 
 from qlora_exp.analysis.rule import (
     FIRST_LOOK,
     LAST_LOOK,
-    MOST_SEEDS,
+    MAX_SEEDS,
     MarginBounds,
     Rule,
     StepVerdict,
     bounds,
     make_rule,
     needs_more_items,
-    seeds_to_buy,
+    seeds_at_last_look,
     t_quantiles,
     verdicts,
 )
@@ -67,7 +67,7 @@ class Decision:
     """A: the seeds' share of se², squared units."""
     item_part: float | None
     """B: the items' share of se²."""
-    purchase: SampleIncrease | None = None
+    increase: SampleIncrease | None = None
     what_it_takes: str | None = None
     """What would settle the step, if the verdict is *inconclusive* or *buy*."""
 
@@ -116,8 +116,8 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
     items = difference.shape[1] if np.ndim(smaller) > 1 else None
     verdict, purchase, requirement = StepVerdict.CONTINUE if continues else StepVerdict.STOP, None, None
     if not continues and not stops:
-        requirement = _what_it_takes(split, items, rule)
-        purchase = _purchase(split, interval, items, rule) if look == FIRST_LOOK else None
+        requirement = _requirement(split, items, rule)
+        purchase = _sample_increase(split, interval, items, rule) if look == FIRST_LOOK else None
         verdict = StepVerdict.INCONCLUSIVE if purchase is None else StepVerdict.BUY
     return Decision(
         verdict=verdict,
@@ -130,13 +130,13 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
         items=items,
         seed_part=_known(split.seed_part),
         item_part=_known(split.item_part) if items is not None else None,
-        purchase=purchase,
+        increase=purchase,
         what_it_takes=requirement,
     )
 
 
 def decide_doubling(
-    run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule, most_seeds: int = MOST_SEEDS
+    run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule, most_seeds: int = MAX_SEEDS
 ) -> Decision | None:
     """Decide one doubling with two looks; seeds are added between them at most once.
 
@@ -153,16 +153,16 @@ def decide_doubling(
     if ladder is None:
         return None
     decision = decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, FIRST_LOOK)
-    if decision.purchase is None:
+    if decision.increase is None:
         return decision
-    if decision.purchase.seeds is None:
-        return _items_are_missing(decision, decision.purchase.items)
-    total_seeds = min(max(decision.purchase.seeds, first_seeds + 1), most_seeds)
+    if decision.increase.seeds is None:
+        return _inconclusive_without_items(decision, decision.increase.items)
+    total_seeds = min(max(decision.increase.seeds, first_seeds + 1), most_seeds)
     if total_seeds <= first_seeds:
-        return replace(decision, verdict=StepVerdict.INCONCLUSIVE, purchase=None)
+        return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None)
     ladder = run(total_seeds)
     if ladder is None:
-        return replace(decision, purchase=SampleIncrease(total_seeds, None))
+        return replace(decision, increase=SampleIncrease(total_seeds, None))
     return decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, LAST_LOOK)
 
 
@@ -245,12 +245,12 @@ def as_object(result: RankAnswer) -> dict[str, Any]:
             }
             for step in result.comparisons
         ],
-        "what_it_takes": _open_end(result),
+        "what_it_takes": _open_requirement(result),
         "sentence": result.sentence,
     }
 
 
-def _open_end(result: RankAnswer) -> str | None:
+def _open_requirement(result: RankAnswer) -> str | None:
     """Return what would settle the step that left the ladder undecided; ``None`` if no step did."""
     last = next((c.decision for c in result.comparisons if c.decision.verdict is not StepVerdict.CONTINUE), None)
     return last.what_it_takes if last is not None and last.verdict is StepVerdict.INCONCLUSIVE else None
@@ -266,8 +266,8 @@ def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
         return f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gain}, {against}."
     if decision.verdict is StepVerdict.STOP:
         return f"Returns have diminished at r = {last.from_rank}: {gain}, {against}."
-    if decision.purchase is not None:
-        increase = decision.purchase
+    if decision.increase is not None:
+        increase = decision.increase
         addition = (
             f"{increase.seeds} seeds" if increase.seeds is not None else f"{increase.items or 'many more'} test items"
         )
@@ -297,33 +297,35 @@ def _paired(smaller: Array, larger: Array) -> Array:
     return difference[~missing.all(axis=1)]
 
 
-def _purchase(split: VarianceSplit, interval: MarginBounds, items: int | None, rule: Rule) -> SampleIncrease | None:
+def _sample_increase(
+    split: VarianceSplit, interval: MarginBounds, items: int | None, rule: Rule
+) -> SampleIncrease | None:
     """Return the totals to run; ``None`` if all allowed seeds were run."""
     if items is not None and needs_more_items(split, rule):
         item_sd = float(np.sqrt(split.item_part * items))
         # If eight seeds aren't enough with any number of items: the items needed for their part of the variance alone.
-        needed = items_needed(_noise(split, items), MOST_SEEDS, rule) or items_needed(Noise(0.0, item_sd), 2, rule)
+        needed = items_needed(_noise(split, items), MAX_SEEDS, rule) or items_needed(Noise(0.0, item_sd), 2, rule)
         return SampleIncrease(None, needed)
-    if split.seeds >= MOST_SEEDS:
+    if split.seeds >= MAX_SEEDS:
         return None
-    return SampleIncrease(int(seeds_to_buy(interval.half_width, split.seeds, rule)), None)
+    return SampleIncrease(int(seeds_at_last_look(interval.half_width, split.seeds, rule)), None)
 
 
-def _items_are_missing(decision: Decision, items: int | None) -> Decision:
+def _inconclusive_without_items(decision: Decision, items: int | None) -> Decision:
     requirement = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
-    return replace(decision, verdict=StepVerdict.INCONCLUSIVE, purchase=None, what_it_takes=requirement)
+    return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, what_it_takes=requirement)
 
 
 def _noise(split: VarianceSplit, items: int | None) -> Noise:
     return Noise(float(np.sqrt(split.seed_part * split.seeds)), float(np.sqrt(split.item_part * (items or 1))))
 
 
-def _what_it_takes(split: VarianceSplit, items: int | None, rule: Rule) -> str:
+def _requirement(split: VarianceSplit, items: int | None, rule: Rule) -> str:
     if np.isnan(split.seed_part):
         return "It would take more than one seed a rank."
     noise = _noise(split, items)
     seeds = seeds_needed(noise, items or 1, rule)
-    return requirement_sentence(seeds, items_needed(noise, MOST_SEEDS, rule) if items is not None else None)
+    return requirement_sentence(seeds, items_needed(noise, MAX_SEEDS, rule) if items is not None else None)
 
 
 def _known(value: Array) -> float | None:
@@ -344,11 +346,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rng = np.random.default_rng(0)
     item = rng.normal(0.9, 0.4, 1000)
     losses = {
-        rank: item + level + rng.normal(0, 0.003, (MOST_SEEDS, 1)) + rng.normal(0, 0.1, (MOST_SEEDS, 1000))
+        rank: item + level + rng.normal(0, 0.003, (MAX_SEEDS, 1)) + rng.normal(0, 0.1, (MAX_SEEDS, 1000))
         for rank, level in zip((8, 16, 32, 64), np.cumsum([0.0, -0.09, -0.05, -0.005]), strict=True)
     }
     print("| seeds | step | gain | low | high | decision |\n|---|---|---|---|---|---|")
-    for seeds in (3, MOST_SEEDS):
+    for seeds in (3, MAX_SEEDS):
         ladder = {rank: values[:seeds] for rank, values in losses.items()}
         result = decide_ladder(ladder, make_rule(0.02, 3), bought=(16, 32, 64) if seeds > 3 else ())
         for step in result.comparisons:

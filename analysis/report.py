@@ -29,7 +29,7 @@ from qlora_exp.analysis.tradeoffs import goal_answer
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records.types import RunRecord, Status
 
-MOST_GROUPS = 3
+MAX_GROUPS = 3
 """Groups of comparable runs that the report shows; it only counts further ones."""
 MIN_SEEDS_SHOWN = 2
 
@@ -63,11 +63,11 @@ def build(
         raise AnalysisError(
             f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
         )
-    shown_groups = [_summarise_group(group) for group in groups[:MOST_GROUPS]]
+    shown_groups = [_summarise_group(group) for group in groups[:MAX_GROUPS]]
     first, measure, candidates = shown_groups[0]
     comparison = compare_variants(candidates, items, margin, aside.pilots, aside.budgeted)
     why_none, several = _why_no_headline(groups, studies, measure), len(groups) > 1
-    headline = _of_ladders(studies)
+    headline = _ladder_sentences(studies)
     if why_none is None:
         headline += _headline(first, measure, candidates, comparison, decided=bool(headline))
     parts = [
@@ -75,13 +75,15 @@ def build(
         *(
             s
             for summary in shown_groups
-            for s in _of_group(*summary, summary is shown_groups[0], several, studies, items, aside, margin)
+            for s in _group_sections(*summary, summary is shown_groups[0], several, studies, items, aside, margin)
         ),
         sections.importance_section(studies, [record for record in records if record.status is Status.COMPLETED]),
         sections.failure_section(records),
         feasibility_section(studies),
         sections.method_section(groups, records, measure, studies),
-        _limits(records, groups, aside, candidates, measure, _left_open(studies, comparison, why_none), unreadable),
+        _limits_section(
+            records, groups, aside, candidates, measure, _open_points(studies, comparison, why_none), unreadable
+        ),
     ]
     return ReportContent(
         title=", ".join(study.name for study in studies),
@@ -117,7 +119,7 @@ def _summarise_group(group: Group) -> tuple[Group, Measure | None, list[Configur
     return group, measure, configurations(group.records, measure or Measure("loss_per_item", False))
 
 
-def _of_group(
+def _group_sections(
     group: Group,
     measure: Measure | None,
     candidates: Sequence[Configuration],
@@ -175,7 +177,7 @@ def _why_no_headline(groups: Sequence[Group], studies: Sequence[StudyInfo], meas
     return None
 
 
-def _of_ladders(studies: Sequence[StudyInfo]) -> tuple[str, ...]:
+def _ladder_sentences(studies: Sequence[StudyInfo]) -> tuple[str, ...]:
     """Return each ladder's sentence, and its error rates."""
     sentences, error_rates = [], []
     for study in studies:
@@ -184,7 +186,7 @@ def _of_ladders(studies: Sequence[StudyInfo]) -> tuple[str, ...]:
             sentences.append(
                 (f"{name}: " if len(ladders) > 1 else "") + str(answer.get("sentence") or answer["decision"])
             )
-            error_rates.append(sections.how_sure(answer))
+            error_rates.append(sections.error_rate_sentence(answer))
     return (*sentences, *dict.fromkeys(rate for rate in error_rates if rate is not None))
 
 
@@ -199,14 +201,14 @@ def _headline(
     sentences = [f"{primary_lead(comparison)} {primary_sentence(comparison)}"] if comparison is not None else []
     best = best_on_validation(candidates, measure) if measure is not None else None
     if best is not None and measure is not None and not decided:
-        sentences.append(_chosen(best, candidates, measure))
+        sentences.append(_best_sentence(best, candidates, measure))
         note = baseline_note(best)
         sentences += [note] if note else []
     goal = goal_answer(candidates)
     return (*sentences, *([goal.sentence] if goal is not None and goal.split == group.protocol.split else []))
 
 
-def _chosen(best: Configuration, candidates: Sequence[Configuration], measure: Measure) -> str:
+def _best_sentence(best: Configuration, candidates: Sequence[Configuration], measure: Measure) -> str:
     """Return the test score of the configuration that validation chose, and whether it is shown to be the best."""
     estimate = best.quality
     assert estimate is not None
@@ -236,14 +238,14 @@ def _is_tie(best: Configuration, other: Configuration, measure: Measure) -> bool
     return None in halves or ahead <= math.hypot(*(half or 0.0 for half in halves))
 
 
-def _left_open(studies: Sequence[StudyInfo], comparison: InstructBase | None, why_none: str | None) -> list[str]:
+def _open_points(studies: Sequence[StudyInfo], comparison: InstructBase | None, why_none: str | None) -> list[str]:
     points = [why_none] if why_none else []
     points += sections.open_ends(studies)
     points += [comparison.tokens.sentence] if comparison is not None and not comparison.tokens.done else []
     return points
 
 
-def _limits(
+def _limits_section(
     records: Sequence[RunRecord],
     groups: Sequence[Group],
     aside: SetAside,
@@ -256,8 +258,8 @@ def _limits(
     points = [*left_open]
     if len(groups) > 1:
         points.append(f"The groups can't be compared with each other: {'; '.join(setting_differences(groups))}.")
-    if len(groups) > MOST_GROUPS:
-        points.append(f"{len(groups) - MOST_GROUPS} smaller groups of runs are only in the table of runs.")
+    if len(groups) > MAX_GROUPS:
+        points.append(f"{len(groups) - MAX_GROUPS} smaller groups of runs are only in the table of runs.")
     if all(len(c.runs) < MIN_SEEDS_SHOWN for c in candidates):
         points.append("One seed per configuration: no difference can be distinguished from chance. Run seed=1,2,3.")
     ranks = {int(c.first.config["lora"]["r"]) for c in candidates}

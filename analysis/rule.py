@@ -17,7 +17,7 @@ FIRST_LOOK, LAST_LOOK = 1, 2
 ALPHA = {FIRST_LOOK: 0.015, LAST_LOOK: 0.025}
 """One-sided error rate by look. Two looks at one doubling together stay below 5 %."""
 FIRST_SEEDS = 3
-LEAST_SEEDS_BOUGHT, MOST_SEEDS = 4, 8
+MIN_SEEDS_AT_LAST_LOOK, MAX_SEEDS = 4, 8
 """Range of the total number of seeds at the last look."""
 
 
@@ -96,10 +96,10 @@ def verdicts(gain: Array, interval: MarginBounds, rule: Rule) -> tuple[NDArray[n
     return continues & (~stops | above), stops & (~continues | ~above)
 
 
-def seeds_to_buy(half_width: Array, seeds: Array, rule: Rule) -> Array:
+def seeds_at_last_look(half_width: Array, seeds: Array, rule: Rule) -> Array:
     """Return S₂ = clip(⌈S·(h/w)²⌉, 4, 8), the total number of seeds; 8 if the half-width is unknown."""
-    needed = np.ceil(np.nan_to_num(seeds * (half_width / rule.half_zone) ** 2, nan=MOST_SEEDS, posinf=MOST_SEEDS))
-    return np.clip(needed, LEAST_SEEDS_BOUGHT, MOST_SEEDS)
+    needed = np.ceil(np.nan_to_num(seeds * (half_width / rule.half_zone) ** 2, nan=MAX_SEEDS, posinf=MAX_SEEDS))
+    return np.clip(needed, MIN_SEEDS_AT_LAST_LOOK, MAX_SEEDS)
 
 
 def needs_more_items(split: VarianceSplit, rule: Rule) -> NDArray[np.bool_]:

@@ -12,11 +12,11 @@ from qlora_exp.analysis.configurations import Configuration, Measure, mean, mode
 from qlora_exp.analysis.content import DisplayedValue, Section, StudyInfo, Table, formatted_value, value_table
 from qlora_exp.records.types import RunRecord, Status
 
-MOST_ROWS = 25
+MAX_ROWS = 25
 """Rows shown of a long table; the report's last table has all runs."""
 MIN_TRIALS_FOR_IMPORTANCE = 10
 """Per axis; with fewer, an importance is a guess."""
-ERRS_AT_MOST, ERRS_WITH_GROWING_NOISE = 0.05, 0.06
+MAX_ERROR_RATE, MAX_ERROR_RATE_WITH_GROWING_NOISE = 0.05, 0.06
 """Shares of simulated ladders with a wrong answer: the largest in docs/calibration.md, rounded up."""
 
 
@@ -64,8 +64,8 @@ def ladder_sections(studies: Sequence[StudyInfo]) -> list[Section]:
                 title="Rank doubling" + (f": {name}" if len(ladders) > 1 else ""),
                 paragraphs=(
                     str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}."),
-                    *_ladder_runs(answer),
-                    *([error_rates] if (error_rates := how_sure(answer)) is not None else []),
+                    *_ladder_cost_sentences(answer),
+                    *([error_rates] if (error_rates := error_rate_sentence(answer)) is not None else []),
                     *notes,
                 ),
                 tables=(value_table(columns, rows, f"margin {_figure(answer.get('margin'))}"),) if rows else (),
@@ -76,15 +76,16 @@ def ladder_sections(studies: Sequence[StudyInfo]) -> list[Section]:
     return sections
 
 
-def how_sure(answer: Mapping[str, Any]) -> str | None:
+def error_rate_sentence(answer: Mapping[str, Any]) -> str | None:
     """Return how to read a ladder's interval, and how often its answers are wrong; ``None`` if nothing was decided."""
     margin, zone = answer.get("margin"), answer.get("half_zone")
     if margin is None or zone is None or not answer.get("comparisons"):
         return None
     return (
         f"How sure: the answer is continue if the lower bound of a gain is above {margin - zone:.4g}, and stop if the"
-        f" upper bound is below {margin + zone:.4g}. Of simulated ladders, at most {100 * ERRS_AT_MOST:g} % got a wrong"
-        f" answer, {100 * ERRS_WITH_GROWING_NOISE:g} % if the seeds' noise grows with the rank (docs/calibration.md)."
+        f" upper bound is below {margin + zone:.4g}. Of simulated ladders, at most {100 * MAX_ERROR_RATE:g} % got a"
+        f" wrong answer, {100 * MAX_ERROR_RATE_WITH_GROWING_NOISE:g} % if the seeds' noise grows with the rank"
+        " (docs/calibration.md)."
     )
 
 
@@ -110,8 +111,8 @@ def rank_section(configurations: Sequence[Configuration], measure: Measure, with
     note = "Means over seeds; bars are 95 % intervals from the variance over seeds, pooled over the configurations."
     if all(c.quality is None or c.quality.se is None for c in configurations):
         note = "One seed per configuration: how much of a difference is due to the seed is unknown."
-    if len(figure["data"]) == figures.MOST_LINES:
-        note += f" At most {figures.MOST_LINES} lines are drawn, those with the most ranks."
+    if len(figure["data"]) == figures.MAX_LINES:
+        note += f" At most {figures.MAX_LINES} lines are drawn, those with the most ranks."
     caveat = (
         "" if with_ladder else " This describes the runs and decides nothing; qlora-exp sweep rank_doubling decides."
     )
@@ -123,22 +124,22 @@ def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) 
     if not front.configurations:
         return Section("tradeoffs", "Quality, memory and speed", (str(front.why_none),))
     plots = tuple(figures.pareto(front, measure, axis) for axis in ("memory", "speed"))
-    paragraphs = [front.why_none] if front.why_none else [_counted(front)]
-    if len(front.configurations) > figures.MOST_DOMINATED:
+    paragraphs = [front.why_none] if front.why_none else [_front_sentence(front)]
+    if len(front.configurations) > figures.MAX_DOMINATED_POINTS:
         paragraphs.append(
-            f"About {figures.MOST_DOMINATED:,} of the dominated points are drawn; the last table has all."
+            f"About {figures.MAX_DOMINATED_POINTS:,} of the dominated points are drawn; the last table has all."
         )
     unbeaten = [
         (c, status)
-        for c, status in zip(front.configurations, front.standings or [None] * len(front.configurations), strict=True)
+        for c, status in zip(front.configurations, front.statuses or [None] * len(front.configurations), strict=True)
         if status is not tradeoffs.ParetoStatus.DOMINATED
     ]
     unbeaten.sort(key=lambda pair: -measure.sign * (pair[0].quality.mean if pair[0].quality else 0.0))
-    rows = [(*_configuration_row(c), str(status) if status else None) for c, status in unbeaten[:MOST_ROWS]]
+    rows = [(*_configuration_row(c), str(status) if status else None) for c, status in unbeaten[:MAX_ROWS]]
     columns = (*_configuration_columns(measure), "standing")
     caption = (
-        f"The best {MOST_ROWS} of {len(unbeaten)} configurations that no other clearly beats"
-        if len(unbeaten) > MOST_ROWS
+        f"The best {MAX_ROWS} of {len(unbeaten)} configurations that no other clearly beats"
+        if len(unbeaten) > MAX_ROWS
         else None
     )
     return Section(
@@ -169,7 +170,7 @@ def equal_everything_section(configurations: Sequence[Configuration], measure: M
 def memory_section(configurations: Sequence[Configuration], records: Sequence[RunRecord]) -> Section:
     parts = memory.breakdowns(configurations)
     figure = figures.memory_bars(parts)
-    rows = [(b.label, *(b.parts[part] for part in memory.PEAK_PARTS)) for b in parts[:MOST_ROWS]]
+    rows = [(b.label, *(b.parts[part] for part in memory.PEAK_PARTS)) for b in parts[:MAX_ROWS]]
     by_part = value_table(("configuration", *((part, "bytes") for part in memory.PEAK_PARTS)), rows, "Memory by part")
     sizes: list[tuple[DisplayedValue, ...]] = [
         (f"{s.bits} bits", s.nominal_bytes, ", ".join(f"{m} {_bytes(b)}" for m, b in s.measured_bytes.items()) or None)
@@ -182,7 +183,7 @@ def memory_section(configurations: Sequence[Configuration], records: Sequence[Ru
     )
     adapters = memory.adapter_sizes(records)
     columns = (("r", "integer"), "targets", ("parameters", "integer"), ("adapter", "bytes"))
-    adapter_rows = [(a.rank, a.targets, a.parameters, a.adapter_bytes) for a in adapters[:MOST_ROWS]]
+    adapter_rows = [(a.rank, a.targets, a.parameters, a.adapter_bytes) for a in adapters[:MAX_ROWS]]
     note = (
         "Activations are the peak of training minus the other parts; they are unknown if a process ran several trials"
         " on a CPU. Embeddings and norms stay unquantized, so measured weights are larger than parameters × bits / 8."
@@ -215,11 +216,11 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
         "Means over runs; the first steps, evaluation and saving are not counted. Compare runs on one device only, and"
     )
     note += " only if nothing else ran on it."
-    notes = (note, priced) if (priced := _priced(records)) else (note,)
+    notes = (note, priced) if (priced := _price_sentence(records)) else (note,)
     return Section("speed", "Speed and cost", notes, (value_table(columns, rows),))
 
 
-def _priced(records: Sequence[RunRecord]) -> str | None:
+def _price_sentence(records: Sequence[RunRecord]) -> str | None:
     """Return which prices the costs use; ``None`` if no record has any. Older records have a single price."""
     plans = [record.plan for record in records if record.plan is not None and record.plan.usd_per_hour is not None]
     prices = sorted({(str(plan.usd_per_hour_from), plan.usd_per_hour or 0.0) for plan in plans})
@@ -272,7 +273,7 @@ def failure_section(records: Sequence[RunRecord]) -> Section:
     ]
     columns = ("status", ("runs", "integer"), ("time", "seconds"), ("of all time", "percent"), ("cost", "usd"))
     kinds = Counter((r.status.value, _first_line(r)) for r in ended if r.failure is not None)
-    reasons = [(status, why, count) for (status, why), count in kinds.most_common(MOST_ROWS)]
+    reasons = [(status, why, count) for (status, why), count in kinds.most_common(MAX_ROWS)]
     tables = [value_table(columns, rows)]
     tables += [value_table(("status", "why", ("runs", "integer")), reasons, "Reasons")] if reasons else []
     wasted = sum(record.speed.total_seconds or 0.0 for record in ended)
@@ -297,11 +298,13 @@ def method_section(
             ("training", f"{p.max_steps} steps × {p.batch_size}; adapters in {p.adapter_dtype}"),
         ]
     finished = [record for group in groups for record in group.records]
-    rows.append(("seeds", ", ".join(sorted({str(r.seed) for r in finished}, key=lambda s: (len(s), s))[:MOST_ROWS])))
-    rows.append(("devices", _distinct(r.environment.device.name or r.environment.device.kind for r in finished)))
+    rows.append(("seeds", ", ".join(sorted({str(r.seed) for r in finished}, key=lambda s: (len(s), s))[:MAX_ROWS])))
+    rows.append(
+        ("devices", _most_common_values(r.environment.device.name or r.environment.device.kind for r in finished))
+    )
     for package in ("qlora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes"):
-        rows.append((package, _distinct(r.environment.packages.get(package) for r in finished)))
-    rows.append(("git commit", _distinct(_commit(r) for r in finished)))
+        rows.append((package, _most_common_values(r.environment.packages.get(package) for r in finished)))
+    rows.append(("git commit", _most_common_values(_commit(r) for r in finished)))
     warned = Counter(warning for record in records for warning in record.warnings)
     points = tuple(f"{warning} ({count} runs)" for warning, count in warned.most_common(10))
     return Section("method", "How it was measured", (), (value_table(("what", "how"), rows),), points=points)
@@ -393,8 +396,8 @@ def _contrasts(caption: str, contrasts: Sequence[tradeoffs.QuantizationContrast]
     return value_table(columns, rows, caption)
 
 
-def _counted(front: tradeoffs.Front) -> str:
-    counts = Counter(front.standings)
+def _front_sentence(front: tradeoffs.Front) -> str:
+    counts = Counter(front.statuses)
     ties = counts[tradeoffs.ParetoStatus.NEAR]
     noise = f"; {ties} more are within noise of the front (95 %, over seeds)."
     if all(c.quality is None or c.quality.se is None for c in front.configurations):
@@ -405,7 +408,7 @@ def _counted(front: tradeoffs.Front) -> str:
     )
 
 
-def _ladder_runs(answer: Mapping[str, Any]) -> list[str]:
+def _ladder_cost_sentences(answer: Mapping[str, Any]) -> list[str]:
     """Return what the ladder cost and was decided from; empty if the answer doesn't have it."""
     spent, seeds, items = answer.get("spent") or {}, answer.get("seeds") or {}, answer.get("items")
     if not spent:
@@ -442,7 +445,7 @@ def _known_mean(values: Any) -> float | None:
     return mean(value for value in values if value is not None)
 
 
-def _distinct(values: Any) -> str:
+def _most_common_values(values: Any) -> str:
     counts = Counter(str(value) for value in values if value is not None)
     return ", ".join(value for value, _ in counts.most_common(4)) + (", …" if len(counts) > 4 else "")
 

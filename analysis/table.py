@@ -29,7 +29,7 @@ from qlora_exp.analysis.reading import TableRow, read_table_rows
 from qlora_exp.analysis.rule import Rule, make_rule
 from qlora_exp.errors import AnalysisError, Problems, raise_all
 
-TRUTH = {"true": 1.0, "false": 0.0}
+TRUTH_VALUES = {"true": 1.0, "false": 0.0}
 """Per-item correctness is often written as one of these."""
 ASSUMED_MARGIN_SHARE = 0.01
 """Default margin as a share of the smallest rank's mean score; every answer that uses it says so."""
@@ -161,16 +161,16 @@ def _standard_error(
 
 def _number(value: Any, where: str, column: str) -> float:
     try:
-        number = float(TRUTH.get(str(value).strip().lower(), value))
+        number = float(TRUTH_VALUES.get(str(value).strip().lower(), value))
     except (TypeError, ValueError):
         problem = "is missing" if _text(value) == "" else f"is {_text(value)!r}, not a number"
-        raise AnalysisError(f"column {column} {problem}", where, _mend(_text(value))) from None
+        raise AnalysisError(f"column {column} {problem}", where, _fix_hint(_text(value))) from None
     if not math.isfinite(number):
         raise AnalysisError(f"column {column} is {number}", where, "leave out the runs without a result") from None
     return number
 
 
-def _mend(text: str) -> str:
+def _fix_hint(text: str) -> str:
     fixes = {"%": "remove the %", "±": "put what follows ± into a column se", ",": "use a decimal point, no comma"}
     matching = [fix for mark, fix in fixes.items() if mark in text]
     return ", and ".join(matching) or "fix the row, or leave out the runs without a result"
@@ -191,8 +191,8 @@ def _answer(name: str | None, results: Sequence[Result], columns: Columns, optio
     _refuse_mixed(results, columns, where)
     margin, margin_notes = _margin(results, ranks[0], options.margin)
     rule = make_rule(margin, len(ranks) - 1)
-    result, notes = _decided(results, ranks, rule, columns, where)
-    notes = [*columns.notes, *margin_notes, *_step_notes(ranks), *notes, *_saved(result, results)]
+    result, notes = _decide(results, ranks, rule, columns, where)
+    notes = [*columns.notes, *margin_notes, *_step_notes(ranks), *notes, *_savings(result, results)]
     return TableAnswer(name, result, tuple(notes))
 
 
@@ -254,7 +254,7 @@ def _step_notes(ranks: Sequence[int]) -> list[str]:
     return [f"Not every step is a doubling ({', '.join(others)}): the same margin applies to each."] if others else []
 
 
-def _decided(
+def _decide(
     results: Sequence[Result], ranks: Sequence[int], rule: Rule, columns: Columns, where: str
 ) -> tuple[RankAnswer, list[str]]:
     sign = -1.0 if columns.higher_is_better else 1.0
@@ -264,7 +264,7 @@ def _decided(
     with_se = [result for result in results if result.se is not None]
     if len(seeds) == 1 and not items and len(with_se) == len(results):
         by_rank = {result.rank: result for result in losses}
-        steps = [Comparison(a, b, _published(by_rank[a], by_rank[b], rule)) for a, b in pairwise(ranks)]
+        steps = [Comparison(a, b, _decide_published(by_rank[a], by_rank[b], rule)) for a, b in pairwise(ranks)]
         exact = all(math.isinf(result.df) for result in results)
         return answer(steps, rule, f"in {columns.score}"), [_PUBLISHED if exact else _PUBLISHED_RUNS]
     notes = [_SINGLE] if len(seeds) == 1 else []
@@ -272,7 +272,7 @@ def _decided(
         notes.append("Scores without items: the answer is for these test items, not for others.")
     if with_se:
         notes.append("The standard errors are not used: only some rows have one, or seeds and items are more precise.")
-    ladder = _cube(losses, ranks, seeds, items, where)
+    ladder = _loss_arrays(losses, ranks, seeds, items, where)
     result = decide_ladder(ladder, rule, complete=True, unit=f"in {columns.score}")
     notes += (
         [_SAME_SEEDS]
@@ -300,13 +300,13 @@ _SINGLE = (
 )
 
 
-def _published(smaller: Result, larger: Result, rule: Rule) -> Decision:
+def _decide_published(smaller: Result, larger: Result, rule: Rule) -> Decision:
     se = math.hypot(smaller.se or 0.0, larger.se or 0.0)
     spread = sum((result.se or 0.0) ** 4 / result.df for result in (smaller, larger))
     return decide_from_summary(smaller.score - larger.score, se, rule, se**4 / spread if spread else math.inf)
 
 
-def _cube(
+def _loss_arrays(
     losses: Sequence[Result], ranks: Sequence[int], seeds: Sequence[str], items: Sequence[str], where: str
 ) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]]:
     """Return rank → (seeds, items) or (seeds,), NaN for a missing run.
@@ -334,7 +334,7 @@ def _cube(
     return ladder if items else {rank: values[:, 0] for rank, values in ladder.items()}
 
 
-def _saved(result: RankAnswer, results: Sequence[Result]) -> Iterable[str]:
+def _savings(result: RankAnswer, results: Sequence[Result]) -> Iterable[str]:
     """Yield what the recommended rank saves against the largest one in the table."""
     largest = max(row.rank for row in results)
     if result.recommended_rank in (None, largest):

@@ -20,7 +20,7 @@ from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, 
 
 PRECISION_ORDER = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
 """Most bits first; the first of these that was run is the reference."""
-LEAST_MODES = 2
+MIN_MODES = 2
 EQUAL_PARAMETERS = 0.10
 """Two target sets count as equally large if their parameters differ by at most this share."""
 ONE_SIDED = 0.05
@@ -34,11 +34,11 @@ class ParetoStatus(StrEnum):
 
 @dataclass(frozen=True)
 class Front:
-    """``configurations``: those whose quality, memory and speed are known; ``standings``: one for each. ``why_none``:
-    reason why there is no front; ``standings`` is then empty."""
+    """``configurations``: those whose quality, memory and speed are known; ``statuses``: one for each. ``why_none``:
+    reason why there is no front; ``statuses`` is then empty."""
 
     configurations: tuple[Configuration, ...]
-    standings: tuple[ParetoStatus, ...]
+    statuses: tuple[ParetoStatus, ...]
     why_none: str | None = None
 
 
@@ -75,16 +75,16 @@ def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
     """
     known = [c for c in configurations if None not in (c.quality, c.memory_bytes, c.tokens_per_second)]
     modes = sorted({mode_of(c) for c in known})
-    if len(modes) < LEAST_MODES:
+    if len(modes) < MIN_MODES:
         measured = f"only {modes[0]} was" if modes else "none was"
         why = f"A Pareto front needs at least two measured quantizations, and here {measured}: qlora-exp sweep pareto"
         return Front(tuple(known), (), why)
     points = np.array(
         [[-measure.sign * c.quality.mean, c.memory_bytes, -c.tokens_per_second] for c in known]  # type: ignore[union-attr,operator]
     )
-    on_front = _undominated(points)
+    on_front = _non_dominated(points)
     rivals = np.flatnonzero(on_front)
-    half_widths = _reach(known)
+    half_widths = _half_widths(known)
     standings = []
     for index in range(len(known)):
         if on_front[index]:
@@ -119,7 +119,7 @@ def targets_at_equal_parameters(
     order = _targets_by_size(configurations)
     strata: dict[tuple[Any, ...], dict[str, list[Configuration]]] = defaultdict(lambda: defaultdict(list))
     for c in configurations:
-        strata[_others(c, ("targets.", "lora.r", "lora.alpha"))][targets_of(c)].append(c)
+        strata[_other_settings(c, ("targets.", "lora.r", "lora.alpha"))][targets_of(c)].append(c)
     for level in order[1:]:
         pairs = [
             (a, b)
@@ -161,8 +161,8 @@ def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
     if len(texts) > 1:
         return GoalAnswer(text, split, 0, 0, None, f"The runs have {len(texts)} different goals: no answer.")
     sd, df = pooled_sd([[goal.value for goal in goals if goal.value is not None] for _, goals in with_goals])
-    met = [c for c, goals in with_goals if _shown(goals, text, ONE_SIDED / len(with_goals), sd, df)]
-    cheapest = min(met, key=_price) if met else None
+    met = [c for c, goals in with_goals if _meets_goal(goals, text, ONE_SIDED / len(with_goals), sd, df)]
+    cheapest = min(met, key=_memory_then_time) if met else None
     over = "seeds and items" if sd is not None else "items alone: no configuration has a second seed"
     divided = (
         f" / {len(with_goals)}, because {len(with_goals)} configurations are compared" if len(with_goals) > 1 else ""
@@ -190,7 +190,7 @@ def targets_of(configuration: Configuration) -> str:
     return "+".join(map(str, modules)) if modules else str(targets.get("set"))
 
 
-def _undominated(points: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _non_dominated(points: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return which rows no other row dominates: equal or lower in every column, and lower in at least one."""
     on_front = np.zeros(len(points), dtype=bool)
     members: list[int] = []
@@ -204,7 +204,7 @@ def _undominated(points: NDArray[np.float64]) -> NDArray[np.bool_]:
     return on_front
 
 
-def _reach(configurations: Sequence[Configuration]) -> NDArray[np.float64] | None:
+def _half_widths(configurations: Sequence[Configuration]) -> NDArray[np.float64] | None:
     """Return the half-width of each quality's 95 % interval; ``None`` if no configuration has a second seed."""
     halves = [c.quality.half_width() if c.quality is not None else None for c in configurations]
     return None if None in halves else np.array(halves, dtype=float)
@@ -219,7 +219,7 @@ def _contrasts(
 ) -> list[QuantizationContrast]:
     strata: dict[tuple[Any, ...], dict[str, Configuration]] = defaultdict(dict)
     for configuration in configurations:
-        strata[_others(configuration, compared_keys)][level_of(configuration)] = configuration
+        strata[_other_settings(configuration, compared_keys)][level_of(configuration)] = configuration
     return [
         contrast
         for level in order[1:]
@@ -263,7 +263,7 @@ def _ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
     return None if log_ratio is None else math.exp(log_ratio)
 
 
-def _others(configuration: Configuration, excluded: tuple[str, ...]) -> tuple[Any, ...]:
+def _other_settings(configuration: Configuration, excluded: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(str(value) for key, value in configuration.settings.items() if not key.startswith(excluded))
 
 
@@ -278,13 +278,13 @@ def _targets_by_size(configurations: Sequence[Configuration]) -> list[str]:
     return sorted(size, key=lambda name: -size[name])
 
 
-def _price(configuration: Configuration) -> tuple[float, float]:
+def _memory_then_time(configuration: Configuration) -> tuple[float, float]:
     unknown = math.inf
     memory, seconds = configuration.memory_bytes, configuration.train_seconds
     return (unknown if memory is None else memory, unknown if seconds is None else seconds)
 
 
-def _shown(goals: Sequence[Any], text: str, alpha: float, seed_sd: float | None, seed_df: int) -> bool:
+def _meets_goal(goals: Sequence[Any], text: str, alpha: float, seed_sd: float | None, seed_df: int) -> bool:
     """Return whether the bound over seeds and items meets the goal. The records' bounds are at 5 % over items."""
     values = [goal.value for goal in goals if goal.value is not None]
     rising = ">" in text

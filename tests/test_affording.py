@@ -13,7 +13,7 @@ from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
 from qlora_exp.estimate.calibration import rates_file
 from qlora_exp.estimate.preflight_budget import affordable_steps_message
-from qlora_exp.estimate.run_estimate import TIMES, as_first_told, row_lengths
+from qlora_exp.estimate.run_estimate import TIME_FIELDS, row_lengths, with_first_predictions
 from qlora_exp.estimate.throughput import machine_of
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
@@ -112,10 +112,10 @@ def test_a_budget_is_refused_by_the_calibrations_fastest_and_not_by_a_slow_run(
 def test_a_resumed_run_keeps_the_times_that_it_was_told_first(prepared: Prepared) -> None:
     planned = prepared.plan
     later = replace(planned, predicted_train_seconds=1.0, predicted_train_usd=2.0, predicted_peak_train_bytes=7)
-    kept = as_first_told(later, planned)
-    assert {name: getattr(kept, name) for name in TIMES} == {name: getattr(planned, name) for name in TIMES}
+    kept = with_first_predictions(later, planned)
+    assert {name: getattr(kept, name) for name in TIME_FIELDS} == {name: getattr(planned, name) for name in TIME_FIELDS}
     assert kept.predicted_peak_train_bytes == 7
-    assert as_first_told(later, None) == later
+    assert with_first_predictions(later, None) == later
 
 
 def test_validate_refuses_what_a_run_would_for_its_energy_and_its_memory(

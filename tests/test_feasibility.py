@@ -21,7 +21,7 @@ from qlora_exp.config.schema import to_plain
 from qlora_exp.estimate.budget import StudyBudget, budget_of
 from qlora_exp.estimate.memory_fit import (
     CPU_PROCESS_BYTES,
-    ERROR,
+    RELATIVE_ERROR,
     MemoryEstimate,
     MemoryLimit,
     PredictedOutOfMemory,
@@ -320,7 +320,7 @@ def ended(status: Status, predicted: int, measured: int | None = None, bound: in
         status=status,
         plan=replace(record.plan, predicted_peak_train_bytes=predicted),
         memory=Memory(train_working_set_bytes=measured),
-        fit=Fit(predicted, 0, predicted, bound, ERROR["cpu"], 0),
+        fit=Fit(predicted, 0, predicted, bound, RELATIVE_ERROR["cpu"], 0),
     )
 
 
@@ -410,7 +410,7 @@ def test_a_trial_that_was_halved_and_still_went_beyond_the_bound_is_one_wrong_pr
 
 
 def test_predictions_are_counted_by_what_came_of_them() -> None:
-    refusal = SkippedTrial(Fit(5000, 0, 5000, 2000, ERROR["cpu"], 0), train_seconds=60.0, train_flops=None)
+    refusal = SkippedTrial(Fit(5000, 0, 5000, 2000, RELATIVE_ERROR["cpu"], 0), train_seconds=60.0, train_flops=None)
     rows = [
         row(0, ended(Status.COMPLETED, 1000, 900)),
         row(1, ended(Status.COMPLETED, 1000, 2100)),
@@ -432,7 +432,7 @@ def test_predictions_are_counted_by_what_came_of_them() -> None:
 
 def test_the_report_has_what_was_not_started_and_what_was_wrong() -> None:
     told = {"sentence": "3 trials predicted not to fit", "refused": 3, "seconds_saved": 90.0, "bound_bytes": 2e9}
-    record = made_up.run().replace(fit=Fit(1000, 0, 1100, 2000, ERROR["cpu"], 2))
+    record = made_up.run().replace(fit=Fit(1000, 0, 1100, 2000, RELATIVE_ERROR["cpu"], 2))
     report = build([record], [StudyInfo("one", predicted_memory=told)])
     page = to_markdown(report)
     assert "Trials that would not have fitted" in page

@@ -15,7 +15,7 @@ import transformers
 
 from qlora_exp import run
 from qlora_exp.config.schema import DeviceChoice, Engine
-from qlora_exp.orchestration.devices import slots_of
+from qlora_exp.orchestration.devices import assign_slots
 from qlora_exp.records.types import Status
 from qlora_exp.system import gpus
 from qlora_exp.system.gpus import cards, use_one_gpu
@@ -137,19 +137,19 @@ def test_without_nvml_a_process_takes_one_gpu_and_a_sweep_spreads_its_trials(
     prepare(bare_machine)
     names = [card.uuid for card in cards()]
     assert names == (["0", "1"] if found_by == "devices" else ["GPU-aaa", "GPU-bbb", "GPU-ccc"][: len(names)])
-    assert slots_of(Engine.sft, DeviceChoice.auto, len(names)) == tuple(names)
-    assert slots_of(Engine.sft, DeviceChoice.cpu, 2) == (None, None)
+    assert assign_slots(Engine.sft, DeviceChoice.auto, len(names)) == tuple(names)
+    assert assign_slots(Engine.sft, DeviceChoice.cpu, 2) == (None, None)
     environment: dict[str, str] = {}
     use_one_gpu(environment)
     assert environment["CUDA_VISIBLE_DEVICES"] == ("GPU-bbb" if found_by == "nvidia-smi" else names[0])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
-    assert slots_of(Engine.sft, DeviceChoice.auto, 3) == (names[1], names[0], names[1])
+    assert assign_slots(Engine.sft, DeviceChoice.auto, 3) == (names[1], names[0], names[1])
 
 
 def test_a_sweep_gives_each_trial_the_instance_that_the_user_named(monkeypatch: Kept) -> None:
     with_nvml(monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
-    assert slots_of(Engine.sft, DeviceChoice.auto, None) == ("MIG-1", "MIG-2")
+    assert assign_slots(Engine.sft, DeviceChoice.auto, None) == ("MIG-1", "MIG-2")
 
 
 def test_a_machine_without_gpus_stays_as_it_is() -> None:
@@ -157,7 +157,7 @@ def test_a_machine_without_gpus_stays_as_it_is() -> None:
         environment = dict(given)
         assert use_one_gpu(environment) is None
         assert environment == given
-    assert slots_of(Engine.sft, DeviceChoice.auto, 2) == (None, None)
+    assert assign_slots(Engine.sft, DeviceChoice.auto, 2) == (None, None)
 
 
 def test_a_run_limits_itself_before_torch_is_imported(bare_machine: Path, monkeypatch: Kept) -> None:

@@ -269,11 +269,11 @@ def test_a_ladder_knows_that_alpha_follows_the_rank() -> None:
 
 @pytest.mark.parametrize("text", ["a ${b}", "\\${b}", "${", "}${lora.r}{", "\\\\${b} \\"])
 def test_a_recorded_text_with_a_dollar_is_read_as_it_is(text: str) -> None:
-    from qlora_exp.config.override_values import hydra_value, literal
+    from qlora_exp.config.override_values import escape_interpolations, hydra_value
     from qlora_exp.records.types import RunRecord, Status
     from tests.test_repetition import ENVIRONMENT
 
-    config = to_plain(compose([f"task.prompt={hydra_value(literal(text))}"]))
+    config = to_plain(compose([f"task.prompt={hydra_value(escape_interpolations(text))}"]))
     assert config["task"]["prompt"] == text
     record = RunRecord(1, "run", "name", Status.COMPLETED, "2026-11-21T00:00:00+00:00", None, config, ENVIRONMENT)
     assert to_plain(compose(recorded_overrides(record))) == config

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_exp.errors import ConfigError, Problems
 from qlora_exp.orchestration.command import study_spec
-from qlora_exp.orchestration.hydra_app import one_job
+from qlora_exp.orchestration.hydra_app import run_job
 from qlora_exp.orchestration.sweep import jobs_of
 from qlora_exp.runs.process import ExitCode
 from tests.faults.sweeps import (
@@ -107,8 +107,8 @@ def test_what_a_launcher_carries_can_be_pickled(tmp_path: Path) -> None:
     asked = study_spec(["lora.r=4,8", "training.engine=sleep", f"output_root={tmp_path}"])
     from qlora_exp.config.compose import compose_raw
 
-    carried = (one_job, jobs_of(asked), compose_raw(["training.engine=sleep"]))
+    carried = (run_job, jobs_of(asked), compose_raw(["training.engine=sleep"]))
     task, jobs, config = cloudpickle.loads(cloudpickle.dumps(carried))
-    assert task is one_job
+    assert task is run_job
     assert jobs == carried[1]
     assert config == carried[2]

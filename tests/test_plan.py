@@ -11,7 +11,7 @@ import pytest
 from qlora_exp.architecture import run_plan
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.config.checks import check
-from qlora_exp.config.checks_task import goal_of
+from qlora_exp.config.checks_task import parse_goal
 from qlora_exp.config.compose import compose
 from qlora_exp.config.names import OPTIMIZERS, SCHEDULERS
 from qlora_exp.config.schema import Config, Quantization
@@ -224,7 +224,7 @@ def test_pissa_dtypes_and_needy_names_are_refused() -> None:
     ],
 )
 def test_goals_are_read(text: str, parsed: tuple[str, str, float]) -> None:
-    assert goal_of(text) == parsed
+    assert parse_goal(text) == parsed
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_goals_are_read(text: str, parsed: tuple[str, str, float]) -> None:
 )
 def test_other_goals_are_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        goal_of(text)
+        parse_goal(text)
     assert caught.value.hint
 
 

@@ -21,12 +21,12 @@ from qlora_exp.analysis.rule import (
     FIRST_LOOK,
     FIRST_SEEDS,
     LAST_LOOK,
-    MOST_SEEDS,
+    MAX_SEEDS,
     MarginBounds,
     Rule,
     bounds,
     needs_more_items,
-    seeds_to_buy,
+    seeds_at_last_look,
     verdicts,
 )
 from qlora_exp.analysis.variance import Array, VarianceSplit, rank_seed_mean_square, split_variance
@@ -64,7 +64,7 @@ class World:
     @property
     def planned_half_width(self) -> float:
         noise = Noise(float(np.sqrt(2 * (self.seed_sd**2 + REST_SD**2 / ITEMS))), float(np.sqrt(2) * self.item_sd))
-        return half_width(noise, MOST_SEEDS, ITEMS, RULE)
+        return half_width(noise, MAX_SEEDS, ITEMS, RULE)
 
 
 EDGE, PAST, BEYOND = 0.67, 1.0, 1.6
@@ -103,7 +103,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Walked:
+class LadderOutcomes:
     """How each ladder ended. ``verdicts``: (ladders, doublings), −1 after a ladder's end."""
 
     verdicts: NDArray[np.int_]
@@ -136,14 +136,14 @@ def simulated_losses(world: World, gains: Array, rng: np.random.Generator) -> Ar
     ladders, ranks = gains.shape[0], gains.shape[1] + 1
     levels = -np.concatenate([np.zeros((ladders, 1)), np.cumsum(gains, axis=1)], axis=1)
     seed_sds = world.seed_sd * world.growth ** np.linspace(0, 1, ranks)
-    by_seed = seed_sds[:, None] * _noise(world, rng, (ladders, ranks, MOST_SEEDS))
+    by_seed = seed_sds[:, None] * _noise(world, rng, (ladders, ranks, MAX_SEEDS))
     by_item = world.item_sd * _noise(world, rng, (ladders, ranks, ITEMS))
     by_seed[rng.random(by_seed.shape) < world.failing] = np.nan
-    rest = REST_SD * _noise(world, rng, (ladders, ranks, MOST_SEEDS, ITEMS))
+    rest = REST_SD * _noise(world, rng, (ladders, ranks, MAX_SEEDS, ITEMS))
     return levels[..., None, None] + by_seed[..., None] + by_item[:, :, None, :] + rest
 
 
-def walk_many(losses: Array, rule: Rule) -> Walked:
+def decide_many(losses: Array, rule: Rule) -> LadderOutcomes:
     """Decide many ladders at once: three seeds per rank, more at most once a doubling, up to *stop* or *inconclusive*.
 
     Args:
@@ -156,23 +156,23 @@ def walk_many(losses: Array, rule: Rule) -> Walked:
     running = np.arange(ladders)
     for step in range(ranks - 1):
         run[running, step + 1, :FIRST_SEEDS] = True
-        split, intervals = _look(losses, run, running, step, rule, FIRST_LOOK)
-        decisions[running, step] = _said(split, intervals, rule)
+        split, intervals = _split_and_bounds(losses, run, running, step, rule, FIRST_LOOK)
+        decisions[running, step] = _decisions(split, intervals, rule)
         undecided = decisions[running, step] == INCONCLUSIVE
         buyers = running[undecided & ~needs_more_items(split, rule)]
         if buyers.size:
             increased = np.isin(running, buyers)
-            needed = seeds_to_buy(intervals.half_width[increased], split.seeds[increased], rule)
+            needed = seeds_at_last_look(intervals.half_width[increased], split.seeds[increased], rule)
             to_run = np.arange(seeds) < needed[:, None]
             run[buyers, step] |= to_run
             run[buyers, step + 1] |= to_run
-            split, intervals = _look(losses, run, buyers, step, rule, LAST_LOOK)
-            decisions[buyers, step] = _said(split, intervals, rule)
+            split, intervals = _split_and_bounds(losses, run, buyers, step, rule, LAST_LOOK)
+            decisions[buyers, step] = _decisions(split, intervals, rule)
         running = running[decisions[running, step] == CONTINUE]
-    return Walked(decisions, run.sum(axis=(1, 2)).astype(float), run.any(axis=2).sum(axis=1).astype(float))
+    return LadderOutcomes(decisions, run.sum(axis=(1, 2)).astype(float), run.any(axis=2).sum(axis=1).astype(float))
 
 
-def _look(
+def _split_and_bounds(
     losses: Array, run: NDArray[np.bool_], which: NDArray[np.int_], step: int, rule: Rule, look: int
 ) -> tuple[VarianceSplit, MarginBounds]:
     available = np.where(run[which, : step + 2, :, None], losses[which, : step + 2], np.nan)
@@ -181,7 +181,7 @@ def _look(
     return split, bounds(split, rule, look)
 
 
-def _said(split: VarianceSplit, intervals: MarginBounds, rule: Rule) -> NDArray[np.int_]:
+def _decisions(split: VarianceSplit, intervals: MarginBounds, rule: Rule) -> NDArray[np.int_]:
     continues, stops = verdicts(split.gain, intervals, rule)
     return np.select([continues, stops], [CONTINUE, STOP], INCONCLUSIVE)
 
@@ -193,7 +193,7 @@ def simulate(world: World, name: str, gains_of: Gains, ladders: int, seed: int) 
     runs = ranks = 0.0
     for size in _chunks(ladders):
         gains = gains_of(rng, size)
-        walked = walk_many(simulated_losses(world, gains, rng), RULE)
+        walked = decide_many(simulated_losses(world, gains, rng), RULE)
         # The tolerance keeps gains of exactly m ± w in, in spite of rounding.
         low, high = gains <= RULE.margin - RULE.half_zone + 1e-9, gains >= RULE.margin + RULE.half_zone - 1e-9
         wrong_continue += int(((walked.verdicts == CONTINUE) & low).any(axis=1).sum())
@@ -271,7 +271,7 @@ def document(cells: Sequence[Cell], ladders: int, seed: int) -> str:
         "[statistics.md](statistics.md) explains the rule.",
         "",
         f"Each row is {ladders:,} simulated ladders with {RULE.doublings} doublings, {FIRST_SEEDS} seeds a rank"
-        f" (at most {MOST_SEEDS} after seeds were added) and {ITEMS} items.",
+        f" (at most {MAX_SEEDS} after seeds were added) and {ITEMS} items.",
         f"The margin is m = {RULE.margin:g} and the half-zone w = {RULE.half_zone:g}. Rates are shares of ladders,"
         " ± half of the simulation's own 95 % interval.",
         "",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from qlora_exp.analysis.power import Noise, half_width
 from qlora_exp.analysis.rank import Comparison, RankAnswer, answer, decide_doubling, decide_ladder
-from qlora_exp.analysis.rule import FIRST_SEEDS, MOST_SEEDS, Rule, StepVerdict, make_rule
+from qlora_exp.analysis.rule import FIRST_SEEDS, MAX_SEEDS, Rule, StepVerdict, make_rule
 from qlora_exp.analysis.variance import Array, split_variance
 from qlora_exp.errors import AnalysisError
 
@@ -107,7 +107,7 @@ class Ladder:
     """(ranks,): runs at each rank; 0 if the ladder ended before it."""
 
 
-def climb(losses: Array, ranks: Sequence[int], rule: Rule) -> Ladder:
+def decide_from_pool(losses: Array, ranks: Sequence[int], rule: Rule) -> Ladder:
     """Decide a ladder from existing runs: three seeds per rank, more seeds at most once a doubling, up to its end.
 
     Args:
@@ -130,7 +130,7 @@ def climb(losses: Array, ranks: Sequence[int], rule: Rule) -> Ladder:
     return Ladder(tuple(comparisons), answer(comparisons, rule, "nats per item"), seeds)
 
 
-def allowed(comparison: Comparison, rule: Rule) -> frozenset[StepVerdict]:
+def allowed_verdicts(comparison: Comparison, rule: Rule) -> frozenset[StepVerdict]:
     """Return the verdicts of a ladder on one doubling that agree with the grid.
 
     Both agree if the grid's interval lies within margin ± half-zone. The set is empty if the grid is inconclusive.
@@ -143,7 +143,7 @@ def allowed(comparison: Comparison, rule: Rule) -> frozenset[StepVerdict]:
 
 def compatible(ladder: Ladder, grid: RankAnswer) -> bool | None:
     """Return whether the grid allows every step; ``None`` if the grid is inconclusive at a step."""
-    limits = [allowed(comparison, grid.rule) for comparison in grid.comparisons[: len(ladder.comparisons)]]
+    limits = [allowed_verdicts(comparison, grid.rule) for comparison in grid.comparisons[: len(ladder.comparisons)]]
     pairs = [(c.decision.verdict, limit) for c, limit in zip(ladder.comparisons, limits, strict=True)]
     if any(limit and verdict not in limit for verdict, limit in pairs):
         return False
@@ -186,7 +186,7 @@ def replay(reference_grid: ReferenceGrid, margin: float, r_start: int, draws: in
     reference = reference_grid.starting_at(r_start)
     rule = make_rule(margin, len(reference.ranks) - 1)
     grid = reference.answer(rule)
-    ladders = [climb(_drawn(reference.pool, rng), reference.ranks, rule) for _ in range(draws)]
+    ladders = [decide_from_pool(_resample(reference.pool, rng), reference.ranks, rule) for _ in range(draws)]
     decided = [ladder for ladder in ladders if ladder.found.recommended_rank is not None]
     judged = _judged([(ladder, grid) for ladder in ladders])
     grids_agree, in_halves = _halves(reference, rule, rng)
@@ -202,7 +202,7 @@ def replay(reference_grid: ReferenceGrid, margin: float, r_start: int, draws: in
     return Row(
         margin=margin,
         r_start=r_start,
-        planned=half_width(noise, MOST_SEEDS, reference.pool.shape[2], rule) / rule.half_zone,
+        planned=half_width(noise, MAX_SEEDS, reference.pool.shape[2], rule) / rule.half_zone,
         grid=grid,
         decided=len(decided) / draws,
         compatible=_share(judged),
@@ -230,7 +230,7 @@ def all_seeds(reference: ReferenceGrid) -> Array:
     return np.concatenate([reference.grid, reference.pool], axis=1)
 
 
-def _drawn(pool: Array, rng: np.random.Generator) -> Array:
+def _resample(pool: Array, rng: np.random.Generator) -> Array:
     seeds, items = rng.permutation(pool.shape[1]), rng.integers(pool.shape[2], size=pool.shape[2])
     return np.asarray(pool[:, seeds][:, :, items])
 
@@ -246,7 +246,7 @@ def _halves(reference: ReferenceGrid, rule: Rule, rng: np.random.Generator) -> t
             decide_ladder(dict(zip(reference.ranks, runs, strict=True)), rule, complete=True) for runs in (grid, pool)
         )
         same += _same(grid_answer, pool_answer)
-        pairs.append((climb(_drawn(pool, rng), reference.ranks, rule), grid_answer))
+        pairs.append((decide_from_pool(_resample(pool, rng), reference.ranks, rule), grid_answer))
     judged = _judged(pairs)
     return same / HALVES, (sum(judged), len(judged))
 

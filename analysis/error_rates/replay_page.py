@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_exp.analysis.error_rates.replay import COMMAND, HALVES, ReferenceGrid, Row, all_seeds, noise_of
 from qlora_exp.analysis.rank import RankAnswer
-from qlora_exp.analysis.rule import FIRST_SEEDS, MOST_SEEDS, StepVerdict
+from qlora_exp.analysis.rule import FIRST_SEEDS, MAX_SEEDS, StepVerdict
 
 HEADINGS = (
     *(
@@ -175,7 +175,7 @@ def _how(reference: ReferenceGrid) -> str:
     still = _list(kept["unresolved"])
     unresolved = f" The best was still at the edge after that for r = {still}." if kept["unresolved"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(kept["versions"].items()))
-    few = f"\n* The pool has {pool} seeds, so no ladder can add more than these." if pool < MOST_SEEDS else ""
+    few = f"\n* The pool has {pool} seeds, so no ladder can add more than these." if pool < MAX_SEEDS else ""
     return f"""## How it was measured
 
 {kept["model"]}, {kept["quantization"]}, {kept["targets"]}, alpha = 2r; {kept["steps"]} steps of {kept["batch_size"]}

@@ -88,7 +88,7 @@ def plan(
     import sys
 
     from qlora_exp.errors import raise_all
-    from qlora_exp.estimate.device import CARDS, device_called, size_bytes
+    from qlora_exp.estimate.device import CARDS, device_by_name, size_bytes
     from qlora_exp.estimate.estimator import Planner
     from qlora_exp.estimate.sweep import search_space
     from qlora_exp.estimate.tokens import RowCounter
@@ -99,7 +99,7 @@ def plan(
     named = _one_device(device, named)
     if named is None and fit in CARDS:
         named = fit
-    chosen = device_called(named) if named is not None else None
+    chosen = device_by_name(named) if named is not None else None
     fit_bytes = size_bytes(fit) if fit is not None else None
     if sizes:
         _alone("--sizes", {"--fit": fit is not None, "--html": html is not None})
@@ -192,9 +192,9 @@ def _with_trials_bought(runs: Sequence[PlannedRun], asked: SearchSpace) -> list[
 
 def _told(runs: Sequence[PlannedRun], asked: SearchSpace) -> list[str]:
     """How many there are, how many of them fit, what they cost, and what the budget buys."""
-    from qlora_exp.estimate.tables import costs, plan_summary
+    from qlora_exp.estimate.tables import cost_summary, plan_summary
 
-    cost = costs(runs, asked.trials if asked.sampled else None) if asked.trials is not None else None
+    cost = cost_summary(runs, asked.trials if asked.sampled else None) if asked.trials is not None else None
     bought = [one.told for one in runs[0].budget]
     return [plan_summary(runs, asked.trials, asked.sampled), *([cost] if cost is not None else []), *bought]
 

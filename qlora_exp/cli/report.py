@@ -128,13 +128,13 @@ def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
     """What predicting memory came to, kept beside the study as importances are: trials that were not started have no
     record. Empty where nothing limited the trials' memory."""
     from qlora_exp.errors import QloraExpError
-    from qlora_exp.orchestration.status import predicted_memory
+    from qlora_exp.orchestration.status import memory_predictions
     from qlora_exp.records.schema import to_dict
     from qlora_exp.study.study import Study
 
     file = paths.folder / "predicted_memory.json"
     try:
-        found = predicted_memory(Study.read(spec, paths, spec.storage).trials(), paths)
+        found = memory_predictions(Study.read(spec, paths, spec.storage).trials(), paths)
     except QloraExpError:
         kept = _read_json(file)
         return kept if isinstance(kept, dict) else {}

@@ -97,7 +97,7 @@ def resume(
     from qlora_exp.system.distributed import one_rank_only
 
     one_rank_only()  # before a damaged study is made again
-    from qlora_exp.config.override_values import hydra_value, literal
+    from qlora_exp.config.override_values import escape_interpolations, hydra_value
     from qlora_exp.study.spec import STORAGE_VARIABLE, storage_of
 
     spec, paths = _found(study, output_root)
@@ -113,7 +113,9 @@ def resume(
     kept = [text for text in again if text.lstrip("+~").partition("=")[0] not in changed]
     _check_secrets(kept, spec)
     with _in_environment(STORAGE_VARIABLE, url):  # a password is then in no override that a launcher would write
-        return _hydra([*kept, *(overrides or []), f"sweep.name={hydra_value(literal(spec.name))}", *_join(join)])
+        return _hydra(
+            [*kept, *(overrides or []), f"sweep.name={hydra_value(escape_interpolations(spec.name))}", *_join(join)]
+        )
 
 
 def status(
@@ -126,26 +128,26 @@ def status(
 
     It shows running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
     """
-    from qlora_exp.orchestration.orchestrator import orchestrator
-    from qlora_exp.orchestration.status import show_standing, watch_status
+    from qlora_exp.orchestration.orchestrator import current_orchestrator
+    from qlora_exp.orchestration.status import show_status, watch_status
 
     spec, paths = _found(study, output_root)
     opened = _opened(spec, paths, storage)
     if watch:
-        watch_status(spec, opened, paths, orchestrator)
+        watch_status(spec, opened, paths, current_orchestrator)
     else:
-        show_standing(spec, opened, paths, orchestrator(paths))
+        show_status(spec, opened, paths, current_orchestrator(paths))
         _show_not_delivered(spec, opened, paths)
     return 0
 
 
 def _show_not_delivered(spec: StudySpec, opened: Any, paths: StudyPaths) -> None:
-    from qlora_exp.orchestration.orchestrator import orchestrator
+    from qlora_exp.orchestration.orchestrator import current_orchestrator
     from qlora_exp.paths import OutputPaths
     from qlora_exp.tracking.pending import not_delivered
 
     runs = [row.run_id for row in opened.trials() if row.run_id is not None]
-    busy = orchestrator(paths) is not None
+    busy = current_orchestrator(paths) is not None
     missing = not_delivered(OutputPaths(paths.folder.parent.parent), runs, spec.name, busy)
     if missing is not None:
         print(missing)
@@ -248,14 +250,14 @@ def clean(
     Records, per-item results and training curves are always kept.
     """
     from qlora_exp.formatting import bytes_text
-    from qlora_exp.orchestration.retention import best_runs_first, delete, disposable, kept_numbers
+    from qlora_exp.orchestration.retention import best_runs_first, deletable, delete, kept_numbers
     from qlora_exp.paths import OutputPaths
 
     spec, paths = _found(study, output_root, whole_name=yes)  # what is deleted is named, not begun to be named
     opened = _opened(spec, paths, storage)
     rows = opened.trials()
     ranked = best_runs_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
-    found = disposable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
+    found = deletable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
     if yes:
         print(f"{bytes_text(delete(found))} freed in {len(found)} folders")
         return 0
@@ -340,13 +342,13 @@ def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
 
 def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
     from qlora_exp.errors import ConfigError, RecordError, nearest
-    from qlora_exp.orchestration.orchestrator import orchestrator
-    from qlora_exp.orchestration.status import running
-    from qlora_exp.study.retry import RETRIED, numbers_text, retry_trials
+    from qlora_exp.orchestration.orchestrator import current_orchestrator
+    from qlora_exp.orchestration.status import running_slots
+    from qlora_exp.study.retry import RETRY_CHOICES, numbers_text, retry_trials
 
-    if what not in RETRIED:
-        raise ConfigError(f"trials can't be retried by {what!r}", "--retry", nearest(what, RETRIED))
-    if orchestrator(paths) is not None or running(paths):
+    if what not in RETRY_CHOICES:
+        raise ConfigError(f"trials can't be retried by {what!r}", "--retry", nearest(what, RETRY_CHOICES))
+    if current_orchestrator(paths) is not None or running_slots(paths):
         raise RecordError("the study is being worked on", f"study {spec.name}", "wait for it, then --retry")
     numbers = retry_trials(spec, paths, what, url)
     ended = what.replace("_", " ")

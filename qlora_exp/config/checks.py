@@ -23,7 +23,7 @@ def check(config: Config) -> list[ConfigError]:
         goal_problems(config),
         training_problems(config.training),
         evaluation_problems(config.evaluation),
-        _rest(config),
+        _other_problems(config),
         _sweep(config.sweep),
         _workers(config.workers),
     )
@@ -40,7 +40,7 @@ def evaluation_problems(evaluation: EvaluationConfig) -> Iterator[ConfigError]:
         )
 
 
-def _rest(config: Config) -> Iterator[ConfigError]:
+def _other_problems(config: Config) -> Iterator[ConfigError]:
     yield from within("seed", config.seed, 0, 2**32 - 1)  # numpy and transformers take 32 bits
     yield from above_zero("tracking.timeout_seconds", config.tracking.timeout_seconds)
     yield from _budget(config)
@@ -71,7 +71,7 @@ def _sweep(sweep: SweepConfig | None) -> Iterator[ConfigError]:
         yield from at_least("sweep.out_of_memory_retries", sweep.out_of_memory_retries, 0)
 
 
-MOST_WORKERS = 1024
+MAX_WORKERS = 1024
 """Each worker is a process with a connection to the study's database."""
 
 
@@ -80,7 +80,7 @@ def _workers(workers: WorkersConfig | None) -> Iterator[ConfigError]:
         return
     for key in ("count", "jobs"):
         if (number := getattr(workers, key)) is not None:
-            yield from within(f"workers.{key}", number, 1, MOST_WORKERS)
+            yield from within(f"workers.{key}", number, 1, MAX_WORKERS)
     for key in ("heartbeat_seconds", "lease_seconds", "hang_seconds"):
         yield from above_zero(f"workers.{key}", getattr(workers, key))
     if not workers.lease_seconds > workers.heartbeat_seconds:

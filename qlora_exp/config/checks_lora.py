@@ -9,8 +9,8 @@ from qlora_exp.config.bounds import above_zero, at_least, config_error, one_of, 
 from qlora_exp.config.names import (
     ALPHA_POLICIES,
     ATTENTIONS,
-    DIVIDING_IN_ADAPTERS_DTYPE,
-    LARGEST_RANK,
+    EPSILON_IN_ADAPTER_DTYPE,
+    MAX_RANK,
     NATIVE_DTYPES,
     QUANTIZED,
     TARGET_SETS,
@@ -89,11 +89,11 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
     lora, mode = config.lora, config.quantization.mode
     if config.training.device is DeviceChoice.cpu and (problem := int8_dora(config)):
         yield problem
-    yield from within("lora.r", lora.r, 1, LARGEST_RANK)
+    yield from within("lora.r", lora.r, 1, MAX_RANK)
     yield from within("lora.dropout", lora.dropout, 0, 1, open_end=True)
     yield from _alpha(lora)
     optimizer = config.training.optimizer
-    if lora.dtype is ComputeDtype.float16 and optimizer in DIVIDING_IN_ADAPTERS_DTYPE:
+    if lora.dtype is ComputeDtype.float16 and optimizer in EPSILON_IN_ADAPTER_DTYPE:
         what = f"{optimizer} can't train float16 adapters: it divides by at least 1e-8, which is 0 in float16"
         yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
     if lora.init is AdapterInit.pissa and mode in QUANTIZED:

@@ -15,7 +15,7 @@ from qlora_exp.config.schema import Config, Format, Learn, TaskConfig, TaskKind,
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.records.types import Scores
 
-GOAL = re.compile(r"\s*([A-Za-z_]\w*)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+GOAL_PATTERN = re.compile(r"\s*([A-Za-z_]\w*)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -26,19 +26,19 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-OF_LABELS = (
+CLASSIFICATION_METRICS = (
     "accuracy", "accuracy_calibrated", "accuracy_normalized", "accuracy_pmi", "balanced_accuracy", "macro_f1",
     "invalid_answer_rate",
 )  # fmt: skip
 
 
-OF_FREE_TEXT = ("rouge_l", "token_f1")
+FREE_TEXT_METRICS = ("rouge_l", "token_f1")
 
 
-OF_GENERATED = ("exact_match", "invalid_answer_rate", *OF_FREE_TEXT)
+GENERATED_METRICS = ("exact_match", "invalid_answer_rate", *FREE_TEXT_METRICS)
 
 
-SHARES = (*OF_LABELS, *OF_FREE_TEXT, "exact_match", "token_accuracy")
+SHARE_METRICS = (*CLASSIFICATION_METRICS, *FREE_TEXT_METRICS, "exact_match", "token_accuracy")
 
 
 @functools.cache
@@ -48,28 +48,30 @@ def goal_metrics() -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(Scores) if hints[field.name] == (float | None))
 
 
-def _goal(text: str) -> str:
+def _goal_override(text: str) -> str:
     """Return the override as it is written in a shell: Hydra needs quotes around spaces and signs, too."""
     return f"'task.goal=\"{text}\"'"
 
 
-def goal_of(text: str) -> tuple[str, str, float]:
+def parse_goal(text: str) -> tuple[str, str, float]:
     """Parse a goal: ``"accuracy >= 0.6"`` gives ``("accuracy", ">=", 0.6)``.
 
     Raises:
         ConfigError: it isn't METRIC >= NUMBER, or there is no such metric.
     """
     where = f"task.goal = {text}"
-    match = GOAL.fullmatch(text)
+    match = GOAL_PATTERN.fullmatch(text)
     if not match:
-        raise ConfigError("the goal can't be read", where, f"write METRIC >= NUMBER, e.g. {_goal('accuracy >= 0.6')}")
+        raise ConfigError(
+            "the goal can't be read", where, f"write METRIC >= NUMBER, e.g. {_goal_override('accuracy >= 0.6')}"
+        )
     metric, sign, threshold = match[1], match[2], float(match[3])
     if metric not in goal_metrics():
         raise ConfigError(f"there is no metric called {metric}", where, nearest(metric, goal_metrics()))
-    if metric in SHARES and not 0 <= threshold <= 1:
+    if metric in SHARE_METRICS and not 0 <= threshold <= 1:
         what = f"{metric} is a share, between 0 and 1"
         likely = threshold / 100 if 1 < threshold <= 100 else 0.5
-        raise ConfigError(what, where, f"e.g. {_goal(f'{metric} {sign} {likely:g}')}")
+        raise ConfigError(what, where, f"e.g. {_goal_override(f'{metric} {sign} {likely:g}')}")
     return metric, sign, threshold
 
 
@@ -124,15 +126,15 @@ def goal_problems(config: Config) -> Iterator[ConfigError]:
     if text is None:
         return
     try:
-        metric, _, _ = goal_of(text)
+        metric, _, _ = parse_goal(text)
     except ConfigError as problem:
         yield problem
         return
-    unavailable = {TaskKind.classification: OF_FREE_TEXT, TaskKind.generation: OF_LABELS}[task.kind]
+    unavailable = {TaskKind.classification: FREE_TEXT_METRICS, TaskKind.generation: CLASSIFICATION_METRICS}[task.kind]
     if metric in unavailable:
         what = f"{metric} isn't measured for task.kind={task.kind.value}"
         yield config_error(
-            what, "task.goal", text, f"task.goal=null, or another metric, e.g. {_goal('exact_match >= 0.5')}"
+            what, "task.goal", text, f"task.goal=null, or another metric, e.g. {_goal_override('exact_match >= 0.5')}"
         )
-    elif metric in OF_GENERATED and not config.evaluation.generate:
+    elif metric in GENERATED_METRICS and not config.evaluation.generate:
         yield config_error(f"{metric} needs generated answers", "task.goal", text, "evaluation.generate=true")

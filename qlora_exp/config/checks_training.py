@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from qlora_exp.config.bounds import above_zero, at_least, config_error, one_of, within
 from qlora_exp.config.names import (
-    MOST_THREADS,
+    MAX_THREADS,
     OPTIMIZERS,
-    OPTIMIZERS_NEEDING_MORE,
     SCHEDULERS,
-    SCHEDULERS_NEEDING_MORE,
+    UNSUPPORTED_OPTIMIZERS,
+    UNSUPPORTED_SCHEDULERS,
 )
 from qlora_exp.config.schema import TrainingConfig
 from qlora_exp.errors import ConfigError
@@ -27,14 +27,14 @@ def training_problems(training: TrainingConfig) -> Iterator[ConfigError]:
     for key in ("logging_steps", "evaluate_every_steps", "save_every_steps", "early_stopping_patience"):
         yield from at_least(f"training.{key}", getattr(training, key), 1)
     if training.threads is not None:
-        yield from within("training.threads", training.threads, 1, MOST_THREADS)
+        yield from within("training.threads", training.threads, 1, MAX_THREADS)
     yield from at_least("training.sleep_seconds", training.sleep_seconds, 0)
     yield from one_of("training.scheduler", training.scheduler, SCHEDULERS)
     yield from one_of("training.optimizer", training.optimizer, OPTIMIZERS)
-    if reason := SCHEDULERS_NEEDING_MORE.get(training.scheduler):
+    if reason := UNSUPPORTED_SCHEDULERS.get(training.scheduler):
         what = f"the scheduler {training.scheduler} can't be set up here: {reason}"
         yield config_error(what, "training.scheduler", training.scheduler, "training.scheduler=cosine")
-    if training.optimizer in OPTIMIZERS and OPTIMIZERS_NEEDING_MORE.search(training.optimizer):
+    if training.optimizer in OPTIMIZERS and UNSUPPORTED_OPTIMIZERS.search(training.optimizer):
         what = f"{training.optimizer} needs a package, a machine or arguments that qlora-exp doesn't provide"
         yield config_error(
             what, "training.optimizer", training.optimizer, "training.optimizer=adamw_torch, or adamw_8bit"

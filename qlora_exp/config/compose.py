@@ -19,9 +19,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qlora_exp.config.checks import check
 from qlora_exp.config.groups import groups
-from qlora_exp.config.interpolations import unresolved
+from qlora_exp.config.interpolations import unresolved_error
 from qlora_exp.config.override_values import has_interpolation
-from qlora_exp.config.overrides import choices_of, is_ours, override_key, parse, parsed, without_globs
+from qlora_exp.config.overrides import choices_of, is_ours, override_key, parse, parse_all, without_globs
 from qlora_exp.config.problems import problems_of
 from qlora_exp.config.schema import Config, register, typed
 from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
@@ -77,7 +77,7 @@ def check_multirun(overrides: Sequence[str]) -> None:
     """Raise every problem of a grid's points (``lora.r=8,16``) before its first run starts."""
     raise_all(problems_of(overrides, multirun=True))
     listed = without_globs(overrides, overrides)
-    axes = [choices_of(override) for override in parsed(listed) if is_ours(override)]
+    axes = [choices_of(override) for override in parse_all(listed) if is_ours(override)]
     check_candidates(itertools.islice(itertools.product(*axes), GRID_CHECK_LIMIT))
 
 
@@ -87,7 +87,7 @@ def check_candidates(points: Iterable[Sequence[str]]) -> None:
     composer = Composer()
     for point in points:
         try:
-            checked(composer.raw(point))
+            as_checked_config(composer.raw(point))
         except QloraExpError as error:
             for problem in getattr(error, "errors", (error,)):
                 errors.setdefault(str(problem), problem)
@@ -105,7 +105,7 @@ class Composer:
     def compose(self, overrides: Sequence[str]) -> Config:
         """Return the configuration; see :func:`compose`."""
         raise_all(problems_of(overrides, multirun=False))
-        return checked(self.raw(overrides))
+        return as_checked_config(self.raw(overrides))
 
     def raw(self, overrides: Sequence[str]) -> DictConfig:
         """Return the unchecked configuration; see :func:`compose_raw`."""
@@ -130,7 +130,7 @@ class Composer:
 
 
 def _compose_checked(overrides: Sequence[str]) -> Config:
-    return checked(compose_raw(overrides))
+    return as_checked_config(compose_raw(overrides))
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
@@ -146,10 +146,10 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra_compose("config", overrides=[search_path(search_folders(overrides)), *our_overrides])
     except (HydraException, OmegaConfBaseException) as error:
-        raise _not_composed(error, our_overrides) from None
+        raise _compose_error(error, our_overrides) from None
 
 
-def _not_composed(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
+def _compose_error(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     refused = re.match(r"Could not override '([\w.]+)'", str(error))
     for text in overrides if refused else ():
         # The overrides fit the schema (checked before), so Hydra can only refuse a new entry of a mapping.
@@ -160,14 +160,14 @@ def _not_composed(error: Exception, overrides: Sequence[str] = ()) -> ConfigErro
     return ConfigError(str(error).splitlines()[0], " ".join(overrides) or "conf/", "qlora-exp validate …")
 
 
-def _missing(error: MissingMandatoryValue) -> ConfigError:
+def _missing_error(error: MissingMandatoryValue) -> ConfigError:
     key = str(getattr(error, "full_key", None) or "a key")
     return ConfigError(f"{key} must be given", "command line", f"{key}=VALUE")
 
 
-def checked(config: Any) -> Config:
+def as_checked_config(config: Any) -> Config:
     """Return a composed configuration as :class:`Config`, or raise all its problems."""
-    result = built(config)
+    result = as_config(config)
     raise_all(check(result))
     return result
 
@@ -192,7 +192,7 @@ def _without_search(config: Any) -> Any:
     return config
 
 
-def built(config: Any) -> Config:
+def as_config(config: Any) -> Config:
     """Return a composed configuration as dataclasses, without the checks between its keys.
 
     Raises:
@@ -201,7 +201,7 @@ def built(config: Any) -> Config:
     try:
         return typed(_without_search(config))
     except MissingMandatoryValue as error:
-        raise _missing(error) from None
+        raise _missing_error(error) from None
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "the configuration")
-        raise unresolved(error, key) from None
+        raise unresolved_error(error, key) from None

@@ -17,16 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.groups import groups
-from qlora_exp.config.override_values import has_interpolation, hydra_value, literal
+from qlora_exp.config.override_values import escape_interpolations, has_interpolation, hydra_value
 from qlora_exp.config.overrides import is_ours, override_value, parse, values_of
 from qlora_exp.config.problems import typed_value
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 
-OUTSIDE = ("oc.decode", "oc.create", "now", "python_version")
+OUTSIDE_RESOLVERS = ("oc.decode", "oc.create", "now", "python_version")
 """Resolvers whose value depends only on their arguments, or on the time. ``oc.env`` is handled separately."""
 
 RESOLVER = re.compile(r"\s*([A-Za-z_][\w.]*)\s*:(.*)", re.DOTALL)
-HYDRAS = re.compile(r"\s*hydra\s*[:.]")
+HYDRA_SETTING = re.compile(r"\s*hydra\s*[:.]")
 
 
 class Constant:
@@ -36,23 +36,23 @@ class Constant:
         self.value = value
 
 
-def unresolved(error: Exception, key: str) -> ConfigError:
+def unresolved_error(error: Exception, key: str) -> ConfigError:
     """Return the error for an interpolation in ``key`` that has no value."""
     what = str(error).splitlines()[0]
     variable = re.search(r"Environment variable '(.*)' not found", what)
     if variable:
-        return _not_set(variable[1], key)
+        return _not_set_error(variable[1], key)
     if "HydraConfig was not set" in what or re.search(r"Interpolation key 'hydra\.", what):
-        return _of_hydra("${hydra:…}", key)
+        return _hydra_setting_error("${hydra:…}", key)
     return ConfigError(what, key, f"{key}=VALUE, without ${{…}}")
 
 
-def _not_set(name: str, where: str) -> ConfigError:
+def _not_set_error(name: str, where: str) -> ConfigError:
     hint = f"export {name}=VALUE, or ${{oc.env:{name},DEFAULT}}"
     return ConfigError(f"the environment variable {name} is not set", where, hint)
 
 
-def _of_hydra(part: str, where: str) -> ConfigError:
+def _hydra_setting_error(part: str, where: str) -> ConfigError:
     return ConfigError(
         f"{part} reads a setting of Hydra, which a run doesn't have",
         where,
@@ -60,14 +60,14 @@ def _of_hydra(part: str, where: str) -> ConfigError:
     )
 
 
-def texts_of(node: Any, key: str) -> Any:
+def unresolved_texts(node: Any, key: str) -> Any:
     """Return what ``node`` holds at ``key``, as it was written. Reading it from OmegaConf would resolve it, with values
     that an axis may still change."""
     plain: Any = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
     return plain[key]
 
 
-def without_outside(overrides: Sequence[str]) -> list[str]:
+def resolve_outside(overrides: Sequence[str]) -> list[str]:
     """Return ``overrides`` with each ``${oc.env:…}`` and the like replaced by its value. Hydra's own overrides are
     unchanged.
 
@@ -99,7 +99,7 @@ def _override_without_outside(text: str) -> str:
         values = [override_value(f"{key}={entry}") for entry in entries] if swept is not None else values_of(override)
     except (ConfigError, HydraException):  # reported later, with the other problems
         return text
-    resolved = [value_now(value, text) for value in values]
+    resolved = [resolve_value(value, text) for value in values]
     if resolved == values:
         return text
     listed = ",".join(hydra_value(_typed(override.key_or_group, entry_value)) for entry_value in resolved)
@@ -112,21 +112,21 @@ def _typed(key: str, value: Any) -> Any:
     if has_interpolation(value) or key in groups():
         return value
     typed = typed_value(key, value)
-    return literal(getattr(typed, "name", typed))
+    return escape_interpolations(getattr(typed, "name", typed))
 
 
-def value_now(value: Any, where: str) -> Any:
+def resolve_value(value: Any, where: str) -> Any:
     """Return ``value`` (JSON types) with its outside interpolations replaced by their values.
 
     Raises:
         ConfigError: an environment variable is not set, or a setting of Hydra's is named.
     """
     if isinstance(value, str):
-        resolved = _text_now(value, where)
-        return literal(resolved.value) if isinstance(resolved, Constant) else resolved
+        resolved = _resolve_text(value, where)
+        return escape_interpolations(resolved.value) if isinstance(resolved, Constant) else resolved
     if isinstance(value, Mapping):
-        return {key: value_now(entry, where) for key, entry in value.items()}
-    return [value_now(entry, where) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: resolve_value(entry, where) for key, entry in value.items()}
+    return [resolve_value(entry, where) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def settings_from_outside(raw: DictConfig, others: Collection[str] = ()) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def settings_from_outside(raw: DictConfig, others: Collection[str] = ()) -> dict
     and the keys below them.
 
     Raises:
-        as :func:`without_outside`.
+        as :func:`resolve_outside`.
     """
     settings, errors = {}, []
     for key, value in _leaves(OmegaConf.to_container(raw, resolve=False, enum_to_str=True)):
@@ -143,7 +143,7 @@ def settings_from_outside(raw: DictConfig, others: Collection[str] = ()) -> dict
         ):
             continue
         try:
-            resolved = value_now(value, key)
+            resolved = resolve_value(value, key)
             if resolved != value:
                 settings[key] = _typed(key, resolved)
         except QloraExpError as error:
@@ -190,7 +190,7 @@ def _names_read(value: Any) -> Iterator[str | None]:
             name = resolver[2] if resolver and resolver[1] == "oc.select" else None if resolver else inner
             if resolver and resolver[1] != "oc.select":
                 yield from _names_read(resolver[2])
-                if resolver[1] not in ("oc.env", *OUTSIDE):
+                if resolver[1] not in ("oc.env", *OUTSIDE_RESOLVERS):
                     yield None
             else:
                 name = str(name).partition(",")[0].strip()
@@ -211,12 +211,12 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _text_now(text: str, where: str) -> Constant | str:
+def _resolve_text(text: str, where: str) -> Constant | str:
     parts = _parts(text)
-    resolved = [_part_now(part, where) if part.startswith("${") else part for part in parts]
+    resolved = [_resolve_interpolation(part, where) if part.startswith("${") else part for part in parts]
     if len(resolved) == 1:
         return resolved[0]
-    return "".join(literal(str(part.value)) if isinstance(part, Constant) else part for part in resolved)
+    return "".join(escape_interpolations(str(part.value)) if isinstance(part, Constant) else part for part in resolved)
 
 
 def _parts(text: str) -> list[str]:
@@ -255,40 +255,40 @@ def _end(text: str, place: int) -> int | None:
     return None
 
 
-def _part_now(part: str, where: str) -> Constant | str:
+def _resolve_interpolation(part: str, where: str) -> Constant | str:
     """Return the value of one interpolation if it doesn't read the configuration, else its text."""
     inner = part[2:-1]
-    if HYDRAS.match(inner):
-        raise _of_hydra(part, where)
+    if HYDRA_SETTING.match(inner):
+        raise _hydra_setting_error(part, where)
     resolver = RESOLVER.fullmatch(inner)
     if resolver is None:
-        return f"${{{_within(inner, where, quoted=False)}}}"
+        return f"${{{_resolve_nested(inner, where, quoted=False)}}}"
     name, arguments = resolver.groups()
     if name == "oc.env":
-        return _variable_now(part, arguments, where)
-    arguments = _within(arguments, where, quoted=True)
+        return _resolve_variable(part, arguments, where)
+    arguments = _resolve_nested(arguments, where, quoted=True)
     text = f"${{{name}:{arguments}}}"
-    return Constant(_resolved(text, where)) if name in OUTSIDE and not has_interpolation(arguments) else text
+    return Constant(_resolved(text, where)) if name in OUTSIDE_RESOLVERS and not has_interpolation(arguments) else text
 
 
-def _variable_now(part: str, arguments: str, where: str) -> Constant | str:
+def _resolve_variable(part: str, arguments: str, where: str) -> Constant | str:
     name, comma, default = arguments.partition(",")
-    name = _within(name, where, quoted=False).strip()
+    name = _resolve_nested(name, where, quoted=False).strip()
     if has_interpolation(name):
         return part
     if name in os.environ:
         return Constant(os.environ[name])
     if not comma:
-        raise _not_set(name, where)
-    default = _within(default, where, quoted=True).strip()
+        raise _not_set_error(name, where)
+    default = _resolve_nested(default, where, quoted=True).strip()
     return default if has_interpolation(default) else Constant(_resolved(f"${{oc.env:{name},{default}}}", where))
 
 
-def _within(text: str, where: str, quoted: bool) -> str:
+def _resolve_nested(text: str, where: str, quoted: bool) -> str:
     """Return the inside of an interpolation with nested ones resolved; ``quoted``: it is the argument of a resolver."""
     parts: list[Constant | str] = []
     for part in _parts(text) if text else []:
-        parts.append(_part_now(part, where) if part.startswith("${") else part)
+        parts.append(_resolve_interpolation(part, where) if part.startswith("${") else part)
     constants = [part for part in parts if isinstance(part, Constant)]
     joined = "".join(str(part.value) if isinstance(part, Constant) else part for part in parts)
     if not quoted or not constants:
@@ -303,7 +303,7 @@ def _quoted(value: Any) -> str:
     """Return a value as an argument; texts are always quoted, because ``oc.decode`` accepts only texts."""
     if not isinstance(value, str):
         return hydra_value(value)
-    escaped = re.sub(r"(\\*)'", lambda match: f"{match[1]}{match[1]}\\'", literal(value))
+    escaped = re.sub(r"(\\*)'", lambda match: f"{match[1]}{match[1]}\\'", escape_interpolations(value))
     return f"'{escaped}'"
 
 

@@ -28,24 +28,24 @@ OPTIMIZERS = (
     "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise",
     "stable_adamw",
 )  # fmt: skip
-SCHEDULERS_NEEDING_MORE = {
+UNSUPPORTED_SCHEDULERS = {
     "reduce_lr_on_plateau": "it needs a metric at every evaluation",
     "greedy": "it needs a metric at every step",
     "cosine_with_min_lr": "it needs a minimum learning rate",
     "cosine_warmup_with_min_lr": "it needs a minimum learning rate",
     "warmup_stable_decay": "it needs a number of decay steps",
 }
-OPTIMIZERS_NEEDING_MORE = re.compile(
+UNSUPPORTED_OPTIMIZERS = re.compile(
     r"galore|lomo|apollo|anyprecision|_xla|_npu|_torch_4bit|_torch_8bit|grok|free|stable"
 )
 """Names in transformers that need another package, another machine or a list of weight matrices."""
 
-DIVIDING_IN_ADAPTERS_DTYPE = ("adamw_torch", "rmsprop", "adagrad")
+EPSILON_IN_ADAPTER_DTYPE = ("adamw_torch", "rmsprop", "adagrad")
 """torch optimizers that keep their state, epsilon included, in the adapters' dtype. In float16 the second step gives
 NaN."""
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """More than any machine has cores. A thousand times as many threads crash the process."""
 
-LARGEST_RANK = 65_536
+MAX_RANK = 65_536
 """More than the width of any model; a higher rank adds nothing."""

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_exp.config.choices import choices
 from qlora_exp.config.compose import compose
 from qlora_exp.config.groups import groups
-from qlora_exp.config.override_values import hydra_value, literal
+from qlora_exp.config.override_values import escape_interpolations, hydra_value
 from qlora_exp.config.schema import to_plain
 from qlora_exp.errors import RecordError
 from qlora_exp.records.redaction import REDACTED
@@ -37,7 +37,7 @@ def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[s
     composed = to_plain(compose([*chosen, *needed]))
     needed_keys = {text.partition("=")[0] for text in needed}
     differing = [
-        f"{path}={hydra_value(literal(value))}"
+        f"{path}={hydra_value(escape_interpolations(value))}"
         for path, value in _different(record.config, composed)
         if path not in needed_keys and path not in changed and path.partition(".")[0] not in changed
     ]
@@ -78,7 +78,7 @@ def _needed(config: Mapping[str, Any], changed: set[str]) -> list[str]:
                 continue
             for entry, value in choice.keys.items():
                 if value == "???" and f"{group}.{entry}" not in changed:
-                    needed.append(f"{group}.{entry}={hydra_value(literal(config[group].get(entry)))}")
+                    needed.append(f"{group}.{entry}={hydra_value(escape_interpolations(config[group].get(entry)))}")
     return needed
 
 

@@ -25,7 +25,7 @@ def hydra_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(hydra_value(entry) for entry in value) + "]"
     text = str(value)
-    if re.fullmatch(r"[A-Za-z0-9_./-]+", text) and not _reads_otherwise(text):
+    if re.fullmatch(r"[A-Za-z0-9_./-]+", text) and not _needs_quotes(text):
         return text
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
@@ -40,16 +40,16 @@ def has_interpolation(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(has_interpolation(entry) for entry in value)
 
 
-def literal(value: Any) -> Any:
+def escape_interpolations(value: Any) -> Any:
     """Return ``value`` (JSON types) with ``${`` escaped in its texts, so that OmegaConf reads it literally."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: f"{match[1]}{match[1]}\\${{", value)
     if isinstance(value, Mapping):
-        return {key: literal(entry) for key, entry in value.items()}
-    return [literal(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: escape_interpolations(entry) for key, entry in value.items()}
+    return [escape_interpolations(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def _reads_otherwise(text: str) -> bool:
+def _needs_quotes(text: str) -> bool:
     """Return whether Hydra would read an unquoted ``text`` as a number, a boolean or null."""
     if text.lower() in ("null", "true", "false", "none"):
         return True

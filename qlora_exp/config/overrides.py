@@ -57,7 +57,7 @@ def parse(text: str) -> Override:
         raise ConfigError(what, "command line", _in_quotes(text) or "write key=value") from None
 
 
-def parsed(overrides: Sequence[str]) -> list[Override]:
+def parse_all(overrides: Sequence[str]) -> list[Override]:
     return [parse(text) for text in overrides]
 
 
@@ -86,7 +86,7 @@ def values_of(override: Override) -> list[Any]:
     if isinstance(swept, IntervalSweep):
         return [swept.start, swept.end]
     if isinstance(swept, Glob):
-        return globbed(override)
+        return glob_matches(override)
     return [_plain(text) for text in override.sweep_string_iterator()]
 
 
@@ -106,11 +106,11 @@ def without_globs(texts: Sequence[str], overrides: Sequence[str]) -> list[str]:
 
 def _without_glob(text: str) -> str:
     override = parse(text)
-    matches = globbed(override)
+    matches = glob_matches(override)
     return f"{override.get_key_element()}={','.join(matches)}" if matches else text
 
 
-def globbed(override: Override) -> list[str]:
+def glob_matches(override: Override) -> list[str]:
     """Return the choices that match a ``glob(…)``; an empty list for any other override."""
     value = override.value()
     return value.filter(groups().get(override.key_or_group, [])) if isinstance(value, Glob) else []

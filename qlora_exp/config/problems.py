@@ -18,13 +18,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.groups import groups
-from qlora_exp.config.official_sweeper import problem_of
-from qlora_exp.config.overrides import globbed, is_ours, parse, values_of
+from qlora_exp.config.official_sweeper import official_sweeper_problem
+from qlora_exp.config.overrides import glob_matches, is_ours, parse, values_of
 from qlora_exp.config.schema import Config
 from qlora_exp.config.search_path import search_folders
 from qlora_exp.errors import ConfigError, QloraExpError, nearest
 
-UNSAFE = ("_target_", "trust_remote_code")
+UNSAFE_KEYS = ("_target_", "trust_remote_code")
 
 
 KEY_ALIASES = {
@@ -62,7 +62,7 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
             override = parse(text)
             if is_ours(override):
                 problems.extend(_problems_of_one(override, text, multirun, folders))
-            elif sweeper_problem := problem_of(override.key_or_group, _shown(override), text):
+            elif sweeper_problem := official_sweeper_problem(override.key_or_group, _text_as_typed(override), text):
                 problems.append(sweeper_problem)
             elif override.is_sweep_override():
                 what = f"{override.key_or_group} configures how runs are launched, and takes one value"
@@ -77,18 +77,18 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
     return problems
 
 
-def _shown(override: Override) -> object:
+def _text_as_typed(override: Override) -> object:
     """Return the value as the user typed it, without quotes."""
     return None if override.is_delete() else str(override.input_line).partition("=")[2].strip("'\"")
 
 
 def _problems_of_one(override: Override, text: str, multirun: bool, folders: Sequence[Path]) -> Iterable[QloraExpError]:
     key = override.key_or_group
-    if any(name in key.split(".") for name in UNSAFE):
+    if any(name in key.split(".") for name in UNSAFE_KEYS):
         yield ConfigError(f"{key} can't be set", text, "remote code and object construction are disabled on purpose")
         return
     if isinstance(override.value(), Glob) and multirun:
-        if not globbed(override):
+        if not glob_matches(override):
             yield ConfigError(
                 f"{text} matches no choice", "command line", f"a glob works for a group: {', '.join(groups())}"
             )
@@ -170,10 +170,10 @@ def _schema_type(key: str) -> Any:
 
 def _hints(kind: Any) -> dict[str, Any]:
     """Return a schema's keys and types; a group that may be null counts as the group."""
-    return {name: _present(hint) for name, hint in typing.get_type_hints(kind).items()}
+    return {name: _without_null(hint) for name, hint in typing.get_type_hints(kind).items()}
 
 
-def _present(hint: Any) -> Any:
+def _without_null(hint: Any) -> Any:
     return next((kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)), hint)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from qlora_exp.config.groups import choices_of_group
-from qlora_exp.config.overrides import parsed
+from qlora_exp.config.overrides import parse_all
 from qlora_exp.errors import ConfigError
 from qlora_exp.paths import SWEEPS
 
@@ -25,7 +25,7 @@ def search_folders(overrides: Sequence[str]) -> list[Path]:
     Raises:
         ConfigError: two folders have a sweep of the same name.
     """
-    values = [override.value() for override in parsed(overrides) if override.key_or_group == SEARCH_PATH]
+    values = [override.value() for override in parse_all(overrides) if override.key_or_group == SEARCH_PATH]
     entries = [str(entry).removeprefix("file://") for value in values if isinstance(value, list) for entry in value]
     listed_folders = [Path(entry).resolve() for entry in entries]
     folders = [SWEEPS.parent]

@@ -7,17 +7,17 @@ import time
 
 from qlora_exp.config.schema import Quantization
 from qlora_exp.doctor.check import Check
-from qlora_exp.estimate.calibration import kept_flops_per_second
+from qlora_exp.estimate.calibration import calibration_flops_per_second
 from qlora_exp.system import environment
 from qlora_exp.training.meter import DENSE_FLOPS_PER_SECOND, card_of
 
 SECONDS = 1.0
 MEASURED_SIZES = {"cuda": 8192, "cpu": 1024}
 """Square matrices large enough that the multiplication is timed, not the memory."""
-LEAST_SHARE = 0.5
+MIN_SHARE = 0.5
 """Share of the data sheet's figure. Large matrix products reach about 0.6 to 0.9 of it on an idle card."""
-MOST_SHARE = 1.05
-LEAST_CALIBRATED_SHARE = 0.1
+MAX_SHARE = 1.05
+MIN_CALIBRATED_SHARE = 0.1
 """Share of the data sheet's figure that the calibration's training steps reach: they do more than multiply. An
 assumption, not measured on a card."""
 
@@ -39,11 +39,11 @@ def against_datasheet(kind: str, name: str | None, rate: float) -> Check:
         return Check("matmul rate", None, f"{detail} in 16 bits; no data sheet is known for {name}")
     share = rate / sheet
     detail = f"{detail} in 16 bits, {share:.0%} of the data sheet's {sheet / 1e12:.4g}"
-    if share > MOST_SHARE:
+    if share > MAX_SHARE:
         return Check(
             "matmul rate", False, detail, f"the data sheet's figure for {card_of(name or '')} is wrong: report it"
         )
-    if share < LEAST_SHARE:
+    if share < MIN_SHARE:
         fix = "nvidia-smi -q -d PERFORMANCE says why (another process, heat, a power limit, a part of a card)"
         return Check("matmul rate", False, detail, fix)
     return Check("matmul rate", True, detail)
@@ -56,7 +56,7 @@ def calibration() -> Check:
     if machine.device.kind == "cpu":
         mode = Quantization.fp32
     return calibration_against_datasheet(
-        machine.device.kind, machine.device.name, mode, kept_flops_per_second(machine, mode)
+        machine.device.kind, machine.device.name, mode, calibration_flops_per_second(machine, mode)
     )
 
 
@@ -71,7 +71,7 @@ def calibration_against_datasheet(kind: str, name: str | None, mode: Quantizatio
         whose = "CPUs" if kind == "cpu" else name
         return Check("calibration", None, f"{detail}; whether it agrees is unknown: no data sheet for {whose}")
     detail = f"{detail}, {rate / sheet:.0%} of the data sheet's {sheet / 1e12:.4g}"
-    if LEAST_CALIBRATED_SHARE <= rate / sheet <= MOST_SHARE:
+    if MIN_CALIBRATED_SHARE <= rate / sheet <= MAX_SHARE:
         return Check("calibration", True, detail)
     return Check("calibration", False, detail, "qlora-exp calibrate, with nothing else on the card")
 

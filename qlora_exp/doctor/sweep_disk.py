@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from qlora_exp.config.schema import Config, ModelConfig
     from qlora_exp.study.types import Axis
 
-HELD_CHECKPOINTS = 3
+MAX_CHECKPOINTS = 3
 """TrainingArguments.save_total_limit of our trainer, plus the newest while it is written."""
-CHECKPOINT_BESIDES = 500_000
+CHECKPOINT_OVERHEAD_BYTES = 500_000
 """Random states, schedule and log in a checkpoint, in addition to adapter, optimizer states and tokenizer."""
 CONTAINER_BYTES = 2_000
 """What optimizer.pt adds per trained tensor; 830 were measured with two optimizer states."""
 TOKENIZER_BYTES = 40_000_000
 """Gemma 3's, the largest of the shipped families; each checkpoint contains it."""
-INDENTED = 2.5
+INDENTATION_FACTOR = 2.5
 """transformers indents tokenizer.json; the embedded one grows 2.3 times by that."""
 RECORD_BYTES = 500_000
 """Upper estimate for a run's record, curve and per-item results, and the header of its adapter's file."""
@@ -46,14 +46,15 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
     from qlora_exp.config.compose import compose
     from qlora_exp.config.overrides import override_key
 
-    trials, points = _asked(overrides)
+    trials, points = _trials_and_points(overrides)
     output_overrides = [text for text in overrides if override_key(text) == "output_root"]
     outputs = OutputPaths.of(output_root or compose(output_overrides).output_root)
     largest = _largest(points)
     needed = trials * largest
     free = shutil.disk_usage(nearest_folder(outputs.root)).free
     count = f"{trials} trial{'s' if trials != 1 else ''}"
-    detail = f"{count} of {_told(largest)} at most need {_told(needed)}; {_told(free)} free for {outputs.root}"
+    need = f"{count} of {_size_text(largest)} at most need {_size_text(needed)}"
+    detail = f"{need}; {_size_text(free)} free for {outputs.root}"
     if needed > free:
         fix = "free disk space, set output_root=DIR on another disk, or run qlora-exp clean STUDY during the sweep"
         return Check("sweep's disk", False, detail, fix)
@@ -96,8 +97,8 @@ def _bytes(config: Config, shapes: Sequence[WeightShape]) -> int:
     if config.training.save_every_steps is None and not config.training.keep_best:
         return finished_bytes
     tensors = len(shapes) * (3 if config.lora.dora else 2)
-    other_bytes = tensors * CONTAINER_BYTES + _tokenizer_bytes(config.model) + CHECKPOINT_BESIDES
-    return finished_bytes + HELD_CHECKPOINTS * (adapters.checkpoint_bytes + other_bytes)
+    other_bytes = tensors * CONTAINER_BYTES + _tokenizer_bytes(config.model) + CHECKPOINT_OVERHEAD_BYTES
+    return finished_bytes + MAX_CHECKPOINTS * (adapters.checkpoint_bytes + other_bytes)
 
 
 def _tokenizer_bytes(model: ModelConfig) -> int:
@@ -106,7 +107,7 @@ def _tokenizer_bytes(model: ModelConfig) -> int:
     embedded = EMBEDDED / checkpoint.removeprefix("embedded:") if checkpoint.startswith("embedded:") else None
     folder = Path(model.path).expanduser() if model.path else embedded
     file = folder / "tokenizer.json" if folder is not None else None
-    return int(INDENTED * file.stat().st_size) if file is not None and file.is_file() else TOKENIZER_BYTES
+    return int(INDENTATION_FACTOR * file.stat().st_size) if file is not None and file.is_file() else TOKENIZER_BYTES
 
 
 def nearest_folder(path: Path) -> Path:
@@ -114,7 +115,7 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _asked(overrides: Sequence[str]) -> tuple[int, list[list[str]]]:
+def _trials_and_points(overrides: Sequence[str]) -> tuple[int, list[list[str]]]:
     """Return the number of trials, and the overrides of the candidates for the largest one."""
     from qlora_exp.config.compose import check_hydra
     from qlora_exp.config.overrides import is_swept, override_key
@@ -141,7 +142,7 @@ def _values(axis: Axis) -> Iterator[Any]:
         yield axis.values[0]
 
 
-def _told(size: float) -> str:
+def _size_text(size: float) -> str:
     """Return the size as text with three digits, e.g. ``1.2 GB``."""
     power = max(0, min(4, int(math.log10(size) // 3))) if size >= 1 else 0
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -19,12 +19,12 @@ from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, We
 from qlora_exp.architecture.targets import feeds
 from qlora_exp.estimate.traits import ArchitectureTraits, traits_of
 
-FLOAT32 = 4
-LAYER_PLACE = re.compile(r"^(?:.*?\.)?\d+\.")
+FLOAT32_BYTES = 4
+LAYER_PREFIX = re.compile(r"^(?:.*?\.)?\d+\.")
 DOWN_NAME = re.compile(r"(down|c_proj|4h_to_h|fc2|fc_out|w2|out_proj|dense)[^.]*$")
 
 
-USUAL_HEAD, WIDEST_HEAD = 64, 128
+DEFAULT_HEAD_WIDTH, MAX_HEAD_WIDTH = 64, 128
 """The head width assumed if the architecture doesn't give one, and the largest width of one head's keys and values."""
 
 
@@ -49,7 +49,7 @@ class Layer:
     """The RMS norms are written in Python and save a float32 copy of their input."""
     normed_heads: bool
     heads: int
-    habits: ArchitectureTraits
+    traits: ArchitectureTraits
     experts: tuple[int, int, bool] = (0, 0, False)
     """Experts per token, the intermediate width of one expert, and whether it has a gate."""
 
@@ -57,10 +57,10 @@ class Layer:
     def multi_query(self) -> bool:
         """Whether all query heads share one head of keys and values, fused with the queries."""
         return (
-            self.habits.multi_query
+            self.traits.multi_query
             and bool(self.fused)
             and self.key_value < self.query
-            and self.key_value <= WIDEST_HEAD
+            and self.key_value <= MAX_HEAD_WIDTH
         )
 
 
@@ -110,12 +110,12 @@ def saved_bytes_per_token(
             layer_bytes = _layer_bytes(layer, shapes, key[1], setting, first=not sizes)
             bytes_by_layer[key] = (
                 layer_bytes,
-                compute_bytes * (width + sum(input_bytes for _, input_bytes in _held(layer, shapes, setting))),
+                compute_bytes * (width + sum(input_bytes for _, input_bytes in _held_by_int8(layer, shapes, setting))),
             )
         size, input_bytes = bytes_by_layer[key]
         sizes.append(size)
         inputs += input_bytes
-    outside = width * (FLOAT32 + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
+    outside = width * (FLOAT32_BYTES + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
     return SavedActivations(sum(sizes), max(sizes, default=0.0), inputs, outside)
 
 
@@ -137,15 +137,15 @@ def layers_of(architecture: Architecture) -> tuple[tuple[Layer, tuple[WeightShap
     """Return the widths and the linear layers of each decoder layer."""
     grouped: dict[str, list[WeightShape]] = {}
     for shape in architecture.weights:
-        prefix = LAYER_PLACE.match(shape.name)
+        prefix = LAYER_PREFIX.match(shape.name)
         if prefix:
             grouped.setdefault(prefix[0], []).append(shape)
     norms: dict[str, list[OtherTensor]] = {}
     for tensor in architecture.others:
-        prefix = LAYER_PLACE.match(tensor.name)
+        prefix = LAYER_PREFIX.match(tensor.name)
         if prefix and not tensor.buffer:
             norms.setdefault(prefix[0], []).append(tensor)
-    experts = {prefix[0]: entry for entry in architecture.experts if (prefix := LAYER_PLACE.match(entry.name))}
+    experts = {prefix[0]: entry for entry in architecture.experts if (prefix := LAYER_PREFIX.match(entry.name))}
     return tuple(
         (_layer(architecture, shapes, norms.get(prefix, []), experts.get(prefix)), tuple(shapes))
         for prefix, shapes in grouped.items()
@@ -159,7 +159,7 @@ def _kinds(architecture: Architecture) -> tuple[int, ...]:
     kinds: dict[tuple[Layer, tuple[WeightShape, ...]], int] = {}
     numbers = []
     for layer, shapes in layers_of(architecture):
-        shapes_without_index = tuple(replace(shape, name=LAYER_PLACE.sub("", shape.name)) for shape in shapes)
+        shapes_without_index = tuple(replace(shape, name=LAYER_PREFIX.sub("", shape.name)) for shape in shapes)
         numbers.append(kinds.setdefault((layer, shapes_without_index), len(kinds)))
     return tuple(numbers)
 
@@ -175,7 +175,7 @@ def _layer(
     fused = inputs[0].out_features if len(inputs) == 1 else 0
     # The width of q, k and v together, minus that of q; k and v are equally wide.
     key_value = max(0, sum(shape.out_features for shape in inputs) - query) // 2
-    down = [shape for shape in shapes if _leads_down(shape, hidden)]
+    down = [shape for shape in shapes if _is_down_projection(shape, hidden)]
     intermediate = sum(shape.in_features for shape in down)
     up = sum(shape.out_features for shape in shapes if shape.role == "mlp" and shape not in down)
     norm_weights = [tensor for tensor in others if tensor.name.endswith("weight")]
@@ -195,13 +195,13 @@ def _layer(
         or max(1, sum(tensor.elements == hidden for tensor in norm_weights if tensor not in head_norms)),
         norm_upcasts=not biases,
         normed_heads=bool(head_norms),
-        heads=architecture.heads or max(1, query // USUAL_HEAD),
-        habits=traits,
+        heads=architecture.heads or max(1, query // DEFAULT_HEAD_WIDTH),
+        traits=traits,
         experts=(experts.per_token, experts.intermediate, experts.gated) if experts else (0, 0, False),
     )
 
 
-def _leads_down(shape: WeightShape, hidden: int) -> bool:
+def _is_down_projection(shape: WeightShape, hidden: int) -> bool:
     return shape.role == "mlp" and shape.out_features == hidden and bool(DOWN_NAME.search(shape.name))
 
 
@@ -220,13 +220,13 @@ def _layer_bytes(
 
 
 def _norm_bytes(layer: Layer, setting: _Setting) -> float:
-    return layer.habits.norm_copies * layer.hidden * (FLOAT32 if layer.norm_upcasts else setting.compute_bytes)
+    return layer.traits.norm_copies * layer.hidden * (FLOAT32_BYTES if layer.norm_upcasts else setting.compute_bytes)
 
 
 def _norms(layer: Layer, setting: _Setting) -> float:
     """Each norm's input (once, if several norms read the same tensor), and the dropout masks of both branches."""
-    count = 1 if layer.habits.parallel_residual else layer.norms
-    dropout_masks = 2 * layer.hidden * (1 if setting.cuda else setting.compute_bytes) if layer.habits.dropout else 0
+    count = 1 if layer.traits.parallel_residual else layer.norms
+    dropout_masks = 2 * layer.hidden * (1 if setting.cuda else setting.compute_bytes) if layer.traits.dropout else 0
     return count * _norm_bytes(layer, setting) + dropout_masks
 
 
@@ -237,22 +237,22 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     of a fused projection's output in memory.
     """
     width, query, key_value = setting.compute_bytes, layer.query, layer.key_value
-    normed = (query + key_value) * FLOAT32 if layer.normed_heads and not layer.fused else 0
+    normed = (query + key_value) * FLOAT32_BYTES if layer.normed_heads and not layer.fused else 0
     if setting.eager:
-        upcast = 2 * query * (FLOAT32 - width) if layer.habits.qk_in_float32 else 0
+        upcast = 2 * query * (FLOAT32_BYTES - width) if layer.traits.qk_in_float32 else 0
         return 3 * query * width + upcast + normed + _score_bytes(layer, setting) * layer.heads * setting.length
-    if not setting.cuda and (layer.habits.attention_dropout or layer.multi_query):
-        scores = 3 if layer.habits.attention_dropout else 1
-        return FLOAT32 * (3 * query + scores * layer.heads * setting.length)
+    if not setting.cuda and (layer.traits.attention_dropout or layer.multi_query):
+        scores = 3 if layer.traits.attention_dropout else 1
+        return FLOAT32_BYTES * (3 * query + scores * layer.heads * setting.length)
     repeated = setting.padded and 0 < key_value < query
     if repeated:
         qkv = 3 * query
     elif layer.fused:
-        qkv = layer.fused + (query + key_value if layer.habits.rotary else 0)
+        qkv = layer.fused + (query + key_value if layer.traits.rotary else 0)
     else:
         qkv = query + 2 * key_value
     mask = setting.length * width if setting.padded else 0
-    return (qkv + query) * width + normed + mask + FLOAT32 * layer.heads
+    return (qkv + query) * width + normed + mask + FLOAT32_BYTES * layer.heads
 
 
 def _score_bytes(layer: Layer, setting: _Setting) -> int:
@@ -261,8 +261,8 @@ def _score_bytes(layer: Layer, setting: _Setting) -> int:
     If the softmax is computed in float32, a 16-bit copy of it multiplies the values. With dropout the product uses the
     softmax after dropout, and the dropout mask is saved, too.
     """
-    width, traits = setting.compute_bytes, layer.habits
-    softmax = width if traits.softmax_in_compute_dtype else FLOAT32
+    width, traits = setting.compute_bytes, layer.traits
+    softmax = width if traits.softmax_in_compute_dtype else FLOAT32_BYTES
     multiplier = width if softmax > width else 0
     if traits.attention_dropout:
         multiplier = width + (1 if setting.cuda else width)
@@ -275,11 +275,11 @@ def _feed_forward(layer: Layer, setting: _Setting) -> float:
     With a gate: the gate before and after its activation, and the tensor that it multiplies. Without: what the
     activation saves. Each expert of a token saves the same, and its output, which the router's weight multiplies.
     """
-    copies = layer.habits.activation_copies
+    copies = layer.traits.activation_copies
     per_token, width, gated = layer.experts
-    routed = per_token * (width * (layer.habits.expert_copies if gated else copies) + layer.hidden)
-    shared = layer.hidden if layer.habits.gates_shared else 0
-    mask = layer.intermediate if layer.habits.activation_mask else 0
+    routed = per_token * (width * (layer.traits.expert_copies if gated else copies) + layer.hidden)
+    shared = layer.hidden if layer.traits.gates_shared else 0
+    mask = layer.intermediate if layer.traits.activation_mask else 0
     return setting.compute_bytes * (layer.intermediate * (3 if layer.gated else copies) + routed + shared) + mask
 
 
@@ -291,44 +291,44 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
     without an adapter.
     """
     same_dtype = setting.compute_bytes == setting.adapter_bytes
-    per_layer, shared = 0.0, _held(layer, shapes, setting)
+    per_layer, shared = 0.0, _held_by_int8(layer, shapes, setting)
     for shape, flag in zip(shapes, adapted, strict=True):
         if flag:
             per_layer += setting.r * setting.adapter_bytes
             per_layer += 0 if same_dtype else shape.in_features * setting.adapter_bytes
             per_layer += 2 * shape.in_features * setting.adapter_bytes if setting.lora_dropout else 0
         if flag and same_dtype:
-            shared.add((_read_by(layer, shape), shape.in_features))
-    already_saved = {"output"} if _output_is_kept(layer, setting) else set()
-    if layer.habits.saves_output:
+            shared.add((_input_of(layer, shape), shape.in_features))
+    already_saved = {"output"} if _output_is_saved(layer, setting) else set()
+    if layer.traits.saves_output:
         already_saved.add("down")
     return per_layer + setting.compute_bytes * sum(width for source, width in shared if source not in already_saved)
 
 
-def _held(layer: Layer, shapes: Sequence[WeightShape], setting: _Setting) -> set[tuple[str, int]]:
+def _held_by_int8(layer: Layer, shapes: Sequence[WeightShape], setting: _Setting) -> set[tuple[str, int]]:
     """Return the inputs that LLM.int8() holds, as (tensor that is read, width).
 
     The autograd functions (``MatMul8bitLt``, ``MatMul8bitFp``) hold them as attributes of their context, not as saved
     tensors, so checkpointing doesn't free them.
     """
     quantized = (shape for shape in shapes if setting.int8 and shape.quantizable)
-    return {(_read_by(layer, shape), shape.in_features) for shape in quantized}
+    return {(_input_of(layer, shape), shape.in_features) for shape in quantized}
 
 
-def _read_by(layer: Layer, shape: WeightShape) -> str:
+def _input_of(layer: Layer, shape: WeightShape) -> str:
     """Return which tensor a linear layer reads: ``input`` or ``middle`` (after the first or second norm), ``output``
     (of attention) or ``down`` (of the activation)."""
     if shape.role == "attention":
         return "input" if feeds(shape.name) else "output"
-    if _leads_down(shape, layer.hidden):
+    if _is_down_projection(shape, layer.hidden):
         return "down"
-    return "input" if layer.habits.parallel_residual and layer.norms == 1 else "middle"
+    return "input" if layer.traits.parallel_residual and layer.norms == 1 else "middle"
 
 
-def _output_is_kept(layer: Layer, setting: _Setting) -> bool:
+def _output_is_saved(layer: Layer, setting: _Setting) -> bool:
     """Return whether the output projection reads the same tensor that attention saves. A fused projection's views give
     attention's output another memory layout, so it is copied."""
     if setting.eager:
         return False
-    copied = layer.fused or layer.habits.attention_dropout or layer.multi_query or layer.habits.partial_rope
+    copied = layer.fused or layer.traits.attention_dropout or layer.multi_query or layer.traits.partial_rope
     return setting.cuda or not copied

@@ -10,7 +10,9 @@ from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.duration import Interval
 from qlora_exp.estimate.flops import Workload
 
-UNTIL = " until qlora-exp calibrate has measured this machine, or a run with this base and quantization has ended on it"
+UNTIL_MEASURED = (
+    " until qlora-exp calibrate has measured this machine, or a run with this base and quantization has ended on it"
+)
 """Calibration and run must have used the same number of threads."""
 LIMIT_UNITS = {"seconds": "s", "tokens": "tokens", "usd": "usd", "kwh": "kWh"}
 
@@ -56,7 +58,7 @@ class BudgetTooSmall(ConfigError):
         self.times = times
 
 
-def check_buys_a_step(limits: Mapping[str, float], usd_per_hour: float | None, pace: StepCost) -> None:
+def check_covers_a_step(limits: Mapping[str, float], usd_per_hour: float | None, pace: StepCost) -> None:
     """Check each limit against the lower bound of one step's cost: the shortest rows at the fastest calibrated rate.
 
     Raises:
@@ -64,7 +66,7 @@ def check_buys_a_step(limits: Mapping[str, float], usd_per_hour: float | None, p
     """
     steps = pace.extent.steps
     for name, limit in limits.items():
-        step = _of_a_step(name, usd_per_hour, pace.extent, pace.least_seconds, pace.shortest_row_tokens)
+        step = _cost_of_a_step(name, usd_per_hour, pace.extent, pace.least_seconds, pace.shortest_row_tokens)
         if step is not None and step > limit:
             what = f"the budget is too small for one training step, which needs at least {step:.3g} {LIMIT_UNITS[name]}"
             hint = f"about budget.{name}={step * steps:.3g} for {steps} step{'s' if steps != 1 else ''}"
@@ -79,7 +81,7 @@ def affordable_steps(limits: Mapping[str, float], usd_per_hour: float | None, pa
         minimum, about, maximum = (_steps(limit, name, usd_per_hour, pace, seconds) for seconds in (slow, middle, fast))
         message = f"budget.{name}={limit:.12g}"
         if minimum is None or about is None or maximum is None:
-            message = f"{message}: the cost of a step is unknown{'' if name == 'kwh' else UNTIL}"
+            message = f"{message}: the cost of a step is unknown{'' if name == 'kwh' else UNTIL_MEASURED}"
             yield Affordable(name, limit, "steps", None, None, None, extent.steps, message)
             continue
         message = f"{message} is enough for about {about} of {extent.steps} steps"
@@ -95,14 +97,14 @@ def _steps(
     limit: float, name: str, usd_per_hour: float | None, pace: StepCost, train_seconds: float | None
 ) -> int | None:
     """Return how many steps the limit is enough for: at least one, at most all; ``None`` is unknown."""
-    step = _of_a_step(name, usd_per_hour, pace.extent, train_seconds, pace.extent.row.tokens)
+    step = _cost_of_a_step(name, usd_per_hour, pace.extent, train_seconds, pace.extent.row.tokens)
     if step is None:
         return None
     remaining = limit - (_in_units(name, usd_per_hour, pace.before_seconds or 0.0) or 0.0)
     return min(pace.extent.steps, max(1, math.ceil(remaining / step)))
 
 
-def _of_a_step(
+def _cost_of_a_step(
     name: str, usd_per_hour: float | None, extent: Workload, train_seconds: float | None, row_tokens: float
 ) -> float | None:
     """Return the cost of one step in the unit of the limit ``name``; ``None`` is unknown."""

@@ -49,7 +49,7 @@ def planned_cost(runs: Sequence[PlannedRun], name: str) -> tuple[Cost | None, st
     The cost is the mean over ``runs`` (the points of a search; of an interval, its ends), with the smallest and the
     largest; ``None`` if the cost of any of them is unknown.
     """
-    rows = "the task's row lengths" if by_rows(runs) else "rows of training.max_length tokens"
+    rows = "the task's row lengths" if all_rows_counted(runs) else "rows of training.max_length tokens"
     if name == "tokens":
         return _mean([_tokens(run) for run in runs]), rows
     known_count = sum(run.other_seconds is not None for run in runs)
@@ -60,7 +60,7 @@ def planned_cost(runs: Sequence[PlannedRun], name: str) -> tuple[Cost | None, st
     return cost, f"training times predicted from {rows}{with_other_seconds}"
 
 
-def by_rows(runs: Sequence[PlannedRun]) -> bool:
+def all_rows_counted(runs: Sequence[PlannedRun]) -> bool:
     """Return whether the task's rows were counted for every run that can be run."""
     return all(run.rows is not None for run in runs if run.memory is not None)
 

@@ -129,16 +129,16 @@ class StudyBudget:
         self._budget, self._outputs = budget, outputs
         self._ended: dict[str, Spent] = {}
 
-    def accounts(self, trials: Iterable[TrialRow]) -> list[LimitUsage]:
+    def usages(self, trials: Iterable[TrialRow]) -> list[LimitUsage]:
         """Return the usage of each limit, from the records of all trials, failed attempts included."""
         rows = [(row, self._spent(row)) for row in trials]
-        return [self._account(name, limit, rows) for name, limit in limits_of(self._budget).items()]
+        return [self._usage(name, limit, rows) for name, limit in limits_of(self._budget).items()]
 
-    def short(self, trials: Iterable[TrialRow]) -> LimitUsage | None:
+    def first_exhausted(self, trials: Iterable[TrialRow]) -> LimitUsage | None:
         """Return the first limit that isn't enough for one more trial next to the running ones, or ``None``."""
-        return next((usage for usage in self.accounts(trials) if not usage.covers_next_trial), None)
+        return next((usage for usage in self.usages(trials) if not usage.covers_next_trial), None)
 
-    def _account(self, name: str, limit: float, rows: Sequence[tuple[TrialRow, Spent]]) -> LimitUsage:
+    def _usage(self, name: str, limit: float, rows: Sequence[tuple[TrialRow, Spent]]) -> LimitUsage:
         amounts = [(row, amount(spent, name, self._budget.usd_per_hour)) for row, spent in rows]
         costs = tuple(cost for row, cost in amounts if row.status in MEASURED_COST and row.refusal is None)
         expected = statistics.fmean(costs) if costs else 0.0

@@ -15,9 +15,9 @@ from qlora_exp.records.types import Environment
 from qlora_exp.training.meter import card_of
 
 MODES = tuple(mode for mode in Quantization if mode is not Quantization.fp4)
-COUNTING = 2
+COUNT_VERSION = 2
 """Version of the operation count. Rates of another version aren't read."""
-SECONDS_A_MODE = 2.0
+SECONDS_PER_MODE = 2.0
 """Five modes take ten seconds."""
 
 
@@ -25,22 +25,22 @@ def rates_file() -> Path:
     """Return ``qlora-exp/rates-COUNTING.json`` in XDG_CACHE_HOME or ~/.cache: machine → mode → operations per
     second."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "qlora-exp" / f"rates-{COUNTING}.json"
+    return (Path(cache) if cache else Path.home() / ".cache") / "qlora-exp" / f"rates-{COUNT_VERSION}.json"
 
 
-def known_rate(environment: Environment, quantization: Quantization) -> Rate | None:
+def calibrated_rate(environment: Environment, quantization: Quantization) -> Rate | None:
     """Return the rate kept for this machine, device and number of threads; ``None`` before ``qlora-exp calibrate``."""
-    flops = kept_flops_per_second(environment, quantization)
+    flops = calibration_flops_per_second(environment, quantization)
     return rate_from_calibration(flops, machine_of(environment), quantization.value) if flops else None
 
 
-def kept_flops_per_second(environment: Environment, quantization: Quantization) -> float | None:
+def calibration_flops_per_second(environment: Environment, quantization: Quantization) -> float | None:
     """Return what ``qlora-exp calibrate`` measured on this machine, device and number of threads, or ``None``."""
     mode = "nf4" if quantization is Quantization.fp4 else quantization.value
     return _read().get(machine_of(environment), {}).get(mode)
 
 
-def known_card_rate(card: str | None, quantization: Quantization) -> Rate | None:
+def calibrated_card_rate(card: str | None, quantization: Quantization) -> Rate | None:
     """Return the rate kept for a CUDA card by its name; without a name, that of the only card calibrated here."""
     mode = "nf4" if quantization is Quantization.fp4 else quantization.value
     rates = {machine: rate_by_mode for machine, rate_by_mode in _read().items() if machine.startswith("cuda, ")}
@@ -55,7 +55,7 @@ def known_card_rate(card: str | None, quantization: Quantization) -> Rate | None
     return rate_from_calibration(rate_by_mode[mode], machine, quantization.value) if mode in rate_by_mode else None
 
 
-def calibrate_device(environment: Environment, seconds_a_mode: float = SECONDS_A_MODE) -> Iterator[tuple[str, float]]:
+def calibrate_device(environment: Environment, seconds_a_mode: float = SECONDS_PER_MODE) -> Iterator[tuple[str, float]]:
     """Measure each mode, yield (mode, operations per second), and keep the rates after the last one."""
     from qlora_exp.estimate.benchmark import measured_flops_per_second
 

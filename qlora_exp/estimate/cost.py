@@ -10,7 +10,7 @@ from typing import Any
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.schema import Config, Isolation, to_plain
 from qlora_exp.estimate.affordable_steps import StepCost
-from qlora_exp.estimate.calibration import known_card_rate, known_rate
+from qlora_exp.estimate.calibration import calibrated_card_rate, calibrated_rate
 from qlora_exp.estimate.device import PlanDevice
 from qlora_exp.estimate.duration import Interval, Rate, lower_bound_seconds, predicted_seconds, predicted_usd
 from qlora_exp.estimate.flops import Workload
@@ -59,7 +59,7 @@ class CostEstimator:
         self._known: dict[tuple[Any, ...], tuple[MeasuredThroughput, Rate | None]] = {}
         self._prices: Mapping[str, float] = read_prices()
 
-    def payment(
+    def estimate_cost(
         self,
         config: Config,
         device: PlanDevice,
@@ -84,7 +84,13 @@ class CostEstimator:
         if price is None:
             price = usd_per_hour(device.kind, device.card, self._prices)
         usd = predicted_usd(seconds.plus(throughput.other) if seconds else None, price)
-        cost = CostEstimate(extent.steps, extent.tokens, *_told(seconds), *_told(throughput.other), *_told(usd))
+        cost = CostEstimate(
+            extent.steps,
+            extent.tokens,
+            *_middle_and_interval(seconds),
+            *_middle_and_interval(throughput.other),
+            *_middle_and_interval(usd),
+        )
         shortest = float(rows.lengths.shortest_tokens) if rows else 1.0
         return cost, StepCost(extent, shortest, seconds, lower_bound, throughput.before)
 
@@ -96,10 +102,10 @@ class CostEstimator:
         if key not in self._known:
             if device.kind == "cpu":
                 env = replace(probe_without_torch(), torch_threads=threads)  # as in a run with so many threads
-                throughput, calibrated = self._of(config, env, steps), known_rate(env, config.quantization.mode)
+                throughput, calibrated = self._of(config, env, steps), calibrated_rate(env, config.quantization.mode)
             else:
                 throughput = self._of(config, self._where(device.card), steps)
-                calibrated = known_card_rate(device.card, config.quantization.mode)
+                calibrated = calibrated_card_rate(device.card, config.quantization.mode)
             self._known[key] = throughput, calibrated
         return self._known[key]
 
@@ -117,7 +123,7 @@ class CostEstimator:
         )
 
 
-def _told(interval: Interval | None) -> tuple[float | None, tuple[float, float] | None]:
+def _middle_and_interval(interval: Interval | None) -> tuple[float | None, tuple[float, float] | None]:
     return (None, None) if interval is None else (interval.middle, (interval.low, interval.high))
 
 

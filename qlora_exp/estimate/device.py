@@ -56,7 +56,7 @@ class PlanDevice:
 CUDA = PlanDevice("cuda", "cuda", bf16=True, memory_bytes=None)
 
 
-def device_called(name: str) -> PlanDevice:
+def device_by_name(name: str) -> PlanDevice:
     """Return the device of ``plan.device=NAME``: ``cpu``, ``cuda`` (any card with bfloat16) or a card.
 
     Raises:
@@ -80,13 +80,13 @@ def device_of(config: Config) -> PlanDevice:
     the Hub, and this machine's CPU for one on disk or in the package."""
     chosen = config.training.device
     if chosen is not DeviceChoice.auto:
-        return device_called(chosen.value)
+        return device_by_name(chosen.value)
     checkpoint = config.model.checkpoints.get(config.model.variant.value, "embedded:")
     local = config.model.path is not None or checkpoint.startswith("embedded:")
-    return device_called("cpu" if local else "cuda")
+    return device_by_name("cpu" if local else "cuda")
 
 
-def notes_on(config: Config, device: PlanDevice, architecture: Architecture) -> Iterator[str]:
+def device_notes(config: Config, device: PlanDevice, architecture: Architecture) -> Iterator[str]:
     """Yield what a user should know about ``config`` on ``device`` before paying for it."""
     quantization, targets = config.quantization, config.targets
     if quantization.mode in QUANTIZED and architecture.experts:

@@ -19,12 +19,12 @@ from qlora_exp.estimate.affordable_steps import (
     BudgetTooSmall,
     StepCost,
     affordable_steps,
-    check_buys_a_step,
+    check_covers_a_step,
 )
 from qlora_exp.estimate.budget import check_energy, limits_of
 from qlora_exp.estimate.cost import UNKNOWN_COST, CostEstimator
-from qlora_exp.estimate.device import PlanDevice, device_of, notes_on
-from qlora_exp.estimate.fit_result import FitResult, planned_limit, verdict_of
+from qlora_exp.estimate.device import PlanDevice, device_notes, device_of
+from qlora_exp.estimate.fit_result import FitResult, fit_result, planned_limit
 from qlora_exp.estimate.flops import Workload
 from qlora_exp.estimate.peak import predicted_peak
 from qlora_exp.estimate.sweep import Candidate
@@ -121,11 +121,11 @@ class Planner:
         self._fit_bytes = fit_bytes
         self._architectures: dict[str, Architecture | QloraExpError] = {}
         self._adapted: dict[tuple[str, str], tuple[WeightShape, ...] | QloraExpError] = {}
-        self._cashier = CostEstimator(records, hosts)
+        self._cost_estimator = CostEstimator(records, hosts)
         self._hosts = hosts
         self._counter = counter
         self._problems: dict[str, QloraExpError] = {}
-        self._too_dear: BudgetTooSmall | None = None
+        self._cheapest_over_budget: BudgetTooSmall | None = None
         self._some_can_start = False
 
     def plan(self, point: Candidate) -> PlannedRun:
@@ -133,17 +133,20 @@ class Planner:
         config = point.config
         if config is None:
             assert point.problem is not None
-            return self._impossible(point.params, None, point.problem)
+            return self._not_runnable(point.params, None, point.problem)
         try:
             return self._planned(point.params, config, self._device or device_of(config))
         except QloraExpError as error:
-            return self._impossible(point.params, config, error)
+            return self._not_runnable(point.params, config, error)
 
     @property
     def problems(self) -> list[QloraExpError]:
         """If no candidate can run: why, each problem once. Of the budget's problems, the one closest to a single
         step."""
-        errors = [*self._problems.values(), *([self._too_dear] if self._too_dear is not None else [])]
+        errors = [
+            *self._problems.values(),
+            *([self._cheapest_over_budget] if self._cheapest_over_budget is not None else []),
+        ]
         return errors if not self._some_can_start else []
 
     def architecture(self, model: ModelConfig) -> Architecture:
@@ -155,7 +158,7 @@ class Planner:
         key = _model_key(model)
         if key not in self._architectures:
             try:
-                self._architectures[key] = known_architecture(model) or _described(model)
+                self._architectures[key] = known_architecture(model) or _describe(model)
             except QloraExpError as error:
                 self._architectures[key] = error
         return _or_raise(self._architectures[key])
@@ -183,7 +186,7 @@ class Planner:
         return base_bytes(self.architecture(config.model), quantization, dtype)
 
     def _planned(self, params: dict[str, Any], config: Config, device: PlanDevice) -> PlannedRun:
-        _refuse(config, device)
+        _check_device(config, device)
         architecture = self.architecture(config.model)
         base = self.base(config, device)
         adapted = self.adapted(config.model, config.targets)
@@ -194,10 +197,10 @@ class Planner:
         peak = _peak(architecture, names, config, device, rows)
         exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
         limit = planned_limit(self._fit_bytes, config.budget.memory_bytes, self._shared(device, config))
-        fit = verdict_of(peak, exact, base.total_bytes, limit, device.kind)
+        fit = fit_result(peak, exact, base.total_bytes, limit, device.kind)
         limits = limits_of(config.budget)
-        cost, step_cost = self._cashier.payment(config, device, architecture, names, rows)
-        budget_problem = self._refused_by_budget(config, device, step_cost)
+        cost, step_cost = self._cost_estimator.estimate_cost(config, device, architecture, names, rows)
+        budget_problem = self._budget_problem(config, device, step_cost)
         if budget_problem is not None:
             fit = FitResult(False, False, f"{budget_problem.what}; {fit.reason}")
         self._some_can_start |= budget_problem is None
@@ -221,7 +224,7 @@ class Planner:
             **vars(cost),
             budget=() if self._hosts else tuple(affordable_steps(limits, config.budget.usd_per_hour, step_cost)),
             **vars(fit),
-            notes=(*notes_on(config, device, architecture), *([too_wide] if too_wide else [])),
+            notes=(*device_notes(config, device, architecture), *([too_wide] if too_wide else [])),
         )
 
     def _shared(self, device: PlanDevice, config: Config) -> PlanDevice:
@@ -231,20 +234,22 @@ class Planner:
             return device
         return replace(device, memory_bytes=device.memory_bytes // hosts)
 
-    def _refused_by_budget(self, config: Config, device: PlanDevice, step_cost: StepCost) -> QloraExpError | None:
+    def _budget_problem(self, config: Config, device: PlanDevice, step_cost: StepCost) -> QloraExpError | None:
         try:
             if device.kind == "cpu":  # for a GPU, only its own machine knows whether energy is measured
                 check_energy(config.budget, DeviceChoice.cpu)
-            check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, step_cost)
+            check_covers_a_step(limits_of(config.budget), config.budget.usd_per_hour, step_cost)
         except BudgetTooSmall as error:
-            self._too_dear = min(self._too_dear or error, error, key=lambda problem: problem.times)
+            self._cheapest_over_budget = min(
+                self._cheapest_over_budget or error, error, key=lambda problem: problem.times
+            )
             return error
         except ConfigError as error:
             self._problems.setdefault(str(error), error)
             return error
         return None
 
-    def _impossible(self, params: dict[str, Any], config: Config | None, error: QloraExpError) -> PlannedRun:
+    def _not_runnable(self, params: dict[str, Any], config: Config | None, error: QloraExpError) -> PlannedRun:
         parts = getattr(error, "errors", (error,))
         for part in parts:
             self._problems.setdefault(str(part), part)
@@ -266,7 +271,7 @@ class Planner:
         )
 
 
-def _described(model: ModelConfig) -> Architecture:
+def _describe(model: ModelConfig) -> Architecture:
     from qlora_exp.models.inspect import describe, describe_file
     from qlora_exp.models.weight_files import holds_weights
 
@@ -293,7 +298,7 @@ def _peak(
     ).needed_bytes
 
 
-def _refuse(config: Config, device: PlanDevice) -> None:
+def _check_device(config: Config, device: PlanDevice) -> None:
     problem = int8_dora(config) if device.kind == "cpu" else None
     if problem is not None:
         raise problem

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_exp.estimate.device import PlanDevice
-from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES, ERROR
+from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES, RELATIVE_ERROR
 from qlora_exp.formatting import bytes_text
 
 BORDERLINE_NOTES = {
-    "cpu": f"predictions were off by up to {100 * ERROR['cpu']:.0f} %",
-    "cuda": f"the error of predictions on GPUs is not measured yet: {100 * ERROR['cuda']:.0f} % is a guess",
+    "cpu": f"predictions were off by up to {100 * RELATIVE_ERROR['cpu']:.0f} %",
+    "cuda": f"the error of predictions on GPUs is not measured yet: {100 * RELATIVE_ERROR['cuda']:.0f} % is a guess",
 }
 """Device → what is known about the error of a predicted peak."""
 
@@ -44,7 +44,7 @@ def planned_limit(fit_bytes: int | None, budget_bytes: int | None, device: PlanD
     return next((PlannedLimit(size, whole) for size, whole in bounds if size is not None), None)
 
 
-def verdict_of(
+def fit_result(
     peak_bytes: int, exact_bytes: int, base_bytes: int, bound: PlannedLimit | None, device_kind: str
 ) -> FitResult:
     """Compare the predicted peak with the limit. ``exact_bytes``: the part of ``peak_bytes`` that is exact.
@@ -63,7 +63,7 @@ def verdict_of(
         return FitResult(
             False, False, f"{message}{f', the base alone {bytes_text(base_bytes)}' if available > 0 else ''}"
         )
-    factor = 1.0 + ERROR[device_kind]
+    factor = 1.0 + RELATIVE_ERROR[device_kind]
     if exact_bytes <= available and available / factor < peak_bytes <= available * factor:
         return FitResult(peak_bytes <= available, True, f"borderline: {message}; {BORDERLINE_NOTES[device_kind]}")
     return FitResult(peak_bytes <= available, False, message)

@@ -14,14 +14,14 @@ from typing import Any
 from qlora_exp.errors import ConfigError
 from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Fit, RunRecord, SkippedTrial, Status
 
-ERROR = {"cpu": 0.22, "cuda": 0.5}
+RELATIVE_ERROR = {"cpu": 0.22, "cuda": 0.5}
 """Device → the largest relative error of a predicted peak.
 
 On a CPU: over the configurations in docs/plan_accuracy.md that weren't used for fitting, in either of two processes,
 without the one with experts in 16 bit. On CUDA nothing has been compared, and the figure is a guess.
 """
 MEASURED_PEAKS = (Status.COMPLETED, Status.PRUNED)
-OTHERS_SHARE = 0.5
+OTHER_PROCESSES_SHARE = 0.5
 """Share of the limit. Predictions err by less than a factor of two."""
 CPU_PROCESS_BYTES = 590_000_000
 """What a training process on a CPU holds after its imports (``memory.resident_after_imports_bytes``). Measured: 586 and
@@ -123,7 +123,14 @@ def fit_into(bound_bytes: int, need: MemoryEstimate, rule: MemoryLimit, key: str
     ran_out = correction.ran_out_bytes is not None and need.peak_bytes >= correction.ran_out_bytes
     if correction.ran_out_bytes and ran_out:
         corrected = max(corrected, bound_bytes * need.peak_bytes / correction.ran_out_bytes)
-    fit = Fit(need.peak_bytes, need.context_bytes, round(corrected), bound_bytes, ERROR[device_kind], correction.count)
+    fit = Fit(
+        need.peak_bytes,
+        need.context_bytes,
+        round(corrected),
+        bound_bytes,
+        RELATIVE_ERROR[device_kind],
+        correction.count,
+    )
     tolerance = fit.error if rule.allow_borderline else 0.0
     may_start = not ran_out and fit.excess <= tolerance and need.exact_bytes + need.context_bytes <= bound_bytes
     return fit, may_start or rule.force
@@ -138,35 +145,41 @@ def corrections(records: Iterable[RunRecord], bound_bytes: int | None) -> tuple[
     """
     by_key: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
-        if predicted_of(record) is not None:
+        if predicted_peak_of(record) is not None:
             by_key[correction_key(record.config, record.environment.device)].append(record)
-    return tuple(_kin(key, similar, bound_bytes) for key, similar in by_key.items())
+    return tuple(_correction(key, similar, bound_bytes) for key, similar in by_key.items())
 
 
-def predicted_of(record: RunRecord) -> int | None:
+def predicted_peak_of(record: RunRecord) -> int | None:
     """Return the predicted peak of the run as it ran in the end: its micro-batch may have been halved."""
     planned = record.plan.predicted_peak_train_bytes if record.plan is not None else None
     return planned or (record.fit.peak_bytes if record.fit is not None else None)
 
 
-def measured_of(record: RunRecord) -> int | None:
-    """Return the measured peak that :func:`predicted_of` predicts; ``None`` if it is unknown."""
+def measured_peak_of(record: RunRecord) -> int | None:
+    """Return the measured peak that :func:`predicted_peak_of` predicts; ``None`` if it is unknown."""
     return record.memory.train_working_set_bytes if record.status in MEASURED_PEAKS else None
 
 
-def _kin(key: str, records: Sequence[RunRecord], bound_bytes: int | None) -> MemoryCorrection:
-    fitted = [(predicted_of(record) or 0, measured_of(record)) for record in records if record.status in MEASURED_PEAKS]
+def _correction(key: str, records: Sequence[RunRecord], bound_bytes: int | None) -> MemoryCorrection:
+    fitted = [
+        (predicted_peak_of(record) or 0, measured_peak_of(record))
+        for record in records
+        if record.status in MEASURED_PEAKS
+    ]
     ratios = [measured / predicted for predicted, measured in fitted if measured and predicted]
-    failures = [record for record in records if record.status is Status.OUT_OF_MEMORY and _counts(record, bound_bytes)]
+    failures = [
+        record for record in records if record.status is Status.OUT_OF_MEMORY and _is_informative(record, bound_bytes)
+    ]
     median = statistics.median(ratios) if ratios else 1.0
-    lower_bounds = [ratio for record in failures if (ratio := _at_least(record)) is not None and ratio > median]
+    lower_bounds = [ratio for record in failures if (ratio := _min_ratio(record)) is not None and ratio > median]
     max_fitted = max((predicted for predicted, _ in fitted), default=0)
-    ran_out = [predicted for record in failures if (predicted := predicted_of(record)) and predicted > max_fitted]
+    ran_out = [predicted for record in failures if (predicted := predicted_peak_of(record)) and predicted > max_fitted]
     ratio = statistics.median([*ratios, *lower_bounds]) if ratios or lower_bounds else 1.0
     return MemoryCorrection(key, ratio, len(ratios), min(ran_out, default=None))
 
 
-def _counts(record: RunRecord, bound_bytes: int | None) -> bool:
+def _is_informative(record: RunRecord, bound_bytes: int | None) -> bool:
     """Return whether a run that ran out of memory tells what similar runs need.
 
     It doesn't if the kernel killed it although its corrected prediction was far below the limit: other processes may
@@ -176,12 +189,12 @@ def _counts(record: RunRecord, bound_bytes: int | None) -> bool:
     if fit is None:
         return True
     was_killed = failure is not None and failure.kind == KILLED_FOR_MEMORY
-    if was_killed and fit.corrected_bytes < OTHERS_SHARE * fit.bound_bytes:
+    if was_killed and fit.corrected_bytes < OTHER_PROCESSES_SHARE * fit.bound_bytes:
         return False
     return bound_bytes is None or fit.bound_bytes >= bound_bytes
 
 
-def _at_least(record: RunRecord) -> float | None:
+def _min_ratio(record: RunRecord) -> float | None:
     """Return the lower bound of measured / predicted peak of a run that ran out of memory."""
-    predicted, fit = predicted_of(record), record.fit
+    predicted, fit = predicted_peak_of(record), record.fit
     return (fit.bound_bytes - fit.context_bytes) / predicted if fit is not None and predicted else None

@@ -18,7 +18,7 @@ from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, gradie
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.config.names import QUANTIZED
 from qlora_exp.config.schema import Config, Quantization
-from qlora_exp.estimate.activations import FLOAT32, SavedActivations, is_eager, saved_bytes_per_token
+from qlora_exp.estimate.activations import FLOAT32_BYTES, SavedActivations, is_eager, saved_bytes_per_token
 from qlora_exp.estimate.traits import traits_of
 from qlora_exp.estimate.weights import WIDTHS_OF, adapter_bytes, base_bytes, temporaries_bytes
 from qlora_exp.estimate.workload import RowLengths
@@ -32,7 +32,7 @@ p and the gradient in float32, a mask of one byte, and two float32 temporaries o
 
 
 PAGE_BYTES = 4096
-MANY_STEPS = 1000
+DEFAULT_STEPS = 1000
 """Used if the number of steps is unknown."""
 
 
@@ -55,8 +55,8 @@ class Heap:
     """The same share of the head's tensors, if they are smaller than 32 MiB."""
 
 
-PLAIN_HEAP = Heap(42e6, 0.0, 0.58, 0.2)
-JOINED_HEAP = Heap(17e6, 26e6, 0.165, 0.165)
+DEFAULT_HEAP = Heap(42e6, 0.0, 0.58, 0.2)
+TUNED_HEAP = Heap(17e6, 26e6, 0.165, 0.165)
 """glibc with its defaults, and with the settings of :mod:`qlora_exp.system.heap`. Fitted to the rows of llama, gpt2 and
 gpt_neox in docs/predicted_memory_plain.csv and docs/predicted_memory.csv: docs/plan_accuracy.md."""
 MAPPED_FROM_BYTES = 32 * 2**20
@@ -130,17 +130,17 @@ def predicted_peak(
         eager=is_eager(config.model.attention, architecture),
     )
     logits = _logits(architecture, shape)
-    dequantized = _unpacked(architecture, config, shape)
+    dequantized = _dequantized_bytes(architecture, config, shape)
     with_gradients = resting + adapters.gradient_bytes
     outer = shape.tokens * (activations.outside + (activations.inputs if shape.checkpointing else activations.layers))
     recomputed = shape.tokens * activations.layer * 2 if shape.checkpointing else 0.0
     # Before the first backward pass of a step the gradients of the last step are freed.
-    at_head = _Moment(with_gradients if shape.accumulates else resting, outer, logits, 0, 0)
-    in_layer = _Moment(with_gradients, outer + recomputed, 0, dequantized, 0)
-    in_optimizer = _Moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters), 0, 0, 0)
+    at_head = _PeakCandidate(with_gradients if shape.accumulates else resting, outer, logits, 0, 0)
+    in_layer = _PeakCandidate(with_gradients, outer + recomputed, 0, dequantized, 0)
+    in_optimizer = _PeakCandidate(with_gradients, temporaries_bytes(config.training.optimizer, adapters), 0, 0, 0)
     if not shape.cuda:
         slack = _heap_fragmentation(
-            JOINED_HEAP if joined_heap else PLAIN_HEAP, architecture, shape, activations, logits
+            TUNED_HEAP if joined_heap else DEFAULT_HEAP, architecture, shape, activations, logits
         )
         at_head, in_layer = replace(at_head, slack=slack), replace(in_layer, slack=slack)
     moments = (at_head, in_layer, in_optimizer) if shape.cuda else (at_head, in_layer)
@@ -182,7 +182,7 @@ class _Shape:
         length = min(lengths.longest_tokens, training.max_length) if lengths else training.max_length
         scored: float = rows * (length - 1)
         if lengths:
-            batches = (steps or training.max_steps or MANY_STEPS) * math.ceil(training.batch_size / rows)
+            batches = (steps or training.max_steps or DEFAULT_STEPS) * math.ceil(training.batch_size / rows)
             scored = min(scored, lengths.max_loss_tokens(rows, batches))
         differ = lengths is None or lengths.differ
         length_multiple, logits_multiple = shape_multiples(
@@ -207,7 +207,7 @@ def _rounded_up(number: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Moment:
+class _PeakCandidate:
     exact: float
     activations: float
     logits: float
@@ -227,13 +227,13 @@ def _logits(architecture: Architecture, shape: _Shape) -> float:
         tile = tokens * HEAD_VOCABULARY * shape.width
     else:
         vocabulary = min(architecture.vocabulary_size, HEAD_VOCABULARY)
-        softcap_bytes = FLOAT32 if traits_of(architecture.model_type).logit_softcapping else 0
+        softcap_bytes = FLOAT32_BYTES if traits_of(architecture.model_type).logit_softcapping else 0
         tile = tokens * vocabulary * (HEAD_BYTES_WITHOUT_TRITON + softcap_bytes + shape.width)
         tile += tokens * PAGE_BYTES if vocabulary < HEAD_VOCABULARY else 0
-    return tile + shape.scored * architecture.hidden_size * FLOAT32
+    return tile + shape.scored * architecture.hidden_size * FLOAT32_BYTES
 
 
-def _unpacked(architecture: Architecture, config: Config, shape: _Shape) -> float:
+def _dequantized_bytes(architecture: Architecture, config: Config, shape: _Shape) -> float:
     """Return the bytes of the largest quantized weight in the compute dtype: every multiplication dequantizes one and
     frees it again. On CUDA, LLM.int8()'s forward multiplies integers, but its backward dequantizes, too."""
     if config.quantization.mode not in QUANTIZED:
@@ -249,8 +249,8 @@ def _heap_fragmentation(
     heap: Heap, architecture: Architecture, shape: _Shape, activations: SavedActivations, logits: float
 ) -> float:
     tile = min(shape.scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
-    logits_in_heap = logits if tile * FLOAT32 < MAPPED_FROM_BYTES else 0.0
-    kernels = heap.kernels_16_bit_bytes if shape.width < FLOAT32 else 0.0
+    logits_in_heap = logits if tile * FLOAT32_BYTES < MAPPED_FROM_BYTES else 0.0
+    kernels = heap.kernels_16_bit_bytes if shape.width < FLOAT32_BYTES else 0.0
     return (
         heap.code_bytes
         + kernels
@@ -259,7 +259,7 @@ def _heap_fragmentation(
     )
 
 
-def _peak(moment: _Moment, shape: _Shape) -> Peak:
+def _peak(moment: _PeakCandidate, shape: _Shape) -> Peak:
     needed = moment.exact + moment.activations + moment.logits + moment.unpacked
     context = CUDA_CONTEXT_BYTES + CUDA_FRAGMENTS * needed if shape.cuda else 0.0
     return Peak(

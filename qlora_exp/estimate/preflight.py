@@ -18,7 +18,7 @@ from qlora_exp.estimate.memory_fit import (
     next_smaller_micro_batch,
 )
 from qlora_exp.estimate.peak import Peak
-from qlora_exp.estimate.preflight_budget import check_budget_buys_a_step
+from qlora_exp.estimate.preflight_budget import check_budget_covers_a_step
 from qlora_exp.estimate.run_estimate import peak_of, row_lengths
 from qlora_exp.estimate.weights import in_mode, smallest_base
 from qlora_exp.formatting import bytes_text
@@ -27,9 +27,9 @@ from qlora_exp.runs.prepare import Prepared
 
 SMALLER_QUANTIZATIONS = (Quantization.bf16, Quantization.int8, Quantization.nf4)
 """Modes to suggest, the most precise first."""
-WIDTH = {Quantization.fp32: 32, Quantization.bf16: 16, Quantization.fp16: 16, Quantization.int8: 8}
+BITS_PER_WEIGHT = {Quantization.fp32: 32, Quantization.bf16: 16, Quantization.fp16: 16, Quantization.int8: 8}
 """Bits per weight; 4 for the other modes."""
-SHORTEST = 16
+MIN_LENGTH = 16
 """Tokens. Shorter rows are never suggested."""
 
 
@@ -40,28 +40,28 @@ def memory_fit(config: Config, prepared: Prepared, environment: Environment, rul
         PredictedOutOfMemory: the prediction exceeds the limit; the error has its parts, and what would fit.
         ConfigError: the budget is too small for one step.
     """
-    check_budget_buys_a_step(config, prepared)
+    check_budget_covers_a_step(config, prepared)
     device, plan = environment.device, prepared.plan
     limit = memory_limit_bytes(rule, device)
     if limit is None:
         return None
     exact = peak_of(config, environment, prepared.architecture, prepared.modules, prepared.splits).exact_bytes
-    need = need_of(plan, exact)
+    need = memory_estimate(plan, exact)
     fit, may_start = fit_into(limit, need, rule, correction_key(to_plain(config), device), device.kind)
     if may_start and fit.excess < -fit.error:
         return fit
     from_budget = rule.bound_bytes is not None
-    what, hint = _told(config, prepared, environment, fit, from_budget)
+    what, hint = _error_and_hint(config, prepared, environment, fit, from_budget)
     fit = replace(fit, would_fit=hint)
     if may_start:
         return fit
-    where = f"budget.memory_bytes = {limit}" if from_budget else _whose(device, limit, rule.hosts)
+    where = f"budget.memory_bytes = {limit}" if from_budget else _limit_text(device, limit, rule.hosts)
     raise PredictedOutOfMemory(
         what, where, f"{hint}; --force starts it anyway", SkippedTrial(fit, need.train_seconds, need.train_flops)
     )
 
 
-def _whose(device: Device, bound: int, hosts: int) -> str:
+def _limit_text(device: Device, bound: int, hosts: int) -> str:
     """Return a phrase that names the memory that limits the run."""
     shared = f", shared by {hosts} concurrent trials" if hosts > 1 else ""
     if device.kind == "cpu":
@@ -71,7 +71,7 @@ def _whose(device: Device, bound: int, hosts: int) -> str:
     return f"the memory of {device.name} = {bound}{shared}"
 
 
-def need_of(planned: Plan, exact_bytes: int = 0) -> MemoryEstimate:
+def memory_estimate(planned: Plan, exact_bytes: int = 0) -> MemoryEstimate:
     """Return the memory estimate of a plan that has predictions."""
     tokens = planned.predicted_train_tokens
     flops = planned.train_flops_per_token
@@ -84,7 +84,9 @@ def need_of(planned: Plan, exact_bytes: int = 0) -> MemoryEstimate:
     )
 
 
-def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit, limited: bool) -> tuple[str, str]:
+def _error_and_hint(
+    config: Config, prepared: Prepared, environment: Environment, fit: Fit, limited: bool
+) -> tuple[str, str]:
     """Return what is wrong, and what to do. ``limited``: the limit is ``budget.memory_bytes``."""
 
     def at_least(size: int) -> str:
@@ -110,10 +112,10 @@ def _told(config: Config, prepared: Prepared, environment: Environment, fit: Fit
         predicted = peak(variant)
         return scale * predicted.peak_bytes + predicted.context_bytes
 
-    changes = list(_smaller(config, prepared, lambda variant: needed(variant) <= fit.bound_bytes))
+    changes = list(_smaller_settings(config, prepared, lambda variant: needed(variant) <= fit.bound_bytes))
     if changes:
         return what, "; or ".join(f"{text} ({bytes_text(needed(variant))})" for text, variant in changes)
-    text, smallest = _smallest(config)
+    text, smallest = _smallest_settings(config)
     if needed(smallest) <= fit.bound_bytes:
         return what, f"{text} ({bytes_text(needed(smallest))})"
     minimum = round(needed(smallest))
@@ -132,7 +134,9 @@ def _parts(peak: Peak) -> str:
     return ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
 
 
-def _smaller(config: Config, prepared: Prepared, fits: Callable[[Config], bool]) -> Iterator[tuple[str, Config]]:
+def _smaller_settings(
+    config: Config, prepared: Prepared, fits: Callable[[Config], bool]
+) -> Iterator[tuple[str, Config]]:
     """Yield, for each setting, the nearest smaller value that makes the run fit by itself."""
     for values in _settings(config, prepared):
         candidate = next(((text, variant) for text, variant in values if not check(variant) and fits(variant)), None)
@@ -145,7 +149,11 @@ def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str
     training = config.training
     rows = training.micro_batch_size or training.batch_size
     length = min(training.max_length, max(row_lengths(prepared.splits)))
-    modes = [mode for mode in SMALLER_QUANTIZATIONS if WIDTH.get(mode, 4) < WIDTH.get(config.quantization.mode, 4)]
+    modes = [
+        mode
+        for mode in SMALLER_QUANTIZATIONS
+        if BITS_PER_WEIGHT.get(mode, 4) < BITS_PER_WEIGHT.get(config.quantization.mode, 4)
+    ]
 
     def with_training(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
         return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))
@@ -153,7 +161,7 @@ def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str
     # Micro-batches that divide the batch: all of them for a small batch, else only by halving.
     row_counts = range(rows - 1, 0, -1) if rows <= 64 else _halvings(rows, training.batch_size)
     yield (with_training("micro_batch_size", n, n) for n in row_counts if training.batch_size % n == 0)
-    yield (with_training("max_length", n, n) for n in _halves(length, SHORTEST))
+    yield (with_training("max_length", n, n) for n in _halves(length, MIN_LENGTH))
     yield (with_training("gradient_checkpointing", "on", checkpointing) for checkpointing in [Checkpointing.on])
     yield ((f"quantization={mode.value}", _in_mode(config, mode)) for mode in modes)
 
@@ -169,7 +177,7 @@ def _halves(value: int, minimum: int) -> Iterator[int]:
         yield value
 
 
-def _smallest(config: Config) -> tuple[str, Config]:
+def _smallest_settings(config: Config) -> tuple[str, Config]:
     training = replace(config.training, micro_batch_size=1, gradient_checkpointing=Checkpointing.on)
     text = "training.micro_batch_size=1 training.gradient_checkpointing=on quantization=nf4"
     return text, _in_mode(replace(config, training=training), Quantization.nf4)

@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_exp.config.schema import Config
-from qlora_exp.estimate.affordable_steps import StepCost, affordable_steps, check_buys_a_step
+from qlora_exp.estimate.affordable_steps import StepCost, affordable_steps, check_covers_a_step
 from qlora_exp.estimate.budget import limits_of
 from qlora_exp.estimate.duration import Interval
 from qlora_exp.estimate.run_estimate import row_lengths
 from qlora_exp.runs.prepare import Prepared
 
 
-def check_budget_buys_a_step(config: Config, prepared: Prepared) -> None:
+def check_budget_covers_a_step(config: Config, prepared: Prepared) -> None:
     """Check each limit against the lower bound of one step's cost: the shortest rows at the fastest calibrated rate.
 
     Raises:
         ConfigError: a limit is too small for one step.
     """
-    check_buys_a_step(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared))
+    check_covers_a_step(limits_of(config.budget), config.budget.usd_per_hour, _step_cost(prepared))
 
 
 def affordable_steps_message(config: Config, prepared: Prepared) -> Iterator[str]:
     """Yield a sentence for each limit. A training ends after the step that reaches the limit."""
-    for affordable in affordable_steps(limits_of(config.budget), config.budget.usd_per_hour, _pace(prepared)):
+    for affordable in affordable_steps(limits_of(config.budget), config.budget.usd_per_hour, _step_cost(prepared)):
         yield affordable.told
 
 
-def _pace(prepared: Prepared) -> StepCost:
+def _step_cost(prepared: Prepared) -> StepCost:
     predicted = prepared.predicted
     return StepCost(
         extent=predicted.extent,

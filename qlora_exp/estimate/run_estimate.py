@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.data.items import Splits
-from qlora_exp.estimate.calibration import known_rate
+from qlora_exp.estimate.calibration import calibrated_rate
 from qlora_exp.estimate.duration import Interval, Rate, lower_bound_seconds, predicted_seconds, predicted_usd
 from qlora_exp.estimate.flops import Workload, train_flops_per_token
 from qlora_exp.estimate.peak import Peak, predicted_peak
@@ -33,7 +33,7 @@ class PredictedRun:
     """The expected workload. With ``training.max_tokens`` the plan's steps are an upper bound instead."""
 
 
-def predicted(
+def predict_run(
     planned: Plan,
     config: Config,
     environment: Environment,
@@ -53,7 +53,7 @@ def predicted(
         return predicted_seconds(architecture, modules, config, device.kind, rate, extent)
 
     throughput = from_finished_runs(ended, environment, redact(to_plain(config)), extent.steps, warm)
-    calibrated = seconds_at(known_rate(environment, config.quantization.mode))
+    calibrated = seconds_at(calibrated_rate(environment, config.quantization.mode))
     seconds = seconds_at(throughput.rate) if throughput.rate is not None else calibrated
     price = price_of(config.budget.usd_per_hour, device.kind, device.name)
     usd = predicted_usd(seconds, price.usd_per_hour if price else None)
@@ -81,15 +81,15 @@ def predicted(
     return PredictedRun(plan, lower_bound_seconds(calibrated), throughput.before, extent)
 
 
-TIMES = (
+TIME_FIELDS = (
     *("predicted_train_seconds", "predicted_train_seconds_low", "predicted_train_seconds_high"),
     *("predicted_train_seconds_basis", "predicted_train_usd", "predicted_other_seconds"),
 )
 
 
-def as_first_told(planned: Plan, before: Plan | None) -> Plan:
+def with_first_predictions(planned: Plan, before: Plan | None) -> Plan:
     """Return ``planned`` with the predicted times of ``before``: a resumed run keeps those of its start."""
-    return planned if before is None else replace(planned, **{name: getattr(before, name) for name in TIMES})
+    return planned if before is None else replace(planned, **{name: getattr(before, name) for name in TIME_FIELDS})
 
 
 def peak_of(

@@ -12,10 +12,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qlora_exp.config.checks import check
-from qlora_exp.config.compose import Composer, built, compose_raw
+from qlora_exp.config.compose import Composer, as_config, compose_raw
 from qlora_exp.config.group_files import default_choices, read_choice
 from qlora_exp.config.groups import groups
-from qlora_exp.config.interpolations import texts_of, without_outside
+from qlora_exp.config.interpolations import resolve_outside, unresolved_texts
 from qlora_exp.config.override_values import has_interpolation, hydra_value
 from qlora_exp.config.overrides import is_swept, override_key, override_value
 from qlora_exp.config.problems import problems_of, typed_value
@@ -25,7 +25,7 @@ from qlora_exp.paths import CONF
 from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides
 from qlora_exp.study.types import Axis, AxisKind
 
-MOST_POINTS = 100_000
+MAX_POINTS = 100_000
 """More would take minutes, and nobody could read them."""
 
 
@@ -57,7 +57,7 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     Raises:
         ConfigError, Problems: a misspelt key or choice, a wrong type, too many points.
     """
-    overrides = without_outside(overrides)
+    overrides = resolve_outside(overrides)
     raise_all(problems_of(overrides, multirun=True))
     swept = {override_key(text): text.partition("=")[2] for text in overrides if is_swept(text)}
     fixed = [text for text in overrides if override_key(text) not in swept]
@@ -79,10 +79,10 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     corners = tuple(_interval_ends(axis) for axis in axes)
     if ladder:  # its ranks are an axis, too
         corners = (*corners, *parse_axes({"lora.r": ",".join(map(str, _ranks(settings)))}, {}))
-    _refuse_too_many(corners)
+    _check_number_of_points(corners)
     combinations = grid(corners)
     trials = settings.n_trials or (
-        _most_trials(settings, fixed, axes) if ladder else len(combinations) if is_listed else None
+        _max_trials(settings, fixed, axes) if ladder else len(combinations) if is_listed else None
     )
     interpolates = has_interpolation([axis.values for axis in axes]) or _has_interpolation(raw)
     factory = ConfigFactory(fixed, None if searched else raw, interpolates)
@@ -108,7 +108,7 @@ class ConfigFactory:
         self._values: dict[tuple[str, str], Any] = {}
         if raw is not None and not follows:
             with contextlib.suppress(QloraExpError):  # a value may be missing because an axis sets it
-                self._begin(built(raw))
+                self._begin(as_config(raw))
 
     def point(self, params: Mapping[str, Any]) -> Candidate:
         """Return the candidate at ``params``: axis (key or group) → value."""
@@ -130,7 +130,7 @@ class ConfigFactory:
         """Return the configuration at ``params``: a copy of the base with the same group choices, with the values
         set."""
         if self._composer is not None:
-            return built(self._composer.raw([*self._fixed, *point_overrides(params)]))
+            return as_config(self._composer.raw([*self._fixed, *point_overrides(params)]))
         chosen = {key: str(value) for key, value in params.items() if key in self._groups}
         base = self._base(chosen)
         values = {key: self._value(key, value) for key, value in params.items() if key not in self._groups}
@@ -167,7 +167,7 @@ class ConfigFactory:
         return base
 
     def _composed(self, chosen: Mapping[str, str]) -> Config:
-        return built(compose_raw([*self._fixed, *point_overrides(chosen)]))
+        return as_config(compose_raw([*self._fixed, *point_overrides(chosen)]))
 
     def _varied(self, chosen: Mapping[str, str]) -> Config | None:
         """Return an already composed configuration with other groups' files swapped in; ``None`` if only Hydra can say
@@ -208,7 +208,7 @@ def _settings(raw: DictConfig) -> SweepConfig:
     """Return the sweep settings of a composed configuration."""
     settings = OmegaConf.to_object(raw.sweep)
     assert isinstance(settings, SweepConfig)
-    return replace(settings, params=texts_of(raw.sweep, "params"))
+    return replace(settings, params=unresolved_texts(raw.sweep, "params"))
 
 
 def _has_interpolation(raw: DictConfig) -> bool:
@@ -257,15 +257,15 @@ def _ranks(settings: SweepConfig) -> Iterator[int]:
         rank *= 2
 
 
-def _most_trials(settings: SweepConfig, fixed: Sequence[str], axes: tuple[Axis, ...]) -> int:
+def _max_trials(settings: SweepConfig, fixed: Sequence[str], axes: tuple[Axis, ...]) -> int:
     from qlora_exp.rank_doubling.ladder_sweep import ladder_of
-    from qlora_exp.rank_doubling.settings import most_trials
+    from qlora_exp.rank_doubling.settings import max_trials
 
-    return most_trials(ladder_of(settings, fixed, axes))
+    return max_trials(ladder_of(settings, fixed, axes))
 
 
-def _refuse_too_many(axes: Sequence[Axis]) -> None:
+def _check_number_of_points(axes: Sequence[Axis]) -> None:
     count = math.prod(len(axis.values) for axis in axes)
-    if count > MOST_POINTS:
+    if count > MAX_POINTS:
         where = " × ".join(f"{axis.key}: {len(axis.values)}" for axis in axes)
-        raise ConfigError(f"{count:,} configurations are too many to plan", where, f"at most {MOST_POINTS:,}")
+        raise ConfigError(f"{count:,} configurations are too many to plan", where, f"at most {MAX_POINTS:,}")

@@ -33,9 +33,9 @@ BEYOND_IMPORTS = (
     f"{bytes_text(CPU_PROCESS_BYTES)}; this counts against the machine's memory and --fit SIZE, but not against "
     "budget.memory_bytes"
 )
-LONGEST = "for rows as long as training.max_length; a run predicts both again from its own rows"
+UNKNOWN_ROWS = "for rows as long as training.max_length; a run predicts both again from its own rows"
 DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
-UNSEEN = "without loading and scoring: unknown until similar runs have ended in the same output_root"
+UNKNOWN_OTHER_SECONDS = "without loading and scoring: unknown until similar runs have ended in the same output_root"
 BAR_CHARACTERS = 24
 REASONS_SHOWN = 8
 ROWS_SHOWN = 40
@@ -85,7 +85,7 @@ def plan_summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) 
     return f"{count}: {', '.join(text for text in counts if not text.startswith('0 '))}{edge}"
 
 
-def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None:
+def cost_summary(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None:
     """Return a sentence with the time and money of all runs that may start, one after the other; ``None``: nothing
     fits.
 
@@ -108,14 +108,14 @@ def costs(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None
         message = f"{message}, loading and scoring: {_duration(other_seconds[0], other_seconds[1:])}"
     usd = _total([run.usd for run in counted], [run.usd_interval for run in counted], searched)
     price = "usd unknown: no price in conf/prices.yaml; budget.usd_per_hour=PRICE"
-    message = f"{message}, {price if usd is None else _ranged(usd[0], usd[1:], ' usd')}"
+    message = f"{message}, {price if usd is None else _with_interval(usd[0], usd[1:], ' usd')}"
     if searched is not None:
         message = f"{message}, for {searched:,} trials of a search between these"
     if other_seconds is not None:
         return message
     if scored and usd is not None:
         message = f"{message}; usd includes loading and scoring for {len(scored):,} of {len(counted):,} configurations"
-    return f"{message}; {UNSEEN}"
+    return f"{message}; {UNKNOWN_OTHER_SECONDS}"
 
 
 def _total(
@@ -158,7 +158,7 @@ def notes(runs: Sequence[PlannedRun]) -> list[str]:
 
 def _rows(rows: PlannedRows | None) -> str:
     if rows is None:
-        return LONGEST
+        return UNKNOWN_ROWS
     counted = f", {rows.counted:,} of them counted" if rows.counted < rows.rows else ""
     mean, longest = rows.mean_tokens, rows.lengths.longest_tokens
     return f"from the task's {rows.rows:,} rows{counted}: mean {mean:.1f} tokens, longest {longest}"
@@ -192,11 +192,11 @@ def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], fil
             "trainable": number(run.trainable_parameters, 0),
             "parts": _shares(run.memory, scale),
             "peak": _peak(run.memory),
-            "fits": _verdict(run),
+            "fits": _fits_text(run),
             "reason": "; ".join((run.reason, *run.notes)),
             "seconds": _duration(run.seconds, run.seconds_interval),
             "other_seconds": _duration(run.other_seconds, run.other_seconds_interval),
-            "usd": _ranged(run.usd, run.usd_interval),
+            "usd": _with_interval(run.usd, run.usd_interval),
             "disk": bytes_text(run.disk.checkpoint_bytes if run.disk else None),
         }
         for run in runs
@@ -224,15 +224,15 @@ def _row(run: PlannedRun, scale: int, more: str, scored: bool) -> list[str]:
         number(run.trainable_parameters, 0),
         _bar(run.memory, scale),
         _peak(run.memory),
-        _verdict(run),
+        _fits_text(run),
         _duration(run.seconds, run.seconds_interval),
         *other_seconds,
-        _ranged(run.usd, run.usd_interval),
+        _with_interval(run.usd, run.usd_interval),
         bytes_text(run.disk.checkpoint_bytes if run.disk else None),
     ]
 
 
-def _ranged(middle: float | None, interval: tuple[float, float] | None, unit: str = "") -> str:
+def _with_interval(middle: float | None, interval: tuple[float, float] | None, unit: str = "") -> str:
     """Return e.g. ``23 min (11–51)``."""
     if middle is None or interval is None:
         return UNKNOWN_CELL
@@ -245,10 +245,10 @@ def _duration(seconds: float | None, interval: tuple[float, float] | None) -> st
     if seconds is None or interval is None:
         return UNKNOWN_CELL
     size, unit = next(((size, unit) for size, unit in DURATIONS if seconds >= size), (1, "s"))
-    return _ranged(seconds / size, (interval[0] / size, interval[1] / size), f" {unit}")
+    return _with_interval(seconds / size, (interval[0] / size, interval[1] / size), f" {unit}")
 
 
-def _verdict(run: PlannedRun) -> str:
+def _fits_text(run: PlannedRun) -> str:
     return {True: "yes", False: "no", None: UNKNOWN_CELL}[run.fits] + ("?" if run.near_the_edge else "")
 
 

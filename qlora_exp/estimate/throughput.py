@@ -45,15 +45,15 @@ def from_finished_runs(
     ``warm``, runs whose process had made a run before, else the first runs of their process. If there are none, all
     runs of the variant count.
     """
-    machine, variant = machine_of(environment), _of(config, "model", "variant")
+    machine, variant = machine_of(environment), _setting(config, "model", "variant")
     same_base = [
         record
         for record in records
-        if machine_of(record.environment) == machine and _base(record.config) == _base(config)
+        if machine_of(record.environment) == machine and _base_key(record.config) == _base_key(config)
     ]
-    same_variant = [record for record in same_base if _of(record.config, "model", "variant") == variant]
+    same_variant = [record for record in same_base if _setting(record.config, "model", "variant") == variant]
     same_warmth = [record for record in same_variant if record.memory.host_reused == warm]
-    mode = str(_of(config, "quantization", "mode"))
+    mode = str(_setting(config, "quantization", "mode"))
     rate = _rate(same_variant, machine, mode, steps) or _rate(same_base, machine, mode, steps)
     other_seconds = _other_seconds(same_warmth, config)
     return MeasuredThroughput(
@@ -157,13 +157,13 @@ def t_95(degrees: int) -> float:
     return sum(term / float(degrees) ** power for power, term in enumerate(terms))
 
 
-def _base(config: Mapping[str, Any]) -> tuple[Any, ...]:
+def _base_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the base model (both variants) and the quantization."""
-    model = tuple(_of(config, "model", key) for key in ("family", "path", "checkpoints", "revision"))
-    return (*model, _of(config, "quantization", "mode"))
+    model = tuple(_setting(config, "model", key) for key in ("family", "path", "checkpoints", "revision"))
+    return (*model, _setting(config, "quantization", "mode"))
 
 
-def _of(config: Mapping[str, Any], section: str, key: str) -> Any:
+def _setting(config: Mapping[str, Any], section: str, key: str) -> Any:
     """Return a value of a record's configuration, or ``None`` if it lacks it."""
     settings = config.get(section)
     return settings.get(key) if isinstance(settings, Mapping) else None

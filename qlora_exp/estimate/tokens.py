@@ -17,7 +17,7 @@ from qlora_exp.errors import QloraExpError
 from qlora_exp.estimate.tokenizer_file import tokenizer_of
 from qlora_exp.estimate.workload import RowLengths
 
-DRAWN, LONGEST = 1000, 50
+SAMPLED_ROWS, LONGEST_ROWS = 1000, 50
 """If there are more rows, this many are sampled and counted; the longest ones by characters are counted, too, to find
 the longest in tokens."""
 
@@ -36,7 +36,7 @@ class RowCounter:
     """Counts the rows of the configurations' tasks, each task once per tokenizer and format."""
 
     def __init__(self) -> None:
-        self._counted: dict[tuple[str, ...], _Counted | None] = {}
+        self._counted: dict[tuple[str, ...], _TokenizedRows | None] = {}
         self._cut: dict[tuple[str, ...], PlannedRows | None] = {}
 
     def of(self, config: Config) -> PlannedRows | None:
@@ -48,7 +48,7 @@ class RowCounter:
         key = (repr(model), repr(config.task), resolve_format(config))
         if key not in self._counted:
             try:
-                self._counted[key] = _counted(config)
+                self._counted[key] = _tokenize_rows(config)
             except QloraExpError:
                 self._counted[key] = None
         counted, length = self._counted[key], config.training.max_length
@@ -69,7 +69,7 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Counted:
+class _TokenizedRows:
     """The tokenized rows of a task. Of a large file, ``drawn`` is a sample, and ``longest`` are its longest rows.
     ``refused``: the sampled rows that can't be encoded."""
 
@@ -82,8 +82,8 @@ class _Counted:
     drop: bool
 
     def cut_at(self, max_length: int) -> PlannedRows | None:
-        drawn = [cut for row in self.drawn if (cut := _cut(row, max_length, self.options)) is not None]
-        longest = [cut for row in self.longest if (cut := _cut(row, max_length, self.options)) is not None]
+        drawn = [cut for row in self.drawn if (cut := _cut_lengths(row, max_length, self.options)) is not None]
+        longest = [cut for row in self.longest if (cut := _cut_lengths(row, max_length, self.options)) is not None]
         sampled, counted = len(self.drawn) + self.refused, len(self.drawn) + len(self.longest)
         if not drawn or (not self.drop and (self.refused or len(drawn) + len(longest) < counted)):
             return None  # the run will refuse them
@@ -102,7 +102,7 @@ class _Counted:
         )
 
 
-def _cut(row: _Row, max_length: int, options: bool) -> tuple[int, int] | None:
+def _cut_lengths(row: _Row, max_length: int, options: bool) -> tuple[int, int] | None:
     """Return a row's tokens and those with a loss, cut as ``load_data`` cuts; ``None``: ``load_data`` refuses the
     row."""
     room = max_length - row.prompt
@@ -113,7 +113,7 @@ def _cut(row: _Row, max_length: int, options: bool) -> tuple[int, int] | None:
     return row.prompt + answered, scored
 
 
-def _counted(config: Config) -> _Counted | None:
+def _tokenize_rows(config: Config) -> _TokenizedRows | None:
     tokenizer = _tokenizer(config.model)
     if tokenizer is None:
         return None
@@ -122,11 +122,11 @@ def _counted(config: Config) -> _Counted | None:
     rows = load_rows(config.task).train
     drawn: Sequence[Example] = rows
     longest: Sequence[Example] = ()
-    if len(rows) > DRAWN + LONGEST:
-        drawn = random.Random(0).sample(rows, DRAWN)
-        longest = sorted(rows, key=_characters)[-LONGEST:]
+    if len(rows) > SAMPLED_ROWS + LONGEST_ROWS:
+        drawn = random.Random(0).sample(rows, SAMPLED_ROWS)
+        longest = sorted(rows, key=_characters)[-LONGEST_ROWS:]
     tokens = _tokens(drawn, tokenizer, format, config)
-    return _Counted(
+    return _TokenizedRows(
         rows=len(rows),
         refused=len(drawn) - len(tokens),
         drawn=tokens,

@@ -18,7 +18,7 @@ QUANTIZATION_BLOCK = 64
 NESTED_BLOCK = 256
 """Block constants per nested constant under double quantization; also 8-bit optimizer values per constant."""
 FOUR_BIT_CODE_BYTES, EIGHT_BIT_CODE_BYTES = 16 * 4, 256 * 4
-SMALLEST_IN_8_BIT = 4096
+MIN_8_BIT_ELEMENTS = 4096
 """bitsandbytes' optimizers keep the states of smaller tensors in float32 (``min_8bit_size``)."""
 
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -26,7 +26,7 @@ WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
 WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
 
 Shape = tuple[int, ...]
-Adapted = tuple[str, int, int]
+AdaptedLayer = tuple[str, int, int]
 """A layer with an adapter: full name, input width, output width."""
 
 
@@ -128,7 +128,7 @@ def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: s
 
 
 @lru_cache(maxsize=1024)
-def _adapter_bytes(layers: tuple[Adapted, ...], r: int, dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
+def _adapter_bytes(layers: tuple[AdaptedLayer, ...], r: int, dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
     tensors = [tensor for layer in layers for tensor in _adapter_tensors(layer, r, dora, dtype)]
     size = sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in tensors)
     states = optimizer_state_bytes(optimizer, [(shape, WIDTHS[kind]) for _, shape, kind in tensors])
@@ -156,7 +156,7 @@ def optimizer_state_bytes(optimizer: str, tensors: Iterable[tuple[Shape, int]]) 
         return sum(_TORCH_MOMENTS[name] * math.prod(shape) * width + 4 for shape, width in shapes)
     moments, in_8_bit = _bitsandbytes(name)
     sizes = [math.prod(shape) for shape, _ in shapes]
-    large = [size for size in sizes if in_8_bit and size >= SMALLEST_IN_8_BIT]
+    large = [size for size in sizes if in_8_bit and size >= MIN_8_BIT_ELEMENTS]
     blocks = sum(math.ceil(size / NESTED_BLOCK) for size in large)
     code_books = min(moments, 2) * EIGHT_BIT_CODE_BYTES if large else 0
     return moments * (4 * (sum(sizes) - sum(large)) + sum(large) + 4 * blocks) + code_books
@@ -166,14 +166,14 @@ _TORCH_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmspr
 """The numbers per parameter that torch's optimizers keep, in its dtype; plus a step of four bytes per tensor."""
 
 
-_TAKE_ALL_AT_ONCE = {"adamw_torch", "adagrad", "rmsprop"}
+_FOREACH_OPTIMIZERS = {"adamw_torch", "adagrad", "rmsprop"}
 """torch's optimizers that on CUDA make one temporary for all parameters together (``torch/optim``: ``foreach``)."""
 
 
 def temporaries_bytes(optimizer: str, adapters: AdapterBytes) -> int:
     """Return what the step of ``optimizer`` needs on CUDA in addition to states and gradients: the root of the second
     moments."""
-    return adapters.adapter_bytes if optimizer in _TAKE_ALL_AT_ONCE else 0
+    return adapters.adapter_bytes if optimizer in _FOREACH_OPTIMIZERS else 0
 
 
 def _bitsandbytes(name: str) -> tuple[int, bool]:
@@ -183,7 +183,7 @@ def _bitsandbytes(name: str) -> tuple[int, bool]:
     return moments, name.endswith("8bit")
 
 
-def _adapter_tensors(layer: Adapted, r: int, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:
+def _adapter_tensors(layer: AdaptedLayer, r: int, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:
     """Return (name in the adapter's file, shape, safetensors' name of the dtype) of each tensor."""
     name, in_features, out_features = layer
     kind = SAFETENSORS_DTYPES[dtype]

@@ -37,7 +37,7 @@ class RowLengths:
             scored_mean_tokens=statistics.fmean(scored),
             scored_deviation_tokens=statistics.pstdev(scored),
             scored_most_tokens=max(scored),
-            longest_of_tokens=_longest_of(tokens),
+            longest_of_tokens=_expected_max(tokens),
         )
 
     @property
@@ -73,7 +73,7 @@ class RowLengths:
         return min(expected, float(rows * self.scored_most_tokens))
 
 
-def _longest_of(tokens: Sequence[int]) -> tuple[float, ...]:
+def _expected_max(tokens: Sequence[int]) -> tuple[float, ...]:
     """Return the expected longest of 1, 2, 4, … rows, up to as many as there are, drawn with replacement.
 
     If F(n) is the share of rows with at most n tokens, F(n)^k is the probability that none of k drawn rows is longer.

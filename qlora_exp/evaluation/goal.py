@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
-from qlora_exp.config.checks_task import goal_of
+from qlora_exp.config.checks_task import parse_goal
 from qlora_exp.evaluation.scoring import Evaluation
 from qlora_exp.records.types import Goal
 
@@ -47,7 +47,7 @@ def answer_goal(text: str, evaluation: Evaluation, split: str) -> Goal:
     Raises:
         ConfigError: the goal can't be read.
     """
-    metric, operator, threshold = goal_of(text)
+    metric, operator, threshold = parse_goal(text)
     value = getattr(evaluation.scores, metric, None)
     bounds = _bounds(metric, evaluation) if value is not None else None
     if value is None or bounds is None:

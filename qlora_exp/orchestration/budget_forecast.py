@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config.overrides import is_hydra, override_key
 from qlora_exp.errors import QloraExpError
-from qlora_exp.estimate.affordable_trials import Cost, affordable_trials_at, by_rows, planned_cost
+from qlora_exp.estimate.affordable_trials import Cost, affordable_trials_at, all_rows_counted, planned_cost
 from qlora_exp.estimate.budget import LimitUsage, StudyBudget, budget_of, without_limits
 from qlora_exp.formatting import bytes_text
 from qlora_exp.orchestration.command import SweepCommand
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
     from qlora_exp.estimate.estimator import PlannedRun
     from qlora_exp.estimate.sweep import Candidate
 
-MOST_PLANNED = 1000
+MAX_ESTIMATED_POINTS = 1000
 """Estimating more points would delay the first trial."""
 
 
 def affordable_trials_message(command: SweepCommand, opened: Any, budget: StudyBudget) -> Iterator[str]:
     """Yield a sentence for each limit of the budget."""
     counts, memory_bytes = opened.counts(), budget_of(command.config).memory_bytes
-    limits = budget.accounts(opened.trials())
+    limits = budget.usages(opened.trials())
     to_come = counts.waiting + counts.to_ask + counts.running
     runs = None
     if memory_bytes is not None or any(not limit.costs for limit in limits):
-        runs = _planned(command.spec, memory_bytes)
+        runs = _estimates(command.spec, memory_bytes)
     for limit in limits:
         remaining = limit.limit - limit.spent
         yield affordable_trials_at(limit.name, limit.limit, remaining, *_cost(runs, limit), to_come).told
     if memory_bytes is not None:
-        yield _fitting(runs, memory_bytes)
+        yield _memory_message(runs, memory_bytes)
 
 
-def _fitting(runs: Sequence[PlannedRun] | None, memory_bytes: int) -> str:
+def _memory_message(runs: Sequence[PlannedRun] | None, memory_bytes: int) -> str:
     """Return a sentence that says how many configurations fit into ``memory_bytes``."""
     limit_text = f"budget.memory_bytes={memory_bytes} ({bytes_text(memory_bytes)})"
     if runs is None:
         return f"{limit_text}: each trial's memory is predicted before it starts"
     fitting = sum(run.fits is True for run in runs)
-    if by_rows(runs):
+    if all_rows_counted(runs):
         return f"{limit_text}: {fitting} of {len(runs)} configurations fit (from the task's row lengths)"
     return (
         f"{limit_text}: at least {fitting} of {len(runs)} configurations fit (if all rows have training.max_length"
@@ -74,12 +74,12 @@ def check_memory(command: SweepCommand) -> None:
 
     memory_bytes = budget_of(command.config).memory_bytes
     if memory_bytes is not None:
-        configs = [point.config for point in _points(command.spec) or () if point.config is not None]
+        configs = [point.config for point in _candidates(command.spec) or () if point.config is not None]
         check_a_base_fits(Planner(), configs, memory_bytes)
 
 
-def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | None:
-    """Return an estimate for each point of the space; ``None`` as in :func:`_points`.
+def _estimates(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | None:
+    """Return an estimate for each point of the space; ``None`` as in :func:`_candidates`.
 
     The rates are those of runs that have ended here, else of the machine's calibration.
     """
@@ -87,15 +87,15 @@ def _planned(spec: StudySpec, memory_bytes: int | None) -> list[PlannedRun] | No
     from qlora_exp.estimate.tokens import RowCounter
     from qlora_exp.records.find import EndedRuns
 
-    points = _points(spec)
+    points = _candidates(spec)
     if points is None:
         return None
     records = EndedRuns(OutputPaths.of(spec.output_root)).records()
     planner = Planner(records=records, counter=RowCounter(), hosts=True)
-    return [planner.plan(_held_to(point, memory_bytes)) for point in points]
+    return [planner.plan(_as_trial(point, memory_bytes)) for point in points]
 
 
-def _held_to(point: Candidate, memory_bytes: int | None) -> Candidate:
+def _as_trial(point: Candidate, memory_bytes: int | None) -> Candidate:
     """Return the point as a trial runs it: without the study's budget, except for the memory limit."""
     if point.config is None:
         return point
@@ -103,7 +103,7 @@ def _held_to(point: Candidate, memory_bytes: int | None) -> Candidate:
     return replace(point, config=replace(config, budget=replace(config.budget, memory_bytes=memory_bytes)))
 
 
-def _points(spec: StudySpec) -> Sequence[Candidate] | None:
+def _candidates(spec: StudySpec) -> Sequence[Candidate] | None:
     """Return the space's points (of an interval, its ends).
 
     ``None``: nothing is trained, there are too many points, or a model's architecture isn't known without torch.
@@ -119,6 +119,6 @@ def _points(spec: StudySpec) -> Sequence[Candidate] | None:
     except QloraExpError:  # too many points to plan
         return None
     configs = [point.config for point in space.points if point.config is not None]
-    if len(space.points) > MOST_PLANNED or not all(known_architecture(config.model) for config in configs):
+    if len(space.points) > MAX_ESTIMATED_POINTS or not all(known_architecture(config.model) for config in configs):
         return None  # reading any other architecture imports torch
     return space.points

@@ -18,7 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw
 from qlora_exp.config.groups import groups
-from qlora_exp.config.interpolations import depends_on, settings_from_outside, texts_of, value_now, without_outside
+from qlora_exp.config.interpolations import (
+    depends_on,
+    resolve_outside,
+    resolve_value,
+    settings_from_outside,
+    unresolved_texts,
+)
 from qlora_exp.config.override_values import has_interpolation
 from qlora_exp.config.overrides import is_hydra, is_swept, override_key, override_value
 from qlora_exp.config.problems import problems_of
@@ -27,7 +33,7 @@ from qlora_exp.config.search_path import SEARCH_PATH
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.estimate import budget
 from qlora_exp.formatting import flat
-from qlora_exp.orchestration.absolute_paths import absolute, with_absolute_paths, with_absolute_places_on
+from qlora_exp.orchestration.absolute_paths import absolute_value, with_absolute_paths, with_absolute_values
 from qlora_exp.orchestration.study_names import check_name
 from qlora_exp.paths import OutputPaths, StudyPaths, study_name
 from qlora_exp.rank_doubling import ladder_sweep
@@ -46,7 +52,7 @@ IGNORED_IN_NAME = (
     "budget.force",
 )
 """Settings that may change while a study continues: the command still means the same study."""
-LIVE = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
+UNRESOLVED = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
 """Interpolations in these settings stay unresolved: they may hold a password, or are resolved elsewhere."""
 
 
@@ -73,17 +79,17 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     Raises:
         ConfigError, Problems: nothing was started.
     """
-    from qlora_exp.rank_doubling.settings import own_axes
-    from qlora_exp.study.earlier_trials import check_earlier
+    from qlora_exp.rank_doubling.settings import ladder_axes
+    from qlora_exp.study.earlier_trials import check_warm_start
     from qlora_exp.study.samplers import check_search
 
-    overrides, as_written = _as_it_is_now(overrides)
+    overrides, as_written = _resolve_environment(overrides)
     raise_all(problems_of(overrides, multirun=True))
     swept = {override_key(text): text.partition("=")[2] for text in overrides if is_swept(text)}
     fixed = [text for text in overrides if override_key(text) not in swept]
     raw = compose_raw(fixed)
     settings = _settings(raw)
-    declared = {key: _axis_now(key, text) for key, text in {**(params or {}), **settings.params}.items()}
+    declared = {key: _resolve_axis(key, text) for key, text in {**(params or {}), **settings.params}.items()}
     texts = {**declared, **swept}
     # A fixed key that the sweep searches becomes an axis with one value, so that conditions can still refer to it.
     texts |= {override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in texts}
@@ -93,25 +99,25 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     ]
     fixed = [text for text in fixed if override_key(text) not in texts]
     name_texts = [as_written.get(text, text) for text in with_absolute_paths(fixed, raw)]
-    from_files = settings_from_outside(raw, (*LIVE, *texts))
+    from_files = settings_from_outside(raw, (*UNRESOLVED, *texts))
     texts_now_fixed = _texts_replaced(as_written, raw, from_files)
     if from_files:
         fixed += point_overrides(from_files)
         raw = compose_raw([*fixed, *single_valued])
     fixed = with_absolute_paths(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
-    axes = tuple(with_absolute_places_on(axis) for axis in _axes(texts, settings, narrowed))
+    axes = tuple(with_absolute_values(axis) for axis in _axes(texts, settings, narrowed))
     ladder = ladder_sweep.ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
     points = grid(axes) if is_grid(axes) and ladder is None else None
     if ladder is not None:
-        axes = (*axes, *own_axes(ladder))
+        axes = (*axes, *ladder_axes(ladder))
     output_root = OutputPaths.of(str(raw.output_root))
     if settings.name is not None:
         name = study_name(settings.name)
     else:
-        name = _name(name_texts, {key: _value_text(as_written[f"{key}={swept[key]}"]) for key in swept})
+        name = _default_name(name_texts, {key: _value_text(as_written[f"{key}={swept[key]}"]) for key in swept})
     paths = output_root.study(name)
-    earlier = _earlier(paths, name)
+    earlier = _existing_spec(paths, name)
     if earlier is None:
         check_name(name)
     else:
@@ -140,7 +146,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
         out_of_memory_retries=settings.out_of_memory_retries,
         synthetic=raw.training.engine is Engine.sleep,
         space={axis.key: axis.text for axis in axes},
-        fixed={override_key(text): override_value(text) for text in _of_a_run(fixed)},
+        fixed={override_key(text): override_value(text) for text in _run_settings(fixed)},
         settings=shared_settings,
         interpolated=interpolated | texts_now_fixed,
         ladder=ladder,
@@ -150,16 +156,16 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     _check_pruner(settings, raw)
     check_search(spec)
     if not paths.created.exists():
-        check_earlier(spec)
-    workers, tracking = spec_settings(raw.workers, WorkersConfig), spec_settings(raw.tracking, TrackingConfig)
+        check_warm_start(spec)
+    workers, tracking = typed_settings(raw.workers, WorkersConfig), typed_settings(raw.tracking, TrackingConfig)
     return SweepCommand(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes))
 
 
-def _as_it_is_now(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _resolve_environment(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return ``overrides`` with interpolations of the environment and the like resolved, and resolved → original
     text."""
-    unresolved = [text for text in overrides if _belongs(_key_text(text), LIVE)]
-    values = without_outside([text for text in overrides if text not in unresolved])
+    unresolved = [text for text in overrides if _is_under(_key_text(text), UNRESOLVED)]
+    values = resolve_outside([text for text in overrides if text not in unresolved])
     next_value = iter(values)
     resolved = [text if text in unresolved else next(next_value) for text in overrides]
     return resolved, dict(zip(resolved, overrides, strict=True))
@@ -182,13 +188,13 @@ def _value_text(text: str) -> str:
     return text.partition("=")[2]
 
 
-def _axis_now(key: str, text: str) -> str:
-    [now] = without_outside([f"{key}={text}"])
+def _resolve_axis(key: str, text: str) -> str:
+    [now] = resolve_outside([f"{key}={text}"])
     return _value_text(now)
 
 
 def _enqueued(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: absolute(key, value_now(value, f"sweep.enqueue: {key}")) for key, value in point.items()}
+    return {key: absolute_value(key, resolve_value(value, f"sweep.enqueue: {key}")) for key, value in point.items()}
 
 
 def _settings(raw: DictConfig) -> SweepConfig:
@@ -196,11 +202,11 @@ def _settings(raw: DictConfig) -> SweepConfig:
 
     Axes and enqueued points stay as written: they may refer to an axis, so that each trial has another value.
     """
-    params, enqueue = texts_of(raw.sweep, "params"), texts_of(raw.sweep, "enqueue")
+    params, enqueue = unresolved_texts(raw.sweep, "params"), unresolved_texts(raw.sweep, "enqueue")
     plain = copy.deepcopy(raw)
     OmegaConf.update(plain, "sweep.params", {}, merge=False)
     OmegaConf.update(plain, "sweep.enqueue", [], merge=False)
-    settings: SweepConfig = spec_settings(plain.sweep, SweepConfig)
+    settings: SweepConfig = typed_settings(plain.sweep, SweepConfig)
     return replace(settings, params=params, enqueue=enqueue)
 
 
@@ -209,23 +215,25 @@ def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
     search_path_texts = [text for text in spec.overrides if override_key(text) == SEARCH_PATH]
     # A file of sweeps/ may read from the environment what a run doesn't use. Without its value Hydra can't compose.
     others = [text for text in spec.overrides if override_key(text) in spec.interpolated]
-    of_a_run = _of_a_run(spec.overrides)
+    of_a_run = _run_settings(spec.overrides)
     others = [text for text in others if text not in of_a_run]
     return [*search_path_texts, *of_a_run, *others, *point_overrides(params)]
 
 
-def _of_a_run(overrides: Sequence[str]) -> list[str]:
+def _run_settings(overrides: Sequence[str]) -> list[str]:
     return [
-        text for text in overrides if not _belongs(override_key(text), ("sweep", "workers", "output_root", *STUDY_KEYS))
+        text
+        for text in overrides
+        if not _is_under(override_key(text), ("sweep", "workers", "output_root", *STUDY_KEYS))
     ]
 
 
 def _storage(settings: SweepConfig, outputs: OutputPaths) -> str:
     chosen = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{outputs.optuna_database}"
-    return str(absolute("sweep.storage", chosen))
+    return str(absolute_value("sweep.storage", chosen))
 
 
-def spec_settings(node: Any, kind: type[Any]) -> Any:
+def typed_settings(node: Any, kind: type[Any]) -> Any:
     """Return the node as an instance of its dataclass ``kind``."""
     try:
         built = OmegaConf.to_object(node)
@@ -244,7 +252,7 @@ def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[st
                 "an axis must be a setting of the run, not of the sweep or its workers",
             )
             for key, text in texts.items()
-            if _belongs(key, NOT_SWEPT)
+            if _is_under(key, NOT_SWEPT)
         ]
     )
     raise_all(problems_of([f"{key}={text}" for key, text in texts.items()], multirun=True))
@@ -252,7 +260,7 @@ def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[st
     return axes
 
 
-def _belongs(key: str, names: Sequence[str]) -> bool:
+def _is_under(key: str, names: Sequence[str]) -> bool:
     return is_hydra(key) or any(key == name or key.startswith(f"{name}.") for name in names)
 
 
@@ -267,12 +275,12 @@ def _shared_settings(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, A
     settings = OmegaConf.to_container(raw, enum_to_str=True)
     shared, interpolated = {}, {}
     for key, value in flat(redact(settings)):
-        if _belongs(key, free):
+        if _is_under(key, free):
             continue
         if has_interpolation(value):
             interpolated[key] = str(value)
             value = value if depends_on(raw, value, names) else redact(_resolved(raw, key))
-        shared[key] = absolute(key, value)
+        shared[key] = absolute_value(key, value)
     return shared, interpolated
 
 
@@ -295,12 +303,12 @@ def _sampler(sampler: Sampler, grid: bool) -> str:
 
 
 def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, ladder: LadderSpec | None, name: str) -> int:
-    from qlora_exp.rank_doubling.settings import most_trials
+    from qlora_exp.rank_doubling.settings import max_trials
 
     if settings.n_trials is not None:
         return settings.n_trials
     if ladder is not None:
-        return most_trials(ladder)
+        return max_trials(ladder)
     if points is None or settings.sampler not in (Sampler.auto, Sampler.grid):
         raise ConfigError("the search is unbounded", f"study {name}", "set the number of trials: sweep.n_trials=20")
     return len(points)
@@ -346,11 +354,11 @@ def _interval_ends(axis: Axis) -> Axis:
     return replace(axis, kind=AxisKind.CHOICE, values=ends, low=None, high=None, step=None, log=False)
 
 
-def _name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
+def _default_name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
     """Return the same name for the same command: the sweep's name if nothing else is set, else with a digest of the
     rest."""
     chosen = [text.partition("=")[2] for text in fixed if override_key(text) == "sweeps"]
-    name_texts = [text for text in fixed if not _belongs(override_key(text), IGNORED_IN_NAME)]
+    name_texts = [text for text in fixed if not _is_under(override_key(text), IGNORED_IN_NAME)]
     name_texts += [f"{key}={text}" for key, text in swept.items()]
     if chosen and not name_texts:
         return chosen[0]
@@ -364,7 +372,7 @@ def _trial_overrides(fixed: Sequence[str], outputs: OutputPaths) -> Iterator[str
     yield from point_overrides({"output_root": str(outputs.root)})
 
 
-def _earlier(paths: StudyPaths, name: str) -> StudySpec | None:
+def _existing_spec(paths: StudyPaths, name: str) -> StudySpec | None:
     """Return the existing study of this name; ``None``: there is none, or it can't be read."""
     try:
         earlier = read_spec(paths)

@@ -56,11 +56,11 @@ def assign(
     if not usable:
         return (None,) * count
     chosen = usable[:count]
-    raise_all([_occupied(gpu, user) for gpu in chosen for user in gpu.users if user.pid not in own_pids])
+    raise_all([_gpu_in_use_error(gpu, user) for gpu in chosen for user in gpu.users if user.pid not in own_pids])
     return tuple(chosen[slot % len(chosen)].uuid for slot in range(count))
 
 
-def _occupied(gpu: Gpu, user: GpuUser) -> QloraExpError:
+def _gpu_in_use_error(gpu: Gpu, user: GpuUser) -> QloraExpError:
     memory = f"{user.memory_bytes / 2**30:.1f} GiB" if user.memory_bytes is not None else "memory"
     holder = f"process {user.pid}{f' ({user.name})' if user.name else ''}"
     return ConfigError(
@@ -85,12 +85,12 @@ def _by_nvml() -> tuple[Gpu, ...]:
         import pynvml
 
         pynvml.nvmlInit()
-        return tuple(_described(index) for index in range(pynvml.nvmlDeviceGetCount()))
+        return tuple(_gpu_of_index(index) for index in range(pynvml.nvmlDeviceGetCount()))
     except Exception:  # no NVML: missing package, library, driver or GPU each raise differently
         return ()
 
 
-def _described(index: int) -> Gpu:
+def _gpu_of_index(index: int) -> Gpu:
     import pynvml
 
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -112,7 +112,7 @@ def _name_of(pid: int) -> str | None:
         return None
 
 
-def slots_of(engine: Engine, device: DeviceChoice, count: int | None) -> tuple[str | None, ...]:
+def assign_slots(engine: Engine, device: DeviceChoice, count: int | None) -> tuple[str | None, ...]:
     """Return :func:`assign` for this machine, given how the study's trials run."""
     uses_gpu = engine is not Engine.sleep and device is not DeviceChoice.cpu
     gpus = inventory() if uses_gpu else ()
@@ -127,7 +127,7 @@ def _own_pids() -> set[int]:
     return {me.pid, *(child.pid for child in me.children(recursive=True))}
 
 
-def threads_per_host(requested: int | None, slots: int, kept: Path) -> int:
+def threads_per_process(requested: int | None, slots: int, kept: Path) -> int:
     """Return ``training.threads`` if set, else the cores divided by the number of slots.
 
     The study's first worker writes the number to ``kept``. The study keeps it on other machines, since results are

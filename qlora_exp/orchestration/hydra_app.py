@@ -16,8 +16,8 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp.config.compose import check_hydra, check_multirun, checked, compose, compose_raw
-from qlora_exp.config.interpolations import texts_of, unresolved
+from qlora_exp.config.compose import as_checked_config, check_hydra, check_multirun, compose, compose_raw
+from qlora_exp.config.interpolations import unresolved_error, unresolved_texts
 from qlora_exp.config.overrides import first_choice, is_swept, without_globs
 from qlora_exp.config.problems import problems_of
 from qlora_exp.config.schema import Config, register, to_plain
@@ -69,10 +69,10 @@ def _main(arguments: list[str], flags: argparse.Namespace, multirun: bool, only_
             one_rank_only()
         _check_flags(flags)
         if only_shows:
-            _check_shown(flags)
+            _check_displayed_config(flags)
         else:
             _check(flags.overrides, multirun)
-        if BASIC in flags.overrides:
+        if BASIC_SWEEPER in flags.overrides:
             arguments = without_globs(arguments, flags.overrides)
         _hydra(_with_search_path(arguments))
     except QloraExpError as error:
@@ -88,10 +88,10 @@ def _main(arguments: list[str], flags: argparse.Namespace, multirun: bool, only_
     return max(_codes, default=EXIT_COMPLETED)
 
 
-BASIC = "hydra/sweeper=basic"
+BASIC_SWEEPER = "hydra/sweeper=basic"
 """Hydra's own sweeper: one process per run, no study."""
 
-NOT_OURS = {
+REJECTED_FLAGS = {
     "config_name": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
     "config_path": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
     "config_dir": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
@@ -101,7 +101,7 @@ NOT_OURS = {
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    for name, hint in NOT_OURS.items():
+    for name, hint in REJECTED_FLAGS.items():
         value = getattr(flags, name)
         if value is not None:
             flag = f"--{name.replace('_', '-')}"
@@ -109,7 +109,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
             raise ConfigError(what, f"{flag} {value}", hint)
 
 
-def _check_shown(flags: argparse.Namespace) -> None:
+def _check_displayed_config(flags: argparse.Namespace) -> None:
     """Check that ``--cfg`` and ``--info`` have one configuration with valid overrides to show."""
     flag = f"--cfg {flags.cfg}" if flags.cfg else f"--info {flags.info}"
     if not (flags.cfg or flags.info):
@@ -126,7 +126,7 @@ def _check_shown(flags: argparse.Namespace) -> None:
         try:
             OmegaConf.resolve(compose_raw(flags.overrides))
         except OmegaConfBaseException as error:
-            raise unresolved(error, str(getattr(error, "full_key", None) or "the configuration")) from None
+            raise unresolved_error(error, str(getattr(error, "full_key", None) or "the configuration")) from None
 
 
 _codes: list[int] = []
@@ -137,7 +137,7 @@ def _check(overrides: Sequence[str], multirun: bool) -> None:
     """Check everything before Hydra starts. The sweep itself checks the points of a study."""
     if not multirun:
         compose(overrides)
-    elif BASIC in overrides:
+    elif BASIC_SWEEPER in overrides:
         check_multirun(overrides)
         check_hydra(overrides)
     else:
@@ -160,10 +160,10 @@ def _hydra(arguments: Sequence[str]) -> None:
 
     register()
     sys.argv = ["qlora_exp", *arguments]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(one_job)()
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_job)()
 
 
-def one_job(raw: Any) -> Any:
+def run_job(raw: Any) -> Any:
     """Hydra's task function: a study's worker, a run, or a run of a multirun.
 
     It is a module-level function, so that any launcher can pickle it. In a multirun each run has its own process: its
@@ -176,12 +176,12 @@ def one_job(raw: Any) -> Any:
     if raw.workers.job is not None:
         from qlora_exp.orchestration.sweep import work
 
-        return work(raw, texts_of(HydraConfig.get().overrides, "task"))
+        return work(raw, unresolved_texts(HydraConfig.get().overrides, "task"))
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         OmegaConf.resolve(raw)
-        config = checked(raw)
-        code = _in_own_process(config) if multirun else run_and_tell(config)
+        config = as_checked_config(raw)
+        code = _run_in_subprocess(config) if multirun else run_and_tell(config)
     except QloraExpError as error:
         print_error(error)
         raise ExitCode(EXIT_WRONG_INPUT) from None
@@ -191,7 +191,7 @@ def one_job(raw: Any) -> Any:
     return code
 
 
-def _in_own_process(config: Config) -> int:
+def _run_in_subprocess(config: Config) -> int:
     text = yaml.safe_dump(to_plain(config), allow_unicode=True)
     stop_signals: list[int] = []
     child: subprocess.Popen[str] | None = None

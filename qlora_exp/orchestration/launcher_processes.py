@@ -15,7 +15,7 @@ _watched = threading.Lock()
 
 
 @contextlib.contextmanager
-def launched_work() -> Iterator[None]:
+def launcher_job() -> Iterator[None]:
     """Context of one launcher job.
 
     joblib's processes wait five minutes for another job, even if the process that started them was killed. Such a
@@ -26,14 +26,14 @@ def launched_work() -> Iterator[None]:
         return
     _idle.clear()
     if _watched.acquire(blocking=False):
-        threading.Thread(target=_watch, args=(os.getppid(),), name="launcher", daemon=True).start()
+        threading.Thread(target=_exit_after_parent, args=(os.getppid(),), name="launcher", daemon=True).start()
     try:
         yield
     finally:
         _idle.set()
 
 
-def _watch(parent: int) -> None:
+def _exit_after_parent(parent: int) -> None:
     while os.getppid() == parent or not _idle.is_set():
         time.sleep(CHECK_SECONDS)
     os._exit(0)

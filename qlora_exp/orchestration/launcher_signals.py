@@ -23,14 +23,14 @@ WORKER_GRACE_SECONDS = 150.0
 _sweeping = threading.local()
 
 
-def asked_here() -> bool:
+def launches_sweep() -> bool:
     """Return whether this thread launches a sweep: after a worker in it was stopped, the launcher must start no other
     one."""
     return getattr(_sweeping, "depth", 0) > 0
 
 
 @contextlib.contextmanager
-def passed_on(paths: StudyPaths) -> Iterator[None]:
+def stop_workers_on_signal(paths: StudyPaths) -> Iterator[None]:
     """Pass a request to stop on to the workers that a launcher started on this machine.
 
     They save and return their trials, and the launcher returns. Without such workers, and at the second request, this
@@ -42,7 +42,7 @@ def passed_on(paths: StudyPaths) -> Iterator[None]:
         meaning = signals.heard(number)
         if meaning is signals.Heard.SAME:
             return
-        workers = [] if meaning is signals.Heard.AGAIN else _own_workers(paths)
+        workers = [] if meaning is signals.Heard.AGAIN else _worker_pids(paths)
         if not workers:
             raise KeyboardInterrupt
         for pid in workers:
@@ -65,7 +65,7 @@ def passed_on(paths: StudyPaths) -> Iterator[None]:
             timer.cancel()
 
 
-def _own_workers(paths: StudyPaths) -> list[int]:
+def _worker_pids(paths: StudyPaths) -> list[int]:
     """Return the process ids of the study's workers that descend from this process, without itself."""
     import psutil
 

@@ -60,7 +60,7 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def state_of(
+def worker_state(
     worker: str, job: int, stopping: str | None, slots: list[SlotState], lease_seconds: float | None = None
 ) -> WorkerState:
     """Return the state to write, with copies of the slots' states."""
@@ -76,7 +76,7 @@ def write_worker_state(folder: Path, state: WorkerState) -> None:
         write_json(folder / f"{state.worker}.json", state)
 
 
-def remove_state(folder: Path, worker: str) -> None:
+def remove_worker_state(folder: Path, worker: str) -> None:
     """Delete the worker's file."""
     with contextlib.suppress(OSError):
         (folder / f"{worker}.json").unlink()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_exp.errors import RecordError
-from qlora_exp.estimate.memory_fit import MemoryCorrection, corrections, measured_of
+from qlora_exp.estimate.memory_fit import MemoryCorrection, corrections, measured_peak_of
 from qlora_exp.estimate.throughput import achieved_flops_per_second
 from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import OutputPaths
@@ -130,7 +130,7 @@ def ran_out_of_memory(trial: TrialRow, record: RunRecord) -> bool:
 
 def exceeded_limit(record: RunRecord, fit: Fit) -> bool | None:
     """Return whether the measured peak was above the limit; ``None`` if none was measured."""
-    measured = measured_of(record)
+    measured = measured_peak_of(record)
     return None if measured is None else measured + fit.context_bytes > fit.bound_bytes
 
 

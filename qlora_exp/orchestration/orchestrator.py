@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from qlora_exp.config.schema import WorkersConfig
 from qlora_exp.errors import RecordError
-from qlora_exp.orchestration.status import running
+from qlora_exp.orchestration.status import running_slots
 from qlora_exp.paths import StudyPaths, make_folder
 from qlora_exp.records.files import write_json
 from qlora_exp.system.environment import alive_if_visible, process_identity
@@ -26,7 +26,7 @@ from qlora_exp.system.lease import Lease, Watched, held, read_lease, touch, writ
 POLL_SECONDS = 0.2
 BETWEEN_TRIALS_SECONDS = 2.0
 """After a trial has ended, its worker has none for a moment."""
-TOLD_AFTER_SECONDS = 2.0
+ANNOUNCE_AFTER_SECONDS = 2.0
 """A shorter wait is not announced."""
 
 
@@ -51,7 +51,7 @@ class Orchestration:
             self.held = True
         return True
 
-    def inherits(self, patiently: bool) -> bool:
+    def must_conclude(self, patiently: bool) -> bool:
         """Return whether the holder is gone, so that this process, which shared the work, must conclude the study.
 
         ``patiently``: give a holder on another machine the rest of its lease to show that it lives.
@@ -59,7 +59,7 @@ class Orchestration:
         if self.held or self.take():
             return True
         lease = read_lease(self._paths.orchestrator) if patiently else None
-        return lease is not None and _waited_in_vain(self, self._paths, lease)
+        return lease is not None and _take_over_silent_holder(self, self._paths, lease)
 
     def begin(self) -> None:
         self._thread.start()
@@ -112,10 +112,10 @@ def orchestrating(paths: StudyPaths, name: str, join: bool, workers: WorkersConf
         stopping = paths.stop.is_file()
         if lease is None:
             continue  # its holder has just ended
-        if (join and not stopping) or _waited_in_vain(orchestration, paths, lease, name):
+        if (join and not stopping) or _take_over_silent_holder(orchestration, paths, lease, name):
             break
         if read_lease(paths.orchestrator) is not None:
-            raise _is_held(lease, paths, name, stopping)
+            raise _held_error(lease, paths, name, stopping)
     if orchestration.held:
         paths.stop.unlink(missing_ok=True)  # the request was for the previous orchestrator
     orchestration.begin()
@@ -125,13 +125,15 @@ def orchestrating(paths: StudyPaths, name: str, join: bool, workers: WorkersConf
         orchestration.end()
 
 
-def _waited_in_vain(orchestration: Orchestration, paths: StudyPaths, lease: Lease, name: str | None = None) -> bool:
+def _take_over_silent_holder(
+    orchestration: Orchestration, paths: StudyPaths, lease: Lease, name: str | None = None
+) -> bool:
     """Watch a holder that can't be seen from here. True: it gave no sign of life, and ``one`` holds the lease now."""
     if alive_if_visible(lease.process) is not None:
         return False
     watched = Watched(paths.orchestrator)
     stamp, patience = watched.stamp(), watched.patience_seconds(lease)
-    if name is not None and patience > TOLD_AFTER_SECONDS:
+    if name is not None and patience > ANNOUNCE_AFTER_SECONDS:
         where = f"study {name} is held by {lease.owner}, which can't be seen from here"
         print(f"{where}: waiting {patience:.0f} s for a heartbeat", file=sys.stderr, flush=True)
     deadline = time.monotonic() + patience
@@ -142,7 +144,7 @@ def _waited_in_vain(orchestration: Orchestration, paths: StudyPaths, lease: Leas
     return False
 
 
-def _is_held(lease: Lease, paths: StudyPaths, name: str, stopping: bool) -> RecordError:
+def _held_error(lease: Lease, paths: StudyPaths, name: str, stopping: bool) -> RecordError:
     what = f"study {name} is being {'stopped' if stopping else 'worked on'}"
     first_option = "wait for it" if stopping else "wait for it, share the work (--join, or sweep.join=true), or stop it"
     hint = f"{first_option}: qlora-exp stop {shlex.quote(name)}{' --now' if stopping else ''}"
@@ -155,10 +157,10 @@ def wait_for_others(opened: Any, workers: WorkersConfig) -> None:
     quiet_checks = 0
     while quiet_checks < 2:
         time.sleep(BETWEEN_TRIALS_SECONDS)
-        quiet_checks = 0 if opened.others_run(workers.lease_seconds) else quiet_checks + 1
+        quiet_checks = 0 if opened.others_run_trials(workers.lease_seconds) else quiet_checks + 1
 
 
-def orchestrator(paths: StudyPaths) -> Lease | None:
+def current_orchestrator(paths: StudyPaths) -> Lease | None:
     """Return the lease of the process that orchestrates the study; ``None``: none does, it is dead, or its lease ran
     out."""
     return held(paths.orchestrator)
@@ -171,7 +173,7 @@ def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
     Raises:
         RecordError: no process works on the study.
     """
-    if orchestrator(paths) is None and not running(paths):
+    if current_orchestrator(paths) is None and not running_slots(paths):
         raise RecordError(
             "no process works on the study", f"study {name}", f"qlora-exp resume {shlex.quote(name)} continues it"
         )

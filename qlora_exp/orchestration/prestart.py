@@ -12,45 +12,45 @@ from typing import Any
 from qlora_exp.config.schema import Engine, WorkersConfig
 from qlora_exp.errors import QloraExpError
 from qlora_exp.orchestration import forking
-from qlora_exp.orchestration.devices import environment_of, slots_of, threads_per_host
+from qlora_exp.orchestration.devices import assign_slots, environment_of, threads_per_process
 from qlora_exp.orchestration.live_state import worker_name
-from qlora_exp.orchestration.trial_process import HostProcess
+from qlora_exp.orchestration.trial_process import TrialProcess
 from qlora_exp.paths import StudyPaths
 
 
 @dataclass(frozen=True)
-class HostStart:
+class ProcessStart:
     """How one slot's trial process is started."""
 
     log: Path
     environment: tuple[tuple[str, str], ...]
     preload: tuple[str, ...]
 
-    def start(self) -> HostProcess:
-        return HostProcess(self.log, dict(self.environment), self.preload)
+    def start(self) -> TrialProcess:
+        return TrialProcess(self.log, dict(self.environment), self.preload)
 
 
-_started: dict[HostStart, HostProcess] = {}
+_started: dict[ProcessStart, TrialProcess] = {}
 
 
-def host_starts(config: Any, workers: WorkersConfig, paths: StudyPaths) -> list[HostStart]:
+def process_starts(config: Any, workers: WorkersConfig, paths: StudyPaths) -> list[ProcessStart]:
     """Return one per slot. ``config``: composed without the axes.
 
     Raises:
         ConfigError, Problems: a GPU is in use by another process.
     """
     training = config.training
-    gpus = slots_of(training.engine, training.device, workers.count)
-    threads = threads_per_host(training.threads, len(gpus), paths.threads)
+    gpus = assign_slots(training.engine, training.device, workers.count)
+    threads = threads_per_process(training.threads, len(gpus), paths.threads)
     preload: tuple[str, ...] = () if training.engine is Engine.sleep else ("training",)
     preload = (*preload, "tracking") if config.tracking.enabled else preload
     return [
-        HostStart(paths.logs / f"{worker_name()}-{slot}.log", tuple(environment_of(gpu, threads).items()), preload)
+        ProcessStart(paths.logs / f"{worker_name()}-{slot}.log", tuple(environment_of(gpu, threads).items()), preload)
         for slot, gpu in enumerate(gpus)
     ]
 
 
-def hosts_per_device(starts: Sequence[HostStart]) -> int | None:
+def processes_per_device(starts: Sequence[ProcessStart]) -> int | None:
     """Return the largest number of trial processes on one GPU, or on the machine if they use none; ``None``: nothing is
     trained."""
     gpus = [gpu for one in starts if (gpu := dict(one.environment).get("CUDA_VISIBLE_DEVICES")) is not None]
@@ -67,7 +67,7 @@ def prestarted(config: Any, workers: WorkersConfig, paths: StudyPaths, at_most: 
     with forking.servers_kept():
         try:
             with contextlib.suppress(QloraExpError, OSError):  # the worker meets it too, and tells
-                for one in host_starts(config, workers, paths)[:at_most]:
+                for one in process_starts(config, workers, paths)[:at_most]:
                     _started[one] = one.start()
             yield
         finally:
@@ -75,6 +75,6 @@ def prestarted(config: Any, workers: WorkersConfig, paths: StudyPaths, at_most: 
                 _started.popitem()[1].kill()
 
 
-def started(one: HostStart) -> HostProcess:
+def take_started(one: ProcessStart) -> TrialProcess:
     """Return the process started before, or a new one."""
     return _started.pop(one, None) or one.start()

@@ -19,7 +19,7 @@ from qlora_exp.study.types import TrialRow
 
 
 @dataclass(frozen=True)
-class Disposable:
+class Deletable:
     """A folder that may be deleted, and its size in bytes."""
 
     folder: Path
@@ -40,7 +40,7 @@ def kept_numbers(keep: str, best_first: Sequence[int], rows: Sequence[TrialRow])
     return set(best_first[: int(match[1])])
 
 
-def disposable(rows: Sequence[TrialRow], kept: set[int], outputs: OutputPaths) -> list[Disposable]:
+def deletable(rows: Sequence[TrialRow], kept: set[int], outputs: OutputPaths) -> list[Deletable]:
     """Return the checkpoints of ended runs, then the adapters of trials that are not ``kept``.
 
     A run that can still be resumed keeps everything.
@@ -49,7 +49,7 @@ def disposable(rows: Sequence[TrialRow], kept: set[int], outputs: OutputPaths) -
     runs = [(row.number, outputs.run(str(row.run_id))) for row in ended]
     folders = [paths.checkpoints for _, paths in runs]
     folders += [paths.adapter for number, paths in runs if number not in kept]
-    return [Disposable(folder, _size(folder)) for folder in folders if folder.is_dir()]
+    return [Deletable(folder, _size(folder)) for folder in folders if folder.is_dir()]
 
 
 def best_runs_first(rows: Sequence[TrialRow], front: Sequence[TrialRow], maximize: bool) -> list[int]:
@@ -61,7 +61,7 @@ def best_runs_first(rows: Sequence[TrialRow], front: Sequence[TrialRow], maximiz
     return [*numbers, *(row.number for row in ranked if row.number not in numbers)]
 
 
-def delete(folders: Sequence[Disposable]) -> int:
+def delete(folders: Sequence[Deletable]) -> int:
     """Delete the folders and return the number of bytes freed."""
     for folder in folders:
         shutil.rmtree(folder.folder)

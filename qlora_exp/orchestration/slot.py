@@ -31,8 +31,8 @@ from qlora_exp.orchestration.messages import (
     TrialRefused,
     UserError,
 )
-from qlora_exp.orchestration.prestart import HostStart, started
-from qlora_exp.orchestration.trial_process import HostProcess, ProcessDied
+from qlora_exp.orchestration.prestart import ProcessStart, take_started
+from qlora_exp.orchestration.trial_process import ProcessDied, TrialProcess
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, slug
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status, Trial
@@ -54,11 +54,11 @@ TRIAL_GRACE_SECONDS = 120.0
 LAST_OWNER_SECONDS = 10.0
 """A killed worker's trial process ends with it: within two seconds, or a little more on an overloaded machine."""
 PROBE_BYTES = 1 << 20
-LONGEST_PAUSE_SECONDS = 300.0
+MAX_PAUSE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
-class Setting:
+class SlotContext:
     """What all slots of a worker share."""
 
     spec: StudySpec
@@ -66,13 +66,13 @@ class Setting:
     workers: WorkersConfig
     outcome_of: Callable[[RunRecord, StudySpec], Outcome]
     budget: BudgetConfig
-    hosts_per_device: int | None
+    processes_per_device: int | None
     """Trial processes per GPU, or on the machine if they train on its CPU; ``None``: nothing is trained."""
 
     @property
     def limits_memory(self) -> bool:
         """Whether a trial's memory is limited."""
-        return self.budget.memory_bytes is not None or self.hosts_per_device is not None
+        return self.budget.memory_bytes is not None or self.processes_per_device is not None
 
 
 @dataclass(frozen=True)
@@ -104,22 +104,22 @@ class Slot(threading.Thread):
     """Runs one trial at a time in one trial process at a time. The thread must outlive them: the kernel kills a process
     when the thread that started it ends."""
 
-    def __init__(self, worker: Worker, number: int, host_start: HostStart, state: SlotState) -> None:
+    def __init__(self, worker: Worker, number: int, host_start: ProcessStart, state: SlotState) -> None:
         super().__init__(name=f"slot-{number}")
         self.worker, self.number, self.state = worker, number, state
         self.setting = worker.setting
         self._host_start = host_start
-        self._host: HostProcess | None = None
+        self._host: TrialProcess | None = None
         self._pauses = 0
         self._kills_before: int | None = None
 
     def run(self) -> None:
         try:
-            while self.worker.accepting():
+            while self.worker.may_start_trial():
                 claim = self.worker.claim(self.number)
                 if claim is not None:
                     self._attempt(claim)
-                elif self.worker.nothing_left():
+                elif self.worker.all_trials_ended():
                     break
                 else:
                     self.worker.wait(POLL_SECONDS)
@@ -142,12 +142,12 @@ class Slot(threading.Thread):
         end: End | None = None
         while True:
             _wait_for_last_owner(paths)
-            record = _record(paths)
-            if record is not None and not _to_be_gone_on_with(record):  # its worker died before recording the end
+            record = _readable_record(paths)
+            if record is not None and not _is_resumable(record):  # its worker died before recording the end
                 self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
                 break
-            end = self._have_run(claim, run_id, record)
-            if not self._is_full(end, paths):
+            end = self._run_in_process(claim, run_id, record)
+            if not self._disk_is_full(end, paths):
                 self._conclude(claim, paths, end)
                 break
             if not self._pause(paths):
@@ -159,10 +159,10 @@ class Slot(threading.Thread):
         ):  # nothing was run in it
             self._end_host()
 
-    def _have_run(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:
+    def _run_in_process(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:
         spec = self.setting.spec
         self._kills_before = memory_limits.kills()
-        host = self._host = self._host or started(self._host_start)
+        host = self._host = self._host or take_started(self._host_start)
         host.send(
             RunTrial(
                 overrides=(*spec.overrides, *claim.overrides),
@@ -170,9 +170,9 @@ class Slot(threading.Thread):
                 run_id=run_id,
                 resume=record is not None,
                 trial=Trial(spec.name, claim.number, claim.attempt, dict(claim.params), spec.id),
-                micro_batch_size=_micro_batch_asked(record),
+                micro_batch_size=_earlier_micro_batch(record),
                 per_item=spec.pruner == "wilcoxon",
-                memory=self.worker.memory_rule(claim) if record is None else None,
+                memory=self.worker.memory_limit(claim) if record is None else None,
             )
         )
         try:
@@ -184,7 +184,7 @@ class Slot(threading.Thread):
                 return Stopped()
             return died if isinstance(died, ProcessDied) else ProcessDied(code)
 
-    def _listen(self, host: HostProcess, claim: Claim) -> End:
+    def _listen(self, host: TrialProcess, claim: Claim) -> End:
         """Handle messages until the run ends, the process hangs, or the time to stop is over. Raises
         :class:`ProcessDied`."""
         patience = self.setting.workers.hang_seconds
@@ -225,18 +225,18 @@ class Slot(threading.Thread):
 
     def _conclude(self, claim: Claim, paths: RunPaths, end: End) -> None:
         if isinstance(end, TakenOver):
-            return self.worker.let_go(self.number)
-        record = _record(paths)
+            return self.worker.forget_trial(self.number)
+        record = _readable_record(paths)
         if isinstance(end, ProcessDied) and record is not None and record.status is Status.RUNNING:
             record = self._killed_for_memory(paths, record, end)
-        if record is not None and not _to_be_gone_on_with(record):
+        if record is not None and not _is_resumable(record):
             if record.status is Status.OUT_OF_MEMORY:
                 self._end_host()  # the allocator's state after a failed allocation is undefined
                 if self._retry_with_half(claim, paths, record):
                     return None
             return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
         if isinstance(end, TrialRefused):
-            return self.worker.tell(self.number, claim, self._refused(end))
+            return self.worker.tell(self.number, claim, self._skipped_outcome(end))
         if isinstance(end, UserError) and self.worker.no_trial_finished():
             # The first trial shows what is wrong for all of them: data, a model's files, a name that fits no module.
             self.worker.return_trial(self.number, claim)
@@ -265,7 +265,7 @@ class Slot(threading.Thread):
         _write(paths, record)
         return record
 
-    def _refused(self, end: TrialRefused) -> Outcome:
+    def _skipped_outcome(self, end: TrialRefused) -> Outcome:
         spec = self.setting.spec
         satisfied = (0.0,) * len(spec.constraints)
         failure = Failure("PredictedNotToFit", end.what, phase="prepare")
@@ -276,8 +276,8 @@ class Slot(threading.Thread):
 
         If this was the last attempt, the run has failed.
         """
-        if not self.worker.still_ours(claim):
-            return self.worker.let_go(self.number)
+        if not self.worker.owns_trial(claim):
+            return self.worker.forget_trial(self.number)
         print(f"trial {claim.number}, attempt {claim.attempt}: {why}", file=sys.stderr, flush=True)
         hint = (
             SMALLER_HINTS if memory_limits.kills() is None else None
@@ -297,7 +297,7 @@ class Slot(threading.Thread):
         """
         if claim.out_of_memory_retries >= self.setting.spec.out_of_memory_retries or _micro_batch(record) <= 1:
             return False
-        if not self.worker.still_ours(claim):
+        if not self.worker.owns_trial(claim):
             return False
         half = next_smaller_micro_batch(_micro_batch(record), record.config["training"]["batch_size"])
         warning = (
@@ -318,11 +318,11 @@ class Slot(threading.Thread):
 
     # A full disk.
 
-    def _is_full(self, end: End, paths: RunPaths) -> bool:
+    def _disk_is_full(self, end: End, paths: RunPaths) -> bool:
         if isinstance(end, DiskFull) or (isinstance(end, UserError) and disk_full(end.what)):
             return True
-        record = _record(paths)
-        return isinstance(end, TrialEnded) and record is not None and _found_no_space(record)
+        record = _readable_record(paths)
+        return isinstance(end, TrialEnded) and record is not None and _failed_by_full_disk(record)
 
     def _pause(self, paths: RunPaths) -> bool:
         """Wait until something can be written again, longer each time. ``False``: the worker was asked to stop
@@ -331,7 +331,7 @@ class Slot(threading.Thread):
         self.state.phase = "paused: the disk is full"
         message = f"the disk is full at {paths.folder.parent}; trial {self.state.trial} waits until there is room"
         print(message, file=sys.stderr, flush=True)
-        next_check = time.monotonic() + min(2.0**self._pauses, LONGEST_PAUSE_SECONDS)
+        next_check = time.monotonic() + min(2.0**self._pauses, MAX_PAUSE_SECONDS)
         while self.worker.stopping != NOW:
             time.sleep(LISTEN_SECONDS)
             if time.monotonic() > next_check and _can_write(paths):
@@ -359,16 +359,16 @@ def _run_id(spec: StudySpec, claim: Claim) -> str:
     return slug(f"{stamp}-{slug(spec.name)}-{claim.number:04d}-{secrets.token_hex(2)}", 120)
 
 
-def _to_be_gone_on_with(record: RunRecord) -> bool:
-    return record.status in (Status.RUNNING, Status.INTERRUPTED) or _found_no_space(record)
+def _is_resumable(record: RunRecord) -> bool:
+    return record.status in (Status.RUNNING, Status.INTERRUPTED) or _failed_by_full_disk(record)
 
 
-def _found_no_space(record: RunRecord) -> bool:
+def _failed_by_full_disk(record: RunRecord) -> bool:
     failure = record.failure
     return record.status is Status.FAILED and failure is not None and disk_full(failure.message)
 
 
-def _record(paths: RunPaths) -> RunRecord | None:
+def _readable_record(paths: RunPaths) -> RunRecord | None:
     """Return the run's record; ``None`` if there is none. An unreadable one is renamed, and the trial is run again."""
     if not paths.record.exists():
         return None
@@ -389,7 +389,7 @@ def _write(paths: RunPaths, record: RunRecord) -> None:
 def _wait_for_last_owner(paths: RunPaths) -> None:
     deadline = time.monotonic() + LAST_OWNER_SECONDS
     while time.monotonic() < deadline:
-        record = _record(paths)
+        record = _readable_record(paths)
         if record is None or record.status is not Status.RUNNING or record.process is None:
             return
         if not alive(record.process):
@@ -404,7 +404,7 @@ def _micro_batch(record: RunRecord) -> int:
     return int(training["micro_batch_size"] or training["batch_size"])
 
 
-def _micro_batch_asked(record: RunRecord | None) -> int | None:
+def _earlier_micro_batch(record: RunRecord | None) -> int | None:
     """Return the micro-batch of the earlier attempt, which may be smaller than configured after memory ran out."""
     return None if record is None else record.config["training"]["micro_batch_size"]
 

@@ -53,19 +53,19 @@ class SlotState:
     process: Process
 
 
-def running(paths: StudyPaths) -> list[SlotState]:
+def running_slots(paths: StudyPaths) -> list[SlotState]:
     """Return what the living workers' slots are doing now."""
     states: list[SlotState] = []
     for file in sorted(paths.workers.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, RecordError, KeyError, AttributeError, TypeError):
             raw = json.loads(file.read_text(encoding="utf-8"))
             process = from_dict(Process, raw["process"])
-            if _works(process, file, float(raw.get("lease_seconds") or SILENT_WORKER_SECONDS)):
-                states.extend(_running(slot, process) for slot in raw["slots"] if slot.get("trial") is not None)
+            if _is_alive(process, file, float(raw.get("lease_seconds") or SILENT_WORKER_SECONDS)):
+                states.extend(_slot_state(slot, process) for slot in raw["slots"] if slot.get("trial") is not None)
     return states
 
 
-def _works(process: Process, file: Path, lease_seconds: float) -> bool:
+def _is_alive(process: Process, file: Path, lease_seconds: float) -> bool:
     """Return whether the worker that writes ``file`` every second is alive; on another machine only its file shows
     that."""
     is_alive = alive_if_visible(process)
@@ -75,12 +75,12 @@ def _works(process: Process, file: Path, lease_seconds: float) -> bool:
     return is_alive
 
 
-def _running(slot: dict[str, Any], process: Process) -> SlotState:
+def _slot_state(slot: dict[str, Any], process: Process) -> SlotState:
     keys = ("trial", "phase", "step", "total", "started_at", "loss")
     return SlotState(params=slot.get("params") or {}, process=process, **{key: slot.get(key) for key in keys})
 
 
-def show_progress(counts: Counts) -> str:
+def progress_text(counts: Counts) -> str:
     """Return, for example, ``12 of 20 trials done: 9 finished, 2 pruned, 1 failed; 2 running, 6 to come``."""
     progress = f"{counts.finished} of {counts.total} trials done: {counts.completed} finished, {counts.pruned} pruned"
     left = counts.waiting + counts.to_ask
@@ -159,14 +159,14 @@ def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease 
     counts, rows = opened.counts(), opened.trials()
     running_numbers = {row.number for row in rows if row.state == "RUNNING"}
     # The file of a worker that just died may still look fresh, so the study's own state decides.
-    slots = [slot for slot in running(paths) if slot.trial in running_numbers]
+    slots = [slot for slot in running_slots(paths) if slot.trial in running_numbers]
     seconds = seconds_left(rows, counts, len(slots))
-    text = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {show_progress(counts)}"
+    text = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {progress_text(counts)}"
     if counts.running + counts.waiting + counts.to_ask:
         text += f", {_duration(seconds)} left" if seconds is not None and slots else ""
         resume_hint = f"no process works on it: qlora-exp resume {shlex.quote(spec.name)}"
         text += f"\nworked on by {holder.owner}" if holder else f"\n{resume_hint}"
-    predicted = predicted_memory(rows, paths)
+    predicted = memory_predictions(rows, paths)
     text += f"\n{predicted.sentence}" if predicted is not None else ""
     parts: list[RenderableType] = [Text(text)]
     if slots:
@@ -180,7 +180,7 @@ def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease 
     return Group(*parts)
 
 
-def predicted_memory(rows: Sequence[TrialRow], paths: StudyPaths) -> MemoryPredictionSummary | None:
+def memory_predictions(rows: Sequence[TrialRow], paths: StudyPaths) -> MemoryPredictionSummary | None:
     """Return how the predictions of the trials' memory turned out; ``None`` if nothing limits the memory."""
     return MemoryFeedback(OutputPaths(paths.folder.parent.parent)).predicted(rows)
 
@@ -235,7 +235,7 @@ class LiveStatus:
         self._told: set[int] = set()
         self._counts: Counts | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look_on, name="qlora-exp-watch", daemon=True)
+        self._thread = threading.Thread(target=self._poll, name="qlora-exp-watch", daemon=True)
 
     def __enter__(self) -> LiveStatus:
         self._told = {row.number for row in self._opened.trials() if row.status is not None and row.status.ended}
@@ -248,16 +248,16 @@ class LiveStatus:
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(Exception):
-            self._look(None)
+            self._refresh(None)
 
-    def _look_on(self) -> None:
+    def _poll(self) -> None:
         with self._live() as live:
             while not self._ended.wait(REFRESH_SECONDS):
                 # After an error, such as a busy database or a half-written file, the next poll tries again.
                 with contextlib.suppress(Exception):
-                    self._look(live)
+                    self._refresh(live)
 
-    def _look(self, live: Any) -> None:
+    def _refresh(self, live: Any) -> None:
         counts = self._opened.counts()
         if live is not None:
             live.update(study_status(self._spec, self._opened, self._paths, self._me), refresh=True)
@@ -271,7 +271,7 @@ class LiveStatus:
                     self._told.add(row.number)
                     print(trial_line(row, len(self._told), counts.total), file=self._stream, flush=True)
         if self._tracker is not None:
-            self._tracker.update(tracked(rows), [row.number for row in self._opened.best()])
+            self._tracker.update(tracking_rows(rows), [row.number for row in self._opened.best()])
 
     def _live(self) -> Any:
         if not self._stream.isatty():
@@ -292,7 +292,7 @@ def trial_line(row: TrialRow, done: int, total: int) -> str:
     return f"[{done}/{total}] trial {row.number} {result}  {params}{seconds}{failure}"
 
 
-def tracked(rows: Sequence[TrialRow]) -> list[Any]:
+def tracking_rows(rows: Sequence[TrialRow]) -> list[Any]:
     """Return the trials as :mod:`qlora_exp.tracking` takes them."""
     from qlora_exp.tracking.study_fields import TrialRow
 
@@ -316,7 +316,7 @@ def watch_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Any) -
             time.sleep(REFRESH_SECONDS)
 
 
-def show_standing(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> None:
+def show_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> None:
     """Print the study's status."""
     print_table(study_status(spec, opened, paths, holder))
 

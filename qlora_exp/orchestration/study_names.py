@@ -7,11 +7,11 @@ import unicodedata
 from qlora_exp.errors import ConfigError, raise_all
 from qlora_exp.records.find import LAST
 
-MOST_CHARACTERS = 200
+MAX_CHARACTERS = 200
 """Optuna's databases store at most 512 bytes or characters, depending on their kind; a folder name has at most 255
 bytes."""
 
-CONTROLS = ("Cc", "Cs", "Zl", "Zp")
+FORBIDDEN_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
 """Unicode categories: control characters, surrogates, line separators. Others are allowed, since emoji use them."""
 
 
@@ -21,9 +21,9 @@ def check_name(name: str) -> None:
     problems = []
     if not name.strip():
         problems.append("a study's name can't be empty")
-    if len(name) > MOST_CHARACTERS:
-        problems.append(f"a study's name has at most {MOST_CHARACTERS} characters, not {len(name)}")
-    if any(unicodedata.category(character) in CONTROLS for character in name):
+    if len(name) > MAX_CHARACTERS:
+        problems.append(f"a study's name has at most {MAX_CHARACTERS} characters, not {len(name)}")
+    if any(unicodedata.category(character) in FORBIDDEN_CATEGORIES for character in name):
         problems.append("a study's name can't hold control characters")
     if name.startswith("-"):
         problems.append("a study's name can't begin with -, which begins an option")

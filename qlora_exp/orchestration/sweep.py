@@ -11,9 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from qlora_exp.config.interpolations import texts_of
-from qlora_exp.config.official_sweeper import problems_in
-from qlora_exp.config.override_values import literal
+from qlora_exp.config.interpolations import unresolved_texts
+from qlora_exp.config.official_sweeper import official_sweeper_problems
+from qlora_exp.config.override_values import escape_interpolations
 from qlora_exp.config.overrides import is_hydra, override_key
 from qlora_exp.config.schema import BudgetConfig, WorkersConfig
 from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
@@ -22,12 +22,12 @@ from qlora_exp.estimate.budget import StudyBudget, budget_of, check_energy
 from qlora_exp.formatting import bytes_text
 from qlora_exp.orchestration import launcher_signals
 from qlora_exp.orchestration.budget_forecast import affordable_trials_message, check_memory
-from qlora_exp.orchestration.command import SweepCommand, spec_settings, study_spec
-from qlora_exp.orchestration.launcher_processes import launched_work
+from qlora_exp.orchestration.command import SweepCommand, study_spec, typed_settings
+from qlora_exp.orchestration.launcher_processes import launcher_job
 from qlora_exp.orchestration.memory_feedback import MAX_CONSECUTIVE_SKIPS
 from qlora_exp.orchestration.orchestrator import Orchestration, orchestrating, wait_for_others
 from qlora_exp.orchestration.prestart import prestarted
-from qlora_exp.orchestration.status import LiveStatus, best_table, predicted_memory, show_progress, tracked
+from qlora_exp.orchestration.status import LiveStatus, best_table, memory_predictions, progress_text, tracking_rows
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.rank_doubling import ladder_sweep
 from qlora_exp.records.schema import from_dict, to_dict
@@ -60,7 +60,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any)
     """
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
-    texts = texts_of(config.hydra.overrides, "hydra")
+    texts = unresolved_texts(config.hydra.overrides, "hydra")
     hydra = [text for text in texts if not text.startswith(("hydra.mode=", SEARCH_PATH))]
     search_path_texts = [text for text in texts if text.startswith(SEARCH_PATH)]
     own_folders = search_folders(search_path_texts)[1:]
@@ -68,8 +68,8 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any)
         hydra.append(search_path(own_folders))
     command = None
     try:
-        raise_all(problems_in(list(config.hydra.sweeper)))
-        command = study_spec([*arguments, *hydra], texts_of(config.hydra.sweeper, "params"))
+        raise_all(official_sweeper_problems(list(config.hydra.sweeper)))
+        command = study_spec([*arguments, *hydra], unresolved_texts(config.hydra.sweeper, "params"))
         job = config.hydra.job
         in_this_process = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
         code = run_sweep(command, lambda jobs: launcher.launch(jobs, initial_job_idx=0), in_this_process)
@@ -77,7 +77,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any)
         print_error(error)
         code = EXIT_WRONG_INPUT
     except Exception as error:
-        shown_error = _told_of(error, command.spec if command is not None else None)
+        shown_error = _user_error(error, command.spec if command is not None else None)
         if shown_error is None:
             raise
         print_error(shown_error)
@@ -85,13 +85,13 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any)
     raise ExitCode(code)
 
 
-def _told_of(error: Exception, spec: StudySpec | None) -> QloraExpError | None:
+def _user_error(error: Exception, spec: StudySpec | None) -> QloraExpError | None:
     """Return the error to show for ``error``; ``None``: a bug, which gets a traceback."""
-    from qlora_exp.study.storage import lost, unreachable
+    from qlora_exp.study.storage import is_unreachable, unreachable_error
 
     if isinstance(error, OSError):
         return unwritable(error)
-    return lost(error, spec.storage, spec.name) if spec is not None and unreachable(error) else None
+    return unreachable_error(error, spec.storage, spec.name) if spec is not None and is_unreachable(error) else None
 
 
 def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
@@ -121,10 +121,10 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
         spec = opened.spec
         command = replace(command, spec=spec)
         write_spec(spec, paths)
-        resources.callback(_tell_not_delivered, command, opened)
+        resources.callback(_print_not_delivered, command, opened)
         if _is_complete(opened.counts()):
             print(f"study {spec.name} is complete; sweep.n_trials=… continues it, sweep.name=… starts another")
-            with _concluding(command, opened, orchestration, study_budget, EXIT_COMPLETED):
+            with _finish_for_lost_holder(command, opened, orchestration, study_budget, EXIT_COMPLETED):
                 return _conclude(opened, spec, paths, study_budget, budget)
         budget_lines = [f"\n  {text}" for text in affordable_trials_message(command, opened, study_budget)]
         print(_announcement(command, opened.counts()), *budget_lines, sep="", file=sys.stderr, flush=True)
@@ -132,11 +132,11 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
             ladder_sweep.announce(spec, command.sweep.ladder)
         with contextlib.ExitStack() as trackers:
             shares = not orchestration.held
-            tracker = trackers.enter_context(_tracked(command, opened, orchestration, study_budget))
+            tracker = trackers.enter_context(_study_tracker(command, opened, orchestration, study_budget))
             with LiveStatus(spec, opened, paths, tracker):
                 code = _launch(launch, command, opened)
             if shares:
-                trackers.enter_context(_concluding(command, opened, orchestration, study_budget, code))
+                trackers.enter_context(_finish_for_lost_holder(command, opened, orchestration, study_budget, code))
             if code not in (EXIT_COMPLETED, EXIT_INTERRUPTED):
                 return code
             conclusion = _conclude(opened, spec, paths, study_budget, budget)
@@ -153,7 +153,7 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
 
     streams.keep_writing()  # a launcher may run this job in a new process
     paths = OutputPaths.of(str(raw.output_root)).study(str(raw.sweep.name))
-    spec, workers = read_spec(paths), spec_settings(raw.workers, WorkersConfig)
+    spec, workers = read_spec(paths), typed_settings(raw.workers, WorkersConfig)
     # study.json holds no secrets; this job's command line does.
     own_overrides = [
         text for text in overrides if not text.startswith(("workers.job=", "sweep.name=", "sweep.storage="))
@@ -162,9 +162,9 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
     try:
         one_rank_only()
         spec = replace(spec, overrides=(*own_overrides, *hydra_overrides), storage=storage_of(spec, raw.sweep.storage))
-        with launched_work():
+        with launcher_job():
             result = run_worker(spec, paths, workers, int(raw.workers.job))
-        if result.by_signal and launcher_signals.asked_here():
+        if result.by_signal and launcher_signals.launches_sweep():
             raise ExitCode(EXIT_INTERRUPTED)
         return result
     except QloraExpError as error:
@@ -176,7 +176,7 @@ def jobs_of(command: SweepCommand) -> list[list[str]]:
     """Return the overrides of each launcher job."""
     spec = command.spec
     overrides = [text for text in spec.overrides if not is_hydra(override_key(text))]
-    study_overrides: dict[str, Any] = {"sweep.name": literal(spec.name)}
+    study_overrides: dict[str, Any] = {"sweep.name": escape_interpolations(spec.name)}
     if command.sweep.storage is not None:
         study_overrides["sweep.storage"] = spec.storage
     return [
@@ -190,7 +190,7 @@ def _launch(launch: Launch, command: SweepCommand, opened: Any) -> int:
     name, code = command.spec.name, EXIT_COMPLETED
     problems: list[QloraExpError] = []
     try:
-        with launcher_signals.passed_on(command.paths):
+        with launcher_signals.stop_workers_on_signal(command.paths):
             results = launch(jobs_of(command))
     except ExitCode as ended:
         return ended.code
@@ -219,25 +219,25 @@ def _launch(launch: Launch, command: SweepCommand, opened: Any) -> int:
 
 
 @contextlib.contextmanager
-def _concluding(
+def _finish_for_lost_holder(
     command: SweepCommand, opened: Any, orchestration: Orchestration, study_budget: StudyBudget, code: int
 ) -> Iterator[None]:
     """Update the study's MLflow run if the process that held the study is gone and has not done so.
 
     ``code``: exit code of this process's work; one that was interrupted doesn't wait for others.
     """
-    status = _status(opened.counts(), study_budget.short(opened.trials()) is not None)
-    if not orchestration.inherits(code == EXIT_COMPLETED) or _end_is_told(command.paths, status):
+    status = _status(opened.counts(), study_budget.first_exhausted(opened.trials()) is not None)
+    if not orchestration.must_conclude(code == EXIT_COMPLETED) or _end_is_logged(command.paths, status):
         yield
         return
-    with _tracked(command, opened, orchestration, study_budget) as tracker:
+    with _study_tracker(command, opened, orchestration, study_budget) as tracker:
         if tracker is not None:
-            tracker.update(tracked(opened.trials()), [row.number for row in opened.best()])
+            tracker.update(tracking_rows(opened.trials()), [row.number for row in opened.best()])
         yield
 
 
 @contextlib.contextmanager
-def _tracked(
+def _study_tracker(
     command: SweepCommand, opened: Any, orchestration: Orchestration, study_budget: StudyBudget
 ) -> Iterator[Any]:
     """Yield the study's tracker and finish it however the sweep ends, after logging the runs that killed processes
@@ -256,17 +256,17 @@ def _tracked(
     tracker = StudyTracker(command.tracking, outputs, command.spec.name)
     try:
         tracker.start(from_dict(StudyDefinition, to_dict(without_secrets(command.spec))))
-        yield _WhileHeld(tracker, orchestration)
+        yield _TrackerWhileHeld(tracker, orchestration)
     finally:
         with signals.held_back("the study is being logged to MLflow; Ctrl-C again leaves that to qlora-exp sync"):
             run_ids = [row.run_id for row in opened.trials() if row.run_id is not None]
             deliver_runs(outputs, run_ids, command.tracking.uri)
             if orchestration.held:
-                tracker.finish(_status(opened.counts(), study_budget.short(opened.trials()) is not None))
+                tracker.finish(_status(opened.counts(), study_budget.first_exhausted(opened.trials()) is not None))
 
 
 @dataclass(frozen=True)
-class _WhileHeld:
+class _TrackerWhileHeld:
     """A study's tracker that stops updating when another process takes the study over."""
 
     tracker: Any
@@ -277,7 +277,7 @@ class _WhileHeld:
             self.tracker.update(*state)
 
 
-def _tell_not_delivered(command: SweepCommand, opened: Any) -> None:
+def _print_not_delivered(command: SweepCommand, opened: Any) -> None:
     """Print, as the sweep's last line, which runs have not been logged to MLflow."""
     if not command.tracking.enabled:
         return
@@ -290,7 +290,7 @@ def _tell_not_delivered(command: SweepCommand, opened: Any) -> None:
             print(missing, flush=True)
 
 
-def _end_is_told(paths: StudyPaths, status: Status) -> bool:
+def _end_is_logged(paths: StudyPaths, status: Status) -> bool:
     from qlora_exp.tracking.state import read_state
     from qlora_exp.tracking.study import told_status
 
@@ -327,19 +327,19 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, study_budget: Stu
         ladder_sweep.conclude(opened, spec, paths)
     elif best:
         print_table(best_table(best, spec))
-    print(("SYNTHETIC " if spec.synthetic else "") + show_progress(counts))
-    predicted = predicted_memory(opened.trials(), paths)
+    print(("SYNTHETIC " if spec.synthetic else "") + progress_text(counts))
+    predicted = memory_predictions(opened.trials(), paths)
     if predicted is not None:
         print(predicted.sentence)
     outputs = OutputPaths(paths.folder.parent.parent)
     option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
     name = shlex.quote(spec.name)
     if counts.refused and _nothing_fits(opened, counts, budget):
-        print_error(_told_nothing_fits(opened, spec, counts, budget, option))
+        print_error(_nothing_fits_error(opened, spec, counts, budget, option))
         return EXIT_COMPLETED if counts.completed else EXIT_WRONG_INPUT
     if not _is_complete(counts):
         failed = opened.failures_reached()
-        exhausted = study_budget.short(opened.trials())
+        exhausted = study_budget.first_exhausted(opened.trials())
         if exhausted is not None and not failed and not counts.running:
             larger_limit = f"budget.{exhausted.name}={2 * exhausted.limit:g}"
             print(f"the budget is spent ({exhausted}): qlora-exp resume {name} {larger_limit}{option}")
@@ -363,7 +363,7 @@ def _nothing_fits(opened: Any, counts: Counts, budget: BudgetConfig) -> bool:
     return not counts.running and opened.consecutive_skips(budget.memory_bytes) >= MAX_CONSECUTIVE_SKIPS
 
 
-def _told_nothing_fits(
+def _nothing_fits_error(
     opened: Any, spec: StudySpec, counts: Counts, budget: BudgetConfig, option: str
 ) -> QloraExpError:
     """Return the error that says what would fit."""

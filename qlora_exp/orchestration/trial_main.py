@@ -71,13 +71,13 @@ def main() -> int:
     import_and_freeze_gc(module for name in arguments.preload for module in PRELOADED[name])
     line.tell(Ready())
     with ThreadPoolExecutor(1, "delivery") as deliveries, contextlib.suppress(KeyboardInterrupt):
-        host = _Host(line, deliveries, _warm_bases() if "training" in arguments.preload else None)
+        host = _TrialRunner(line, deliveries, _base_cache() if "training" in arguments.preload else None)
         while isinstance(command := line.next(), RunTrial):
             host.run(command)
     return 0
 
 
-def _warm_bases() -> BaseModels:
+def _base_cache() -> BaseModels:
     from qlora_exp.models.base_cache import BaseCache
 
     return BaseCache()
@@ -123,7 +123,7 @@ class Channel:
         os._exit(1)
 
 
-class _Host:
+class _TrialRunner:
     """Runs trials and, as their observer, sends their progress to the worker."""
 
     def __init__(self, line: Channel, deliveries: ThreadPoolExecutor, bases: BaseModels | None) -> None:
@@ -137,7 +137,7 @@ class _Host:
 
         try:
             execute(
-                _changed(self.composer.compose(command.overrides), command),
+                _with_worker_settings(self.composer.compose(command.overrides), command),
                 self,
                 resume=command.run_id if command.resume else None,
                 run_id=command.run_id,
@@ -175,7 +175,7 @@ class _Host:
         self.line.tell(Note(text))
 
 
-def _changed(config: Config, command: RunTrial) -> Config:
+def _with_worker_settings(config: Config, command: RunTrial) -> Config:
     """Return the configuration with the values that the worker sets directly, not as Hydra overrides."""
     changed = replace(config, output_root=command.output_root)
     if command.micro_batch_size is None:

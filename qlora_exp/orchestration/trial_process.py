@@ -39,7 +39,7 @@ class ProcessDied(Exception):
         return f"the trial's process was ended by signal {signal.Signals(-self.code).name}"
 
 
-class HostProcess:
+class TrialProcess:
     """A running trial process. The thread that starts it must outlive it: the kernel kills the process when that thread
     ends."""
 

@@ -16,10 +16,16 @@ from qlora_exp.config.schema import WorkersConfig
 from qlora_exp.estimate.budget import StudyBudget, budget_of, limits_of
 from qlora_exp.estimate.memory_fit import MemoryLimit
 from qlora_exp.orchestration import forking
-from qlora_exp.orchestration.live_state import SlotState, remove_state, state_of, worker_name, write_worker_state
+from qlora_exp.orchestration.live_state import (
+    SlotState,
+    remove_worker_state,
+    worker_name,
+    worker_state,
+    write_worker_state,
+)
 from qlora_exp.orchestration.memory_feedback import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
-from qlora_exp.orchestration.prestart import host_starts, hosts_per_device
-from qlora_exp.orchestration.slot import GRACEFULLY, NOW, Setting, Slot
+from qlora_exp.orchestration.prestart import process_starts, processes_per_device
+from qlora_exp.orchestration.slot import GRACEFULLY, NOW, Slot, SlotContext
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study import objectives
@@ -36,7 +42,7 @@ STATE_SECONDS = 1.0
 WAIT_SECONDS = 2.0
 
 
-class Studied(Protocol):
+class StudyCalls(Protocol):
     """The part of :class:`qlora_exp.study.study.Study` that a worker uses."""
 
     def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool] = ...) -> Claim | None: ...
@@ -46,7 +52,7 @@ class Studied(Protocol):
     def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool: ...
     def tell(self, claim: Claim, outcome: Outcome) -> None: ...
     def requeue(self, claim: Claim, why: str) -> bool: ...
-    def request_memory_retry(self, claim: Claim) -> bool: ...
+    def requeue_with_half_micro_batch(self, claim: Claim) -> bool: ...
     def counts(self) -> Counts: ...
     def consecutive_skips(self, bound_bytes: int | None) -> int: ...
     def failures_reached(self) -> bool: ...
@@ -71,7 +77,7 @@ def run_worker(
     workers: WorkersConfig,
     job: int = 0,
     stop: Callable[[], str | None] = lambda: None,
-    study: Studied | None = None,
+    study: StudyCalls | None = None,
     outcome_of: Callable[[RunRecord, StudySpec], Outcome] | None = None,
 ) -> WorkerResult:
     """Run trials until the study has none left.
@@ -88,14 +94,14 @@ def run_worker(
     from qlora_exp.study.study import Study
 
     config = compose_raw(spec.overrides)
-    starts = host_starts(config, workers, paths)
-    setting = Setting(
+    starts = process_starts(config, workers, paths)
+    setting = SlotContext(
         spec=spec,
         paths=paths,
         workers=workers,
         outcome_of=outcome_of or objectives.outcome_of,
         budget=budget_of(config),
-        hosts_per_device=hosts_per_device(starts),
+        processes_per_device=processes_per_device(starts),
     )
     worker = Worker(setting, study if study is not None else Study.open(spec, paths), job, len(starts), stop)
     slots = [Slot(worker, state.slot, start, state) for state, start in zip(worker.states, starts, strict=True)]
@@ -106,7 +112,9 @@ def run_worker(
 class Worker:
     """What the slots of one worker share: the study, called by one slot at a time, and whether to stop."""
 
-    def __init__(self, setting: Setting, study: Studied, job: int, slots: int, stop: Callable[[], str | None]) -> None:
+    def __init__(
+        self, setting: SlotContext, study: StudyCalls, job: int, slots: int, stop: Callable[[], str | None]
+    ) -> None:
         self.setting, self.study, self.job = setting, study, job
         self.name = worker_name()
         self.states = [SlotState(number) for number in range(slots)]
@@ -118,11 +126,11 @@ class Worker:
         self.taken_over: set[tuple[int, int]] = set()
         """(trial id, attempt) of trials that another worker has taken over."""
         self._process = process_identity()
-        self._asked_from_outside = stop
+        self._stop_callback = stop
         outputs = OutputPaths.of(setting.spec.output_root)
-        self._purse, self._experience = StudyBudget(setting.budget, outputs), MemoryFeedback(outputs)
+        self._study_budget, self._memory_feedback = StudyBudget(setting.budget, outputs), MemoryFeedback(outputs)
         self._claims: dict[int, Claim] = {}
-        self._at_work: set[int] = set()
+        self._active_slots: set[int] = set()
         self._calls = threading.RLock()
         self._changed = threading.Condition()
         self._next_heartbeat = self._next_state = 0.0
@@ -131,7 +139,7 @@ class Worker:
         try:
             with self._signals():
                 for slot in slots:
-                    self._at_work.add(slot.number)
+                    self._active_slots.add(slot.number)
                     slot.start()
                 try:
                     self._wait()
@@ -140,7 +148,7 @@ class Worker:
                     self._wait()
                     raise
         finally:
-            remove_state(self.setting.paths.workers, self.name)
+            remove_worker_state(self.setting.paths.workers, self.name)
         if self.error is not None:
             raise self.error
         return WorkerResult(self.told, self.stopping, self.by_signal)
@@ -151,10 +159,10 @@ class Worker:
         This doesn't join the threads: in Python 3.11 and 3.12 an exception from a signal handler during a join makes a
         running thread count as ended.
         """
-        while self._at_work:
+        while self._active_slots:
             self._tick()
             with self._changed:
-                if self._at_work:
+                if self._active_slots:
                     self._changed.wait(TICK_SECONDS)
 
     # What slots ask.
@@ -177,13 +185,13 @@ class Worker:
         Running trials may turn out cheaper than reserved, so the budget counts as spent only when none runs.
         """
         trials = self.study.trials()
-        if self._purse.short(trials) is None:
+        if self._study_budget.first_exhausted(trials) is None:
             return True
         if not any(trial.state == "RUNNING" for trial in trials):
             self._stop(BUDGET)
         return False
 
-    def accepting(self) -> bool:
+    def may_start_trial(self) -> bool:
         """Return whether a new trial may start; stop the worker after too many failures, or if nothing fits any
         more."""
         if self.stopping is None and self._ask(self.study.failures_reached):
@@ -196,17 +204,17 @@ class Worker:
         bound = self.setting.budget.memory_bytes
         return self._ask(lambda: self.study.consecutive_skips(bound)) >= MAX_CONSECUTIVE_SKIPS
 
-    def memory_rule(self, claim: Claim) -> MemoryLimit | None:
+    def memory_limit(self, claim: Claim) -> MemoryLimit | None:
         """Return what a trial that starts now must fit into, corrected by the ended trials."""
         setting = self.setting
         if not setting.limits_memory:
             return None
         bound, halvings = setting.budget.memory_bytes, setting.spec.out_of_memory_retries - claim.out_of_memory_retries
-        known_corrections = self._experience.kin(self._ask(self.study.trials), bound)
+        known_corrections = self._memory_feedback.kin(self._ask(self.study.trials), bound)
         force = setting.budget.force
-        return MemoryLimit(bound, setting.hosts_per_device or 1, known_corrections, True, max(halvings, 0), force)
+        return MemoryLimit(bound, setting.processes_per_device or 1, known_corrections, True, max(halvings, 0), force)
 
-    def nothing_left(self) -> bool:
+    def all_trials_ended(self) -> bool:
         """Return whether all trials have ended. A trial that another worker runs may still be lost and become free."""
         counts = self._ask(self.study.counts)
         return counts.running + counts.waiting + counts.to_ask == 0
@@ -229,32 +237,32 @@ class Worker:
     def tell(self, slot: int, claim: Claim, outcome: Outcome) -> None:
         self._ask(lambda: self.study.tell(claim, outcome))
         self.told += 1
-        self.let_go(slot)
+        self.forget_trial(slot)
 
     def requeue(self, slot: int, claim: Claim, why: str) -> bool:
         """Return the trial to the study for another attempt. ``False``: none is left, and the trial has failed."""
         again = self._ask(lambda: self.study.requeue(claim, why))
-        self.let_go(slot)
+        self.forget_trial(slot)
         return again
 
     def return_trial(self, slot: int, claim: Claim) -> None:
         """Return the trial to the study because the worker stops; the attempt doesn't count."""
         unknown = (None,) * len(self.setting.spec.objectives)
         self._ask(lambda: self.study.tell(claim, Outcome(Status.INTERRUPTED, unknown, (), None)))
-        self.let_go(slot)
+        self.forget_trial(slot)
 
-    def still_ours(self, claim: Claim) -> bool:
+    def owns_trial(self, claim: Claim) -> bool:
         """Return whether no other worker has taken the trial over (after this machine slept longer than the lease, for
         example)."""
         return self._ask(lambda: self.study.heartbeat(claim))
 
     def memory_retry(self, slot: int, claim: Claim) -> bool:
-        granted = self._ask(lambda: self.study.request_memory_retry(claim))
+        granted = self._ask(lambda: self.study.requeue_with_half_micro_batch(claim))
         if granted:
-            self.let_go(slot)
+            self.forget_trial(slot)
         return granted
 
-    def let_go(self, slot: int) -> None:
+    def forget_trial(self, slot: int) -> None:
         """Forget the slot's trial."""
         self._claims.pop(slot, None)
         with self._changed:
@@ -263,7 +271,7 @@ class Worker:
     def ended(self, slot: int) -> None:
         """Mark the slot as ended: its trial process is gone, and it does nothing more."""
         with self._changed:
-            self._at_work.discard(slot)
+            self._active_slots.discard(slot)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -276,7 +284,7 @@ class Worker:
 
         So no finished work is lost.
         """
-        from qlora_exp.study.storage import lost, unreachable
+        from qlora_exp.study.storage import is_unreachable, unreachable_error
 
         reported, deadline = False, time.monotonic() + self.setting.workers.lease_seconds
         while True:
@@ -284,10 +292,10 @@ class Worker:
                 with self._calls:
                     return call()
             except Exception as error:  # each storage driver raises its own exceptions
-                disk_is_full, storage_is_lost = disk_full(error), unreachable(error)
+                disk_is_full, storage_is_lost = disk_full(error), is_unreachable(error)
                 if self.killing or not (disk_is_full or storage_is_lost):
                     raise
-                problem = lost(error, self.setting.spec.storage, self.setting.spec.name)
+                problem = unreachable_error(error, self.setting.spec.storage, self.setting.spec.name)
                 if not disk_is_full and time.monotonic() > deadline:
                     raise problem from None
                 if not reported:
@@ -299,7 +307,7 @@ class Worker:
     # What happens twice a second.
 
     def _tick(self) -> None:
-        mode = self._asked_from_outside() or self._stop_file()
+        mode = self._stop_callback() or self._stop_file()
         if mode is not None:
             self._stop(mode)
         now = time.monotonic()
@@ -311,19 +319,19 @@ class Worker:
             self._next_state = now + STATE_SECONDS
             lease = self.setting.workers.lease_seconds
             write_worker_state(
-                self.setting.paths.workers, state_of(self.name, self.job, self.stopping, self.states, lease)
+                self.setting.paths.workers, worker_state(self.name, self.job, self.stopping, self.states, lease)
             )
 
     def _heartbeat(self, claim: Claim) -> None:
         """Renew a claim. A failed heartbeat does no harm: the lease lasts for many."""
-        from qlora_exp.study.storage import unreachable
+        from qlora_exp.study.storage import is_unreachable
 
         try:
             with self._calls:
                 if not self.study.heartbeat(claim):
                     self.taken_over.add((claim.trial_id, claim.attempt))
         except Exception as error:  # as in _ask
-            if not unreachable(error):  # the next call to the study reports a lost storage
+            if not is_unreachable(error):  # the next call to the study reports a lost storage
                 print(f"trial {claim.number}: no heartbeat: {error}", file=sys.stderr, flush=True)
 
     def _stop_file(self) -> str | None:

@@ -13,12 +13,12 @@ from typing import Any
 
 from qlora_exp.analysis.power import Noise, half_width, plan
 from qlora_exp.analysis.rank import Comparison, RankAnswer, answer, as_object
-from qlora_exp.analysis.rule import MOST_SEEDS, Rule, StepVerdict
+from qlora_exp.analysis.rule import MAX_SEEDS, Rule, StepVerdict
 from qlora_exp.config.schema import LrPolicy
 from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.rank_doubling.ladder import LadderState, LadderTrial, LearningRateChoice, evaluate_ladder
-from qlora_exp.rank_doubling.settings import SPLIT, is_single, rule_of
+from qlora_exp.rank_doubling.settings import SPLIT, is_single_rank, rule_of
 from qlora_exp.records.files import read_curve, read_record
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
@@ -33,7 +33,7 @@ COSTS = {
     "train_seconds": "speed.train_seconds",
     "cost_usd": "speed.cost_usd",
 }
-SAME_CURVE = 0.005
+MAX_CURVE_DIFFERENCE = 0.005
 """Two training curves count as the same if they differ by less than this share of the loss decrease at every step."""
 
 
@@ -69,7 +69,8 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
       overlap in time taken.
     """
     return [
-        _object(spec, ladder, evaluate_ladder(spec, ladder, trials), _own(ladder, trials)) for ladder in spec.ladders
+        _answer_object(spec, ladder, evaluate_ladder(spec, ladder, trials), _trials_of_ladder(ladder, trials))
+        for ladder in spec.ladders
     ]
 
 
@@ -86,7 +87,7 @@ def recommended(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[st
 
 
 def plan_sentence(
-    rule: Rule, seed_sd: float | None, item_sd: float | None, items: int | None, seeds: int = MOST_SEEDS
+    rule: Rule, seed_sd: float | None, item_sd: float | None, items: int | None, seeds: int = MAX_SEEDS
 ) -> tuple[bool, str]:
     """Return whether the planned seeds and items can settle the margin given the expected noise, and a sentence about
     it.
@@ -127,16 +128,22 @@ def _test_losses(paths: RunPaths) -> dict[str, float] | None:
     return dict(sorted(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True)))
 
 
-def _own(ladder: LadderSettings, trials: Sequence[LadderTrial]) -> list[LadderTrial]:
+def _trials_of_ladder(ladder: LadderSettings, trials: Sequence[LadderTrial]) -> list[LadderTrial]:
     return [trial for trial in trials if ladder.axes.items() <= trial.params.items()]
 
 
-def _object(spec: LadderSpec, ladder: LadderSettings, state: LadderState, own: Sequence[LadderTrial]) -> dict[str, Any]:
+def _answer_object(
+    spec: LadderSpec, ladder: LadderSettings, state: LadderState, own: Sequence[LadderTrial]
+) -> dict[str, Any]:
     rank_answer = answer(state.comparisons, rule_of(spec), LOSS_UNIT) if state.comparisons else None
-    last = _last(rank_answer) if rank_answer is not None else None
+    last = _final_comparison(rank_answer) if rank_answer is not None else None
     saves = _saves(last, state) if last is not None else None
     answer_object = (
-        as_object(rank_answer) if rank_answer is not None else {} if is_single(spec) else _nothing(rule_of(spec))
+        as_object(rank_answer)
+        if rank_answer is not None
+        else {}
+        if is_single_rank(spec)
+        else _undecided_object(rule_of(spec))
     )
     return answer_object | {
         "status": "open" if state.needs else "decided" if state.trouble is None else "failed",
@@ -153,12 +160,12 @@ def _object(spec: LadderSpec, ladder: LadderSettings, state: LadderState, own: S
     }
 
 
-def _nothing(rule: Rule) -> dict[str, Any]:
+def _undecided_object(rule: Rule) -> dict[str, Any]:
     undecided: dict[str, Any] = {"decision": None, "recommended_rank": None, "comparisons": []}
     return undecided | {"margin": rule.margin, "half_zone": rule.half_zone}
 
 
-def _last(rank_answer: RankAnswer) -> Comparison:
+def _final_comparison(rank_answer: RankAnswer) -> Comparison:
     return next(
         (c for c in rank_answer.comparisons if c.decision.verdict is not StepVerdict.CONTINUE),
         rank_answer.comparisons[-1],
@@ -221,7 +228,7 @@ def _sentences(
     rank_answer: RankAnswer | None,
     saves: Mapping[str, Any] | None,
 ) -> list[str]:
-    if rank_answer is None and is_single(spec) and not state.needs:
+    if rank_answer is None and is_single_rank(spec) and not state.needs:
         return [_learning_rate_words(spec, ladder, state.choices)]
     if rank_answer is None:
         return [f"No answer: {state.trouble}." if state.trouble else "Nothing is decided yet."]
@@ -284,7 +291,7 @@ def _warnings(spec: LadderSpec, state: LadderState, last: Comparison | None) -> 
         f"the training losses of r = {step.from_rank} and {step.to_rank} coincide: training is too short for the ranks "
         "to differ. Increase training.max_steps"
         for step in state.comparisons
-        if _coincide(state.runs.get(step.from_rank, ()), state.runs.get(step.to_rank, ()))
+        if _curves_coincide(state.runs.get(step.from_rank, ()), state.runs.get(step.to_rank, ()))
     ]
     if last is not None and last.from_rank == spec.r_start and last.decision.verdict is StepVerdict.STOP:
         warnings.append(
@@ -297,15 +304,17 @@ def _warnings(spec: LadderSpec, state: LadderState, last: Comparison | None) -> 
     return warnings
 
 
-def _coincide(smaller: Sequence[LadderTrial], larger: Sequence[LadderTrial]) -> bool:
+def _curves_coincide(smaller: Sequence[LadderTrial], larger: Sequence[LadderTrial]) -> bool:
     """Return whether the training curves of the same seeds coincide, for every seed that both ranks have."""
     by_seed = {trial.params["seed"]: trial.curve for trial in larger if trial.completed}
-    distances = [_distance(trial.curve, by_seed.get(trial.params["seed"], {})) for trial in smaller if trial.completed]
+    distances = [
+        _curve_distance(trial.curve, by_seed.get(trial.params["seed"], {})) for trial in smaller if trial.completed
+    ]
     known = [distance for distance in distances if distance is not None]
-    return bool(known) and max(known) < SAME_CURVE
+    return bool(known) and max(known) < MAX_CURVE_DIFFERENCE
 
 
-def _distance(curve: Mapping[int, float], other_curve: Mapping[int, float]) -> float | None:
+def _curve_distance(curve: Mapping[int, float], other_curve: Mapping[int, float]) -> float | None:
     """Return the largest difference of two training curves (step → loss) at a shared step, as a share of the loss
     decrease."""
     steps = sorted(curve.keys() & other_curve.keys())

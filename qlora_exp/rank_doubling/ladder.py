@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from qlora_exp.analysis.rank import Comparison, decide_doubling
-from qlora_exp.analysis.rule import MOST_SEEDS, StepVerdict
+from qlora_exp.analysis.rule import MAX_SEEDS, StepVerdict
 from qlora_exp.analysis.variance import Array
 from qlora_exp.config.schema import LrPolicy
 from qlora_exp.errors import AnalysisError
@@ -29,11 +29,11 @@ from qlora_exp.rank_doubling.settings import (
     RATE,
     SEED,
     SPLIT,
-    is_single,
+    is_single_rank,
     lr_scale,
     ranks_of,
     rates_of,
-    rounded,
+    round_rate,
     rule_of,
 )
 from qlora_exp.records.types import RunRecord, Status
@@ -138,7 +138,7 @@ def select_learning_rate(
     Unlike :func:`evaluate_ladder` this doesn't depend on the lower ranks' results.
     """
     evaluation = _LadderEvaluation(spec, ladder, trials)
-    return evaluation._choose(rank), tuple(evaluation.needs)
+    return evaluation._choose_learning_rate(rank), tuple(evaluation.needs)
 
 
 class _LadderEvaluation:
@@ -154,8 +154,8 @@ class _LadderEvaluation:
         """Rank → number of seeds that the evaluation has requested so far."""
 
     def steps(self) -> list[Comparison]:
-        if is_single(self.spec):
-            self._ask_for(self.spec.r_start, self.spec.r_start, self.spec.seeds)
+        if is_single_rank(self.spec):
+            self._request_runs(self.spec.r_start, self.spec.r_start, self.spec.seeds)
         for smaller, larger in pairwise(ranks_of(self.spec)):
             losses = partial(self._seen, smaller, larger)
             decision = decide_doubling(losses, self.spec.seeds, rule_of(self.spec), self.spec.most_seeds)
@@ -169,10 +169,10 @@ class _LadderEvaluation:
     def all_runs(self) -> dict[int, tuple[LadderTrial, ...]]:
         return {rank: tuple(self._runs(rank)) for rank in self.seeds if rank in self.choices}
 
-    def _ask_for(self, smaller: int, larger: int, seeds: int) -> None:
+    def _request_runs(self, smaller: int, larger: int, seeds: int) -> None:
         for rank in (smaller, larger):
             self.seeds[rank] = max(self.seeds.get(rank, 0), seeds)
-            choice = self.choices.get(rank) or self._choose(rank)
+            choice = self.choices.get(rank) or self._choose_learning_rate(rank)
             if choice is not None:
                 self.choices[rank] = choice
                 for seed in range(self.seeds[rank]):
@@ -191,18 +191,18 @@ class _LadderEvaluation:
 
     # Learning rates.
 
-    def _choose(self, rank: int) -> LearningRateChoice | None:
+    def _choose_learning_rate(self, rank: int) -> LearningRateChoice | None:
         """Return the rank's learning rate; ``None``: pilots are still missing."""
         if self.spec.lr_policy == LrPolicy.fixed.value:
-            return LearningRateChoice(rank, rounded(self.one.learning_rate))
+            return LearningRateChoice(rank, round_rate(self.one.learning_rate))
         if self.spec.lr_policy == LrPolicy.transfer.value and rank != self.spec.r_start:
             start = self.choices.get(self.spec.r_start)
             return start and LearningRateChoice(
-                rank, rounded(start.learning_rate * lr_scale(self.spec, self.one, rank))
+                rank, round_rate(start.learning_rate * lr_scale(self.spec, self.one, rank))
             )
-        return self._searched(rank)
+        return self._search_learning_rate(rank)
 
-    def _searched(self, rank: int) -> LearningRateChoice | None:
+    def _search_learning_rate(self, rank: int) -> LearningRateChoice | None:
         rates = rates_of(self.spec, self.one, rank)
         pilots = self._pilots(rank, rates)
         if pilots is None:
@@ -210,7 +210,7 @@ class _LadderEvaluation:
         best = self._best(pilots, rank)
         if best in (rates[0], rates[-1]):
             beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
-            rates = sorted([*rates, rounded(beyond)])
+            rates = sorted([*rates, round_rate(beyond)])
             pilots = self._pilots(rank, rates)
             if pilots is None:
                 return None
@@ -228,7 +228,7 @@ class _LadderEvaluation:
         known = [(pilot.validation_loss, pilot.learning_rate) for pilot in pilots if pilot.validation_loss is not None]
         if not known:
             of_rank = [trial for trial in self.trials.values() if trial.params[RANK] == rank]
-            reason = _why(of_rank, otherwise="")
+            reason = _failure_reasons(of_rank, otherwise="")
             message = f"no pilot at r = {rank} left a validation loss{f': {reason}' if reason else ''}"
             raise AnalysisError(message, f"r = {rank}")
         return min(known)[1]
@@ -238,7 +238,7 @@ class _LadderEvaluation:
     def _seen(self, smaller: int, larger: int, seeds: int) -> list[Array] | None:
         """Return the losses of the ranks up to ``larger``, with ``seeds`` seeds for this doubling; ``None``: runs are
         missing."""
-        self._ask_for(smaller, larger, seeds)
+        self._request_runs(smaller, larger, seeds)
         return None if self.needs else list(self._losses([rank for rank in ranks_of(self.spec) if rank <= larger]))
 
     def _losses(self, ranks: Sequence[int]) -> Iterator[Array]:
@@ -247,7 +247,7 @@ class _LadderEvaluation:
         completed = [trial for trials in runs.values() for trial in trials if trial.completed]
         for rank, trials in runs.items():
             if not any(trial.completed for trial in trials):
-                raise AnalysisError(f"no run at r = {rank} completed: {_why(trials)}", f"r = {rank}")
+                raise AnalysisError(f"no run at r = {rank} completed: {_failure_reasons(trials)}", f"r = {rank}")
         _check_comparable([trial.record for trial in completed if trial.record is not None])
         items = list(completed[0].losses or ())
         for trial in completed:
@@ -255,7 +255,7 @@ class _LadderEvaluation:
                 run = trial.record.run_id if trial.record else "a run"
                 raise AnalysisError(f"the per-item losses of {run} are missing, or belong to other items", "test split")
         for trials in runs.values():
-            losses = np.full((MOST_SEEDS, len(items)), np.nan)
+            losses = np.full((MAX_SEEDS, len(items)), np.nan)
             for row, trial in enumerate(trials):
                 if trial.completed and trial.losses:
                     losses[row] = list(trial.losses.values())
@@ -280,7 +280,7 @@ def _key(point: LadderPoint) -> frozenset[str]:
     return frozenset(point_overrides(point))
 
 
-def _why(trials: Sequence[LadderTrial], otherwise: str = "they left no record") -> str:
+def _failure_reasons(trials: Sequence[LadderTrial], otherwise: str = "they left no record") -> str:
     failures = [trial.record.failure for trial in trials if trial.record is not None]
     reasons = {f"{failure.kind}: {failure.message.splitlines()[0]}" for failure in failures if failure is not None}
     reasons |= {"predicted not to fit into memory" for trial in trials if trial.refused}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_exp.config.compose import compose_raw
-from qlora_exp.config.interpolations import texts_of
+from qlora_exp.config.interpolations import unresolved_texts
 from qlora_exp.config.overrides import override_key
 from qlora_exp.config.schema import LadderConfig, SweepConfig
 from qlora_exp.errors import ConfigError, raise_all
@@ -26,18 +26,18 @@ def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, .
     Raises:
         ConfigError, Problems: nothing was started.
     """
-    from qlora_exp.rank_doubling.settings import OWN_KEYS, RANK, SPLIT, resolve
+    from qlora_exp.rank_doubling.settings import LADDER_KEYS, RANK, SPLIT, resolve
 
-    fixed_keys = [axis.key for axis in others if axis.key in OWN_KEYS]
+    fixed_keys = [axis.key for axis in others if axis.key in LADDER_KEYS]
     fixed_keys += [key for text in fixed if (key := override_key(text)) in (RANK, SPLIT)]
     hint = "set sweep.ladder.r_start, r_max, seeds and lr_factors instead, or use another sampler"
     raise_all([ConfigError("the ladder sets this key itself", f"{key}=…", hint) for key in fixed_keys])
-    ladders = [_one(fixed, point, settings.ladder.r_start) for point in grid(others)]
+    ladders = [_ladder_at(fixed, point, settings.ladder.r_start) for point in grid(others)]
     seed = int(compose_raw(fixed).seed)
     return resolve(settings.ladder, seed, ladders)
 
 
-def _one(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSettings:
+def _ladder_at(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSettings:
     """Return the ladder at ``point``, with the settings that this point's configuration has at the first rank.
 
     Another model may bring another learning rate, and ``lora.alpha=${lora.r}`` follows the rank: so two ranks are
@@ -49,7 +49,7 @@ def _one(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSet
     follows = raw.lora.alpha_policy != "fixed" or raw.lora.alpha != doubled.lora.alpha
     alpha = str(raw.lora.alpha_policy)
     if alpha == "fixed":
-        alpha = str(texts_of(raw.lora, "alpha")) if follows else f"fixed at {raw.lora.alpha}"
+        alpha = str(unresolved_texts(raw.lora, "alpha")) if follows else f"fixed at {raw.lora.alpha}"
     return LadderSettings(
         axes=point,
         learning_rate=float(raw.training.learning_rate),
@@ -61,10 +61,10 @@ def _one(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSet
 def announce(spec: StudySpec, config: LadderConfig) -> None:
     """Print before training whether the planned seeds and items can settle the margin, if there is one."""
     from qlora_exp.rank_doubling.answers import plan_sentence
-    from qlora_exp.rank_doubling.settings import is_single, rule_of
+    from qlora_exp.rank_doubling.settings import is_single_rank, rule_of
 
     assert spec.ladder is not None
-    if is_single(spec.ladder):
+    if is_single_rank(spec.ladder):
         return
     raw = compose_raw(spec.overrides)
     limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
@@ -85,7 +85,7 @@ def show_answers(opened: Any, spec: StudySpec) -> list[dict[str, Any]]:
     from qlora_exp.rank_doubling.answers import answers
 
     assert spec.ladder is not None
-    ladder_answers: list[dict[str, Any]] = answers(spec.ladder, opened.on_ladder())
+    ladder_answers: list[dict[str, Any]] = answers(spec.ladder, opened.ladder_trials())
     for answer in ladder_answers:
         name = ", ".join(f"{key}={value}" for key, value in answer["axes"].items())
         marks = [text for text in ("SYNTHETIC" if spec.synthetic else "", name) if text]

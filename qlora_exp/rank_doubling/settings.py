@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from qlora_exp.analysis.rule import MOST_SEEDS, Rule, make_rule
+from qlora_exp.analysis.rule import MAX_SEEDS, Rule, make_rule
 from qlora_exp.config.schema import LadderConfig, LrPolicy
 from qlora_exp.errors import AnalysisError, ConfigError, QloraExpError, raise_all
 from qlora_exp.study.space import parse_axes
 from qlora_exp.study.types import Axis, LadderSettings, LadderSpec
 
 RANK, SEED, RATE, SPLIT = "lora.r", "seed", "training.learning_rate", "evaluation.split"
-OWN_KEYS = (RANK, SEED, RATE, SPLIT)
+LADDER_KEYS = (RANK, SEED, RATE, SPLIT)
 """Keys that a ladder sets in each of its trials: no other axis may use them."""
 
 
@@ -42,16 +42,16 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
     if config.r_start < 1 or not (single or config.r_start <= config.r_max // 2):
         what = f"there is no doubling from r = {config.r_start} to {config.r_max}"
         errors.append(ConfigError(what, f"{where}.r_max={config.r_max}", f"at least {2 * max(config.r_start, 1)}"))
-    if not 2 <= config.seeds <= MOST_SEEDS:
+    if not 2 <= config.seeds <= MAX_SEEDS:
         what = f"{config.seeds} seeds are too few" if config.seeds < 2 else "more seeds than the rule was tested with"
-        errors.append(ConfigError(what, f"{where}.seeds={config.seeds}", f"from 2 to {MOST_SEEDS}; 3 is usual"))
-    elif not config.seeds <= config.most_seeds <= MOST_SEEDS:
+        errors.append(ConfigError(what, f"{where}.seeds={config.seeds}", f"from 2 to {MAX_SEEDS}; 3 is usual"))
+    elif not config.seeds <= config.most_seeds <= MAX_SEEDS:
         what = f"most_seeds={config.most_seeds} doesn't fit seeds={config.seeds}"
-        hint = f"from {config.seeds} (no extra seeds) to {MOST_SEEDS}"
+        hint = f"from {config.seeds} (no extra seeds) to {MAX_SEEDS}"
         errors.append(ConfigError(what, f"{where}.most_seeds={config.most_seeds}", hint))
-    if config.pilot_seed in range(first_seed, first_seed + MOST_SEEDS):
+    if config.pilot_seed in range(first_seed, first_seed + MAX_SEEDS):
         what = "the pilots' seed is also a seed of the decision runs"
-        hint = f"outside {first_seed} … {first_seed + MOST_SEEDS - 1}"
+        hint = f"outside {first_seed} … {first_seed + MAX_SEEDS - 1}"
         errors.append(ConfigError(what, f"{where}.pilot_seed={config.pilot_seed}", hint))
     factors = sorted(set(config.lr_factors))
     few = len(factors) < 2 and config.lr_policy is not LrPolicy.fixed
@@ -90,28 +90,28 @@ def rule_of(spec: LadderSpec) -> Rule:
     return make_rule(spec.margin, doublings_of(spec.r_start, spec.r_max), spec.half_zone)
 
 
-def is_single(spec: LadderSpec) -> bool:
+def is_single_rank(spec: LadderSpec) -> bool:
     """Return whether there is only one rank: pilots choose its learning rate, its seeds are run, and nothing is
     decided."""
     return spec.r_start == spec.r_max
 
 
-def most_trials(spec: LadderSpec) -> int:
+def max_trials(spec: LadderSpec) -> int:
     """Return the maximum number of trials of all ladders: the pilots of each rank, one beyond the grid included, and
     the seeds."""
     ranks = len(ranks_of(spec))
-    seeds = spec.seeds if is_single(spec) else spec.most_seeds  # only a doubling's decision can add seeds
+    seeds = spec.seeds if is_single_rank(spec) else spec.most_seeds  # only a doubling's decision can add seeds
     searched = {LrPolicy.search.value: ranks, LrPolicy.transfer.value: 1}.get(spec.lr_policy, 0)
     return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * seeds)
 
 
-def own_axes(spec: LadderSpec) -> tuple[Axis, ...]:
+def ladder_axes(spec: LadderSpec) -> tuple[Axis, ...]:
     """Return the axes that the ladder adds to the sweep's other axes."""
     rates = [rate for ladder in spec.ladders for rank in ranks_of(spec) for rate in rates_of(spec, ladder, rank)]
     rates += [ladder.learning_rate for ladder in spec.ladders]
     reach = max(high / low for low, high in pairwise(spec.lr_factors)) if len(spec.lr_factors) > 1 else 2.0
-    low, high = rounded(min(rates) / reach / 2), rounded(max(rates) * reach * 2)
-    seeds = (*range(spec.first_seed, spec.first_seed + MOST_SEEDS), spec.pilot_seed)
+    low, high = round_rate(min(rates) / reach / 2), round_rate(max(rates) * reach * 2)
+    seeds = (*range(spec.first_seed, spec.first_seed + MAX_SEEDS), spec.pilot_seed)
     texts = {
         RANK: ",".join(map(str, ranks_of(spec))),
         SEED: ",".join(map(str, seeds)),
@@ -124,7 +124,7 @@ def own_axes(spec: LadderSpec) -> tuple[Axis, ...]:
 def rates_of(spec: LadderSpec, ladder: LadderSettings, rank: int) -> list[float]:
     """Return the learning rates of a rank's pilots, ascending."""
     centre = ladder.learning_rate * lr_scale(spec, ladder, rank)
-    return [rounded(centre * factor) for factor in spec.lr_factors]
+    return [round_rate(centre * factor) for factor in spec.lr_factors]
 
 
 def lr_scale(spec: LadderSpec, ladder: LadderSettings, rank: int) -> float:
@@ -132,6 +132,6 @@ def lr_scale(spec: LadderSpec, ladder: LadderSettings, rank: int) -> float:
     return float((rank / spec.r_start) ** ladder.rate_exponent)
 
 
-def rounded(rate: float) -> float:
+def round_rate(rate: float) -> float:
     """Return ``rate`` rounded to four significant digits."""
     return float(f"{rate:.4g}")

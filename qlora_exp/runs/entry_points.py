@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_exp.architecture.run_plan import EARLIER_TASK
-from qlora_exp.config.compose import checked
-from qlora_exp.config.override_values import literal
+from qlora_exp.config.compose import as_checked_config
+from qlora_exp.config.override_values import escape_interpolations
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.estimate.budget import STUDY_LIMITS
@@ -75,10 +75,10 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         training = plain.get("training")
         if isinstance(training, dict) and training.get("max_tokens") is not None:
             plain["training"] = {**training, "max_steps": None}  # older versions took both, and heeded the tokens
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(plain)))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(escape_interpolations(plain)))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None
-    return checked(merged)
+    return as_checked_config(merged)
 
 
 def end_killed_run(config: Config, pid: int, number: int, kills_before: int | None = None) -> None:

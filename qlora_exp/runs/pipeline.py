@@ -15,7 +15,7 @@ from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.estimate.budget import budget_stop_message
 from qlora_exp.estimate.preflight_budget import affordable_steps_message
-from qlora_exp.estimate.run_estimate import as_first_told
+from qlora_exp.estimate.run_estimate import with_first_predictions
 from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
 from qlora_exp.evaluation.few_shot import few_shot_scores
 from qlora_exp.evaluation.goal import answer_goal
@@ -49,7 +49,7 @@ def run_pipeline(
     """Run ``config`` to its end. Returns its record — completed, or with the failure that ended it — and the error
     where wrong input showed itself only now (a weight file torn inside, say): the caller tells it."""
     progress = RunFigures(
-        record.replace(plan=as_first_told(prepared.plan, record.plan), data=prepared.splits.record),
+        record.replace(plan=with_first_predictions(prepared.plan, record.plan), data=prepared.splits.record),
         paths,
         measurement.Meter(prepared.plan.device, host_reused=_host_is_reused()),
         earlier_seconds=record.speed.total_seconds or 0.0,

@@ -19,7 +19,7 @@ from qlora_exp.data.sources import state_of_files
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.estimate.flops import Workload
-from qlora_exp.estimate.run_estimate import PredictedRun, lengths_of, predicted, row_lengths
+from qlora_exp.estimate.run_estimate import PredictedRun, lengths_of, predict_run, row_lengths
 from qlora_exp.evaluation.metrics import hub_metric
 from qlora_exp.evaluation.oracle import check_answers
 from qlora_exp.models.base_cache import NoCache, model_key
@@ -73,7 +73,7 @@ def prepare(config: Config, environment: Environment, bases: BaseModels | None =
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
     ended = bases.kept("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
-    told = predicted(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
+    told = predict_run(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
     return Prepared(told, modules, tokenizer, splits, architecture)
 
 

@@ -25,7 +25,7 @@ CLAUSE = re.compile(
 AND = re.compile(r"and\b")
 CONDITION_HINT = "e.g. lora.alpha_policy == fixed, lora.r > 8, lora.r in [8,16], joined by and"
 
-SIGNS: dict[str, Callable[[Any, Any], bool]] = {
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,
@@ -47,7 +47,7 @@ class Clause:
     def holds(self, params: Mapping[str, Any]) -> bool:
         """Return whether the clause holds for ``params``, the values of the active axes; over an inactive axis it
         doesn't."""
-        return self.key in params and bool(SIGNS[self.sign](params[self.key], self.value))
+        return self.key in params and bool(OPERATORS[self.sign](params[self.key], self.value))
 
 
 def check_conditions(axes: Sequence[Axis], narrowed: Collection[str] = ()) -> list[QloraExpError]:
@@ -60,12 +60,12 @@ def check_conditions(axes: Sequence[Axis], narrowed: Collection[str] = ()) -> li
     errors: list[QloraExpError] = []
     for axis in axes:
         try:
-            errors += [error for clause in clauses(axis) if (error := _wrong(clause, axis, by_key, narrowed))]
+            errors += [error for clause in clauses(axis) if (error := _clause_problem(clause, axis, by_key, narrowed))]
         except ConfigError as error:
             errors.append(error)
     if not errors:
         try:
-            in_order(axes)
+            topological_order(axes)
         except CycleError as error:
             around = " → ".join(error.args[1])
             what = f"the conditions depend on each other in a cycle: {around}"
@@ -73,7 +73,7 @@ def check_conditions(axes: Sequence[Axis], narrowed: Collection[str] = ()) -> li
     return errors
 
 
-def in_order(axes: Sequence[Axis]) -> list[Axis]:
+def topological_order(axes: Sequence[Axis]) -> list[Axis]:
     """Return the axes sorted so that each comes after the axes that its condition names."""
     by_key = {axis.key: axis for axis in axes}
     named_keys = {axis.key: [clause.key for clause in clauses(axis)] for axis in axes}
@@ -85,10 +85,10 @@ def is_active(axis: Axis, params: Mapping[str, Any]) -> bool:
     return all(clause.holds(params) for clause in clauses(axis))
 
 
-def active_part(axes: Sequence[Axis], values: Mapping[str, Any]) -> dict[str, Any]:
+def active_values(axes: Sequence[Axis], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of ``values`` (one per axis) whose axes are active, in the order of ``axes``."""
     params: dict[str, Any] = {}
-    for axis in in_order(axes):
+    for axis in topological_order(axes):
         if is_active(axis, params):
             params[axis.key] = values[axis.key]
     return {axis.key: params[axis.key] for axis in axes if axis.key in params}
@@ -123,7 +123,9 @@ def _value(text: str, where: str) -> Any:
         raise ConfigError(f"{text} is not a value", where, CONDITION_HINT) from None
 
 
-def _wrong(clause: Clause, axis: Axis, by_key: Mapping[str, Axis], narrowed: Collection[str]) -> ConfigError | None:
+def _clause_problem(
+    clause: Clause, axis: Axis, by_key: Mapping[str, Axis], narrowed: Collection[str]
+) -> ConfigError | None:
     where = f"sweep.conditions.{axis.key}: {axis.condition}"
     if clause.key not in by_key:
         others = [key for key in by_key if key != axis.key]

@@ -10,14 +10,14 @@ from optuna.trial import Trial
 
 from qlora_exp.config.override_values import hydra_value
 from qlora_exp.errors import ConfigError, nearest
-from qlora_exp.study.conditions import in_order, is_active
+from qlora_exp.study.conditions import is_active, topological_order
 from qlora_exp.study.types import Axis, AxisKind
 
 
 def distribution(axis: Axis) -> BaseDistribution:
     """Return the Optuna distribution of an axis."""
     if axis.kind is AxisKind.CHOICE:
-        return CategoricalDistribution([encoded(value) for value in axis.values])
+        return CategoricalDistribution([encode_value(value) for value in axis.values])
     assert axis.low is not None
     assert axis.high is not None
     if axis.kind is AxisKind.INT:
@@ -25,7 +25,7 @@ def distribution(axis: Axis) -> BaseDistribution:
     return FloatDistribution(float(axis.low), float(axis.high), axis.log, axis.step)
 
 
-def encoded(value: Any) -> Any:
+def encode_value(value: Any) -> Any:
     """Return ``value`` as Optuna stores it: scalars unchanged, lists and mappings as override text."""
     return hydra_value(value) if isinstance(value, list | tuple | Mapping) else value
 
@@ -33,12 +33,12 @@ def encoded(value: Any) -> Any:
 def decode_value(axis: Axis, stored: Any) -> Any:
     """Return the axis's value for a value stored by Optuna."""
     for value in axis.values if axis.kind is AxisKind.CHOICE else ():
-        if encoded(value) == stored and isinstance(stored, bool) == isinstance(value, bool):
+        if encode_value(value) == stored and isinstance(stored, bool) == isinstance(value, bool):
             return value
     return stored
 
 
-def decoded_params(axes: Sequence[Axis], stored: Mapping[str, Any]) -> dict[str, Any]:
+def decode_params(axes: Sequence[Axis], stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the axes' values for the parameters stored by Optuna."""
     return {axis.key: decode_value(axis, stored[axis.key]) for axis in axes if axis.key in stored}
 
@@ -46,17 +46,17 @@ def decoded_params(axes: Sequence[Axis], stored: Mapping[str, Any]) -> dict[str,
 def suggest(axes: Sequence[Axis], trial: Trial) -> dict[str, Any]:
     """Return a value for every active axis, as suggested by the trial; a value that the trial already has stays."""
     params: dict[str, Any] = {}
-    for axis in in_order(axes):
+    for axis in topological_order(axes):
         if is_active(axis, params):
             params[axis.key] = decode_value(axis, _suggest(axis, trial))
     return {axis.key: params[axis.key] for axis in axes if axis.key in params}
 
 
-def fits(axis: Axis, value: Any) -> bool:
+def contains(axis: Axis, value: Any) -> bool:
     """Return whether ``value`` lies on the axis."""
     distribution_of_axis = distribution(axis)
     try:
-        return distribution_of_axis._contains(distribution_of_axis.to_internal_repr(encoded(value)))
+        return distribution_of_axis._contains(distribution_of_axis.to_internal_repr(encode_value(value)))
     except ValueError:
         return False
 
@@ -70,7 +70,7 @@ def check_enqueued(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) ->
             where = f"sweep.enqueue[{index}].{key}: {value}"
             if key not in by_key:
                 errors.append(ConfigError(f"{key} is not an axis of this search", where, nearest(key, by_key)))
-            elif not fits(by_key[key], value):
+            elif not contains(by_key[key], value):
                 errors.append(ConfigError(f"{value} is outside the search", where, f"searched: {by_key[key].text}"))
     return errors
 

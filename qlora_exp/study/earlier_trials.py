@@ -13,9 +13,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from qlora_exp.errors import ConfigError, nearest, raise_all
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
-from qlora_exp.study.distributions import distribution, encoded, fits
+from qlora_exp.study.distributions import contains, distribution, encode_value
 from qlora_exp.study.objectives import outcome_of
-from qlora_exp.study.samplers import WARM_NUMBER
+from qlora_exp.study.samplers import EARLIER_TRIAL_NUMBER
 from qlora_exp.study.spec import is_trial_of
 from qlora_exp.study.storage import sqlite_file
 from qlora_exp.study.types import Axis, StudySpec
@@ -41,7 +41,7 @@ def earlier_trials(spec: StudySpec, storage: optuna.storages.BaseStorage) -> lis
     if not spec.warm_start:
         return []
     studies = {study.study_name: study for study in storage.get_all_studies()}
-    raise_all([error for name in spec.warm_start if (error := _unfit(name, spec, studies))])
+    raise_all([error for name in spec.warm_start if (error := _warm_start_problem(name, spec, studies))])
     trials = [
         trial
         for name in spec.warm_start
@@ -49,15 +49,15 @@ def earlier_trials(spec: StudySpec, storage: optuna.storages.BaseStorage) -> lis
             studies[name]._study_id, states=(TrialState.COMPLETE, TrialState.PRUNED), deepcopy=True
         )
     ]
-    return [trial for trial in trials if _narrowed(trial, spec.axes)]
+    return [trial for trial in trials if _restrict_to_axes(trial, spec.axes)]
 
 
-def check_earlier(spec: StudySpec) -> None:
+def check_warm_start(spec: StudySpec) -> None:
     """Raise :class:`ConfigError` if ``warm_start`` names studies but the database doesn't exist. Looking for them in it
     would create it."""
     file = sqlite_file(spec.storage)
     if file is not None and not file.exists():
-        raise_all([error for name in spec.warm_start if (error := _unfit(name, spec, {}))])
+        raise_all([error for name in spec.warm_start if (error := _warm_start_problem(name, spec, {}))])
 
 
 def trials_of_records(spec: StudySpec, records: Sequence[RunRecord]) -> list[FrozenTrial]:
@@ -74,7 +74,7 @@ def trials_of_records(spec: StudySpec, records: Sequence[RunRecord]) -> list[Fro
     return [_trial_of(latest.get(number), spec) for number in range(max(latest, default=-1) + 1)]
 
 
-def _unfit(name: str, spec: StudySpec, studies: Mapping[str, Any]) -> ConfigError | None:
+def _warm_start_problem(name: str, spec: StudySpec, studies: Mapping[str, Any]) -> ConfigError | None:
     where = f"sweep.warm_start: {name}"
     if name not in studies or name == spec.name:
         others = set(studies) - {spec.name}
@@ -86,18 +86,18 @@ def _unfit(name: str, spec: StudySpec, studies: Mapping[str, Any]) -> ConfigErro
     return None
 
 
-def _narrowed(trial: FrozenTrial, axes: Sequence[Axis]) -> bool:
+def _restrict_to_axes(trial: FrozenTrial, axes: Sequence[Axis]) -> bool:
     """Reduce the trial to the parameters that fit the axes; return whether there are any."""
-    spaces, params = _placed(axes, trial.params)
+    spaces, params = _on_axes(axes, trial.params)
     trial.params, trial.distributions = params, spaces
-    trial.number = WARM_NUMBER
+    trial.number = EARLIER_TRIAL_NUMBER
     return bool(params)
 
 
 def _trial_of(record: RunRecord | None, spec: StudySpec) -> FrozenTrial:
     if record is None or record.trial is None:
         return create_trial(state=TrialState.WAITING)
-    spaces, params = _placed(spec.axes, record.trial.params)
+    spaces, params = _on_axes(spec.axes, record.trial.params)
     outcome = outcome_of(record, spec)
     state = STATES.get(record.status, TrialState.WAITING)
     if state is TrialState.COMPLETE and None in outcome.values:
@@ -120,8 +120,8 @@ def _trial_of(record: RunRecord | None, spec: StudySpec) -> FrozenTrial:
     )
 
 
-def _placed(axes: Sequence[Axis], params: Mapping[str, Any]) -> tuple[dict[str, BaseDistribution], dict[str, Any]]:
+def _on_axes(axes: Sequence[Axis], params: Mapping[str, Any]) -> tuple[dict[str, BaseDistribution], dict[str, Any]]:
     """Return distributions and stored values of the parameters that lie on an axis."""
-    fitting = [axis for axis in axes if axis.key in params and fits(axis, encoded(params[axis.key]))]
+    fitting = [axis for axis in axes if axis.key in params and contains(axis, encode_value(params[axis.key]))]
     spaces = {axis.key: distribution(axis) for axis in fitting}
-    return spaces, {axis.key: encoded(params[axis.key]) for axis in fitting}
+    return spaces, {axis.key: encode_value(params[axis.key]) for axis in fitting}

@@ -18,7 +18,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.study.types import StudySpec
 from qlora_exp.study.user_attributes import RUN
 
-IDENTITY, BEGUN_UNDER = "identity", "output_root"
+IDENTITY, OUTPUT_ROOT = "identity", "output_root"
 """User attributes of a study in Optuna's storage."""
 
 
@@ -36,20 +36,24 @@ def identity_of(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.Bas
     own = url == f"sqlite:///{OutputPaths.of(spec.output_root).optuna_database}"
     if local is not None and _is_copy(file, paths):
         if not own:
-            raise another(spec, url, attributes)
+            raise different_study_error(spec, url, attributes)
         # Original and copy continue as two studies. A copy that has already run has its identity in its storage.
-        return str(stored) if attributes.get(BEGUN_UNDER) == spec.output_root and stored != local else new_identity()
-    if stored is not None and local in (stored, None) and (local or own or _is_ours(spec, paths, storage, study_id)):
+        return str(stored) if attributes.get(OUTPUT_ROOT) == spec.output_root and stored != local else new_identity()
+    if (
+        stored is not None
+        and local in (stored, None)
+        and (local or own or _belongs_to_folder(spec, paths, storage, study_id))
+    ):
         return str(stored)
-    if stored is None and (own or _is_ours(spec, paths, storage, study_id)):
+    if stored is None and (own or _belongs_to_folder(spec, paths, storage, study_id)):
         return str(local or new_identity())
-    raise another(spec, url, attributes)
+    raise different_study_error(spec, url, attributes)
 
 
-def keep_identity(study: optuna.Study, spec: StudySpec, identity: str) -> None:
+def store_identity(study: optuna.Study, spec: StudySpec, identity: str) -> None:
     """Write the identity and the output root into the storage, as far as they are new."""
     attributes = study.user_attrs
-    for key, value in ((IDENTITY, identity), (BEGUN_UNDER, spec.output_root)):
+    for key, value in ((IDENTITY, identity), (OUTPUT_ROOT, spec.output_root)):
         if attributes.get(key) != value:
             study.set_user_attr(key, value)
 
@@ -75,14 +79,16 @@ def _is_copy(file: dict[str, Any], paths: StudyPaths) -> bool:
     return _study_file(StudyPaths(original_root / "studies" / paths.folder.name)).get("id") == file.get("id")
 
 
-def _is_ours(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.BaseStorage, study_id: int | None) -> bool:
+def _belongs_to_folder(
+    spec: StudySpec, paths: StudyPaths, storage: optuna.storages.BaseStorage, study_id: int | None
+) -> bool:
     """Return whether the storage's study belongs to this folder, although the folder doesn't say so (any more)."""
     outputs = OutputPaths.of(spec.output_root)
     if paths.created.exists() or study_id is None:
         return True
     run_ids = [trial.user_attrs.get(RUN) for trial in storage.get_all_trials(study_id, deepcopy=False)]
     known_run_ids = [str(run) for run in run_ids if run is not None]
-    creation_root = storage.get_study_user_attrs(study_id).get(BEGUN_UNDER, spec.output_root)
+    creation_root = storage.get_study_user_attrs(study_id).get(OUTPUT_ROOT, spec.output_root)
     return (
         any(outputs.run(run).folder.is_dir() for run in known_run_ids)
         if known_run_ids
@@ -90,9 +96,9 @@ def _is_ours(spec: StudySpec, paths: StudyPaths, storage: optuna.storages.BaseSt
     )
 
 
-def another(spec: StudySpec, url: str, attributes: dict[str, Any]) -> StudyError:
+def different_study_error(spec: StudySpec, url: str, attributes: dict[str, Any]) -> StudyError:
     """Return the error for a study of the same name that is a different study."""
-    original_root = attributes.get(BEGUN_UNDER)
+    original_root = attributes.get(OUTPUT_ROOT)
     location = url.rpartition("@")[2]
     return StudyError(
         f"the storage has a different study named {spec.name}",

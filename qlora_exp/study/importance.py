@@ -22,12 +22,13 @@ def importances(study: optuna.Study, spec: StudySpec) -> dict[str, dict[str, flo
     if len(trials) < MIN_TRIALS:
         return {}
     by_objective = {
-        parse_objective(text).field: _of(study, trials, number) for number, text in enumerate(spec.objectives)
+        parse_objective(text).field: _shares_of_objective(study, trials, number)
+        for number, text in enumerate(spec.objectives)
     }
     return {field: shares for field, shares in by_objective.items() if shares}
 
 
-def _of(study: optuna.Study, trials: list[FrozenTrial], number: int) -> dict[str, float]:
+def _shares_of_objective(study: optuna.Study, trials: list[FrozenTrial], number: int) -> dict[str, float]:
     if len({trial.values[number] for trial in trials}) < 2:  # no variance to explain
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)

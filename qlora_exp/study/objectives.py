@@ -110,7 +110,7 @@ def outcome_of(record: RunRecord, spec: StudySpec) -> Outcome:
 @cache
 def numeric_fields() -> tuple[str, ...]:
     """Return the paths of all numbers in a record. ``….*`` means that any name may follow."""
-    return (MODEL_STATE, *_numbers(RunRecord, ""))
+    return (MODEL_STATE, *_numeric_paths(RunRecord, ""))
 
 
 def _model_state_bytes(memory: Memory) -> float | None:
@@ -133,14 +133,14 @@ def _checked_field(field: str, where: str) -> str:
     raise ConfigError(f"a record has no numeric field {field!r}", where, nearest(field, fields))
 
 
-def _numbers(kind: Any, path: str) -> Iterator[str]:
+def _numeric_paths(kind: Any, path: str) -> Iterator[str]:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         for option in typing.get_args(kind):
-            yield from _numbers(option, path)
+            yield from _numeric_paths(option, path)
     elif dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         for item in dataclasses.fields(kind):
-            yield from _numbers(hints[item.name], f"{path}.{item.name}" if path else item.name)
+            yield from _numeric_paths(hints[item.name], f"{path}.{item.name}" if path else item.name)
     elif typing.get_origin(kind) is dict and typing.get_args(kind)[1] in (Any, int, float):
         yield f"{path}.*"
     elif kind in (int, float):

@@ -14,11 +14,11 @@ from qlora_exp.records.files import write_text
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord
 from qlora_exp.study.earlier_trials import earlier_trials, trials_of_records
-from qlora_exp.study.identity import identity_of, keep_identity, new_identity
+from qlora_exp.study.identity import identity_of, new_identity, store_identity
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.samplers import check_search, make_pruner, make_sampler
 from qlora_exp.study.space import point_overrides
-from qlora_exp.study.storage import check_whole, connect, damaged, set_aside, sqlite_file
+from qlora_exp.study.storage import check_intact, connect, damaged_error, set_aside, sqlite_file
 from qlora_exp.study.types import StudySpec
 
 
@@ -28,12 +28,14 @@ def open_study(spec: StudySpec, paths: StudyPaths, url: str) -> tuple[optuna.Stu
     paths.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(paths.lock):
         storage = connect(url, spec.name)
-        exists = _holds(storage, spec.name)
+        exists = _exists(storage, spec.name)
         if paths.created.exists() and not exists:
-            raise damaged(f"the database no longer contains the study {spec.name}", url.rpartition("@")[2], spec.name)
+            raise damaged_error(
+                f"the database no longer contains the study {spec.name}", url.rpartition("@")[2], spec.name
+            )
         identity = identity_of(spec, paths, storage, exists, url)
-        study = _created(spec, storage)
-        keep_identity(study, spec, identity)
+        study = _create_or_load(spec, storage)
+        store_identity(study, spec, identity)
         if not paths.created.exists():
             write_text(paths.created, "")
     return study, identity
@@ -46,14 +48,14 @@ def rebuild_study(spec: StudySpec, paths: StudyPaths, records: Sequence[RunRecor
     with FileLock(paths.lock):
         _clear_damage(url, spec.name)
         storage = connect(url, spec.name)
-        if not _holds(storage, spec.name):
-            study = _created(spec, storage)
-            keep_identity(study, spec, spec.id or new_identity())
+        if not _exists(storage, spec.name):
+            study = _create_or_load(spec, storage)
+            store_identity(study, spec, spec.id or new_identity())
             study.add_trials(trials_of_records(spec, records))
         write_text(paths.created, "")
 
 
-def _holds(storage: optuna.storages.BaseStorage, name: str) -> bool:
+def _exists(storage: optuna.storages.BaseStorage, name: str) -> bool:
     try:
         storage.get_study_id_from_name(name)
     except KeyError:
@@ -61,7 +63,7 @@ def _holds(storage: optuna.storages.BaseStorage, name: str) -> bool:
     return True
 
 
-def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.Study:
+def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.Study:
     """Create the study in ``storage`` or load it; raise :class:`StudyError` if it exists with different settings."""
     study = optuna.create_study(
         study_name=spec.name,
@@ -71,7 +73,7 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
         directions=[parse_objective(text).direction for text in spec.objectives],
         load_if_exists=True,
     )
-    settings, stored_settings = _question(spec), study.user_attrs.get("asks")
+    settings, stored_settings = _fixed_settings(spec), study.user_attrs.get("asks")
     if stored_settings is None:
         study.set_user_attr("asks", settings)
         return study
@@ -80,7 +82,7 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
     changes = [
         f"{key}: {stored_settings[key]} in the study, {settings[key]} now"
         for key in shared_keys
-        if not _same(key, stored_settings, settings, spec)
+        if not _is_unchanged(key, stored_settings, settings, spec)
     ]
     if changes:
         raise StudyError(
@@ -91,13 +93,13 @@ def _created(spec: StudySpec, storage: optuna.storages.BaseStorage) -> optuna.St
     return study
 
 
-def _same(key: str, stored: dict[str, Any], settings: dict[str, Any], spec: StudySpec) -> bool:
+def _is_unchanged(key: str, stored: dict[str, Any], settings: dict[str, Any], spec: StudySpec) -> bool:
     """Return whether a setting is unchanged. Earlier versions stored the text of an interpolation instead of its
     value."""
     return bool(stored[key] == settings[key] or stored[key] == spec.interpolated.get(key))
 
 
-def _question(spec: StudySpec) -> dict[str, Any]:
+def _fixed_settings(spec: StudySpec) -> dict[str, Any]:
     """Return the settings that can't change once trials exist: later trials couldn't be compared, or would repeat
     earlier ones."""
     ladder_settings = {} if spec.ladder is None else {"ladder": to_dict(spec.ladder)}
@@ -117,7 +119,7 @@ def _clear_damage(url: str, name: str) -> None:
         return
     with FileLock(f"{file}.lock"):
         try:
-            check_whole(file, name)
+            check_intact(file, name)
         except StudyError as error:
             if "damaged" not in error.what:
                 raise

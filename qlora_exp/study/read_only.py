@@ -12,8 +12,8 @@ from urllib.parse import quote
 import optuna
 
 from qlora_exp.errors import StudyError
-from qlora_exp.study.identity import IDENTITY, another
-from qlora_exp.study.storage import BUSY_SECONDS, connect, damaged, sqlite_file
+from qlora_exp.study.identity import IDENTITY, different_study_error
+from qlora_exp.study.storage import BUSY_SECONDS, connect, damaged_error, sqlite_file
 from qlora_exp.study.types import StudySpec
 
 _copies: list[tempfile.TemporaryDirectory[str]] = []
@@ -28,17 +28,17 @@ def read_study(spec: StudySpec, url: str) -> optuna.Study:
     try:
         study_id = storage.get_study_id_from_name(spec.name)
     except KeyError:
-        raise damaged(f"the database no longer contains the study {spec.name}", location, spec.name) from None
+        raise damaged_error(f"the database no longer contains the study {spec.name}", location, spec.name) from None
     attributes = storage.get_study_user_attrs(study_id)
     if None not in (spec.id, attributes.get(IDENTITY)) and attributes[IDENTITY] != spec.id:
-        raise another(spec, url, attributes)
+        raise different_study_error(spec, url, attributes)
     return optuna.load_study(study_name=spec.name, storage=storage)
 
 
 def _read_only(file: Path, name: str) -> optuna.storages.BaseStorage:
     if not file.exists():
-        raise damaged("the study's database doesn't exist", file, name)
-    address = _readable(file, name)
+        raise damaged_error("the study's database doesn't exist", file, name)
+    address = _read_only_uri(file, name)
 
     def connection() -> sqlite3.Connection:
         return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
@@ -53,7 +53,7 @@ def _read_only(file: Path, name: str) -> optuna.storages.BaseStorage:
         ) from None
 
 
-def _readable(file: Path, name: str) -> str:
+def _read_only_uri(file: Path, name: str) -> str:
     """Return a URI under which SQLite reads ``file`` without writing.
 
     The write-ahead log of an unfinished sweep can only be read in a writable folder. In a read-only one, this copies
@@ -61,7 +61,7 @@ def _readable(file: Path, name: str) -> str:
     """
     address = f"file:{quote(str(file.absolute()))}?mode=ro"
     try:
-        _check(address, file, name)
+        _check_database(address, file, name)
         return address
     except sqlite3.OperationalError:
         log = file.with_name(f"{file.name}-wal")
@@ -74,7 +74,7 @@ def _readable(file: Path, name: str) -> str:
             shutil.copyfile(log, copy.with_name(log.name))
             address = f"file:{quote(str(copy))}"
     try:
-        _check(address, file, name)
+        _check_database(address, file, name)
     except sqlite3.OperationalError as error:
         raise StudyError(
             f"the study's database can't be opened: {error}", str(file), "check its folder's permissions"
@@ -82,7 +82,7 @@ def _readable(file: Path, name: str) -> str:
     return address
 
 
-def _check(address: str, file: Path, name: str) -> None:
+def _check_database(address: str, file: Path, name: str) -> None:
     """Raise ``sqlite3.OperationalError`` if ``address`` can't be opened, :class:`StudyError` if the database is
     damaged."""
     try:
@@ -95,4 +95,4 @@ def _check(address: str, file: Path, name: str) -> None:
     except sqlite3.DatabaseError as error:
         result = str(error)
     if result != "ok":
-        raise damaged(f"the study's database is damaged: {result}", file, name)
+        raise damaged_error(f"the study's database is damaged: {result}", file, name)

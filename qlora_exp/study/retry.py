@@ -22,21 +22,21 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
 from qlora_exp.study.open import open_study
-from qlora_exp.study.trials import is_refused
+from qlora_exp.study.trials import is_skipped
 from qlora_exp.study.types import StudySpec
 from qlora_exp.study.user_attributes import (
     CLAIM,
     FAILURE,
     INTERRUPTED_ATTEMPTS,
     MEMORY_RETRIES,
-    REFUSED,
     RUN,
+    SKIPPED,
     STATUS,
     attempt_of,
 )
 
 DOES_NOT_FIT_CHOICE = "does_not_fit"
-RETRIED = ("failed", "out_of_memory", DOES_NOT_FIT_CHOICE)
+RETRY_CHOICES = ("failed", "out_of_memory", DOES_NOT_FIT_CHOICE)
 """Allowed values of ``--retry``: a trial's displayed status, in lower case."""
 
 
@@ -68,14 +68,14 @@ def retry_trials(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> lis
             _reopen_record(trial, OutputPaths(paths.folder.parent.parent))
         with _create_scoped_session(backend.scoped_session) as session:
             for trial in trials:
-                _free(trial, session)
+                _set_waiting(trial, session)
     return [trial.number for trial in trials]
 
 
 def _ended_as(trial: FrozenTrial, what: str) -> bool:
     """Return whether the trial ended as ``what``. A trial that another tool ended has no status of ours."""
     if what == DOES_NOT_FIT_CHOICE:
-        return is_refused(trial)
+        return is_skipped(trial)
     unfinished = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
     return trial.state not in unfinished and trial.user_attrs.get(STATUS) == Status[what.upper()].value
 
@@ -91,12 +91,12 @@ def _reopen_record(trial: FrozenTrial, outputs: OutputPaths) -> None:
             write_json(file, record.replace(status=Status.INTERRUPTED, process=None))
 
 
-def _free(trial: FrozenTrial, session: Any) -> None:
+def _set_waiting(trial: FrozenTrial, session: Any) -> None:
     row = models.TrialModel.find_or_raise_by_id(trial._trial_id, session, for_update=True)
     row.state, row.datetime_complete = TrialState.WAITING, None
     attempt = attempt_of(trial)
     new_attributes = {CLAIM: {"attempt": attempt, "owner": None}, INTERRUPTED_ATTEMPTS: attempt, MEMORY_RETRIES: 0}
-    new_attributes |= dict.fromkeys((FAILURE, REFUSED))
+    new_attributes |= dict.fromkeys((FAILURE, SKIPPED))
     for key, value in new_attributes.items():
         attribute = models.TrialUserAttributeModel.find_by_trial_and_key(row, key, session)
         if attribute is None:

@@ -28,7 +28,7 @@ from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.study.distributions import check_enqueued, distribution
 from qlora_exp.study.objectives import parse_constraint, parse_objective
 from qlora_exp.study.space import grid
-from qlora_exp.study.trials import is_refused
+from qlora_exp.study.trials import is_skipped
 from qlora_exp.study.types import StudySpec
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -43,16 +43,16 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
     "qmc": QMCSampler,
     "cmaes": optuna.samplers.CmaEsSampler,
 }
-NOT_OPTIONS = {
+RESERVED_OPTIONS = {
     *("seed", "constraints_func", "independent_sampler", "gamma", "weights", "source_trials", "mutation", "crossover"),
     *("elite_population_selection_strategy", "child_generation_strategy", "after_trial_strategy"),
 }
 """Constructor arguments that this package sets, or that can't be written in a configuration."""
 
-WARM_NUMBER = -1
+EARLIER_TRIAL_NUMBER = -1
 """Number of trials from earlier studies: before any number of this study."""
 
-REFUSED_BEFORE_RANDOM = 5
+SKIPS_BEFORE_RANDOM = 5
 """After this many consecutive trials that were predicted not to fit, the next one is drawn at random."""
 
 ITEMS_ATTRIBUTE = "items:{step}"
@@ -76,13 +76,13 @@ def check_search(spec: StudySpec) -> None:
             check()
         except QloraExpError as error:
             errors.append(error)
-    errors += _wrong_on_a_ladder(spec) if spec.ladder is not None else []
+    errors += _ladder_problems(spec) if spec.ladder is not None else []
     if not spec.objectives:
         errors.append(ConfigError("a study needs an objective", "sweep.objectives", "minimize FIELD"))
     raise_all([*errors, *check_enqueued(spec.axes, spec.enqueue)])
 
 
-def _wrong_on_a_ladder(spec: StudySpec) -> list[QloraExpError]:
+def _ladder_problems(spec: StudySpec) -> list[QloraExpError]:
     errors: list[QloraExpError] = []
     if spec.pruner != "none":
         what = "a ladder compares runs of equal length: none may be pruned"
@@ -108,7 +108,9 @@ def make_sampler(spec: StudySpec, history: Sequence[FrozenTrial] = ()) -> BaseSa
             "CMA-ES supports only one objective", "sweep.sampler: cmaes", "sweep.sampler=nsga2, tpe or gp"
         )
     sampler = SeededSampler(spec, history)
-    _constructed(partial(sampler.inner, 0), SAMPLERS[spec.sampler], spec.sampler_options, "sweep.sampler_options")
+    _checked_construction(
+        partial(sampler.inner, 0), SAMPLERS[spec.sampler], spec.sampler_options, "sweep.sampler_options"
+    )
     return sampler
 
 
@@ -133,11 +135,11 @@ def make_pruner(spec: StudySpec) -> BasePruner:
         )
     kind = pruners[spec.pruner]
     make = partial(kind, **spec.pruner_options)
-    return cast(BasePruner, _constructed(make, kind, spec.pruner_options, "sweep.pruner_options"))
+    return cast(BasePruner, _checked_construction(make, kind, spec.pruner_options, "sweep.pruner_options"))
 
 
-def _constructed(make: Any, kind: type, options: dict[str, Any], where: str) -> Any:
-    valid = set(inspect.signature(kind).parameters) - NOT_OPTIONS
+def _checked_construction(make: Any, kind: type, options: dict[str, Any], where: str) -> Any:
+    valid = set(inspect.signature(kind).parameters) - RESERVED_OPTIONS
     raise_all(
         [
             ConfigError(f"{kind.__name__} has no option {name}", f"{where}.{name}", nearest(name, valid))
@@ -149,11 +151,11 @@ def _constructed(make: Any, kind: type, options: dict[str, Any], where: str) -> 
         [
             ConfigError(f"{kind.__name__}'s {name} can't be {value!r}", f"{where}.{name}", f"its type: {required_type}")
             for name, value in options.items()
-            if (required_type := _other_type(kind, name, value))
+            if (required_type := _required_type(kind, name, value))
         ]
     )
     try:
-        with _may_be_experimental():
+        with _no_experimental_warnings():
             return make()
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{kind.__name__} can't be created: {error}", where, f"options: {options}") from None
@@ -162,7 +164,7 @@ def _constructed(make: Any, kind: type, options: dict[str, Any], where: str) -> 
 PLAIN_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
 
 
-def _other_type(kind: type, name: str, value: Any) -> str | None:
+def _required_type(kind: type, name: str, value: Any) -> str | None:
     """Return the option's required type if ``value`` has another one, else ``None``. Otherwise only the first trial
     would fail.
 
@@ -177,7 +179,7 @@ def _other_type(kind: type, name: str, value: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _may_be_experimental() -> Iterator[None]:
+def _no_experimental_warnings() -> Iterator[None]:
     """Silence Optuna's ExperimentalWarning for conditional TPE, QMC and Wilcoxon: the user can't act on it.
 
     A filter set once per process would not do: any code that resets the filters would bring the warning back.
@@ -202,15 +204,15 @@ class SeededSampler(BaseSampler):
 
     def inner(self, number: int, axis: str = "") -> BaseSampler:
         """Return a new inner sampler for the trial (and axis)."""
-        with _may_be_experimental():
+        with _no_experimental_warnings():
             return self._inner(number, axis)
 
-    def _asking(self, study: optuna.Study, number: int, axis: str = "") -> BaseSampler:
+    def _sampler_for(self, study: optuna.Study, number: int, axis: str = "") -> BaseSampler:
         """Return the trial's sampler: a random one if the trials before it were predicted not to fit.
 
         GP learns only from completed trials, so it would suggest nearly the same point again.
         """
-        if _all_refused(study, range(number - REFUSED_BEFORE_RANDOM, number)):
+        if _all_skipped(study, range(number - SKIPS_BEFORE_RANDOM, number)):
             return RandomSampler(_seed(self._spec.seed, number, axis))
         return self.inner(number, axis)
 
@@ -229,7 +231,7 @@ class SeededSampler(BaseSampler):
         return kind(seed=seed, **options)  # type: ignore[call-arg]
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        sampler = self._asked[trial.number] = self._asking(study, trial.number)
+        sampler = self._asked[trial.number] = self._sampler_for(study, trial.number)
         return sampler.infer_relative_search_space(self._view(study, trial), trial)
 
     def sample_relative(
@@ -240,11 +242,11 @@ class SeededSampler(BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        inner = self._asking(study, trial.number, param_name)
+        inner = self._sampler_for(study, trial.number, param_name)
         return inner.sample_independent(self._view(study, trial), trial, param_name, param_distribution)
 
     def _view(self, study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
-        return _SeenByTrial(study, self._history, trial.number)
+        return _StudyForSampler(study, self._history, trial.number)
 
 
 class NumberedQmc(QMCSampler):
@@ -289,11 +291,11 @@ class ItemPruner(WilcoxonPruner):
             return False
         if key not in trial.user_attrs or key not in best.user_attrs:
             return False
-        view = SimpleNamespace(best_trial=_of_items(best.user_attrs[key]), direction=StudyDirection.MINIMIZE)
-        return super().prune(cast(optuna.Study, view), _of_items(trial.user_attrs[key]))
+        view = SimpleNamespace(best_trial=_trial_of_losses(best.user_attrs[key]), direction=StudyDirection.MINIMIZE)
+        return super().prune(cast(optuna.Study, view), _trial_of_losses(trial.user_attrs[key]))
 
 
-class _SeenByTrial(optuna.Study):
+class _StudyForSampler(optuna.Study):
     """The study that the sampler sees for one trial: trials of earlier studies included, the trial itself excluded.
 
     GP treats running trials as points already measured. A trial that is sampled again after a kill would avoid its own
@@ -312,15 +314,15 @@ class _SeenByTrial(optuna.Study):
         return earlier + [trial for trial in own if trial.number != self._number]
 
 
-def _all_refused(study: optuna.Study, numbers: range) -> bool:
+def _all_skipped(study: optuna.Study, numbers: range) -> bool:
     """Return whether the trials with these numbers exist and were all predicted not to fit."""
     if numbers.start < 0:
         return False
     trials = study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.PRUNED,))
-    return set(numbers) <= {trial.number for trial in trials if is_refused(trial)}
+    return set(numbers) <= {trial.number for trial in trials if is_skipped(trial)}
 
 
-def _of_items(losses: Sequence[float]) -> FrozenTrial:
+def _trial_of_losses(losses: Sequence[float]) -> FrozenTrial:
     return create_trial(state=TrialState.RUNNING, intermediate_values=dict(enumerate(losses)))
 
 

@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 
 from qlora_exp.config.override_values import hydra_value
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
-from qlora_exp.study.conditions import active_part, check_conditions
+from qlora_exp.study.conditions import active_values, check_conditions
 from qlora_exp.study.types import Axis, AxisKind
 
 GRAMMAR = "lora.r=8,16 · choice(8,16) · range(1,10,3) · interval(0,0.2) · tag(log, int(interval(1,64)))"
@@ -84,10 +84,10 @@ def grid(axes: Sequence[Axis]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: an axis is an interval.
     """
-    raise_all([_not_a_list(axis) for axis in axes if not axis.values])
+    raise_all([_interval_in_grid(axis) for axis in axes if not axis.values])
     points: dict[tuple[str, ...], dict[str, Any]] = {}
     for values in itertools.product(*(axis.values for axis in axes)):
-        point = active_part(axes, dict(zip((axis.key for axis in axes), values, strict=True)))
+        point = active_values(axes, dict(zip((axis.key for axis in axes), values, strict=True)))
         points.setdefault(point_overrides(point), point)
     return list(points.values())
 
@@ -97,7 +97,7 @@ def point_overrides(params: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{key}={hydra_value(value)}" for key, value in params.items())
 
 
-def _not_a_list(axis: Axis) -> ConfigError:
+def _interval_in_grid(axis: Axis) -> ConfigError:
     return ConfigError(
         "a grid needs lists, and this is an interval",
         f"sweep.params.{axis.key}: {axis.text}",
@@ -110,34 +110,36 @@ def _axis(key: str, text: str, condition: str | None, group_choices: Callable[[s
     value = override.value()
     tags = tuple(sorted(value.tags)) if isinstance(value, Sweep) else ()
     if unknown := [tag for tag in tags if tag != "log"]:
-        raise _wrong(key, text, f"there is no tag {unknown[0]!r}", "tag(log, interval(lo,hi)) searches on a log scale")
+        raise _axis_error(
+            key, text, f"there is no tag {unknown[0]!r}", "tag(log, interval(lo,hi)) searches on a log scale"
+        )
     axis = Axis(override.get_key_element(), AxisKind.CHOICE, text, condition=condition, tags=tags)
     if isinstance(value, IntervalSweep):
         return _interval(axis, value)
     if "log" in tags:
-        raise _wrong(key, text, "a log scale needs an interval", "tag(log, interval(lo,hi))")
+        raise _axis_error(key, text, "a log scale needs an interval", "tag(log, interval(lo,hi))")
     if isinstance(value, RangeSweep):
         return _range(axis, value)
-    return _choice(axis, _listed(override, value, group_choices))
+    return _choice(axis, _choice_values(override, value, group_choices))
 
 
 def _parsed(key: str, text: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")
     except (HydraException, ValueError) as error:
-        raise _wrong(key, text, f"can't be read: {str(error).splitlines()[0]}", GRAMMAR) from None
+        raise _axis_error(key, text, f"can't be read: {str(error).splitlines()[0]}", GRAMMAR) from None
     if override.is_delete():
-        raise _wrong(key, text, "a deletion can't be searched", "search a value instead, e.g. null")
+        raise _axis_error(key, text, "a deletion can't be searched", "search a value instead, e.g. null")
     return override
 
 
-def _listed(override: Override, value: Any, group_choices: Callable[[str], list[str]] | None) -> list[Any]:
+def _choice_values(override: Override, value: Any, group_choices: Callable[[str], list[str]] | None) -> list[Any]:
     key, text = override.get_key_element(), str(override.input_line).partition("=")[2]
     if isinstance(value, Glob):
         names = group_choices(override.key_or_group) if group_choices else []
         matches = value.filter(names)
         if not matches:
-            raise _wrong(key, text, "nothing in this group matches", nearest(text, names))
+            raise _axis_error(key, text, "nothing in this group matches", nearest(text, names))
         return list(matches)
     if not isinstance(value, ChoiceSweep):
         return [value]
@@ -153,7 +155,7 @@ def _shuffled(values: list[Any], shuffle: bool) -> list[Any]:
 def _choice(axis: Axis, values: Sequence[Any]) -> Axis:
     distinct = {hydra_value(value): value for value in values}
     if not distinct:
-        raise _wrong(axis.key, axis.text, "there is nothing to choose from", GRAMMAR)
+        raise _axis_error(axis.key, axis.text, "there is nothing to choose from", GRAMMAR)
     return replace(axis, values=tuple(distinct.values()))
 
 
@@ -161,10 +163,10 @@ def _range(axis: Axis, value: RangeSweep) -> Axis:
     assert value.start is not None
     assert value.stop is not None
     if not value.step or not all(map(math.isfinite, (value.start, value.stop, value.step))):
-        raise _wrong(axis.key, axis.text, "a range needs finite numbers and a step other than 0", "range(1,10,3)")
+        raise _axis_error(axis.key, axis.text, "a range needs finite numbers and a step other than 0", "range(1,10,3)")
     points = list(value.range())
     if not points:
-        raise _wrong(axis.key, axis.text, "an empty range", "range(start,stop,step): stop comes after start")
+        raise _axis_error(axis.key, axis.text, "an empty range", "range(start,stop,step): stop comes after start")
     if value.shuffle or value.step < 0:
         return _choice(axis, _shuffled(points, value.shuffle))
     is_integer = all(isinstance(number, int) for number in (value.start, value.stop, value.step))
@@ -186,12 +188,12 @@ def _interval(axis: Axis, value: IntervalSweep) -> Axis:
     assert high is not None
     log = "log" in axis.tags
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise _wrong(axis.key, axis.text, "an interval goes from a number to a larger one", "interval(0,0.2)")
+        raise _axis_error(axis.key, axis.text, "an interval goes from a number to a larger one", "interval(0,0.2)")
     if log and low <= 0:
-        raise _wrong(axis.key, axis.text, "a log scale begins above 0", "tag(log, interval(1e-5,1e-2))")
+        raise _axis_error(axis.key, axis.text, "a log scale begins above 0", "tag(log, interval(1e-5,1e-2))")
     is_integer = isinstance(low, int) and isinstance(high, int)
     return replace(axis, kind=AxisKind.INT if is_integer else AxisKind.FLOAT, low=low, high=high, log=log)
 
 
-def _wrong(key: str, text: str, what: str, hint: str) -> ConfigError:
+def _axis_error(key: str, text: str, what: str, hint: str) -> ConfigError:
     return ConfigError(what, f"sweep.params.{key}: {text}", hint)

@@ -45,7 +45,7 @@ def read_spec(paths: StudyPaths) -> StudySpec:
         spec = from_dict(StudySpec, json.loads(paths.spec.read_text(encoding="utf-8")), str(paths.spec))
     except (OSError, ValueError) as error:
         raise RecordError(f"the study can't be read: {error}", str(paths.spec), "start the sweep again") from None
-    return _where_it_is(spec, paths)
+    return _at_current_root(spec, paths)
 
 
 def is_trial_of(record: RunRecord, spec: StudySpec) -> bool:
@@ -54,11 +54,11 @@ def is_trial_of(record: RunRecord, spec: StudySpec) -> bool:
     if trial is None or trial.study != spec.name:
         return False
     if trial.study_id is None and spec.id is not None:  # written by a version without identities
-        return _moment(record.started_at) >= _moment(spec.created_at)
+        return _unix_seconds(record.started_at) >= _unix_seconds(spec.created_at)
     return trial.study_id == spec.id or spec.id is None
 
 
-def _moment(text: str) -> float:
+def _unix_seconds(text: str) -> float:
     """Return the time in Unix seconds; a time without a zone is UTC."""
     try:
         moment = datetime.datetime.fromisoformat(text)
@@ -67,7 +67,7 @@ def _moment(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
 
 
-def _where_it_is(spec: StudySpec, paths: StudyPaths) -> StudySpec:
+def _at_current_root(spec: StudySpec, paths: StudyPaths) -> StudySpec:
     """Return the spec for the output root that its folder is in now: output roots are moved, copied and mounted
     elsewhere."""
     outputs, recorded_outputs = OutputPaths(paths.folder.absolute().parent.parent), OutputPaths.of(spec.output_root)

@@ -35,7 +35,7 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
         raise StudyError(what, url, "sweep.storage=null for optuna.db under output_root, or sqlite:////DIR/FILE.db")
     file = sqlite_file(url)
     if file is None:
-        return _opened(url, {}, name)
+        return _open(url, {}, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = Path(f"{file}.lock")
     try:
@@ -44,11 +44,11 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
         hint = "sweep.storage=null for optuna.db under output_root, or sqlite:////DIR/FILE.db"
         raise StudyError("the study's database can't be created there", str(file), hint) from None
     with FileLock(lock):
-        check_whole(file, name)
+        check_intact(file, name)
         braces_escaped = url.replace("{", "{{").replace("}", "}}")
         write_ahead = on_local_disk(file)
         _set_journal(file, write_ahead)
-        return _opened(braces_escaped, {"connect_args": {"timeout": BUSY_SECONDS}}, name, write_ahead)
+        return _open(braces_escaped, {"connect_args": {"timeout": BUSY_SECONDS}}, name, write_ahead)
 
 
 def on_local_disk(file: Path) -> bool:
@@ -85,7 +85,7 @@ def sqlite_file(url: str) -> Path | None:
     return Path(name.removeprefix("file:").partition("?")[0] if name.startswith("file:") else name)
 
 
-def check_whole(file: Path, name: str) -> None:
+def check_intact(file: Path, name: str) -> None:
     """Raise :class:`StudyError` if ``file`` exists and isn't an intact SQLite database."""
     if not file.exists():
         return
@@ -101,10 +101,10 @@ def check_whole(file: Path, name: str) -> None:
     except sqlite3.DatabaseError as error:
         result = str(error)
     if result != "ok":
-        raise damaged(f"the study's database is damaged: {result}", file, name)
+        raise damaged_error(f"the study's database is damaged: {result}", file, name)
 
 
-def damaged(what: str, where: Path | str, name: str) -> StudyError:
+def damaged_error(what: str, where: Path | str, name: str) -> StudyError:
     """Return the error for a damaged or lost database."""
     hint = f"qlora-exp resume {shlex.quote(name)} --rebuild rebuilds the study from its runs"
     return StudyError(what, str(where), hint)
@@ -122,39 +122,43 @@ def set_aside(file: Path) -> Path:
     return file.rename(new_file)
 
 
-def _opened(
+def _open(
     url: str, engine_options: dict[str, object], name: str, write_ahead: bool = False
 ) -> optuna.storages.BaseStorage:
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_options)
         if write_ahead:
             storage.engine.dispose()  # close connections made before the listener below
-            sqlalchemy.event.listen(storage.engine, "connect", _do_not_wait)
+            sqlalchemy.event.listen(storage.engine, "connect", _disable_sync)
         return optuna.storages.get_storage(storage)
     except ImportError as error:
         raise StudyError(
-            f"the storage needs a package: {error}", _shown(url), "pip install 'psycopg[binary]' for PostgreSQL"
+            f"the storage needs a package: {error}",
+            _without_password(url),
+            "pip install 'psycopg[binary]' for PostgreSQL",
         ) from None
     except Exception as error:  # every database driver raises its own exceptions
         reason = str(error).splitlines()[0]
         raise StudyError(
-            f"the storage can't be opened: {reason}", _shown(url), f"then qlora-exp resume {shlex.quote(name)}"
+            f"the storage can't be opened: {reason}",
+            _without_password(url),
+            f"then qlora-exp resume {shlex.quote(name)}",
         ) from None
 
 
-def unreachable(error: BaseException) -> bool:
+def is_unreachable(error: BaseException) -> bool:
     """Return whether ``error`` means that the storage doesn't answer: the server is gone, or the file stays locked."""
     return isinstance(error, sqlalchemy.exc.OperationalError | optuna.exceptions.StorageInternalError)
 
 
-def lost(error: BaseException, url: str, name: str) -> StudyError:
-    """Return the error to show for an :func:`unreachable` storage."""
+def unreachable_error(error: BaseException, url: str, name: str) -> StudyError:
+    """Return the error to show for an :func:`is_unreachable` storage."""
     reason = str(error.__cause__ or error).splitlines()[0]
     hint = f"when it answers again: qlora-exp resume {shlex.quote(name)}"
-    return StudyError(f"the study's storage doesn't answer: {reason}", _shown(url), hint)
+    return StudyError(f"the study's storage doesn't answer: {reason}", _without_password(url), hint)
 
 
-def _do_not_wait(connection: Any, _: object) -> None:
+def _disable_sync(connection: Any, _: object) -> None:
     """Make a commit to the write-ahead log return without waiting for the disk.
 
     Committed data survive the kill of any process. A power failure may undo the last commits, but doesn't corrupt the
@@ -163,7 +167,7 @@ def _do_not_wait(connection: Any, _: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _shown(url: str) -> str:
+def _without_password(url: str) -> str:
     """Return the URL without user and password."""
     scheme, separator, rest = url.partition("://")
     return scheme + separator + rest.rpartition("@")[2]

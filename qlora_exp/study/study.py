@@ -26,7 +26,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import Failure, RunRecord, Status
 from qlora_exp.study import trials as rows
-from qlora_exp.study.distributions import decoded_params, encoded, suggest
+from qlora_exp.study.distributions import decode_params, encode_value, suggest
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.open import open_study, rebuild_study
 from qlora_exp.study.read_only import read_study
@@ -110,32 +110,32 @@ class Study:
                 (trial, why) for trial in unfinished if (why := self._heartbeats.stale_reason(trial, lease_seconds))
             ]
             for trial, why in lost:
-                self._reclaim(trial, why)
+                self._requeue_or_fail(trial, why)
             if not affordable():
                 return None
             unfinished = self._unfinished() if lost else unfinished
             waiting = [trial for trial in unfinished if trial.state is TrialState.WAITING]
             if self.spec.ladder is not None:
-                return self._start_on_ladder(waiting, owner)
+                return self._start_ladder_trial(waiting, owner)
             if waiting:
                 return self._start(waiting[0], owner)
-            if not self._all_asked():
+            if not self._all_created():
                 return self._start(None, owner)
         return None
 
-    def others_run(self, lease_seconds: float) -> bool:
+    def others_run_trials(self, lease_seconds: float) -> bool:
         """Return whether a living process runs a trial."""
         running = [trial for trial in self._unfinished() if trial.state is TrialState.RUNNING]
         return any(self._heartbeats.stale_reason(trial, lease_seconds) is None for trial in running)
 
     def set_run(self, claim: Claim, run_id: str) -> None:
         """Store the trial's run, so that later attempts continue it."""
-        if self._mine(claim):
+        if self._owned_trial(claim):
             self._storage.set_trial_user_attr(claim.trial_id, RUN, run_id)
 
     def heartbeat(self, claim: Claim) -> bool:
         """Renew the claim. False: another worker has taken the trial over, and this attempt doesn't count any more."""
-        mine = self._mine(claim) is not None
+        mine = self._owned_trial(claim) is not None
         if mine:
             self._storage.set_trial_user_attr(claim.trial_id, HEARTBEAT, time.time())
         return mine
@@ -146,7 +146,7 @@ class Study:
         ``items``: losses per item, always of the same items in the same order. The Wilcoxon pruner compares them with
         the best trial's at the same step. Without a pruner nothing is stored.
         """
-        if self.spec.pruner == "none" or value != value or not self._mine(claim):
+        if self.spec.pruner == "none" or value != value or not self._owned_trial(claim):
             return False
         if items is not None and self.spec.pruner == "wilcoxon":
             losses = [float(f"{loss:.6g}") for loss in items]
@@ -163,7 +163,7 @@ class Study:
         An interrupted trial waits to be continued, and that attempt doesn't count.
         """
         with FileLock(self._paths.lock):
-            trial = self._mine(claim)
+            trial = self._owned_trial(claim)
             if trial and outcome.status is Status.INTERRUPTED:
                 uncounted = trial.user_attrs.get(INTERRUPTED_ATTEMPTS, 0) + 1
                 self._storage.set_trial_user_attr(claim.trial_id, INTERRUPTED_ATTEMPTS, uncounted)
@@ -178,13 +178,13 @@ class Study:
         more.
         """
         with FileLock(self._paths.lock):
-            trial = self._mine(claim)
-            return trial is not None and self._reclaim(trial, why)
+            trial = self._owned_trial(claim)
+            return trial is not None and self._requeue_or_fail(trial, why)
 
-    def request_memory_retry(self, claim: Claim) -> bool:
+    def requeue_with_half_micro_batch(self, claim: Claim) -> bool:
         """Make the trial claimable again with half the micro-batch; False: no such retry is left."""
         with FileLock(self._paths.lock):
-            trial = self._mine(claim)
+            trial = self._owned_trial(claim)
             retries = claim.out_of_memory_retries + 1
             if trial is None or retries > self.spec.out_of_memory_retries:
                 return False
@@ -196,17 +196,17 @@ class Study:
         """Return the number of trials by state."""
         trials = self._read()
         done = self.spec.ladder is not None and self._ladder_is_done()
-        return rows.counts(trials, len(trials) if done else self._places(trials))
+        return rows.counts(trials, len(trials) if done else self._total_trials(trials))
 
     def consecutive_skips(self, bound_bytes: int | None) -> int:
         """Return how many of the last ended trials in a row were predicted not to fit into ``bound_bytes`` or more.
 
         ``None``: into any limit. 0 for a grid and a ladder, whose skipped points count as done.
         """
-        if self._skips_count_as_done:
+        if self._skips_count:
             return 0
         ended = [trial for trial in reversed(self._read()) if trial.state.is_finished()]
-        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_refused(trial, bound_bytes), ended))
+        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_skipped(trial, bound_bytes), ended))
 
     def trials(self) -> list[TrialRow]:
         """Return every trial, by number."""
@@ -221,7 +221,7 @@ class Study:
             return self._recommended()
         return rows.best_rows(self.trials(), [parse_objective(text).direction for text in self.spec.objectives])
 
-    def on_ladder(self) -> list[LadderTrial]:
+    def ladder_trials(self) -> list[LadderTrial]:
         """Return the trials as rank doubling sees them, with what their runs left. Trials without parameters are left
         out."""
         from qlora_exp.rank_doubling.answers import ended_trial
@@ -233,7 +233,7 @@ class Study:
             if trial.number not in self._ended and (point := self._point(trial)):
                 if trial.state.is_finished():
                     ended = ended_trial(point, trial.user_attrs.get(RUN), outputs)
-                    self._ended[trial.number] = replace(ended, refused=rows.is_refused(trial))
+                    self._ended[trial.number] = replace(ended, refused=rows.is_skipped(trial))
                 else:
                     unfinished.append(LadderTrial(point, ended=False))
         return [*self._ended.values(), *unfinished]
@@ -266,17 +266,17 @@ class Study:
         states = (TrialState.WAITING, TrialState.RUNNING)
         return self._storage.get_all_trials(self._study._study_id, deepcopy=False, states=states)
 
-    def _places(self, trials: Sequence[FrozenTrial]) -> int:
+    def _total_trials(self, trials: Sequence[FrozenTrial]) -> int:
         """Return how many trials the study is to have in all."""
-        return self.spec.n_trials + (0 if self._skips_count_as_done else rows.refused_of(trials))
+        return self.spec.n_trials + (0 if self._skips_count else rows.count_skipped(trials))
 
     @property
-    def _skips_count_as_done(self) -> bool:
+    def _skips_count(self) -> bool:
         """Whether a point that doesn't fit counts as one of the n_trials; a sampler replaces it instead."""
         return self.spec.sampler in ("grid", "ladder")
 
-    def _all_asked(self) -> bool:
-        return self._exists(self.spec.n_trials - 1) and self._exists(self._places(self._read()) - 1)
+    def _all_created(self) -> bool:
+        return self._exists(self.spec.n_trials - 1) and self._exists(self._total_trials(self._read()) - 1)
 
     def _exists(self, last: int) -> bool:
         try:
@@ -285,7 +285,7 @@ class Study:
             return False
         return True
 
-    def _mine(self, claim: Claim) -> FrozenTrial | None:
+    def _owned_trial(self, claim: Claim) -> FrozenTrial | None:
         trial = self._storage.get_trial(claim.trial_id)
         is_ours = trial.state is TrialState.RUNNING and attempt_of(trial) == claim.attempt
         return trial if is_ours else None
@@ -295,7 +295,7 @@ class Study:
 
         assert self.spec.ladder is not None
         by_point = {frozenset(point_overrides(row.params)): row for row in self.trials() if row.params}
-        points = recommended(self.spec.ladder, self.on_ladder())
+        points = recommended(self.spec.ladder, self.ladder_trials())
         return [by_point[key] for point in points if (key := frozenset(point_overrides(point))) in by_point]
 
     def _ladder_is_done(self) -> bool:
@@ -303,36 +303,38 @@ class Study:
         from qlora_exp.rank_doubling.ladder import is_done
 
         assert self.spec.ladder is not None
-        trials = self.on_ladder()
+        trials = self.ladder_trials()
         if len(self._ended) not in self._done:
             self._done[len(self._ended)] = is_done(self.spec.ladder, trials)
         return self._done[len(self._ended)]
 
-    def _start_on_ladder(self, waiting: Sequence[FrozenTrial], owner: Owner) -> Claim | None:
+    def _start_ladder_trial(self, waiting: Sequence[FrozenTrial], owner: Owner) -> Claim | None:
         from qlora_exp.rank_doubling.ladder import next_point
 
         assert self.spec.ladder is not None
         with_point = [trial for trial in waiting if self._point(trial)]
         if with_point:
             return self._start(with_point[0], owner)
-        trials = self.on_ladder()
+        trials = self.ladder_trials()
         point = next_point(self.spec.ladder, trials)
         if point is None and waiting and self._ladder_is_done():  # a lost trial that nothing depends on
             for trial in waiting:
                 self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        if point is None or (not waiting and self._all_asked()):
+        if point is None or (not waiting and self._all_created()):
             return None
         return self._start(waiting[0] if waiting else None, owner, point)
 
     def _point(self, trial: FrozenTrial) -> dict[str, Any]:
         """Return the parameters of a ladder's trial; empty for a trial that never got any."""
-        return decoded_params(self.spec.axes, trial.system_attrs.get(FIXED_PARAMS) or trial.params)
+        return decode_params(self.spec.axes, trial.system_attrs.get(FIXED_PARAMS) or trial.params)
 
     def _start(self, waiting: FrozenTrial | None, owner: Owner, point: Mapping[str, Any] | None = None) -> Claim:
         """Start the waiting trial, or a new one. ``point``: its parameters, if they don't follow from its number."""
         attempt = attempt_of(waiting) + 1 if waiting else 1
         claim_attributes = {CLAIM: {"attempt": attempt, "owner": to_dict(owner)}, HEARTBEAT: time.time()}
-        fixed: dict[str, Any] = {FIXED_PARAMS: {key: encoded(value) for key, value in point.items()}} if point else {}
+        fixed: dict[str, Any] = (
+            {FIXED_PARAMS: {key: encode_value(value) for key, value in point.items()}} if point else {}
+        )
         if waiting is None:
             template = create_trial(state=TrialState.RUNNING, user_attrs=claim_attributes, system_attrs=fixed)
             trial_id = self._storage.create_new_trial(self._study._study_id, template)
@@ -357,12 +359,12 @@ class Study:
 
     def _ask(self, trial: FrozenTrial) -> dict[str, Any]:
         if trial.number < len(self._planned) and FIXED_PARAMS not in trial.system_attrs:
-            planned = {key: encoded(value) for key, value in self._planned[trial.number].items()}
+            planned = {key: encode_value(value) for key, value in self._planned[trial.number].items()}
             self._storage.set_trial_system_attr(trial._trial_id, FIXED_PARAMS, planned)
         self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see all ended trials
         return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
 
-    def _reclaim(self, trial: FrozenTrial, why: str) -> bool:
+    def _requeue_or_fail(self, trial: FrozenTrial, why: str) -> bool:
         retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + trial.user_attrs.get(INTERRUPTED_ATTEMPTS, 0)
         attempt = attempt_of(trial)
         if attempt - retries < self.spec.max_attempts:

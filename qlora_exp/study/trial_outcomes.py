@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import Failure, Status
 from qlora_exp.study.types import Outcome, StudySpec
-from qlora_exp.study.user_attributes import FAILURE, REFUSED, RUN, SECONDS, STATUS
+from qlora_exp.study.user_attributes import FAILURE, RUN, SECONDS, SKIPPED, STATUS
 
 INFEASIBLE = (Status.OUT_OF_MEMORY, Status.DIVERGED)
 """Recorded as PRUNED with a violated constraint of that name: samplers learn nothing from FAIL."""
@@ -21,9 +21,9 @@ def record_outcome(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, out
     if outcome.status is Status.COMPLETED and not complete:
         failure = Failure("UnknownObjective", f"the run completed without a value for {spec.objectives}")
     status = Status.FAILED if failure and not complete and outcome.status is Status.COMPLETED else outcome.status
-    _constrain(study, spec, trial, outcome)
+    _set_constraints(study, spec, trial, outcome)
     attributes = {STATUS: status.value, SECONDS: outcome.seconds, FAILURE: failure and to_dict(failure)}
-    attributes |= {REFUSED: outcome.refusal and to_dict(outcome.refusal)}
+    attributes |= {SKIPPED: outcome.refusal and to_dict(outcome.refusal)}
     for key, value in attributes.items():
         if value is not None or key in trial.user_attrs:  # overwrite what a killed process wrote
             study._storage.set_trial_user_attr(trial._trial_id, key, value)
@@ -37,7 +37,7 @@ def record_outcome(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, out
         study.tell(trial.number, state=TrialState.FAIL)
 
 
-def _constrain(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome: Outcome) -> None:
+def _set_constraints(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome: Outcome) -> None:
     """Set the trial's constraints, overwriting those that a killed process set: ``Trial.set_constraint`` would
     refuse."""
     violations = dict.fromkeys(trial.constraints, 0.0) | dict(zip(spec.constraints, outcome.violations, strict=False))
@@ -47,7 +47,7 @@ def _constrain(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, outcome
         # A trial may be skipped within the prediction's error, since a similar one that needed no more ran out of
         # memory. Its excess may then be 0 or less, but a violation must be above 0.
         fit = outcome.refusal.fit
-        violations[REFUSED] = max(fit.excess, fit.error)
+        violations[SKIPPED] = max(fit.excess, fit.error)
     if violations:
         handle = Trial(study, trial._trial_id)
         for name, violation in violations.items():

@@ -9,15 +9,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import SkippedTrial, Status
-from qlora_exp.study.distributions import decoded_params
+from qlora_exp.study.distributions import decode_params
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
-from qlora_exp.study.user_attributes import MEMORY_RETRIES, REFUSED, attempt_of
+from qlora_exp.study.user_attributes import MEMORY_RETRIES, SKIPPED, attempt_of
 
 
 def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
     """Return the number of trials by state."""
     by_state = Counter(trial.state for trial in trials)
-    refused = refused_of(trials)
+    refused = count_skipped(trials)
     return Counts(
         total=max(n_trials, len(trials)),
         completed=by_state[TrialState.COMPLETE],
@@ -30,14 +30,14 @@ def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
     )
 
 
-def refused_of(trials: Sequence[FrozenTrial]) -> int:
+def count_skipped(trials: Sequence[FrozenTrial]) -> int:
     """Return how many trials were not started because they were predicted not to fit."""
-    return sum(is_refused(trial) for trial in trials)
+    return sum(is_skipped(trial) for trial in trials)
 
 
-def is_refused(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
+def is_skipped(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
     """Return whether the trial was predicted not to fit, into a limit of at least ``bound_bytes`` if that is given."""
-    refusal = trial.user_attrs.get(REFUSED)
+    refusal = trial.user_attrs.get(SKIPPED)
     if trial.state is not TrialState.PRUNED or refusal is None:
         return False
     return bound_bytes is None or bool(refusal["fit"]["bound_bytes"] >= bound_bytes)
@@ -56,12 +56,12 @@ def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
         values=tuple(trial.values) if complete else (None,) * len(spec.objectives),
         run_id=attributes.get("run_id"),
         seconds=attributes.get("seconds"),
-        params=decoded_params(spec.axes, trial.params),
+        params=decode_params(spec.axes, trial.params),
         attempt=attempt_of(trial),
         feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
         failure=f"{failure['kind']}: {failure['message']}" if failure else None,
         out_of_memory_retries=attributes.get(MEMORY_RETRIES, 0),
-        refusal=from_dict(SkippedTrial, attributes[REFUSED]) if is_refused(trial) else None,
+        refusal=from_dict(SkippedTrial, attributes[SKIPPED]) if is_skipped(trial) else None,
     )
 
 

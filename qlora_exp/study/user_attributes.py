@@ -13,9 +13,9 @@ from qlora_exp.system.environment import alive_if_visible
 CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, INTERRUPTED_ATTEMPTS = (
     *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
 )
-REFUSED = "predicted_not_to_fit"
+SKIPPED = "predicted_not_to_fit"
 """Why a trial was not started (``records.types.SkippedTrial``); also the name of the constraint that it violates."""
-WATCHED_SHARE = 0.25
+MIN_UNCHANGED_SHARE = 0.25
 """Share of the lease for which another machine's heartbeat is watched before its written time counts."""
 FIXED_PARAMS = "fixed_params"
 """Optuna's own key for the parameters that a trial was enqueued with."""
@@ -53,7 +53,7 @@ class Heartbeats:
         silent_seconds = time.time() - heartbeat
         if living is None:
             unchanged_seconds = self._unchanged_seconds(trial._trial_id, heartbeat)
-            if silent_seconds <= lease_seconds or unchanged_seconds <= WATCHED_SHARE * lease_seconds:
+            if silent_seconds <= lease_seconds or unchanged_seconds <= MIN_UNCHANGED_SHARE * lease_seconds:
                 silent_seconds = unchanged_seconds
         if silent_seconds <= lease_seconds:
             return None

@@ -12,9 +12,9 @@ from qlora_exp.analysis.error_rates.calibration import (
     SETTINGS,
     WORLDS,
     World,
+    decide_many,
     simulate,
     simulated_losses,
-    walk_many,
 )
 from qlora_exp.analysis.rank import decide_ladder
 from qlora_exp.analysis.rule import StepVerdict
@@ -38,10 +38,10 @@ def controlled(losses: np.ndarray) -> list[StepVerdict]:
         }
         found = decide_ladder(ladder, RULE, bought)
         last = found.comparisons[-1]
-        if found.verdict is StepVerdict.BUY and last.decision.purchase.seeds is not None:
+        if found.verdict is StepVerdict.BUY and last.decision.increase.seeds is not None:
             bought.add(last.to_rank)
             for rank in (last.from_rank, last.to_rank):
-                seeds[rank] = max(seeds[rank], last.decision.purchase.seeds)
+                seeds[rank] = max(seeds[rank], last.decision.increase.seeds)
         elif found.verdict is StepVerdict.CONTINUE and last.to_rank != ranks[-1]:
             seeds[2 * last.to_rank] = 3
         else:
@@ -53,7 +53,7 @@ def controlled(losses: np.ndarray) -> list[StepVerdict]:
 def test_many_ladders_at_once_are_decided_as_each_is_alone(world: World) -> None:
     rng = np.random.default_rng(5)
     losses = simulated_losses(world, rng.uniform(0, 6, (40, RULE.doublings)), rng)
-    walked = walk_many(losses, RULE)
+    walked = decide_many(losses, RULE)
     names = (StepVerdict.CONTINUE, StepVerdict.STOP, StepVerdict.INCONCLUSIVE)
     for said, alone in zip(walked.verdicts, losses, strict=True):
         assert [names[code] for code in said if code >= 0] == controlled(alone)

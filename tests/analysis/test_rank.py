@@ -64,7 +64,7 @@ def test_an_open_first_look_buys_seeds_and_an_open_last_look_is_inconclusive() -
     first = decide_ladder(ladder, RULE)
     assert first.verdict is StepVerdict.BUY
     assert first.recommended_rank is None
-    bought = first.comparisons[0].decision.purchase
+    bought = first.comparisons[0].decision.increase
     assert bought is not None
     assert 4 <= bought.seeds <= 8
     assert bought.items is None
@@ -74,7 +74,7 @@ def test_an_open_first_look_buys_seeds_and_an_open_last_look_is_inconclusive() -
 
 
 def test_where_items_alone_are_too_few_it_asks_for_items_and_for_more_than_there_are() -> None:
-    bought = decide_ladder(losses([0.02], seed_sd=0.0001, item_sd=0.3), RULE).comparisons[0].decision.purchase
+    bought = decide_ladder(losses([0.02], seed_sd=0.0001, item_sd=0.3), RULE).comparisons[0].decision.increase
     assert bought is not None
     assert bought.seeds is None
     assert bought.items > 400

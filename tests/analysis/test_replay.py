@@ -14,7 +14,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from made_up_grid import RANKS, SEEDS, made_up_grid
 
-from qlora_exp.analysis.error_rates.replay import DATA, allowed, climb, load, main, noise_of, replay, save
+from qlora_exp.analysis.error_rates.replay import (
+    DATA,
+    allowed_verdicts,
+    decide_from_pool,
+    load,
+    main,
+    noise_of,
+    replay,
+    save,
+)
 from qlora_exp.analysis.rule import FIRST_SEEDS, StepVerdict, make_rule
 from qlora_exp.errors import AnalysisError
 
@@ -40,7 +49,7 @@ def test_a_pool_that_contradicts_the_grid_is_counted_as_incompatible() -> None:
 def test_gains_at_the_margin_may_be_called_either_way() -> None:
     reference = made_up_grid(gains=(0.1, 0.1, 0.1, 0.1), item_sd=0.05)
     rule = make_rule(0.1, 4)
-    limits = [allowed(comparison, rule) for comparison in reference.answer(rule).comparisons]
+    limits = [allowed_verdicts(comparison, rule) for comparison in reference.answer(rule).comparisons]
     assert limits == [frozenset({StepVerdict.CONTINUE, StepVerdict.STOP})] * 4
     assert replay(reference, margin=0.1, r_start=1, draws=10, seed=1).compatible == 1
 
@@ -55,7 +64,7 @@ def test_a_grid_that_is_itself_inconclusive_judges_nobody() -> None:
 
 def test_noise_buys_seeds_and_no_more_than_there_are() -> None:
     noisy = made_up_grid(gains=(0.1, 0.1, 0.1, 0.1), seed_sd=0.15, seed=4)
-    ladder = climb(noisy.pool, RANKS, make_rule(0.1, 4))
+    ladder = decide_from_pool(noisy.pool, RANKS, make_rule(0.1, 4))
     assert FIRST_SEEDS < ladder.seeds[0] <= SEEDS
     assert all(comparison.decision.verdict is not StepVerdict.BUY for comparison in ladder.comparisons)
 

@@ -199,9 +199,9 @@ def test_how_often_a_ladder_errs_is_what_the_calibration_found() -> None:
     assert len(rows) == 39
     growing = [max(float(a), float(b)) for name, a, b in rows if "rises" in name]
     others = [max(float(a), float(b)) for name, a, b in rows if "rises" not in name]
-    assert max(others) <= 100 * sections.ERRS_AT_MOST < max(others) + 1
-    assert max(growing) <= 100 * sections.ERRS_WITH_GROWING_NOISE < max(growing) + 1
-    sure = sections.how_sure(LADDER)
+    assert max(others) <= 100 * sections.MAX_ERROR_RATE < max(others) + 1
+    assert max(growing) <= 100 * sections.MAX_ERROR_RATE_WITH_GROWING_NOISE < max(growing) + 1
+    sure = sections.error_rate_sentence(LADDER)
     assert sure is not None
     assert "at most 5 %" in sure
 

@@ -33,7 +33,7 @@ def standings(*records: RunRecord) -> dict[float, ParetoStatus]:
     found = front(of(*records), LOSS)
     return {
         round(c.quality.mean, 3): standing
-        for c, standing in zip(found.configurations, found.standings, strict=True)
+        for c, standing in zip(found.configurations, found.statuses, strict=True)
         if c.quality is not None
     }
 
@@ -49,7 +49,7 @@ def test_the_front_is_what_no_other_configuration_beats_by_brute_force() -> None
     ]  # fmt: skip
     found = front(of(*records), LOSS)
     points = [(c.quality.mean, c.memory_bytes, -c.tokens_per_second) for c in found.configurations]  # type: ignore
-    for point, standing in zip(points, found.standings, strict=True):
+    for point, standing in zip(points, found.statuses, strict=True):
         beaten = any(all(x <= y for x, y in zip(other, point, strict=True)) and other != point for other in points)
         assert (standing is ParetoStatus.FRONT) == (not beaten)
 
@@ -68,7 +68,7 @@ def test_a_configuration_within_the_seeds_noise_of_the_front_is_not_called_domin
 
 def test_no_front_is_drawn_with_a_single_quantization() -> None:
     found = front(of(made_up.run(0, r=8), made_up.run(1, r=16)), LOSS)
-    assert found.standings == ()
+    assert found.statuses == ()
     assert "only nf4 was" in str(found.why_none)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from predicted_memory import Case, overrides
 
 from qlora_exp.config.schema import Quantization
-from qlora_exp.estimate.calibration import kept_flops_per_second, rates_file
+from qlora_exp.estimate.calibration import calibration_flops_per_second, rates_file
 from qlora_exp.estimate.duration import Interval, Rate, rate_from_calibration
 from qlora_exp.estimate.throughput import from_finished_runs, prediction_interval
 from qlora_exp.records.files import read_record
@@ -163,7 +163,7 @@ def measured(record: RunRecord, others: Sequence[RunRecord]) -> Measured:
     assert plan.predicted_train_tokens is not None
     assert record.speed.train_seconds is not None
     flops = plan.train_flops_per_token * plan.predicted_train_tokens
-    calibrated = kept_flops_per_second(record.environment, Quantization(record.config["quantization"]["mode"]))
+    calibrated = calibration_flops_per_second(record.environment, Quantization(record.config["quantization"]["mode"]))
     assert calibrated is not None
     rate = from_finished_runs(others, record.environment, record.config, record.speed.steps).rate
     return Measured(flops, calibrated, record.speed.train_seconds, seconds_of(flops, rate) if rate else None)

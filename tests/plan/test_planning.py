@@ -14,7 +14,7 @@ import pytest
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
-from qlora_exp.estimate.device import device_called, size_bytes
+from qlora_exp.estimate.device import device_by_name, size_bytes
 from qlora_exp.estimate.sweep import search_space
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import to_dict
@@ -291,24 +291,26 @@ def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qlora_exp.estimate.estimator import Planner
-    from qlora_exp.estimate.tables import costs
+    from qlora_exp.estimate.tables import cost_summary
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rates = tmp_path / "qlora-exp" / "rates-2.json"
     rates.parent.mkdir()
     rates.write_text(json.dumps({"cuda, NVIDIA GeForce RTX 4090, 2.13.0": {"nf4": 1e14}}))
     [point] = search_space(["model=llama3_1_8b"]).points
-    one = Planner(device_called("rtx4090")).plan(point)
+    one = Planner(device_by_name("rtx4090")).plan(point)
     assert one.seconds is not None
-    searched = costs([one], searched=2)
-    alone = costs([one, one])
+    searched = cost_summary([one], searched=2)
+    alone = cost_summary([one, one])
     assert alone is not None
     told, unseen = alone.split("; ")
     assert searched == f"{told}, for 2 trials of a search between these; {unseen}"
-    told = costs([replace(one, seconds=5400.0, seconds_interval=(3600.0, 9000.0), usd=12.0, usd_interval=(8.0, 20.0))])
+    told = cost_summary(
+        [replace(one, seconds=5400.0, seconds_interval=(3600.0, 9000.0), usd=12.0, usd_interval=(8.0, 20.0))]
+    )
     assert told is not None
     assert told.startswith("training: 1.5 h (1–2.5), 12 usd (8–20)")
-    assert costs([replace(one, fits=False)]) is None
+    assert cost_summary([replace(one, fits=False)]) is None
     page = tmp_path / "plan.html"
     assert main(["plan", "model=llama3_1_8b", "plan.device=rtx4090", "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from qlora_exp.config.schema import Config, Quantization, to_plain
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate import benchmark, calibration
 from qlora_exp.estimate.cost import CostEstimator
-from qlora_exp.estimate.device import device_called
+from qlora_exp.estimate.device import device_by_name
 from qlora_exp.estimate.duration import Interval, Rate, predicted_seconds, predicted_usd, rate_from_calibration
 from qlora_exp.estimate.flops import MeanRow, Workload, train_flops_per_token
 from qlora_exp.estimate.throughput import MeasuredThroughput, from_finished_runs, machine_of, t_95
@@ -271,7 +271,7 @@ def test_one_look_tells_each_configuration_what_it_would_be_told_alone() -> None
     short = short.replace(speed=replace(short.speed, steps=2, excluded_steps=1, train_tokens_per_second=50.0))
 
     def seconds(cashier: CostEstimator, config: Config) -> float | None:
-        return cashier.payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name])[0].seconds
+        return cashier.estimate_cost(config, device_by_name("cpu"), ONE_LAYER, [SHAPES[0].name])[0].seconds
 
     one = CostEstimator([short])
     assert [seconds(one, config) for config in both] == [seconds(CostEstimator([short]), config) for config in both]
@@ -286,7 +286,9 @@ def test_trials_on_warm_hosts_load_nothing(hosts: bool, isolation: str, told: fl
     config = compose(["quantization=nf4", "training.threads=1", f"workers.isolation={isolation}"])
     cold = finished(other=(20.0, 1.0, 1.0)).replace(config=to_plain(config), environment=replace(here, torch_threads=1))
     warm = cold.replace(speed=replace(cold.speed, load_seconds=0.0), memory=Memory(host_reused=True))
-    paid, _ = CostEstimator([cold, warm], hosts).payment(config, device_called("cpu"), ONE_LAYER, [SHAPES[0].name])
+    paid, _ = CostEstimator([cold, warm], hosts).estimate_cost(
+        config, device_by_name("cpu"), ONE_LAYER, [SHAPES[0].name]
+    )
     assert paid.other_seconds == pytest.approx(told)
 
 
@@ -302,8 +304,8 @@ def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made(
     records = [of_config.replace(environment=one) for one in (here, upgraded, there, there)]
 
     def seconds(card: str | None, *given: RunRecord) -> tuple[float, float] | None:
-        device = device_called(card) if card is not None else device_called("cuda")
-        return CostEstimator(given).payment(config, device, ONE_LAYER, [SHAPES[0].name])[0].seconds_interval
+        device = device_by_name(card) if card is not None else device_by_name("cuda")
+        return CostEstimator(given).estimate_cost(config, device, ONE_LAYER, [SHAPES[0].name])[0].seconds_interval
 
     assert seconds("rtx4090", *records) == seconds("rtx4090", records[1])
     assert seconds(None, *records) == seconds("rtx4090", records[1])
@@ -315,18 +317,18 @@ def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made(
 def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     here = probe_without_torch()
-    assert calibration.known_rate(here, Quantization.nf4) is None
+    assert calibration.calibrated_rate(here, Quantization.nf4) is None
     calibration.rates_file().parent.mkdir()
     calibration.rates_file().write_text(json.dumps({machine_of(here): {"nf4": 2e9}, "other": 3}))
-    assert calibration.known_rate(here, Quantization.nf4) == rate_from_calibration(2e9, machine_of(here), "nf4")
-    assert calibration.known_rate(here, Quantization.int8) is None
-    assert calibration.known_rate(replace(here, torch_threads=7), Quantization.nf4) is None
-    monkeypatch.setattr(calibration, "COUNTING", calibration.COUNTING + 1)
-    assert calibration.known_rate(here, Quantization.nf4) is None
+    assert calibration.calibrated_rate(here, Quantization.nf4) == rate_from_calibration(2e9, machine_of(here), "nf4")
+    assert calibration.calibrated_rate(here, Quantization.int8) is None
+    assert calibration.calibrated_rate(replace(here, torch_threads=7), Quantization.nf4) is None
+    monkeypatch.setattr(calibration, "COUNTING", calibration.COUNT_VERSION + 1)
+    assert calibration.calibrated_rate(here, Quantization.nf4) is None
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calibration.rates_file().write_text("{torn")
-    assert calibration.known_rate(here, Quantization.nf4) is None
+    assert calibration.calibrated_rate(here, Quantization.nf4) is None
 
 
 def test_a_calibration_counts_the_same_operations_in_every_quantization(monkeypatch: pytest.MonkeyPatch) -> None:

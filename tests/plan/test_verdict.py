@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qlora_exp.cli import main
-from qlora_exp.estimate.device import device_called
+from qlora_exp.estimate.device import device_by_name
 from qlora_exp.estimate.estimator import Planner
-from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES, ERROR
+from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES, RELATIVE_ERROR
 from qlora_exp.estimate.sweep import search_space
 from qlora_exp.formatting import bytes_text
 from qlora_exp.system import heap
@@ -31,7 +31,7 @@ def test_what_lies_within_the_predictions_error_of_its_bound_is_marked(
 ) -> None:
     asked = (f"model={model}", *ONE, f"plan.device={device}")
     peak = planned(capsys, *asked)[0]["memory"]["peak_bytes"]
-    factor = 1 + ERROR[device]
+    factor = 1 + RELATIVE_ERROR[device]
     for bound, fits, near in (
         (1.01 * factor * peak, True, False),
         (0.99 * factor * peak, True, True),
@@ -52,7 +52,7 @@ def test_what_lies_within_the_predictions_error_of_its_bound_is_marked(
 def test_what_is_known_exactly_not_to_fit_is_not_near_the_edge(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("model=llama3_1_8b", "quantization=bf16", "training.micro_batch_size=1", "training.max_length=64")
     [run] = planned(capsys, *asked, "budget.memory_bytes=16000000000")
-    assert run["memory"]["peak_bytes"] < (1 + ERROR["cuda"]) * 16e9
+    assert run["memory"]["peak_bytes"] < (1 + RELATIVE_ERROR["cuda"]) * 16e9
     assert (run["fits"], run["near_the_edge"]) == (False, False)
     assert "the base alone 16.1 GB" in run["reason"]
 
@@ -77,13 +77,13 @@ def test_on_a_cpu_what_a_process_holds_after_imports_counts_against_the_whole_an
 
 def test_a_machine_must_hold_the_process_too() -> None:
     [point] = search_space(["model=embedded", *ONE]).points
-    here = device_called("cpu")
+    here = device_by_name("cpu")
     run = Planner(here).plan(point)
     assert run.memory is not None
     whole = run.memory.peak_bytes + CPU_PROCESS_BYTES
     verdicts = [Planner(replace(here, memory_bytes=size)).plan(point).fits for size in (whole - 1, whole)]
     assert verdicts == [False, True]
-    on_a_card = Planner(replace(device_called("cuda"), memory_bytes=whole)).plan(point)
+    on_a_card = Planner(replace(device_by_name("cuda"), memory_bytes=whole)).plan(point)
     assert "after imports" not in on_a_card.reason
 
 

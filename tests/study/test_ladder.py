@@ -27,7 +27,7 @@ from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths
 from qlora_exp.rank_doubling.answers import answers, ladder_trials, plan_sentence
 from qlora_exp.rank_doubling.ladder import LadderPoint, LadderTrial, evaluate_ladder, is_done, next_point
-from qlora_exp.rank_doubling.settings import most_trials, own_axes, resolve, rule_of
+from qlora_exp.rank_doubling.settings import ladder_axes, max_trials, resolve, rule_of
 from qlora_exp.records import find
 from qlora_exp.records.types import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
 from qlora_exp.study.spec import read_spec
@@ -156,7 +156,7 @@ def test_a_single_rank_gets_its_learning_rate_and_its_seeds_and_no_decision() ->
         assert sorted(params["seed"] for params in final) == [1, 2, 3]
         assert {params["training.learning_rate"] for params in final} == {rate}
         assert len(own) - len(final) == pilots_run
-    assert len(trials) <= most_trials(spec)
+    assert len(trials) <= max_trials(spec)
     for found in answers(spec, trials):
         assert found["status"] == "decided"
         assert "decision" not in found
@@ -184,7 +184,7 @@ def test_a_purchase_can_be_capped_or_left_out(most_seeds: int, runs: int) -> Non
     spec = spec_of(r_max=16, most_seeds=most_seeds)
     trials = play(spec, gains(0.05, off=0.2))
     assert answer_of(spec, trials)["decision"] == "inconclusive"
-    assert len(trials) == most_trials(spec) == runs
+    assert len(trials) == max_trials(spec) == runs
 
 
 def test_what_no_purchase_settles_is_inconclusive_with_what_it_would_take() -> None:
@@ -286,7 +286,7 @@ def test_the_same_runs_are_asked_for_in_whatever_order_they_end(at_once: int) ->
     spec = spec_of(lr_policy=LrPolicy.search)
     level = gains(0.2, 0.05, 0.0, off=0.01)
     alone = play(spec, level)
-    assert len(alone) <= most_trials(spec)
+    assert len(alone) <= max_trials(spec)
     for seed in range(3):
         together = play(spec, level, at_once, seed)
         assert sorted(str(t.params) for t in together) == sorted(str(t.params) for t in alone)
@@ -304,7 +304,7 @@ def test_a_resumed_ladder_asks_what_an_undisturbed_one_would_have_asked() -> Non
 def test_every_point_lies_on_the_axes() -> None:
     one = LadderSettings({}, 3.3e-4, -0.5, "2r")
     spec = spec_of(one, lr_policy=LrPolicy.search)
-    axes = {axis.key: axis for axis in own_axes(spec)}
+    axes = {axis.key: axis for axis in ladder_axes(spec)}
 
     def level(point: LadderPoint) -> float:  # the rate always wants to be higher
         return gains(0.2, 0.2, 0.2)(point) - float(np.log2(point["training.learning_rate"]))

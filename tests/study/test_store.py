@@ -19,7 +19,7 @@ from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import Failure, Fit, Process, SkippedTrial, Status
 from qlora_exp.study.study import Study
 from qlora_exp.study.types import Outcome, Owner
-from qlora_exp.study.user_attributes import FAILURE, REFUSED
+from qlora_exp.study.user_attributes import FAILURE, SKIPPED
 
 NOBODY = Owner(Process(2**22 + 1, 1, None), "gone", 0)
 """No Linux process has this id."""
@@ -80,10 +80,10 @@ def test_attempts_are_capped_and_the_trial_then_failed(tmp_path: Path) -> None:
 def test_a_memory_retry_is_granted_as_often_as_asked_for_and_is_no_attempt_lost(tmp_path: Path) -> None:
     study = opened(a_spec(tmp_path, max_attempts=1, out_of_memory_retries=1))
     first = claimed(study)
-    assert study.request_memory_retry(first)
+    assert study.requeue_with_half_micro_batch(first)
     second = claimed(study)
     assert (second.number, second.params, second.out_of_memory_retries) == (first.number, first.params, 1)
-    assert not study.request_memory_retry(second)
+    assert not study.requeue_with_half_micro_batch(second)
 
 
 def test_an_ended_trial_is_told_once(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_refusal_whose_telling_was_cut_short_is_forgotten_when_the_trial_ends_
         lost = study.claim(NOBODY, 600.0)
         assert lost is not None
         study._storage.set_trial_user_attr(lost.trial_id, FAILURE, to_dict(Failure("PredictedNotToFit", "too much")))
-        study._storage.set_trial_user_attr(lost.trial_id, REFUSED, to_dict(refusal))
+        study._storage.set_trial_user_attr(lost.trial_id, SKIPPED, to_dict(refusal))
         study.tell(claimed(study), dataclasses.replace(completed(1.0), status=status))
     assert [(row.refusal, row.failure) for row in study.trials()] == [(None, None)] * 2
     assert (study.counts().refused, study.counts().pruned, study.counts().to_ask) == (0, 1, 0)

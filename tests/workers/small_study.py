@@ -98,7 +98,7 @@ class SmallStudy:
 
     def heartbeat(self, claim: Claim) -> bool:
         self.heartbeats += 1
-        return self._mine(claim)
+        return self._owned_trial(claim)
 
     def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool:
         self.reports.append((claim.number, step, value))
@@ -109,12 +109,12 @@ class SmallStudy:
             self._back(claim)
             return
         with self._lock:
-            if self._mine(claim):
+            if self._owned_trial(claim):
                 del self.running[claim.number]
                 self.told[claim.number] = outcome
 
     def requeue(self, claim: Claim, why: str) -> bool:
-        if not self._mine(claim):
+        if not self._owned_trial(claim):
             return False
         self.requeued.append((claim.number, why))
         if claim.attempt >= self.spec.max_attempts:
@@ -123,10 +123,10 @@ class SmallStudy:
         self._back(claim, attempt=claim.attempt + 1)
         return True
 
-    def _mine(self, claim: Claim) -> bool:
+    def _owned_trial(self, claim: Claim) -> bool:
         return self.running.get(claim.number) == claim
 
-    def request_memory_retry(self, claim: Claim) -> bool:
+    def requeue_with_half_micro_batch(self, claim: Claim) -> bool:
         self._back(claim, out_of_memory_retries=claim.out_of_memory_retries + 1)
         return True
 

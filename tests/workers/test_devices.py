@@ -12,7 +12,7 @@ import pytest
 from qlora_exp.config.schema import DeviceChoice, Engine
 from qlora_exp.errors import ConfigError
 from qlora_exp.orchestration import devices
-from qlora_exp.orchestration.devices import Gpu, GpuUser, assign, environment_of, threads_per_host
+from qlora_exp.orchestration.devices import Gpu, GpuUser, assign, environment_of, threads_per_process
 
 GPUS = (Gpu(0, "GPU-aaa", "H200"), Gpu(1, "GPU-bbb", "H200"), Gpu(2, "GPU-ccc", "H200"))
 
@@ -58,20 +58,20 @@ def test_a_workers_own_hosts_may_hold_memory_before_they_have_a_trial(monkeypatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as host:
         used_by(host.pid)
-        assert devices.slots_of(Engine.sft, DeviceChoice.auto, None) == ("GPU-aaa",)
+        assert devices.assign_slots(Engine.sft, DeviceChoice.auto, None) == ("GPU-aaa",)
         host.kill()
     used_by(os.getppid())
     with pytest.raises(ConfigError, match="GPU 0 is in use"):
-        devices.slots_of(Engine.sft, DeviceChoice.auto, None)
+        devices.assign_slots(Engine.sft, DeviceChoice.auto, None)
 
 
 def test_a_studys_threads_are_fixed_by_its_first_worker(tmp_path: Path) -> None:
     kept = tmp_path / "threads.json"
-    assert threads_per_host(3, 1, kept) == 3
+    assert threads_per_process(3, 1, kept) == 3
     assert not kept.exists()
-    first = threads_per_host(None, 1_000_000, kept)
+    first = threads_per_process(None, 1_000_000, kept)
     assert first == 1
-    assert threads_per_host(None, 1, kept) == first
+    assert threads_per_process(None, 1, kept) == first
 
 
 def test_a_host_is_pinned_by_its_environment() -> None:

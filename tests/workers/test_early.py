@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from qlora_exp.config.compose import compose_raw
-from qlora_exp.orchestration.prestart import host_starts, prestarted, started
+from qlora_exp.orchestration.prestart import prestarted, process_starts, take_started
 from tests.workers.small_study import paths_of, workers_of
 
 ASLEEP = ["training.engine=sleep", "tracking=off"]
@@ -15,18 +15,18 @@ ASLEEP = ["training.engine=sleep", "tracking=off"]
 
 def test_a_host_started_early_is_taken_once_and_one_that_nobody_takes_is_ended(tmp_path: Path) -> None:
     config, workers, paths = compose_raw(ASLEEP), workers_of(count=2), paths_of(tmp_path)
-    first, second = host_starts(config, workers, paths)
+    first, second = process_starts(config, workers, paths)
     before = set(psutil.Process().children())
     with prestarted(config, workers, paths, at_most=2):
         early = {child.pid for child in set(psutil.Process().children()) - before}
-        taken = started(first)
+        taken = take_started(first)
         assert taken.pid in early
         (untaken,) = early - {taken.pid}
-        new = started(first)
+        new = take_started(first)
         assert new.pid not in early
     assert psutil.pid_exists(taken.pid)
     assert not psutil.pid_exists(untaken)
-    after = started(second)
+    after = take_started(second)
     assert after.pid != untaken
     for host in (taken, new, after):
         host.kill()

@@ -21,7 +21,7 @@ from qlora_exp.orchestration import forking
 from qlora_exp.orchestration.devices import environment_of
 from qlora_exp.orchestration.messages import Ready
 from qlora_exp.orchestration.slot import LAST_OWNER_SECONDS
-from qlora_exp.orchestration.trial_process import HostProcess, ProcessDied
+from qlora_exp.orchestration.trial_process import ProcessDied, TrialProcess
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Status
@@ -179,11 +179,11 @@ def test_a_killed_server_is_told_by_each_of_its_processes(server: forking.ForkSe
 # Trial hosts.
 
 
-def host(tmp_path: Path, gpu: str | None = None) -> HostProcess:
-    return HostProcess(tmp_path / "log", environment_of(gpu, 1), ("tracking",))
+def host(tmp_path: Path, gpu: str | None = None) -> TrialProcess:
+    return TrialProcess(tmp_path / "log", environment_of(gpu, 1), ("tracking",))
 
 
-def ready(one: HostProcess) -> int:
+def ready(one: TrialProcess) -> int:
     until = time.monotonic() + 300
     while (message := one.receive(1.0)) is None:
         assert time.monotonic() < until
