@@ -323,7 +323,7 @@ def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytes
     assert calibration.calibrated_rate(here, Quantization.nf4) == rate_from_calibration(2e9, machine_of(here), "nf4")
     assert calibration.calibrated_rate(here, Quantization.int8) is None
     assert calibration.calibrated_rate(replace(here, torch_threads=7), Quantization.nf4) is None
-    monkeypatch.setattr(calibration, "COUNTING", calibration.COUNT_VERSION + 1)
+    monkeypatch.setattr(calibration, "COUNT_VERSION", calibration.COUNT_VERSION + 1)
     assert calibration.calibrated_rate(here, Quantization.nf4) is None
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

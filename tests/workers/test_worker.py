@@ -260,7 +260,7 @@ def test_too_many_failures_end_the_worker(tmp_path: Path) -> None:
 def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_exp.orchestration import slot
 
-    monkeypatch.setattr(slot, "LONGEST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(slot, "MAX_PAUSE_SECONDS", 0.1)
     study = small(tmp_path, ("lora.r=2",))
     runs = OutputPaths.of(tmp_path).runs
     runs.mkdir(parents=True)
