@@ -1,4 +1,4 @@
-"""Parquet and Arrow files as rows. Class labels that the file's metadata names become their names."""
+"""Parquet and Arrow files as rows. Class numbers become class names if the file's metadata names them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_parquet(path: Path, name: str, content: bytes) -> DataFile:
 
 
 def read_arrow(path: Path, name: str, content: bytes) -> DataFile:
-    """Arrow's file format (Feather) or its stream format, which ``datasets`` writes."""
+    """Read Arrow's file format (Feather) or its stream format, which ``datasets`` writes."""
     import pyarrow
     import pyarrow.feather
     import pyarrow.ipc
@@ -43,7 +43,7 @@ def read_arrow(path: Path, name: str, content: bytes) -> DataFile:
 
 
 def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Column → the names of its classes, as ``datasets`` keeps them in a schema's metadata."""
+    """Return the class names by column, as ``datasets`` stores them in a schema's metadata."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         named = {str(column): kind["names"] for column, kind in features.items() if _is_class_label(kind)}
@@ -59,7 +59,7 @@ def _is_class_label(kind: object) -> bool:
 def named_classes(
     row: Mapping[str, Any], names: Mapping[str, Sequence[str]], file: str, number: int
 ) -> dict[str, Any] | RowProblem:
-    """The row with class numbers as their names. The Hub marks an unlabelled row by -1: that is no text."""
+    """Return the row with class names for class numbers. -1, the Hub's mark of a row without a label, gets no name."""
     named = dict(row)
     for column, classes in names.items():
         value = row.get(column)
@@ -77,17 +77,17 @@ def _rows_of(table: Any, path: Path, name: str) -> DataFile:
     names = class_names(table.schema.metadata)
     rows, problems = [], []
     for number, values in enumerate(_values(table, path), start=1):
-        read = named_classes(values, names, name, number)
-        if isinstance(read, RowProblem):
-            problems.append(read)
+        row = named_classes(values, names, name, number)
+        if isinstance(row, RowProblem):
+            problems.append(row)
         else:
-            rows.append(RawRow(name, number, read))
+            rows.append(RawRow(name, number, row))
     classes = tuple(column for column in table.column_names if column in names)
     return DataFile(name, tuple(rows), tuple(table.column_names), tuple(problems), classes=classes)
 
 
 def _values(table: Any, path: Path) -> list[dict[str, Any]]:
-    """The table's rows; nothing for a column whose values Python can't hold, such as a date beyond the year 9999."""
+    """Return the table's rows. A column with values that Python can't hold, e.g. dates after 9999, becomes null."""
     import pyarrow
 
     columns = {}
@@ -101,7 +101,7 @@ def _values(table: Any, path: Path) -> list[dict[str, Any]]:
 
 
 def _objects(values: Any) -> list[Any]:
-    """Python's values. Arrow's maps, which Spark writes, are dictionaries where no key stands twice."""
+    """Return Python values. Arrow's maps, which Spark writes, become dictionaries if no key occurs twice."""
     try:
         return list(values.to_pylist(maps_as_pydicts="strict"))
     except KeyError:

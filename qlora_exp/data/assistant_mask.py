@@ -1,8 +1,8 @@
-"""Which tokens of a conversation carry a loss where all of the assistant's answers are learned (``task.learn=all``).
+"""The loss mask of a conversation in which all answers of the assistant are learned (``task.learn=all``).
 
-Where the template marks answers with ``{% generation %}``, the marks decide, as under TRL's ``assistant_only_loss``;
-elsewhere the conversation is rendered turn by turn. Two things that TRL's marks may hold are not learned: the
-generation prompt, and what the template writes by itself before an answer.
+If the template marks answers with ``{% generation %}``, the marks decide, as under TRL's ``assistant_only_loss``.
+Otherwise the conversation is rendered turn by turn. Two things are not learned even if they are marked: the generation
+prompt, and what the template writes by itself before an answer.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _HINT = "a template that marks answers with {% generation %}: model.chat_templat
 def learned_ranges(
     texts: Texts, full: Rendered, example: Example, prompt_of: Callable[[int], str], through: Callable[[int], str]
 ) -> Texts:
-    """``texts`` with the ranges of all answers that are learned. Raises :class:`TrialRefused`.
+    """Return ``texts`` with the ranges of all learned answers. Raises :class:`RowRefused`.
 
-    ``prompt_of(n)``: the first n messages with the generation prompt; ``through(n)``: without one.
+    ``prompt_of(n)`` renders the first n messages with the generation prompt, ``through(n)`` without it.
     """
     turns = [number for number, message in enumerate(example.messages) if message.role == "assistant"]
     begins = [_begin(full.text, prompt_of(number), texts.prefix) for number in turns] + [len(texts.prompt)]
@@ -48,7 +48,7 @@ def _begin(full: str, prompt: str, prefix: str) -> int:
 
 
 def _marked(marks: Sequence[tuple[int, int]], begin: int, following: int) -> list[tuple[int, int]]:
-    """The marks of one answer, without what comes before it. ``following``: where the next answer begins."""
+    """Return the marks of one answer, from its ``begin``. ``following``: where the next answer begins."""
     return [(max(start, begin), end) for start, end in marks if begin < end <= following]
 
 
@@ -74,22 +74,22 @@ def _unstable(what: str) -> RowRefused:
 
 
 def learned_mask(texts: Texts, ids: Sequence[int], tokenizer: Any) -> tuple[bool, ...] | None:
-    """For each of ``ids`` whether it carries a loss. Raises :class:`TrialRefused` where a range ends within a token."""
+    """Return whether each of ``ids`` has a loss. Raises :class:`RowRefused` if a range ends inside a token."""
     if texts.learned is None:
         return None
-    whole = texts.prompt + texts.completion + texts.end
-    places = sorted({place for span in texts.learned for place in span})
-    counts = dict(zip(places, _tokens_before(whole, places, ids, tokenizer), strict=True))
+    full = texts.prompt + texts.completion + texts.end
+    borders = sorted({border for span in texts.learned for border in span})
+    counts = dict(zip(borders, _tokens_before(full, borders, ids, tokenizer), strict=True))
     mask = [False] * len(ids)
     for begin, end in texts.learned:
         mask[counts[begin] : counts[end]] = [True] * (counts[end] - counts[begin])
     return tuple(mask)
 
 
-def _tokens_before(text: str, places: Sequence[int], ids: Sequence[int], tokenizer: Any) -> list[int]:
-    parts = tokenizer([text[:place] for place in places], add_special_tokens=False)["input_ids"]
-    for place, part in zip(places, parts, strict=True):
+def _tokens_before(text: str, borders: Sequence[int], ids: Sequence[int], tokenizer: Any) -> list[int]:
+    parts = tokenizer([text[:border] for border in borders], add_special_tokens=False)["input_ids"]
+    for border, part in zip(borders, parts, strict=True):
         if list(part) != list(ids[: len(part)]):
-            detail = f"a token spans the border of an earlier answer ({text[max(0, place - 20) : place]!r})"
+            detail = f"a token spans the border of an earlier answer ({text[max(0, border - 20) : border]!r})"
             raise RowRefused("no token boundary", detail, "task.learn=last, or another tokenizer or template")
     return [len(part) for part in parts]

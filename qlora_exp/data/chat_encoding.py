@@ -1,7 +1,7 @@
 """Conversations as a chat template writes them, divided into prompt, answer and end.
 
-What the template writes by itself before the answer — Qwen3's empty think block, gpt-oss's channel — belongs to the
-prompt. Whatever the template doesn't write of a row is refused. docs/chat.md gives the rules with examples.
+What the template writes by itself before the answer, such as Qwen3's empty think block or gpt-oss's channel, belongs to
+the prompt. A row is refused if the template leaves out a part of it. docs/chat.md gives the rules with examples.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from qlora_exp.data.messages import CALLS, Message
 from qlora_exp.data.rows import Example
 
 MARK = "907106781186547524"
-"""Stands for a text: digits, which no template changes."""
+"""Stands for a text. No template changes digits."""
 SWITCHES: tuple[dict[str, Any], ...] = (
     {"enable_thinking": False},
     {"enable_thinking": True},
     {"thinking": False},
     {"thinking": True},
 )
-"""Variables by which published templates write another generation prompt."""
+"""Variables that change the generation prompt of published templates."""
 OTHER_TEMPLATE = "a template that writes it: model.chat_template=FILE.jinja"
 IDENTIFIERS = ("tool_call_id",)
-"""Fields that tie messages together; many templates go by the messages' order."""
+"""Fields that link messages to each other. Many templates leave them out and rely on the messages' order."""
 
 
 LEARNED_OR_NOT = ("train", "training", "trainable", "loss", "mask", "masked")
-"""Fields by which other trainers mark answers that are learned or not."""
+"""Fields in which other trainers say whether an answer is learned."""
 
 
 class ChatWriter:
-    """Writes the conversations of one tokenizer's chat template."""
+    """Writes conversations with one tokenizer's chat template."""
 
     def __init__(self, tokenizer: Any, date: datetime.date, control_tokens: Sequence[str]) -> None:
-        """``date``: what a template that reads the clock is given. ``control_tokens``: no row may hold them."""
+        """Take the tokenizer's template; ``date`` is its current date. No row may contain one of ``control_tokens``."""
         self._template = tokenizer.chat_template
         self._tokens = dict(tokenizer.special_tokens_map)
         self._date = date
@@ -53,7 +53,7 @@ class ChatWriter:
         self._around: dict[object, tuple[str, str, str, Mapping[str, Any] | None]] = {}
 
     def texts(self, example: Example, every_turn: bool = False) -> Texts:
-        """The row as text. ``every_turn``: with the ranges of all learned answers. Raises :class:`TrialRefused`."""
+        """Return the row as text. ``every_turn``: with the ranges of all answers. Raises :class:`RowRefused`."""
         self._refuse_control_tokens(example)
         messages = [self._message(message) for message in example.messages]
         answer = self._message(example.answer or Message("assistant", example.completion))
@@ -75,7 +75,7 @@ class ChatWriter:
         return learned_ranges(texts, full, example, prompt_of, through)
 
     def prompt(self, text: str) -> str:
-        """The generation prompt after one message of the user."""
+        """Return the generation prompt after one user message."""
         example = Example("", 0, (Message("user", text),), False, MARK, None, {})
         try:
             return self.texts(example).prompt
@@ -83,7 +83,7 @@ class ChatWriter:
             return self._render([self._message(example.messages[0])], example, generation_prompt=True).text
 
     def _known(self, example: Example, messages: list[dict[str, Any]], full: str) -> Texts | None:
-        """The division that an earlier row of the same shape had, where it fits this one."""
+        """Return the row divided like an earlier row of the same shape, or ``None`` if that doesn't fit."""
         shape = _shape(example)
         if shape not in self._around or _structured(example):
             return None
@@ -98,6 +98,7 @@ class ChatWriter:
         return Texts(full[:start], completion, end, prefix=prefix, variables=variables)
 
     def _divided(self, example: Example, messages: list[dict[str, Any]], full: str) -> Texts:
+        """Divide the rendered conversation ``full`` into prompt, answer and end. Raises :class:`RowRefused`."""
         before, end = self._around_answer(example, messages)
         structured = _structured(example)
         if structured and not full.endswith(end):
@@ -113,7 +114,7 @@ class ChatWriter:
                 prefix = _of_prompt(full[len(prompt) : start])
             begin, stop = len(prompt) + len(prefix), len(full) - len(end)
             if begin >= stop or (prefix and variables is not None):
-                continue  # with the template's variable, the generation prompt is all that comes before the answer
+                continue  # with a switch, the generation prompt must be all that comes before the answer
             if prefix:
                 variables = self._switch_for(example, messages, full[:begin])
             if not end.strip():
@@ -129,12 +130,13 @@ class ChatWriter:
     def _prompts(
         self, example: Example, messages: list[dict[str, Any]]
     ) -> Iterator[tuple[Mapping[str, Any] | None, str]]:
-        """The generation prompt, then those that the template's known variables give."""
+        """Yield the generation prompt, then those that the template's known variables give."""
         yield None, self._render(messages, example, generation_prompt=True).text
         for switch in self._switches(example):
             yield switch, self._render(messages, example, True, switch).text
 
     def _switches(self, example: Example) -> list[dict[str, Any]]:
+        """Return the switches that the template reads and the row doesn't set."""
         text = chosen(self._template, example.tools)
         known = example.variables or {}
         return [switch for switch in SWITCHES if all(name in text and name not in known for name in switch)]
@@ -146,19 +148,19 @@ class ChatWriter:
         return None
 
     def _around_answer(self, example: Example, messages: list[dict[str, Any]]) -> tuple[str, str]:
-        """What the template writes before and after an answer that is text alone."""
-        whole = self._render([*messages, self._message(Message("assistant", MARK))], example).text
-        before, found, end = whole.rpartition(MARK)
-        if not found:
+        """Return what the template writes before and after an answer that is only text."""
+        text = self._render([*messages, self._message(Message("assistant", MARK))], example).text
+        before, mark, end = text.rpartition(MARK)
+        if not mark:
             raise _changed(example)
         return before, end
 
     def _last_control_token(self, full: str) -> str:
         tokens = "|".join(map(re.escape, sorted(self._control_tokens, key=len, reverse=True)))
-        found = re.search(rf"(?:{tokens})\s*\Z", full) if tokens else None
-        if found is None:
+        match = re.search(rf"(?:{tokens})\s*\Z", full) if tokens else None
+        if match is None:
             raise _endless("ends this message with no control token")
-        return found.group()
+        return match.group()
 
     def _render(
         self,
@@ -193,7 +195,7 @@ class ChatWriter:
         )
 
     def _message(self, message: Message) -> dict[str, Any]:
-        """The message as this template reads it."""
+        """Return the message as this template reads it."""
         fields = dict(message.fields)
         if self._parses_arguments and CALLS in fields:
             fields[CALLS] = _with_parsed_arguments(fields[CALLS])
@@ -210,9 +212,9 @@ class ChatWriter:
         return {"role": message.role, "content": content, **fields}
 
     def _forms(self) -> tuple[bool, bool]:
-        """Whether the template writes a content that is a text, and one that is a list of parts."""
+        """Return whether the template writes a content that is a text, and one that is a list of parts."""
         text, parts = self._probe(MARK), self._probe([{"type": "text", "text": MARK}])
-        quoted = f"'{MARK}'" in parts or f'"{MARK}"' in parts  # the list itself, as Python or JSON writes it
+        quoted = f"'{MARK}'" in parts or f'"{MARK}"' in parts  # the list itself is written, as Python or JSON
         return MARK in text or MARK not in parts, MARK in parts and not quoted
 
     def _probe(self, content: Any) -> str:
@@ -222,28 +224,29 @@ class ChatWriter:
             return ""
 
     def _wants_parsed_arguments(self) -> bool:
-        """Whether a call's arguments that are JSON text have to be read as an object: the template refuses such a text,
-        or writes it as a JSON string of JSON."""
+        """Return whether call arguments given as JSON text must be parsed first.
+
+        If not parsed, the template refuses the text, or writes it as a JSON string that contains JSON."""
         text = self._probe_call(f'{{"{MARK}": 1}}')
         return (not text or f'\\"{MARK}\\"' in text) and MARK in self._probe_call({MARK: 1})
 
     def _probe_call(self, arguments: Any) -> str:
         call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-        asked = {"role": "user", "content": "x"}
-        called = {"role": "assistant", "content": "", CALLS: [call]}
-        given = {"role": "tool", "content": "x", "tool_call_id": "call00000", "name": "f"}
+        user = {"role": "user", "content": "x"}
+        assistant = {"role": "assistant", "content": "", CALLS: [call]}
+        tool = {"role": "tool", "content": "x", "tool_call_id": "call00000", "name": "f"}
         try:
-            return self._rendered([asked, called, given]).text
+            return self._rendered([user, assistant, tool]).text
         except jinja2.TemplateError:
             return ""
 
     def _refuse_control_tokens(self, example: Example) -> None:
-        """A control token in a field or a tool would forge a turn, as one in a text would."""
+        """Refuse a control token in a field or a tool: like one in a text, it would forge a turn."""
         messages = [*example.messages, *([example.answer] if example.answer else [])]
-        more = [message.more for message in messages if message.more]
-        if not more and not example.tools and not example.variables:
+        extras = [message.more for message in messages if message.more]
+        if not extras and not example.tools and not example.variables:
             return
-        text = json.dumps([more, example.tools, example.variables], ensure_ascii=False)
+        text = json.dumps([extras, example.tools, example.variables], ensure_ascii=False)
         for token in self._control_tokens:
             if token in text:
                 detail = (
@@ -254,7 +257,7 @@ class ChatWriter:
                 )
 
     def _refuse_unwritten(self, example: Example) -> None:
-        """Refuses a row of which the template writes only a part; once for rows of the same shape."""
+        """Refuse a row if the template leaves out a part of it. Rows of the same shape are checked once."""
         shape = _shape(example)
         if shape in self._checked:
             return
@@ -264,7 +267,7 @@ class ChatWriter:
             self._check_contents(example, last, messages)
             self._check_fields(example, messages)
         except jinja2.TemplateError:
-            return  # a template that reads what its messages say; the row itself was written
+            return  # the template depends on what the messages say; it has written the row itself
         self._checked.add(shape)
 
     def _check_contents(self, example: Example, last: Message, messages: list[dict[str, Any]]) -> None:
@@ -292,7 +295,7 @@ class ChatWriter:
             for name in message:
                 if name in ("role", "content") or _may_be_left_out(name, message, number == len(messages) - 1):
                     continue
-                if message[name] == "":  # nothing is left out
+                if message[name] == "":  # it has no text that could be missing
                     continue
                 without = {key: value for key, value in message.items() if key not in _aliases(name)}
                 try:
@@ -309,16 +312,16 @@ class ChatWriter:
 
 
 def refuse_what_plain_text_lacks(example: Example) -> None:
-    """Raises :class:`TrialRefused` where a row holds what only a chat template can write."""
+    """Raise :class:`RowRefused` if a row holds something that only a chat template can write."""
     messages = [*example.messages, *([example.answer] if example.answer else [])]
     names = [name for message in messages for name, value in message.fields.items() if value != ""]
     roles = {"tool": "take the calls and their results out", "developer": "name the role system"}
-    found = [(f"the field {name!r}", roles["tool"] if name == CALLS else _without_field(name)) for name in names]
-    found += [(f"a message of the role {m.role}", roles[m.role]) for m in messages if m.role in roles]
-    found += [("tools", "task.columns.tools=null leaves them out")] if example.tools else []
-    found += [("chat_template_kwargs", "take the column out")] if example.variables else []
-    if found:
-        what, instead = found[0]
+    unsupported = [(f"the field {name!r}", roles["tool"] if name == CALLS else _without_field(name)) for name in names]
+    unsupported += [(f"a message of the role {m.role}", roles[m.role]) for m in messages if m.role in roles]
+    unsupported += [("tools", "task.columns.tools=null leaves them out")] if example.tools else []
+    unsupported += [("chat_template_kwargs", "take the column out")] if example.variables else []
+    if unsupported:
+        what, instead = unsupported[0]
         raise RowRefused("not for the plain format", f"the row has {what}", f"task.format=chat; or {instead}")
 
 
@@ -330,7 +333,7 @@ def _without_field(name: str) -> str:
 
 
 def _of_prompt(written: str) -> str:
-    """What the template writes before an answer, without the white space that tokenizers join with the answer."""
+    """Return ``written`` without trailing white space, which tokenizers join with the answer; "" if it is blank."""
     return written.rstrip(" \t") if written.strip() else ""
 
 
@@ -338,7 +341,7 @@ def _start_of_answer(full: str, answer: str, before: str, end: str) -> int:
     for written in (answer, answer.strip()):  # many templates trim what they write
         if full == before + written + end:
             return len(before)
-        if full.endswith(written + end):  # the template reads reasoning in the answer, and writes it where it was
+        if full.endswith(written + end):  # the template parses the answer's reasoning and writes it back in place
             return len(full) - len(written) - len(end)
     raise _changed(answer)
 
@@ -363,7 +366,7 @@ def _structured(example: Example) -> bool:
 
 
 def _shape(example: Example) -> object:
-    """Equal for rows of which the template writes the same things: roles, fields, and what is empty."""
+    """Return a key that is equal for rows with the same roles and fields, the same of them empty."""
     messages = (*example.messages, example.answer or Message("assistant", example.completion))
     shapes = [(m.role, _filled(m.fields), bool(m.content), m.parts is None) for m in messages]
     variables = json.dumps(example.variables, sort_keys=True) if example.variables else None
@@ -379,7 +382,7 @@ def _mark(number: int) -> str:
 
 
 def _marked(message: Message, number: int) -> Message:
-    """The message with digits in the place of its text."""
+    """Return the message with digits in place of its text."""
     if not message.content:
         return message
     parts = tuple(_mark(number) for _ in message.parts) if message.parts is not None else None
@@ -387,7 +390,7 @@ def _marked(message: Message, number: int) -> Message:
 
 
 def _refusal_hint(example: Example) -> str:
-    """What to do where the template raises an error. The plain format can't write tools and tool calls either."""
+    """Return what to do if the template raises an error. The plain format can't write tools and tool calls either."""
     answer = example.answer or Message("assistant", example.completion)
     if example.tools or any(CALLS in m.fields or m.role == "tool" for m in (*example.messages, answer)):
         return "the template may not know tool calls: model.chat_template=FILE.jinja gives one that does"
@@ -405,7 +408,7 @@ def _aliases(name: str) -> tuple[str, ...]:
 
 
 def _may_be_left_out(name: str, message: Mapping[str, Any], last: bool) -> bool:
-    """Templates leave out the reasoning of earlier answers by design, and what names a call a second time."""
+    """Return whether a template may omit the field: earlier answers' reasoning, or what names a tool call again."""
     earlier_reasoning = name in REASONING_FIELDS and message["role"] == "assistant" and not last
     return earlier_reasoning or name in IDENTIFIERS or (name == "name" and message["role"] == "tool")
 

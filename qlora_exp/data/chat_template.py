@@ -1,4 +1,4 @@
-"""Chat templates by themselves: parsed and rendered as transformers renders them, without importing it (or torch)."""
+"""Render chat templates exactly as transformers does, without importing transformers or torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import jinja2.parser
 import jinja2.sandbox
 
 ChatTemplate = str | Mapping[str, str]
-"""A template, or several by name: ``default`` and, for conversations with tools, ``tool_use``."""
+"""One template, or several by name: ``default`` and, for conversations with tools, ``tool_use``."""
 
 CLOCK = re.compile(r"\bstrftime_now\b")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""The names under which data sets hold a message's reasoning. transformers gives templates the first two."""
+"""The fields in which data sets hold a message's reasoning. Templates read the first two."""
 
 
 class Generation(jinja2.ext.Extension):
-    """``{% generation %}``, which marks the assistant's words in transformers' chat templates."""
+    """Jinja extension for ``{% generation %}``, which marks the assistant's text in transformers' chat templates."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
@@ -50,7 +50,7 @@ class Generation(jinja2.ext.Extension):
 
     @contextlib.contextmanager
     def marks_of(self, blocks: list[str]) -> Iterator[list[tuple[int, int]]]:
-        """Collects the marked ranges of the text whose pieces are appended to ``blocks`` meanwhile."""
+        """Collect the marked ranges of the text whose pieces the caller appends to ``blocks`` in the meantime."""
         self._blocks, self._marks = blocks, []
         try:
             yield self._marks
@@ -67,13 +67,13 @@ class Rendered:
 
 
 def reads_clock(template: ChatTemplate | None) -> bool:
-    """Whether the text depends on the day on which it is rendered."""
+    """Return whether the rendered text depends on the day."""
     texts = [template] if isinstance(template, str) else list((template or {}).values())
     return any(CLOCK.search(text) for text in texts)
 
 
 def chosen(template: ChatTemplate, tools: Sequence[Any] | None) -> str:
-    """The one that transformers takes of several.
+    """Return the template that transformers would choose.
 
     Raises:
         jinja2.TemplateError: there are several, and none is the default.
@@ -97,12 +97,12 @@ def rendered(
     tools: Sequence[Any] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> Rendered:
-    """``conversation`` as ``template`` writes it. ``tokens``: ``bos_token``, ``eos_token`` …
+    """Return ``conversation`` as ``template`` writes it. ``tokens``: ``bos_token``, ``eos_token`` …
 
-    A template that asks for the time is given ``date``. ``variables`` are further ones, as ``enable_thinking``.
+    A template that asks for the time gets ``date``. ``variables``: further ones, e.g. ``enable_thinking``.
 
     Raises:
-        jinja2.TemplateError: the template is no valid Jinja, or refuses the conversation.
+        jinja2.TemplateError: the template is not valid Jinja, or it refuses the conversation.
     """
     context = {
         "messages": [_as_templates_read_it(message) for message in conversation],
@@ -125,7 +125,7 @@ def rendered(
 
 
 def _as_templates_read_it(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without nulls, and with the reasoning under both of the names that templates read."""
+    """Return the message without nulls, with its reasoning under both names that templates read."""
     present = {key: value for key, value in message.items() if value is not None}
     reasoning = next((present[key] for key in REASONING_FIELDS if key in present), None)
     return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}

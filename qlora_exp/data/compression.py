@@ -1,4 +1,4 @@
-"""Data files by their ending, and the bytes of those that are compressed."""
+"""The endings of data files, and the content of compressed ones."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from qlora_exp.errors import DataError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".tsv", ".ndjson", ".arrow", ".feather")
 OTHER_ENDINGS = {".jsonlines": ".jsonl", ".jl": ".jsonl", ".pq": ".parquet", ".parq": ".parquet", ".tab": ".tsv"}
-"""What others call the same kinds of files, and the ending under which they are read."""
+"""Other tools' endings for the same kinds of files, and the ending that is read."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".z")
 
 
 def ending_of(path: Path) -> str:
-    """``.jsonl`` for both ``train.JSONL`` and ``train.jsonl.gz``."""
+    """Return ``.jsonl`` for both ``train.JSONL`` and ``train.jsonl.gz``."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def stem_of(path: Path) -> str:
-    """``train`` for both ``train.jsonl`` and ``train.jsonl.gz``."""
+    """Return ``train`` for both ``train.jsonl`` and ``train.jsonl.gz``."""
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
 
 
 def unpacked(path: Path, content: bytes) -> bytes:
-    """The bytes of the data file inside a compressed one; any other file's bytes as they are.
+    """Return the decompressed bytes of a compressed file, and the bytes of any other file as they are.
 
-    Raises :class:`DataError` for a torn file, and for one that isn't what its ending says.
+    Raises :class:`DataError` for a truncated file, and for one that isn't what its ending says.
     """
     suffix = path.suffix.lower()
     if suffix not in COMPRESSED:
@@ -52,7 +52,7 @@ def unpacked(path: Path, content: bytes) -> bytes:
 
 
 def _streams(content: bytes, stream: type[bz2.BZ2Decompressor] | type[lzma.LZMADecompressor]) -> bytes:
-    """All streams of the file. Python's own functions ignore what follows the first ones, where it is damaged."""
+    """Return all streams of the file. Python's own functions ignore a damaged stream that follows a good one."""
     unpacked = []
     while content:
         decompressor = stream()
@@ -84,11 +84,11 @@ _OTHER_CONTENT = (
     (b"<!doctype html", "the file is a web page, not the data", "download the file itself"),
     (b"<html", "the file is a web page, not the data", "download the file itself"),
 )
-"""How files begin that often have a data file's name without being one."""
+"""The first bytes of other files that often have a data file's name."""
 
 
 def check_content(path: Path, content: bytes) -> None:
-    """:class:`DataError` where the first bytes show that the file isn't what its ending says."""
+    """Raise :class:`DataError` if the first bytes show that the file isn't what its ending says."""
     begin = content[:64].lstrip().lower()
     for mark, what, hint in _OTHER_CONTENT:
         is_parquet = mark == b"PAR1" and ending_of(path) == ".parquet"

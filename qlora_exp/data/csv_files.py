@@ -1,4 +1,4 @@
-"""CSV and TSV files as rows, by Python's strict reader: no value is guessed, none is read as missing."""
+"""CSV and TSV files as rows, by Python's strict reader. Every value is text: no type is guessed, none is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_exp.errors import DataError
 
 _LONGEST_FIELD = 2**31 - 1  # Python's own limit, 128 KiB, is shorter than some documents
 INDEX_COLUMN = "Unnamed: 0"
-"""What pandas calls its own nameless index column when it reads it back."""
+"""The name that pandas gives its own nameless index column when it reads it back."""
 
 
 def read_csv(path: Path, name: str, content: bytes) -> DataFile:
@@ -25,30 +25,33 @@ def read_tsv(path: Path, name: str, content: bytes) -> DataFile:
     return _read(path, name, content, "\t")
 
 
-def _read(path: Path, name: str, content: bytes, mark: str) -> DataFile:
+def _read(path: Path, name: str, content: bytes, delimiter: str) -> DataFile:
     text = text_of(path, content)
     if "\0" in text:
         raise DataError("the file holds NUL bytes, so it is not CSV", str(path), "save it as CSV (UTF-8)")
-    spaced = _has_spaces_after_commas(text)
-    records = _records(path, text, mark, spaced)
-    first = next(records, None)
-    if first is not None and first[1] == [f"sep={mark}".rstrip(mark), ""]:  # Excel's own first line
-        first = next(records, None)
-    if first is None:
+    space_after_comma = _has_spaces_after_commas(text)
+    records = _records(path, text, delimiter, space_after_comma)
+    header_record = next(records, None)
+    if header_record is not None and header_record[1] == [
+        f"sep={delimiter}".rstrip(delimiter),
+        "",
+    ]:  # a first line that Excel writes for itself
+        header_record = next(records, None)
+    if header_record is None:
         raise DataError("the file holds no header", str(path), "the first row names the columns")
     rows_read = list(records)
-    header = _with_index(first[1], [fields for _, fields in rows_read])
+    header = _with_index(header_record[1], [fields for _, fields in rows_read])
     check_columns(header, path)
-    _check_mark(header, path, mark)
-    sizes = {len(fields) for _, fields in rows_read if fields}
-    if len(sizes) == 1 and sizes != {len(header)}:
-        what = f"the first row has {len(header)} fields, and all others have {sizes.pop()}"
+    _check_mark(header, path, delimiter)
+    field_counts = {len(fields) for _, fields in rows_read if fields}
+    if len(field_counts) == 1 and field_counts != {len(header)}:
+        what = f"the first row has {len(header)} fields, and all others have {field_counts.pop()}"
         raise DataError(what, f"{path}, row 1", "the first row must name the columns, and nothing may stand above it")
     rows, problems = [], []
     for number, fields in rows_read:
         if not fields:
             continue
-        problem = _problem(fields, header, first[1], mark)
+        problem = _problem(fields, header, header_record[1], delimiter)
         if problem is None:
             rows.append(RawRow(name, number, dict(zip(header, fields, strict=True))))
         else:
@@ -58,20 +61,24 @@ def _read(path: Path, name: str, content: bytes, mark: str) -> DataFile:
     return DataFile(name, tuple(rows), tuple(header), tuple(problems), _notes(name, rows))
 
 
-def _problem(fields: list[str], header: list[str], written: list[str], mark: str) -> tuple[str, str, str] | None:
-    """Reason, detail and hint of a row that can't be read."""
+def _problem(
+    fields: list[str], header: list[str], header_row: list[str], delimiter: str
+) -> tuple[str, str, str] | None:
+    """Return reason, detail and hint if the row can't be read, else ``None``. ``header_row``: the header as written."""
     if len(fields) != len(header):
         detail = f"{len(fields)} fields under {len(header)} columns"
-        separated = 'a comma in quotes: "a, b"' if mark == "," else "a tab in quotes"
-        return "wrong number of fields", detail, f"put fields that hold {separated}"
-    if fields == written:
+        delimiter_in_quotes = 'a comma in quotes: "a, b"' if delimiter == "," else "a tab in quotes"
+        return "wrong number of fields", detail, f"put fields that hold {delimiter_in_quotes}"
+    if fields == header_row:
         return "repeated header", "the row names the columns again", "take it out: were files put together there?"
-    if mark == "\t" and any("\t" in field for field in fields):
+    if delimiter == "\t" and any("\t" in field for field in fields):
         detail = "quotes run over a tab: without a closing quote, rows would be read as one"
         return "a tab inside a field", detail, 'close the quotes, or write a quote at the beginning of a text as """'
-    quoted = next((column for column, text in zip(header, fields, strict=True) if _QUOTED_LATE.fullmatch(text)), None)
-    if quoted is not None:
-        detail = f"column {quoted!r} holds a space, then quotes: they would be read as part of the text"
+    quoted_column = next(
+        (column for column, text in zip(header, fields, strict=True) if _QUOTED_LATE.fullmatch(text)), None
+    )
+    if quoted_column is not None:
+        detail = f"column {quoted_column!r} holds a space, then quotes: they would be read as part of the text"
         return "quotes after a space", detail, 'write the quote directly after the comma: a,"b"'
     return None
 
@@ -80,23 +87,25 @@ _QUOTED_LATE = re.compile(r'[ \t]+".*"[ \t]*', re.DOTALL)
 
 
 def _has_spaces_after_commas(text: str) -> bool:
-    """Whether the file's style is ``prompt, completion``: then a quote may follow the space."""
+    """Return whether the header is written like ``prompt, completion``. Then a quote may follow the space."""
     columns = text.split("\n", 1)[0].rstrip("\r").split(",")
     return len(columns) > 1 and all(re.match(r" +[^ ]", column) for column in columns[1:])
 
 
 def _with_index(header: list[str], rows: list[list[str]]) -> list[str]:
-    """The header with a name for pandas' index: a first column without a name that only holds whole numbers."""
+    """Return the header with a name for pandas' index: a nameless first column that holds only whole numbers."""
     if len(header) > 1 and not header[0].strip() and all(row[0].isdecimal() for row in rows if row):
         return [INDEX_COLUMN, *header[1:]]
     return header
 
 
-def _check_mark(header: list[str], path: Path, mark: str) -> None:
-    if len(header) == 1 and any(other in header[0] for other in (";", "\t", "|", ",") if other != mark):
+def _check_mark(header: list[str], path: Path, delimiter: str) -> None:
+    if len(header) == 1 and any(
+        character in header[0] for character in (";", "\t", "|", ",") if character != delimiter
+    ):
         raise DataError(
             f"there is one column, {header[0]!r}: the file seems to be separated by another mark than a "
-            f"{'comma' if mark == ',' else 'tab'}",
+            f"{'comma' if delimiter == ',' else 'tab'}",
             f"{path}, row 1",
             "save it with commas between the columns" + (" (or name it .tsv)" if "\t" in header[0] else ""),
         )
@@ -109,13 +118,15 @@ def _notes(name: str, rows: list[RawRow]) -> tuple[str, ...]:
     return (f"{name}: {count} rows hold Windows line breaks (\\r\\n) inside a field; they are learned as they are",)
 
 
-def _records(path: Path, text: str, mark: str, spaced: bool) -> Iterator[tuple[int, list[str]]]:
-    """(line where the record begins, its fields); a quoted field may run over several lines."""
+def _records(path: Path, text: str, delimiter: str, space_after_comma: bool) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line where the record begins, its fields). A quoted field may span several lines."""
     csv.field_size_limit(_LONGEST_FIELD)
     stream = io.StringIO(text, newline="")
-    reader = csv.reader(stream, strict=True, delimiter=mark, skipinitialspace=spaced and mark == ",")
+    reader = csv.reader(
+        stream, strict=True, delimiter=delimiter, skipinitialspace=space_after_comma and delimiter == ","
+    )
     while True:
-        number = reader.line_num + 1
+        line = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
@@ -124,5 +135,5 @@ def _records(path: Path, text: str, mark: str, spaced: bool) -> Iterator[tuple[i
             hint = 'close every quote; a quote inside a quoted field is written twice: ""'
             if '\\"' in text:
                 hint += '; the file writes it \\" instead'
-            raise DataError(f"the file is not CSV: {error}", f"{path}, row {number}", hint) from None
-        yield number, fields
+            raise DataError(f"the file is not CSV: {error}", f"{path}, row {line}", hint) from None
+        yield line, fields

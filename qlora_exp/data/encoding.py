@@ -1,15 +1,14 @@
 """Examples as token ids, in the plain or the chat format: exactly the ids that TRL 1.16's SFTTrainer would make.
 
-TRL tokenizes the prompt and prompt + completion, and takes the longer one's tokens after their common prefix as the
-completion (``trl/trainer/sft_trainer.py``, ``_prepare_dataset.tokenize_fn``). Where the prompt's tokens change when the
-completion follows, TRL warns once and trains on; here the row is refused, for it would be scored on other tokens than
-it was trained on.
+TRL tokenizes the prompt and prompt + completion. The completion is what the second has after their common prefix
+(``trl/trainer/sft_trainer.py``, ``_prepare_dataset.tokenize_fn``). If the prompt's tokens change when the completion
+follows, TRL warns once and trains on. Here the row is refused: it would be trained and scored on different tokens.
 
-plain: the prompt and the completion as they are in the file, then EOS. Between them stands what ``task.separator``
-       says; by default one space, where neither text has white space there and both are in scripts that write spaces.
-       Spaces at the prompt's end are learned with the completion; all white space there, where its tokens would change.
-chat:  the tokenizer's template over the messages (data/chat.py); the answer and its end are learned. What the template
-       writes by itself before the answer belongs to the prompt: TRL learns it.
+plain: the prompt and the completion as in the file, then EOS. ``task.separator`` stands between them. Its default is
+       one space, or nothing if one text has white space there or is in a script without spaces. Spaces at the prompt's
+       end are learned with the completion; so is all white space there if the prompt's tokens would change otherwise.
+chat:  the tokenizer's template over the messages (data/chat_encoding.py). The answer and its end are learned. What the
+       template writes by itself before the answer belongs to the prompt, whereas TRL learns it.
 """
 
 from __future__ import annotations
@@ -44,26 +43,26 @@ class Encoding:
     completion_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
     answer: str = ""
-    """What generation should give: the example's completion, in the Unicode form that the tokenizer writes."""
+    """The text that generation should give: the completion in the Unicode form that the tokenizer writes."""
     structured: bool = False
     """The completion holds more than the answer's text: tool calls, or reasoning in a field."""
     prefix: str = ""
     """The end of ``prompt`` that the chat template writes after its generation prompt."""
     variables: Mapping[str, Any] | None = None
-    """Template variables with which the generation prompt ends in ``prefix``; ``None``: not needed, or none do."""
+    """Template variables that make the generation prompt end in ``prefix``; ``None``: none are needed, or none do."""
     learned: tuple[bool, ...] | None = None
-    """For each token of the sequence whether it carries a loss, where earlier answers are learned too."""
+    """For each token of the sequence, whether it has a loss, if earlier answers are learned, too."""
 
 
 def resolve_format(config: Config) -> str:
-    """``chat`` or ``plain``; ``auto`` is chat for the instruct variant and plain for the base."""
+    """Return ``chat`` or ``plain``; ``auto`` is chat for the instruct variant and plain for the base."""
     if config.task.format is Format.auto:
         return "chat" if config.model.variant is Variant.instruct else "plain"
     return config.task.format.name
 
 
 def check_tokenizer(tokenizer: Tokenizer, format: str) -> None:
-    """:class:`DataError` where the tokenizer can't write this format."""
+    """Raise :class:`DataError` if the tokenizer can't write this format."""
     if format == "chat" and not tokenizer.chat_template:
         hint = "task.format=plain, a template of your own (model.chat_template=FILE.jinja), or model.variant=instruct"
         raise DataError("the tokenizer has no chat template", "task.format=chat", hint)
@@ -73,7 +72,7 @@ def check_tokenizer(tokenizer: Tokenizer, format: str) -> None:
 
 
 def date_of(config: Config) -> datetime.date:
-    """``task.date``: what a chat template that reads the clock is given."""
+    """Return ``task.date``, which chat templates get as the current date."""
     try:
         return datetime.date.fromisoformat(config.task.date)
     except ValueError:
@@ -89,24 +88,24 @@ def encode_rows(
     date: datetime.date,
     every_turn: bool = False,
 ) -> list[Encoding | RowProblem]:
-    """The encoding of each example, or why it can't be encoded.
+    """Return each example's encoding, or why it can't be encoded.
 
-    ``date``: what a chat template that reads the clock is given. ``every_turn``: with the mask of all answers that
-    are learned (``task.learn=all``).
+    ``date``: the current date for chat templates. ``every_turn``: add the mask of all learned answers
+    (``task.learn=all``).
     """
     texts: list[_Texts | RowProblem] = []
-    special = _special_tokens(tokenizer)
-    writer = ChatWriter(tokenizer, date, special) if format == "chat" else None
+    special_tokens = _special_tokens(tokenizer)
+    writer = ChatWriter(tokenizer, date, special_tokens) if format == "chat" else None
     for example in examples:
         try:
             if writer is not None:
-                _refuse_special(example, special)
+                _refuse_special(example, special_tokens)
                 texts.append(writer.texts(example, every_turn))
             else:
                 refuse_what_plain_text_lacks(example)
-                texts.append(_plain_texts(example, tokenizer, special))
-        except _Refused as refused:
-            texts.append(_problem(example, refused))
+                texts.append(_plain_texts(example, tokenizer, special_tokens))
+        except _Refused as refusal:
+            texts.append(_problem(example, refusal))
     rendered = [text for text in texts if isinstance(text, _Texts)]
     encodings = iter(_encodings(rendered, tokenizer, plain=format == "plain"))
     results: list[Encoding | RowProblem] = []
@@ -121,28 +120,28 @@ def encode_rows(
             full_ids = [*encoding.prompt_ids, *encoding.completion_ids, *encoding.end_ids]
             learned = learned_mask(text, full_ids, tokenizer)
             results.append(replace(encoding, answer=_answer(example, encoding, tokenizer), learned=learned))
-        except _Refused as refused:
-            results.append(_problem(example, refused))
+        except _Refused as refusal:
+            results.append(_problem(example, refusal))
     return results
 
 
 def template_tokens(tokenizer: Tokenizer, format: str, date: datetime.date) -> int:
-    """How many tokens the chat template adds to a prompt of one user message (a default system message included)."""
+    """Return how many tokens the chat template adds to one user message, default system message included."""
     if format == "plain":
         return 0
     probe = "x"
     prompt = ChatWriter(tokenizer, date, _special_tokens(tokenizer)).prompt(probe)
-    both = tokenizer([prompt, probe], add_special_tokens=False)["input_ids"]
-    return len(both[0]) - len(both[1])
+    ids = tokenizer([prompt, probe], add_special_tokens=False)["input_ids"]
+    return len(ids[0]) - len(ids[1])
 
 
 def plain_prompt(example: Example) -> str:
-    """A prompt without a template: the text after the system text, or a conversation with its roles written out."""
+    """Return the prompt without a template: system text and text, or a conversation with its roles written out."""
     return written_prompt(example).rstrip(" \t")
 
 
 def plain_text(example: Example) -> str:
-    """Prompt and completion as the plain format writes them, with what stands between them."""
+    """Return prompt and completion as the plain format writes them, with what stands between them."""
     prompt, completion = written_prompt(example), example.plain.space_before + example.completion
     separator = example.plain.separator
     if separator is None:
@@ -151,7 +150,7 @@ def plain_text(example: Example) -> str:
 
 
 def written_prompt(example: Example) -> str:
-    """As :func:`plain_prompt`, with the white space at its end."""
+    """Return the same as :func:`plain_prompt`, with the white space at its end."""
     if not example.conversation:
         return "\n\n".join(message.content for message in example.messages)
     lines = [f"{message.role.capitalize()}: {message.content.strip()}" for message in example.messages]
@@ -170,13 +169,14 @@ def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def _refuse_special(example: Example, special: Sequence[str]) -> None:
-    """A special token written out in a row would end the answer early, or forge a turn of the chat."""
+    """Refuse a row that contains a special token: it would end the answer early, or forge a turn of the chat."""
     for text in (example.completion, *(message.content for message in example.messages)):
         if token := _written_out(text, special):
             raise _special_token(token, "take it out: the format adds the tokens it needs")
 
 
 def _written_out(text: str, special: Sequence[str]) -> str | None:
+    """Return a special token that ``text`` contains."""
     return next((token for token in special if token and token in text), None)
 
 
@@ -186,26 +186,28 @@ def _special_token(token: str, hint: str) -> _Refused:
 
 
 def _plain_texts(example: Example, tokenizer: Tokenizer, special: Sequence[str]) -> _Texts:
-    whole, answer = plain_text(example), example.plain.space_before + example.completion + example.plain.space_after
-    prompt = whole[: len(whole) - len(answer)].rstrip(" \t")
-    completion = whole[len(prompt) :]
-    reading, token = example.plain.special_tokens, _written_out(whole, special)
-    if token and reading is SpecialTokens.refuse:
+    full, answer = plain_text(example), example.plain.space_before + example.completion + example.plain.space_after
+    prompt = full[: len(full) - len(answer)].rstrip(" \t")
+    completion = full[len(prompt) :]
+    policy, token = example.plain.special_tokens, _written_out(full, special)
+    if token and policy is SpecialTokens.refuse:
         hint = "take it out; or task.special_tokens=text (ordinary text) or token (in prompts, the token itself)"
         if tokenizer.chat_template:
             hint += "; a prompt that is templated already: task.format=chat with the messages themselves"
         raise _special_token(token, hint)
-    if token and reading is SpecialTokens.token:
-        if inside := _written_out(completion, special):
-            raise _special_token(inside, "take it out: in a completion it would end the answer; the format adds EOS")
+    if token and policy is SpecialTokens.token:
+        if in_completion := _written_out(completion, special):
+            raise _special_token(
+                in_completion, "take it out: in a completion it would end the answer; the format adds EOS"
+            )
         if not _written_out(prompt, special):
             raise _special_token(token, "it begins in the prompt and ends in the completion: divide them elsewhere")
-    literal = token is not None and reading is SpecialTokens.text
+    literal = token is not None and policy is SpecialTokens.text
     return _Texts(prompt, completion, str(tokenizer.eos_token), literal=literal)
 
 
 def _encodings(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | _Refused]:
-    """Each text's encoding. Where a plain prompt's tokens would change, the white space at its end is learned, too."""
+    """Encode each text. If a plain prompt's tokens would change, the white space at its end is learned, too."""
     results = _divided_all(texts, tokenizer, plain)
     numbers, shorter = [], []
     for number, (text, result) in enumerate(zip(texts, results, strict=True)):
@@ -229,18 +231,18 @@ def _divided_all(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> 
                 if literal:
                     _refuse_remaining(ids[1], tokenizer)
                 results[number] = _divided(text, *ids)
-            except _Refused as refused:
-                results[number] = refused
+            except _Refused as refusal:
+                results[number] = refusal
     return [results[number] for number in range(len(texts))]
 
 
 def _tokenized(
     texts: Sequence[_Texts], tokenizer: Tokenizer, special_tokens: bool, literal: bool = False
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """Ids of prompt, prompt + completion and prompt + completion + end, with the tokenizer's BOS where it adds one.
+    """Return the ids of prompt, prompt + completion and prompt + completion + end, with BOS if the tokenizer adds it.
 
-    A chat template writes BOS itself, so nothing is added to its text; TRL does the same. A plain prompt that begins
-    with BOS gets no second one. ``literal``: special tokens in prompt and completion are read as ordinary text.
+    A chat template writes BOS itself, so nothing is added to its text, as in TRL. A plain prompt that begins with BOS
+    gets no second one. ``literal``: special tokens in prompt and completion are read as ordinary text.
     """
     if not texts:
         return []
@@ -262,20 +264,21 @@ def _tokenized(
 
 
 def _added_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer itself puts before and behind any text: a BOS, an EOS."""
+    """Return the ids that the tokenizer itself adds before and after any text, e.g. BOS and EOS."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed = tuple(tokenizer("a")["input_ids"])
-    before = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == tuple(bare)), 0)
-    return dressed[:before], dressed[before + len(bare) :]
+    with_added = tuple(tokenizer("a")["input_ids"])
+    before = next((i for i in range(len(with_added)) if with_added[i : i + len(bare)] == tuple(bare)), 0)
+    return with_added[:before], with_added[before + len(bare) :]
 
 
 def _end_ids(end: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of ``end`` after other text: alone, it may have other tokens."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     return list(tokenizer("a" + end, add_special_tokens=False)["input_ids"][len(bare) :])
 
 
 def _refuse_remaining(ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    """Some tokenizers hold a special token in their vocabulary, too, and find it in ordinary text."""
+    """Refuse special tokens in literal text: some tokenizers have them in their ordinary vocabulary, too."""
     before, _ = _added_ids(tokenizer)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     for number in ids[len(before) :]:
@@ -286,12 +289,12 @@ def _refuse_remaining(ids: Sequence[int], tokenizer: Tokenizer) -> None:
 
 
 def _answer(example: Example, encoding: Encoding, tokenizer: Tokenizer) -> str:
-    """What generation should give for the example."""
+    """Return the text that generation should give for the example."""
     settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     decoded = str(tokenizer.decode(list(encoding.completion_ids), **settings))
     answer = answer_as_written(example.completion, encoding.completion, decoded)
     if answer is None:
-        lost = "".join(dict.fromkeys(one for one in encoding.completion if one not in decoded))[:10]
+        lost = "".join(dict.fromkeys(character for character in encoding.completion if character not in decoded))[:10]
         detail = f"{encoding.completion.strip()[:40]!r} reads back as {decoded.strip()[:40]!r}"
         detail += f", without {lost!r}" if lost else ""
         hint = "take out what this tokenizer doesn't know, or use a model whose tokenizer keeps the text"
@@ -300,6 +303,7 @@ def _answer(example: Example, encoding: Encoding, tokenizer: Tokenizer) -> str:
 
 
 def _divided(text: _Texts, prompt_ids: list[int], head_ids: list[int], full_ids: list[int]) -> Encoding:
+    """Divide the full sequence into prompt, completion and end. ``head_ids``: prompt + completion."""
     prompt_length, head_length = len(prompt_ids), len(head_ids)
     if full_ids[:prompt_length] != prompt_ids or not prompt_ids:
         detail = f"the prompt's last tokens change when the completion follows ({text.prompt[-20:]!r})"

@@ -1,4 +1,4 @@
-"""What formats hand to tokenization: an example's texts, or why it can't be written."""
+"""An example as text, ready to be tokenized, or the reason why its format can't write it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ FORMAT_HINT = "task.format=plain, or another template: model.chat_template=FILE.
 
 @dataclass(frozen=True)
 class Texts:
+    """One example as text: the model is trained on ``prompt + completion + end``."""
+
     prompt: str
     completion: str
     end: str
@@ -19,14 +21,16 @@ class Texts:
     prefix: str = ""
     """The end of ``prompt`` that the chat template writes after its generation prompt."""
     variables: Mapping[str, Any] | None = None
-    """Template variables with which the generation prompt ends in ``prefix``; ``None``: not needed, or none do."""
+    """Template variables that make the generation prompt end in ``prefix``; ``None``: none are needed, or none do."""
     literal: bool = False
-    """Special tokens that are written out in the prompt and completion are read as ordinary text."""
+    """The tokenizer reads special tokens in the prompt and completion as ordinary text."""
     learned: tuple[tuple[int, int], ...] | None = None
-    """Ranges of characters that carry a loss, where earlier answers are learned too."""
+    """Ranges of characters with a loss, if earlier answers are learned, too."""
 
 
 class RowRefused(Exception):
+    """The format can't write the row. ``of_template``: the chat template is at fault, so every row would be refused."""
+
     def __init__(self, reason: str, detail: str, hint: str, of_template: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.detail, self.hint, self.of_template = reason, detail, hint, of_template

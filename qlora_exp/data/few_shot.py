@@ -1,8 +1,8 @@
-"""Worked examples before the prompt: what the untouched model makes of a task that it is shown in its context.
+"""Worked examples before the prompt, to score the base model on a task by few-shot prompting.
 
-The examples of a draw are rows of the training split, the same ones for every model, format and run: a draw depends on
-``task.split_seed`` and its own number alone. In the chat format each example is a turn of the user and its answer; in
-the plain format it is the prompt with its completion, examples and prompt divided by an empty line.
+The examples of a draw are training rows. They depend only on ``task.split_seed`` and the draw's number, so they are the
+same for every model, format and run. In the chat format, each example is a user turn and its answer. In the plain
+format, it is the prompt with its completion; an empty line separates examples and prompt.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class FewShotDraw:
     number: int
     """From 1."""
     examples: tuple[str, ...]
-    """Item ids of the training rows, in the order in which they are shown; fewer than were asked for where more don't
-    fit the model."""
+    """Item ids of the training rows, in the order of the context. Fewer than requested if more don't fit the model."""
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
 
@@ -43,30 +42,31 @@ def few_shot_draws(
     test: Sequence[Item],
     positions: int | None,
 ) -> list[FewShotDraw]:
-    """``evaluation.few_shot_draws`` draws of ``evaluation.few_shots`` training rows before the items of ``validation``
-    and ``test``.
+    """Return ``evaluation.few_shot_draws`` draws, each with the items of ``validation`` and ``test``.
 
-    Where a prompt and its answer would have more tokens than the model has ``positions`` (``None``: no limit is
-    known), every prompt of the draw shows fewer examples, as many as fit the longest.
+    Before each prompt stand ``evaluation.few_shots`` training rows. If a prompt and its answer would have more tokens
+    than ``positions`` (``None``: no limit is known), every prompt of the draw gets fewer, as many as fit the longest.
 
     Raises:
-        DataError: not one example fits, or a prompt can't be written with examples before it.
+        DataError: not even one example fits, or a prompt can't be written with examples before it.
     """
     assert config.evaluation.few_shots is not None
     rows = load_rows(config.task)
-    known = {example.item_id: example for part in (rows.train, rows.validation, rows.test) for example in part}
+    example_by_id = {example.item_id: example for part in (rows.train, rows.validation, rows.test) for example in part}
     draws = []
     for number in range(1, config.evaluation.few_shot_draws + 1):
         draw = random.Random(f"few shots/{config.task.split_seed}/{number}")
-        shots = [known[item.item_id] for item in draw.sample(splits.train, config.evaluation.few_shots)]
-        draws.append(_fitting(number, shots, known, tokenizer, splits, validation, test, positions, date_of(config)))
+        shots = [example_by_id[item.item_id] for item in draw.sample(splits.train, config.evaluation.few_shots)]
+        draws.append(
+            _fitting(number, shots, example_by_id, tokenizer, splits, validation, test, positions, date_of(config))
+        )
     return draws
 
 
 def _fitting(
     number: int,
     shots: list[Example],
-    known: dict[str, Example],
+    example_by_id: dict[str, Example],
     tokenizer: Tokenizer,
     splits: Splits,
     validation: Sequence[Item],
@@ -76,7 +76,9 @@ def _fitting(
 ) -> FewShotDraw:
     longest_label = max((len(ids) for ids in splits.option_ids.values()), default=0)
     while shots:
-        parts = [_with_examples(part, known, shots, tokenizer, splits.format, date) for part in (validation, test)]
+        parts = [
+            _with_examples(part, example_by_id, shots, tokenizer, splits.format, date) for part in (validation, test)
+        ]
         needed = max(max(len(i.ids), len(i.prompt_ids) + longest_label) for part in parts for i in part)
         if positions is None or needed <= positions:
             return FewShotDraw(number, tuple(shot.item_id for shot in shots), *parts)
@@ -87,16 +89,16 @@ def _fitting(
 
 def _with_examples(
     items: Sequence[Item],
-    known: dict[str, Example],
+    example_by_id: dict[str, Example],
     shots: Sequence[Example],
     tokenizer: Tokenizer,
     format: str,
     date: datetime.date,
 ) -> tuple[Item, ...]:
-    """The items with another prompt; what is scored stays as it is."""
-    shown = [_shown(known[item.item_id], shots, format) for item in items]
+    """Return the items with ``shots`` in their prompts; what is scored stays the same."""
+    with_shots = [_shown(example_by_id[item.item_id], shots, format) for item in items]
     changed = []
-    for item, encoded in zip(items, encode_rows(shown, tokenizer, format, date=date), strict=True):
+    for item, encoded in zip(items, encode_rows(with_shots, tokenizer, format, date=date), strict=True):
         if isinstance(encoded, RowProblem):
             raise encoded.error()
         if encoded.completion_ids[: len(item.completion_ids)] != item.completion_ids:
@@ -107,7 +109,7 @@ def _with_examples(
 
 
 def _shown(example: Example, shots: Sequence[Example], format: str) -> Example:
-    """The system text once and first, then the examples with their answers, then what is asked."""
+    """Return ``example`` with this prompt: its system text, ``shots`` with their answers, its own prompt."""
     system = tuple(message for message in example.messages if message.role == "system")
     own = _without_system(example)
     before = [_without_system(shot) for shot in shots]

@@ -1,6 +1,6 @@
 """JSONL, JSON, CSV, TSV, Parquet and Arrow files as rows that know their file and row number.
 
-What makes a whole file unusable is raised at once; what makes one row unusable is returned beside the good rows.
+A problem of the whole file is raised at once. Problems of single rows are returned with the good rows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _MARK_AT_A_LINE = re.compile("(?:^|(?<=[\n\r]))\ufeff+")
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it stands in its file; ``number`` is 1-based, as an editor shows it. In a folder, ``file`` is relative
-    to it where it lies in a subfolder."""
+    """One row as it is in its file; ``number`` is 1-based, as an editor shows it. ``file`` is relative to the task's
+    folder if it lies in a subfolder."""
 
     file: str
     number: int
@@ -37,26 +37,26 @@ class RawRow:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file's rows, its columns (of any row, in order of appearance) and the rows that can't even be read."""
+    """A file's rows, its columns (of any row, in order of appearance) and the problems of rows that can't be read."""
 
     name: str
     rows: tuple[RawRow, ...]
     columns: tuple[str, ...]
     problems: tuple[RowProblem, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
-    """What is read as it is in the file and may not be meant: ``validate`` shows it."""
+    """Remarks on rows that are read as they are but may hold a mistake; ``validate`` shows them."""
     classes: tuple[str, ...] = field(default=())
-    """The columns whose whole numbers were read as the names of classes."""
+    """The columns whose class numbers were replaced by class names."""
     mixed_classes: Mapping[str, str] = field(default_factory=dict)
-    """By column why its classes can't be used: another file of the task names them, or doesn't."""
+    """By column, why its classes can't be used: one file of the task names them, another one doesn't."""
 
 
 class Unlabelled(int):
-    """-1 in a column of class labels: the row has none. Another column's -1 is a number like any other."""
+    """-1 in a column of class labels: the row has no label. In another column, -1 is an ordinary number."""
 
 
 class _InvalidRow(Exception):
-    """A row that can't be read: the reason (as counted), the detail and what to do."""
+    """A row that can't be read: the reason (rows are counted by it), the detail and what to do."""
 
     def __init__(self, reason: str, detail: str, hint: str) -> None:
         super().__init__(reason)
@@ -64,7 +64,7 @@ class _InvalidRow(Exception):
 
 
 def read_file(path: Path, name: str | None = None) -> DataFile:
-    """Read one data file by its ending; its rows are named by ``name``, or else by the file's own name.
+    """Read one data file by its ending. ``name`` (default: the file's own name) becomes part of its rows' ids.
 
     Raises :class:`DataError` for a file that can't be read or holds no row.
     """
@@ -81,19 +81,19 @@ def read_file(path: Path, name: str | None = None) -> DataFile:
     if not content.strip():
         raise DataError("the file is empty", str(path), "give a file with at least one row")
     check_content(path, content)
-    read = _reader(ending)(path, name, content)
-    if not read.rows and not read.problems:
+    file = _reader(ending)(path, name, content)
+    if not file.rows and not file.problems:
         raise DataError("the file holds no row", str(path), "give a file with at least one row")
-    return read
+    return file
 
 
 def _reader(ending: str) -> Callable[[Path, str, bytes], DataFile]:
     from qlora_exp.data import (
-        arrow_files,  # which import this module
+        arrow_files,  # here because they import this module
         csv_files,
     )
 
-    others = {
+    readers = {
         ".json": _read_json,
         ".csv": csv_files.read_csv,
         ".tsv": csv_files.read_tsv,
@@ -101,7 +101,7 @@ def _reader(ending: str) -> Callable[[Path, str, bytes], DataFile]:
     }
     if ending in (".arrow", ".feather"):
         return arrow_files.read_arrow
-    return others.get(ending, _read_jsonl)
+    return readers.get(ending, _read_jsonl)
 
 
 def _ending_hint(ending: str) -> str:
@@ -124,7 +124,7 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def text_of(path: Path, content: bytes) -> str:
-    """UTF-8 text without byte order marks: spreadsheets write one, and files put together have one inside."""
+    """Return the UTF-8 text without byte order marks. Spreadsheets write one; concatenated files have several."""
     for marks, encoding in ((_UTF32, "UTF-32"), (_UTF16, "UTF-16")):
         if content.startswith(marks):
             hint = f"iconv -f {encoding} -t UTF-8 '{path.name}' > NEW"
@@ -145,17 +145,17 @@ def text_of(path: Path, content: bytes) -> str:
         ) from None
 
 
-def _seems_wide(begin: bytes) -> str | None:
-    """UTF-16 of which byte order text without a mark seems to be: ASCII characters have a NUL each, on one side."""
-    first, second = begin[::2].count(0), begin[1::2].count(0)
-    few = first + second <= len(begin) // 4
-    if few and (max(first, second) < 8 or min(first, second) > max(first, second) // 4):
+def _seems_wide(start: bytes) -> str | None:
+    """Return the kind of UTF-16 that the text seems to be, if any: each ASCII character has a NUL byte on one side."""
+    even_nuls, odd_nuls = start[::2].count(0), start[1::2].count(0)
+    few_nuls = even_nuls + odd_nuls <= len(start) // 4
+    if few_nuls and (max(even_nuls, odd_nuls) < 8 or min(even_nuls, odd_nuls) > max(even_nuls, odd_nuls) // 4):
         return None
-    return "UTF-16BE" if first > second else "UTF-16LE"
+    return "UTF-16BE" if even_nuls > odd_nuls else "UTF-16LE"
 
 
 def _read_jsonl(path: Path, name: str, content: bytes) -> DataFile:
-    # Not str.splitlines: it also cuts at U+2028 and other characters that may stand inside a JSON string.
+    # Not str.splitlines: it also cuts at U+2028 and other characters that a JSON string may contain.
     text = text_of(path, content)
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     rows, problems = [], []
@@ -164,15 +164,15 @@ def _read_jsonl(path: Path, name: str, content: bytes) -> DataFile:
             continue
         try:
             rows.append(RawRow(name, number, _json_object(line)))
-        except _InvalidRow as bad:
-            problems.append(RowProblem(name, number, None, bad.reason, bad.detail, bad.hint))
+        except _InvalidRow as error:
+            problems.append(RowProblem(name, number, None, error.reason, error.detail, error.hint))
     if problems:
         _check_layout(path, text)
     return DataFile(name, tuple(rows), columns_of(rows), tuple(problems))
 
 
 def _check_layout(path: Path, text: str) -> None:
-    """:class:`DataError` where the rows aren't one a line: a JSON array, or objects that run over several lines."""
+    """Raise :class:`DataError` if the rows aren't one per line: a JSON array, or objects that span several lines."""
     if _is_json_array(text):
         raise DataError("the file is one JSON array, not a JSON object per line", str(path), "name it .json")
     begin, decoder = text.lstrip(), json.JSONDecoder()
@@ -197,21 +197,21 @@ def _is_json_array(text: str) -> bool:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    one_a_line = 'write one JSON object per line, e.g. {"prompt": "…", "completion": "…"}'
+    hint = 'write one JSON object per line, e.g. {"prompt": "…", "completion": "…"}'
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
-    except DuplicateKey as twice:
-        raise _InvalidRow("duplicate key", str(twice), "keep one of the two") from None
+    except DuplicateKey as duplicate:
+        raise _InvalidRow("duplicate key", str(duplicate), "keep one of the two") from None
     except json.JSONDecodeError as error:
         detail = f"{error.msg} at character {error.pos + 1}"
         if error.msg == "Extra data" and text.rstrip().endswith("},"):
-            one_a_line = "take the comma off the end of each line"
-        raise _InvalidRow("invalid JSON", detail, one_a_line) from None
-    except (RecursionError, ValueError) as error:  # ValueError: a number of more than 4300 digits
+            hint = "take the comma off the end of each line"
+        raise _InvalidRow("invalid JSON", detail, hint) from None
+    except (RecursionError, ValueError) as error:  # ValueError: a number with more than 4300 digits
         detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _InvalidRow("invalid JSON", detail, one_a_line) from None
+        raise _InvalidRow("invalid JSON", detail, hint) from None
     if not isinstance(value, dict):
-        raise _InvalidRow("not a JSON object", f"found {_kind(value)}", one_a_line)
+        raise _InvalidRow("not a JSON object", f"found {_kind(value)}", hint)
     return value
 
 
@@ -224,8 +224,8 @@ def _read_json(path: Path, name: str, content: bytes) -> DataFile:
     text = text_of(path, content)
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
-    except DuplicateKey as twice:
-        raise DataError(f"duplicate key: {twice}", str(path), "keep one of the two") from None
+    except DuplicateKey as duplicate:
+        raise DataError(f"duplicate key: {duplicate}", str(path), "keep one of the two") from None
     except (ValueError, RecursionError) as error:
         line = f", row {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         hint = "name it .jsonl if it holds one object per line" if "Extra data" in str(error) else "mend the JSON there"
@@ -244,7 +244,7 @@ def _read_json(path: Path, name: str, content: bytes) -> DataFile:
 
 
 def _list_hint(path: Path, value: dict[str, Any]) -> str:
-    """What makes a list of objects of one object: the list inside it, or pandas' columns written as rows."""
+    """Return how to turn one object into a list of objects: take the list inside it, or write pandas' rows."""
     if any(isinstance(value.get(split), list) for split in SPLIT_NAMES):
         return f"write each of {', '.join(value)} to a separate file in one folder, and give the folder"
     inner = next((k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
@@ -257,13 +257,15 @@ def _list_hint(path: Path, value: dict[str, Any]) -> str:
 
 
 def check_columns(columns: Sequence[str], path: Path) -> None:
-    twice = [column for column, count in Counter(columns).items() if count > 1]
-    if twice:
-        raise DataError(f"column {twice[0]!r} stands twice", f"{path}, row 1", "rename one of the two")
+    """Raise :class:`DataError` if a column has no name, or two have the same."""
+    repeated = [column for column, count in Counter(columns).items() if count > 1]
+    if repeated:
+        raise DataError(f"column {repeated[0]!r} stands twice", f"{path}, row 1", "rename one of the two")
     if any(not column.strip() for column in columns):
-        at = [bool(column.strip()) for column in columns].index(False) + 1
-        raise DataError(f"column number {at} has no name", f"{path}, row 1", "name every column in the first row")
+        number = [bool(column.strip()) for column in columns].index(False) + 1
+        raise DataError(f"column number {number} has no name", f"{path}, row 1", "name every column in the first row")
 
 
 def columns_of(rows: Sequence[RawRow]) -> tuple[str, ...]:
+    """Return the columns of all rows, in order of appearance."""
     return tuple(dict.fromkeys(column for row in rows for column in row.values))

@@ -1,6 +1,6 @@
-"""Which files of a folder hold a task's rows, split by split. A data file that would not be read is an error.
+"""Find the files of a folder that hold a task's rows, by split. A data file that would not be read is an error.
 
-Read are ``train.jsonl``, ``Test.CSV``, ``validation.jsonl.gz``; shards (``train-00000-of-00002.parquet``,
+These are read: ``train.jsonl``, ``Test.CSV``, ``validation.jsonl.gz``; shards (``train-00000-of-00002.parquet``,
 ``train_0.jsonl``), all of them or none; the same in ``data/``; and every data file of ``train/``, ``test/`` ….
 """
 
@@ -21,70 +21,71 @@ _TABLES: tuple[str, ...] = (
     *OTHER_ENDINGS,
     *(".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".orc", ".avro", ".psv", ".json5", ".jsonc", ".arrows"),
 )
-"""Endings of other files that hold rows; reported wherever a split's rows are looked for."""
+"""Endings of other files with rows. They are reported wherever a split's rows may be."""
 _FOREIGN: tuple[str, ...] = (
     *_TABLES,
     *(".txt", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".sqlite3", ".tfrecord", ".tfrecords", ".xml"),
     *(".npy", ".npz", ".bin", ".dat", ".data", ".msgpack", ".conll", ".conllu", ".dta", ".rds", ".sav"),
 )
-"""Endings that data may have and that are not read; reported where the name says that the file is a split."""
+"""Endings of data files that are not read. They are reported if the file has a split's name."""
 
 _SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d+)[-_. ]?of[-_. ]?(?P<count>\d+)", re.IGNORECASE)
 
 
 def files_by_split(folder: Path) -> dict[str, list[DataFile]]:
-    """The files to read for each split, in the order of their rows. ``train`` is always among them.
+    """Return the files to read for each split, in the order of their rows. ``train`` is always among them.
 
-    Raises :class:`DataError`, or Problems for several: no train file, a missing shard, two files for one split, or a
-    file that would not be read.
+    Raises :class:`DataError`, or :class:`Problems` for several: no train file, a missing shard, two files for one
+    split, or a file that would not be read.
     """
     if (folder / "dataset_dict.json").is_file():
         return saved_splits(folder)
     if is_saved(folder):
         return {"train": saved_files(folder, "")}
-    single: dict[str, list[DataFile]] = {}
-    inside: dict[str, tuple[Path, list[DataFile]]] = {}
-    ignored: list[QloraExpError] = []
+    split_files: dict[str, list[DataFile]] = {}
+    split_folders: dict[str, tuple[Path, list[DataFile]]] = {}
+    errors: list[QloraExpError] = []
     unfinished: list[tuple[str | None, str]] = []
     for path, name in _entries(folder):
         split, number, count = parse_name(path)
         if path.is_dir():
             files = _inside(path, name) if split is not None else []
-            if split in SPLIT_NAMES and number is None and files and split not in inside:
-                inside[split] = (path, files)
-                ignored += [_ignored(other, folder, _other_kind(folder)) for other in _unread_inside(path, name)]
+            if split in SPLIT_NAMES and number is None and files and split not in split_folders:
+                split_folders[split] = (path, files)
+                errors += [_ignored(unread, folder, _other_kind(folder)) for unread in _unread_inside(path, name)]
             elif split in SPLIT_NAMES and not files:
-                ignored += _without_files(path, name, folder)
-            elif split in inside and files:
-                what = f"two sources for {split}: the folders {inside[split][0].relative_to(folder)} and {name}"
-                ignored.append(DataError(what, str(folder), "keep one of the two"))
+                errors += _without_files(path, name, folder)
+            elif split in split_folders and files:
+                what = f"two sources for {split}: the folders {split_folders[split][0].relative_to(folder)} and {name}"
+                errors.append(DataError(what, str(folder), "keep one of the two"))
             elif files:
-                ignored.append(_ignored(f"the folder {name}", folder, rename_hint(path)))
+                errors.append(_ignored(f"the folder {name}", folder, rename_hint(path)))
         elif split in SPLIT_NAMES and ending_of(path) in ENDINGS:
-            single.setdefault(split, []).append(DataFile(path, name, number, count))
+            split_files.setdefault(split, []).append(DataFile(path, name, number, count))
         elif problem := _would_be_ignored(path, name, folder):
-            ignored.append(problem)
+            errors.append(problem)
         elif _is_unfinished(path):
             unfinished.append((parse_name(Path(path.name.split(".")[0]))[0], name))
     for split, name in unfinished:
-        if split is not None and split not in (*single, *inside):  # else a backup of a file that is read
+        # If the split has files that are read, this one is a backup of one of them.
+        if split is not None and split not in (*split_files, *split_folders):
             hint = "finish the download or rename it, or move it out of the folder"
-            ignored.append(_ignored(name, folder, hint))
-    if "train" not in single and "train" not in inside:
-        raise _no_train(folder, ignored)
-    for both in sorted(single.keys() & inside.keys()):
-        what = f"two sources for {both}: {single[both][0].name} and the folder {inside[both][0].name}"
-        ignored.append(DataError(what, str(folder), "keep one of the two"))
+            errors.append(_ignored(name, folder, hint))
+    if "train" not in split_files and "train" not in split_folders:
+        raise _no_train(folder, errors)
+    for both in sorted(split_files.keys() & split_folders.keys()):
+        what = f"two sources for {both}: {split_files[both][0].name} and the folder {split_folders[both][0].name}"
+        errors.append(DataError(what, str(folder), "keep one of the two"))
     hint = "read it by itself (task.path=FOLDER), or move it out"
-    ignored += [_ignored(f"the folder {path.name}", folder, hint) for path in _other_sets(folder)]
-    raise_all(ignored)
-    found = {split: _ordered(split, files, folder) for split, files in single.items()}
-    found |= {split: _ordered_folder(path, files) for split, (path, files) in inside.items()}
-    return {split: found[split] for split in SPLIT_NAMES if split in found}
+    errors += [_ignored(f"the folder {path.name}", folder, hint) for path in _other_sets(folder)]
+    raise_all(errors)
+    ordered = {split: _ordered(split, files, folder) for split, files in split_files.items()}
+    ordered |= {split: _ordered_folder(path, files) for split, (path, files) in split_folders.items()}
+    return {split: ordered[split] for split in SPLIT_NAMES if split in ordered}
 
 
 def check_single(path: Path) -> None:
-    """:class:`DataError` for one file of a set of shards given as if it were the whole."""
+    """Raise :class:`DataError` if the file is one of several shards."""
     shard = _SHARD.search(stem_of(path))
     if shard and int(shard["count"]) > 1:
         what = f"{path.name} is one of {int(shard['count'])} shards: the other rows would not be read"
@@ -97,13 +98,13 @@ def _visible(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except PermissionError:
-        if parse_name(folder)[0] is None:  # lost+found at the root of a disk
+        if parse_name(folder)[0] is None:  # e.g. lost+found at the root of a disk
             return []
         raise DataError("the folder can't be read", str(folder), "check its rights") from None
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
-    """What is in the folder and in its ``data/``, where the Hub's data sets have their files."""
+    """Yield what is in the folder and in its ``data/``, where data sets of the Hub have their files."""
     for path in _visible(folder):
         if path.name.lower() == "data" and path.is_dir():
             yield from ((inner, f"{path.name}/{inner.name}") for inner in _visible(path))
@@ -112,13 +113,13 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _inside(folder: Path, name: str) -> list[DataFile]:
-    """The data files of a split's own folder, those of its subfolders included."""
+    """Return the data files in a split's own folder and below."""
     files = [(path, inner) for path, inner in _files(folder, name) if ending_of(path) in ENDINGS]
     return [DataFile(path, inner) for path, inner in files if not _is_metadata(path)]
 
 
 def _files(folder: Path, name: str, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, str]]:
-    """Every file in the folder and below. A link to a folder is followed, but for one that leads back up."""
+    """Yield every file in the folder and below. Links to folders are followed unless they lead back up."""
     real = folder.resolve()
     for path in _visible(folder) if real not in above else []:
         if path.is_dir():
@@ -128,37 +129,37 @@ def _files(folder: Path, name: str, above: tuple[Path, ...] = ()) -> Iterator[tu
 
 
 def _unread_inside(folder: Path, name: str) -> list[str]:
-    """Files with rows in a split's own folder that are not read. A backup of a file that is read isn't among them."""
+    """Return files with rows in a split's own folder that are not read, except backups of files that are read."""
     others = [(path, inner) for path, inner in _files(folder, name) if ending_of(path) not in ENDINGS]
     unfinished = {path for path, _ in others if _is_unfinished(path) and not path.with_name(_original(path)).exists()}
     return [inner for path, inner in others if path.suffix.lower() in _TABLES or path in unfinished]
 
 
 def _original(path: Path) -> str:
-    """``a.jsonl`` for both ``a.jsonl.bak`` and ``a.jsonl~``."""
+    """Return ``a.jsonl`` for both ``a.jsonl.bak`` and ``a.jsonl~``."""
     return path.name.rstrip("~") if path.name.endswith("~") else path.stem
 
 
 def _without_files(folder: Path, name: str, task_folder: Path) -> list[QloraExpError]:
-    """The error for a split's folder that holds data of other kinds alone, or nothing at all."""
+    """Return the error for a split's folder that is empty or holds only files of other kinds."""
     files = [path for path, _ in _files(folder, name)]
     data = [path for path in files if path.suffix.lower() in _FOREIGN or _is_unfinished(path)]
     if files and (not data or any(path.suffix == ".py" for path in files)):
-        return []  # such as the tests of a program
+        return []  # e.g. a program's tests
     if not files and any(folder.iterdir()):
-        return []  # such as a .gitkeep, which says that it is meant
+        return []  # e.g. .gitkeep: the folder is empty on purpose
     what = f"the folder {name} holds no file that is read" if files else f"the folder {name} is empty"
     return [DataError(what, str(task_folder), f"{_other_kind(task_folder)}; or remove the folder")]
 
 
 def _is_unfinished(path: Path) -> bool:
-    """``validation.jsonl.part``, ``validation.jsonl~``: a download that was cut off, a backup."""
+    """Return whether it is a cut-off download or a backup, e.g. ``validation.jsonl.part``, ``validation.jsonl~``."""
     suffixes = [suffix.lower().rstrip("~") for suffix in path.suffixes]
     return ending_of(path) not in ENDINGS and any(suffix in ENDINGS for suffix in suffixes)
 
 
 def _other_sets(folder: Path) -> list[Path]:
-    """Subfolders that hold splits themselves, as the configurations of a Hub data set do."""
+    """Return subfolders that hold splits themselves, e.g. the configurations of a Hub data set."""
     folders = [path for path, _ in _entries(folder) if path.is_dir() and parse_name(path)[0] is None]
     return [path for path in folders if any(_is_split(inner) for inner, _ in _entries(path))]
 
@@ -170,14 +171,15 @@ def _is_split(path: Path) -> bool:
 
 
 def _would_be_ignored(path: Path, name: str, folder: Path) -> DataError | None:
+    """Return the error for a file that seems to hold rows and would not be read, else ``None``."""
     split, _, _ = parse_name(path)
     if ending_of(path) in ENDINGS:
         return None if _is_metadata(path) else _ignored(name, folder, rename_hint(path))
     foreign = ending_of(path) in _FOREIGN or path.suffix.lower() in _FOREIGN
     if split is None or not foreign:
         return None
-    if other := OTHER_ENDINGS.get(path.suffix.lower()):
-        return _ignored(name, folder, f"rename it to {path.stem}{other}")
+    if read_ending := OTHER_ENDINGS.get(path.suffix.lower()):
+        return _ignored(name, folder, f"rename it to {path.stem}{read_ending}")
     return _ignored(name, folder, _other_kind(folder))
 
 
@@ -190,14 +192,14 @@ def _ignored(name: str, folder: Path, hint: str) -> DataError:
 
 
 def _is_metadata(path: Path) -> bool:
-    """Whether a .json file of no split's name describes data rather than holding rows: it is neither a list of objects
-    nor one object per line."""
+    """Return whether a .json file without a split's name describes data: it holds neither a list of objects nor one
+    object per line."""
     if path.suffix.lower() != ".json" or parse_name(path)[0] is not None:
         return False
     try:
         with path.open("rb") as stream:
             begin = stream.read(2**16).removeprefix(b"\xef\xbb\xbf").strip()
-    except OSError:  # a link to nothing, or no right to read it
+    except OSError:  # a broken link, or no permission to read it
         return False
     if begin.startswith(b"["):
         return not begin[1:].lstrip().startswith(b"{")
@@ -205,18 +207,18 @@ def _is_metadata(path: Path) -> bool:
     return not (len(lines) > 1 and lines[0].rstrip().endswith(b"}") and lines[1].startswith(b"{"))
 
 
-def _no_train(folder: Path, ignored: Sequence[QloraExpError]) -> QloraExpError:
+def _no_train(folder: Path, errors: Sequence[QloraExpError]) -> QloraExpError:
     names = [path.name for path, _ in _entries(folder) if ending_of(path) in ENDINGS and not path.is_dir()]
     hint = f"name it train{{{','.join(ENDINGS)}}}, or give task.path=FILE; here: {', '.join(names) or 'no data file'}"
     if sets := _other_sets(folder):
         hint = f"task.path={' or task.path='.join(map(str, sets))}"
-    elif renamed := next((one.hint for one in ignored if "to train" in (one.hint or "")), None):
+    elif renamed := next((error.hint for error in errors if "to train" in (error.hint or "")), None):
         hint = f"{renamed}; here: {', '.join(names)}"
     return DataError("the folder holds no train file", str(folder), hint)
 
 
 def _ordered_folder(folder: Path, files: Sequence[DataFile]) -> list[DataFile]:
-    """The files of a split's own folder, each set of shards complete."""
+    """Return the files of a split's own folder in order, after checking that each set of shards is complete."""
     endings = sorted({ending_of(file.path) for file in files})
     if len(endings) > 1:
         what = f"the folder {folder.name} holds {' and '.join(endings)} files: the same rows might be read twice"
@@ -232,23 +234,25 @@ def _ordered_folder(folder: Path, files: Sequence[DataFile]) -> list[DataFile]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts ``part2`` before ``part10``."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _ordered(split: str, files: Sequence[DataFile], folder: Path) -> list[DataFile]:
-    whole = [file for file in files if file.number is None]
-    if whole:
-        others = [file for file in files if file is not whole[0]]
+    """Return a split's single file, or its complete shards in order."""
+    unsharded = [file for file in files if file.number is None]
+    if unsharded:
+        others = [file for file in files if file is not unsharded[0]]
         if not others:
             return list(files)
-        what = f"two files for {split}: {whole[0].name} and {others[0].name}"
+        what = f"two files for {split}: {unsharded[0].name} and {others[0].name}"
         raise DataError(what, str(folder), "keep one of the two")
     _check_shards(split, files, folder)
     return sorted(files, key=lambda file: file.number or 0)
 
 
 def _check_shards(split: str, shards: Sequence[DataFile], folder: Path) -> None:
-    """Numbered from 0 or 1 without a gap or a repetition, and as many as their names say."""
+    """Raise :class:`DataError` unless the shards are complete: numbered from 0 or 1 without gaps or repeats."""
     numbers = sorted(file.number for file in shards if file.number is not None)
     counts = {file.count for file in shards}
     names = ", ".join(file.name for file in sorted(shards, key=lambda file: file.name)[:4])
@@ -257,8 +261,8 @@ def _check_shards(split: str, shards: Sequence[DataFile], folder: Path) -> None:
     [count] = counts
     for number, following in pairwise(numbers):
         if number == following:
-            twice = " and ".join(file.name for file in shards if file.number == number)
-            raise DataError(f"two files for {split}, shard {number}: {twice}", str(folder), "keep one of the two")
+            repeated = " and ".join(file.name for file in shards if file.number == number)
+            raise DataError(f"two files for {split}, shard {number}: {repeated}", str(folder), "keep one of the two")
     first = 1 if 0 not in numbers and (count is None or numbers[-1] == count) else 0
     expected = range(first, first + (count if count is not None else len(numbers)))
     missing = [str(number) for number in expected if number not in numbers]
@@ -266,8 +270,8 @@ def _check_shards(split: str, shards: Sequence[DataFile], folder: Path) -> None:
         what = f"the files of {split} aren't numbered from 0 or 1 without a gap: {names}"
         raise DataError(what, str(folder), "number them so where all are shards of one split; else move some out")
     if missing:
-        shown = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
-        what = f"{split} has {len(numbers)} of {count} shards; missing: {shown}"
+        missing_text = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
+        what = f"{split} has {len(numbers)} of {count} shards; missing: {missing_text}"
         raise DataError(what, str(folder), f"add the missing files; here: {names}")
     if len(numbers) > len(expected):
         raise DataError(f"{split} has more shards than their names say: {names}", str(folder), "keep one set")

@@ -1,4 +1,4 @@
-"""A data set of the Hub: asked for once, so that what can't be had is told at once, and read split by split."""
+"""Read a data set of the Hub. One request finds out whether it is available; then its splits are read one by one."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
 HUB_READ_SECONDS = 5.0
-"""Longest wait for the Hub's answer; without one, what is in the local cache is read, or the task refused."""
+"""Time limit for the Hub's answer. After that the local cache is read, or the task is refused."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def read_hub(task: TaskConfig) -> dict[str, DataFile]:
-    """The splits that ``task.splits`` names. Raises :class:`DataError` for one that can't be had."""
+    """Return the splits that ``task.splits`` names. Raises :class:`DataError` if one is not available."""
     if not task.hub_id or not _HUB_ID.fullmatch(task.hub_id) or Path(task.hub_id).exists():
         hint = "task.hub_id=OWNER/NAME; files on disk: task=local task.path=…"
         raise DataError(f"{task.hub_id!r} is no data set of the Hub", "task.hub_id", hint)
@@ -42,11 +42,11 @@ def read_hub(task: TaskConfig) -> dict[str, DataFile]:
         raise DataError("no training split is named", "task.splits", "task.splits.train=NAME_OF_THEIR_SPLIT")
     reachable = _is_reachable(task)
     with _only_the_cache(not reachable):
-        return {ours: _load_hub_split(task, theirs, reachable) for ours, theirs in task.splits.items()}
+        return {split: _load_hub_split(task, hub_split, reachable) for split, hub_split in task.splits.items()}
 
 
 def _is_reachable(task: TaskConfig) -> bool:
-    """Whether the Hub answers. One question: datasets itself asks six times for each split, for minutes."""
+    """Return whether the Hub answers. One request is enough; datasets would retry for minutes, six times a split."""
     try:
         HfApi().dataset_info(str(task.hub_id), revision=task.hub_revision, timeout=HUB_READ_SECONDS)
     except GatedRepoError:
@@ -66,24 +66,26 @@ def _is_reachable(task: TaskConfig) -> bool:
 
 
 @contextmanager
-def _only_the_cache(wanted: bool) -> Iterator[None]:
-    """Without the Hub, datasets reads its cache or gives up at once."""
+def _only_the_cache(offline: bool) -> Iterator[None]:
+    """Switch datasets to offline mode: it reads its cache or fails at once."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = wanted or before
+    datasets.config.HF_HUB_OFFLINE = offline or before
     try:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _load_hub_split(task: TaskConfig, theirs: str, reachable: bool) -> DataFile:
+def _load_hub_split(task: TaskConfig, hub_split: str, reachable: bool) -> DataFile:
     import datasets
 
-    where = f"hub data set {task.hub_id}" + (f" [{task.hub_config}]" if task.hub_config else "") + f", split {theirs}"
+    where = (
+        f"hub data set {task.hub_id}" + (f" [{task.hub_config}]" if task.hub_config else "") + f", split {hub_split}"
+    )
     try:
-        loaded = datasets.load_dataset(task.hub_id, task.hub_config, revision=task.hub_revision, split=theirs)
+        loaded = datasets.load_dataset(task.hub_id, task.hub_config, revision=task.hub_revision, split=hub_split)
     except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         if not reachable:
             what = f"{task.hub_id} is not in the local cache, and the Hub can't be reached"
@@ -94,19 +96,19 @@ def _load_hub_split(task: TaskConfig, theirs: str, reachable: bool) -> DataFile:
         raise DataError(
             f"the data set can't be loaded: {reason}", where, hint + "offline: task=local task.path=FILE"
         ) from None
-    return rows_of_dataset(loaded, f"{task.hub_id}/{theirs}")
+    return rows_of_dataset(loaded, f"{task.hub_id}/{hub_split}")
 
 
 def rows_of_dataset(loaded: Any, name: str) -> DataFile:
-    """The rows of a ``datasets.Dataset``. Class labels become their names: a number names no answer."""
+    """Return the rows of a ``datasets.Dataset``, with class names for class numbers: numbers aren't answers."""
     names = {column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
     rows, problems = [], []
     for number, values in enumerate(loaded, start=1):
-        read = named_classes(values, names, name, number)
-        if isinstance(read, RowProblem):
-            problems.append(read)
+        row = named_classes(values, names, name, number)
+        if isinstance(row, RowProblem):
+            problems.append(row)
         else:
-            rows.append(RawRow(name, number, read))
+            rows.append(RawRow(name, number, row))
     if not rows:
         raise DataError("the split holds no row", name, "choose another split: task.splits.train=NAME")
     return DataFile(name, tuple(rows), tuple(_columns_of(loaded)), tuple(problems))

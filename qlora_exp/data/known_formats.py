@@ -1,4 +1,4 @@
-"""Column names of common data sets, and the settings under which each of them is read."""
+"""Column names of common data sets, and the settings that read them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LABELS = ("label", "labels", "category", "intent", "sentiment", "class", "targe
 
 
 def columns_hint(columns: Collection[str]) -> str | None:
-    """The settings that read rows with these columns, to be typed as they are; ``None`` where nothing is known."""
+    """Return the settings that read rows with these columns, ready to type; ``None`` if the columns are not known."""
     conversation = next((name for name in _CONVERSATIONS if name in columns), None)
     if conversation:
         return f"the rows hold messages: set task.columns.messages={conversation}"
@@ -66,7 +66,7 @@ def columns_hint(columns: Collection[str]) -> str | None:
 
 
 def _templates(prompt: Sequence[str], completion: str) -> str:
-    """Both templates in Hydra's quotes, and quoted again for a shell."""
+    """Return both templates, quoted for Hydra and again for the shell."""
     return f"{_template('prompt', prompt)} {_template('completion', [completion])}"
 
 

@@ -1,4 +1,4 @@
-"""The options of a classification task: which labels there are, and the text that answers each of them."""
+"""The options of a classification task: its labels, and the completion text of each."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
 def find_options(task: TaskConfig, train: Sequence[Example]) -> dict[str, str]:
-    """Completion by label, in the order of ``task.labels`` or else sorted; empty for generation tasks. A label in two
-    Unicode normal forms is one label, written as in the first row that has it.
+    """Return the completion by label, in the order of ``task.labels`` or else sorted; empty for generation tasks.
 
-    Raises :class:`DataError` for options that can't be told apart, or that are hardly options at all.
+    A label in two Unicode normal forms is one label, written as in the first row that has it.
+
+    Raises :class:`DataError` for options that can't be distinguished, or are too many for a classification.
     """
     if task.kind is not TaskKind.classification:
         return {}
@@ -46,14 +47,14 @@ def _completion(example: Example | None, label: str) -> str:
     return label if example is None else example.completion
 
 
-def _named(given: Sequence[str]) -> list[str]:
-    labels = [str(label).strip() for label in given]
+def _named(names: Sequence[str]) -> list[str]:
+    labels = [str(label).strip() for label in names]
     if any(not label for label in labels):
         raise DataError("a label is empty", "task.labels", "give every option a text")
     forms = [normal_form(label) for label in labels]
-    twice = sorted({label for label in forms if forms.count(label) > 1})
-    if twice:
-        raise DataError(f"the label {twice[0]!r} is named twice", "task.labels", "name every option once")
+    repeated = sorted({label for label in forms if forms.count(label) > 1})
+    if repeated:
+        raise DataError(f"the label {repeated[0]!r} is named twice", "task.labels", "name every option once")
     return labels
 
 
@@ -66,28 +67,28 @@ def _check(labels: Sequence[str], named: bool) -> None:
         )
     by_folded: dict[str, str] = {}
     for label in labels:
-        other = by_folded.setdefault(comparable(visible(label)), label)
-        if other != label and not named:
-            cased = comparable(other) == comparable(label)
+        seen_label = by_folded.setdefault(comparable(visible(label)), label)
+        if seen_label != label and not named:
+            cased = comparable(seen_label) == comparable(label)
             what = "upper and lower case only" if cased else "white space or invisible characters only"
             raise DataError(
-                f"the labels {other!r} and {label!r} differ in {what}",
+                f"the labels {seen_label!r} and {label!r} differ in {what}",
                 "the labels of the training rows",
                 "use one spelling; or, if they mean different things, name all labels: task.labels=[…]",
             )
     by_number: dict[float, str] = {}
     for label in filter(_NUMBER.fullmatch, labels):
-        other = by_number.setdefault(float(label), label)
-        if other != label:
-            what = f"the labels {other!r} and {label!r} are one number written in two ways"
+        seen_label = by_number.setdefault(float(label), label)
+        if seen_label != label:
+            what = f"the labels {seen_label!r} and {label!r} are one number written in two ways"
             raise DataError(what, "task.labels, or the labels of the training rows", "use one spelling")
 
 
 def split_by_label(examples: Sequence[Example], options: Mapping[str, str]) -> tuple[list[Example], list[RowProblem]]:
-    """The examples whose label is an option and whose completion is that option's text, and the others' problems."""
+    """Return the examples whose label is an option and whose completion is its text, and the others' problems."""
     if not options:
         return list(examples), []
-    kept, problems = [], []
+    valid, problems = [], []
     written = {normal_form(label): label for label in options}
     for example in examples:
         label = written.get(normal_form(str(example.label)), str(example.label))
@@ -100,12 +101,12 @@ def split_by_label(examples: Sequence[Example], options: Mapping[str, str]) -> t
             hint = "give each label one completion, or none: task.completion=null task.columns.completion=null"
             problems.append(RowProblem(example.file, example.row, None, "ambiguous label", detail, hint))
         else:
-            kept.append(replace(example, label=label, completion=options[label]))
-    return kept, problems
+            valid.append(replace(example, label=label, completion=options[label]))
+    return valid, problems
 
 
 def check_no_label_lost(before: Sequence[Example], after: Sequence[Example], problems: Sequence[RowProblem]) -> None:
-    """:class:`DataError` where a label has training rows, and dropping the invalid ones leaves it none."""
+    """Raise :class:`DataError` if dropping the invalid rows leaves a label without training rows."""
     lost = {example.label for example in before if example.label is not None} - {example.label for example in after}
     if lost:
         train = {(example.file, example.row): str(example.label) for example in before}
@@ -114,7 +115,7 @@ def check_no_label_lost(before: Sequence[Example], after: Sequence[Example], pro
 
 
 def lost_label(label: str, problem: RowProblem) -> DataError:
-    """The error for a label that loses its training rows, ``problem`` one of theirs."""
+    """Return the error for a label that loses all training rows; ``problem`` is that of one of them."""
     what = f"dropping the invalid rows leaves no training row of the label {label!r}; the first: {problem.reason}"
     hint = "mend these rows; or leave the label out by naming the others: task.labels=[…]"
     return DataError(f"{what}: {problem.detail}", f"{problem.file}, row {problem.row}", hint)

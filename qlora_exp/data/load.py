@@ -1,4 +1,4 @@
-"""A task's rows as items of token ids for one tokenizer, with the record of what was used, cut and left out."""
+"""A task's rows as token ids for one tokenizer, and a record of what was used, cut and left out."""
 
 from __future__ import annotations
 
@@ -36,45 +36,45 @@ from qlora_exp.records.types import Data
 
 
 def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSplits | None = None) -> Splits:
-    """Every split of the task as token ids, each sequence at most ``max_length`` tokens (the end is cut, as TRL does).
+    """Return every split as token ids. The end of a sequence is cut at ``max_length`` tokens, as TRL does.
 
-    ``rows``: the task's, where they have been read already.
+    ``rows``: the task's rows, if they have been read already.
 
-    Raises :class:`DataError` or :class:`Problems` with file, row number, column and reason, as ``load_rows`` does; rows
-    that can't be tokenized, or whose completion would be cut away, follow ``task.invalid_rows`` too.
+    Raises :class:`DataError` or :class:`Problems` with file, row number, column and reason, as ``load_rows`` does.
+    ``task.invalid_rows`` also covers rows that can't be tokenized, or whose completion would be cut away.
     """
     format = resolve_format(config)
     rows = rows or load_rows(config.task)
     check_tokenizer(tokenizer, format)
     if max_length < 2:
         raise DataError(f"max_length is {max_length}", "training.max_length", "at least 2: a prompt and an answer")
-    whole = config.task.kind is TaskKind.classification
+    uncut = config.task.kind is TaskKind.classification
     date, learns_all = date_of(config), config.task.learn is Learn.all
     if learns_all and format == "plain":
         hint = "task.learn=last, or task.format=chat"
         raise DataError("the plain format learns the last answer alone", "task.learn=all", hint)
-    spaced = format == "plain" and config.task.separator is None
+    default_separator = format == "plain" and config.task.separator is None
     prefixes: set[str] = set()
-    shown: Encoding | None = None  # the first training row with a prefix, else the first one
+    sample: Encoding | None = None  # the first training row with a prefix, else the first one
     used: dict[str, list[Example]] = {}
     items: dict[str, tuple[Item, ...]] = {}
     problems: list[RowProblem] = []
     truncated: list[RowProblem] = []
     for split, examples in _by_split(rows):
-        every_turn = learns_all and split == "train"  # scores are of the last answer everywhere
+        every_turn = learns_all and split == "train"  # the other splits are scored on the last answer
         encodings = encode_rows(examples, tokenizer, format, date=date, every_turn=every_turn)
-        written = [one for one in encodings if isinstance(one, Encoding)]
-        prefixes |= {one.prefix for one in written}
+        written = [encoding for encoding in encodings if isinstance(encoding, Encoding)]
+        prefixes |= {encoding.prefix for encoding in written}
         if split == "train":
-            shown = next((one for one in written if one.prefix), written[0] if written else None)
+            sample = next((encoding for encoding in written if encoding.prefix), written[0] if written else None)
         results = [
-            result if isinstance(result, RowProblem) else _item(example, result, tokenizer, max_length, whole)
+            result if isinstance(result, RowProblem) else _item(example, result, tokenizer, max_length, uncut)
             for example, result in zip(examples, encodings, strict=True)
         ]
         problems += [result for result in results if isinstance(result, RowProblem)]
-        kept = [(e, r) for e, r in zip(examples, results, strict=True) if not isinstance(r, RowProblem)]
-        used[split] = [example for example, _ in kept]
-        items[split] = tuple(item for _, (item, _) in kept)
+        valid = [(e, r) for e, r in zip(examples, results, strict=True) if not isinstance(r, RowProblem)]
+        used[split] = [example for example, _ in valid]
+        items[split] = tuple(item for _, (item, _) in valid)
         truncated += [
             _truncated(example, encoding, max_length)
             for example, encoding, result in zip(examples, encodings, results, strict=True)
@@ -104,8 +104,8 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         template_tokens_trained=_template_trained(config, format),
         truncated_items=len(truncated),
         rows_fingerprint=_fingerprint([], config, used, rows),
-        answer_prefix=shown.prefix or None if shown is not None else None,
-        answer_prefix_variables=dict(shown.variables) if shown is not None and shown.variables else None,
+        answer_prefix=sample.prefix or None if sample is not None else None,
+        answer_prefix_variables=dict(sample.variables) if sample is not None and sample.variables else None,
         chat_date=chat_date,
     )
     return Splits(
@@ -121,7 +121,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         label_end_ids=label_end_ids,
         left_out=(*rows.left_out, *problems),
         truncated=tuple(truncated),
-        notes=(*rows.notes, *(joining_notes(used["train"]) if spaced else ())),
+        notes=(*rows.notes, *(joining_notes(used["train"]) if default_separator else ())),
     )
 
 
@@ -132,12 +132,13 @@ def _truncated(example: Example, encoding: Encoding, max_length: int) -> RowProb
 
 
 LOSS_IGNORE_INDEX = -100
-"""torch's ``ignore_index``: a label without a loss."""
+"""torch's ``ignore_index``: a position with this label has no loss."""
 
 
 def to_training_dataset(items: Sequence[Item]) -> Any:
-    """A ``datasets.Dataset`` of ``input_ids`` and ``labels`` (-100 where there is no loss): nothing is left for
-    SFTTrainer to prepare. Each of its own passes over 8,000 rows would cost a third of a second in every trial."""
+    """Return a ``datasets.Dataset`` of ``input_ids`` and ``labels`` (-100: no loss).
+
+    So SFTTrainer has nothing to prepare. Each of its passes over 8,000 rows would take 0.3 s in every trial."""
     import datasets
 
     columns = {
@@ -158,12 +159,12 @@ def _by_split(rows: RawSplits) -> list[tuple[str, tuple[Example, ...]]]:
 
 
 def _item(
-    example: Example, encoding: Encoding, tokenizer: Tokenizer, max_length: int, whole: bool
+    example: Example, encoding: Encoding, tokenizer: Tokenizer, max_length: int, uncut: bool
 ) -> tuple[Item, bool] | RowProblem:
-    """The item, and whether ``max_length`` cuts it. ``whole``: the completion is an option, which half of is none."""
+    """Return the item, and whether ``max_length`` cuts it. ``uncut``: the completion is an option and can't be cut."""
     prompt, completion, end = encoding.prompt_ids, encoding.completion_ids, encoding.end_ids
     room = max_length - len(prompt)
-    if room <= 0 or (whole and room < len(completion)):
+    if room <= 0 or (uncut and room < len(completion)):
         detail = (
             f"the prompt has {len(prompt)} tokens, the completion {len(completion)}, and max_length is {max_length}"
         )
@@ -193,7 +194,7 @@ def _item(
 
 
 def _general_chats(tokenizer: Tokenizer, date: datetime.date) -> tuple[Item, ...]:
-    """The general chats that this tokenizer's template can write (many take no system message), never cut."""
+    """Return the general chats that this tokenizer's template can write, uncut. Many take no system message."""
     examples = read_general_chats()
     results = zip(examples, encode_rows(examples, tokenizer, "chat", date=date), strict=True)
     encoded = [(example, result) for example, result in results if isinstance(result, Encoding)]
@@ -212,9 +213,10 @@ def _require_items(items: dict[str, tuple[Item, ...]], problems: Sequence[RowPro
 def _label_ids(
     rows: RawSplits, context: Example, tokenizer: Tokenizer, format: str, date: datetime.date
 ) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
-    """Each option's completion ids after the prompt of ``context``: the boundary may change a label's first token. Also
-    the tokens of the end that tell the options apart."""
-    found: dict[str, Encoding] = {}
+    """Return each option's completion ids, and the tokens of the end that are needed to distinguish the options.
+
+    The ids are those after the prompt of ``context``, because the boundary may change a label's first token."""
+    encodings: dict[str, Encoding] = {}
     examples = [
         replace(context, completion=completion, label=label, answer=None) for label, completion in rows.options.items()
     ]
@@ -222,29 +224,32 @@ def _label_ids(
         label = str(example.label)
         if isinstance(result, RowProblem):
             raise DataError(f"the label {label!r} can't be tokenized: {result.detail}", "task.labels", result.hint)
-        found[label] = result
-        first = next(iter(found.values()))
+        encodings[label] = result
+        first = next(iter(encodings.values()))
         if (result.prompt_ids, result.end_ids) != (first.prompt_ids, first.end_ids):
-            what = f"the prompt ends in other tokens before the label {label!r} than before {next(iter(found))!r}"
+            what = f"the prompt ends in other tokens before the label {label!r} than before {next(iter(encodings))!r}"
             raise DataError(what, "task.labels", "let the prompt end on a word or a colon")
-    owners: dict[tuple[int, ...], str] = {}
-    for label, encoding in found.items():
-        if owners.setdefault(encoding.completion_ids, label) != label:
-            what = f"the labels {owners[encoding.completion_ids]!r} and {label!r} have the same tokens"
+    label_by_ids: dict[tuple[int, ...], str] = {}
+    for label, encoding in encodings.items():
+        if label_by_ids.setdefault(encoding.completion_ids, label) != label:
+            what = f"the labels {label_by_ids[encoding.completion_ids]!r} and {label!r} have the same tokens"
             raise DataError(what, "task.labels", "use labels that this tokenizer can tell apart")
-    end = next(iter(found.values())).end_ids if found else ()
-    return {label: encoding.completion_ids for label, encoding in found.items()}, _separating(owners, end)
+    end = next(iter(encodings.values())).end_ids if encodings else ()
+    return {label: encoding.completion_ids for label, encoding in encodings.items()}, _separating(label_by_ids, end)
 
 
-def _separating(owners: dict[tuple[int, ...], str], end: tuple[int, ...]) -> tuple[int, ...]:
-    """As much of ``end`` as each label's likelihood must include. Nothing, unless some label's tokens begin another's:
-    without the end that label would be at least as likely as the longer one after any prompt."""
+def _separating(label_by_ids: dict[tuple[int, ...], str], end: tuple[int, ...]) -> tuple[int, ...]:
+    """Return as much of ``end`` as each label's likelihood must include: nothing, unless one label begins another.
+
+    Without the end, the shorter label would be at least as likely as the longer one after any prompt."""
     for length in range(len(end) + 1):
-        options = {ids + end[:length]: label for ids, label in owners.items()}
-        begun = [(ids, label) for ids, label in options.items() if any(ids[:n] in options for n in range(1, len(ids)))]
-        if not begun:
+        options = {ids + end[:length]: label for ids, label in label_by_ids.items()}
+        ambiguous = [
+            (ids, label) for ids, label in options.items() if any(ids[:n] in options for n in range(1, len(ids)))
+        ]
+        if not ambiguous:
             return end[:length]
-    ids, label = begun[0]
+    ids, label = ambiguous[0]
     shorter = next(options[ids[:n]] for n in range(1, len(ids)) if ids[:n] in options)
     what = f"the tokens of the label {shorter!r} and its end begin those of {label!r}, which could then never be chosen"
     hint = "rename one of them in the data; or task.kind=generation, which compares generated answers"
@@ -252,8 +257,9 @@ def _separating(owners: dict[tuple[int, ...], str], end: tuple[int, ...]) -> tup
 
 
 def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]], label_end_ids: tuple[int, ...]) -> None:
-    """A label has the same tokens after every prompt, or its likelihoods could not be compared between items. An end
-    that labels are told apart by is learned in each row."""
+    """Raise :class:`DataError` unless each label has the same tokens after every prompt.
+
+    Otherwise its likelihoods could not be compared between items. ``label_end_ids`` must be in each row, too."""
     for item in items:
         file, _, row = item.item_id.rpartition(":")
         if item.label is not None and item.completion_ids != label_ids[item.label]:
@@ -270,16 +276,18 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]], 
 
 
 def _read_otherwise(date_read: str | None, prefixes: set[str], learns_all: bool) -> list[str]:
-    """What the fingerprint holds beside format and template, only where it makes a difference: other data sets keep
-    the fingerprints that earlier versions gave them."""
+    """Return what the fingerprint holds in addition to format and template, only if it differs from the default.
+
+    So other data sets keep the fingerprints that earlier versions gave them."""
     date = [f"date: {date_read}"] if date_read is not None else []
     written = [f"answer prefix: {prefix}" for prefix in sorted(prefixes) if prefix]
     return [*date, *written, *(["learn: all"] if learns_all else [])]
 
 
 def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list[Example]], rows: RawSplits) -> str:
-    """SHA-256 over all rows used, in order, the task's templates and what they are read as (format and chat template).
-    File names and row numbers have no part."""
+    """Return the SHA-256 of all used rows in order, the task's templates and ``read_as`` (format and chat template).
+
+    File names and row numbers make no difference."""
     task = config.task
     digest = hashlib.sha256()
 
@@ -304,7 +312,7 @@ def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list
 
 
 def _text_with_one_space(example: Example) -> str:
-    """How the plain format wrote every row once. Rows that it still writes so keep their recorded fingerprint."""
+    """Return the row as earlier versions wrote it in the plain format: equal texts keep their recorded fingerprint."""
     prompt = plain_prompt(example)
     return prompt + ("" if prompt.endswith(("\n", "\r")) else " ") + example.completion
 

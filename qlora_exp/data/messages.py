@@ -1,4 +1,4 @@
-"""The messages of a conversation as a data file holds them: whole, with tool calls, reasoning and weights."""
+"""The messages of a conversation as a data file holds them, with tool calls, reasoning and weights."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ CALLS = "tool_calls"
 
 @dataclass(frozen=True)
 class Message:
+    """One message of a conversation."""
+
     role: str
     content: str
-    """The message's text; empty where it has none, as a message that only calls a tool."""
+    """The message's text; empty if it has none, e.g. if it only calls a tool."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields as they are in the file, e.g. ``tool_calls``; nulls, empty lists and empty objects are left
-    out."""
+    """Further fields as they are in the file, e.g. ``tool_calls``, without nulls, empty lists and empty objects."""
     parts: tuple[str, ...] | None = None
-    """The texts of a content that the file gives as a list of parts."""
+    """The texts of the parts, if the file gives the content as a list of parts."""
     weight: float | None = None
-    """0: an answer that isn't learned. 1: one that is. ``None``: the file doesn't say."""
+    """0: the answer isn't learned. 1: it is learned. ``None``: the file doesn't say."""
     has_content: bool = True
-    """False where the content is null or missing."""
+    """False if the content is null or missing."""
 
     def without_nulls(self) -> Message:
         return replace(self, fields=without_nulls(dict(self.fields)))
 
     def with_text(self, text: str) -> Message:
-        """With ``text``, which is its own without white space at the ends."""
+        """Return the message with ``text``, which is its own text without white space at the ends."""
         parts = self.parts
         if parts is not None:
             parts = (text,) if len(parts) == 1 else (parts[0].lstrip(), *parts[1:-1], parts[-1].rstrip())
@@ -44,14 +45,14 @@ class Message:
 
     @property
     def more(self) -> dict[str, Any]:
-        """What the message has beyond its role and text."""
+        """Return what the message has in addition to its role and text."""
         parts = {"parts": list(self.parts)} if self.parts is not None else {}
         weight = {"weight": self.weight} if self.weight is not None else {}
         return {**self.fields, **parts, **weight}
 
 
 class InvalidMessages(Exception):
-    """A conversation that can't be used: the reason, a detail, the place in the row and what to do."""
+    """A conversation that can't be used: the reason, the detail, the place in the row and what to do."""
 
     def __init__(self, reason: str, detail: str, where: str, hint: str | None = None) -> None:
         super().__init__(reason)
@@ -65,9 +66,9 @@ def read_messages(
     checked_text: Callable[[object, str], str],
     every_turn: bool,
 ) -> list[Message]:
-    """The conversation, which ends on the answer that is learned. Raises :class:`InvalidMessages`.
+    """Return the conversation, which ends with the learned answer. Raises :class:`InvalidMessages`.
 
-    ``checked_text`` reads one text. ``every_turn``: answers before the last are learned too.
+    ``checked_text`` reads and checks one text. ``every_turn``: earlier answers are learned, too.
     """
     shape = 'write [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
     entries = _list(value, column, "messages", shape)
@@ -83,7 +84,7 @@ def read_messages(
 
 
 def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
-    """What the assistant may call: a list of JSON schemas, or such a list as JSON text. ``None``: nothing is given."""
+    """Return the tools that the assistant may call, from a list of JSON schemas or its JSON text; ``None`` if none."""
     if _holds_nothing(value):
         return None
     shape = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}]; or task.columns.tools=null'
@@ -97,7 +98,7 @@ def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
 
 
 def read_variables(value: object, column: str) -> Mapping[str, Any] | None:
-    """Variables for the chat template, an object or its JSON text. ``None``: nothing is given."""
+    """Return the variables for the chat template, from an object or its JSON text; ``None`` if there are none."""
     if _holds_nothing(value):
         return None
     shape = 'write {"enable_thinking": false}'
@@ -107,25 +108,25 @@ def read_variables(value: object, column: str) -> Mapping[str, Any] | None:
         detail = f"expected an object, found {describe_message(value)}"
         raise InvalidMessages("invalid variables", detail, column, shape)
     _check_json(value, column, "take it out of the column")
-    return {name: one for name, one in value.items() if one is not None} or None
+    return {name: item for name, item in value.items() if item is not None} or None
 
 
 def without_nulls(value: Any) -> Any:
-    """Lists and objects without the nulls that Arrow writes for every key which only other rows have."""
+    """Return lists and objects without nulls: Arrow writes one for every key that only other rows have."""
     if isinstance(value, dict):
-        return {key: without_nulls(one) for key, one in value.items() if one is not None}
-    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def describe_message(value: object) -> str:
-    """A value as a message shows it: its type and how it begins."""
+    """Return a value as an error message shows it: its type and how it begins."""
     if value is None:
         return "null"
     try:
-        shown = json.dumps(value, ensure_ascii=False, default=str)
+        text = json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
-        shown = "nested too deeply"
-    return f"{type(value).__name__} {shown[:60]}{'…' if len(shown) > 60 else ''}"
+        text = "nested too deeply"
+    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
 
 
 def _list(value: object, column: str, name: str, shape: str) -> list[Any]:
@@ -140,8 +141,8 @@ def _list(value: object, column: str, name: str, shape: str) -> list[Any]:
 def _parsed(text: str, column: str, name: str, shape: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
-    except DuplicateKey as twice:
-        raise InvalidMessages("duplicate key", str(twice), column, "keep one of the two") from None
+    except DuplicateKey as duplicate:
+        raise InvalidMessages("duplicate key", str(duplicate), column, "keep one of the two") from None
     except (ValueError, RecursionError) as error:
         if _PYTHON_LIST.match(text):
             shape = f"Python wrote it, not json.dumps: df[{column!r}] = df[{column!r}].map(json.dumps) before df.to_csv"
@@ -149,11 +150,11 @@ def _parsed(text: str, column: str, name: str, shape: str) -> Any:
 
 
 _PYTHON_LIST = re.compile(r"\s*[\[(]?\s*\{\s*'")
-"""How ``str()`` of a list of dictionaries begins, and of numpy's array of them."""
+"""How ``str()`` of a list of dictionaries begins, or of a numpy array of them."""
 
 
 def _holds_nothing(value: object) -> bool:
-    """Null, as it is in each kind of file: a cell of a CSV file is empty, or holds null."""
+    """Return whether the value is missing: null, or in a CSV file an empty cell or the word null."""
     return value is None or (isinstance(value, str) and value.strip() in ("", "null"))
 
 
@@ -180,7 +181,7 @@ def _message(
     content = entry.get("content")
     if role == "assistant" and CALLS in fields and (content is None or content == ""):
         return Message(role, "", fields, None, weight, has_content=content is not None)
-    if role == "tool" and content == "":  # a call that gave nothing back
+    if role == "tool" and content == "":  # the tool returned nothing
         return Message(role, "", fields, None, weight)
     if "content" not in entry:
         raise InvalidMessages("invalid messages", f"message {number} has no content", where, 'add "content": "…"')
@@ -197,9 +198,9 @@ def _part(part: object, number: int, where: str, checked_text: Callable[[object,
     if not isinstance(part, dict) or part.get("type") != "text":
         kind = repr(part.get("type")) if isinstance(part, dict) else describe_message(part)
         raise InvalidMessages("invalid messages", f"message {number} has a part of the type {kind}", where, hint)
-    others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
-    if others:
-        detail = f"a part of message {number} has the field {others[0]!r}, which no template reads"
+    unread = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
+    if unread:
+        detail = f"a part of message {number} has the field {unread[0]!r}, which no template reads"
         raise InvalidMessages("invalid messages", detail, where, hint)
     return checked_text(part.get("text"), where)
 
@@ -214,7 +215,7 @@ def _weight(value: object, number: int, where: str) -> float | None:
 
 
 def _check_json(value: object, where: str, hint: str) -> None:
-    """Templates write fields, tools and variables as JSON. A Parquet file also holds dates and bytes."""
+    """Raise :class:`InvalidMessages` unless ``value`` is JSON, which templates write. Parquet also holds dates."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except TypeError:
@@ -229,7 +230,7 @@ def _check_json(value: object, where: str, hint: str) -> None:
 
 
 def _check_order(messages: Sequence[Message], column: str) -> None:
-    """Which role may follow which is the chat template's to say; an answer comes last."""
+    """Raise :class:`InvalidMessages` unless the last message is an answer. The chat template checks the other roles."""
     roles = [message.role for message in messages]
     if roles[-1] == "assistant" and len(roles) > 1:
         return
@@ -240,6 +241,7 @@ def _check_order(messages: Sequence[Message], column: str) -> None:
 
 
 def _check_weights(messages: Sequence[Message], column: str, every_turn: bool) -> None:
+    """Raise :class:`InvalidMessages` if weights contradict what is learned."""
     answers = [number for number, message in enumerate(messages, 1) if message.role == "assistant"]
     if messages[-1].weight == 0:
         hint = "leave the row out, or end the conversation on an answer that is learned"

@@ -1,4 +1,4 @@
-"""What a model can be given: so many tokens at once, from so large a vocabulary."""
+"""Checks of items against a model's limits: the length of its context and the size of its vocabulary."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from qlora_exp.errors import DataError
 
 
 def check_positions(splits: Splits, positions: int | None) -> None:
-    """:class:`DataError` with the longest item's place where it, or its prompt with the longest label, has more tokens
-    than the model has ``positions`` (``None``: no limit is known). Generation needs no check: it ends at the limit."""
+    """Raise :class:`DataError` if an item, or its prompt with the longest label, has more tokens than ``positions``.
+
+    The error names the longest item's row. ``None``: the model's limit is not known. Generation needs no check: it ends
+    at the limit."""
     if positions is None:
         return
     longest_label = max((len(ids) for ids in splits.option_ids.values()), default=0)
@@ -31,8 +33,9 @@ def check_positions(splits: Splits, positions: int | None) -> None:
 
 
 def check_vocabulary(splits: Splits, tokenizer: Any, vocabulary_size: int) -> None:
-    """:class:`DataError` where an item, a label or the padding has a token that the model has no embedding for. A
-    tokenizer may have more tokens than that; only what occurs counts."""
+    """Raise :class:`DataError` if an item, a label or the padding has a token without an embedding in the model.
+
+    The tokenizer may have such tokens as long as none occurs."""
     if len(tokenizer) <= vocabulary_size:
         return
     hint = "use the folder that the tokenizer came with, whose model has a row for each of its tokens"

@@ -1,4 +1,4 @@
-"""Items as a person can check them: token by token, the trained ones marked."""
+"""Items shown token by token, the trained tokens marked, so that a person can check them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PreviewToken(NamedTuple):
 
 @dataclass(frozen=True)
 class PreviewItem:
-    """One item's tokens in order, and how many of them are the prompt's, the completion's and the end's."""
+    """One item's tokens in order, and how many belong to the prompt, the completion and the end."""
 
     item_id: str
     tokens: tuple[PreviewToken, ...]
@@ -34,7 +34,7 @@ class PreviewItem:
 
 
 def preview_items(splits: Splits, tokenizer: Tokenizer, split: str, count: int) -> list[PreviewItem]:
-    """The first ``count`` items of a split. Raises :class:`DataError` for an unknown split or a count below 1."""
+    """Return the first ``count`` items of a split. Raises :class:`DataError` for an unknown split or ``count < 1``."""
     if split not in SPLIT_NAMES:
         raise DataError(f"there is no split {split!r}", "data preview", nearest(split, SPLIT_NAMES))
     if count < 1:
@@ -44,16 +44,17 @@ def preview_items(splits: Splits, tokenizer: Tokenizer, split: str, count: int) 
 
 
 def _preview(item: Item, tokenizer: Tokenizer) -> PreviewItem:
-    trained = [bool(one) for one in item.completion_mask]
+    trained = [bool(has_loss) for has_loss in item.completion_mask]
     texts = _shown(list(item.ids), trained, tokenizer)
-    tokens = tuple(PreviewToken(*each) for each in zip(texts, item.ids, trained, strict=True))
+    tokens = tuple(PreviewToken(*fields) for fields in zip(texts, item.ids, trained, strict=True))
     lengths = (len(item.prompt_ids), len(item.completion_ids), len(item.end_ids))
     return PreviewItem(item.item_id, tokens, *lengths, item.label)
 
 
 def _shown(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
-    """The tokens' texts. Where several tokens make up one character, the first has its text and the others have none; a
-    token without a text, or with a part of a character that isn't completed, has its name in the vocabulary."""
+    """Return each token's text. If several tokens make up one character, the first has its text, the others have none.
+
+    A token without a text, or with a part of an incomplete character, is shown by its name in the vocabulary."""
     texts: list[str] = []
     while (start := len(texts)) < len(ids):
         text, stop = "", start

@@ -1,4 +1,4 @@
-"""Whether a tokenizer can write an answer: what its tokens read back as."""
+"""Checks that a tokenizer can write an answer: its tokens must decode to the same text."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from qlora_exp.data.texts import comparable
 
 
 def answer_as_written(answer: str, completion: str, decoded: str) -> str | None:
-    """``answer`` in the form that the tokenizer writes, which generated answers are compared with. ``None``: the
-    tokenizer changes it, so that no generated answer could be equal to it.
+    """Return ``answer`` as the tokenizer writes it, to compare generated answers with. ``None``: the tokenizer changes
+    the answer, so no generated answer could equal it.
 
-    ``completion`` is the text with the answer that was tokenized, ``decoded`` what its tokens read back as. Comparisons
-    pass over case and the Unicode form NFC anyway. The form NFKC ("①" becomes "1"), and spaces in an answer of one
-    line, are taken over from the tokenizer.
+    ``completion`` is the tokenized text with the answer, ``decoded`` the text of its tokens. Comparisons ignore case
+    and use the Unicode form NFC anyway. The form NFKC ("①" becomes "1") and the spaces of a one-line answer are taken
+    from ``decoded``.
     """
-    given, read = completion.strip(), decoded.strip()
-    if comparable(read) == comparable(given):
+    written, read_back = completion.strip(), decoded.strip()
+    if comparable(read_back) == comparable(written):
         return answer
-    one_line = "\n" not in given and answer == answer.strip()
-    if _compatible(read) == _compatible(given) or (one_line and _letters(read) == _letters(given)):
-        return read if given == answer.strip() else answer
+    one_line = "\n" not in written and answer == answer.strip()
+    if _compatible(read_back) == _compatible(written) or (one_line and _letters(read_back) == _letters(written)):
+        return read_back if written == answer.strip() else answer
     return None
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with single rows, and what becomes of it: errors that name the first of them, or a count by reason."""
+"""Problems of single rows: raised as errors that name the first of them, or counted by reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DROP_HINT = "mend the rows, or leave them out and count them with task.invalid_
 
 @dataclass(frozen=True)
 class RowProblem:
-    """One row that can't be used. ``reason`` is the same for all rows with this fault: it is counted in the record."""
+    """One row that can't be used. ``reason`` is equal for all rows with this fault; the record counts rows by it."""
 
     file: str
     row: int
@@ -25,10 +25,10 @@ class RowProblem:
     detail: str
     hint: str | None = None
     of_template: bool = False
-    """A fault of the chat template, which every row would have: told once."""
+    """The chat template is at fault, so every row would have the problem: it is reported once."""
 
     def error(self, others: int = 0) -> DataError:
-        """``others``: how many further rows have the very same fault."""
+        """Return the problem as an error. ``others``: how many other rows have the same problem."""
         where = f"{self.file}, row {self.row}" + (f", and {others} other rows" if others else "")
         if self.column is not None:
             where += f", column {self.column}"
@@ -36,15 +36,15 @@ class RowProblem:
 
 
 def raise_or_count(problems: Sequence[RowProblem], policy: InvalidRows) -> dict[str, int]:
-    """Rows by reason under ``drop``. Under ``error`` the first ten are raised together, with the count of all."""
+    """Return rows by reason under ``drop``. Under ``error``, raise the first ten together, with the count of all."""
     reasons = Counter(problem.reason for problem in problems)
     if not problems or policy is InvalidRows.drop:
         return dict(sorted(reasons.items()))
-    told = _each_template_fault_once(problems)
-    errors = [problem.error(others) for problem, others in told[:_SHOWN]]
-    if len(told) == 1:
+    reported = _each_template_fault_once(problems)
+    errors = [problem.error(others) for problem, others in reported[:_SHOWN]]
+    if len(reported) == 1:
         (only,) = errors
-        hint = only.hint if only.hint == _DROP_HINT or told[0][0].of_template else f"{only.hint}; or {_DROP_HINT}"
+        hint = only.hint if only.hint == _DROP_HINT or reported[0][0].of_template else f"{only.hint}; or {_DROP_HINT}"
         raise DataError(only.what, only.where, hint)
     by_reason = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
     files = ", ".join(sorted({problem.file for problem in problems}))
@@ -53,15 +53,15 @@ def raise_or_count(problems: Sequence[RowProblem], policy: InvalidRows) -> dict[
 
 
 def _each_template_fault_once(problems: Sequence[RowProblem]) -> list[tuple[RowProblem, int]]:
-    """The problems to tell, and how many further rows each of them stands for."""
-    told: dict[tuple[object, ...], tuple[RowProblem, int]] = {}
+    """Return the problems to report, each with the number of other rows that have the same one."""
+    reported: dict[tuple[object, ...], tuple[RowProblem, int]] = {}
     for number, problem in enumerate(problems):
         key = (problem.reason, problem.detail, problem.hint) if problem.of_template else (number,)
-        first, others = told.get(key, (problem, -1))
-        told[key] = (first, others + 1)
-    return list(told.values())
+        first, others = reported.get(key, (problem, -1))
+        reported[key] = (first, others + 1)
+    return list(reported.values())
 
 
 def add_counts(*counts: dict[str, int]) -> dict[str, int]:
-    """The sum of several counts by reason."""
+    """Return the sum of several counts by reason."""
     return dict(sorted(sum((Counter(count) for count in counts), Counter()).items()))

@@ -1,8 +1,8 @@
-"""Rows read as examples — a prompt or a conversation, a completion, a label — and each fault named with its place.
+"""Read rows as examples (a prompt or conversation, a completion, a label), and name each faulty row.
 
-Only text is accepted: what a number, a date or a null would look like in a prompt is the user's to say. The exceptions
-are whole numbers inside a template and as a class, whose text is unambiguous, and an empty text inside a template that
-another column fills.
+Only text is accepted: the user decides how a number, a date or a null should look in a prompt. There are two
+exceptions. A whole number is accepted inside a template and as a class, because its text is unambiguous. An empty text
+is accepted inside a template that another column fills.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qlora_exp.errors import DataError, nearest
 
 _ARROW_FILES = (".parquet", ".arrow", ".feather")
 VARIABLES_COLUMN = "chat_template_kwargs"
-"""TRL's column of variables for the chat template, read beside a messages column."""
+"""TRL's column of variables for the chat template, read together with a messages column."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,28 @@ class PlainText:
     space_before: str = ""
     space_after: str = ""
     separator: str | None = None
-    """What stands between prompt and completion; ``None``: by the texts."""
+    """What stands between prompt and completion; ``None``: it depends on the two texts."""
     special_tokens: SpecialTokens = SpecialTokens.refuse
 
 
 @dataclass(frozen=True)
 class Example:
-    """One valid row: what is asked (a single user message, or a conversation) and the text that is learned."""
+    """One valid row: the prompt (a single user message, or a conversation) and the learned text."""
 
     file: str
     row: int
     messages: tuple[Message, ...]
     conversation: bool
-    """Read from a messages column (then the plain format writes the roles out)."""
+    """Whether it comes from a messages column; the plain format then writes the roles out."""
     completion: str
-    """Without the white space around it; a code block keeps the indentation of its first line."""
+    """The learned text, stripped; a code block keeps the indentation of its first line."""
     label: str | None
     extra: dict[str, Any]
     plain: PlainText = PlainText()
     answer: Message | None = None
-    """The last message of a conversation, where it has more than a role and text (tool calls, reasoning)."""
+    """The last message of a conversation, if it has more than a role and text (tool calls, reasoning)."""
     tools: tuple[Any, ...] | None = None
-    """What the assistant may call, as the chat template reads it."""
+    """The tools that the assistant may call, as the chat template reads them."""
     variables: Mapping[str, Any] | None = None
     """Further variables for the chat template, e.g. ``enable_thinking``."""
 
@@ -76,24 +76,26 @@ class Example:
 
     @property
     def prompt_key(self) -> str:
-        """Equal for rows that ask the same thing: runs of white space count as one space, but indentation counts.
+        """Return a key that is equal for rows with the same prompt. Indentation counts, other white space doesn't.
 
         Whether earlier answers are learned, and whether a content is a text or a list of parts, makes no difference."""
         texts = [f"{message.role}\x1f{compact(message.content)}" for message in self.messages]
-        more = [message.fields for message in self.messages]
-        if any(more) or self.tools or self.variables:
-            texts.append(json.dumps([more, self.tools, self.variables], sort_keys=True))
+        fields = [message.fields for message in self.messages]
+        if any(fields) or self.tools or self.variables:
+            texts.append(json.dumps([fields, self.tools, self.variables], sort_keys=True))
         return "\x1e".join(texts)
 
     @property
     def answer_key(self) -> str:
-        """Equal for rows whose last message is the same, and of which the same answers are learned."""
-        more: list[Any] = [self.answer.fields] if self.answer is not None and self.answer.fields else []
-        more += [number for number, message in enumerate(self.messages) if message.weight == 0]
-        return f"{self.completion}\x1f{json.dumps(more, sort_keys=True)}" if more else self.completion
+        """Return a key that is equal for rows with the same last message and the same learned answers."""
+        differences: list[Any] = [self.answer.fields] if self.answer is not None and self.answer.fields else []
+        differences += [number for number, message in enumerate(self.messages) if message.weight == 0]
+        return f"{self.completion}\x1f{json.dumps(differences, sort_keys=True)}" if differences else self.completion
 
 
 class _InvalidRow(Exception):
+    """A row that can't be used: the reason (rows are counted by it), the detail, the column and what to do."""
+
     def __init__(self, reason: str, detail: str, column: str | None, hint: str | None = None) -> None:
         super().__init__(reason)
         self.reason, self.detail, self.column, self.hint = reason, detail, column, hint
@@ -117,6 +119,7 @@ class _Mapping:
 
     @cached_property
     def used(self) -> set[str]:
+        """Return the columns that an example is made of; all others are extra."""
         used = {column for column in self.columns if self.messages and column in (self.tools, VARIABLES_COLUMN)}
         for source in (self.prompt, self.completion, self.messages, self.label):
             used |= set(source.columns) if isinstance(source, RowTemplate) else {source} if source else set()
@@ -124,9 +127,9 @@ class _Mapping:
 
 
 def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[RowProblem]]:
-    """The valid examples of one file, and the problems of the other rows (in row order).
+    """Return the valid examples of one file, and the problems of the other rows (in row order).
 
-    Raises :class:`DataError` when the mapping itself can't be meant: a column that no row has, a malformed template.
+    Raises :class:`DataError` if the mapping itself is wrong: a column that no row has, a malformed template.
     """
     problems = list(raw.problems)
     if not raw.rows:
@@ -139,8 +142,8 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
     for row in raw.rows:
         try:
             examples.append(_example(row, mapping, task.kind))
-        except _InvalidRow as bad:
-            problems.append(RowProblem(row.file, row.number, bad.column, bad.reason, bad.detail, bad.hint))
+        except _InvalidRow as error:
+            problems.append(RowProblem(row.file, row.number, error.column, error.reason, error.detail, error.hint))
     return examples, sorted(problems, key=lambda problem: problem.row)
 
 
@@ -172,7 +175,7 @@ def _mapping(task: TaskConfig, raw: DataFile) -> _Mapping:
     label = task.columns.label if classifies else None
     completion_column = task.columns.completion
     if label and not task.completion and completion_column not in columns:
-        completion_column = label  # the label is what is to be answered
+        completion_column = label  # the label is the answer
     prompt = _source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _source("completion", task.completion, completion_column, raw)
     _check_column(label, "task.columns.label", raw)
@@ -206,13 +209,13 @@ def _check_column(column: str | None, key: str, raw: DataFile) -> None:
 
 
 def _renaming_hint(column: str, columns: Sequence[str]) -> str | None:
-    """Where a column has the name with marks around it that a person hardly sees: how the file writes it."""
-    odd = next((name for name in columns if name.strip(" \t\ufeff'\"`") == column), None)
-    return f"the file names it {odd!r}: write {column!r} there" if odd is not None else None
+    """Return how the file writes the column, if it only adds quotes or invisible characters to the name."""
+    written = next((name for name in columns if name.strip(" \t\ufeff'\"`") == column), None)
+    return f"the file names it {written!r}: write {column!r} there" if written is not None else None
 
 
 def _missing_hint(column: str, columns: Sequence[str]) -> str:
-    """What to do about a row without a column that other rows have."""
+    """Return what to do about a row without a column that other rows have."""
     if difflib.get_close_matches(column, columns, n=1, cutoff=0.6):
         return nearest(column, columns)
     return f"this row has {', '.join(columns) or 'no column'}: give all rows the same columns"
@@ -238,7 +241,7 @@ def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
 
 
 def _answer(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Parts:
-    """The completion. A label is a name: white space after it means nothing, and it has no indentation."""
+    """Return the completion. A label is a name: it has no indentation, and white space after it means nothing."""
     classifies = kind is TaskKind.classification
     text = _text(row, mapping.completion, is_class=classifies)
     if classifies:
@@ -258,18 +261,18 @@ def _text(row: RawRow, source: str | RowTemplate | None, is_class: bool = False)
 
 
 def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = False) -> str:
-    """``empty``: whether another column may fill the text, so that this one may be empty."""
-    written = f'write "{column}": "" where it is empty (pandas: df.fillna(""))' if empty else None
+    """Return the column's text. ``empty``: it may be empty, as another column may fill the template."""
+    empty_hint = f'write "{column}": "" where it is empty (pandas: df.fillna(""))' if empty else None
     if column not in row.values:
-        hint = _missing_hint(column, list(row.values)) + (f"; or {written}" if written else "")
+        hint = _missing_hint(column, list(row.values)) + (f"; or {empty_hint}" if empty_hint else "")
         raise _InvalidRow("missing column", f"{column!r} is not in this row", column, hint)
     value = row.values[column]
     if isinstance(value, Unlabelled):
         raise _InvalidRow("no label", f"the class is {value:d}, which marks a row without a label", column)
     if whole_numbers and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if value is None and written:
-        raise _InvalidRow("not text", "found null", column, written)
+    if value is None and empty_hint:
+        raise _InvalidRow("not text", "found null", column, empty_hint)
     return value if empty and isinstance(value, str) and not value.strip() else _checked_text(value, column)
 
 
@@ -289,11 +292,12 @@ def _checked_text(value: object, column: str) -> str:
 
 
 def _text_hint(value: object, column: str) -> str | None:
+    """Return what to do about a value that isn't text."""
     if isinstance(value, bool):
         return f'write it as text, e.g. "{"yes" if value else "no"}"'
     if isinstance(value, int):
-        written = f'write it as text, "{value}"; or set \'task.KEY="{{{column}}}"\', where KEY is prompt or completion'
-        return f"{written}; task.kind=classification reads whole numbers as labels"
+        as_text = f'write it as text, "{value}"; or set \'task.KEY="{{{column}}}"\', where KEY is prompt or completion'
+        return f"{as_text}; task.kind=classification reads whole numbers as labels"
     if isinstance(value, float) and math.isnan(value):
         return "it marks a missing value: give the row a text, or leave it out with task.invalid_rows=drop"
     if isinstance(value, float) and value.is_integer():
@@ -319,7 +323,7 @@ def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | N
     try:
         conversation = row.values[column]
         *messages, last = read_messages(conversation, column, mapping.ignored_fields, _checked_text, mapping.every_turn)
-        fields = [name for name, one in last.fields.items() if one != ""]
+        fields = [name for name, value in last.fields.items() if value != ""]
         if kind is TaskKind.classification and fields:
             detail = f"the last message has {', '.join(fields)}, and a label is text alone"
             raise InvalidMessages("invalid messages", detail, column, "task.kind=generation")
@@ -330,13 +334,13 @@ def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | N
         if mapping.from_arrow or row.file.lower().endswith(_ARROW_FILES):
             *messages, last = (message.without_nulls() for message in (*messages, last))
             tools = tuple(without_nulls(list(tools))) if tools is not None else None
-    except InvalidMessages as bad:
-        raise _InvalidRow(bad.reason, bad.detail, bad.where, bad.hint) from None
+    except InvalidMessages as error:
+        raise _InvalidRow(error.reason, error.detail, error.where, error.hint) from None
     last = last.with_text(parted(last.content).text)
     answer = last if last.more else None
     plain = mapping.plain
     if plain.separator is None and not last.content[:1].isspace():
-        plain = replace(plain, separator=" ")  # as after the roles of earlier turns, in every script
+        plain = replace(plain, separator=" ")  # the same as after earlier turns' roles, in every script
     return Example(
         *(row.file, row.number, tuple(messages), True, last.content, label, extra),
         plain=plain,

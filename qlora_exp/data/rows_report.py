@@ -1,4 +1,4 @@
-"""What a person should know of a task's rows before training: rows left out, rows cut, and what may not be meant."""
+"""What to know about a task's rows before training: rows left out, rows cut, and likely mistakes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from qlora_exp.data.texts import separator_between
 
 _SHOWN = 5
 _OPENING, _CLOSING = tuple("([{“‘«„$/\\_"), tuple(",.;:!?)]}%”’»")
-"""Marks after which, and before which, hardly anybody writes a space."""
+"""Characters after which, and before which, hardly anybody writes a space."""
 _MISSING_WORDS = {"NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"}
 
 
 def rows_report(splits: Splits) -> list[str]:
-    """One line each: files read as one split, rows left out by reason and row, rows cut by ``max_length``, notes."""
+    """Return lines of text: files read as one split, rows left out by reason, rows cut by ``max_length``, notes."""
     lines = []
     for split in SPLIT_NAMES:
         files = list(dict.fromkeys(item.item_id.rpartition(":")[0] for item in getattr(splits, split)))
@@ -33,11 +33,11 @@ def rows_report(splits: Splits) -> list[str]:
     return [*lines, *splits.notes]
 
 
-def _by_reason(problems: Sequence[RowProblem], fate: str) -> Iterator[str]:
+def _by_reason(problems: Sequence[RowProblem], outcome: str) -> Iterator[str]:
     for reason, count in Counter(problem.reason for problem in problems).most_common():
-        alike = [problem for problem in problems if problem.reason == reason]
-        yield f"{count} {'row' if count == 1 else 'rows'} {fate}: {reason}"
-        for problem in alike[:_SHOWN]:
+        matching = [problem for problem in problems if problem.reason == reason]
+        yield f"{count} {'row' if count == 1 else 'rows'} {outcome}: {reason}"
+        for problem in matching[:_SHOWN]:
             column = f", column {problem.column}" if problem.column else ""
             yield f"  {problem.file}, row {problem.row}{column}: {problem.detail}"
         if count > _SHOWN:
@@ -45,7 +45,7 @@ def _by_reason(problems: Sequence[RowProblem], fate: str) -> Iterator[str]:
 
 
 def missing_value_notes(splits: Mapping[str, list[Example]]) -> Iterator[str]:
-    """Answers of a CSV file that read like a missing value. They are read as text: 'NA' may be Namibia."""
+    """Yield a note on a CSV file's answers that look like missing values. They are text: 'NA' may be Namibia."""
     answers: Counter[str] = Counter()
     for example in (example for split in SPLIT_NAMES for example in splits.get(split, [])):
         if example.completion in _MISSING_WORDS and ending_of(Path(example.file)) in (".csv", ".tsv"):
@@ -56,12 +56,12 @@ def missing_value_notes(splits: Mapping[str, list[Example]]) -> Iterator[str]:
 
 
 def joining_notes(examples: Sequence[Example]) -> Iterator[str]:
-    """Rows of the plain format between whose texts the default puts a space that nobody would write there."""
-    joined = [example for example in examples if not example.conversation and _is_one_word(example)]
-    if joined:
-        first = joined[0]
+    """Yield a note on rows where the plain format puts a space that nobody would write, e.g. ``(`` + space + ``a)``."""
+    suspicious = [example for example in examples if not example.conversation and _is_one_word(example)]
+    if suspicious:
+        first = suspicious[0]
         begin, end = written_prompt(first)[-20:], first.completion[:20]
-        count = "1 row has" if len(joined) == 1 else f"{len(joined)} rows have"
+        count = "1 row has" if len(suspicious) == 1 else f"{len(suspicious)} rows have"
         yield (
             f"{count} a space between prompt and completion that may not be meant, e.g. {first.file}, row {first.row}: "
             f"{begin!r} + {end!r}; 'task.separator=\"\"' joins all rows without one"
@@ -69,6 +69,7 @@ def joining_notes(examples: Sequence[Example]) -> Iterator[str]:
 
 
 def _is_one_word(example: Example) -> bool:
+    """Return whether prompt and completion seem to belong together without a space."""
     prompt, completion = written_prompt(example), example.plain.space_before + example.completion
     if separator_between(prompt, completion) != " ":
         return False

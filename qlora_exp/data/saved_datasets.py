@@ -1,4 +1,4 @@
-"""Folders that ``datasets`` wrote by ``save_to_disk``: which Arrow files they are made of."""
+"""Folders written by ``datasets``' ``save_to_disk``: which Arrow files hold their rows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qlora_exp.errors import DataError
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether the folder is one saved ``Dataset``."""
+    """Return whether the folder is one saved ``Dataset``."""
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
 def saved_splits(folder: Path) -> dict[str, list[DataFile]]:
-    """The Arrow files of each split of a saved ``DatasetDict``.
+    """Return the Arrow files of each split of a saved ``DatasetDict``.
 
-    Raises :class:`DataError` for a split of another name, which would not be read, and for a missing one.
+    Raises :class:`DataError` for a split with an unknown name, which would not be read, and for a missing split.
     """
     names = [str(name) for name in _json(folder / "dataset_dict.json").get("splits", [])]
     for name in names:
@@ -37,9 +37,9 @@ def saved_splits(folder: Path) -> dict[str, list[DataFile]]:
 
 
 def saved_files(folder: Path, prefix: str) -> list[DataFile]:
-    """The Arrow files of one saved ``Dataset``, in order. Other Arrow files there are caches.
+    """Return the Arrow files of one saved ``Dataset``, in order. Other Arrow files in the folder are caches.
 
-    Raises :class:`DataError` for one that is missing.
+    Raises :class:`DataError` if one is missing.
     """
     names = [str(entry["filename"]) for entry in _json(folder / "state.json").get("_data_files", [])]
     missing = [name for name in names if not (folder / name).is_file()]

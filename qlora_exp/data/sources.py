@@ -1,4 +1,4 @@
-"""Where a task's rows come from: the package, a file or folder on disk, or the Hub."""
+"""Read a task's rows from their source: the embedded task, a file or folder on disk, or the Hub."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qlora_exp.paths import EMBEDDED
 
 
 def read_sources(task: TaskConfig) -> dict[str, DataFile]:
-    """The task's rows by split. A source without splits gives ``train`` alone; the other two may be absent.
+    """Return the task's rows by split. A source without splits gives ``train`` only; the other two may be absent.
 
     Raises :class:`DataError` for a missing, unreadable or empty source.
     """
     if task.source is TaskSource.embedded:
         return _read_folder(EMBEDDED / "task")
     if task.source is TaskSource.hub:
-        from qlora_exp.data.hub import read_hub  # with a client for HTTP, which takes a tenth of a second
+        from qlora_exp.data.hub import read_hub  # here because its HTTP client takes 0.1 s to import
 
         return read_hub(task)
     if not task.path:
@@ -36,12 +36,12 @@ def read_sources(task: TaskConfig) -> dict[str, DataFile]:
     if not path.exists():
         raise DataError(f"there is no {path.name!r}", f"task.path={task.path}", _nearby(path))
     check_single(path)
-    read = read_file(path)
-    return {"train": replace(read, notes=(*read.notes, *_beside(path)))}
+    file = read_file(path)
+    return {"train": replace(file, notes=(*file.notes, *_beside(path)))}
 
 
 def _beside(path: Path) -> list[str]:
-    """A note where a train file is named whose folder has the other splits, too."""
+    """Return a note if the folder of a single train file holds other splits, too."""
     if parse_name(path)[0] != "train":
         return []
     others = [file for file in sorted(path.parent.iterdir()) if ending_of(file) in ENDINGS and file.is_file()]
@@ -50,35 +50,36 @@ def _beside(path: Path) -> list[str]:
 
 
 def state_of_files(path: str) -> Hashable:
-    """Names, sizes and times of change of a local task's files: its rows are the same while they are equal."""
-    place = Path(path).expanduser()
-    files = [place]
-    if place.is_dir():
+    """Return names, sizes and modification times of a local task's files. While they are equal, so are its rows."""
+    root = Path(path).expanduser()
+    files = [root]
+    if root.is_dir():
         try:
-            files = [file.path for split in files_by_split(place).values() for file in split]
+            files = [file.path for split in files_by_split(root).values() for file in split]
         except QloraExpError:
             return "unreadable"
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
 
 
 def read_general_text() -> tuple[str, ...]:
-    """The fixed documents on which forgetting is measured, the same for every model and task."""
+    """Return the fixed documents on which forgetting is measured, the same for every model and task."""
     rows = read_file(EMBEDDED / "general_text.jsonl").rows
     return tuple(str(row.values["text"]) for row in rows)
 
 
 def read_general_chats() -> tuple[Example, ...]:
-    """The fixed chats on which forgetting is measured in the chat format; the last answer is the completion."""
+    """Return the fixed chats on which forgetting is measured in the chat format. The last answer is the completion."""
     file = read_file(EMBEDDED / "general_chat.jsonl")
     return tuple(_chat(file.name, row) for row in file.rows)
 
 
 def _chat(file: str, row: RawRow) -> Example:
-    *asked, answer = (Message(message["role"], message["content"]) for message in row.values["messages"])
-    return Example(file, row.number, tuple(asked), True, answer.content, None, {})
+    *prompt, answer = (Message(message["role"], message["content"]) for message in row.values["messages"])
+    return Example(file, row.number, tuple(prompt), True, answer.content, None, {})
 
 
 def _nearby(path: Path) -> str:
+    """Return a hint for a path that doesn't exist."""
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {str(folder)!r} either; relative paths start where the command is called"
@@ -92,28 +93,28 @@ def _nearby(path: Path) -> str:
 
 
 def _read_folder(folder: Path) -> dict[str, DataFile]:
-    read = {
+    shards = {
         split: [read_file(file.path, file.name) for file in files] for split, files in files_by_split(folder).items()
     }
-    mixed = _mixed_classes([file for files in read.values() for file in files])
-    joined = {split: files[0] if len(files) == 1 else _joined(files) for split, files in read.items()}
-    return {split: replace(file, mixed_classes=mixed) for split, file in joined.items()}
+    mixed = _mixed_classes([file for files in shards.values() for file in files])
+    merged = {split: files[0] if len(files) == 1 else _joined(files) for split, files in shards.items()}
+    return {split: replace(file, mixed_classes=mixed) for split, file in merged.items()}
 
 
 def _mixed_classes(files: Sequence[DataFile]) -> dict[str, str]:
-    """Columns of which one file's metadata names the classes while another one holds their bare numbers."""
+    """Return columns whose classes are named in one file's metadata and are bare numbers in another file."""
     named = {column: file.name for file in reversed(files) for column in file.classes}
     mixed = {}
-    for column, first in named.items():
+    for column, naming_file in named.items():
         for file in files:
             values = [row.values.get(column) for row in file.rows if column not in file.classes]
             if any(str(value).isdecimal() for value in values):
-                mixed[column] = f"{first} names the classes of {column!r}, and {file.name} holds numbers"
+                mixed[column] = f"{naming_file} names the classes of {column!r}, and {file.name} holds numbers"
     return mixed
 
 
 def _joined(files: Sequence[DataFile]) -> DataFile:
-    """The shards of a split as one file."""
+    """Return the shards of a split as one file."""
     return DataFile(
         name=f"{files[0].name} and {len(files) - 1} other files",
         rows=tuple(row for file in files for row in file.rows),

@@ -1,4 +1,4 @@
-"""What files and folders are called that hold a split, ours and others' names."""
+"""Names of files and folders that hold a split: ours, and those of other tools."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLIT_ALIASES = {
     **dict.fromkeys(("testing", "testset"), "test"),
     **dict.fromkeys(("eval", "evaluation", "holdout", "heldout"), "validation or test"),
 }
-"""What others call a split: the file is not read, and the message says what to rename it to."""
+"""What other tools call a split. Such a file is not read; the error says what to rename it to."""
 
 _NAME = re.compile(
     r"(?P<word>[a-z]+)(?:[-_. ]?(?P<number>\d+)(?:[-_. ]?of[-_. ]?(?P<count>\d+))?(?:-[0-9a-f]{8,40})?)?", re.IGNORECASE
@@ -24,7 +24,7 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class DataFile:
-    """``name`` is relative to the task's folder: it names rows. ``number`` and ``count`` are those of a shard."""
+    """A file of a split. ``name`` is relative to the task's folder. ``number`` and ``count`` are those of a shard."""
 
     path: Path
     name: str
@@ -33,8 +33,10 @@ class DataFile:
 
 
 def parse_name(path: Path) -> tuple[str | None, int | None, int | None]:
-    """Split (ours, or what others call one), shard number and number of shards of a file or folder:
-    ``train-00000-of-00002.parquet`` gives ``("train", 0, 2)``, any other name ``(None, None, None)``."""
+    """Return the split (our name or another tool's), shard number and shard count that a file or folder name gives.
+
+    ``train-00000-of-00002.parquet`` gives ``("train", 0, 2)``; other names give ``(None, None, None)``.
+    """
     match = _NAME.fullmatch(stem_of(path) if ending_of(path) in ENDINGS or not path.is_dir() else path.name)
     word = match["word"].lower() if match else None
     if match is None or word not in {*SPLIT_NAMES, *SPLIT_ALIASES}:
@@ -44,9 +46,9 @@ def parse_name(path: Path) -> tuple[str | None, int | None, int | None]:
 
 
 def rename_hint(path: Path) -> str:
-    """What to do about a file or folder that holds rows under a name that is not read."""
+    """Return what to do about a file or folder with rows whose name is not read."""
     split, _, _ = parse_name(path)
     if split not in SPLIT_ALIASES:
         return "name it train, validation or test, move it out of the folder, or give task.path=FILE"
-    names = [f"{other}{path.name[len(split) :]}" for other in SPLIT_ALIASES[split].split(" or ")]
+    names = [f"{ours}{path.name[len(split) :]}" for ours in SPLIT_ALIASES[split].split(" or ")]
     return f"rename it to {' or to '.join(names)}"

@@ -1,4 +1,4 @@
-"""From a task's configuration to its three splits: rows read, validated, divided, checked for leaks, and counted."""
+"""From a task's configuration to its three splits: read rows, validate, divide, check for leaks, and count."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RawSplits:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     options: dict[str, str]
-    """classification: completion text by label, in the order of the options."""
+    """For classification: the completion text by label, in the order of the options."""
     dropped: dict[str, int]
     left_out: tuple[RowProblem, ...] = ()
     """The rows that ``dropped`` counts."""
@@ -38,8 +38,8 @@ class RawSplits:
 def load_rows(task: TaskConfig) -> RawSplits:
     """Read and validate every row of a task; no tokenizer, no model.
 
-    Bad rows raise together (:class:`Problems`, the first ten and the count) or are dropped and counted, as
-    ``task.invalid_rows`` says. Whatever makes the whole source unusable raises :class:`DataError`.
+    ``task.invalid_rows`` says whether bad rows are dropped and counted, or raise :class:`Problems` together (the first
+    ten and the count). A problem of the whole source raises :class:`DataError`.
     """
     _check_numbers(task)
     splits: dict[str, list[Example]] = {}
@@ -47,11 +47,11 @@ def load_rows(task: TaskConfig) -> RawSplits:
     notes: list[str] = []
     sources = read_sources(task)
     for split, raw in sources.items():
-        splits[split], bad = read_examples(task, raw)
-        problems += bad
+        splits[split], row_problems = read_examples(task, raw)
+        problems += row_problems
         notes += raw.notes
     _require("train", splits["train"], problems)
-    options = find_options(task, splits["train"])  # before dividing: a rare label may fall into one split as a whole
+    options = find_options(task, splits["train"])  # before dividing: all rows of a rare label may get into one split
     if options and not task.labels:
         _check_no_label_unread(task, sources["train"], options, problems)
     splits, duplicates = _complete(splits, task)
@@ -65,18 +65,18 @@ def load_rows(task: TaskConfig) -> RawSplits:
     check_no_label_lost(labelled, splits["train"], problems)
     for split in ("train", "validation"):
         _require(split, splits[split], problems)
-    kept = _limited(splits, task)
+    limited = _limited(splits, task)
     counts = add_counts(dropped, {_DUPLICATE: len(duplicates)} if duplicates else {})
-    train, validation, test = (tuple(kept[split]) for split in SPLIT_NAMES)
+    train, validation, test = (tuple(limited[split]) for split in SPLIT_NAMES)
     return RawSplits(
-        train, validation, test, options, counts, (*problems, *duplicates), (*notes, *missing_value_notes(kept))
+        train, validation, test, options, counts, (*problems, *duplicates), (*notes, *missing_value_notes(limited))
     )
 
 
 def _check_no_label_unread(
     task: TaskConfig, raw: DataFile, options: Mapping[str, str], problems: Sequence[RowProblem]
 ) -> None:
-    """Under ``drop``, a label whose rows have all another fault would no longer be an option."""
+    """Raise :class:`DataError` if ``drop`` would remove all rows of a label: it would no longer be an option."""
     column = task.columns.label
     faults = {(problem.file, problem.row): problem for problem in problems}
     if column is None or task.invalid_rows is not InvalidRows.drop:
@@ -110,7 +110,7 @@ def _limits(task: TaskConfig) -> dict[str, int | None]:
 
 
 def _require(split: str, examples: Sequence[Example], problems: Sequence[RowProblem]) -> None:
-    """A split that lost all its rows: the rows' faults are what has to be told."""
+    """Raise :class:`DataError` if the split has no row. If its rows were refused, the error gives the first reason."""
     if examples:
         return
     if problems:
@@ -127,9 +127,9 @@ def _require(split: str, examples: Sequence[Example], problems: Sequence[RowProb
 def _complete(
     splits: Mapping[str, list[Example]], task: TaskConfig
 ) -> tuple[dict[str, list[Example]], list[RowProblem]]:
-    """All three splits: those the source lacks are taken out of train by seed. Also the exact duplicates left out."""
-    wanted = {"validation": task.validation_fraction, "test": task.test_fraction}
-    missing = {split: fraction for split, fraction in wanted.items() if split not in splits and fraction > 0}
+    """Return all three splits, and the exact duplicates left out. Splits that the source lacks are drawn from train."""
+    fractions = {"validation": task.validation_fraction, "test": task.test_fraction}
+    missing = {split: fraction for split, fraction in fractions.items() if split not in splits and fraction > 0}
     complete = {split: list(splits.get(split, [])) for split in SPLIT_NAMES}
     if not missing:
         return complete, []
@@ -145,7 +145,7 @@ def _complete(
 
 
 def _divide(examples: Sequence[Example], fractions: Mapping[str, float], seed: int) -> dict[str, list[Example]]:
-    """Take whole groups of rows that ask the same thing, so that no prompt stands in two splits; file order is kept."""
+    """Draw whole groups of rows with the same prompt, so that no prompt is in two splits. File order is kept."""
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         groups.setdefault(example.prompt_key, []).append(index)
@@ -159,8 +159,8 @@ def _divide(examples: Sequence[Example], fractions: Mapping[str, float], seed: i
     random.Random(f"split/{seed}").shuffle(order)
     owner = dict.fromkeys(range(len(examples)), "train")
     for split, fraction in fractions.items():
-        wanted, taken = max(1, round(fraction * len(examples))), 0
-        while taken < wanted and len(order) > 1:
+        target, taken = max(1, round(fraction * len(examples))), 0
+        while taken < target and len(order) > 1:
             group = order.pop()
             owner.update(dict.fromkeys(group, split))
             taken += len(group)
@@ -169,7 +169,9 @@ def _divide(examples: Sequence[Example], fractions: Mapping[str, float], seed: i
 
 
 def _without_leaks(splits: Mapping[str, list[Example]]) -> tuple[dict[str, list[Example]], list[RowProblem]]:
-    """Rows whose prompt stands in a later split too (train < validation < test) are refused: held-out rows stay."""
+    """Return the splits without leaks, and the leaking rows: their prompt is in a later split, too.
+
+    The order is train < validation < test, so that held-out rows stay."""
     held: dict[str, Example] = {}
     clean: dict[str, list[Example]] = {}
     problems: list[RowProblem] = []
@@ -177,8 +179,8 @@ def _without_leaks(splits: Mapping[str, list[Example]]) -> tuple[dict[str, list[
         clean[split] = [example for example in splits[split] if example.prompt_key not in held]
         for example in splits[split]:
             if example.prompt_key in held:
-                other = held[example.prompt_key]
-                detail = f"the same prompt stands in {other.file}, row {other.row}"
+                held_example = held[example.prompt_key]
+                detail = f"the same prompt stands in {held_example.file}, row {held_example.row}"
                 hint = "take it out of one of the two, or let task.invalid_rows=drop leave out this one"
                 problems.append(RowProblem(example.file, example.row, None, "leak between splits", detail, hint))
         held.update({example.prompt_key: example for example in reversed(clean[split])})
@@ -186,10 +188,10 @@ def _without_leaks(splits: Mapping[str, list[Example]]) -> tuple[dict[str, list[
 
 
 def _limited(splits: Mapping[str, list[Example]], task: TaskConfig) -> dict[str, list[Example]]:
-    """At most ``task.max_*_items`` rows of each split, drawn by ``split_seed``; small draws are part of larger ones."""
-    kept = {}
+    """Draw at most ``task.max_*_items`` rows of each split by ``split_seed``. Larger draws contain smaller ones."""
+    limited = {}
     for split, limit in _limits(task).items():
         order = list(range(len(splits[split])))
         random.Random(f"limit/{split}/{task.split_seed}").shuffle(order)
-        kept[split] = [splits[split][index] for index in sorted(order[:limit])]
-    return kept
+        limited[split] = [splits[split][index] for index in sorted(order[:limit])]
+    return limited

@@ -1,4 +1,4 @@
-"""White space and Unicode normal forms: what a text keeps of them, and which texts count as equal."""
+"""White space and Unicode normal forms: what texts keep of them, and which texts count as equal."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _WITHOUT_SPACES = (
     (0x1AFF0, 0x1B170),  # kana supplements
     (0x20000, 0x40000),  # rarer Han
 )
-"""Ranges of code points of scripts that write no spaces between words. Korean isn't among them: it does."""
+"""Code points of scripts that write no spaces between words. Korean writes them, so it isn't included."""
 _LINE_INDENTATION = re.compile(r"\n[ \t]")
 _FIRST_INDENTATION = re.compile(r"\t| {2}")
 
 
 class Parts(NamedTuple):
-    """A text and the white space around it. A code block's first indentation is part of the text."""
+    """A text and the white space around it. The indentation of a code block's first line is part of the text."""
 
     before: str
     text: str
@@ -35,13 +35,13 @@ class Parts(NamedTuple):
 
 
 def without_spaces(character: str) -> bool:
-    """Whether the character's script writes no spaces between words: Chinese, Japanese, Thai, Khmer …"""
+    """Return whether the character's script writes no spaces between words: Chinese, Japanese, Thai, Khmer …"""
     return any(first <= ord(character) < end for first, end in _WITHOUT_SPACES)
 
 
 def separator_between(before: str, after: str) -> str:
-    """What the plain format puts between two texts: nothing where one of them has white space there already, or is
-    written without spaces; else one space."""
+    """Return what the plain format puts between two texts: one space, or nothing if one of them has white space there
+    already or is in a script without spaces."""
     last, first = before[-1:], after[:1]
     if not last or not first or last.isspace() or first.isspace() or without_spaces(last) or without_spaces(first):
         return ""
@@ -49,10 +49,10 @@ def separator_between(before: str, after: str) -> str:
 
 
 def parted(text: str) -> Parts:
-    """``text`` without the white space around it, which is returned too.
+    """Return ``text`` without the white space around it, and that white space.
 
-    A text of several lines keeps the indentation of its first one: a tab or two spaces, or one space where another
-    line is indented, too. Example: ``"\\n    y = 1\\n    z\\n"`` gives ``("\\n", "    y = 1\\n    z", "\\n")``.
+    A text of several lines keeps the indentation of its first line: a tab, two spaces, or one space if another line is
+    indented, too. Example: ``"\\n    y = 1\\n    z\\n"`` gives ``("\\n", "    y = 1\\n    z", "\\n")``.
     """
     body = text.strip()
     before = text[: len(text) - len(text.lstrip())]
@@ -66,29 +66,29 @@ def parted(text: str) -> Parts:
 
 
 def normal_form(text: str) -> str:
-    """Unicode NFC: "é" is one character, however the file or the tokenizer writes it."""
+    """Return ``text`` in Unicode NFC: "é" is one character, in whichever form the file or the tokenizer writes it."""
     return unicodedata.normalize("NFC", text)
 
 
 def comparable(text: str, fold_case: bool = True) -> str:
-    """Equal for texts that differ in their Unicode normal form only, and in case with ``fold_case``."""
+    """Return a form that is equal for texts that differ only in Unicode normal form and (``fold_case``) case."""
     return normal_form(normal_form(text).casefold()) if fold_case else normal_form(text)
 
 
 def same_text(prediction: str, reference: str, fold_case: bool = True) -> bool:
-    """Equality without white space around the texts, in Unicode NFC, without regard to case unless told otherwise.
+    """Return whether the texts are equal in Unicode NFC, without the white space around them and (``fold_case``) case.
 
-    The indentation of ``reference``'s first line counts, where :func:`parted` keeps it.
+    The indentation of ``reference``'s first line counts if :func:`parted` keeps it.
     """
     expected = parted(reference).text
-    given = parted(prediction).text if expected[:1].isspace() else prediction.strip()
-    return comparable(given, fold_case) == comparable(expected, fold_case)
+    predicted = parted(prediction).text if expected[:1].isspace() else prediction.strip()
+    return comparable(predicted, fold_case) == comparable(expected, fold_case)
 
 
 def compact(text: str) -> str:
-    """Equal for texts that differ in white space without a meaning, and in their Unicode normal form, only.
+    """Return a form that is equal for texts that differ only in meaningless white space and Unicode normal form.
 
-    Runs of white space count as one space. In a text with indented lines the lines and their indentation count too.
+    Runs of white space count as one space. In a text with indented lines, line breaks and indentation count, too.
     """
     text = normal_form(text)
     if not _LINE_INDENTATION.search(text) and not _FIRST_INDENTATION.match(text):
@@ -108,14 +108,14 @@ def _indentation(line: str) -> str:
 
 
 def visible(text: str) -> str:
-    """``text`` without the characters that a person doesn't see: zero-width ones, byte order marks, the marks that
-    choose between two drawings of an emoji. Runs of white space are one space."""
-    return " ".join("".join(one for one in text if not _invisible(one)).split())
+    """Return ``text`` without invisible characters: zero-width ones, byte order marks, variation selectors of emojis.
+    Runs of white space become one space."""
+    return " ".join("".join(character for character in text if not _invisible(character)).split())
 
 
 def is_blank(text: str) -> bool:
-    """Whether a person sees nothing of the text."""
-    return all(one.isspace() or _invisible(one) for one in text)
+    """Return whether the text has no visible character."""
+    return all(character.isspace() or _invisible(character) for character in text)
 
 
 def _invisible(character: str) -> bool:
