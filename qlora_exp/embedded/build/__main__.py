@@ -1,4 +1,4 @@
-"""``python -m qlora_exp.embedded.build``: the embedded pair and its task, made again."""
+"""Rebuild the embedded pair and its task: ``python -m qlora_exp.embedded.build``."""
 
 from qlora_exp.embedded.build.build import main
 

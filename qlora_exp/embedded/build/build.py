@@ -1,8 +1,8 @@
-"""Rebuilds the embedded pair and task: `python -m qlora_exp.embedded.build --wordnet /usr/share/wordnet --out DIR`.
+"""Rebuild the embedded pair and task: `python -m qlora_exp.embedded.build --wordnet /usr/share/wordnet --out DIR`.
 
-Stages, each reading what the one before wrote: corpus (WordNet -> task, held-out texts, training texts), tokenizer,
-base, instruct, card. Give a quiet machine's cores to it and set OMP_NUM_THREADS; the number of steps is fixed, so a
-slower machine takes longer and trains the same.
+The stages are corpus (WordNet -> task, held-out texts, training texts), tokenizer, base, instruct and card. Each reads
+the files that the previous ones wrote. Run it on an idle machine and set OMP_NUM_THREADS. The number of steps is fixed:
+a slower machine takes longer and trains the same models.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from qlora_exp.embedded.build.wordnet import read_wordnet
 
 SEED = 1
 ROW_TOKENS = 256
-# Steps that take about 30 and 5 minutes on two cores of 2023; more still lowers the loss, but the build has an hour.
+# About 30 and 5 minutes on two cores of 2023. More steps would lower the loss, but the build should take one hour.
 BASE = Schedule(steps=1900, rows=32, learning_rate=3e-3, warmup_steps=100)
 INSTRUCT = Schedule(steps=300, rows=32, learning_rate=1e-3, warmup_steps=20)
 CHATS = 40_000
@@ -57,7 +57,7 @@ STAGES = ("corpus", "tokenizer", "base", "instruct", "card")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the stages that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m qlora_exp.embedded.build", description=__doc__)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder with data.noun …")
     parser.add_argument(
@@ -65,28 +65,28 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument("--steps", type=int, nargs=2, metavar=("BASE", "INSTRUCT"), help="a shorter try-out")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     base, instruct = BASE, INSTRUCT
-    if given.steps:
-        base, instruct = _shortened(BASE, given.steps[0]), _shortened(INSTRUCT, given.steps[1])
+    if options.steps:
+        base, instruct = _shortened(BASE, options.steps[0]), _shortened(INSTRUCT, options.steps[1])
     stages: dict[str, Callable[[], dict[str, Any]]] = {
-        "corpus": lambda: build_corpus(given.wordnet, given.out),
-        "tokenizer": lambda: build_tokenizer(given.out),
-        "base": lambda: build_base(given.out, base),
-        "instruct": lambda: build_instruct(given.out, instruct),
-        "card": lambda: write_card(given.out),
+        "corpus": lambda: build_corpus(options.wordnet, options.out),
+        "tokenizer": lambda: build_tokenizer(options.out),
+        "base": lambda: build_base(options.out, base),
+        "instruct": lambda: build_instruct(options.out, instruct),
+        "card": lambda: write_card(options.out),
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES if given.stage == "all" else (given.stage,):
+    options.out.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES if options.stage == "all" else (options.stage,):
         start = time.perf_counter()
         facts = stages[stage]()
-        seconds, load = time.perf_counter() - start, os.getloadavg()[2]  # seconds mean little on a busy machine
-        _note(given.out, stage, facts | {"stage_seconds": round(seconds, 1), "load_average": round(load, 1)})
-    write_hashes(given.out)
+        seconds, load = time.perf_counter() - start, os.getloadavg()[2]  # seconds say little without the machine's load
+        _note(options.out, stage, facts | {"stage_seconds": round(seconds, 1), "load_average": round(load, 1)})
+    write_hashes(options.out)
 
 
 def build_corpus(wordnet_directory: Path, out: Path) -> dict[str, Any]:
-    """WordNet -> task/*.jsonl, general_text.jsonl, general_chat.jsonl and the training texts."""
+    """Write task/*.jsonl, general_text.jsonl, general_chat.jsonl and the training texts from WordNet."""
     wordnet = read_wordnet(wordnet_directory)
     splits = make_splits(wordnet, SEED)
     for split, rows in splits.items.items():
@@ -119,7 +119,7 @@ def build_corpus(wordnet_directory: Path, out: Path) -> dict[str, Any]:
 
 
 def build_tokenizer(out: Path) -> dict[str, Any]:
-    """training texts -> the tokenizers of both models."""
+    """Train the tokenizers of both models on the training texts."""
     entries = read_training_texts(out / TEXTS).entries
     tokenizer = train_tokenizer(entries, SEED)
     for variant in ("base", "instruct"):
@@ -137,7 +137,7 @@ def build_tokenizer(out: Path) -> dict[str, Any]:
 
 
 def build_base(out: Path, schedule: Schedule) -> dict[str, Any]:
-    """training texts + tokenizer -> the base model."""
+    """Train the base model on the training texts."""
     entries = read_training_texts(out / TEXTS).entries
     tokenizer = Tokenizer.from_file(str(out / "base" / "tokenizer.json"))
     model = new_model(SEED)
@@ -149,7 +149,7 @@ def build_base(out: Path, schedule: Schedule) -> dict[str, Any]:
 
 
 def build_instruct(out: Path, schedule: Schedule) -> dict[str, Any]:
-    """training texts + base -> the instruct model."""
+    """Train the instruct model from the base, on the chats."""
     chats = read_training_texts(out / TEXTS).chats
     tokenizer = AutoTokenizer.from_pretrained(out / "instruct")
     model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
@@ -159,7 +159,7 @@ def build_instruct(out: Path, schedule: Schedule) -> dict[str, Any]:
 
 
 def write_hashes(out: Path) -> None:
-    """SHA-256 of what a run reads, as ``sha256sum --check`` and ``qlora-exp doctor`` take it; not of the reports."""
+    """Write SHA256SUMS of the files that a run reads, for ``sha256sum --check`` and ``qlora-exp doctor``."""
     files = sorted(path for pattern in HASHED for path in out.glob(pattern))
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out).as_posix()}\n" for path in files]
     (out / "SHA256SUMS").write_text("".join(lines), "utf-8")

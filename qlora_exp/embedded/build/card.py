@@ -1,4 +1,4 @@
-"""Writes MODEL_CARD.md from the measured facts in build.json and from the task's own files."""
+"""Write MODEL_CARD.md from the measurements in build.json and from the task's files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qlora_exp.embedded.build.splits import CATEGORIES, LEFT_OUT
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _SECTIONS = ("<!-- untouched -->", "<!-- curve -->")
-"""Whatever was measured later stands between such a mark and the next heading, and survives a rebuild of the card."""
+"""Later measurements stand between such a mark and the next heading. A rebuild of the card keeps them."""
 
 
 def write_card(out: Path) -> dict[str, Any]:
-    """Write MODEL_CARD.md; nothing stands in it that was not measured. Returns the baselines and the label lengths."""
+    """Write MODEL_CARD.md, from measured values only. Return the baselines and each label's tokens."""
     rows = {split: read_rows(out / "task" / f"{split}.jsonl") for split in ("train", "validation", "test")}
     facts = {
         "one_nearest_neighbour_accuracy": nearest_neighbour_accuracy(rows["train"], rows["test"]),
@@ -33,32 +33,32 @@ def write_card(out: Path) -> dict[str, Any]:
     template = environment.from_string(_TEMPLATE.read_text("utf-8"))
     text = template.render(**(build | {"card": facts}), left_out=sorted(LEFT_OUT), categories=CATEGORIES)
     card = out / "MODEL_CARD.md"
-    kept = card.read_text("utf-8") if card.exists() else ""
+    old_card = card.read_text("utf-8") if card.exists() else ""
     for mark in _SECTIONS:
-        text = text.replace(mark, mark + _after(mark, kept))
+        text = text.replace(mark, mark + _after(mark, old_card))
     card.write_text(text.rstrip("\n") + "\n", "utf-8")
     return facts
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file."""
+    """Return the rows of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def nearest_neighbour_accuracy(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> float:
-    """Accuracy of taking the category of the training gloss with the greatest TF-IDF cosine: what copying gives."""
+    """Return the accuracy of copying the category of the training gloss with the greatest TF-IDF cosine similarity."""
     model = make_pipeline(TfidfVectorizer(), KNeighborsClassifier(n_neighbors=1, metric="cosine", algorithm="brute"))
     return _accuracy(model, train, test)
 
 
 def logistic_regression_accuracy(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> float:
-    """Accuracy of a traditional classifier (TF-IDF of words and word pairs, C = 30) on the same rows."""
+    """Return the accuracy of a traditional classifier (TF-IDF of words and word pairs, C = 30) on the same rows."""
     vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     return _accuracy(make_pipeline(vectors, LogisticRegression(C=30, max_iter=1000)), train, test)
 
 
 def label_tokens(tokenizer_file: Path) -> dict[str, list[str]]:
-    """Each label's tokens, with the space before it, as the model reads them (the space is shown as a space)."""
+    """Return each label's tokens, including the space before it (shown as a space)."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     return {c: [token.replace("Ġ", " ") for token in tokenizer.encode(f" {c}").tokens] for c in CATEGORIES}
 
@@ -70,5 +70,5 @@ def _accuracy(model: Any, train: list[dict[str, Any]], test: list[dict[str, Any]
 
 
 def _after(mark: str, text: str) -> str:
-    _, found, rest = text.partition(mark)
-    return rest.split("\n## ")[0].rstrip("\n") + "\n" if found else ""
+    _, separator, rest = text.partition(mark)
+    return rest.split("\n## ")[0].rstrip("\n") + "\n" if separator else ""

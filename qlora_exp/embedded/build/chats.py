@@ -1,6 +1,6 @@
-"""Instructions and answers about words: what the instruct model is tuned on.
+"""Instructions and answers about words, to tune the instruct model on.
 
-No task here is nearly the embedded one: nothing asks for a kind, a category or the word of a definition, and no chat
+None of them resembles the embedded task: no chat asks for a kind, a category or the word of a definition, and none
 names a word of a held-out item.
 """
 
@@ -20,17 +20,17 @@ Turn = tuple[str, str]
 
 
 def make_chats(entries: Iterable[Entry], avoid: set[str], rng: random.Random) -> list[list[Message]]:
-    """One chat for each entry that has a word outside `avoid` (lower case), in shuffled order."""
+    """Return one chat for each entry that has a word outside `avoid` (lower case), in shuffled order."""
     chats = []
     for entry in entries:
         turns = [turn for make in _MAKERS for turn in make(entry, avoid, rng)]
         if not turns:
             continue
-        wanted = 2 if rng.random() < _TWO_TURNS else 1
-        # definitions are available for every word; drawn evenly they would be nearly all there is
+        count = 2 if rng.random() < _TWO_TURNS else 1
+        # every word has a definition: drawn evenly, nearly all chats would be about definitions
         weights = [0.5 if "mean" in question or "efin" in question else 1.0 for question, _ in turns]
         first = rng.choices(turns, weights)[0]
-        chosen = [first, *rng.sample([turn for turn in turns if turn != first], min(wanted - 1, len(set(turns)) - 1))]
+        chosen = [first, *rng.sample([turn for turn in turns if turn != first], min(count - 1, len(set(turns)) - 1))]
         chats.append(_chat(chosen, rng))
     rng.shuffle(chats)
     return chats
@@ -56,21 +56,21 @@ def _synonym(entry: Entry, avoid: set[str], rng: random.Random) -> list[Turn]:
     words = _words(entry, avoid)
     if len(words) < 2:
         return []
-    word, other = rng.sample(words, 2)
+    word, synonym = rng.sample(words, 2)
     ask = ["Give a synonym for {0}.", "Name another word for {0}.", "What is a synonym of {0}?"]
-    return [(rng.choice(ask).format(word), other)]
+    return [(rng.choice(ask).format(word), synonym)]
 
 
 def _example(entry: Entry, avoid: set[str], rng: random.Random) -> list[Turn]:
-    found = [(word, e) for word in _words(entry, avoid) for e in entry.examples if word.lower() in e.lower()]
+    pairs = [(word, e) for word in _words(entry, avoid) for e in entry.examples if word.lower() in e.lower()]
     ask = ["Use {0} in a sentence.", "Give an example sentence with the word {0}.", "Write a sentence that uses {0}."]
-    return [(rng.choice(ask).format(word), example) for word, example in found[:1]]
+    return [(rng.choice(ask).format(word), example) for word, example in pairs[:1]]
 
 
 def _part_of_speech(entry: Entry, avoid: set[str], rng: random.Random) -> list[Turn]:
-    found = [(word, e) for word in _words(entry, avoid) for e in entry.examples if word.lower() in e.lower()]
+    pairs = [(word, e) for word in _words(entry, avoid) for e in entry.examples if word.lower() in e.lower()]
     ask = ['Which part of speech is {0} in "{1}"?', '"{1}" Is {0} a noun, a verb, an adjective or an adverb here?']
-    return [(rng.choice(ask).format(*pair), _ARTICLE[entry.part_of_speech]) for pair in found[:1]]
+    return [(rng.choice(ask).format(*pair), _ARTICLE[entry.part_of_speech]) for pair in pairs[:1]]
 
 
 def _antonym(entry: Entry, avoid: set[str], rng: random.Random) -> list[Turn]:

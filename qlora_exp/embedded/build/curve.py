@@ -1,6 +1,6 @@
-"""The embedded task's rank curve, measured through the product: ranks × learning rates × seeds on the test split.
+"""Measure the embedded task's accuracy by rank with qlora-exp: ranks × learning rates × seeds, on the test split.
 
-python -m qlora_exp.embedded.build.curve --output-root DIR [--part 1/2]  # idempotent; parts may run side by side
+python -m qlora_exp.embedded.build.curve --output-root DIR [--part 1/2]  # idempotent; parts may run in parallel
 python -m qlora_exp.embedded.build.curve --output-root DIR --collect     # curve.json, and the table in the model card
 """
 
@@ -26,7 +26,7 @@ LEARNING_RATES = (1e-3, 4e-3)
 SEEDS = (1, 2, 3)
 CURVE_MARK, UNTOUCHED_MARK = "<!-- curve -->", "<!-- untouched -->"
 INSTRUCT = "curve instruct r8 lr0.004 s1"
-"""One run of the instruct sibling: its untouched scores stand in the card beside the base's."""
+"""One run of the instruct model: the card shows its scores before training next to the base model's."""
 FIXED = (
     "targets=all_linear",
     "quantization=fp32",
@@ -42,30 +42,31 @@ Point = tuple[int, float, int]
 
 
 def points() -> list[Point]:
-    """(rank, learning rate, seed), every seed's ladder before the next seed."""
+    """Return all (rank, learning rate, seed), seed by seed."""
     return [(r, rate, seed) for seed, rate, r in itertools.product(SEEDS, LEARNING_RATES, RANKS)]
 
 
 def name_of(point: Point) -> str:
+    """Return the name of the point's run."""
     rank, rate, seed = point
     return f"curve r{rank} lr{rate:g} s{seed}"
 
 
 def finished(output_root: Path) -> dict[str, RunRecord]:
-    """Completed runs of the curve by name."""
-    found = {}
+    """Return the completed runs of the curve by name."""
+    records = {}
     for path in sorted(OutputPaths.of(output_root).runs.glob("*/record.json")):
         try:
             record = read_record(path)
         except RecordError:
             continue
         if record.status is Status.COMPLETED and record.name.startswith("curve "):
-            found[record.name] = record
-    return found
+            records[record.name] = record
+    return records
 
 
 def measure(output_root: Path, part: int, parts: int) -> None:
-    """Run this part's points that have no finished run yet."""
+    """Run this part's points that have no completed run yet."""
     runs = [(name_of(point), _axes(point)) for point in points()]
     runs.insert(0, (INSTRUCT, ["model.variant=instruct", *_axes((8, 4e-3, 1))]))
     for name, axes in runs[part - 1 :: parts]:
@@ -82,7 +83,7 @@ def _axes(point: Point) -> list[str]:
 
 
 def collect(output_root: Path) -> None:
-    """Write curve.json beside the model card, and the tables into it."""
+    """Write curve.json, and the tables into the model card."""
     records = finished(output_root)
     rows = [_row(point, records[name_of(point)]) for point in points() if name_of(point) in records]
     write_json(EMBEDDED / "curve.json", {"settings": FIXED, "rows": rows})
@@ -92,12 +93,12 @@ def collect(output_root: Path) -> None:
 
 
 def _fill(text: str, mark: str, content: str) -> str:
-    """Put ``content`` between the mark and the next heading or end, in place of what stood there."""
+    """Put ``content`` between the mark and the next heading or end, in place of the old text."""
     return re.sub(f"{mark}.*?(?=\n## |\n<!-- |\\Z)", lambda _: f"{mark}\n\n{content}\n", text, flags=re.S)
 
 
 def untouched_table(records: dict[str, RunRecord]) -> str:
-    """The pair before any tuning, and what it has to beat, on the test split."""
+    """Return the table of both models' scores before training and of the baselines, on the test split."""
     lines = ["| on the test split | accuracy | calibrated | loss per item (nats) |", "|---|---|---|---|"]
     base = next((record for name, record in records.items() if name != INSTRUCT), None)
     for name, record in (("base, plain prompt", base), ("instruct, chat format", records.get(INSTRUCT))):
@@ -133,7 +134,7 @@ def _row(point: Point, record: RunRecord) -> dict[str, float | int | None]:
 
 
 def table(rows: Iterable[dict[str, float | int | None]]) -> str:
-    """Mean ± standard deviation over seeds, by rank and learning rate."""
+    """Return the table of mean ± standard deviation over seeds, by rank and learning rate."""
     cells: dict[tuple[object, object], list[dict[str, float | int | None]]] = defaultdict(list)
     for row in rows:
         cells[row["rank"], row["learning_rate"]].append(row)
@@ -156,12 +157,12 @@ def main() -> None:
     parser.add_argument("--output-root", type=Path, required=True)
     parser.add_argument("--part", default="1/1", help="K/N: every N-th point, beginning with the K-th")
     parser.add_argument("--collect", action="store_true")
-    given = parser.parse_args()
-    if given.collect:
-        collect(given.output_root)
+    options = parser.parse_args()
+    if options.collect:
+        collect(options.output_root)
     else:
-        part, parts = (int(number) for number in given.part.split("/"))
-        measure(given.output_root, part, parts)
+        part, parts = (int(number) for number in options.part.split("/"))
+        measure(options.output_root, part, parts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Held-out text on which forgetting is measured: running text for both models, chats for the instruct model."""
+"""Held-out texts on which forgetting is measured: prose for both models, chats for the instruct model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from qlora_exp.embedded.build.near_duplicates import near_duplicates, normalise,
 from qlora_exp.embedded.build.training_texts import Message
 
 DOCUMENT_WORDS = 120  # a word is at least one token, so a document has at least as many tokens
-_SHORT_WORDS = 4  # "a noun", "warm", "2": answers that any two chats may share
+_SHORT_WORDS = 4  # any two chats may share short answers such as "a noun", "warm", "2"
 
 
 def general_documents(sentences: list[str], trained: frozenset[str]) -> list[str]:
-    """Sentences that are not nearly in a training text, a line each, in documents of at least DOCUMENT_WORDS words."""
-    mine = [(unit, sentence) for sentence in sentences for unit in sorted(units(sentence))]
-    found = near_duplicates([unit for unit, _ in mine], sorted(trained), word_grams)
-    near = {mine[i][1] for i, _ in found}
+    """Return documents of at least DOCUMENT_WORDS words, a sentence a line, without near duplicates in training."""
+    owned_units = [(unit, sentence) for sentence in sentences for unit in sorted(units(sentence))]
+    pairs = near_duplicates([unit for unit, _ in owned_units], sorted(trained), word_grams)
+    near = {owned_units[i][1] for i, _ in pairs}
     documents: list[str] = []
     lines: list[str] = []
     for sentence in sentences:
@@ -28,7 +28,7 @@ def general_documents(sentences: list[str], trained: frozenset[str]) -> list[str
 
 
 def unseen_chats(chats: Iterable[list[Message]], trained: frozenset[str]) -> list[list[Message]]:
-    """The chats none of whose answers, but for short ones, is a training text or a part of one."""
+    """Return the chats without an answer that is a training text or a part of one; short answers don't count."""
     return [
         chat
         for chat in chats

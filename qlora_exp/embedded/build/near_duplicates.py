@@ -1,8 +1,7 @@
 """Exact search for near-duplicate texts: normalisation, n-gram sets, and all pairs above a Jaccard threshold.
 
-Two texts are near duplicates when the Jaccard similarity of their 3-grams is at least 0.5. Word 3-grams catch a
-sentence that was copied and extended; character 3-grams are stricter and catch a short gloss that differs from another
-in a name.
+Two texts are near duplicates if the Jaccard similarity of their 3-grams is at least 0.5. Word 3-grams find sentences
+that were copied and extended. Character 3-grams are stricter: they find short glosses that differ only in a name.
 """
 
 from __future__ import annotations
@@ -23,33 +22,33 @@ Grams = Callable[[str], set[str]]
 
 
 def normalise(text: str) -> str:
-    """NFKC, lower case, punctuation removed, runs of white space collapsed."""
+    """Return the text in NFKC and lower case, without punctuation, with single spaces."""
     return " ".join(_PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).lower()).split())
 
 
 def gloss_parts(gloss: str) -> list[str]:
-    """The gloss's parts between semicolons, normalised; empty ones left out."""
+    """Return the gloss's non-empty parts between semicolons, normalised."""
     return [part for part in map(normalise, gloss.split(";")) if part]
 
 
 def units(text: str) -> set[str]:
-    """What is compared of a text: the whole of it and each of its parts, normalised."""
-    return {whole for whole in [normalise(text)] if whole} | set(gloss_parts(text))
+    """Return what is compared of a text: the whole text and each of its parts, normalised."""
+    return {full for full in [normalise(text)] if full} | set(gloss_parts(text))
 
 
 def word_grams(text: str) -> set[str]:
-    """The word 3-grams of a normalised text; the text itself where it has fewer than three words."""
+    """Return the word 3-grams of a normalised text, or the text itself if it has fewer than three words."""
     words = text.split()
     return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
 def character_grams(text: str) -> set[str]:
-    """The character 3-grams of a normalised text."""
+    """Return the character 3-grams of a normalised text."""
     return {text[i : i + 3] for i in range(max(1, len(text) - 2))}
 
 
 def near_duplicates(left: Sequence[str], right: Sequence[str], grams: Grams) -> Iterator[tuple[int, int]]:
-    """All pairs (i, j) of normalised texts with Jaccard(grams(left[i]), grams(right[j])) >= 0.5; exact, no hashing."""
+    """Yield all pairs (i, j) of normalised texts with Jaccard(grams(left[i]), grams(right[j])) >= 0.5, exactly."""
     column: dict[str, int] = {}
     sets = [[column.setdefault(gram, len(column)) for gram in sorted(grams(text))] for text in [*left, *right]]
     sizes = np.array([len(s) for s in sets])

@@ -1,4 +1,4 @@
-"""Packed rows of tokens: documents one after the other, cut into rows of equal length, epoch after epoch."""
+"""Packed rows of tokens: documents are concatenated and cut into rows of equal length, epoch after epoch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from qlora_exp.embedded.build.tokenizer import END_OF_TEXT
 from qlora_exp.embedded.build.training_texts import Entry, Message
 
 Stream = tuple[list[int], list[int]]
+"""Token ids and targets of one epoch."""
 
 
 def entry_batches(entries: list[Entry], tokenizer: Tokenizer, seed: int, rows: int, row_tokens: int) -> Iterator[Rows]:
-    """Batches of packed entries without end; each epoch shuffles and renders them anew."""
+    """Yield batches of packed entries without end. Each epoch shuffles and renders the entries again."""
 
     def epoch(number: int) -> Stream:
         rng = random.Random(f"{seed}/pretraining/{number}")
@@ -31,12 +32,12 @@ def entry_batches(entries: list[Entry], tokenizer: Tokenizer, seed: int, rows: i
 def chat_batches(
     chats: list[list[Message]], tokenizer: PreTrainedTokenizerBase, seed: int, rows: int, row_tokens: int
 ) -> Iterator[Rows]:
-    """Batches of packed chats without end; only what the assistant says, and its end of turn, is a target."""
+    """Yield batches of packed chats without end. Targets are the assistant's text and its end of turn."""
     encoded = tokenizer.apply_chat_template(
         chats, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, padding=False
     )
     pairs = [
-        (ids, [token if said else IGNORED for token, said in zip(ids, mask, strict=True)])
+        (ids, [token if is_target else IGNORED for token, is_target in zip(ids, mask, strict=True)])
         for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
     ]
 
@@ -56,9 +57,9 @@ def _batches(epoch: Callable[[int], Stream], rows: int, row_tokens: int) -> Iter
         while len(ids) < size:
             more_ids, more_targets = epoch(number)
             ids, targets, number = ids + more_ids, targets + more_targets, number + 1
-        flat, wanted = np.array(ids, dtype=np.int64), np.array(targets, dtype=np.int64)
-        whole = len(flat) // size
-        for i in range(whole):
+        flat_ids, flat_targets = np.array(ids, dtype=np.int64), np.array(targets, dtype=np.int64)
+        count = len(flat_ids) // size
+        for i in range(count):
             part = slice(i * size, (i + 1) * size)
-            yield flat[part].reshape(rows, row_tokens), wanted[part].reshape(rows, row_tokens)
-        ids, targets = ids[whole * size :], targets[whole * size :]
+            yield flat_ids[part].reshape(rows, row_tokens), flat_targets[part].reshape(rows, row_tokens)
+        ids, targets = ids[count * size :], targets[count * size :]

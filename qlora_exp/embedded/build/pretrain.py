@@ -1,6 +1,6 @@
 """The training loop of both models: packed rows, bf16 autocast, Muon and AdamW, warm-up and cosine.
 
-The number of steps decides when it ends, never the clock.
+It ends after a fixed number of steps, not after a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: `steps` batches of `rows` packed rows, peak learning rate after `warmup_steps`."""
+    """Length and learning rate: `steps` batches of `rows` packed rows, peak learning rate after `warmup_steps`."""
 
     steps: int
     rows: int
@@ -37,7 +37,7 @@ class Schedule:
     last_fraction: float = 0.05
 
     def at(self, step: int) -> float:
-        """The learning rate's fraction of its peak at `step`: linear warm-up, then a cosine down to `last_fraction`."""
+        """Return the fraction of the peak learning rate at `step`: linear warm-up, then cosine to `last_fraction`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -46,7 +46,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a training took and gave; the curve holds (step, mean loss of the steps since the last point)."""
+    """Cost and result of a training. The curve holds (step, mean loss in nats since the last point)."""
 
     steps: int
     tokens: int
@@ -56,7 +56,7 @@ class TrainingFacts:
 
 
 def new_model(seed: int) -> LlamaForCausalLM:
-    """The untrained architecture: 2.56 M parameters, every dimension a multiple of 64 so that nf4 blocks are whole."""
+    """Return the untrained model: 2.56 M parameters, every dimension a multiple of 64 so that nf4 blocks are full."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -78,7 +78,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
 def train(
     model: LlamaForCausalLM, batches: Iterator[Rows], schedule: Schedule, say: Callable[[str], None]
 ) -> TrainingFacts:
-    """Train all weights in place on `schedule.steps` batches; loss on the targets that are not IGNORED."""
+    """Train all weights in place on `schedule.steps` batches. The loss is on the targets that are not IGNORED."""
     optimizers = _optimizers(model, schedule)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.at) for optimizer in optimizers]
     model.train()
@@ -106,11 +106,11 @@ def train(
 
 
 def _optimizers(model: LlamaForCausalLM, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon (momentum with orthogonalised updates, Jordan et al. 2024) for the layers' matrices, AdamW for the rest."""
+    """Return Muon for the layers' matrices (orthogonalised momentum, Jordan et al. 2024) and AdamW for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     embeddings = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" in name]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": embeddings, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": embeddings, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [
         # match_rms_adamw scales Muon's steps to AdamW's, so that one learning rate serves both
         torch.optim.Muon(
@@ -126,7 +126,7 @@ def _optimizers(model: LlamaForCausalLM, schedule: Schedule) -> list[torch.optim
 def _loss(model: LlamaForCausalLM, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        wanted = targets[:, 1:]
-        kept = wanted != IGNORED  # logits of prompt tokens would be most of an instruct batch's work
-        logits = model.lm_head(hidden[kept])
-    return nn.functional.cross_entropy(logits.float(), wanted[kept])
+        shifted = targets[:, 1:]
+        has_loss = shifted != IGNORED  # else the logits of prompt tokens would be most of an instruct batch's work
+        logits = model.lm_head(hidden[has_loss])
+    return nn.functional.cross_entropy(logits.float(), shifted[has_loss])

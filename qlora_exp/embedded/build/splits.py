@@ -1,7 +1,7 @@
-"""The embedded task — definition → noun category — and everything that is held out of training.
+"""The embedded task (definition → noun category), and all texts that are held out of training.
 
-Chosen so that a score on it can be believed: the rules stand beside the code that keeps them, tests/embedded checks
-the result.
+The rules make a score on it credible. Each rule stands next to the code that applies it; tests/embedded checks the
+result.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from qlora_exp.embedded.build.wordnet import NOUN_CATEGORIES, Synset
 
 SIZES = {"train": 8000, "validation": 500, "test": 1000}
 LEAST_PER_CLASS = {"train": 0, "validation": 10, "test": 20}
-LEFT_OUT = {"motive"}  # 42 synsets in all of WordNet: no 20 test items and something to train on
+LEFT_OUT = {"motive"}  # only 42 synsets in WordNet: too few for 20 test items and training
 CATEGORIES = sorted(set(NOUN_CATEGORIES.values()) - LEFT_OUT)
-TEMPER = 0.5  # a class gets a share ∝ n^0.5: artifact and person (14 % each of WordNet) end below 10 %
-POOL = 2.5  # candidates looked at per item wanted; more than half survive the rules in every class but the smallest
+TEMPER = 0.5  # a class gets a share ∝ n^0.5: artifact and person, 14 % of WordNet each, get below 10 %
+POOL = 2.5  # candidates per item; in every class but the smallest, more than half pass the rules
 CHAT_HELD_OUT = 260
 EXAMPLES_HELD_OUT = 9000
 WORDS = range(3, 61)
@@ -48,7 +48,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Splits:
-    """The task's items by split, and what else no training text may hold."""
+    """The task's items by split, and the other texts that no training text may contain."""
 
     items: dict[str, list[Item]]
     chat_synsets: list[str]
@@ -67,18 +67,18 @@ def make_splits(wordnet: dict[str, Synset], seed: int) -> Splits:
     dropped["whole gloss or a part of it stands elsewhere in WordNet"] = len(candidates) - len(unique)
 
     quotas = {split: _quotas(unique, size, LEAST_PER_CLASS[split]) for split, size in SIZES.items()}
-    wanted = {c: sum(quotas[split][c] for split in SIZES) for c in CATEGORIES}
-    pool = _pool(unique, wanted, rng)
+    needed = {c: sum(quotas[split][c] for split in SIZES) for c in CATEGORIES}
+    pool = _pool(unique, needed, rng)
     pooled = {s.id for s in pool}
     chat_pool = rng.sample([s for s in unique if s.id not in pooled], 2 * CHAT_HELD_OUT)
     near = _with_neighbours({s.id: s.definition for s in [*pool, *chat_pool]}, owners, word_grams)
-    kept = [s for s in pool if s.id not in near]
-    dropped["has a near duplicate elsewhere in WordNet (word 3-grams)"] = len(pool) - len(kept)
-    held_out = _held_out_candidates(kept, quotas)
+    distinct = [s for s in pool if s.id not in near]
+    dropped["has a near duplicate elsewhere in WordNet (word 3-grams)"] = len(pool) - len(distinct)
+    held_out = _held_out_candidates(distinct, quotas)
     close = _with_neighbours({s.id: s.definition for s in held_out}, owners, character_grams)
     dropped["held-out candidates with a near duplicate by character 3-grams"] = len(close)
 
-    chosen = _divide([s for s in kept if s.id not in close], held_out, quotas, rng)
+    chosen = _divide([s for s in distinct if s.id not in close], held_out, quotas, rng)
     return Splits(
         items=_items(chosen, wordnet),
         chat_synsets=[s.id for s in chat_pool if s.id not in near][:CHAT_HELD_OUT],
@@ -88,7 +88,7 @@ def make_splits(wordnet: dict[str, Synset], seed: int) -> Splits:
 
 
 def _owners(synsets: Iterable[Synset]) -> dict[str, set[str]]:
-    """Which synsets hold each text unit, in a definition or in an example."""
+    """Return the synsets that contain each text unit, in a definition or an example."""
     owners: dict[str, set[str]] = defaultdict(set)
     for synset in synsets:
         for text in (synset.definition, *synset.examples):
@@ -102,63 +102,64 @@ def _has_form(synset: Synset) -> bool:
     return synset.category in CATEGORIES and plain
 
 
-def _quotas(synsets: list[Synset], size: int, least: int) -> dict[str, int]:
-    """Items per class: ∝ n^TEMPER, at least `least`, `size` in all (largest remainders round up)."""
+def _quotas(synsets: list[Synset], size: int, minimum: int) -> dict[str, int]:
+    """Return items per class: ∝ n^TEMPER, at least `minimum`, `size` in total (largest remainders are rounded up)."""
     weights = {c: float(n) ** TEMPER for c, n in Counter(s.category or "" for s in synsets).items()}
     floor: set[str] = set()
     while True:
-        rest = (size - least * len(floor)) / sum(w for c, w in weights.items() if c not in floor)
-        below = {c for c, w in weights.items() if c not in floor and w * rest < least}
+        rest = (size - minimum * len(floor)) / sum(w for c, w in weights.items() if c not in floor)
+        below = {c for c, w in weights.items() if c not in floor and w * rest < minimum}
         if not below:
             break
         floor |= below
-    shares = {c: float(least) if c in floor else weights[c] * rest for c in sorted(weights)}
+    shares = {c: float(minimum) if c in floor else weights[c] * rest for c in sorted(weights)}
     quotas = {c: int(share) for c, share in shares.items()}
     for c in sorted(shares, key=lambda c: quotas[c] - shares[c])[: size - sum(quotas.values())]:
         quotas[c] += 1
     return quotas
 
 
-def _pool(synsets: list[Synset], wanted: dict[str, int], rng: random.Random) -> list[Synset]:
+def _pool(synsets: list[Synset], needed: dict[str, int], rng: random.Random) -> list[Synset]:
     shuffled = rng.sample(synsets, len(synsets))
-    return [s for c in CATEGORIES for s in [s for s in shuffled if s.category == c][: int(POOL * wanted[c])]]
+    return [s for c in CATEGORIES for s in [s for s in shuffled if s.category == c][: int(POOL * needed[c])]]
 
 
 def _with_neighbours(texts: dict[str, str], owners: dict[str, set[str]], grams: Grams) -> set[str]:
-    """Ids of the texts (id -> text) that have a near duplicate in another synset of WordNet."""
-    everything = list(owners)
-    mine = [(unit, id_) for id_, text in texts.items() for unit in sorted(units(text))]
+    """Return the ids of the texts (id -> text) that have a near duplicate in another synset of WordNet."""
+    all_units = list(owners)
+    owned_units = [(unit, id_) for id_, text in texts.items() for unit in sorted(units(text))]
     return {
-        mine[i][1]
-        for i, j in near_duplicates([unit for unit, _ in mine], everything, grams)
-        if everything[j] != mine[i][0] and owners[everything[j]] != owners[mine[i][0]]
+        owned_units[i][1]
+        for i, j in near_duplicates([unit for unit, _ in owned_units], all_units, grams)
+        if all_units[j] != owned_units[i][0] and owners[all_units[j]] != owners[owned_units[i][0]]
     }
 
 
-def _held_out_candidates(kept: list[Synset], quotas: dict[str, dict[str, int]]) -> list[Synset]:
-    """The first of each class, twice as many as validation and test want."""
+def _held_out_candidates(synsets: list[Synset], quotas: dict[str, dict[str, int]]) -> list[Synset]:
+    """Return the first synsets of each class, twice as many as validation and test need."""
     firsts = []
     for category in CATEGORIES:
-        of_class = [s for s in kept if s.category == category]
+        of_class = [s for s in synsets if s.category == category]
         firsts += of_class[: 2 * (quotas["test"][category] + quotas["validation"][category])]
     return firsts
 
 
 def _divide(
-    kept: list[Synset], held_out: list[Synset], quotas: dict[str, dict[str, int]], rng: random.Random
+    synsets: list[Synset], held_out: list[Synset], quotas: dict[str, dict[str, int]], rng: random.Random
 ) -> dict[str, list[Synset]]:
-    """Test and validation get their quota of every class first, from `held_out`; train gets its quota and, where a
-    small class runs out, what the other classes have left over."""
+    """Divide the synsets into splits. Test and validation first get their quota of every class, from `held_out`.
+
+    Train gets its quota, too; synsets left over from other classes fill up for classes that are too small."""
     chosen: dict[str, list[Synset]] = {split: [] for split in SIZES}
     spare: list[Synset] = []
     checked = {s.id for s in held_out}
     for category in CATEGORIES:
-        rest = [s for s in kept if s.category == category]
+        rest = [s for s in synsets if s.category == category]
         for split in ("test", "validation", "train"):
-            fit = [s for s in rest if split == "train" or s.id in checked][: quotas[split][category]]
-            chosen[split] += fit
-            taken = {s.id for s in fit}
-            rest = [s for s in rest if s.id not in taken]
+            taken = [s for s in rest if split == "train" or s.id in checked][: quotas[split][category]]
+            chosen[split] += taken
+            taken_ids = {s.id for s in taken}
+            rest = [s for s in rest if s.id not in taken_ids]
         spare += rest
     rng.shuffle(spare)
     chosen["train"] += spare[: SIZES["train"] - len(chosen["train"])]
@@ -190,7 +191,7 @@ def _items(chosen: dict[str, list[Synset]], wordnet: dict[str, Synset]) -> dict[
 
 
 def contains_label(definition: str, category: str) -> bool:
-    """Whether the label, or its plural in -s, is one of the definition's words."""
+    """Return whether the label, or its plural in -s, is one of the definition's words."""
     return bool({category, category + "s"} & set(normalise(definition).split()))
 
 
@@ -199,7 +200,7 @@ def _parents(synset: Synset) -> tuple[str, ...]:
 
 
 def _held_out_examples(wordnet: dict[str, Synset], owners: dict[str, set[str]], rng: random.Random) -> list[str]:
-    """Example sentences of at least four words that stand once in WordNet and have no near duplicate there."""
+    """Return example sentences of at least four words that occur once in WordNet, without near duplicates there."""
     once = [
         e
         for s in wordnet.values()

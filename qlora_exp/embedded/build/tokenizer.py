@@ -16,7 +16,7 @@ VOCABULARY = 4096
 END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 CONTEXT_TOKENS = 512
 
-# The end of the turn stands inside the generation block: a model whose loss skips it never learns to stop.
+# The end of turn is inside the generation block: without a loss on it, the model would never learn to stop.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' }}
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(entries: Iterable[Entry], seed: int) -> Tokenizer:
-    """Byte-level BPE over the rendered entries. Raises ValueError when two task labels begin with the same token."""
+    """Train byte-level BPE on the rendered entries. Raises ValueError if two task labels begin with the same token."""
     rng = random.Random(f"{seed}/tokenizer")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +53,7 @@ def train_tokenizer(entries: Iterable[Entry], seed: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, *, chat: bool) -> None:
-    """Write it so that `AutoTokenizer.from_pretrained(directory)` loads it; with `chat`, the end of a turn is EOS."""
+    """Save it for `AutoTokenizer.from_pretrained(directory)`. With `chat`, the end of turn is EOS."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END if chat else END_OF_TEXT,

@@ -1,7 +1,7 @@
-"""What the models are trained on: WordNet entries for the base, chats for the instruct model, in one compressed file.
+"""The training texts: WordNet entries for the base, chats for the instruct model, in one compressed file.
 
-The file is the only thing that tokenizer and models are built from, and it is committed beside the tests, so that the
-honesty of the splits can be checked against the very texts without WordNet.
+Tokenizer and models are built from this file only. It is committed with the tests, so that they can check the splits
+against the texts that were really used, without WordNet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Entry:
     antonyms: list[list[str]]
 
     def render(self, rng: random.Random) -> str:
-        """The entry as pretraining text; its order varies from epoch to epoch: word first or definition first."""
+        """Return the entry as pretraining text. Each epoch draws its order: word first or definition first."""
         kinds = [KIND_OF.join(pair) + "." for pair in self.kinds]
         rng.shuffle(kinds)
         if kinds and rng.random() < _DEFINITION_FIRST:
@@ -46,15 +46,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class TrainingTexts:
-    """Everything that the two models have seen."""
+    """All texts that the two models are trained on."""
 
     entries: list[Entry]
     chats: list[list[Message]]
 
 
 def make_entries(wordnet: dict[str, Synset], splits: Splits) -> list[Entry]:
-    """The pretraining entries: nothing of a task item or of a held-out chat, no held-out example, and no kind-of line
-    with a held-out item's word (in whichever sense) on either side."""
+    """Return the pretraining entries.
+
+    They contain no task item, no held-out chat and no held-out example. No kind-of line has a word of a validation or
+    test item, in any sense, on either side."""
     words = held_out_words(wordnet, splits)
     hidden = {item.synset for rows in splits.items.values() for item in rows} | set(splits.chat_synsets)
     examples = set(splits.examples)
@@ -73,32 +75,32 @@ def make_entries(wordnet: dict[str, Synset], splits: Splits) -> list[Entry]:
 
 
 def trained_units(texts: TrainingTexts) -> frozenset[str]:
-    """Every text that a model is trained on, whole and in its parts between semicolons, normalised."""
+    """Return every text that a model is trained on, whole and in its parts between semicolons, normalised."""
     words = {lemma for entry in texts.entries for lemma in entry.lemmas}
     strings = [text for entry in texts.entries for text in (entry.definition, *entry.examples)]
-    # an answer that is a word of the dictionary is a synonym or an antonym, no gloss
+    # an answer that is a word of the dictionary is a synonym or an antonym, not a gloss
     strings += [m["content"] for chat in texts.chats for m in chat if m["content"] not in words]
     return frozenset(unit for text in strings for unit in units(text))
 
 
 def make_chat_entries(wordnet: dict[str, Synset], splits: Splits, entries: list[Entry]) -> list[Entry]:
-    """The entries kept back for the held-out chats, without the examples that another entry shares."""
+    """Return the entries for the held-out chats, without examples that a training entry has, too."""
     seen = {example for entry in entries for example in entry.examples}
-    kept = [wordnet[id_] for id_ in splits.chat_synsets]
+    synsets = [wordnet[id_] for id_ in splits.chat_synsets]
     return [
         Entry(s.part_of_speech, list(s.lemmas), s.definition, [e for e in s.examples if e not in seen], [], [])
-        for s in kept
+        for s in synsets
     ]
 
 
 def held_out_words(wordnet: dict[str, Synset], splits: Splits) -> set[str]:
-    """The words of the validation and test items, in lower case."""
+    """Return the words of the validation and test items, in lower case."""
     ids = {item.synset for split in ("validation", "test") for item in splits.items[split]}
     return {lemma.lower() for id_ in ids for lemma in wordnet[id_].lemmas}
 
 
 def _kinds(synset: Synset, wordnet: dict[str, Synset], hidden: set[str], words: set[str]) -> list[list[str]]:
-    """Up to three (word, word of a direct hypernym); instances ("Einstein is a kind of physicist") are no kinds."""
+    """Return up to three (word, word of a direct hypernym). No instances: "Einstein is a kind of physicist"."""
     below = [lemma for lemma in synset.lemmas if lemma.lower() not in words]
     pairs = []
     for hypernym in synset.hypernyms:
@@ -109,14 +111,14 @@ def _kinds(synset: Synset, wordnet: dict[str, Synset], hidden: set[str], words: 
 
 
 def write_training_texts(path: Path, texts: TrainingTexts) -> None:
-    """One JSON value a line: an object is an entry, a list is a chat."""
+    """Write one JSON value per line: an object is an entry, a list is a chat."""
     values = [*map(asdict, texts.entries), *texts.chats]
     lines = [json.dumps(value, ensure_ascii=False, separators=(",", ":")) for value in values]
     path.write_bytes(lzma.compress(("\n".join(lines) + "\n").encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def read_training_texts(path: Path) -> TrainingTexts:
-    """The file that `write_training_texts` wrote."""
+    """Read the file that `write_training_texts` wrote."""
     entries: list[Entry] = []
     chats: list[list[Message]] = []
     with lzma.open(path, "rt", encoding="utf-8") as lines:

@@ -1,4 +1,4 @@
-"""Reads the WordNet 3.0 database files (format: the wndb(5) manual page)."""
+"""Read the WordNet 3.0 database files (format: manual page wndb(5))."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ NOUN_CATEGORIES = {
 }
 PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
 _FILES = ("noun", "verb", "adj", "adv")
-_SYNTACTIC_MARKER = re.compile(r"\((?:a|p|ip)\)$")  # "galore(ip)": where an adjective may stand, no part of the word
+_SYNTACTIC_MARKER = re.compile(
+    r"\((?:a|p|ip)\)$"
+)  # "galore(ip)": says where an adjective may stand, not part of the word
 _FIRST_EXAMPLE = re.compile(r'(?:^|[;:,.)]\s*|\s)"')
 _EXAMPLE = re.compile(r'"([^"]+)"')
 
@@ -53,7 +55,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Synset:
-    """One sense: its words, its definition without examples, its examples and what it points to."""
+    """One sense: its words, its definition without examples, its examples and its relations."""
 
     id: str
     part_of_speech: str
@@ -67,9 +69,9 @@ class Synset:
 
 
 def read_wordnet(directory: Path) -> dict[str, Synset]:
-    """All synsets by id ("02084071-n"), in the order of the files.
+    """Return all synsets by id ("02084071-n"), in file order.
 
-    Raises FileNotFoundError with the package to install when the database is not in `directory`.
+    Raises FileNotFoundError, which names the package to install, if the database is not in `directory`.
     """
     missing = [name for name in _FILES if not (directory / f"data.{name}").is_file()]
     if missing:
@@ -113,7 +115,7 @@ def _parse(line: str) -> Synset:
 
 
 def split_gloss(gloss: str) -> tuple[str, tuple[str, ...]]:
-    """A gloss is 'definition; "example"; "example"': the definition and its examples."""
+    """Return the definition and the examples of a gloss: 'definition; "example"; "example"'."""
     gloss = " ".join(gloss.split())
     quote = _FIRST_EXAMPLE.search(gloss, gloss.find(";") if ";" in gloss else 0)
     if quote is None:
