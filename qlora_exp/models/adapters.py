@@ -1,4 +1,4 @@
-"""LoRA adapters: on exactly the named layers, equal at equal seed whatever the base is stored in."""
+"""LoRA adapters: on exactly the named layers, with the same start for the same seed in every quantization mode."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from qlora_exp.models.portable_adapters import make_portable
 
 ADAPTER = "default"
 START = "_qlora_exp_adapter_start"
-"""Where the adapters' first values wait on the model until recast_adapters() has seen to them."""
+"""Attribute of the model that holds the adapters' first values until recast_adapters() reads them."""
 SUBTRACTED = "_qlora_exp_subtracted"
-"""What PiSSA took out of the base's weights: the adapters' first values, until save_adapter() writes them."""
+"""Attribute of the model that holds what PiSSA subtracted from the base's weights (the adapters' first values), until
+save_adapter() writes it."""
 MAGNITUDE = "lora_magnitude_vector"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -39,11 +40,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[str]) -> PeftModel:
     """Put an adapter on each of ``modules`` (full names) and on nothing else.
 
-    A is drawn in fp32 on the CPU from a generator seeded by (seed, module name), B is zero; then both take
+    A is drawn in fp32 on the CPU from a generator seeded by (seed, module name); B is zero. Both are then cast to
     ``lora.dtype`` (DoRA's magnitudes stay in fp32). So fp32, fp16, int8 and nf4 bases start from the same adapters.
-    PiSSA takes A and B from the base's weights instead and subtracts them there, on copies: tensors shared with a warm
-    base stay as they are.
-    Raises :class:`ModelError` for names that the model doesn't have, and where PEFT refuses.
+    PiSSA instead takes A and B from the base's weights and subtracts them there. It works on copies: tensors shared
+    with a cached base don't change.
+
+    Raises:
+        ModelError: the model lacks one of the names, or PEFT refuses.
     """
     lora = config.lora
     layers = dict(model.named_modules())
@@ -52,7 +55,7 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
         raise ModelError("there are target modules that the model doesn't have", ", ".join(missing) or "none given")
     if lora.init is AdapterInit.pissa:
         _own_weights([layers[name] for name in modules], lora.r)
-    wanted = set(modules)
+    requested = set(modules)
     settings = peft.LoraConfig(
         r=lora.r,
         lora_alpha=effective_alpha(lora),
@@ -60,21 +63,21 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights="pissa" if lora.init is AdapterInit.pissa else True,
-        target_modules=_pattern(layers, wanted),
+        target_modules=_pattern(layers, requested),
         fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
         bias="none",
         task_type="CAUSAL_LM",
     )
     adapted = _inject(model, settings)
-    found = {name for name, _ in _lora_layers(adapted)}
-    if found != wanted:
-        odd = sorted(found ^ wanted)[:3]
+    adapted_names = {name for name, _ in _lora_layers(adapted)}
+    if adapted_names != requested:
+        differing = sorted(adapted_names ^ requested)[:3]
         raise ModelError(
-            "PEFT adapted other layers than those asked for", ", ".join(odd), "name them in targets.modules"
+            "PEFT adapted other layers than those asked for", ", ".join(differing), "name them in targets.modules"
         )
     if lora.init is not AdapterInit.pissa:
         _draw(adapted, lora, config.seed)
-    if lora.init is AdapterInit.pissa:  # before the cast: as they were subtracted
+    if lora.init is AdapterInit.pissa:  # before the cast: these are the values that PiSSA subtracted
         setattr(adapted, SUBTRACTED, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
     _cast(adapted, getattr(torch, adapter_dtype(lora)))
     setattr(adapted, START, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
@@ -82,28 +85,29 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
 
 
 def recast_adapters(model: nn.Module, lora: LoraConfig) -> None:
-    """Undo SFTTrainer's cast of a quantized model's adapters to bf16, before an optimizer exists: dtype and values.
+    """Restore dtype and values of a quantized model's adapters, which SFTTrainer casts to bf16. Call it before an
+    optimizer exists.
 
-    A value that differs from its start by more than rounding is kept and only cast (it was trained or loaded).
+    A value that differs from its start by more than rounding was trained or loaded: it is only cast.
     """
     dtype = getattr(torch, adapter_dtype(lora))
-    start: dict[str, torch.Tensor] = model.__dict__.pop(START, {})
+    start_values: dict[str, torch.Tensor] = model.__dict__.pop(START, {})
     for name, parameter in adapter_parameters(model):
-        first = start.get(name)
-        untouched = first is not None and torch.equal(first.to(parameter.dtype), parameter.detach())
-        parameter.data = (first if first is not None and untouched else parameter.data).to(_dtype_of(name, dtype))
+        start = start_values.get(name)
+        is_at_start = start is not None and torch.equal(start.to(parameter.dtype), parameter.detach())
+        parameter.data = (start if start is not None and is_at_start else parameter.data).to(_dtype_of(name, dtype))
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The adapters' parameters: A, B and, with DoRA, the magnitudes."""
+    """Yield the adapters' parameters with their names: A, B and, with DoRA, the magnitudes."""
     for name, parameter in model.named_parameters():
         if any(part.startswith("lora_") for part in name.split(".")):
             yield name, parameter
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT, vLLM and others read: on the base as
-    it was loaded they make the trained model, whatever they started from."""
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT, vLLM and others read. On the base as
+    it was loaded they give the trained model, with every initialization."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     make_portable(folder, getattr(model, SUBTRACTED, {}))
@@ -111,8 +115,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def write_portable(base: Base, config: Config, modules: Sequence[str], source: Path, target: Path) -> None:
-    """Write the adapter in ``source`` to ``target``. One of an earlier version that starts from PiSSA, or has rsLoRA's
-    scale, is rewritten; ``base`` and ``config`` are those that it was trained with."""
+    """Copy the adapter in ``source`` to ``target``. An adapter of an earlier version that starts from PiSSA or has
+    rsLoRA's scale is rewritten. ``base`` and ``config`` are those that it was trained with."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS_FILE, "adapter_config.json"):
         shutil.copyfile(source / name, target / name)
@@ -123,9 +127,10 @@ def write_portable(base: Base, config: Config, modules: Sequence[str], source: P
 
 
 def load_adapter(base: Base, folder: Path) -> PeftModel:
-    """A shell of ``base`` with the adapter in ``folder``, in the dtype that it was saved in, for evaluation.
+    """Return a clone of ``base`` with the adapter in ``folder``, in the dtype that it was saved in, for evaluation.
 
-    Raises :class:`ModelError` for a folder without an adapter, a torn one, or one of another architecture.
+    Raises:
+        ModelError: the folder has no adapter, or the adapter is damaged or belongs to another architecture.
     """
     file = folder / WEIGHTS_FILE
     try:
@@ -166,14 +171,15 @@ def _inject(model: PreTrainedModel, settings: peft.LoraConfig) -> PeftModel:
     return adapted
 
 
-def _pattern(layers: dict[str, nn.Module], wanted: set[str]) -> list[str] | str:
-    """What to ask PEFT for: last parts of names where those match just the wanted layers (adapters that other tools
-    read well), else an expression that matches the full names only; a list of full names would match endings too."""
-    endings = sorted({name.rsplit(".", 1)[-1] for name in wanted})
+def _pattern(layers: dict[str, nn.Module], requested: set[str]) -> list[str] | str:
+    """Return ``target_modules`` for PEFT: the last parts of names if they match exactly the requested layers, else a
+    regular expression of the full names. Other tools read adapters with short names well. PEFT would match a list of
+    full names as endings, too."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in requested})
     matched = {name for name in layers if name.rsplit(".", 1)[-1] in endings}
-    if matched == wanted:
+    if matched == requested:
         return endings
-    return "|".join(re.escape(name) for name in sorted(wanted))
+    return "|".join(re.escape(name) for name in sorted(requested))
 
 
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -183,8 +189,8 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _draw(model: PeftModel, lora: LoraConfig, seed: int) -> None:
-    """kaiming: uniform with bound 1/sqrt(in), torch's default for a linear layer and LoRA's own; gaussian: standard
-    deviation 1/r, as PEFT has it."""
+    """Draw A. kaiming: uniform with bound 1/sqrt(in), torch's default for a linear layer and LoRA's own. gaussian:
+    standard deviation 1/r, as in PEFT."""
     for name, layer in _lora_layers(model):
         digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -204,12 +210,12 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """A and B as asked; DoRA's magnitudes in fp32 always: 16 bits round their small updates away."""
+    """Return ``dtype`` for A and B, and always fp32 for DoRA's magnitudes: 16 bits round their small updates away."""
     return torch.float32 if MAGNITUDE in name else dtype
 
 
 def _own_weights(layers: Sequence[nn.Module], r: int) -> None:
-    """PiSSA writes into the base's weights; give these layers copies of their own."""
+    """Give each of ``layers`` a copy of its weight: PiSSA writes into the base's weights."""
     for layer in layers:
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)

@@ -1,4 +1,5 @@
-"""The frozen base: loaded in the asked precision, safe to evaluate and train in any order, and lent out in shells."""
+"""The frozen base: loaded in the configured precision, safe to evaluate and train in any order, cloned without copying
+tensors."""
 
 from __future__ import annotations
 
@@ -29,9 +30,12 @@ from qlora_exp.models.sources import ModelSource, fingerprint, model_config, res
 
 @dataclass
 class Base:
-    """A loaded base. ``weight_dtype`` is what its quantized (or all) linear weights are stored in, ``compute_dtype``
-    what was really computed in and what the unquantized rest is stored in; ``unquantized`` names the modules with
-    weights that a quantized mode leaves alone (embeddings, head, norms)."""
+    """A loaded base model.
+
+    ``weight_dtype`` is the storage of its quantized (or all) linear weights. ``compute_dtype`` is the dtype of the
+    computation and of the unquantized rest. ``unquantized`` names the modules with weights that a quantized mode leaves
+    alone (embeddings, head, norms).
+    """
 
     model: PreTrainedModel
     device: torch.device
@@ -42,9 +46,10 @@ class Base:
 
 
 def load_base(config: Config, device_kind: str) -> Base:
-    """Load ``config``'s base on ``device_kind`` (``cpu`` or ``cuda``), frozen, in eval mode, after one forward pass.
+    """Load ``config``'s base on ``device_kind`` (``cpu`` or ``cuda``), frozen, in eval mode, after a forward pass.
 
-    Raises :class:`ModelError` for weights that don't fit the architecture or a mode that can't be had for this model.
+    Raises:
+        ModelError: the weights don't fit the architecture, or the model doesn't support the quantization mode.
     """
     source = resolve_source(config.model)
     model = load_model(source, config.quantization, config.model.attention, device_kind)
@@ -62,7 +67,7 @@ def load_base(config: Config, device_kind: str) -> Base:
 def load_model(
     source: ModelSource, quantization: QuantizationConfig, attention: str, device_kind: str
 ) -> PreTrainedModel:
-    """The model of a resolved source, ready to be adapted. Everything that load_base promises of it holds."""
+    """Return the model of a resolved source, ready for adapters, in the state that :func:`load_base` promises."""
     dtype = getattr(torch, _compute_dtype(quantization, device_kind))
     arguments: dict[str, Any] = {
         "dtype": dtype,
@@ -89,7 +94,8 @@ def load_model(
 
 
 def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Every setting said aloud: transformers' defaults (fp4, fp32 compute, no double quantization) are not QLoRA."""
+    """Return bitsandbytes' settings, all of them explicit: transformers' defaults (fp4, fp32 compute, no double
+    quantization) are not QLoRA."""
     if quantization.mode is Quantization.int8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantization.int8_threshold)
     if quantization.mode in FOUR_BIT:
@@ -104,23 +110,23 @@ def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) ->
 
 
 def clone_sharing_weights(base: Base) -> PreTrainedModel:
-    """A copy of the base's modules that shares all of its tensors: train an adapter on it and throw it away.
+    """Return a copy of the base's modules that shares all of its tensors: train an adapter on it and throw it away.
 
-    Trainers wrap ``forward``, add hooks and change flags for good; on a shell that leaves the base untouched.
+    Trainers wrap ``forward``, add hooks and change flags for good. On a clone they leave the base as it is.
     """
     return _shell_of(base.model)
 
 
 def _shell_of(model: PreTrainedModel) -> PreTrainedModel:
-    kept: dict[int, Any] = {}
+    memo: dict[int, Any] = {}
     for module in model.modules():
         for shared in _tensors_of(module):
-            kept[id(shared)] = shared
-    return copy.deepcopy(model, kept)
+            memo[id(shared)] = shared
+    return copy.deepcopy(model, memo)
 
 
 def unquantized_modules(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that hold weights in full precision beside quantized ones."""
+    """Return the names of the modules of a quantized model that hold weights in full precision."""
     return tuple(
         name
         for name, module in model.named_modules()
@@ -130,7 +136,8 @@ def unquantized_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Any]:
-    """What a shell shares. A 4-bit weight carries its quantization state; an 8-bit layer keeps its own."""
+    """Yield what a clone shares. A 4-bit weight carries its quantization state; an 8-bit layer keeps it in
+    ``state``."""
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
     for value in vars(module).values():
@@ -146,17 +153,17 @@ def _from_folder(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedMo
         source.path_or_id, config=config, output_loading_info=True, **source.arguments, **arguments
     )
     if not source.is_local:
-        check_weights(source)  # what was downloaded only now
+        check_weights(source)  # files that were downloaded only now
     return _complete(model, report, source)
 
 
 def _from_gguf(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:
-    """GGUF weights are unpacked to fp32 and loaded from memory as if they had never been quantized: transformers leaves
-    marks of GGUF on the model, and refuses to quantize or train what carries them."""
+    """Load GGUF weights, dequantized to fp32, from memory as if they had never been quantized. transformers marks a
+    model that it loads from GGUF, and refuses to quantize or train a marked one."""
     parts, config = gguf_parts(Path(source.where)), model_config(source)
     if len(parts) > 1:
         built = build_meta(config, source)
-        kind, weights = type(built), weights_of_parts(built, parts)
+        model_class, weights = type(built), weights_of_parts(built, parts)
     else:
         unpacked, report = AutoModelForCausalLM.from_pretrained(
             source.path_or_id,
@@ -166,48 +173,52 @@ def _from_gguf(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedMode
             **source.arguments,
         )
         _complete(unpacked, report, source)
-        kind, weights = type(unpacked), unpacked.state_dict()
-    model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **arguments)
+        model_class, weights = type(unpacked), unpacked.state_dict()
+    model, report = model_class.from_pretrained(
+        None, config=config, state_dict=weights, output_loading_info=True, **arguments
+    )
     return _complete(model, report, source)
 
 
 def _complete(model: PreTrainedModel, report: dict[str, Any], source: ModelSource) -> PreTrainedModel:
-    """transformers fills in missing weights at random with a warning; a run on such a base would mean nothing."""
+    """Return ``model`` if all of its weights come from the files, in the right shape. transformers only warns of
+    missing weights and initializes them at random; a run on such a base would mean nothing."""
     missing = sorted(report["missing_keys"])
     if missing:
         shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         what = f"{len(missing)} of the model's weights are not in its files: {shown}"
         raise ModelError(what, source.where, "the files and config.json are not of one model; restore them")
     for name, module in model.named_modules():
-        found = _quantized_shape(module)
-        if found is not None and found != (module.out_features, module.in_features):
-            what = f"{name} is {found[0]} × {found[1]} in the files, and {module.out_features} × {module.in_features}"
+        stored = _quantized_shape(module)
+        if stored is not None and stored != (module.out_features, module.in_features):
+            what = f"{name} is {stored[0]} × {stored[1]} in the files, and {module.out_features} × {module.in_features}"
             raise ModelError(f"{what} by config.json", source.where, "the files and config.json are not of one model")
     return model
 
 
 def _quantized_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """transformers compares shapes before it loads a plain weight, but not one that it quantizes on the way."""
+    """Return the file's shape of a quantized weight, ``None`` for other modules. transformers compares shapes before it
+    loads a plain weight, but not for one that it quantizes while loading."""
     if isinstance(module, Linear4bit):
         return tuple(module.weight.quant_state.shape)
     return tuple(module.weight.shape) if isinstance(module, Linear8bitLt) else None
 
 
 def _copy_out_of_mmap(model: PreTrainedModel) -> None:
-    """On a CPU what isn't quantized is a view of the mapped file, and keeps all of it resident, with the weights that
-    were quantized from it: a copy of its own lets the file go."""
+    """Copy unquantized CPU tensors, so that the mapped file can be released. They are views of the file and keep all of
+    it resident, including the weights that were quantized from it."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.device.type == "cpu" and tensor.is_floating_point():
             tensor.data = tensor.data.clone()
 
 
 def _warm_up(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
-    """Bring the base into the state in which every forward pass leaves it as it was.
+    """Return ``model`` frozen, in eval mode, in a state that no later forward pass changes.
 
-    On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at the first forward in eval mode, and training then
-    runs through an operation without a gradient: switched off. An 8-bit layer moves its scales at its first forward,
-    and shells taken before that would differ from later ones: done here, by the forward passes of
-    :func:`~qlora_exp.models.causality.check_causal`.
+    On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode. Training would
+    then use an operation without a gradient, so the repacking is switched off. An 8-bit layer moves its scales at its
+    first forward pass, and clones made before that would differ from later ones. The forward passes of
+    :func:`~qlora_exp.models.causality.check_causal` do it here.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -219,8 +230,8 @@ def _warm_up(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
 
 
 def _check_quantized(model: nn.Module, mode: Quantization, source: ModelSource) -> None:
-    """bitsandbytes takes torch's own Linear and GPT-2's Conv1D; an architecture with a linear class of its own stays as
-    it is, and a record that called it quantized would be wrong."""
+    """Raise :class:`ModelError` if a quantized mode left every layer unquantized: a record that called the model
+    quantized would be wrong. bitsandbytes replaces only torch's Linear and GPT-2's Conv1D."""
     if mode not in QUANTIZED or any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
         return
     what = f"quantization={mode.value} leaves every layer of this model unquantized"

@@ -1,4 +1,5 @@
-"""Where a run's base comes from: loaded for it alone, or kept by a warm host and lent out in shells."""
+"""Where a run's base comes from: loaded for this run only, or cached between trials and cloned without copying
+tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class NoCache:
-    """Every run loads its base and makes everything itself."""
+    """Loads the base for every run and caches nothing."""
 
     warm = False
 
@@ -32,24 +33,25 @@ class NoCache:
 
 
 class BaseCache:
-    """Keeps the last base, and the last of whatever else doesn't change between trials. Trials see shells only."""
+    """Keeps the last base, and the last object of each other kind that doesn't change between trials. Trials get clones
+    of the base."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[Hashable, Any]] = {}
         self._new = False
-        """Whether something has been made since the last look."""
+        """Whether an object was made since the last ``gc.freeze()``."""
 
     @property
     def warm(self) -> bool:
         return "base" in self._last
 
     def lend(self, config: Config, device_kind: str) -> Base:
-        """The kept base where ``config`` asks for the same one; else that is freed first, and the new one loaded."""
-        _collect()  # the last trial's shell, trainer and optimizer are cycles of references
+        """Return the cached base if ``config`` needs the same one; otherwise free it, then load the new one."""
+        _collect()  # the last trial's clone, trainer and optimizer are reference cycles
         key = (model_key(config.model), repr(config.quantization), device_kind)
         base = self.kept("base", key, lambda: load_base(config, device_kind))
         if self._new:
-            gc.freeze()  # what is kept needs no walk between trials: half a second each
+            gc.freeze()  # the collector skips cached objects: saves half a second per trial
             self._new = False
         return base
 
@@ -57,7 +59,7 @@ class BaseCache:
         return clone_sharing_weights(base)
 
     def kept(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
-        """What was made of ``key`` last time, or else ``make()``; one of each ``kind`` is kept."""
+        """Return the object made for ``key`` last time, or else ``make()``. One object of each ``kind`` is cached."""
         if kind not in self._last or self._last[kind][0] != key:
             if self._last.pop(kind, None) is not None:
                 gc.unfreeze()
@@ -68,7 +70,7 @@ class BaseCache:
 
 
 def model_key(model: ModelConfig) -> Hashable:
-    """What stands for a model's configuration and the contents of its files."""
+    """Return a key for a model's configuration and the contents of its files."""
     return repr(model), fingerprint(resolve_source(model))
 
 

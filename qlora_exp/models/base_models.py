@@ -1,4 +1,4 @@
-"""Where a run takes its base model from."""
+"""The interface through which a run gets its base model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ T = TypeVar("T")
 
 
 class BaseModels(Protocol):
-    """Where a run's base comes from, and what else a host that makes many runs need not make twice."""
+    """Gives a run its base model, and caches what a process with many runs needs to make only once."""
 
     @property
     def warm(self) -> bool:
-        """Whether a base has been lent before."""
+        """Whether a base is in the cache."""
 
     def lend(self, config: Config, device_kind: str) -> Base:
-        """The base that ``config`` asks for, as :func:`models.load_base` loads it."""
+        """Return the base that ``config`` needs, as :func:`models.base.load_base` loads it."""
 
     def model(self, base: Base) -> Any:
-        """A model to evaluate or to train; what is done to it does the base no harm, or nobody needs the base again."""
+        """Return a model to evaluate or train. Changes to it don't reach a base that is needed again."""
 
     def kept(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
-        """``make()``, or what it gave the last time with the same key."""
+        """Return ``make()``, or its last result for the same key."""

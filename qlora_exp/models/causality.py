@@ -1,4 +1,4 @@
-"""Whether a model is causal: the logits of a position may depend on no later token."""
+"""Checks that a model is causal: the logits of a position must not depend on later tokens."""
 
 from __future__ import annotations
 
@@ -34,26 +34,27 @@ BIDIRECTIONAL = "use_bidirectional_attention"
 CAUSAL_LANGUAGE_MODELS = "give a causal language model: Llama, Qwen, Gemma, GPT-2 …"
 PROBE_TOKENS = 16
 NOISE = 0.05
-"""Share of the logits' standard deviation; decides only where no gradient can be computed."""
+"""Share of the logits' standard deviation. It decides only if no gradient can be computed."""
 
 
 def check_configured_causal(config: PretrainedConfig, where: str) -> None:
-    """Raise :class:`ModelError` for a model that its configuration alone shows to be not causal."""
+    """Raise :class:`ModelError` for a model whose configuration alone shows that it isn't causal."""
     text = config.get_text_config()
     model_type = str(config.model_type)
     what = f"this {model_type} is not causal: each position sees later tokens, the answer among them"
     if model_type == "cpmant":
         raise ModelError(what, where, CAUSAL_LANGUAGE_MODELS)
-    switch = next((one for one in _switches(config, text) if one is not None), None)
+    switch = next((candidate for candidate in _switches(config, text) if candidate is not None), None)
     if switch is not None:
-        key, right = switch
+        key, causal = switch
         value = getattr(text, key, None)
-        hint = f"if its weights were trained causally, write {json.dumps(key)}: {json.dumps(right)} into config.json"
+        hint = f"if its weights were trained causally, write {json.dumps(key)}: {json.dumps(causal)} into config.json"
         raise ModelError(f"{what} ({key} is {json.dumps(value)})", where, f"{CAUSAL_LANGUAGE_MODELS}; {hint}")
 
 
 def _switches(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[tuple[str, object] | None]:
-    """Keys of config.json that make the model see later tokens, each with the value that makes it causal."""
+    """Yield the keys of config.json that let the model see later tokens, each with the value that makes it causal;
+    ``None`` for a key that is right."""
     model_type = str(config.model_type)
     yield ("is_decoder", True) if model_type in DECODER_SWITCH and not getattr(config, "is_decoder", False) else None
     yield ("causal", True) if model_type == "xlm" and not getattr(config, "causal", False) else None
@@ -66,16 +67,16 @@ def _switches(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[tupl
 def check_causal(model: PreTrainedModel, where: str, copied: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
     """Raise :class:`ModelError` if a later token changes an earlier position's logits.
 
-    Two inputs that differ in their last token alone must have equal logits before it. Where they differ, the gradient
-    of the earlier logits by the last token's embedding decides: it is exactly zero in a causal model. So rounding isn't
-    taken for a leak, in mixtures of experts and in LLM.int8(), whose kernels depend on the other tokens.
+    Two inputs that differ only in their last token must have equal logits before it. Where they differ, the gradient of
+    the earlier logits with respect to the last token's embedding decides: it is exactly zero in a causal model. So
+    rounding doesn't count as a leak. In mixtures of experts and LLM.int8(), rounding depends on the other tokens.
 
-    ``copied`` makes a copy of the model that shares its weights.
+    ``copied`` returns a copy of the model that shares its weights.
     """
     first, second = _probes(model)
     logits = [_logits(model, tokens)[:, :-1] for tokens in (first, second)]
     difference = float((logits[0] - logits[1]).abs().max())
-    if difference == 0 or math.isnan(difference):  # a model that computes NaN is found where it is scored
+    if difference == 0 or math.isnan(difference):  # the evaluation reports a model that computes NaN
         return
     try:
         depends = _gradient_by_last_token(copied(model), first) != 0
@@ -87,7 +88,8 @@ def check_causal(model: PreTrainedModel, where: str, copied: Callable[[PreTraine
 
 
 def _probes(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two inputs of one row that differ in their last token, without special tokens where the vocabulary allows it."""
+    """Return two inputs of one row that differ in their last token, without special tokens if the vocabulary allows
+    it."""
     text = model.config.get_text_config()
     embeddings: Any = model.get_input_embeddings()
     size = int(getattr(embeddings, "num_embeddings", 0) or getattr(text, "vocab_size", 0))
@@ -110,7 +112,7 @@ def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _gradient_by_last_token(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """The largest gradient of the earlier logits by the last token's embedding."""
+    """Return the largest gradient of the earlier logits with respect to the last token's embedding."""
     embedded: list[torch.Tensor] = []
     model.get_input_embeddings().register_forward_hook(_tracked(embedded))
     with torch.enable_grad():
@@ -120,6 +122,8 @@ def _gradient_by_last_token(model: PreTrainedModel, tokens: torch.Tensor) -> flo
 
 
 def _tracked(embedded: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a forward hook that makes the embeddings a leaf with a gradient, and appends them to ``embedded``."""
+
     def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1].clone()  # some models change their embeddings in place

@@ -1,4 +1,5 @@
-"""What the head of a GGUF file says: metadata and tensors, and the other files where a model is split into several."""
+"""Reads the header of a GGUF file (metadata and tensors), and finds the other files of a model that is split into
+several."""
 
 from __future__ import annotations
 
@@ -16,15 +17,16 @@ PART = re.compile(r"^(?P<name>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 NEVER_TIED = ("falcon", "bloom")
-"""Architectures that transformers ties whatever the file says."""
+"""Architectures that transformers always ties, even if the file has an ``output.weight``."""
 LONGEST_ARRAY = 4096
-"""Longer arrays are vocabularies, whose values nobody asks for here."""
+"""Longer arrays are vocabularies, whose values nobody needs here."""
 AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """``shape`` in torch's order; ``kind`` is GGML's number of the block type; ``offset`` is from the file's begin."""
+    """One tensor: ``shape`` in torch's order, ``kind`` as GGML's number of the block type, ``offset`` from the start of
+    the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,7 +36,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """One file. ``metadata`` leaves out long arrays and arrays of texts."""
+    """The header of one file. ``metadata`` leaves out long arrays and arrays of strings."""
 
     file: Path
     metadata: dict[str, Any]
@@ -43,26 +45,26 @@ class GgufHeader:
 
 
 def read_header(file: Path) -> GgufHeader:
-    """The head of ``file``. Raises :class:`ModelError`: it isn't GGUF, or torn."""
+    """Return the header of ``file``. Raises :class:`ModelError` if the file isn't GGUF or is damaged."""
     state = file.stat()
     return _read(file, state.st_size, state.st_mtime_ns)
 
 
 def gguf_parts(file: Path) -> list[Path]:
-    """All files of the model that ``file`` is, or is a part of, in their order.
+    """Return all files of the model that ``file`` is, or is a part of, in their order.
 
     Raises:
         ModelError: parts are missing, or don't belong together.
     """
     header = read_header(file)
     count = int(header.metadata.get("split.count", 1))
-    found = PART.match(file.name)
+    match = PART.match(file.name)
     if count <= 1:
         return [file]
-    if found is None or int(found["parts"]) != count:
+    if match is None or int(match["parts"]) != count:
         what = f"the file is one of {count} parts of a model, and its name doesn't say which"
         raise ModelError(what, str(file), f"name the parts as llama.cpp does: MODEL-00001-of-{count:05d}.gguf …")
-    parts = [file.with_name(f"{found['name']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+    parts = [file.with_name(f"{match['name']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         what = f"the model is split into {count} parts, and {', '.join(missing)} {_is(missing)} missing"
@@ -72,7 +74,8 @@ def gguf_parts(file: Path) -> list[Path]:
 
 
 def is_tied(parts: list[Path]) -> bool:
-    """Whether the model's head is its embedding, as all parts together say it."""
+    """Return whether the model's head is its embedding: its architecture always ties them, or no part has
+    ``output.weight``."""
     headers = [read_header(part) for part in parts]
     architecture = headers[0].metadata.get("general.architecture")
     return architecture in NEVER_TIED or all(t.name != "output.weight" for header in headers for t in header.tensors)
@@ -81,14 +84,16 @@ def is_tied(parts: list[Path]) -> bool:
 def _check_together(parts: list[Path]) -> None:
     headers = [read_header(part) for part in parts]
     for number, header in enumerate(headers):
-        told = (int(header.metadata.get("split.no", -1)), int(header.metadata.get("split.count", -1)))
-        if told != (number, len(parts)):
-            what = f"by its metadata this is part {told[0] + 1} of {told[1]}, by its name {number + 1} of {len(parts)}"
+        split = (int(header.metadata.get("split.no", -1)), int(header.metadata.get("split.count", -1)))
+        if split != (number, len(parts)):
+            what = (
+                f"by its metadata this is part {split[0] + 1} of {split[1]}, by its name {number + 1} of {len(parts)}"
+            )
             raise ModelError(what, str(header.file), "download the parts again, all from one source")
     names = [tensor.name for header in headers for tensor in header.tensors]
-    wanted = int(headers[0].metadata.get("split.tensors.count", len(names)))
-    if len(names) != wanted or len(set(names)) != len(names):
-        what = f"the parts hold {len(set(names))} tensors, and the first one says that the model has {wanted}"
+    declared = int(headers[0].metadata.get("split.tensors.count", len(names)))
+    if len(names) != declared or len(set(names)) != len(names):
+        what = f"the parts hold {len(set(names))} tensors, and the first one says that the model has {declared}"
         raise ModelError(what, str(parts[0]), "download the parts again, all from one source")
 
 
@@ -98,7 +103,7 @@ def _is(names: list[str]) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _read(file: Path, size: int, modified: int) -> GgufHeader:
-    """Size and time of change are part of the key, so that a file written anew is read anew."""
+    """Read the header. Size and modification time are part of the cache's key: a rewritten file is read again."""
     try:
         with file.open("rb") as stream:
             if stream.read(4) != b"GGUF":
@@ -113,13 +118,13 @@ def _read(file: Path, size: int, modified: int) -> GgufHeader:
                 value = _value(stream, kind)
                 if value is not None:
                     metadata[key] = value
-            listed = [_tensor(stream) for _ in range(tensor_count)]
+            entries = [_tensor(stream) for _ in range(tensor_count)]
             alignment = int(metadata.get("general.alignment", 32))
-            begin = -(-stream.tell() // alignment) * alignment
+            data_start = -(-stream.tell() // alignment) * alignment
     except (OSError, struct.error, EOFError, UnicodeDecodeError, ValueError, OverflowError) as error:
         line = str(error) or "it ends within its header"
         raise ModelError(f"the GGUF file can't be read: {line}", str(file), AGAIN) from None
-    tensors = tuple(GgufTensor(name, shape, kind, begin + offset) for name, shape, kind, offset in listed)
+    tensors = tuple(GgufTensor(name, shape, kind, data_start + offset) for name, shape, kind, offset in entries)
     return GgufHeader(file, metadata, tensors, size)
 
 
@@ -134,7 +139,7 @@ def _tensor(stream: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _value(stream: BinaryIO, kind: int) -> Any:
-    """A value of the metadata, or ``None`` for one that is passed over."""
+    """Return a value of the metadata, or ``None`` for one that is skipped."""
     if kind in NUMBERS:
         (number,) = struct.unpack(f"<{NUMBERS[kind]}", _bytes(stream, struct.calcsize(f"<{NUMBERS[kind]}")))
         return number
@@ -160,7 +165,7 @@ def _text(stream: BinaryIO) -> str:
 def _bytes(stream: BinaryIO, count: int) -> bytes:
     if count > 1 << 28:
         raise ValueError("it says that a value has more than 256 MiB")
-    read = stream.read(count)
-    if len(read) != count:
+    content = stream.read(count)
+    if len(content) != count:
         raise EOFError
-    return read
+    return content

@@ -1,7 +1,7 @@
 """The rotary embedding of Llama 3.1, 3.2 and 3.3 in a GGUF file, which transformers doesn't read.
 
-llama.cpp's converter writes no setting for it, but the tensor ``rope_freqs.weight``: what each frequency is divided by.
-The settings that give these divisors are found again here, and used only where they give exactly them.
+llama.cpp's converter writes no setting for it. It writes the tensor ``rope_freqs.weight``: the divisor of each
+frequency. This module recovers the settings behind the divisors, and uses them only if they reproduce the divisors.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""As Meta published all of them; the factor is 8 (3.1, 3.3) or 32 (3.2)."""
+"""The settings that Meta published for all of them. The factor is 8 (3.1, 3.3) or 32 (3.2)."""
 FP32 = 0
 
 
 def rope_factors(headers: Sequence[GgufHeader]) -> np.ndarray | None:
-    """The file's divisors, half as many as a head has dimensions; ``None``: none, or not stored in fp32."""
+    """Return the file's divisors, half as many as a head has dimensions; ``None`` if it has none, or not in fp32."""
     for header in headers:
         for tensor in header.tensors:
             if tensor.name == FACTORS and tensor.kind == FP32:
@@ -38,7 +38,7 @@ def rope_factors(headers: Sequence[GgufHeader]) -> np.ndarray | None:
 
 
 def with_llama3_rope(config: PretrainedConfig, headers: Sequence[GgufHeader]) -> PretrainedConfig:
-    """``config`` with the rotary embedding that the file's divisors are of; unchanged where they are of another one."""
+    """Return ``config``, with the rotary embedding that gives the file's divisors if Llama 3's settings do."""
     factors = rope_factors(headers)
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if factors is None or config.model_type != "llama" or rope.get("rope_type", "default") != "default":
@@ -52,7 +52,7 @@ def with_llama3_rope(config: PretrainedConfig, headers: Sequence[GgufHeader]) ->
 
 
 def gives_factors(config: PretrainedConfig, factors: np.ndarray) -> bool:
-    """Whether transformers divides the frequencies by ``factors`` under ``config``."""
+    """Return whether transformers divides the frequencies by ``factors`` under ``config``."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type", "default") == "default":
         return bool((factors == 1).all())

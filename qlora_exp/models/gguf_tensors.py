@@ -1,4 +1,4 @@
-"""Whether a GGUF file holds exactly the model that transformers makes of it, and loading one in several parts."""
+"""Checks that a GGUF file holds exactly the model that transformers makes of it, and loads a model in several parts."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ from qlora_exp.models.tensors import LoadReport, dry_load, raise_misshapen, rais
 
 SAFETENSORS = "give the model's safetensors, or a file that llama.cpp's convert_hf_to_gguf.py wrote of the whole model"
 COMPUTED = re.compile(r"(^|\.)attn_rot_embd\.")
-"""Frequencies of the rotary embedding, which the model computes."""
+"""Frequencies of the rotary embedding, which the model computes itself."""
 ROPE_FACTORS = re.compile(r"^rope_(freqs|factors_long|factors_short)\.weight$")
 EXPERTS = re.compile(r"_exps(\.weight)?$")
 GEMMA_27B = {("gemma2", 46), ("gemma3_text", 62)}
-"""Model type and layers of the two that scale scores by another width than that of a head."""
+"""Model type and layers of the two models that scale attention scores by another width than a head's."""
 NORMS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
 
 
 def check_gguf(model: PreTrainedModel, file: Path) -> None:
-    """``model``: on the meta device, used up by this; ``file``: the model's file, or its first part.
+    """Check that the file holds exactly ``model``, which is on the meta device; the check changes it.
+
+    ``file`` is the model's file, or its first part.
 
     Raises:
-        ModelError: a weight is in no file, transformers would leave out a tensor or a setting, or a file is cut off.
+        ModelError: a weight is in no file, transformers would ignore a tensor or a setting, or a file is truncated.
     """
     headers = [read_header(part) for part in gguf_parts(file)]
     architecture = str(headers[0].metadata["general.architecture"])
-    if len(headers) > 1 and is_gguf_arch_supported(architecture):  # read in another way, of one file only
+    if len(headers) > 1 and is_gguf_arch_supported(architecture):  # transformers reads these from one file only
         hint = f"join them: llama-gguf-split --merge {file.name} WHOLE.gguf"
         raise ModelError(f"{architecture} can't be loaded from {len(headers)} parts", str(file), hint)
     for header in headers:
@@ -63,8 +65,8 @@ def check_gguf(model: PreTrainedModel, file: Path) -> None:
 
 
 def weights_of_parts(model: PreTrainedModel, parts: list[Path]) -> dict[str, torch.Tensor]:
-    """The weights of a model in several files, unpacked to fp32 under transformers' names: what transformers does with
-    one file (``load_gguf_checkpoint``). ``model``: on the meta device."""
+    """Return the weights of a model in several files, dequantized to fp32, under transformers' names. It does what
+    ``load_gguf_checkpoint`` does for one file. ``model`` is on the meta device."""
     from gguf import GGUFReader, dequantize
 
     architecture = str(read_header(parts[0]).metadata["general.architecture"])
@@ -92,44 +94,44 @@ def _report(model: PreTrainedModel, header: GgufHeader, tensors: dict[str, GgufT
 
 
 def _report_by_names(model: PreTrainedModel, architecture: str, tensors: dict[str, GgufTensor]) -> LoadReport:
-    """By transformers' map of names, which its older reader of GGUF files goes by. Experts' weights have two names in
-    the map, without a suffix."""
+    """Report by the map of names that transformers' older GGUF reader uses. In this map, experts' weights have two
+    names, without a suffix."""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    wanted: dict[str, list[str]] = defaultdict(list)
+    gguf_names: dict[str, list[str]] = defaultdict(list)
     for gguf_name, name in get_gguf_hf_weights_map(model, processor).items():
-        wanted[name].append(gguf_name if gguf_name in tensors else _with_suffix(gguf_name, tensors))
+        gguf_names[name].append(gguf_name if gguf_name in tensors else _with_suffix(gguf_name, tensors))
     report = LoadReport()
     tied: dict[str, str] = dict(model.all_tied_weights_keys)
-    reached: set[str] = set()
+    used: set[str] = set()
     for name, weight in model.state_dict().items():
-        places = wanted.get(name, [])
-        lacking = [place for place in places if place not in tensors]
-        if len(lacking) < len(places) and not all(EXPERTS.search(place) for place in places):
-            places, lacking = [place for place in places if place in tensors], []
-        reached.update(places)
-        if lacking or not places:
+        file_names = gguf_names.get(name, [])
+        missing = [file_name for file_name in file_names if file_name not in tensors]
+        if len(missing) < len(file_names) and not all(EXPERTS.search(file_name) for file_name in file_names):
+            file_names, missing = [file_name for file_name in file_names if file_name in tensors], []
+        used.update(file_names)
+        if missing or not file_names:
             if name not in tied:
-                report.missing.append(", ".join(lacking) or name)
-        elif not _fits(weight, [tensors[place].shape for place in places]):
-            report.misshapen.append((places[0], tensors[places[0]].shape, tuple(weight.shape)))
-    report.unexpected = [name for name in tensors if name not in reached]
+                report.missing.append(", ".join(missing) or name)
+        elif not _fits(weight, [tensors[file_name].shape for file_name in file_names]):
+            report.misshapen.append((file_names[0], tensors[file_names[0]].shape, tuple(weight.shape)))
+    report.unexpected = [name for name in tensors if name not in used]
     return report
 
 
 def _with_suffix(name: str, tensors: dict[str, GgufTensor]) -> str:
-    """The file's name of a tensor, which for experts has a suffix that the map hasn't."""
+    """Return a tensor's name in the file, where experts' tensors have a suffix that the map lacks."""
     return f"{name}.weight" if f"{name}.weight" in tensors or not name.endswith((".weight", ".bias")) else name
 
 
 def _fits(weight: torch.Tensor, shapes: list[tuple[int, ...]]) -> bool:
-    """Up to the order of axes and axes of one, which transformers changes while it loads."""
+    """Return whether the shapes agree, but for the order of axes and axes of length 1: transformers changes these."""
     if len(shapes) > 1:  # gate and up of experts, in one weight
         return weight.numel() == sum(math.prod(shape) for shape in shapes)
     return sorted(axis for axis in weight.shape if axis != 1) == sorted(axis for axis in shapes[0] if axis != 1)
 
 
 def _check_lengths(header: GgufHeader) -> None:
-    """A file that was cut off, and block types that can't be unpacked."""
+    """Raise :class:`ModelError` for a truncated file, or a block type that can't be dequantized."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     unpacked = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, *quants._type_traits}
@@ -150,54 +152,62 @@ def _check_lengths(header: GgufHeader) -> None:
 
 
 def _taken_over(config: PretrainedConfig, headers: list[GgufHeader], tensor: GgufTensor) -> bool:
-    """Whether the model divides its frequencies by the factors of the file: none, or those of Llama 3."""
+    """Return whether the model divides its frequencies by the file's factors: all of them 1, or Llama 3's."""
     factors = rope_factors(headers) if tensor.name == FACTORS else None
     return factors is not None and gives_factors(config, factors)
 
 
 def _check_settings(header: GgufHeader, config: PretrainedConfig) -> None:
-    """transformers reads some of a GGUF file's settings and takes its own defaults for the others: those that change
-    what the model computes are compared."""
+    """Raise :class:`ModelError` if a setting that changes the model's results differs from the file's. transformers
+    reads some of a GGUF file's settings and takes its own defaults for the others."""
     architecture = str(header.metadata["general.architecture"])
-    said = {
+    settings = {
         key.removeprefix(f"{architecture}."): value
         for key, value in header.metadata.items()
         if key.startswith(f"{architecture}.")
     }
-    if architecture == "llama" and "attention.head_count_kv" not in said:
+    if architecture == "llama" and "attention.head_count_kv" not in settings:
         what = "the file doesn't say attention.head_count_kv, without which transformers mixes up the rows of q and k"
         raise ModelError(what, str(header.file), "give the model's safetensors, or convert it with a newer llama.cpp")
-    scaling = str(said.get("rope.scaling.type", "none"))
+    scaling = str(settings.get("rope.scaling.type", "none"))
     if scaling != "none" and scaling != _rope(config).get("rope_type"):
         what = f"the file scales the rotary embedding ({scaling}), and transformers doesn't read that from GGUF files"
         raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
-    made_scale = getattr(config, "query_pre_attn_scalar", None)
-    if made_scale is not None and made_scale != (scale := _scale_of_scores(config)):
-        what = f"scores of this model are scaled by {scale:g}, and transformers makes it {made_scale:g} from GGUF files"
+    config_scale = getattr(config, "query_pre_attn_scalar", None)
+    if config_scale is not None and config_scale != (scale := _scale_of_scores(config)):
+        what = (
+            f"scores of this model are scaled by {scale:g}, and transformers makes it {config_scale:g} from GGUF files"
+        )
         raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
-    for key, made in _settings_of(config).items():
-        value = said.get(key)
-        if isinstance(value, int | float) and made and not any(math.isclose(value, one, rel_tol=1e-4) for one in made):
-            what = f"the file says {architecture}.{key} = {value:g}, and transformers makes it {made[0]:g}"
+    for key, accepted in _settings_of(config).items():
+        value = settings.get(key)
+        if (
+            isinstance(value, int | float)
+            and accepted
+            and not any(math.isclose(value, candidate, rel_tol=1e-4) for candidate in accepted)
+        ):
+            what = f"the file says {architecture}.{key} = {value:g}, and transformers makes it {accepted[0]:g}"
             raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
 
 
 def _scale_of_scores(config: PretrainedConfig) -> int:
-    """What llama.cpp divides the scores of Gemma 2 and 3 by (its square root): no setting of the file says it."""
+    """Return the number whose square root llama.cpp divides attention scores by in Gemma 2 and 3. The file has no
+    setting for it."""
     if (config.model_type, config.num_hidden_layers) in GEMMA_27B:
         return int(config.hidden_size // config.num_attention_heads)
     return int(config.head_dim)
 
 
 def _settings_of(config: PretrainedConfig) -> dict[str, list[float]]:
-    """Setting of a GGUF file → the values that would be right, empty where the configuration has no such setting."""
+    """Map each setting of a GGUF file to the values that are right. No values: the configuration has no such
+    setting."""
     rope = _rope(config)
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
     share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
-    alike = "full_attention" not in (getattr(config, "rope_parameters", None) or {})
-    rotated = int(width * share) if width and alike else None
-    found: dict[str, list[Any]] = {
+    shared = "full_attention" not in (getattr(config, "rope_parameters", None) or {})
+    rotated = int(width * share) if width and shared else None
+    expected: dict[str, list[Any]] = {
         "rope.freq_base": [rope.get("rope_theta")],
         "rope.dimension_count": [rotated],
         "attention.key_length": [width, getattr(config, "global_head_dim", None)],
@@ -207,10 +217,10 @@ def _settings_of(config: PretrainedConfig) -> dict[str, list[float]]:
         "final_logit_softcapping": [getattr(config, "final_logit_softcapping", None) or 0.0],
         "expert_used_count": [getattr(config, "num_experts_per_tok", None)],
     }
-    return {key: [value for value in values if isinstance(value, int | float)] for key, values in found.items()}
+    return {key: [value for value in values if isinstance(value, int | float)] for key, values in expected.items()}
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    """Rotary embeddings; of layers that attend to everything where each kind has its own."""
+    """Return the rotary embedding's settings; those of full-attention layers if each kind of layer has its own."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     return dict(rope.get("full_attention") or {}) if "full_attention" in rope else rope

@@ -1,7 +1,7 @@
-"""A GGUF file's tokenizer, made the model's: what transformers leaves out when it builds one, and what it can't build.
+"""Completes the tokenizer that transformers builds from a GGUF file, and refuses one that it builds wrongly.
 
-A GGUF file names how a text is cut before merging (``tokenizer.ggml.pre``). transformers cuts as GPT-2 does for a name
-that it doesn't know, without a warning: the model would read other tokens than it was trained on.
+A GGUF file names its pre-tokenizer (``tokenizer.ggml.pre``). For an unknown name, transformers silently uses GPT-2's.
+The model would then read other tokens than it was trained on.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from qlora_exp.errors import ModelError
 
 AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo"}
-"""What transformers makes of an unknown name, and right for these."""
+"""transformers uses GPT-2's pre-tokenizer for unknown names. For these it is right."""
 DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "codeshell"}
-"""As GPT-2 cuts, after each digit was cut off by itself."""
+"""Pre-tokenizers that split off each digit, then split as GPT-2 does."""
 COMPOSED = {"qwen2", "qwen35", "mpt", "olmo"}
-"""Their tokenizers bring a text into the Unicode normal form NFC first."""
+"""Their tokenizers first normalize a text to Unicode NFC."""
 WHOLE_WORDS = {
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     "tekken",
 }
-"""A word that is a token is that token, whatever the merges would make of it."""
+"""A word that is in the vocabulary becomes one token, even if the merges would not build it."""
 BEGIN_WITH_BOS = {"llama3", "llama-v3", "llama-bpe", "pixtral", "lfm2", "tekken"}
 """They put BOS before a text unless the file says otherwise."""
 METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def check_gguf_tokenizer(file: Path) -> Mapping[str, Any]:
-    """The file's metadata. :class:`ModelError` for a tokenizer that transformers would build differently."""
+    """Return the file's metadata. Raises :class:`ModelError` for a tokenizer that transformers would build wrongly."""
     metadata: dict[str, Any] = read_gguf_metadata(str(file))[0]
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     hint = "give the model as a folder: config.json, *.safetensors and its own tokenizer.json"
@@ -54,7 +54,7 @@ def check_gguf_tokenizer(file: Path) -> Mapping[str, Any]:
 
 
 def complete_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: Mapping[str, Any]) -> None:
-    """Add what the model's tokenizer does and transformers leaves out of one that it builds from ``metadata``."""
+    """Add the steps that transformers leaves out when it builds the tokenizer from ``metadata``."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind == "gpt2":

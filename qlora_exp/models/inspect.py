@@ -1,4 +1,4 @@
-"""What a model is made of, from its configuration alone: built on the meta device, where tensors have no memory."""
+"""Describes a model from its configuration alone: built on the meta device, where tensors take no memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qlora_exp.models.weight_files import weight_files
 
 ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\d+D)?$")
-"""Class names at their end only: ``JambaAttentionDecoderLayer`` holds a feed-forward network too."""
+"""Matches class names at their end only: ``JambaAttentionDecoderLayer`` holds a feed-forward network too."""
 FEED_FORWARD_NAME = re.compile(r"mlp|ffn|feed_?forward|expert|moe", re.IGNORECASE)
 FEED_FORWARD_CLASS = re.compile(r"(MLP|Mlp|FFN|FeedForward|FeedForwardNetwork|Experts?|MoE)$")
 NEITHER_NAME = re.compile(r"mamba|ssm|conv|recurrent|temporal|mixer|router|lstm|altup|laurel|indexer", re.IGNORECASE)
@@ -36,15 +36,15 @@ NEITHER_CLASS = re.compile(r"(Mamba\d?|MambaLayer|Mixer|Conv|RecurrentBlock|Rout
 NEITHER_LEAF = re.compile(r"^(gate|router|shared_expert_gate|classifier|modality_router|per_layer_\w+)$")
 REFUSED_BY_PEFT = frozenset({"out_proj", "conv1d"})
 MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Model types of which PEFT refuses these layers."""
+"""Model types in which PEFT refuses the layers of :data:`REFUSED_BY_PEFT`."""
 OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", re.IGNORECASE)
-"""Towers and projections for pictures and sound: no part of the language model, so never a target."""
+"""Encoders and projections for images and audio: no part of the language model, so never a target."""
 
 
 def describe(model: ModelConfig, to_load: bool = True) -> Architecture:
-    """The architecture of ``model``. Raises :class:`ModelError` for what can't be found or built.
+    """Return the architecture of ``model``. Raises :class:`ModelError` if it can't be found or built.
 
-    ``to_load``: its weights are needed; a plan does without those that aren't downloaded.
+    ``to_load``: the run needs the weights. A plan works without weights that aren't downloaded.
     """
     source = resolve_source(model)
     if to_load and source.cached:
@@ -57,10 +57,10 @@ def describe(model: ModelConfig, to_load: bool = True) -> Architecture:
 
 
 def check_weights(source: ModelSource, built: PreTrainedModel | None = None) -> None:
-    """Whether the files hold exactly the model's weights, by their headers; once for each state of the files.
+    """Check, by their headers, that the files hold exactly the model's weights; once for each state of the files.
 
-    Of a checkpoint on the Hub, what is in the local cache is looked at. ``built``: the model without weights, which is
-    used up; it is built here where it isn't given.
+    For a checkpoint on the Hub, only files in the local cache are checked. ``built`` is the model without weights; the
+    check changes it. If it isn't given, it is built here.
 
     Raises:
         ModelError: a weight is in no file, or a file holds something that the model doesn't have.
@@ -79,7 +79,7 @@ def check_weights(source: ModelSource, built: PreTrainedModel | None = None) -> 
 
 
 def _check_cached(source: ModelSource) -> None:
-    """Whether the weights are in the local cache, where the Hub can't be reached."""
+    """Raise :class:`ModelError` if the local cache lacks weights, for a Hub that can't be reached."""
     folder = source.cached_folder
     if folder is None or not all(file.is_file() for file in weight_files(folder)):
         what = f"the weights of {source.name} are not all in the local cache, and the Hub can't be reached"
@@ -87,11 +87,11 @@ def _check_cached(source: ModelSource) -> None:
 
 
 _checked: set[Hashable] = set()
-"""States of files that were looked at and found right."""
+"""States of files that passed the check."""
 
 
 def _state_of_files(source: ModelSource, folder: Path | None) -> Hashable:
-    """Names, sizes and times of change; ``None``: there are no files to look at yet."""
+    """Return names, sizes and modification times; ``None`` if files are still missing."""
     if folder is None:
         return None
     files = gguf_parts(Path(source.where)) if source.gguf_file else [*weight_files(folder), folder / "config.json"]
@@ -101,9 +101,10 @@ def _state_of_files(source: ModelSource, folder: Path | None) -> Hashable:
 
 
 def describe_file(file: Path) -> Architecture:
-    """The architecture that a config.json alone describes: no weights, no tokenizer beside it.
+    """Return the architecture that a config.json describes by itself, without weights or a tokenizer.
 
-    Raises :class:`ModelError` for a file that can't be read, or that doesn't say how large the model is.
+    Raises:
+        ModelError: the file can't be read, or doesn't say how large the model is.
     """
     if not file.is_file():
         raise ModelError("there is no such configuration file", str(file), "model.path=FOLDER/config.json")
@@ -115,8 +116,8 @@ def describe_file(file: Path) -> Architecture:
 
 
 def _check_attention(model: PreTrainedModel, attention: str) -> None:
-    """Whether the architecture has ``attention``, and the package that it needs is installed, asked before a weight is
-    read."""
+    """Raise :class:`ModelError` if the architecture doesn't support ``attention``, or its package isn't installed.
+    Called before a weight is read."""
     if attention == "sdpa" and not model._supports_sdpa:
         what = f"transformers has no scaled_dot_product_attention for {model.config.model_type}"
         raise ModelError(what, "model.attention = sdpa", "model.attention=auto, which takes eager here")
@@ -130,14 +131,14 @@ def _check_attention(model: PreTrainedModel, attention: str) -> None:
 
 
 def build_meta(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel:
-    """The model without weights: every module and shape, no memory."""
+    """Return the model without weights: all modules and shapes, no memory."""
     try:
         with torch.device("meta"):
             # In bfloat16 a buffer shows whether it takes the model's dtype or keeps its own.
             built: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=False, dtype=torch.bfloat16
             )
-    except Exception as error:  # whatever an ill-formed configuration makes an architecture's constructor raise
+    except Exception as error:  # an invalid configuration can make a constructor raise anything
         what = f"transformers can't build this {config.model_type}: {first_error_line(error)}"
         raise ModelError(what, source.where, "check the sizes in its config.json") from None
     return built
@@ -145,7 +146,7 @@ def build_meta(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """Describe a built model (unquantized, without adapters). Expert weights that are bare three-dimensional parameters
-    count in the total; they are no linear layers and can't be targets."""
+    count in the total. They are not linear layers and can't be targets."""
     text = model.config.get_text_config()
     positions = int(getattr(text, "max_position_embeddings", 0) or 0)
     return Architecture(
@@ -165,7 +166,8 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 def output_head(model: PreTrainedModel) -> str | None:
-    """The full name of the layer that gives the logits, tied to the embedding or not."""
+    """Return the full name of the layer that gives the logits, tied to the embedding or not; ``None`` if there is
+    none."""
     head = model.get_output_embeddings()
     if head is None:
         return None
@@ -173,14 +175,14 @@ def output_head(model: PreTrainedModel) -> str | None:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
-    inside = _language_model_prefix(model)
-    kept = _kept_from_quantization(model)
+    prefix = _language_model_prefix(model)
+    unquantized = _kept_from_quantization(model)
     widths = _Widths(model)
     left_out = _left_out_by_peft(model)
     for name, module in _linear_layers(model):
         conv = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
-        counted = name.startswith(inside) and not OTHER_SENSES.search(name) and (conv or _is_plain_linear(module))
+        counted = name.startswith(prefix) and not OTHER_SENSES.search(name) and (conv or _is_plain_linear(module))
         adaptable = counted and name.rpartition(".")[2] not in left_out
         yield WeightShape(
             name=name,
@@ -189,16 +191,19 @@ def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
             out_features=columns if conv else rows,
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             role=_role(model, name) if counted else "other",
-            quantizable=(conv or type(module) is nn.Linear) and should_convert_module(name, kept),
+            quantizable=(conv or type(module) is nn.Linear) and should_convert_module(name, unquantized),
             element_bytes=widths.of(f"{name}.weight", module.weight),
         )
 
 
 def _left_out_by_peft(model: PreTrainedModel) -> frozenset[str]:
-    """Last parts of names that PEFT doesn't adapt in this architecture: Mamba's, whose kernels read the weight past the
-    layer (``tuners_utils._check_lora_target_modules_mamba``), and those that it takes for experts', which an earlier
-    transformers had as layers of their own (``transformers_weight_conversion._convert_peft_config_moe``): asked for a
-    shared expert's ``gate_proj``, it adapts all experts and not the shared one."""
+    """Return the last parts of names that PEFT doesn't adapt in this architecture.
+
+    Mamba's kernels read the weight past the layer (``tuners_utils._check_lora_target_modules_mamba``). Other names
+    belonged to experts' layers in an earlier transformers
+    (``transformers_weight_conversion._convert_peft_config_moe``): for a shared expert's ``gate_proj``, PEFT adapts all
+    experts and not the shared one.
+    """
     model_type = str(model.config.model_type)
     if model_type in MAMBA:
         return REFUSED_BY_PEFT
@@ -216,7 +221,7 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Co
 
 
 def _others(model: PreTrainedModel) -> Iterator[OtherTensor]:
-    """Parameters outside linear layers, a tied one once, and buffers."""
+    """Yield parameters outside linear layers (a tied one once), and buffers."""
     counted = {id(parameter) for _, module in _linear_layers(model) for parameter in module.parameters()}
     widths = _Widths(model)
     for name, parameter in model.named_parameters():
@@ -228,7 +233,7 @@ def _others(model: PreTrainedModel) -> Iterator[OtherTensor]:
 
 
 def _experts(model: PreTrainedModel, hidden: int) -> Iterator[Experts]:
-    """Modules that hold all of a layer's experts as three-dimensional parameters, whichever way round these lie."""
+    """Yield modules that hold all of a layer's experts as three-dimensional parameters, in either order of the axes."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
         weights = dict(module.named_parameters(recurse=False))
@@ -236,7 +241,7 @@ def _experts(model: PreTrainedModel, hidden: int) -> Iterator[Experts]:
         if down is None or up is None or down.ndim != 3 or not hidden:
             continue
         count = down.shape[0]
-        routed = len(inspect.signature(module.forward).parameters) > 1  # Llama 4's compute all tokens, most times zero
+        routed = len(inspect.signature(module.forward).parameters) > 1  # Llama 4's compute all tokens, mostly zeros
         per_token = _experts_per_token(model, modules[name.rpartition(".")[0]]) if routed else None
         yield Experts(
             name=name,
@@ -248,28 +253,30 @@ def _experts(model: PreTrainedModel, hidden: int) -> Iterator[Experts]:
 
 
 def _other_axis(down: nn.Parameter, hidden: int) -> int:
-    """Of (experts, hidden, intermediate) or (experts, intermediate, hidden) the last but ``hidden``; where experts read
-    something narrower than the hidden state, as wide as makes their operations right."""
+    """Return the experts' intermediate width, from (experts, hidden, intermediate) or (experts, intermediate, hidden).
+    For experts with an input narrower than the hidden state, return the width that gives the right number of
+    operations."""
     _, rows, columns = down.shape
     return columns if rows == hidden else rows if columns == hidden else rows * columns // hidden
 
 
 def _experts_per_token(model: PreTrainedModel, block: nn.Module) -> int | None:
-    """As the router beside the experts has it, else the configuration; ``None``: neither says it."""
-    told = [getattr(module, "top_k", None) for module in block.modules()]
+    """Return the number of experts per token from the router, else from the configuration; ``None`` if neither has
+    it."""
+    candidates = [getattr(module, "top_k", None) for module in block.modules()]
     text = model.config.get_text_config()
-    told += [getattr(text, key, None) for key in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")]
-    return next((number for number in told if isinstance(number, int) and number > 0), None)
+    candidates += [getattr(text, key, None) for key in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")]
+    return next((number for number in candidates if isinstance(number, int) and number > 0), None)
 
 
 def _kept_from_quantization(model: PreTrainedModel) -> list[str]:
-    """Names and patterns that transformers keeps bitsandbytes from (head, tied weights, what stays in float32)."""
-    kept: list[str] = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    return kept
+    """Return names and patterns of modules that transformers doesn't quantize (head, tied weights, float32 modules)."""
+    patterns: list[str] = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return patterns
 
 
 class _Widths:
-    """Bytes an element of a model's tensors takes, by the dtype that the model is loaded in."""
+    """Bytes per element of a model's tensors, for each dtype that the model can be loaded in."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         plans = (model._get_dtype_plan(getattr(torch, dtype)) for dtype in DTYPES)
@@ -278,14 +285,14 @@ class _Widths:
     def of(self, name: str, tensor: torch.Tensor) -> Widths:
         if tensor.dtype is not torch.bfloat16:
             return (tensor.itemsize,) * 3
-        kept = (pattern is not None and bool(pattern.search(name)) for pattern in self._float32)
-        float32, bfloat16, float16 = (4 if keep else width for keep, width in zip(kept, AS_ASKED, strict=True))
+        keeps_float32 = (pattern is not None and bool(pattern.search(name)) for pattern in self._float32)
+        float32, bfloat16, float16 = (4 if keep else width for keep, width in zip(keeps_float32, AS_ASKED, strict=True))
         return float32, bfloat16, float16
 
 
 def _language_model_prefix(model: PreTrainedModel) -> str:
-    """The name before all parts of the language model: empty for a text model, ``model.language_model.`` and the like
-    for one with eyes or ears."""
+    """Return the prefix of the language model's names: empty for a text model, ``model.language_model.`` or similar for
+    one with image or audio input."""
     if model.config.get_text_config() is model.config:
         return ""
     decoder = model.get_decoder()
@@ -294,15 +301,15 @@ def _language_model_prefix(model: PreTrainedModel) -> str:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether y = Wx + b is all it does. Subclasses of Linear that are called so (Falcon's) are; routers, which return
-    more than y, and grouped ones, which take their input apart, are not."""
+    """Return whether the layer computes y = Wx + b and nothing else. Subclasses of Linear with such a name (Falcon's)
+    do. Routers return more than y, and grouped layers split their input."""
     name = type(module).__name__
     return type(module) is nn.Linear or (name.endswith("Linear") and "Group" not in name)
 
 
 def _role(model: PreTrainedModel, name: str) -> str:
-    """Attention, feed-forward or neither, by who holds the layer: the nearest ancestor inside the decoder layer whose
-    class or name says so; a layer held by the decoder layer itself is feed-forward (OPT's fc1, fc2)."""
+    """Return ``attention``, ``mlp`` or ``other``, from the nearest ancestor inside the decoder layer whose class or
+    name shows it. A layer directly in the decoder layer is feed-forward (OPT's fc1, fc2)."""
     *parents, leaf = name.split(".")
     indices = [position for position, part in enumerate(parents) if part.isdigit()]
     if not indices or NEITHER_LEAF.search(leaf):

@@ -1,7 +1,7 @@
 """bitsandbytes, imported without TorchInductor.
 
-At import it wraps kernels in ``torch.compile``, which brings in TorchInductor: a fifth of all that a training imports.
-The wrapped kernels are those for devices that have none of their own; CPU and CUDA have, and never call them.
+On import it wraps kernels in ``torch.compile``, which imports TorchInductor: a fifth of all imports of a training. The
+wrapped kernels serve devices without their own kernels. CPU and CUDA have their own, and never call them.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""An adapter added into the weights of its base, as one model that needs no adapter any more."""
+"""Merges an adapter into the weights of its base: one model that needs no adapter."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qlora_exp.models.base import load_base
 
 
 def merged_model(config: Config, adapter: Path) -> tuple[PreTrainedModel, str]:
-    """W + scale · B·A in fp32, on the CPU, from the *unquantized* base; and the fingerprint of that base.
+    """Return W + scale · B·A in fp32, on the CPU, from the *unquantized* base; and the fingerprint of that base.
 
-    Raises :class:`ModelError` for a base that can't be loaded, an adapter that doesn't fit it, or one whose weights
-    are not finite.
+    Raises:
+        ModelError: the base can't be loaded, the adapter doesn't fit it, or the merged weights are not finite.
     """
     unquantized = replace(config.quantization, mode=Quantization.fp32, compute_dtype=ComputeDtype.auto)
     base = load_base(replace(config, quantization=unquantized), "cpu")
@@ -35,8 +35,8 @@ def merged_model(config: Config, adapter: Path) -> tuple[PreTrainedModel, str]:
 
 
 def _tie_again(model: PreTrainedModel) -> None:
-    """PiSSA works on copies of all weights, head and embeddings apart; where they are still equal they are one again.
-    (A head that was adapted itself is another matrix now, and PEFT has said so in the configuration.)"""
+    """Tie head and embeddings again if they are equal: PiSSA works on separate copies of all weights. (An adapted head
+    is another matrix, and PEFT has recorded that in the configuration.)"""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and torch.equal(head.weight, embeddings.weight):
         model.config.tie_word_embeddings = True

@@ -1,8 +1,8 @@
 """Adapter files that mean the same to every tool: W + alpha/r · B·A on the published base is the trained model.
 
-PiSSA trains on a base without its principal directions, s·B₀·A₀, which PEFT alone subtracts again when it loads the
-adapter. Written as [B, -B₀] · [A; A₀], of twice the rank, the adapter needs no such step. rsLoRA's scale, alpha/√r, is
-written as an alpha of its own: llama.cpp knows alpha/r alone.
+PiSSA trains on a base without its principal directions, s·B₀·A₀. Only PEFT subtracts these again when it loads the
+adapter. Written as [B, -B₀] · [A; A₀], with twice the rank, the adapter needs no such step. rsLoRA's scale, alpha/√r,
+is written as a different alpha: llama.cpp knows only alpha/r.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
 def is_portable(settings: Mapping[str, Any]) -> bool:
-    """Whether an ``adapter_config.json`` asks for nothing but W + alpha/r · B·A."""
+    """Return whether an ``adapter_config.json`` needs only W + alpha/r · B·A."""
     return settings.get("init_lora_weights") != "pissa" and not settings.get("use_rslora")
 
 
 def make_portable(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
-    """Rewrite the adapter in ``folder``, as PEFT saved it. ``start``: its values before training, by their names in
-    the model; needed for PiSSA alone."""
+    """Rewrite the adapter in ``folder``, as PEFT saved it. ``start`` holds its values before training, by their names
+    in the model; only PiSSA needs them."""
     settings: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     if is_portable(settings):
         return
@@ -50,13 +50,13 @@ def _scale(settings: Mapping[str, Any]) -> float:
 
 
 def _saved_name(name: str) -> str:
-    """As PEFT names it in a file: without the adapter's own name."""
+    """Return the parameter's name in a file of PEFT: without the adapter's own name."""
     return name.replace(".default.", ".").removesuffix(".default")
 
 
 def _with_start(name: str, value: torch.Tensor, start: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A's rows with A₀'s below them, B's columns with -B₀'s beside them, in float32, as they were subtracted; DoRA's
-    magnitudes as they are."""
+    """Return A with A₀ appended as rows, B with -B₀ appended as columns, both in float32 as PiSSA subtracted them.
+    DoRA's magnitudes don't change."""
     parts = name.split(".")
     if A in parts:
         return torch.cat([value.float(), start[name].float().to(value.device)], dim=0)

@@ -1,4 +1,4 @@
-"""By which method a checkpoint was quantized already: told from its configuration, file names and tensors."""
+"""Detects the method by which a checkpoint is quantized already, from its configuration, file names and tensors."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ TENSOR_NAMES = (
     ("MXFP4", re.compile(r"_proj_blocks$")),
     ("fp8", re.compile(r"\.(weight_scale_inv|weight_scale|input_scale)$")),
 )
-"""Method → a name that only its tensors have; the first that matches counts."""
+"""Method and a pattern that only its tensors' names match; the first match counts."""
 QUANTIZED_HINT = "give the unquantized checkpoint that it was made from; qlora-exp quantizes by itself"
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
-    """The method that a configuration names, also inside ``text_config``; ``None``: it isn't quantized."""
+    """Return the method that a configuration names, also inside ``text_config``; ``None`` if it isn't quantized."""
     settings = config.get("quantization_config") or config.get("compression_config")
     if settings:
-        named = settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", "")
-        if named:
-            return str(getattr(named, "value", named))
+        method = (
+            settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", "")
+        )
+        if method:
+            return str(getattr(method, "value", method))
         return "MLX" if isinstance(settings, Mapping) and "group_size" in settings else "an unknown method"
     if isinstance(config.get("quantization"), Mapping) and "bits" in config["quantization"]:
         return "MLX"
@@ -46,7 +48,7 @@ def method_of(config: Mapping[str, Any]) -> str | None:
 
 
 def method_of_tensors(dtypes: Mapping[str, str]) -> str | None:
-    """The method that tensors show. ``dtypes``: name → dtype as a safetensors header has it."""
+    """Return the method that the tensors show. ``dtypes`` maps names to dtypes, as in a safetensors header."""
     for method, pattern in TENSOR_NAMES:
         if any(pattern.search(name) for name in dtypes):
             return method

@@ -10,7 +10,7 @@ import transformers
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars and no load report while loading: what is wrong is raised here, not logged."""
+    """Switch off progress bars and load reports: errors are raised here, not logged."""
     log = transformers.utils.logging
     bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()

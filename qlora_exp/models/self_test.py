@@ -1,4 +1,4 @@
-"""Does a quantization mode train rightly on this very machine? A question that bitsandbytes doesn't ask itself."""
+"""Tests whether a quantization mode trains correctly on this machine. bitsandbytes doesn't test that itself."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
-"""Largest relative error of the gradient against fp32 arithmetic on the same (dequantized) weights, by what is
-computed in: about ten times what rounding alone gives on two layers."""
+"""Largest relative error of the gradient against fp32 arithmetic on the same (dequantized) weights, by compute dtype.
+About ten times what rounding alone gives on two layers."""
 INT8_TOLERANCE = 0.2
-"""LLM.int8() rounds the activations to 8 bits as well, where it is computed natively (CUDA)."""
+"""LLM.int8() also rounds the activations to 8 bits where it runs natively (CUDA)."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class SelfTest:
 
 
 def quantization_self_test(mode: Quantization, device_kind: str) -> SelfTest:
-    """Train one step of a small random Llama in ``mode`` before and after an evaluation, and in fp32.
+    """Compare the gradients of a small random Llama in ``mode`` before and after an evaluation, and in fp32.
 
-    ``ok``: both gradients are the same, and close to that of an fp32 copy with the dequantized weights.
+    ``ok``: the first two agree, and are close to that of an fp32 copy with the dequantized weights.
     """
     quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0)
     with tempfile.TemporaryDirectory() as folder, quiet_loading():
@@ -56,7 +56,7 @@ def quantization_self_test(mode: Quantization, device_kind: str) -> SelfTest:
 
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """An fp32 copy of ``model`` with the values that its quantized weights stand for."""
+    """Return an fp32 copy of ``model`` with its quantized weights dequantized."""
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):
         if isinstance(module, Linear4bit | Linear8bitLt):
@@ -95,7 +95,7 @@ def _tokens(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _gradient(model: PreTrainedModel) -> torch.Tensor:
-    """What an adapter on the first layer would see: the loss's gradient at the embeddings, in training mode."""
+    """Return the loss's gradient at the embeddings, in training mode: what an adapter on the first layer would see."""
     model.train()
     tokens = _tokens(model)
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()

@@ -1,6 +1,6 @@
-"""Where a base model comes from — the package, a directory, a GGUF file, the Hub — and whether it can be used at all.
+"""Finds a base model (in the package, a directory, a GGUF file, on the Hub) and checks whether it can be used.
 
-Nothing here reads a weight into memory: what is wrong is found and told before anything expensive.
+Nothing here reads a weight into memory: errors are found before anything expensive.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from qlora_exp.models.weight_files import (
 from qlora_exp.paths import EMBEDDED
 
 HUB_TIMEOUT_SECONDS = 5.0
-"""Longest wait for the Hub's answer; without a network the local cache is used, or the run is refused at once."""
+"""Longest wait for the Hub's answer. Without a network, the local cache is used or the run is refused at once."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """One checkpoint. ``path_or_id`` is a folder or a Hub id, ``gguf_file`` a file's name in that folder, ``revision``
-    a Hub commit (so that what was looked at is what is loaded)."""
+    a Hub commit (so that the files checked are the files loaded)."""
 
     name: str
     path_or_id: str
@@ -61,18 +61,18 @@ class ModelSource:
     gguf_file: str | None
     is_local: bool
     cached: bool = False
-    """Of the Hub, which doesn't answer: what the local cache has of it is read, and nothing else is asked for."""
+    """The Hub doesn't answer: only files in its local cache are used."""
 
     @property
     def where(self) -> str:
-        """The place as told to a person."""
+        """The place, as messages show it."""
         if self.gguf_file:
             return str(Path(self.path_or_id) / self.gguf_file)
         return self.path_or_id
 
     @property
     def cached_folder(self) -> Path | None:
-        """The folder with its files: the local one, or the Hub's cache where the weights are in it."""
+        """The folder with the files: the local one, or the Hub's cache if it has the weights."""
         if self.is_local:
             return Path(self.path_or_id)
         for name in (WEIGHTS, WEIGHTS_INDEX):
@@ -83,7 +83,7 @@ class ModelSource:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of every ``from_pretrained``. Remote code is never run."""
+        """Keyword arguments of every ``from_pretrained``. Remote code never runs."""
         arguments: dict[str, Any] = {"trust_remote_code": False}
         if self.gguf_file:
             arguments["gguf_file"] = self.gguf_file
@@ -97,14 +97,15 @@ class ModelSource:
 
 WHOLE = "give the GGUF file of the whole model"
 READS_PADDING = {"rwkv"}
-"""Recurrent architectures whose code in transformers has no attention mask."""
+"""Recurrent architectures whose code in transformers ignores the attention mask."""
 
 
 def resolve_source(model: ModelConfig) -> ModelSource:
-    """Find ``model``'s checkpoint and check all that can be checked without loading it.
+    """Find ``model``'s checkpoint and check everything that can be checked without loading it.
 
-    Raises :class:`ModelError`: nothing there, no or a broken config.json, an unknown architecture, remote code,
-    pickled weights, torn safetensors, a GGUF file without the ``gguf`` package, a Hub id that can't be reached.
+    Raises:
+        ModelError: nothing is there, config.json is missing or broken, the architecture is unknown or needs remote
+            code, the weights are pickled or damaged, the ``gguf`` package is missing, or the Hub can't be reached.
     """
     if model.family == "local" or model.path:
         return _local(Path(model.path or "").expanduser())
@@ -116,7 +117,7 @@ def resolve_source(model: ModelConfig) -> ModelSource:
 
 
 def sibling_source(model: ModelConfig) -> ModelSource | None:
-    """The instruct checkpoint of a base's family, or ``None`` where there is none or it can't be reached."""
+    """Return the instruct checkpoint of a base's family, or ``None`` if there is none or it can't be reached."""
     checkpoint = model.checkpoints.get("instruct")
     if checkpoint is None or model.variant.value == "instruct":
         return None
@@ -127,7 +128,7 @@ def sibling_source(model: ModelConfig) -> ModelSource | None:
 
 
 def model_config(source: ModelSource) -> PretrainedConfig:
-    """transformers' configuration of a resolved source, without a trace of an earlier quantization."""
+    """Return transformers' configuration of a resolved source, without the settings of an earlier quantization."""
     try:
         config = _read_config(source)
     except Exception as error:  # every architecture validates in its own way, and GGUF readers unpack raw bytes
@@ -159,7 +160,8 @@ def _read_config(source: ModelSource) -> PretrainedConfig:
 
 @functools.lru_cache(maxsize=8)
 def _read_gguf_config(source: ModelSource, size: int, modified: int) -> PretrainedConfig:
-    """Seconds for a large vocabulary, and asked for by every step of a run; a changed file is read anew."""
+    """Read the configuration once: it takes seconds for a large vocabulary, and every step of a run needs it. A changed
+    file is read again."""
     config: PretrainedConfig = AutoConfig.from_pretrained(source.path_or_id, **source.arguments)
     parts = gguf_parts(Path(source.where))
     if len(parts) > 1:  # transformers looks for the head in the first part only
@@ -168,7 +170,7 @@ def _read_gguf_config(source: ModelSource, size: int, modified: int) -> Pretrain
 
 
 def fingerprint(source: ModelSource) -> str:
-    """SHA-256 over the files' names and contents for what is on disk; id and commit for the Hub."""
+    """Return SHA-256 over names and contents of the files on disk; for the Hub, its id and commit."""
     if not source.is_local:
         return f"hub:{source.path_or_id}@{source.revision}"
     folder = Path(source.path_or_id)
@@ -181,15 +183,15 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """What a loaded model and tokenizer depend on; a README or an adapter beside them doesn't count."""
-    kept = (".json", ".safetensors", ".jinja", ".model", ".txt")
-    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in kept]
+    """Return the files that a loaded model and tokenizer depend on. READMEs and adapters in the folder don't count."""
+    suffixes = (".json", ".safetensors", ".jinja", ".model", ".txt")
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes]
     return [*files, *folder.glob("additional_chat_templates/*.jinja")]
 
 
 @functools.lru_cache(maxsize=4096)
 def _sha256(file: Path, size: int, modified: int) -> str:
-    """Size and time of change are part of the key, so that a file written anew is read anew."""
+    """Hash the file. Size and modification time are part of the cache's key: a rewritten file is read again."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -227,9 +229,9 @@ def _local(path: Path) -> ModelSource:
 def _gguf(path: Path) -> ModelSource:
     if path.suffix != ".gguf":
         if ".gguf" in path.name:  # model.gguf.part1of2, model.gguf-split-a
-            whole = path.name[: path.name.index(".gguf") + len(".gguf")]
+            full_name = path.name[: path.name.index(".gguf") + len(".gguf")]
             what = "this looks like a piece of a GGUF file"
-            raise ModelError(what, str(path), f"join the pieces first: cat {whole}?* > {whole}")
+            raise ModelError(what, str(path), f"join the pieces first: cat {full_name}?* > {full_name}")
         what = "a model file must be GGUF; safetensors are given as their directory"
         raise ModelError(what, str(path), f"model.path={path.parent}")
     if importlib.util.find_spec("gguf") is None:
@@ -248,8 +250,8 @@ def _gguf(path: Path) -> ModelSource:
 
 
 def check_config(file: Path) -> None:
-    """Raise :class:`ModelError` for a config.json that is none, of an architecture that transformers hasn't, or with a
-    size of nothing."""
+    """Raise :class:`ModelError` if config.json is invalid, names an architecture that transformers lacks, or has a size
+    of 0 or less."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -278,7 +280,8 @@ def _hub(repository: str, revision: str | None) -> ModelSource:
 
 @functools.lru_cache(maxsize=256)
 def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
-    """The commit that ``revision`` (default: main) means; asked of the Hub once, else (True) of the local cache."""
+    """Return the commit that ``revision`` (default: main) means, and whether it comes from the local cache. The Hub is
+    asked once."""
     try:
         info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
         if info.sha is not None:
@@ -302,8 +305,8 @@ def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
 
 
 def _touch_hub_cache(repository: str, revision: str | None) -> None:
-    """What is loaded by its commit leaves no trace in the cache of the name that meant it: without a network it would
-    not be found again. A file asked for by that name leaves one."""
+    """Download config.json by its revision's name, so that the local cache knows the commit of that name. Loading by
+    commit doesn't record it, and without a network the commit would not be found again."""
     with contextlib.suppress(HfHubHTTPError, HTTPError, OSError):
         huggingface_hub.hf_hub_download(repository, "config.json", revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS)
 
@@ -321,6 +324,6 @@ def _cached_commit(repository: str, revision: str | None) -> str:
 
 
 def first_error_line(error: BaseException) -> str:
-    """An error's first line, or the next one where the first only leads to it; at most 300 characters."""
+    """Return an error's first line, or the second if the first only introduces it; at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[1 if lines[0].endswith(":") and len(lines) > 1 else 0][:300]

@@ -1,7 +1,7 @@
-"""Whether a checkpoint's files hold exactly the tensors of the model, judged by their headers alone.
+"""Checks by their headers alone that a checkpoint's files hold exactly the tensors of the model.
 
-transformers fills in what is missing at random, and drops what it doesn't know, with a warning at most. Here its own
-loading runs once on the meta device: tensors have a name and a shape there, and no memory.
+transformers initializes missing weights at random and drops unknown tensors, with a warning at most. So its own loading
+runs here once on the meta device, where tensors have a name and a shape, and no memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.weight_files import weight_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes of a safetensors header that hold weights as they are."""
+"""Dtypes of a safetensors header that hold unquantized weights."""
 MASKS = re.compile(r"(^|\.)(attn|attention|self_attention)\.(bias|masked_bias|causal_mask)$")
 """Causal masks that older versions of transformers saved with GPT-2, GPT-J, GPT-Neo and GPT-NeoX."""
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.|rotary_pos_emb\.)?(inv_freq|position_ids|embed_positions\.weights)$")
@@ -43,7 +43,7 @@ OTHER_SENSES = re.compile(
     r"^(model\.)?(vision_(model|tower|encoder|embed_tokens)|visual|audio_(model|tower|encoder)|multi_modal_projector"
     r"|mm_projector|image_newline|embed_vision|embed_audio)(\.|$)"
 )
-"""Towers for pictures and sound, of which a text model takes no input."""
+"""Encoders for images and audio, for which a text model has no input."""
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "base_model.model.": "PEFT",
@@ -60,7 +60,7 @@ NOT_ONE = "the files and config.json are not of one model; restore them"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as its file's header has it. ``dtype`` in safetensors' words: F32, BF16, F8_E4M3 …"""
+    """A tensor as its file's header describes it. ``dtype`` is safetensors' name: F32, BF16, F8_E4M3 …"""
 
     shape: tuple[int, ...]
     dtype: str
@@ -68,33 +68,33 @@ class StoredTensor:
 
 @dataclass
 class LoadReport:
-    """What transformers would make of the tensors of a checkpoint."""
+    """What transformers would make of a checkpoint's tensors."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    """Weight, its shape by the files, its shape by the configuration."""
+    """(weight, its shape in the files, its shape by the configuration)."""
     unconverted: list[str] = field(default_factory=list)
-    """Weights that can't be put together from what the files have of them."""
+    """Weights that can't be assembled from their parts in the files."""
     sources: dict[str, list[str]] = field(default_factory=dict)
-    """Weight → the tensors that it is made of."""
+    """Weight → the tensors that it is assembled from."""
     twice: list[str] = field(default_factory=list)
     """Weights that two tensors claim."""
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors that transformers would load from ``folder``."""
-    found: dict[str, StoredTensor] = {}
+    """Return the tensors that transformers would load from ``folder``, by name."""
+    tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 tensor = weights.get_slice(name)
-                found[name] = StoredTensor(tuple(tensor.get_shape()), str(tensor.get_dtype()))
-    return found
+                tensors[name] = StoredTensor(tuple(tensor.get_shape()), str(tensor.get_dtype()))
+    return tensors
 
 
 def check_tensors(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], where: str) -> None:
-    """``model``: on the meta device, used up by this.
+    """Check ``tensors`` against ``model``, which is on the meta device; the check changes it.
 
     Raises:
         ModelError: a weight is in no file, a tensor of the files belongs to no weight, or shape or dtype are wrong.
@@ -117,24 +117,25 @@ def dry_load(
     model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], conversions: list[WeightTransform]
 ) -> LoadReport:
     """Run transformers' loading of tensors with these names and shapes into ``model``, which is on the meta device."""
-    made = dict(model.state_dict())
+    weights = dict(model.state_dict())
     tensors = {name: torch.empty(shape, device="meta", dtype=torch.bfloat16) for name, shape in shapes.items()}
     report = LoadReport()
-    report.sources, report.twice = _sources(model, shapes, conversions, made)
+    report.sources, report.twice = _sources(model, shapes, conversions, weights)
     settings = LoadStateDictConfig(device_map={"": "meta"}, dtype=torch.bfloat16, weight_mapping=conversions)
     with quiet_loading():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(info)
     report.unconverted = sorted(info.conversion_errors)
-    report.misshapen = sorted((name, tuple(found), tuple(built)) for name, found, built in info.mismatched_keys)
+    report.misshapen = sorted((name, tuple(stored), tuple(built)) for name, stored, built in info.mismatched_keys)
     report.missing = sorted(info.missing_keys - set(report.unconverted))
     report.unexpected = sorted(info.unexpected_keys)
     return report
 
 
 def raise_missing(report: LoadReport, where: str, hint: str, expected: Sequence[str] = ()) -> None:
-    """``expected``: names of tensors that the files should have had, where a weight is made of several."""
+    """Raise :class:`ModelError` if a weight is missing. ``expected``: names of tensors that the files should have, for
+    weights that are assembled from several."""
     lacking = [*expected, *(name for name in report.missing if name not in expected)]
     if lacking:
         what = f"{len(lacking)} of the model's weights are not in its files: {some(lacking)}"
@@ -149,14 +150,15 @@ def raise_missing(report: LoadReport, where: str, hint: str, expected: Sequence[
 
 
 def raise_misshapen(report: LoadReport, where: str, hint: str, maker: str = "config.json") -> None:
-    for name, found, built in report.misshapen:
-        what = f"{name} has the shape {found} in its file, and {maker} makes it {built}"
+    """Raise :class:`ModelError` if a tensor's shape is wrong. ``maker`` is what gives the right one."""
+    for name, stored, built in report.misshapen:
+        what = f"{name} has the shape {stored} in its file, and {maker} makes it {built}"
         raise ModelError(what, where, hint)
 
 
 def is_harmless(name: str, shape: tuple[int, ...] | None) -> bool:
-    """Whether a tensor that no weight takes can be left out: a mask or a table that the model computes, or a tower that
-    it has no input for."""
+    """Return whether a tensor that belongs to no weight can be left out: a mask or table that the model computes, or an
+    encoder that it has no input for."""
     if COMPUTED.search(name) or OTHER_SENSES.search(name):
         return True
     return bool(MASKS.search(name)) and (shape is None or len(shape) in (0, 4))
@@ -170,57 +172,58 @@ def _sources(
     model: PreTrainedModel,
     shapes: Mapping[str, tuple[int, ...]],
     conversions: list[WeightTransform],
-    made: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Weight → tensors, and the weights that two tensors claim: transformers takes one of the two."""
-    copies = copy.deepcopy(conversions)  # a renaming remembers what it has met
+    """Return the tensors of each weight, and the weights that two tensors claim: transformers takes one of the two."""
+    copies = copy.deepcopy(conversions)  # a renaming keeps state
     renamings = [entry for entry in copies if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in copies if isinstance(entry, WeightConverter)]
     sources: dict[str, list[str]] = defaultdict(list)
     twice = []
     for name in sorted(shapes, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, made)
-        if renamed not in made and name in made:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, weights)
+        if renamed not in weights and name in weights:
             renamed, pattern = name, None
-        if pattern is None and sources[renamed] and renamed in made:
+        if pattern is None and sources[renamed] and renamed in weights:
             twice.append(renamed)
         sources[renamed].append(name)
     return dict(sources), twice
 
 
 def _expected_names(report: LoadReport, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Tensors that the files lack of a weight that is put together from many: experts' weights are numbered."""
+    """Return the tensors that the files lack for weights assembled from many: experts' weights are numbered."""
     counts = {name: built[0] for name, _, built in report.misshapen if built}
     lacking = []
     for name in [*report.unconverted, *counts]:
         numbered: dict[str, set[int]] = defaultdict(set)
         for source in report.sources.get(name, []):
-            if found := NUMBERED.match(source):
-                numbered[f"{found[1]}*{found[3]}"].add(int(found[2]))
-        every = set().union(*numbered.values()) if numbered else set()
-        if len(report.sources.get(name, [])) > 1 or every:
-            every |= set(range(counts.get(name, 0)))
+            if match := NUMBERED.match(source):
+                numbered[f"{match[1]}*{match[3]}"].add(int(match[2]))
+        all_numbers = set().union(*numbered.values()) if numbered else set()
+        if len(report.sources.get(name, [])) > 1 or all_numbers:
+            all_numbers |= set(range(counts.get(name, 0)))
         for pattern, numbers in numbered.items():
-            lacking += [pattern.replace("*", str(number)) for number in sorted(every - numbers)]
+            lacking += [pattern.replace("*", str(number)) for number in sorted(all_numbers - numbers)]
     return [name for name in lacking if name not in shapes]
 
 
 def _check_dtypes(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], where: str) -> None:
-    """fp8, int8 or packed values without a quantization_config would be loaded as if they were the weights."""
+    """Raise :class:`ModelError` for quantized values. Without a quantization_config, transformers would load fp8, int8
+    or packed values as if they were the weights."""
     if method := method_of_tensors({name: tensor.dtype for name, tensor in tensors.items()}):
         what = f"the weights are quantized already (by {method}), and config.json doesn't say so"
         raise ModelError(what, where, UNQUANTIZED)
-    made = model.state_dict()
+    weights = model.state_dict()
     for name, tensor in tensors.items():
-        weight = made.get(name)
-        whole = weight is not None and not weight.is_floating_point()
-        if tensor.dtype not in FLOATS and not whole and not is_harmless(name, tensor.shape):
+        weight = weights.get(name)
+        is_integer = weight is not None and not weight.is_floating_point()
+        if tensor.dtype not in FLOATS and not is_integer and not is_harmless(name, tensor.shape):
             what = f"{name} holds {tensor.dtype} values, which can't be used as weights"
             raise ModelError(what, where, f"the files seem to be quantized: {UNQUANTIZED}")
 
 
 def _check_names(tensors: Mapping[str, StoredTensor], model: PreTrainedModel, where: str) -> None:
-    """Names as a wrapper of the model writes them: none of them would be found."""
+    """Raise :class:`ModelError` for names that a wrapper of the model wrote: transformers would find none of them."""
     if adapters := [name for name in tensors if ADAPTER_PATTERN.search(name)]:
         what = f"{len(adapters)} tensors of the files are an adapter's: {some(adapters)}"
         hint = "merge the adapter before saving: PeftModel.merge_and_unload().save_pretrained(NEW_DIR)"
@@ -234,10 +237,10 @@ def _check_names(tensors: Mapping[str, StoredTensor], model: PreTrainedModel, wh
 
 
 def _unexpected(names: list[str], model: PreTrainedModel, where: str) -> ModelError:
-    """What the tensors that no weight takes mean, as far as their names show it."""
+    """Return an error that says what the tensors without a weight mean, as far as their names show it."""
     what = f"{len(names)} tensors of the files belong to no weight of the model: {some(names)}"
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0) or 0)
-    beyond = {int(found[1]) for name in names if (found := LAYER.search(name)) and int(found[1]) >= layers > 0}
+    beyond = {int(match[1]) for name in names if (match := LAYER.search(name)) and int(match[1]) >= layers > 0}
     if beyond and len({LAYER.search(name) is not None for name in names}) == 1:
         what = f"{what}; config.json says num_hidden_layers = {layers}, and the files have layer {max(beyond)}"
     elif all(name.endswith(".bias") for name in names):

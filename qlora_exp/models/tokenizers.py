@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, made ready for training: padding told from the end of a text, a chat template."""
+"""Loads the tokenizer of a checkpoint and prepares it for training: a padding token that isn't EOS, a chat template."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ SPARE_NAMES = re.compile(r"reserved|unused|extra_id", re.IGNORECASE)
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right with a token that is not EOS where the vocabulary has one.
+    """Return the tokenizer. It pads on the right, with a token that is not EOS if the vocabulary has one.
 
-    Its chat template is ``model.chat_template``'s file where one is given, else the tokenizer's own, else the instruct
-    sibling's, else ``None``. Raises :class:`ModelError` for a missing or broken tokenizer or template.
+    Its chat template is ``model.chat_template``'s file if set, else the tokenizer's own, else that of the instruct
+    sibling, else ``None``.
+
+    Raises:
+        ModelError: the tokenizer or the template is missing or broken.
     """
     source = resolve_source(model)
     tokenizer = _load(source)
@@ -32,7 +35,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         raise ModelError(what, source.where, "set eos_token in its tokenizer_config.json")
     _set_pad_token(tokenizer)
     tokenizer.padding_side = "right"
-    # A clean-up takes the spaces before punctuation out of a right answer, and not out of the text it is compared with.
+    # A clean-up removes spaces before punctuation from a correct answer, but not from the reference.
     tokenizer.clean_up_tokenization_spaces = False
     if model.chat_template or not tokenizer.chat_template:
         tokenizer.chat_template = _template(model)
@@ -63,12 +66,12 @@ OTHER_FORMS = {
     "qwen.tiktoken": ("tiktoken", ("tiktoken",)),
     "tokenizer.tiktoken": ("tiktoken", ("tiktoken",)),
 }
-"""File → its format, and the packages that transformers reads it with."""
+"""File → its format, and the packages with which transformers reads it."""
 MODULES = {"protobuf": "google.protobuf"}
 
 
 def _lacking(folder: Path) -> tuple[str, str] | None:
-    """What a directory without tokenizer.json lacks, and what to do; ``None``: something else is wrong."""
+    """Return what a directory without tokenizer.json lacks, and what to do; ``None`` if something else is wrong."""
     if (folder / "tokenizer.json").is_file():
         return None
     copy = "copy tokenizer.json from where the model comes from"
@@ -93,7 +96,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Padding by EOS hides real ends from whatever masks padding by id; so prefer any other token made for it."""
+    """Prefer a padding token that isn't EOS: code that masks padding by its id would hide real ends of texts."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     taken = {tokenizer.eos_token, tokenizer.bos_token}

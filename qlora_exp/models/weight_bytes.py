@@ -1,4 +1,4 @@
-"""Exact bytes of a model's tensors: the base's weights, what quantization keeps beside them, and the adapters."""
+"""Counts the exact bytes of a model's tensors: base weights, quantization state and adapters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qlora_exp.models.adapters import adapter_parameters
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """``base_weight_bytes``: parameters and buffers; ``quantization_state_bytes``: block constants, code books, row
-    scales; each tensor once, tied weights too."""
+    """``base_weight_bytes``: parameters and buffers. ``quantization_state_bytes``: block constants, code books, row
+    scales. Each tensor counts once, also tied weights."""
 
     base_weight_bytes: int
     quantization_state_bytes: int
@@ -26,15 +26,15 @@ class WeightBytes:
 def weight_bytes(model: nn.Module) -> WeightBytes:
     """Count the bytes of ``model``, quantized or not, with adapters or without."""
     adapter = _distinct(parameter for _, parameter in adapter_parameters(model))
-    held = _distinct([*model.parameters(), *model.buffers()])
-    base = {key: size for key, size in held.items() if key not in adapter}
+    tensors = _distinct([*model.parameters(), *model.buffers()])
+    base = {key: size for key, size in tensors.items() if key not in adapter}
     state = _distinct(tensor for module in model.modules() for tensor in _quantization_state(module))
-    state = {key: size for key, size in state.items() if key not in held}
+    state = {key: size for key, size in state.items() if key not in tensors}
     return WeightBytes(sum(base.values()), sum(state.values()), sum(adapter.values()))
 
 
 def _distinct(tensors: Iterator[torch.Tensor] | list[torch.Tensor]) -> dict[tuple[int, int], int]:
-    """Bytes by place in memory: a tied weight and an int8 weight seen twice are one."""
+    """Map each place in memory to its bytes: a tied weight counts once, as does an int8 weight that is seen twice."""
     return {(tensor.data_ptr(), tensor.nbytes): tensor.nbytes for tensor in tensors if tensor.nbytes}
 
 
@@ -51,7 +51,7 @@ def _quantization_state(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _four_bit_state(state: QuantState) -> Iterator[torch.Tensor]:
-    """Block constants and code book, and with double quantization the constants' own and their offset."""
+    """Yield block constants and code book; with double quantization also the constants' own and their offset."""
     yield from (value for value in (state.absmax, state.code, state.offset) if isinstance(value, torch.Tensor))
     if state.state2 is not None:
         yield from _four_bit_state(state.state2)

@@ -1,4 +1,4 @@
-"""Which files of a folder hold the weights that transformers loads, and what in the folder would change them.
+"""Finds the files of a folder that hold the weights which transformers loads, and files that would change these.
 
 Only names and safetensors headers are read here.
 """
@@ -25,12 +25,12 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"^(?P<name>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors$")
 VARIANT = re.compile(r"^model\.(?P<variant>[^.]+?)(-\d{5}-of-\d{5})?\.safetensors$")
 RANK_SHARD = re.compile(r"^shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
-"""Written by each process of a distributed training; transformers loads these before everything else."""
+"""Written by each process of a distributed training. transformers prefers these to all other files."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from ``folder``, in its order: ``model.safetensors``, else the
-    shards that the index lists. Empty: there are none under these names.
+    """Return the safetensors files that transformers loads from ``folder``, in its order: ``model.safetensors``, else
+    the shards that the index lists. Empty if there are none under these names.
 
     Raises:
         ModelError: the index can't be read, or the folder holds two sets of weights.
@@ -47,14 +47,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether ``folder`` has weights of any kind, also such that can't be loaded: then it is more than a config.json to
-    plan with."""
+    """Return whether ``folder`` has weights of any kind, also ones that can't be loaded. Such a folder is more than a
+    config.json to plan with."""
     endings = (".safetensors", ".gguf", *PICKLES, ADAPTER_CONFIG, WEIGHTS_INDEX)
     return any(path.name.endswith(endings) for path in folder.iterdir())
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor → file, as the folder's index says it; empty where there is no index."""
+    """Return the index's map from tensors to files; empty if there is no index."""
     index = folder / WEIGHTS_INDEX
     if not index.is_file():
         return {}
@@ -72,29 +72,32 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Safetensors only (a pickle can run code), every shard there, every header and length right, and every tensor
-    where the index says. Raises :class:`ModelError`."""
+    """Check names, headers, lengths and index of the weight files. Only safetensors are allowed: a pickle can run code.
+
+    Raises:
+        ModelError: a file is missing or damaged, or a tensor isn't where the index says.
+    """
     files = weight_files(folder)
     if not files:
         raise _not_found(folder)
-    held: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     listed = weight_map(folder) if files != [folder / WEIGHTS] else {}
     for file in files:
         if not file.is_file():
             raise ModelError("a weight file is missing", str(file), f"{WEIGHTS_INDEX} lists it; restore it")
         for name in _tensor_names(file):
-            twice, held[name] = name in held, file.name
-            if twice and listed.get(name) != file.name:
+            is_duplicate, file_of[name] = name in file_of, file.name
+            if is_duplicate and listed.get(name) != file.name:
                 what = f"{name} is in two files, and transformers would load the one that the index doesn't name"
                 raise ModelError(what, str(file), "restore the shards and their index from one source")
     for name, shard in listed.items():
-        if name not in held:
+        if name not in file_of:
             what = f"{name} is not in {shard}, where {WEIGHTS_INDEX} lists it"
             raise ModelError(what, str(folder / shard), "restore the shard and the index from one source")
 
 
 def check_no_adapter(folder: Path) -> None:
-    """transformers applies an adapter that lies in a model's folder while it loads the model.
+    """Refuse an adapter in a model's folder: transformers would apply it while it loads the model.
 
     Raises:
         ModelError: ``folder`` holds an adapter, alone or next to a whole model.
@@ -102,8 +105,8 @@ def check_no_adapter(folder: Path) -> None:
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         return
-    whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    if whole or any(folder.glob("*.gguf")):
+    has_model = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    if has_model or any(folder.glob("*.gguf")):
         what = f"{ADAPTER_CONFIG} lies next to a whole model: transformers would load the adapter on top of it"
         hint = "move the adapter_* files to another directory to train the model as it is, or merge the adapter first"
         raise ModelError(what, str(file), hint)
@@ -117,7 +120,7 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def check_hub_files(names: set[str], place: str) -> None:
-    """The same of a repository on the Hub, by the names of its files. Raises :class:`ModelError`."""
+    """Check a repository on the Hub by the names of its files, in the same way. Raises :class:`ModelError`."""
     loadable = names & {WEIGHTS, WEIGHTS_INDEX}
     if ADAPTER_CONFIG in names:
         what = "the repository holds an adapter and no model"
@@ -133,7 +136,7 @@ def check_hub_files(names: set[str], place: str) -> None:
 
 
 def config_place(folder: Path) -> str:
-    """What to do where ``folder`` has no config.json: the file or folder inside it that was probably meant."""
+    """Return what to do if ``folder`` has no config.json: name the file or folder inside it that was probably meant."""
     if ggufs := sorted(folder.glob("*.gguf")):
         return f"model.path={ggufs[0]}"
     inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
@@ -149,7 +152,8 @@ def config_place(folder: Path) -> str:
 
 
 def check_no_pointer(file: Path) -> None:
-    """Raise :class:`ModelError`: ``file`` is what a clone without Git LFS leaves in place of a large file."""
+    """Raise :class:`ModelError` if ``file`` is a Git LFS pointer: a clone without LFS has it in place of a large
+    file."""
     with file.open("rb") as stream:
         begin = stream.read(len(LFS))
     if begin == LFS:
@@ -169,15 +173,15 @@ def _tensor_names(file: Path) -> list[str]:
 
 def _base_of_adapter(file: Path) -> str | None:
     try:
-        read: Any = json.loads(file.read_text(encoding="utf-8"))
+        settings: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    named = read.get("base_model_name_or_path") if isinstance(read, Mapping) else None
-    return named if isinstance(named, str) and named else None
+    base = settings.get("base_model_name_or_path") if isinstance(settings, Mapping) else None
+    return base if isinstance(base, str) and base else None
 
 
 def _not_found(folder: Path) -> ModelError:
-    """Why transformers finds no weights in ``folder``, by the files that are there."""
+    """Return an error that says why transformers finds no weights in ``folder``, by the files there."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if methods := [SIDE_FILES[name] for name in names if name in SIDE_FILES]:
         return ModelError(f"the checkpoint is quantized already (by {methods[0]})", str(folder), UNQUANTIZED)
@@ -197,18 +201,20 @@ def _not_found(folder: Path) -> ModelError:
 
 
 def _other_names(folder: Path, names: list[str]) -> ModelError:
-    """Safetensors under names that transformers doesn't look for."""
+    """Return an error for safetensors under names that transformers doesn't look for."""
     first, where = names[0], str(folder)
-    if found := VARIANT.match(first):
-        what = f"{first} is the variant {found['variant']}, and transformers loads {WEIGHTS}"
-        return ModelError(what, where, _rename(folder, names, f"model.{found['variant']}", found["variant"]))
+    if match := VARIANT.match(first):
+        what = f"{first} is the variant {match['variant']}, and transformers loads {WEIGHTS}"
+        return ModelError(what, where, _rename(folder, names, f"model.{match['variant']}", match["variant"]))
     if RANK_SHARD.match(first):
         what = f"{first} is one process's part of a distributed training"
         return ModelError(what, where, f"save the model whole: save_pretrained writes {WEIGHTS}")
-    shards = [found for name in names if (found := SHARD.match(name)) and found["name"] == "model"]
+    shards = [match for name in names if (match := SHARD.match(name)) and match["name"] == "model"]
     if shards:
-        there, parts = {int(found["part"]) for found in shards}, int(shards[0]["parts"])
-        missing = [f"model-{part:05d}-of-{parts:05d}.safetensors" for part in range(1, parts + 1) if part not in there]
+        present, parts = {int(match["part"]) for match in shards}, int(shards[0]["parts"])
+        missing = [
+            f"model-{part:05d}-of-{parts:05d}.safetensors" for part in range(1, parts + 1) if part not in present
+        ]
         also = f"; {_some(missing)} {'are' if len(missing) > 1 else 'is'} missing, too" if missing else ""
         what = f"the directory has shards and no {WEIGHTS_INDEX}, which lists them{also}"
         return ModelError(what, where, f"copy or download {WEIGHTS_INDEX} from where the shards come from")
