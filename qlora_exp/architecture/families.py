@@ -1,4 +1,4 @@
-"""Architectures that come with the package as tables, so that a plan needs neither torch nor a network."""
+"""Architectures that the package ships as tables, so that a plan needs neither torch nor a network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Tensor = TypeVar("Tensor", WeightShape, OtherTensor, Experts)
 
 
 def known_architecture(model: ModelConfig) -> Architecture | None:
-    """The table of ``model``'s checkpoint; ``None`` where there is none: another checkpoint, a file, a revision."""
+    """Return the shipped architecture of ``model``'s checkpoint; ``None`` if there is none: another checkpoint, a file,
+    a revision."""
     if model.path or model.revision or not (FOLDER / f"{model.family}.json").is_file():
         return None
     table = _read(model.family)
@@ -33,12 +34,15 @@ def known_architecture(model: ModelConfig) -> Architecture | None:
 
 
 def known_families() -> list[str]:
-    """Families of conf/model that have a table."""
+    """Return the families of conf/model that have a table."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def to_table(architecture: Architecture, positions: Mapping[str, int | None]) -> dict[str, Any]:
-    """``architecture`` as JSON types, layers that repeat written once. ``positions``: checkpoint → longest sequence."""
+    """Return ``architecture`` as JSON types, with repeated layers written once.
+
+    ``positions``: checkpoint → its longest sequence in tokens.
+    """
     return {
         "positions": dict(positions),
         **{
@@ -53,7 +57,7 @@ def to_table(architecture: Architecture, positions: Mapping[str, int | None]) ->
 
 
 def from_table(table: Mapping[str, Any], checkpoint: str) -> Architecture:
-    """The opposite of :func:`to_table`."""
+    """Return the architecture that :func:`to_table` wrote, for one checkpoint."""
     return Architecture(
         **{key: table[key] for key in SCALARS},
         eager_alone=table.get("eager_alone", False),
@@ -76,7 +80,10 @@ def _read(family: str) -> dict[str, Any]:
 
 
 def _folded(tensors: Iterable[WeightShape | OtherTensor | Experts]) -> Iterator[dict[str, Any]]:
-    """Runs of equal layers as {"times": n, "first": number of the first, "tensors": […]}, ``*`` for the number."""
+    """Yield runs of equal layers as {"times": n, "first": number of the first, "tensors": […]}.
+
+    In the tensors' names, ``*`` stands for the layer's number: ``model.layers.*.mlp.up_proj``.
+    """
     layers: list[tuple[int, list[dict[str, Any]]]] = []
     for index, group in itertools.groupby(tensors, key=_index):
         layers.append((index, [_plain(tensor) for tensor in group]))
@@ -101,13 +108,13 @@ def _unfolded(runs: Iterable[Mapping[str, Any]], kind: type[Tensor]) -> Iterator
 
 
 def _index(tensor: WeightShape | OtherTensor | Experts) -> int:
-    """The number of the layer that it is in; -1 outside of all."""
-    found = INDEX.search(tensor.name)
-    return int(found[1]) if found else -1
+    """Return the number of the tensor's layer; -1 outside all layers."""
+    match = INDEX.search(tensor.name)
+    return int(match[1]) if match else -1
 
 
 def _plain(tensor: WeightShape | OtherTensor | Experts) -> dict[str, Any]:
-    """Its fields, without those that are as they usually are."""
-    usual = {field.name: field.default for field in dataclasses.fields(tensor)}
-    fields = {key: value for key, value in dataclasses.asdict(tensor).items() if value != usual[key]}
+    """Return the tensor's fields, without those that equal their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(tensor)}
+    fields = {key: value for key, value in dataclasses.asdict(tensor).items() if value != defaults[key]}
     return {**fields, "name": INDEX.sub(".*.", tensor.name, count=1)}

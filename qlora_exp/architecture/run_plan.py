@@ -1,4 +1,4 @@
-"""What a run will do, by arithmetic over a described architecture: adapters, dtypes, steps and fingerprints."""
+"""Computes what a run will do from its architecture alone: adapters, dtypes, steps and fingerprints."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from qlora_exp.config.schema import (
 from qlora_exp.records.types import Environment, Plan
 
 COMPILED_MULTIPLES = (16, 64)
-"""See :func:`shape_multiples`. Tokens with a loss differ more from batch to batch than lengths do."""
+"""Multiples for lengths and for loss tokens, see :func:`shape_multiples`. The number of loss tokens varies more from
+batch to batch than lengths do."""
 CHECKPOINTING_FROM_PARAMETERS = 3_000_000_000
-"""``gradient_checkpointing=auto``: smaller models fit as they are, and recomputing costs a third of the speed."""
+"""``gradient_checkpointing=auto`` starts here: smaller models fit without it, and recomputing costs a third of the
+speed."""
 
 
 def effective_alpha(lora: LoraConfig) -> float:
-    """alpha under the policy: 2r, r, or ``lora.alpha`` where it is fixed (check() has refused a missing one)."""
+    """Return alpha under the policy: 2r, r, or ``lora.alpha`` for a fixed one (check() has refused a missing one)."""
     if lora.alpha_policy == "2r":
         return 2.0 * lora.r
     if lora.alpha_policy == "r":
@@ -38,25 +40,30 @@ def effective_alpha(lora: LoraConfig) -> float:
 
 
 def scale(lora: LoraConfig) -> float:
-    """What B·A is multiplied by: alpha / r (Hu et al. 2021), or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
+    """Return the factor of B·A: alpha / r (Hu et al. 2021), or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
     return effective_alpha(lora) / (math.sqrt(lora.r) if lora.rslora else lora.r)
 
 
 def lora_parameters(shape: WeightShape, r: int, dora: bool) -> int:
-    """Trainable parameters of one adapter: A is r × in, B is out × r; DoRA (Liu et al. 2024) adds one magnitude per
-    output. 65,536 at r = 8 for 4096 × 4096."""
+    """Return the trainable parameters of one adapter: A is r × in, B is out × r.
+
+    DoRA (Liu et al. 2024) adds one magnitude per output. Example: 65,536 at r = 8 for 4096 × 4096.
+    """
     return r * (shape.in_features + shape.out_features) + (shape.out_features if dora else 0)
 
 
 def weight_dtype(mode: Quantization) -> str:
-    """What the base's linear weights are stored in."""
+    """Return the dtype in which the base's linear weights are stored."""
     return NATIVE_DTYPES.get(mode, str(mode.value))
 
 
 def compute_dtype(quantization: QuantizationConfig, device_kind: str, bf16: bool) -> str:
-    """What the forward pass is computed in. fp32, bf16 and fp16 weights compute in their own dtype on every device
-    (CPUs of today have kernels for all three). Quantized weights compute in float32 on a CPU; on CUDA in bfloat16, or
-    float16 where the card has no bfloat16 (``bf16``: whether it has). The unquantized rest is stored in the same."""
+    """Return the dtype of the forward pass; the unquantized rest is stored in it, too.
+
+    fp32, bf16 and fp16 weights compute in their own dtype on every device: current CPUs have kernels for all three.
+    Quantized weights compute in float32 on a CPU. On CUDA they compute in bfloat16, or in float16 if the card has no
+    bfloat16 (``bf16``: whether it has).
+    """
     if quantization.mode in NATIVE_DTYPES:
         return NATIVE_DTYPES[quantization.mode]
     if quantization.compute_dtype is not ComputeDtype.auto:
@@ -67,10 +74,12 @@ def compute_dtype(quantization: QuantizationConfig, device_kind: str, bf16: bool
 
 
 def shape_multiples(compute_dtype: str, device_kind: str, max_length: int, positions: int | None) -> tuple[int, int]:
-    """What a training batch's length, and the number of its tokens that get logits, are rounded up to a multiple of.
-    On a CPU, oneDNN compiles a multiplication of 16-bit numbers for each shape that it meets, in milliseconds, and
-    keeps up to 1024 of them; elsewhere a new shape costs nothing. A row of ``max_length`` tokens is
-    never padded beyond the model's ``positions``, of which some have a table."""
+    """Return the multiples to which a training batch's length and its number of tokens with logits are rounded up.
+
+    On a CPU, oneDNN compiles each new shape of a 16-bit matrix multiplication, which takes milliseconds, and caches up
+    to 1024 of them. Elsewhere a new shape costs nothing. A row of ``max_length`` tokens is never padded beyond the
+    model's ``positions``: some models have an embedding table of that size.
+    """
     if device_kind != "cpu" or compute_dtype == "float32":
         return 1, 1
     length, logits = COMPILED_MULTIPLES
@@ -80,21 +89,25 @@ def shape_multiples(compute_dtype: str, device_kind: str, max_length: int, posit
 
 
 def inputs_rounded_in(mode: Quantization, device_kind: str) -> tuple[str, ...]:
-    """The modes of a forward pass in which a quantized layer rounds its inputs to 8 bits a row (by way of float16;
-    outlier columns stay in the compute dtype). bitsandbytes does it with int8 alone, and on a CPU not in training:
-    there it multiplies by dequantized weights (``bitsandbytes/autograd/_functions.py``, ``matmul``)."""
+    """Return the phases in which a quantized layer rounds its inputs to 8 bits per row.
+
+    The inputs pass through float16; outlier columns keep the compute dtype. bitsandbytes does this only for int8. On a
+    CPU it doesn't do it in training, where it multiplies by dequantized weights
+    (``bitsandbytes/autograd/_functions.py``, ``matmul``).
+    """
     if mode is not Quantization.int8:
         return ()
     return ("evaluation",) if device_kind == "cpu" else ("training", "evaluation")
 
 
 def adapter_dtype(lora: LoraConfig) -> str:
-    """``auto`` is float32, as in the QLoRA recipe: 16-bit adapters lose small updates to rounding."""
+    """Return the adapters' dtype. ``auto`` is float32, as in the QLoRA recipe: 16-bit adapters lose small updates to
+    rounding."""
     return "float32" if lora.dtype is ComputeDtype.auto else str(lora.dtype.value)
 
 
 def config_fingerprint(config: Config) -> str:
-    """SHA-256 over every setting that can change a result; names, places, prices and tracking can't."""
+    """Return SHA-256 over all settings that can change a result. Names, places, prices and tracking can't."""
     plain = to_plain(config)
     plain["model"] = _as_it_was(plain["model"])
     plain["task"] = _task_as_it_was(plain["task"])
@@ -107,11 +120,14 @@ def config_fingerprint(config: Config) -> str:
 
 
 def base_fingerprint(config: Config, format: str) -> str:
-    """SHA-256 over what the untouched base's scores depend on: model, quantization, task, evaluation, the longest
-    sequence, the device and the data format (``chat`` or ``plain``). Scores with worked examples are kept apart."""
+    """Return SHA-256 over everything that the base model's scores depend on.
+
+    That is: model, quantization, task, evaluation, the longest sequence, the device and the data format (``chat`` or
+    ``plain``). Scores with worked examples are cached separately.
+    """
     plain = to_plain(config)
-    apart = ("before", "cache", "few_shots", "few_shot_draws")
-    evaluation = {key: value for key, value in plain["evaluation"].items() if key not in apart}
+    excluded = ("before", "cache", "few_shots", "few_shot_draws")
+    evaluation = {key: value for key, value in plain["evaluation"].items() if key not in excluded}
     task = {key: value for key, value in _task_as_it_was(plain["task"]).items() if key != "goal"}
     return _digest(
         {
@@ -127,7 +143,8 @@ def base_fingerprint(config: Config, format: str) -> str:
 
 
 def _as_it_was(model: dict[str, Any]) -> dict[str, Any]:
-    """``sdpa`` was the default before ``auto``, and is the same wherever it isn't refused: old scores stay valid."""
+    """Return ``model`` with ``sdpa`` for ``auto``. ``sdpa`` was the earlier default and gives the same scores wherever
+    it is supported, so old fingerprints stay valid."""
     return model | ({"attention": "sdpa"} if model["attention"] == "auto" else {})
 
 
@@ -138,12 +155,12 @@ EARLIER_TASK: dict[str, Any] = {
     "separator": None,
     "special_tokens": "refuse",
 }
-"""What a task did before these keys existed. Where a date or a separator makes another text of the rows, the data's own
-fingerprint says so."""
+"""What a task did before these keys existed. If a date or a separator changes the text of the rows, the data's own
+fingerprint changes."""
 
 
 def _task_as_it_was(task: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that earlier versions lacked, where they ask for what those versions did."""
+    """Return ``task`` without the keys that earlier versions lacked, if their values ask for the earlier behaviour."""
     kept = {key: value for key, value in task.items() if key not in EARLIER_TASK or value != EARLIER_TASK[key]}
     columns = {key: value for key, value in task["columns"].items() if (key, value) != ("tools", "tools")}
     return kept | {"columns": columns}
@@ -152,9 +169,9 @@ def _task_as_it_was(task: dict[str, Any]) -> dict[str, Any]:
 def make_plan(
     config: Config, environment: Environment, architecture: Architecture, modules: Sequence[str], format: str
 ) -> Plan:
-    """The plan of one run. ``modules`` are full names of weights in ``architecture``, as resolve_targets gives them.
+    """Return the plan of one run. ``modules`` are full names of weights in ``architecture``, from resolve_targets.
 
-    Where only a budget of tokens is given, ``max_steps`` is its upper bound (every sequence has a token or more).
+    With a budget of tokens alone, ``max_steps`` is an upper bound (every sequence has at least one token).
     """
     shapes = {shape.name: shape for shape in architecture.weights}
     adapted = [shapes[name] for name in modules]
@@ -200,6 +217,7 @@ def _max_steps(config: Config) -> int:
 
 
 def gradient_checkpointing(choice: Checkpointing, device_kind: str, architecture: Architecture) -> bool:
+    """Return whether a run uses gradient checkpointing; ``auto`` does for large models on CUDA."""
     if choice is not Checkpointing.auto:
         return choice is Checkpointing.on
     return device_kind == "cuda" and architecture.total_parameters > CHECKPOINTING_FROM_PARAMETERS

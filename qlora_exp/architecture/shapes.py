@@ -1,22 +1,25 @@
-"""What a model is made of: every tensor's place, shape and width, known without its weights."""
+"""Describes a model without its weights: name, shape and bytes per element of every tensor."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 Widths = tuple[int, int, int]
-"""Bytes an element takes in a model of float32, of bfloat16 and of float16."""
+"""Bytes per element if the model is loaded in float32, in bfloat16 and in float16."""
 DTYPES = ("float32", "bfloat16", "float16")
 AS_ASKED: Widths = (4, 2, 2)
-"""Follows the model's dtype. Rotary frequencies are (4, 4, 4); what transformers keeps in float32 for float16's sake
-(``_keep_in_fp32_modules``) is (4, 2, 4)."""
+"""The tensor has the model's dtype. Rotary frequencies are (4, 4, 4). Tensors that transformers keeps in float32 for
+float16's sake (``_keep_in_fp32_modules``) are (4, 2, 4)."""
 
 
 @dataclass(frozen=True)
 class WeightShape:
-    """One weight matrix and its place. ``kind`` is ``linear``, ``conv1d`` (GPT-2's transposed linear) or ``other``
-    (a linear outside the language model, or one whose input can't be adapted); ``role`` is ``attention``, ``mlp`` or
-    ``other``; ``parameters`` includes the bias. ``quantizable``: bitsandbytes takes its place in a quantized mode."""
+    """One linear layer's weight matrix.
+
+    ``kind`` is ``linear``, ``conv1d`` (GPT-2's transposed linear) or ``other`` (a linear layer outside the language
+    model, or one that can't have an adapter). ``role`` is ``attention``, ``mlp`` or ``other``. ``parameters`` includes
+    the bias. ``quantizable``: bitsandbytes replaces the layer in a quantized mode.
+    """
 
     name: str
     kind: str
@@ -30,8 +33,11 @@ class WeightShape:
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A parameter or buffer that is no linear layer's: embeddings, norms, the output head (once, where it is tied to
-    the embedding), experts' three-dimensional weights, rotary frequencies. ``elements``: how many numbers it has."""
+    """A parameter or buffer outside the linear layers.
+
+    Examples: embeddings, norms, the output head (once, if it is tied to the embedding), experts' three-dimensional
+    weights, rotary frequencies. ``elements`` is the number of values.
+    """
 
     name: str
     elements: int
@@ -41,8 +47,8 @@ class OtherTensor:
 
 @dataclass(frozen=True)
 class Experts:
-    """A layer's experts, whose weights are three-dimensional parameters (:class:`OtherTensor`): how many there are, how
-    many of them a token passes through, and the width of each between its two projections. ``gated``: it has a gate."""
+    """A layer's experts with three-dimensional weights (:class:`OtherTensor`): their number, how many a token uses, and
+    their intermediate width. ``gated``: they have a gate projection."""
 
     name: str
     count: int
@@ -53,8 +59,8 @@ class Experts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model is made of, known without its weights. ``weights`` lists every linear layer but the output head,
-    ``others`` every other tensor."""
+    """A model without its weights. ``weights`` lists all linear layers but the output head, ``others`` all other
+    tensors."""
 
     model_type: str
     total_parameters: int
@@ -64,14 +70,14 @@ class Architecture:
     hidden_size: int
     vocabulary_size: int
     positions: int | None = None
-    """The longest sequence that it takes, in tokens; ``None`` where its configuration doesn't say."""
+    """Longest sequence that the model takes, in tokens; ``None`` if its configuration doesn't say."""
     heads: int | None = None
-    """Of queries, in a layer; ``None`` where its configuration doesn't say."""
+    """Query heads in a layer; ``None`` if the configuration doesn't say."""
     eager_alone: bool = False
-    """transformers has its attention written out in Python only, no scaled_dot_product_attention."""
+    """transformers implements its attention only in Python, without scaled_dot_product_attention."""
     others: tuple[OtherTensor, ...] = ()
     experts: tuple[Experts, ...] = ()
 
     def __hash__(self) -> int:
-        """By few fields: what is worked out for an architecture is looked up for every configuration of a plan."""
+        """Hash a few fields only: a plan looks up results by architecture for each of its configurations."""
         return hash((self.model_type, self.total_parameters, self.hidden_size, self.layers, len(self.others)))

@@ -1,4 +1,4 @@
-"""Which layers get an adapter: a set by meaning, or a list of names, resolved to full module names of this model."""
+"""Resolves which layers get an adapter: from a named set or a list of names to full module names of this model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from qlora_exp.errors import ModelError, nearest, raise_all
 
 
 def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple[str, ...]:
-    """Full names of the layers to adapt, in the model's order.
+    """Return the full names of the layers to adapt, in the model's order.
 
-    ``attention``: every projection of every attention; ``attention_qv``: those that give queries or values (a fused
-    one whole); ``mlp``: the feed-forward layers; ``all_linear``: every linear layer of the language model but its
-    output head. Layers that PEFT doesn't adapt (:func:`left_out`) are in none. Names of an explicit list match whole
-    dotted endings, as in PEFT, and each must match something.
-    Raises :class:`ModelError` where something matches nothing.
+    ``attention``: every projection of every attention. ``attention_qv``: those that give queries or values (a fused one
+    as a whole). ``mlp``: the feed-forward layers. ``all_linear``: all linear layers of the language model but its
+    output head. No set contains layers that PEFT doesn't adapt (:func:`left_out`). Names of an explicit list match
+    whole dotted endings, as in PEFT: ``q_proj`` matches ``model.layers.0.self_attn.q_proj``.
+
+    Raises:
+        ModelError: a set or a name matches nothing.
     """
     adaptable = [shape for shape in architecture.weights if shape.kind != "other"]
     if targets.modules is not None:
@@ -31,13 +33,17 @@ def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple
 
 
 def rank_above_width(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:
-    """A warning where ``lora.r`` is above a target layer's smaller dimension, which is the highest rank that a change
-    of its weight can have; else ``None``.
+    """Return a warning if ``lora.r`` is above a target layer's smaller dimension, else ``None``.
 
-    Raises :class:`ModelError` for PiSSA, which takes its start from that many singular values.
+    A change of a weight can't have a higher rank than its smaller dimension.
+
+    Raises:
+        ModelError: so high a rank with PiSSA, which needs ``lora.r`` singular values.
     """
     names = set(modules)
-    widths = {min(one.in_features, one.out_features): one for one in architecture.weights if one.name in names}
+    widths = {
+        min(shape.in_features, shape.out_features): shape for shape in architecture.weights if shape.name in names
+    }
     narrowest = min(widths, default=lora.r)
     if lora.r <= narrowest:
         return None
@@ -51,26 +57,30 @@ def rank_above_width(architecture: Architecture, modules: Sequence[str], lora: L
 
 @lru_cache(maxsize=4096)
 def feeds(name: str) -> str:
-    """Which of ``q``, ``k``, ``v`` a projection in an attention gives, by its name: ``q_proj``, ``query``, ``Wq`` → q;
-    ``kv_b_proj`` → kv; ``qkv_proj``, ``query_key_value``, ``Wqkv``, ``c_attn`` → qkv; ``o_proj`` → nothing."""
-    for part in reversed(name.split(".")[-2:]):  # the holder too: Moshi's is q_proj.linear
+    """Return which of ``q``, ``k``, ``v`` an attention projection computes, from its name.
+
+    Examples: ``q_proj``, ``query``, ``Wq`` → q; ``kv_b_proj`` → kv; ``qkv_proj``, ``query_key_value``, ``Wqkv``,
+    ``c_attn`` → qkv; ``o_proj`` → nothing.
+    """
+    for part in reversed(name.split(".")[-2:]):  # the parent's name, too: Moshi has q_proj.linear
         if part == "c_attn":
             return "qkv"
         words = re.split(r"[^a-z]+", part.lower().replace("query", "q").replace("key", "k").replace("value", "v"))
-        found = {letter for word in words if (letters := _letters(word)) for letter in letters}
-        if found:
-            return "".join(letter for letter in "qkv" if letter in found)
+        letters_of_part = {letter for word in words if (letters := _letters(word)) for letter in letters}
+        if letters_of_part:
+            return "".join(letter for letter in "qkv" if letter in letters_of_part)
     return ""
 
 
 def _letters(word: str) -> str:
+    """Return ``word`` without a leading w if only q, k, v and z are left, else nothing."""
     word = word.removeprefix("w")
     return word if word and set(word) <= set("qkvz") else ""
 
 
 def left_out(architecture: Architecture) -> list[str]:
-    """Last parts of the names of attention's and feed-forward layers that PEFT doesn't adapt: it takes them for
-    those of experts (``models/inspect.py``)."""
+    """Return the last parts of names of attention and feed-forward layers that PEFT doesn't adapt: it takes them for
+    experts' layers (``models/inspect.py``)."""
     shapes = (shape for shape in architecture.weights if shape.kind == "other" and shape.role != "other")
     return sorted({shape.name.rpartition(".")[2] for shape in shapes})
 
@@ -98,10 +108,12 @@ def _empty_set(architecture: Architecture, adaptable: Sequence[WeightShape], nam
     return ModelError(what, where, f"targets=all_linear, or targets.modules=[…] of {endings}")
 
 
-def _by_ending(architecture: Architecture, adaptable: Sequence[WeightShape], wanted: Sequence[str]) -> tuple[str, ...]:
+def _by_ending(
+    architecture: Architecture, adaptable: Sequence[WeightShape], requested: Sequence[str]
+) -> tuple[str, ...]:
     matches = {
         ending: {shape.name for shape in adaptable if shape.name == ending or shape.name.endswith(f".{ending}")}
-        for ending in wanted
+        for ending in requested
     }
     raise_all([_no_match(architecture, adaptable, ending) for ending, names in matches.items() if not names])
     chosen = set().union(*matches.values())

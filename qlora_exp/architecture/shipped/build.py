@@ -2,8 +2,8 @@
 
 python -m qlora_exp.architecture.shipped.build
 
-The sizes are those of each checkpoint's config.json; whatever a configuration says beside them changes no tensor.
-Counts are checked against the totals that the Hub gives for the checkpoints.
+The sizes are those of each checkpoint's config.json; its other settings change no tensor. Parameter counts are checked
+against the totals on the Hub.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GEMMA3 = {
 
 
 def sized(hidden: int, feed_forward: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    """The four sizes that every configuration names."""
+    """Return the four sizes that every configuration has, and ``more``."""
     return {
         "hidden_size": hidden,
         "intermediate_size": feed_forward,
@@ -89,14 +89,14 @@ CONFIGS: dict[str, tuple[int, dict[str, Any]]] = {
 """Family → (published number of parameters, sizes)."""
 
 POSITIONS = {f"Qwen/Qwen3-{size}": 40960 for size in ("0.6B", "1.7B", "4B", "8B")}
-"""Checkpoints that take longer sequences than their sibling."""
+"""Longest sequence in tokens of checkpoints that take longer ones than the rest of their family."""
 
 
 def architecture_table(family: str) -> Architecture:
-    """The architecture of a family of :data:`CONFIGS`, built on the meta device.
+    """Return the architecture of a family of :data:`CONFIGS`, built on the meta device.
 
     Raises:
-        ModelError: it has another number of parameters than published.
+        ModelError: its number of parameters differs from the published one.
     """
     published, sizes = CONFIGS[family]
     return _described(family, sizes, published)
