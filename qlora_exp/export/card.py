@@ -1,4 +1,4 @@
-"""The README.md of an export: the run's model card, and what was exported, checked and measured."""
+"""Writes the README.md of an export: the run's model card, with what was exported, checked and measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOUR_BIT_NOTE = (
 
 
 def export_card(record: RunRecord, export: Export) -> str:
-    """Markdown: the model card of the run, with the export's own chapter before its settings."""
+    """Return Markdown: the model card of the run, with a chapter on the export before its settings."""
     chapter = "\n".join(_chapter(export))
     return model_card(record).replace("## Settings\n", f"{chapter}\n\n## Settings\n", 1)
 
@@ -34,8 +34,8 @@ def _chapter(export: Export) -> Iterator[str]:
         yield FOUR_BIT_NOTE
     yield ""
     phone = export.phone
-    of_which = f" (`{phone.artefact}`)" if phone.artefact else ""
-    yield f"**{phone.question[0].upper()}{phone.question[1:]}: {phone.answer}**{of_which}."
+    file_name = f" (`{phone.artefact}`)" if phone.artefact else ""
+    yield f"**{phone.question[0].upper()}{phone.question[1:]}: {phone.answer}**{file_name}."
     yield ""
     for criterion in phone.criteria:
         yield f"* {criterion.name}: {criterion.answer} – {criterion.detail}"

@@ -1,4 +1,4 @@
-"""What an exported model must say so that other programs load it, and end its answers, as the run did."""
+"""Adjusts the files of an exported model, so that other programs load it and end its answers as the run did."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ UNSCALED = "default"
 
 
 def end_of_answers(tokenizer: PreTrainedTokenizerBase, format: str) -> int | None:
-    """The token that ends an answer in training: EOS in the plain format, in chats what the template writes there.
+    """Return the token that ends an answer in training: EOS in the plain format, the template's end of turn in chats.
 
-    ``None`` where a template ends a turn with ordinary text: no single token can stop a generation there.
+    ``None`` if a template ends a turn with ordinary text: no single token can stop a generation there.
     """
     if format == "plain":
         return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
@@ -34,7 +34,7 @@ def end_of_answers(tokenizer: PreTrainedTokenizerBase, format: str) -> int | Non
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
-    """The tokens at which ``generate`` stops by the model's own files."""
+    """Return the tokens at which ``generate`` stops according to the model's own files."""
     for source in (model.generation_config, model.config):
         ends = getattr(source, "eos_token_id", None)
         if ends is not None:
@@ -45,8 +45,8 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 def stop_at(model: PreTrainedModel, end: int | None) -> None:
     """Add ``end`` to the tokens at which ``generate`` and vLLM stop.
 
-    A base that was trained on chats ends its answers with the template's end of turn. Its generation_config.json knows
-    only the end of a text: the exported model would go on after each answer.
+    A base that was trained on chats ends its answers with the template's end of turn. Its generation_config.json lists
+    only the end of a text: the exported model would continue after each answer.
     """
     ends = end_tokens(model)
     if end is None or end in ends or model.generation_config is None:
@@ -55,7 +55,7 @@ def stop_at(model: PreTrainedModel, end: int | None) -> None:
 
 
 def write_for_version_4(folder: Path) -> None:
-    """Make a folder of transformers 5 readable for transformers 4, and for whatever is built on it (vLLM, MLX …)."""
+    """Make a folder of transformers 5 readable for transformers 4 and for programs built on it (vLLM, MLX …)."""
     _rewrite(folder / "config.json", _with_older_names)
     _rewrite(folder / "tokenizer_config.json", _tokenizer_by_older_names)
 
@@ -68,7 +68,7 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _with_older_names(config: dict[str, Any]) -> None:
-    """Add to a config.json of transformers 5 what transformers 4, and whatever is built on it, reads instead.
+    """Add the keys that transformers 4 and programs built on it read to a config.json of transformers 5.
 
     Version 5 keeps the rotary embeddings' base in ``rope_parameters``. Version 4 doesn't know that key and computes
     with a base of 10,000, without a warning.
@@ -79,27 +79,29 @@ def _with_older_names(config: dict[str, Any]) -> None:
 
 
 def _tokenizer_by_older_names(settings: dict[str, Any]) -> None:
-    """Version 4 has no class TokenizersBackend, and takes a list of extra special tokens under another name only."""
+    """Rename what version 4 doesn't know: the class TokenizersBackend, and the key for a list of extra special
+    tokens."""
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    for name in ("is_local", "local_files_only"):  # of the folder that it was loaded from
+    for name in ("is_local", "local_files_only"):  # they describe the folder that it was loaded from
         settings.pop(name, None)
 
 
 def _older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Return version 4's keys and values for the dtype and the rotary embeddings of ``config``."""
     names: dict[str, Any] = {}
     if "dtype" in config:
         names["torch_dtype"] = config["dtype"]
     rope = config.get("rope_parameters") or {}
-    whole = rope.get("full_attention") or rope
-    if "rope_theta" not in whole:
+    full = rope.get("full_attention") or rope
+    if "rope_theta" not in full:
         return names
-    names["rope_theta"] = whole["rope_theta"]
-    scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
+    names["rope_theta"] = full["rope_theta"]
+    scaling = {key: value for key, value in full.items() if key != "rope_theta"}
     names["rope_scaling"] = scaling if scaling.get("rope_type", UNSCALED) != UNSCALED else None
-    windowed = rope.get("sliding_attention")
-    if isinstance(windowed, dict) and "rope_theta" in windowed:
-        names["rope_local_base_freq"] = windowed["rope_theta"]
+    sliding = rope.get("sliding_attention")
+    if isinstance(sliding, dict) and "rope_theta" in sliding:
+        names["rope_local_base_freq"] = sliding["rope_theta"]
     return names

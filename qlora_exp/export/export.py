@@ -1,4 +1,5 @@
-"""The straight line of an export: check, merge, write, ask again, judge. The folder appears when it is whole."""
+"""The pipeline of an export: check, merge, write, check the task again, answer the phone case. The folder appears when
+it is complete."""
 
 from __future__ import annotations
 
@@ -42,14 +43,15 @@ from qlora_exp.runs.entry_points import config_from_plain
 from qlora_exp.system.hardware import Price, price_of
 
 BYTES_PER_WEIGHT = {"adapter": 0.0, "merged": 2.0, "q8_0": 1.07, "q5_1": 0.76, "q5_0": 0.7, "q4_1": 0.64, "q4_0": 0.57}
-"""A block of 32 weights with its scale (and for the _1 types its minimum), each in 16 bits."""
+"""Bytes per weight of a merged model or a GGUF file: a block of 32 weights has a scale (the _1 types also a minimum) in
+16 bits."""
 ROOM = 1.2
-"""What an estimate may be short of: embeddings in 8 bits, the tokenizer, the adapter."""
+"""Safety factor of the estimate, for embeddings in 8 bits, the tokenizer and the adapter."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A run that may be exported."""
+    """A run that passed the checks, with what an export needs of it."""
 
     config: Config
     record: RunRecord
@@ -61,13 +63,13 @@ class _Source:
 def export_run(
     paths: RunPaths, to: Path | None, settings: ExportConfig, tell: Callable[[str], None] = lambda _: None
 ) -> tuple[Export, Path]:
-    """Export the run in ``paths`` to ``to`` (by default the run's own ``export/``); what was made, and where.
+    """Export the run in ``paths`` to ``to`` (default: the run's own ``export/``); return the results and the folder.
 
-    ``tell`` hears of each step as it begins.
+    ``tell`` is called with each step's name as the step begins.
 
     Raises:
         ExportError: the run has nothing to export, or the folder can't be written.
-        ModelError: the base is gone or has changed, the adapter doesn't fit, or no GGUF file can be written of it.
+        ModelError: the base is missing or has changed, the adapter doesn't fit, or no GGUF file can be written of it.
     """
     source = _checked(paths, settings)
     target = (to or paths.export).expanduser().absolute()
@@ -78,7 +80,7 @@ def export_run(
 
 
 def _checked(paths: RunPaths, settings: ExportConfig) -> _Source:
-    """All that can be wrong with a run, before a weight is read."""
+    """Check everything that can be wrong with a run before a weight is read, and return its parts."""
     record = read_record(paths.record)
     if record.status is not Status.COMPLETED:
         hint = f"qlora-exp show {record.run_id} says why; export a completed run"
@@ -103,18 +105,18 @@ def _check_target(target: Path, record: RunRecord, settings: ExportConfig) -> No
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "the folder isn't empty" if target.is_dir() else "there is a file of this name"
         raise ExportError(what, str(target), "--to another folder, or delete this one first")
-    above = next(folder for folder in target.parents if folder.is_dir())
+    existing_parent = next(folder for folder in target.parents if folder.is_dir())
     parameters = record.plan.total_parameters if record.plan else 0
     needed = int(ROOM * parameters * sum(BYTES_PER_WEIGHT[name] for name in settings.formats))
-    free = shutil.disk_usage(above).free
+    free = shutil.disk_usage(existing_parent).free
     if needed > free:
         what = f"the export takes about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
-        raise ExportError(what, str(above), "--to a folder on another disk, or fewer --formats")
+        raise ExportError(what, str(existing_parent), "--to a folder on another disk, or fewer --formats")
 
 
 @contextlib.contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when all went well, and is gone when not."""
+    """Yield a folder next to ``target`` that becomes ``target`` on success and is deleted on failure."""
     folder = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -133,11 +135,11 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callable[[str], None]) -> Export:
-    # Everything is made of the merged model; a format that wasn't asked for stays in a folder that is deleted.
+    # Everything is made from the merged model. If it isn't one of the formats, it goes to a folder that is deleted.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work:
         merged_folder = folder / "merged" if "merged" in settings.formats else Path(work)
         source.tokenizer.save_pretrained(merged_folder)
-        asked = questions(source.config, source.record, source.paths, source.tokenizer, settings.check_items)
+        task_questions = questions(source.config, source.record, source.paths, source.tokenizer, settings.check_items)
         artefacts = [_adapter(source, folder)] if "adapter" in settings.formats else []
         fingerprint = source.record.model_fingerprint or ""
         if settings.formats != ["adapter"]:
@@ -147,10 +149,10 @@ def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callabl
             files = []
             for kind in (name for name in settings.formats if name in BLOCK_TYPES):
                 tell(f"write and check {kind}")
-                files.append(_gguf(source, merged, merged_folder, folder, kind, asked, settings))
+                files.append(_gguf(source, merged, merged_folder, folder, kind, task_questions, settings))
             if "merged" in settings.formats:  # last: it is rounded in place
                 tell("write and check the merged model")
-                artefacts.append(_merged(source, merged, folder, asked, settings))
+                artefacts.append(_merged(source, merged, folder, task_questions, settings))
             artefacts += files
     export = _told(source, artefacts, fingerprint or sources.fingerprint(source.model), settings)
     _write_cards(source, export, folder)
@@ -166,30 +168,30 @@ def _adapter(source: _Source, folder: Path) -> Artefact:
     if is_portable(settings):
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copyfile(adapter / name, target / name)
-    else:  # of an earlier version
+    else:  # an adapter of an earlier version
         modules = resolve_targets(describe(config.model), config.targets)
         write_portable(load_base(config, "cpu"), config, modules, adapter, target)
     return Artefact("adapter", "adapter/", _size(target))
 
 
 def _end(source: _Source) -> int | None:
-    """The token with which the run's answers end."""
+    """Return the token with which the run's answers end."""
     return end_of_answers(source.tokenizer, source.record.plan.format) if source.record.plan else None
 
 
 def _merged(
-    source: _Source, merged: PreTrainedModel, folder: Path, asked: Questions | str, settings: ExportConfig
+    source: _Source, merged: PreTrainedModel, folder: Path, task_questions: Questions | str, settings: ExportConfig
 ) -> Artefact:
-    """Written in 16 bits; what is checked is what was written, read back and computed in fp32."""
+    """Write the merged model in 16 bits. The check reads the written files back and computes in fp32."""
     target = folder / "merged"
     merged.to(getattr(torch, settings.dtype.value)).save_pretrained(target)
     write_for_version_4(target)
     check: TaskCheck
-    if isinstance(asked, str):
-        check = not_checked(asked, settings.tolerance)
+    if isinstance(task_questions, str):
+        check = not_checked(task_questions, settings.tolerance)
     else:
         read_back = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
-        check = check_merged(read_back, source.tokenizer, asked, settings.tolerance)
+        check = check_merged(read_back, source.tokenizer, task_questions, settings.tolerance)
     return Artefact("merged", "merged/", _size(target), check)
 
 
@@ -199,7 +201,7 @@ def _gguf(
     tokenizer: Path,
     folder: Path,
     kind: str,
-    asked: Questions | str,
+    task_questions: Questions | str,
     settings: ExportConfig,
 ) -> Artefact:
     path = folder / f"model-{kind}.gguf"
@@ -207,13 +209,14 @@ def _gguf(
     positions = getattr(merged.config, "max_position_embeddings", None)
     context = min(settings.context_tokens, positions or settings.context_tokens)
     runtime = measure_runtime(path, context, settings.generated_tokens)
-    # A file that llama.cpp can't run would end this process too: it is asked only where the other one lived.
+    # A file that crashes llama.cpp would end this process, too: check it only if the measuring process survived.
     check = not_checked(runtime.why, settings.tolerance) if runtime.why else None
-    check = check or check_exported_gguf(path, merged, source.tokenizer, asked, settings.tolerance)
+    check = check or check_exported_gguf(path, merged, source.tokenizer, task_questions, settings.tolerance)
     return Artefact(kind, path.name, path.stat().st_size, check, runtime)
 
 
 def _told(source: _Source, artefacts: list[Artefact], fingerprint: str, settings: ExportConfig) -> Export:
+    """Return the export's results, with its cost and the answer to the phone case."""
     record = source.record
     seconds, price = record.speed.total_seconds, _price(record, settings)
     cost = seconds / 3600 * price.usd_per_hour if seconds is not None and price is not None else None
@@ -235,7 +238,7 @@ def _told(source: _Source, artefacts: list[Artefact], fingerprint: str, settings
 
 
 def _price(record: RunRecord, settings: ExportConfig) -> Price | None:
-    """What the caller says, else what the record's costs were counted by, else what a run begun now would take."""
+    """Return the caller's price, else the one that the record's costs use, else the price for a run started now."""
     if settings.usd_per_hour is not None:
         return Price(settings.usd_per_hour, "--usd-per-hour")
     if record.plan is not None and record.plan.usd_per_hour is not None:
@@ -245,7 +248,8 @@ def _price(record: RunRecord, settings: ExportConfig) -> Price | None:
 
 
 def _write_cards(source: _Source, export: Export, folder: Path) -> None:
-    """Into the export and into each of its folders, which travel alone too; and the licence of what was trained on."""
+    """Write the card into the export and each of its folders, which may be copied alone; add the licence of the
+    embedded data."""
     card = export_card(source.record, export)
     for place in (folder, folder / "adapter", folder / "merged"):
         if place.is_dir():

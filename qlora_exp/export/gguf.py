@@ -1,8 +1,8 @@
-"""A merged model as one GGUF file, which llama.cpp runs on phones and elsewhere without Python.
+"""Writes a merged model as one GGUF file, which llama.cpp runs on phones and elsewhere without Python.
 
-Written with llama.cpp's own ``gguf`` package. llama.cpp's converter is a script of its repository and not to be had
-from PyPI; what it does for the Llama family, Qwen and Gemma 3 (names, the order of query and key rows, hyperparameters,
-byte-level BPE and SentencePiece vocabularies) is done here.
+It uses llama.cpp's own ``gguf`` package. llama.cpp's converter is a script of its repository and not on PyPI. So this
+module does what the converter does for the Llama family, Qwen and Gemma 3: names, the order of query and key rows,
+hyperparameters, byte-level BPE and SentencePiece vocabularies.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from qlora_exp.errors import ModelError
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma3_text": "GEMMA3"}
 """transformers' model_type → the name of gguf's architecture."""
 PERMUTED = ("LLAMA",)
-"""Architectures that llama.cpp rotates in neighbouring pairs, and transformers in halves."""
+"""Architectures in which llama.cpp rotates neighbouring pairs, and transformers halves."""
 ROPE_TYPES = ("default", "linear", "llama3")
 FULL_ATTENTION_EVERY = 6
-"""Layers of Gemma 3, as llama.cpp has it; the others attend to a sliding window."""
+"""llama.cpp assumes that every sixth layer of Gemma 3 has full attention; the others have a sliding window."""
 GGUF_BLOCK = 32
-"""Weights of a row that share a scale. The K types (Q4_K …) share over 256: no choice for rows of 192."""
+"""Weights of a row that share a scale. The K types (Q4_K …) share one over 256, so they don't fit rows of 192."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TRAINING_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
-"""Mark the assistant's words for training in transformers; other readers of a template stumble over them."""
+"""Tags that mark the assistant's words for training in transformers; other programs can't parse them."""
 PRE_TOKENIZERS: dict[tuple[tuple[str, Any], ...], str] = {
     (("ByteLevel", True),): "gpt-2",
     (("Digits", True), ("ByteLevel", True)): "smollm",
     (("Split", CONTRACTIONS + r"\p{N}{1,3}" + SPACES), ("ByteLevel", False)): "llama-bpe",
     (("Split", CONTRACTIONS + r"\p{N}" + SPACES), ("ByteLevel", False)): "qwen2",
 }
-"""How a text is cut before merging, as tokenizer.json says it → what llama.cpp calls it. Anything else is refused: a
-text cut otherwise gives other tokens than those that the model was trained on."""
+"""Pre-tokenizer in tokenizer.json → llama.cpp's name for it. Others are refused: a text split differently gives other
+tokens than those of the training."""
 SENTENCEPIECE = "default"
-"""What llama.cpp calls a SentencePiece vocabulary with bytes for what it hasn't, as Gemma has it."""
+"""llama.cpp's name for a SentencePiece vocabulary with byte fallback, as in Gemma."""
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 SPACES_ONLY = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-"""The one thing that Gemma's tokenizer does to a text before merging."""
+"""The only normalization in Gemma's tokenizer."""
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise :class:`ModelError` for what no GGUF file can be written of: before a weight is read."""
+    """Raise :class:`ModelError` for a model that can't be written as GGUF, before a weight is read."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("writing GGUF files needs the gguf package", where, "pip install 'qlora-exp[gguf]'")
     hint = "--formats adapter,merged, and llama.cpp's convert_hf_to_gguf.py on the merged folder"
@@ -71,12 +71,11 @@ def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
 def write_gguf(
     model: PreTrainedModel, tokenizer: Path, path: Path, kind: str, name: str, end_of_turn: int | None = None
 ) -> None:
-    """Write ``model`` (fp32) and the tokenizer of the folder ``tokenizer`` to ``path``.
+    """Write ``model`` (fp32) and the tokenizer in the folder ``tokenizer`` to ``path``.
 
     Args:
         kind: the block type of the matrices: ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1`` or ``q4_0``. Embeddings and head
-            take 8 bits in all of them; vectors, and matrices with rows that are no multiple of 32, stay as they are
-            (fp32, fp16).
+            take 8 bits in all of them. Vectors stay in fp32, matrices with rows that are no multiple of 32 in fp16.
         end_of_turn: a token at which llama.cpp stops in addition to EOS.
     """
     import gguf
@@ -105,13 +104,14 @@ def _architecture(config: PretrainedConfig) -> str:
 
 
 def _rope(config: PretrainedConfig, attention: str = "full_attention") -> dict[str, Any]:
-    """Rotary embeddings; of layers with this ``attention`` where each kind has its own."""
+    """Return the rotary embedding's settings; those for ``attention`` if each kind of layer has its own."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     return dict(rope.get(attention) or {}) if "full_attention" in rope else rope
 
 
 def _unlike_llama_cpp(config: PretrainedConfig) -> str | None:
-    """What a configuration of Gemma 3 may say and llama.cpp takes for granted otherwise."""
+    """Return the first setting of a Gemma 3 for which llama.cpp assumes another value, in words; ``None`` if there is
+    none."""
     if _architecture(config) != "GEMMA3":
         return None
     full = [(layer + 1) % FULL_ATTENTION_EVERY == 0 for layer in range(config.num_hidden_layers)]
@@ -131,6 +131,7 @@ def _head_width(config: PretrainedConfig) -> int:
 
 
 def _type(name: str, values: np.ndarray, kind: str) -> Any:
+    """Return the GGUF type of a tensor, see :func:`write_gguf`."""
     import gguf
 
     types = gguf.GGMLQuantizationType
@@ -166,7 +167,7 @@ def _add_hyperparameters(writer: Any, config: PretrainedConfig) -> None:
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
-    """llama.cpp's name and order of each weight, in fp32."""
+    """Yield each weight under llama.cpp's name, with its rows in llama.cpp's order, in fp32."""
     import gguf
 
     config = model.config
@@ -177,8 +178,8 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise ModelError(f"GGUF has no place for the weight {name}", config.model_type, "--formats adapter,merged")
         values: np.ndarray = tensor.detach().to(torch.float32).cpu().numpy()
         if architecture in PERMUTED and ".q_proj." in name:
@@ -187,18 +188,18 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
             values = _in_pairs(values, config.num_key_value_heads)
         elif architecture == "GEMMA3" and name.endswith("norm.weight"):
             values = values + 1  # transformers' Gemma3RMSNorm multiplies by 1 + weight
-        yield str(found), values
+        yield str(gguf_name), values
 
 
 def _in_pairs(values: np.ndarray, heads: int) -> np.ndarray:
-    """Each head's rows from halves (transformers' rotate_half) to neighbours (llama.cpp's rotation): i and i + d/2."""
+    """Reorder each head's rows from halves (transformers' rotate_half: i and i + d/2) to neighbours (llama.cpp)."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
 
 
 def _llama3_rope_factors(config: PretrainedConfig) -> np.ndarray:
-    """What each frequency is divided by in Llama 3.1 and later: long waves by ``factor``, short ones not at all, in
-    between smoothly (transformers' modeling_rope_utils; llama.cpp reads the divisors from the file)."""
+    """Return the divisor of each frequency in Llama 3.1 and later: ``factor`` for long waves, 1 for short ones, and
+    smooth in between (transformers' modeling_rope_utils). llama.cpp reads the divisors from the file."""
     rope, width = _rope(config), _head_width(config)
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     trained = rope["original_max_position_embeddings"]
@@ -224,7 +225,7 @@ def _pre_tokenizer_of(raw: dict[str, Any]) -> str | None:
     model, cut = raw.get("model") or {}, raw.get("pre_tokenizer") or {}
     if model.get("type") != "BPE":
         return None
-    if model.get("byte_fallback"):  # cutting at spaces does nothing: there are none left
+    if model.get("byte_fallback"):  # splitting at spaces has no effect: the normalizer replaced them
         at_spaces = not cut or cut.get("pattern") == {"String": " "}
         return SENTENCEPIECE if raw.get("normalizer") == SPACES_ONLY and at_spaces else None
     steps = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
@@ -232,7 +233,8 @@ def _pre_tokenizer_of(raw: dict[str, Any]) -> str | None:
 
 
 def _said(step: dict[str, Any]) -> Any:
-    """The one setting of a step that decides how it cuts; ``None`` for a setting that llama.cpp has no word for."""
+    """Return the one setting of a step that decides how it splits; ``None`` for a setting that llama.cpp doesn't
+    have."""
     match step.get("type"):
         case "ByteLevel":
             return None if step.get("add_prefix_space") else step.get("use_regex", True)
@@ -244,7 +246,8 @@ def _said(step: dict[str, Any]) -> Any:
 
 
 def _add_vocabulary(writer: Any, folder: Path, size: int) -> None:
-    """Tokens as tokenizer.json spells them, what kind each is, merges or scores, special tokens, the chat template."""
+    """Write tokens as tokenizer.json spells them, their types, merges or scores, special tokens and the chat
+    template."""
     import gguf
 
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -253,7 +256,7 @@ def _add_vocabulary(writer: Any, folder: Path, size: int) -> None:
     added = {token["id"]: token for token in raw["added_tokens"]}
     tokens = [added[number]["content"] if number in added else spelled.get(number) for number in range(size)]
     types = [_token_type(raw, added.get(number), token) for number, token in enumerate(tokens)]
-    if pre == SENTENCEPIECE:  # whose added tokens are found in a text before its spaces are replaced
+    if pre == SENTENCEPIECE:  # added tokens are matched before spaces are replaced
         tokens = [
             token.replace(SPACE, " ") if token and kind == gguf.TokenType.USER_DEFINED else token
             for token, kind in zip(tokens, types, strict=True)
@@ -284,10 +287,10 @@ def _token_type(raw: dict[str, Any], added: dict[str, Any] | None, token: str | 
 
 
 def _scores(raw: dict[str, Any], tokens: Sequence[str | None]) -> list[float]:
-    """What SentencePiece merges first: the earlier the merge that makes a token, the higher. The order of the merges in
-    tokenizer.json is that of SentencePiece's own scores, of which transformers makes them."""
+    """Return SentencePiece's scores, higher for a token whose merge comes earlier. transformers orders the merges in
+    tokenizer.json by SentencePiece's own scores."""
     merges = raw["model"]["merges"]
-    made: dict[str, int] = {}
+    first_merge: dict[str, int] = {}
     for rank, merge in enumerate(merges):
-        made.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
-    return [-float(made.get(token or "", len(merges))) for token in tokens]
+        first_merge.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    return [-float(first_merge.get(token or "", len(merges))) for token in tokens]

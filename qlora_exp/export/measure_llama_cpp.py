@@ -1,6 +1,6 @@
-"""Run as a script in a process of its own, so that what is measured is llama.cpp and not what called it: loads one
-GGUF file on one thread, reads a prompt, generates, and prints memory and speed as one JSON object. Imports no torch.
-Python opens no socket meanwhile."""
+"""A script for a separate process, so that it measures llama.cpp and not its caller. It loads one GGUF file on one
+thread, reads a prompt, generates, and prints memory and speed as one JSON object. It doesn't import torch, and Python
+can't open a socket meanwhile."""
 
 import json
 import statistics
@@ -48,8 +48,8 @@ def main(path: str, context_tokens: int, generated_tokens: int) -> dict[str, Any
 
 
 def refuse_sockets() -> None:
-    """For the rest of the process, and before anything is imported that could open one: an audit hook can't be taken
-    back. It sees what is done by way of Python; machine code of llama.cpp's own is not kept from sockets."""
+    """Refuse sockets for the rest of the process: an audit hook can't be removed. Call it before any import that could
+    open one. The hook sees only what Python does; llama.cpp's machine code could still open a socket."""
 
     def refuse(event: str, _: tuple[Any, ...]) -> None:
         if event.startswith("socket."):
@@ -63,8 +63,8 @@ def _status_bytes(key: str) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return int(found[0]) * 1024 if found else None
+    values = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return int(values[0]) * 1024 if values else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The startup case: does it run on a phone, offline, for at most one dollar? Answered by numbers, or not at all."""
+"""Answers the startup case from measurements: does the model run on a phone, offline, for at most one dollar?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_exp.export.results import Artefact, Criterion, PhoneAnswer
 from qlora_exp.system.hardware import Price
 
 ROUTE_ORDER = ("no", "not shown", "yes")
-"""From the worst: a case is as good as its worst criterion."""
+"""From worst to best: a case is as good as its worst criterion."""
 
 
 def answer_phone(
@@ -19,17 +19,20 @@ def answer_phone(
     settings: ExportConfig,
     price: Price | None = None,
 ) -> PhoneAnswer:
-    """``price``: what ``cost_usd`` was counted by.
+    """Return the answer and its criteria. ``price`` is the one by which ``cost_usd`` was computed.
 
-    *yes* where one GGUF file meets every criterion, *no* where each breaks one; else *not shown*."""
+    *yes* if one GGUF file meets every criterion, *no* if each file misses one, else *not shown*.
+    """
     question = f"runs on a phone, offline, for at most {settings.phone_usd:g} USD"
     files = [artefact for artefact in artefacts if artefact.path.endswith(".gguf")]
     cost = _cost(cost_usd, training_seconds, settings.phone_usd, price)
     if not files:
-        none = Criterion("file", "not shown", "no GGUF file was exported")
-        return PhoneAnswer(question, "not shown", None, (none, cost))
-    judged = [(file, (*_file_criteria(file, settings), cost)) for file in files]
-    best, criteria = max(judged, key=lambda one: (ROUTE_ORDER.index(_worst(one[1])), -one[0].size_bytes))
+        no_file = Criterion("file", "not shown", "no GGUF file was exported")
+        return PhoneAnswer(question, "not shown", None, (no_file, cost))
+    candidates = [(file, (*_file_criteria(file, settings), cost)) for file in files]
+    best, criteria = max(
+        candidates, key=lambda candidate: (ROUTE_ORDER.index(_worst(candidate[1])), -candidate[0].size_bytes)
+    )
     return PhoneAnswer(question, _worst(criteria), best.path, criteria)
 
 

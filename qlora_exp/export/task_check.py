@@ -1,4 +1,5 @@
-"""Does an exported file still answer the task? The same items, by the same definitions, beside what the run said."""
+"""Checks whether an exported file still solves the task: the same items and metrics, compared with the run's
+answers."""
 
 from __future__ import annotations
 
@@ -23,14 +24,14 @@ from qlora_exp.paths import RunPaths
 from qlora_exp.records.types import RunRecord
 
 METRICS = {"correct": "accuracy", "exact": "exact_match"}
-"""Per-item column → metric; the first that the run has is compared."""
+"""Per-item column → metric. The first one that the run has is compared."""
 Z = 1.6449
-"""Of a one-sided 95 % bound."""
+"""Quantile of the normal distribution for a one-sided 95 % bound."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The items to be answered again, and what the run made of each."""
+    """The items to answer again, and the run's result for each."""
 
     config: Config
     splits: Splits
@@ -41,7 +42,7 @@ class Questions:
 
 
 def questions(config: Config, record: RunRecord, paths: RunPaths, tokenizer: Any, count: int) -> Questions | str:
-    """The first ``count`` items of the split that the run was scored on, or why there are none."""
+    """Return the first ``count`` items of the split that the run was scored on, or the reason why there are none."""
     if count == 0:
         return "not asked for (--check-items 0)"
     split = config.evaluation.split.value
@@ -56,81 +57,87 @@ def questions(config: Config, record: RunRecord, paths: RunPaths, tokenizer: Any
     if record.data is not None and splits.record.fingerprint != record.data.fingerprint:
         return "the task's data have changed since the run"
     all_items = splits.test if config.evaluation.split is EvaluationSplit.test else splits.validation
-    place = {item_id: row for row, item_id in enumerate(answers["item_id"].to_pylist())}
-    items = tuple(item for item in all_items if item.item_id in place)[:count]
+    row_of = {item_id: row for row, item_id in enumerate(answers["item_id"].to_pylist())}
+    items = tuple(item for item in all_items if item.item_id in row_of)[:count]
     if not items:
         return "the run's per-item results are of other items"
-    return Questions(config, splits, split, items, answers.take([place[item.item_id] for item in items]))
+    return Questions(config, splits, split, items, answers.take([row_of[item.item_id] for item in items]))
 
 
 def not_checked(why: str, tolerance: float) -> TaskCheck:
+    """Return a check without a result, with the reason ``why``."""
     return TaskCheck(tolerance=tolerance, answer="not shown", why=why)
 
 
-def check_merged(model: PreTrainedModel, tokenizer: Any, asked: Questions | str, tolerance: float) -> TaskCheck:
-    """``model`` as it was read back from the exported folder, computed in fp32 by transformers."""
-    if isinstance(asked, str):
-        return not_checked(asked, tolerance)
-    return _compared(model, tokenizer, asked, tolerance, "transformers", asked.config.evaluation.batch_size)
+def check_merged(
+    model: PreTrainedModel, tokenizer: Any, task_questions: Questions | str, tolerance: float
+) -> TaskCheck:
+    """Compare the answers of ``model``, read back from the exported folder, in fp32 by transformers."""
+    if isinstance(task_questions, str):
+        return not_checked(task_questions, tolerance)
+    return _compared(
+        model, tokenizer, task_questions, tolerance, "transformers", task_questions.config.evaluation.batch_size
+    )
 
 
 def check_exported_gguf(
-    path: Path, like: PreTrainedModel, tokenizer: Any, asked: Questions | str, tolerance: float
+    path: Path, like: PreTrainedModel, tokenizer: Any, task_questions: Questions | str, tolerance: float
 ) -> TaskCheck:
-    """``path`` in llama.cpp; where that isn't installed, the check is not made."""
-    why = asked if isinstance(asked, str) else why_not()
-    if isinstance(asked, str) or why is not None:
+    """Compare the answers of ``path`` in llama.cpp. Without llama.cpp there is no check."""
+    why = task_questions if isinstance(task_questions, str) else why_not()
+    if isinstance(task_questions, str) or why is not None:
         return not_checked(str(why), tolerance)
-    model = LlamaCppModel(path, like, _longest(asked, like))
-    check = _compared(model, tokenizer, asked, tolerance, "llama.cpp", batch_size=1)
-    same = [model.tokenize(item.prompt) == list(item.prompt_ids) for item in asked.items]
+    model = LlamaCppModel(path, like, _longest(task_questions, like))
+    check = _compared(model, tokenizer, task_questions, tolerance, "llama.cpp", batch_size=1)
+    same = [model.tokenize(item.prompt) == list(item.prompt_ids) for item in task_questions.items]
     return replace(check, same_tokens=sum(same) / len(same))
 
 
-def _longest(asked: Questions, like: PreTrainedModel) -> int:
-    """Room for each prompt with its answer, with any label, and with whatever is generated."""
-    new = asked.config.evaluation.max_new_tokens or 0
-    labels = max((len(ids) for ids in asked.splits.option_ids.values()), default=0)
-    completions = max(len(item.completion_ids) + len(item.end_ids) for item in asked.splits.train)
-    answers = max(labels, completions, *(len(item.completion_ids) + len(item.end_ids) for item in asked.items))
-    longest = max(len(item.prompt_ids) for item in asked.items) + max(answers, new) + 16
+def _longest(task_questions: Questions, like: PreTrainedModel) -> int:
+    """Return the tokens of the longest sequence: a prompt with its answer, any label, or generated tokens."""
+    generated = task_questions.config.evaluation.max_new_tokens or 0
+    labels = max((len(ids) for ids in task_questions.splits.option_ids.values()), default=0)
+    completions = max(len(item.completion_ids) + len(item.end_ids) for item in task_questions.splits.train)
+    answers = max(labels, completions, *(len(item.completion_ids) + len(item.end_ids) for item in task_questions.items))
+    longest = max(len(item.prompt_ids) for item in task_questions.items) + max(answers, generated) + 16
     positions = getattr(like.config, "max_position_embeddings", None)
     return min(longest, positions) if positions else longest
 
 
 def _compared(
-    model: Any, tokenizer: Any, asked: Questions, tolerance: float, engine: str, batch_size: int
+    model: Any, tokenizer: Any, task_questions: Questions, tolerance: float, engine: str, batch_size: int
 ) -> TaskCheck:
-    config = asked.config
-    # With labels accuracy is compared, and generating would be for nothing.
-    generate = config.evaluation.generate and not asked.splits.labels
+    config = task_questions.config
+    # With labels, accuracy is compared and generated text isn't needed.
+    generate = config.evaluation.generate and not task_questions.splits.labels
     settings = replace(
-        config.evaluation, batch_size=batch_size, metrics=[], max_items=len(asked.items), generate=generate
+        config.evaluation, batch_size=batch_size, metrics=[], max_items=len(task_questions.items), generate=generate
     )
-    marginal = {label: 1 / len(asked.splits.labels) for label in asked.splits.labels}  # spares a pass to estimate it
-    found = evaluate_model(
+    # A uniform marginal saves the pass that would estimate it.
+    marginal = {label: 1 / len(task_questions.splits.labels) for label in task_questions.splits.labels}
+    exported = evaluate_model(
         model,
         tokenizer,
-        asked.items,
-        asked.splits,
+        task_questions.items,
+        task_questions.splits,
         replace(config, evaluation=settings),
-        split=asked.split,
+        split=task_questions.split,
         label_marginal=marginal or None,
     ).items
     return replace(
-        compare_answers(asked.answers, found, tolerance),
+        compare_answers(task_questions.answers, exported, tolerance),
         engine=engine,
-        split=asked.split,
-        items=len(asked.items),
-        run_loss_per_item=_mean(asked.answers["loss_sum_nats"].to_pylist()),
-        exported_loss_per_item=_mean(found["loss_sum_nats"].to_pylist()),
+        split=task_questions.split,
+        items=len(task_questions.items),
+        run_loss_per_item=_mean(task_questions.answers["loss_sum_nats"].to_pylist()),
+        exported_loss_per_item=_mean(exported["loss_sum_nats"].to_pylist()),
     )
 
 
 def compare_answers(run: pa.Table, exported: pa.Table, tolerance: float) -> TaskCheck:
-    """The two tables' answers, row by row, by the first of :data:`METRICS` that both have.
+    """Compare the two tables' answers, row by row, by the first of :data:`METRICS` that both have.
 
-    *yes*: the upper bound of run − exported is within the tolerance; *no*: the lower one is beyond it.
+    *yes*: the upper bound of run − exported is within the tolerance. *no*: the lower bound is above it.
     """
     for column, metric in METRICS.items():
         before, after = run[column].to_pylist(), exported[column].to_pylist()
@@ -155,8 +162,9 @@ def compare_answers(run: pa.Table, exported: pa.Table, tolerance: float) -> Task
 
 
 def paired_bounds(lost: int, won: int, items: int) -> tuple[float, float]:
-    """One-sided 95 % bounds (each) of the difference of two paired shares, (lost − won) / items: Wald's with half a
-    pair added to each of the four cells (Agresti and Min 2005), so that no change in 10 items isn't taken for proof."""
+    """Return one-sided 95 % bounds (each) of (lost − won) / items, the difference of two paired shares. Wald's method
+    with half a pair added to each of the four cells (Agresti and Min 2005): without it, no change in 10 items would
+    count as proof."""
     n = items + 2
     difference = (lost - won) / n
     error = math.sqrt(lost + won + 1 - (lost - won) ** 2 / n) / n
