@@ -147,7 +147,7 @@ def _check_lengths(header: GgufHeader) -> None:
         values, block_bytes = GGML_QUANT_SIZES[kind]
         end = tensor.offset + math.prod(tensor.shape) // values * block_bytes
         if end > header.file_bytes:
-            what = f"the file is torn: it has {header.file_bytes:,} bytes, and {tensor.name} ends at {end:,}"
+            what = f"the file is truncated: it has {header.file_bytes:,} bytes, and {tensor.name} ends at {end:,}"
             raise ModelError(what, str(header.file), "copy or download it again")
 
 
@@ -167,7 +167,7 @@ def _check_settings(header: GgufHeader, config: PretrainedConfig) -> None:
         if key.startswith(f"{architecture}.")
     }
     if architecture == "llama" and "attention.head_count_kv" not in settings:
-        what = "the file doesn't say attention.head_count_kv, without which transformers mixes up the rows of q and k"
+        what = "the file has no attention.head_count_kv, without which transformers mixes up the rows of q and k"
         raise ModelError(what, str(header.file), "give the model's safetensors, or convert it with a newer llama.cpp")
     scaling = str(settings.get("rope.scaling.type", "none"))
     if scaling != "none" and scaling != _rope(config).get("rope_type"):
@@ -175,9 +175,7 @@ def _check_settings(header: GgufHeader, config: PretrainedConfig) -> None:
         raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
     config_scale = getattr(config, "query_pre_attn_scalar", None)
     if config_scale is not None and config_scale != (scale := _scale_of_scores(config)):
-        what = (
-            f"scores of this model are scaled by {scale:g}, and transformers makes it {config_scale:g} from GGUF files"
-        )
+        what = f"this model scales attention scores by {scale:g}, but transformers uses {config_scale:g} for GGUF files"
         raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
     for key, accepted in _settings_of(config).items():
         value = settings.get(key)
@@ -186,7 +184,7 @@ def _check_settings(header: GgufHeader, config: PretrainedConfig) -> None:
             and accepted
             and not any(math.isclose(value, candidate, rel_tol=1e-4) for candidate in accepted)
         ):
-            what = f"the file says {architecture}.{key} = {value:g}, and transformers makes it {accepted[0]:g}"
+            what = f"the file says {architecture}.{key} = {value:g}, but transformers would use {accepted[0]:g}"
             raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
 
 

@@ -126,7 +126,7 @@ def _check_attention(model: PreTrainedModel, attention: str) -> None:
     try:
         model.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
-        what = f"{attention} can't be had: {str(error).splitlines()[0]}"
+        what = f"{attention} is not available: {str(error).splitlines()[0]}"
         raise ModelError(what, f"model.attention = {attention}", "model.attention=auto") from None
 
 

@@ -142,7 +142,7 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     if source.gguf_file and hasattr(config, "quantization_config"):
         del config.quantization_config
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        what = f"{config.model_type} is no architecture that generates text left to right"
+        what = f"{config.model_type} is not an architecture that generates text left to right"
         raise ModelError(what, source.where, "give a causal language model: Llama, Qwen, GPT-2 …")
     if config.model_type in READS_PADDING:
         what = f"{config.model_type} reads padding as text in transformers: rows of a batch would get wrong scores"

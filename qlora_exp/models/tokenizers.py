@@ -80,9 +80,15 @@ def _lacking(folder: Path) -> tuple[str, str] | None:
             continue
         missing = [package for package in packages if not _is_installed(MODULES.get(package, package))]
         if missing:
-            what = f"the tokenizer is there in {form} form alone ({name}), and {' and '.join(missing)} isn't installed"
+            what = (
+                f"the directory has the tokenizer only in {form} format ({name}), "
+                f"and {' and '.join(missing)} isn't installed"
+            )
             return what, f"pip install {' '.join(missing)}, or {copy}"
-        return f"the tokenizer is there in {form} form alone ({name}), and transformers can't convert it", copy
+        return (
+            f"the directory has the tokenizer only in {form} format ({name}), and transformers can't convert it",
+            copy,
+        )
     if not any((folder / name).is_file() for name in ("vocab.json", "vocab.txt")):
         return "the directory has no tokenizer: tokenizer.json is missing", f"{copy}, and tokenizer_config.json"
     return None
@@ -132,6 +138,6 @@ def _template_file(path: Path) -> str:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(text)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(
-            f"the chat template is no valid Jinja: {error.message}", f"{where}, line {error.lineno}"
+            f"the chat template is not valid Jinja: {error.message}", f"{where}, line {error.lineno}"
         ) from None
     return text

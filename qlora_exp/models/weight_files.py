@@ -168,7 +168,7 @@ def _tensor_names(file: Path) -> list[str]:
             return list(weights.keys())
     except (SafetensorError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ModelError(f"the weight file is torn: {line}", str(file), "copy or download it again") from None
+        raise ModelError(f"the weight file is damaged: {line}", str(file), "copy or download it again") from None
 
 
 def _base_of_adapter(file: Path) -> str | None:

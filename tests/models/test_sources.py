@@ -81,8 +81,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["no weights", "safetensors"]),
     "pickled weights": (pickled, ["pickle", "save_pretrained"]),
-    "torn weights": (lambda folder: truncate(folder / "model.safetensors", 20_000), ["torn"]),
-    "a torn header": (lambda folder: truncate(folder / "model.safetensors", 5), ["torn"]),
+    "damaged weights": (lambda folder: truncate(folder / "model.safetensors", 20_000), ["damaged"]),
+    "a damaged header": (lambda folder: truncate(folder / "model.safetensors", 5), ["damaged"]),
     "a missing shard": (sharded_with_a_shard_missing, ["missing", "00002"]),
     "an index of elsewhere": (index_of_elsewhere, ["outside of the directory", "../model.safetensors"]),
     "weights of another shape": (lambda folder: edit(folder, intermediate_size=100), ["shape", "config.json"]),
@@ -118,7 +118,7 @@ def test_weights_that_are_not_of_the_described_model_are_refused_at_the_loading(
 
 def test_an_attention_without_its_package_is_refused_at_the_description(folder: Path) -> None:
     config = compose(["model=local", f"model.path={folder}", "model.attention=flash_attention_2"])
-    with pytest.raises(ModelError, match="flash_attention_2 can't be had"):
+    with pytest.raises(ModelError, match="flash_attention_2 is not available"):
         describe(config.model)
 
 
@@ -297,7 +297,7 @@ def test_a_tokenizer_in_sentencepiece_form_alone_says_what_is_missing(
     )
     with pytest.raises(ModelError) as caught:
         load_tokenizer(local(folder))
-    assert "SentencePiece form alone (tokenizer.model)" in caught.value.what
+    assert "only in SentencePiece format (tokenizer.model)" in caught.value.what
     assert caught.value.hint is not None
     assert ("pip install sentencepiece" in caught.value.hint) is not installed
     assert "tokenizer.json" in caught.value.hint
