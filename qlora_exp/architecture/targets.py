@@ -101,7 +101,7 @@ def _empty_set(architecture: Architecture, adaptable: Sequence[WeightShape], nam
         return ModelError("the model has no linear layer that can be adapted", where, "choose another model")
     what = f"the model has no linear layer in its {name}"
     if name == "mlp" and left_out(architecture):
-        what += f" that PEFT adapts: it takes {', '.join(left_out(architecture))} for the names of experts' layers"
+        what += f" that PEFT adapts: it takes {', '.join(left_out(architecture))} for experts' layers"
     elif name == "mlp":
         what += " (its experts are three-dimensional parameters, or it has none)"
     endings = ", ".join(sorted({shape.name.rsplit(".", 1)[-1] for shape in adaptable})[:12])
@@ -128,7 +128,7 @@ def _no_match(architecture: Architecture, adaptable: Sequence[WeightShape], endi
     if head is not None and (head == ending or head.endswith(f".{ending}")):
         return ModelError(f"{ending} is the output head, which gets no adapter", where, "leave it out")
     if ending.rpartition(".")[2] in left_out(architecture):
-        what = f"PEFT takes {ending} for the name of experts' layers, and adapts no others of it"
+        what = f"PEFT takes {ending} for an experts' layer and doesn't adapt it"
         return ModelError(what, where, "leave it out, or targets=attention")
     parts = ending.count(".") + 1
     endings = {".".join(shape.name.split(".")[-parts:]) for shape in adaptable}
