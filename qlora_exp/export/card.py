@@ -46,9 +46,9 @@ def _how_merged(export: Export) -> Iterator[str]:
     yield f"stored as {export.merged_dtype}."
     if export.trained_against in ("int8", "nf4", "fp4"):
         yield (
-            f"It was trained against the same base held in {export.trained_against}: its updates also made up for that "
-            "rounding, which the merged model doesn't have. The two are different models; the table says what that "
-            "changed."
+            f"It was trained against the same base quantized to {export.trained_against}: its updates also compensate "
+            "for that rounding, which the merged model doesn't have. The two are different models; the table shows "
+            "how their scores differ."
         )
 
 

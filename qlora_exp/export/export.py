@@ -84,7 +84,7 @@ def _checked(paths: RunPaths, settings: ExportConfig) -> _Source:
     record = read_record(paths.record)
     if record.status is not Status.COMPLETED:
         hint = f"qlora-exp show {record.run_id} says why; export a completed run"
-        raise ExportError(f"the run is {record.status}: there is nothing trained to its end", record.run_id, hint)
+        raise ExportError(f"the run is {record.status}: its training is not complete", record.run_id, hint)
     if record.synthetic:
         raise ExportError("the run trained no model (training.engine=sleep)", record.run_id, "export a trained run")
     if not (paths.adapter / "adapter_model.safetensors").is_file():

@@ -118,7 +118,7 @@ def _unlike_llama_cpp(config: PretrainedConfig) -> str | None:
     if [kind == "full_attention" for kind in config.layer_types] != full:
         return f"not every sixth layer attends to everything: {', '.join(config.layer_types)}"
     if config.query_pre_attn_scalar != _head_width(config):
-        return f"its scores are scaled by {config.query_pre_attn_scalar}, not by the width of a head"
+        return f"its attention scores are scaled by {config.query_pre_attn_scalar}, not by the width of a head"
     if _rope(config, "sliding_attention").get("rope_type", "default") != "default":
         return "rotary embeddings are scaled in layers with a sliding window"
     if config.use_bidirectional_attention or config.attn_logit_softcapping or config.final_logit_softcapping:

@@ -24,7 +24,9 @@ from qlora_exp.export.results import Runtime
 
 MEASURE_SECONDS = 900.0
 """Time-out. An 8B model in 4 bits reads 256 tokens on one slow core in about five minutes."""
-MISSING = "llama.cpp isn't installed: pip install 'qlora-exp[phone]' (it is compiled: a C++ compiler and some minutes)"
+MISSING = (
+    "llama.cpp isn't installed: pip install 'qlora-exp[phone]' (pip compiles it: needs a C++ compiler and some minutes)"
+)
 
 
 def why_not() -> str | None:

@@ -91,7 +91,7 @@ def _cost(cost_usd: float | None, seconds: float | None, limit: float, price: Pr
     if cost_usd is None:
         what = "the price of the machine is unknown (conf/prices.yaml doesn't have it): --usd-per-hour"
         if seconds:
-            what += f"; at up to {limit * 3600 / seconds:.3g} USD an hour its {seconds:.0f} seconds cost {limit:g} USD"
+            what += f"; up to {limit * 3600 / seconds:.3g} USD an hour its {seconds:.0f} s cost at most {limit:g} USD"
         return Criterion("training cost", "not shown", what)
     at = f" at {price.usd_per_hour:g} USD an hour, by {price.source}" if price is not None else ""
     detail = f"{cost_usd:.2g} USD for this run alone ({seconds or 0:.0f} seconds{at}), limit {limit:g} USD"

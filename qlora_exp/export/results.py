@@ -62,9 +62,11 @@ class TaskCheck:
         if self.engine != "llama.cpp" or self.same_tokens == 1.0:
             return None
         if self.same_tokens is None:
-            return "whether llama.cpp's own tokenizer cuts prompts as the run's does is unknown"
+            return "it is unknown whether llama.cpp's own tokenizer splits prompts as the run's does"
         same = f"{round(self.same_tokens * self.items)} of {self.items} prompts ({100 * self.same_tokens:.3g} %)"
-        return f"llama.cpp's own tokenizer cuts {same} as the run's does: text typed on a phone is read otherwise"
+        return (
+            f"llama.cpp's own tokenizer splits only {same} as the run's does: text typed on a phone gives other tokens"
+        )
 
 
 @dataclass(frozen=True)

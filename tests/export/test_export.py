@@ -137,7 +137,7 @@ def test_llama_cpp_answers_as_the_merged_model_does(exported: Path) -> None:
 
 def test_the_card_says_what_was_merged_into_what(exported: Path, outputs: Path) -> None:
     card = (exported / "README.md").read_text(encoding="utf-8")
-    assert "held in nf4" in card
+    assert "quantized to nf4" in card
     assert "unquantized" in card
     for one in told(exported)["artefacts"]:
         assert f"`{one['path']}`" in card
@@ -354,7 +354,7 @@ def test_the_phone_case_is_as_good_as_the_worst_criterion_of_the_best_file(
 def test_a_file_that_cuts_text_otherwise_says_of_how_many_prompts(outputs: Path) -> None:
     file = file_of(10**9, 2 * 10**9, "yes", 0.975)
     answer = answer_phone([file], 0.8, 3600.0, settings())
-    same = "cuts 390 of 400 prompts (97.5 %) as the run's does"
+    same = "splits only 390 of 400 prompts (97.5 %) as the run's does"
     [task] = [criterion for criterion in answer.criteria if criterion.name == "answers the task"]
     assert same in task.detail
     made = Export(1, "run", "", "base", "", "nf4", "bfloat16", 3600.0, 0.8, None, None, (file,), answer)
