@@ -1,10 +1,10 @@
-"""qlora-exp: which LoRA/QLoRA configuration is worth paying for?
+"""qlora-exp: experiment tracking and sweeps for LoRA and QLoRA.
 
 >>> from qlora_exp import run, load_run
 >>> record = run("quantization=nf4", "lora.r=8", "training.max_steps=20")
 >>> record.scores.after.accuracy
 
-Nothing heavy is imported until it is called.
+torch, transformers and MLflow are imported only when a run starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def run(*overrides: str) -> RunRecord:
     """Run one configuration, as ``qlora-exp run OVERRIDES`` does, and return its record.
 
     Raises:
-        qlora_exp.errors.QloraExpError: wrong input; nothing was started.
+        qlora_exp.errors.QloraExpError: wrong input; the run was not started.
     """
     from qlora_exp.config.compose import compose
     from qlora_exp.runs.execute import execute
@@ -31,10 +31,13 @@ def run(*overrides: str) -> RunRecord:
 
 
 def load_run(run: str, output_root: str = "outputs") -> RunRecord:
-    """The record of a run by its id, a unique beginning or end of one, ``last``, or its folder.
+    """Return the record of a run.
+
+    Args:
+        run: its id, a unique beginning or end of the id, ``last``, or its folder.
 
     Raises:
-        qlora_exp.errors.RecordError: there is no such record, or it can't be read.
+        qlora_exp.errors.RecordError: the record doesn't exist or can't be read.
     """
     from qlora_exp.paths import OutputPaths
     from qlora_exp.records.files import read_record

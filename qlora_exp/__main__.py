@@ -1,4 +1,4 @@
-"""``python -m qlora_exp``: the Hydra application itself; ``-m`` for a multirun."""
+"""``python -m qlora_exp OVERRIDES``: the Hydra application; with ``-m`` a multirun."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The one shape of every error that a user can meet: what is wrong, where, and what to do."""
+"""The errors that a user can meet, all of one shape: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 
 class QloraExpError(Exception):
-    """A problem told to a person: ``what`` is wrong, ``where`` (key and file, or row), ``hint`` (what to do)."""
+    """An error for a person to read: ``what`` is wrong, ``where`` (key and file, or row), ``hint`` (what to do)."""
 
     exit_code = 2
 
@@ -28,44 +28,44 @@ class QloraExpError(Exception):
 
 
 class ConfigError(QloraExpError):
-    """A configuration that can't be meant: a misspelt key, a wrong type, an impossible combination."""
+    """An invalid configuration: a misspelt key, a wrong type, an impossible combination."""
 
 
 class DataError(QloraExpError):
-    """A data file or a row of it that can't be trained on."""
+    """A data file, or one of its rows, is unusable for training."""
 
 
 class ModelError(QloraExpError):
-    """A model directory, file or architecture that can't be used as asked."""
+    """A model directory, file or architecture can't be used as configured."""
 
 
 class RecordError(QloraExpError):
-    """A record or run folder that can't be found or read."""
+    """A record or run folder can't be found or read."""
 
 
 class ExportError(QloraExpError):
-    """A run that can't be exported, or a folder that an export can't be written to."""
+    """A run can't be exported, or the export's folder can't be written."""
 
 
 class AnalysisError(QloraExpError):
-    """A table, ladder or rule that no answer can be drawn from."""
+    """A table, ladder or decision rule gives no answer."""
 
 
 class TrackingError(QloraExpError):
-    """The tracking store can't be opened. Raised at the start only: later trouble is spooled, never raised."""
+    """The tracking store can't be opened. Raised only at the start; later failures wait for ``qlora-exp sync``."""
 
 
 class StudyError(QloraExpError):
-    """A study that can't be opened: a damaged database, or one that asks something else under the same name."""
+    """A study can't be opened: its database is damaged, or a different study has the same name."""
 
 
 class Problems(QloraExpError):
-    """Several errors found together, so that a user mends them in one go."""
+    """Several errors reported together, so that a user can fix them in one go."""
 
     def __init__(self, errors: Sequence[QloraExpError]) -> None:
         super().__init__(f"{len(errors)} problems" if len(errors) != 1 else errors[0].what)
         self.errors = tuple(errors)
-        self.args = (self.errors,)  # what it is made from again in another process
+        self.args = (self.errors,)  # pickle rebuilds an exception from its args
 
     def __str__(self) -> str:
         if len(self.errors) == 1:
@@ -74,7 +74,7 @@ class Problems(QloraExpError):
 
 
 def raise_all(errors: Sequence[QloraExpError]) -> None:
-    """Raise nothing for no error, the error itself for one, :class:`Problems` for several."""
+    """Raise a single error as it is, and several as :class:`Problems`; do nothing without errors."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -85,7 +85,7 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT
 
 
 def unwritable(error: OSError) -> QloraExpError | None:
-    """What to tell of a file that may not be used, or of a full disk; ``None`` for every other ``error``."""
+    """Return the user's error for missing permissions or a full disk; ``None`` for every other ``error``."""
     if error.errno not in UNWRITABLE:
         return None
     hint = (
@@ -95,7 +95,8 @@ def unwritable(error: OSError) -> QloraExpError | None:
 
 
 def nearest(name: str, valid: Iterable[str], limit: int = 5) -> str:
-    """A phrase that names what ``name`` could have meant: the nearest valid names, or all where they are few."""
+    """Return a hint for a misspelt ``name``: ``did you mean alpha or adapter?``, else ``valid: …`` with all names, or
+    with the first ``limit`` if there are many."""
     names = sorted(set(valid))
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:

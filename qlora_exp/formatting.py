@@ -1,4 +1,4 @@
-"""Figures as text, and the table that all commands print: as wide as it needs to be in a file or a pipe."""
+"""Numbers as text, and the table that all commands print."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from rich.table import Table
 UNKNOWN_CELL = "–"
 
 WIDE = 4000
-"""Columns where there is no terminal: a log that is searched later must not be cut or wrapped."""
+"""Table width in columns where there is no terminal: lines in a log must not be cut or wrapped."""
 
 
 def print_table(renderable: RenderableType, stream: TextIO | None = None) -> None:
-    """Print to ``stream`` (standard output by default)."""
+    """Print to ``stream`` (standard output by default), without line breaks unless it is a terminal."""
     file = stream if stream is not None else sys.stdout
     width = None if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else WIDE
     Console(file=file, width=width, highlight=False, soft_wrap=False).print(renderable, markup=False)
 
 
 def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of texts."""
+    """Return a table of text cells."""
     table = simple_table(*headings)
     for row in rows:
         table.add_row(*row)
@@ -33,7 +33,7 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings; lists and empty mappings are values."""
+    """Yield (dotted key, value) of nested mappings; lists and empty mappings are values."""
     if isinstance(value, Mapping) and value:
         for key, entry in value.items():
             yield from flat(entry, f"{prefix}.{key}" if prefix else str(key))
@@ -42,7 +42,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def bytes_text(size: float | None) -> str:
-    """Decimal units, as disks and model cards have them: 1 MB is 10⁶ bytes."""
+    """Return ``size`` bytes in decimal units, as disks and model cards use: 1 MB is 10⁶ bytes."""
     if size is None:
         return UNKNOWN_CELL
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -56,7 +56,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def simple_table(*columns: str) -> Table:
-    """An empty table as all of ours look; the first column is bold."""
+    """Return an empty table in the style of all commands; the first column is bold."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, overflow="fold", style="bold" if position == 0 else "")

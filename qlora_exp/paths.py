@@ -1,4 +1,4 @@
-"""Where things are: conf/, sweeps/ and embedded assets in a checkout and in a wheel, and a run's artefacts."""
+"""Paths: conf/, sweeps/ and the embedded assets (in a checkout and in a wheel), and the files of runs and studies."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ EMBEDDED = PACKAGE / "embedded"
 
 
 def slug(text: str, limit: int = 64) -> str:
-    """``text`` as a file name that stays inside its folder: lower-case ASCII letters, digits, ``-`` and ``_``."""
+    """Return ``text`` as a safe file name of lower-case ASCII letters, digits, ``-`` and ``_``."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9_]+", "-", ascii_text.lower()).strip("-")[:limit].strip("-") or "unnamed"
 
 
 def study_name(text: str) -> str:
-    """A study's name in the one form in which it is compared: an é typed as one character or as two is the same."""
+    """Return a study's name in Unicode NFC, the form in which names are compared: é may be one code point or two."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -33,7 +33,7 @@ def _digest(text: str) -> str:
 
 
 def make_folder(folder: Path, exist_ok: bool = True) -> None:
-    """Make an output folder and those above it. Raises :class:`ConfigError` where that can't be done."""
+    """Make an output folder and its parents. Raises :class:`ConfigError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
@@ -43,7 +43,7 @@ def make_folder(folder: Path, exist_ok: bool = True) -> None:
 
 @dataclass(frozen=True)
 class OutputPaths:
-    """What lies under ``output_root``, and the tracking database beside it."""
+    """The folders under ``output_root``, and the tracking database next to it."""
 
     root: Path
 
@@ -57,7 +57,7 @@ class OutputPaths:
 
     @property
     def cache(self) -> Path:
-        """Scores of untouched bases and baselines, by fingerprint: they don't change, so they are computed once."""
+        """Cached scores of base models (before tuning) and of baselines, by fingerprint."""
         return self.root / "cache"
 
     @property
@@ -80,26 +80,29 @@ class OutputPaths:
         return RunPaths(self.runs / slug(run_id, limit=120))
 
     def study(self, name: str) -> StudyPaths:
-        """The folder of the study of this name. A name that a folder can't have as it is gets a digest of the name: two
-        names never share a folder. Earlier versions gave none; a study of theirs keeps its folder."""
+        """Return the study's folder. If the name is no valid folder name, a digest keeps two names apart.
+
+        Example: ``My study!`` is in ``my-study-1a2b3c4d``. Earlier versions added no digest; their studies keep their
+        folders.
+        """
         name = study_name(name)
         plain = StudyPaths(self.studies / slug(name))
         digested = StudyPaths(self.studies / f"{slug(name)}-{_digest(name)}")
-        held_by = plain.name
+        owner = plain.name
         if slug(name) == name:
-            return digested if held_by not in (None, name) else plain
-        return plain if held_by == name and digested.name != name else digested
+            return digested if owner not in (None, name) else plain
+        return plain if owner == name and digested.name != name else digested
 
 
 @dataclass(frozen=True)
 class StudyPaths:
-    """One study's files; its trials are runs of their own."""
+    """One study's files. Its trials are runs, with folders under ``runs/``."""
 
     folder: Path
 
     @property
     def name(self) -> str | None:
-        """The study's name, as ``study.json`` has it; ``None`` where there is no such file, or it can't be read."""
+        """The study's name in ``study.json``; ``None`` if that file is missing or can't be read."""
         try:
             raw = json.loads(self.spec.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -109,22 +112,22 @@ class StudyPaths:
 
     @property
     def spec(self) -> Path:
-        """What the study asks and how it searches: ``study.types.StudySpec`` as JSON."""
+        """The study's specification (axes, sampler, objectives): ``study.types.StudySpec`` as JSON."""
         return self.folder / "study.json"
 
     @property
     def lock(self) -> Path:
-        """Held for moments: whoever asks, requeues or enqueues."""
+        """Lock held briefly while a process claims, requeues or enqueues a trial."""
         return self.folder / "lock"
 
     @property
     def created(self) -> Path:
-        """There once the storage has held the study: a storage without it has then lost it."""
+        """Marker that the storage has held the study. If the storage then lacks the study, it was lost."""
         return self.folder / "created"
 
     @property
     def orchestrator(self) -> Path:
-        """Which process orchestrates the study now."""
+        """The process that orchestrates the study now."""
         return self.folder / "orchestrator.json"
 
     @property
@@ -134,48 +137,48 @@ class StudyPaths:
 
     @property
     def workers(self) -> Path:
-        """One JSON file per worker: what each of its hosts is doing."""
+        """One JSON file per worker: the state of each of its trial processes."""
         return self.folder / "workers"
 
     @property
     def threads(self) -> Path:
-        """CPU threads of each trial host, fixed by the study's first worker: results are bit-equal at equal counts."""
+        """CPU threads per trial process, fixed by the study's first worker: equal counts give bit-equal results."""
         return self.folder / "threads.json"
 
     @property
     def logs(self) -> Path:
-        """What trial hosts printed."""
+        """Output of the trial processes."""
         return self.folder / "logs"
 
     @property
     def summary(self) -> Path:
-        """What was last told to the tracking store: status, best trials, all trials."""
+        """What the tracking store got last: status, best trials, all trials."""
         return self.folder / "summary.json"
 
     @property
     def ladder(self) -> Path:
-        """What rank doubling found, one object a ladder."""
+        """Results of rank doubling, one object per ladder."""
         return self.folder / "ladder.json"
 
     @property
     def tracking_state(self) -> Path:
-        """What the tracking store has of the study's parent run: its run id there, and whether all was delivered."""
+        """The id of the study's parent run in the tracking store, and whether everything was delivered."""
         return self.folder / "tracking.json"
 
     @property
     def tracking_lock(self) -> Path:
-        """Held for moments: whoever looks for the study's parent run, or makes it."""
+        """Lock held briefly while a process looks up or creates the study's parent run."""
         return self.folder / "tracking.lock"
 
     @property
     def delivery_lock(self) -> Path:
-        """Held by the process that tells the tracking store how the study stands."""
+        """Lock held by the process that delivers the study's status to the tracking store."""
         return self.folder / "delivery.lock"
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """One run's artefacts, one property each."""
+    """One run's files, one property each."""
 
     folder: Path
 
@@ -189,7 +192,7 @@ class RunPaths:
 
     @property
     def lock(self) -> Path:
-        """Held by the process that executes the run, and names it. The file stays: only who holds it counts."""
+        """Lock held by the process that executes the run; it names the process. The file stays after the lock ends."""
         return self.folder / ".lock"
 
     @property
@@ -203,7 +206,7 @@ class RunPaths:
 
     @property
     def export(self) -> Path:
-        """Where ``qlora-exp export`` writes unless it is told otherwise."""
+        """The default folder of ``qlora-exp export``."""
         return self.folder / "export"
 
     @property
@@ -212,17 +215,17 @@ class RunPaths:
 
     @property
     def trained(self) -> Path:
-        """What the training did, once it has ended; until the run is complete."""
+        """Result of a finished training (``Trained`` as JSON); deleted when the run is complete."""
         return self.folder / "trained.json"
 
     @property
     def tracking_state(self) -> Path:
-        """What the tracking store has of this run: its run id there, and whether all was delivered."""
+        """The run's id in the tracking store, and whether everything was delivered."""
         return self.folder / "tracking.json"
 
     @property
     def tracking_lock(self) -> Path:
-        """Held by the process that tells the tracking store of this run."""
+        """Lock held by the process that delivers this run to the tracking store."""
         return self.folder / ".tracking.lock"
 
     def items(self, moment: str, split: str) -> Path:
