@@ -1,7 +1,7 @@
-"""One process trains one run: what launchers of distributed training leave in the environment, refused or removed.
+"""Refuses launchers of distributed training, because one process trains one run.
 
-`torchrun`, `accelerate launch`, MPI and `srun` start the same command several times, as ranks. Each of them would train
-and record the whole run by itself. Nothing heavy is imported here, and nothing of ours but errors.
+`torchrun`, `accelerate launch`, MPI and `srun` start the same command several times, as ranks. Each rank would train
+and record the whole run. This module is light: of this package it imports only the errors.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ WORLD_SIZE_VARIABLES = (
     *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PALS_NRANKS"),  # MPI
     *("SLURM_STEP_NUM_TASKS", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"),  # the step, not the allocation
 )
-"""Variables with the number of processes that were started together. SLURM_NTASKS is not among them: a batch job has
-it, too, for the tasks that it may start."""
+"""Variables with the number of processes that were started together. SLURM_NTASKS is left out: a batch job also has
+it, for the tasks that it may start."""
 RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -27,22 +27,22 @@ RANK_VARIABLES = (
     "MV2_COMM_WORLD_RANK",
     "GROUP_RANK",
 )
-"""Variables with this process's number; a first process has 0."""
+"""Variables with this process's rank; the first process has 0."""
 OF_TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
 LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_")
-"""Beginnings of variables by which accelerate changes a training: its precision, its device, its accumulation."""
+"""Prefixes of variables with which accelerate changes precision, device or gradient accumulation."""
 
 
 def one_rank_only(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Refuse to be one of several ranks. Of a single rank, remove what would make its training a distributed one, or
-    another one than the configuration says.
+    """Refuse to run as one of several ranks. For a single rank, remove the variables that would make its training
+    distributed or override the configuration.
 
     Raises:
         ConfigError: a launcher started this command several times.
     """
-    named = _above(WORLD_SIZE_VARIABLES, 1, environment) or _above(RANK_VARIABLES, 0, environment)
-    if named is not None:
-        name, value = named
+    variable = _above(WORLD_SIZE_VARIABLES, 1, environment) or _above(RANK_VARIABLES, 0, environment)
+    if variable is not None:
+        name, value = variable
         what = f"a launcher started several processes of this command ({name}={value}), and each would train all of it"
         hint = (
             "start it once, without torchrun, accelerate launch, mpirun or srun -n: one process trains on one GPU, "
@@ -53,10 +53,10 @@ def one_rank_only(environment: MutableMapping[str, str] = os.environ) -> None:
         del environment[name]
 
 
-def _above(names: tuple[str, ...], most: int, environment: MutableMapping[str, str]) -> tuple[str, str] | None:
-    """The first of ``names`` whose number is above ``most``, and its value."""
+def _above(names: tuple[str, ...], limit: int, environment: MutableMapping[str, str]) -> tuple[str, str] | None:
+    """Return the first of ``names`` with a value above ``limit``, and the value."""
     for name in names:
         value = environment.get(name, "")
-        if value.strip().isdecimal() and int(value) > most:
+        if value.strip().isdecimal() and int(value) > limit:
             return name, value
     return None

@@ -1,4 +1,4 @@
-"""What machine and software this is, and which process owns a run."""
+"""The machine, the software versions, and the identity of the process that owns a run."""
 
 from __future__ import annotations
 
@@ -35,19 +35,22 @@ RECORDED_PACKAGES = (
     "pyarrow",
 )
 GIT_SECONDS = 5.0
-"""A repository on a sleeping network disk must not hold up a run."""
+"""Time-out of git and nvidia-smi: a repository on a slow network disk must not delay a run."""
 
 
 def probe(device_choice: DeviceChoice = DeviceChoice.auto) -> Environment:
-    """Look at this machine. ``device_choice`` as in ``training.device``; ``cuda`` where there is none raises
-    :class:`ConfigError`. Imports torch (for devices and threads), no other ML library."""
+    """Return this machine's environment for ``training.device=device_choice``. Imports torch, no other ML library.
+
+    Raises:
+        ConfigError: ``cuda`` was chosen and torch finds no CUDA device.
+    """
     import torch
 
     return _environment(_device(device_choice), torch.get_num_threads())
 
 
 def probe_without_torch() -> Environment:
-    """The same for a run that computes nothing: its device is the CPU, and torch has no part in it."""
+    """Return this machine's environment for a run without training: the device is the CPU, torch isn't imported."""
     return _environment(_cpu_device(), None)
 
 
@@ -71,15 +74,18 @@ def _environment(device: Device, torch_threads: int | None) -> Environment:
 
 
 def process_identity() -> Process:
-    """This process, so that a later one can tell whether it still lives. Unknown parts are ``None`` (not on Linux)."""
+    """Return this process's identity, with which another process can check whether it is alive.
+
+    Parts that the system doesn't report are ``None`` (systems other than Linux).
+    """
     return Process(os.getpid(), _start_ticks(os.getpid()), _boot_id(), _host(), _pid_namespace())
 
 
 def alive(process: Process) -> bool | None:
-    """Whether ``process`` still runs on this machine since this boot: a reused pid is not the same process.
+    """Return whether ``process`` still runs on this machine; a reused pid doesn't count as the same process.
 
-    ``None``: it belongs to another host (or container), whose processes can't be seen from here. Where start time or
-    boot are unknown, the pid alone decides. A zombie counts as dead.
+    ``None``: it belongs to another host or container, whose processes aren't visible here. If its start time or boot
+    is unknown, the pid alone decides. A zombie counts as dead.
     """
     boot_id = _boot_id()
     rebooted = process.boot_id is not None and boot_id is not None and process.boot_id != boot_id
@@ -87,8 +93,8 @@ def alive(process: Process) -> bool | None:
         return None
     if rebooted:
         return False
-    here = _pid_namespace()
-    if process.pid_namespace is not None and here is not None and process.pid_namespace != here:
+    namespace = _pid_namespace()
+    if process.pid_namespace is not None and namespace is not None and process.pid_namespace != namespace:
         return None
     try:
         os.kill(process.pid, 0)
@@ -106,8 +112,7 @@ def alive(process: Process) -> bool | None:
 
 
 def alive_if_visible(process: Process) -> bool | None:
-    """As :func:`alive`, but ``None`` also for a process of another boot: two machines may share one host name, and the
-    other one may still run it."""
+    """As :func:`alive`, but ``None`` for a process of another boot: it may run on a machine with the same host name."""
     boot_id = _boot_id()
     if process.boot_id is not None and boot_id is not None and process.boot_id != boot_id:
         return None
@@ -116,7 +121,7 @@ def alive_if_visible(process: Process) -> bool | None:
 
 @lru_cache
 def package_versions() -> dict[str, str]:
-    """Installed versions by distribution name, without importing any; what isn't installed is left out."""
+    """Return installed versions by distribution name, without importing the packages."""
     versions = {}
     for name in RECORDED_PACKAGES:
         try:
@@ -127,20 +132,22 @@ def package_versions() -> dict[str, str]:
 
 
 def available_cores() -> int | None:
-    """Cores that this process may use (its affinity where the system tells), not all that the machine has."""
+    """Return the number of cores that this process may use: its affinity, or all cores if that is unknown."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count()
 
 
 def total_memory_bytes() -> int | None:
-    """The machine's memory, or the control group's limit where that is smaller (containers, Slurm)."""
+    """Return the machine's memory, or the control group's limit if it is smaller (containers, Slurm)."""
     return memory_limits.total_bytes()
 
 
 @lru_cache
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of the checkout that ``folder`` is *tracked* in; ``(None, None)`` in an installed wheel,
-    even where the environment lies inside somebody else's repository."""
+    """Return commit and dirty flag of the checkout whose top folder holds ``folder``.
+
+    ``(None, None)`` for an installed wheel, even if its environment lies inside some other repository.
+    """
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != folder.resolve().parent:
         return None, None
@@ -150,9 +157,9 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command that changes nothing; ``None`` where there is no git, no repository or no commit."""
+    """Return the output of a read-only git command; ``None`` without git, repository or commit."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "--no-optional-locks", *arguments],
             cwd=folder,
             capture_output=True,
@@ -162,7 +169,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def _device(choice: DeviceChoice) -> Device:
@@ -189,7 +196,7 @@ def _cuda_device() -> Device:
         memory_bytes=int(properties.total_memory),
         compute_capability=f"{properties.major}.{properties.minor}",
         driver=_nvidia_driver(),
-        # Without emulation: torch says yes on older cards, where bf16 is emulated and slow.
+        # By default torch returns True for older cards, too, which emulate bf16 slowly.
         bf16=torch.cuda.is_bf16_supported(including_emulation=False),
     )
 
@@ -208,17 +215,17 @@ def _cpu_device() -> Device:
 
 
 def cpu_name() -> str | None:
-    """The processor's name as the kernel tells it."""
+    """Return the processor's name as the kernel reports it."""
     return _cpu_fields().get("model name") or platform.processor() or platform.machine() or None
 
 
 def _nvidia_driver() -> str | None:
-    """Driver version from the kernel module, else from nvidia-smi."""
+    """Return the driver's version from its kernel module, else from nvidia-smi."""
     version = _read(Path("/sys/module/nvidia/version"))
     if version is not None:
         return version.strip()
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -227,13 +234,13 @@ def _nvidia_driver() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    lines = done.stdout.split()
+    lines = process.stdout.split()
     return lines[0] if lines else None
 
 
 @lru_cache
 def _cpu_fields() -> dict[str, str]:
-    """The first processor's entries in /proc/cpuinfo; empty where there is none."""
+    """Return the first processor's entries in /proc/cpuinfo; empty if that file doesn't exist."""
     fields: dict[str, str] = {}
     for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
         name, colon, value = line.partition(":")
@@ -243,13 +250,13 @@ def _cpu_fields() -> dict[str, str]:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Clock ticks from boot to the start of ``pid`` (field 22 of /proc/<pid>/stat)."""
+    """Return clock ticks from boot to the start of ``pid`` (field 22 of /proc/<pid>/stat)."""
     fields = _stat_fields(pid)
     return int(fields[19]) if fields is not None else None
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """Fields of /proc/<pid>/stat from the third (state) on: the second, the name, may hold spaces and brackets."""
+    """Return the fields of /proc/<pid>/stat from the third (state) on; the second (name) may hold spaces and ``)``."""
     text = _read(Path(f"/proc/{pid}/stat"))
     return text.rpartition(")")[2].split() if text else None
 
@@ -260,7 +267,7 @@ def _boot_id() -> str | None:
 
 
 def _pid_namespace() -> str | None:
-    """Containers that share a host's name number their processes each from 1."""
+    """Return this process's pid namespace. Containers with the same host name each count pids from 1."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

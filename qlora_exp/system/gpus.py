@@ -1,7 +1,7 @@
-"""Which GPUs this machine has, and the one that this process trains on. Imports neither torch nor anything of ours.
+"""The machine's GPUs, and the choice of one for this process. Imports neither torch nor the rest of this package.
 
-A process that sees several GPUs would have transformers split every batch over them (DataParallel), which TRL refuses.
-So each process is limited to one, by CUDA_VISIBLE_DEVICES, before torch is imported.
+If a process sees several GPUs, transformers splits every batch over them (DataParallel), which TRL refuses.
+Therefore CUDA_VISIBLE_DEVICES limits each process to one GPU before torch is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NVIDIA_SMI_SECONDS = 10.0
 
 
 class Numbered(Protocol):
-    """A GPU by its number and its UUID."""
+    """A GPU with an index and a UUID."""
 
     @property
     def index(self) -> int: ...
@@ -37,8 +37,8 @@ T = TypeVar("T", bound=Numbered)
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU, or one instance of a partitioned GPU (MIG). ``uuid`` names it in CUDA_VISIBLE_DEVICES; where nothing
-    gives its UUID, that is its number."""
+    """One GPU, or one instance of a partitioned GPU (MIG). ``uuid`` is its entry in CUDA_VISIBLE_DEVICES: its UUID, or
+    its index if the UUID is unknown."""
 
     index: int
     uuid: str
@@ -47,21 +47,21 @@ class Card:
 
 
 def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """Limit this process to one GPU, the visible one with the most free memory, and return its name for CUDA.
+    """Limit this process to the visible GPU with the most free memory; return its entry in CUDA_VISIBLE_DEVICES.
 
-    Returns ``None`` and changes nothing where at most one is visible, or where CUDA has begun in this process.
+    Returns ``None`` and changes nothing if at most one GPU is visible, or if torch has initialized CUDA already.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return None
-    given = environment.get(DEVICES_VARIABLE)
-    usable = visible_devices(cards(), given, lambda entry: Card(-1, entry))
+    variable = environment.get(DEVICES_VARIABLE)
+    usable = visible_devices(cards(), variable, lambda entry: Card(-1, entry))
     if len(usable) < 2:
         return None
-    numbers = given is not None and any(entry.strip().isdecimal() for entry in given.split(","))
-    if numbers and environment.get(DEVICE_ORDER) != "PCI_BUS_ID" and len({card.name for card in usable}) > 1:
-        # CUDA numbers the fastest card first, and the driver by their slots: what a number means isn't known.
-        chosen = (given or "").split(",")[0].strip()
+    by_index = variable is not None and any(entry.strip().isdecimal() for entry in variable.split(","))
+    if by_index and environment.get(DEVICE_ORDER) != "PCI_BUS_ID" and len({card.name for card in usable}) > 1:
+        # CUDA counts the fastest card first, the driver counts by slot: which card an index means is unknown here.
+        chosen = (variable or "").split(",")[0].strip()
     else:
         chosen = max(usable, key=lambda card: card.free_bytes or 0).uuid  # the first of equals
     environment[DEVICES_VARIABLE] = chosen
@@ -69,26 +69,26 @@ def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> str | Non
 
 
 def visible_devices(known: Sequence[T], variable: str | None, unknown: Callable[[str], T]) -> list[T]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; the list ends at the first entry that names none.
+    """Return the GPUs that CUDA_VISIBLE_DEVICES (``variable``) leaves visible, in its order.
 
-    ``unknown`` makes a GPU of an entry that can't be looked up: an instance of a partitioned GPU, or a UUID where only
-    numbers are known.
+    As in CUDA, the list ends at the first invalid entry. ``unknown`` makes a GPU from an entry that can't be looked up:
+    an instance of a partitioned GPU, or a UUID if only indices are known.
     """
     if variable is None or not known:
         return list(known)
     unlisted = ("MIG-", "GPU-") if all(gpu.uuid == str(gpu.index) for gpu in known) else ("MIG-",)
-    found: list[T] = []
+    visible: list[T] = []
     for entry in (part.strip() for part in variable.split(",")):
-        named = [gpu for gpu in known if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
-        if not named and not entry.startswith(unlisted):
+        matches = [gpu for gpu in known if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
+        if not matches and not entry.startswith(unlisted):
             break
-        found.append(named[0] if named else unknown(entry))
-    return found
+        visible.append(matches[0] if matches else unknown(entry))
+    return visible
 
 
 def cards() -> tuple[Card, ...]:
-    """The machine's GPUs by NVML, else by nvidia-smi, else by the driver's files; empty where there are none."""
-    return next((found for look in (_by_nvml, _by_nvidia_smi, _by_driver, _by_device_files) if (found := look())), ())
+    """Return the machine's GPUs from NVML, nvidia-smi or the driver's files, whichever answers first; may be empty."""
+    return next((gpus for read in (_by_nvml, _by_nvidia_smi, _by_driver, _by_device_files) if (gpus := read())), ())
 
 
 def _by_nvml() -> tuple[Card, ...]:
@@ -97,34 +97,34 @@ def _by_nvml() -> tuple[Card, ...]:
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(_described(index, one) for index, handle in enumerate(handles) for one in _instances(handle))
-    except Exception:  # NVML has many ways to be absent
+        return tuple(_described(index, part) for index, handle in enumerate(handles) for part in _instances(handle))
+    except Exception:  # NVML fails in many ways where it isn't available
         return ()
 
 
 def _instances(handle: object) -> list[object]:
-    """The instances of a GPU that is partitioned, else the GPU itself."""
+    """Return the instances of a partitioned GPU (MIG), else the GPU itself."""
     import pynvml
 
     try:
         if not pynvml.nvmlDeviceGetMigMode(handle)[0]:
             return [handle]
-        most = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)
-    except pynvml.NVMLError:  # it can't be partitioned
+        limit = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+    except pynvml.NVMLError:  # the GPU doesn't support MIG
         return [handle]
-    found = []
-    for number in range(most):
+    instances = []
+    for number in range(limit):
         try:
-            found.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
+            instances.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
         except pynvml.NVMLError:  # no such instance
             continue
-    return found or [handle]
+    return instances or [handle]
 
 
 def _described(index: int, handle: object) -> Card:
     import pynvml
 
-    uuid, name = (_text(ask(handle)) for ask in (pynvml.nvmlDeviceGetUUID, pynvml.nvmlDeviceGetName))
+    uuid, name = (_text(read(handle)) for read in (pynvml.nvmlDeviceGetUUID, pynvml.nvmlDeviceGetName))
     return Card(index, uuid, name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free))
 
 
@@ -137,20 +137,20 @@ def _by_nvidia_smi() -> tuple[Card, ...]:
         return ()
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free,name", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return ()
-    found = []
-    for line in told.splitlines():
+    gpus = []
+    for line in output.splitlines():
         index, uuid, free, name = (part.strip() for part in (*line.split(",", 3), "", "", "", "")[:4])
         if index.isdecimal() and uuid:
-            found.append(Card(int(index), uuid, name, int(free) * 2**20 if free.isdecimal() else None))
-    return tuple(found)
+            gpus.append(Card(int(index), uuid, name, int(free) * 2**20 if free.isdecimal() else None))
+    return tuple(gpus)
 
 
 def _by_driver() -> tuple[Card, ...]:
-    """One folder a GPU, named after its slot: their order is that of the slots."""
-    found = []
+    """Read the driver's folders, one per GPU, named and sorted by slot."""
+    gpus = []
     for index, file in enumerate(sorted(DRIVER_FILES.glob("*/information"))):
         try:
             text = file.read_text(encoding="utf-8", errors="replace")
@@ -158,11 +158,11 @@ def _by_driver() -> tuple[Card, ...]:
             return ()
         fields = dict(re.findall(r"^([^:\n]+?)\s*:\s*(.*?)\s*$", text, re.MULTILINE))
         uuid = fields.get("GPU UUID", "")
-        found.append(Card(index, uuid if uuid.startswith("GPU-") and "?" not in uuid else str(index),
+        gpus.append(Card(index, uuid if uuid.startswith("GPU-") and "?" not in uuid else str(index),
                           fields.get("Model", "")))  # fmt: skip
-    return tuple(found)
+    return tuple(gpus)
 
 
 def _by_device_files() -> tuple[Card, ...]:
     numbers = sorted(int(file.name[6:]) for file in DEVICE_FILES.glob("nvidia[0-9]*") if file.name[6:].isdecimal())
-    return tuple(Card(index, str(index)) for index, _ in enumerate(numbers))  # CUDA counts those that there are
+    return tuple(Card(index, str(index)) for index, _ in enumerate(numbers))  # CUDA counts from 0 without gaps

@@ -1,4 +1,4 @@
-"""What an hour of a device costs: conf/prices.yaml, a table to be edited."""
+"""Price per hour of a device, from conf/prices.yaml (edit it to match your prices)."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ PRICE_UNIT = "usd_per_hour"
 
 @dataclass(frozen=True)
 class Price:
-    """What an hour costs, and who says so: ``budget.usd_per_hour``, or the table with the device that was looked up."""
+    """Price per hour and its source: ``budget.usd_per_hour``, or the table and the device that was looked up."""
 
     usd_per_hour: float
     source: str
 
 
-def price_of(given: float | None, device_kind: str, device_name: str | None) -> Price | None:
-    """``given`` (``budget.usd_per_hour``), else that of the device in the table; ``None`` where neither has it.
+def price_of(configured: float | None, device_kind: str, device_name: str | None) -> Price | None:
+    """Return ``configured`` (``budget.usd_per_hour``), else the table's price of the device; ``None`` without either.
 
     Raises:
         ConfigError: the table can't be read.
     """
-    if given is not None:
-        return Price(given, f"budget.{PRICE_UNIT}")
+    if configured is not None:
+        return Price(configured, f"budget.{PRICE_UNIT}")
     hourly = usd_per_hour(device_kind, device_name, read_prices())
     looked_up = "cpu" if device_kind == "cpu" else device_name
     return Price(hourly, f"conf/prices.yaml: {looked_up}") if hourly is not None else None
 
 
 def usd_per_hour(device_kind: str, device_name: str | None, table: Mapping[str, float]) -> float | None:
-    """The price of a device by its driver's name; ``None`` where the table doesn't have it."""
+    """Return the price of a device by its driver's name; ``None`` if the table lacks it."""
     if device_kind == "cpu":
         return table.get("cpu")
     by_card = {card_of(name): price for name, price in table.items()}
@@ -47,17 +47,20 @@ def usd_per_hour(device_kind: str, device_name: str | None, table: Mapping[str, 
 
 
 def read_prices(path: Path = PRICES) -> dict[str, float]:
-    """US dollars an hour by device. Raises :class:`ConfigError` for a file that can't be read, another unit, or a price
-    that is no number of at least 0."""
+    """Return US dollars per hour by device.
+
+    Raises:
+        ConfigError: the file can't be read, has another unit, or a price isn't a number of at least 0.
+    """
     try:
         raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"the price table can't be read: {why}", str(path), "restore it") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the price table can't be read: {reason}", str(path), "restore it") from None
     if not isinstance(raw, dict) or list(raw) != [PRICE_UNIT]:
-        found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
-        hint = f"one key, {PRICE_UNIT}: prices are US dollars an hour; {nearest(found, [PRICE_UNIT])}"
-        raise ConfigError(f"the price table has the unit {found}", str(path), hint)
+        units = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        hint = f"one key, {PRICE_UNIT}: prices are US dollars an hour; {nearest(units, [PRICE_UNIT])}"
+        raise ConfigError(f"the price table has the unit {units}", str(path), hint)
     table = raw[PRICE_UNIT]
     if not isinstance(table, dict):
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""The C library's heap, told to join what is freed at once: less memory for a training on a CPU, in the same time.
+"""glibc settings with which training on a CPU needs less memory, at the same speed: freed chunks merge at once.
 
-torch asks for aligned memory; glibc cuts slivers off it and keeps them apart for the next small request, so that the
-gap that a freed tensor leaves is a little too small for the next tensor of its size. Without those two caches a sliver
-joins its neighbours when it is freed. glibc reads the setting when a process starts, and has no other word for it.
+torch allocates aligned memory. glibc cuts the excess off and keeps these small chunks in two caches (tcache, fastbins)
+without merging them. The gap of a freed tensor is then slightly too small for the next tensor of the same size.
+Without the two caches a freed chunk merges with its neighbours. glibc reads the setting only at process start.
 """
 
 from __future__ import annotations
@@ -22,59 +22,61 @@ ELSEWHERE = {
     *("-m", "--multirun", "-h", "--help", "--hydra-help", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"),
     *("--version",),
 }
-"""Flags of the doors with which this process trains nothing itself."""
+"""Flags with which the command trains nothing in this process."""
 
 
 def tunables() -> str | None:
-    """What a training process started here on a CPU is told: as the user has it, else :data:`TUNABLES`; ``None``:
-    nothing, for the C library isn't glibc."""
-    told = os.environ.get(MALLOC_VARIABLE)
-    return told if told is not None or not _is_glibc() else TUNABLES
+    """Return GLIBC_TUNABLES for a training process on a CPU: the user's value, else :data:`TUNABLES`; ``None`` if it
+    isn't set and the C library isn't glibc."""
+    current = os.environ.get(MALLOC_VARIABLE)
+    return current if current is not None or not _is_glibc() else TUNABLES
 
 
 def malloc_tunables() -> str | None:
-    """What this process was told."""
+    """Return GLIBC_TUNABLES of this process; ``None`` if it isn't set."""
     return os.environ.get(MALLOC_VARIABLE)
 
 
 def merges_free_chunks(tunables: str | None) -> bool:
-    """Whether a process that was told ``tunables`` joins what is freed."""
+    """Return whether a process with these ``tunables`` merges freed chunks at once."""
     return tunables is not None and all(setting in tunables.split(":") for setting in TUNABLES.split(":"))
 
 
 def environment() -> Mapping[str, str]:
-    """Environment variables for a process that trains on a CPU."""
-    wanted = tunables()
-    return {} if wanted is None else {MALLOC_VARIABLE: wanted}
+    """Return additional environment variables for a process that trains on a CPU."""
+    value = tunables()
+    return {} if value is None else {MALLOC_VARIABLE: value}
 
 
 def on_cpu(device: str) -> bool:
-    """Whether ``training.device=device`` means a CPU here, as far as can be told without torch."""
+    """Return whether ``training.device=device`` means a CPU on this machine, as far as known without torch."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return device == "cpu" or (device == "auto" and (hidden or not NVIDIA_DRIVER.exists()))
 
 
 def reexec_with_tunables(arguments: Sequence[str]) -> None:
-    """Have this process begin again with the setting: a command, with ``arguments``, that will train by itself and has
-    done nothing yet. Returns where the setting is there, the user has chosen another, nothing will be trained here on a
-    CPU, or the process is another program, which calls the command."""
+    """Restart this process with :data:`TUNABLES`, before the command with ``arguments`` has done anything.
+
+    Returns without a restart if GLIBC_TUNABLES is set, if this process won't train on a CPU, or if another program
+    (a script, a notebook, a debugger) calls the command.
+    """
     on_the_cpu = on_cpu("cpu" if any(DEVICE_CPU.fullmatch(text) for text in arguments) else "auto")
     if malloc_tunables() is None and on_the_cpu and _is_glibc() and not ELSEWHERE & set(arguments) and _is_a_command():
-        with contextlib.suppress(OSError):  # then as it is: it trains all the same
+        with contextlib.suppress(OSError):  # no restart: training works without the setting
             os.execve(sys.executable, sys.orig_argv, {**os.environ, MALLOC_VARIABLE: TUNABLES})
 
 
 def _is_a_command() -> bool:
-    """Whether this process is the command itself, not a script, notebook or debugger that calls it."""
-    given = sys.argv[1:]
-    ours = Path(sys.argv[0]).name in ("qlora-exp", "__main__.py") and sys.gettrace() is None
-    return ours and sys.orig_argv[len(sys.orig_argv) - len(given) :] == given
+    """Return whether this process is the command itself, not a script, notebook or debugger that calls it."""
+    arguments = sys.argv[1:]
+    is_ours = Path(sys.argv[0]).name in ("qlora-exp", "__main__.py") and sys.gettrace() is None
+    return is_ours and sys.orig_argv[len(sys.orig_argv) - len(arguments) :] == arguments
 
 
 def _is_glibc() -> bool:
-    """And new enough to know both settings."""
+    """Return whether the C library is glibc 2.31 or newer, which knows both settings."""
     try:
         name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
         return name == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 31)
-    except (AttributeError, OSError, ValueError):  # no such name elsewhere
+    except (AttributeError, OSError, ValueError):  # not glibc
         return False

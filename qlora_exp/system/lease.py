@@ -1,8 +1,8 @@
-"""A lease: a file that names its owner and that the owner touches every few seconds.
+"""A lease: a file with its owner's identity, which the owner touches every few seconds (heartbeat).
 
-An owner on this machine is dead or alive by its process. One on another machine, or in another container, can't be
-seen: it is gone when its file has not changed for the length of the lease. Two clocks are never compared: a change is
-timed by the observer's own clock, and a file's age is taken from the file system that holds it.
+If the owner runs on this machine, its process shows whether it is alive. An owner on another machine or in another
+container isn't visible: it counts as gone when its file hasn't changed for the length of the lease. Clocks of two
+machines are never compared: the observer times changes by its own clock, and file ages come from the file system.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from qlora_exp.records.types import Process
 from qlora_exp.system.environment import alive_if_visible, process_identity
 
 EARLIER_LEASE_SECONDS, EARLIER_HEARTBEAT_SECONDS = 60.0, 5.0
-"""Of a file that names none: an earlier version wrote it."""
+"""For files of earlier versions, which hold neither."""
 MISSED_HEARTBEATS = 2.5
-"""However old a file looks, it is watched for this many heartbeats before its owner counts as gone."""
+"""An observer waits at least this many heartbeats before an owner counts as gone, even if its file looks old."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """Who holds it, and for how long without a heartbeat."""
+    """The owner, the seconds that the lease lasts without a heartbeat, and the seconds between heartbeats."""
 
     process: Process
     lease_seconds: float
@@ -37,7 +37,7 @@ class Lease:
 
     @property
     def owner(self) -> str:
-        """``process 12``, or ``process 12 on HOST`` where that is another machine."""
+        """``process 12``, or ``process 12 on HOST`` for another machine."""
         elsewhere = self.process.host is not None and self.process.host != process_identity().host
         return f"process {self.process.pid}" + (f" on {self.process.host}" if elsewhere else "")
 
@@ -48,7 +48,7 @@ def write_lease(file: Path, lease: Lease) -> None:
 
 
 def read_lease(file: Path) -> Lease | None:
-    """``None``: nobody holds it, or the file can't be read."""
+    """Return the lease in ``file``; ``None`` if the file doesn't exist or can't be read."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         process = from_dict(Process, raw)
@@ -59,19 +59,19 @@ def read_lease(file: Path) -> Lease | None:
 
 
 def held(file: Path) -> Lease | None:
-    """The lease as it looks at a glance; ``None``: its owner is dead, or has been silent for longer than the lease."""
+    """Return the lease if it is held; ``None`` if its owner is dead, or sent no heartbeat for longer than the lease."""
     lease = read_lease(file)
     if lease is None:
         return None
-    living = alive_if_visible(lease.process)
-    if living is None:
+    is_alive = alive_if_visible(lease.process)
+    if is_alive is None:
         age = age_seconds(file)
-        living = age is not None and abs(age) <= lease.lease_seconds  # a clock that was set back makes ages negative
-    return lease if living else None
+        is_alive = age is not None and abs(age) <= lease.lease_seconds  # a clock that was set back makes ages negative
+    return lease if is_alive else None
 
 
 def age_seconds(file: Path) -> float | None:
-    """Seconds since ``file`` was last written or touched, by the clock of its file system; ``None``: it is gone."""
+    """Return seconds since ``file`` was last touched, by the clock of its file system; ``None`` if it doesn't exist."""
     try:
         touched = file.stat().st_mtime
     except OSError:
@@ -84,7 +84,7 @@ def age_seconds(file: Path) -> float | None:
 
 
 class Watched:
-    """A lease's file as one observer sees it: for how long it has not changed."""
+    """An observer of a lease's file: measures for how long it hasn't changed."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -92,7 +92,7 @@ class Watched:
         self._since = time.monotonic()
 
     def stamp(self) -> tuple[int, int] | None:
-        """Changes with every heartbeat and with every new owner; ``None``: there is no file."""
+        """Return a value that changes with every heartbeat and every new owner; ``None`` if there is no file."""
         try:
             status = self.file.stat()
         except OSError:
@@ -106,13 +106,14 @@ class Watched:
         return time.monotonic() - self._since
 
     def patience_seconds(self, lease: Lease) -> float:
-        """How much longer an observer who begins now waits for a heartbeat: the rest of the lease."""
+        """Return how long an observer that starts now waits for a heartbeat: the rest of the lease, but at least
+        :data:`MISSED_HEARTBEATS` heartbeats."""
         age = age_seconds(self.file) or 0.0
-        left = lease.lease_seconds - age if age >= 0 else lease.lease_seconds
-        return min(max(left, MISSED_HEARTBEATS * lease.heartbeat_seconds), lease.lease_seconds)
+        remaining = lease.lease_seconds - age if age >= 0 else lease.lease_seconds
+        return min(max(remaining, MISSED_HEARTBEATS * lease.heartbeat_seconds), lease.lease_seconds)
 
 
 def touch(file: Path) -> None:
-    """A heartbeat. The file system says what time it is."""
+    """Send a heartbeat: set the file's time to the file system's current time."""
     with contextlib.suppress(OSError):
         os.utime(file)

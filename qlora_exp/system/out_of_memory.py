@@ -1,4 +1,4 @@
-"""What a run's predicted memory says: a warning before it starts, and why its process was killed afterwards."""
+"""Uses of a run's predicted memory: a warning before the start, and an explanation if its process was killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SMALLER_HINTS = (
 
 
 def near_the_bound(fit: Fit | None) -> str | None:
-    """A warning where a run that starts is predicted near its bound, or above it; else ``None``."""
+    """Return a warning if the predicted memory is close to the limit or above it; else ``None``."""
     if fit is None or fit.would_fit is None:
         return None
     if fit.near_the_edge:
@@ -22,24 +22,27 @@ def near_the_bound(fit: Fit | None) -> str | None:
 
 
 def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before: int | None) -> Failure | None:
-    """Why a run's process is gone, where it was probably memory; ``None`` where nothing says so.
+    """Return a failure if a run's process was probably killed for lack of memory; ``None`` without evidence.
 
-    ``signal`` ended the process (``None``: unknown). ``kills_before`` is what :func:`memory_limits.kills` gave when it
-    was started; ``None``: nobody asked.
+    Evidence is a prediction close to the limit, or a new kill that the kernel counted.
+
+    Args:
+        signal: what ended the process; ``None``: unknown.
+        kills_before: :func:`memory_limits.kills` when the process started; ``None``: unknown.
     """
     if signal not in (SIGKILL, None):
         return None
     fit = record.fit if record is not None else None
-    close = fit is not None and fit.excess >= -fit.error
+    near_limit = fit is not None and fit.excess >= -fit.error
     kills = memory_limits.kills()
     counted = kills is not None and kills_before is not None and kills > kills_before
-    if not close and not counted:
+    if not near_limit and not counted:
         return None
-    gone = "the run's process is gone" if signal is None else "the run's process was killed"
-    how = f"{gone}, and the kernel counts a process that it ended for want of memory" if counted else gone
-    needed = f"; the run was {_needs(fit)}" if fit is not None else ""
+    ending = "the run's process is gone" if signal is None else "the run's process was killed"
+    cause = f"{ending}, and the kernel counts a process that it ended for want of memory" if counted else ending
+    prediction = f"; the run was {_needs(fit)}" if fit is not None else ""
     hint = (fit.would_fit if fit is not None else None) or SMALLER_HINTS
-    return Failure(KILLED_FOR_MEMORY, f"probably out of memory: {how}{needed}", hint=hint)
+    return Failure(KILLED_FOR_MEMORY, f"probably out of memory: {cause}{prediction}", hint=hint)
 
 
 def _needs(fit: Fit) -> str:

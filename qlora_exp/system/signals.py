@@ -1,7 +1,7 @@
-"""Signals that ask a process to end: Ctrl-C, TERM (a scheduler or container), HUP (a terminal that was closed).
+"""Signals that ask a process to end: Ctrl-C, TERM (a scheduler or container), HUP (a terminal was closed).
 
-One event often brings several signals: a shell and the kernel both send HUP, a supervisor sends TERM to all processes
-of a group and each parent passes it on. :func:`heard` tells such a repetition from a person who asks a second time.
+One event often causes several signals: a shell and the kernel both send HUP, a supervisor sends TERM to all processes
+of a group and each parent forwards it. :func:`heard` distinguishes such a repetition from a second request.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from types import FrameType
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
 ENDING = (signal.SIGINT, signal.SIGTERM, HANGUP)
 SAME_KEY_SECONDS, SAME_EVENT_SECONDS = 0.1, 2.0
-"""Nobody presses Ctrl-C twice so quickly; TERM comes again within this time from a parent that passes it on."""
+"""Two SIGINT within the first are one key press; a TERM within the second is one that a parent forwarded."""
 
 Handler = Callable[[int, FrameType | None], object]
 
 
 class Heard(enum.Enum):
+    """The meaning of a signal."""
+
     FIRST = "the first request to end"
     SAME = "a repetition of it"
     AGAIN = "another request: it is urgent"
 
 
 class _Requests:
-    """What this process has been asked, since the outermost :func:`handling` began."""
+    """When this process got signals, since the outermost :func:`handling` began (``time.monotonic`` seconds)."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -42,7 +44,7 @@ _requests = _Requests()
 
 
 def heard(number: int) -> Heard:
-    """What the signal ``number``, which has just come, means. Called once a signal, by its handler."""
+    """Return the meaning of signal ``number``, which has just arrived. Its handler calls this once per signal."""
     now, last, last_key = time.monotonic(), _requests.last, _requests.last_key
     _requests.last = now
     if number == signal.SIGINT:
@@ -56,15 +58,18 @@ def heard(number: int) -> Heard:
 
 @contextlib.contextmanager
 def handling(handler: Handler, numbers: tuple[int, ...] = ENDING) -> Iterator[None]:
-    """Have ``handler`` called for the signals. HUP stays ignored where it was (nohup). Only in a main thread."""
+    """Install ``handler`` for the signals; restore the earlier handlers at the end.
+
+    HUP stays ignored if it was (nohup). Outside the main thread nothing is installed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     if _requests.depth == 0:
         _requests.last, _requests.last_key = None, -SAME_KEY_SECONDS
     _requests.depth += 1
-    taken = [number for number in numbers if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, handler) for number in taken}
+    handled = [number for number in numbers if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
@@ -74,7 +79,7 @@ def handling(handler: Handler, numbers: tuple[int, ...] = ENDING) -> Iterator[No
 
 
 def interrupting() -> contextlib.AbstractContextManager[None]:
-    """All of them end what goes on like Ctrl-C: by KeyboardInterrupt, once for each request."""
+    """Let all of these signals raise KeyboardInterrupt, once per request."""
     return handling(interrupt)
 
 
@@ -85,15 +90,15 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def held_back(text: str) -> Iterator[None]:
-    """Let short work be finished first: only a second Ctrl-C from now on interrupts it; the first shows ``text``."""
-    keys = 0
+    """Let a short task finish: the first Ctrl-C prints ``text``, only a second one interrupts."""
+    presses = 0
 
     def count(number: int, frame: FrameType | None) -> None:
-        nonlocal keys
+        nonlocal presses
         if heard(number) is Heard.SAME or number != signal.SIGINT:
             return
-        keys += 1
-        if keys > 1:
+        presses += 1
+        if presses > 1:
             raise KeyboardInterrupt
         say(text)
 
@@ -102,6 +107,6 @@ def held_back(text: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print to standard error from a handler, which must not touch a stream that it may have interrupted."""
+    """Print to standard error from a signal handler, without the stream object that the signal may have interrupted."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())

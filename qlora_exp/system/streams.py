@@ -1,7 +1,7 @@
-"""Standard output and error that never end the work: a reader that is gone, a closed terminal, a full disk.
+"""Standard streams whose write errors never end a run: a pipe without a reader, a closed terminal, a full disk.
 
-``qlora-exp run … 2>&1 | head`` closes its pipe while a training goes on. What can't be written is dropped, and the exit
-code stays that of the work. Verbs that only print keep Python's own streams: for them a closed pipe is the end.
+``qlora-exp run … 2>&1 | head`` closes its pipe during training. Text that can't be written is dropped, and the exit
+code stays that of the run. Commands that only print keep Python's streams: a closed pipe ends them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import sys
 from typing import Any, TextIO, cast
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET, errno.ENXIO)
-"""A pipe without a reader, a terminal that was closed; a full disk may have room again later."""
+"""Errors that last: a pipe without a reader, a closed terminal. A full disk is left out: it may have room later."""
 
 
 def keep_writing() -> None:
-    """Make this process's standard streams such ones. Called before anything else opens a file or keeps a stream:
-    where a standard descriptor is closed, the next file that is opened would get its number."""
+    """Replace this process's standard output and error by streams that never fail.
+
+    Call it before anything opens a file or stores a stream: if a standard descriptor is closed, the next file that is
+    opened would get its number.
+    """
     _open_missing()
     sys.stdout = _lasting(sys.stdout, 1)
     sys.stderr = _lasting(sys.stderr, 2)
@@ -31,11 +34,11 @@ def _open_missing() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
 
 
 def _lasting(stream: TextIO | None, number: int) -> TextIO:
-    """``stream`` over a descriptor that can't fail; one without a descriptor (a test's) stays as it is."""
+    """Return ``stream`` over a descriptor that can't fail; a stream without descriptor (in tests) stays as it is."""
     if stream is not None:
         if isinstance(getattr(stream, "buffer", None), _Buffer) or _descriptor(stream) != number:
             return stream
@@ -44,8 +47,8 @@ def _lasting(stream: TextIO | None, number: int) -> TextIO:
     raw = _Lasting(number)
     buffer = _Buffer(raw)
     encoding, errors = getattr(stream, "encoding", "utf-8"), getattr(stream, "errors", "backslashreplace")
-    lines = number == 2 or raw.isatty() or getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
-    return cast(TextIO, io.TextIOWrapper(buffer, encoding, errors, line_buffering=lines))
+    line_buffered = number == 2 or raw.isatty() or getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
+    return cast(TextIO, io.TextIOWrapper(buffer, encoding, errors, line_buffering=line_buffered))
 
 
 def _descriptor(stream: Any) -> int | None:
@@ -56,7 +59,7 @@ def _descriptor(stream: Any) -> int | None:
 
 
 class _Buffer(io.BufferedWriter):
-    """Recognised when the streams are set a second time."""
+    """Marks a stream that :func:`keep_writing` made."""
 
 
 class _Lasting(io.FileIO):
@@ -78,8 +81,8 @@ class _Lasting(io.FileIO):
             return len(data)
 
     def _drop_the_rest(self) -> None:
-        """What else writes to this descriptor, a library in C or a child, then doesn't fail either."""
+        """Point the descriptor at the null device, so that C libraries and child processes can write to it, too."""
         with contextlib.suppress(OSError):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self.fileno())
-            os.close(nothing)
+            null_device = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_device, self.fileno())
+            os.close(null_device)

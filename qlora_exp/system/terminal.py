@@ -1,4 +1,4 @@
-"""What a terminal or a pipe can show: a character that its encoding lacks is written another way, never a traceback."""
+"""Output in any encoding: a character that the encoding lacks is replaced (→ by ->), without an error."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ ASCII = {
 
 
 def show_any_text() -> None:
-    """Standard output and standard error take any text from now on, whatever their encoding (``LANG=C``, a Latin-1
-    terminal, a file name that is no UTF-8)."""
+    """Let standard output and standard error take any text in any encoding (``LANG=C``, Latin-1, file names that aren't
+    UTF-8)."""
     codecs.register_error(HANDLER, _shown)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -47,8 +47,8 @@ def show_any_text() -> None:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` for an argument whose bytes are no text in this process's encoding: nothing that is
-    written could hold it."""
+    """Raise :class:`ConfigError` for an argument that isn't valid text in this process's encoding: no record could
+    hold it."""
     encoding = sys.getfilesystemencoding()
     for text in arguments:
         if any("\ud800" <= character <= "\udfff" for character in text):
