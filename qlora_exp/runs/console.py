@@ -1,4 +1,4 @@
-"""How a run goes, told while it goes: a bar with the time left on a terminal, a few plain lines in a log."""
+"""Progress of a run: a bar with the remaining time on a terminal, a few plain lines in a log."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 LINE_SHARE = 0.1
 LINE_SECONDS = 10.0
 SILENT_SECONDS = 60.0
-"""A log gets the first step, a line for each tenth of the steps but no more than one in ten seconds, one a minute where
-a tenth takes longer, and the last step."""
+"""A log gets the first and the last step, and a line per tenth of the steps: at most one in ten seconds, and at least
+one a minute."""
 
 SHOWN_METRICS = ("loss", "eval_loss", "tokens_per_second")
 
 
 class ProgressReporter:
-    """An observer of a run (phase, step, note), used as a context manager.
+    """Shows a run's progress (:class:`~qlora_exp.training.outcome.Observer`); use it as a context manager.
 
-    On a terminal it draws with Rich; elsewhere it prints lines. Both go to ``stream``, standard error by default, so
-    that standard output holds results only.
+    It draws a Rich bar on a terminal and prints lines elsewhere. ``stream`` is standard error by default, so that
+    standard output holds only results.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -41,20 +41,20 @@ class ProgressReporter:
         self._view.close()
 
     def phase(self, name: str) -> None:
-        """A part of the run begins, e.g. ``train``."""
+        """Show that a phase of the run begins, e.g. ``train``."""
         self._view.phase(name)
 
     def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """``step`` of ``total`` is done; ``metrics`` are its figures, e.g. ``loss``."""
+        """Show that ``step`` of ``total`` is done, with its ``metrics``, e.g. ``loss``."""
         self._view.step(step, total, metrics)
 
     def note(self, text: str) -> None:
-        """Something that a person should read."""
+        """Show a message for the user."""
         self._view.note(text)
 
 
 class _Lines:
-    """Plain lines; a run of an hour and a run of a minute both leave a log that can be read."""
+    """Prints plain lines, few enough that the log of a long run is readable."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -77,10 +77,10 @@ class _Lines:
         now = time.monotonic()
         if self._steps_began is None:
             self._steps_began, self._first_step = now, step
-        passed = now - self._line_time
-        tenth = step - self._line_step >= LINE_SHARE * total and passed >= LINE_SECONDS
-        due = tenth or passed >= SILENT_SECONDS
-        if not due and step < total:
+        seconds_since_line = now - self._line_time
+        is_tenth = step - self._line_step >= LINE_SHARE * total and seconds_since_line >= LINE_SECONDS
+        is_due = is_tenth or seconds_since_line >= SILENT_SECONDS
+        if not is_due and step < total:
             return
         self._line_step, self._line_time = step, now
         self._print(f"  step {step}/{total}{_left(now - self._steps_began, step - self._first_step, total - step)}"
@@ -99,7 +99,7 @@ class _Lines:
 
 
 class _Live:
-    """A bar per phase, with the time left where the phase counts steps."""
+    """Draws a bar per phase, with the remaining time if the phase counts steps."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
@@ -139,9 +139,9 @@ class _Live:
         self._bar.console.print(text, markup=False, highlight=False)
 
     def _finish_phase(self) -> None:
-        """A finished phase stays on the screen with its time; its spinner stops."""
+        """Stop the phase's spinner; the phase stays on the screen with its duration."""
         if self._task is not None:
-            # The last logged step need not be the last one.
+            # The last step may not have been logged.
             total = self._bar.tasks[-1].total or 1
             self._bar.update(self._task, total=total, completed=total)
             self._bar.stop_task(self._task)

@@ -1,4 +1,4 @@
-"""What the doors share: a run that is told at the terminal, and one in a child process."""
+"""Shared by the commands that run one configuration: run it with progress on a terminal, or in a child process."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def run_and_tell(config: Config, resume: str | None = None) -> int:
 
 
 def run_summary(record: RunRecord, config: Config) -> str:
-    """Three lines after a run: what came of it, and where to look."""
+    """Return a few lines about a finished run: status, scores, failure, and the path of its record."""
     lines = [f"{record.status}: {record.name}  ({record.run_id})"]
     before, after = record.scores.before, record.scores.after
     if after is not None:
         for name in ("accuracy", "exact_match", "loss"):
             if getattr(after, name) is not None:
                 old = getattr(before, name) if before else None
-                shown = f"{old:.3f} → " if old is not None else ""
-                lines.append(f"  {name} {shown}{getattr(after, name):.3f} on {after.items} {after.split} items")
+                prefix = f"{old:.3f} → " if old is not None else ""
+                lines.append(f"  {name} {prefix}{getattr(after, name):.3f} on {after.items} {after.split} items")
     if record.training is not None and record.training.ended_by_budget is not None:
         lines.append(f"  {next(text for text in record.warnings if text.startswith('budget.'))}")
     if record.failure is not None:
@@ -62,19 +62,19 @@ def run_summary(record: RunRecord, config: Config) -> str:
 
 
 def config_from_plain(plain: dict[str, Any]) -> Config:
-    """A configuration from a record or a child's standard input, checked like any other."""
+    """Return the checked configuration of a record, or of a child process's standard input."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        # A run's record doesn't keep the settings of the sweep that it belongs to.
+        # Records don't hold the sweep's settings.
         plain = {"sweep": None, "workers": None, **plain}
-        plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}  # of older records
-        plain["task"] = {**EARLIER_TASK, **plain.get("task", {})}  # older records have none
+        plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
+        plain["task"] = {**EARLIER_TASK, **plain.get("task", {})}  # older records lack some keys of both
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
         training = plain.get("training")
         if isinstance(training, dict) and training.get("max_tokens") is not None:
-            plain["training"] = {**training, "max_steps": None}  # older versions took both, and heeded the tokens
+            plain["training"] = {**training, "max_steps": None}  # earlier versions allowed both and used max_tokens
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(escape_interpolations(plain)))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None
@@ -82,26 +82,28 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
 
 
 def end_killed_run(config: Config, pid: int, number: int, kills_before: int | None = None) -> None:
-    """A child that was killed could not end its own record. ``kills_before``: as
-    :func:`~qlora_exp.system.out_of_memory.killed_for_memory` has it."""
+    """Complete the record of a run whose process ``pid`` was killed by signal ``number``.
+
+    ``kills_before``: see :func:`~qlora_exp.system.out_of_memory.killed_for_memory`.
+    """
     from qlora_exp.tracking.sync import sync_runs
 
     outputs = OutputPaths.of(config.output_root)
-    found = _running_of(pid, outputs)
-    told = killed_for_memory(found[1] if found else None, number, kills_before)
-    status = Status.OUT_OF_MEMORY if told is not None else Status.FAILED
-    told = told or Failure("Killed", f"the run's process was ended by signal {number}", hint="start it again")
-    print(f"error: {told.message}\n  do:    {told.hint}", file=sys.stderr)
-    if found is not None:
-        path, record = found
-        write_json(path, record.replace(status=status, ended_at=current_time(), process=None, failure=told))
+    running = _running_of(pid, outputs)
+    failure = killed_for_memory(running[1] if running else None, number, kills_before)
+    status = Status.OUT_OF_MEMORY if failure is not None else Status.FAILED
+    failure = failure or Failure("Killed", f"the run's process was ended by signal {number}", hint="start it again")
+    print(f"error: {failure.message}\n  do:    {failure.hint}", file=sys.stderr)
+    if running is not None:
+        path, record = running
+        write_json(path, record.replace(status=status, ended_at=current_time(), process=None, failure=failure))
     if config.tracking.enabled:
         sync_runs(outputs.root)
 
 
 def _running_of(pid: int, outputs: OutputPaths) -> tuple[Path, RunRecord] | None:
-    """The RUNNING record of process ``pid`` of this machine, and its file."""
-    here = environment.process_identity()
+    """Return the RUNNING record of process ``pid`` of this machine, and its file."""
+    own = environment.process_identity()
     for path in outputs.runs.glob("*/record.json"):
         with contextlib.suppress(RecordError):
             record = read_record(path)
@@ -109,7 +111,7 @@ def _running_of(pid: int, outputs: OutputPaths) -> tuple[Path, RunRecord] | None
             if (
                 record.status is Status.RUNNING
                 and owner is not None
-                and (owner.pid, owner.boot_id) == (pid, here.boot_id)
+                and (owner.pid, owner.boot_id) == (pid, own.boot_id)
             ):
                 return path, record
     return None

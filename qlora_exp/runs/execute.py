@@ -1,4 +1,4 @@
-"""Joins configuration, run and tracking; what every door (Hydra, the verbs, Python) calls."""
+"""Executes one configuration: first record, run, last record, tracking. All ways to start a run call it."""
 
 from __future__ import annotations
 
@@ -51,23 +51,24 @@ def execute(
     memory: MemoryLimit | None = None,
     alone: bool = False,
 ) -> RunRecord:
-    """Run ``config``, keep its record, and show it in MLflow.
+    """Run ``config``, write its record, deliver it to MLflow, and return the record.
 
     Args:
-        resume: the id of an interrupted run to go on with; its own configuration is used by the caller. Where it has
-            no checkpoint it starts again in the same folder.
-        run_id: the id of a new run; ``None``: one is made.
-        trial: which trial of which study the run is.
-        report: asked after each validation during training whether to stop.
-        bases: where the base model comes from; ``None``: it is loaded.
-        deliver: does the last delivery to MLflow, e.g. in a thread; ``None``: at once. Whoever gives it need not wait
-            for MLflow at the run's start either.
-        memory: what a new run must fit into; ``None``: as the configuration's budget has it.
-        alone: this process is there for the run, and ends with it.
+        observer: gets phases, steps and notes.
+        resume: the id of an interrupted run to continue; ``config`` is then that run's configuration. Without a
+            checkpoint it starts again in the same folder.
+        run_id: the id of a new run; ``None``: a new id.
+        trial: the trial that the run belongs to.
+        report: called after each validation during training; returns whether the pruner stops the trial.
+        bases: provides the base model; ``None``: it is loaded.
+        deliver: makes the final delivery to MLflow, e.g. in a thread; ``None``: at once. With it, the start of the run
+            doesn't wait for MLflow either.
+        memory: the memory limit of a new run; ``None``: from ``budget``.
+        alone: this process exists for this run only and ends with it.
 
     Raises:
-        PredictedOutOfMemory: it is predicted to need more memory than it may take; nothing was started.
-        QloraExpError: wrong input, or another process executes the run to be resumed; nothing was started.
+        PredictedOutOfMemory: the predicted memory is above the limit; the run was not started.
+        QloraExpError: wrong input, or another process executes the run to resume; the run was not started.
     """
     one_rank_only()
     memory = memory or _memory_rule(config)
@@ -79,31 +80,31 @@ def execute(
     set_threads(config.training.threads)
     silence_libraries()
     outputs = OutputPaths.of(config.output_root)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         if resume is not None:
-            held.enter_context(_run_lock(outputs.run(resume)))
+            locks.enter_context(_run_lock(outputs.run(resume)))
         if observer is not None:
             observer.phase("prepare")
         if alone and config.training.engine is not Engine.sleep:
             import_and_freeze_gc(("qlora_exp.runs.pipeline",))
-        if resume is not None:  # it was let in when it began
+        if resume is not None:  # its memory was checked when it first started
             prepared = _prepare(config, bases)
             _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
             record, paths = create_record(config, outputs, prepared.environment, resume, run_id, trial)
-        else:  # wrong input ends here, before a run exists
+        else:  # wrong input raises here, before a run exists
             config, prepared, fit, warnings = _fit_micro_batch(config, bases, memory)
             record, paths = create_record(config, outputs, prepared.environment, resume, run_id, trial)
             record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
-            write_json(paths.record, record)  # whoever finds a killed run looks there
+            write_json(paths.record, record)  # explains a killed run: see killed_for_memory
             if observer is not None:
                 for warning in warnings:
                     observer.note(warning)
         if resume is None:
-            held.enter_context(_run_lock(paths))
+            locks.enter_context(_run_lock(paths))
         if alone and config.tracking.enabled:
             import_and_freeze_gc(("qlora_exp.tracking.run",))
-        ours = alone or deliver is not None  # a notebook's process isn't ours to end
-        return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver, ours)
+        may_end = alone or deliver is not None  # never end a notebook's process
+        return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver, may_end)
 
 
 def _run_and_deliver(
@@ -115,9 +116,12 @@ def _run_and_deliver(
     resumed: bool,
     report: PruneCheck,
     deliver: Callable[[Callable[[], object]], object] | None,
-    ours: bool,
+    may_end: bool,
 ) -> RunRecord:
-    """``ours``: this process may be ended where memory is so short that the run can't end by itself."""
+    """Run ``prepared``, write its last record and deliver it.
+
+    ``may_end``: end this process if memory is so short that the run can't stop by itself.
+    """
     outputs = OutputPaths.of(config.output_root)
     try:
         tracker = _tracker(config, outputs, warm=deliver is not None)
@@ -128,32 +132,33 @@ def _run_and_deliver(
     tracker.start(record, paths, wait=deliver is None)
     if observer is not None:
         observer.note(f"run {record.run_id}")
-    short: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if ours:
-        short = ended_when_memory_is_short(lambda number: _last_words(paths, number), EXIT_INTERRUPTED)
-    with _sigterm_as_interrupt(), short:
+    low_memory_guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if may_end:
+        low_memory_guard = ended_when_memory_is_short(lambda number: _last_words(paths, number), EXIT_INTERRUPTED)
+    with _sigterm_as_interrupt(), low_memory_guard:
         try:
-            finished, wrong = prepared.run(record, paths, _Told(observer, tracker), report)
-        except KeyboardInterrupt:  # a second one, while the first was being answered
-            finished, wrong = _interrupted(record, paths), None
+            finished, input_error = prepared.run(record, paths, _Told(observer, tracker), report)
+        except KeyboardInterrupt:  # a second one, while the first was being handled
+            finished, input_error = _interrupted(record, paths), None
     with signals.held_back("the run has ended and is being delivered to MLflow; Ctrl-C again: leave that to sync"):
         finished = finished.replace(ended_at=current_time(), process=None)
         write_json(paths.record, finished)
         if finished.status is Status.COMPLETED:
             paths.trained.unlink(missing_ok=True)
             if finished.training is None or finished.training.ended_by_budget is None:
-                shutil.rmtree(paths.checkpoints, ignore_errors=True)  # the adapter is saved: these are optimizer states
+                # The adapter is saved; checkpoints only add the optimizer's states.
+                shutil.rmtree(paths.checkpoints, ignore_errors=True)
         if deliver is None:
             tracker.finish(finished)
         else:
             deliver(lambda: tracker.finish(finished))
-    if wrong is not None:
-        raise wrong
+    if input_error is not None:
+        raise input_error
     return finished
 
 
 def _last_words(paths: RunPaths, number: int) -> None:
-    """The record of a run that was asked to end by signal ``number``, and could not for want of memory."""
+    """Write the last record of a run that can't stop after signal ``number``, because memory is too short."""
     record = read_record(paths.record)
     if record.status is not Status.RUNNING:
         return
@@ -168,17 +173,17 @@ def _last_words(paths: RunPaths, number: int) -> None:
 
 @contextlib.contextmanager
 def _run_lock(paths: RunPaths) -> Iterator[None]:
-    """Hold the run's folder for this process alone; the kernel lets go of it when the process ends, however it ends."""
-    read_record(paths.record)  # no record, no run: nothing is made in its folder
+    """Lock the run's folder for this process; the kernel releases the lock when the process ends in any way."""
+    read_record(paths.record)  # raises if there is no run, before a lock file is created
     lock = FileLock(paths.lock)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        who = paths.lock.read_text(encoding="utf-8") or "another process"
-        raise RecordError(f"{who} executes this run", str(paths.folder), "wait for it, or stop it first") from None
-    if isinstance(lock, UnixFileLock):  # where the disk has no flock, the file's content is filelock's own
-        me = environment.process_identity()
-        paths.lock.write_text(f"process {me.pid} on {me.host or 'an unnamed host'}", encoding="utf-8")
+        owner = paths.lock.read_text(encoding="utf-8") or "another process"
+        raise RecordError(f"{owner} executes this run", str(paths.folder), "wait for it, or stop it first") from None
+    if isinstance(lock, UnixFileLock):  # other lock types use the file's content themselves
+        own = environment.process_identity()
+        paths.lock.write_text(f"process {own.pid} on {own.host or 'an unnamed host'}", encoding="utf-8")
     try:
         yield
     finally:
@@ -186,7 +191,7 @@ def _run_lock(paths: RunPaths) -> Iterator[None]:
 
 
 class _Prepared(Protocol):
-    """A run that may begin."""
+    """A run that can start: the interface of both engines."""
 
     environment: Environment
     data_fingerprint: str | None
@@ -199,10 +204,10 @@ class _Prepared(Protocol):
 
 
 def preflight(config: Config, prepared: Prepared, probed: Environment) -> str | None:
-    """What is held against a new run's predictions, asked without making one. Returns a warning, or ``None``.
+    """Check a new run's predicted memory and budget without starting it. Returns a warning, or ``None``.
 
     Raises:
-        ConfigError: it would be refused for its budget or its memory.
+        ConfigError: ``run`` would refuse the configuration because of its budget or its memory.
     """
     from qlora_exp.estimate.preflight import memory_fit
 
@@ -213,7 +218,11 @@ def preflight(config: Config, prepared: Prepared, probed: Environment) -> str | 
 
 
 def _memory_rule(config: Config) -> MemoryLimit:
-    """Of a run by itself: what its budget says is meant; a card's memory is held against a prediction that may err."""
+    """Return the memory limit of a single run.
+
+    ``budget.memory_bytes`` is a strict limit. Without it the limit is the device's memory, and a borderline prediction
+    may start.
+    """
     bound = config.budget.memory_bytes
     return MemoryLimit(bound, hosts=1, kin=(), allow_borderline=bound is None, halvings=0, force=config.budget.force)
 
@@ -221,26 +230,29 @@ def _memory_rule(config: Config) -> MemoryLimit:
 def _fit_micro_batch(
     config: Config, bases: BaseModels | None, memory: MemoryLimit
 ) -> tuple[Config, _Prepared, Fit | None, tuple[str, ...]]:
-    """The run as it is predicted to fit: with its micro-batch halved, where ``memory`` allows that."""
+    """Prepare the run; halve its micro-batch until it fits, at most ``memory.halvings`` times.
+
+    Returns the configuration, the prepared run, its predicted fit, and warnings.
+    """
     batch = config.training.batch_size
-    rows = less = config.training.micro_batch_size or batch
+    requested = size = config.training.micro_batch_size or batch
     try:
         prepared = _prepare(config, bases)
         fit = prepared.fit(memory)
         return config, prepared, fit, _warnings(fit)
     except PredictedOutOfMemory as error:
-        refused = error
+        first_error = error
     for _ in range(memory.halvings):
-        if less == 1:
+        if size == 1:
             break
-        less = next_smaller_micro_batch(less, batch)
-        smaller = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=less))
-        told = f"predicted not to fit with micro-batches of {rows}; run with {less}, the batch unchanged"
+        size = next_smaller_micro_batch(size, batch)
+        smaller = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=size))
+        warning = f"predicted not to fit with micro-batches of {requested}; run with {size}, the batch unchanged"
         with contextlib.suppress(PredictedOutOfMemory):
             prepared = _prepare(smaller, bases)
             fit = prepared.fit(memory)
-            return smaller, prepared, fit, (told, *_warnings(fit))
-    raise refused
+            return smaller, prepared, fit, (warning, *_warnings(fit))
+    raise first_error
 
 
 def _warnings(fit: Fit | None) -> tuple[str, ...]:
@@ -277,7 +289,7 @@ class _Training:
 
 
 class _Sleep:
-    """A run that trains nothing: neither torch nor data are touched."""
+    """A run without training (``training.engine=sleep``): needs neither torch nor data."""
 
     data_fingerprint: str | None = None
 
@@ -295,7 +307,7 @@ class _Sleep:
 
 
 def _tracker(config: Config, outputs: OutputPaths, warm: bool) -> Any:
-    """The tracker; for ``tracking=off`` one that does nothing, and for which MLflow isn't imported."""
+    """Return the tracker; with ``tracking=off`` one that does nothing and doesn't import MLflow."""
     if not config.tracking.enabled:
         return _Untracked()
     from qlora_exp.tracking.run import Tracker
@@ -320,8 +332,8 @@ def _check_same_data(record: RunRecord, fingerprint: str | None) -> None:
 
 
 def _sigterm_as_interrupt() -> contextlib.AbstractContextManager[None]:
-    """TERM (a scheduler's, a container's) and HUP (a closed terminal) end a run like Ctrl-C in every phase; training
-    has a gentler way of its own."""
+    """Let TERM (scheduler, container) and HUP (closed terminal) end a run like Ctrl-C in every phase. During training,
+    :class:`~qlora_exp.training.callbacks.GracefulInterrupt` replaces this."""
     return signals.interrupting()
 
 
@@ -332,7 +344,7 @@ def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
 
 
 class _Told:
-    """Passes what a run tells on to the person who watches, and its curve to the tracker."""
+    """Forwards a run's events to the observer, and its curve to the tracker."""
 
     def __init__(self, observer: Observer | None, tracker: Any) -> None:
         self.observer, self.tracker = observer, tracker

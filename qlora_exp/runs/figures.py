@@ -1,4 +1,4 @@
-"""What is known of a run while it goes on, and the figures made of it."""
+"""Figures of a run while it goes on: memory, speed and spent budget, for its record."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from qlora_exp.training.trainer import Trained, TrainingState
 
 @dataclass
 class RunFigures:
-    """What is known so far; whatever ends the run, its record holds it."""
+    """All figures known so far, so that the record has them however the run ends."""
 
     record: RunRecord
     paths: RunPaths
     meter: measurement.Meter
     earlier_seconds: float
-    """What the parts of a resumed run took before."""
+    """Seconds of a resumed run's earlier parts."""
     phase: str = "prepare"
     weights: WeightBytes | None = None
     resident_bytes: int | None = None
@@ -44,7 +44,7 @@ class RunFigures:
         self.started_joules = measurement.energy_joules(self.meter.device)
 
     def enter(self, phase: str, observer: Observer) -> None:
-        """A phase begins: what is known is written, so that even a killed run's record has it."""
+        """Begin a phase, and write all known figures: even a killed run's record then has them."""
         self.phase = phase
         write_json(self.paths.record, self.known(), durable=False)
         observer.phase(phase)
@@ -53,16 +53,19 @@ class RunFigures:
         self.watch = watch
 
     def exhausted(self, budget: BudgetConfig) -> str | None:
-        """Which limit of ``budget`` is spent. What is known is written now and then, for a run that is killed."""
+        """Return the limit of ``budget`` that is spent, e.g. ``seconds``; ``None``: none.
+
+        Also writes the record every :data:`RECORD_SECONDS` seconds, in case the run is killed.
+        """
         clock = time.perf_counter()
         if clock - self.written > RECORD_SECONDS:
             self.written = clock
-            with contextlib.suppress(OSError):  # a full disk; the next write makes up for it
+            with contextlib.suppress(OSError):  # a full disk; the next write has the same figures
                 write_json(self.paths.record, self.known(), durable=False)
         return exhausted(budget, self.spent())
 
     def spent(self) -> Spent:
-        """All of this run's parts, up to now."""
+        """Return what this run has spent up to now, earlier parts of a resumed run included."""
         joules, tokens = measurement.energy_joules(self.meter.device), 0
         if self.watch is not None:
             tokens = self.watch.meter.tokens - self.watch.meter.earlier_tokens
@@ -72,7 +75,7 @@ class RunFigures:
         return Spent(seconds, self.earlier.tokens + tokens, joules)
 
     def known(self) -> RunRecord:
-        """The record with every figure that has been measured by now."""
+        """Return the record with all figures measured so far."""
         trained = self.trained or (self.watch.so_far() if self.watch else None)
         return self.record.replace(
             memory=_memory(self, trained),
@@ -103,26 +106,28 @@ def _memory(progress: RunFigures, trained: Trained | None) -> Memory:
 
 
 def _working_set(progress: RunFigures) -> int | None:
-    """All that training needed. What a CPU's process had made before, for scoring or for MLflow, isn't part of it; what
-    of the model was there already is, mapped or not."""
+    """Return the bytes that training needed at its peak, base model included.
+
+    On a CPU this excludes what the process held before training for scoring or MLflow.
+    """
     train, weights = progress.meter.of("train"), progress.weights
     if progress.meter.device == "cuda":
         return train.peak_bytes
     if train.anonymous_peak_bytes is None or weights is None:
         return None
-    held = weights.base_weight_bytes + weights.quantization_state_bytes + weights.adapter_bytes
-    return held + train.anonymous_peak_bytes
+    weight_bytes = weights.base_weight_bytes + weights.quantization_state_bytes + weights.adapter_bytes
+    return weight_bytes + train.anonymous_peak_bytes
 
 
 def _speed(progress: RunFigures, trained: Trained | None) -> Speed:
-    record, meter, untouched = progress.record, progress.meter, progress.untouched
+    record, meter, base_scores = progress.record, progress.meter, progress.untouched
     total = progress.earlier_seconds + time.perf_counter() - progress.started
     price = record.plan.usd_per_hour if record.plan is not None else None
     speed = Speed(
         load_seconds=meter.of("load").seconds,
         evaluation_seconds=meter.of("evaluate").seconds,
         untouched_evaluation_seconds=meter.of("untouched").seconds,
-        untouched_cached=untouched.cached if untouched else False,
+        untouched_cached=base_scores.cached if base_scores else False,
         total_seconds=total,
         cost_usd=total / 3600.0 * price if price is not None else None,
     )
@@ -155,7 +160,7 @@ def _utilisation(record: RunRecord, tokens_per_second: float | None) -> float | 
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float | None:
-    """Nearest-rank quantile of sorted values."""
+    """Return the nearest-rank quantile of sorted values; ``None`` without values."""
     if not ordered:
         return None
     return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]

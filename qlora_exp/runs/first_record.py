@@ -1,4 +1,4 @@
-"""A run begins: its name, its folder and its first record."""
+"""Creates a run: its name, its folder and its first record."""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ def create_record(
     run_id: str | None,
     trial: Trial | None,
 ) -> tuple[RunRecord, RunPaths]:
+    """Write the first record (status RUNNING) of a new run, or of run ``resume``, and return it with its paths.
+
+    ``run_id``: the new run's id; ``None``: one made of time, model and rank.
+    """
     plain = redaction.redact({key: value for key, value in to_plain(config).items() if key not in ("sweep", "workers")})
     if resume is not None:
         paths = outputs.run(resume)
-        old = read_record(paths.record)
-        record = old.replace(
+        earlier = read_record(paths.record)
+        record = earlier.replace(
             status=Status.RUNNING,
             ended_at=None,
-            config=plain if trial is not None else old.config,
+            config=plain if trial is not None else earlier.config,
             failure=None,
-            earlier_failures=(*old.earlier_failures, *((old.failure,) if old.failure is not None else ())),
+            earlier_failures=(*earlier.earlier_failures, *((earlier.failure,) if earlier.failure is not None else ())),
             environment=probed,
             process=environment.process_identity(),
-            trial=trial or old.trial,
+            trial=trial or earlier.trial,
         )
     else:
         run_id = run_id or _new_run_id(config)
@@ -74,10 +78,10 @@ def _name(config: Config, trial: Trial | None) -> str:
 
 
 def display_name(config: Config) -> str:
-    """The axes in a few words, e.g. ``embedded-base nf4 r8 attention s1``."""
-    where = "+".join(config.targets.modules) if config.targets.modules else config.targets.set
+    """Return model, quantization, rank, targets and seed in a few words, e.g. ``embedded-base nf4 r8 attention s1``."""
+    targets = "+".join(config.targets.modules) if config.targets.modules else config.targets.set
     model = f"{config.model.family}-{config.model.variant.value}"
-    return f"{model} {config.quantization.mode.value} r{config.lora.r} {where} s{config.seed}"
+    return f"{model} {config.quantization.mode.value} r{config.lora.r} {targets} s{config.seed}"
 
 
 def _new_run_id(config: Config) -> str:

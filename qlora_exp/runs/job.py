@@ -1,4 +1,4 @@
-"""One run in a process of its own: reads a resolved configuration from standard input. Started by a multirun."""
+"""The process of one run of a multirun: reads the resolved configuration from standard input (YAML)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def die_with_parent() -> None:
-    """Have the kernel send TERM when the parent ends: the run saves, and no orphan keeps a GPU. Linux only."""
+    """Let the kernel send TERM when the parent ends: the run saves its state and frees the GPU. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""The straight line of one run, and the one place where an exception becomes a status."""
+"""The pipeline of one run: load, score the base model, train, score. The one place where exceptions become statuses."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def run_pipeline(
     report: PruneCheck = no_pruning,
     bases: BaseModels | None = None,
 ) -> tuple[RunRecord, QloraExpError | None]:
-    """Run ``config`` to its end. Returns its record — completed, or with the failure that ended it — and the error
-    where wrong input showed itself only now (a weight file torn inside, say): the caller tells it."""
+    """Run ``config`` and return its record, completed or with the failure that ended it.
+
+    The second value is the error if wrong input showed only now (e.g. a damaged weight file); the caller raises it.
+    """
     progress = RunFigures(
         record.replace(plan=with_first_predictions(prepared.plan, record.plan), data=prepared.splits.record),
         paths,
@@ -81,14 +83,14 @@ def _run_pipeline(
     progress.enter("evaluate untouched", observer)
     with meter.phase("untouched"):
         model = bases.model(base)
-        untouched = score_base_model(model, tokenizer, splits, config, planned, base.fingerprint, cache)
-        shown = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
+        base_scores = score_base_model(model, tokenizer, splits, config, planned, base.fingerprint, cache)
+        few_shot = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
     baselines = baselines_of(splits, config, cache)
-    untouched.write_items(paths)
-    shown.write_items(paths)
-    progress.untouched = untouched
-    before = ScoreTable(before=untouched.scores, test_before=untouched.test_scores, few_shot=shown.draws)
-    progress.record = _warned(progress.record.replace(scores=before, baselines=baselines), shown.warning())
+    base_scores.write_items(paths)
+    few_shot.write_items(paths)
+    progress.untouched = base_scores
+    before = ScoreTable(before=base_scores.scores, test_before=base_scores.test_scores, few_shot=few_shot.draws)
+    progress.record = _warned(progress.record.replace(scores=before, baselines=baselines), few_shot.warning())
     progress.record = _warned(progress.record, _short_of_rows(planned, len(splits.train)))
     progress.record = _warned(progress.record, rank_above_width(prepared.architecture, prepared.modules, config.lora))
 
@@ -123,7 +125,7 @@ def _run_pipeline(
 
     progress.enter("evaluate", observer)
     with meter.phase("evaluate"):
-        after, test, forgotten = score_splits(model, tokenizer, splits, config, untouched)
+        after, test, forgotten = score_splits(model, tokenizer, splits, config, base_scores)
     _check_finite(after, progress.trained)
     write_items(after.items, paths.items("after", "validation"))
     if test is not None:
@@ -139,7 +141,7 @@ def _run_pipeline(
 
 
 def _warned(record: RunRecord, warning: str | None) -> RunRecord:
-    """A resumed run is told once."""
+    """Add ``warning`` to the record, once even if the run is resumed."""
     if warning is None or warning in record.warnings:
         return record
     return record.replace(warnings=(*record.warnings, warning))
@@ -154,19 +156,25 @@ def _short_of_rows(planned: Plan, rows: int) -> str | None:
 
 
 def _cut_short(trained: Trained, planned: Plan) -> str | None:
-    name = trained.training.ended_by_budget
-    return budget_stop_message(name, trained.training.steps, planned.max_steps) if name is not None else None
+    limit = trained.training.ended_by_budget
+    return budget_stop_message(limit, trained.training.steps, planned.max_steps) if limit is not None else None
 
 
 def _check_finite(after: Evaluation, trained: Trained) -> None:
-    """The last step can spoil an adapter after the last loss of the training: its weights may still be finite, and an
-    argmax over NaN would look like an accuracy."""
+    """Raise :class:`Diverged` if the tuned model's loss isn't finite.
+
+    The last optimizer step comes after the last training loss. It can leave finite weights whose logits are NaN, and
+    the argmax over NaN would look like an accuracy.
+    """
     if after.scores.loss is not None and not math.isfinite(after.scores.loss):
         raise Diverged("the tuned model's loss", trained.training.steps)
 
 
 def _trained_before(paths: RunPaths) -> Trained | None:
-    """What an interrupted run had trained to its end; the file is written after the adapter."""
+    """Return the result of an interrupted run's finished training; ``None`` if it hasn't finished.
+
+    The file is written after the adapter, so that the adapter is complete if the file is.
+    """
     try:
         return from_dict(Trained, json.loads(paths.trained.read_text(encoding="utf-8")), str(paths.trained))
     except (OSError, ValueError, QloraExpError):
@@ -174,7 +182,7 @@ def _trained_before(paths: RunPaths) -> Trained | None:
 
 
 def _check_same_model(record: RunRecord, fingerprint: str) -> None:
-    """A run that is resumed on other weights would be a mixture that its record doesn't tell of."""
+    """Raise :class:`ModelError` if a resumed run has other base weights than before."""
     if record.model_fingerprint not in (None, fingerprint):
         raise ModelError(
             "the model's files have changed since this run began", record.run_id, f"qlora-exp rerun {record.run_id}"
@@ -185,8 +193,8 @@ _runs_in_this_process = itertools.count()
 
 
 def _host_is_reused() -> bool:
-    """Whether this process made a run before: the allocator then holds memory already, and a resident peak says
-    little."""
+    """Return whether this process has made a run before. The allocator then holds memory already, and resident peaks
+    mean little."""
     return next(_runs_in_this_process) > 0
 
 

@@ -1,4 +1,4 @@
-"""What can be known and checked before a weight is read."""
+"""Prepares a run: everything that can be checked before weights are read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from qlora_exp.records.types import Environment, Plan
 
 @dataclass(frozen=True)
 class Prepared:
-    """What can be known and checked before a weight is read."""
+    """A checked run: its predictions, full names of its target modules, tokenizer, data and architecture."""
 
     predicted: PredictedRun
     modules: tuple[str, ...]
@@ -47,38 +47,38 @@ class Prepared:
 
 
 def prepare(config: Config, environment: Environment, bases: BaseModels | None = None) -> Prepared:
-    """Check rows, target modules and plan, in the order of their cost. Raises :class:`QloraExpError`."""
+    """Check rows, target modules and plan, the cheapest checks first. Raises :class:`QloraExpError`."""
     if environment.device.kind == "cpu" and (problem := int8_dora(config)):
-        raise problem  # with training.device=auto the machine decides, which is known only here
+        raise problem  # with training.device=auto the device is known only here
     if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
         what = "FlexAttention can't be trained on a CPU: torch has no backward pass of it there"
         raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")
     bases = bases or NoCache()
-    task = (repr(config.task), state_of_files(config.task.path) if config.task.path else None)
-    rows = bases.kept("rows", task, lambda: load_rows(config.task))
-    model = model_key(config.model)
-    architecture = bases.kept("architecture", model, lambda: describe(config.model))
+    task_key = (repr(config.task), state_of_files(config.task.path) if config.task.path else None)
+    rows = bases.kept("rows", task_key, lambda: load_rows(config.task))
+    model_id = model_key(config.model)
+    architecture = bases.kept("architecture", model_id, lambda: describe(config.model))
     modules = resolve_targets(architecture, config.targets)
     rank_above_width(architecture, modules, config.lora)
     tokenizer = load_tokenizer(config.model)
     length = config.training.max_length
-    splits = bases.kept("splits", (task, model, length), lambda: load_data(config, tokenizer, length, rows))
+    splits = bases.kept("splits", (task_key, model_id, length), lambda: load_data(config, tokenizer, length, rows))
     check_vocabulary(splits, tokenizer, architecture.vocabulary_size)
     check_positions(splits, architecture.positions)
     if config.evaluation.generate:
-        asked = (task, model, length, config.evaluation.max_new_tokens)
-        bases.kept("answers that can be right", asked, lambda: check_answers(splits, tokenizer, config))
+        answers_key = (task_key, model_id, length, config.evaluation.max_new_tokens)
+        bases.kept("answers that can be right", answers_key, lambda: check_answers(splits, tokenizer, config))
     _check_scores_can_be_had(config, splits)
     planned = run_plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
     ended = bases.kept("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
-    told = predict_run(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
-    return Prepared(told, modules, tokenizer, splits, architecture)
+    prediction = predict_run(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
+    return Prepared(prediction, modules, tokenizer, splits, architecture)
 
 
 def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
-    """What evaluation needs, asked before a training is paid for."""
+    """Check what evaluation needs before a training has cost time: metrics, test items, few-shot examples."""
     for name in config.evaluation.metrics:
         hub_metric(name)
     if config.evaluation.split is EvaluationSplit.test and not splits.test:
@@ -90,15 +90,15 @@ def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
 
 
 SHORT_ROWS_SIGMAS = 4.0
-"""How many standard errors the rows that are drawn may be shorter than the mean row: the token budget, not the last
-step, ends a training."""
+"""Standard errors by which sampled rows may be shorter than the mean row. The number of steps allows for that, so that
+the token limit, not the last step, ends the training."""
 
 
 def _steps_for_tokens(config: Config, splits: Splits) -> int:
-    """Steps that a token budget buys at the mean row length; TokenBudget stops at the exact step."""
+    """Return an upper bound of the steps that ``training.max_tokens`` allows; TokenBudget stops at the exact step."""
     lengths = row_lengths(splits)
     mean = statistics.fmean(lengths)
-    extent = Workload.of(config.training, lengths_of(splits, config.training.max_length))
-    rows = extent.tokens / mean
-    longest = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
-    return 1 + math.ceil(longest * rows / extent.step_rows)
+    workload = Workload.of(config.training, lengths_of(splits, config.training.max_length))
+    rows = workload.tokens / mean
+    factor = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
+    return 1 + math.ceil(factor * rows / workload.step_rows)

@@ -1,4 +1,4 @@
-"""What a process of ours sets before it imports libraries, and how it ends."""
+"""What a process sets before it imports libraries, and its exit codes."""
 
 from __future__ import annotations
 
@@ -20,33 +20,36 @@ EXIT_COMPLETED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 1
 
 
 class ExitCode(KeyboardInterrupt):
-    """Leaves Hydra (which turns an ordinary exception into a trace and exit code 1) with an exit code."""
+    """Exits Hydra's application with an exit code; Hydra turns ordinary exceptions into a traceback and exit code 1."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(code)  # a launcher brings it from another process
+        super().__init__(code)  # in args, so that pickle restores it in a launcher's parent process
         self.code = code
 
 
 def set_threads(threads: int | None) -> None:
-    """Fix the CPU threads before torch is imported. Two OpenMP pools that spin on the same cores slow each other down
-    many times over, so waiting is passive."""
+    """Set the number of CPU threads, best before torch is imported.
+
+    OpenMP threads wait passively: two pools that spin on the same cores slow each other down many times over.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:
         import torch
 
-        wanted = threads or int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
-        torch.set_num_threads(wanted)
+        count = threads or int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
+        torch.set_num_threads(count)
 
 
 def hide_other_gpus(device: DeviceChoice) -> str | None:
-    """Limit this process to one GPU where ``training.device`` allows one. Must be called before torch is imported."""
+    """Limit this process to one GPU unless ``training.device=cpu``. Call it before torch is imported."""
     return gpus.use_one_gpu() if device is not DeviceChoice.cpu else None
 
 
 def silence_libraries() -> None:
-    """No telemetry, no progress bars of the libraries' own, no fork of tokenizers after threads exist."""
+    """Turn off telemetry, progress bars and warnings of libraries, and the tokenizers' parallelism, which breaks when a
+    process with threads forks."""
     for key, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -61,18 +64,20 @@ def silence_libraries() -> None:
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }.items():
         os.environ.setdefault(key, value)
-    # bitsandbytes names an optional kernel at import, and at each layer's first forward that LLM.int8() takes 16 bits.
+    # bitsandbytes logs a missing optional kernel at import, and a cast to 16 bits at each int8 layer's first forward.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # transformers 5.23 warns of names that TRL itself passes; nobody at the terminal can do anything about it.
+    # transformers 5.23 warns of argument names that TRL passes; the user can't change them.
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def import_and_freeze_gc(modules: Iterable[str]) -> None:
-    """Import what a process of ours needs until it ends. Python's collector would walk all of it a dozen times and free
-    next to nothing, for a fifth of a short run's time: it is off meanwhile, and leaves alone what there is then.
+    """Import modules that this process needs until it ends, without garbage collection, and exclude them from it.
 
-    Not where another program calls us: what that one has would never be freed. Nor a second time in one process, for
-    the same reason: what a first run left would stay.
+    Python's collector would scan these objects about a dozen times during the imports, for a fifth of a short run's
+    time, and free almost nothing.
+
+    Call it only in a process that belongs to the run: ``gc.freeze`` also keeps all other objects of the process
+    forever. For the same reason it does nothing in a second run of a process.
     """
     missing = [module for module in modules if module not in sys.modules]
     if not missing:
@@ -87,11 +92,12 @@ def import_and_freeze_gc(modules: Iterable[str]) -> None:
 
 
 def exit_code_of(status: Status) -> int:
+    """Return the command's exit code for a run with this status."""
     if status in (Status.COMPLETED, Status.PRUNED):
         return EXIT_COMPLETED
     return EXIT_INTERRUPTED if status is Status.INTERRUPTED else EXIT_RUN_FAILED
 
 
 def print_error(error: QloraExpError) -> None:
-    """Print an error to stderr as the person at the terminal should read it."""
+    """Print an error to stderr, without secrets."""
     print(f"error: {redaction.redact_text(str(error))}", file=sys.stderr)

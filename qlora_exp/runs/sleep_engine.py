@@ -1,5 +1,8 @@
-"""``training.engine=sleep``: a run that sleeps in place of training and scores by a formula. SYNTHETIC: it says nothing
-about any model; orchestration is tried out with it. Nothing heavy is imported."""
+"""``training.engine=sleep``: a run that sleeps instead of training and takes its scores from a formula.
+
+Use it to try out sweeps or clusters. Its records are marked SYNTHETIC: they say nothing about any model. It imports no
+ML library.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +48,13 @@ REPORTED_ITEMS = 50
 PENALTY = {Quantization.int8: 0.01, Quantization.nf4: 0.02, Quantization.fp4: 0.04}
 BYTES = {Quantization.fp32: 4.0, Quantization.int8: 1.0, Quantization.nf4: 0.5, Quantization.fp4: 0.5}
 PARAMETERS, ADAPTER_PARAMETERS_PER_RANK = 1_000_000, 1_000
-"""Of the model that isn't there."""
+"""Of the simulated model."""
 
 
 def marked(record: RunRecord) -> RunRecord:
-    """The record of a run that trains nothing says so in its name, its warnings and a field of its own."""
-    told = "SYNTHETIC: training.engine=sleep trains nothing, and its scores come from a formula"
-    return record.replace(name=f"SYNTHETIC {record.name}", synthetic=True, warnings=(*record.warnings, told))
+    """Mark a record as synthetic in its name, its warnings and the field ``synthetic``."""
+    warning = "SYNTHETIC: training.engine=sleep trains nothing, and its scores come from a formula"
+    return record.replace(name=f"SYNTHETIC {record.name}", synthetic=True, warnings=(*record.warnings, warning))
 
 
 def sleep_run(
@@ -61,59 +64,59 @@ def sleep_run(
     observer: Observer | None = None,
     report: PruneCheck = no_pruning,
 ) -> RunRecord:
-    """Sleep ``training.sleep_seconds`` in twenty steps, and return the record with its status, whatever ended it."""
+    """Sleep ``training.sleep_seconds`` in twenty steps, and return the record with its status, also after a failure."""
     started = time.perf_counter()
     earlier = record.speed.total_seconds or 0.0
-    slept = _Slept(config, record, paths, observer or NullObserver(), report)
+    training = _Slept(config, record, paths, observer or NullObserver(), report)
     status, failure = Status.COMPLETED, None
     try:
-        slept.through()
+        training.through()
     except (Exception, KeyboardInterrupt) as error:
-        status, failure = status_of(error), _failure(error, slept.step)
+        status, failure = status_of(error), _failure(error, training.step)
     seconds = time.perf_counter() - started
     return record.replace(
         status=status,
         failure=failure,
         warnings=(
             *record.warnings,
-            *([budget_stop_message(slept.ended_by, slept.step, STEPS)] if slept.ended_by else []),
+            *([budget_stop_message(training.ended_by, training.step, STEPS)] if training.ended_by else []),
         ),
-        spent=slept.spent(),
-        speed=_speed(config, slept.step, seconds, earlier),
+        spent=training.spent(),
+        speed=_speed(config, training.step, seconds, earlier),
         memory=_memory(config),
         training=Training(
-            steps=slept.step,
+            steps=training.step,
             first_loss=loss_at(config, 1),
-            final_loss=slept.loss,
+            final_loss=training.loss,
             epochs=None,
-            ended_by_budget=slept.ended_by,
+            ended_by_budget=training.ended_by,
         ),
         scores=_score_table(config, paths) if status is Status.COMPLETED else record.scores,
     )
 
 
 def synthetic_fit(config: Config, environment: Environment, rule: MemoryLimit) -> Fit | None:
-    """As :func:`qlora_exp.estimate.preflight.memory_fit`, of the bytes that a sleeping run will say it took.
+    """As :func:`qlora_exp.estimate.preflight.memory_fit`, for the simulated bytes of a sleeping run.
 
     Raises:
-        PredictedOutOfMemory: they are too many.
+        PredictedOutOfMemory: the bytes are above the limit.
     """
     device = environment.device
     bound = rule.bound_bytes
-    if bound is None:  # the machine's memory says nothing of a model that isn't there
+    if bound is None:  # the machine's memory doesn't limit a simulated model
         return None
     need = MemoryEstimate(_memory(config).peak_train_bytes or 0, 0, config.training.sleep_seconds, None)
     fit, may_start = fit_into(bound, need, rule, correction_key(to_plain(config), device), device.kind)
     if may_start:
         return fit
     what = f"the run is predicted to need {fit.corrected_bytes} of {fit.bound_bytes} bytes"
-    refusal = SkippedTrial(fit, need.train_seconds, need.train_flops)
-    raise PredictedOutOfMemory(what, f"budget.memory_bytes = {bound}", "a smaller lora.r, or quantization=nf4", refusal)
+    skipped = SkippedTrial(fit, need.train_seconds, need.train_flops)
+    raise PredictedOutOfMemory(what, f"budget.memory_bytes = {bound}", "a smaller lora.r, or quantization=nf4", skipped)
 
 
 @dataclasses.dataclass
 class _Slept:
-    """A training that isn't one."""
+    """A simulated training."""
 
     config: Config
     record: RunRecord
@@ -162,8 +165,10 @@ class _Slept:
 
 
 def final_loss(config: Config) -> float:
-    """A smooth bowl in log2 r, log10 of the learning rate and log2 of alpha / r, a little higher for fewer bits, and
-    0.01 of noise that the seed fixes."""
+    """Return the final loss: a quadratic bowl in log2 r, log10 of the learning rate and log2 of alpha / r.
+
+    Quantized bases add a small penalty, and the seed fixes noise of ±0.01.
+    """
     r, alpha = config.lora.r, effective_alpha(config.lora)
     digest = hashlib.sha256(f"{config.seed}/{r}/{config.quantization.mode.value}".encode()).digest()
     noise = int.from_bytes(digest[:4], "big") / 2**32 - 0.5
@@ -178,12 +183,12 @@ def final_loss(config: Config) -> float:
 
 
 def loss_at(config: Config, step: int) -> float:
-    """The validation loss at ``step``: falls towards the final one."""
+    """Return the validation loss at ``step``, which falls towards the final loss."""
     return final_loss(config) * (1.0 + 2.0 * math.exp(-5.0 * step / STEPS))
 
 
 def _items_of(loss: float) -> list[float]:
-    """Losses of single items whose mean is ``loss``: the same items are the hard ones in every run."""
+    """Return losses of single items with mean ``loss``; the same items are the hard ones in every run."""
     return [loss * 2.0 * (item + 1) / (REPORTED_ITEMS + 1) for item in range(REPORTED_ITEMS)]
 
 
@@ -203,15 +208,15 @@ def _score_table(config: Config, paths: RunPaths) -> ScoreTable:
 
 
 def item_losses(config: Config) -> list[float]:
-    """Nats of each test item: the run's loss, times how hard the item is, and 0.05 of noise of the item and the run."""
-    own = random.Random(f"{config.seed}/{config.lora.r}/{config.quantization.mode.value}")
-    hard = random.Random("items")
+    """Return nats of each test item: the run's loss times the item's difficulty, plus noise (SD 0.05)."""
+    noise = random.Random(f"{config.seed}/{config.lora.r}/{config.quantization.mode.value}")
+    difficulty = random.Random("items")
     loss = final_loss(config)
-    return [loss * (0.5 + hard.random()) + own.gauss(0.0, 0.05) for _ in range(SYNTHETIC_ITEMS)]
+    return [loss * (0.5 + difficulty.random()) + noise.gauss(0.0, 0.05) for _ in range(SYNTHETIC_ITEMS)]
 
 
 def _write_items(losses: Sequence[float], paths: RunPaths) -> None:
-    """Only those of the test split: pyarrow is slow to import, and the other columns would be made up."""
+    """Write the test split's losses, no other column. pyarrow is imported only here, because that is slow."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -245,7 +250,7 @@ def _speed(config: Config, steps: int, seconds: float, earlier_seconds: float) -
 
 
 def _go_wrong(config: Config, step: int) -> None:
-    """``training.sleep_fault``, half-way. Memory suffices once the micro-batch is below the batch."""
+    """Simulate ``training.sleep_fault``. ``out_of_memory`` fails only while the micro-batch is the whole batch."""
     training = config.training
     match training.sleep_fault:
         case SleepFault.out_of_memory if (training.micro_batch_size or training.batch_size) >= training.batch_size:

@@ -1,7 +1,8 @@
-"""A polite signal ends a run after its step. Where memory is so short that no step ends, a second thread ends it.
+"""Ends a run after a signal, even if memory is so short that its current step never ends.
 
-Python runs a signal's handler between two of its own instructions: never, while one operation of torch waits for pages
-that the kernel reads from disk. The number of each signal also arrives in a pipe, at once, and a thread reads it there.
+Usually a signal ends a run after its step. But Python calls signal handlers only between bytecode instructions, so not
+while a torch operation waits for pages that the kernel reads from disk. The signal's number also arrives in a pipe at
+once (``signal.set_wakeup_fd``), where a second thread reads it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ TERMINATION_SIGNALS = frozenset(
     number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None
 )
 SHORT_SECONDS = 5.0
-"""What a run gets to end by itself while memory is short."""
+"""Seconds of short memory after a signal in which a run may still end by itself."""
 WATCH_SECONDS = 0.5
 
 
 @contextlib.contextmanager
 def ended_when_memory_is_short(last_words: Callable[[int], None], exit_code: int) -> Iterator[None]:
-    """End this process where a signal asked it to end, and memory is so short that it can't.
+    """End this process with ``exit_code`` if a signal asked it to end and memory is so short that it can't.
 
-    ``last_words`` is called with the signal's number before, in another thread. Does nothing outside the main thread.
+    Another thread first calls ``last_words`` with the signal's number. Does nothing outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -36,47 +37,47 @@ def ended_when_memory_is_short(last_words: Callable[[int], None], exit_code: int
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    over = threading.Event()
-    watch = threading.Thread(
-        target=_watch, args=(reading, over, last_words, exit_code), name="termination", daemon=True
+    run_ended = threading.Event()
+    thread = threading.Thread(
+        target=_watch, args=(reading, run_ended, last_words, exit_code), name="termination", daemon=True
     )
-    watch.start()
+    thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous)
-        over.set()
-        with contextlib.suppress(OSError):  # not its end alone: a forked child may hold it open
+        run_ended.set()
+        with contextlib.suppress(OSError):  # closing isn't enough: a forked child may hold the pipe open
             os.write(writing, b"\0")
         os.close(writing)
-        watch.join()
+        thread.join()
         os.close(reading)
 
 
-def _watch(reading: int, over: threading.Event, last_words: Callable[[int], None], exit_code: int) -> None:
-    number = _asked_to_end(reading, over)
+def _watch(reading: int, run_ended: threading.Event, last_words: Callable[[int], None], exit_code: int) -> None:
+    number = _asked_to_end(reading, run_ended)
     if number is None:
         return
-    pages, seen = memory_limits.pages_read_back(), time.monotonic()
+    pages, seen_at = memory_limits.pages_read_back(), time.monotonic()
     short_for = 0.0
-    while not over.wait(WATCH_SECONDS):
+    while not run_ended.wait(WATCH_SECONDS):
         pages_now, now = memory_limits.pages_read_back(), time.monotonic()
-        rate = (pages_now - pages) / (now - seen)
+        rate = (pages_now - pages) / (now - seen_at)
         is_short = memory_limits.is_nearly_full() or rate > memory_limits.PAGES_PER_SECOND
-        short_for = short_for + now - seen if is_short else 0.0
-        pages, seen = pages_now, now
+        short_for = short_for + now - seen_at if is_short else 0.0
+        pages, seen_at = pages_now, now
         if short_for >= SHORT_SECONDS:
             with contextlib.suppress(Exception):
                 last_words(number)
             os._exit(exit_code)
 
 
-def _asked_to_end(reading: int, over: threading.Event) -> int | None:
-    """The signal that asks this process to end; ``None``: the run ended first."""
+def _asked_to_end(reading: int, run_ended: threading.Event) -> int | None:
+    """Wait for a signal that asks this process to end, and return it; ``None`` if the run ended first."""
     while True:
         select.select([reading], [], [])
         numbers = os.read(reading, 64)
-        if not numbers or over.is_set():
+        if not numbers or run_ended.is_set():
             return None
         for number in numbers:
             if number in TERMINATION_SIGNALS:
