@@ -1,4 +1,4 @@
-"""What watches a training: metering, the curve, the stop on divergence, the token budget, and a clean interruption."""
+"""Trainer callbacks: step meter, loss curve, token limit, budget, pruning, and graceful interrupt."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ LOGGED = {
     "grad_norm": "gradient_norm",
     "eval_loss": "validation_loss",
 }
-"""The trainer's names, and ours in curve.jsonl."""
+"""The trainer's metric names, and their names in curve.jsonl."""
 ITEM_NATS = "eval_item_nats"
-"""Beside ``eval_loss`` where a report wants it: nats of each validation item, in their order."""
+"""Metric with nats of each validation item, in order; in addition to ``eval_loss`` if ``PruneCheck.per_item``."""
 SCALER_PATIENCE = 10
+"""Consecutive non-finite gradients that are allowed under a loss scaler (fp16)."""
 
 
 class StepMeter(TrainerCallback):  # type: ignore[misc]
-    """Seconds of each optimizer step, and what the optimizer and the gradients weigh once they exist."""
+    """Measures seconds and tokens of each optimizer step, and bytes of gradients and optimizer state."""
 
     def __init__(self) -> None:
         self.step_seconds: list[float] = []
@@ -47,11 +48,11 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         self.began = time.perf_counter()
 
     def seconds(self) -> float:
-        """Seconds of this training so far, those before a resume included."""
+        """Return seconds of this training so far, including those before a resume."""
         return self.earlier_seconds + time.perf_counter() - self.began
 
     def count(self, tokens: int, loss_tokens: int) -> None:
-        """Called by the trainer for each micro-batch: unpadded tokens, and those among them that carry a loss."""
+        """Count a micro-batch's unpadded tokens, and its tokens that carry a loss. The trainer calls it."""
         self._pending_tokens += tokens
         self.tokens += tokens
         self.loss_tokens += loss_tokens
@@ -75,28 +76,30 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
             self.optimizer_bytes = tensor_bytes(v for slot in slots for v in slot.values() if torch.is_tensor(v))
 
     def counted(self) -> tuple[list[float], int]:
-        """Seconds of the counted steps, and the tokens that they processed. The first steps are warm-up: excluded
-        unless there are too few others."""
+        """Return seconds of the counted steps, and their tokens.
+
+        The first :data:`EXCLUDED_STEPS` steps are warm-up; a short training excludes only its first step.
+        """
         first = EXCLUDED_STEPS if len(self.step_seconds) > 2 * EXCLUDED_STEPS else min(1, len(self.step_seconds) - 1)
         first = max(first, 0)
         return self.step_seconds[first:], sum(self.step_tokens[first:])
 
 
 class LossCurve(TrainerCallback):  # type: ignore[misc]
-    """Appends each logged point to curve.jsonl, and tells the observer."""
+    """Appends each logged point to curve.jsonl, and reports it to the observer."""
 
     def __init__(self, path: Path, meter: StepMeter, observer: Observer, resumed_step: int = 0) -> None:
-        """``resumed_step``: points after it were written by a part of the training that a resumed one repeats."""
+        """``resumed_step``: the checkpoint's step. Later points are deleted: the training repeats these steps."""
         self.path, self.meter, self.observer = path, meter, observer
-        kept = [point for point in read_curve(path) if point["step"] <= resumed_step]
+        points = [point for point in read_curve(path) if point["step"] <= resumed_step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(point) + "\n" for point in kept))
-        losses = [point["loss"] for point in kept if point.get("loss") is not None]
+        write_text(path, "".join(json.dumps(point) + "\n" for point in points))
+        losses = [point["loss"] for point in points if point.get("loss") is not None]
         self.first_loss: float | None = losses[0] if losses else None
         self.final_loss: float | None = losses[-1] if losses else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last step's loss is logged wherever ``training.logging_steps`` falls."""
+        """Log the last step's loss, also if it isn't a multiple of ``training.logging_steps``."""
         if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_log = True
 
@@ -108,11 +111,11 @@ class LossCurve(TrainerCallback):  # type: ignore[misc]
         if "loss" in numbers:
             self.first_loss = numbers["loss"] if self.first_loss is None else self.first_loss
             self.final_loss = numbers["loss"]
-        passed = {"tokens": self.meter.tokens, "seconds": round(self.meter.seconds(), 3)}
-        kept = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        totals = {"tokens": self.meter.tokens, "seconds": round(self.meter.seconds(), 3)}
+        finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": state.global_step, **passed, **kept}) + "\n")
-        self.observer.step(state.global_step, state.max_steps, {**passed, **numbers})
+            stream.write(json.dumps({"step": state.global_step, **totals, **finite}) + "\n")
+        self.observer.step(state.global_step, state.max_steps, {**totals, **numbers})
 
 
 class TokenBudget(TrainerCallback):  # type: ignore[misc]
@@ -129,7 +132,7 @@ class TokenBudget(TrainerCallback):  # type: ignore[misc]
 
 
 class Budget(TrainerCallback):  # type: ignore[misc]
-    """Stops after the step at which a budget is spent, and saves a checkpoint."""
+    """Stops after the step in which a limit of ``budget`` is spent, and saves a checkpoint."""
 
     def __init__(self, exhausted: Callable[[], str | None]) -> None:
         self.exhausted = exhausted
@@ -143,7 +146,7 @@ class Budget(TrainerCallback):  # type: ignore[misc]
 
 
 class PruningCallback(TrainerCallback):  # type: ignore[misc]
-    """Reports each validation loss to the study, and stops when told to."""
+    """Reports each validation loss to the study, and raises :class:`Pruned` if the pruner stops the trial."""
 
     def __init__(self, report: PruneCheck) -> None:
         self.report = report
@@ -156,7 +159,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class GracefulInterrupt(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C, TERM or HUP once: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """After Ctrl-C, TERM or HUP: finishes the step, saves a checkpoint, stops. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -1,4 +1,4 @@
-"""Training checkpoints that can be trusted: complete ones carry a seal; pickles that nobody needs are deleted."""
+"""Training checkpoints with checksums, so that an incomplete or damaged one is never resumed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SEAL = "seal.json"
 
 
 class ChecksumCallback(TrainerCallback):  # type: ignore[misc]
-    """After each save: deletes ``training_args.bin`` (a pickle that holds tokens), and writes the seal last of all."""
+    """After each save: deletes ``training_args.bin`` (a pickle that can hold access tokens), then writes checksums."""
 
     def __init__(self, carried: Any) -> None:
         self.carried = carried
-        """``carried() -> dict``: counters to go on from after a resume."""
+        """``carried() -> dict``: counters that a resumed training continues."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -31,9 +31,9 @@ class ChecksumCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose seal is whole and whose files still have the sealed digests, and what it carries."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=step_of, reverse=True):
+    """Return the newest checkpoint whose files match their checksums, and its counters; ``None`` if there is none."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(checkpoints, key=step_of, reverse=True):
         try:
             seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
             if seal["files"] == _digests(path):
@@ -44,12 +44,12 @@ def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint folder was written at."""
+    """Return a checkpoint folder's optimizer step."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_checkpoint_bytes(folder: Path) -> int | None:
-    """Bytes of the newest checkpoint on disk; ``None`` where there is none."""
+    """Return bytes of the newest valid checkpoint on disk; ``None`` if there is none."""
     newest = newest_valid(folder)
     return sum(file.stat().st_size for file in newest[0].rglob("*") if file.is_file()) if newest else None
 

@@ -1,4 +1,4 @@
-"""Memory by phase, and the speed of a card: what a run's figures are read from. Definitions: docs/measures.md."""
+"""Measures memory, seconds and energy by phase, and model FLOPs utilisation. Definitions: docs/measures.md."""
 
 from __future__ import annotations
 
@@ -34,68 +34,72 @@ DENSE_FLOPS_PER_SECOND = {
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
 }
-"""Dense 16-bit tensor throughput with 32-bit accumulation, FLOP/s, from the makers' data sheets (half of a figure that
-is given with sparsity), by :func:`card_of`. Form factors differ, so each has its own entry; other cards are unknown."""
+"""Dense 16-bit tensor throughput with 32-bit accumulation, FLOP/s, by :func:`card_of`. From the makers' data sheets
+(half of a figure with sparsity). Form factors differ, so each has an entry; other cards are unknown."""
 CARD_PREFIXES = {"NVIDIA", "TESLA", "GEFORCE"}
 
 
 def card_of(device_name: str) -> str:
-    """A driver's device name without maker, line and memory size: ``NVIDIA A100-SXM4-80GB`` is an ``A100 SXM4``."""
+    """Return a card's name without maker, line and memory size: ``NVIDIA A100-SXM4-80GB`` gives ``A100 SXM4``."""
     words = device_name.upper().replace("-", " ").split()
     return " ".join(word for word in words if word not in CARD_PREFIXES and not re.fullmatch(r"\d+GB", word))
 
 
 @dataclass
 class Phase:
-    """One phase. ``peak_bytes``: CUDA bytes allocated, or on a CPU the resident peak above the phase's start."""
+    """Measurements of one phase. ``peak_bytes``: CUDA bytes allocated; on a CPU, resident peak above the phase's
+    start."""
 
     seconds: float | None = None
     peak_bytes: int | None = None
     anonymous_peak_bytes: int | None = None
-    """CPU: ``peak_bytes`` less what mapped files grew by: code at its first use, and weights read where they lie."""
+    """CPU: ``peak_bytes`` minus the growth of mapped files (code at its first use, memory-mapped weights)."""
     reserved_bytes: int | None = None
     energy_joules: float | None = None
 
 
 @dataclass
 class Meter:
-    """Measures phases on one device; the highest peak of a name is kept when it is entered more than once."""
+    """Measures phases on one device. For a phase that is entered again, seconds add up and the highest peak counts."""
 
     device: str
     host_reused: bool = False
-    """This process made a run before: its resident peaks are then unknown (``None``)."""
+    """Whether this process has made a run before. Its resident peaks are then unknown (``None``)."""
     phases: dict[str, Phase] = field(default_factory=dict)
 
     @property
     def source(self) -> str | None:
+        """What the peaks measure: ``cuda_allocated`` or ``resident``; ``None``: nothing."""
         if self.device == "cuda":
             return "cuda_allocated"
         return "resident" if resident_bytes() is not None and not self.host_reused else None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        started_with = self._start()
-        mapped = _status_bytes("RssFile")
-        joules = energy_joules(self.device)
-        clock = time.perf_counter()
+        """Measure the code in the ``with`` block as phase ``name``."""
+        resident_before = self._start()
+        mapped_before = _status_bytes("RssFile")
+        joules_before = energy_joules(self.device)
+        started = time.perf_counter()
         try:
             yield
         finally:
             self._synchronize()
-            known = self.phases.setdefault(name, Phase())
-            known.seconds = (known.seconds or 0.0) + time.perf_counter() - clock
-            peak, reserved = self._peaks(started_with)
-            known.peak_bytes = _highest(known.peak_bytes, peak)
+            measured = self.phases.setdefault(name, Phase())
+            measured.seconds = (measured.seconds or 0.0) + time.perf_counter() - started
+            peak, reserved = self._peaks(resident_before)
+            measured.peak_bytes = _highest(measured.peak_bytes, peak)
             mapped_now = _status_bytes("RssFile")
-            if self.device != "cuda" and peak is not None and mapped is not None and mapped_now is not None:
-                anonymous = max(0, peak - max(0, mapped_now - mapped))
-                known.anonymous_peak_bytes = _highest(known.anonymous_peak_bytes, anonymous)
-            known.reserved_bytes = _highest(known.reserved_bytes, reserved)
-            spent = energy_joules(self.device)
-            if joules is not None and spent is not None:
-                known.energy_joules = (known.energy_joules or 0.0) + spent - joules
+            if self.device != "cuda" and peak is not None and mapped_before is not None and mapped_now is not None:
+                anonymous = max(0, peak - max(0, mapped_now - mapped_before))
+                measured.anonymous_peak_bytes = _highest(measured.anonymous_peak_bytes, anonymous)
+            measured.reserved_bytes = _highest(measured.reserved_bytes, reserved)
+            joules_now = energy_joules(self.device)
+            if joules_before is not None and joules_now is not None:
+                measured.energy_joules = (measured.energy_joules or 0.0) + joules_now - joules_before
 
     def of(self, name: str) -> Phase:
+        """Return the measurements of phase ``name``, empty if it wasn't entered."""
         return self.phases.get(name, Phase())
 
     def _synchronize(self) -> None:
@@ -113,41 +117,41 @@ class Meter:
             return None
         return None if self.host_reused or not give_back_freed_memory() else reset_resident_peak()
 
-    def _peaks(self, started_with: int | None) -> tuple[int | None, int | None]:
+    def _peaks(self, resident_before: int | None) -> tuple[int | None, int | None]:
         if self.device == "cuda":
             import torch
 
             return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         peak = _status_bytes("VmHWM")
-        if peak is None or started_with is None:
+        if peak is None or resident_before is None:
             return None, None
-        return max(0, peak - started_with), None
+        return max(0, peak - resident_before), None
 
 
-def _highest(one: int | None, other: int | None) -> int | None:
-    known = [value for value in (one, other) if value is not None]
+def _highest(first: int | None, second: int | None) -> int | None:
+    known = [value for value in (first, second) if value is not None]
     return max(known) if known else None
 
 
 def resident_bytes() -> int | None:
-    """Resident memory of this process now; ``None`` where the system doesn't say."""
+    """Return this process's resident memory in bytes; ``None`` if unknown."""
     return _status_bytes("VmRSS")
 
 
 def give_back_freed_memory() -> bool:
-    """Hand what has been freed back to the system (glibc's ``malloc_trim``); False where the C library can't.
+    """Return freed memory to the system with glibc's ``malloc_trim``; False if the C library has no such function.
 
-    The allocator keeps what one phase freed and gives it to the next: its peak would then be too small by that much.
+    Otherwise the next phase would reuse memory that this phase freed, and its measured peak would be too small.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # another C library, or a system without one of that kind
+    except (AttributeError, OSError, TypeError):  # not glibc
         return False
     return True
 
 
 def reset_resident_peak() -> int | None:
-    """Reset the process's resident peak to what is resident now, and return that; ``None`` where it can't be reset.
+    """Reset the process's resident peak to its current resident memory, and return that; ``None`` if it fails.
 
     Linux: proc(5), ``/proc/self/clear_refs``, value 5.
     """
@@ -163,12 +167,12 @@ def _status_bytes(key: str) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return int(found[0]) * 1024 if found else None
+    sizes = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return int(sizes[0]) * 1024 if sizes else None
 
 
 def energy_joules(device: str) -> float | None:
-    """The current card's energy counter (NVML, Volta and later); ``None`` on CPUs and where NVML isn't installed."""
+    """Return the current GPU's energy counter in joules (NVML; Volta or later); ``None`` on a CPU or without NVML."""
     if device != "cuda":
         return None
     try:
@@ -179,12 +183,12 @@ def energy_joules(device: str) -> float | None:
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
-    except Exception:  # NVML has many ways to be absent; energy is then unknown, never a reason to stop
+    except Exception:  # NVML fails in many ways where it isn't available; an unknown energy must not stop a run
         return None
 
 
 def energy_counter_is_there() -> bool:
-    """Whether a card of this machine counts its energy; torch isn't asked."""
+    """Return whether the machine's first GPU counts its energy, without torch."""
     try:
         import pynvml
 
@@ -196,24 +200,26 @@ def energy_counter_is_there() -> bool:
 
 
 def flops_per_token(total_parameters: int, adapter_parameters: int, recomputed: bool) -> float:
-    """FLOPs to train one token with a frozen base: 2N forward + 2N backward (activations' gradients only), 2N more
-    where the forward pass is recomputed, and 6 per adapter parameter. After Kaplan et al. 2020, section 2.1; the
-    attention's own quadratic part is left out."""
+    """Return FLOPs to train one token with a frozen base of N parameters.
+
+    2N forward + 2N backward (gradients of activations only), 2N more if the forward pass is recomputed, and 6 per
+    adapter parameter. After Kaplan et al. 2020, section 2.1, without attention's quadratic part.
+    """
     return (6.0 if recomputed else 4.0) * total_parameters + 6.0 * adapter_parameters
 
 
 def model_flops_utilisation(device_name: str | None, flops_of_a_token: float, tokens_per_second: float) -> float | None:
-    """Model FLOPs utilisation against the card's dense 16-bit data-sheet figure; ``None`` for an unknown card.
+    """Return FLOPs per second relative to the card's dense 16-bit data-sheet figure; ``None`` if that is unknown.
 
-    Recomputation counts as no useful work, so pass :func:`flops_per_token` with ``recomputed=False``.
+    Recomputation isn't useful work: pass :func:`flops_per_token` with ``recomputed=False``.
     """
     peak = DENSE_FLOPS_PER_SECOND.get(card_of(device_name)) if device_name else None
     return tokens_per_second * flops_of_a_token / peak if peak is not None else None
 
 
 def tensor_bytes(tensors: Any) -> int:
-    """Bytes of distinct tensors."""
-    seen: dict[int, int] = {}
+    """Return bytes of the distinct tensors among ``tensors``."""
+    bytes_by_id: dict[int, int] = {}
     for tensor in tensors:
-        seen[id(tensor)] = tensor.numel() * tensor.element_size()
-    return sum(seen.values())
+        bytes_by_id[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(bytes_by_id.values())

@@ -1,5 +1,7 @@
-"""How a run is watched and how it may end early: the observer, the study's question, and which exception is which
-status. Light: a run that trains nothing needs it too."""
+"""How a run reports progress and how it ends early: observer, pruning check, and the status of each exception.
+
+Imports no ML library: runs without training use it, too.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,19 @@ from qlora_exp.records.types import Status
 
 @dataclass(frozen=True)
 class PruneCheck:
-    """Whom a training asks after each validation whether to stop."""
+    """Called after each validation; returns True if the pruner stops the trial."""
 
     ask: Callable[[int, float, Sequence[float] | None], bool]
-    """``ask(step, validation_loss, items) -> stop?``; ``items``: nats per validation item, in their order."""
+    """``ask(step, validation_loss, items) -> stop?``; ``items``: nats per validation item, in order, or ``None``."""
     per_item: bool = False
-    """Whether ``items`` are wanted; ``None`` is given otherwise."""
+    """Whether the pruner uses ``items``; if not, they are ``None``."""
 
 
 no_pruning = PruneCheck(lambda step, loss, items: False)
 
 
 class Observer(Protocol):
-    """Who is told how a run goes: a progress bar, a log, a tracker. None of them may slow or stop it."""
+    """Gets a run's progress: a progress bar, a log, a tracker. It must not slow or stop the run."""
 
     def phase(self, name: str) -> None: ...
 
@@ -48,7 +50,7 @@ class NullObserver:
 
 
 class Diverged(Exception):
-    """A loss or gradient that is no longer finite."""
+    """A loss, gradient or weight is no longer finite."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} is not finite at step {step}")
@@ -56,7 +58,7 @@ class Diverged(Exception):
 
 
 class Pruned(Exception):
-    """The study asked this run to stop."""
+    """The pruner stopped this run."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by the study at step {step}")
@@ -64,7 +66,7 @@ class Pruned(Exception):
 
 
 class Interrupted(Exception):
-    """The user asked to stop; the state was saved first. ``step``: where it can go on."""
+    """The user stopped the run, after a checkpoint at ``step``."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"interrupted at step {step}")
@@ -72,7 +74,7 @@ class Interrupted(Exception):
 
 
 def status_of(error: BaseException) -> Status:
-    """The status of a run that ``error`` ended."""
+    """Return the status of a run that ``error`` ended."""
     if isinstance(error, KeyboardInterrupt | Interrupted):
         return Status.INTERRUPTED
     if isinstance(error, Pruned):
@@ -85,19 +87,19 @@ def status_of(error: BaseException) -> Status:
 
 
 def _no_memory(error: BaseException) -> bool:
-    told = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in told or "can't allocate memory" in told)
+    message = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
 
 
 NO_SPACE = (
     *("No space left on device", "os error 28", "Disk quota exceeded", "os error 122"),
     *("PytorchStreamWriter failed writing", "database or disk is full"),
 )
-"""How Python, safetensors, torch and SQLite tell of a full disk."""
+"""Messages of Python, safetensors, torch and SQLite about a full disk."""
 
 
 def disk_full(error: BaseException | str) -> bool:
-    """Whether a full disk (or quota) is why something could not be written. ``str``: a recorded failure's message."""
+    """Return whether a full disk or quota caused ``error`` (an exception, or the message of a recorded failure)."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(sign in str(error) for sign in NO_SPACE)

@@ -1,4 +1,4 @@
-"""One training through TRL's SFTTrainer, every default chosen on purpose. The only importer of trl."""
+"""One training with TRL's SFTTrainer. The only module that imports trl."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from qlora_exp.training.outcome import Diverged, Interrupted, NullObserver, Obse
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training did and what it weighed; seconds and tokens include those of a resumed run's earlier parts."""
+    """Result and measurements of a training. Seconds and tokens include a resumed run's earlier parts."""
 
     training: Training
     seconds: float
@@ -55,7 +55,7 @@ class Trained:
 
 @dataclass
 class TrainingState:
-    """The live side of a training: what a failure can still tell."""
+    """State of a running training, from which a failed run's record takes its figures."""
 
     meter: StepMeter
     curve: LossCurve
@@ -64,7 +64,7 @@ class TrainingState:
     steps: int = 0
 
     def so_far(self) -> Trained:
-        """What is known now, of a training that may still run or that failed."""
+        """Return the figures known now, for a training that still runs or has failed."""
         counted, tokens = self.meter.counted()
         return Trained(
             training=Training(
@@ -97,59 +97,61 @@ def train(
     paths: RunPaths,
     report: PruneCheck = no_pruning,
     observer: Observer | None = None,
-    watching: Callable[[TrainingState], None] = lambda watch: None,
+    watching: Callable[[TrainingState], None] = lambda state: None,
     exhausted: Callable[[], str | None] = lambda: None,
 ) -> Trained:
     """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
 
-    ``watching`` is given the live side before the first step, so that a failed training can be told of too.
-    ``exhausted`` is asked after each step which budget is spent.
+    Args:
+        report: called after each validation; returns whether the pruner stops the trial.
+        watching: gets the training's state before the first step, so that a failed run's record has its figures.
+        exhausted: called after each step; returns the limit of ``budget`` that is spent.
 
     Raises:
-        Diverged: a loss or gradient is not finite.
-        Pruned: ``report`` said stop.
-        Interrupted: Ctrl-C; a checkpoint was saved first.
+        Diverged: a loss, gradient or adapter weight is not finite.
+        Pruned: the pruner stopped the trial.
+        Interrupted: Ctrl-C, TERM or HUP; a checkpoint was saved first.
     """
     meter = StepMeter()
     resumed = checkpoints.newest_valid(paths.checkpoints) if config.training.resume else None
     resumed_step = checkpoints.step_of(resumed[0]) if resumed else None
-    carried = resumed[1] if resumed else {}
-    meter.tokens, meter.loss_tokens = carried.get("tokens", 0), carried.get("loss_tokens", 0)
+    counters = resumed[1] if resumed else {}
+    meter.tokens, meter.loss_tokens = counters.get("tokens", 0), counters.get("loss_tokens", 0)
     meter.earlier_tokens = meter.tokens
-    meter.earlier_seconds = float(carried.get("seconds", 0.0))
+    meter.earlier_seconds = float(counters.get("seconds", 0.0))
 
-    def carry() -> dict[str, Any]:
+    def current_counters() -> dict[str, Any]:
         return {"tokens": meter.tokens, "loss_tokens": meter.loss_tokens, "seconds": meter.seconds()}
 
     curve = LossCurve(paths.curve, meter, observer or NullObserver(), resumed_step or 0)
-    watch = TrainingState(meter, curve, plan, resumed_step)
-    watching(watch)
-    interruption, token_budget = GracefulInterrupt(), TokenBudget(config.training.max_tokens, meter)
+    state = TrainingState(meter, curve, plan, resumed_step)
+    watching(state)
+    interrupt, token_budget = GracefulInterrupt(), TokenBudget(config.training.max_tokens, meter)
     budget = Budget(exhausted)
-    watchers = [
+    callbacks = [
         meter,
         token_budget,
         budget,
         curve,
         PruningCallback(report),
-        interruption,
-        checkpoints.ChecksumCallback(carry),
+        interrupt,
+        checkpoints.ChecksumCallback(current_counters),
     ]
     if config.training.early_stopping_patience is not None:
-        watchers.append(EarlyStoppingCallback(config.training.early_stopping_patience))
+        callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     folder = paths.checkpoints
-    trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, watchers, meter)
+    trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter)
     trainer.per_item = report.per_item
-    with interruption:
+    with interrupt:
         meter.began = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
-    watch.steps = steps = int(trainer.state.global_step)
-    if interruption.asked and steps < trainer.state.max_steps:
+    state.steps = steps = int(trainer.state.global_step)
+    if interrupt.asked and steps < trainer.state.max_steps:
         raise Interrupted(steps)
     _check_adapters_finite(model, steps)
-    # On CUDA accelerate wrapped forward in autocast for good; scores before and after must be computed alike.
+    # On CUDA accelerate wraps forward in autocast permanently; scores before and after need the same forward.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    so_far = watch.so_far()
+    so_far = state.so_far()
     return replace(
         so_far,
         training=replace(
@@ -165,25 +167,29 @@ def train(
 
 @contextmanager
 def logits_where_there_is_a_label(rows_multiple: int = 1) -> Iterator[None]:
-    """TRL's fused head (``add_fused_lm_head``) computes logits for the tokens that carry a loss alone where it has
-    Triton's kernels; elsewhere for all of them, which it then masks, lest a compiler meets new shapes with every batch.
-    On a CPU most tokens are the prompt's, and where shapes are compiled (``rows_multiple`` above 1) there are as many
-    tokens as the next multiple. The loss is the same, to rounding."""
+    """Patch TRL's fused head so that it computes logits only for tokens that carry a loss, on a CPU, too.
+
+    With Triton the head (``add_fused_lm_head``) does that already. Elsewhere it computes all logits and masks them, so
+    that a compiler doesn't get new shapes with every batch. On a CPU that is slow: most tokens are the prompt's.
+
+    If shapes are compiled (``rows_multiple`` above 1), the number of tokens is rounded up to that multiple. The loss is
+    equal up to rounding.
+    """
     head = trl.trainer.utils
-    kept, function = head._use_triton, head._ChunkedLogProbFunction
-    head._use_triton = lambda device: device.type == "cpu" or kept(device)
+    original_check, original_function = head._use_triton, head._ChunkedLogProbFunction
+    head._use_triton = lambda device: device.type == "cpu" or original_check(device)
     if rows_multiple > 1:
-        head._ChunkedLogProbFunction = _RowsInMultiples(function, rows_multiple)
+        head._ChunkedLogProbFunction = _RowsInMultiples(original_function, rows_multiple)
     try:
         yield
     finally:
-        head._use_triton, head._ChunkedLogProbFunction = kept, function
+        head._use_triton, head._ChunkedLogProbFunction = original_check, original_function
 
 
 @dataclass(frozen=True)
 class _RowsInMultiples:
-    """Stands for TRL's ``ChunkedLogProbFunction``: the same of ``hidden`` (tokens, width), given rows of zeros up to a
-    multiple of ``multiple`` tokens, whose results are left out again."""
+    """Wraps TRL's ``ChunkedLogProbFunction``: pads ``hidden`` (tokens, width) with zeros to a multiple of ``multiple``
+    tokens, and drops the results of the padding."""
 
     function: Any
     multiple: int
@@ -198,7 +204,7 @@ class _RowsInMultiples:
 
 
 class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that counts real tokens, and refuses to step on a gradient that isn't finite."""
+    """SFTTrainer that counts unpadded tokens, and raises :class:`Diverged` before a step on a non-finite gradient."""
 
     meter: StepMeter
     per_item = False
@@ -219,11 +225,12 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
             return super().compute_loss(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """The validation loss as it is defined everywhere: nats of all tokens / all tokens, not a mean of batch means,
-        so that it doesn't depend on the batch size. Where each item's nats are wanted, the same pass gives them.
+        """Return the validation loss: nats of all tokens / number of tokens, not a mean of batch means, so that it
+        doesn't depend on the batch size. If ``per_item``, the same pass gives each item's nats.
 
-        A data loader draws a seed whenever it begins. Random numbers are put back, so that a training with dropout is
-        the same whether and how often it is validated."""
+        A data loader draws a seed when it starts. The random state is restored, so that validation doesn't change a
+        training with dropout.
+        """
         self.model.eval()
         nats: list[float] = []
         tokens = 0
@@ -239,19 +246,20 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
                 tokens += count
         metrics = {f"{metric_key_prefix}_loss": sum(nats) / tokens}
         self.log(metrics)
-        told = {**metrics, ITEM_NATS: nats} if self.per_item else metrics
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
+        callback_metrics = {**metrics, ITEM_NATS: nats} if self.per_item else metrics
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, callback_metrics)
         return metrics
 
     def _item_nats(self, inputs: dict[str, Any]) -> list[float]:
-        """Of each row its nats over the tokens that carry a loss, in float32; one row's logits at a time are upcast."""
+        """Return each row's nats over the tokens that carry a loss, in float32. It upcasts one row's logits at a time
+        to save memory."""
         logits = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         rows = zip(logits[:, :-1], inputs["labels"][:, 1:], strict=True)
         return [float(cross_entropy(row.float(), labels, ignore_index=-100, reduction="sum")) for row, labels in rows]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # A loss scaler (fp16) meets infinite gradients on purpose while it looks for its scale, and skips those steps.
+        # A loss scaler (fp16) causes infinite gradients on purpose while it searches its scale, and skips those steps.
         patience = SCALER_PATIENCE if self.accelerator.scaler is not None else 0
         self.bad_gradients = 0 if norm is not None and math.isfinite(float(norm)) else self.bad_gradients + 1
         if self.bad_gradients > patience:
@@ -260,7 +268,7 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 def _devices_with_random_numbers(device: torch.device) -> list[torch.device]:
-    """Besides the CPU, whose random numbers ``fork_rng`` always puts back."""
+    """Return the devices for ``fork_rng``, which always restores the CPU's random state."""
     return [device] if device.type == "cuda" else []
 
 
@@ -272,7 +280,7 @@ def _trainer(
     validation_items: Sequence[Item],
     config: Config,
     folder: Path,
-    watchers: list[Any],
+    callbacks: list[Any],
     meter: StepMeter,
 ) -> _MeteredTrainer:
     evaluates = config.training.evaluate_every_steps is not None
@@ -282,13 +290,13 @@ def _trainer(
         train_dataset=to_training_dataset(train_items),
         eval_dataset=to_training_dataset(validation_items) if evaluates else None,
         processing_class=tokenizer,
-        callbacks=watchers,
+        callbacks=callbacks,
     )
-    # SFTTrainer rounds the adapters of a quantized model to bfloat16; the optimizer doesn't exist yet.
+    # SFTTrainer casts the adapters of a quantized model to bfloat16. Cast them back before the optimizer exists.
     recast_adapters(model, config.lora)
     trainer.meter = meter
     trainer.logits_multiple = plan.logits_multiple
-    # Trainer adds its own console printers; the observer is ours.
+    # Remove the Trainer's console output: the observer shows progress.
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
@@ -296,13 +304,13 @@ def _trainer(
 
 
 def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
-    """The trainer's settings. What differs from TRL's defaults, and why:
+    """Return the trainer's settings. These differ from TRL's defaults:
 
-    * ``skip_prepare_dataset``: rows come tokenized, cut and labelled; the prompt is given, not learned. ``packing``
-      off: without FlashAttention, packed rows would see each other.
-    * ``logging_nan_inf_filter`` off: a NaN must be seen.
-    * ``report_to`` empty: tracking is a view of the record, not a side effect of training.
-    * ``gradient_checkpointing`` only where the plan says that memory needs it: it costs about a third of the speed.
+    * ``skip_prepare_dataset``: rows are already tokenized, truncated and labelled (loss on the completion only).
+    * ``packing`` off: without FlashAttention, packed rows would attend to each other.
+    * ``logging_nan_inf_filter`` off: a NaN must be visible.
+    * ``report_to`` empty: tracking reads the record.
+    * ``gradient_checkpointing`` only if the plan needs it to save memory: it costs about a third of the speed.
     """
     training = config.training
     cuda = plan.device == "cuda"
@@ -324,7 +332,7 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         data_seed=config.seed,
         max_length=training.max_length,
         completion_only_loss=True,
-        router_aux_loss_coef=0.0,  # TRL adds it to both losses of whatever has experts; routers are frozen here
+        router_aux_loss_coef=0.0,  # TRL adds it to both losses of models with experts; routers are frozen here
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
         pad_to_multiple_of=plan.length_multiple if plan.length_multiple > 1 else None,
@@ -350,14 +358,17 @@ def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         remove_unused_columns=True,
         push_to_hub=False,
     )
-    # Where CUDA had begun before it could be limited to one GPU (in a notebook), transformers would split the batches.
+    # In a notebook, CUDA may be initialized before the limit to one GPU: transformers would then split the batches.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
 
 
 def warmup_steps(ratio: float, steps: int) -> int:
-    """Steps of warm-up; the last step is never one of them. The first has a learning rate of 0, and a training of one
-    step would change nothing."""
+    """Return the number of warm-up steps, at most ``steps`` - 1.
+
+    The first warm-up step has a learning rate of 0: with one step of warm-up, a training of one step would change
+    nothing.
+    """
     return min(math.ceil(ratio * steps), steps - 1)
 
 
