@@ -1,4 +1,4 @@
-"""Records on disk: written whole or not at all, read with every doubt told."""
+"""Record files: atomic writes, and reads that raise an error for a damaged file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from qlora_exp.records.types import SCHEMA_VERSION, RunRecord
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half of one, whatever is killed when."""
+    """Write ``value`` as JSON, atomically: a reader sees the old file or the new one, even if the process is killed."""
     write_text(path, json.dumps(to_dict(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", durable)
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Write ``text`` atomically. ``durable``: wait for the disk (file and folder are synced), so that it outlives a
-    power failure as well; what will soon be written anew need not."""
+    """Write ``text`` atomically.
+
+    ``durable``: sync file and folder to disk, so that the file survives a power failure. Turn it off for files that are
+    soon written again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
@@ -43,7 +46,7 @@ def write_text(path: Path, text: str, durable: bool = True) -> None:
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read a ``record.json``. A missing, torn or foreign file raises :class:`RecordError`."""
+    """Return the record in a ``record.json``. Raises :class:`RecordError` if it is missing, damaged or another file."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,7 +65,10 @@ def read_record(path: Path) -> RunRecord:
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The curve's points, one per step (the last one written); a line that a killed process left torn is skipped."""
+    """Return the curve's points, sorted by step; lines of one step are merged, the last value counts.
+
+    A line that a killed process left incomplete is skipped.
+    """
     points: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""The runs and studies that there are, and which of them a person means by an id, a part of one, or ``last``."""
+"""Finds runs and studies by id, by a unique beginning or end of it, or by ``last``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qlora_exp.records.types import RunRecord, Status
 
 LAST = "last"
 NEWEST = 500
-"""Of the runs there are, how many are asked what the next one takes; each is read once in a process."""
+"""How many of the newest runs are used to predict the next one; a process reads each record once."""
 TELLING = (Status.COMPLETED, Status.PRUNED)
 
 
 def run_folders(outputs: OutputPaths) -> Iterator[RunPaths]:
-    """Folders under ``output_root`` that hold a record, by name (ids begin with the time, so oldest first)."""
+    """Yield folders under ``output_root`` with a record, sorted by name (ids begin with the time: oldest first)."""
     if outputs.runs.is_dir():
         for folder in sorted(outputs.runs.iterdir()):
             paths = RunPaths(folder)
@@ -27,7 +27,7 @@ def run_folders(outputs: OutputPaths) -> Iterator[RunPaths]:
 
 
 def read_runs(outputs: OutputPaths) -> tuple[list[RunRecord], list[RecordError]]:
-    """All records in the order in which they started, and what is wrong with those that can't be read."""
+    """Return all records in order of their start, and the errors of records that can't be read."""
     records, unreadable = [], []
     for paths in run_folders(outputs):
         try:
@@ -38,20 +38,23 @@ def read_runs(outputs: OutputPaths) -> tuple[list[RunRecord], list[RecordError]]
 
 
 class EndedRuns:
-    """What the runs under ``output_root`` that have ended say of the next one: of the :data:`NEWEST` by name (ids begin
-    with the time) those that completed or were pruned. Others are read again when their file has changed."""
+    """Ended runs under ``output_root``, from which the next run is predicted.
+
+    These are the completed and pruned runs among the newest :data:`NEWEST` (by name: ids begin with the time). The
+    record of any other run is read again when its file has changed.
+    """
 
     def __init__(self, outputs: OutputPaths) -> None:
         self._outputs = outputs
         self._seen: dict[str, tuple[Hashable, RunRecord | None]] = {}
-        """Folder → which file was read, and what; ``None``: it tells nothing."""
+        """Folder → (modification time and inode of the file that was read, record); ``None``: not usable."""
 
     def records(self) -> list[RunRecord]:
-        """The newest first; a record that can't be read is left out."""
+        """Return the records, newest first; a record that can't be read is left out."""
         newest = self._newest()
         self._seen = {name: self._seen[name] for name in newest if name in self._seen}
-        found = [self._read(name) for name in newest]
-        return [record for record in found if record is not None]
+        records = [self._read(name) for name in newest]
+        return [record for record in records if record is not None]
 
     def _newest(self) -> list[str]:
         try:
@@ -60,26 +63,28 @@ class EndedRuns:
             return []
 
     def _read(self, name: str) -> RunRecord | None:
-        file_read, record = self._seen.get(name, (None, None))
+        stamp, record = self._seen.get(name, (None, None))
         if record is not None:
             return record
         file = RunPaths(self._outputs.runs / name).record
         try:
-            found = file.stat()
-            if (found.st_mtime_ns, found.st_ino) != file_read:
-                read = read_record(file)
-                telling = read.status in TELLING and not read.synthetic
-                self._seen[name] = ((found.st_mtime_ns, found.st_ino), read if telling else None)
+            stat = file.stat()
+            if (stat.st_mtime_ns, stat.st_ino) != stamp:
+                new_record = read_record(file)
+                usable = new_record.status in TELLING and not new_record.synthetic
+                self._seen[name] = ((stat.st_mtime_ns, stat.st_ino), new_record if usable else None)
         except (OSError, RecordError):
             return None
         return self._seen[name][1]
 
 
 def find_run(run: str, outputs: OutputPaths) -> RunPaths:
-    """The run that ``run`` names: an id, a unique beginning or end of one, ``last`` (the last started), or a folder.
+    """Return the run with this id, unique beginning or end of an id, ``last`` (the last started), or folder.
+
+    Example: ``find_run("3f2a", outputs)`` finds ``20261130-120000-embedded-base-nf4-r8-3f2a``.
 
     Raises:
-        RecordError: there is no such run (the nearest ids are named), or several begin like this.
+        RecordError: there is no such run (the hint names the nearest ids), or several match.
     """
     folder = Path(run).expanduser()
     if (folder / "record.json").is_file():
@@ -91,16 +96,16 @@ def find_run(run: str, outputs: OutputPaths) -> RunPaths:
         return _last(folders)
     if run in folders:
         return folders[run]
-    fitting = [name for name in folders if name.startswith(run) or name.endswith(run)] if run else []
-    if len(fitting) == 1:
-        return folders[fitting[0]]
-    if fitting:
-        raise RecordError(f"{run!r} fits {len(fitting)} runs", str(outputs.runs), f"say more of it: {_some(fitting)}")
+    matches = [name for name in folders if name.startswith(run) or name.endswith(run)] if run else []
+    if len(matches) == 1:
+        return folders[matches[0]]
+    if matches:
+        raise RecordError(f"{run!r} fits {len(matches)} runs", str(outputs.runs), f"say more of it: {_some(matches)}")
     raise RecordError(f"there is no run {run!r}", str(outputs.runs), _nearest_run(run, list(folders)))
 
 
 def _last(folders: dict[str, RunPaths]) -> RunPaths:
-    """By the record's own start; a folder whose record is torn can't say, and its name begins with the time."""
+    """Return the run that started last. Runs with a damaged record count as the oldest, in order of their names."""
     started = {}
     for name, paths in folders.items():
         try:
@@ -111,8 +116,8 @@ def _last(folders: dict[str, RunPaths]) -> RunPaths:
 
 
 def _nearest_run(run: str, names: list[str]) -> str:
-    told = nearest(run, names)
-    return told if told.startswith("did you mean") else f"the newest are {_some(names[-3:])}; qlora-exp ls runs"
+    hint = nearest(run, names)
+    return hint if hint.startswith("did you mean") else f"the newest are {_some(names[-3:])}; qlora-exp ls runs"
 
 
 def _some(names: list[str]) -> str:
@@ -120,41 +125,41 @@ def _some(names: list[str]) -> str:
 
 
 def study_names(outputs: OutputPaths) -> list[str]:
-    """The names of the studies under ``output_root``, the newest last."""
+    """Return the names of the studies under ``output_root``, the newest last."""
     return list(_studies(outputs))
 
 
 def _studies(outputs: OutputPaths) -> dict[str, StudyPaths]:
-    """Name → study, the newest last. One whose file can't be read goes by its folder."""
+    """Return name → study, the newest last. A study whose file can't be read is named after its folder."""
     if not outputs.studies.is_dir():
         return {}
     folders = [StudyPaths(folder) for folder in outputs.studies.iterdir()]
-    there = [paths for paths in folders if paths.spec.is_file()]
-    there.sort(key=lambda paths: (paths.spec.stat().st_mtime, paths.folder.name))
-    return {paths.name or paths.folder.name: paths for paths in there}
+    studies = [paths for paths in folders if paths.spec.is_file()]
+    studies.sort(key=lambda paths: (paths.spec.stat().st_mtime, paths.folder.name))
+    return {paths.name or paths.folder.name: paths for paths in studies}
 
 
 def find_study(name: str, outputs: OutputPaths, whole_name: bool = False) -> StudyPaths:
-    """The study of that name, a unique beginning of one unless ``whole_name``, or ``last``.
+    """Return the study with this name, or with a unique beginning of it unless ``whole_name``, or ``last``.
 
     Raises:
-        RecordError: there is none, or several begin like this.
+        RecordError: there is no such study, or several match.
     """
     studies, name = _studies(outputs), study_name(name)
     if not studies:
         raise RecordError("there are no studies yet", str(outputs.studies), "qlora-exp sweep NAME makes one")
     names = list(studies)
-    exact = [names[-1]] if name == LAST else [one for one in names if one == name]
-    fitting = exact or [one for one in names if name and not whole_name and one.startswith(name)]
-    if len(fitting) == 1:
-        return studies[fitting[0]]
-    if fitting:
-        raise RecordError(f"{name!r} fits {len(fitting)} studies", str(outputs.studies), ", ".join(sorted(fitting)))
+    exact = [names[-1]] if name == LAST else [known for known in names if known == name]
+    matches = exact or [known for known in names if name and not whole_name and known.startswith(name)]
+    if len(matches) == 1:
+        return studies[matches[0]]
+    if matches:
+        raise RecordError(f"{name!r} fits {len(matches)} studies", str(outputs.studies), ", ".join(sorted(matches)))
     raise RecordError(f"there is no study {name!r}", str(outputs.studies), nearest(name, names))
 
 
 def tracking_uri(records: Sequence[RunRecord]) -> str | None:
-    """``tracking.uri`` of the newest record; ``None``: the database beside the output root."""
+    """Return ``tracking.uri`` of the newest record; ``None``: the database next to the output root."""
     tracking = records[-1].config.get("tracking") if records else None
     uri = tracking.get("uri") if isinstance(tracking, Mapping) else None
     return str(uri) if uri is not None else None

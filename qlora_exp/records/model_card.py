@@ -1,4 +1,4 @@
-"""The README.md of an adapter: what it was made from, how, and what was measured. Nothing that the record lacks."""
+"""The README.md of an adapter: base model, data, settings and scores, from the run's record alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEASURES = {
 
 
 def model_card(record: RunRecord) -> str:
-    """Markdown with the Hub's metadata header, from the record alone. Secrets are redacted."""
+    """Return Markdown with the Hub's metadata header. Secrets are redacted."""
     config = redact(record.config)
     lines = [*_header(config), f"# {record.name}", "", *_made_from(record, config), "", *_scores(record), ""]
     lines += ["## Settings", "", *_settings(record, config), "", "## Licence and limits", "", *_limits(config)]
@@ -72,7 +72,7 @@ def _made_from(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
 
 
 def _prompt(data: Data) -> Iterator[str]:
-    """What a server must know to write the prompts that the adapter was trained on."""
+    """Yield what a server needs to render prompts as in training."""
     variables = data.answer_prefix_variables
     if data.answer_prefix:
         text = json.dumps(data.answer_prefix)
@@ -93,10 +93,10 @@ def _scores(record: RunRecord) -> Iterator[str]:
         ("validation", table.before, table.after),
         ("test", table.test_before, table.test),
     ):
-        known = after or before
-        if known is None:
+        measured = after or before
+        if measured is None:
             continue
-        yield f"On {known.split or title}, {known.items:,} items:"
+        yield f"On {measured.split or title}, {measured.items:,} items:"
         yield ""
         yield "| measure | before | after | how |"
         yield "|---|---:|---:|---|"
@@ -112,11 +112,11 @@ def _scores(record: RunRecord) -> Iterator[str]:
             f"To clear, on {record.baselines.split}: majority class {_figure(record.baselines.majority_accuracy)}, "
             f"TF-IDF + logistic regression {_figure(record.baselines.tfidf_accuracy)} (accuracy)."
         )
-    for gone in (table.forgetting, table.forgetting_chat):
-        if gone is not None:
+    for loss in (table.forgetting, table.forgetting_chat):
+        if loss is not None:
             yield (
-                f"Loss on {gone.text} ({gone.documents} documents) changed by {_figure(gone.difference)} nats per byte "
-                f"(95 % interval {_figure(gone.low)} to {_figure(gone.high)})."
+                f"Loss on {loss.text} ({loss.documents} documents) changed by {_figure(loss.difference)} nats per byte "
+                f"(95 % interval {_figure(loss.low)} to {_figure(loss.high)})."
             )
     if record.goal is not None:
         yield f"Goal `{record.goal.text}` on {record.goal.split}: {record.goal.answer}."

@@ -1,8 +1,8 @@
-"""Secrets out of everything that is written, shown or sent: configurations, overrides, messages and tracebacks.
+"""Removes secrets from everything that is written, shown or sent: configurations, overrides, messages, tracebacks.
 
-A key is secret by its name (``hub_token``, ``db.password``, ``API_KEY`` …), a text by its shape (``hf_…``, a
-password in a URL, ``token=…``, a private key), and the values of secret environment variables are secret
-wherever they appear. Settings that only sound alike stay readable: ``max_new_tokens``, ``token_accuracy``.
+A key is secret by its name (``hub_token``, ``db.password``, ``API_KEY`` …), a text by its form (``hf_…``, a password in
+a URL, ``token=…``, a private key). The values of secret environment variables are secret in any text. Settings with
+similar names stay readable: ``max_new_tokens``, ``token_accuracy``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TOKENIZER_WORDS = frozenset(
         *("next", "new", "begin", "end", "per", "last", "first", "label"),
     }
 )
-"""``pad_token`` and the like name a tokenizer's symbols."""
+"""Words before ``token`` in names that aren't secret, such as ``pad_token``."""
 
 WORKING_FOLDERS = ("PWD", "OLDPWD")
-"""The shell's, no passwords: blacked out, every path under the current folder would be unreadable."""
+"""Variables of the shell that aren't passwords. Redacting them would hide every path under the current folder."""
 
 SHORTEST_ENVIRONMENT_SECRET = 8
-"""Shorter values (``test``, ``1234``) would black out ordinary words."""
+"""Characters. Redacting shorter values (``test``, ``1234``) would hide ordinary words."""
 
 TOKEN_SHAPES = re.compile(
     r"""
@@ -62,7 +62,7 @@ ASSIGNMENT = re.compile(
 
 
 def is_secret_key(key: str) -> bool:
-    """Whether a setting of this name holds a secret. The last dotted part counts most: ``headers.authorization``."""
+    """Return whether a setting with this name holds a secret. Only the last part counts: ``headers.authorization``."""
     last = key.replace("+", "").replace("~", "").split(".")[-1]
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])", last)]
     if not words:
@@ -75,8 +75,11 @@ def is_secret_key(key: str) -> bool:
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """A copy of plain JSON types without secrets. Under a secret key everything but ``None``, booleans and empty
-    values becomes ``***``; texts elsewhere go through :func:`redact_text`."""
+    """Return a copy of plain JSON types without secrets.
+
+    Values of a secret key become ``***``, except ``None``, booleans and empty texts. Other texts go through
+    :func:`redact_text`.
+    """
     return _redact(value, key, environment_secrets())
 
 
@@ -93,7 +96,7 @@ def _redact(value: Any, key: str, secrets: Sequence[str]) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """``text`` (a message, a traceback, a URL) without secrets."""
+    """Return ``text`` (a message, a traceback, a URL) without secrets."""
     return _redact_text(text, environment_secrets())
 
 
@@ -108,7 +111,7 @@ def _redact_text(text: str, secrets: Sequence[str]) -> str:
 
 
 def redact_overrides(overrides: Iterable[str]) -> list[str]:
-    """Hydra overrides as given on a command line, without secrets: ``+hub_token=abc`` → ``+hub_token=***``."""
+    """Return Hydra overrides without secrets: ``+hub_token=abc`` gives ``+hub_token=***``."""
     redacted = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -118,29 +121,31 @@ def redact_overrides(overrides: Iterable[str]) -> list[str]:
 
 
 def environment_secrets() -> list[str]:
-    """Values of this process's secret environment variables (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD`` …), longest
-    first, so that a secret that contains another goes as a whole."""
+    """Return the values of secret environment variables (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD`` …).
+
+    The longest come first, so that a secret that contains another is replaced as a whole.
+    """
     names = (name for name in os.environ if is_secret_key(name) and name not in WORKING_FOLDERS)
-    values = {os.environ.get(name, "") for name in names}  # another thread may take a variable away meanwhile
+    values = {os.environ.get(name, "") for name in names}  # another thread may remove a variable meanwhile
     return sorted((value for value in values if len(value) >= SHORTEST_ENVIRONMENT_SECRET), key=len, reverse=True)
 
 
 def _redact_assignments(text: str) -> str:
-    """``key=value`` by :func:`is_secret_key`. The value of an ordinary key is searched in its turn: it may be a URL
-    with a secret in its query."""
+    """Redact ``key=value`` if :func:`is_secret_key`. The value of any other key is searched, too: it may be a URL with
+    a secret in its query."""
     parts, position = [], 0
     while match := ASSIGNMENT.search(text, position):
         replacement = _redact_assignment(match)
-        ordinary = replacement == match[0]
-        end = match.end("key") if ordinary else match.end()
-        parts.append(text[position:end] if ordinary else text[position : match.start()] + replacement)
+        unchanged = replacement == match[0]
+        end = match.end("key") if unchanged else match.end()
+        parts.append(text[position:end] if unchanged else text[position : match.start()] + replacement)
         position = end
     return "".join(parts) + text[position:]
 
 
 def _redact_assignment(match: re.Match[str]) -> str:
     key, middle, value = match["key"], match["middle"], match["value"]
-    # In prose, "unexpected token: x" is no assignment; a quoted or compound key is.
+    # In prose, "unexpected token: x" isn't an assignment; with a quoted or compound key it is.
     prose = ":" in middle and not match["quote"] and "_" not in key and key.lower() == "token"
     if (
         prose

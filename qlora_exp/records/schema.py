@@ -1,4 +1,4 @@
-"""Records as plain JSON types and back, each key checked against its field."""
+"""Converts records to plain JSON types and back, with a type check of each key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def to_dict(value: Any) -> Any:
-    """Plain JSON types. Non-finite floats become ``None``: an unknown number, never ``NaN`` in a file."""
+    """Return ``value`` as plain JSON types. Non-finite floats become ``None``, because JSON has no NaN."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_dict(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -32,8 +32,11 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(kind: type[T], raw: Any, where: str = "record") -> T:
-    """Build ``kind`` from plain JSON types. Unknown keys are ignored (a newer minor writer); a missing or mistyped
-    one raises :class:`RecordError` that names the key."""
+    """Return an instance of ``kind`` from plain JSON types. Unknown keys are ignored: newer versions may write more.
+
+    Raises:
+        RecordError: a key is missing or has a wrong type; the error names it.
+    """
     return typing.cast(T, _build(kind, raw, where))
 
 
@@ -78,7 +81,7 @@ def _build_dataclass(kind: Any, raw: Any, where: str) -> Any:
 
 @functools.cache
 def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
-    """(name, type, whether it has no default). Kept: to evaluate the types again for each record takes 3 ms."""
+    """Return (name, type, whether it is required) of each field. Cached, because evaluating the types takes 3 ms."""
     hints = typing.get_type_hints(kind)
     missing = dataclasses.MISSING
     return [

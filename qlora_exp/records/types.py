@@ -1,7 +1,7 @@
-"""What is known of a run, as frozen types with units in their names. ``record.json`` is the truth; all else is a view.
+"""The record of a run: frozen dataclasses, with units in the names of fields.
 
-``None`` means unknown or not measured. There are no sentinels. A field is only ever added; a change of meaning raises
-``SCHEMA_VERSION``.
+``record.json`` is the source of truth; tracking and tables are views of it. ``None`` means unknown or not measured.
+Fields are only added; a change of meaning raises ``SCHEMA_VERSION``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 
 
 class Status(StrEnum):
-    """How a run ended. RUNNING is written at the start, so that a killed run can be told from one never begun."""
+    """How a run ended. RUNNING is written at the start: a killed run keeps it."""
 
     RUNNING = "RUNNING"
     COMPLETED = "COMPLETED"
@@ -32,7 +32,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Device:
-    """``kind`` is ``cuda`` or ``cpu``; memory is the card's, or the machine's for a CPU."""
+    """The device of a run. ``kind`` is ``cuda`` or ``cpu``; for a CPU, ``memory_bytes`` is the machine's memory."""
 
     kind: str
     name: str | None
@@ -45,7 +45,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine and the software that a run was made with."""
+    """The machine and the software of a run."""
 
     python: str
     platform: str
@@ -59,15 +59,18 @@ class Environment:
     git_commit: str | None
     git_dirty: bool | None
     glibc_tunables: str | None = None
-    """What the C library's heap was told when the process started; ``None``: nothing."""
+    """GLIBC_TUNABLES at the process's start; ``None``: not set."""
     cuda_visible_devices: str | None = None
-    """The variable of this name: the GPU that the process was limited to. ``None``: it wasn't set."""
+    """CUDA_VISIBLE_DEVICES: the GPU that the process was limited to; ``None``: not set."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """Which process owns a RUNNING record: ``start_ticks`` and ``boot_id`` tell a reused pid from the same process,
-    ``host`` (a name) and ``pid_namespace`` (a container's own numbering) whether it can be seen from here at all."""
+    """The process that owns a RUNNING record.
+
+    ``start_ticks`` and ``boot_id`` distinguish a reused pid from the same process. ``host`` (a name) and
+    ``pid_namespace`` (of a container) show whether another process can see it.
+    """
 
     pid: int
     start_ticks: int | None
@@ -78,27 +81,27 @@ class Process:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, by arithmetic, before a weight is read."""
+    """What a run will do, computed before weights are read."""
 
     config_fingerprint: str
-    """SHA-256 over every setting that can change a result (not names, places or tracking)."""
+    """SHA-256 over every setting that can change a result (not names, paths or tracking)."""
     base_fingerprint: str
-    """SHA-256 over what the untouched base's scores depend on: model, quantization, task, evaluation."""
+    """SHA-256 over the settings that the base model's scores depend on: model, quantization, task, evaluation."""
     architecture: str
     total_parameters: int
     trainable_parameters: int
     full_parameters_of_adapted_modules: int
-    """Parameters of the adapted weight matrices: what training them without LoRA would update."""
+    """Parameters of the adapted weight matrices: what full fine-tuning of these would update."""
     target_modules: tuple[str, ...]
     """Distinct last parts of the adapted modules' names, e.g. ``q_proj``."""
     adapted_modules: int
     alpha: float
     scale: float
-    """alpha / r, or alpha / sqrt(r) with rsLoRA: what B·A is multiplied by."""
+    """The factor of B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     device: str
     weight_dtype: str
     compute_dtype: str
-    """What the unquantized rest is stored and computed in, and what quantized layers take and give."""
+    """Dtype of unquantized weights and computations, and of quantized layers' inputs and outputs."""
     adapter_dtype: str
     max_steps: int
     batch_size: int
@@ -108,64 +111,65 @@ class Plan:
     format: str
     """``chat`` or ``plain``."""
     length_multiple: int = 1
-    """What the length of a training batch is padded to a multiple of."""
+    """Training batches are padded to a multiple of this length."""
     logits_multiple: int = 1
-    """What the number of a training batch's tokens that get logits is rounded up to a multiple of."""
+    """The number of tokens with logits per training batch is rounded up to a multiple of this."""
     inputs_rounded_in: tuple[str, ...] | None = None
-    """Where the quantized layers' inputs are rounded to 8 bits too, out of ``training`` and ``evaluation``: only with
-    int8. ``None`` in records of versions that didn't say."""
+    """Phases in which quantized layers' inputs are rounded to 8 bits, too (int8 only): ``training``, ``evaluation``.
+    ``None`` in records of earlier versions."""
     predicted_peak_train_bytes: int | None = None
-    """What ``memory.train_working_set_bytes`` was predicted to be."""
+    """Prediction of ``memory.train_working_set_bytes``."""
     predicted_context_bytes: int | None = None
-    """What a card must hold besides: CUDA's context and the allocator's fragments; 0 on a CPU."""
+    """Additional memory on a GPU: CUDA's context and the allocator's fragmentation; 0 on a CPU."""
     predicted_activation_bytes: int | None = None
     predicted_logits_bytes: int | None = None
     predicted_train_tokens: int | None = None
-    """Processed tokens that training was expected to take."""
+    """Predicted number of tokens that training processes, without padding."""
     predicted_padded_tokens: int | None = None
-    """The same with the padding that a batch's shorter rows get."""
+    """The same with padding."""
     predicted_loss_tokens: int | None = None
-    """Of ``predicted_train_tokens`` those that carry a loss, which alone get logits. ``None`` in records of versions
-    whose ``train_flops_per_token`` counted the head for every token, and no padding."""
+    """Tokens of ``predicted_train_tokens`` that carry a loss; only these get logits. ``None`` in records of earlier
+    versions, whose ``train_flops_per_token`` counts the head for every token and no padding."""
     train_flops_per_token: float | None = None
-    """Floating-point operations to train one unpadded token, with its share of the padding and of the head."""
+    """FLOPs to train one unpadded token, including its share of the padding and of the head."""
     predicted_train_seconds: float | None = None
-    """What ``speed.train_seconds`` was predicted to be; ``None`` where this machine's rate is not known."""
+    """Prediction of ``speed.train_seconds``; ``None`` if this machine's speed is unknown."""
     predicted_train_seconds_low: float | None = None
     predicted_train_seconds_high: float | None = None
     predicted_train_seconds_basis: str | None = None
     predicted_train_usd: float | None = None
     usd_per_hour: float | None = None
-    """What an hour of the machine is taken to cost, for this and ``speed.cost_usd``; ``None`` where neither
-    ``budget.usd_per_hour`` nor conf/prices.yaml says it, and in records of versions that only asked the first."""
+    """Price per hour of the machine, used for ``predicted_train_usd`` and ``speed.cost_usd``. ``None`` if neither
+    ``budget.usd_per_hour`` nor conf/prices.yaml has it, and in records of versions that read only the first."""
     usd_per_hour_from: str | None = None
-    """Who says so: ``budget.usd_per_hour``, or ``conf/prices.yaml: cpu``, with the device that was looked up there."""
+    """Source of the price: ``budget.usd_per_hour``, or e.g. ``conf/prices.yaml: cpu`` with the device's name there."""
     predicted_other_seconds: float | None = None
-    """What the run was expected to take beside its training, to load and to score; ``None`` where none like it has
-    ended, and in records of versions that didn't say."""
+    """Predicted seconds for loading and scoring. ``None`` if no similar run has ended, and in records of earlier
+    versions."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a run was predicted to need of its device's memory, beside what it may take. Bytes."""
+    """A run's predicted memory and its memory limit, in bytes."""
 
     peak_bytes: int
-    """Of training, by arithmetic alone."""
+    """Predicted peak of training, without correction."""
     context_bytes: int
-    """What the device must hold besides."""
+    """Additional memory on the device: ``plan.predicted_context_bytes``."""
     corrected_bytes: int
-    """Both, the peak times what measured peaks of its kin were of theirs."""
+    """Peak plus context, with the peak multiplied by measured / predicted peak of similar runs."""
     bound_bytes: int
+    """The memory limit."""
     error: float
-    """The prediction's, as a share: up to (1 + error) × the bound a trial is tried."""
+    """Relative prediction error: a trial may start up to (1 + error) × the limit."""
     kin: int
-    """Measured peaks that it was corrected by."""
+    """Number of measured peaks in the correction."""
     would_fit: str | None = None
-    """Settings that are predicted to fit, where the run is predicted near the bound or above it."""
+    """Settings that are predicted to fit, if the run is near the limit or above it."""
 
     @property
     def excess(self) -> float:
-        """Beyond the bound, as a share of it."""
+        """Relative excess over the limit; negative below it."""
         return self.corrected_bytes / self.bound_bytes - 1.0
 
     @property
@@ -175,18 +179,18 @@ class Fit:
 
 @dataclass(frozen=True)
 class SkippedTrial:
-    """Why a trial was not started: it was predicted not to fit."""
+    """Predictions of a trial that was skipped because it was predicted not to fit."""
 
     fit: Fit
     train_seconds: float | None
-    """What its training was predicted to take; ``None`` where the machine's rate is not known."""
+    """Predicted seconds of training; ``None`` if the machine's speed is unknown."""
     train_flops: float | None
-    """Floating-point operations of its training."""
+    """FLOPs of training."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """What was trained and scored on, after validation of every row."""
+    """The data that the run was trained and scored on, after validation of every row."""
 
     task: str
     fingerprint: str
@@ -201,28 +205,26 @@ class Data:
     template_tokens: int | None
     """Tokens that the chat template adds to a prompt; 0 for the plain format."""
     template_tokens_trained: bool | None
-    """Whether the base ever saw the template's special tokens (LoRA leaves embeddings frozen)."""
+    """Whether the base model was trained with the template's special tokens (LoRA leaves embeddings frozen)."""
     truncated_items: int
     rows_fingerprint: str | None = None
-    """SHA-256 over the rows alone, whichever tokenizer reads them in whichever format; ``None`` in records of versions
-    that didn't have it."""
+    """SHA-256 over the rows alone, independent of tokenizer and format; ``None`` in records of earlier versions."""
     answer_prefix: str | None = None
-    """What the chat template writes by itself between its generation prompt and an answer, e.g. an empty think block.
-    It is part of the prompt: neither trained nor scored. Rows whose answer has reasoning may lack it. ``None``:
-    nothing."""
+    """Text that the chat template puts between its generation prompt and an answer, e.g. an empty think block;
+    ``None``: nothing. It is part of the prompt: neither trained nor scored. Rows with reasoning may lack it."""
     answer_prefix_variables: dict[str, Any] | None = None
-    """Template variables with which the generation prompt is the prompt of this run, e.g. ``enable_thinking: false``.
-    ``None``: the template's own defaults do, or no known variable does."""
+    """Template variables that make the generation prompt equal to this run's prompt, e.g. ``enable_thinking: false``.
+    ``None``: the template's defaults do, or no known variable does."""
     chat_date: str | None = None
-    """The day that the chat template was given (``task.date``); ``None``: it doesn't ask for the date."""
+    """The date in the chat template (``task.date``); ``None``: the template has none."""
     label_end_tokens: int | None = None
-    """Tokens of the end that each label's likelihood includes; 0 unless one label's tokens begin another's. ``None``:
-    no labels, or a record of a version that refused such labels."""
+    """End tokens that each label's likelihood includes; 0 unless one label's tokens are the beginning of another's.
+    ``None``: no labels, or a record of a version that refused such labels."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. Peaks are per phase, reset in between; on a CPU they are the resident peak *above* the phase's start."""
+    """Bytes. Peaks are per phase; on a CPU, a peak is the resident peak *above* the phase's start."""
 
     base_weight_bytes: int | None = None
     quantization_state_bytes: int | None = None
@@ -235,13 +237,16 @@ class Memory:
     peak_evaluation_bytes: int | None = None
     peak_train_reserved_bytes: int | None = None
     train_working_set_bytes: int | None = None
-    """All that training needed at its peak, the base included: what ``plan.predicted_peak_train_bytes`` predicts. CUDA:
-    allocated bytes; CPU: base, quantization state and adapters, and the phase's resident peak above its start less what
-    mapped files grew by. ``None`` where the process had made a run before."""
+    """Memory at the peak of training, base model included: what ``plan.predicted_peak_train_bytes`` predicts.
+
+    CUDA: allocated bytes. CPU: base, quantization state and adapters, plus the phase's resident peak above its start
+    without the growth of mapped files; ``None`` if the process had made a run before.
+    """
     checkpoint_bytes: int | None = None
     host_reused: bool = False
+    """Whether the process had made a run before; CPU peaks are then unknown."""
     source: str | None = None
-    """``cuda_allocated`` or ``resident``: what the peaks measure."""
+    """What the peaks measure: ``cuda_allocated`` or ``resident``."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,9 @@ class Speed:
     train_seconds: float | None = None
     evaluation_seconds: float | None = None
     untouched_evaluation_seconds: float | None = None
+    """Seconds to score the base model before tuning."""
     untouched_cached: bool = False
+    """Whether the base model's scores came from the cache."""
     total_seconds: float | None = None
     steps: int | None = None
     excluded_steps: int | None = None
@@ -268,8 +275,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run has spent in all its parts, interrupted, killed and repeated ones included (of a killed one all but
-    its last second or so). ``tokens``: processed in training; ``joules``: by the card's counter."""
+    """What a run has spent, including interrupted, killed and repeated parts (a killed part may lack its last second).
+
+    ``tokens``: processed in training; ``joules``: from the GPU's energy counter.
+    """
 
     seconds: float
     tokens: int
@@ -300,12 +309,13 @@ class Scores:
     other: dict[str, float] = field(default_factory=dict)
     """Metrics named in ``evaluation.metrics``."""
     max_new_tokens: int | None = None
-    """What a generated answer was limited to; ``None`` where nothing was generated."""
+    """Token limit of generated answers; ``None`` if nothing was generated."""
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Loss on held-out text in nats per byte, after − before; the interval is over documents (95 %)."""
+    """Loss on general held-out text in nats per byte. ``difference`` is after − before, with a 95 % confidence interval
+    over documents."""
 
     before_nats_per_byte: float
     after_nats_per_byte: float
@@ -315,17 +325,17 @@ class Forgetting:
     documents: int
     text: str
     tokens: int | None = None
-    """Tokens scored; ``None`` in records of versions that didn't count them."""
+    """Tokens scored; ``None`` in records of earlier versions."""
 
 
 @dataclass(frozen=True)
 class FewShot:
-    """The untouched model's scores with worked examples before each prompt, one draw of them."""
+    """The base model's few-shot scores (worked examples before each prompt) with one draw of examples."""
 
     draw: int
-    """From 1."""
+    """Number of the draw, from 1."""
     asked: int
-    """Examples that were asked for; ``examples`` has fewer where the model's context holds no more."""
+    """Requested examples; ``examples`` has fewer if the model's context is too short."""
     examples: tuple[str, ...]
     """Item ids of the training split, in order."""
     validation: Scores
@@ -335,6 +345,8 @@ class FewShot:
 
 @dataclass(frozen=True)
 class ScoreTable:
+    """Scores of the base model (``before``, ``test_before``) and of the tuned model (``after``, ``test``)."""
+
     before: Scores | None = None
     after: Scores | None = None
     test: Scores | None = None
@@ -349,7 +361,7 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Baselines:
-    """What a tuned model must clear: always the most frequent label, and TF-IDF (1-2-grams) + logistic regression."""
+    """Scores to beat: always the most frequent label, and logistic regression over TF-IDF of words and word pairs."""
 
     split: str
     majority_label: str | None
@@ -362,7 +374,10 @@ class Baselines:
 
 @dataclass(frozen=True)
 class Goal:
-    """``task.goal`` answered by a one-sided 95 % bound over items: ``yes``, ``no`` or ``not shown``."""
+    """Whether ``task.goal`` is met (``answer``: ``yes``, ``no`` or ``not shown``), by one-sided 95 % bounds over items.
+
+    ``low`` and ``high`` are these bounds.
+    """
 
     text: str
     split: str
@@ -374,7 +389,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Training:
-    """What the trainer really did."""
+    """What the trainer did."""
 
     steps: int
     first_loss: float | None
@@ -385,11 +400,11 @@ class Training:
     stopped_early: bool = False
     micro_batch_size: int | None = None
     ended_by_budget: str | None = None
-    """Which limit of ``budget`` ended the training before its last step, e.g. ``seconds``."""
+    """The limit of ``budget`` that ended the training before its last step, e.g. ``seconds``."""
 
 
 KILLED_FOR_MEMORY = "OutOfMemory"
-"""The ``kind`` of a failure whose process was ended, probably for want of memory: no exception's name."""
+"""``Failure.kind`` of a run whose process was killed, probably for lack of memory; not an exception's name."""
 
 
 @dataclass(frozen=True)
@@ -406,8 +421,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Trial:
-    """Which trial of which study a run is. ``params``: axis → value; ``attempt`` counts from 1; ``study_id``: the
-    study's identity, ``None`` of a version that gave none."""
+    """The trial that a run belongs to.
+
+    ``params``: axis → value; ``attempt`` counts from 1; ``study_id``: the study's identity, ``None`` in records of
+    earlier versions.
+    """
 
     study: str
     number: int
@@ -418,7 +436,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that is known of one run; complete even when the run failed (what was not reached is ``None``)."""
+    """The record of one run, written also if it fails (what it didn't reach is ``None``)."""
 
     schema_version: int
     run_id: str
@@ -433,7 +451,7 @@ class RunRecord:
     model_fingerprint: str | None = None
     plan: Plan | None = None
     fit: Fit | None = None
-    """Only where something limits its memory: ``budget.memory_bytes``, or a card."""
+    """Only if there is a memory limit: ``budget.memory_bytes``, or a GPU's memory."""
     data: Data | None = None
     memory: Memory = field(default_factory=Memory)
     speed: Speed = field(default_factory=Speed)
@@ -446,9 +464,9 @@ class RunRecord:
     warnings: tuple[str, ...] = ()
     trial: Trial | None = None
     earlier_failures: tuple[Failure, ...] = ()
-    """Of earlier attempts at the same trial."""
+    """Failures of earlier attempts at the same trial, or before a resume."""
     synthetic: bool = False
-    """No model was trained (``training.engine=sleep``); analysis and reports refuse it."""
+    """Whether no model was trained (``training.engine=sleep``); analysis and reports refuse such records."""
 
     def replace(self, **changes: Any) -> RunRecord:
         return dataclasses.replace(self, **changes)
