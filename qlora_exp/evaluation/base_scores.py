@@ -1,4 +1,4 @@
-"""The bar to beat: the untouched base's scores and the baselines, computed once and kept by fingerprint."""
+"""Scores to beat: the base model's scores before tuning and the baselines, cached by fingerprint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qlora_exp.records.types import Baselines, Forgetting, Plan, Scores
 
 @dataclass(frozen=True)
 class GeneralLosses:
-    """Loss on held-out text, document by document; empty where it isn't measured."""
+    """Loss on general held-out text by document; empty if it isn't measured."""
 
     text: tuple[DocumentLoss, ...] = ()
     chat: tuple[DocumentLoss, ...] = ()
@@ -37,7 +37,7 @@ class GeneralLosses:
 
 @dataclass(frozen=True)
 class BaseScores:
-    """Scores of the base before tuning; ``None`` where ``evaluation.before`` is off."""
+    """Scores of the base model before tuning; ``None`` with ``evaluation.before=false``."""
 
     scores: Scores | None
     test_scores: Scores | None
@@ -67,7 +67,7 @@ def score_base_model(
     model_fingerprint: str,
     cache: Path,
 ) -> BaseScores:
-    """Score the base as it came, or read what an earlier run with the same fingerprints measured."""
+    """Return the base model's scores, from the cache if an earlier run with the same fingerprints measured them."""
     if not config.evaluation.before:
         return BaseScores(None, None, _general_losses(model, tokenizer, splits, config), {}, cached=False)
     general = "\n".join([*splits.general_text, *(chat.prompt + chat.completion for chat in splits.general_chats)])
@@ -76,19 +76,19 @@ def score_base_model(
         *(general, item_names(splits)),
     )
     folder = cache / "untouched"
-    facts = folder / f"{key}.json"
+    scores_file = folder / f"{key}.json"
     if not config.evaluation.cache:
         return _measure(model, tokenizer, splits, config)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder / f"{key}.lock")):
-        known = _read_untouched(facts)
-        if known is not None:
-            return known
+        cached = _read_untouched(scores_file)
+        if cached is not None:
+            return cached
         measured = _measure(model, tokenizer, splits, config)
         for split, table in measured.items.items():
-            write_items(table, _table(facts, split))
+            write_items(table, _table(scores_file, split))
         write_json(
-            facts,
+            scores_file,
             {
                 "scores": measured.scores,
                 "test_scores": measured.test_scores,
@@ -113,7 +113,10 @@ def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, con
 def _evaluate(
     model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config
 ) -> tuple[Evaluation, Evaluation | None]:
-    """Validation always; test for answers only. The label marginal is estimated on validation for both."""
+    """Score the validation split, and the test split with ``evaluation.split=test``.
+
+    Both use the label marginal of the validation split.
+    """
     validation = evaluate_model(
         model, tokenizer, limited(splits.validation, config), splits, config, split="validation"
     )
@@ -145,7 +148,7 @@ def _table(facts: Path, split: str) -> Path:
 
 
 def _read_untouched(facts: Path) -> BaseScores | None:
-    """``None`` where nothing is cached, or what is there can't be read: then it is measured again."""
+    """Return the cached scores; ``None`` if there are none or they can't be read: then they are measured again."""
     try:
         raw = json.loads(facts.read_text(encoding="utf-8"))
         return BaseScores(
@@ -163,30 +166,30 @@ def _read_untouched(facts: Path) -> BaseScores | None:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What tuning cost the model elsewhere; ``None`` where it isn't measured."""
+    """Change of the loss on general text and chats by tuning; ``None`` if it isn't measured."""
 
     text: Forgetting | None
     chat: Forgetting | None
 
 
 def score_splits(
-    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, untouched: BaseScores
+    model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, base_scores: BaseScores
 ) -> tuple[Evaluation, Evaluation | None, Forgotten]:
-    """Scores of the tuned model: validation, test where asked, and what it forgot."""
+    """Return the tuned model's scores: validation, test (``evaluation.split=test``), and the loss on general text."""
     after, test = _evaluate(model, tokenizer, splits, config)
-    before, now = untouched.general, _general_losses(model, tokenizer, splits, config)
+    before, current = base_scores.general, _general_losses(model, tokenizer, splits, config)
     return (
         after,
         test,
         Forgotten(
-            text=forgetting(before.text, now.text, "general text") if before.text else None,
-            chat=forgetting(before.chat, now.chat, "answers in general chats") if before.chat else None,
+            text=forgetting(before.text, current.text, "general text") if before.text else None,
+            chat=forgetting(before.chat, current.chat, "answers in general chats") if before.chat else None,
         ),
     )
 
 
 def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | None:
-    """Majority and TF-IDF + logistic regression on the same split; ``None`` where the task has no labels."""
+    """Return both baselines' scores on ``evaluation.split``, cached; ``None`` if the task has no labels."""
     if not config.evaluation.baselines or not splits.labels:
         return None
     split = config.evaluation.split.value
@@ -196,8 +199,8 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
     if not config.evaluation.cache:
         return baselines(scored, split)
     folder = cache / "baselines"
-    drawn = (str(config.evaluation.max_items), str(config.task.split_seed))
-    path = folder / f"{cache_key(splits.record.fingerprint, split, *drawn)}.json"
+    sample = (str(config.evaluation.max_items), str(config.task.split_seed))
+    path = folder / f"{cache_key(splits.record.fingerprint, split, *sample)}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.exists():
@@ -205,27 +208,30 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
                 return from_dict(Baselines, json.loads(path.read_text(encoding="utf-8")), str(path))
             except Exception:
                 path.unlink()
-        found = baselines(scored, split)
-        if found is not None:
-            write_json(path, found)
-        return found
+        scores = baselines(scored, split)
+        if scores is not None:
+            write_json(path, scores)
+        return scores
 
 
 def item_names(splits: Splits) -> str:
-    """What per-item results are paired by: file and row. The rows' fingerprint leaves them out, so that a file that
-    got another name or an empty line has equal rows, whose results are still paired with nothing."""
+    """Return the ids of all items, file and row: they pair per-item results, so they belong in the cache key.
+
+    The rows' fingerprint leaves them out. After a file is renamed, its rows have the same fingerprint, but their
+    per-item results would match no earlier ids.
+    """
     return "\n".join(item.item_id for split in (splits.train, splits.validation, splits.test) for item in split)
 
 
 MEASURED_WITH = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")
-"""An upgrade of one of these can change a score; what it measured before is then measured again."""
+"""Packages in the cache key: an upgrade can change a score."""
 
 DEFINITIONS = "2"
-"""Raised where a score is defined otherwise: what was measured by the earlier definition is then measured again."""
+"""Version of the scores' definitions, in the cache key. Raise it when a definition changes."""
 
 
 def cache_key(*parts: str) -> str:
-    """A name for what is cached: the fingerprints, the versions that it was measured with, and what is measured."""
+    """Return a cache key from ``parts`` (fingerprints), package versions, definitions and measured columns."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in MEASURED_WITH]
     parts = (*parts, *versions, DEFINITIONS, *ITEM_COLUMNS.names)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""The untouched model with worked examples before each prompt, scored once and kept by fingerprint."""
+"""The base model's few-shot scores (worked examples before each prompt), cached by fingerprint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qlora_exp.records.types import FewShot, Plan
 
 @dataclass(frozen=True)
 class FewShotScores:
-    """``items``: per-item results of each draw, on the split that answers (``evaluation.split``)."""
+    """Few-shot scores of all draws. ``items``: per-item results of each draw on ``evaluation.split``."""
 
     draws: tuple[FewShot, ...]
     items: tuple[pa.Table, ...]
@@ -37,7 +37,7 @@ class FewShotScores:
             write_items(table, paths.items(moment(draw.draw), self.split))
 
     def warning(self) -> str | None:
-        """Where fewer examples were shown than were asked for."""
+        """Return a warning if prompts had fewer examples than ``evaluation.few_shots``; else ``None``."""
         cut = [draw for draw in self.draws if len(draw.examples) < draw.asked]
         if not cut:
             return None
@@ -46,7 +46,7 @@ class FewShotScores:
 
 
 def moment(draw: int) -> str:
-    """What a draw's per-item results are filed under."""
+    """Return the ``moment`` of a draw's per-item results: see :meth:`qlora_exp.paths.RunPaths.items`."""
     return f"few_shot_{draw}"
 
 
@@ -59,33 +59,34 @@ def few_shot_scores(
     model_fingerprint: str,
     cache: Path,
 ) -> FewShotScores:
-    """Score every draw, or read what an earlier run with the same fingerprints measured. No draws where
-    ``evaluation.few_shots`` is not set.
+    """Return the scores of every draw, from the cache if an earlier run with the same fingerprints measured them.
+
+    Without ``evaluation.few_shots`` there are no draws.
 
     Raises:
-        DataError: the model's context doesn't hold one example and the longest prompt.
+        DataError: one example and the longest prompt are longer than the model's context.
     """
-    wanted = config.evaluation
-    if wanted.few_shots is None:
-        return FewShotScores((), (), wanted.split.value)
-    if not wanted.cache:
+    evaluation = config.evaluation
+    if evaluation.few_shots is None:
+        return FewShotScores((), (), evaluation.split.value)
+    if not evaluation.cache:
         return _measure(model, tokenizer, splits, config)
-    shots = f"{wanted.few_shots} × {wanted.few_shot_draws}"
+    shots = f"{evaluation.few_shots} × {evaluation.few_shot_draws}"
     key = cache_key(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
         *(shots, item_names(splits)),
     )
     folder = cache / "few_shot"
     folder.mkdir(parents=True, exist_ok=True)
-    facts = folder / f"{key}.json"
+    scores_file = folder / f"{key}.json"
     with FileLock(str(folder / f"{key}.lock")):
-        known = _read(facts, wanted.split.value)
-        if known is not None:
-            return known
+        cached = _read(scores_file, evaluation.split.value)
+        if cached is not None:
+            return cached
         measured = _measure(model, tokenizer, splits, config)
         for draw, table in zip(measured.draws, measured.items, strict=True):
-            write_items(table, _table(facts, draw.draw))
-        write_json(facts, {"draws": measured.draws})
+            write_items(table, _table(scores_file, draw.draw))
+        write_json(scores_file, {"draws": measured.draws})
     return measured
 
 
@@ -95,23 +96,23 @@ def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, con
     test = limited(splits.test, config) if on_test else ()
     draws = few_shot_draws(config, tokenizer, splits, validation, test, max_positions(model))
     scored = [_scored(draw, model, tokenizer, splits, config, on_test) for draw in draws]
-    found, items = zip(*scored, strict=True)
-    return FewShotScores(tuple(found), tuple(items), config.evaluation.split.value)
+    few_shots, items = zip(*scored, strict=True)
+    return FewShotScores(tuple(few_shots), tuple(items), config.evaluation.split.value)
 
 
 def _scored(
     draw: FewShotDraw, model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, on_test: bool
 ) -> tuple[FewShot, pa.Table]:
-    """Calibrated, as everywhere, by the label marginal on validation — with the same examples before it."""
-    first = evaluate_model(model, tokenizer, draw.validation, splits, config, split="validation")
-    second = None
+    """Score one draw. Calibration uses the label marginal of the validation split with the same examples."""
+    validation = evaluate_model(model, tokenizer, draw.validation, splits, config, split="validation")
+    test = None
     if on_test:
-        marginal = first.label_marginal
-        second = evaluate_model(model, tokenizer, draw.test, splits, config, split="test", label_marginal=marginal)
-    asked = config.evaluation.few_shots
-    assert asked is not None
-    found = FewShot(draw.number, asked, draw.examples, first.scores, second.scores if second else None)
-    return found, (second or first).items
+        marginal = validation.label_marginal
+        test = evaluate_model(model, tokenizer, draw.test, splits, config, split="test", label_marginal=marginal)
+    shots = config.evaluation.few_shots
+    assert shots is not None
+    few_shot = FewShot(draw.number, shots, draw.examples, validation.scores, test.scores if test else None)
+    return few_shot, (test or validation).items
 
 
 def _table(facts: Path, draw: int) -> Path:
@@ -119,7 +120,7 @@ def _table(facts: Path, draw: int) -> Path:
 
 
 def _read(facts: Path, split: str) -> FewShotScores | None:
-    """``None`` where nothing is cached, or what is there can't be read: then it is measured again."""
+    """Return the cached scores; ``None`` if there are none or they can't be read: then they are measured again."""
     try:
         raw = json.loads(facts.read_text(encoding="utf-8"))["draws"]
         draws = tuple(from_dict(FewShot, draw, str(facts)) for draw in raw)

@@ -1,4 +1,4 @@
-"""Loss on general text before and after tuning: what the tuning cost the model elsewhere."""
+"""Forgetting: the loss on general text before and after tuning."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from qlora_exp.records.types import Forgetting
 if TYPE_CHECKING:
     from qlora_exp.data.items import Item
 
-# A window is one forward pass without a cache; longer ones would only cost memory, before and after alike.
+# A window is one forward pass without a cache. Longer ones would only need more memory.
 LONGEST_WINDOW = 2_048
 
 
 class DocumentLoss(NamedTuple):
-    """What one document costs the model: its nats, over its UTF-8 bytes and its scored tokens."""
+    """The model's loss on one document, with the document's UTF-8 bytes and scored tokens."""
 
     nats: float
     size_bytes: int
@@ -39,16 +39,16 @@ class DocumentLoss(NamedTuple):
 
 
 def text_losses(model: Any, tokenizer: Any, documents: Sequence[str], config: Config) -> list[DocumentLoss]:
-    """Loss on each of the first ``evaluation.forgetting_documents`` documents (none empty), without any template.
+    """Return the loss on each of the first ``evaluation.forgetting_documents`` documents (none empty), untemplated.
 
-    A document is cut into windows of the model's length (at most 2,048 tokens); each window is read after a start
-    token (BOS, else EOS), so that every token of the document is scored exactly once.
+    A document is cut into windows of the model's context (at most 2,048 tokens). A start token (BOS, else EOS) precedes
+    each window, so that every token of the document is scored exactly once.
     """
     chosen = list(documents[: config.evaluation.forgetting_documents])
     if not chosen:
         return []
     start = start_token(tokenizer)
-    # verbose=False: a document longer than the model is expected here, and cut.
+    # verbose=False: a document longer than the model's context is expected here, and cut.
     ids = tokenizer(chosen, add_special_tokens=False, verbose=False)["input_ids"]
     with scoring_mode(model):
         causal = CausalModel(model)
@@ -59,8 +59,8 @@ def text_losses(model: Any, tokenizer: Any, documents: Sequence[str], config: Co
             for at in range(0, len(tokens), longest)
         ]
         nats = [0.0] * len(chosen)
-        most = min(TOKENS_PER_PASS, max(longest, LOGITS_PER_PASS // causal.vocabulary_size))
-        for batch in batches([len(window) for _, window in windows], config.evaluation.batch_size, most):
+        max_tokens = min(TOKENS_PER_PASS, max(longest, LOGITS_PER_PASS // causal.vocabulary_size))
+        for batch in batches([len(window) for _, window in windows], config.evaluation.batch_size, max_tokens):
             values = _window_nats(causal, [windows[index][1] for index in batch], start)
             for index, value in zip(batch, values, strict=True):
                 nats[windows[index][0]] += value
@@ -71,10 +71,11 @@ def text_losses(model: Any, tokenizer: Any, documents: Sequence[str], config: Co
 
 
 def answer_losses(model: Any, tokenizer: Any, chats: Sequence[Item], config: Config) -> list[DocumentLoss]:
-    """Loss on the answer of each of the first ``evaluation.forgetting_documents`` chats, in the model's own template.
+    """Return the loss on the answer of each of the first ``evaluation.forgetting_documents`` chats, in the model's
+    chat template.
 
-    Only the answer's own tokens count, without the end of turn, over the answer's bytes: what a template writes around
-    them makes no difference. Chats longer than the model's context are left out, before and after alike.
+    Only the answer's tokens (without the end of turn) and bytes count, so that the template's own text doesn't matter.
+    Chats longer than the model's context are left out, before and after tuning.
     """
     chosen = chats[: config.evaluation.forgetting_documents]
     with scoring_mode(model):
@@ -91,36 +92,36 @@ def _window_nats(model: CausalModel, windows: Sequence[Sequence[int]], start: in
     targets, mask = padded(windows, "right", model.device)
     inputs, _ = padded([[start, *window[:-1]] for window in windows], "right", model.device)
     logits, _ = model(inputs, mask, keep=inputs.shape[1], cache=None, use_cache=False)
-    # Flat: over a transposed view of the logits the same takes four times as long on a CPU.
+    # Flattened, because on a transposed view of the logits this takes four times as long on a CPU.
     nats = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).double()
     return [float(value) for value in (nats * mask).sum(dim=1).tolist()]
 
 
 def forgetting(before: Sequence[DocumentLoss], after: Sequence[DocumentLoss], text: str) -> Forgetting:
-    """After − before in nats per byte, over all documents together, with a 95 % interval over documents.
+    """Return after − before in nats per byte over all documents, with a 95 % confidence interval over documents.
 
     The difference is a ratio estimate d = Σ(after − before nats) / Σ bytes; its interval is d ± t·se with
     se² = n/(n−1) · Σ(Dᵢ − d·bᵢ)² / (Σb)² and n − 1 degrees of freedom (Cochran, Sampling Techniques, §6.4). Documents
-    are paired. Fewer than two documents give no interval.
+    are paired. There is no interval for fewer than two documents.
 
     Raises:
-        ValueError: the two were not measured on the same documents.
+        ValueError: the documents before and after differ, or there are none.
     """
     if not before or [loss[1:] for loss in before] != [loss[1:] for loss in after]:
         raise ValueError("forgetting needs the same documents before and after, and at least one")
     sizes = np.array([loss.size_bytes for loss in before], dtype=float)
-    first, second = (np.array([loss.nats for loss in side]) for side in (before, after))
-    difference = float((second - first).sum() / sizes.sum())
+    before_nats, after_nats = (np.array([loss.nats for loss in side]) for side in (before, after))
+    difference = float((after_nats - before_nats).sum() / sizes.sum())
     low = high = None
     if len(sizes) > 1:
-        residuals = second - first - difference * sizes
+        residuals = after_nats - before_nats - difference * sizes
         n = len(sizes)
-        error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / float(sizes.sum())
-        half = float(student_t.ppf(0.975, n - 1)) * error
-        low, high = difference - half, difference + half
+        standard_error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / float(sizes.sum())
+        half_width = float(student_t.ppf(0.975, n - 1)) * standard_error
+        low, high = difference - half_width, difference + half_width
     return Forgetting(
-        before_nats_per_byte=float(first.sum() / sizes.sum()),
-        after_nats_per_byte=float(second.sum() / sizes.sum()),
+        before_nats_per_byte=float(before_nats.sum() / sizes.sum()),
+        after_nats_per_byte=float(after_nats.sum() / sizes.sum()),
         difference=difference,
         low=low,
         high=high,

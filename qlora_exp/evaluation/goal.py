@@ -1,4 +1,4 @@
-"""Is the business goal met? Answered by one-sided 95 % bounds over items."""
+"""Whether ``task.goal`` is met, by one-sided 95 % bounds over items."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHARES = {
     "invalid_answer_rate": "invalid",
 }
 _MEANS = {"loss_per_item": "loss_sum_nats", "rouge_l": "rouge_l", "token_f1": "token_f1"}
-# Metric → per-item numerator, denominator, and what is done with their ratio (rising, so that bounds stay bounds).
+# Metric → per-item numerator, denominator, and a transform of their ratio (increasing, so that it keeps bounds).
 _RATIOS: dict[str, tuple[str, str, Callable[[float], float]]] = {
     "loss": ("loss_sum_nats", "tokens", float),
     "perplexity": ("loss_sum_nats", "tokens", lambda value: math.exp(min(value, 700.0))),
@@ -38,14 +38,16 @@ _RATIOS: dict[str, tuple[str, str, Callable[[float], float]]] = {
 
 
 def answer_goal(text: str, evaluation: Evaluation, split: str) -> Goal:
-    """Answer ``METRIC >= NUMBER`` (or ``>``, ``<=``, ``<``): ``yes``, ``no`` or ``not shown``.
+    """Return whether a goal ``METRIC >= NUMBER`` (or ``>``, ``<=``, ``<``) is met: ``yes``, ``no`` or ``not shown``.
 
-    ``low`` and ``high`` are one-sided 95 % bounds each. *yes*: the bound on the goal's far side meets it too; *no*: the
-    other bound fails it; else *not shown*. A metric that wasn't measured, or has no per-item values, is not shown.
-    The bounds are over items only: that another seed might train another model is not in them.
+    ``low`` and ``high`` are one-sided 95 % bounds. *yes*: both bounds meet the goal; *no*: neither does; else *not
+    shown*. A metric that wasn't measured, or has no per-item values, is *not shown*. The bounds are over items only:
+    they don't include the variance between training seeds.
+
+    Example: ``accuracy >= 0.8`` with bounds 0.81 and 0.87 is *yes*.
 
     Raises:
-        ConfigError: the goal can't be read.
+        ConfigError: the goal has a wrong form.
     """
     metric, operator, threshold = parse_goal(text)
     value = getattr(evaluation.scores, metric, None)
@@ -82,44 +84,47 @@ def _bounds(metric: str, evaluation: Evaluation) -> GoalBounds:
 
 
 def wilson_bounds(outcomes: Sequence[float]) -> tuple[float, float]:
-    """One-sided 95 % Wilson bounds of a share (Wilson 1927): those of the two-sided 90 % interval."""
+    """Return one-sided 95 % Wilson bounds of a share (Wilson 1927): those of the two-sided 90 % interval."""
     interval = binomtest(int(sum(outcomes)), len(outcomes)).proportion_ci(2 * GOAL_CONFIDENCE - 1, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def ratio_bounds(numerators: Sequence[float], denominators: Sequence[float]) -> GoalBounds:
-    """One-sided 95 % bounds of Σ numerators / Σ denominators over items, by the linearised ratio estimate and
-    Student's t (Cochran, Sampling Techniques, §6.4); with denominators of 1 the t bounds of a mean."""
+    """Return one-sided 95 % bounds of Σ numerators / Σ denominators over items.
+
+    They come from the linearised ratio estimate and Student's t (Cochran, Sampling Techniques, §6.4). With denominators
+    of 1 they are the t bounds of a mean. ``None`` for fewer than two items or a sum of denominators of 0.
+    """
     n, total = len(numerators), float(sum(denominators))
     if n < 2 or total == 0:
         return None
     ratio = sum(numerators) / total
     residuals = np.array(numerators) - ratio * np.array(denominators)
-    error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / total
-    half = float(student_t.ppf(GOAL_CONFIDENCE, n - 1)) * error
-    return ratio - half, ratio + half
+    standard_error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / total
+    half_width = float(student_t.ppf(GOAL_CONFIDENCE, n - 1)) * standard_error
+    return ratio - half_width, ratio + half_width
 
 
 def _bootstrap_bounds(metric: str, evaluation: Evaluation) -> GoalBounds:
-    """5th and 95th percentile over 2,000 resamples of the items, from a fixed seed."""
+    """Return the 5th and 95th percentile over 2,000 bootstrap resamples of the items, with a fixed seed."""
     index = {label: number for number, label in enumerate(evaluation.labels)}
-    wanted = np.array([index[label] for label in evaluation.items["label"].to_pylist()])
+    references = np.array([index[label] for label in evaluation.items["label"].to_pylist()])
     predicted = np.array([index[label] for label in evaluation.items["predicted"].to_pylist()])
-    if len(wanted) < 2:
+    if len(references) < 2:
         return None
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     values = []
     for _ in range(RESAMPLES):
-        rows = draw.integers(0, len(wanted), len(wanted))
-        values.append(from_confusion(metric, wanted[rows], predicted[rows], len(index)))
+        rows = generator.integers(0, len(references), len(references))
+        values.append(from_confusion(metric, references[rows], predicted[rows], len(index)))
     low, high = np.quantile(values, [1 - GOAL_CONFIDENCE, GOAL_CONFIDENCE])
     return float(low), float(high)
 
 
-def from_confusion(metric: str, wanted: np.ndarray, predicted: np.ndarray, labels: int) -> float:
-    """``macro_f1`` or ``balanced_accuracy`` from label indices: the metrics' own definitions, from counts."""
-    right = np.bincount(wanted[wanted == predicted], minlength=labels)
-    asked, said = np.bincount(wanted, minlength=labels), np.bincount(predicted, minlength=labels)
+def from_confusion(metric: str, references: np.ndarray, predicted: np.ndarray, labels: int) -> float:
+    """Return ``macro_f1`` or ``balanced_accuracy`` from label indices, by counts, as the metrics define them."""
+    correct = np.bincount(references[references == predicted], minlength=labels)
+    true_counts, predicted_counts = np.bincount(references, minlength=labels), np.bincount(predicted, minlength=labels)
     if metric == "balanced_accuracy":
-        return float((right[asked > 0] / asked[asked > 0]).mean())
-    return float((2 * right / np.maximum(asked + said, 1)).mean())
+        return float((correct[true_counts > 0] / true_counts[true_counts > 0]).mean())
+    return float((2 * correct / np.maximum(true_counts + predicted_counts, 1)).mean())

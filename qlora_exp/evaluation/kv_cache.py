@@ -1,9 +1,9 @@
-"""Reading prompts once and going on from them: batches, padding, positions and the key/value cache.
+"""Prefills prompts once and scores continuations with the KV cache: batches, padding, positions.
 
-Prompts are padded on the left whatever the tokenizer's own side is, so that all rows end at the same index and what
-follows can be appended; continuations are padded on the right. Position ids are counted from the mask, because models
-with absolute positions (GPT-2) would otherwise count the padding. Everything runs under ``no_grad``: tensors made in
-``inference_mode`` could not take part in a later training of the same base.
+Prompts are padded on the left, regardless of the tokenizer's side: all rows end at the same index, and continuations
+can be appended. Continuations are padded on the right. Position ids come from the mask, because models with absolute
+positions (GPT-2) would otherwise count the padding. Everything runs under ``no_grad``: tensors of ``inference_mode``
+couldn't be used in a later training of the same base model.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from qlora_exp.errors import ModelError
 
-# Memory bounds, independent of the batch size asked for: on an 8B model with grouped-query attention 16,384 cached
-# tokens are 2 GiB, and 2^27 fp32 logits are half a GiB.
+# Memory limits, in addition to the configured batch size. For an 8B model with grouped-query attention, 16,384 cached
+# tokens take 2 GiB, and 2^27 fp32 logits take half a GiB.
 TOKENS_PER_PASS = 16_384
 LOGITS_PER_PASS = 2**27
 
-# Caches whose ``update`` makes new tensors instead of writing into the old ones: only they can be shared by forks.
+# Cache layers whose ``update`` makes new tensors and leaves the old ones unchanged: only these can be shared by forks.
 _FORKABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def batches(lengths: Sequence[int], rows: int, tokens: int = TOKENS_PER_PASS) -> list[list[int]]:
-    """Indices of sequences in batches of similar length, longest first (an out-of-memory shows at once).
+    """Return indices of sequences in batches of similar length, longest first (so that out-of-memory shows at once).
 
-    A batch has at most ``rows`` sequences and, padded, at most ``tokens`` tokens; a longer sequence goes alone.
+    A batch has at most ``rows`` sequences and, with padding, at most ``tokens`` tokens; a longer sequence is a batch
+    by itself.
     """
     result: list[list[int]] = []
     longest = 0
@@ -47,28 +48,28 @@ def batches(lengths: Sequence[int], rows: int, tokens: int = TOKENS_PER_PASS) ->
 
 
 def max_positions(model: Any) -> int | None:
-    """How many tokens a model takes; ``None`` where its configuration doesn't say."""
+    """Return the model's context length in tokens; ``None`` if its configuration doesn't have it."""
     return CausalModel(model).max_positions
 
 
 def padded(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (1: a token, 0: padding), both of shape (sequences, longest), padded on ``side``.
+    """Return token ids and mask (1: token, 0: padding), both of shape (sequences, longest), padded on ``side``.
 
-    Padding is token 0: it is masked everywhere, so its value never matters.
+    The padding is token 0. It is always masked, so its value doesn't matter.
     """
     longest = max(len(sequence) for sequence in sequences)
     ids, mask = [], []
     for sequence in sequences:
-        gap = [0] * (longest - len(sequence))
+        padding = [0] * (longest - len(sequence))
         tokens, ones = list(sequence), [1] * len(sequence)
-        ids.append(gap + tokens if side == "left" else tokens + gap)
-        mask.append(gap + ones if side == "left" else ones + gap)
+        ids.append(padding + tokens if side == "left" else tokens + padding)
+        mask.append(padding + ones if side == "left" else ones + padding)
     return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask, dtype=torch.long, device=device)
 
 
 @contextmanager
 def scoring_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode that it was in."""
+    """Set evaluation mode without gradients; restore every module's mode at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -80,7 +81,7 @@ def scoring_mode(model: Any) -> Iterator[None]:
 
 
 class CausalModel:
-    """A causal language model (with or without adapters) called with the arguments that its forward knows."""
+    """A causal language model, with or without adapters, that is called only with arguments its ``forward`` has."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -91,19 +92,22 @@ class CausalModel:
 
     @property
     def max_positions(self) -> int | None:
-        """How many tokens the model takes; None where its configuration doesn't say."""
+        """The model's context length in tokens; ``None`` if its configuration doesn't have it."""
         text_config = self.base.config.get_text_config()
         limit = int(getattr(text_config, "max_position_embeddings", 0) or 0)
         return limit if limit > 0 else None
 
     @property
     def takes_masks_of_its_callers(self) -> bool:
-        """Whether attention sees what a mask (rows, 1, tokens, all tokens) says, and distances follow from position ids
-        alone. GPT-Neo's layers lay triangles of their own over it, by place and no larger than its positions."""
+        """Whether attention follows a mask of shape (rows, 1, tokens, all tokens), and distances follow from position
+        ids alone.
+
+        Not with ALiBi, and not with GPT-Neo, whose layers apply further causal masks by index.
+        """
         config = self.base.config.get_text_config()
         plain = self.base.config._attn_implementation in ("eager", "sdpa") and not getattr(config, "alibi", False)
-        own = any(buffer.dtype is torch.bool and buffer.dim() == 4 for buffer in self.base.buffers())
-        return plain and not own and "position_ids" in self._known
+        has_own_masks = any(buffer.dtype is torch.bool and buffer.dim() == 4 for buffer in self.base.buffers())
+        return plain and not has_own_masks and "position_ids" in self._known
 
     def __call__(
         self,
@@ -114,10 +118,10 @@ class CausalModel:
         use_cache: bool,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Cache | None]:
-        """Logits in fp32 of the last ``keep`` positions, shape (rows, keep, vocabulary), and the cache.
+        """Return fp32 logits of the last ``keep`` positions, shape (rows, keep, vocabulary), and the cache.
 
-        ``ids`` are the new tokens; ``mask`` covers the cached ones too. ``positions``: (rows, new tokens), where they
-        don't follow from a mask of two dimensions.
+        ``ids`` are the new tokens; ``mask`` also covers the cached ones. ``positions``: (rows, new tokens), required
+        unless the mask has two dimensions.
         """
         if positions is None:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -128,7 +132,7 @@ class CausalModel:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self._known:
             arguments["logits_to_keep"] = keep
-        if "output_router_logits" in self._known:  # their loss can't be had of a text that is read in parts
+        if "output_router_logits" in self._known:  # router losses aren't defined for a text that is read in parts
             arguments["output_router_logits"] = False
         output = self._model(**arguments)
         return output.logits[:, -keep:].float(), getattr(output, "past_key_values", None)
@@ -136,17 +140,17 @@ class CausalModel:
 
 @dataclass(frozen=True)
 class PrefilledBatch:
-    """Texts that the model has read, one a row. Going on from it leaves it as it was."""
+    """Prefilled texts, one per row. Continuing them doesn't change this object."""
 
     model: CausalModel
     ids: Tensor
     """(rows, tokens), left-padded."""
     mask: Tensor
     cache: Cache | None
-    """None for models whose cache can't be shared (state-space layers): they read the text again each time."""
+    """``None`` for models whose cache can't be shared (state-space layers): they read the whole text each time."""
 
     def select(self, rows: Sequence[int]) -> PrefilledBatch:
-        """These rows, in this order, repeats allowed."""
+        """Return a batch of these rows, in this order; a row may repeat."""
         index = torch.tensor(rows, device=self.ids.device)
         cache = self.cache
         if cache is not None and list(rows) != list(range(len(self.ids))):
@@ -155,7 +159,7 @@ class PrefilledBatch:
         return PrefilledBatch(self.model, self.ids[index], self.mask[index], cache)
 
     def extend(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, PrefilledBatch]:
-        """Read ``ids`` (rows, k) after the text: fp32 logits after each (rows, k, vocabulary), and the context."""
+        """Read ``ids`` (rows, k) after the text; return fp32 logits (rows, k, vocabulary) and the extended batch."""
         all_ids, all_mask = torch.cat([self.ids, ids], dim=1), torch.cat([self.mask, mask], dim=1)
         cache = _fork_cache(self.cache) if self.cache is not None else None
         logits, cache = self.model(
@@ -165,21 +169,24 @@ class PrefilledBatch:
 
     @property
     def can_pack_continuations(self) -> bool:
-        """Whether :meth:`branches` needs one copy of each text, whatever the number of paths."""
-        whole = self.cache is not None and all(type(layer) is DynamicLayer for layer in self.cache.layers)
-        return whole and self.model.takes_masks_of_its_callers
+        """Whether :meth:`branches` packs all paths into one row per text, without copies of the text's cache."""
+        has_full_cache = self.cache is not None and all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        return has_full_cache and self.model.takes_masks_of_its_callers
 
     def branches(self, paths: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Read each of ``paths`` after each text as if it stood there alone: of each path fp32 logits after its tokens,
-        (rows, tokens, vocabulary). Where attention can be told who sees whom, the paths stand side by side behind the
-        text; elsewhere its keys and values are repeated for each."""
+        """Read each of ``paths`` after each text, independently of the other paths.
+
+        Returns fp32 logits after each path's tokens, one tensor (rows, tokens, vocabulary) per path. If the model
+        follows custom masks, one pass has all paths side by side after the text; else the text's keys and values are
+        repeated for each path.
+        """
         if self.can_pack_continuations:
             return self._side_by_side(paths)
         rows = len(self.ids)
         ids, mask = padded([*paths] * rows, "right", self.model.device)
         logits, _ = self.select([row for row in range(rows) for _ in paths]).extend(ids, mask)
-        apart = logits.view(rows, len(paths), ids.shape[1], -1)
-        return [apart[:, number, : len(path)] for number, path in enumerate(paths)]
+        by_path = logits.view(rows, len(paths), ids.shape[1], -1)
+        return [by_path[:, number, : len(path)] for number, path in enumerate(paths)]
 
     def _side_by_side(self, paths: Sequence[Sequence[int]]) -> list[Tensor]:
         assert self.cache is not None
@@ -187,26 +194,28 @@ class PrefilledBatch:
         ids = torch.tensor([token for path in paths for token in path], device=model.device).expand(rows, -1)
         path_of = torch.tensor([number for number, path in enumerate(paths) for _ in path], device=model.device)
         depth = torch.tensor([depth for path in paths for depth in range(len(path))], device=model.device)
-        own = (path_of[:, None] == path_of) & (depth[:, None] >= depth)
-        seen = torch.cat([self.mask.bool()[:, None].expand(-1, len(own), -1), own.expand(rows, -1, -1)], dim=2)
+        causal = (path_of[:, None] == path_of) & (depth[:, None] >= depth)
+        visible = torch.cat([self.mask.bool()[:, None].expand(-1, len(causal), -1), causal.expand(rows, -1, -1)], dim=2)
         dtype = model.base.get_input_embeddings().weight.dtype
-        hidden = torch.zeros(seen.shape, dtype=dtype, device=model.device).masked_fill(~seen, torch.finfo(dtype).min)
+        bias = torch.zeros(visible.shape, dtype=dtype, device=model.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
         positions = self.mask.sum(dim=1, keepdim=True) + depth
         logits, _ = model(
-            ids, hidden[:, None], ids.shape[1], _fork_cache(self.cache), use_cache=True, positions=positions
+            ids, bias[:, None], ids.shape[1], _fork_cache(self.cache), use_cache=True, positions=positions
         )
         return [logits[:, path_of == number] for number in range(len(paths))]
 
 
 def prefill(model: CausalModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, PrefilledBatch]:
-    """One pass over ``texts`` (none empty): fp32 logits of the next token (rows, vocabulary), and the context."""
+    """Read ``texts`` (none empty) in one pass; return the next token's fp32 logits (rows, vocabulary) and the batch."""
     ids, mask = padded(texts, "left", model.device)
     logits, cache = model(ids, mask, keep=1, cache=None, use_cache=True)
     return logits[:, 0], PrefilledBatch(model, ids, mask, cache if _forkable(cache) else None)
 
 
 def start_token(tokenizer: Any) -> int:
-    """What stands before a text that has nothing before it: BOS, or EOS where the tokenizer has no BOS.
+    """Return the token that precedes a text without prompt: BOS, or EOS if the tokenizer has no BOS.
 
     Raises:
         ModelError: the tokenizer has neither.
@@ -218,7 +227,7 @@ def start_token(tokenizer: Any) -> int:
 
 
 def _forkable(cache: Any) -> bool:
-    # A subclass may keep more than its layers do: MiniMax's has the states of linear attention.
+    # A subclass may store more than its layers: MiniMax's also has states of linear attention.
     return type(cache) is DynamicCache and all(type(layer) in _FORKABLE_LAYERS for layer in cache.layers)
 
 

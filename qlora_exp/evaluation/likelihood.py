@@ -1,4 +1,4 @@
-"""Log-likelihoods of completions and of label options, from one pass over each prompt."""
+"""Log-likelihoods of completions and label options after one prefill of each prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class CompletionScore:
-    """Nats over the completion's tokens and over the end tokens; hits of the teacher-forced argmax on the former."""
+    """Nats of the completion's tokens and of its end tokens; completion tokens that the teacher-forced argmax gets
+    right."""
 
     completion_nats: float
     end_nats: float
@@ -26,9 +27,9 @@ class CompletionScore:
 def completion_scores(
     next_logits: Tensor, context: PrefilledBatch, completions: Sequence[Tokens], ends: Sequence[Tokens]
 ) -> list[CompletionScore]:
-    """Teacher-forced scores of each row's completion followed by its end tokens.
+    """Return teacher-forced scores of each row's completion followed by its end tokens.
 
-    ``next_logits`` (rows, vocabulary) and ``context`` are what :func:`read` gave for the prompts.
+    ``next_logits`` (rows, vocabulary) and ``context`` come from :func:`~qlora_exp.evaluation.kv_cache.prefill`.
     """
     results: list[CompletionScore] = []
     longest = max((len(a) + len(b) for a, b in zip(completions, ends, strict=True)), default=0)
@@ -44,7 +45,7 @@ def completion_scores(
 
 
 def _teacher_forced(next_logits: Tensor, context: PrefilledBatch, targets: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-    """Nats (float64) and argmax hits of every target token, both (rows, longest); beyond a row's end: meaningless."""
+    """Return nats (float64) and argmax hits of target tokens, both (rows, longest); undefined after a row's end."""
     ids, mask = padded(targets, "right", context.model.device)
     logits = next_logits[:, None]
     if ids.shape[1] > 1:
@@ -56,28 +57,28 @@ def _teacher_forced(next_logits: Tensor, context: PrefilledBatch, targets: Seque
 
 @dataclass(frozen=True)
 class OptionTrie:
-    """Options as token paths. ``paths`` are what must be read to score every token after an option's first."""
+    """Options as token paths. The model must read ``paths`` to score every token after an option's first."""
 
     options: tuple[Tokens, ...]
     paths: tuple[Tokens, ...]
-    """Options without their last token, less those that another one begins with."""
+    """Options without their last token, except those that are the beginning of another."""
     readers: tuple[int | None, ...]
-    """By option: the path that reads it; None for one token."""
+    """By option: the index of the path that contains it; ``None`` for an option of one token."""
 
     @classmethod
     def of(cls, options: Sequence[Tokens]) -> OptionTrie:
         inner = sorted({option[:-1] for option in options if len(option) > 1})
-        # In sorted order a path that begins another one stands directly before one that it begins.
+        # In sorted order, a path that is the beginning of others stands directly before one of them.
         paths = [a for a, b in zip(inner, [*inner[1:], ()], strict=False) if b[: len(a)] != a]
         reader = {path[:length]: number for number, path in enumerate(paths) for length in range(1, len(path) + 1)}
         return cls(tuple(options), tuple(paths), tuple(reader.get(option[:-1]) for option in options))
 
 
 def option_log_likelihoods(next_logits: Tensor, context: PrefilledBatch, trie: OptionTrie) -> Tensor:
-    """log p(option | prompt), summed over all of the option's tokens: float64, (rows, options), on the CPU.
+    """Return log p(option | prompt), summed over the option's tokens: float64, (rows, options), on the CPU.
 
-    First tokens are read off ``next_logits``. What is left is a trie: only its distinct inner paths are fed to the
-    model, each once per prompt, over the prompts' cached keys and values. Equals one full pass per prompt and option.
+    First tokens are scored from ``next_logits``. The rest is a trie: the model reads each of its distinct inner paths
+    once per prompt, with the prompt's cached keys and values. The result equals one full pass per prompt and option.
     """
     scores = log_softmax(next_logits, dim=-1)[:, [option[0] for option in trie.options]].double()
     rows = len(next_logits)
@@ -91,7 +92,7 @@ def option_log_likelihoods(next_logits: Tensor, context: PrefilledBatch, trie: O
 
 
 def _chunks(paths: Sequence[Tokens], rows: int, context: PrefilledBatch) -> list[range]:
-    """As many paths per pass as the bounds on cached tokens and on logits allow, at least one."""
+    """Return ranges of paths for each pass, as many as the limits on cached tokens and logits allow, at least one."""
     longest = max((len(path) for path in paths), default=1)
     repeated = 0 if context.can_pack_continuations else context.ids.shape[1]
     by_tokens = 2 * TOKENS_PER_PASS // (rows * (repeated + longest))

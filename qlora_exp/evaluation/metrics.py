@@ -1,8 +1,8 @@
-"""Metrics that work offline, as ``evaluate.Metric`` classes, and the door to those of the Hub.
+"""Offline metrics as ``evaluate.Metric`` classes, and metrics from the Hub.
 
-``evaluate.load("exact_match")`` downloads a script from the Hub, so what every run needs is defined here. Each class
-returns one number under its own ``score_name``; the per-item values behind the text metrics are plain functions, so
-that a score and the per-item table can't disagree.
+``evaluate.load("exact_match")`` downloads a script from the Hub, so the metrics of every run are defined here. Each
+class returns one number under its ``score_name``. Text metrics and the per-item table use the same plain functions, so
+that they always agree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sklearn.metrics import f1_score
 from qlora_exp.data.texts import comparable, same_text
 from qlora_exp.errors import ConfigError, nearest
 
-# The evaluate library's own metrics that score one text against one reference: what a misspelt name is held against.
+# The evaluate library's metrics that score one text against one reference, to suggest a name for a misspelt one.
 HUB_TEXT_METRICS = (
     "bertscore",
     "bleu",
@@ -43,14 +43,15 @@ HUB_TEXT_METRICS = (
 
 
 def words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits, in any script. On ASCII text this is rouge-score's own tokenizer."""
+    """Return the lower-case runs of letters and digits, in any script. On ASCII text this equals rouge-score's
+    tokenizer."""
     return re.findall(r"[^\W_]+", comparable(text))
 
 
 def rouge_l_f(prediction: str, reference: str) -> float:
-    """ROUGE-L F-measure with beta = 1 (Lin 2004): 2·LCS / (words of prediction + words of reference).
+    """Return the ROUGE-L F-measure with beta = 1 (Lin 2004): 2·LCS / (words of prediction + words of reference).
 
-    1.0 where neither text has a word, 0.0 where only one has.
+    1.0 if neither text has words, 0.0 if only one has.
     """
     first, second = words(prediction), words(reference)
     if not first or not second:
@@ -59,9 +60,9 @@ def rouge_l_f(prediction: str, reference: str) -> float:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of word precision and recall, order ignored (SQuAD, but articles are kept).
+    """Return the harmonic mean of word precision and recall, ignoring order (as SQuAD, but with articles).
 
-    1.0 where neither text has a word, 0.0 where only one has.
+    1.0 if neither text has words, 0.0 if only one has.
     """
     first, second = words(prediction), words(reference)
     if not first or not second:
@@ -70,7 +71,7 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, by bit-parallel dynamic programming (Hyyrö 2004)."""
+    """Return the length of the longest common subsequence, by bit-parallel dynamic programming (Hyyrö 2004)."""
     occurrences: dict[str, int] = {}
     for index, word in enumerate(first):
         occurrences[word] = occurrences.get(word, 0) | 1 << index
@@ -93,7 +94,7 @@ class _OfflineMetric(evaluate.Metric):  # type: ignore[misc]
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
-        return ""  # the library makes a folder under the home directory here, which may be read-only
+        return ""  # the library would make a folder under the home directory, which may be read-only
 
     def _info(self) -> evaluate.MetricInfo:
         value = Value(self.input_type)
@@ -190,13 +191,13 @@ def _mean(values: Sequence[float]) -> float:
 def score_completions(
     metric: type[_OfflineMetric], predictions: Sequence[Any], references: Sequence[Any], **inputs: Any
 ) -> float:
-    """One metric's value; ``inputs`` are what its ``meaning`` names (``labels``, ``answers``)."""
+    """Return one metric's value. ``inputs`` are the arguments that its ``meaning`` names (``labels``, ``answers``)."""
     result = metric().compute(predictions=list(predictions), references=list(references), **inputs)
     return float(result[metric.score_name])
 
 
 def hub_metric(name: str) -> Any:
-    """A metric of the evaluate library by its Hub name, e.g. ``sacrebleu``. Needs the network, or the Hub's cache.
+    """Return a metric of the evaluate library by its Hub name, e.g. ``sacrebleu``. Needs network or the Hub's cache.
 
     Community metrics (``OWNER/NAME``) and scripts on disk are refused: loading one runs its code.
 
@@ -211,11 +212,11 @@ def hub_metric(name: str) -> Any:
             nearest(name, HUB_TEXT_METRICS),
         )
     try:
-        # Spelt out, because a bare name would first be looked for as a script in the current directory.
+        # With the owner, because evaluate looks for a bare name as a script in the current directory first.
         return evaluate.load(f"evaluate-metric/{name}", keep_in_memory=True)
     except ImportError as error:
         raise ConfigError(f"the metric {name!r} needs a package that isn't installed: {error}", where) from None
-    except Exception as error:  # the library raises OSError, FileNotFoundError, HTTP and parsing errors alike
+    except Exception as error:  # the library raises OSError, FileNotFoundError, HTTP and parsing errors
         logging.getLogger(__name__).debug("evaluate.load failed", exc_info=True)
         hint = "go online once (HF_HUB_OFFLINE unset), or leave it out"
         if name not in HUB_TEXT_METRICS:

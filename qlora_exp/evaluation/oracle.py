@@ -1,7 +1,7 @@
-"""The oracle: a model that answers with exactly the tokens that it learns must be scored as right.
+"""Checks the answers' format with an oracle: a model that generates exactly the trained tokens must score as correct.
 
-Where it isn't — a tokenizer that doesn't give a text back, an answer that holds the end of a turn — exact match and the
-invalid rate would measure the format, not the model.
+If it doesn't, exact match and the invalid rate would measure the format, not the model. Causes are a tokenizer that
+doesn't restore a text, or an answer that contains the end of a turn.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 def stop_rule_of(splits: Splits, tokenizer: Any, config: Config, model: Any = None) -> StopRule:
-    """When generated answers end; without ``model`` as far as the tokenizer and the task's rows say."""
-    known = (*splits.train, *splits.validation, *splits.test)
+    """Return the task's stop rule; without ``model``, from the tokenizer and the rows alone."""
+    items = (*splits.train, *splits.validation, *splits.test)
     limit = max_new_tokens(splits, config)
-    return stop_rule(model, tokenizer, [item.end_ids for item in known], [item.answer for item in known], limit)
+    return stop_rule(model, tokenizer, [item.end_ids for item in items], [item.answer for item in items], limit)
 
 
 def perfect_answers(items: Sequence[Item], tokenizer: Any, rule: StopRule) -> list[str]:
-    """What generation gives where the model's most likely tokens are those that it learns."""
+    """Return the generated answers of an oracle whose most likely tokens are the trained ones."""
     answers = []
     for item in items:
         ids = [*item.completion_ids, *item.end_ids]
@@ -46,9 +46,9 @@ def perfect_answers(items: Sequence[Item], tokenizer: Any, rule: StopRule) -> li
 
 
 def check_answers(splits: Splits, tokenizer: Any, config: Config) -> None:
-    """:class:`DataError` with the first row whose answer would be scored as wrong, however good the model is.
+    """Raise :class:`DataError` with the first row whose answer would be scored as wrong even for a perfect model.
 
-    Answers that ``training.max_length`` or ``evaluation.max_new_tokens`` cuts are left out: the user chose so.
+    Answers that ``training.max_length`` or ``evaluation.max_new_tokens`` truncates aren't checked.
     """
     rule = stop_rule_of(splits, tokenizer, config)
     items = [item for item in (*splits.train, *splits.validation, *splits.test) if _whole(item, rule, config)]

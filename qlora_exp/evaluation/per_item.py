@@ -1,4 +1,4 @@
-"""The per-item table, and the scores that follow from it."""
+"""The per-item table, and the scores computed from it."""
 
 from __future__ import annotations
 
@@ -59,17 +59,20 @@ ITEM_COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class ItemResult:
+    """The model's results on one item. ``options``: log-likelihood of each label option, float64."""
+
     completion: CompletionScore
     options: np.ndarray | None
     generated: str | None
 
 
 def folds_case(option_texts: Sequence[str]) -> bool:
-    """Whether answers are compared without regard to case: not where two options differ in nothing else."""
+    """Return whether answers are compared case-insensitively: False if two options differ only in case."""
     return len({comparable(text) for text in option_texts}) == len({comparable(text, False) for text in option_texts})
 
 
 def option_matrix(results: Sequence[ItemResult]) -> np.ndarray:
+    """Return the options' log-likelihoods, shape (items, options)."""
     return np.array([result.options for result in results])
 
 
@@ -81,7 +84,8 @@ def item_table(
     priors: np.ndarray | None,
     option_texts: Sequence[str],
 ) -> pa.Table:
-    """One row per item, in order; the columns are :data:`ITEM_COLUMNS`, null where something wasn't measured."""
+    """Return a table with one row per item, in order. Its columns are :data:`ITEM_COLUMNS`; unmeasured values are
+    null."""
     predictions = _predictions(results, splits, label_marginal, priors)
     fold_case = folds_case(option_texts)
     valid = {comparable(text, fold_case) for text in option_texts}
@@ -119,16 +123,18 @@ def _predictions(
     label_marginal: Mapping[str, float] | None,
     priors: np.ndarray | None,
 ) -> dict[str, list[str]]:
-    """Predicted labels by rule: the option of largest summed log-likelihood; the same less the log of the label
-    marginal; the same per token; the same less what it is without an item. Equal scores go to the option that comes
-    first."""
+    """Return the predicted labels of each scoring rule, by column suffix; of equal options the first wins.
+
+    The plain rule takes the option with the largest summed log-likelihood. ``_normalized`` divides it by the option's
+    tokens, ``_calibrated`` subtracts the log of the label marginal, and ``_pmi`` subtracts the prior without an item.
+    """
     if not splits.labels or not results:
         return {}
     summed = option_matrix(results)
     lengths = np.array([len(splits.option_ids[label]) for label in splits.labels])
     rules = {"": summed, "_normalized": summed / lengths}
     if label_marginal is not None:
-        # The floor keeps an option that the model holds for impossible everywhere from winning by a division by 0.
+        # The floor avoids log(0): an option with probability 0 everywhere would win.
         shares = np.maximum([label_marginal[label] for label in splits.labels], np.finfo(float).tiny)
         rules["_calibrated"] = summed - np.log(shares)
     if priors is not None:
@@ -137,7 +143,7 @@ def _predictions(
 
 
 def scores_of(split: str, table: pa.Table, labels: Sequence[str], option_texts: Sequence[str]) -> Scores:
-    """What docs/measures.md defines, from the per-item table alone. ``option_texts``: how valid answers are written."""
+    """Return the scores defined in docs/measures.md, from the per-item table. ``option_texts``: the valid answers."""
     if table.num_rows == 0:
         return Scores(split=split, items=0)
     column = {name: table[name].to_pylist() for name in table.column_names}
@@ -160,29 +166,29 @@ def scores_of(split: str, table: pa.Table, labels: Sequence[str], option_texts: 
 
 def _label_scores(column: Mapping[str, list[Any]], labels: Sequence[str]) -> dict[str, Any]:
     index = {label: number for number, label in enumerate(labels)}
-    wanted = [index[label] for label in column["label"]]
+    references = [index[label] for label in column["label"]]
 
     def predicted(suffix: str) -> list[int]:
         return [index[label] for label in column[f"predicted{suffix}"]]
 
     plain = predicted("")
     return {
-        "accuracy": score_completions(Accuracy, plain, wanted),
-        "accuracy_calibrated": score_completions(Accuracy, predicted("_calibrated"), wanted),
-        "accuracy_normalized": score_completions(Accuracy, predicted("_normalized"), wanted),
-        "accuracy_pmi": score_completions(Accuracy, predicted("_pmi"), wanted),
-        "balanced_accuracy": score_completions(BalancedAccuracy, plain, wanted),
-        "macro_f1": score_completions(MacroF1, plain, wanted, labels=len(labels)),
+        "accuracy": score_completions(Accuracy, plain, references),
+        "accuracy_calibrated": score_completions(Accuracy, predicted("_calibrated"), references),
+        "accuracy_normalized": score_completions(Accuracy, predicted("_normalized"), references),
+        "accuracy_pmi": score_completions(Accuracy, predicted("_pmi"), references),
+        "balanced_accuracy": score_completions(BalancedAccuracy, plain, references),
+        "macro_f1": score_completions(MacroF1, plain, references, labels=len(labels)),
     }
 
 
 def _answer_scores(column: Mapping[str, list[Any]], option_texts: Sequence[str]) -> dict[str, Any]:
     generated, answers, fold_case = column["generated"], column["answer"], folds_case(option_texts)
-    found = {"exact_match": score_completions(ExactMatch, generated, answers, fold_case=fold_case)}
+    scores = {"exact_match": score_completions(ExactMatch, generated, answers, fold_case=fold_case)}
     if option_texts:
         invalid = score_completions(InvalidAnswerRate, generated, answers, answers=option_texts, fold_case=fold_case)
-        return found | {"invalid_answer_rate": invalid}
-    return found | {
+        return scores | {"invalid_answer_rate": invalid}
+    return scores | {
         "rouge_l": score_completions(RougeL, generated, answers),
         "token_f1": score_completions(TokenF1, generated, answers),
     }

@@ -1,4 +1,4 @@
-"""What the model says of the options when it is asked about nothing in particular: the prior that PMI divides by."""
+"""The options' prior probabilities for PMI scoring: their likelihood after the task's prompt without an item."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qlora_exp.evaluation.likelihood import OptionTrie, Tokens, option_log_likel
 
 
 def domain_prompt(prompts: Sequence[Tokens]) -> Tokens:
-    """The task's prompt without an item: the tokens that all ``prompts`` begin with, then those that all end with."""
-    begin = common_start(prompts)
-    rest = [prompt[len(begin) :][::-1] for prompt in prompts]
-    return begin + common_start(rest)[::-1]
+    """Return the task's prompt without an item: the common beginning of all ``prompts``, then their common end."""
+    prefix = common_start(prompts)
+    reversed_rests = [prompt[len(prefix) :][::-1] for prompt in prompts]
+    return prefix + common_start(reversed_rests)[::-1]
 
 
 def option_priors(model: CausalModel, prompt: Tokens, trie: OptionTrie) -> np.ndarray:
-    """log p(option | prompt) for each option, by one pass over one prompt."""
+    """Return log p(option | prompt) for each option, from one prefill of ``prompt``."""
     next_logits, context = prefill(model, [prompt])
     priors: np.ndarray = option_log_likelihoods(next_logits, context, trie).numpy()[0]
     return priors

@@ -1,4 +1,4 @@
-"""Scores of one model on one split, and the per-item results behind them."""
+"""Scores of one model on one split, and its per-item results."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``items`` has one row per item, in the items' order; its columns are ``per_item.ITEM_COLUMNS``."""
+    """Scores of one model on one split. ``items``: one row per item, with columns ``per_item.ITEM_COLUMNS``."""
 
     scores: Scores
     items: pa.Table
     labels: tuple[str, ...] = ()
-    """All of the task's labels, whether they occur among the items or not."""
+    """All of the task's labels, also those without items."""
     label_marginal: dict[str, float] | None = None
-    """Mean predicted probability of each option over the validation items: what calibration divides by."""
+    """Mean predicted probability of each option over the validation items; calibration divides by it."""
 
 
 def evaluate_model(
@@ -49,42 +49,45 @@ def evaluate_model(
 ) -> Evaluation:
     """Score ``items`` of ``split`` by likelihood and, with ``evaluation.generate``, by greedy generation.
 
-    ``label_marginal`` is that of an evaluation of the validation split. Where it isn't given it is estimated: from
-    ``items`` when they are the validation split, else from a further pass over the validation items.
+    ``label_marginal`` comes from an evaluation of the validation split. By default it is estimated: from ``items`` if
+    they are the validation split, else from another pass over the validation items.
 
-    The model's mode, its configuration and the tokenizer are left as they were. Scores don't depend on the batch size,
-    but for rounding; with int8 they do: it picks outlier columns over a whole batch, and rounds inputs to 8 bits.
+    Model and tokenizer are unchanged afterwards. Scores don't depend on the batch size, except for rounding. With int8
+    they do: LLM.int8() picks outlier columns over a whole batch, and rounds inputs to 8 bits.
 
     Raises:
-        ConfigError: a metric of ``evaluation.metrics`` can't be had; before anything is scored. Further metrics are of
-            generated answers (:mod:`qlora_exp.config.checks` asks for ``evaluation.generate``).
+        ConfigError: a metric of ``evaluation.metrics`` isn't available; raised before scoring. These metrics need
+            generated answers (:mod:`qlora_exp.config.checks` checks ``evaluation.generate``).
     """
-    further = {name: hub_metric(name) for name in config.evaluation.metrics}
+    hub_metrics = {name: hub_metric(name) for name in config.evaluation.metrics}
     trie = OptionTrie.of([splits.option_ids[label] for label in splits.labels]) if splits.labels else None
     with scoring_mode(model):
         causal = CausalModel(model)
         rule = stop_rule_of(splits, tokenizer, config, causal.base) if config.evaluation.generate else None
         results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
         if trie is not None and label_marginal is None and items:
-            estimated_on = results
+            reference = results
             if split != "validation":
-                chosen = limited(splits.validation, config)
-                estimated_on = score_items(causal, tokenizer, chosen, trie, None, config.evaluation.batch_size)
-            label_marginal = dict(zip(splits.labels, marginal(option_matrix(estimated_on)).tolist(), strict=True))
+                validation = limited(splits.validation, config)
+                reference = score_items(causal, tokenizer, validation, trie, None, config.evaluation.batch_size)
+            label_marginal = dict(zip(splits.labels, marginal(option_matrix(reference)).tolist(), strict=True))
         priors = option_priors(causal, _domain_prompt(tokenizer, splits), trie) if trie is not None else None
     option_texts = [_text(tokenizer, splits.label_ids[label]) for label in splits.labels]
     table = item_table(items, results, splits, label_marginal, priors, option_texts)
     scores = scores_of(split, table, splits.labels, option_texts)
     if rule is not None:
         scores = replace(scores, max_new_tokens=rule.max_new_tokens)
-    if further and items:
-        scores.other.update(_further(further, table))
+    if hub_metrics and items:
+        scores.other.update(_further(hub_metrics, table))
     return Evaluation(scores, table, tuple(splits.labels), dict(label_marginal) if label_marginal else None)
 
 
 def limited(items: Sequence[Item], config: Config) -> Sequence[Item]:
-    """``evaluation.max_items`` of them, in their order: drawn by ``task.split_seed``, because a file may be sorted by
-    label; small draws are part of larger ones. The embedded task was shuffled when it was built: its first ones."""
+    """Return ``evaluation.max_items`` of ``items``, in their order.
+
+    They are sampled with ``task.split_seed``, because a file may be sorted by label. A smaller sample is part of any
+    larger one. The embedded task is already shuffled, so its first items are taken.
+    """
     limit = config.evaluation.max_items
     if limit is None or config.task.source is TaskSource.embedded:
         return items[:limit]
@@ -94,8 +97,10 @@ def limited(items: Sequence[Item], config: Config) -> Sequence[Item]:
 
 
 def marginal(log_likelihoods: np.ndarray) -> np.ndarray:
-    """Mean over items of softmax over options: (items, options) → (options,). What the model says before it has read
-    anything of an item in particular (batch calibration, Zhou et al. 2023)."""
+    """Return the mean over items of the softmax over options: (items, options) → (options,).
+
+    It estimates the model's preference for each option regardless of the item (batch calibration, Zhou et al. 2023).
+    """
     shifted = np.exp(log_likelihoods - log_likelihoods.max(axis=1, keepdims=True))
     mean: np.ndarray = (shifted / shifted.sum(axis=1, keepdims=True)).mean(axis=0)
     return mean
@@ -109,7 +114,7 @@ def score_items(
     rule: StopRule | None,
     batch_size: int,
 ) -> list[ItemResult]:
-    """Every prompt is read once; completion, options and generation all go on from there. In the items' order."""
+    """Return results in the items' order. Each prompt is prefilled once, for completion, options and generation."""
     results: dict[int, ItemResult] = {}
     lengths = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in items]
     for batch in batches(lengths, batch_size):
@@ -140,12 +145,12 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _further(metrics: Mapping[str, Any], table: pa.Table) -> dict[str, float]:
-    """Every number that a Hub metric gives for the generated answers, as ``NAME`` or ``NAME_KEY``."""
+    """Return all numbers of the Hub metrics for the generated answers, as ``NAME`` or ``NAME_KEY``."""
     values: dict[str, float] = {}
     for name, metric in metrics.items():
         texts = {name: [normal_form(text) for text in table[name].to_pylist()] for name in ("generated", "answer")}
-        found = metric.compute(predictions=texts["generated"], references=texts["answer"])
-        for key, value in found.items():
+        result = metric.compute(predictions=texts["generated"], references=texts["answer"])
+        for key, value in result.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 values[name if key in (name, "score") else f"{name}_{key}"] = float(value)
     return values

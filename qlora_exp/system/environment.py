@@ -103,7 +103,7 @@ def alive(process: Process) -> bool | None:
     except OverflowError:
         return False
     except PermissionError:
-        pass  # it exists and is another user's
+        pass  # it exists but belongs to another user
     stat = _stat_fields(process.pid)
     if stat is not None and stat[0] in ("Z", "X"):
         return False

@@ -63,7 +63,7 @@ def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> str | Non
         # CUDA counts the fastest card first, the driver counts by slot: which card an index means is unknown here.
         chosen = (variable or "").split(",")[0].strip()
     else:
-        chosen = max(usable, key=lambda card: card.free_bytes or 0).uuid  # the first of equals
+        chosen = max(usable, key=lambda card: card.free_bytes or 0).uuid  # the first of equal ones
     environment[DEVICES_VARIABLE] = chosen
     return chosen
 

@@ -57,8 +57,8 @@ def on_cpu(device: str) -> bool:
 def reexec_with_tunables(arguments: Sequence[str]) -> None:
     """Restart this process with :data:`TUNABLES`, before the command with ``arguments`` has done anything.
 
-    Returns without a restart if GLIBC_TUNABLES is set, if this process won't train on a CPU, or if another program
-    (a script, a notebook, a debugger) calls the command.
+    Returns without a restart if GLIBC_TUNABLES is set or if this process won't train on a CPU. Nor does it restart a
+    script, a notebook or a debugger that calls the command.
     """
     on_the_cpu = on_cpu("cpu" if any(DEVICE_CPU.fullmatch(text) for text in arguments) else "auto")
     if malloc_tunables() is None and on_the_cpu and _is_glibc() and not ELSEWHERE & set(arguments) and _is_a_command():

@@ -79,7 +79,7 @@ def age_seconds(file: Path) -> float | None:
     try:
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".now.") as probe:
             return os.fstat(probe.fileno()).st_mtime - touched
-    except OSError:  # a folder that can't be written
+    except OSError:  # the folder isn't writable
         return time.time() - touched
 
 
