@@ -1,4 +1,4 @@
-"""Records into an MLflow run, by explicit run id. Every function may be repeated: what is there is not doubled."""
+"""Log records to an MLflow run, by explicit run id. Every function can be repeated: it duplicates nothing."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from qlora_exp.records.types import RunRecord
 from qlora_exp.tracking import fields
 
 METRICS_PER_CALL = 500
-"""MLflow takes 1,000 and a megabyte; half stays well below."""
+"""MLflow's limit is 1,000 values and 1 MB a call."""
 
 ADAPTER_SUFFIXES = frozenset({".safetensors", ".json", ".jinja"})
-"""What of adapter/ is shown: never pickles (``.bin``, ``.pt``), which run code when they are loaded."""
+"""Files of adapter/ that are logged. Pickles (``.bin``, ``.pt``) are not: they run code when they are loaded."""
 
 
 def find(client: MlflowClient, experiment_id: str, run_id: str) -> str | None:
-    """The MLflow run of our ``run_id``, by its tag; ``None``: there is none, or a person has deleted it."""
+    """Return the MLflow run that has our ``run_id`` as tag; ``None``: there is none, or a person deleted it."""
     query = f"tags.`{fields.RUN_ID_TAG}` = '{run_id}'"
-    found = client.search_runs([experiment_id], query, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
-    return str(found[0].info.run_id) if found else None
+    matches = client.search_runs([experiment_id], query, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
+    return str(matches[0].info.run_id) if matches else None
 
 
 def find_or_create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
-    """The MLflow run of this record, by its tag: also when an earlier process made it and could not note its id."""
+    """Return this record's MLflow run. It may exist already: an earlier process died before it could note the id."""
     return find(client, experiment_id, record.run_id) or create(client, experiment_id, record, parent)
 
 
 def create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
+    """Create this record's MLflow run and return its id."""
     run = client.create_run(
         experiment_id,
         start_time=fields.start_milliseconds(record),
@@ -48,19 +49,19 @@ def create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: 
 
 
 def deliver_start(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
-    """A run that goes on: RUNNING (also after an interruption), its parameters as far as they are known."""
+    """Set a run that has not ended to RUNNING (also after an interruption), and log the params known so far."""
     client.update_run(run_id, status="RUNNING", name=record.name)
     _deliver_params(client, run_id, record)
     _deliver_tags(client, run_id, record, parent)
 
 
 def deliver_curve(client: MlflowClient, run_id: str, record: RunRecord, points: Iterable[Mapping[str, Any]]) -> None:
-    """Points of the training curve, one call for each 500 values."""
+    """Log points of the training curve, at most ``METRICS_PER_CALL`` values a call."""
     _log_metrics(client, run_id, fields.curve_metrics(record, points))
 
 
 def deliver_all(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths, parent: str | None) -> None:
-    """All that the run folder holds. The status goes before the artifacts: a slow upload must not leave it RUNNING."""
+    """Log all of the run folder. The status comes before the artifacts: a slow upload must not leave it RUNNING."""
     _deliver_params(client, run_id, record)
     _deliver_missing_curve(client, run_id, record, paths)
     moment = fields.end_milliseconds(record)
@@ -75,7 +76,7 @@ def deliver_all(client: MlflowClient, run_id: str, record: RunRecord, paths: Run
 
 
 def adapter_files(paths: RunPaths) -> list[Path]:
-    """The adapter's files that are shown, by name."""
+    """Return the adapter's files that are logged, sorted by name."""
     if not paths.adapter.is_dir():
         return []
     files = (file for file in paths.adapter.iterdir() if file.is_file() and file.suffix in ADAPTER_SUFFIXES)
@@ -83,25 +84,26 @@ def adapter_files(paths: RunPaths) -> list[Path]:
 
 
 def present_runs(client: MlflowClient, experiment_id: str) -> dict[str, str | None]:
-    """MLflow run ids by our run id; ``None`` for a run that a person has deleted in MLflow. One call per 200 runs."""
-    present: dict[str, str | None] = {}
+    """Return MLflow run ids by our run id; ``None`` for a run that a person deleted in MLflow. One call per 200
+    runs."""
+    mlflow_ids: dict[str, str | None] = {}
     page: str | None = None
     while True:
         runs = client.search_runs([experiment_id], "", ViewType.ALL, max_results=200, page_token=page)
         for run in runs:
-            ours = run.data.tags.get(fields.RUN_ID_TAG)
-            if ours is not None:
+            run_id = run.data.tags.get(fields.RUN_ID_TAG)
+            if run_id is not None:
                 active = run.info.lifecycle_stage == LifecycleStage.ACTIVE
-                present[ours] = run.info.run_id if active else present.get(ours)
+                mlflow_ids[run_id] = run.info.run_id if active else mlflow_ids.get(run_id)
         page = runs.token
         if not page:
-            return present
+            return mlflow_ids
 
 
 def log_missing_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
-    """Parameters that are not there yet: MLflow refuses to change one."""
-    present = client.get_run(run_id).data.params
-    missing = [Param(key, value) for key, value in params.items() if key not in present]
+    """Log the params that the run doesn't have yet: MLflow refuses to change one."""
+    logged = client.get_run(run_id).data.params
+    missing = [Param(key, value) for key, value in params.items() if key not in logged]
     if missing:
         client.log_batch(run_id, params=missing)
 
@@ -116,10 +118,10 @@ def _deliver_tags(client: MlflowClient, run_id: str, record: RunRecord, parent: 
 
 def _deliver_missing_curve(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
     rows = fields.curve_metrics(record, read_curve(paths.curve))
-    present = {
+    logged = {
         (key, entry.step) for key in {row.key for row in rows} for entry in client.get_metric_history(run_id, key)
     }
-    _log_metrics(client, run_id, [row for row in rows if (row.key, row.step) not in present])
+    _log_metrics(client, run_id, [row for row in rows if (row.key, row.step) not in logged])
 
 
 def _log_metrics(client: MlflowClient, run_id: str, rows: list[Metric]) -> None:
@@ -128,13 +130,13 @@ def _log_metrics(client: MlflowClient, run_id: str, rows: list[Metric]) -> None:
 
 
 def _deliver_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
-    """Texts go through redaction once more: a store is often shared more widely than the folder."""
+    """Upload record, configuration and adapter. Texts are redacted again: a store is often shared more widely."""
     if paths.record.is_file():
-        plain = redact(json.loads(paths.record.read_text(encoding="utf-8")))
-        client.log_text(run_id, json.dumps(plain, indent=1, ensure_ascii=False) + "\n", "record.json")
+        redacted = redact(json.loads(paths.record.read_text(encoding="utf-8")))
+        client.log_text(run_id, json.dumps(redacted, indent=1, ensure_ascii=False) + "\n", "record.json")
     if paths.config.is_file():
-        plain = redact(yaml.safe_load(paths.config.read_text(encoding="utf-8")))
-        client.log_text(run_id, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), "config.yaml")
+        redacted = redact(yaml.safe_load(paths.config.read_text(encoding="utf-8")))
+        client.log_text(run_id, yaml.safe_dump(redacted, sort_keys=False, allow_unicode=True), "config.yaml")
     files = adapter_files(paths)
     for file in files:
         client.log_artifact(run_id, str(file), "adapter")

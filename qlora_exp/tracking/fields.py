@@ -1,4 +1,4 @@
-"""A record as MLflow shows it: parameters, metrics, tags, a note. Pure: no store is asked."""
+"""A record as MLflow shows it: params, metrics, tags, a note. Pure functions: no store is opened."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NOTE_TAG = "mlflow.note.content"
 PARENT_TAG = "mlflow.parentRunId"
 
 MAX_METRIC_KEYS = 30
-"""MLflow draws one chart per key; more than this is no overview."""
+"""MLflow draws one chart per key; nobody looks through more charts than this."""
 SHOWN_DIGITS = 6
-"""The UI prints floats as they are; all digits are in the record."""
+"""Significant digits of logged metrics: the UI doesn't round. The record has all digits."""
 MAX_PARAM_LENGTH = 500
 MAX_TAG_LENGTH = 5000
 DIGEST_LENGTH = 12
-"""MLflow takes 36; the whole fingerprint is in the record."""
+"""Characters of the data's fingerprint that are logged; MLflow's limit is 36. The record has the whole fingerprint."""
 BYTES_PER_MIB = 1024 * 1024
 
 MLFLOW_STATUS = {
@@ -44,7 +44,7 @@ CURVE_KEYS = {
     "gradient_norm": "train/gradient_norm",
     "validation_loss": "train/validation_loss",
 }
-"""Fields of a curve point, and the metric that each becomes."""
+"""Field of a curve point → metric."""
 
 CONFIG_PARAMS = (
     "model.family",
@@ -91,11 +91,12 @@ HEADLINE_FIELDS = ("accuracy", "rouge_l", "exact_match", "loss_per_item", "loss"
 
 
 def run_params(record: RunRecord) -> dict[str, str]:
-    """Every axis of the configuration, and what the plan made of it once there is one. An unset value is left out."""
+    """Return the configuration's settings and, if there is a plan, what it derived from them. Leaves unset values
+    out."""
     config = redact(record.config)
     values: dict[str, Any] = {key: _lookup(config, key) for key in CONFIG_PARAMS}
     if values["quantization.mode"] not in ("nf4", "fp4"):
-        values["quantization.double_quantization"] = None  # says nothing there
+        values["quantization.double_quantization"] = None  # only 4-bit modes have it
     targets = config.get("targets") or {}
     values["targets"] = ",".join(targets.get("modules") or []) or targets.get("set")
     values["seed"] = record.seed if record.seed is not None else config.get("seed")
@@ -114,15 +115,19 @@ def run_params(record: RunRecord) -> dict[str, str]:
 
 
 def run_metrics(record: RunRecord) -> dict[str, float]:
-    """Final figures by key, at most ``MAX_METRIC_KEYS`` with the curve's; the least telling are left out first."""
-    room = MAX_METRIC_KEYS - len(CURVE_KEYS)
-    found = [(key, value) for key, value in _figures(record) if value is not None and math.isfinite(value)]
-    return {key: float(f"{value:.{SHOWN_DIGITS}g}") for key, value in found[:room]}
+    """Return the final figures by key. Together with the curve they have at most ``MAX_METRIC_KEYS`` keys; the least
+    informative are left out."""
+    limit = MAX_METRIC_KEYS - len(CURVE_KEYS)
+    finite = [(key, value) for key, value in _figures(record) if value is not None and math.isfinite(value)]
+    return {key: float(f"{value:.{SHOWN_DIGITS}g}") for key, value in finite[:limit]}
 
 
 def curve_metrics(record: RunRecord, points: Iterable[Mapping[str, Any]]) -> list[Metric]:
-    """Curve points as step-wise metrics. Timestamps are made from the record's start alone (plus the point's
-    ``seconds``, or its step as milliseconds), so that a point delivered twice is the same point."""
+    """Return curve points as step-wise metrics.
+
+    Timestamps depend only on the record's start and the point: its ``seconds``, or its step as milliseconds. So a point
+    that is delivered twice is the same point.
+    """
     start = start_milliseconds(record)
     rows = []
     for point in points:
@@ -137,7 +142,7 @@ def curve_metrics(record: RunRecord, points: Iterable[Mapping[str, Any]]) -> lis
 
 
 def run_tags(record: RunRecord, parent: str | None = None) -> dict[str, str]:
-    """What runs are filtered by. ``parent``: the MLflow run id of the study that the run is a trial of."""
+    """Return the tags by which runs are filtered. ``parent``: the MLflow run id of the trial's study."""
     environment = record.environment
     values = {
         RUN_ID_TAG: record.run_id,
@@ -165,7 +170,7 @@ def run_tags(record: RunRecord, parent: str | None = None) -> dict[str, str]:
 
 
 def run_note(record: RunRecord) -> str:
-    """The run in Markdown, as MLflow shows it on the run's page."""
+    """Return the run's summary in Markdown, for the run's page in MLflow."""
     lines = [_headline(record), "", *_score_table(record)]
     lines += [f"- {fact}" for fact in _facts(record)]
     if record.failure is not None:
@@ -178,7 +183,7 @@ def run_note(record: RunRecord) -> str:
 
 
 def dataset_input(record: RunRecord) -> DatasetInput | None:
-    """What was trained on: name, fingerprint as the digest, and where it came from; ``None`` before data was read."""
+    """Return the training data's name, fingerprint (as digest) and source; ``None`` before the data was read."""
     if record.data is None:
         return None
     task = redact(record.config.get("task") or {})
@@ -204,12 +209,12 @@ def start_milliseconds(record: RunRecord) -> int:
 
 
 def end_milliseconds(record: RunRecord) -> int:
-    """When the run ended; its start where that is unknown, so that the figure is the same at every delivery."""
+    """Return when the run ended, or its start if that is unknown: the same figure at every delivery."""
     return _milliseconds(record.ended_at or record.started_at)
 
 
 def shown_text(value: Any, limit: int | None = MAX_PARAM_LENGTH) -> str:
-    """A value as text without secrets, cut where it would fill the table."""
+    """Return a value as redacted text, cut to ``limit`` characters."""
     text = redact_text(f"{value:g}" if isinstance(value, float) else str(value))
     return text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…"
 
@@ -219,7 +224,7 @@ def shown_figure(value: float | None) -> str:
 
 
 def param_key(key: str) -> str:
-    """``key`` with what MLflow refuses in a name left out: ``+lora.r`` is ``lora.r``."""
+    """Return ``key`` without the characters that MLflow refuses in a name: ``+lora.r`` gives ``lora.r``."""
     return re.sub(r"[^\w./ :-]", "", key)
 
 
@@ -257,15 +262,15 @@ def _score_figures(group: str, scores: Scores | None, fields: Iterable[str]) -> 
 
 
 def _headline(record: RunRecord) -> str:
-    """The one line that is seen without unfolding the note."""
+    """Return the note's first line, which the UI shows while the note is folded."""
     before, after = record.scores.before, record.scores.after
     if record.status is not Status.COMPLETED or after is None:
         return f"**{record.status.value.replace('_', ' ').lower()}**"
     name = next((name for name in HEADLINE_FIELDS if getattr(after, name) is not None), None)
     if name is None:
         return "**completed**"
-    untouched = shown_figure(getattr(before, name) if before is not None else None)
-    return f"{name.replace('_', ' ')} on {after.split}: {untouched} → **{shown_figure(getattr(after, name))}**"
+    base_value = shown_figure(getattr(before, name) if before is not None else None)
+    return f"{name.replace('_', ' ')} on {after.split}: {base_value} → **{shown_figure(getattr(after, name))}**"
 
 
 def _score_table(record: RunRecord) -> Iterator[str]:
@@ -292,10 +297,10 @@ def _facts(record: RunRecord) -> Iterator[str]:
             f"majority class {shown_figure(record.baselines.majority_accuracy)}, "
             f"TF-IDF + logistic regression {shown_figure(record.baselines.tfidf_accuracy)}"
         )
-    for gone in (record.scores.forgetting, record.scores.forgetting_chat):
-        if gone is not None:
-            interval = f"95 % interval {shown_figure(gone.low)} to {shown_figure(gone.high)}"
-            yield f"loss on {gone.text} changed by {shown_figure(gone.difference)} nats per byte ({interval})"
+    for change in (record.scores.forgetting, record.scores.forgetting_chat):
+        if change is not None:
+            interval = f"95 % interval {shown_figure(change.low)} to {shown_figure(change.high)}"
+            yield f"loss on {change.text} changed by {shown_figure(change.difference)} nats per byte ({interval})"
     if record.plan is not None:
         yield f"{record.plan.trainable_parameters:,} trainable of {record.plan.total_parameters:,} parameters"
     if record.memory.peak_train_bytes is not None:

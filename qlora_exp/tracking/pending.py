@@ -1,6 +1,6 @@
-"""What MLflow has not received, in one line with the command that delivers it. Reads local files; MLflow isn't loaded.
+"""One line about what MLflow has not received, with the command that delivers it. Reads local files, not MLflow.
 
-For a study's runs and its parent run; a run that another process delivers just then isn't missing yet.
+It covers a study's runs and its parent run. A run that another process is delivering now doesn't count.
 """
 
 from __future__ import annotations
@@ -19,44 +19,46 @@ from qlora_exp.tracking.state import TrackingState, read_state, record_digest
 
 DEFAULT_OUTPUT_ROOT = "outputs"
 NOT_YET = "not delivered yet"
-"""The reason in ``tracking.json`` from the start of a delivery on: a process that was killed could write no other."""
+"""The error in ``tracking.json`` while a delivery is under way. It stays there if the process is killed."""
 REASON_CHARACTERS = 160
 
 
 def not_delivered(
     output: OutputPaths, run_ids: Iterable[str], study: str | None = None, busy: bool = False
 ) -> str | None:
-    """One line for a person; ``None``: MLflow has everything, or tracking is off.
+    """Return one line for the user; ``None``: MLflow has everything, or tracking is off.
 
-    ``busy``: a process works on the study and may be delivering, so only deliveries that have failed are counted.
+    ``busy``: a process works on the study and may be delivering, so only failed deliveries count.
     """
     states = [state for run_id in run_ids if (state := _missing_run(output.run(run_id), busy)) is not None]
     parent = _missing_study(output.study(study), busy) if study is not None else None
     if not states and parent is None:
         return None
-    what = [f"{len(states)} run{'s' if len(states) > 1 else ''}"] if states else []
-    what += ["the study's own run"] if parent is not None else []
+    missing = [f"{len(states)} run{'s' if len(states) > 1 else ''}"] if states else []
+    missing += ["the study's own run"] if parent is not None else []
     reasons = [state.error for state in (*states, parent) if state is not None and state.error not in (None, NOT_YET)]
     why = f" ({_short(str(reasons[-1]))})" if reasons else ""
     uris = [state.uri for state in (*states, parent) if state is not None]
-    return f"MLflow lacks {' and '.join(what)}{why}. To deliver: {sync_command(output, uris)}"
+    return f"MLflow lacks {' and '.join(missing)}{why}. To deliver: {sync_command(output, uris)}"
 
 
 def sync_command(output: OutputPaths, uris: Iterable[str] = ()) -> str:
-    """As it has to be typed in the current folder. A URI whose password no file keeps has to be given again."""
-    hidden = next((uri for uri in uris if REDACTED in uri), None)
-    given = f" --uri {shlex.quote(hidden)} (with the password in place of {REDACTED})" if hidden else ""
-    return f"qlora-exp sync{root_option(output)}{given}"
+    """Return the command for the current folder. The user has to add a URI's password, which no file keeps."""
+    redacted_uri = next((uri for uri in uris if REDACTED in uri), None)
+    uri_option = (
+        f" --uri {shlex.quote(redacted_uri)} (with the password in place of {REDACTED})" if redacted_uri else ""
+    )
+    return f"qlora-exp sync{root_option(output)}{uri_option}"
 
 
 def root_option(output: OutputPaths) -> str:
-    """`` --output-root DIR``; empty for the default of the current folder."""
+    """Return `` --output-root DIR``, or "" for the default of the current folder."""
     default = output.root == Path(DEFAULT_OUTPUT_ROOT).absolute()
     return "" if default else f" --output-root {shlex.quote(str(output.root))}"
 
 
 def _missing_run(paths: RunPaths, busy: bool) -> TrackingState | None:
-    """The state of a run that has ended and that MLflow has not as a whole; ``None``: nothing is missing."""
+    """Return the state of an ended run that MLflow lacks wholly or in part; ``None``: nothing is missing."""
     try:
         record = read_record(paths.record)
         digest = record_digest(paths)
@@ -75,6 +77,7 @@ def _missing_run(paths: RunPaths, busy: bool) -> TrackingState | None:
 
 
 def _missing_study(paths: StudyPaths, busy: bool) -> TrackingState | None:
+    """Return the state of a study whose delivery failed; ``None``: nothing is missing."""
     state = read_state(paths)
     if state is None or state.delivered or state.error is None:
         return None
@@ -82,7 +85,7 @@ def _missing_study(paths: StudyPaths, busy: bool) -> TrackingState | None:
 
 
 def _short(reason: str) -> str:
-    """The cause alone: an HTTP library's message is a paragraph, with the address three times."""
+    """Return only the cause: an HTTP library's message is a paragraph that repeats the address three times."""
     for pattern in (r"\[Errno -?\d+\] ([^'\"\\)]+)", r"Caused by \w+\(['\"](.+?)['\"]\)"):
         cause = re.search(pattern, reason)
         if cause is not None:

@@ -1,4 +1,4 @@
-"""A tracking database that was moved or copied with its artifacts: MLflow keeps their absolute places."""
+"""Artifact paths of a tracking database that was moved with its artifacts: MLflow stores absolute paths."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"))
 
 
 def relocate_artifacts(database: Path, location: str, artifacts: Path) -> bool:
-    """Have the ``database`` name ``artifacts``, which are beside it, where it names those of its former place.
+    """Replace the artifacts' former folder by ``artifacts`` in all paths of the ``database``.
 
     Args:
-        location: of an experiment's artifacts, as the database has it.
+        location: an experiment's artifact location, as the database has it.
+        artifacts: the folder beside the database.
 
-    Returns: whether there was something to change.
+    Returns: whether the folder had moved.
     """
     parts = urlsplit(location)
-    before = Path(unquote(parts.path))
-    ours = parts.scheme == "file" and before.name == artifacts.name and artifacts.is_dir()
-    if not ours or before == artifacts or (before.exists() and before.samefile(artifacts)):
+    recorded = Path(unquote(parts.path))
+    is_ours = parts.scheme == "file" and recorded.name == artifacts.name and artifacts.is_dir()
+    if not is_ours or recorded == artifacts or (recorded.exists() and recorded.samefile(artifacts)):
         return False
-    old, new = before.as_uri(), artifacts.as_uri()
+    old, new = recorded.as_uri(), artifacts.as_uri()
     with closing(sqlite3.connect(database)) as connection, connection:
         for table, column in PLACES:
             connection.execute(

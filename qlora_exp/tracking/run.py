@@ -1,4 +1,4 @@
-"""The live side: one run told to MLflow while it happens, by a thread of its own that training never waits for."""
+"""Live logging of one run to MLflow, by a background thread, so that training never waits for MLflow."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, op
 from qlora_exp.tracking.study import parent_run
 
 CURVE_SECONDS = 5.0
-"""Curve points are gathered this long before one batch is written: a batch costs milliseconds of the trainer's core."""
+"""Curve points are collected this long and then logged as one batch: a batch costs milliseconds of the trainer's
+core."""
 
 LOCAL_SECONDS = 60.0
-"""How long the end of a run waits for a local database, which others may keep busy."""
+"""How long the end of a run waits for a local database, which other processes may keep busy."""
 
 UPLOAD_BYTES_PER_SECOND = 1_000_000
-"""A server gets this much more time for artifacts than ``tracking.timeout_seconds``."""
+"""Assumed upload speed: a server gets the time for the adapter in addition to ``tracking.timeout_seconds``."""
 
 
 class Tracker:
-    """Tells MLflow of one run at a time: :meth:`start`, :meth:`log_curve` …, :meth:`finish`.
+    """Logs one run at a time to MLflow: :meth:`start`, :meth:`log_curve` …, :meth:`finish`.
 
-    The constructor raises :class:`TrackingError` for a URI that can't be meant and for a local database that can't
-    be opened. From then on nothing raises: at the first failure delivery stops, ``tracking.json`` in the run folder
-    says so, and ``qlora-exp sync`` delivers the rest from the run folder.
+    The constructor raises :class:`TrackingError` for an invalid URI and for a local database that can't be opened.
+    After that nothing raises: at the first failure delivery stops, ``tracking.json`` in the run folder says why, and
+    ``qlora-exp sync`` delivers the rest from the run folder.
     """
 
     def __init__(self, tracking: TrackingConfig, output: OutputPaths, warm: bool = False) -> None:
-        """``warm``: the sweep has opened the store before; it is opened for this process by the thread that delivers,
-        once, and no trial waits for that."""
+        """``warm``: the sweep has opened the store before. Then the delivery thread opens it, once per process, and no
+        trial waits for that."""
         self._output = output
         self._store: Store | None = locate(tracking, output) if tracking.enabled else None
         self._opened: OpenStore | None = None
@@ -49,7 +50,7 @@ class Tracker:
             self._opened = opened_or_told(self._store)
 
     def start(self, record: RunRecord, paths: RunPaths, wait: bool = True) -> None:
-        """Create the MLflow run (RUNNING). With ``wait``: waits for it, at most ``tracking.timeout_seconds``."""
+        """Create the MLflow run (RUNNING). With ``wait``, wait for that at most ``tracking.timeout_seconds``."""
         if self._store is None:
             return
         self._delivery = _DeliveryThread(
@@ -65,10 +66,10 @@ class Tracker:
             self._delivery.put(list(points))
 
     def finish(self, record: RunRecord) -> bool:
-        """Deliver the ended run; ``record.json`` must be written. Whether all was delivered in time.
+        """Deliver the ended run; ``record.json`` must be written. Returns whether all of it was delivered in time.
 
-        Waits at most ``tracking.timeout_seconds`` and a second per megabyte of adapter for a server, a minute for a
-        local database. What takes longer goes on in the background while the process lives; ``sync`` does the rest.
+        The limit is ``tracking.timeout_seconds`` plus a second per megabyte of adapter; for a local database at least a
+        minute. After that, delivery continues in the background while the process lives; ``sync`` does the rest.
         """
         if self._store is None or self._delivery is None:
             return False
@@ -84,7 +85,7 @@ _opened_once = functools.lru_cache(maxsize=8)(open_store)
 
 
 class _DeliveryThread(threading.Thread):
-    """Takes records and curve points from a queue. A daemon: a hanging server must not keep the process alive."""
+    """Takes records and curve points from a queue. A daemon: a server that hangs must not keep the process alive."""
 
     def __init__(
         self,
@@ -92,11 +93,11 @@ class _DeliveryThread(threading.Thread):
         opened: OpenStore | None,
         output: OutputPaths,
         paths: RunPaths,
-        open_it: Callable[[Store], OpenStore],
+        connect: Callable[[Store], OpenStore],
     ) -> None:
         super().__init__(name="qlora-exp-tracking", daemon=True)
         self.opened = opened
-        self._open = open_it
+        self._open = connect
         self.delivered = False
         self.started = threading.Event()
         """Set when the start was delivered or has failed."""
@@ -110,12 +111,12 @@ class _DeliveryThread(threading.Thread):
         self._save(error="not delivered yet")
         self.start()
 
-    def put(self, work: RunRecord | list[Mapping[str, Any]]) -> None:
+    def put(self, item: RunRecord | list[Mapping[str, Any]]) -> None:
         if self.is_alive():
-            self._queue.put(work)
+            self._queue.put(item)
 
     def close(self, seconds: float) -> None:
-        """Wait for the end of what was put, at most ``seconds``."""
+        """Wait until everything in the queue is delivered, at most ``seconds``."""
         self._queue.put(None)
         self.join(seconds)
 
@@ -125,7 +126,7 @@ class _DeliveryThread(threading.Thread):
     def run(self) -> None:
         try:
             self._work()
-        except Exception as error:  # never into the training: every backend raises its own kinds
+        except Exception as error:  # must not stop the training; every backend raises its own types
             self._save(error=store_problem(error))
         finally:
             self.started.set()
@@ -135,18 +136,18 @@ class _DeliveryThread(threading.Thread):
         due: float | None = None
         while True:
             try:
-                work = self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+                item = self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
             except queue.Empty:
                 self._curve(points)
                 points, due = [], None
                 continue
-            if work is None:
+            if item is None:
                 return
-            if isinstance(work, RunRecord):
-                self._deliver(work)
+            if isinstance(item, RunRecord):
+                self._deliver(item)
                 self.started.set()
             else:
-                points = points + work
+                points = points + item
                 due = due or time.monotonic() + CURVE_SECONDS
 
     def _deliver(self, record: RunRecord) -> None:
@@ -158,8 +159,8 @@ class _DeliveryThread(threading.Thread):
             self._parent = self._parent or parent_run(self._store, self.opened, self._output, record)
             if self._state.mlflow_run_id is None:
                 experiment_id = self.opened.experiment_id
-                found = find_or_create(client, experiment_id, record, self._parent)
-                self._save(experiment_id=experiment_id, mlflow_run_id=found)
+                mlflow_run_id = find_or_create(client, experiment_id, record, self._parent)
+                self._save(experiment_id=experiment_id, mlflow_run_id=mlflow_run_id)
             run_id = str(self._state.mlflow_run_id)
             if not record.status.ended:
                 deliver_start(client, run_id, record, self._parent)
@@ -170,7 +171,8 @@ class _DeliveryThread(threading.Thread):
             self._save(delivered=True, record_digest=digest, error=None)
 
     def _curve(self, points: list[Mapping[str, Any]]) -> None:
-        """One batch. A failure loses nothing: the end of the run delivers what curve.jsonl has and the store lacks."""
+        """Log one batch. A failure loses nothing: the end of the run logs the points of curve.jsonl that are
+        missing."""
         if self.opened is None or self._record is None or self._state.mlflow_run_id is None:
             return
         try:
@@ -181,5 +183,5 @@ class _DeliveryThread(threading.Thread):
 
     def _save(self, **changes: Any) -> None:
         self._state = replace(self._state, **changes)
-        with contextlib.suppress(OSError):  # a full disk is the training's to report; sync then delivers this run again
+        with contextlib.suppress(OSError):  # the training reports a full disk; sync delivers this run again
             write_state(self._paths, self._state)

@@ -1,4 +1,4 @@
-"""``tracking.json``: what the tracking store has of one run or study, and why not all of it."""
+"""``tracking.json``: what the tracking store has of one run or study, and why it lacks the rest."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
 
 STATE_LOCK_SECONDS = 60.0
-"""A delivery takes a few calls, and the time of its uploads; who waits longer leaves the rest to ``qlora-exp sync``."""
+"""How long a process waits while another one delivers (a few calls and the uploads). After that, ``qlora-exp sync``
+does the rest."""
 
 
 @dataclass(frozen=True)
 class TrackingState:
-    """``uri`` is redacted. ``record_digest`` is the SHA-256 of the record.json that was delivered last as a whole
-    (of a study: study.json and summary.json)."""
+    """``uri`` is redacted. ``record_digest``: SHA-256 of the last record.json that was delivered completely; for a
+    study, of its files (``study_digest``)."""
 
     uri: str
     experiment: str
@@ -35,8 +36,8 @@ class TrackingState:
 
 
 def read_state(paths: RunPaths | StudyPaths) -> TrackingState | None:
-    """The state, or ``None`` where there is none or it can't be read: then the run is delivered (again), which the
-    store takes without doubling anything."""
+    """Return the state; ``None`` if there is none or it can't be read. The run is then delivered again, which
+    duplicates nothing."""
     try:
         return from_dict(TrackingState, json.loads(paths.tracking_state.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecordError):
@@ -49,24 +50,26 @@ def write_state(paths: RunPaths | StudyPaths, state: TrackingState) -> None:
 
 @contextlib.contextmanager
 def delivery_lock(lock: Path, patience_seconds: float = STATE_LOCK_SECONDS) -> Iterator[None]:
-    """One process at a time tells a store of what ``lock`` stands for: a run, a study. A run's host, an orchestrator
-    whose sweep has ended and ``qlora-exp sync`` may come at once, and a store has no way to say "make this run unless
-    it is there"; nor does it take the same new tag from two at a time.
+    """Let one process at a time deliver the run or study that ``lock`` belongs to.
 
-    Raises :class:`TrackingError` after ``patience_seconds``, and for a folder that can't be written.
+    A trial process, the orchestrator of an ended sweep and ``qlora-exp sync`` may deliver at once. MLflow has no call
+    that creates a run only if it is missing, and it fails if two processes set the same new tag at once.
+
+    Raises:
+        TrackingError: the lock is still held after ``patience_seconds``, or the folder can't be written.
     """
-    held = FileLock(lock)
+    file_lock = FileLock(lock)
     try:
-        held.acquire(timeout=patience_seconds)
+        file_lock.acquire(timeout=patience_seconds)
     except OSError as error:
-        what = f"the folder can't be written: {error.strerror or error}"
+        problem = f"the folder can't be written: {error.strerror or error}"
         if isinstance(error, Timeout):
-            what = f"another process has been delivering this for {patience_seconds:.0f} s"
-        raise TrackingError(what, str(lock), "qlora-exp sync tries again") from None
+            problem = f"another process has been delivering this for {patience_seconds:.0f} s"
+        raise TrackingError(problem, str(lock), "qlora-exp sync tries again") from None
     try:
         yield
     finally:
-        held.release()
+        file_lock.release()
 
 
 def record_digest(paths: RunPaths) -> str:
@@ -74,5 +77,5 @@ def record_digest(paths: RunPaths) -> str:
 
 
 def file_digest(*files: Path) -> str:
-    """SHA-256 over the files' contents; one that is missing counts as empty."""
+    """Return the SHA-256 of the files' contents, concatenated; a missing file counts as empty."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()

@@ -1,4 +1,4 @@
-"""Which MLflow store a run goes to, and opening it: once under a lock, with short timeouts, without telemetry."""
+"""Locate and open the MLflow store of a run: under a lock, with short timeouts, without telemetry."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVER_SCHEMES = ("http", "https", "databricks")
 
 LOCK_SECONDS = 180.0
-"""A fresh database takes seconds to create, on a busy machine many; the others wait for it."""
+"""A fresh database takes seconds to create, more on a busy machine; other processes wait for it."""
 
 _calls = threading.RLock()
-"""MLflow reads its HTTP settings from the process's environment: one delivery at a time may set them."""
+"""MLflow reads its HTTP settings from the process's environment: one thread at a time may set them."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """Where runs are shown. ``database`` is the SQLite file, ``artifacts`` the folder of a database's artifacts."""
+    """An MLflow store. ``database``: its SQLite file. ``artifacts``: the folder of a database's artifacts. A server has
+    neither, and no ``lock``."""
 
     uri: str
     experiment: str
@@ -69,15 +70,18 @@ class Store:
 
 @dataclass(frozen=True)
 class OpenStore:
-    """A store that has answered: its client and the experiment's id there."""
+    """A store that was reached: its client, and the experiment's id there."""
 
     client: MlflowClient
     experiment_id: str
 
 
 def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
-    """The store that ``tracking`` names. Nothing is opened; a URI that MLflow can't use raises
-    :class:`TrackingError`."""
+    """Return the store that ``tracking`` names, without opening it.
+
+    Raises:
+        TrackingError: MLflow can't use the URI, or the experiment's name or the timeout is invalid.
+    """
     if not tracking.experiment.strip():
         raise TrackingError("tracking.experiment is empty", "tracking.experiment", "tracking.experiment=qlora-exp")
     if not (math.isfinite(tracking.timeout_seconds) and tracking.timeout_seconds > 0):
@@ -107,10 +111,13 @@ def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
 
 
 def open_store(store: Store) -> OpenStore:
-    """Open the store and find or create the experiment; the one reachability check.
+    """Open the store, and find or create the experiment. No other call checks that the store can be reached.
 
-    A database is created and opened under a file lock: eight processes that start on a fresh SQLite database
-    otherwise break it for good. Raises :class:`TrackingError` when it can't be had.
+    A file lock guards the creation of a database: eight processes that start on a fresh SQLite database would otherwise
+    destroy it.
+
+    Raises:
+        TrackingError: the store can't be opened.
     """
     if store.lock is None:
         return _connect(store)
@@ -136,34 +143,35 @@ def open_store(store: Store) -> OpenStore:
 
 @contextlib.contextmanager
 def bounded_calls(timeout_seconds: float) -> Iterator[None]:
-    """MLflow's own patience (120 s a call and seven retries, together four minutes) cut down to one short try.
+    """Limit each of MLflow's calls to one short try. Its defaults are 120 s a call and seven retries, four minutes in
+    all.
 
-    The settings are put back afterwards: the host program may use MLflow for its own ends. What was not set is set to
-    MLflow's default then, which is the same to it; taken away again, it would be missing to whoever goes through the
-    environment in another thread at that moment.
+    The settings are restored afterwards, because the calling program may use MLflow, too. A variable that was unset
+    gets MLflow's default, which has the same effect: deleting it could break a thread that iterates over the
+    environment.
     """
-    wanted = {
+    settings = {
         MLFLOW_HTTP_REQUEST_TIMEOUT: str(max(1, math.ceil(timeout_seconds))),
         MLFLOW_HTTP_REQUEST_MAX_RETRIES: "0",
         MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT: "true",
     }
     with _calls:
-        before = {variable.name: os.environ.get(variable.name, str(variable.default)) for variable in wanted}
-        os.environ.update({variable.name: value for variable, value in wanted.items()})
+        previous = {variable.name: os.environ.get(variable.name, str(variable.default)) for variable in settings}
+        os.environ.update({variable.name: value for variable, value in settings.items()})
         try:
             yield
         finally:
-            os.environ.update(before)
+            os.environ.update(previous)
 
 
 def store_problem(error: BaseException) -> str:
-    """Why the store failed, in one line and without secrets."""
+    """Return why the store failed, as one redacted line."""
     text = str(error).strip() or type(error).__name__
     return redact_text(" ".join(text.split()))[:500]
 
 
 def _connect_whole(store: Store) -> OpenStore:
-    """As :func:`_connect`; a SQLite database is made first where it is missing, and again where it is half-made."""
+    """Connect as :func:`_connect`; first create a SQLite database that is missing, and replace an incomplete one."""
     if store.database is None:
         return _connect(store)
     from qlora_exp.tracking.create_store import create_if_missing, set_aside_if_half_made
@@ -192,10 +200,10 @@ def _connect(store: Store) -> OpenStore:
             return OpenStore(client, _experiment_id(client, store))
     except TrackingError:
         raise
-    except Exception as error:  # any backend's driver may raise its own kind
-        other = _other_version(error, store)
-        if other is not None:
-            raise other from error
+    except Exception as error:  # every backend's driver raises its own types
+        version_error = _other_version(error, store)
+        if version_error is not None:
+            raise version_error from error
         raise TrackingError(
             f"the tracking store can't be opened: {store_problem(error)}",
             store.shown_uri,
@@ -205,7 +213,8 @@ def _connect(store: Store) -> OpenStore:
 
 
 class OtherVersion(TrackingError):
-    """The database's tables are those of another MLflow: runs go on, and are delivered when the two fit again."""
+    """Another MLflow version made the database's tables. Runs continue; ``sync`` delivers them once the versions
+    match."""
 
 
 def _other_version(error: Exception, store: Store) -> OtherVersion | None:
@@ -214,28 +223,30 @@ def _other_version(error: Exception, store: Store) -> OtherVersion | None:
     revision = re.search(r"found version (\w+), but expected|Can't locate revision identified by '(\w+)'", str(error))
     if revision is None:
         return None
-    found = revision[1] or revision[2]
-    known = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
-    if any(file.name.startswith(found) for file in known.glob("*.py")):
+    table_version = revision[1] or revision[2]
+    migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    if any(file.name.startswith(table_version) for file in migrations.glob("*.py")):
         hint = f"copy the database, then: mlflow db upgrade {store.shown_uri}; then qlora-exp sync"
         return OtherVersion(f"an older MLflow than {mlflow.__version__} made the tables", store.shown_uri, hint)
     hint = "pip install --upgrade mlflow, or tracking.uri=sqlite:////DIR/OTHER.db; then qlora-exp sync"
-    what = f"a newer MLflow than {mlflow.__version__} made the tables (their version {found} is unknown here)"
+    what = f"a newer MLflow than {mlflow.__version__} made the tables (their version {table_version} is unknown here)"
     return OtherVersion(what, store.shown_uri, hint)
 
 
 def opened_or_told(store: Store) -> OpenStore | None:
-    """:func:`open_store`; ``None`` where another MLflow's tables are there, which a line on standard error says."""
+    """Return the open store. If another MLflow version made its tables, print a warning and return ``None``."""
     try:
         return open_store(store)
     except OtherVersion as error:
-        told = f"warning: nothing is delivered to MLflow: {error.what}\n  where: {error.where}\n  do:    {error.hint}"
-        print(told, file=sys.stderr, flush=True)
+        message = (
+            f"warning: nothing is delivered to MLflow: {error.what}\n  where: {error.where}\n  do:    {error.hint}"
+        )
+        print(message, file=sys.stderr, flush=True)
         return None
 
 
 def _experiment_id(client: MlflowClient, store: Store) -> str:
-    """The experiment's id, created where it is missing."""
+    """Return the experiment's id; create the experiment if it is missing."""
     experiment = client.get_experiment_by_name(store.experiment)
     if experiment is None:
         location = store.artifacts.as_uri() if store.artifacts is not None else None
@@ -261,7 +272,7 @@ def _experiment_id(client: MlflowClient, store: Store) -> str:
         )
     if store.database is not None and store.artifacts is not None:
         relocate_artifacts(store.database, str(experiment.artifact_location), store.artifacts)
-    for key, value in VIEW_TAGS.items():  # a store of an earlier version has earlier views
+    for key, value in VIEW_TAGS.items():  # earlier versions stored other views
         if experiment.tags.get(key) != value:
             client.set_experiment_tag(experiment.experiment_id, key, value)
     return str(experiment.experiment_id)
@@ -293,13 +304,13 @@ def _sqlite_file(uri: str) -> Path:
 
 
 def _check_sqlite(database: Path) -> None:
-    """A file that is no database is told at once; MLflow would try it for a minute and a half."""
+    """Fail at once if the file is no writable database; MLflow would retry for a minute and a half."""
     database.parent.mkdir(parents=True, exist_ok=True)
     try:
         connection = sqlite3.connect(database, timeout=LOCK_SECONDS)
         try:
             connection.execute("PRAGMA schema_version").fetchone()
-            # Takes the write lock and gives it back: a read-only file or folder is seen here, not after a training.
+            # Takes and releases the write lock: a read-only file or folder fails here, not after the training.
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
         finally:

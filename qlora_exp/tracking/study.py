@@ -1,4 +1,4 @@
-"""A study's parent run in MLflow: found by its tag or made from ``study.json``, and told how the study stands."""
+"""A study's parent run in MLflow: found by its tag or created from ``study.json``, and updated after each trial."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, op
 from qlora_exp.tracking.study_fields import StudyDefinition, StudySummary, TrialRow
 
 FINISH_SECONDS = 60.0
-"""How long the end of a sweep waits for a local database, which others may keep busy."""
+"""How long the end of a sweep waits for a local database, which other processes may keep busy."""
 
 ANSWER_FILES = ("ladder.json", "report.html", "report.md", "runs.csv")
-"""What rank doubling and ``qlora-exp report`` write into a study's folder."""
+"""Files that rank doubling and ``qlora-exp report`` write into a study's folder."""
 
 
 class StudyTracker:
-    """Tells MLflow of one study: :meth:`start`, :meth:`update` after each trial, :meth:`finish`.
+    """Logs one study to MLflow: :meth:`start`, :meth:`update` after each trial, :meth:`finish`.
 
-    The constructor raises :class:`TrackingError` for a URI that can't be meant and for a local database that can't
-    be opened. From then on nothing raises and only :meth:`start` and :meth:`finish` wait: what could not be delivered
-    is in ``summary.json``, the reason in ``tracking.json``, and the next update or ``qlora-exp sync`` tries again.
+    The constructor raises :class:`TrackingError` for an invalid URI and for a local database that can't be opened.
+    After that nothing raises, and only :meth:`start` and :meth:`finish` wait. ``summary.json`` has what could not be
+    delivered, ``tracking.json`` the reason; the next update or ``qlora-exp sync`` tries again.
     """
 
     def __init__(self, tracking: TrackingConfig, output: OutputPaths, name: str) -> None:
@@ -54,7 +54,7 @@ class StudyTracker:
             self._opened = opened_or_told(self._store)
 
     def start(self, definition: StudyDefinition) -> None:
-        """Create the parent run, or reopen that of an earlier sweep of this name. Waits for it at most
+        """Create the parent run, or reopen that of an earlier sweep of this name. Waits at most
         ``tracking.timeout_seconds``."""
         if self._store is not None:
             self._delivery = _DeliveryThread(self._store, self._opened, self._paths, definition)
@@ -63,12 +63,12 @@ class StudyTracker:
             self._delivery.started.wait(self._store.timeout_seconds)
 
     def update(self, trials: Sequence[TrialRow], best: Sequence[int] = ()) -> None:
-        """How the study stands: every trial so far, and the numbers of the best ones, best first. Returns at once."""
+        """Queue the study's state: all trials so far, and the numbers of the best, best first. Returns at once."""
         self._tell(trials=tuple(trials), best=tuple(best))
 
     def finish(self, status: Status) -> bool:
-        """Deliver the end. Whether all was delivered in time: at most ``tracking.timeout_seconds`` for a server, a
-        minute for a local database."""
+        """Deliver the end of the study. Returns whether all of it was delivered in time: ``tracking.timeout_seconds``
+        for a server, a minute for a local database."""
         self._tell(status=status, process=None)
         if self._store is None or self._delivery is None:
             return False
@@ -78,14 +78,14 @@ class StudyTracker:
 
     def _tell(self, **changes: Any) -> None:
         self._summary = replace(self._summary, updated_at=_now(), **changes)
-        with contextlib.suppress(OSError):  # a full disk is the sweep's to report
+        with contextlib.suppress(OSError):  # the sweep reports a full disk
             write_json(self._paths.summary, self._summary)
         if self._delivery is not None:
             self._delivery.put(self._summary)
 
 
 class _DeliveryThread(threading.Thread):
-    """Takes summaries from a queue and delivers the newest. A daemon: a hanging server must not keep the process."""
+    """Takes summaries from a queue and delivers the newest. A daemon: a server that hangs must not keep the process."""
 
     def __init__(self, store: Store, opened: OpenStore | None, paths: StudyPaths, definition: StudyDefinition) -> None:
         super().__init__(name="qlora-exp-study-tracking", daemon=True)
@@ -107,15 +107,15 @@ class _DeliveryThread(threading.Thread):
     def run(self) -> None:
         summary: StudySummary | None = None
         while True:
-            work = self._queue.get()
-            summary = work or summary
-            if work is not None and not self._queue.empty():
-                continue  # a newer one waits
+            item = self._queue.get()
+            summary = item or summary
+            if item is not None and not self._queue.empty():
+                continue  # a newer summary is in the queue
             if summary is not None:
                 self._deliver(summary)
                 summary = None
             self.started.set()
-            if work is None:
+            if item is None:
                 return
 
     def _deliver(self, summary: StudySummary) -> None:
@@ -123,14 +123,14 @@ class _DeliveryThread(threading.Thread):
             if self._opened is None:
                 self._opened = open_store(self._store)
             self.state = deliver_study(self._store, self._opened, self._paths, self._definition, summary)
-        except Exception as error:  # never into the sweep: every backend raises its own kinds
+        except Exception as error:  # must not stop the sweep; every backend raises its own types
             self.state = replace(self.state, delivered=False, error=store_problem(error))
         with contextlib.suppress(OSError):
             write_state(self._paths, self.state)
 
 
 def read_definition(paths: StudyPaths) -> StudyDefinition | None:
-    """``study.json``, or ``None`` where there is none or it can't be read."""
+    """Return ``study.json``; ``None`` if it is missing or can't be read."""
     try:
         return from_dict(StudyDefinition, json.loads(paths.spec.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecordError):
@@ -138,7 +138,7 @@ def read_definition(paths: StudyPaths) -> StudyDefinition | None:
 
 
 def read_summary(paths: StudyPaths) -> StudySummary | None:
-    """``summary.json``, or ``None`` where there is none or it can't be read. A sweep that died without a word is
+    """Return ``summary.json``; ``None`` if it is missing or can't be read. If the sweep's process died, the status is
     INTERRUPTED."""
     try:
         summary = from_dict(StudySummary, json.loads(paths.summary.read_text(encoding="utf-8")))
@@ -150,7 +150,7 @@ def read_summary(paths: StudyPaths) -> StudySummary | None:
 
 
 def told_status(paths: StudyPaths) -> Status | None:
-    """The status that the tracking store was last told; ``None``: nothing was."""
+    """Return the status in ``summary.json``, which the tracking store gets; ``None``: there is no summary."""
     summary = read_summary(paths)
     return summary.status if summary is not None else None
 
@@ -158,34 +158,36 @@ def told_status(paths: StudyPaths) -> Status | None:
 def _is_worked_on(summary: StudySummary, paths: StudyPaths) -> bool:
     if summary.process is None:
         return False
-    living = alive(summary.process)
-    if living is None:  # on another machine: its lease decides
+    is_alive = alive(summary.process)
+    if is_alive is None:  # on another host: its lease decides
         lease = held(paths.orchestrator)
         return lease is not None and lease.process == summary.process
-    return living
+    return is_alive
 
 
 def read_answers(paths: StudyPaths) -> list[str]:
-    """The sentences of ``ladder.json``, one a ladder, named by what sets it apart; none where there is no such file, or
-    it can't be read."""
+    """Return the sentence of each ladder in ``ladder.json``, preceded by the axes that distinguish it. Empty if the
+    file is missing or can't be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        told = []
-        for one in json.loads(paths.ladder.read_text(encoding="utf-8"))["ladders"]:
-            name = ", ".join(f"{key}={value}" for key, value in one["axes"].items())
-            told.append(f"{name}: {one['sentence']}" if name else str(one["sentence"]))
-        return told
+        sentences = []
+        for ladder in json.loads(paths.ladder.read_text(encoding="utf-8"))["ladders"]:
+            axes = ", ".join(f"{key}={value}" for key, value in ladder["axes"].items())
+            sentences.append(f"{axes}: {ladder['sentence']}" if axes else str(ladder["sentence"]))
+        return sentences
     return []
 
 
 def parent_run(store: Store, opened: OpenStore, output: OutputPaths, record: RunRecord) -> str | None:
-    """The MLflow run id of the study that ``record`` is a trial of, made from ``study.json`` where the store has none
-    yet. ``None``: no trial, a study of which nothing is known here, or a parent that a person has deleted."""
+    """Return the MLflow run id of the study that ``record`` is a trial of; create that run if the store lacks it.
+
+    ``None``: the record is not of a trial, nothing is known of its study here, or a person deleted the parent run.
+    """
     if record.trial is None:
         return None
     paths = output.study(record.trial.study)
     definition = read_definition(paths)
     if definition is not None and record.trial.study_id not in (None, definition.id):
-        # The folder holds another study by now, which was begun under the name of the record's.
+        # The folder now holds another study, which was started under the same name.
         return _find_parent(opened, StudyDefinition(record.trial.study, id=record.trial.study_id), None)[0]
     if definition is None:
         state = read_state(paths)
@@ -196,8 +198,8 @@ def parent_run(store: Store, opened: OpenStore, output: OutputPaths, record: Run
 def deliver_study(
     store: Store, opened: OpenStore, paths: StudyPaths, definition: StudyDefinition, summary: StudySummary
 ) -> TrackingState:
-    """All of the study into its parent run; may be repeated, nothing is doubled. Returns what the store then has: a
-    study that goes on is never delivered as a whole."""
+    """Log all of the study to its parent run; repeating it duplicates nothing. Returns what the store then has: a
+    running study doesn't count as delivered."""
     digest = study_digest(paths)
     with bounded_calls(store.timeout_seconds):
         with delivery_lock(paths.delivery_lock):
@@ -212,12 +214,13 @@ def deliver_study(
 
 
 def study_digest(paths: StudyPaths) -> str:
+    """Return the SHA-256 of the study's files that its parent run shows."""
     return file_digest(paths.spec, paths.summary, *(paths.folder / name for name in ANSWER_FILES))
 
 
 def deliver_report(tracking: TrackingConfig, output: OutputPaths, name: str) -> str | None:
-    """The study with its report into its parent run. Why it could not be, or ``None``; ``qlora-exp sync`` tries
-    again."""
+    """Log the study with its report to its parent run. Returns the reason if that fails, else ``None``; ``qlora-exp
+    sync`` tries again."""
     paths = output.study(name)
     definition, summary = read_definition(paths), read_summary(paths)
     if definition is None or summary is None:
@@ -225,7 +228,7 @@ def deliver_report(tracking: TrackingConfig, output: OutputPaths, name: str) -> 
     try:
         store = locate(tracking, output)
         write_state(paths, deliver_study(store, open_store(store), paths, definition, summary))
-    except Exception as error:  # every backend raises its own kinds
+    except Exception as error:  # every backend raises its own types
         return store_problem(error)
     return None
 
@@ -254,33 +257,38 @@ def _deliver(
 def _find_or_create_parent(
     store: Store, opened: OpenStore, paths: StudyPaths, definition: StudyDefinition
 ) -> str | None:
-    """The parent's MLflow run id, kept in ``tracking.json``; ``None`` where a person has deleted it. Trials that start
-    together make one."""
+    """Return the parent's MLflow run id and keep it in ``tracking.json``; ``None`` if a person deleted the run. The
+    lock makes sure that trials that start together create only one."""
     with delivery_lock(paths.tracking_lock):
         state = read_state(paths)
         run_id, deleted = _find_parent(opened, definition, state.mlflow_run_id if state is not None else None)
         if run_id is None and not deleted:
             run_id = _create_parent(opened, definition)
-        told = (state.uri, state.experiment_id, state.mlflow_run_id) if state is not None else None
-        if told != (store.shown_uri, opened.experiment_id, run_id):
+        recorded = (state.uri, state.experiment_id, state.mlflow_run_id) if state is not None else None
+        if recorded != (store.shown_uri, opened.experiment_id, run_id):
             write_state(paths, TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id))
     return run_id
 
 
 def _find_parent(opened: OpenStore, definition: StudyDefinition, known: str | None) -> tuple[str | None, bool]:
-    """Its run id, and whether there is only a deleted one. By its identity; one that an earlier version made has none,
-    and is the study's where it is ``known`` to be, or began when the study did."""
-    found: list[Run] = []
+    """Return the parent's run id, and whether any parent was found, deleted ones included.
+
+    The study's identity finds it. A parent that an earlier version created has no identity: it is the study's if its
+    run id is ``known``, or if it started when the study did.
+    """
+    matches: list[Run] = []
     if definition.id is not None:
         query = f"tags.`{study_fields.STUDY_ID_TAG}` = '{definition.id}'"
-        found = list(opened.client.search_runs([opened.experiment_id], query, ViewType.ALL))
-    found = found or [run for run in _parents_without_identity(opened, definition) if _began_it(run, definition, known)]
-    active = [run for run in found if run.info.lifecycle_stage == LifecycleStage.ACTIVE]
-    return (str(active[0].info.run_id) if active else None), bool(found)
+        matches = list(opened.client.search_runs([opened.experiment_id], query, ViewType.ALL))
+    matches = matches or [
+        run for run in _parents_without_identity(opened, definition) if _began_it(run, definition, known)
+    ]
+    active = [run for run in matches if run.info.lifecycle_stage == LifecycleStage.ACTIVE]
+    return (str(active[0].info.run_id) if active else None), bool(matches)
 
 
 def _parents_without_identity(opened: OpenStore, definition: StudyDefinition) -> list[Run]:
-    """Names are compared here: MLflow's query language has no way to quote them all."""
+    """Return parents of this name without an identity. MLflow's query language can't quote all names: compare here."""
     name = study_fields.study_tags(definition)[study_fields.STUDY_TAG]
     query = f"tags.`{study_fields.STUDY_TAG}` != ''"
     runs = opened.client.search_runs([opened.experiment_id], query, ViewType.ALL, max_results=1000)
@@ -293,10 +301,11 @@ def _parents_without_identity(opened: OpenStore, definition: StudyDefinition) ->
 
 
 def _began_it(run: Run, definition: StudyDefinition, known: str | None) -> bool:
+    """Whether ``run``, a parent without an identity, belongs to this study."""
     if definition.id is None or run.info.run_id == known:
         return True
-    began = study_fields.milliseconds(definition.created_at) if definition.created_at is not None else None
-    return began is not None and run.info.start_time == began
+    started = study_fields.milliseconds(definition.created_at) if definition.created_at is not None else None
+    return started is not None and run.info.start_time == started
 
 
 def _create_parent(opened: OpenStore, definition: StudyDefinition) -> str:

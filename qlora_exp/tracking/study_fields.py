@@ -1,4 +1,4 @@
-"""A study as MLflow shows it on its parent run: parameters, metrics, a note, two files. Pure: no store is asked."""
+"""A study as MLflow shows it on its parent run: params, metrics, a note, two files. Pure functions."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from qlora_exp.records.types import Process, Status
 from qlora_exp.tracking.fields import MAX_TAG_LENGTH, param_key, shown_figure, shown_text
 
 STUDY_TAG = "qlora_exp.study"
-"""On the parent run alone: the study's name."""
+"""The study's name. Only parent runs have this tag."""
 
 STUDY_ID_TAG = "qlora_exp.study_id"
-"""On the parent run alone: the study's identity, which finds the parent again. Names are for people."""
+"""The study's identity, by which the parent run is found; names are for people. Only parent runs have this tag."""
 
 SHOWN_TRIALS = 10
 
 
 @dataclass(frozen=True)
 class StudyDefinition:
-    """``study.json``: what is asked, and of how many trials. An objective reads ``minimize PATH`` or
-    ``maximize PATH``, a path into the record; ``space`` has each swept key's range as text."""
+    """``study.json``: the question, the search space and the number of trials.
+
+    An objective reads ``minimize PATH`` or ``maximize PATH``, a path into the record. ``space`` has each swept key's
+    range as text.
+    """
 
     name: str
     question: str | None = None
@@ -41,14 +44,14 @@ class StudyDefinition:
     created_at: str | None = None
     overrides: tuple[str, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
-    """What every trial has besides the swept keys, as overrides: key → value."""
+    """Settings that all trials share, in addition to the swept keys: key → value."""
     id: str | None = None
-    """``None``: a study of a version that gave no identities."""
+    """``None``: an earlier version created the study, without an identity."""
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial: ``values`` in the order of the objectives (none where it was not scored), ``params`` by swept key."""
+    """One trial: ``values`` in the order of the objectives (empty if it was not scored), ``params`` by swept key."""
 
     number: int
     status: Status
@@ -60,8 +63,8 @@ class TrialRow:
 
 @dataclass(frozen=True)
 class StudySummary:
-    """``summary.json``: how the study stands. ``best``: numbers of the best trials, best first; several objectives
-    have several. ``process`` is the sweep's while it goes on."""
+    """``summary.json``: the study's state. ``best``: numbers of the best trials, best first; several if there are
+    several objectives. ``process``: the running sweep's."""
 
     status: Status
     updated_at: str
@@ -92,7 +95,7 @@ def study_tags(definition: StudyDefinition) -> dict[str, str]:
     return {
         STUDY_TAG: shown_text(definition.name),
         **({STUDY_ID_TAG: definition.id} if definition.id is not None else {}),
-        # No parameter: MLflow never changes one, and a study goes on with more trials.
+        # Not a param: MLflow never changes one, and a resumed study may have more trials.
         **({"qlora_exp.n_trials": str(definition.n_trials)} if definition.n_trials is not None else {}),
         "mlflow.source.name": "qlora-exp sweep",
         "mlflow.source.type": "LOCAL",
@@ -100,22 +103,22 @@ def study_tags(definition: StudyDefinition) -> dict[str, str]:
 
 
 def study_metrics(definition: StudyDefinition, summary: StudySummary) -> dict[str, float]:
-    """Trials by how they ended, and the best value of each objective."""
-    figures: dict[str, float] = {
+    """Return the numbers of trials by result, and the best value of each objective."""
+    metrics: dict[str, float] = {
         "trials_finished": summary.count(Status.COMPLETED),
         "trials_pruned": summary.count(Status.PRUNED),
         "trials_failed": summary.count(Status.FAILED, Status.OUT_OF_MEMORY, Status.DIVERGED),
     }
-    for place, objective in enumerate(definition.objectives):
-        value = _best_value(summary, place, objective)
+    for index, objective in enumerate(definition.objectives):
+        value = _best_value(summary, index, objective)
         if value is not None:
-            figures[f"best/{param_key(_measure(objective))}"] = value
-    return figures
+            metrics[f"best/{param_key(_measure(objective))}"] = value
+    return metrics
 
 
 def study_note(definition: StudyDefinition, summary: StudySummary, answers: Sequence[str] = ()) -> str:
-    """The study in Markdown: its answers (of rank doubling), else its best so far, come first, the line that is seen
-    without unfolding the note."""
+    """Return the study in Markdown. The first line, which the UI shows while the note is folded, has rank doubling's
+    answers or else the best trial so far."""
     lines = [
         "\n\n".join(answers) or _headline(definition, summary),
         "",
@@ -131,7 +134,7 @@ def study_note(definition: StudyDefinition, summary: StudySummary, answers: Sequ
 
 
 def trials_csv(definition: StudyDefinition, summary: StudySummary) -> str:
-    """All trials, a column for each swept key; several objectives have ``value_FIELD`` each."""
+    """Return all trials as CSV, one column a swept key; each of several objectives has a column ``value_FIELD``."""
     keys = _swept_keys(definition, summary)
     several = len(definition.objectives) > 1
     values = [f"value_{_measure(objective)}" for objective in definition.objectives] if several else ["value"]
@@ -139,14 +142,14 @@ def trials_csv(definition: StudyDefinition, summary: StudySummary) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["number", "status", *values, "run_id", "seconds", *keys])
     for trial in summary.trials:
-        told = redact(trial.params)
-        row = [trial.number, trial.status.value, *(_value(trial, place) for place in range(len(values)))]
-        writer.writerow([*row, trial.run_id, trial.seconds, *(_cell(told, key) for key in keys)])
+        params = redact(trial.params)
+        row = [trial.number, trial.status.value, *(_value(trial, index) for index in range(len(values)))]
+        writer.writerow([*row, trial.run_id, trial.seconds, *(_cell(params, key) for key in keys)])
     return text.getvalue()
 
 
 def _cell(params: dict[str, Any], key: str) -> Any:
-    """``null`` is a value; what the trial doesn't have is empty."""
+    """Return a CSV cell: ``null`` if the value is unset, empty if the trial doesn't have the key."""
     value = params.get(key)
     if value is None:
         return "null" if key in params else None
@@ -154,7 +157,8 @@ def _cell(params: dict[str, Any], key: str) -> Any:
 
 
 def best_yaml(definition: StudyDefinition, summary: StudySummary) -> str | None:
-    """The best trial's settings as ``qlora-exp run --from`` reads them; ``None`` before there is one."""
+    """Return the best trial's settings as a file for ``qlora-exp run --from``; ``None`` if there is no best trial
+    yet."""
     if not summary.best_trials:
         return None
     best = summary.best_trials[0]
@@ -179,10 +183,12 @@ def _headline(definition: StudyDefinition, summary: StudySummary) -> str:
 
 def _progress(definition: StudyDefinition, summary: StudySummary) -> str:
     counts = Counter(trial.status for trial in summary.trials)
-    told = ", ".join(f"{count} {status.value.lower().replace('_', ' ')}" for status, count in sorted(counts.items()))
-    searched = f"sampler {definition.sampler or 'none'}, pruner {definition.pruner or 'none'}"
+    counts_text = ", ".join(
+        f"{count} {status.value.lower().replace('_', ' ')}" for status, count in sorted(counts.items())
+    )
+    algorithms = f"sampler {definition.sampler or 'none'}, pruner {definition.pruner or 'none'}"
     budget = "no fixed number of" if definition.n_trials is None else str(definition.n_trials)
-    return f"{budget} trials, {searched}; so far {told or 'none'}"
+    return f"{budget} trials, {algorithms}; so far {counts_text or 'none'}"
 
 
 def _table(definition: StudyDefinition, summary: StudySummary) -> Iterator[str]:
@@ -194,14 +200,14 @@ def _table(definition: StudyDefinition, summary: StudySummary) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
     for trial in shown:
-        values = [shown_figure(_value(trial, place)) for place in range(len(definition.objectives))]
-        told = redact(trial.params)
-        cells = [f"{trial.number}", *values, *(f"{told.get(key, '–')}" for key in keys), trial.run_id or "–"]
+        values = [shown_figure(_value(trial, index)) for index in range(len(definition.objectives))]
+        params = redact(trial.params)
+        cells = [f"{trial.number}", *values, *(f"{params.get(key, '–')}" for key in keys), trial.run_id or "–"]
         yield f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def _leading(definition: StudyDefinition, summary: StudySummary) -> list[TrialRow]:
-    """The best trials as told, then the other completed ones by the first objective."""
+    """Return the best trials in the order of ``best``, then the other completed ones by the first objective."""
     others = [t for t in summary.trials if t.status is Status.COMPLETED and t.number not in summary.best]
     maximize = bool(definition.objectives) and definition.objectives[0].startswith("maximize")
 
@@ -212,25 +218,25 @@ def _leading(definition: StudyDefinition, summary: StudySummary) -> list[TrialRo
     return [*summary.best_trials, *sorted(others, key=order)][:SHOWN_TRIALS]
 
 
-def _best_value(summary: StudySummary, place: int, objective: str) -> float | None:
-    known = [value for trial in summary.best_trials if (value := _value(trial, place)) is not None]
-    return (max if objective.startswith("maximize") else min)(known, default=None)
+def _best_value(summary: StudySummary, index: int, objective: str) -> float | None:
+    values = [value for trial in summary.best_trials if (value := _value(trial, index)) is not None]
+    return (max if objective.startswith("maximize") else min)(values, default=None)
 
 
-def _value(trial: TrialRow, place: int) -> float | None:
-    return trial.values[place] if place < len(trial.values) else None
+def _value(trial: TrialRow, index: int) -> float | None:
+    return trial.values[index] if index < len(trial.values) else None
 
 
 def _values_told(definition: StudyDefinition, trial: TrialRow) -> str:
-    told = (
-        f"{_measure(objective)} {shown_figure(_value(trial, place))}"
-        for place, objective in enumerate(definition.objectives)
+    texts = (
+        f"{_measure(objective)} {shown_figure(_value(trial, index))}"
+        for index, objective in enumerate(definition.objectives)
     )
-    return ", ".join(told)
+    return ", ".join(texts)
 
 
 def _measure(objective: str) -> str:
-    """The path without its direction."""
+    """Return the objective's path, without its direction."""
     return objective.split(maxsplit=1)[-1]
 
 

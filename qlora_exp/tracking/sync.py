@@ -1,4 +1,4 @@
-"""What was not delivered is delivered later; what was left RUNNING by a dead process is told as it is."""
+"""Deliver what MLflow has not received, and mark runs whose process died as interrupted."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 DEFAULT_EXPERIMENT = "qlora-exp"
 DEFAULT_TIMEOUT_SECONDS = 5.0
-"""For records whose configuration says nothing of tracking (conf/tracking/mlflow.yaml has the same)."""
+"""For records whose configuration has no tracking settings (same values as conf/tracking/mlflow.yaml)."""
 
 
 HOST_SECONDS = 5.0
-"""How long the end of a sweep waits for a host that delivers a trial itself just then."""
+"""How long the end of a sweep waits for a trial process that is delivering its own trial."""
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """Run ids by what became of them; ``failed`` has the reason."""
+    """Run ids by result. ``failed``: the reason by run id."""
 
     delivered: tuple[str, ...] = ()
     already: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
-    """RUNNING by a process of another host, which can't be seen from here; left as they are."""
+    """RUNNING, by a process of another host, which can't be checked from here; left as they are."""
     deleted: tuple[str, ...] = ()
-    """Deleted in MLflow by a person; they stay deleted."""
+    """Deleted in MLflow by a person; ``sync`` doesn't restore them."""
     repaired: tuple[str, ...] = ()
     studies: tuple[str, ...] = ()
     """Names of the studies whose parent run was delivered."""
@@ -52,12 +52,14 @@ class SyncReport:
 
 
 def sync_runs(output_root: str | Path, uri: str | None = None, experiment: str | None = None) -> SyncReport:
-    """Deliver every ended run under ``output_root`` that its store lacks, wholly or in part.
+    """Deliver every ended run under ``output_root`` that its store lacks wholly or in part. Repeating it adds nothing.
 
-    Doing it twice adds nothing. ``uri`` takes the place of the records' own ``tracking.uri`` (needed where that held a
-    password: records keep it redacted), ``experiment`` that of their ``tracking.experiment``. Raises
-    :class:`TrackingError` only for a ``uri`` that can't be meant; a store that doesn't answer is in the report's
-    ``failed``.
+    Args:
+        uri: replaces the records' own ``tracking.uri``; needed if that had a password, which records don't keep.
+        experiment: replaces the records' own ``tracking.experiment``.
+
+    Raises:
+        TrackingError: ``uri`` is invalid. A store that doesn't answer is in the report's ``failed`` instead.
     """
     output = OutputPaths.of(output_root)
     if not output.runs.is_dir():
@@ -70,12 +72,10 @@ def sync_runs(output_root: str | Path, uri: str | None = None, experiment: str |
 
 
 def mark_interrupted(output_root: str | Path) -> tuple[str, ...]:
-    """Tell runs whose process is dead as INTERRUPTED, in the record and (KILLED) in MLflow. Returns their run ids.
+    """Mark runs whose process is dead: INTERRUPTED in the record, KILLED in MLflow. Returns their run ids.
 
-    A run of another host stays RUNNING: whether it lives can't be seen from here.
-
-    Costs a look at each record; MLflow is only asked when there was something to repair. A store that doesn't answer
-    leaves them to :func:`sync_runs`.
+    A run of another host stays RUNNING: its process can't be checked from here. The function reads every record, and
+    calls MLflow only if it changed one. If the store doesn't answer, :func:`sync_runs` delivers them later.
     """
     output = OutputPaths.of(output_root)
     repaired = _repair_records(output)
@@ -86,8 +86,10 @@ def mark_interrupted(output_root: str | Path) -> tuple[str, ...]:
 
 
 def deliver_runs(output: OutputPaths, run_ids: Iterable[str], uri: str | None = None) -> None:
-    """Deliver those of these runs whose own process could not, because it was killed, say. Never raises; MLflow is only
-    asked where something is missing. ``uri`` as for :func:`sync_runs`."""
+    """Deliver those of these runs that their own process could not deliver, for example because it was killed.
+
+    Never raises, and calls MLflow only if something is missing. ``uri`` as for :func:`sync_runs`.
+    """
     missing = {paths.folder.name for run_id in run_ids if not _is_delivered(paths := output.run(run_id))}
     if missing:
         with contextlib.suppress(OSError):
@@ -104,7 +106,7 @@ def _is_delivered(paths: RunPaths) -> bool:
 
 
 def _is_whole(paths: RunPaths, mlflow_run_id: str | None) -> bool:
-    """Whether the store's run ``mlflow_run_id`` (``None``: it has none) has all that the folder holds."""
+    """Whether the store's run ``mlflow_run_id`` (``None``: there is none) has everything that the folder holds."""
     from qlora_exp.tracking.state import read_state
 
     state = read_state(paths)
@@ -113,7 +115,9 @@ def _is_whole(paths: RunPaths, mlflow_run_id: str | None) -> bool:
 
 class _Sync:
     """One pass over the run folders. A store that failed is not tried again: each try costs its timeout.
-    ``patience_seconds``: how long to wait for another process that delivers a run just then."""
+
+    ``patience_seconds``: how long to wait for another process that is delivering the same run.
+    """
 
     def __init__(
         self, output: OutputPaths, uri: str | None, patience_seconds: float = 60.0, experiment: str | None = None
@@ -131,23 +135,31 @@ class _Sync:
     def deliver(self, only: Set[str] | None = None) -> SyncReport:
         from qlora_exp.tracking.store import store_problem
 
-        found: dict[str, list[str]] = {"delivered": [], "already": [], "running": [], "elsewhere": [], "deleted": []}
+        by_result: dict[str, list[str]] = {
+            "delivered": [],
+            "already": [],
+            "running": [],
+            "elsewhere": [],
+            "deleted": [],
+        }
         failed: dict[str, str] = {}
         for paths in run_folders(self._output):
             if only is not None and paths.folder.name not in only:
                 continue
             try:
                 record = read_record(paths.record)
-                found[self._one(record, paths)].append(record.run_id)
+                by_result[self._one(record, paths)].append(record.run_id)
             except QloraExpError as error:
                 failed[paths.folder.name] = str(error)
         studies = []
         for store, name in self._studies:
             try:
                 studies += [name] if self._study(store, name) else []
-            except Exception as error:  # every backend raises its own kinds
+            except Exception as error:  # every backend raises its own types
                 failed[f"study {name}"] = f"not delivered: {store_problem(error)}"
-        return SyncReport(**{name: tuple(ids) for name, ids in found.items()}, studies=tuple(studies), failed=failed)
+        return SyncReport(
+            **{name: tuple(ids) for name, ids in by_result.items()}, studies=tuple(studies), failed=failed
+        )
 
     def _one(self, record: RunRecord, paths: RunPaths) -> str:
         from qlora_exp.tracking.state import delivery_lock
@@ -167,7 +179,8 @@ class _Sync:
             return self._deliver_one(read_record(paths.record), paths, store, opened)
 
     def _deliver_one(self, record: RunRecord, paths: RunPaths, store: Store, opened: OpenStore) -> str:
-        """``record`` as it is now that nobody else delivers it: another may have done so, or gone on with the run."""
+        """Deliver ``record``, read again under the lock: another process may have delivered or resumed the run
+        meanwhile."""
         from qlora_exp.tracking.deliver import create, deliver_all, find
         from qlora_exp.tracking.state import TrackingState, record_digest, write_state
         from qlora_exp.tracking.store import bounded_calls, store_problem
@@ -175,7 +188,7 @@ class _Sync:
         if not record.status.ended:
             return "running"
         digest, mlflow_run_id = record_digest(paths), None
-        told = TrackingState(store.shown_uri, store.experiment, opened.experiment_id)
+        state = TrackingState(store.shown_uri, store.experiment, opened.experiment_id)
         try:
             with bounded_calls(store.timeout_seconds):
                 mlflow_run_id = find(opened.client, opened.experiment_id, record.run_id)
@@ -184,14 +197,14 @@ class _Sync:
                 parent = self._parent(store, opened, record)
                 mlflow_run_id = mlflow_run_id or create(opened.client, opened.experiment_id, record, parent)
                 deliver_all(opened.client, mlflow_run_id, record, paths, parent)
-        except Exception as error:  # every backend raises its own kinds
-            why = store_problem(error)
+        except Exception as error:  # every backend raises its own types
+            reason = store_problem(error)
             self._forget_if_gone(store)
-            write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, error=why))
+            write_state(paths, replace(state, mlflow_run_id=mlflow_run_id, error=reason))
             raise TrackingError(
-                f"not delivered: {why}", store.shown_uri, sync_command(self._output) + " tries again"
+                f"not delivered: {reason}", store.shown_uri, sync_command(self._output) + " tries again"
             ) from None
-        write_state(paths, replace(told, mlflow_run_id=mlflow_run_id, delivered=True, record_digest=digest))
+        write_state(paths, replace(state, mlflow_run_id=mlflow_run_id, delivered=True, record_digest=digest))
         return "delivered"
 
     def _parent(self, store: Store, opened: OpenStore, record: RunRecord) -> str | None:
@@ -205,7 +218,8 @@ class _Sync:
         return self._parents[key]
 
     def _study(self, store: Store, name: str) -> bool:
-        """Deliver a study's parent run, where the store lacks something of it. A living sweep does so itself."""
+        """Deliver a study's parent run if the store lacks something of it. A running sweep delivers its own. Returns
+        whether it was delivered."""
         from qlora_exp.tracking.state import read_state, write_state
         from qlora_exp.tracking.study import deliver_study, read_definition, read_summary, study_digest
 
@@ -239,16 +253,16 @@ class _Sync:
                 with bounded_calls(store.timeout_seconds):
                     self._present[store] = present_runs(opened.client, opened.experiment_id)
                 self._opened[store] = opened
-            except Exception as error:  # every backend raises its own kinds
+            except Exception as error:  # every backend raises its own types
                 self._broken[store] = store_problem(error)
                 raise self._failed(self._broken[store], store) from None
         return self._opened[store]
 
-    def _failed(self, why: str, store: Store) -> TrackingError:
-        return TrackingError(f"not delivered: {why}", store.shown_uri, f"{sync_command(self._output)} tries again")
+    def _failed(self, reason: str, store: Store) -> TrackingError:
+        return TrackingError(f"not delivered: {reason}", store.shown_uri, f"{sync_command(self._output)} tries again")
 
     def _forget_if_gone(self, store: Store) -> None:
-        """After a failed delivery: is it the store (then the others need not try), or only this run?"""
+        """After a failed delivery, check whether the store itself has failed. If so, its other runs are not tried."""
         from qlora_exp.tracking.store import open_store
 
         try:
@@ -275,7 +289,7 @@ class _Sync:
 
 
 def _repair_records(output: OutputPaths, only: Set[str] | None = None) -> dict[str, str]:
-    """Run ids of the repaired, by folder name."""
+    """Mark records of dead processes as INTERRUPTED. Returns their run ids by folder name."""
     repaired = {}
     for paths in run_folders(output):
         if only is not None and paths.folder.name not in only:
@@ -283,7 +297,7 @@ def _repair_records(output: OutputPaths, only: Set[str] | None = None) -> dict[s
         try:
             record = read_record(paths.record)
         except RecordError:
-            continue  # told by ls and sync; nothing of it can be repaired
+            continue  # ls and sync report it; it can't be repaired
         if record.status is not Status.RUNNING or (record.process is not None and alive(record.process) is not False):
             continue
         write_json(paths.record, _interrupted(record, paths))
@@ -292,17 +306,17 @@ def _repair_records(output: OutputPaths, only: Set[str] | None = None) -> dict[s
 
 
 def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
-    """The record of a run whose process ended without a word; its end is the last sign of life in the folder."""
+    """Return the record of a run whose process died; its end is the last modification of a file in the folder."""
     files = [file for file in (paths.record, paths.curve) if file.is_file()]
     last = datetime.fromtimestamp(max(file.stat().st_mtime for file in files), UTC).isoformat(timespec="seconds")
-    pid = f"process {record.process.pid}" if record.process is not None else "the process"
+    process = f"process {record.process.pid}" if record.process is not None else "the process"
     return record.replace(
         status=Status.INTERRUPTED,
         ended_at=last,
         failure=killed_for_memory(record, None, None)
         or Failure(
             kind="ProcessDied",
-            message=f"{pid} ended without finishing the run (killed, out of memory, or the machine stopped); "
+            message=f"{process} ended without finishing the run (killed, out of memory, or the machine stopped); "
             f"its last sign of life was at {last}",
             hint="run it again with the same settings; where training.save_every_steps is set, it goes on from the "
             "newest checkpoint",

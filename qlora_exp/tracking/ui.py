@@ -1,4 +1,4 @@
-"""The MLflow UI over a run's store: how to start it, and the address that compares runs."""
+"""The MLflow UI of a run's store: the command that starts it, and the addresses of its views."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ VIEW_PLOTS = {
     "Axes and loss": ("speed/train_tokens_per_second", "score/loss_per_item"),
     "Axes and memory": ("memory/peak_train_mib", "score/loss_per_item"),
 }
-"""Plots of all axes against a few metrics, the last of which colours the lines. A plot leaves out runs that lack one
-of its metrics and hides where all do, so that what only some tasks or machines have gets a plot of its own."""
+"""Plots of all axes against a few metrics; the last metric colours the lines. A plot leaves out runs that lack one of
+its metrics, and is hidden if all do. So metrics that only some tasks or machines have are in separate plots."""
 
 VIEW_FIGURES = "Quality, memory, speed"
 VIEW_BARS = ("score/accuracy", "score/loss_per_item", "memory/peak_train_mib", "speed/train_tokens_per_second")
 
 
 def _charts() -> list[dict[str, Any]]:
-    """The charts that come first: all axes against quality, memory and speed, then each of these alone."""
+    """Return the first charts: all axes against quality, memory and speed, then a chart for each of these."""
     plots = [
         {
             "type": "PARALLEL",
@@ -76,14 +76,15 @@ def _charts() -> list[dict[str, Any]]:
 
 
 def _section(name: str, columns: int, height_pixels: int) -> dict[str, Any]:
-    """Charts under a heading, ``columns`` side by side. A plot has one of its own: the UI gives plots no titles."""
-    shown = {"display": True, "isReordered": True, "columns": columns, "cardHeight": height_pixels}
-    return {"uuid": name, "name": name} | shown
+    """Return a heading's layout, ``columns`` charts wide. Each plot has its own section: the UI gives plots no
+    titles."""
+    layout = {"display": True, "isReordered": True, "columns": columns, "cardHeight": height_pixels}
+    return {"uuid": name, "name": name} | layout
 
 
 TABLE_VIEW = {"selectedColumns": VIEW_COLUMNS}
 CHARTS_VIEW = TABLE_VIEW | {
-    # In any order but that of time the UI shows trials beside their study instead of folded away beneath it.
+    # Unless it sorts by time, the UI shows trials next to their study instead of folded beneath it.
     "orderByKey": "metrics.`score/loss_per_item`",
     "orderByAsc": True,
     "runsHiddenMode": "FIRST_20_RUNS",
@@ -91,21 +92,24 @@ CHARTS_VIEW = TABLE_VIEW | {
     "compareRunSections": [*(_section(name, 1, 400) for name in VIEW_PLOTS), _section(VIEW_FIGURES, 2, 300)],
     "isAccordionReordered": True,
 }
-"""Columns of the runs table and first charts of the comparison, as the UI stores a view that a person shares."""
+"""Columns of the runs table and first charts of the comparison, in the format of the UI's shared views."""
 
 VIEW_TAGS = {
     f"mlflow.sharedViewState.{VIEW_KEY}": json.dumps(TABLE_VIEW),
     f"mlflow.sharedViewState.{CHARTS_VIEW_KEY}": json.dumps(CHARTS_VIEW, separators=(",", ":")),
 }
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"} | VIEW_TAGS
-"""Without them the UI takes an experiment for one about agents, its runs table shows neither settings nor scores, and
+"""Without them the UI takes the experiment for one about agents: its runs table shows neither settings nor scores, and
 its charts are one per metric, by name. :func:`runs_url` and :func:`charts_url` open the views."""
 
 
 def ui_command(config_uri: str | None, database: Path, port: int = DEFAULT_PORT) -> list[str]:
-    """The command that serves the UI on 127.0.0.1, for ``tracking.uri`` (``None``: ``database``).
+    """Return the command that serves the UI on 127.0.0.1, for ``tracking.uri`` (``None``: for ``database``).
 
-    Run it with :func:`ui_environment`. A server's URI raises :class:`TrackingError`: it has a UI of its own.
+    Run it with :func:`ui_environment`.
+
+    Raises:
+        TrackingError: the URI is a server's, which has its own UI; there are no tracked runs; the port is invalid.
     """
     if config_uri is not None and urlsplit(config_uri).scheme in ("http", "https", "databricks"):
         raise TrackingError("the tracking server has its own UI", config_uri, f"open {config_uri} in a browser")
@@ -117,14 +121,14 @@ def ui_command(config_uri: str | None, database: Path, port: int = DEFAULT_PORT)
     return [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", config_uri or f"sqlite:///{database}"),
-        # For experiments made in the UI; ours name their folder themselves.
+        # For experiments created in the UI; those of qlora-exp name their folder themselves.
         *("--artifacts-destination", (folder / "mlartifacts").as_uri()),
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
     ]
 
 
 def ui_environment() -> dict[str, str]:
-    """This process's environment for the UI: no telemetry, no background job workers."""
+    """Return this process's environment for the UI: no telemetry, no background job workers."""
     return os.environ | {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -133,18 +137,21 @@ def ui_environment() -> dict[str, str]:
 
 
 def runs_url(address: str, experiment_id: str) -> str:
-    """The UI's table of all runs, with the columns that tell them apart."""
+    """Return the address of the table of all runs, with the columns that distinguish them."""
     return _view_url(address, experiment_id, VIEW_KEY)
 
 
 def charts_url(address: str, experiment_id: str) -> str:
-    """The UI's charts of all runs: the axes against quality, memory and speed come first."""
+    """Return the address of the charts of all runs: first the axes against quality, memory and speed."""
     return f"{_view_url(address, experiment_id, CHARTS_VIEW_KEY)}&compareRunsMode=CHART"
 
 
 def compare_url(address: str, experiment_id: str, mlflow_run_ids: Sequence[str]) -> str:
-    """The UI's comparison of these runs, every parameter and metric side by side. Its plot opens on the parameters
-    and metrics that the UI picks by name, and no address can say otherwise: :func:`charts_url` opens on the axes."""
+    """Return the address that compares these runs, every param and metric side by side.
+
+    Its plot opens on params and metrics that the UI picks by name; no address can change that. :func:`charts_url` opens
+    on the axes.
+    """
     runs = quote(json.dumps(list(mlflow_run_ids), separators=(",", ":")))
     experiments = quote(json.dumps([experiment_id]))
     return f"{address.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"

@@ -1,5 +1,8 @@
-"""``hydra/sweeper=qlora_optuna``: asynchronous studies on Optuna. Hydra imports this at every start of every Hydra
-application on the machine, so that it is light, touches nothing of theirs, and holds no dataclass."""
+"""``hydra/sweeper=qlora_optuna``: asynchronous studies on Optuna.
+
+Hydra imports this module whenever any Hydra application on the machine starts. So it imports little, changes nothing of
+theirs and defines no dataclass.
+"""
 
 from typing import Any
 
@@ -18,10 +21,10 @@ ConfigStore.instance().store(
 
 
 class QloraOptunaSweeper(Sweeper):
-    """Hands the sweep to :mod:`qlora_exp.orchestration`, and its workers to whatever launcher Hydra was given."""
+    """Passes the sweep to :mod:`qlora_exp.orchestration`, and its workers to the launcher that Hydra was given."""
 
     def __init__(self, params: dict[str, str] | None = None, **others: Any) -> None:
-        """The sweep reads them from the configuration, as they were written, and refuses the ``others``."""
+        """The sweep reads ``params`` from the configuration, as they were written. It rejects the ``others``."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
