@@ -30,16 +30,16 @@ GROUPS = {
 
 
 class Commands(TyperGroup):
-    """The list of all commands in ``--help``: grouped, and no description cut."""
+    """The list of all commands in ``--help``: in groups, with whole descriptions."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write one section for each group. A command that no group names comes last."""
+        """Write one section for each group. Commands that no group names come last."""
         width = max(map(len, self.commands))
-        named = [name for names in GROUPS.values() for name in names]
-        others = tuple(name for name in self.commands if name not in named)
-        for heading, names in {**GROUPS, "Other commands": (*GROUPS["Other commands"], *others)}.items():
-            shown = [name for name in names if name in self.commands]
-            rows = [(name.ljust(width), _first_paragraph(self.commands[name].help)) for name in shown]
+        grouped = [name for names in GROUPS.values() for name in names]
+        ungrouped = tuple(name for name in self.commands if name not in grouped)
+        for heading, names in {**GROUPS, "Other commands": (*GROUPS["Other commands"], *ungrouped)}.items():
+            present = [name for name in names if name in self.commands]
+            rows = [(name.ljust(width), _first_paragraph(self.commands[name].help)) for name in present]
             with formatter.section(heading):
                 formatter.write_dl(rows)
 
@@ -72,11 +72,12 @@ machine.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, 1 a run failed (or doctor found a problem), 2 wrong input, 130 interrupted."""
+    """Run a command and return its exit code: 0, 1 (a run failed or doctor found a problem), 2 (wrong input), 130
+    (interrupted)."""
     show_any_text()
     if arguments is None and sys.argv[1:2] in (["run"], ["rerun"]):
         heap.reexec_with_tunables(sys.argv[2:])
-    # Completion asks the parser, not a verb: it never gets here with an error to tell.
+    # Shell completion ends inside app(): no error of it is handled here.
     try:
         check_arguments(sys.argv[1:] if arguments is None else arguments)
         result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",
@@ -89,24 +90,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit:
         if type(sys.stdout).__name__ != "PacifyFlushWrapper":
             raise
-        return 0  # click has met the closed pipe of `… | head` first
+        return 0  # click has handled the closed pipe of `… | head`
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # `… | head` has read enough. Python would complain again when it flushes at exit.
+        # `… | head` has closed the pipe. Without devnull, Python's flush at exit would print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        told = unwritable(error)
-        if told is None:
+        problem = unwritable(error)
+        if problem is None:
             raise
         from qlora_exp.runs.process import print_error
 
-        print_error(told)
-        return told.exit_code
+        print_error(problem)
+        return problem.exit_code
     except Exception as error:
-        # typer's own: an unknown verb or option, a missing argument. Anything else is a fault of ours and shows itself.
+        # Typer's own errors: an unknown command or option, a missing argument. Anything else is a bug: show its trace.
         if not hasattr(error, "format_message"):
             raise
         error.show() if hasattr(error, "show") else print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``python -m qlora_exp.cli``: the verbs, where the console script is not installed."""
+"""``python -m qlora_exp.cli``: the commands, for environments where the console script is not installed."""
 
 import sys
 

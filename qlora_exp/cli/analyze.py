@@ -1,4 +1,4 @@
-"""``analyze``: the rank question asked of any table."""
+"""``analyze``: the rank decision from any table of results."""
 
 from __future__ import annotations
 
@@ -53,31 +53,35 @@ def analyze(
     from qlora_exp.analysis.table import Options, analyze_table, table_as_json
 
     options = Options(rank_column, score_column, configuration_column, higher_is_better, margin, se)
-    found = analyze_table(file, options)
+    answers = analyze_table(file, options)
     if json:
         from json import dumps
 
-        print(dumps(table_as_json(found), indent=1, ensure_ascii=False, allow_nan=False))
+        print(dumps(table_as_json(answers), indent=1, ensure_ascii=False, allow_nan=False))
         return 0
     from qlora_exp.formatting import print_table
 
-    for one in found:
-        if one.configuration is not None:
-            print(f"{one.configuration}:")
-        print(one.answer.sentence)
-        print_table(_comparisons(one))
-        for note in one.notes:
+    for table_answer in answers:
+        if table_answer.configuration is not None:
+            print(f"{table_answer.configuration}:")
+        print(table_answer.answer.sentence)
+        print_table(_comparisons(table_answer))
+        for note in table_answer.notes:
             print(note)
     return 0
 
 
-def _comparisons(found: TableAnswer) -> Table:
+def _comparisons(table_answer: TableAnswer) -> Table:
     from qlora_exp.formatting import plain_table
 
     rows = [
-        (f"{step.from_rank} → {step.to_rank}", *map(_figure, (d.gain, d.low, d.high)), str(d.verdict))
-        for step in found.answer.comparisons
-        for d in (step.decision,)
+        (
+            f"{step.from_rank} → {step.to_rank}",
+            *map(_figure, (decision.gain, decision.low, decision.high)),
+            str(decision.verdict),
+        )
+        for step in table_answer.answer.comparisons
+        for decision in (step.decision,)
     ]
     return plain_table(("step", "gain", "low", "high", "decision"), rows)
 

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, each with the same words and the same completion."""
+"""Arguments that several commands share, each with the same help and the same completion."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 
 def complete_overrides(incomplete: str) -> list[str]:
-    """``model=…`` and the other groups' choices; after ``lora.`` the keys of that group."""
+    """Complete ``model=…`` and the other groups' choices; after ``lora.``, the keys of that group."""
     from qlora_exp.config.choices import choices, group_keys, group_names
 
     names = group_names()
     group, equals, _ = incomplete.partition("=")
     prefix, dot, _ = group.partition(".")
     if equals and group in names:
-        offered = [f"{group}={choice.name}" for choice in choices(group)]
+        candidates = [f"{group}={choice.name}" for choice in choices(group)]
     elif dot and prefix in names:
-        offered = [f"{prefix}.{key}=" for key in group_keys(prefix)]
+        candidates = [f"{prefix}.{key}=" for key in group_keys(prefix)]
     else:
-        offered = [f"{name}=" for name in names]
-    return [text for text in offered if text.startswith(incomplete)]
+        candidates = [f"{name}=" for name in names]
+    return [text for text in candidates if text.startswith(incomplete)]
 
 
 def complete_runs(incomplete: str) -> list[str]:
-    """``last``, then run ids under the default output root, newest first."""
+    """Complete ``last``, then run ids under the default output root, newest first."""
     from qlora_exp.records.find import LAST, run_folders
 
     ids = [paths.folder.name for paths in run_folders(outputs_of(None))]
@@ -36,7 +36,7 @@ def complete_runs(incomplete: str) -> list[str]:
 
 
 def complete_studies(incomplete: str) -> list[str]:
-    """``last``, then the studies under the default output root, newest first."""
+    """Complete ``last``, then the studies under the default output root, newest first."""
     from qlora_exp.records.find import LAST, study_names
 
     names = study_names(outputs_of(None))
@@ -50,7 +50,7 @@ def complete_sweeps(incomplete: str) -> list[str]:
 
 
 def outputs_of(output_root: str | None) -> OutputPaths:
-    """The output paths that ``--output-root`` means; without it, those of conf/config.yaml."""
+    """Return the paths under ``--output-root``, or under the output root of conf/config.yaml."""
     from qlora_exp.config.choices import default_output_root
     from qlora_exp.paths import OutputPaths
 
@@ -113,10 +113,10 @@ Force = Annotated[
 
 
 def forced(force: bool) -> list[str]:
-    """The override that ``--force`` stands for."""
+    """Return the override that ``--force`` stands for."""
     return ["budget.force=true"] if force else []
 
 
 def examples(*lines: str) -> str:
-    """A help page's commands; ``\\b`` keeps their line breaks."""
+    """Return a help page's examples; click keeps the line breaks of a paragraph that begins with ``\\b``."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""Verbs that look before a weight is read: ``validate``, ``data preview`` and ``init``."""
+"""Commands that need no weights: ``validate``, ``data preview`` and ``init``."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or 
 
 
 def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
-    """Configuration, plan, tokenizer and splits: all that is known before a weight is read."""
+    """Return the configuration, the run's preparation (plan, tokenizer, splits) and the environment. Loads no
+    weights."""
     from dataclasses import replace
 
     from qlora_exp.config.compose import compose
@@ -111,39 +112,40 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
     from qlora_exp.system.environment import probe
 
     environment = probe(config.training.device)
-    if environment.device.kind == "cpu":  # the heap of the process that will train, not of this one
+    if environment.device.kind == "cpu":  # the tunables of the process that will train
         environment = replace(environment, glibc_tunables=heap.tunables())
     return config, prepare(config, environment), environment
 
 
-def _rounded(planned: Plan) -> str:
-    where = " and ".join(planned.inputs_rounded_in or ())
+def _rounded(plan: Plan) -> str:
+    where = " and ".join(plan.inputs_rounded_in or ())
     return f", inputs rounded to 8 bits in {where}" if where else ""
 
 
-def _told(config: Config, planned: Plan, splits: Splits) -> list[str]:
+def _told(config: Config, plan: Plan, splits: Splits) -> list[str]:
+    """Return the lines that ``validate`` prints."""
     from qlora_exp.data.rows_report import rows_report
 
     data = splits.record
-    share = planned.trainable_parameters / planned.total_parameters
+    share = plan.trainable_parameters / plan.total_parameters
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     return [
         "valid",
-        f"  model    {config.model.family} {config.model.variant.value} ({planned.architecture}, "
-        f"{planned.total_parameters:,} parameters), {planned.weight_dtype} weights, "
-        f"computing in {planned.compute_dtype} on {planned.device}{_rounded(planned)}",
-        f"  LoRA     r={config.lora.r} alpha={planned.alpha:g} on {planned.adapted_modules} modules "
-        f"({', '.join(planned.target_modules)}): {planned.trainable_parameters:,} trained parameters ({share:.2%})",
+        f"  model    {config.model.family} {config.model.variant.value} ({plan.architecture}, "
+        f"{plan.total_parameters:,} parameters), {plan.weight_dtype} weights, "
+        f"computing in {plan.compute_dtype} on {plan.device}{_rounded(plan)}",
+        f"  LoRA     r={config.lora.r} alpha={plan.alpha:g} on {plan.adapted_modules} modules "
+        f"({', '.join(plan.target_modules)}): {plan.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
-        f"{data.test_items} test items{dropped}; {planned.format} format",
+        f"{data.test_items} test items{dropped}; {plan.format} format",
         *(f"           {line}" for line in rows_report(splits)),
-        f"  training {planned.max_steps} steps of {planned.batch_size} items "
-        f"({planned.micro_batch_size} at a time), seed {config.seed}",
+        f"  training {plan.max_steps} steps of {plan.batch_size} items "
+        f"({plan.micro_batch_size} at a time), seed {config.seed}",
     ]
 
 
 def _marked(tokens: Any) -> Any:
-    """One line of text: trained tokens highlighted on a terminal, in brackets elsewhere."""
+    """Return the item as text: trained tokens highlighted on a terminal, in brackets elsewhere."""
     import sys
 
     from rich.text import Text

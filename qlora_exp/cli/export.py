@@ -1,4 +1,4 @@
-"""``export``: a finished run as files for others, and for a phone."""
+"""``export``: the adapter, merged model and GGUF files of a finished run, and whether they suit a phone."""
 
 from __future__ import annotations
 
@@ -78,21 +78,21 @@ def export(
         }
     )
     with ProgressReporter() as observer:
-        made, folder = export_run(paths, to, settings, observer.phase)
+        exported, folder = export_run(paths, to, settings, observer.phase)
     if as_json:
         print((folder / "export.json").read_text(encoding="utf-8"), end="")
         return 0
-    for line in _lines(made):
+    for line in _lines(exported):
         print(line)
     print(f"export: {folder}")
     return 0
 
 
-def _lines(made: Export) -> list[str]:
-    phone = made.phone
-    told = [_line(artefact) for artefact in made.artefacts]
-    told.append(f"{phone.question}: {phone.answer}{f' ({phone.artefact})' if phone.artefact else ''}")
-    return told + [f"  {item.name:18}{item.answer:11}{item.detail}" for item in phone.criteria]
+def _lines(exported: Export) -> list[str]:
+    phone = exported.phone
+    lines = [_line(artefact) for artefact in exported.artefacts]
+    lines.append(f"{phone.question}: {phone.answer}{f' ({phone.artefact})' if phone.artefact else ''}")
+    return lines + [f"  {criterion.name:18}{criterion.answer:11}{criterion.detail}" for criterion in phone.criteria]
 
 
 def _line(artefact: Artefact) -> str:

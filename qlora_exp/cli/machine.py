@@ -1,4 +1,4 @@
-"""Verbs about this machine and the tracking store: ``doctor``, ``calibrate``, ``sync``, ``ui``, ``version``."""
+"""Commands for this machine and the tracking store: ``doctor``, ``calibrate``, ``sync``, ``ui``, ``version``."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def doctor(
     from qlora_exp.doctor.sweep_disk import sweep_disk
 
     problems = 0
-    asked = [sweep_disk(overrides, output_root)] if overrides else []
-    for check in itertools.chain(asked, checks(outputs_of(output_root).root, self_test)):
+    disk_check = [sweep_disk(overrides, output_root)] if overrides else []
+    for check in itertools.chain(disk_check, checks(outputs_of(output_root).root, self_test)):
         problems += check.ok is False
         print(_line(check), flush=True)
     print("no problem found" if not problems else f"{problems} problem{'s' if problems != 1 else ''}")
@@ -116,8 +116,8 @@ def sync(
         "failed": report.failed,
     }
     print(", ".join(f"{len(ids)} {name}" for name, ids in counts.items() if ids) or "there is nothing to deliver")
-    for run_id, why in report.failed.items():
-        print(f"{run_id}: {why}", file=sys.stderr)
+    for run_id, reason in report.failed.items():
+        print(f"{run_id}: {reason}", file=sys.stderr)
     return 1 if report.failed else 0
 
 
@@ -145,7 +145,7 @@ def ui(
     if state is not None and state.experiment_id is not None:
         print(f"   table:  {runs_url(address, state.experiment_id)}", flush=True)
         print(f"   charts: {charts_url(address, state.experiment_id)}", flush=True)
-    # The server takes this process's place: signals and exit codes are then its own.
+    # The server replaces this process, so that it gets the signals, and its exit code is ours.
     os.execve(command[0], command, ui_environment())
 
 
@@ -158,12 +158,13 @@ def version() -> int:
 
 
 def _line(check: Check) -> str:
-    word = {True: "ok", False: "PROBLEM", None: "–"}[check.ok]
+    result = {True: "ok", False: "PROBLEM", None: "–"}[check.ok]
     fix = f"\n{'':26}do: {check.fix}" if check.fix else ""
-    return f"{word:8}{check.name:18}{check.detail}{fix}"
+    return f"{result:8}{check.name:18}{check.detail}{fix}"
 
 
 def _check_free(port: int) -> None:
+    """Raise TrackingError if another process uses the port."""
     import socket
 
     from qlora_exp.errors import TrackingError

@@ -1,4 +1,4 @@
-"""The verb that counts before anything is loaded: ``plan``."""
+"""``plan``: memory, time, cost and disk before anything is loaded."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ def plan(
     from qlora_exp.runs.process import silence_libraries
 
     silence_libraries()
-    overrides, named = _overrides(source, arguments)
-    named = _one_device(device, named)
-    if named is None and fit in CARDS:
-        named = fit
-    chosen = device_by_name(named) if named is not None else None
+    overrides, device_name = _overrides(source, arguments)
+    device_name = _one_device(device, device_name)
+    if device_name is None and fit in CARDS:
+        device_name = fit
+    chosen = device_by_name(device_name) if device_name is not None else None
     fit_bytes = size_bytes(fit) if fit is not None else None
     if sizes:
         _alone("--sizes", {"--fit": fit is not None, "--html": html is not None})
@@ -108,105 +108,109 @@ def plan(
         from qlora_exp.estimate.largest import with_search_axes
 
         overrides = with_search_axes(overrides, chosen)
-    asked = search_space(overrides)
-    for text in asked.fixed_axes:
+    space = search_space(overrides)
+    for text in space.fixed_axes:
         print(f"{text} on the command line fixes an axis of the sweep", file=sys.stderr)
-    counter = RowCounter() if fit is None else None  # what fits a card is asked for lengths, not for one task's rows
-    a_sweep = fit is None and (asked.sampled or len(asked.points) > 1)  # of what fits, each is a run by itself
-    planner = Planner(chosen, fit_bytes, _ended_runs(asked), counter, hosts=a_sweep)
-    runs = [planner.plan(point) for point in asked.points]
+    counter = RowCounter() if fit is None else None  # --fit is about sequence lengths, not one task's rows
+    is_sweep = fit is None and (space.sampled or len(space.points) > 1)  # --fit lists single runs
+    planner = Planner(chosen, fit_bytes, _ended_runs(space), counter, hosts=is_sweep)
+    runs = [planner.plan(point) for point in space.points]
     raise_all(planner.problems)
     if fit is None:
-        planned = zip(runs, asked.points, strict=True)
-        _check_a_base_fits(planner, [point.config for run, point in planned if run.memory and point.config], chosen)
-    if a_sweep:
-        runs = _with_trials_bought(runs, asked)
+        pairs = zip(runs, space.points, strict=True)
+        _check_a_base_fits(planner, [point.config for run, point in pairs if run.memory and point.config], chosen)
+    if is_sweep:
+        runs = _with_trials_bought(runs, space)
     if html is not None:
-        _write(runs, _told(runs, asked), html)
+        _write(runs, _told(runs, space), html)
     if as_json:
         return _print_json(runs if fit is None else _fitting(runs))
-    return _show(runs, asked) if fit is None else _show_fitting(runs, fit)
+    return _show(runs, space) if fit is None else _show_fitting(runs, fit)
 
 
-def _alone(option: str, given: dict[str, bool]) -> None:
-    """Raises:
-    ConfigError: an option was given, too, that would not be heeded."""
+def _alone(option: str, others: dict[str, bool]) -> None:
+    """Raise ConfigError if the command has another option, which ``option`` would ignore."""
     from qlora_exp.errors import ConfigError
 
-    for other in (name for name, is_given in given.items() if is_given):
-        what = f"{option} lists the weights in every quantization, and {other} says nothing to that"
-        raise ConfigError(what, f"{option} {other}", f"one call for {option}, another for {other}")
+    for other_option in (name for name, is_set in others.items() if is_set):
+        problem = f"{option} lists the weights in every quantization, and {other_option} says nothing to that"
+        raise ConfigError(problem, f"{option} {other_option}", f"one call for {option}, another for {other_option}")
 
 
 def _one_device(option: str | None, override: str | None) -> str | None:
-    """Raises:
-    ConfigError: both are there, and differ."""
+    """Return the device's name, from ``--device`` or ``plan.device=``.
+
+    Raises:
+        ConfigError: both are set, and differ.
+    """
     from qlora_exp.errors import ConfigError
 
     if option is not None and override is not None and option != override:
-        what = f"a plan is for one device, not for both {option} and {override}"
-        raise ConfigError(what, f"--device {option} {DEVICE_KEY}{override}", "leave one of them out")
+        problem = f"a plan is for one device, not for both {option} and {override}"
+        raise ConfigError(problem, f"--device {option} {DEVICE_KEY}{override}", "leave one of them out")
     return option if option is not None else override
 
 
 def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[str], str | None]:
-    """Overrides, a sweep's name among them as ``sweeps=NAME``, and the device that they name."""
+    """Return the overrides (the sweep's name as ``sweeps=NAME``), without ``plan.device=``, and that device's name."""
     typed = list(arguments or [])
     name = typed.pop(0) if typed and "=" not in typed[0] else None
-    given = [*([f"sweeps={name}"] if name else []), *given_overrides(source, typed, sweep=name)]
-    devices = [text.removeprefix(DEVICE_KEY) for text in given if text.startswith(DEVICE_KEY)]
-    return [text for text in given if not text.startswith(DEVICE_KEY)], devices[-1] if devices else None
+    overrides = [*([f"sweeps={name}"] if name else []), *given_overrides(source, typed, sweep=name)]
+    devices = [text.removeprefix(DEVICE_KEY) for text in overrides if text.startswith(DEVICE_KEY)]
+    return [text for text in overrides if not text.startswith(DEVICE_KEY)], devices[-1] if devices else None
 
 
-def _ended_runs(asked: SearchSpace) -> Sequence[RunRecord]:
-    """By which the next one's seconds are told."""
+def _ended_runs(space: SearchSpace) -> Sequence[RunRecord]:
+    """Return the recorded runs from which the throughput is predicted."""
     from qlora_exp.paths import OutputPaths
     from qlora_exp.records.find import EndedRuns
 
-    config = next((point.config for point in asked.points if point.config is not None), None)
+    config = next((point.config for point in space.points if point.config is not None), None)
     return EndedRuns(OutputPaths.of(config.output_root)).records() if config is not None else ()
 
 
 def _check_a_base_fits(planner: Planner, configs: Sequence[Config], device: PlanDevice | None) -> None:
-    """Of several bounds the largest counts; what has none fits as far as can be said here."""
+    """Raise an error if no configuration's base fits. The largest memory limit counts; without a limit everything
+    fits."""
     from qlora_exp.estimate.smallest_base import check_a_base_fits
 
-    bounds = [config.budget.memory_bytes for config in configs]
-    known = [bound for bound in bounds if bound is not None]
-    if len(known) == len(bounds):
-        check_a_base_fits(planner, configs, max(known, default=None), device)
+    budgets = [config.budget.memory_bytes for config in configs]
+    limits = [limit for limit in budgets if limit is not None]
+    if len(limits) == len(budgets):
+        check_a_base_fits(planner, configs, max(limits, default=None), device)
 
 
-def _with_trials_bought(runs: Sequence[PlannedRun], asked: SearchSpace) -> list[PlannedRun]:
-    """A sweep's budget is for all of its trials together; where configurations have different ones, nothing is said."""
+def _with_trials_bought(runs: Sequence[PlannedRun], space: SearchSpace) -> list[PlannedRun]:
+    """Return the runs with the number of trials that the budget is enough for. A sweep's budget covers all its trials;
+    if the configurations have different budgets, the runs stay as they are."""
     from dataclasses import replace
 
     from qlora_exp.estimate.affordable_trials import affordable_trials
 
-    budgets = [point.config.budget for point in asked.points if point.config is not None]
+    budgets = [point.config.budget for point in space.points if point.config is not None]
     if any(budget != budgets[0] for budget in budgets):
         return list(runs)
-    bought = affordable_trials(runs, budgets[0], asked.trials)
-    return [replace(run, budget=bought) for run in runs]
+    affordable = affordable_trials(runs, budgets[0], space.trials)
+    return [replace(run, budget=affordable) for run in runs]
 
 
-def _told(runs: Sequence[PlannedRun], asked: SearchSpace) -> list[str]:
-    """How many there are, how many of them fit, what they cost, and what the budget buys."""
+def _told(runs: Sequence[PlannedRun], space: SearchSpace) -> list[str]:
+    """Return how many configurations there are and fit, what they cost, and what the budget is enough for."""
     from qlora_exp.estimate.tables import cost_summary, plan_summary
 
-    cost = cost_summary(runs, asked.trials if asked.sampled else None) if asked.trials is not None else None
-    bought = [one.told for one in runs[0].budget]
-    return [plan_summary(runs, asked.trials, asked.sampled), *([cost] if cost is not None else []), *bought]
+    cost = cost_summary(runs, space.trials if space.sampled else None) if space.trials is not None else None
+    affordable = [limit.told for limit in runs[0].budget]
+    return [plan_summary(runs, space.trials, space.sampled), *([cost] if cost is not None else []), *affordable]
 
 
-def _show(runs: Sequence[PlannedRun], asked: SearchSpace) -> int:
+def _show(runs: Sequence[PlannedRun], space: SearchSpace) -> int:
     from qlora_exp.estimate.tables import LEGEND, notes, plan_table, reasons, row_notes
     from qlora_exp.formatting import print_table
 
     print_table(plan_table(runs))
     print()
-    for told in _told(runs, asked):
-        print(told)
+    for line in _told(runs, space):
+        print(line)
     for reason in reasons(runs):
         print(f"  {reason}")
     print(LEGEND, *notes(runs), *row_notes(runs), sep="\n")
@@ -219,22 +223,25 @@ def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
     from qlora_exp.estimate.tables import LEGEND, candidate_name, notes, plan_table, row_notes
     from qlora_exp.formatting import print_table
 
-    found = by_preference(runs)
-    if not found:
-        least = min((run for run in runs if run.memory is not None), key=_needed)
-        what = f"nothing fits: the smallest, {candidate_name(least)}, {least.reason}"
-        raise ConfigError(what, f"--fit {fit}", "a smaller model, or a larger card")
-    best = pareto_front(found)
+    fitting = by_preference(runs)
+    if not fitting:
+        smallest = min((run for run in runs if run.memory is not None), key=_needed)
+        problem = f"nothing fits: the smallest, {candidate_name(smallest)}, {smallest.reason}"
+        raise ConfigError(problem, f"--fit {fit}", "a smaller model, or a larger card")
+    best = pareto_front(fitting)
     print_table(plan_table(best))
-    near = sum(run.near_the_edge for run in found)
-    edge = f" ({near:,} of them near the edge)" if near else ""
-    print(f"\n{len(found):,} of {len(runs):,} fit into {fit}{edge}; shown are those that no other beats in everything")
+    borderline = sum(run.near_the_edge for run in fitting)
+    note = f" ({borderline:,} of them near the edge)" if borderline else ""
+    print(
+        f"\n{len(fitting):,} of {len(runs):,} fit into {fit}{note}; shown are those that no other beats in everything"
+    )
     print(f"best first: {BEST}")
     print(LEGEND, *notes(best), *row_notes(best), sep="\n")
     return 0
 
 
 def _needed(run: PlannedRun) -> int:
+    """Return the predicted peak memory of a run in bytes."""
     assert run.memory is not None
     return run.memory.peak_bytes
 
@@ -258,12 +265,12 @@ def _dump(value: Any) -> int:
     return 0
 
 
-def _write(runs: Sequence[PlannedRun], words: Sequence[str], file: Path) -> None:
+def _write(runs: Sequence[PlannedRun], sentences: Sequence[str], file: Path) -> None:
     from qlora_exp.errors import ConfigError
     from qlora_exp.estimate.tables import write_page
 
     try:
-        write_page(runs, "Plan", words, file)
+        write_page(runs, "Plan", sentences, file)
     except OSError as error:
         raise ConfigError(f"the page can't be written: {error.strerror}", f"--html {file}", "name a file") from None
 

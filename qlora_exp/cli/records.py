@@ -1,4 +1,4 @@
-"""``ls``: what can be chosen, and the runs that there are."""
+"""``ls``: the choices of the configuration, and the recorded runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LISTS = ("models", "quantizations", "targets", "tasks", "sweeps", "runs")
 COLUMNS = {"models": ("checkpoints.base", "checkpoints.instruct"), "tasks": ("kind",)}
-"""Keys of the files that a table shows beside name, meaning and command."""
+"""Keys of the files that get a column, in addition to name, meaning and command."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,11 +43,11 @@ def ls(
     from qlora_exp.cli.tables import choices_table
     from qlora_exp.formatting import print_table
 
-    found = sweeps() if what == "sweeps" else choices(LISTED[what])
-    if not found:
+    listed = sweeps() if what == "sweeps" else choices(LISTED[what])
+    if not listed:
         print(f"there are no {what} yet")
         return 0
-    print_table(choices_table(found, COLUMNS.get(what, ())))
+    print_table(choices_table(listed, COLUMNS.get(what, ())))
     return 0
 
 
@@ -72,7 +72,7 @@ def _runs(outputs: OutputPaths, limit: int | None) -> int:
 
 
 def _repair(outputs: OutputPaths) -> None:
-    """Runs whose process died are told as they are. Where that can't be written, the list is still worth showing."""
+    """Mark runs whose process died as interrupted. If that fails, the list is still worth showing."""
     import sys
 
     from qlora_exp.errors import QloraExpError
@@ -86,7 +86,7 @@ def _repair(outputs: OutputPaths) -> None:
 
 
 def _elsewhere(records: Sequence[RunRecord]) -> Iterator[str]:
-    """A line for each run that another host's process has left, or keeps, RUNNING."""
+    """Yield a line for each RUNNING run whose process is on another host, where it can't be checked."""
     from qlora_exp.system.environment import alive
 
     for record in records:

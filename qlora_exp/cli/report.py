@@ -1,4 +1,4 @@
-"""``report``: what studies have to say, as one HTML file, Markdown and CSV."""
+"""``report``: the answers of studies as one HTML file, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qlora_exp.records.types import RunRecord
 
 KEPT_ITEMS = 64
-"""Runs whose per-item values are kept in memory: a comparison comes back to the same few."""
+"""Runs whose per-item values stay in memory: comparisons use the same few runs again and again."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -62,25 +62,25 @@ def report(
     from qlora_exp.records.find import find_study, read_runs
 
     outputs = outputs_of(output_root)
-    found = list(dict.fromkeys(find_study(name, outputs) for name in studies or []))
+    study_paths = list(dict.fromkeys(find_study(name, outputs) for name in studies or []))
     _check_equivalence(equivalence)
     records, unreadable = read_runs(outputs)
-    asked, own = _asked(found, records, outputs)
-    made = build(own, asked, _item_scores(outputs), equivalence, len(unreadable))
-    folder = output or (found[0].folder if found else outputs.root)
-    files = {"report.html": to_html(made, _runs_at(outputs, folder)), "report.md": to_markdown(made)}
-    for name, text in (files | {"runs.csv": to_csv(made)}).items():
+    infos, runs = _asked(study_paths, records, outputs)
+    content = build(runs, infos, _item_scores(outputs), equivalence, len(unreadable))
+    folder = output or (study_paths[0].folder if study_paths else outputs.root)
+    files = {"report.html": to_html(content, _runs_at(outputs, folder)), "report.md": to_markdown(content)}
+    for name, text in (files | {"runs.csv": to_csv(content)}).items():
         _write(folder / name, text, write_text)
-    for paths in found if output is None else ():
-        _track(paths, own, outputs)
-    for sentence in made.headline or [str(made.why_none)]:
+    for paths in study_paths if output is None else ():
+        _track(paths, runs, outputs)
+    for sentence in content.headline or [str(content.why_none)]:
         print(sentence)
     print(f"report: {folder / 'report.html'}")
     return 0
 
 
 def _track(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:
-    """Into the study's parent run, where the tracking store has one."""
+    """Log the report to the study's parent run, if the study is in MLflow."""
     import sys
 
     from qlora_exp.config.schema import TrackingConfig
@@ -92,9 +92,9 @@ def _track(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) ->
     if read_state(paths) is None or not raw.get("enabled"):
         return
     config = TrackingConfig(True, raw.get("uri"), raw["experiment"], float(raw["timeout_seconds"]))
-    why = deliver_report(config, outputs, read_spec(paths).name)
-    if why is not None:
-        print(f"the report is not in MLflow yet: {why}\n  do:    qlora-exp sync", file=sys.stderr)
+    reason = deliver_report(config, outputs, read_spec(paths).name)
+    if reason is not None:
+        print(f"the report is not in MLflow yet: {reason}\n  do:    qlora-exp sync", file=sys.stderr)
 
 
 def _check_equivalence(margin: float | None) -> None:
@@ -107,26 +107,26 @@ def _check_equivalence(margin: float | None) -> None:
 
 
 def _asked(
-    found: list[StudyPaths], records: list[RunRecord], outputs: OutputPaths
+    study_paths: list[StudyPaths], records: list[RunRecord], outputs: OutputPaths
 ) -> tuple[list[StudyInfo], list[RunRecord]]:
-    """What each study asked, and the runs that are theirs."""
+    """Return what the report needs to know of each study, and their runs."""
     from qlora_exp.analysis.content import StudyInfo
     from qlora_exp.study.spec import is_trial_of, read_spec
 
-    if not found:
+    if not study_paths:
         return [StudyInfo(str(outputs.root.name))], records
-    asked, specs = [], [read_spec(paths) for paths in found]
-    for spec, paths in zip(specs, found, strict=True):
+    infos, specs = [], [read_spec(paths) for paths in study_paths]
+    for spec, paths in zip(specs, study_paths, strict=True):
         importance = {} if spec.synthetic else _importance(spec, paths)
         predicted = {} if spec.synthetic else _predicted_memory(spec, paths)
         ladder = _read_json(paths.folder / "ladder.json")
-        asked.append(StudyInfo(spec.name, spec.question, spec.objectives, ladder, importance, predicted))
-    return asked, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
+        infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladder, importance, predicted))
+    return infos, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
 
 
 def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
-    """What predicting memory came to, kept beside the study as importances are: trials that were not started have no
-    record. Empty where nothing limited the trials' memory."""
+    """Return a summary of the memory predictions, and store it with the study: trials that were not started have no
+    record. Empty if nothing limits the trials' memory."""
     from qlora_exp.errors import QloraExpError
     from qlora_exp.orchestration.status import memory_predictions
     from qlora_exp.records.schema import to_dict
@@ -134,44 +134,44 @@ def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
 
     file = paths.folder / "predicted_memory.json"
     try:
-        found = memory_predictions(Study.read(spec, paths, spec.storage).trials(), paths)
+        summary = memory_predictions(Study.read(spec, paths, spec.storage).trials(), paths)
     except QloraExpError:
-        kept = _read_json(file)
-        return kept if isinstance(kept, dict) else {}
-    if found is None:
+        stored = _read_json(file)
+        return stored if isinstance(stored, dict) else {}
+    if summary is None:
         return {}
-    told = {**to_dict(found), "sentence": found.sentence}
-    _keep(file, told)
-    return told
+    plain = {**to_dict(summary), "sentence": summary.sentence}
+    _keep(file, plain)
+    return plain
 
 
 def _importance(spec: Any, paths: StudyPaths) -> dict[str, dict[str, float]]:
-    """Optuna's importances, kept beside the study; what was kept where the study's database is gone."""
+    """Return Optuna's importances, and store them with the study. If its database is gone, return the stored ones."""
     from qlora_exp.errors import QloraExpError
     from qlora_exp.study.study import Study
 
     file = paths.folder / "importance.json"
     try:
-        found = Study.read(spec, paths, spec.storage).importances()
+        importances = Study.read(spec, paths, spec.storage).importances()
     except QloraExpError:
-        kept = _read_json(file)
-        return kept if isinstance(kept, dict) else {}
-    _keep(file, found)
-    return found
+        stored = _read_json(file)
+        return stored if isinstance(stored, dict) else {}
+    _keep(file, importances)
+    return importances
 
 
-def _keep(file: Path, found: dict[str, Any]) -> None:
-    """For a report when the database is gone; beside a study that can only be read nothing is kept."""
+def _keep(file: Path, content: dict[str, Any]) -> None:
+    """Store it for reports after the database is gone. A study folder that can't be written is no error."""
     import contextlib
 
     from qlora_exp.records.files import write_json
 
     with contextlib.suppress(OSError):
-        write_json(file, found)
+        write_json(file, content)
 
 
 def _read_json(file: Path) -> Any:
-    """``None`` where there is no such file.
+    """Return the file's content; ``None`` if there is no such file.
 
     Raises:
         RecordError: it can't be read.
@@ -187,11 +187,11 @@ def _read_json(file: Path) -> Any:
 
 
 SCORED = {"accuracy": "correct", "exact_match": "exact"}
-"""Score → the column that has it item by item."""
+"""Score → its column in the per-item table."""
 
 
 def _item_scores(outputs: OutputPaths) -> Any:
-    """What :data:`qlora_exp.analysis.contrasts.ItemScores` asks for, from the runs' per-item files."""
+    """Return a function as :data:`qlora_exp.analysis.contrasts.ItemScores`, which reads the runs' per-item files."""
     from functools import lru_cache
 
     @lru_cache(maxsize=KEPT_ITEMS)
@@ -225,7 +225,7 @@ def _item_scores(outputs: OutputPaths) -> Any:
 
 
 def _runs_at(outputs: OutputPaths, folder: Path) -> str:
-    """The run folders as seen from the report, so that its links hold where both are moved together."""
+    """Return the run folders' path relative to the report: its links stay valid if both are moved together."""
     from os.path import relpath
     from urllib.parse import quote
 

@@ -1,4 +1,4 @@
-"""Verbs that train: ``run`` and ``rerun``."""
+"""Commands that train one configuration: ``run`` and ``rerun``."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def run(
     from qlora_exp.system.distributed import one_rank_only
 
     one_rank_only()
-    given = [*given_overrides(source, overrides), *forced(force)]
+    all_overrides = [*given_overrides(source, overrides), *forced(force)]
     if output_root is not None:
-        given.append(_output_root_override(Path(output_root)))
+        all_overrides.append(_output_root_override(Path(output_root)))
     if resume is not None:
         return _resume(resume, output_root, overrides or [])
     if multirun:
         from qlora_exp.orchestration.hydra_app import main
 
-        return main(["--multirun", *given])
-    return _run(given)
+        return main(["--multirun", *all_overrides])
+    return _run(all_overrides)
 
 
 def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None, force: Force = False) -> int:
@@ -93,9 +93,9 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None,
     changes = [*(overrides or []), *forced(force)]
     if not any(change.startswith("output_root=") for change in changes):
         changes.append(_output_root_override(paths.folder.parent.parent))
-    again = recorded_overrides(read_record(paths.record), changes)
-    print(f"qlora-exp run {shlex.join(again)}", flush=True)
-    return _run(again)
+    recorded = recorded_overrides(read_record(paths.record), changes)
+    print(f"qlora-exp run {shlex.join(recorded)}", flush=True)
+    return _run(recorded)
 
 
 def _run(overrides: Sequence[str]) -> int:
@@ -108,7 +108,7 @@ def _run(overrides: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _working() -> Iterator[None]:
-    """A run outlives the readers of its output, and ends politely at TERM and HUP as well as at Ctrl-C."""
+    """Keep the run alive when nobody reads its output, and let TERM and HUP interrupt it as Ctrl-C does."""
     streams.keep_writing()
     with signals.interrupting():
         yield
@@ -126,13 +126,14 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
     record = read_record(paths.record)
     _check_resumable(record)
     config = config_from_plain(record.config)
-    training = replace(config.training, resume=True)  # the verb says so
-    again = replace(config, training=training, output_root=str(paths.folder.parent.parent))
+    training = replace(config.training, resume=True)  # this is what --resume means
+    resumed = replace(config, training=training, output_root=str(paths.folder.parent.parent))
     with _working():
-        return run_and_tell(again, record.run_id)
+        return run_and_tell(resumed, record.run_id)
 
 
 def _check_resumable(record: RunRecord) -> None:
+    """Raise RecordError if the run has ended, is still running, or its record lacks a secret setting."""
     from qlora_exp.errors import RecordError
     from qlora_exp.records.redaction import REDACTED
     from qlora_exp.records.types import Status
@@ -142,7 +143,7 @@ def _check_resumable(record: RunRecord) -> None:
         raise RecordError(f"the run is {record.status}: nothing is left to do", record.run_id, "qlora-exp rerun …")
     if record.status is Status.RUNNING and record.process is not None and alive(record.process):
         raise RecordError("the run is still running", f"{record.run_id}, process {record.process.pid}", "wait for it")
-    # A process of another host can't be seen from here: the lock on the run's folder decides.
+    # A process of another host can't be checked from here: the lock on the run's folder decides.
     if REDACTED in str(record.config):
         raise RecordError(
             "the record keeps a setting without its secret, so it can't be resumed as it was",

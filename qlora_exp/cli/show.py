@@ -1,4 +1,4 @@
-"""Verbs that read records: ``show`` and ``diff``."""
+"""Commands that show records: ``show`` and ``diff``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``qlora-exp init`` writes: a small task of one's own, the settings to run it, a sweep over it, and a README."""
+"""The files of ``qlora-exp init``: a small task, the settings to run it, a sweep over it, and a README."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ FILES = Path(__file__).resolve().parent / "starter"
 
 
 def write_starter(folder: Path) -> list[Path]:
-    """Write the starter files into ``folder``, which may exist; nothing that is there is overwritten.
+    """Write the starter files into ``folder``, which may exist, and return their paths.
 
-    Returns the written paths. Raises :class:`QloraExpError` where a file of that name is there already, or the folder
-    can't be made; then nothing was written.
+    Raises:
+        QloraExpError: a file of that name exists (then nothing is written), or the folder can't be written.
     """
     sources = {path.relative_to(FILES): path for path in sorted(FILES.rglob("*")) if path.is_file()}
-    there = [str(name) for name in sources if (folder / name).exists()]
-    if there:
+    existing = [str(name) for name in sources if (folder / name).exists()]
+    if existing:
         raise QloraExpError(
-            f"{', '.join(there)} would be overwritten", str(folder.absolute()), "qlora-exp init NEW_FOLDER"
+            f"{', '.join(existing)} would be overwritten", str(folder.absolute()), "qlora-exp init NEW_FOLDER"
         )
     try:
         for name, source in sources.items():

@@ -1,4 +1,4 @@
-"""Verbs for studies: ``sweep``, ``resume``, ``status``, ``stop``, ``best``, ``trials``, ``clean``."""
+"""Commands for studies: ``sweep``, ``resume``, ``status``, ``stop``, ``best``, ``trials``, ``clean``."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def sweep(
 
     Repeat the command to continue the study. It does the same as python -m qlora_exp -m sweeps=NAME …
     """
-    given = [f"sweeps={name}", *given_overrides(source, overrides, sweep=name), *forced(force)]
-    return _hydra([*given, *_join(join), *_root(output_root)])
+    all_overrides = [f"sweeps={name}", *given_overrides(source, overrides, sweep=name), *forced(force)]
+    return _hydra([*all_overrides, *_join(join), *_root(output_root)])
 
 
 def resume(
@@ -86,7 +86,9 @@ def resume(
     retry: Annotated[
         str | None,
         typer.Option(
-            "--retry", metavar="WHAT", help="Run trials with this result again: failed, out_of_memory or does_not_fit"
+            "--retry",
+            metavar="WHAT",
+            help="Run trials with this result again: failed, out_of_memory or does_not_fit",
         ),
     ] = None,
     storage: Storage = None,
@@ -96,7 +98,7 @@ def resume(
     """Continue a study: run exactly the missing trials, and with --retry the failed ones again."""
     from qlora_exp.system.distributed import one_rank_only
 
-    one_rank_only()  # before a damaged study is made again
+    one_rank_only()  # before a damaged study is rebuilt
     from qlora_exp.config.override_values import escape_interpolations, hydra_value
     from qlora_exp.study.spec import STORAGE_VARIABLE, storage_of
 
@@ -109,12 +111,18 @@ def resume(
     if retry is not None:
         _retry(spec, paths, retry, url)
     changed = {text.lstrip("+~").partition("=")[0] for text in overrides or []}
-    again = [*spec.overrides, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)]
-    kept = [text for text in again if text.lstrip("+~").partition("=")[0] not in changed]
-    _check_secrets(kept, spec)
-    with _in_environment(STORAGE_VARIABLE, url):  # a password is then in no override that a launcher would write
+    recorded = [*spec.overrides, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)]
+    unchanged = [text for text in recorded if text.lstrip("+~").partition("=")[0] not in changed]
+    _check_secrets(unchanged, spec)
+    # Not as an override: a launcher writes overrides to disk, and the URL may have a password.
+    with _in_environment(STORAGE_VARIABLE, url):
         return _hydra(
-            [*kept, *(overrides or []), f"sweep.name={hydra_value(escape_interpolations(spec.name))}", *_join(join)]
+            [
+                *unchanged,
+                *(overrides or []),
+                f"sweep.name={hydra_value(escape_interpolations(spec.name))}",
+                *_join(join),
+            ]
         )
 
 
@@ -191,9 +199,9 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
         ladder_sweep.show_answers(opened, spec)
     elif not rows:
         completed, name = opened.counts().completed, shlex.quote(spec.name)
-        what = f"none of {completed} completed trials keeps to {', '.join(spec.constraints)}"
-        what = what if completed else "no trial has completed yet"
-        raise RecordError(what, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
+        problem = f"none of {completed} completed trials keeps to {', '.join(spec.constraints)}"
+        problem = problem if completed else "no trial has completed yet"
+        raise RecordError(problem, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
     if rows:
         print_table(best_table(rows, spec))
     for command in _commands(rows, spec):
@@ -202,16 +210,16 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
 
 
 def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
-    """One each, and of a ladder's runs, which differ in their seed alone, the first."""
+    """Yield one command per trial. A ladder's runs that differ only in their seed give one command, the first."""
     import shlex
 
     from qlora_exp.orchestration.command import run_overrides
 
-    told = set()
+    seen = set()
     for row in rows:
         params = {key: value for key, value in row.params.items() if spec.ladder is None or key != "seed"}
-        if (same := frozenset(run_overrides(spec, params))) not in told:
-            told.add(same)
+        if (settings := frozenset(run_overrides(spec, params))) not in seen:
+            seen.add(settings)
             yield shlex.join(run_overrides(spec, row.params))
 
 
@@ -253,17 +261,17 @@ def clean(
     from qlora_exp.orchestration.retention import best_runs_first, deletable, delete, kept_numbers
     from qlora_exp.paths import OutputPaths
 
-    spec, paths = _found(study, output_root, whole_name=yes)  # what is deleted is named, not begun to be named
+    spec, paths = _found(study, output_root, whole_name=yes)  # deletion needs the study's whole name
     opened = _opened(spec, paths, storage)
     rows = opened.trials()
     ranked = best_runs_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
-    found = deletable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
+    items = deletable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
     if yes:
-        print(f"{bytes_text(delete(found))} freed in {len(found)} folders")
+        print(f"{bytes_text(delete(items))} freed in {len(items)} folders")
         return 0
-    for one in found:
-        print(f"{bytes_text(one.size_bytes):>8}  {one.folder}")
-    print(f"{bytes_text(sum(one.size_bytes for one in found))} would be freed in {len(found)} folders; --yes does it")
+    for item in items:
+        print(f"{bytes_text(item.size_bytes):>8}  {item.folder}")
+    print(f"{bytes_text(sum(item.size_bytes for item in items))} would be freed in {len(items)} folders; --yes does it")
     return 0
 
 
@@ -302,18 +310,18 @@ def _opened(spec: StudySpec, paths: StudyPaths, storage: str | None) -> Any:
 
 @contextlib.contextmanager
 def _in_environment(variable: str, value: str) -> Iterator[None]:
-    before = os.environ.get(variable)
+    previous = os.environ.get(variable)
     os.environ[variable] = value
     try:
         yield
     finally:
         del os.environ[variable]
-        if before is not None:
-            os.environ[variable] = before
+        if previous is not None:
+            os.environ[variable] = previous
 
 
 def _check_kept(spec: StudySpec, overrides: Sequence[str]) -> None:
-    """A study that goes on keeps its name and its place."""
+    """Raise ConfigError if an override changes the study's name or output root, which a resumed study keeps."""
     import shlex
 
     from qlora_exp.errors import ConfigError
@@ -335,9 +343,9 @@ def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
     from qlora_exp.study.study import Study
 
     records, _ = read_runs(OutputPaths(paths.folder.parent.parent))
-    own = [record for record in records if is_trial_of(record, spec)]
-    Study.rebuild(spec, paths, own, url)
-    print(f"study {spec.name} made again from {len(own)} runs")
+    study_records = [record for record in records if is_trial_of(record, spec)]
+    Study.rebuild(spec, paths, study_records, url)
+    print(f"study {spec.name} made again from {len(study_records)} runs")
 
 
 def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
@@ -351,8 +359,8 @@ def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
     if current_orchestrator(paths) is not None or running_slots(paths):
         raise RecordError("the study is being worked on", f"study {spec.name}", "wait for it, then --retry")
     numbers = retry_trials(spec, paths, what, url)
-    ended = what.replace("_", " ")
-    print(f"run again: {numbers_text(numbers)} ({ended})" if numbers else f"no trial ended as {ended}", flush=True)
+    result = what.replace("_", " ")
+    print(f"run again: {numbers_text(numbers)} ({result})" if numbers else f"no trial ended as {result}", flush=True)
 
 
 def _check_secrets(overrides: list[str], spec: StudySpec) -> None:

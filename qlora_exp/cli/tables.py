@@ -1,4 +1,4 @@
-"""Records and choices as tables for a terminal; as wide as they need to be in a file or a pipe."""
+"""Records and choices as tables: as wide as the terminal, or as wide as needed in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qlora_exp.records.types import RunRecord, Scores, Status
 
 STATUS_STYLES = {Status.COMPLETED: "green", Status.RUNNING: "cyan", Status.PRUNED: "yellow"}
 NOT_COMPARED = ("run_id", "name", "started_at", "ended_at", "process", "config.name", "config.output_root")
-"""What always differs between two runs and explains nothing."""
+"""Keys that differ between any two runs and explain nothing."""
 
 
 def runs_table(records: Sequence[RunRecord]) -> Table:
-    """One row a run: what was run, what came of it, and what it cost."""
+    """Return one row per run: its settings, scores and cost."""
     table = simple_table("run", "model", "variant", "quantization", "r", "targets")
-    for name in ("quality before → after", "base weights", "peak memory", "tokens/s", "status"):
-        table.add_column(name, justify="right" if name in ("base weights", "peak memory", "tokens/s") else "left")
+    for heading in ("quality before → after", "base weights", "peak memory", "tokens/s", "status"):
+        table.add_column(heading, justify="right" if heading in ("base weights", "peak memory", "tokens/s") else "left")
     for record in records:
         table.add_row(
             record.run_id,
@@ -41,7 +41,8 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
 
 
 def quality(record: RunRecord) -> str:
-    """The run's main score before → after: accuracy, else exact match, else ROUGE-L, else loss; on test where asked."""
+    """Return the run's main score before → after: accuracy, else exact match, else ROUGE-L, else loss. On test if the
+    run was scored there."""
     before, after = record.scores.before, record.scores.after
     if record.scores.test is not None:
         before, after = record.scores.test_before, record.scores.test
@@ -54,12 +55,12 @@ def quality(record: RunRecord) -> str:
 
 
 def choices_table(choices: Iterable[Choice], keys: Sequence[str] = ()) -> Table:
-    """Name, meaning, the given ``keys`` (dotted) of each file, what it costs where told, and the command."""
-    shown = list(choices)
-    costs = any(choice.cost is not None for choice in shown)
+    """Return name, meaning, the ``keys`` (dotted) of each file, its cost if any file has one, and the command."""
+    rows = list(choices)
+    costs = any(choice.cost is not None for choice in rows)
     columns = (*(key.rsplit(".", 1)[-1] for key in keys), "meaning", *(["cost"] if costs else []))
     table = simple_table("name", *columns, "command")
-    for choice in shown:
+    for choice in rows:
         values = [_plain(_lookup(choice.keys, key)) for key in keys]
         cost = [choice.cost or UNKNOWN_CELL] if costs else []
         table.add_row(choice.name, *values, choice.meaning or UNKNOWN_CELL, *cost, choice.command or UNKNOWN_CELL)
@@ -67,7 +68,7 @@ def choices_table(choices: Iterable[Choice], keys: Sequence[str] = ()) -> Table:
 
 
 def record_table(record: RunRecord) -> Table:
-    """All that is known of a run, one figure a row; what is unknown is left out."""
+    """Return everything known of a run, one figure per row; unknown figures are left out."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column("key", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")
@@ -78,7 +79,7 @@ def record_table(record: RunRecord) -> Table:
 
 
 def differing_settings(left: RunRecord, right: RunRecord) -> list[tuple[str, Any, Any]]:
-    """(key, left, right) of all that differs between two records, in the record's order; ``None`` where unknown."""
+    """Return (key, left, right) for everything that differs, in the record's order; ``None`` if unknown."""
     first, second = dict(flat(to_dict(left))), dict(flat(to_dict(right)))
     keys = [*first, *(key for key in second if key not in first)]
     return [
@@ -89,7 +90,7 @@ def differing_settings(left: RunRecord, right: RunRecord) -> list[tuple[str, Any
 
 
 def difference_table(left: RunRecord, right: RunRecord) -> Table:
-    """What differs: settings, environment and figures, with the change where both are numbers."""
+    """Return what differs: settings, environment and figures, with the change if both are numbers."""
     table = simple_table("key")
     for heading in (left.run_id, right.run_id, "change"):
         table.add_column(heading, overflow="fold", justify="right")
@@ -130,7 +131,7 @@ def _plain(value: Any) -> str:
 
 
 def _value(key: str, value: Any) -> str:
-    """Figures by the unit in their name; everything else as it is."""
+    """Return a figure as text, by the unit in its key's name; anything else as it is."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         if key.endswith("_bytes"):
             return f"{bytes_text(value)} ({value:,.0f})" if abs(value) >= 1000 else bytes_text(value)
@@ -154,8 +155,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _sum(*parts: int | None) -> int | None:
-    known = [part for part in parts if part is not None]
-    return sum(known) if known else None
+    present = [part for part in parts if part is not None]
+    return sum(present) if present else None
 
 
 def _matches(key: str, names: Sequence[str]) -> bool:
