@@ -12,9 +12,9 @@ from pathlib import Path
 from qlora_exp.analysis import sections
 from qlora_exp.analysis.comparable import require_comparable
 from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of
-from qlora_exp.analysis.content import ReportContent, Section
 from qlora_exp.analysis.instruct_base_section import instruct_section
-from qlora_exp.analysis.rendering import to_html, to_markdown
+from qlora_exp.analysis.report_content import ReportContent, Section
+from qlora_exp.analysis.report_rendering import to_html, to_markdown
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records.files import read_record, write_text
 from qlora_exp.records.types import RunRecord

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_exp.analysis.reading import TableRow
+from qlora_exp.analysis.table_files import TableRow
 from qlora_exp.errors import AnalysisError, nearest
 
 ALIASES: dict[str, tuple[str, ...]] = {

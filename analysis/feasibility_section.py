@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_exp.analysis.content import Section, StudyInfo, value_table
+from qlora_exp.analysis.report_content import Section, StudyInfo, value_table
 
 FEASIBILITY_COLUMNS = {
     "bound_bytes": ("memory limit", "bytes"),

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from qlora_exp.analysis import figures
 from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.analysis.configurations import Configuration
-from qlora_exp.analysis.content import DisplayedValue, Section, Table, value_table
 from qlora_exp.analysis.contrasts import ItemScores
 from qlora_exp.analysis.instruct_base import AFTER, BEFORE, InstructBase, VariantCell, compare_variants, verdict
 from qlora_exp.analysis.instruct_base_words import paragraph, settled
+from qlora_exp.analysis.report_content import DisplayedValue, Section, Table, value_table
 from qlora_exp.records.types import Baselines, RunRecord
 
 

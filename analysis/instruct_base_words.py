@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from qlora_exp.analysis.content import formatted_value
 from qlora_exp.analysis.contrasts import INTERVAL, contrast_sentence
 from qlora_exp.analysis.instruct_base import (
     AFTER,
@@ -15,6 +14,7 @@ from qlora_exp.analysis.instruct_base import (
     baseline_note,
     verdict,
 )
+from qlora_exp.analysis.report_content import formatted_value
 
 
 def paragraph(comparison: InstructBase) -> str:

@@ -18,13 +18,13 @@ from qlora_exp.analysis.comparable import (
     setting_differences,
 )
 from qlora_exp.analysis.configurations import Configuration, Measure, best_on_validation, configurations, measure_of
-from qlora_exp.analysis.content import ReportContent, Section, StudyInfo
 from qlora_exp.analysis.contrasts import ItemScores
 from qlora_exp.analysis.equal_tokens import token_groups
 from qlora_exp.analysis.feasibility_section import feasibility_section
 from qlora_exp.analysis.instruct_base import InstructBase, baseline_note, compare_variants
 from qlora_exp.analysis.instruct_base_section import instruct_section
 from qlora_exp.analysis.instruct_base_words import primary_lead, primary_sentence
+from qlora_exp.analysis.report_content import ReportContent, Section, StudyInfo
 from qlora_exp.analysis.tradeoffs import goal_answer
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records.types import RunRecord, Status

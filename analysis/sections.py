@@ -9,7 +9,7 @@ from typing import Any
 from qlora_exp.analysis import figures, memory, tradeoffs
 from qlora_exp.analysis.comparable import Group, answering_scores, base_model_scores
 from qlora_exp.analysis.configurations import Configuration, Measure, mean, model_state_bytes
-from qlora_exp.analysis.content import DisplayedValue, Section, StudyInfo, Table, formatted_value, value_table
+from qlora_exp.analysis.report_content import DisplayedValue, Section, StudyInfo, Table, formatted_value, value_table
 from qlora_exp.records.types import RunRecord, Status
 
 MAX_ROWS = 25

@@ -25,8 +25,8 @@ from qlora_exp.analysis.rank import (
     decide_from_summary,
     decide_ladder,
 )
-from qlora_exp.analysis.reading import TableRow, read_table_rows
 from qlora_exp.analysis.rule import Rule, make_rule
+from qlora_exp.analysis.table_files import TableRow, read_table_rows
 from qlora_exp.errors import AnalysisError, Problems, raise_all
 
 TRUTH_VALUES = {"true": 1.0, "false": 0.0}

@@ -13,7 +13,7 @@ import typer.main
 from qlora_exp.cli import app
 from qlora_exp.config.choices import group_names
 from qlora_exp.config.groups import groups
-from qlora_exp.config.problems import problems_of
+from qlora_exp.config.override_errors import problems_of
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
 
 ROOT = Path(__file__).resolve().parents[1]

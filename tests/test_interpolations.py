@@ -12,10 +12,10 @@ import pytest
 
 from qlora_exp.cli import main
 from qlora_exp.config.compose import Composer, compose
-from qlora_exp.config.of_record import recorded_overrides
+from qlora_exp.config.from_record import recorded_overrides
 from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.errors import QloraExpError
-from qlora_exp.estimate.sweep import search_space
+from qlora_exp.estimate.candidates import search_space
 from qlora_exp.orchestration.command import run_overrides, study_spec
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.find import read_runs

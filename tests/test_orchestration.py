@@ -23,7 +23,7 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.types import Process
 from qlora_exp.study.spec import read_spec, write_spec
 from qlora_exp.system.environment import alive, process_identity
-from qlora_exp.system.lease import Lease, read_lease, write_lease
+from qlora_exp.system.orchestrator_lease import Lease, read_lease, write_lease
 from tests.workers.small_study import workers_of
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off"]

@@ -10,10 +10,10 @@ import pytest
 
 from qlora_exp.architecture import run_plan
 from qlora_exp.architecture.shapes import Architecture, WeightShape
+from qlora_exp.config.allowed_values import OPTIMIZERS, SCHEDULERS
 from qlora_exp.config.checks import check
 from qlora_exp.config.checks_task import parse_goal
 from qlora_exp.config.compose import compose
-from qlora_exp.config.names import OPTIMIZERS, SCHEDULERS
 from qlora_exp.config.schema import Config, Quantization
 from qlora_exp.errors import ConfigError
 from qlora_exp.records.types import Plan

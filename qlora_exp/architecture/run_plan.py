@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.config.names import NATIVE_DTYPES
+from qlora_exp.config.allowed_values import NATIVE_DTYPES
 from qlora_exp.config.schema import (
     Checkpointing,
     ComputeDtype,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.config.names import TARGET_SETS
+from qlora_exp.config.allowed_values import TARGET_SETS
 from qlora_exp.config.schema import AdapterInit, LoraConfig, TargetsConfig
 from qlora_exp.errors import ModelError, nearest, raise_all
 

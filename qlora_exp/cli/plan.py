@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qlora_exp.config.schema import Config
+    from qlora_exp.estimate.candidates import SearchSpace
     from qlora_exp.estimate.device import PlanDevice
     from qlora_exp.estimate.estimator import PlannedRun, Planner
-    from qlora_exp.estimate.sweep import SearchSpace
     from qlora_exp.records.types import RunRecord
 
 DEVICE_KEY = "plan.device="
@@ -88,9 +88,9 @@ def plan(
     import sys
 
     from qlora_exp.errors import raise_all
+    from qlora_exp.estimate.candidates import search_space
     from qlora_exp.estimate.device import CARDS, device_by_name, size_bytes
     from qlora_exp.estimate.estimator import Planner
-    from qlora_exp.estimate.sweep import search_space
     from qlora_exp.estimate.tokens import RowCounter
     from qlora_exp.runs.process import silence_libraries
 

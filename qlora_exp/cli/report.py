@@ -11,7 +11,7 @@ import typer
 from qlora_exp.cli.arguments import OutputRoot, complete_studies, examples, outputs_of
 
 if TYPE_CHECKING:
-    from qlora_exp.analysis.content import StudyInfo
+    from qlora_exp.analysis.report_content import StudyInfo
     from qlora_exp.paths import OutputPaths, StudyPaths
     from qlora_exp.records.types import RunRecord
 
@@ -56,8 +56,8 @@ def report(
     output_root: OutputRoot = None,
 ) -> int:
     """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
-    from qlora_exp.analysis.rendering import to_csv, to_html, to_markdown
     from qlora_exp.analysis.report import build
+    from qlora_exp.analysis.report_rendering import to_csv, to_html, to_markdown
     from qlora_exp.records.files import write_text
     from qlora_exp.records.find import find_study, read_runs
 
@@ -110,7 +110,7 @@ def _asked(
     study_paths: list[StudyPaths], records: list[RunRecord], outputs: OutputPaths
 ) -> tuple[list[StudyInfo], list[RunRecord]]:
     """Return what the report needs to know of each study, and their runs."""
-    from qlora_exp.analysis.content import StudyInfo
+    from qlora_exp.analysis.report_content import StudyInfo
     from qlora_exp.study.spec import is_trial_of, read_spec
 
     if not study_paths:

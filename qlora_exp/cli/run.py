@@ -83,7 +83,7 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None,
     """Run the configuration of a recorded run again."""
     import shlex
 
-    from qlora_exp.config.of_record import recorded_overrides
+    from qlora_exp.config.from_record import recorded_overrides
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
     from qlora_exp.system.distributed import one_rank_only

@@ -39,8 +39,8 @@ def _key(text: str) -> str:
 def _axes(sweep: str, overrides: Sequence[str]) -> dict[str, str]:
     """Return the axes of ``sweeps/SWEEP.yaml``, key → text, and for a ladder the keys that it chooses itself."""
     from qlora_exp.config.compose import compose_raw
+    from qlora_exp.config.override_errors import problems_of
     from qlora_exp.config.overrides import is_swept
-    from qlora_exp.config.problems import problems_of
     from qlora_exp.config.schema import Sampler
     from qlora_exp.errors import raise_all
     from qlora_exp.rank_doubling.settings import RANK, SPLIT
@@ -113,7 +113,7 @@ def _read_overrides(file: Path) -> list[str]:
     """Return a YAML mapping as overrides. It has keys such as ``task: local``, ``task.path: FILE``, or nested keys."""
     import yaml
 
-    from qlora_exp.config.of_record import flat_overrides
+    from qlora_exp.config.from_record import flat_overrides
     from qlora_exp.errors import ConfigError
 
     try:

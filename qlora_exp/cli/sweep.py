@@ -352,7 +352,7 @@ def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
     from qlora_exp.errors import ConfigError, RecordError, nearest
     from qlora_exp.orchestration.orchestrator import current_orchestrator
     from qlora_exp.orchestration.status import running_slots
-    from qlora_exp.study.retry import RETRY_CHOICES, numbers_text, retry_trials
+    from qlora_exp.study.reopen_trials import RETRY_CHOICES, numbers_text, retry_trials
 
     if what not in RETRY_CHOICES:
         raise ConfigError(f"trials can't be retried by {what!r}", "--retry", nearest(what, RETRY_CHOICES))

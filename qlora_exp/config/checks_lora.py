@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qlora_exp.config.bounds import above_zero, at_least, config_error, one_of, within
-from qlora_exp.config.names import (
+from qlora_exp.config.allowed_values import (
     ALPHA_POLICIES,
     ATTENTIONS,
     EPSILON_IN_ADAPTER_DTYPE,
@@ -15,6 +14,7 @@ from qlora_exp.config.names import (
     QUANTIZED,
     TARGET_SETS,
 )
+from qlora_exp.config.bounds import above_zero, at_least, config_error, one_of, within
 from qlora_exp.config.schema import (
     AdapterInit,
     ComputeDtype,

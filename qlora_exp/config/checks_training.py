@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_exp.config.bounds import above_zero, at_least, config_error, one_of, within
-from qlora_exp.config.names import (
+from qlora_exp.config.allowed_values import (
     MAX_THREADS,
     OPTIMIZERS,
     SCHEDULERS,
     UNSUPPORTED_OPTIMIZERS,
     UNSUPPORTED_SCHEDULERS,
 )
+from qlora_exp.config.bounds import above_zero, at_least, config_error, one_of, within
 from qlora_exp.config.schema import TrainingConfig
 from qlora_exp.errors import ConfigError
 

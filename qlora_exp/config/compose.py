@@ -20,9 +20,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from qlora_exp.config.checks import check
 from qlora_exp.config.groups import groups
 from qlora_exp.config.interpolations import unresolved_error
+from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.override_values import has_interpolation
 from qlora_exp.config.overrides import choices_of, is_ours, override_key, parse, parse_all, without_globs
-from qlora_exp.config.problems import problems_of
 from qlora_exp.config.schema import Config, register, typed
 from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all

@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.groups import groups
+from qlora_exp.config.override_errors import typed_value
 from qlora_exp.config.override_values import escape_interpolations, has_interpolation, hydra_value
 from qlora_exp.config.overrides import is_ours, override_value, parse, values_of
-from qlora_exp.config.problems import typed_value
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 
 OUTSIDE_RESOLVERS = ("oc.decode", "oc.create", "now", "python_version")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from qlora_exp.doctor.check import Check, guarded
+from qlora_exp.doctor.result import Check, guarded
 from qlora_exp.doctor.speed import calibration, matmul_rate
 from qlora_exp.doctor.sweep_disk import nearest_folder
 from qlora_exp.errors import QloraExpError

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 
 from qlora_exp.config.schema import Quantization
-from qlora_exp.doctor.check import Check
+from qlora_exp.doctor.result import Check
 from qlora_exp.estimate.calibration import calibration_flops_per_second
 from qlora_exp.system import environment
 from qlora_exp.training.meter import DENSE_FLOPS_PER_SECOND, card_of

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_exp.doctor.check import Check
+from qlora_exp.doctor.result import Check
 from qlora_exp.errors import QloraExpError
 from qlora_exp.paths import EMBEDDED, OutputPaths
 
@@ -90,7 +90,7 @@ def _largest(points: Sequence[Sequence[str]]) -> int:
 
 
 def _bytes(config: Config, shapes: Sequence[WeightShape]) -> int:
-    from qlora_exp.estimate.weights import adapter_bytes
+    from qlora_exp.estimate.weights_and_optimizer import adapter_bytes
 
     adapters = adapter_bytes(shapes, config.lora, config.training.optimizer)
     finished_bytes = adapters.adapter_bytes + RECORD_BYTES

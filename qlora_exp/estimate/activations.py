@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, WeightShape
 from qlora_exp.architecture.targets import feeds
-from qlora_exp.estimate.traits import ArchitectureTraits, traits_of
+from qlora_exp.estimate.architecture_traits import ArchitectureTraits, traits_of
 
 FLOAT32_BYTES = 4
 LAYER_PREFIX = re.compile(r"^(?:.*?\.)?\d+\.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qlora_exp.architecture.run_plan import compute_dtype
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import left_out
-from qlora_exp.config.names import QUANTIZED
+from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
 

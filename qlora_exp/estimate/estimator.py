@@ -22,14 +22,14 @@ from qlora_exp.estimate.affordable_steps import (
     check_covers_a_step,
 )
 from qlora_exp.estimate.budget import check_energy, limits_of
+from qlora_exp.estimate.candidates import Candidate
 from qlora_exp.estimate.cost import UNKNOWN_COST, CostEstimator
 from qlora_exp.estimate.device import PlanDevice, device_notes, device_of
 from qlora_exp.estimate.fit_result import FitResult, fit_result, planned_limit
 from qlora_exp.estimate.flops import Workload
 from qlora_exp.estimate.peak import predicted_peak
-from qlora_exp.estimate.sweep import Candidate
 from qlora_exp.estimate.tokens import PlannedRows, RowCounter
-from qlora_exp.estimate.weights import BaseBytes, adapter_bytes, base_bytes
+from qlora_exp.estimate.weights_and_optimizer import BaseBytes, adapter_bytes, base_bytes
 from qlora_exp.records.types import RunRecord
 from qlora_exp.system import heap
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qlora_exp.config.overrides import override_key
+from qlora_exp.estimate.candidates import search_space
 from qlora_exp.estimate.device import PlanDevice
 from qlora_exp.estimate.estimator import PlannedRun, Planner
-from qlora_exp.estimate.sweep import search_space
 
 SEARCHED: dict[str, tuple[str, ...]] = {
     "quantization": ("fp32", "bf16", "int8", "nf4"),

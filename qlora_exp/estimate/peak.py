@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, gradient_checkpointing, shape_multiples
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.config.names import QUANTIZED
+from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import Config, Quantization
 from qlora_exp.estimate.activations import FLOAT32_BYTES, SavedActivations, is_eager, saved_bytes_per_token
-from qlora_exp.estimate.traits import traits_of
-from qlora_exp.estimate.weights import WIDTHS_OF, adapter_bytes, base_bytes, temporaries_bytes
+from qlora_exp.estimate.architecture_traits import traits_of
+from qlora_exp.estimate.weights_and_optimizer import WIDTHS_OF, adapter_bytes, base_bytes, temporaries_bytes
 from qlora_exp.estimate.workload import RowLengths
 
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768

@@ -20,7 +20,7 @@ from qlora_exp.estimate.memory_fit import (
 from qlora_exp.estimate.peak import Peak
 from qlora_exp.estimate.preflight_budget import check_budget_covers_a_step
 from qlora_exp.estimate.run_estimate import peak_of, row_lengths
-from qlora_exp.estimate.weights import in_mode, smallest_base
+from qlora_exp.estimate.weights_and_optimizer import in_mode, smallest_base
 from qlora_exp.formatting import bytes_text
 from qlora_exp.records.types import Device, Environment, Fit, Plan, SkippedTrial
 from qlora_exp.runs.prepare import Prepared

@@ -8,7 +8,7 @@ from qlora_exp.config.schema import Config, Quantization
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.device import PlanDevice, device_of
 from qlora_exp.estimate.estimator import Planner
-from qlora_exp.estimate.weights import smallest_base
+from qlora_exp.estimate.weights_and_optimizer import smallest_base
 from qlora_exp.formatting import bytes_text
 
 

@@ -10,7 +10,7 @@ from qlora_exp.architecture.run_plan import compute_dtype
 from qlora_exp.config.schema import Config, Quantization
 from qlora_exp.estimate.device import PlanDevice
 from qlora_exp.estimate.estimator import Planner
-from qlora_exp.estimate.weights import adapter_bytes, in_mode
+from qlora_exp.estimate.weights_and_optimizer import adapter_bytes, in_mode
 from qlora_exp.formatting import bytes_text, simple_table
 
 BITS_SHOWN = {

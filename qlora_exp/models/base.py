@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_exp.architecture.run_plan import compute_dtype, weight_dtype
-from qlora_exp.config.names import FOUR_BIT, QUANTIZED
+from qlora_exp.config.allowed_values import FOUR_BIT, QUANTIZED
 from qlora_exp.config.schema import Config, Quantization, QuantizationConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.causality import check_causal

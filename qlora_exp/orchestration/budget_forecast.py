@@ -17,8 +17,8 @@ from qlora_exp.paths import OutputPaths
 from qlora_exp.study.types import StudySpec
 
 if TYPE_CHECKING:
+    from qlora_exp.estimate.candidates import Candidate
     from qlora_exp.estimate.estimator import PlannedRun
-    from qlora_exp.estimate.sweep import Candidate
 
 MAX_ESTIMATED_POINTS = 1000
 """Estimating more points would delay the first trial."""
@@ -111,7 +111,7 @@ def _candidates(spec: StudySpec) -> Sequence[Candidate] | None:
     if spec.synthetic:
         return None
     from qlora_exp.architecture.families import known_architecture
-    from qlora_exp.estimate.sweep import search_space
+    from qlora_exp.estimate.candidates import search_space
 
     fixed = [text for text in spec.overrides if not is_hydra(override_key(text))]
     try:

@@ -25,9 +25,9 @@ from qlora_exp.config.interpolations import (
     settings_from_outside,
     unresolved_texts,
 )
+from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.override_values import has_interpolation
 from qlora_exp.config.overrides import is_hydra, is_swept, override_key, override_value
-from qlora_exp.config.problems import problems_of
 from qlora_exp.config.schema import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
 from qlora_exp.config.search_path import SEARCH_PATH
 from qlora_exp.errors import ConfigError, RecordError, raise_all

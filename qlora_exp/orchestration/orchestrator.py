@@ -21,7 +21,7 @@ from qlora_exp.orchestration.status import running_slots
 from qlora_exp.paths import StudyPaths, make_folder
 from qlora_exp.records.files import write_json
 from qlora_exp.system.environment import alive_if_visible, process_identity
-from qlora_exp.system.lease import Lease, Watched, held, read_lease, touch, write_lease
+from qlora_exp.system.orchestrator_lease import Lease, Watched, held, read_lease, touch, write_lease
 
 POLL_SECONDS = 0.2
 BETWEEN_TRIALS_SECONDS = 2.0

@@ -24,7 +24,7 @@ from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Process, Status
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.system.environment import alive_if_visible, process_identity
-from qlora_exp.system.lease import Lease, age_seconds
+from qlora_exp.system.orchestrator_lease import Lease, age_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -29,8 +29,8 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
-from qlora_exp.runs.figures import RunFigures
 from qlora_exp.runs.prepare import Prepared
+from qlora_exp.runs.record_figures import RunFigures
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
 from qlora_exp.training.outcome import Diverged, NullObserver, Observer, PruneCheck, no_pruning, status_of

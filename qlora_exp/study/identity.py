@@ -15,8 +15,8 @@ import optuna
 
 from qlora_exp.errors import StudyError
 from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.study.heartbeats import RUN
 from qlora_exp.study.types import StudySpec
-from qlora_exp.study.user_attributes import RUN
 
 IDENTITY, OUTPUT_ROOT = "identity", "output_root"
 """User attributes of a study in Optuna's storage."""

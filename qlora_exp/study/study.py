@@ -27,14 +27,7 @@ from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import Failure, RunRecord, Status
 from qlora_exp.study import trials as rows
 from qlora_exp.study.distributions import decode_params, encode_value, suggest
-from qlora_exp.study.objectives import parse_objective
-from qlora_exp.study.open import open_study, rebuild_study
-from qlora_exp.study.read_only import read_study
-from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
-from qlora_exp.study.space import grid, point_overrides
-from qlora_exp.study.trial_outcomes import record_outcome
-from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
-from qlora_exp.study.user_attributes import (
+from qlora_exp.study.heartbeats import (
     CLAIM,
     FIXED_PARAMS,
     HEARTBEAT,
@@ -44,6 +37,13 @@ from qlora_exp.study.user_attributes import (
     Heartbeats,
     attempt_of,
 )
+from qlora_exp.study.objectives import parse_objective
+from qlora_exp.study.open import open_study, rebuild_study
+from qlora_exp.study.read_only import read_study
+from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
+from qlora_exp.study.space import grid, point_overrides
+from qlora_exp.study.trial_outcomes import record_outcome
+from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
 
 if TYPE_CHECKING:
     from qlora_exp.rank_doubling.ladder import LadderTrial

@@ -7,8 +7,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import Failure, Status
+from qlora_exp.study.heartbeats import FAILURE, RUN, SECONDS, SKIPPED, STATUS
 from qlora_exp.study.types import Outcome, StudySpec
-from qlora_exp.study.user_attributes import FAILURE, RUN, SECONDS, SKIPPED, STATUS
 
 INFEASIBLE = (Status.OUT_OF_MEMORY, Status.DIVERGED)
 """Recorded as PRUNED with a violated constraint of that name: samplers learn nothing from FAIL."""

@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import SkippedTrial, Status
 from qlora_exp.study.distributions import decode_params
+from qlora_exp.study.heartbeats import MEMORY_RETRIES, SKIPPED, attempt_of
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
-from qlora_exp.study.user_attributes import MEMORY_RETRIES, SKIPPED, attempt_of
 
 
 def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:

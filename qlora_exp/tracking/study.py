@@ -21,7 +21,7 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.system.environment import alive, process_identity
-from qlora_exp.system.lease import held
+from qlora_exp.system.orchestrator_lease import held
 from qlora_exp.tracking import study_fields
 from qlora_exp.tracking.deliver import log_missing_params
 from qlora_exp.tracking.fields import MLFLOW_STATUS, NOTE_TAG

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.analysis.content import formatted_value
+from qlora_exp.analysis.report_content import formatted_value
 from qlora_exp.cli import main
 from qlora_exp.paths import OutputPaths
 

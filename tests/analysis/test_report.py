@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import made_up
 
 from qlora_exp.analysis import sections
-from qlora_exp.analysis.content import ReportContent, StudyInfo
-from qlora_exp.analysis.rendering import to_csv, to_html, to_markdown
 from qlora_exp.analysis.report import build
+from qlora_exp.analysis.report_content import ReportContent, StudyInfo
+from qlora_exp.analysis.report_rendering import to_csv, to_html, to_markdown
 from qlora_exp.cli import main
 from qlora_exp.errors import AnalysisError
 from qlora_exp.paths import OutputPaths

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_exp.architecture.families import known_architecture
 from qlora_exp.estimate.activations import is_eager, saved_bytes_per_token
-from qlora_exp.estimate.sweep import search_space
+from qlora_exp.estimate.candidates import search_space
 
 HIDDEN, ROWS, LENGTH = 256, 2, 24
 LONG = 128

@@ -14,8 +14,8 @@ import pytest
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
+from qlora_exp.estimate.candidates import search_space
 from qlora_exp.estimate.device import device_by_name, size_bytes
-from qlora_exp.estimate.sweep import search_space
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import SCHEMA_VERSION, Plan, RunRecord, Speed, Status

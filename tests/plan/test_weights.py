@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from qlora_exp.architecture.run_plan import compute_dtype
 from qlora_exp.architecture.targets import resolve_targets
+from qlora_exp.config.allowed_values import OPTIMIZERS, QUANTIZED, UNSUPPORTED_OPTIMIZERS
 from qlora_exp.config.compose import compose
-from qlora_exp.config.names import OPTIMIZERS, QUANTIZED, UNSUPPORTED_OPTIMIZERS
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError
-from qlora_exp.estimate.weights import adapter_bytes, base_bytes, optimizer_state_bytes
+from qlora_exp.estimate.weights_and_optimizer import adapter_bytes, base_bytes, optimizer_state_bytes
 from qlora_exp.models.adapters import attach_adapters, save_adapter
 from qlora_exp.models.base import load_base
 from qlora_exp.models.inspect import describe

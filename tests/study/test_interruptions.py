@@ -11,7 +11,7 @@ import pytest
 from optuna.storages import RDBStorage
 
 from qlora_exp.records.types import Failure, Process, Status
-from qlora_exp.study.retry import retry_trials
+from qlora_exp.study.reopen_trials import retry_trials
 from qlora_exp.study.space import parse_axes
 from qlora_exp.study.study import Study
 from qlora_exp.study.types import Outcome, Owner

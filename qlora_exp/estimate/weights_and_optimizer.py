@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
-from qlora_exp.config.names import QUANTIZED
+from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import AdapterInit, ComputeDtype, LoraConfig, Quantization, QuantizationConfig
 
 QUANTIZATION_BLOCK = 64

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from qlora_exp.analysis.content import UNKNOWN_TEXT, ReportContent, Table, formatted_value, lead_sentence
+from qlora_exp.analysis.report_content import UNKNOWN_TEXT, ReportContent, Table, formatted_value, lead_sentence
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 DIGITS = 5

@@ -21,10 +21,7 @@ from qlora_exp.errors import ConfigError, RecordError, StudyError
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
-from qlora_exp.study.open import open_study
-from qlora_exp.study.trials import is_skipped
-from qlora_exp.study.types import StudySpec
-from qlora_exp.study.user_attributes import (
+from qlora_exp.study.heartbeats import (
     CLAIM,
     FAILURE,
     INTERRUPTED_ATTEMPTS,
@@ -34,6 +31,9 @@ from qlora_exp.study.user_attributes import (
     STATUS,
     attempt_of,
 )
+from qlora_exp.study.open import open_study
+from qlora_exp.study.trials import is_skipped
+from qlora_exp.study.types import StudySpec
 
 DOES_NOT_FIT_CHOICE = "does_not_fit"
 RETRY_CHOICES = ("failed", "out_of_memory", DOES_NOT_FIT_CHOICE)
