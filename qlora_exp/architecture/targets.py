@@ -17,8 +17,10 @@ def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple
 
     ``attention``: every projection of every attention. ``attention_qv``: those that give queries or values (a fused one
     as a whole). ``mlp``: the feed-forward layers. ``all_linear``: all linear layers of the language model but its
-    output head. No set contains layers that PEFT doesn't adapt (:func:`left_out`). Names of an explicit list match
-    whole dotted endings, as in PEFT: ``q_proj`` matches ``model.layers.0.self_attn.q_proj``.
+    output head. No set contains layers that PEFT doesn't adapt (:func:`left_out`).
+
+    Names of an explicit list match whole dotted endings, as in PEFT: ``q_proj`` matches
+    ``model.layers.0.self_attn.q_proj``.
 
     Raises:
         ModelError: a set or a name matches nothing.

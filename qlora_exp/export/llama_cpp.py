@@ -82,6 +82,7 @@ class LlamaCppModel(nn.Module):
         return self._embeddings
 
     def tokenize(self, text: str) -> list[int]:
+        """Return the ids that the file's own tokenizer gives, without BOS."""
         return list(self._llama.tokenize(text.encode(), add_bos=False, special=True))
 
     def forward(

@@ -103,6 +103,8 @@ class PhoneAnswer:
 
 @dataclass(frozen=True)
 class Export:
+    """All results of one export, written as ``export.json``."""
+
     schema_version: int
     run_id: str
     created_at: str

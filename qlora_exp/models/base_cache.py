@@ -26,6 +26,7 @@ class NoCache:
         return load_base(config, device_kind)
 
     def model(self, base: Base) -> PreTrainedModel:
+        """Return the base's own model: no other run needs it."""
         return base.model
 
     def kept(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
@@ -43,6 +44,7 @@ class BaseCache:
 
     @property
     def warm(self) -> bool:
+        """Whether a base is in the cache."""
         return "base" in self._last
 
     def lend(self, config: Config, device_kind: str) -> Base:

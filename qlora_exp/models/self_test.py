@@ -27,6 +27,8 @@ INT8_TOLERANCE = 0.2
 
 @dataclass(frozen=True)
 class SelfTest:
+    """Result of a self-test: whether it passed, and the measured errors in words."""
+
     ok: bool
     detail: str
 

@@ -165,6 +165,7 @@ def is_harmless(name: str, shape: tuple[int, ...] | None) -> bool:
 
 
 def some(names: Sequence[str]) -> str:
+    """Return the first three names as text, with … if there are more."""
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
 
