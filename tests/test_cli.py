@@ -174,7 +174,7 @@ def test_a_run_is_found_by_its_folder_from_anywhere(
 
 def test_an_ambiguous_run_names_the_candidates(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     shown = told(capsys, "show", "20", "--output-root", str(runs.output), code=2)
-    assert "fits 3 runs" in shown
+    assert "matches 3 runs" in shown
     assert runs.first in shown
 
 

@@ -42,7 +42,7 @@ class FewShotScores:
         if not cut:
             return None
         shown = ", ".join(f"{len(draw.examples)} in draw {draw.draw}" for draw in cut)
-        return f"evaluation.few_shots={cut[0].asked} is more than the model's context holds: shown were {shown}"
+        return f"evaluation.few_shots={cut[0].asked} doesn't fit into the model's context; examples used: {shown}"
 
 
 def moment(draw: int) -> str:

@@ -62,8 +62,8 @@ def check_answers(splits: Splits, tokenizer: Any, config: Config) -> None:
     item, answer = wrong[0]
     file, _, row = item.item_id.rpartition(":")
     what = (
-        f"{len(wrong)} of {len(items)} answers would be scored as wrong though a model gave exactly what it learns: "
-        f"it gives {_short(answer)} where {_short(item.answer)} is expected"
+        f"{len(wrong)} of {len(items)} answers would be scored as wrong even for a perfect model: "
+        f"it generates {_short(answer)} where {_short(item.answer)} is expected"
     )
     hint = "change these answers, or measure without generating: evaluation.generate=false"
     raise DataError(what, f"{file}, row {row}", hint)

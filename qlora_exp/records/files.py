@@ -50,11 +50,11 @@ def read_record(path: Path) -> RunRecord:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecordError("there is no record", str(path), "qlora-exp ls runs shows the runs that there are") from None
+        raise RecordError("there is no record", str(path), "qlora-exp ls runs shows all runs") from None
     except (OSError, ValueError) as error:
         raise RecordError(f"the record can't be read: {error}", str(path), "restore it, or run again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("schema_version"), int):
-        raise RecordError("this is no record of a run: schema_version is missing", str(path))
+        raise RecordError("this is not the record of a run: schema_version is missing", str(path))
     if raw["schema_version"] > SCHEMA_VERSION:
         raise RecordError(
             f"the record has schema version {raw['schema_version']}, this version reads up to {SCHEMA_VERSION}",

@@ -100,7 +100,7 @@ def find_run(run: str, outputs: OutputPaths) -> RunPaths:
     if len(matches) == 1:
         return folders[matches[0]]
     if matches:
-        raise RecordError(f"{run!r} fits {len(matches)} runs", str(outputs.runs), f"say more of it: {_some(matches)}")
+        raise RecordError(f"{run!r} matches {len(matches)} runs", str(outputs.runs), f"type more: {_some(matches)}")
     raise RecordError(f"there is no run {run!r}", str(outputs.runs), _nearest_run(run, list(folders)))
 
 
@@ -154,7 +154,7 @@ def find_study(name: str, outputs: OutputPaths, whole_name: bool = False) -> Stu
     if len(matches) == 1:
         return studies[matches[0]]
     if matches:
-        raise RecordError(f"{name!r} fits {len(matches)} studies", str(outputs.studies), ", ".join(sorted(matches)))
+        raise RecordError(f"{name!r} matches {len(matches)} studies", str(outputs.studies), ", ".join(sorted(matches)))
     raise RecordError(f"there is no study {name!r}", str(outputs.studies), nearest(name, names))
 
 

@@ -19,7 +19,7 @@ MEASURES = {
     "accuracy_calibrated": "the same, corrected by the label marginal on validation",
     "macro_f1": "mean over all labels",
     "exact_match": "generated answer, stripped and case-folded",
-    "invalid_answer_rate": "generated answers that are no option",
+    "invalid_answer_rate": "generated answers that aren't an option",
     "rouge_l": "ROUGE-L of the generated answer",
     "token_f1": "token F1 of the generated answer",
 }
@@ -109,7 +109,7 @@ def _scores(record: RunRecord) -> Iterator[str]:
         yield "Not measured."
     if record.baselines is not None:
         yield (
-            f"To clear, on {record.baselines.split}: majority class {_figure(record.baselines.majority_accuracy)}, "
+            f"Baselines on {record.baselines.split}: majority class {_figure(record.baselines.majority_accuracy)}, "
             f"TF-IDF + logistic regression {_figure(record.baselines.tfidf_accuracy)} (accuracy)."
         )
     for loss in (table.forgetting, table.forgetting_chat):
@@ -148,12 +148,12 @@ def _settings(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
 
 
 def _limits(config: dict[str, Any]) -> Iterator[str]:
-    yield "The adapter is of use only together with its base model; the licences of the base model and of the training"
+    yield "The adapter works only with its base model; the licences of the base model and of the training"
     yield "data apply. This card was written from the run's record and claims nothing beyond the scores above."
     lora = config.get("lora") or {}
     if lora.get("init") == "pissa":
-        yield "PiSSA changes the base before training. The adapter's file undoes that, and has twice the rank for it:"
-        yield "on the base as it is published, W + alpha/r · B·A is the trained model."
+        yield "PiSSA changes the base weights before training. The saved adapter undoes this change, which doubles its"
+        yield "rank: with the published base weights W, the trained model is W + alpha/r · B·A."
     if lora.get("dora"):
         yield "DoRA's magnitudes are read by PEFT; vLLM and llama.cpp refuse them. Merge the adapter for these."
     if (config.get("task") or {}).get("source") == "embedded":

@@ -61,7 +61,7 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
         try:
             return kind(raw)
         except ValueError:
-            raise RecordError(f"{raw!r} is no {kind.__name__}", where, f"one of {', '.join(kind)}") from None
+            raise RecordError(f"{raw!r} is not a {kind.__name__}", where, f"one of {', '.join(kind)}") from None
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
         return float(raw)
     _expect(raw, kind, where)

@@ -140,7 +140,7 @@ def _run_and_deliver(
             finished, input_error = prepared.run(record, paths, _Told(observer, tracker), report)
         except KeyboardInterrupt:  # a second one, while the first was being handled
             finished, input_error = _interrupted(record, paths), None
-    with signals.held_back("the run has ended and is being delivered to MLflow; Ctrl-C again: leave that to sync"):
+    with signals.held_back("the run has ended and is sent to MLflow now; Ctrl-C again: leave that to qlora-exp sync"):
         finished = finished.replace(ended_at=current_time(), process=None)
         write_json(paths.record, finished)
         if finished.status is Status.COMPLETED:
@@ -163,7 +163,7 @@ def _last_words(paths: RunPaths, number: int) -> None:
     if record.status is not Status.RUNNING:
         return
     hint = (record.fit.would_fit if record.fit is not None else None) or SMALLER_HINTS
-    what = f"asked to end by signal {number}, the run could not end by itself: memory was too short"
+    what = f"the run could not stop by itself after signal {number}: memory was too short"
     failure = Failure(KILLED_FOR_MEMORY, what, hint=hint)
     write_json(
         paths.record, record.replace(status=Status.INTERRUPTED, ended_at=current_time(), process=None, failure=failure)
@@ -247,7 +247,7 @@ def _fit_micro_batch(
             break
         size = next_smaller_micro_batch(size, batch)
         smaller = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=size))
-        warning = f"predicted not to fit with micro-batches of {requested}; run with {size}, the batch unchanged"
+        warning = f"predicted not to fit with micro-batches of {requested}; uses {size}, with the same batch size"
         with contextlib.suppress(PredictedOutOfMemory):
             prepared = _prepare(smaller, bases)
             fit = prepared.fit(memory)

@@ -150,9 +150,7 @@ def _warned(record: RunRecord, warning: str | None) -> RunRecord:
 def _short_of_rows(planned: Plan, rows: int) -> str | None:
     if rows >= planned.batch_size:
         return None
-    return (
-        f"a step has {rows} rows, not training.batch_size={planned.batch_size}: there are no more in the training split"
-    )
+    return f"a step has {rows} rows, not training.batch_size={planned.batch_size}: the training split has no more"
 
 
 def _cut_short(trained: Trained, planned: Plan) -> str | None:

@@ -51,7 +51,7 @@ def prepare(config: Config, environment: Environment, bases: BaseModels | None =
     if environment.device.kind == "cpu" and (problem := int8_dora(config)):
         raise problem  # with training.device=auto the device is known only here
     if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
-        what = "FlexAttention can't be trained on a CPU: torch has no backward pass of it there"
+        what = "FlexAttention can't be trained on a CPU: torch has no backward pass for it there"
         raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")
     bases = bases or NoCache()
     task_key = (repr(config.task), state_of_files(config.task.path) if config.task.path else None)

@@ -43,7 +43,9 @@ def one_rank_only(environment: MutableMapping[str, str] = os.environ) -> None:
     variable = _above(WORLD_SIZE_VARIABLES, 1, environment) or _above(RANK_VARIABLES, 0, environment)
     if variable is not None:
         name, value = variable
-        what = f"a launcher started several processes of this command ({name}={value}), and each would train all of it"
+        what = (
+            f"a launcher started several processes of this command ({name}={value}), and each would train the full run"
+        )
         hint = (
             "start it once, without torchrun, accelerate launch, mpirun or srun -n: one process trains on one GPU, "
             f"and qlora-exp sweep uses several; if {name} is a leftover: unset {name}"

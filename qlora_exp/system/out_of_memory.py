@@ -18,7 +18,7 @@ def near_the_bound(fit: Fit | None) -> str | None:
         return None
     if fit.near_the_edge:
         return f"{_needs(fit)}, within the prediction's error ({fit.error:.0%}); what surely fits: {fit.would_fit}"
-    return f"{_needs(fit)}, and started all the same; what would fit: {fit.would_fit}"
+    return f"{_needs(fit)}, and started anyway; what would fit: {fit.would_fit}"
 
 
 def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before: int | None) -> Failure | None:
@@ -39,7 +39,7 @@ def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before
     if not near_limit and not counted:
         return None
     ending = "the run's process is gone" if signal is None else "the run's process was killed"
-    cause = f"{ending}, and the kernel counts a process that it ended for want of memory" if counted else ending
+    cause = f"{ending}, and the kernel counted a process that it killed for lack of memory" if counted else ending
     prediction = f"; the run was {_needs(fit)}" if fit is not None else ""
     hint = (fit.would_fit if fit is not None else None) or SMALLER_HINTS
     return Failure(KILLED_FOR_MEMORY, f"probably out of memory: {cause}{prediction}", hint=hint)

@@ -61,7 +61,7 @@ class Pruned(Exception):
     """The pruner stopped this run."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by the study at step {step}")
+        super().__init__(f"stopped by the pruner at step {step}")
         self.step = step
 
 
