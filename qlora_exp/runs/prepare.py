@@ -95,7 +95,7 @@ the token limit, not the last step, ends the training."""
 
 
 def _steps_for_tokens(config: Config, splits: Splits) -> int:
-    """Return an upper bound of the steps that ``training.max_tokens`` allows; TokenBudget stops at the exact step."""
+    """Return enough steps for ``training.max_tokens``; TokenBudget stops at the exact step."""
     lengths = row_lengths(splits)
     mean = statistics.fmean(lengths)
     workload = Workload.of(config.training, lengths_of(splits, config.training.max_length))
