@@ -155,7 +155,7 @@ def test_the_hint_of_a_grid_of_which_nothing_fits_can_be_typed(capsys: pytest.Ca
 def test_a_samplers_trials_that_did_not_fit_are_not_retried(capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep("lora.r=8,9", "sweep.sampler=random", "sweep.n_trials=2") == 0
     assert main(["resume", "mine", "--retry", "does_not_fit"]) == 2
-    assert "the sampler random asks for other trials" in capsys.readouterr().err
+    assert "the sampler random replaces trials" in capsys.readouterr().err
 
 
 def test_a_trial_that_ran_out_of_memory_keeps_its_larger_kin_from_being_started(
