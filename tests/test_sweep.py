@@ -344,7 +344,7 @@ def test_the_best_of_trials_that_all_break_a_constraint_is_none_and_says_why(
     assert hydra("lora.r=4,8", "sweep.constraints=['speed.total_seconds <= 0.0001']", "sweep.name=s", *SLEEP) == 0
     capsys.readouterr()
     assert main(["best", "s"]) == 2
-    assert "none of 2 completed trials keeps to speed.total_seconds <= 0.0001" in capsys.readouterr().err
+    assert "none of 2 completed trials satisfies speed.total_seconds <= 0.0001" in capsys.readouterr().err
 
 
 def test_hyperband_stops_worse_trials_of_a_study_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

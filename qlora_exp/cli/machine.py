@@ -80,7 +80,7 @@ def calibrate(
     silence_libraries()
     for mode, flops_per_second in measure(probe()):
         print(f"{mode:6}{flops_per_second / 1e9:10.1f} GFLOP/s", flush=True)
-    print(f"kept in {rates_file()}")
+    print(f"stored in {rates_file()}")
     return 0
 
 
@@ -112,7 +112,7 @@ def sync(
         "still running": report.running,
         "running on another host": report.elsewhere,
         "deleted in MLflow": report.deleted,
-        "told as interrupted": report.repaired,
+        "marked as interrupted": report.repaired,
         "failed": report.failed,
     }
     print(", ".join(f"{len(ids)} {name}" for name, ids in counts.items() if ids) or "there is nothing to deliver")
@@ -175,5 +175,5 @@ def _check_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise TrackingError(
-                f"port {port} can't be had: {error.strerror}", "--port", f"qlora-exp ui --port {port + 1}"
+                f"port {port} is not available: {error.strerror}", "--port", f"qlora-exp ui --port {port + 1}"
             ) from None

@@ -133,8 +133,8 @@ def _alone(option: str, others: dict[str, bool]) -> None:
     from qlora_exp.errors import ConfigError
 
     for other_option in (name for name, is_set in others.items() if is_set):
-        problem = f"{option} lists the weights in every quantization, and {other_option} says nothing to that"
-        raise ConfigError(problem, f"{option} {other_option}", f"one call for {option}, another for {other_option}")
+        problem = f"{option} lists the weights in every quantization; {other_option} has no effect on it"
+        raise ConfigError(problem, f"{option} {other_option}", f"use {option} and {other_option} in separate commands")
 
 
 def _one_device(option: str | None, override: str | None) -> str | None:
@@ -227,14 +227,12 @@ def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
     if not fitting:
         smallest = min((run for run in runs if run.memory is not None), key=_needed)
         problem = f"nothing fits: the smallest, {candidate_name(smallest)}, {smallest.reason}"
-        raise ConfigError(problem, f"--fit {fit}", "a smaller model, or a larger card")
+        raise ConfigError(problem, f"--fit {fit}", "choose a smaller model or a larger card")
     best = pareto_front(fitting)
     print_table(plan_table(best))
     borderline = sum(run.near_the_edge for run in fitting)
-    note = f" ({borderline:,} of them near the edge)" if borderline else ""
-    print(
-        f"\n{len(fitting):,} of {len(runs):,} fit into {fit}{note}; shown are those that no other beats in everything"
-    )
+    note = f" ({borderline:,} of them borderline)" if borderline else ""
+    print(f"\n{len(fitting):,} of {len(runs):,} fit into {fit}{note}; shown: the Pareto front")
     print(f"best first: {BEST}")
     print(LEGEND, *notes(best), *row_notes(best), sep="\n")
     return 0
@@ -272,7 +270,9 @@ def _write(runs: Sequence[PlannedRun], sentences: Sequence[str], file: Path) -> 
     try:
         write_page(runs, "Plan", sentences, file)
     except OSError as error:
-        raise ConfigError(f"the page can't be written: {error.strerror}", f"--html {file}", "name a file") from None
+        raise ConfigError(
+            f"the page can't be written: {error.strerror}", f"--html {file}", "choose a file that can be written"
+        ) from None
 
 
 def _sizes(overrides: list[str], device: PlanDevice | None, as_json: bool) -> int:

@@ -82,7 +82,7 @@ def _repair(outputs: OutputPaths) -> None:
         if outputs.runs.is_dir():
             mark_interrupted(outputs.root)
     except (OSError, QloraExpError) as error:
-        print(f"runs left by dead processes were not repaired: {error}", file=sys.stderr)
+        print(f"runs of dead processes were not marked as interrupted: {error}", file=sys.stderr)
 
 
 def _elsewhere(records: Sequence[RunRecord]) -> Iterator[str]:

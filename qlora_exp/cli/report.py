@@ -103,7 +103,7 @@ def _check_equivalence(margin: float | None) -> None:
     from qlora_exp.errors import AnalysisError
 
     if margin is not None and not (math.isfinite(margin) and margin > 0):
-        raise AnalysisError(f"{margin:g} is no margin", "--equivalence", "a number above 0, in bits per byte")
+        raise AnalysisError(f"invalid margin {margin:g}", "--equivalence", "a number above 0, in bits per byte")
 
 
 def _asked(

@@ -146,9 +146,9 @@ def _check_resumable(record: RunRecord) -> None:
     # A process of another host can't be checked from here: the lock on the run's folder decides.
     if REDACTED in str(record.config):
         raise RecordError(
-            "the record keeps a setting without its secret, so it can't be resumed as it was",
+            "the record doesn't contain a secret setting, so the run can't be resumed from it",
             record.run_id,
-            f"qlora-exp rerun {record.run_id} with the secret setting given again",
+            f"qlora-exp rerun {record.run_id} with the secret setting",
         )
 
 

@@ -121,7 +121,7 @@ def _read_overrides(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the file can't be read: {error}", str(file), "give --from a YAML file") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}".splitlines()[0], str(file), "key: value, one a line") from None
+        raise ConfigError(f"not valid YAML: {error}".splitlines()[0], str(file), "key: value, one per line") from None
     if not isinstance(content, dict):
-        raise ConfigError("the file holds no settings", str(file), "key: value, one a line")
+        raise ConfigError("the file holds no settings", str(file), "key: value, one per line")
     return flat_overrides(content)

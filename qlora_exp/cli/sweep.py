@@ -175,8 +175,12 @@ def stop(
 
     spec, paths = _found(study, output_root)
     mode = request_stop(paths, spec.name, now)
-    what = "running trials save their state and end" if mode == "now" else "no further trial starts; again: stop now"
-    print(f"study {spec.name}: {what}\nlater: qlora-exp resume {shlex.quote(spec.name)}")
+    what = (
+        "running trials save their state and end"
+        if mode == "now"
+        else "no further trial starts; repeat the command to stop the running ones, too"
+    )
+    print(f"study {spec.name}: {what}\nto continue: qlora-exp resume {shlex.quote(spec.name)}")
     return 0
 
 
@@ -199,7 +203,7 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
         ladder_sweep.show_answers(opened, spec)
     elif not rows:
         completed, name = opened.counts().completed, shlex.quote(spec.name)
-        problem = f"none of {completed} completed trials keeps to {', '.join(spec.constraints)}"
+        problem = f"none of {completed} completed trials satisfies {', '.join(spec.constraints)}"
         problem = problem if completed else "no trial has completed yet"
         raise RecordError(problem, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
     if rows:
@@ -271,7 +275,10 @@ def clean(
         return 0
     for item in items:
         print(f"{bytes_text(item.size_bytes):>8}  {item.folder}")
-    print(f"{bytes_text(sum(item.size_bytes for item in items))} would be freed in {len(items)} folders; --yes does it")
+    print(
+        f"{bytes_text(sum(item.size_bytes for item in items))} would be freed in {len(items)} folders; "
+        "--yes deletes them"
+    )
     return 0
 
 
@@ -327,13 +334,14 @@ def _check_kept(spec: StudySpec, overrides: Sequence[str]) -> None:
     from qlora_exp.errors import ConfigError
 
     hints = {
-        "sweep.name": "leave it out; the sweep's own command with sweep.name=OTHER begins another study",
-        "output_root": f"leave it out; qlora-exp resume {shlex.quote(spec.name)} --output-root DIR, where the study is",
+        "sweep.name": "leave it out; to start another study, use qlora-exp sweep with sweep.name=OTHER",
+        "output_root": "leave it out; to name the study's folder: "
+        f"qlora-exp resume {shlex.quote(spec.name)} --output-root DIR",
     }
     for text in overrides:
         key = text.lstrip("+~").partition("=")[0]
         if key in hints and text not in (f"{key}={spec.name}", f"{key}={spec.output_root}"):
-            raise ConfigError(f"resume goes on with the study {spec.name}, which keeps its {key}", text, hints[key])
+            raise ConfigError(f"resume continues the study {spec.name} and can't change its {key}", text, hints[key])
 
 
 def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
@@ -345,7 +353,7 @@ def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
     records, _ = read_runs(OutputPaths(paths.folder.parent.parent))
     study_records = [record for record in records if is_trial_of(record, spec)]
     Study.rebuild(spec, paths, study_records, url)
-    print(f"study {spec.name} made again from {len(study_records)} runs")
+    print(f"study {spec.name} rebuilt from {len(study_records)} runs")
 
 
 def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
@@ -355,9 +363,9 @@ def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
     from qlora_exp.study.reopen_trials import RETRY_CHOICES, numbers_text, retry_trials
 
     if what not in RETRY_CHOICES:
-        raise ConfigError(f"trials can't be retried by {what!r}", "--retry", nearest(what, RETRY_CHOICES))
+        raise ConfigError(f"invalid trial result {what!r}", "--retry", nearest(what, RETRY_CHOICES))
     if current_orchestrator(paths) is not None or running_slots(paths):
-        raise RecordError("the study is being worked on", f"study {spec.name}", "wait for it, then --retry")
+        raise RecordError("the study is running", f"study {spec.name}", "wait for it, then --retry")
     numbers = retry_trials(spec, paths, what, url)
     result = what.replace("_", " ")
     print(f"run again: {numbers_text(numbers)} ({result})" if numbers else f"no trial ended as {result}", flush=True)
@@ -373,7 +381,7 @@ def _check_secrets(overrides: list[str], spec: StudySpec) -> None:
     if hidden:
         keys = " ".join(f"{text.partition('=')[0]}=…" for text in hidden)
         raise RecordError(
-            "the study keeps a setting without its secret",
+            "study.json doesn't contain a secret setting",
             " ".join(hidden),
             f"qlora-exp resume {shlex.quote(spec.name)} {keys}",
         )

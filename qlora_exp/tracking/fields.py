@@ -304,11 +304,11 @@ def _facts(record: RunRecord) -> Iterator[str]:
     if record.plan is not None:
         yield f"{record.plan.trainable_parameters:,} trainable of {record.plan.total_parameters:,} parameters"
     if record.memory.peak_train_bytes is not None:
-        yield f"peak while training {shown_figure(_mib(record.memory.peak_train_bytes))} MiB ({record.memory.source})"
+        yield f"peak training memory {shown_figure(_mib(record.memory.peak_train_bytes))} MiB ({record.memory.source})"
     if record.speed.train_tokens_per_second is not None:
         yield f"{record.speed.train_tokens_per_second:,.0f} tokens/s on {record.environment.device.name}"
     if record.environment.git_dirty:
-        yield "made from a checkout with uncommitted changes"
+        yield "run from a checkout with uncommitted changes"
 
 
 def _data_source(task: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ def not_delivered(
     if not states and parent is None:
         return None
     missing = [f"{len(states)} run{'s' if len(states) > 1 else ''}"] if states else []
-    missing += ["the study's own run"] if parent is not None else []
+    missing += ["the study's parent run"] if parent is not None else []
     reasons = [state.error for state in (*states, parent) if state is not None and state.error not in (None, NOT_YET)]
     why = f" ({_short(str(reasons[-1]))})" if reasons else ""
     uris = [state.uri for state in (*states, parent) if state is not None]

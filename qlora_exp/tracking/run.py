@@ -179,7 +179,7 @@ class _DeliveryThread(threading.Thread):
             with delivery_lock(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
                 deliver_curve(self.opened.client, self._state.mlflow_run_id, self._record, points)
         except Exception as error:  # as in run()
-            self._save(error=f"a part of the curve: {store_problem(error)}")
+            self._save(error=f"part of the curve was not delivered: {store_problem(error)}")
 
     def _save(self, **changes: Any) -> None:
         self._state = replace(self._state, **changes)

@@ -86,7 +86,7 @@ def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
         raise TrackingError("tracking.experiment is empty", "tracking.experiment", "tracking.experiment=qlora-exp")
     if not (math.isfinite(tracking.timeout_seconds) and tracking.timeout_seconds > 0):
         raise TrackingError(
-            f"tracking.timeout_seconds={tracking.timeout_seconds} is no waiting time",
+            f"tracking.timeout_seconds={tracking.timeout_seconds} is not a waiting time",
             "tracking.timeout_seconds",
             "a positive number of seconds, e.g. tracking.timeout_seconds=5",
         )
@@ -97,10 +97,10 @@ def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
         return Store(uri, tracking.experiment, tracking.timeout_seconds, None, None, None)
     if scheme not in DATABASE_SCHEMES:
         raise TrackingError(
-            f"tracking.uri={redact_text(uri)} is no tracking store",
+            f"tracking.uri={redact_text(uri)} is not a tracking store",
             "tracking.uri",
             f"{nearest(scheme, (*DATABASE_SCHEMES, *SERVER_SCHEMES))} e.g. tracking.uri=sqlite:////data/mlflow.db or "
-            "tracking.uri=http://127.0.0.1:5000; null keeps mlflow.db beside output_root",
+            "tracking.uri=http://127.0.0.1:5000; null: mlflow.db next to output_root",
         )
     database = _sqlite_file(uri) if scheme == "sqlite" else None
     if database is not None:
@@ -137,7 +137,7 @@ def open_store(store: Store) -> OpenStore:
         raise TrackingError(
             f"the tracking store can't be opened: {error.strerror or error}",
             str(store.database or store.shown_uri),
-            "choose a place that can be written: tracking.uri=sqlite:////DIR/mlflow.db, or output_root=DIR",
+            "choose a writable folder: tracking.uri=sqlite:////DIR/mlflow.db, or output_root=DIR",
         ) from None
 
 
@@ -288,7 +288,9 @@ def _check_server_address(uri: str, scheme: str) -> None:
         usable = False
     if not usable:
         raise TrackingError(
-            f"tracking.uri={redact_text(uri)} is no server's address", "tracking.uri", "tracking.uri=http://HOST:PORT"
+            f"tracking.uri={redact_text(uri)} is not a server's address",
+            "tracking.uri",
+            "tracking.uri=http://HOST:PORT",
         )
 
 

@@ -224,7 +224,7 @@ def deliver_report(tracking: TrackingConfig, output: OutputPaths, name: str) -> 
     paths = output.study(name)
     definition, summary = read_definition(paths), read_summary(paths)
     if definition is None or summary is None:
-        return "nothing is known of the study"
+        return "study.json or summary.json can't be read"
     try:
         store = locate(tracking, output)
         write_state(paths, deliver_study(store, open_store(store), paths, definition, summary))

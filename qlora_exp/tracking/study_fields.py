@@ -126,7 +126,7 @@ def study_note(definition: StudyDefinition, summary: StudySummary, answers: Sequ
         f"- {_progress(definition, summary)}",
         f"- objective: {', '.join(definition.objectives) or 'none'}",
         *(f"- `{key}`: {text}" for key, text in redact(definition.space).items()),
-        *([f"- always `{' '.join(redact_overrides(definition.overrides))}`"] if definition.overrides else []),
+        *([f"- all trials: `{' '.join(redact_overrides(definition.overrides))}`"] if definition.overrides else []),
         "",
         *_table(definition, summary),
     ]
@@ -164,7 +164,7 @@ def best_yaml(definition: StudyDefinition, summary: StudySummary) -> str | None:
     best = summary.best_trials[0]
     lines = [f"# Trial {best.number} of {definition.name}: {_values_told(definition, best)}"]
     if best.run_id is not None:
-        lines.append(f"# The same run once more: qlora-exp rerun {best.run_id}")
+        lines.append(f"# To repeat this run: qlora-exp rerun {best.run_id}")
     settings = redact({**definition.fixed, **best.params})
     return shown_text("\n".join(lines), None) + "\n" + yaml.safe_dump(settings, allow_unicode=True)
 

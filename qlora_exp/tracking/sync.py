@@ -318,7 +318,7 @@ def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
             kind="ProcessDied",
             message=f"{process} ended without finishing the run (killed, out of memory, or the machine stopped); "
             f"its last sign of life was at {last}",
-            hint="run it again with the same settings; where training.save_every_steps is set, it goes on from the "
+            hint="run it again with the same settings; if training.save_every_steps is set, it continues from the "
             "newest checkpoint",
         ),
     )

@@ -116,7 +116,7 @@ def ui_command(config_uri: str | None, database: Path, port: int = DEFAULT_PORT)
     if config_uri is None and not database.is_file():
         raise TrackingError("there are no tracked runs yet", str(database), "qlora-exp run, or qlora-exp sync")
     if not 1 <= port <= 65535:
-        raise TrackingError(f"{port} is no port", "--port", f"1024 … 65535, e.g. {DEFAULT_PORT}")
+        raise TrackingError(f"invalid port {port}", "--port", f"1024 … 65535, e.g. {DEFAULT_PORT}")
     folder = database.parent
     return [
         *(sys.executable, "-m", "mlflow", "server"),

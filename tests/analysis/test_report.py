@@ -266,7 +266,7 @@ def test_the_verb_refuses_what_no_report_can_be_made_of(tmp_path: Path, capsys: 
     assert main(["report", "no-such-study", "--output-root", str(output.root)]) == 2
     write_runs(output, [made_up.run(0)])
     assert main(["report", "--equivalence", "-1", "--output-root", str(output.root)]) == 2
-    assert "is no margin" in capsys.readouterr().err
+    assert "invalid margin" in capsys.readouterr().err
 
 
 def cells(number: int, seeds: range, **run: Any) -> list[RunRecord]:

@@ -179,7 +179,7 @@ def test_a_study_of_an_earlier_version_goes_on_with_its_parent_and_its_runs(
     assert runs_in_report("a", capsys) == 2
     Path("a/optuna.db").write_bytes(b"garbage" * 1000)
     assert main(["resume", "s", "--rebuild", "--output-root", "a"]) == 0
-    assert "made again from 2 runs" in capsys.readouterr().out
+    assert "rebuilt from 2 runs" in capsys.readouterr().out
     assert set(parents(store)) == {identity("a")}
 
 
@@ -202,4 +202,4 @@ def test_runs_of_a_study_that_was_deleted_are_not_those_of_its_name(capsys: pyte
     assert len(read_runs(OutputPaths.of("a"))[0]) == 3
     assert runs_in_report("a", capsys) == 1
     assert main(["resume", "s", "--rebuild", "--output-root", "a"]) == 0
-    assert "made again from 1 runs" in capsys.readouterr().out
+    assert "rebuilt from 1 runs" in capsys.readouterr().out
