@@ -81,12 +81,12 @@ def raise_all(errors: Sequence[QloraExpError]) -> None:
         raise Problems(errors)
 
 
-UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE_ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
-def unwritable(error: OSError) -> QloraExpError | None:
+def unwritable_error(error: OSError) -> QloraExpError | None:
     """Return the user's error for missing permissions or a full disk; ``None`` for every other ``error``."""
-    if error.errno not in UNWRITABLE:
+    if error.errno not in UNWRITABLE_ERRNOS:
         return None
     hint = (
         "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable, or use another folder"

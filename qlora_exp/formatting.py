@@ -13,14 +13,14 @@ from rich.table import Table
 
 UNKNOWN_CELL = "–"
 
-WIDE = 4000
+LOG_WIDTH = 4000
 """Table width in columns where there is no terminal: lines in a log must not be cut or wrapped."""
 
 
 def print_table(renderable: RenderableType, stream: TextIO | None = None) -> None:
     """Print to ``stream`` (standard output by default), without line breaks unless it is a terminal."""
     file = stream if stream is not None else sys.stdout
-    width = None if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else WIDE
+    width = None if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else LOG_WIDTH
     Console(file=file, width=width, highlight=False, soft_wrap=False).print(renderable, markup=False)
 
 
@@ -32,11 +32,11 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table
     return table
 
 
-def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of nested mappings; lists and empty mappings are values."""
     if isinstance(value, Mapping) and value:
         for key, entry in value.items():
-            yield from flat(entry, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(entry, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
 

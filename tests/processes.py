@@ -39,7 +39,7 @@ IMPORTED = (
 
 def with_tunables(environment: Mapping[str, str]) -> dict[str, str]:
     """A command that trains on a CPU begins again with these: here it has them from the start."""
-    return {**heap.environment(), **environment}
+    return {**heap.environment_for_training(), **environment}
 
 
 ENVIRONMENT = {name: value for name, value in with_tunables(os.environ).items() if name != "COLUMNS"}

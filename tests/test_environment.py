@@ -13,7 +13,7 @@ from qlora_exp.config.schema import DeviceChoice
 from qlora_exp.errors import ConfigError
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import Environment
-from qlora_exp.system.environment import alive, git_state, package_versions, probe, process_identity
+from qlora_exp.system.environment import git_state, is_alive, package_versions, probe, process_identity
 
 
 def test_the_environment_says_what_runs_here_and_survives_json() -> None:
@@ -54,32 +54,32 @@ def test_versions_need_no_import() -> None:
 
 
 def test_this_process_lives() -> None:
-    assert alive(process_identity())
+    assert is_alive(process_identity())
 
 
 def test_a_dead_process_a_reused_pid_and_another_boot_are_not_alive() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     me = process_identity()
     other = replace(me, pid=child.pid, start_ticks=None)
-    assert alive(other)
+    assert is_alive(other)
     child.kill()
     assert child.wait() != 0
-    assert not alive(other)
+    assert not is_alive(other)
     if me.start_ticks is not None:
-        assert not alive(replace(me, start_ticks=me.start_ticks - 1))
+        assert not is_alive(replace(me, start_ticks=me.start_ticks - 1))
     if me.boot_id is not None:
-        assert alive(replace(me, boot_id="another boot")) is False
+        assert is_alive(replace(me, boot_id="another boot")) is False
 
 
 def test_a_process_of_another_host_is_unknown_whatever_its_pid_and_boot() -> None:
     me = process_identity()
     assert me.host
     elsewhere = replace(me, host=f"not-{me.host}")
-    assert alive(elsewhere) is None
-    assert alive(replace(elsewhere, boot_id="another boot", pid=2**22 + 1)) is None
-    assert alive(replace(me, host=None)) is True  # written by an earlier version
+    assert is_alive(elsewhere) is None
+    assert is_alive(replace(elsewhere, boot_id="another boot", pid=2**22 + 1)) is None
+    assert is_alive(replace(me, host=None)) is True  # written by an earlier version
     if me.boot_id is not None:
-        assert alive(replace(me, host=None, boot_id="another boot")) is None
+        assert is_alive(replace(me, host=None, boot_id="another boot")) is None
 
 
 def test_a_zombie_is_not_alive() -> None:
@@ -90,14 +90,14 @@ def test_a_zombie_is_not_alive() -> None:
     child.stdout.read()  # end of file: the child has ended and nobody has waited for it
     identity = replace(process_identity(), pid=child.pid, start_ticks=None)
     deadline = time.monotonic() + 30  # its output is closed a moment before it has ended
-    while alive(identity) and time.monotonic() < deadline:
+    while is_alive(identity) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not alive(identity)
+    assert not is_alive(identity)
     child.wait()
 
 
 def test_unknown_start_and_boot_leave_the_pid_to_decide() -> None:
-    assert alive(replace(process_identity(), start_ticks=None, boot_id=None))
+    assert is_alive(replace(process_identity(), start_ticks=None, boot_id=None))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_exp.system import heap
 
-pytestmark = pytest.mark.skipif(heap.tunables() is None, reason="the C library isn't glibc")
+pytestmark = pytest.mark.skipif(heap.tunables_for_training() is None, reason="the C library isn't glibc")
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.01", "training.device=cpu", "tracking=off"]
 DOORS = {
     "the verb": ["qlora_exp.cli", "run"],

@@ -23,10 +23,10 @@ from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Fit, Process, RunRecord, Status
-from qlora_exp.runs.entry_points import end_killed_run
+from qlora_exp.runs.entry_points import complete_killed_record
 from qlora_exp.runs.execute import execute
 from qlora_exp.runs.prepare import prepare
-from qlora_exp.runs.termination import ended_when_memory_is_short
+from qlora_exp.runs.termination import exit_if_memory_is_short
 from qlora_exp.system import memory_limits
 from qlora_exp.system.environment import probe, process_identity
 from qlora_exp.system.out_of_memory import killed_for_memory
@@ -86,7 +86,7 @@ def test_the_smallest_limit_on_the_way_up_counts(version: int, machine: Machine)
     unlimited = "max" if version == 2 else 9223372036854771712
     machine(unlimited, 2_000_000_000, unlimited, kills=3, version=version)
     assert memory_limits.total_bytes() == 2_000_000_000
-    assert memory_limits.kills() == 3
+    assert memory_limits.out_of_memory_kills() == 3
     machine(1_000_000_000, 2_000_000_000, version=version)
     assert memory_limits.total_bytes() == 1_000_000_000
 
@@ -95,7 +95,7 @@ def test_without_control_groups_it_is_the_machines_memory(tmp_path: Path, monkey
     monkeypatch.setattr(memory_limits, "PROC", tmp_path)
     monkeypatch.setattr(memory_limits, "GROUPS", tmp_path)
     assert memory_limits.total_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert memory_limits.kills() is None
+    assert memory_limits.out_of_memory_kills() is None
     assert not memory_limits.is_nearly_full()
 
 
@@ -231,7 +231,7 @@ def test_a_run_of_a_multirun_that_the_kernel_ended_is_out_of_memory(
     machine("max", kills=kills)
     process = process_identity()
     file = left_running(fit, process)
-    end_killed_run(compose(["tracking=off"]), process.pid, signal_number, kills_before=0)
+    complete_killed_record(compose(["tracking=off"]), process.pid, signal_number, kills_before=0)
     record = read_record(file)
     assert record.status is status
     assert ("probably out of memory" in capsys.readouterr().err) == (status is Status.OUT_OF_MEMORY)
@@ -286,7 +286,7 @@ def test_a_run_that_waits_for_memory_ends_when_it_is_asked_to(tmp_path: Path) ->
 
 
 def test_the_watch_ends_with_the_run_though_a_forked_child_lives_on() -> None:
-    with ended_when_memory_is_short(lambda number: None, 130):
+    with exit_if_memory_is_short(lambda number: None, 130):
         child = os.fork()
         if child == 0:
             time.sleep(60)
@@ -306,7 +306,7 @@ def test_only_a_process_of_ours_is_ended(monkeypatch: pytest.MonkeyPatch) -> Non
         watched.append(exit_code)
         yield
 
-    monkeypatch.setattr("qlora_exp.runs.execute.ended_when_memory_is_short", watch)
+    monkeypatch.setattr("qlora_exp.runs.execute.exit_if_memory_is_short", watch)
     config = compose(["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"])
     execute(config)
     assert not watched, "a notebook's process isn't"

@@ -22,7 +22,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import Process
 from qlora_exp.study.spec import read_spec, write_spec
-from qlora_exp.system.environment import alive, process_identity
+from qlora_exp.system.environment import is_alive, process_identity
 from qlora_exp.system.orchestrator_lease import Lease, read_lease, write_lease
 from tests.workers.small_study import workers_of
 
@@ -155,8 +155,8 @@ def test_a_holder_that_was_replaced_while_it_slept_leaves_the_study_to_its_succe
 
 def test_a_process_of_another_container_with_this_host_name_cannot_be_seen() -> None:
     me = process_identity()
-    assert alive(me)
-    assert alive(replace(me, pid_namespace="pid:[1]")) is None
+    assert is_alive(me)
+    assert is_alive(replace(me, pid_namespace="pid:[1]")) is None
 
 
 class WorkerLost(Exception):

@@ -23,7 +23,7 @@ from qlora_exp.records.files import read_record
 from qlora_exp.records.find import run_folders
 from qlora_exp.records.types import Status
 from qlora_exp.runs import job
-from qlora_exp.system.distributed import one_rank_only
+from qlora_exp.system.distributed import check_single_rank
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0.01", "training.device=cpu", "tracking=off"]
 SEVERAL = [
@@ -96,7 +96,7 @@ def test_help_is_shown_to_every_rank(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_what_accelerate_launch_leaves_in_the_environment_changes_no_training() -> None:
     left = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "FSDP_VERSION": "2"}
     environment = {**left, "LOCAL_RANK": "0", "HOME": "/home/x"}
-    one_rank_only(environment)
+    check_single_rank(environment)
     assert environment == {"HOME": "/home/x"}
 
 

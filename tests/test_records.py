@@ -111,7 +111,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_record(tmp_path: Path) -> 
 def test_the_newest_ended_runs_are_read_and_one_that_may_change_is_looked_at_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(find, "NEWEST", 6)
+    monkeypatch.setattr(find, "MAX_ENDED_RUNS", 6)
     outputs = OutputPaths.of(tmp_path)
 
     def write(number: int, status: Status = Status.COMPLETED) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from qlora_exp.system import signals
-from qlora_exp.system.signals import Heard
+from qlora_exp.system.signals import Meaning
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
@@ -23,9 +23,9 @@ def hangups_are_heard() -> Iterator[None]:
     signal.signal(HUP, previous)
 
 
-def heard(*numbers: int, pause: float = 0.0) -> list[Heard]:
-    found: list[Heard] = []
-    with signals.handling(lambda number, frame: found.append(signals.heard(number))):
+def heard(*numbers: int, pause: float = 0.0) -> list[Meaning]:
+    found: list[Meaning] = []
+    with signals.handle_signals(lambda number, frame: found.append(signals.meaning_of(number))):
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(pause)
@@ -35,27 +35,27 @@ def heard(*numbers: int, pause: float = 0.0) -> list[Heard]:
 @pytest.mark.parametrize(
     ("numbers", "last"),
     [
-        ((HUP, HUP), Heard.SAME),  # the kernel and the shell
-        ((HUP, TERM), Heard.SAME),  # and a parent that ends
-        ((TERM, TERM), Heard.SAME),  # a supervisor and a parent
-        ((INT, TERM), Heard.SAME),
-        ((INT, INT), Heard.SAME),  # no finger is so quick: a wrapper passed it on
-        ((HUP, INT), Heard.AGAIN),
-        ((TERM, INT), Heard.AGAIN),
+        ((HUP, HUP), Meaning.SAME),  # the kernel and the shell
+        ((HUP, TERM), Meaning.SAME),  # and a parent that ends
+        ((TERM, TERM), Meaning.SAME),  # a supervisor and a parent
+        ((INT, TERM), Meaning.SAME),
+        ((INT, INT), Meaning.SAME),  # no finger is so quick: a wrapper passed it on
+        ((HUP, INT), Meaning.AGAIN),
+        ((TERM, INT), Meaning.AGAIN),
     ],
 )
-def test_what_comes_at_once_is_one_request_unless_a_person_asks(numbers: tuple[int, ...], last: Heard) -> None:
-    assert heard(*numbers) == [Heard.FIRST, last]
+def test_what_comes_at_once_is_one_request_unless_a_person_asks(numbers: tuple[int, ...], last: Meaning) -> None:
+    assert heard(*numbers) == [Meaning.FIRST, last]
 
 
 def test_ctrl_c_twice_is_two_requests() -> None:
-    assert heard(INT, INT, pause=0.15) == [Heard.FIRST, Heard.AGAIN]
+    assert heard(INT, INT, pause=0.15) == [Meaning.FIRST, Meaning.AGAIN]
 
 
 def test_a_process_that_ignores_hangups_goes_on_ignoring_them() -> None:
     previous = signal.signal(HUP, signal.SIG_IGN)
     try:
-        with signals.interrupting():
+        with signals.signals_as_interrupts():
             os.kill(os.getpid(), HUP)
             time.sleep(0.01)
     finally:
@@ -73,20 +73,20 @@ def send(*numbers: int, steps: list[int] | None = None) -> None:
 
 @pytest.mark.parametrize("number", [INT, TERM, HUP])
 def test_each_of_them_interrupts(number: int) -> None:
-    with pytest.raises(KeyboardInterrupt), signals.interrupting():
+    with pytest.raises(KeyboardInterrupt), signals.signals_as_interrupts():
         send(number)
 
 
 def test_what_is_held_back_ends_at_the_second_ctrl_c_alone(capfd: pytest.CaptureFixture[str]) -> None:
     steps: list[int] = []
-    with pytest.raises(KeyboardInterrupt), signals.interrupting(), signals.held_back("being delivered"):
+    with pytest.raises(KeyboardInterrupt), signals.signals_as_interrupts(), signals.delay_interrupt("being delivered"):
         send(TERM, HUP, INT, INT, steps=steps)
     assert steps == [TERM, HUP, INT]
     assert capfd.readouterr().err.splitlines() == ["being delivered"]
 
 
 def test_handlers_are_put_back() -> None:
-    before = [signal.getsignal(number) for number in signals.ENDING]
-    with signals.interrupting(), signals.held_back(""):
+    before = [signal.getsignal(number) for number in signals.ENDING_SIGNALS]
+    with signals.signals_as_interrupts(), signals.delay_interrupt(""):
         pass
-    assert [signal.getsignal(number) for number in signals.ENDING] == before
+    assert [signal.getsignal(number) for number in signals.ENDING_SIGNALS] == before

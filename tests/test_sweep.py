@@ -19,7 +19,7 @@ import pytest
 from filelock import BaseFileLock
 
 from qlora_exp.cli import main
-from qlora_exp.cli.settings_file import given_overrides
+from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
 from qlora_exp.errors import QloraExpError
@@ -475,7 +475,7 @@ def test_best_yaml_in_mlflow_is_the_best_trials_configuration() -> None:
     always = [*SLEEP[:2], "training.max_steps=30", "task.goal='accuracy >= 0.6'"]
     assert main(["sweep", "rank_by_quantization", "lora.r=4,8", "quantization=nf4", "workers.count=1", *always]) == 0
     [file] = Path("mlartifacts").rglob("best.yaml")
-    again = compose(given_overrides(file, None))
+    again = compose(combined_overrides(file, None))
     records = [read_record(file) for file in Path("outputs/runs").glob("*/record.json")]
     [best] = (record for record in records if record.config["lora"]["r"] == 8)  # the larger rank is better asleep, too
     kept = ("lora", "targets", "quantization", "training", "task")

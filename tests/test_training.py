@@ -239,14 +239,14 @@ def test_in_16_bit_on_a_cpu_few_shapes_are_multiplied_and_the_loss_is_the_same(
 def test_logits_of_tokens_in_multiples_have_the_same_values_and_gradients(tokens: int, biased: bool) -> None:
     import trl.trainer.utils as head
 
-    from qlora_exp.training.trainer import _RowsInMultiples
+    from qlora_exp.training.trainer import _PaddedLogProbs
 
     torch.manual_seed(0)
     start = [torch.randn(tokens, 16), torch.randn(50, 16), torch.randn(50) if biased else None]
     targets = torch.randint(0, 50, (tokens,))
     weights = torch.randn(2, tokens)
     found = []
-    for function in (head._ChunkedLogProbFunction, _RowsInMultiples(head._ChunkedLogProbFunction, 64)):
+    for function in (head._ChunkedLogProbFunction, _PaddedLogProbs(head._ChunkedLogProbFunction, 64)):
         inputs = [tensor.clone().requires_grad_() if tensor is not None else None for tensor in start]
         logprobs, entropy, *others = function.apply(*inputs, targets, 1.0, 32, None, 1.0, ("entropy",))
         (weights[0] @ logprobs + weights[1] @ entropy).backward()

@@ -50,9 +50,9 @@ def to_table(architecture: Architecture, positions: Mapping[str, int | None]) ->
             for key in (*SCALARS, "eager_alone")
             if key != "eager_alone" or architecture.eager_alone
         },
-        "weights": list(_folded(architecture.weights)),
-        "others": list(_folded(architecture.others)),
-        **({"experts": list(_folded(architecture.experts))} if architecture.experts else {}),
+        "weights": list(_fold_layers(architecture.weights)),
+        "others": list(_fold_layers(architecture.others)),
+        **({"experts": list(_fold_layers(architecture.experts))} if architecture.experts else {}),
     }
 
 
@@ -62,9 +62,9 @@ def from_table(table: Mapping[str, Any], checkpoint: str) -> Architecture:
         **{key: table[key] for key in SCALARS},
         eager_alone=table.get("eager_alone", False),
         positions=table["positions"][checkpoint],
-        weights=tuple(_unfolded(table["weights"], WeightShape)),
-        others=tuple(_unfolded(table["others"], OtherTensor)),
-        experts=tuple(_unfolded(table.get("experts", ()), Experts)),
+        weights=tuple(_unfold_layers(table["weights"], WeightShape)),
+        others=tuple(_unfold_layers(table["others"], OtherTensor)),
+        experts=tuple(_unfold_layers(table.get("experts", ()), Experts)),
     )
 
 
@@ -79,14 +79,14 @@ def _read(family: str) -> dict[str, Any]:
     return table
 
 
-def _folded(tensors: Iterable[WeightShape | OtherTensor | Experts]) -> Iterator[dict[str, Any]]:
+def _fold_layers(tensors: Iterable[WeightShape | OtherTensor | Experts]) -> Iterator[dict[str, Any]]:
     """Yield runs of equal layers as {"times": n, "first": number of the first, "tensors": […]}.
 
     In the tensors' names, ``*`` stands for the layer's number: ``model.layers.*.mlp.up_proj``.
     """
     layers: list[tuple[int, list[dict[str, Any]]]] = []
-    for index, group in itertools.groupby(tensors, key=_index):
-        layers.append((index, [_plain(tensor) for tensor in group]))
+    for index, group in itertools.groupby(tensors, key=_layer_index):
+        layers.append((index, [_non_default_fields(tensor) for tensor in group]))
     run: dict[str, Any] | None = None
     for index, entries in layers:
         if run is not None and run["tensors"] == entries and index == run["first"] + run["times"] and index > 0:
@@ -99,7 +99,7 @@ def _folded(tensors: Iterable[WeightShape | OtherTensor | Experts]) -> Iterator[
         yield run
 
 
-def _unfolded(runs: Iterable[Mapping[str, Any]], kind: type[Tensor]) -> Iterator[Tensor]:
+def _unfold_layers(runs: Iterable[Mapping[str, Any]], kind: type[Tensor]) -> Iterator[Tensor]:
     for run in runs:
         for index in range(run["first"], run["first"] + run["times"]):
             for entry in run["tensors"]:
@@ -107,13 +107,13 @@ def _unfolded(runs: Iterable[Mapping[str, Any]], kind: type[Tensor]) -> Iterator
                 yield kind(**{**values, "name": entry["name"].replace(".*.", f".{index}.", 1)})
 
 
-def _index(tensor: WeightShape | OtherTensor | Experts) -> int:
+def _layer_index(tensor: WeightShape | OtherTensor | Experts) -> int:
     """Return the number of the tensor's layer; -1 outside all layers."""
     match = INDEX.search(tensor.name)
     return int(match[1]) if match else -1
 
 
-def _plain(tensor: WeightShape | OtherTensor | Experts) -> dict[str, Any]:
+def _non_default_fields(tensor: WeightShape | OtherTensor | Experts) -> dict[str, Any]:
     """Return the tensor's fields, without those that equal their default."""
     defaults = {field.name: field.default for field in dataclasses.fields(tensor)}
     fields = {key: value for key, value in dataclasses.asdict(tensor).items() if value != defaults[key]}

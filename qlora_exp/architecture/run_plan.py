@@ -21,7 +21,7 @@ from qlora_exp.config.schema import (
 )
 from qlora_exp.records.types import Environment, Plan
 
-COMPILED_MULTIPLES = (16, 64)
+CPU_SHAPE_MULTIPLES = (16, 64)
 """Multiples for lengths and for loss tokens, see :func:`shape_multiples`. The number of loss tokens varies more from
 batch to batch than lengths do."""
 CHECKPOINTING_FROM_PARAMETERS = 3_000_000_000
@@ -82,7 +82,7 @@ def shape_multiples(compute_dtype: str, device_kind: str, max_length: int, posit
     """
     if device_kind != "cpu" or compute_dtype == "float32":
         return 1, 1
-    length, logits = COMPILED_MULTIPLES
+    length, logits = CPU_SHAPE_MULTIPLES
     reach = max_length if positions is None else min(max_length, positions)
     too_long = positions is not None and math.ceil(reach / length) * length > positions
     return 1 if too_long else length, logits
@@ -109,8 +109,8 @@ def adapter_dtype(lora: LoraConfig) -> str:
 def config_fingerprint(config: Config) -> str:
     """Return SHA-256 over all settings that can change a result. Names, places, prices and tracking can't."""
     plain = to_plain(config)
-    plain["model"] = _as_it_was(plain["model"])
-    plain["task"] = _task_as_it_was(plain["task"])
+    plain["model"] = _with_earlier_attention(plain["model"])
+    plain["task"] = _without_newer_defaults(plain["task"])
     for group in ("tracking", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
@@ -128,10 +128,10 @@ def base_fingerprint(config: Config, format: str) -> str:
     plain = to_plain(config)
     excluded = ("before", "cache", "few_shots", "few_shot_draws")
     evaluation = {key: value for key, value in plain["evaluation"].items() if key not in excluded}
-    task = {key: value for key, value in _task_as_it_was(plain["task"]).items() if key != "goal"}
+    task = {key: value for key, value in _without_newer_defaults(plain["task"]).items() if key != "goal"}
     return _digest(
         {
-            "model": _as_it_was(plain["model"]),
+            "model": _with_earlier_attention(plain["model"]),
             "quantization": plain["quantization"],
             "task": task,
             "evaluation": evaluation,
@@ -142,13 +142,13 @@ def base_fingerprint(config: Config, format: str) -> str:
     )
 
 
-def _as_it_was(model: dict[str, Any]) -> dict[str, Any]:
+def _with_earlier_attention(model: dict[str, Any]) -> dict[str, Any]:
     """Return ``model`` with ``sdpa`` for ``auto``. ``sdpa`` was the earlier default and gives the same scores wherever
     it is supported, so old fingerprints stay valid."""
     return model | ({"attention": "sdpa"} if model["attention"] == "auto" else {})
 
 
-EARLIER_TASK: dict[str, Any] = {
+EARLIER_TASK_DEFAULTS: dict[str, Any] = {
     "learn": "last",
     "ignore_fields": [],
     "date": "2026-01-01",
@@ -159,9 +159,13 @@ EARLIER_TASK: dict[str, Any] = {
 fingerprint changes."""
 
 
-def _task_as_it_was(task: dict[str, Any]) -> dict[str, Any]:
+def _without_newer_defaults(task: dict[str, Any]) -> dict[str, Any]:
     """Return ``task`` without the keys that earlier versions lacked, if their values ask for the earlier behaviour."""
-    kept = {key: value for key, value in task.items() if key not in EARLIER_TASK or value != EARLIER_TASK[key]}
+    kept = {
+        key: value
+        for key, value in task.items()
+        if key not in EARLIER_TASK_DEFAULTS or value != EARLIER_TASK_DEFAULTS[key]
+    }
     columns = {key: value for key, value in task["columns"].items() if (key, value) != ("tools", "tools")}
     return kept | {"columns": columns}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Widths = tuple[int, int, int]
+ElementBytes = tuple[int, int, int]
 """Bytes per element if the model is loaded in float32, in bfloat16 and in float16."""
 DTYPES = ("float32", "bfloat16", "float16")
-AS_ASKED: Widths = (4, 2, 2)
+MODEL_DTYPE: ElementBytes = (4, 2, 2)
 """The tensor has the model's dtype. Rotary frequencies are (4, 4, 4). Tensors that transformers keeps in float32 for
 float16's sake (``_keep_in_fp32_modules``) are (4, 2, 4)."""
 
@@ -28,7 +28,7 @@ class WeightShape:
     parameters: int
     role: str = "other"
     quantizable: bool = True
-    element_bytes: Widths = AS_ASKED
+    element_bytes: ElementBytes = MODEL_DTYPE
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class OtherTensor:
 
     name: str
     elements: int
-    element_bytes: Widths = AS_ASKED
+    element_bytes: ElementBytes = MODEL_DTYPE
     buffer: bool = False
 
 

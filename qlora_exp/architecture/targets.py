@@ -17,7 +17,7 @@ def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple
 
     ``attention``: every projection of every attention. ``attention_qv``: those that give queries or values (a fused one
     as a whole). ``mlp``: the feed-forward layers. ``all_linear``: all linear layers of the language model but its
-    output head. No set contains layers that PEFT doesn't adapt (:func:`left_out`).
+    output head. No set contains layers that PEFT doesn't adapt (:func:`layers_without_adapters`).
 
     Names of an explicit list match whole dotted endings, as in PEFT: ``q_proj`` matches
     ``model.layers.0.self_attn.q_proj``.
@@ -27,14 +27,14 @@ def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple
     """
     adaptable = [shape for shape in architecture.weights if shape.kind != "other"]
     if targets.modules is not None:
-        return _by_ending(architecture, adaptable, targets.modules)
+        return _match_endings(architecture, adaptable, targets.modules)
     chosen = [shape.name for shape in adaptable if _in_set(shape, targets.set)]
     if not chosen:
-        raise _empty_set(architecture, adaptable, targets.set)
+        raise _empty_set_error(architecture, adaptable, targets.set)
     return tuple(chosen)
 
 
-def rank_above_width(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:
+def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:
     """Return a warning if ``lora.r`` is above a target layer's smaller dimension, else ``None``.
 
     A change of a weight can't have a higher rank than its smaller dimension.
@@ -58,7 +58,7 @@ def rank_above_width(architecture: Architecture, modules: Sequence[str], lora: L
 
 
 @lru_cache(maxsize=4096)
-def feeds(name: str) -> str:
+def qkv_of_name(name: str) -> str:
     """Return which of ``q``, ``k``, ``v`` an attention projection computes, from its name.
 
     Examples: ``q_proj``, ``query``, ``Wq`` → q; ``kv_b_proj`` → kv; ``qkv_proj``, ``query_key_value``, ``Wqkv``,
@@ -80,7 +80,7 @@ def _letters(word: str) -> str:
     return word if word and set(word) <= set("qkvz") else ""
 
 
-def left_out(architecture: Architecture) -> list[str]:
+def layers_without_adapters(architecture: Architecture) -> list[str]:
     """Return the last parts of names of attention and feed-forward layers that PEFT doesn't adapt: it takes them for
     experts' layers (``models/inspect.py``)."""
     shapes = (shape for shape in architecture.weights if shape.kind == "other" and shape.role != "other")
@@ -91,45 +91,45 @@ def _in_set(shape: WeightShape, name: str) -> bool:
     if name == "all_linear":
         return True
     if name == "attention_qv":
-        return shape.role == "attention" and bool(set(feeds(shape.name)) & {"q", "v"})
+        return shape.role == "attention" and bool(set(qkv_of_name(shape.name)) & {"q", "v"})
     return shape.role == name
 
 
-def _empty_set(architecture: Architecture, adaptable: Sequence[WeightShape], name: str) -> ModelError:
+def _empty_set_error(architecture: Architecture, adaptable: Sequence[WeightShape], name: str) -> ModelError:
     if name not in TARGET_SETS:
         return ModelError(f"there is no target set called {name}", "targets.set", nearest(name, TARGET_SETS))
     where = f"targets = {name}, architecture {architecture.model_type}"
     if not adaptable:
         return ModelError("the model has no linear layer that can be adapted", where, "choose another model")
     what = f"the model has no linear layer in its {name}"
-    if name == "mlp" and left_out(architecture):
-        what += f" that PEFT adapts: it takes {', '.join(left_out(architecture))} for experts' layers"
+    if name == "mlp" and layers_without_adapters(architecture):
+        what += f" that PEFT adapts: it takes {', '.join(layers_without_adapters(architecture))} for experts' layers"
     elif name == "mlp":
         what += " (its experts are three-dimensional parameters, or it has none)"
     endings = ", ".join(sorted({shape.name.rsplit(".", 1)[-1] for shape in adaptable})[:12])
     return ModelError(what, where, f"targets=all_linear, or targets.modules=[…] of {endings}")
 
 
-def _by_ending(
+def _match_endings(
     architecture: Architecture, adaptable: Sequence[WeightShape], requested: Sequence[str]
 ) -> tuple[str, ...]:
     matches = {
         ending: {shape.name for shape in adaptable if shape.name == ending or shape.name.endswith(f".{ending}")}
         for ending in requested
     }
-    raise_all([_no_match(architecture, adaptable, ending) for ending, names in matches.items() if not names])
+    raise_all([_no_match_error(architecture, adaptable, ending) for ending, names in matches.items() if not names])
     chosen = set().union(*matches.values())
     if not chosen:
         raise ModelError("the list of target modules is empty", "targets.modules", "targets.modules=[q_proj,v_proj]")
     return tuple(shape.name for shape in adaptable if shape.name in chosen)
 
 
-def _no_match(architecture: Architecture, adaptable: Sequence[WeightShape], ending: str) -> ModelError:
+def _no_match_error(architecture: Architecture, adaptable: Sequence[WeightShape], ending: str) -> ModelError:
     where = f"targets.modules = {ending}, architecture {architecture.model_type}"
     head = architecture.output_head
     if head is not None and (head == ending or head.endswith(f".{ending}")):
         return ModelError(f"{ending} is the output head, which gets no adapter", where, "leave it out")
-    if ending.rpartition(".")[2] in left_out(architecture):
+    if ending.rpartition(".")[2] in layers_without_adapters(architecture):
         what = f"PEFT takes {ending} for an experts' layer and doesn't adapt it"
         return ModelError(what, where, "leave it out, or targets=attention")
     parts = ending.count(".") + 1

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from qlora_exp.cli import analyze, data, export, machine, plan, records, report, run, show, sweep
-from qlora_exp.errors import QloraExpError, unwritable
+from qlora_exp.errors import QloraExpError, unwritable_error
 from qlora_exp.system import heap
 from qlora_exp.system.terminal import check_arguments, show_any_text
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        problem = unwritable(error)
+        problem = unwritable_error(error)
         if problem is None:
             raise
         from qlora_exp.runs.process import print_error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_exp.cli.arguments import Force, Overrides, Source, examples, forced
-from qlora_exp.cli.settings_file import given_overrides
+from qlora_exp.cli.settings_file import combined_overrides
 
 if TYPE_CHECKING:
     from qlora_exp.config.schema import Config
@@ -45,18 +45,18 @@ def add_to(app: typer.Typer) -> None:
 
 def validate(overrides: Overrides = None, source: Source = None, force: Force = False) -> int:
     """Check configuration and data without loading weights."""
-    from qlora_exp.architecture.targets import rank_above_width
+    from qlora_exp.architecture.targets import rank_warning
     from qlora_exp.runs.execute import preflight
 
-    config, prepared, environment = _prepared([*given_overrides(source, overrides), *forced(force)])
+    config, prepared, environment = _prepared([*combined_overrides(source, overrides), *forced(force)])
     warning = preflight(config, prepared, environment)
     if config.tracking.enabled:
         from qlora_exp.paths import OutputPaths
         from qlora_exp.tracking.store import locate
 
         locate(config.tracking, OutputPaths.of(config.output_root))
-    print("\n".join(_told(config, prepared.plan, prepared.splits)))
-    too_wide = rank_above_width(prepared.architecture, prepared.modules, config.lora)
+    print("\n".join(_summary_lines(config, prepared.plan, prepared.splits)))
+    too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora)
     for text in (warning, too_wide):
         if text is not None:
             print(f"  warning  {text}")
@@ -75,12 +75,12 @@ def preview(
     from qlora_exp.data.preview import preview_items as preview_items
     from qlora_exp.formatting import print_table
 
-    _, prepared, _ = _prepared(given_overrides(source, overrides))
+    _, prepared, _ = _prepared(combined_overrides(source, overrides))
     for item in preview_items(prepared.splits, prepared.tokenizer, split, count):
         trained = sum(token.trained for token in item.tokens)
         head = f"{split} {item.item_id}: {len(item.tokens)} tokens, {trained} trained"
         print_table(Text(head + (f", label {item.label!r}" if item.label is not None else ""), style="bold"))
-        print_table(_marked(item.tokens))
+        print_table(_marked_text(item.tokens))
         print_table("")
     return 0
 
@@ -113,7 +113,7 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
 
     environment = probe(config.training.device)
     if environment.device.kind == "cpu":  # the tunables of the process that will train
-        environment = replace(environment, glibc_tunables=heap.tunables())
+        environment = replace(environment, glibc_tunables=heap.tunables_for_training())
     return config, prepare(config, environment), environment
 
 
@@ -122,7 +122,7 @@ def _rounded(plan: Plan) -> str:
     return f", inputs rounded to 8 bits in {where}" if where else ""
 
 
-def _told(config: Config, plan: Plan, splits: Splits) -> list[str]:
+def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     """Return the lines that ``validate`` prints."""
     from qlora_exp.data.rows_report import rows_report
 
@@ -144,7 +144,7 @@ def _told(config: Config, plan: Plan, splits: Splits) -> list[str]:
     ]
 
 
-def _marked(tokens: Any) -> Any:
+def _marked_text(tokens: Any) -> Any:
     """Return the item as text: trained tokens highlighted on a terminal, in brackets elsewhere."""
     import sys
 

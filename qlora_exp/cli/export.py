@@ -103,8 +103,8 @@ def _line(artefact: Artefact) -> str:
         parts.append(f"{name} {check.exported:.3f} (run {check.run:.3f}; within {check.tolerance:g}: {check.answer})")
     elif check is not None:
         parts.append(f"not checked: {check.why}")
-    if check is not None and check.cut_otherwise is not None:
-        parts.append(check.cut_otherwise)
+    if check is not None and check.tokenization_note is not None:
+        parts.append(check.tokenization_note)
     if runtime is not None and runtime.peak_resident_bytes is not None:
         parts.append(f"{runtime.peak_resident_bytes / 1e6:.0f} MB RAM")
     if runtime is not None and runtime.generated_tokens_per_second is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_exp.cli.arguments import Source, complete_overrides, complete_sweeps, examples
-from qlora_exp.cli.settings_file import given_overrides
+from qlora_exp.cli.settings_file import combined_overrides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,13 +96,13 @@ def plan(
 
     silence_libraries()
     overrides, device_name = _overrides(source, arguments)
-    device_name = _one_device(device, device_name)
+    device_name = _device_name(device, device_name)
     if device_name is None and fit in CARDS:
         device_name = fit
     chosen = device_by_name(device_name) if device_name is not None else None
     fit_bytes = size_bytes(fit) if fit is not None else None
     if sizes:
-        _alone("--sizes", {"--fit": fit is not None, "--html": html is not None})
+        _check_alone("--sizes", {"--fit": fit is not None, "--html": html is not None})
         return _sizes(overrides, chosen, as_json)
     if fit is not None:
         from qlora_exp.estimate.largest import with_search_axes
@@ -120,15 +120,15 @@ def plan(
         pairs = zip(runs, space.points, strict=True)
         _check_a_base_fits(planner, [point.config for run, point in pairs if run.memory and point.config], chosen)
     if is_sweep:
-        runs = _with_trials_bought(runs, space)
+        runs = _with_affordable_trials(runs, space)
     if html is not None:
-        _write(runs, _told(runs, space), html)
+        _write(runs, _summary_lines(runs, space), html)
     if as_json:
         return _print_json(runs if fit is None else _fitting(runs))
     return _show(runs, space) if fit is None else _show_fitting(runs, fit)
 
 
-def _alone(option: str, others: dict[str, bool]) -> None:
+def _check_alone(option: str, others: dict[str, bool]) -> None:
     """Raise ConfigError if the command has another option, which ``option`` would ignore."""
     from qlora_exp.errors import ConfigError
 
@@ -137,7 +137,7 @@ def _alone(option: str, others: dict[str, bool]) -> None:
         raise ConfigError(problem, f"{option} {other_option}", f"use {option} and {other_option} in separate commands")
 
 
-def _one_device(option: str | None, override: str | None) -> str | None:
+def _device_name(option: str | None, override: str | None) -> str | None:
     """Return the device's name, from ``--device`` or ``plan.device=``.
 
     Raises:
@@ -155,7 +155,7 @@ def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[s
     """Return the overrides (the sweep's name as ``sweeps=NAME``), without ``plan.device=``, and that device's name."""
     typed = list(arguments or [])
     name = typed.pop(0) if typed and "=" not in typed[0] else None
-    overrides = [*([f"sweeps={name}"] if name else []), *given_overrides(source, typed, sweep=name)]
+    overrides = [*([f"sweeps={name}"] if name else []), *combined_overrides(source, typed, sweep=name)]
     devices = [text.removeprefix(DEVICE_KEY) for text in overrides if text.startswith(DEVICE_KEY)]
     return [text for text in overrides if not text.startswith(DEVICE_KEY)], devices[-1] if devices else None
 
@@ -180,7 +180,7 @@ def _check_a_base_fits(planner: Planner, configs: Sequence[Config], device: Plan
         check_a_base_fits(planner, configs, max(limits, default=None), device)
 
 
-def _with_trials_bought(runs: Sequence[PlannedRun], space: SearchSpace) -> list[PlannedRun]:
+def _with_affordable_trials(runs: Sequence[PlannedRun], space: SearchSpace) -> list[PlannedRun]:
     """Return the runs with the number of trials that the budget is enough for. A sweep's budget covers all its trials;
     if the configurations have different budgets, the runs stay as they are."""
     from dataclasses import replace
@@ -194,7 +194,7 @@ def _with_trials_bought(runs: Sequence[PlannedRun], space: SearchSpace) -> list[
     return [replace(run, budget=affordable) for run in runs]
 
 
-def _told(runs: Sequence[PlannedRun], space: SearchSpace) -> list[str]:
+def _summary_lines(runs: Sequence[PlannedRun], space: SearchSpace) -> list[str]:
     """Return how many configurations there are and fit, what they cost, and what the budget is enough for."""
     from qlora_exp.estimate.tables import cost_summary, plan_summary
 
@@ -209,7 +209,7 @@ def _show(runs: Sequence[PlannedRun], space: SearchSpace) -> int:
 
     print_table(plan_table(runs))
     print()
-    for line in _told(runs, space):
+    for line in _summary_lines(runs, space):
         print(line)
     for reason in reasons(runs):
         print(f"  {reason}")
@@ -225,7 +225,7 @@ def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
 
     fitting = by_preference(runs)
     if not fitting:
-        smallest = min((run for run in runs if run.memory is not None), key=_needed)
+        smallest = min((run for run in runs if run.memory is not None), key=_peak_bytes)
         problem = f"nothing fits: the smallest, {candidate_name(smallest)}, {smallest.reason}"
         raise ConfigError(problem, f"--fit {fit}", "choose a smaller model or a larger card")
     best = pareto_front(fitting)
@@ -238,7 +238,7 @@ def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
     return 0
 
 
-def _needed(run: PlannedRun) -> int:
+def _peak_bytes(run: PlannedRun) -> int:
     """Return the predicted peak memory of a run in bytes."""
     assert run.memory is not None
     return run.memory.peak_bytes

@@ -56,7 +56,7 @@ def _runs(outputs: OutputPaths, limit: int | None) -> int:
     from qlora_exp.formatting import print_table
     from qlora_exp.records.find import read_runs
 
-    _repair(outputs)
+    _mark_dead_runs(outputs)
     records, unreadable = read_runs(outputs)
     if not records and not unreadable:
         print(f"there are no runs under {outputs.root} yet; qlora-exp run makes one")
@@ -65,13 +65,13 @@ def _runs(outputs: OutputPaths, limit: int | None) -> int:
     print_table(runs_table(shown))
     for error in unreadable:
         print(f"not shown: {error}")
-    for line in _elsewhere(shown):
+    for line in _lines_on_other_hosts(shown):
         print(line)
-    print(_ui_told(shown, outputs))
+    print(_ui_line(shown, outputs))
     return 0
 
 
-def _repair(outputs: OutputPaths) -> None:
+def _mark_dead_runs(outputs: OutputPaths) -> None:
     """Mark runs whose process died as interrupted. If that fails, the list is still worth showing."""
     import sys
 
@@ -85,13 +85,13 @@ def _repair(outputs: OutputPaths) -> None:
         print(f"runs of dead processes were not marked as interrupted: {error}", file=sys.stderr)
 
 
-def _elsewhere(records: Sequence[RunRecord]) -> Iterator[str]:
+def _lines_on_other_hosts(records: Sequence[RunRecord]) -> Iterator[str]:
     """Yield a line for each RUNNING run whose process is on another host, where it can't be checked."""
-    from qlora_exp.system.environment import alive
+    from qlora_exp.system.environment import is_alive
 
     for record in records:
         owner = record.process
-        if not record.status.ended and owner is not None and alive(owner) is None:
+        if not record.status.ended and owner is not None and is_alive(owner) is None:
             owned_by = f"process {owner.pid} on {owner.host or 'another host'}"
             yield (
                 f"{record.run_id} was started by {owned_by}, which can't be seen from here; "
@@ -99,7 +99,7 @@ def _elsewhere(records: Sequence[RunRecord]) -> Iterator[str]:
             )
 
 
-def _ui_told(records: Sequence[RunRecord], outputs: OutputPaths) -> str:
+def _ui_line(records: Sequence[RunRecord], outputs: OutputPaths) -> str:
     from qlora_exp.config.choices import default_output_root
     from qlora_exp.errors import TrackingError
     from qlora_exp.paths import OutputPaths

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qlora_exp.paths import OutputPaths, StudyPaths
     from qlora_exp.records.types import RunRecord
 
-KEPT_ITEMS = 64
+MAX_CACHED_ITEM_TABLES = 64
 """Runs whose per-item values stay in memory: comparisons use the same few runs again and again."""
 
 
@@ -65,21 +65,21 @@ def report(
     study_paths = list(dict.fromkeys(find_study(name, outputs) for name in studies or []))
     _check_equivalence(equivalence)
     records, unreadable = read_runs(outputs)
-    infos, runs = _asked(study_paths, records, outputs)
+    infos, runs = _studies_and_runs(study_paths, records, outputs)
     content = build(runs, infos, _item_scores(outputs), equivalence, len(unreadable))
     folder = output or (study_paths[0].folder if study_paths else outputs.root)
     files = {"report.html": to_html(content, _runs_at(outputs, folder)), "report.md": to_markdown(content)}
     for name, text in (files | {"runs.csv": to_csv(content)}).items():
         _write(folder / name, text, write_text)
     for paths in study_paths if output is None else ():
-        _track(paths, runs, outputs)
+        _log_report(paths, runs, outputs)
     for sentence in content.headline or [str(content.why_none)]:
         print(sentence)
     print(f"report: {folder / 'report.html'}")
     return 0
 
 
-def _track(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:
+def _log_report(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:
     """Log the report to the study's parent run, if the study is in MLflow."""
     import sys
 
@@ -106,7 +106,7 @@ def _check_equivalence(margin: float | None) -> None:
         raise AnalysisError(f"invalid margin {margin:g}", "--equivalence", "a number above 0, in bits per byte")
 
 
-def _asked(
+def _studies_and_runs(
     study_paths: list[StudyPaths], records: list[RunRecord], outputs: OutputPaths
 ) -> tuple[list[StudyInfo], list[RunRecord]]:
     """Return what the report needs to know of each study, and their runs."""
@@ -141,7 +141,7 @@ def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
     if summary is None:
         return {}
     plain = {**to_dict(summary), "sentence": summary.sentence}
-    _keep(file, plain)
+    _store(file, plain)
     return plain
 
 
@@ -156,11 +156,11 @@ def _importance(spec: Any, paths: StudyPaths) -> dict[str, dict[str, float]]:
     except QloraExpError:
         stored = _read_json(file)
         return stored if isinstance(stored, dict) else {}
-    _keep(file, importances)
+    _store(file, importances)
     return importances
 
 
-def _keep(file: Path, content: dict[str, Any]) -> None:
+def _store(file: Path, content: dict[str, Any]) -> None:
     """Store it for reports after the database is gone. A study folder that can't be written is no error."""
     import contextlib
 
@@ -186,7 +186,7 @@ def _read_json(file: Path) -> Any:
         raise RecordError(f"the file can't be read: {error}", str(file), "delete it, or resume the study") from None
 
 
-SCORED = {"accuracy": "correct", "exact_match": "exact"}
+ITEM_COLUMNS = {"accuracy": "correct", "exact_match": "exact"}
 """Score → its column in the per-item table."""
 
 
@@ -194,12 +194,12 @@ def _item_scores(outputs: OutputPaths) -> Any:
     """Return a function as :data:`qlora_exp.analysis.contrasts.ItemScores`, which reads the runs' per-item files."""
     from functools import lru_cache
 
-    @lru_cache(maxsize=KEPT_ITEMS)
+    @lru_cache(maxsize=MAX_CACHED_ITEM_TABLES)
     def read(run_id: str, moment: str, split: str) -> dict[str, list[Any]] | None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = ["item_id", "completion_nats", "completion_bytes", *SCORED.values()]
+        columns = ["item_id", "completion_nats", "completion_bytes", *ITEM_COLUMNS.values()]
         try:
             table = pq.read_table(outputs.run(run_id).items(moment, split), columns=columns)
         except (OSError, pa.ArrowException, KeyError):
@@ -212,8 +212,8 @@ def _item_scores(outputs: OutputPaths) -> Any:
         items = read(record.run_id, moment, "test" if record.scores.test is not None else "validation")
         if items is None:
             return None
-        if score in SCORED:
-            values = items[SCORED[score]]
+        if score in ITEM_COLUMNS:
+            values = items[ITEM_COLUMNS[score]]
         else:
             size = sum(items["completion_bytes"]) / max(len(items["completion_bytes"]), 1)
             values = [nats / math.log(2) / size for nats in items["completion_nats"]] if size else [None]

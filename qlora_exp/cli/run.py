@@ -21,7 +21,7 @@ from qlora_exp.cli.arguments import (
     forced,
     outputs_of,
 )
-from qlora_exp.cli.settings_file import given_overrides
+from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.system import signals, streams
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def run(
     force: Force = False,
 ) -> int:
     """Train one configuration, score it before and after, and write its record."""
-    from qlora_exp.system.distributed import one_rank_only
+    from qlora_exp.system.distributed import check_single_rank
 
-    one_rank_only()
-    all_overrides = [*given_overrides(source, overrides), *forced(force)]
+    check_single_rank()
+    all_overrides = [*combined_overrides(source, overrides), *forced(force)]
     if output_root is not None:
         all_overrides.append(_output_root_override(Path(output_root)))
     if resume is not None:
@@ -86,9 +86,9 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None,
     from qlora_exp.config.from_record import recorded_overrides
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
-    from qlora_exp.system.distributed import one_rank_only
+    from qlora_exp.system.distributed import check_single_rank
 
-    one_rank_only()
+    check_single_rank()
     paths = find_run(run, outputs_of(output_root))
     changes = [*(overrides or []), *forced(force)]
     if not any(change.startswith("output_root=") for change in changes):
@@ -100,17 +100,17 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None,
 
 def _run(overrides: Sequence[str]) -> int:
     from qlora_exp.config.compose import compose
-    from qlora_exp.runs.entry_points import run_and_tell
+    from qlora_exp.runs.entry_points import run_with_progress
 
-    with _working():
-        return run_and_tell(compose(list(overrides)))
+    with _interruptible():
+        return run_with_progress(compose(list(overrides)))
 
 
 @contextlib.contextmanager
-def _working() -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
     """Keep the run alive when nobody reads its output, and let TERM and HUP interrupt it as Ctrl-C does."""
-    streams.keep_writing()
-    with signals.interrupting():
+    streams.ignore_write_errors()
+    with signals.signals_as_interrupts():
         yield
 
 
@@ -118,7 +118,7 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
     from qlora_exp.errors import ConfigError
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
-    from qlora_exp.runs.entry_points import config_from_plain, run_and_tell
+    from qlora_exp.runs.entry_points import config_from_plain, run_with_progress
 
     if overrides:
         raise ConfigError("a resumed run keeps its configuration", " ".join(overrides), f"qlora-exp rerun {run} …")
@@ -128,8 +128,8 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
     config = config_from_plain(record.config)
     training = replace(config.training, resume=True)  # this is what --resume means
     resumed = replace(config, training=training, output_root=str(paths.folder.parent.parent))
-    with _working():
-        return run_and_tell(resumed, record.run_id)
+    with _interruptible():
+        return run_with_progress(resumed, record.run_id)
 
 
 def _check_resumable(record: RunRecord) -> None:
@@ -137,11 +137,11 @@ def _check_resumable(record: RunRecord) -> None:
     from qlora_exp.errors import RecordError
     from qlora_exp.records.redaction import REDACTED
     from qlora_exp.records.types import Status
-    from qlora_exp.system.environment import alive
+    from qlora_exp.system.environment import is_alive
 
     if record.status in (Status.COMPLETED, Status.PRUNED):
         raise RecordError(f"the run is {record.status}: nothing is left to do", record.run_id, "qlora-exp rerun …")
-    if record.status is Status.RUNNING and record.process is not None and alive(record.process):
+    if record.status is Status.RUNNING and record.process is not None and is_alive(record.process):
         raise RecordError("the run is still running", f"{record.run_id}, process {record.process.pid}", "wait for it")
     # A process of another host can't be checked from here: the lock on the run's folder decides.
     if REDACTED in str(record.config):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def given_overrides(source: Path | None, overrides: Sequence[str] | None, sweep: str | None = None) -> list[str]:
+def combined_overrides(source: Path | None, overrides: Sequence[str] | None, sweep: str | None = None) -> list[str]:
     """Return the overrides of the ``--from`` file ``source``, then those of the command line, which take precedence.
 
     Example: a file with ``lora.r: 8`` and ``seed: 1``, and ``seed=2`` on the command line, give ``["lora.r=8",
@@ -27,8 +27,8 @@ def given_overrides(source: Path | None, overrides: Sequence[str] | None, sweep:
     kept = [text for text in kept if _key(text) not in axes]
     choices_of_file = {_key(text): text.partition("=")[2] for text in in_file if _key(text) not in {*axes, *overridden}}
     replacements = axes | {_key(text): text.partition("=")[2] for text in typed}
-    replaced = [text for text in kept if _of_another_choice(text, replacements, choices_of_file, in_file)]
-    _tell(source, replaced, replacements)
+    replaced = [text for text in kept if _belongs_to_replaced_choice(text, replacements, choices_of_file, in_file)]
+    _print_replaced(source, replaced, replacements)
     return [*(text for text in kept if text not in replaced), *typed]
 
 
@@ -55,7 +55,7 @@ def _axes(sweep: str, overrides: Sequence[str]) -> dict[str, str]:
     return {**chosen, **{str(key): str(text) for key, text in sweep_config.params.items()}}
 
 
-def _of_another_choice(
+def _belongs_to_replaced_choice(
     text: str, replacements: Mapping[str, str], chosen: Mapping[str, str], in_file: Sequence[str]
 ) -> bool:
     """Whether a value belongs to the file's own choice of a group, but another choice was typed or is searched.
@@ -98,7 +98,7 @@ def _default(group: str, key: str) -> Any:
     return None if value == "???" else value
 
 
-def _tell(source: Path, replaced: Sequence[str], replacements: Mapping[str, str]) -> None:
+def _print_replaced(source: Path, replaced: Sequence[str], replacements: Mapping[str, str]) -> None:
     import sys
 
     for text in replaced:

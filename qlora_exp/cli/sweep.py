@@ -21,7 +21,7 @@ from qlora_exp.cli.arguments import (
     forced,
     outputs_of,
 )
-from qlora_exp.cli.settings_file import given_overrides
+from qlora_exp.cli.settings_file import combined_overrides
 
 if TYPE_CHECKING:
     from qlora_exp.paths import StudyPaths
@@ -70,7 +70,7 @@ def sweep(
 
     Repeat the command to continue the study. It does the same as python -m qlora_exp -m sweeps=NAME …
     """
-    all_overrides = [f"sweeps={name}", *given_overrides(source, overrides, sweep=name), *forced(force)]
+    all_overrides = [f"sweeps={name}", *combined_overrides(source, overrides, sweep=name), *forced(force)]
     return _hydra([*all_overrides, *_join(join), *_root(output_root)])
 
 
@@ -96,14 +96,14 @@ def resume(
     force: Force = False,
 ) -> int:
     """Continue a study: run exactly the missing trials, and with --retry the failed ones again."""
-    from qlora_exp.system.distributed import one_rank_only
+    from qlora_exp.system.distributed import check_single_rank
 
-    one_rank_only()  # before a damaged study is rebuilt
+    check_single_rank()  # before a damaged study is rebuilt
     from qlora_exp.config.override_values import escape_interpolations, hydra_value
     from qlora_exp.study.spec import STORAGE_VARIABLE, storage_of
 
-    spec, paths = _found(study, output_root)
-    _check_kept(spec, overrides or [])
+    spec, paths = _find_study(study, output_root)
+    _check_unchanged(spec, overrides or [])
     url = storage_of(spec, storage)
     overrides = [*(overrides or []), *forced(force)]
     if rebuild:
@@ -139,8 +139,8 @@ def status(
     from qlora_exp.orchestration.orchestrator import current_orchestrator
     from qlora_exp.orchestration.status import show_status, watch_status
 
-    spec, paths = _found(study, output_root)
-    opened = _opened(spec, paths, storage)
+    spec, paths = _find_study(study, output_root)
+    opened = _read_study(spec, paths, storage)
     if watch:
         watch_status(spec, opened, paths, current_orchestrator)
     else:
@@ -173,7 +173,7 @@ def stop(
 
     from qlora_exp.orchestration.orchestrator import request_stop
 
-    spec, paths = _found(study, output_root)
+    spec, paths = _find_study(study, output_root)
     mode = request_stop(paths, spec.name, now)
     what = (
         "running trials save their state and end"
@@ -196,8 +196,8 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
     from qlora_exp.orchestration.status import best_table
     from qlora_exp.rank_doubling import ladder_sweep
 
-    spec, paths = _found(study, output_root)
-    opened = _opened(spec, paths, storage)
+    spec, paths = _find_study(study, output_root)
+    opened = _read_study(spec, paths, storage)
     rows = opened.best()
     if spec.ladder is not None:
         ladder_sweep.show_answers(opened, spec)
@@ -239,8 +239,8 @@ def trials(
     from qlora_exp.formatting import print_table
     from qlora_exp.orchestration.status import trials_table, write_csv
 
-    spec, paths = _found(study, output_root)
-    rows = _opened(spec, paths, storage).trials()
+    spec, paths = _find_study(study, output_root)
+    rows = _read_study(spec, paths, storage).trials()
     if csv:
         write_csv(rows, spec, sys.stdout)
     else:
@@ -265,8 +265,8 @@ def clean(
     from qlora_exp.orchestration.retention import best_runs_first, deletable, delete, kept_numbers
     from qlora_exp.paths import OutputPaths
 
-    spec, paths = _found(study, output_root, whole_name=yes)  # deletion needs the study's whole name
-    opened = _opened(spec, paths, storage)
+    spec, paths = _find_study(study, output_root, whole_name=yes)  # deletion needs the study's whole name
+    opened = _read_study(spec, paths, storage)
     rows = opened.trials()
     ranked = best_runs_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
     items = deletable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
@@ -300,7 +300,7 @@ def _root(output_root: str | None) -> list[str]:
     return [f"output_root={hydra_value(str(Path(output_root).expanduser().absolute()))}"] if output_root else []
 
 
-def _found(study: str, output_root: str | None, whole_name: bool = False) -> tuple[StudySpec, StudyPaths]:
+def _find_study(study: str, output_root: str | None, whole_name: bool = False) -> tuple[StudySpec, StudyPaths]:
     from qlora_exp.records.find import find_study
     from qlora_exp.study.spec import read_spec
 
@@ -308,7 +308,7 @@ def _found(study: str, output_root: str | None, whole_name: bool = False) -> tup
     return read_spec(paths), paths
 
 
-def _opened(spec: StudySpec, paths: StudyPaths, storage: str | None) -> Any:
+def _read_study(spec: StudySpec, paths: StudyPaths, storage: str | None) -> Any:
     from qlora_exp.study.spec import storage_of
     from qlora_exp.study.study import Study
 
@@ -327,7 +327,7 @@ def _in_environment(variable: str, value: str) -> Iterator[None]:
             os.environ[variable] = previous
 
 
-def _check_kept(spec: StudySpec, overrides: Sequence[str]) -> None:
+def _check_unchanged(spec: StudySpec, overrides: Sequence[str]) -> None:
     """Raise ConfigError if an override changes the study's name or output root, which a resumed study keeps."""
     import shlex
 

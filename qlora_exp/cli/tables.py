@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_exp.config.choices import Choice
-from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, flat, number, simple_table
+from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, flatten, number, simple_table
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Scores, Status
 
@@ -32,7 +32,7 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
             _setting(record, "lora", "r"),
             _targets(record),
             quality(record),
-            bytes_text(_sum(record.memory.base_weight_bytes, record.memory.quantization_state_bytes)),
+            bytes_text(_sum_of_known(record.memory.base_weight_bytes, record.memory.quantization_state_bytes)),
             bytes_text(record.memory.peak_train_bytes),
             number(record.speed.train_tokens_per_second, 0),
             Text(record.status.value, style=STATUS_STYLES.get(record.status, "red")),
@@ -72,7 +72,7 @@ def record_table(record: RunRecord) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column("key", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")
-    for key, value in flat(to_dict(record)):
+    for key, value in flatten(to_dict(record)):
         if value is not None and value != {} and value != []:
             table.add_row(key, _value(key, value))
     return table
@@ -80,7 +80,7 @@ def record_table(record: RunRecord) -> Table:
 
 def differing_settings(left: RunRecord, right: RunRecord) -> list[tuple[str, Any, Any]]:
     """Return (key, left, right) for everything that differs, in the record's order; ``None`` if unknown."""
-    first, second = dict(flat(to_dict(left))), dict(flat(to_dict(right)))
+    first, second = dict(flatten(to_dict(left))), dict(flatten(to_dict(right)))
     keys = [*first, *(key for key in second if key not in first)]
     return [
         (key, first.get(key), second.get(key))
@@ -154,7 +154,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _sum(*parts: int | None) -> int | None:
+def _sum_of_known(*parts: int | None) -> int | None:
     present = [part for part in parts if part is not None]
     return sum(present) if present else None
 

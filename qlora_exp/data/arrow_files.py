@@ -56,7 +56,7 @@ def _is_class_label(kind: object) -> bool:
     return isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and isinstance(kind.get("names"), list)
 
 
-def named_classes(
+def with_class_names(
     row: Mapping[str, Any], names: Mapping[str, Sequence[str]], file: str, number: int
 ) -> dict[str, Any] | RowProblem:
     """Return the row with class names for class numbers. -1, the Hub's mark of a row without a label, gets no name."""
@@ -76,8 +76,8 @@ def _rows_of(table: Any, path: Path, name: str) -> DataFile:
     check_columns(table.column_names, path)
     names = class_names(table.schema.metadata)
     rows, problems = [], []
-    for number, values in enumerate(_values(table, path), start=1):
-        row = named_classes(values, names, name, number)
+    for number, values in enumerate(_table_rows(table, path), start=1):
+        row = with_class_names(values, names, name, number)
         if isinstance(row, RowProblem):
             problems.append(row)
         else:
@@ -86,7 +86,7 @@ def _rows_of(table: Any, path: Path, name: str) -> DataFile:
     return DataFile(name, tuple(rows), tuple(table.column_names), tuple(problems), classes=classes)
 
 
-def _values(table: Any, path: Path) -> list[dict[str, Any]]:
+def _table_rows(table: Any, path: Path) -> list[dict[str, Any]]:
     """Return the table's rows. A column with values that Python can't hold, e.g. dates after 9999, becomes null."""
     import pyarrow
 
@@ -94,13 +94,13 @@ def _values(table: Any, path: Path) -> list[dict[str, Any]]:
     for column in table.column_names:
         values = table.column(column)
         try:
-            columns[column] = _objects(values)
+            columns[column] = _python_values(values)
         except (ValueError, OverflowError, pyarrow.ArrowException):
             columns[column] = [None] * len(values)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _objects(values: Any) -> list[Any]:
+def _python_values(values: Any) -> list[Any]:
     """Return Python values. Arrow's maps, which Spark writes, become dictionaries if no key occurs twice."""
     try:
         return list(values.to_pylist(maps_as_pydicts="strict"))

@@ -26,11 +26,12 @@ def learned_ranges(
     ``prompt_of(n)`` renders the first n messages with the generation prompt, ``through(n)`` without it.
     """
     turns = [number for number, message in enumerate(example.messages) if message.role == "assistant"]
-    begins = [_begin(full.text, prompt_of(number), texts.prefix) for number in turns] + [len(texts.prompt)]
+    begins = [_answer_start(full.text, prompt_of(number), texts.prefix) for number in turns] + [len(texts.prompt)]
     spans = [[(begin, len(full.text))] for begin in begins]
     if full.marks:
         spans = [
-            _marked(full.marks, begin, end) for begin, end in zip(begins, [*begins[1:], len(full.text)], strict=True)
+            _marks_of_answer(full.marks, begin, end)
+            for begin, end in zip(begins, [*begins[1:], len(full.text)], strict=True)
         ]
         _check_marks(spans, len(texts.prompt) + len(texts.completion))
     else:
@@ -41,13 +42,13 @@ def learned_ranges(
     return replace(texts, learned=tuple(ranges))
 
 
-def _begin(full: str, prompt: str, prefix: str) -> int:
+def _answer_start(full: str, prompt: str, prefix: str) -> int:
     if not full.startswith(prompt):
-        raise _unstable("the prompt of an earlier answer")
+        raise _unstable_template("the prompt of an earlier answer")
     return len(prompt) + (len(prefix) if full.startswith(prefix, len(prompt)) else 0)
 
 
-def _marked(marks: Sequence[tuple[int, int]], begin: int, following: int) -> list[tuple[int, int]]:
+def _marks_of_answer(marks: Sequence[tuple[int, int]], begin: int, following: int) -> list[tuple[int, int]]:
     """Return the marks of one answer, from its ``begin``. ``following``: where the next answer begins."""
     return [(max(start, begin), end) for start, end in marks if begin < end <= following]
 
@@ -64,11 +65,11 @@ def _check_marks(spans: Sequence[Sequence[tuple[int, int]]], stop: int) -> None:
 
 def _end_of_turn(full: str, through: str) -> int:
     if not full.startswith(through):
-        raise _unstable("an earlier answer")
+        raise _unstable_template("an earlier answer")
     return len(through)
 
 
-def _unstable(what: str) -> RowRefused:
+def _unstable_template(what: str) -> RowRefused:
     detail = f"the chat template writes {what} otherwise when further messages follow"
     return RowRefused("template that rewrites earlier turns", detail, _HINT, of_template=True)
 

@@ -15,14 +15,14 @@ from typing import Any
 import jinja2
 
 from qlora_exp.data.assistant_mask import learned_ranges
-from qlora_exp.data.chat_template import REASONING_FIELDS, Rendered, chosen, rendered
+from qlora_exp.data.chat_template import REASONING_FIELDS, Rendered, render_conversation, select_template
 from qlora_exp.data.example_text import FORMAT_HINT, RowRefused, Texts
-from qlora_exp.data.messages import CALLS, Message
+from qlora_exp.data.messages import TOOL_CALLS, Message
 from qlora_exp.data.rows import Example
 
-MARK = "907106781186547524"
+PLACEHOLDER = "907106781186547524"
 """Stands for a text. No template changes digits."""
-SWITCHES: tuple[dict[str, Any], ...] = (
+REASONING_SWITCHES: tuple[dict[str, Any], ...] = (
     {"enable_thinking": False},
     {"enable_thinking": True},
     {"thinking": False},
@@ -34,7 +34,7 @@ IDENTIFIERS = ("tool_call_id",)
 """Fields that link messages to each other. Many templates leave them out and rely on the messages' order."""
 
 
-LEARNED_OR_NOT = ("train", "training", "trainable", "loss", "mask", "masked")
+LOSS_FIELDS = ("train", "training", "trainable", "loss", "mask", "masked")
 """Fields in which other trainers say whether an answer is learned."""
 
 
@@ -76,7 +76,7 @@ class ChatWriter:
 
     def prompt(self, text: str) -> str:
         """Return the generation prompt after one user message."""
-        example = Example("", 0, (Message("user", text),), False, MARK, None, {})
+        example = Example("", 0, (Message("user", text),), False, PLACEHOLDER, None, {})
         try:
             return self.texts(example).prompt
         except RowRefused:
@@ -85,7 +85,7 @@ class ChatWriter:
     def _known(self, example: Example, messages: list[dict[str, Any]], full: str) -> Texts | None:
         """Return the row divided like an earlier row of the same shape, or ``None`` if that doesn't fit."""
         shape = _shape(example)
-        if shape not in self._around or _structured(example):
+        if shape not in self._around or _has_structured_answer(example):
             return None
         prefix, space, end, variables = self._around[shape]
         completion = space + example.completion
@@ -100,7 +100,7 @@ class ChatWriter:
     def _divided(self, example: Example, messages: list[dict[str, Any]], full: str) -> Texts:
         """Divide the rendered conversation ``full`` into prompt, answer and end. Raises :class:`RowRefused`."""
         before, end = self._around_answer(example, messages)
-        structured = _structured(example)
+        structured = _has_structured_answer(example)
         if structured and not full.endswith(end):
             end = self._last_control_token(full)
         start = None if structured else _start_of_answer(full, example.completion, before, end)
@@ -109,16 +109,16 @@ class ChatWriter:
                 continue
             if start is None:
                 prefix = before[len(prompt) :] if before.startswith(prompt) else ""
-                prefix = _of_prompt(prefix) if full.startswith(prefix, len(prompt)) else ""
+                prefix = _strip_prefix(prefix) if full.startswith(prefix, len(prompt)) else ""
             else:
-                prefix = _of_prompt(full[len(prompt) : start])
+                prefix = _strip_prefix(full[len(prompt) : start])
             begin, stop = len(prompt) + len(prefix), len(full) - len(end)
             if begin >= stop or (prefix and variables is not None):
                 continue  # with a switch, the generation prompt must be all that comes before the answer
             if prefix:
                 variables = self._switch_for(example, messages, full[:begin])
             if not end.strip():
-                raise _endless("puts nothing after an answer")
+                raise _no_end_of_turn("puts nothing after an answer")
             completion = full[begin:stop]
             if start == len(before) >= begin:
                 self._around[_shape(example)] = (prefix, full[begin:start], end, variables)
@@ -137,9 +137,9 @@ class ChatWriter:
 
     def _switches(self, example: Example) -> list[dict[str, Any]]:
         """Return the switches that the template reads and the row doesn't set."""
-        text = chosen(self._template, example.tools)
+        text = select_template(self._template, example.tools)
         known = example.variables or {}
-        return [switch for switch in SWITCHES if all(name in text and name not in known for name in switch)]
+        return [switch for switch in REASONING_SWITCHES if all(name in text and name not in known for name in switch)]
 
     def _switch_for(self, example: Example, messages: list[dict[str, Any]], prompt: str) -> Mapping[str, Any] | None:
         for switch in self._switches(example):
@@ -149,17 +149,17 @@ class ChatWriter:
 
     def _around_answer(self, example: Example, messages: list[dict[str, Any]]) -> tuple[str, str]:
         """Return what the template writes before and after an answer that is only text."""
-        text = self._render([*messages, self._message(Message("assistant", MARK))], example).text
-        before, mark, end = text.rpartition(MARK)
+        text = self._render([*messages, self._message(Message("assistant", PLACEHOLDER))], example).text
+        before, mark, end = text.rpartition(PLACEHOLDER)
         if not mark:
-            raise _changed(example)
+            raise _answer_changed(example)
         return before, end
 
     def _last_control_token(self, full: str) -> str:
         tokens = "|".join(map(re.escape, sorted(self._control_tokens, key=len, reverse=True)))
         match = re.search(rf"(?:{tokens})\s*\Z", full) if tokens else None
         if match is None:
-            raise _endless("ends this message with no control token")
+            raise _no_end_of_turn("ends this message with no control token")
         return match.group()
 
     def _render(
@@ -184,7 +184,7 @@ class ChatWriter:
         generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> Rendered:
-        return rendered(
+        return render_conversation(
             self._template,
             messages,
             self._tokens,
@@ -197,8 +197,8 @@ class ChatWriter:
     def _message(self, message: Message) -> dict[str, Any]:
         """Return the message as this template reads it."""
         fields = dict(message.fields)
-        if self._parses_arguments and CALLS in fields:
-            fields[CALLS] = _with_parsed_arguments(fields[CALLS])
+        if self._parses_arguments and TOOL_CALLS in fields:
+            fields[TOOL_CALLS] = _with_parsed_arguments(fields[TOOL_CALLS])
         if not message.has_content:
             return {"role": message.role, **fields}
         content: Any = message.content
@@ -213,9 +213,11 @@ class ChatWriter:
 
     def _forms(self) -> tuple[bool, bool]:
         """Return whether the template writes a content that is a text, and one that is a list of parts."""
-        text, parts = self._probe(MARK), self._probe([{"type": "text", "text": MARK}])
-        quoted = f"'{MARK}'" in parts or f'"{MARK}"' in parts  # the list itself is written, as Python or JSON
-        return MARK in text or MARK not in parts, MARK in parts and not quoted
+        text, parts = self._probe(PLACEHOLDER), self._probe([{"type": "text", "text": PLACEHOLDER}])
+        quoted = (
+            f"'{PLACEHOLDER}'" in parts or f'"{PLACEHOLDER}"' in parts
+        )  # the list itself is written, as Python or JSON
+        return PLACEHOLDER in text or PLACEHOLDER not in parts, PLACEHOLDER in parts and not quoted
 
     def _probe(self, content: Any) -> str:
         try:
@@ -227,13 +229,13 @@ class ChatWriter:
         """Return whether call arguments given as JSON text must be parsed first.
 
         If not parsed, the template refuses the text, or writes it as a JSON string that contains JSON."""
-        text = self._probe_call(f'{{"{MARK}": 1}}')
-        return (not text or f'\\"{MARK}\\"' in text) and MARK in self._probe_call({MARK: 1})
+        text = self._probe_call(f'{{"{PLACEHOLDER}": 1}}')
+        return (not text or f'\\"{PLACEHOLDER}\\"' in text) and PLACEHOLDER in self._probe_call({PLACEHOLDER: 1})
 
     def _probe_call(self, arguments: Any) -> str:
         call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
         user = {"role": "user", "content": "x"}
-        assistant = {"role": "assistant", "content": "", CALLS: [call]}
+        assistant = {"role": "assistant", "content": "", TOOL_CALLS: [call]}
         tool = {"role": "tool", "content": "x", "tool_call_id": "call00000", "name": "f"}
         try:
             return self._rendered([user, assistant, tool]).text
@@ -262,7 +264,10 @@ class ChatWriter:
         if shape in self._checked:
             return
         last = example.answer or Message("assistant", example.completion)
-        messages = [self._message(_marked(message, number)) for number, message in enumerate((*example.messages, last))]
+        messages = [
+            self._message(_with_placeholder(message, number))
+            for number, message in enumerate((*example.messages, last))
+        ]
         try:
             self._check_contents(example, last, messages)
             self._check_fields(example, messages)
@@ -273,10 +278,12 @@ class ChatWriter:
     def _check_contents(self, example: Example, last: Message, messages: list[dict[str, Any]]) -> None:
         text = self._again(example, messages)
         for number, message in enumerate((*example.messages, last)):
-            if message.content and _mark(number) not in text:
+            if message.content and _placeholder(number) not in text:
                 if number == len(messages) - 1:
-                    raise _changed(example)
-                detail = f"the chat template doesn't write the content of message {number + 1} ({_named(message)})"
+                    raise _answer_changed(example)
+                detail = (
+                    f"the chat template doesn't write the content of message {number + 1} ({_describe_role(message)})"
+                )
                 hint = f"write it as a system or user message; or {OTHER_TEMPLATE}"
                 raise RowRefused("message that the template leaves out", detail, hint, of_template=True)
         if example.tools and text == self._rendered(messages, None, False, example.variables).text:
@@ -284,7 +291,7 @@ class ChatWriter:
             hint = f"task.columns.tools=null leaves them out; or {OTHER_TEMPLATE}"
             raise RowRefused("tools that the template leaves out", detail, hint, of_template=True)
         for name in example.variables or {}:
-            if name not in chosen(self._template, example.tools):
+            if name not in select_template(self._template, example.tools):
                 detail = f"the chat template has no variable {name!r} (chat_template_kwargs)"
                 hint = "take it out of the column"
                 raise RowRefused("variable that the template doesn't have", detail, hint, of_template=True)
@@ -311,12 +318,14 @@ class ChatWriter:
         return self._rendered(messages, example.tools, False, example.variables).text
 
 
-def refuse_what_plain_text_lacks(example: Example) -> None:
+def refuse_chat_only_content(example: Example) -> None:
     """Raise :class:`RowRefused` if a row holds something that only a chat template can write."""
     messages = [*example.messages, *([example.answer] if example.answer else [])]
     names = [name for message in messages for name, value in message.fields.items() if value != ""]
     roles = {"tool": "take the calls and their results out", "developer": "name the role system"}
-    unsupported = [(f"the field {name!r}", roles["tool"] if name == CALLS else _without_field(name)) for name in names]
+    unsupported = [
+        (f"the field {name!r}", roles["tool"] if name == TOOL_CALLS else _without_field(name)) for name in names
+    ]
     unsupported += [(f"a message of the role {m.role}", roles[m.role]) for m in messages if m.role in roles]
     unsupported += [("tools", "task.columns.tools=null leaves them out")] if example.tools else []
     unsupported += [("chat_template_kwargs", "take the column out")] if example.variables else []
@@ -327,12 +336,12 @@ def refuse_what_plain_text_lacks(example: Example) -> None:
 
 def _without_field(name: str) -> str:
     ignored = f"task.ignore_fields=[{name}] leaves it out"
-    if name in LEARNED_OR_NOT:
+    if name in LOSS_FIELDS:
         return f"if it says whether the answer is learned, write it as weight: 0 or 1; else {ignored}"
     return ignored
 
 
-def _of_prompt(written: str) -> str:
+def _strip_prefix(written: str) -> str:
     """Return ``written`` without trailing white space, which tokenizers join with the answer; "" if it is blank."""
     return written.rstrip(" \t") if written.strip() else ""
 
@@ -343,10 +352,10 @@ def _start_of_answer(full: str, answer: str, before: str, end: str) -> int:
             return len(before)
         if full.endswith(written + end):  # the template parses the answer's reasoning and writes it back in place
             return len(full) - len(written) - len(end)
-    raise _changed(answer)
+    raise _answer_changed(answer)
 
 
-def _changed(answer: Example | str) -> RowRefused:
+def _answer_changed(answer: Example | str) -> RowRefused:
     text = answer if isinstance(answer, str) else answer.completion
     hint = FORMAT_HINT
     if "</think>" in text:
@@ -356,12 +365,12 @@ def _changed(answer: Example | str) -> RowRefused:
     )
 
 
-def _endless(what: str) -> RowRefused:
+def _no_end_of_turn(what: str) -> RowRefused:
     detail = f"the chat template {what}: the model would never learn to stop"
     return RowRefused("template without an end of turn", detail, FORMAT_HINT, of_template=True)
 
 
-def _structured(example: Example) -> bool:
+def _has_structured_answer(example: Example) -> bool:
     return example.answer is not None and bool(example.answer.fields)
 
 
@@ -377,29 +386,29 @@ def _filled(fields: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
     return tuple(sorted((name, value != "") for name, value in fields.items()))
 
 
-def _mark(number: int) -> str:
-    return f"{MARK}{number:04}"
+def _placeholder(number: int) -> str:
+    return f"{PLACEHOLDER}{number:04}"
 
 
-def _marked(message: Message, number: int) -> Message:
+def _with_placeholder(message: Message, number: int) -> Message:
     """Return the message with digits in place of its text."""
     if not message.content:
         return message
-    parts = tuple(_mark(number) for _ in message.parts) if message.parts is not None else None
-    return Message(message.role, _mark(number), message.fields, parts, message.weight, message.has_content)
+    parts = tuple(_placeholder(number) for _ in message.parts) if message.parts is not None else None
+    return Message(message.role, _placeholder(number), message.fields, parts, message.weight, message.has_content)
 
 
 def _refusal_hint(example: Example) -> str:
     """Return what to do if the template raises an error. The plain format can't write tools and tool calls either."""
     answer = example.answer or Message("assistant", example.completion)
-    if example.tools or any(CALLS in m.fields or m.role == "tool" for m in (*example.messages, answer)):
+    if example.tools or any(TOOL_CALLS in m.fields or m.role == "tool" for m in (*example.messages, answer)):
         return "the template may not know tool calls: model.chat_template=FILE.jinja gives one that does"
     if example.messages[0].role == "system":
         return f"many templates take no system message: task.system=null, {FORMAT_HINT}"
     return FORMAT_HINT
 
 
-def _named(message: Message) -> str:
+def _describe_role(message: Message) -> str:
     return f"{message.role} with {', '.join(message.fields)}" if message.fields else message.role
 
 

@@ -72,7 +72,7 @@ def reads_clock(template: ChatTemplate | None) -> bool:
     return any(CLOCK.search(text) for text in texts)
 
 
-def chosen(template: ChatTemplate, tools: Sequence[Any] | None) -> str:
+def select_template(template: ChatTemplate, tools: Sequence[Any] | None) -> str:
     """Return the template that transformers would choose.
 
     Raises:
@@ -87,7 +87,7 @@ def chosen(template: ChatTemplate, tools: Sequence[Any] | None) -> str:
     return template["default"]
 
 
-def rendered(
+def render_conversation(
     template: ChatTemplate,
     conversation: Sequence[Mapping[str, Any]],
     tokens: Mapping[str, str],
@@ -105,7 +105,7 @@ def rendered(
         jinja2.TemplateError: the template is not valid Jinja, or it refuses the conversation.
     """
     context = {
-        "messages": [_as_templates_read_it(message) for message in conversation],
+        "messages": [_template_message(message) for message in conversation],
         "tools": tools,
         "documents": None,
         "add_generation_prompt": generation_prompt,
@@ -114,7 +114,7 @@ def rendered(
         "strftime_now": datetime.datetime.combine(date, datetime.time()).strftime,
     }
     try:
-        compiled = _compiled(chosen(template, tools))
+        compiled = _compiled(select_template(template, tools))
         blocks: list[str] = []
         with compiled.environment.marks_of(blocks) as marks:  # type: ignore[attr-defined]  # Generation's
             for block in compiled.generate(context):
@@ -124,7 +124,7 @@ def rendered(
         raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from None
 
 
-def _as_templates_read_it(message: Mapping[str, Any]) -> dict[str, Any]:
+def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return the message without nulls, with its reasoning under both names that templates read."""
     present = {key: value for key, value in message.items() if value is not None}
     reasoning = next((present[key] for key in REASONING_FIELDS if key in present), None)
@@ -137,7 +137,7 @@ def _compiled(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
+    environment.globals["raise_exception"] = _raise_exception
     return environment.from_string(template)
 
 
@@ -151,5 +151,5 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _refuse(message: str) -> None:
+def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)

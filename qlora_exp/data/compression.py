@@ -29,7 +29,7 @@ def stem_of(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
 
 
-def unpacked(path: Path, content: bytes) -> bytes:
+def decompress(path: Path, content: bytes) -> bytes:
     """Return the decompressed bytes of a compressed file, and the bytes of any other file as they are.
 
     Raises :class:`DataError` for a truncated file, and for one that isn't what its ending says.
@@ -41,17 +41,17 @@ def unpacked(path: Path, content: bytes) -> bytes:
         if suffix == ".gz":
             return gzip.decompress(content)
         if suffix == ".bz2":
-            return _streams(content, bz2.BZ2Decompressor)
+            return _decompress_streams(content, bz2.BZ2Decompressor)
         if suffix == ".xz":
-            return _streams(content, lzma.LZMADecompressor)
-        return _zstandard(content)
+            return _decompress_streams(content, lzma.LZMADecompressor)
+        return _decompress_zstandard(content)
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         what = f"the file can't be unpacked as {suffix}: {reason}"
         raise DataError(what, str(path), "check that it was copied whole, or unpack it by hand") from None
 
 
-def _streams(content: bytes, stream: type[bz2.BZ2Decompressor] | type[lzma.LZMADecompressor]) -> bytes:
+def _decompress_streams(content: bytes, stream: type[bz2.BZ2Decompressor] | type[lzma.LZMADecompressor]) -> bytes:
     """Return all streams of the file. Python's own functions ignore a damaged stream that follows a good one."""
     unpacked = []
     while content:
@@ -63,7 +63,7 @@ def _streams(content: bytes, stream: type[bz2.BZ2Decompressor] | type[lzma.LZMAD
     return b"".join(unpacked)
 
 
-def _zstandard(content: bytes) -> bytes:
+def _decompress_zstandard(content: bytes) -> bytes:
     import pyarrow
 
     with pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd") as stream:

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_exp.data.files import DataFile, RawRow, check_columns, text_of
+from qlora_exp.data.files import DataFile, RawRow, check_columns, decode_utf8
 from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.errors import DataError
 
-_LONGEST_FIELD = 2**31 - 1  # Python's own limit, 128 KiB, is shorter than some documents
+_MAX_FIELD_SIZE = 2**31 - 1  # Python's own limit, 128 KiB, is shorter than some documents
 INDEX_COLUMN = "Unnamed: 0"
 """The name that pandas gives its own nameless index column when it reads it back."""
 
@@ -26,7 +26,7 @@ def read_tsv(path: Path, name: str, content: bytes) -> DataFile:
 
 
 def _read(path: Path, name: str, content: bytes, delimiter: str) -> DataFile:
-    text = text_of(path, content)
+    text = decode_utf8(path, content)
     if "\0" in text:
         raise DataError("the file holds NUL bytes, so it is not CSV", str(path), "save it as CSV (UTF-8)")
     space_after_comma = _has_spaces_after_commas(text)
@@ -40,9 +40,9 @@ def _read(path: Path, name: str, content: bytes, delimiter: str) -> DataFile:
     if header_record is None:
         raise DataError("the file holds no header", str(path), "the first row names the columns")
     rows_read = list(records)
-    header = _with_index(header_record[1], [fields for _, fields in rows_read])
+    header = _name_index_column(header_record[1], [fields for _, fields in rows_read])
     check_columns(header, path)
-    _check_mark(header, path, delimiter)
+    _check_delimiter(header, path, delimiter)
     field_counts = {len(fields) for _, fields in rows_read if fields}
     if len(field_counts) == 1 and field_counts != {len(header)}:
         what = f"the first row has {len(header)} fields, and all others have {field_counts.pop()}"
@@ -75,7 +75,7 @@ def _problem(
         detail = "quotes run over a tab: without a closing quote, rows would be read as one"
         return "a tab inside a field", detail, 'close the quotes, or write a quote at the beginning of a text as """'
     quoted_column = next(
-        (column for column, text in zip(header, fields, strict=True) if _QUOTED_LATE.fullmatch(text)), None
+        (column for column, text in zip(header, fields, strict=True) if _SPACE_BEFORE_QUOTES.fullmatch(text)), None
     )
     if quoted_column is not None:
         detail = f"column {quoted_column!r} holds a space, then quotes: they would be read as part of the text"
@@ -83,7 +83,7 @@ def _problem(
     return None
 
 
-_QUOTED_LATE = re.compile(r'[ \t]+".*"[ \t]*', re.DOTALL)
+_SPACE_BEFORE_QUOTES = re.compile(r'[ \t]+".*"[ \t]*', re.DOTALL)
 
 
 def _has_spaces_after_commas(text: str) -> bool:
@@ -92,14 +92,14 @@ def _has_spaces_after_commas(text: str) -> bool:
     return len(columns) > 1 and all(re.match(r" +[^ ]", column) for column in columns[1:])
 
 
-def _with_index(header: list[str], rows: list[list[str]]) -> list[str]:
+def _name_index_column(header: list[str], rows: list[list[str]]) -> list[str]:
     """Return the header with a name for pandas' index: a nameless first column that holds only whole numbers."""
     if len(header) > 1 and not header[0].strip() and all(row[0].isdecimal() for row in rows if row):
         return [INDEX_COLUMN, *header[1:]]
     return header
 
 
-def _check_mark(header: list[str], path: Path, delimiter: str) -> None:
+def _check_delimiter(header: list[str], path: Path, delimiter: str) -> None:
     if len(header) == 1 and any(
         character in header[0] for character in (";", "\t", "|", ",") if character != delimiter
     ):
@@ -120,7 +120,7 @@ def _notes(name: str, rows: list[RawRow]) -> tuple[str, ...]:
 
 def _records(path: Path, text: str, delimiter: str, space_after_comma: bool) -> Iterator[tuple[int, list[str]]]:
     """Yield (line where the record begins, its fields). A quoted field may span several lines."""
-    csv.field_size_limit(_LONGEST_FIELD)
+    csv.field_size_limit(_MAX_FIELD_SIZE)
     stream = io.StringIO(text, newline="")
     reader = csv.reader(
         stream, strict=True, delimiter=delimiter, skipinitialspace=space_after_comma and delimiter == ","

@@ -20,7 +20,7 @@ from typing import Any
 
 from qlora_exp.config.schema import Config, Format, SpecialTokens, Variant
 from qlora_exp.data.assistant_mask import learned_mask
-from qlora_exp.data.chat_encoding import ChatWriter, refuse_what_plain_text_lacks
+from qlora_exp.data.chat_encoding import ChatWriter, refuse_chat_only_content
 from qlora_exp.data.example_text import RowRefused as _Refused
 from qlora_exp.data.example_text import Texts as _Texts
 from qlora_exp.data.round_trip import answer_as_written
@@ -99,15 +99,15 @@ def encode_rows(
     for example in examples:
         try:
             if writer is not None:
-                _refuse_special(example, special_tokens)
+                _refuse_special_tokens(example, special_tokens)
                 texts.append(writer.texts(example, every_turn))
             else:
-                refuse_what_plain_text_lacks(example)
+                refuse_chat_only_content(example)
                 texts.append(_plain_texts(example, tokenizer, special_tokens))
         except _Refused as refusal:
             texts.append(_problem(example, refusal))
     rendered = [text for text in texts if isinstance(text, _Texts)]
-    encodings = iter(_encodings(rendered, tokenizer, plain=format == "plain"))
+    encodings = iter(_encode_texts(rendered, tokenizer, plain=format == "plain"))
     results: list[Encoding | RowProblem] = []
     for example, text in zip(examples, texts, strict=True):
         if isinstance(text, RowProblem):
@@ -119,7 +119,7 @@ def encode_rows(
                 raise encoding
             full_ids = [*encoding.prompt_ids, *encoding.completion_ids, *encoding.end_ids]
             learned = learned_mask(text, full_ids, tokenizer)
-            results.append(replace(encoding, answer=_answer(example, encoding, tokenizer), learned=learned))
+            results.append(replace(encoding, answer=_expected_answer(example, encoding, tokenizer), learned=learned))
         except _Refused as refusal:
             results.append(_problem(example, refusal))
     return results
@@ -137,19 +137,19 @@ def template_tokens(tokenizer: Tokenizer, format: str, date: datetime.date) -> i
 
 def plain_prompt(example: Example) -> str:
     """Return the prompt without a template: system text and text, or a conversation with its roles written out."""
-    return written_prompt(example).rstrip(" \t")
+    return unstripped_prompt(example).rstrip(" \t")
 
 
 def plain_text(example: Example) -> str:
     """Return prompt and completion as the plain format writes them, with what stands between them."""
-    prompt, completion = written_prompt(example), example.plain.space_before + example.completion
+    prompt, completion = unstripped_prompt(example), example.plain.space_before + example.completion
     separator = example.plain.separator
     if separator is None:
         separator = separator_between(prompt, completion)
     return prompt + separator + completion + example.plain.space_after
 
 
-def written_prompt(example: Example) -> str:
+def unstripped_prompt(example: Example) -> str:
     """Return the same as :func:`plain_prompt`, with the white space at its end."""
     if not example.conversation:
         return "\n\n".join(message.content for message in example.messages)
@@ -168,19 +168,19 @@ def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
-def _refuse_special(example: Example, special: Sequence[str]) -> None:
+def _refuse_special_tokens(example: Example, special: Sequence[str]) -> None:
     """Refuse a row that contains a special token: it would end the answer early, or forge a turn of the chat."""
     for text in (example.completion, *(message.content for message in example.messages)):
-        if token := _written_out(text, special):
-            raise _special_token(token, "take it out: the format adds the tokens it needs")
+        if token := _find_special_token(text, special):
+            raise _special_token_refusal(token, "take it out: the format adds the tokens it needs")
 
 
-def _written_out(text: str, special: Sequence[str]) -> str | None:
+def _find_special_token(text: str, special: Sequence[str]) -> str | None:
     """Return a special token that ``text`` contains."""
     return next((token for token in special if token and token in text), None)
 
 
-def _special_token(token: str, hint: str) -> _Refused:
+def _special_token_refusal(token: str, hint: str) -> _Refused:
     detail = f"the text holds {token!r}, which this tokenizer reads as a control token"
     return _Refused("special token in the text", detail, hint)
 
@@ -189,54 +189,56 @@ def _plain_texts(example: Example, tokenizer: Tokenizer, special: Sequence[str])
     full, answer = plain_text(example), example.plain.space_before + example.completion + example.plain.space_after
     prompt = full[: len(full) - len(answer)].rstrip(" \t")
     completion = full[len(prompt) :]
-    policy, token = example.plain.special_tokens, _written_out(full, special)
+    policy, token = example.plain.special_tokens, _find_special_token(full, special)
     if token and policy is SpecialTokens.refuse:
         hint = "take it out; or task.special_tokens=text (ordinary text) or token (in prompts, the token itself)"
         if tokenizer.chat_template:
             hint += "; a prompt that is templated already: task.format=chat with the messages themselves"
-        raise _special_token(token, hint)
+        raise _special_token_refusal(token, hint)
     if token and policy is SpecialTokens.token:
-        if in_completion := _written_out(completion, special):
-            raise _special_token(
+        if in_completion := _find_special_token(completion, special):
+            raise _special_token_refusal(
                 in_completion, "take it out: in a completion it would end the answer; the format adds EOS"
             )
-        if not _written_out(prompt, special):
-            raise _special_token(token, "it begins in the prompt and ends in the completion: divide them elsewhere")
+        if not _find_special_token(prompt, special):
+            raise _special_token_refusal(
+                token, "it begins in the prompt and ends in the completion: divide them elsewhere"
+            )
     literal = token is not None and policy is SpecialTokens.text
     return _Texts(prompt, completion, str(tokenizer.eos_token), literal=literal)
 
 
-def _encodings(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | _Refused]:
+def _encode_texts(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | _Refused]:
     """Encode each text. If a plain prompt's tokens would change, the white space at its end is learned, too."""
-    results = _divided_all(texts, tokenizer, plain)
+    results = _divide_all(texts, tokenizer, plain)
     numbers, shorter = [], []
     for number, (text, result) in enumerate(zip(texts, results, strict=True)):
         prompt = text.prompt.rstrip()
         if plain and isinstance(result, _Refused) and result.reason == _NO_BOUNDARY and prompt not in ("", text.prompt):
             numbers.append(number)
             shorter.append(replace(text, prompt=prompt, completion=text.prompt[len(prompt) :] + text.completion))
-    for number, result in zip(numbers, _divided_all(shorter, tokenizer, plain), strict=True):
+    for number, result in zip(numbers, _divide_all(shorter, tokenizer, plain), strict=True):
         if isinstance(result, Encoding):
             results[number] = result
     return results
 
 
-def _divided_all(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | _Refused]:
+def _divide_all(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | _Refused]:
     results: dict[int, Encoding | _Refused] = {}
     for literal in (False, True):
         numbers = [number for number, text in enumerate(texts) if text.literal is literal]
         group = [texts[number] for number in numbers]
-        for number, text, ids in zip(numbers, group, _tokenized(group, tokenizer, plain, literal), strict=True):
+        for number, text, ids in zip(numbers, group, _tokenize(group, tokenizer, plain, literal), strict=True):
             try:
                 if literal:
-                    _refuse_remaining(ids[1], tokenizer)
-                results[number] = _divided(text, *ids)
+                    _refuse_remaining_special_tokens(ids[1], tokenizer)
+                results[number] = _divide(text, *ids)
             except _Refused as refusal:
                 results[number] = refusal
     return [results[number] for number in range(len(texts))]
 
 
-def _tokenized(
+def _tokenize(
     texts: Sequence[_Texts], tokenizer: Tokenizer, special_tokens: bool, literal: bool = False
 ) -> list[tuple[list[int], list[int], list[int]]]:
     """Return the ids of prompt, prompt + completion and prompt + completion + end, with BOS if the tokenizer adds it.
@@ -277,7 +279,7 @@ def _end_ids(end: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer("a" + end, add_special_tokens=False)["input_ids"][len(bare) :])
 
 
-def _refuse_remaining(ids: Sequence[int], tokenizer: Tokenizer) -> None:
+def _refuse_remaining_special_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> None:
     """Refuse special tokens in literal text: some tokenizers have them in their ordinary vocabulary, too."""
     before, _ = _added_ids(tokenizer)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -288,7 +290,7 @@ def _refuse_remaining(ids: Sequence[int], tokenizer: Tokenizer) -> None:
             raise _Refused("special token in the text", detail, "take it out of the row")
 
 
-def _answer(example: Example, encoding: Encoding, tokenizer: Tokenizer) -> str:
+def _expected_answer(example: Example, encoding: Encoding, tokenizer: Tokenizer) -> str:
     """Return the text that generation should give for the example."""
     settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     decoded = str(tokenizer.decode(list(encoding.completion_ids), **settings))
@@ -302,7 +304,7 @@ def _answer(example: Example, encoding: Encoding, tokenizer: Tokenizer) -> str:
     return answer
 
 
-def _divided(text: _Texts, prompt_ids: list[int], head_ids: list[int], full_ids: list[int]) -> Encoding:
+def _divide(text: _Texts, prompt_ids: list[int], head_ids: list[int], full_ids: list[int]) -> Encoding:
     """Divide the full sequence into prompt, completion and end. ``head_ids``: prompt + completion."""
     prompt_length, head_length = len(prompt_ids), len(head_ids)
     if full_ids[:prompt_length] != prompt_ids or not prompt_ids:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qlora_exp.config.schema import Config
-from qlora_exp.data.encoding import Tokenizer, date_of, encode_rows, plain_text, written_prompt
+from qlora_exp.data.encoding import Tokenizer, date_of, encode_rows, plain_text, unstripped_prompt
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.messages import Message
 from qlora_exp.data.row_problems import RowProblem
@@ -58,12 +58,12 @@ def few_shot_draws(
         draw = random.Random(f"few shots/{config.task.split_seed}/{number}")
         shots = [example_by_id[item.item_id] for item in draw.sample(splits.train, config.evaluation.few_shots)]
         draws.append(
-            _fitting(number, shots, example_by_id, tokenizer, splits, validation, test, positions, date_of(config))
+            _fit_draw(number, shots, example_by_id, tokenizer, splits, validation, test, positions, date_of(config))
         )
     return draws
 
 
-def _fitting(
+def _fit_draw(
     number: int,
     shots: list[Example],
     example_by_id: dict[str, Example],
@@ -96,7 +96,7 @@ def _with_examples(
     date: datetime.date,
 ) -> tuple[Item, ...]:
     """Return the items with ``shots`` in their prompts; what is scored stays the same."""
-    with_shots = [_shown(example_by_id[item.item_id], shots, format) for item in items]
+    with_shots = [_with_shots(example_by_id[item.item_id], shots, format) for item in items]
     changed = []
     for item, encoded in zip(items, encode_rows(with_shots, tokenizer, format, date=date), strict=True):
         if isinstance(encoded, RowProblem):
@@ -108,7 +108,7 @@ def _with_examples(
     return tuple(changed)
 
 
-def _shown(example: Example, shots: Sequence[Example], format: str) -> Example:
+def _with_shots(example: Example, shots: Sequence[Example], format: str) -> Example:
     """Return ``example`` with this prompt: its system text, ``shots`` with their answers, its own prompt."""
     system = tuple(message for message in example.messages if message.role == "system")
     own = _without_system(example)
@@ -117,7 +117,7 @@ def _shown(example: Example, shots: Sequence[Example], format: str) -> Example:
         turns = [m for shot in before for m in (*shot.messages, shot.answer or Message("assistant", shot.completion))]
         return replace(example, messages=(*system, *turns, *own.messages))
     texts = [plain_text(shot).rstrip() for shot in before]
-    messages = tuple(Message("user", text) for text in (*texts, written_prompt(own)))
+    messages = tuple(Message("user", text) for text in (*texts, unstripped_prompt(own)))
     return replace(example, messages=(*system, *messages), conversation=False)
 
 

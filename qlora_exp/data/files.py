@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.data.compression import ARCHIVES, COMPRESSED, ENDINGS, OTHER_ENDINGS, check_content, ending_of, unpacked
+from qlora_exp.data.compression import (
+    ARCHIVES,
+    COMPRESSED,
+    ENDINGS,
+    OTHER_ENDINGS,
+    check_content,
+    decompress,
+    ending_of,
+)
 from qlora_exp.data.json_text import DuplicateKey, unique_keys
 from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.data.split_names import SPLIT_NAMES
@@ -22,7 +30,7 @@ from qlora_exp.errors import DataError, nearest
 
 _UTF32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_MARK_AT_A_LINE = re.compile("(?:^|(?<=[\n\r]))\ufeff+")
+_BYTE_ORDER_MARKS = re.compile("(?:^|(?<=[\n\r]))\ufeff+")
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def read_file(path: Path, name: str | None = None) -> DataFile:
         )
     if path.exists() and not path.is_file():
         raise DataError("this is no file: it could be read without an end", str(path), "save its rows in a file")
-    content = unpacked(path, _bytes_of(path))
+    content = decompress(path, _read_bytes(path))
     if not content.strip():
         raise DataError("the file is empty", str(path), "give a file with at least one row")
     check_content(path, content)
@@ -116,25 +124,25 @@ def _ending_hint(ending: str) -> str:
     return nearest(ending, ENDINGS)
 
 
-def _bytes_of(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"the file can't be read: {error.strerror}", str(path), "check its name and rights") from None
 
 
-def text_of(path: Path, content: bytes) -> str:
+def decode_utf8(path: Path, content: bytes) -> str:
     """Return the UTF-8 text without byte order marks. Spreadsheets write one; concatenated files have several."""
     for marks, encoding in ((_UTF32, "UTF-32"), (_UTF16, "UTF-16")):
         if content.startswith(marks):
             hint = f"iconv -f {encoding} -t UTF-8 '{path.name}' > NEW"
             raise DataError(f"the file is {encoding}, not UTF-8", str(path), hint)
-    if wide := _seems_wide(content[:1000]):
+    if wide := _guess_utf16(content[:1000]):
         hint = f"iconv -f {wide} -t UTF-8 '{path.name}' > NEW"
         raise DataError("the file holds NUL bytes: it seems to be UTF-16, not UTF-8", str(path), hint)
     try:
         text = content.decode("utf-8")
-        return _MARK_AT_A_LINE.sub("", text) if "\ufeff" in text else text
+        return _BYTE_ORDER_MARKS.sub("", text) if "\ufeff" in text else text
     except UnicodeDecodeError as error:
         row = content.count(b"\n", 0, error.start) + 1
         raise DataError(
@@ -145,7 +153,7 @@ def text_of(path: Path, content: bytes) -> str:
         ) from None
 
 
-def _seems_wide(start: bytes) -> str | None:
+def _guess_utf16(start: bytes) -> str | None:
     """Return the kind of UTF-16 that the text seems to be, if any: each ASCII character has a NUL byte on one side."""
     even_nuls, odd_nuls = start[::2].count(0), start[1::2].count(0)
     few_nuls = even_nuls + odd_nuls <= len(start) // 4
@@ -156,7 +164,7 @@ def _seems_wide(start: bytes) -> str | None:
 
 def _read_jsonl(path: Path, name: str, content: bytes) -> DataFile:
     # Not str.splitlines: it also cuts at U+2028 and other characters that a JSON string may contain.
-    text = text_of(path, content)
+    text = decode_utf8(path, content)
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     rows, problems = [], []
     for number, line in enumerate(lines, start=1):
@@ -211,17 +219,17 @@ def _json_object(text: str) -> dict[str, Any]:
         detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise _InvalidRow("invalid JSON", detail, hint) from None
     if not isinstance(value, dict):
-        raise _InvalidRow("not a JSON object", f"found {_kind(value)}", hint)
+        raise _InvalidRow("not a JSON object", f"found {_json_type(value)}", hint)
     return value
 
 
-def _kind(value: object) -> str:
+def _json_type(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def _read_json(path: Path, name: str, content: bytes) -> DataFile:
-    text = text_of(path, content)
+    text = decode_utf8(path, content)
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
     except DuplicateKey as duplicate:
@@ -232,13 +240,13 @@ def _read_json(path: Path, name: str, content: bytes) -> DataFile:
         raise DataError(f"the file is not JSON: {error}", f"{path}{line}", hint) from None
     if not isinstance(value, list):
         hint = _list_hint(path, value) if isinstance(value, dict) else "write [{…}, {…}]"
-        raise DataError(f"the file holds {_kind(value)}, not a list of objects", str(path), hint)
+        raise DataError(f"the file holds {_json_type(value)}, not a list of objects", str(path), hint)
     rows, problems = [], []
     for number, entry in enumerate(value, start=1):
         if isinstance(entry, dict):
             rows.append(RawRow(name, number, entry))
         else:
-            detail = f"found {_kind(entry)}"
+            detail = f"found {_json_type(entry)}"
             problems.append(RowProblem(name, number, None, "not a JSON object", detail, "write [{…}, {…}]"))
     return DataFile(name, tuple(rows), columns_of(rows), tuple(problems))
 

@@ -13,17 +13,17 @@ from pathlib import Path
 
 from qlora_exp.data.compression import ARCHIVES, ENDINGS, OTHER_ENDINGS, ending_of, stem_of
 from qlora_exp.data.saved_datasets import is_saved, saved_files, saved_splits
-from qlora_exp.data.split_names import SPLIT_NAMES, DataFile, parse_name, rename_hint
+from qlora_exp.data.split_names import SPLIT_NAMES, SplitFile, parse_name, rename_hint
 from qlora_exp.errors import DataError, QloraExpError, raise_all
 
-_TABLES: tuple[str, ...] = (
+_TABLE_ENDINGS: tuple[str, ...] = (
     *ARCHIVES,
     *OTHER_ENDINGS,
     *(".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".orc", ".avro", ".psv", ".json5", ".jsonc", ".arrows"),
 )
 """Endings of other files with rows. They are reported wherever a split's rows may be."""
-_FOREIGN: tuple[str, ...] = (
-    *_TABLES,
+_UNREAD_ENDINGS: tuple[str, ...] = (
+    *_TABLE_ENDINGS,
     *(".txt", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".sqlite3", ".tfrecord", ".tfrecords", ".xml"),
     *(".npy", ".npz", ".bin", ".dat", ".data", ".msgpack", ".conll", ".conllu", ".dta", ".rds", ".sav"),
 )
@@ -32,7 +32,7 @@ _FOREIGN: tuple[str, ...] = (
 _SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d+)[-_. ]?of[-_. ]?(?P<count>\d+)", re.IGNORECASE)
 
 
-def files_by_split(folder: Path) -> dict[str, list[DataFile]]:
+def files_by_split(folder: Path) -> dict[str, list[SplitFile]]:
     """Return the files to read for each split, in the order of their rows. ``train`` is always among them.
 
     Raises :class:`DataError`, or :class:`Problems` for several: no train file, a missing shard, two files for one
@@ -42,27 +42,30 @@ def files_by_split(folder: Path) -> dict[str, list[DataFile]]:
         return saved_splits(folder)
     if is_saved(folder):
         return {"train": saved_files(folder, "")}
-    split_files: dict[str, list[DataFile]] = {}
-    split_folders: dict[str, tuple[Path, list[DataFile]]] = {}
+    split_files: dict[str, list[SplitFile]] = {}
+    split_folders: dict[str, tuple[Path, list[SplitFile]]] = {}
     errors: list[QloraExpError] = []
     unfinished: list[tuple[str | None, str]] = []
     for path, name in _entries(folder):
         split, number, count = parse_name(path)
         if path.is_dir():
-            files = _inside(path, name) if split is not None else []
+            files = _data_files_in(path, name) if split is not None else []
             if split in SPLIT_NAMES and number is None and files and split not in split_folders:
                 split_folders[split] = (path, files)
-                errors += [_ignored(unread, folder, _other_kind(folder)) for unread in _unread_inside(path, name)]
+                errors += [
+                    _unread_error(unread, folder, _unread_format_hint(folder))
+                    for unread in _unread_files_in(path, name)
+                ]
             elif split in SPLIT_NAMES and not files:
-                errors += _without_files(path, name, folder)
+                errors += _empty_folder_errors(path, name, folder)
             elif split in split_folders and files:
                 what = f"two sources for {split}: the folders {split_folders[split][0].relative_to(folder)} and {name}"
                 errors.append(DataError(what, str(folder), "keep one of the two"))
             elif files:
-                errors.append(_ignored(f"the folder {name}", folder, rename_hint(path)))
+                errors.append(_unread_error(f"the folder {name}", folder, rename_hint(path)))
         elif split in SPLIT_NAMES and ending_of(path) in ENDINGS:
-            split_files.setdefault(split, []).append(DataFile(path, name, number, count))
-        elif problem := _would_be_ignored(path, name, folder):
+            split_files.setdefault(split, []).append(SplitFile(path, name, number, count))
+        elif problem := _unread_file_error(path, name, folder):
             errors.append(problem)
         elif _is_unfinished(path):
             unfinished.append((parse_name(Path(path.name.split(".")[0]))[0], name))
@@ -70,21 +73,21 @@ def files_by_split(folder: Path) -> dict[str, list[DataFile]]:
         # If the split has files that are read, this one is a backup of one of them.
         if split is not None and split not in (*split_files, *split_folders):
             hint = "finish the download or rename it, or move it out of the folder"
-            errors.append(_ignored(name, folder, hint))
+            errors.append(_unread_error(name, folder, hint))
     if "train" not in split_files and "train" not in split_folders:
-        raise _no_train(folder, errors)
+        raise _no_train_error(folder, errors)
     for both in sorted(split_files.keys() & split_folders.keys()):
         what = f"two sources for {both}: {split_files[both][0].name} and the folder {split_folders[both][0].name}"
         errors.append(DataError(what, str(folder), "keep one of the two"))
     hint = "read it by itself (task.path=FOLDER), or move it out"
-    errors += [_ignored(f"the folder {path.name}", folder, hint) for path in _other_sets(folder)]
+    errors += [_unread_error(f"the folder {path.name}", folder, hint) for path in _nested_data_sets(folder)]
     raise_all(errors)
-    ordered = {split: _ordered(split, files, folder) for split, files in split_files.items()}
-    ordered |= {split: _ordered_folder(path, files) for split, (path, files) in split_folders.items()}
+    ordered = {split: _sort_split_files(split, files, folder) for split, files in split_files.items()}
+    ordered |= {split: _sort_split_folder(path, files) for split, (path, files) in split_folders.items()}
     return {split: ordered[split] for split in SPLIT_NAMES if split in ordered}
 
 
-def check_single(path: Path) -> None:
+def check_not_a_shard(path: Path) -> None:
     """Raise :class:`DataError` if the file is one of several shards."""
     shard = _SHARD.search(stem_of(path))
     if shard and int(shard["count"]) > 1:
@@ -112,27 +115,27 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
             yield path, path.name
 
 
-def _inside(folder: Path, name: str) -> list[DataFile]:
+def _data_files_in(folder: Path, name: str) -> list[SplitFile]:
     """Return the data files in a split's own folder and below."""
-    files = [(path, inner) for path, inner in _files(folder, name) if ending_of(path) in ENDINGS]
-    return [DataFile(path, inner) for path, inner in files if not _is_metadata(path)]
+    files = [(path, inner) for path, inner in _files_below(folder, name) if ending_of(path) in ENDINGS]
+    return [SplitFile(path, inner) for path, inner in files if not _is_metadata(path)]
 
 
-def _files(folder: Path, name: str, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, str]]:
+def _files_below(folder: Path, name: str, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, str]]:
     """Yield every file in the folder and below. Links to folders are followed unless they lead back up."""
     real = folder.resolve()
     for path in _visible(folder) if real not in above else []:
         if path.is_dir():
-            yield from _files(path, f"{name}/{path.name}", (*above, real))
+            yield from _files_below(path, f"{name}/{path.name}", (*above, real))
         else:
             yield path, f"{name}/{path.name}"
 
 
-def _unread_inside(folder: Path, name: str) -> list[str]:
+def _unread_files_in(folder: Path, name: str) -> list[str]:
     """Return files with rows in a split's own folder that are not read, except backups of files that are read."""
-    others = [(path, inner) for path, inner in _files(folder, name) if ending_of(path) not in ENDINGS]
+    others = [(path, inner) for path, inner in _files_below(folder, name) if ending_of(path) not in ENDINGS]
     unfinished = {path for path, _ in others if _is_unfinished(path) and not path.with_name(_original(path)).exists()}
-    return [inner for path, inner in others if path.suffix.lower() in _TABLES or path in unfinished]
+    return [inner for path, inner in others if path.suffix.lower() in _TABLE_ENDINGS or path in unfinished]
 
 
 def _original(path: Path) -> str:
@@ -140,16 +143,16 @@ def _original(path: Path) -> str:
     return path.name.rstrip("~") if path.name.endswith("~") else path.stem
 
 
-def _without_files(folder: Path, name: str, task_folder: Path) -> list[QloraExpError]:
+def _empty_folder_errors(folder: Path, name: str, task_folder: Path) -> list[QloraExpError]:
     """Return the error for a split's folder that is empty or holds only files of other kinds."""
-    files = [path for path, _ in _files(folder, name)]
-    data = [path for path in files if path.suffix.lower() in _FOREIGN or _is_unfinished(path)]
+    files = [path for path, _ in _files_below(folder, name)]
+    data = [path for path in files if path.suffix.lower() in _UNREAD_ENDINGS or _is_unfinished(path)]
     if files and (not data or any(path.suffix == ".py" for path in files)):
         return []  # e.g. a program's tests
     if not files and any(folder.iterdir()):
         return []  # e.g. .gitkeep: the folder is empty on purpose
     what = f"the folder {name} holds no file that is read" if files else f"the folder {name} is empty"
-    return [DataError(what, str(task_folder), f"{_other_kind(task_folder)}; or remove the folder")]
+    return [DataError(what, str(task_folder), f"{_unread_format_hint(task_folder)}; or remove the folder")]
 
 
 def _is_unfinished(path: Path) -> bool:
@@ -158,7 +161,7 @@ def _is_unfinished(path: Path) -> bool:
     return ending_of(path) not in ENDINGS and any(suffix in ENDINGS for suffix in suffixes)
 
 
-def _other_sets(folder: Path) -> list[Path]:
+def _nested_data_sets(folder: Path) -> list[Path]:
     """Return subfolders that hold splits themselves, e.g. the configurations of a Hub data set."""
     folders = [path for path, _ in _entries(folder) if path.is_dir() and parse_name(path)[0] is None]
     return [path for path in folders if any(_is_split(inner) for inner, _ in _entries(path))]
@@ -166,28 +169,28 @@ def _other_sets(folder: Path) -> list[Path]:
 
 def _is_split(path: Path) -> bool:
     if path.is_dir():
-        return parse_name(path)[0] in SPLIT_NAMES and bool(_inside(path, path.name))
+        return parse_name(path)[0] in SPLIT_NAMES and bool(_data_files_in(path, path.name))
     return ending_of(path) in ENDINGS and parse_name(path)[0] is not None
 
 
-def _would_be_ignored(path: Path, name: str, folder: Path) -> DataError | None:
+def _unread_file_error(path: Path, name: str, folder: Path) -> DataError | None:
     """Return the error for a file that seems to hold rows and would not be read, else ``None``."""
     split, _, _ = parse_name(path)
     if ending_of(path) in ENDINGS:
-        return None if _is_metadata(path) else _ignored(name, folder, rename_hint(path))
-    foreign = ending_of(path) in _FOREIGN or path.suffix.lower() in _FOREIGN
+        return None if _is_metadata(path) else _unread_error(name, folder, rename_hint(path))
+    foreign = ending_of(path) in _UNREAD_ENDINGS or path.suffix.lower() in _UNREAD_ENDINGS
     if split is None or not foreign:
         return None
     if read_ending := OTHER_ENDINGS.get(path.suffix.lower()):
-        return _ignored(name, folder, f"rename it to {path.stem}{read_ending}")
-    return _ignored(name, folder, _other_kind(folder))
+        return _unread_error(name, folder, f"rename it to {path.stem}{read_ending}")
+    return _unread_error(name, folder, _unread_format_hint(folder))
 
 
-def _other_kind(folder: Path) -> str:
+def _unread_format_hint(folder: Path) -> str:
     return f"save it as JSONL, CSV or Parquet, or move it out of {folder}"
 
 
-def _ignored(name: str, folder: Path, hint: str) -> DataError:
+def _unread_error(name: str, folder: Path, hint: str) -> DataError:
     return DataError(f"{name} would not be read", str(folder), hint)
 
 
@@ -207,38 +210,38 @@ def _is_metadata(path: Path) -> bool:
     return not (len(lines) > 1 and lines[0].rstrip().endswith(b"}") and lines[1].startswith(b"{"))
 
 
-def _no_train(folder: Path, errors: Sequence[QloraExpError]) -> QloraExpError:
+def _no_train_error(folder: Path, errors: Sequence[QloraExpError]) -> QloraExpError:
     names = [path.name for path, _ in _entries(folder) if ending_of(path) in ENDINGS and not path.is_dir()]
     hint = f"name it train{{{','.join(ENDINGS)}}}, or give task.path=FILE; here: {', '.join(names) or 'no data file'}"
-    if sets := _other_sets(folder):
+    if sets := _nested_data_sets(folder):
         hint = f"task.path={' or task.path='.join(map(str, sets))}"
     elif renamed := next((error.hint for error in errors if "to train" in (error.hint or "")), None):
         hint = f"{renamed}; here: {', '.join(names)}"
     return DataError("the folder holds no train file", str(folder), hint)
 
 
-def _ordered_folder(folder: Path, files: Sequence[DataFile]) -> list[DataFile]:
+def _sort_split_folder(folder: Path, files: Sequence[SplitFile]) -> list[SplitFile]:
     """Return the files of a split's own folder in order, after checking that each set of shards is complete."""
     endings = sorted({ending_of(file.path) for file in files})
     if len(endings) > 1:
         what = f"the folder {folder.name} holds {' and '.join(endings)} files: the same rows might be read twice"
         raise DataError(what, str(folder), "keep one kind")
-    sets: dict[tuple[str, str], list[DataFile]] = {}
+    sets: dict[tuple[str, str], list[SplitFile]] = {}
     for file in files:
         if shard := _SHARD.search(stem_of(file.path)):
-            numbered = DataFile(file.path, file.name, int(shard["number"]), int(shard["count"]))
+            numbered = SplitFile(file.path, file.name, int(shard["number"]), int(shard["count"]))
             sets.setdefault((str(file.path.parent), shard["before"]), []).append(numbered)
     for shards in sets.values():
         _check_shards(folder.name, shards, folder)
-    return sorted(files, key=lambda file: _natural(file.name))
+    return sorted(files, key=lambda file: _natural_sort_key(file.name))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_sort_key(name: str) -> list[tuple[int, str]]:
     """Return a sort key that puts ``part2`` before ``part10``."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _ordered(split: str, files: Sequence[DataFile], folder: Path) -> list[DataFile]:
+def _sort_split_files(split: str, files: Sequence[SplitFile], folder: Path) -> list[SplitFile]:
     """Return a split's single file, or its complete shards in order."""
     unsharded = [file for file in files if file.number is None]
     if unsharded:
@@ -251,7 +254,7 @@ def _ordered(split: str, files: Sequence[DataFile], folder: Path) -> list[DataFi
     return sorted(files, key=lambda file: file.number or 0)
 
 
-def _check_shards(split: str, shards: Sequence[DataFile], folder: Path) -> None:
+def _check_shards(split: str, shards: Sequence[SplitFile], folder: Path) -> None:
     """Raise :class:`DataError` unless the shards are complete: numbered from 0 or 1 without gaps or repeats."""
     numbers = sorted(file.number for file in shards if file.number is not None)
     counts = {file.count for file in shards}

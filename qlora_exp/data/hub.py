@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from qlora_exp.config.schema import TaskConfig
-from qlora_exp.data.arrow_files import named_classes
+from qlora_exp.data.arrow_files import with_class_names
 from qlora_exp.data.files import DataFile, RawRow
 from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.data.split_names import SPLIT_NAMES
@@ -41,7 +41,7 @@ def read_hub(task: TaskConfig) -> dict[str, DataFile]:
     if "train" not in task.splits:
         raise DataError("no training split is named", "task.splits", "task.splits.train=NAME_OF_THEIR_SPLIT")
     reachable = _is_reachable(task)
-    with _only_the_cache(not reachable):
+    with _offline_mode(not reachable):
         return {split: _load_hub_split(task, hub_split, reachable) for split, hub_split in task.splits.items()}
 
 
@@ -66,7 +66,7 @@ def _is_reachable(task: TaskConfig) -> bool:
 
 
 @contextmanager
-def _only_the_cache(offline: bool) -> Iterator[None]:
+def _offline_mode(offline: bool) -> Iterator[None]:
     """Switch datasets to offline mode: it reads its cache or fails at once."""
     import datasets
 
@@ -104,7 +104,7 @@ def rows_of_dataset(loaded: Any, name: str) -> DataFile:
     names = {column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
     rows, problems = [], []
     for number, values in enumerate(loaded, start=1):
-        row = named_classes(values, names, name, number)
+        row = with_class_names(values, names, name, number)
         if isinstance(row, RowProblem):
             problems.append(row)
         else:

@@ -12,7 +12,7 @@ from qlora_exp.data.rows import Example
 from qlora_exp.data.texts import comparable, normal_form, visible
 from qlora_exp.errors import DataError, nearest
 
-_MANY = 20
+_MIN_ROWS_FOR_LABEL_CHECK = 20
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
@@ -31,14 +31,14 @@ def find_options(task: TaskConfig, train: Sequence[Example]) -> dict[str, str]:
         seen.setdefault(normal_form(example.label), example)
     if task.labels is None:
         labels = sorted(str(example.label) for example in seen.values())
-        if len(train) >= _MANY and len(labels) > len(train) / 2:
+        if len(train) >= _MIN_ROWS_FOR_LABEL_CHECK and len(labels) > len(train) / 2:
             raise DataError(
                 f"{len(labels)} distinct labels in {len(train)} training rows: these are hardly options to choose from",
                 "task.kind=classification",
                 "task.kind=generation for free text, or task.labels=[…]",
             )
     else:
-        labels = _named(task.labels)
+        labels = _configured_labels(task.labels)
     _check(labels, named=task.labels is not None)
     return {label: _completion(seen.get(normal_form(label)), label) for label in labels}
 
@@ -47,7 +47,7 @@ def _completion(example: Example | None, label: str) -> str:
     return label if example is None else example.completion
 
 
-def _named(names: Sequence[str]) -> list[str]:
+def _configured_labels(names: Sequence[str]) -> list[str]:
     labels = [str(label).strip() for label in names]
     if any(not label for label in labels):
         raise DataError("a label is empty", "task.labels", "give every option a text")
@@ -111,10 +111,10 @@ def check_no_label_lost(before: Sequence[Example], after: Sequence[Example], pro
     if lost:
         train = {(example.file, example.row): str(example.label) for example in before}
         reasons = [problem for problem in problems if train.get((problem.file, problem.row)) in lost]
-        raise lost_label(train[reasons[0].file, reasons[0].row], reasons[0])
+        raise lost_label_error(train[reasons[0].file, reasons[0].row], reasons[0])
 
 
-def lost_label(label: str, problem: RowProblem) -> DataError:
+def lost_label_error(label: str, problem: RowProblem) -> DataError:
     """Return the error for a label that loses all training rows; ``problem`` is that of one of them."""
     what = f"dropping the invalid rows leaves no training row of the label {label!r}; the first: {problem.reason}"
     hint = "mend these rows; or leave the label out by naming the others: task.labels=[…]"

@@ -27,7 +27,7 @@ from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.labels import check_no_label_lost
 from qlora_exp.data.row_problems import RowProblem, add_counts, raise_or_count
 from qlora_exp.data.rows import Example
-from qlora_exp.data.rows_report import joining_notes
+from qlora_exp.data.rows_report import unusual_space_notes
 from qlora_exp.data.sources import read_general_chats, read_general_text
 from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.data.splits import RawSplits, load_rows
@@ -68,7 +68,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         if split == "train":
             sample = next((encoding for encoding in written if encoding.prefix), written[0] if written else None)
         results = [
-            result if isinstance(result, RowProblem) else _item(example, result, tokenizer, max_length, uncut)
+            result if isinstance(result, RowProblem) else _make_item(example, result, tokenizer, max_length, uncut)
             for example, result in zip(examples, encodings, strict=True)
         ]
         problems += [result for result in results if isinstance(result, RowProblem)]
@@ -76,7 +76,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         used[split] = [example for example, _ in valid]
         items[split] = tuple(item for _, (item, _) in valid)
         truncated += [
-            _truncated(example, encoding, max_length)
+            _truncation_problem(example, encoding, max_length)
             for example, encoding, result in zip(examples, encodings, results, strict=True)
             if isinstance(encoding, Encoding) and not isinstance(result, RowProblem) and result[1]
         ]
@@ -87,7 +87,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     _check_labels([item for split in SPLIT_NAMES for item in items[split]], label_ids, label_end_ids)
     template = tokenizer.chat_template if format == "chat" else None
     chat_date = config.task.date if reads_clock(template) else None
-    read_as = [format, template, *_read_otherwise(chat_date, prefixes, learns_all)]
+    read_as = [format, template, *_fingerprint_extras(chat_date, prefixes, learns_all)]
     record = Data(
         task=config.task.name,
         fingerprint=_fingerprint(read_as, config, used, rows),
@@ -121,11 +121,11 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         label_end_ids=label_end_ids,
         left_out=(*rows.left_out, *problems),
         truncated=tuple(truncated),
-        notes=(*rows.notes, *(joining_notes(used["train"]) if default_separator else ())),
+        notes=(*rows.notes, *(unusual_space_notes(used["train"]) if default_separator else ())),
     )
 
 
-def _truncated(example: Example, encoding: Encoding, max_length: int) -> RowProblem:
+def _truncation_problem(example: Example, encoding: Encoding, max_length: int) -> RowProblem:
     tokens = len(encoding.prompt_ids) + len(encoding.completion_ids) + len(encoding.end_ids)
     reason = f"truncated to training.max_length={max_length}: the end of the answer is not learned"
     return RowProblem(example.file, example.row, None, reason, f"{tokens} tokens")
@@ -158,7 +158,7 @@ def _by_split(rows: RawSplits) -> list[tuple[str, tuple[Example, ...]]]:
     return list(zip(SPLIT_NAMES, (rows.train, rows.validation, rows.test), strict=True))
 
 
-def _item(
+def _make_item(
     example: Example, encoding: Encoding, tokenizer: Tokenizer, max_length: int, uncut: bool
 ) -> tuple[Item, bool] | RowProblem:
     """Return the item, and whether ``max_length`` cuts it. ``uncut``: the completion is an option and can't be cut."""
@@ -198,7 +198,7 @@ def _general_chats(tokenizer: Tokenizer, date: datetime.date) -> tuple[Item, ...
     examples = read_general_chats()
     results = zip(examples, encode_rows(examples, tokenizer, "chat", date=date), strict=True)
     encoded = [(example, result) for example, result in results if isinstance(result, Encoding)]
-    items = [_item(example, result, tokenizer, sys.maxsize, False) for example, result in encoded]
+    items = [_make_item(example, result, tokenizer, sys.maxsize, False) for example, result in encoded]
     return tuple(item[0] for item in items if not isinstance(item, RowProblem))
 
 
@@ -235,10 +235,12 @@ def _label_ids(
             what = f"the labels {label_by_ids[encoding.completion_ids]!r} and {label!r} have the same tokens"
             raise DataError(what, "task.labels", "use labels that this tokenizer can tell apart")
     end = next(iter(encodings.values())).end_ids if encodings else ()
-    return {label: encoding.completion_ids for label, encoding in encodings.items()}, _separating(label_by_ids, end)
+    return {label: encoding.completion_ids for label, encoding in encodings.items()}, _distinguishing_end(
+        label_by_ids, end
+    )
 
 
-def _separating(label_by_ids: dict[tuple[int, ...], str], end: tuple[int, ...]) -> tuple[int, ...]:
+def _distinguishing_end(label_by_ids: dict[tuple[int, ...], str], end: tuple[int, ...]) -> tuple[int, ...]:
     """Return as much of ``end`` as each label's likelihood must include: nothing, unless one label begins another.
 
     Without the end, the shorter label would be at least as likely as the longer one after any prompt."""
@@ -275,7 +277,7 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]], 
             raise DataError(what, f"{file}, row {row}", f"training.max_length={longest}, or a shorter row")
 
 
-def _read_otherwise(date_read: str | None, prefixes: set[str], learns_all: bool) -> list[str]:
+def _fingerprint_extras(date_read: str | None, prefixes: set[str], learns_all: bool) -> list[str]:
     """Return what the fingerprint holds in addition to format and template, only if it differs from the default.
 
     So other data sets keep the fingerprints that earlier versions gave them."""

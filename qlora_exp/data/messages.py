@@ -13,8 +13,8 @@ from qlora_exp.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
-_READ_HERE = ("role", "content", "weight")
-CALLS = "tool_calls"
+_STANDARD_FIELDS = ("role", "content", "weight")
+TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_messages(
     if not entries:
         raise InvalidMessages("invalid messages", "expected a list of messages, found an empty list", column, shape)
     messages = [
-        _message(entry, number, f"{column}[{number}]", ignored_fields, checked_text)
+        _read_message(entry, number, f"{column}[{number}]", ignored_fields, checked_text)
         for number, entry in enumerate(entries, 1)
     ]
     _check_order(messages, column)
@@ -85,13 +85,13 @@ def read_messages(
 
 def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
     """Return the tools that the assistant may call, from a list of JSON schemas or its JSON text; ``None`` if none."""
-    if _holds_nothing(value):
+    if _is_missing(value):
         return None
     shape = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}]; or task.columns.tools=null'
     tools = _list(value, column, "tools", shape)
     for number, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
-            detail = f"tool {number} is {describe_message(tool)}, not an object"
+            detail = f"tool {number} is {describe_value(tool)}, not an object"
             raise InvalidMessages("invalid tools", detail, column, shape)
     _check_json(tools, column, "task.columns.tools=null")
     return tuple(tools) or None
@@ -99,13 +99,13 @@ def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
 
 def read_variables(value: object, column: str) -> Mapping[str, Any] | None:
     """Return the variables for the chat template, from an object or its JSON text; ``None`` if there are none."""
-    if _holds_nothing(value):
+    if _is_missing(value):
         return None
     shape = 'write {"enable_thinking": false}'
     if isinstance(value, str):
         value = _parsed(value, column, "variables", shape)
     if not isinstance(value, dict):
-        detail = f"expected an object, found {describe_message(value)}"
+        detail = f"expected an object, found {describe_value(value)}"
         raise InvalidMessages("invalid variables", detail, column, shape)
     _check_json(value, column, "take it out of the column")
     return {name: item for name, item in value.items() if item is not None} or None
@@ -118,7 +118,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def describe_message(value: object) -> str:
+def describe_value(value: object) -> str:
     """Return a value as an error message shows it: its type and how it begins."""
     if value is None:
         return "null"
@@ -133,7 +133,7 @@ def _list(value: object, column: str, name: str, shape: str) -> list[Any]:
     if isinstance(value, str):  # a CSV file can hold a list only as JSON
         value = _parsed(value, column, name, shape)
     if not isinstance(value, list):
-        detail = f"expected a list of {name}, found {describe_message(value)}"
+        detail = f"expected a list of {name}, found {describe_value(value)}"
         raise InvalidMessages(f"invalid {name}", detail, column, shape)
     return value
 
@@ -153,12 +153,12 @@ _PYTHON_LIST = re.compile(r"\s*[\[(]?\s*\{\s*'")
 """How ``str()`` of a list of dictionaries begins, or of a numpy array of them."""
 
 
-def _holds_nothing(value: object) -> bool:
+def _is_missing(value: object) -> bool:
     """Return whether the value is missing: null, or in a CSV file an empty cell or the word null."""
     return value is None or (isinstance(value, str) and value.strip() in ("", "null"))
 
 
-def _message(
+def _read_message(
     entry: object, number: int, where: str, ignored: Sequence[str], checked_text: Callable[[object, str], str]
 ) -> Message:
     if not isinstance(entry, dict) or "role" not in entry:
@@ -173,13 +173,13 @@ def _message(
     fields = {
         name: value
         for name, value in entry.items()
-        if name not in _READ_HERE and name not in ignored and value is not None and value not in ([], {})
+        if name not in _STANDARD_FIELDS and name not in ignored and value is not None and value not in ([], {})
     }
     for name, value in fields.items():
         _check_json(value, where, f"write it as text; or leave it out: task.ignore_fields=[{name}]")
     weight = _weight(entry.get("weight"), number, where) if "weight" not in ignored else None
     content = entry.get("content")
-    if role == "assistant" and CALLS in fields and (content is None or content == ""):
+    if role == "assistant" and TOOL_CALLS in fields and (content is None or content == ""):
         return Message(role, "", fields, None, weight, has_content=content is not None)
     if role == "tool" and content == "":  # the tool returned nothing
         return Message(role, "", fields, None, weight)
@@ -196,7 +196,7 @@ def _message(
 def _part(part: object, number: int, where: str, checked_text: Callable[[object, str], str]) -> str:
     hint = 'write each part as {"type": "text", "text": "…"}; images, sounds and videos can\'t be trained on'
     if not isinstance(part, dict) or part.get("type") != "text":
-        kind = repr(part.get("type")) if isinstance(part, dict) else describe_message(part)
+        kind = repr(part.get("type")) if isinstance(part, dict) else describe_value(part)
         raise InvalidMessages("invalid messages", f"message {number} has a part of the type {kind}", where, hint)
     unread = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
     if unread:
@@ -209,7 +209,7 @@ def _weight(value: object, number: int, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
-        detail = f"message {number} has the weight {describe_message(value)}"
+        detail = f"message {number} has the weight {describe_value(value)}"
         raise InvalidMessages("invalid messages", detail, where, "0: not learned; 1, or no weight: learned")
     return float(value)
 
@@ -220,7 +220,7 @@ def _check_json(value: object, where: str, hint: str) -> None:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except TypeError:
         raise InvalidMessages(
-            "invalid messages", f"{describe_message(value)} is not a value of JSON", where, hint
+            "invalid messages", f"{describe_value(value)} is not a value of JSON", where, hint
         ) from None
     except UnicodeEncodeError:
         detail = "it holds half of a surrogate pair, which no tokenizer can read"

@@ -11,7 +11,7 @@ from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
-MOST_TOKENS_OF_A_CHARACTER = 4
+MAX_TOKENS_PER_CHARACTER = 4
 """A character has at most four bytes in UTF-8."""
 
 
@@ -40,25 +40,25 @@ def preview_items(splits: Splits, tokenizer: Tokenizer, split: str, count: int) 
     if count < 1:
         raise DataError(f"{count} items can't be shown", "data preview", "a number of at least 1")
     items: tuple[Item, ...] = getattr(splits, split)
-    return [_preview(item, tokenizer) for item in items[:count]]
+    return [_preview_item(item, tokenizer) for item in items[:count]]
 
 
-def _preview(item: Item, tokenizer: Tokenizer) -> PreviewItem:
+def _preview_item(item: Item, tokenizer: Tokenizer) -> PreviewItem:
     trained = [bool(has_loss) for has_loss in item.completion_mask]
-    texts = _shown(list(item.ids), trained, tokenizer)
+    texts = _token_texts(list(item.ids), trained, tokenizer)
     tokens = tuple(PreviewToken(*fields) for fields in zip(texts, item.ids, trained, strict=True))
     lengths = (len(item.prompt_ids), len(item.completion_ids), len(item.end_ids))
     return PreviewItem(item.item_id, tokens, *lengths, item.label)
 
 
-def _shown(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
+def _token_texts(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
     """Return each token's text. If several tokens make up one character, the first has its text, the others have none.
 
     A token without a text, or with a part of an incomplete character, is shown by its name in the vocabulary."""
     texts: list[str] = []
     while (start := len(texts)) < len(ids):
         text, stop = "", start
-        while stop < len(ids) and stop - start < MOST_TOKENS_OF_A_CHARACTER and trained[stop] == trained[start]:
+        while stop < len(ids) and stop - start < MAX_TOKENS_PER_CHARACTER and trained[stop] == trained[start]:
             stop += 1
             text = str(tokenizer.decode(list(ids[start:stop]), clean_up_tokenization_spaces=False))
             if "\ufffd" not in text:

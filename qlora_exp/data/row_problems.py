@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qlora_exp.config.schema import InvalidRows
 from qlora_exp.errors import DataError, Problems
 
-_SHOWN = 10
+_MAX_SHOWN = 10
 _DROP_HINT = "mend the rows, or leave them out and count them with task.invalid_rows=drop"
 
 
@@ -40,8 +40,8 @@ def raise_or_count(problems: Sequence[RowProblem], policy: InvalidRows) -> dict[
     reasons = Counter(problem.reason for problem in problems)
     if not problems or policy is InvalidRows.drop:
         return dict(sorted(reasons.items()))
-    reported = _each_template_fault_once(problems)
-    errors = [problem.error(others) for problem, others in reported[:_SHOWN]]
+    reported = _merge_template_faults(problems)
+    errors = [problem.error(others) for problem, others in reported[:_MAX_SHOWN]]
     if len(reported) == 1:
         (only,) = errors
         hint = only.hint if only.hint == _DROP_HINT or reported[0][0].of_template else f"{only.hint}; or {_DROP_HINT}"
@@ -52,7 +52,7 @@ def raise_or_count(problems: Sequence[RowProblem], policy: InvalidRows) -> dict[
     raise Problems([*errors, total])
 
 
-def _each_template_fault_once(problems: Sequence[RowProblem]) -> list[tuple[RowProblem, int]]:
+def _merge_template_faults(problems: Sequence[RowProblem]) -> list[tuple[RowProblem, int]]:
     """Return the problems to report, each with the number of other rows that have the same one."""
     reported: dict[tuple[object, ...], tuple[RowProblem, int]] = {}
     for number, problem in enumerate(problems):

@@ -22,7 +22,7 @@ from qlora_exp.data.known_formats import columns_hint
 from qlora_exp.data.messages import (
     InvalidMessages,
     Message,
-    describe_message,
+    describe_value,
     read_messages,
     read_tools,
     read_variables,
@@ -30,7 +30,7 @@ from qlora_exp.data.messages import (
 )
 from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.data.templates import RowTemplate, parse_template, with_line_breaks
-from qlora_exp.data.texts import Parts, compact, is_blank, parted
+from qlora_exp.data.texts import StrippedText, collapse_white_space, is_blank, strip_text
 from qlora_exp.errors import DataError, nearest
 
 _ARROW_FILES = (".parquet", ".arrow", ".feather")
@@ -79,7 +79,7 @@ class Example:
         """Return a key that is equal for rows with the same prompt. Indentation counts, other white space doesn't.
 
         Whether earlier answers are learned, and whether a content is a text or a list of parts, makes no difference."""
-        texts = [f"{message.role}\x1f{compact(message.content)}" for message in self.messages]
+        texts = [f"{message.role}\x1f{collapse_white_space(message.content)}" for message in self.messages]
         fields = [message.fields for message in self.messages]
         if any(fields) or self.tools or self.variables:
             texts.append(json.dumps([fields, self.tools, self.variables], sort_keys=True))
@@ -102,7 +102,7 @@ class _InvalidRow(Exception):
 
 
 @dataclass(frozen=True)
-class _Mapping:
+class _ColumnMapping:
     """How the columns of one file become an example."""
 
     prompt: str | RowTemplate | None
@@ -134,20 +134,20 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
     problems = list(raw.problems)
     if not raw.rows:
         return [], problems
-    mapping = _mapping(task, raw)
+    mapping = _column_mapping(task, raw)
     for column in sorted(mapping.used & set(raw.mixed_classes)):
         hint = f"write them all with the same features; or the names as text into each file's column {column!r}"
         raise DataError(raw.mixed_classes[column], f"task.path={task.path}", hint)
     examples = []
     for row in raw.rows:
         try:
-            examples.append(_example(row, mapping, task.kind))
+            examples.append(_read_example(row, mapping, task.kind))
         except _InvalidRow as error:
             problems.append(RowProblem(row.file, row.number, error.column, error.reason, error.detail, error.hint))
     return examples, sorted(problems, key=lambda problem: problem.row)
 
 
-def _mapping(task: TaskConfig, raw: DataFile) -> _Mapping:
+def _column_mapping(task: TaskConfig, raw: DataFile) -> _ColumnMapping:
     columns, classifies = raw.columns, task.kind is TaskKind.classification
     if re.search(r"\\[nrt]", task.separator or ""):
         what = f"the separator {task.separator!r} holds a backslash and a letter, not a newline or a tab"
@@ -164,7 +164,7 @@ def _mapping(task: TaskConfig, raw: DataFile) -> _Mapping:
         label = task.columns.label if classifies else None
         for key, column in (("messages", task.columns.messages), ("label", label)):
             _check_column(column, f"task.columns.{key}", raw)
-        return _Mapping(
+        return _ColumnMapping(
             *(None, None, task.columns.messages, label, system, columns),
             tools=task.columns.tools,
             ignored_fields=tuple(task.ignore_fields),
@@ -176,13 +176,13 @@ def _mapping(task: TaskConfig, raw: DataFile) -> _Mapping:
     completion_column = task.columns.completion
     if label and not task.completion and completion_column not in columns:
         completion_column = label  # the label is the answer
-    prompt = _source("prompt", task.prompt, task.columns.prompt, raw)
-    completion = _source("completion", task.completion, completion_column, raw)
+    prompt = _text_source("prompt", task.prompt, task.columns.prompt, raw)
+    completion = _text_source("completion", task.completion, completion_column, raw)
     _check_column(label, "task.columns.label", raw)
-    return _Mapping(prompt, completion, None, label, system, columns, plain)
+    return _ColumnMapping(prompt, completion, None, label, system, columns, plain)
 
 
-def _source(name: str, template: str | None, column: str | None, raw: DataFile) -> str | RowTemplate:
+def _text_source(name: str, template: str | None, column: str | None, raw: DataFile) -> str | RowTemplate:
     if template is not None:
         try:
             return parse_template(template, f"task.{name}", raw.columns)
@@ -221,15 +221,15 @@ def _missing_hint(column: str, columns: Sequence[str]) -> str:
     return f"this row has {', '.join(columns) or 'no column'}: give all rows the same columns"
 
 
-def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
+def _read_example(row: RawRow, mapping: _ColumnMapping, kind: TaskKind) -> Example:
     label = None
     if kind is TaskKind.classification and mapping.label:
         label = _column_text(row, mapping.label, whole_numbers=True).strip()
     extra = {column: value for column, value in row.values.items() if column not in mapping.used}
     if mapping.messages:
-        example = _conversation(row, mapping, kind, label, extra)
+        example = _read_conversation(row, mapping, kind, label, extra)
     else:
-        answer = _answer(row, mapping, kind)
+        answer = _completion_text(row, mapping, kind)
         prompt = Message("user", _text(row, mapping.prompt))
         plain = replace(mapping.plain, space_before=answer.before, space_after=answer.after)
         example = Example(row.file, row.number, (prompt,), False, answer.text, label, extra, plain=plain)
@@ -240,13 +240,13 @@ def _example(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Example:
     return example
 
 
-def _answer(row: RawRow, mapping: _Mapping, kind: TaskKind) -> Parts:
+def _completion_text(row: RawRow, mapping: _ColumnMapping, kind: TaskKind) -> StrippedText:
     """Return the completion. A label is a name: it has no indentation, and white space after it means nothing."""
     classifies = kind is TaskKind.classification
     text = _text(row, mapping.completion, is_class=classifies)
     if classifies:
-        return Parts(text[: len(text) - len(text.lstrip())], text.strip(), "")
-    return parted(text)
+        return StrippedText(text[: len(text) - len(text.lstrip())], text.strip(), "")
+    return strip_text(text)
 
 
 def _text(row: RawRow, source: str | RowTemplate | None, is_class: bool = False) -> str:
@@ -278,7 +278,7 @@ def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = Fa
 
 def _checked_text(value: object, column: str) -> str:
     if not isinstance(value, str):
-        raise _InvalidRow("not text", f"found {describe_message(value)}", column, _text_hint(value, column))
+        raise _InvalidRow("not text", f"found {describe_value(value)}", column, _text_hint(value, column))
     if not value.strip():
         raise _InvalidRow("empty", "the text is empty or only white space", column)
     if is_blank(value):
@@ -313,7 +313,9 @@ def _text_hint(value: object, column: str) -> str | None:
     return None if value is None else f'write it as text, e.g. "{value}"'
 
 
-def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | None, extra: dict[str, Any]) -> Example:
+def _read_conversation(
+    row: RawRow, mapping: _ColumnMapping, kind: TaskKind, label: str | None, extra: dict[str, Any]
+) -> Example:
     column = mapping.messages
     assert column is not None
     if column not in row.values:
@@ -336,7 +338,7 @@ def _conversation(row: RawRow, mapping: _Mapping, kind: TaskKind, label: str | N
             tools = tuple(without_nulls(list(tools))) if tools is not None else None
     except InvalidMessages as error:
         raise _InvalidRow(error.reason, error.detail, error.where, error.hint) from None
-    last = last.with_text(parted(last.content).text)
+    last = last.with_text(strip_text(last.content).text)
     answer = last if last.more else None
     plain = mapping.plain
     if plain.separator is None and not last.content[:1].isspace():

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qlora_exp.data.compression import ending_of
-from qlora_exp.data.encoding import written_prompt
+from qlora_exp.data.encoding import unstripped_prompt
 from qlora_exp.data.items import Splits
 from qlora_exp.data.row_problems import RowProblem
 from qlora_exp.data.rows import Example
 from qlora_exp.data.split_names import SPLIT_NAMES
 from qlora_exp.data.texts import separator_between
 
-_SHOWN = 5
+_MAX_SHOWN = 5
 _OPENING, _CLOSING = tuple("([{“‘«„$/\\_"), tuple(",.;:!?)]}%”’»")
 """Characters after which, and before which, hardly anybody writes a space."""
 _MISSING_WORDS = {"NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"}
@@ -37,11 +37,11 @@ def _by_reason(problems: Sequence[RowProblem], outcome: str) -> Iterator[str]:
     for reason, count in Counter(problem.reason for problem in problems).most_common():
         matching = [problem for problem in problems if problem.reason == reason]
         yield f"{count} {'row' if count == 1 else 'rows'} {outcome}: {reason}"
-        for problem in matching[:_SHOWN]:
+        for problem in matching[:_MAX_SHOWN]:
             column = f", column {problem.column}" if problem.column else ""
             yield f"  {problem.file}, row {problem.row}{column}: {problem.detail}"
-        if count > _SHOWN:
-            yield f"  … and {count - _SHOWN} more"
+        if count > _MAX_SHOWN:
+            yield f"  … and {count - _MAX_SHOWN} more"
 
 
 def missing_value_notes(splits: Mapping[str, list[Example]]) -> Iterator[str]:
@@ -55,12 +55,12 @@ def missing_value_notes(splits: Mapping[str, list[Example]]) -> Iterator[str]:
         yield f"answers that are words for a missing value are learned as text: {words}"
 
 
-def joining_notes(examples: Sequence[Example]) -> Iterator[str]:
+def unusual_space_notes(examples: Sequence[Example]) -> Iterator[str]:
     """Yield a note on rows where the plain format puts a space that nobody would write, e.g. ``(`` + space + ``a)``."""
-    suspicious = [example for example in examples if not example.conversation and _is_one_word(example)]
+    suspicious = [example for example in examples if not example.conversation and _needs_no_space(example)]
     if suspicious:
         first = suspicious[0]
-        begin, end = written_prompt(first)[-20:], first.completion[:20]
+        begin, end = unstripped_prompt(first)[-20:], first.completion[:20]
         count = "1 row has" if len(suspicious) == 1 else f"{len(suspicious)} rows have"
         yield (
             f"{count} a space between prompt and completion that may not be meant, e.g. {first.file}, row {first.row}: "
@@ -68,9 +68,9 @@ def joining_notes(examples: Sequence[Example]) -> Iterator[str]:
         )
 
 
-def _is_one_word(example: Example) -> bool:
+def _needs_no_space(example: Example) -> bool:
     """Return whether prompt and completion seem to belong together without a space."""
-    prompt, completion = written_prompt(example), example.plain.space_before + example.completion
+    prompt, completion = unstripped_prompt(example), example.plain.space_before + example.completion
     if separator_between(prompt, completion) != " ":
         return False
     opens = prompt.endswith(_OPENING) or (prompt.endswith('"') and prompt.count('"') % 2 == 1)

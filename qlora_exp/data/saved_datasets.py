@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.data.split_names import SPLIT_NAMES, DataFile
+from qlora_exp.data.split_names import SPLIT_NAMES, SplitFile
 from qlora_exp.errors import DataError
 
 
@@ -15,7 +15,7 @@ def is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
-def saved_splits(folder: Path) -> dict[str, list[DataFile]]:
+def saved_splits(folder: Path) -> dict[str, list[SplitFile]]:
     """Return the Arrow files of each split of a saved ``DatasetDict``.
 
     Raises :class:`DataError` for a split with an unknown name, which would not be read, and for a missing split.
@@ -36,7 +36,7 @@ def saved_splits(folder: Path) -> dict[str, list[DataFile]]:
     return {name: saved_files(folder / name, f"{name}/") for name in SPLIT_NAMES if name in names}
 
 
-def saved_files(folder: Path, prefix: str) -> list[DataFile]:
+def saved_files(folder: Path, prefix: str) -> list[SplitFile]:
     """Return the Arrow files of one saved ``Dataset``, in order. Other Arrow files in the folder are caches.
 
     Raises :class:`DataError` if one is missing.
@@ -46,7 +46,7 @@ def saved_files(folder: Path, prefix: str) -> list[DataFile]:
     if missing or not names:
         what = f"{len(missing)} of {len(names)} files of the saved data set are missing: {', '.join(missing[:3])}"
         raise DataError(what if names else "the saved data set names no file", str(folder), "copy the whole folder")
-    return [DataFile(folder / name, f"{prefix}{name}") for name in names]
+    return [SplitFile(folder / name, f"{prefix}{name}") for name in names]
 
 
 def _json(path: Path) -> dict[str, Any]:

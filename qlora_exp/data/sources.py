@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_exp.config.schema import TaskConfig, TaskSource
 from qlora_exp.data.compression import ARCHIVES, COMPRESSED, ENDINGS, ending_of
 from qlora_exp.data.files import DataFile, RawRow, read_file
-from qlora_exp.data.folders import check_single, files_by_split
+from qlora_exp.data.folders import check_not_a_shard, files_by_split
 from qlora_exp.data.messages import Message
 from qlora_exp.data.rows import Example
 from qlora_exp.data.split_names import parse_name
@@ -34,13 +34,13 @@ def read_sources(task: TaskConfig) -> dict[str, DataFile]:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
-        raise DataError(f"there is no {path.name!r}", f"task.path={task.path}", _nearby(path))
-    check_single(path)
+        raise DataError(f"there is no {path.name!r}", f"task.path={task.path}", _missing_path_hint(path))
+    check_not_a_shard(path)
     file = read_file(path)
-    return {"train": replace(file, notes=(*file.notes, *_beside(path)))}
+    return {"train": replace(file, notes=(*file.notes, *_unread_splits_note(path)))}
 
 
-def _beside(path: Path) -> list[str]:
+def _unread_splits_note(path: Path) -> list[str]:
     """Return a note if the folder of a single train file holds other splits, too."""
     if parse_name(path)[0] != "train":
         return []
@@ -70,15 +70,15 @@ def read_general_text() -> tuple[str, ...]:
 def read_general_chats() -> tuple[Example, ...]:
     """Return the fixed chats on which forgetting is measured in the chat format. The last answer is the completion."""
     file = read_file(EMBEDDED / "general_chat.jsonl")
-    return tuple(_chat(file.name, row) for row in file.rows)
+    return tuple(_chat_example(file.name, row) for row in file.rows)
 
 
-def _chat(file: str, row: RawRow) -> Example:
+def _chat_example(file: str, row: RawRow) -> Example:
     *prompt, answer = (Message(message["role"], message["content"]) for message in row.values["messages"])
     return Example(file, row.number, tuple(prompt), True, answer.content, None, {})
 
 
-def _nearby(path: Path) -> str:
+def _missing_path_hint(path: Path) -> str:
     """Return a hint for a path that doesn't exist."""
     folder = path.parent
     if not folder.is_dir():
@@ -97,7 +97,7 @@ def _read_folder(folder: Path) -> dict[str, DataFile]:
         split: [read_file(file.path, file.name) for file in files] for split, files in files_by_split(folder).items()
     }
     mixed = _mixed_classes([file for files in shards.values() for file in files])
-    merged = {split: files[0] if len(files) == 1 else _joined(files) for split, files in shards.items()}
+    merged = {split: files[0] if len(files) == 1 else _merge_shards(files) for split, files in shards.items()}
     return {split: replace(file, mixed_classes=mixed) for split, file in merged.items()}
 
 
@@ -113,7 +113,7 @@ def _mixed_classes(files: Sequence[DataFile]) -> dict[str, str]:
     return mixed
 
 
-def _joined(files: Sequence[DataFile]) -> DataFile:
+def _merge_shards(files: Sequence[DataFile]) -> DataFile:
     """Return the shards of a split as one file."""
     return DataFile(
         name=f"{files[0].name} and {len(files) - 1} other files",

@@ -23,7 +23,7 @@ _NAME = re.compile(
 
 
 @dataclass(frozen=True)
-class DataFile:
+class SplitFile:
     """A file of a split. ``name`` is relative to the task's folder. ``number`` and ``count`` are those of a shard."""
 
     path: Path

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qlora_exp.config.schema import InvalidRows, TaskConfig
 from qlora_exp.data.files import DataFile, Unlabelled
-from qlora_exp.data.labels import check_no_label_lost, find_options, lost_label, split_by_label
+from qlora_exp.data.labels import check_no_label_lost, find_options, lost_label_error, split_by_label
 from qlora_exp.data.row_problems import RowProblem, add_counts, raise_or_count
 from qlora_exp.data.rows import Example, read_examples
 from qlora_exp.data.rows_report import missing_value_notes
@@ -50,11 +50,11 @@ def load_rows(task: TaskConfig) -> RawSplits:
         splits[split], row_problems = read_examples(task, raw)
         problems += row_problems
         notes += raw.notes
-    _require("train", splits["train"], problems)
+    _require_rows("train", splits["train"], problems)
     options = find_options(task, splits["train"])  # before dividing: all rows of a rare label may get into one split
     if options and not task.labels:
-        _check_no_label_unread(task, sources["train"], options, problems)
-    splits, duplicates = _complete(splits, task)
+        _check_no_label_dropped(task, sources["train"], options, problems)
+    splits, duplicates = _add_missing_splits(splits, task)
     for split in splits:
         splits[split], unknown = split_by_label(splits[split], options)
         problems += unknown
@@ -64,8 +64,8 @@ def load_rows(task: TaskConfig) -> RawSplits:
     dropped = raise_or_count(problems, task.invalid_rows)
     check_no_label_lost(labelled, splits["train"], problems)
     for split in ("train", "validation"):
-        _require(split, splits[split], problems)
-    limited = _limited(splits, task)
+        _require_rows(split, splits[split], problems)
+    limited = _limit_items(splits, task)
     counts = add_counts(dropped, {_DUPLICATE: len(duplicates)} if duplicates else {})
     train, validation, test = (tuple(limited[split]) for split in SPLIT_NAMES)
     return RawSplits(
@@ -73,7 +73,7 @@ def load_rows(task: TaskConfig) -> RawSplits:
     )
 
 
-def _check_no_label_unread(
+def _check_no_label_dropped(
     task: TaskConfig, raw: DataFile, options: Mapping[str, str], problems: Sequence[RowProblem]
 ) -> None:
     """Raise :class:`DataError` if ``drop`` would remove all rows of a label: it would no longer be an option."""
@@ -88,7 +88,7 @@ def _check_no_label_unread(
         label = str(value).strip() if is_label else ""
         fault = faults.get((row.file, row.number))
         if fault is not None and label and normal_form(label) not in known:
-            raise lost_label(label, fault)
+            raise lost_label_error(label, fault)
 
 
 def _check_numbers(task: TaskConfig) -> None:
@@ -109,7 +109,7 @@ def _limits(task: TaskConfig) -> dict[str, int | None]:
     return dict(zip(SPLIT_NAMES, limits, strict=True))
 
 
-def _require(split: str, examples: Sequence[Example], problems: Sequence[RowProblem]) -> None:
+def _require_rows(split: str, examples: Sequence[Example], problems: Sequence[RowProblem]) -> None:
     """Raise :class:`DataError` if the split has no row. If its rows were refused, the error gives the first reason."""
     if examples:
         return
@@ -124,7 +124,7 @@ def _require(split: str, examples: Sequence[Example], problems: Sequence[RowProb
     raise DataError(f"there is no row for {split}", f"task.{split}_fraction", hint)
 
 
-def _complete(
+def _add_missing_splits(
     splits: Mapping[str, list[Example]], task: TaskConfig
 ) -> tuple[dict[str, list[Example]], list[RowProblem]]:
     """Return all three splits, and the exact duplicates left out. Splits that the source lacks are drawn from train."""
@@ -187,7 +187,7 @@ def _without_leaks(splits: Mapping[str, list[Example]]) -> tuple[dict[str, list[
     return clean, problems
 
 
-def _limited(splits: Mapping[str, list[Example]], task: TaskConfig) -> dict[str, list[Example]]:
+def _limit_items(splits: Mapping[str, list[Example]], task: TaskConfig) -> dict[str, list[Example]]:
     """Draw at most ``task.max_*_items`` rows of each split by ``split_seed``. Larger draws contain smaller ones."""
     limited = {}
     for split, limit in _limits(task).items():

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-_WITHOUT_SPACES = (
+_SCRIPTS_WITHOUT_SPACES = (
     (0x0E00, 0x10A0),  # Thai, Lao, Tibetan, Myanmar
     (0x1780, 0x1800),  # Khmer
     (0x1950, 0x1A00),  # Tai Le, New Tai Lue, Khmer symbols
@@ -26,7 +26,7 @@ _LINE_INDENTATION = re.compile(r"\n[ \t]")
 _FIRST_INDENTATION = re.compile(r"\t| {2}")
 
 
-class Parts(NamedTuple):
+class StrippedText(NamedTuple):
     """A text and the white space around it. The indentation of a code block's first line is part of the text."""
 
     before: str
@@ -34,21 +34,21 @@ class Parts(NamedTuple):
     after: str
 
 
-def without_spaces(character: str) -> bool:
+def writes_no_spaces(character: str) -> bool:
     """Return whether the character's script writes no spaces between words: Chinese, Japanese, Thai, Khmer …"""
-    return any(first <= ord(character) < end for first, end in _WITHOUT_SPACES)
+    return any(first <= ord(character) < end for first, end in _SCRIPTS_WITHOUT_SPACES)
 
 
 def separator_between(before: str, after: str) -> str:
     """Return what the plain format puts between two texts: one space, or nothing if one of them has white space there
     already or is in a script without spaces."""
     last, first = before[-1:], after[:1]
-    if not last or not first or last.isspace() or first.isspace() or without_spaces(last) or without_spaces(first):
+    if not last or not first or last.isspace() or first.isspace() or writes_no_spaces(last) or writes_no_spaces(first):
         return ""
     return " "
 
 
-def parted(text: str) -> Parts:
+def strip_text(text: str) -> StrippedText:
     """Return ``text`` without the white space around it, and that white space.
 
     A text of several lines keeps the indentation of its first line: a tab, two spaces, or one space if another line is
@@ -61,8 +61,8 @@ def parted(text: str) -> Parts:
     assert indentation is not None
     indented = indentation.group()
     if "\n" in body and indented and (_FIRST_INDENTATION.match(indented) or _LINE_INDENTATION.search(body)):
-        return Parts(before[: len(before) - len(indented)], indented + body, after)
-    return Parts(before, body, after)
+        return StrippedText(before[: len(before) - len(indented)], indented + body, after)
+    return StrippedText(before, body, after)
 
 
 def normal_form(text: str) -> str:
@@ -78,14 +78,14 @@ def comparable(text: str, fold_case: bool = True) -> str:
 def same_text(prediction: str, reference: str, fold_case: bool = True) -> bool:
     """Return whether the texts are equal in Unicode NFC, without the white space around them and (``fold_case``) case.
 
-    The indentation of ``reference``'s first line counts if :func:`parted` keeps it.
+    The indentation of ``reference``'s first line counts if :func:`strip_text` keeps it.
     """
-    expected = parted(reference).text
-    predicted = parted(prediction).text if expected[:1].isspace() else prediction.strip()
+    expected = strip_text(reference).text
+    predicted = strip_text(prediction).text if expected[:1].isspace() else prediction.strip()
     return comparable(predicted, fold_case) == comparable(expected, fold_case)
 
 
-def compact(text: str) -> str:
+def collapse_white_space(text: str) -> str:
     """Return a form that is equal for texts that differ only in meaningless white space and Unicode normal form.
 
     Runs of white space count as one space. In a text with indented lines, line breaks and indentation count, too.

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, WeightShape
-from qlora_exp.architecture.targets import feeds
+from qlora_exp.architecture.targets import qkv_of_name
 from qlora_exp.estimate.architecture_traits import ArchitectureTraits, traits_of
 
 FLOAT32_BYTES = 4
@@ -169,8 +169,8 @@ def _layer(
 ) -> Layer:
     hidden = architecture.hidden_size
     attention = [shape for shape in shapes if shape.role == "attention"]
-    inputs = [shape for shape in attention if feeds(shape.name)]
-    output = next((shape for shape in attention if not feeds(shape.name)), None)
+    inputs = [shape for shape in attention if qkv_of_name(shape.name)]
+    output = next((shape for shape in attention if not qkv_of_name(shape.name)), None)
     query = output.in_features if output else hidden
     fused = inputs[0].out_features if len(inputs) == 1 else 0
     # The width of q, k and v together, minus that of q; k and v are equally wide.
@@ -179,7 +179,7 @@ def _layer(
     intermediate = sum(shape.in_features for shape in down)
     up = sum(shape.out_features for shape in shapes if shape.role == "mlp" and shape not in down)
     norm_weights = [tensor for tensor in others if tensor.name.endswith("weight")]
-    head_norms = [tensor for tensor in norm_weights if feeds(tensor.name)]
+    head_norms = [tensor for tensor in norm_weights if qkv_of_name(tensor.name)]
     sizes = {tensor.name.removesuffix("weight"): tensor.elements for tensor in norm_weights}
     biases = [tensor for tensor in others if sizes.get(tensor.name.removesuffix("bias")) == tensor.elements]
     traits = traits_of(architecture.model_type)
@@ -319,7 +319,7 @@ def _input_of(layer: Layer, shape: WeightShape) -> str:
     """Return which tensor a linear layer reads: ``input`` or ``middle`` (after the first or second norm), ``output``
     (of attention) or ``down`` (of the activation)."""
     if shape.role == "attention":
-        return "input" if feeds(shape.name) else "output"
+        return "input" if qkv_of_name(shape.name) else "output"
     if _is_down_projection(shape, layer.hidden):
         return "down"
     return "input" if layer.traits.parallel_residual and layer.norms == 1 else "middle"

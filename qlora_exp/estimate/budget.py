@@ -16,7 +16,7 @@ from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Spent, Status
 from qlora_exp.study.types import TrialRow
-from qlora_exp.training.meter import energy_counter_is_there
+from qlora_exp.training.meter import has_energy_counter
 
 LIMITS = ("seconds", "tokens", "usd", "kwh")
 """Limits on what is spent. ``memory_bytes`` is different: a run must fit into it."""
@@ -53,7 +53,7 @@ def check_energy(budget: BudgetConfig, device: DeviceChoice) -> None:
     Raises:
         ConfigError: ``budget.kwh`` is set, and no energy counter is available.
     """
-    if budget.kwh is not None and (device is DeviceChoice.cpu or not energy_counter_is_there()):
+    if budget.kwh is not None and (device is DeviceChoice.cpu or not has_energy_counter()):
         raise ConfigError(
             "energy can't be measured here: this needs an NVIDIA GPU (Volta or later) and nvidia-ml-py",
             f"budget.kwh = {budget.kwh:g}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qlora_exp.architecture.run_plan import compute_dtype
 from qlora_exp.architecture.shapes import Architecture
-from qlora_exp.architecture.targets import left_out
+from qlora_exp.architecture.targets import layers_without_adapters
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
@@ -94,7 +94,7 @@ def device_notes(config: Config, device: PlanDevice, architecture: Architecture)
         elements = sum(tensor.elements for tensor in architecture.others if tensor.name.startswith(names))
         share = f"{elements / architecture.total_parameters:.0%} of the parameters belong to experts"
         yield f"{share}, and bitsandbytes doesn't quantize those: they are 3-dimensional parameters, not linear layers"
-    names_left = left_out(architecture)
+    names_left = layers_without_adapters(architecture)
     if names_left and targets.modules is None and targets.set == "all_linear":
         yield f"{', '.join(names_left)} get no adapters: PEFT regards these names as experts' layers"
     dtype = compute_dtype(quantization, device.kind, device.bf16)

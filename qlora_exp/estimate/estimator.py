@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from qlora_exp.architecture.families import known_architecture
 from qlora_exp.architecture.run_plan import compute_dtype
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.architecture.targets import rank_above_width, resolve_targets
+from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora
 from qlora_exp.config.schema import Config, DeviceChoice, ModelConfig, TargetsConfig
 from qlora_exp.errors import ConfigError, QloraExpError
@@ -192,7 +192,7 @@ class Planner:
         adapted = self.adapted(config.model, config.targets)
         adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
         names = [shape.name for shape in adapted]
-        too_wide = rank_above_width(architecture, names, config.lora)
+        too_wide = rank_warning(architecture, names, config.lora)
         rows = self._counter.of(config) if self._counter is not None else None
         peak = _peak(architecture, names, config, device, rows)
         exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
@@ -294,7 +294,7 @@ def _peak(
         bf16=device.bf16,
         rows=rows.lengths if rows else None,
         steps=Workload.of(config.training, rows.lengths).steps if rows else None,
-        joined_heap=heap.merges_free_chunks(heap.tunables()),
+        joined_heap=heap.merges_free_chunks(heap.tunables_for_training()),
     ).needed_bytes
 
 

@@ -19,7 +19,7 @@ from qlora_exp.data.items import Splits
 from qlora_exp.evaluation.baselines import baselines
 from qlora_exp.evaluation.forgetting import DocumentLoss, answer_losses, forgetting, text_losses
 from qlora_exp.evaluation.per_item import ITEM_COLUMNS
-from qlora_exp.evaluation.scoring import Evaluation, evaluate_model, limited
+from qlora_exp.evaluation.scoring import Evaluation, evaluate_model, limit_items
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
@@ -81,12 +81,12 @@ def score_base_model(
         return _measure(model, tokenizer, splits, config)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder / f"{key}.lock")):
-        cached = _read_untouched(scores_file)
+        cached = _read_cached(scores_file)
         if cached is not None:
             return cached
         measured = _measure(model, tokenizer, splits, config)
         for split, table in measured.items.items():
-            write_items(table, _table(scores_file, split))
+            write_items(table, _table_path(scores_file, split))
         write_json(
             scores_file,
             {
@@ -118,14 +118,14 @@ def _evaluate(
     Both use the label marginal of the validation split.
     """
     validation = evaluate_model(
-        model, tokenizer, limited(splits.validation, config), splits, config, split="validation"
+        model, tokenizer, limit_items(splits.validation, config), splits, config, split="validation"
     )
     if config.evaluation.split is not EvaluationSplit.test:
         return validation, None
     test = evaluate_model(
         model,
         tokenizer,
-        limited(splits.test, config),
+        limit_items(splits.test, config),
         splits,
         config,
         split="test",
@@ -143,11 +143,11 @@ def _general_losses(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Spli
     )
 
 
-def _table(facts: Path, split: str) -> Path:
+def _table_path(facts: Path, split: str) -> Path:
     return facts.with_name(f"{facts.stem}.{split}.parquet")
 
 
-def _read_untouched(facts: Path) -> BaseScores | None:
+def _read_cached(facts: Path) -> BaseScores | None:
     """Return the cached scores; ``None`` if there are none or they can't be read: then they are measured again."""
     try:
         raw = json.loads(facts.read_text(encoding="utf-8"))
@@ -157,7 +157,7 @@ def _read_untouched(facts: Path) -> BaseScores | None:
             general=GeneralLosses(
                 **{kind: tuple(DocumentLoss(*loss) for loss in losses) for kind, losses in raw["general"].items()}
             ),
-            items={split: pq.read_table(_table(facts, split)) for split in raw["splits"]},
+            items={split: pq.read_table(_table_path(facts, split)) for split in raw["splits"]},
             cached=True,
         )
     except Exception:
@@ -165,7 +165,7 @@ def _read_untouched(facts: Path) -> BaseScores | None:
 
 
 @dataclass(frozen=True)
-class Forgotten:
+class ForgettingScores:
     """Change of the loss on general text and chats by tuning; ``None`` if it isn't measured."""
 
     text: Forgetting | None
@@ -174,14 +174,14 @@ class Forgotten:
 
 def score_splits(
     model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, base_scores: BaseScores
-) -> tuple[Evaluation, Evaluation | None, Forgotten]:
+) -> tuple[Evaluation, Evaluation | None, ForgettingScores]:
     """Return the tuned model's scores: validation, test (``evaluation.split=test``), and the loss on general text."""
     after, test = _evaluate(model, tokenizer, splits, config)
     before, current = base_scores.general, _general_losses(model, tokenizer, splits, config)
     return (
         after,
         test,
-        Forgotten(
+        ForgettingScores(
             text=forgetting(before.text, current.text, "general text") if before.text else None,
             chat=forgetting(before.chat, current.chat, "answers in general chats") if before.chat else None,
         ),
@@ -194,7 +194,7 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
         return None
     split = config.evaluation.split.value
     scored = replace(
-        splits, validation=tuple(limited(splits.validation, config)), test=tuple(limited(splits.test, config))
+        splits, validation=tuple(limit_items(splits.validation, config)), test=tuple(limit_items(splits.test, config))
     )
     if not config.evaluation.cache:
         return baselines(scored, split)
@@ -223,15 +223,15 @@ def item_names(splits: Splits) -> str:
     return "\n".join(item.item_id for split in (splits.train, splits.validation, splits.test) for item in split)
 
 
-MEASURED_WITH = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")
+CACHE_KEY_PACKAGES = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")
 """Packages in the cache key: an upgrade can change a score."""
 
-DEFINITIONS = "2"
+DEFINITIONS_VERSION = "2"
 """Version of the scores' definitions, in the cache key. Raise it when a definition changes."""
 
 
 def cache_key(*parts: str) -> str:
     """Return a cache key from ``parts`` (fingerprints), package versions, definitions and measured columns."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in MEASURED_WITH]
-    parts = (*parts, *versions, DEFINITIONS, *ITEM_COLUMNS.names)
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in CACHE_KEY_PACKAGES]
+    parts = (*parts, *versions, DEFINITIONS_VERSION, *ITEM_COLUMNS.names)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

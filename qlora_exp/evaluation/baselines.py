@@ -45,11 +45,11 @@ def baselines(splits: Splits, split: str) -> Baselines | None:
     guesses = [majority] * len(items)
     predicted, chosen = None, None
     if len(counts) > 1:
-        prefix, suffix = common_frame([item.prompt for item in train])
-        texts = np.array([without_frame(item, prefix, suffix) for item in train], dtype=object)
+        prefix, suffix = common_template([item.prompt for item in train])
+        texts = np.array([without_template(item, prefix, suffix) for item in train], dtype=object)
         chosen = _choose_c(texts, train_labels)
         model = _fit(texts, train_labels, chosen)
-        predicted = model.predict([without_frame(item, prefix, suffix) for item in items]).tolist()
+        predicted = model.predict([without_template(item, prefix, suffix) for item in items]).tolist()
     return Baselines(
         split=split,
         majority_label=splits.labels[majority],
@@ -63,28 +63,28 @@ def baselines(splits: Splits, split: str) -> Baselines | None:
     )
 
 
-def common_frame(prompts: Sequence[str]) -> tuple[str, str]:
+def common_template(prompts: Sequence[str]) -> tuple[str, str]:
     """Return the common beginning and end of all prompts, cut at word boundaries: the prompt template.
 
     Example: ``["Q: red? A:", "Q: blue? A:"]`` gives ``("Q: ", "? A:")``.
     """
     shortest, first = min(prompts, key=len), prompts[0]
-    prefix = common_start(prompts)
+    prefix = common_prefix(prompts)
     while prefix and prefix[-1].isalnum():
         prefix = prefix[:-1]
-    suffix = common_start([prompt[::-1] for prompt in prompts])[: len(shortest) - len(prefix)][::-1]
+    suffix = common_prefix([prompt[::-1] for prompt in prompts])[: len(shortest) - len(prefix)][::-1]
     while suffix and suffix[0].isalnum():
         suffix = suffix[1:]
     return ("", "") if len(prefix) + len(suffix) >= len(first) else (prefix, suffix)
 
 
-def common_start(texts: Sequence[TextOrTokens]) -> TextOrTokens:
+def common_prefix(texts: Sequence[TextOrTokens]) -> TextOrTokens:
     """Return the common beginning of all ``texts`` (or token ids)."""
     first, last = min(texts), max(texts)  # texts between these two in sorted order share their common beginning
     return next((first[:at] for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), first)
 
 
-def without_frame(item: Item, prefix: str, suffix: str) -> str:
+def without_template(item: Item, prefix: str, suffix: str) -> str:
     """Return the item's prompt without ``prefix`` and ``suffix``, in normal form."""
     return normal_form(item.prompt.removeprefix(prefix).removesuffix(suffix))
 

@@ -17,7 +17,7 @@ from qlora_exp.data.few_shot import FewShotDraw, few_shot_draws
 from qlora_exp.data.items import Splits
 from qlora_exp.evaluation.base_scores import cache_key, item_names, write_items
 from qlora_exp.evaluation.kv_cache import max_positions
-from qlora_exp.evaluation.scoring import evaluate_model, limited
+from qlora_exp.evaluation.scoring import evaluate_model, limit_items
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
@@ -85,22 +85,22 @@ def few_shot_scores(
             return cached
         measured = _measure(model, tokenizer, splits, config)
         for draw, table in zip(measured.draws, measured.items, strict=True):
-            write_items(table, _table(scores_file, draw.draw))
+            write_items(table, _table_path(scores_file, draw.draw))
         write_json(scores_file, {"draws": measured.draws})
     return measured
 
 
 def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> FewShotScores:
     on_test = config.evaluation.split is EvaluationSplit.test
-    validation = limited(splits.validation, config)
-    test = limited(splits.test, config) if on_test else ()
+    validation = limit_items(splits.validation, config)
+    test = limit_items(splits.test, config) if on_test else ()
     draws = few_shot_draws(config, tokenizer, splits, validation, test, max_positions(model))
-    scored = [_scored(draw, model, tokenizer, splits, config, on_test) for draw in draws]
+    scored = [_score_draw(draw, model, tokenizer, splits, config, on_test) for draw in draws]
     few_shots, items = zip(*scored, strict=True)
     return FewShotScores(tuple(few_shots), tuple(items), config.evaluation.split.value)
 
 
-def _scored(
+def _score_draw(
     draw: FewShotDraw, model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config, on_test: bool
 ) -> tuple[FewShot, pa.Table]:
     """Score one draw. Calibration uses the label marginal of the validation split with the same examples."""
@@ -115,7 +115,7 @@ def _scored(
     return few_shot, (test or validation).items
 
 
-def _table(facts: Path, draw: int) -> Path:
+def _table_path(facts: Path, draw: int) -> Path:
     return facts.with_name(f"{facts.stem}.{draw}.parquet")
 
 
@@ -124,6 +124,6 @@ def _read(facts: Path, split: str) -> FewShotScores | None:
     try:
         raw = json.loads(facts.read_text(encoding="utf-8"))["draws"]
         draws = tuple(from_dict(FewShot, draw, str(facts)) for draw in raw)
-        return FewShotScores(draws, tuple(pq.read_table(_table(facts, draw.draw)) for draw in draws), split)
+        return FewShotScores(draws, tuple(pq.read_table(_table_path(facts, draw.draw)) for draw in draws), split)
     except Exception:
         return None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qlora_exp.data.items import Item
 
 # A window is one forward pass without a cache. Longer ones would only need more memory.
-LONGEST_WINDOW = 2_048
+MAX_WINDOW_TOKENS = 2_048
 
 
 class DocumentLoss(NamedTuple):
@@ -52,7 +52,7 @@ def text_losses(model: Any, tokenizer: Any, documents: Sequence[str], config: Co
     ids = tokenizer(chosen, add_special_tokens=False, verbose=False)["input_ids"]
     with scoring_mode(model):
         causal = CausalModel(model)
-        longest = min(causal.max_positions or LONGEST_WINDOW, LONGEST_WINDOW)
+        longest = min(causal.max_positions or MAX_WINDOW_TOKENS, MAX_WINDOW_TOKENS)
         windows = [
             (number, tokens[at : at + longest])
             for number, tokens in enumerate(ids)

@@ -74,7 +74,7 @@ def generate(next_logits: Tensor, context: PrefilledBatch, tokenizer: Any, rule:
     that have ended leave the batch. A row also ends at the model's last position.
     """
     answers: list[list[int]] = [[] for _ in range(len(next_logits))]
-    limits = _room(context, rule.max_new_tokens)
+    limits = _token_limits(context, rule.max_new_tokens)
     open_rows = [row for row in range(len(answers)) if limits[row] > 0]
     slots = list(range(len(answers)))  # which row each row of the context belongs to
     chosen = next_logits.argmax(dim=-1).tolist()
@@ -97,7 +97,7 @@ def generate(next_logits: Tensor, context: PrefilledBatch, tokenizer: Any, rule:
     return [answer_text(ids, tokenizer, rule) for ids in answers]
 
 
-def _room(context: PrefilledBatch, max_new_tokens: int) -> list[int]:
+def _token_limits(context: PrefilledBatch, max_new_tokens: int) -> list[int]:
     """Return how many tokens each row may generate."""
     limit = context.model.max_positions
     if limit is None:

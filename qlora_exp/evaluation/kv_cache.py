@@ -98,7 +98,7 @@ class CausalModel:
         return limit if limit > 0 else None
 
     @property
-    def takes_masks_of_its_callers(self) -> bool:
+    def supports_custom_masks(self) -> bool:
         """Whether attention follows a mask of shape (rows, 1, tokens, all tokens), and distances follow from position
         ids alone.
 
@@ -171,9 +171,9 @@ class PrefilledBatch:
     def can_pack_continuations(self) -> bool:
         """Whether :meth:`branches` packs all paths into one row per text, without copies of the text's cache."""
         has_full_cache = self.cache is not None and all(type(layer) is DynamicLayer for layer in self.cache.layers)
-        return has_full_cache and self.model.takes_masks_of_its_callers
+        return has_full_cache and self.model.supports_custom_masks
 
-    def branches(self, paths: Sequence[Sequence[int]]) -> list[Tensor]:
+    def score_continuations(self, paths: Sequence[Sequence[int]]) -> list[Tensor]:
         """Read each of ``paths`` after each text, independently of the other paths.
 
         Returns fp32 logits after each path's tokens, one tensor (rows, tokens, vocabulary) per path. If the model
@@ -181,14 +181,14 @@ class PrefilledBatch:
         repeated for each path.
         """
         if self.can_pack_continuations:
-            return self._side_by_side(paths)
+            return self._packed_continuations(paths)
         rows = len(self.ids)
         ids, mask = padded([*paths] * rows, "right", self.model.device)
         logits, _ = self.select([row for row in range(rows) for _ in paths]).extend(ids, mask)
         by_path = logits.view(rows, len(paths), ids.shape[1], -1)
         return [by_path[:, number, : len(path)] for number, path in enumerate(paths)]
 
-    def _side_by_side(self, paths: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _packed_continuations(self, paths: Sequence[Sequence[int]]) -> list[Tensor]:
         assert self.cache is not None
         model, rows = self.model, len(self.ids)
         ids = torch.tensor([token for path in paths for token in path], device=model.device).expand(rows, -1)

@@ -83,7 +83,9 @@ def option_log_likelihoods(next_logits: Tensor, context: PrefilledBatch, trie: O
     scores = log_softmax(next_logits, dim=-1)[:, [option[0] for option in trie.options]].double()
     rows = len(next_logits)
     for chunk in _chunks(trie.paths, rows, context):
-        following = [log_softmax(logits, dim=-1) for logits in context.branches(trie.paths[chunk.start : chunk.stop])]
+        following = [
+            log_softmax(logits, dim=-1) for logits in context.score_continuations(trie.paths[chunk.start : chunk.stop])
+        ]
         for column, (option, reader) in enumerate(zip(trie.options, trie.readers, strict=True)):
             if reader is not None and reader in chunk:
                 for depth, token in enumerate(option[1:]):

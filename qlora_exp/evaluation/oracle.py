@@ -51,7 +51,7 @@ def check_answers(splits: Splits, tokenizer: Any, config: Config) -> None:
     Answers that ``training.max_length`` or ``evaluation.max_new_tokens`` truncates aren't checked.
     """
     rule = stop_rule_of(splits, tokenizer, config)
-    items = [item for item in (*splits.train, *splits.validation, *splits.test) if _whole(item, rule, config)]
+    items = [item for item in (*splits.train, *splits.validation, *splits.test) if _is_untruncated(item, rule, config)]
     wrong = [
         (item, answer)
         for item, answer in zip(items, perfect_answers(items, tokenizer, rule), strict=True)
@@ -69,7 +69,7 @@ def check_answers(splits: Splits, tokenizer: Any, config: Config) -> None:
     raise DataError(what, f"{file}, row {row}", hint)
 
 
-def _whole(item: Item, rule: StopRule, config: Config) -> bool:
+def _is_untruncated(item: Item, rule: StopRule, config: Config) -> bool:
     if not item.end_ids:
         return False
     return config.evaluation.max_new_tokens is None or len(item.completion_ids) < rule.max_new_tokens

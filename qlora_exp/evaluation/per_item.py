@@ -66,7 +66,7 @@ class ItemResult:
     generated: str | None
 
 
-def folds_case(option_texts: Sequence[str]) -> bool:
+def ignores_case(option_texts: Sequence[str]) -> bool:
     """Return whether answers are compared case-insensitively: False if two options differ only in case."""
     return len({comparable(text) for text in option_texts}) == len({comparable(text, False) for text in option_texts})
 
@@ -87,7 +87,7 @@ def item_table(
     """Return a table with one row per item, in order. Its columns are :data:`ITEM_COLUMNS`; unmeasured values are
     null."""
     predictions = _predictions(results, splits, label_marginal, priors)
-    fold_case = folds_case(option_texts)
+    fold_case = ignores_case(option_texts)
     valid = {comparable(text, fold_case) for text in option_texts}
     rows: list[dict[str, Any]] = []
     for number, (item, result) in enumerate(zip(items, results, strict=True)):
@@ -183,7 +183,7 @@ def _label_scores(column: Mapping[str, list[Any]], labels: Sequence[str]) -> dic
 
 
 def _answer_scores(column: Mapping[str, list[Any]], option_texts: Sequence[str]) -> dict[str, Any]:
-    generated, answers, fold_case = column["generated"], column["answer"], folds_case(option_texts)
+    generated, answers, fold_case = column["generated"], column["answer"], ignores_case(option_texts)
     scores = {"exact_match": score_completions(ExactMatch, generated, answers, fold_case=fold_case)}
     if option_texts:
         invalid = score_completions(InvalidAnswerRate, generated, answers, answers=option_texts, fold_case=fold_case)

@@ -68,7 +68,7 @@ def evaluate_model(
         if trie is not None and label_marginal is None and items:
             reference = results
             if split != "validation":
-                validation = limited(splits.validation, config)
+                validation = limit_items(splits.validation, config)
                 reference = score_items(causal, tokenizer, validation, trie, None, config.evaluation.batch_size)
             label_marginal = dict(zip(splits.labels, marginal(option_matrix(reference)).tolist(), strict=True))
         priors = option_priors(causal, _domain_prompt(tokenizer, splits), trie) if trie is not None else None
@@ -78,11 +78,11 @@ def evaluate_model(
     if rule is not None:
         scores = replace(scores, max_new_tokens=rule.max_new_tokens)
     if hub_metrics and items:
-        scores.other.update(_further(hub_metrics, table))
+        scores.other.update(_hub_scores(hub_metrics, table))
     return Evaluation(scores, table, tuple(splits.labels), dict(label_marginal) if label_marginal else None)
 
 
-def limited(items: Sequence[Item], config: Config) -> Sequence[Item]:
+def limit_items(items: Sequence[Item], config: Config) -> Sequence[Item]:
     """Return ``evaluation.max_items`` of ``items``, in their order.
 
     They are sampled with ``task.split_seed``, because a file may be sorted by label. A smaller sample is part of any
@@ -144,7 +144,7 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return decode_completions(ids, tokenizer).strip()
 
 
-def _further(metrics: Mapping[str, Any], table: pa.Table) -> dict[str, float]:
+def _hub_scores(metrics: Mapping[str, Any], table: pa.Table) -> dict[str, float]:
     """Return all numbers of the Hub metrics for the generated answers, as ``NAME`` or ``NAME_KEY``."""
     values: dict[str, float] = {}
     for name, metric in metrics.items():

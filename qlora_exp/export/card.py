@@ -16,11 +16,11 @@ FOUR_BIT_NOTE = (
 
 def export_card(record: RunRecord, export: Export) -> str:
     """Return Markdown: the model card of the run, with a chapter on the export before its settings."""
-    chapter = "\n".join(_chapter(export))
+    chapter = "\n".join(_export_chapter(export))
     return model_card(record).replace("## Settings\n", f"{chapter}\n\n## Settings\n", 1)
 
 
-def _chapter(export: Export) -> Iterator[str]:
+def _export_chapter(export: Export) -> Iterator[str]:
     yield "## What was exported"
     yield ""
     yield from _how_merged(export)
@@ -29,7 +29,7 @@ def _chapter(export: Export) -> Iterator[str]:
     yield "|---|---:|---|---:|---:|---|---:|---:|"
     yield from (_row(artefact) for artefact in export.artefacts)
     yield ""
-    yield from (f"{artefact.path}: {why}." for artefact in export.artefacts for why in _why(artefact))
+    yield from (f"{artefact.path}: {why}." for artefact in export.artefacts for why in _missing_results(artefact))
     if any(artefact.runtime for artefact in export.artefacts):
         yield FOUR_BIT_NOTE
     yield ""
@@ -69,10 +69,10 @@ def _row(artefact: Artefact) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _why(artefact: Artefact) -> Iterator[str]:
+def _missing_results(artefact: Artefact) -> Iterator[str]:
     if artefact.check is not None and artefact.check.why is not None:
         yield f"not checked: {artefact.check.why}"
     if artefact.runtime is not None and artefact.runtime.why is not None:
         yield f"not measured: {artefact.runtime.why}"
-    if artefact.check is not None and artefact.check.cut_otherwise is not None:
-        yield artefact.check.cut_otherwise
+    if artefact.check is not None and artefact.check.tokenization_note is not None:
+        yield artefact.check.tokenization_note

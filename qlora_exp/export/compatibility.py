@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE = "qwxz"
 """An answer that no template contains by itself."""
-UNSCALED = "default"
+DEFAULT_ROPE = "default"
 
 
 def end_of_answers(tokenizer: PreTrainedTokenizerBase, format: str) -> int | None:
@@ -42,7 +42,7 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
     return []
 
 
-def stop_at(model: PreTrainedModel, end: int | None) -> None:
+def add_end_token(model: PreTrainedModel, end: int | None) -> None:
     """Add ``end`` to the tokens at which ``generate`` and vLLM stop.
 
     A base that was trained on chats ends its answers with the template's end of turn. Its generation_config.json lists
@@ -56,8 +56,8 @@ def stop_at(model: PreTrainedModel, end: int | None) -> None:
 
 def write_for_version_4(folder: Path) -> None:
     """Make a folder of transformers 5 readable for transformers 4 and for programs built on it (vLLM, MLX …)."""
-    _rewrite(folder / "config.json", _with_older_names)
-    _rewrite(folder / "tokenizer_config.json", _tokenizer_by_older_names)
+    _rewrite(folder / "config.json", _add_version_4_names)
+    _rewrite(folder / "tokenizer_config.json", _rename_tokenizer_settings)
 
 
 def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -67,7 +67,7 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
         file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _with_older_names(config: dict[str, Any]) -> None:
+def _add_version_4_names(config: dict[str, Any]) -> None:
     """Add the keys that transformers 4 and programs built on it read to a config.json of transformers 5.
 
     Version 5 keeps the rotary embeddings' base in ``rope_parameters``. Version 4 doesn't know that key and computes
@@ -75,10 +75,10 @@ def _with_older_names(config: dict[str, Any]) -> None:
     """
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            part.update({name: value for name, value in _older_names(part).items() if name not in part})
+            part.update({name: value for name, value in _version_4_names(part).items() if name not in part})
 
 
-def _tokenizer_by_older_names(settings: dict[str, Any]) -> None:
+def _rename_tokenizer_settings(settings: dict[str, Any]) -> None:
     """Rename what version 4 doesn't know: the class TokenizersBackend, and the key for a list of extra special
     tokens."""
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -89,7 +89,7 @@ def _tokenizer_by_older_names(settings: dict[str, Any]) -> None:
         settings.pop(name, None)
 
 
-def _older_names(config: dict[str, Any]) -> dict[str, Any]:
+def _version_4_names(config: dict[str, Any]) -> dict[str, Any]:
     """Return version 4's keys and values for the dtype and the rotary embeddings of ``config``."""
     names: dict[str, Any] = {}
     if "dtype" in config:
@@ -100,7 +100,7 @@ def _older_names(config: dict[str, Any]) -> dict[str, Any]:
         return names
     names["rope_theta"] = full["rope_theta"]
     scaling = {key: value for key, value in full.items() if key != "rope_theta"}
-    names["rope_scaling"] = scaling if scaling.get("rope_type", UNSCALED) != UNSCALED else None
+    names["rope_scaling"] = scaling if scaling.get("rope_type", DEFAULT_ROPE) != DEFAULT_ROPE else None
     sliding = rope.get("sliding_attention")
     if isinstance(sliding, dict) and "rope_theta" in sliding:
         names["rope_local_base_freq"] = sliding["rope_theta"]

@@ -21,13 +21,13 @@ from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.schema import Config, ExportConfig
 from qlora_exp.errors import ExportError, ModelError, QloraExpError
 from qlora_exp.export.card import export_card
-from qlora_exp.export.compatibility import end_of_answers, stop_at, write_for_version_4
+from qlora_exp.export.compatibility import add_end_token, end_of_answers, write_for_version_4
 from qlora_exp.export.gguf import check_convertible, write_gguf
 from qlora_exp.export.llama_cpp import measure_runtime
 from qlora_exp.export.phone import answer_phone
 from qlora_exp.export.results import RESULTS_SCHEMA_VERSION, Artefact, Export, TaskCheck
 from qlora_exp.export.settings import BLOCK_TYPES
-from qlora_exp.export.task_check import Questions, check_exported_gguf, check_merged, not_checked, questions
+from qlora_exp.export.task_check import CheckItems, check_exported_gguf, check_merged, items_to_check, not_checked
 from qlora_exp.models import sources
 from qlora_exp.models.adapters import write_portable
 from qlora_exp.models.base import load_base
@@ -45,7 +45,7 @@ from qlora_exp.system.hardware import Price, price_of
 BYTES_PER_WEIGHT = {"adapter": 0.0, "merged": 2.0, "q8_0": 1.07, "q5_1": 0.76, "q5_0": 0.7, "q4_1": 0.64, "q4_0": 0.57}
 """Bytes per weight of a merged model or a GGUF file: a block of 32 weights has a scale (the _1 types also a minimum) in
 16 bits."""
-ROOM = 1.2
+SIZE_MARGIN = 1.2
 """Safety factor of the estimate, for embeddings in 8 bits, the tokenizer and the adapter."""
 
 
@@ -71,15 +71,15 @@ def export_run(
         ExportError: the run has nothing to export, or the folder can't be written.
         ModelError: the base is missing or has changed, the adapter doesn't fit, or no GGUF file can be written of it.
     """
-    source = _checked(paths, settings)
+    source = _check_run(paths, settings)
     target = (to or paths.export).expanduser().absolute()
     _check_target(target, source.record, settings)
-    with _staged(target) as folder:
+    with _staging_folder(target) as folder:
         export = _export(source, folder, settings, tell)
     return export, target
 
 
-def _checked(paths: RunPaths, settings: ExportConfig) -> _Source:
+def _check_run(paths: RunPaths, settings: ExportConfig) -> _Source:
     """Check everything that can be wrong with a run before a weight is read, and return its parts."""
     record = read_record(paths.record)
     if record.status is not Status.COMPLETED:
@@ -107,7 +107,7 @@ def _check_target(target: Path, record: RunRecord, settings: ExportConfig) -> No
         raise ExportError(what, str(target), "--to another folder, or delete this one first")
     existing_parent = next(folder for folder in target.parents if folder.is_dir())
     parameters = record.plan.total_parameters if record.plan else 0
-    needed = int(ROOM * parameters * sum(BYTES_PER_WEIGHT[name] for name in settings.formats))
+    needed = int(SIZE_MARGIN * parameters * sum(BYTES_PER_WEIGHT[name] for name in settings.formats))
     free = shutil.disk_usage(existing_parent).free
     if needed > free:
         what = f"the export takes about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
@@ -115,7 +115,7 @@ def _check_target(target: Path, record: RunRecord, settings: ExportConfig) -> No
 
 
 @contextlib.contextmanager
-def _staged(target: Path) -> Iterator[Path]:
+def _staging_folder(target: Path) -> Iterator[Path]:
     """Yield a folder next to ``target`` that becomes ``target`` on success and is deleted on failure."""
     folder = None
     try:
@@ -139,28 +139,30 @@ def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callabl
     with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work:
         merged_folder = folder / "merged" if "merged" in settings.formats else Path(work)
         source.tokenizer.save_pretrained(merged_folder)
-        task_questions = questions(source.config, source.record, source.paths, source.tokenizer, settings.check_items)
-        artefacts = [_adapter(source, folder)] if "adapter" in settings.formats else []
+        task_questions = items_to_check(
+            source.config, source.record, source.paths, source.tokenizer, settings.check_items
+        )
+        artefacts = [_export_adapter(source, folder)] if "adapter" in settings.formats else []
         fingerprint = source.record.model_fingerprint or ""
         if settings.formats != ["adapter"]:
             tell("merge")
             merged, fingerprint = merged_model(source.config, source.paths.adapter)
-            stop_at(merged, _end(source))
+            add_end_token(merged, _end_token(source))
             files = []
             for kind in (name for name in settings.formats if name in BLOCK_TYPES):
                 tell(f"write and check {kind}")
-                files.append(_gguf(source, merged, merged_folder, folder, kind, task_questions, settings))
+                files.append(_export_gguf(source, merged, merged_folder, folder, kind, task_questions, settings))
             if "merged" in settings.formats:  # last: it is rounded in place
                 tell("write and check the merged model")
-                artefacts.append(_merged(source, merged, folder, task_questions, settings))
+                artefacts.append(_export_merged(source, merged, folder, task_questions, settings))
             artefacts += files
-    export = _told(source, artefacts, fingerprint or sources.fingerprint(source.model), settings)
+    export = _results(source, artefacts, fingerprint or sources.fingerprint(source.model), settings)
     _write_cards(source, export, folder)
     write_json(folder / "export.json", export)
     return export
 
 
-def _adapter(source: _Source, folder: Path) -> Artefact:
+def _export_adapter(source: _Source, folder: Path) -> Artefact:
     target = folder / "adapter"
     target.mkdir()
     config, adapter = source.config, source.paths.adapter
@@ -171,16 +173,16 @@ def _adapter(source: _Source, folder: Path) -> Artefact:
     else:  # an adapter of an earlier version
         modules = resolve_targets(describe(config.model), config.targets)
         write_portable(load_base(config, "cpu"), config, modules, adapter, target)
-    return Artefact("adapter", "adapter/", _size(target))
+    return Artefact("adapter", "adapter/", _folder_bytes(target))
 
 
-def _end(source: _Source) -> int | None:
+def _end_token(source: _Source) -> int | None:
     """Return the token with which the run's answers end."""
     return end_of_answers(source.tokenizer, source.record.plan.format) if source.record.plan else None
 
 
-def _merged(
-    source: _Source, merged: PreTrainedModel, folder: Path, task_questions: Questions | str, settings: ExportConfig
+def _export_merged(
+    source: _Source, merged: PreTrainedModel, folder: Path, task_questions: CheckItems | str, settings: ExportConfig
 ) -> Artefact:
     """Write the merged model in 16 bits. The check reads the written files back and computes in fp32."""
     target = folder / "merged"
@@ -192,20 +194,20 @@ def _merged(
     else:
         read_back = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
         check = check_merged(read_back, source.tokenizer, task_questions, settings.tolerance)
-    return Artefact("merged", "merged/", _size(target), check)
+    return Artefact("merged", "merged/", _folder_bytes(target), check)
 
 
-def _gguf(
+def _export_gguf(
     source: _Source,
     merged: PreTrainedModel,
     tokenizer: Path,
     folder: Path,
     kind: str,
-    task_questions: Questions | str,
+    task_questions: CheckItems | str,
     settings: ExportConfig,
 ) -> Artefact:
     path = folder / f"model-{kind}.gguf"
-    write_gguf(merged, tokenizer, path, kind, source.record.name, _end(source))
+    write_gguf(merged, tokenizer, path, kind, source.record.name, _end_token(source))
     positions = getattr(merged.config, "max_position_embeddings", None)
     context = min(settings.context_tokens, positions or settings.context_tokens)
     runtime = measure_runtime(path, context, settings.generated_tokens)
@@ -215,7 +217,7 @@ def _gguf(
     return Artefact(kind, path.name, path.stat().st_size, check, runtime)
 
 
-def _told(source: _Source, artefacts: list[Artefact], fingerprint: str, settings: ExportConfig) -> Export:
+def _results(source: _Source, artefacts: list[Artefact], fingerprint: str, settings: ExportConfig) -> Export:
     """Return the export's results, with its cost and the answer to the phone case."""
     record = source.record
     seconds, price = record.speed.total_seconds, _price(record, settings)
@@ -259,5 +261,5 @@ def _write_cards(source: _Source, export: Export, folder: Path) -> None:
         shutil.copyfile(EMBEDDED / "LICENSE.wordnet", folder / "LICENSE.wordnet")
 
 
-def _size(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

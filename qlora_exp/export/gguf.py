@@ -32,7 +32,7 @@ GGUF_BLOCK = 32
 """Weights of a row that share a scale. The K types (Q4_K …) share one over 256, so they don't fit rows of 192."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TRAINING_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+GENERATION_TAGS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 """Tags that mark the assistant's words for training in transformers; other programs can't parse them."""
 PRE_TOKENIZERS: dict[tuple[tuple[str, Any], ...], str] = {
     (("ByteLevel", True),): "gpt-2",
@@ -44,10 +44,10 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, Any], ...], str] = {
 tokens than those of the training."""
 SENTENCEPIECE = "default"
 """llama.cpp's name for a SentencePiece vocabulary with byte fallback, as in Gemma."""
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-SPACES_ONLY = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+GEMMA_NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
 """The only normalization in Gemma's tokenizer."""
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -61,7 +61,7 @@ def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
     rope = _rope(config).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise ModelError(f"no GGUF file can be written of rotary embeddings scaled by {rope}", where, hint)
-    if (unlike := _unlike_llama_cpp(config)) is not None:
+    if (unlike := _difference_from_llama_cpp(config)) is not None:
         raise ModelError(f"no GGUF file can be written of this {config.model_type}: {unlike}", where, hint)
     if _pre_tokenizer(tokenizer) is None:
         what = "only byte-level BPE as GPT-2, SmolLM, Llama 3 and Qwen have it, and SentencePiece as Gemma has it"
@@ -90,7 +90,7 @@ def write_gguf(
         if end_of_turn is not None:
             writer.add_eot_token_id(end_of_turn)
         for tensor_name, values in _tensors(model):
-            stored = _type(tensor_name, values, kind)
+            stored = _tensor_type(tensor_name, values, kind)
             writer.add_tensor(tensor_name, gguf.quants.quantize(values, stored), raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -109,7 +109,7 @@ def _rope(config: PretrainedConfig, attention: str = "full_attention") -> dict[s
     return dict(rope.get(attention) or {}) if "full_attention" in rope else rope
 
 
-def _unlike_llama_cpp(config: PretrainedConfig) -> str | None:
+def _difference_from_llama_cpp(config: PretrainedConfig) -> str | None:
     """Return the first setting of a Gemma 3 for which llama.cpp assumes another value, in words; ``None`` if there is
     none."""
     if _architecture(config) != "GEMMA3":
@@ -130,7 +130,7 @@ def _head_width(config: PretrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _type(name: str, values: np.ndarray, kind: str) -> Any:
+def _tensor_type(name: str, values: np.ndarray, kind: str) -> Any:
     """Return the GGUF type of a tensor, see :func:`write_gguf`."""
     import gguf
 
@@ -183,15 +183,15 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
             raise ModelError(f"GGUF has no place for the weight {name}", config.model_type, "--formats adapter,merged")
         values: np.ndarray = tensor.detach().to(torch.float32).cpu().numpy()
         if architecture in PERMUTED and ".q_proj." in name:
-            values = _in_pairs(values, config.num_attention_heads)
+            values = _interleave_halves(values, config.num_attention_heads)
         elif architecture in PERMUTED and ".k_proj." in name:
-            values = _in_pairs(values, config.num_key_value_heads)
+            values = _interleave_halves(values, config.num_key_value_heads)
         elif architecture == "GEMMA3" and name.endswith("norm.weight"):
             values = values + 1  # transformers' Gemma3RMSNorm multiplies by 1 + weight
         yield str(gguf_name), values
 
 
-def _in_pairs(values: np.ndarray, heads: int) -> np.ndarray:
+def _interleave_halves(values: np.ndarray, heads: int) -> np.ndarray:
     """Reorder each head's rows from halves (transformers' rotate_half: i and i + d/2) to neighbours (llama.cpp)."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
@@ -227,12 +227,12 @@ def _pre_tokenizer_of(raw: dict[str, Any]) -> str | None:
         return None
     if model.get("byte_fallback"):  # splitting at spaces has no effect: the normalizer replaced them
         at_spaces = not cut or cut.get("pattern") == {"String": " "}
-        return SENTENCEPIECE if raw.get("normalizer") == SPACES_ONLY and at_spaces else None
+        return SENTENCEPIECE if raw.get("normalizer") == GEMMA_NORMALIZER and at_spaces else None
     steps = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
-    return PRE_TOKENIZERS.get(tuple((str(step.get("type")), _said(step)) for step in steps))
+    return PRE_TOKENIZERS.get(tuple((str(step.get("type")), _split_setting(step)) for step in steps))
 
 
-def _said(step: dict[str, Any]) -> Any:
+def _split_setting(step: dict[str, Any]) -> Any:
     """Return the one setting of a step that decides how it splits; ``None`` for a setting that llama.cpp doesn't
     have."""
     match step.get("type"):
@@ -258,10 +258,10 @@ def _add_vocabulary(writer: Any, folder: Path, size: int) -> None:
     types = [_token_type(raw, added.get(number), token) for number, token in enumerate(tokens)]
     if pre == SENTENCEPIECE:  # added tokens are matched before spaces are replaced
         tokens = [
-            token.replace(SPACE, " ") if token and kind == gguf.TokenType.USER_DEFINED else token
+            token.replace(SPACE_MARK, " ") if token and kind == gguf.TokenType.USER_DEFINED else token
             for token, kind in zip(tokens, types, strict=True)
         ]
-        writer.add_token_scores(_scores(raw, tokens))
+        writer.add_token_scores(_token_scores(raw, tokens))
         writer.add_add_space_prefix(False)
     writer.add_tokenizer_model("llama" if pre == SENTENCEPIECE else "gpt2")
     writer.add_tokenizer_pre(pre)
@@ -269,7 +269,7 @@ def _add_vocabulary(writer: Any, folder: Path, size: int) -> None:
     writer.add_token_types(types)
     special = gguf.SpecialVocab(folder, load_merges=pre != SENTENCEPIECE, n_vocab=size)
     if isinstance(special.chat_template, str):
-        special.chat_template = TRAINING_MARKS.sub("", special.chat_template)
+        special.chat_template = GENERATION_TAGS.sub("", special.chat_template)
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -283,10 +283,10 @@ def _token_type(raw: dict[str, Any], added: dict[str, Any] | None, token: str | 
         return types.UNKNOWN
     if added is not None:
         return types.CONTROL if added["special"] else types.USER_DEFINED
-    return types.BYTE if model.get("byte_fallback") and BYTE.fullmatch(token) else types.NORMAL
+    return types.BYTE if model.get("byte_fallback") and BYTE_TOKEN.fullmatch(token) else types.NORMAL
 
 
-def _scores(raw: dict[str, Any], tokens: Sequence[str | None]) -> list[float]:
+def _token_scores(raw: dict[str, Any], tokens: Sequence[str | None]) -> list[float]:
     """Return SentencePiece's scores, higher for a token whose merge comes earlier. transformers orders the merges in
     tokenizer.json by SentencePiece's own scores."""
     merges = raw["model"]["merges"]

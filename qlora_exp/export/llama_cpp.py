@@ -22,16 +22,16 @@ from transformers import PreTrainedModel
 
 from qlora_exp.export.results import Runtime
 
-MEASURE_SECONDS = 900.0
+MEASURE_TIMEOUT_SECONDS = 900.0
 """Time-out. An 8B model in 4 bits reads 256 tokens on one slow core in about five minutes."""
-MISSING = (
+INSTALL_HINT = (
     "llama.cpp isn't installed: pip install 'qlora-exp[phone]' (pip compiles it: needs a C++ compiler and some minutes)"
 )
 
 
 def why_not() -> str | None:
     """Return ``None`` if llama.cpp is installed, else what to do about it."""
-    return None if importlib.util.find_spec("llama_cpp") is not None else MISSING
+    return None if importlib.util.find_spec("llama_cpp") is not None else INSTALL_HINT
 
 
 def measure_runtime(path: Path, context_tokens: int, generated_tokens: int) -> Runtime:
@@ -43,9 +43,9 @@ def measure_runtime(path: Path, context_tokens: int, generated_tokens: int) -> R
     # -P: don't import from the script's own folder.
     command = [sys.executable, "-P", str(script), str(path), str(context_tokens), str(generated_tokens)]
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=MEASURE_SECONDS, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=MEASURE_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return replace(unknown, why=f"llama.cpp was not done after {MEASURE_SECONDS:.0f} seconds")
+        return replace(unknown, why=f"llama.cpp was not done after {MEASURE_TIMEOUT_SECONDS:.0f} seconds")
     if process.returncode != 0:
         last_line = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         return replace(unknown, why=f"llama.cpp can't run the file: {last_line[:300]}")

@@ -8,7 +8,7 @@ from qlora_exp.config.schema import ExportConfig
 from qlora_exp.export.results import Artefact, Criterion, PhoneAnswer
 from qlora_exp.system.hardware import Price
 
-ROUTE_ORDER = ("no", "not shown", "yes")
+ANSWER_ORDER = ("no", "not shown", "yes")
 """From worst to best: a case is as good as its worst criterion."""
 
 
@@ -31,13 +31,13 @@ def answer_phone(
         return PhoneAnswer(question, "not shown", None, (no_file, cost))
     candidates = [(file, (*_file_criteria(file, settings), cost)) for file in files]
     best, criteria = max(
-        candidates, key=lambda candidate: (ROUTE_ORDER.index(_worst(candidate[1])), -candidate[0].size_bytes)
+        candidates, key=lambda candidate: (ANSWER_ORDER.index(_worst(candidate[1])), -candidate[0].size_bytes)
     )
     return PhoneAnswer(question, _worst(criteria), best.path, criteria)
 
 
 def _worst(criteria: Sequence[Criterion]) -> str:
-    return min((criterion.answer for criterion in criteria), key=ROUTE_ORDER.index)
+    return min((criterion.answer for criterion in criteria), key=ANSWER_ORDER.index)
 
 
 def _file_criteria(file: Artefact, settings: ExportConfig) -> tuple[Criterion, ...]:
@@ -81,8 +81,8 @@ def _task(file: Artefact) -> Criterion:
         f"{check.metric.replace('_', ' ')} {check.exported:.3f}, the run's own {check.run:.3f} on the same "
         f"{check.items} items; tolerance {check.tolerance:g}, loss at most {check.high:.3f} (95 %)"
     )
-    if (otherwise := check.cut_otherwise) is not None:
-        answer = min(check.answer, "not shown", key=ROUTE_ORDER.index)
+    if (otherwise := check.tokenization_note) is not None:
+        answer = min(check.answer, "not shown", key=ANSWER_ORDER.index)
         return Criterion("answers the task", answer, f"{detail}; {otherwise}")
     return Criterion("answers the task", check.answer, detail)
 

@@ -56,7 +56,7 @@ class TaskCheck:
     why: str | None = None
 
     @property
-    def cut_otherwise(self) -> str | None:
+    def tokenization_note(self) -> str | None:
         """GGUF: a note if its own tokenizer may split prompts differently from the run's, else ``None``. The check
         itself uses the run's tokens."""
         if self.engine != "llama.cpp" or self.same_tokens == 1.0:

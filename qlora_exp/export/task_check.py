@@ -25,12 +25,12 @@ from qlora_exp.records.types import RunRecord
 
 METRICS = {"correct": "accuracy", "exact": "exact_match"}
 """Per-item column → metric. The first one that the run has is compared."""
-Z = 1.6449
+Z_ONE_SIDED_95 = 1.6449
 """Quantile of the normal distribution for a one-sided 95 % bound."""
 
 
 @dataclass(frozen=True)
-class Questions:
+class CheckItems:
     """The items to answer again, and the run's result for each."""
 
     config: Config
@@ -41,7 +41,7 @@ class Questions:
     """The run's per-item results, in the items' order."""
 
 
-def questions(config: Config, record: RunRecord, paths: RunPaths, tokenizer: Any, count: int) -> Questions | str:
+def items_to_check(config: Config, record: RunRecord, paths: RunPaths, tokenizer: Any, count: int) -> CheckItems | str:
     """Return the first ``count`` items of the split that the run was scored on, or the reason why there are none."""
     if count == 0:
         return "not asked for (--check-items 0)"
@@ -61,7 +61,7 @@ def questions(config: Config, record: RunRecord, paths: RunPaths, tokenizer: Any
     items = tuple(item for item in all_items if item.item_id in row_of)[:count]
     if not items:
         return "the run's per-item results are of other items"
-    return Questions(config, splits, split, items, answers.take([row_of[item.item_id] for item in items]))
+    return CheckItems(config, splits, split, items, answers.take([row_of[item.item_id] for item in items]))
 
 
 def not_checked(why: str, tolerance: float) -> TaskCheck:
@@ -70,30 +70,30 @@ def not_checked(why: str, tolerance: float) -> TaskCheck:
 
 
 def check_merged(
-    model: PreTrainedModel, tokenizer: Any, task_questions: Questions | str, tolerance: float
+    model: PreTrainedModel, tokenizer: Any, task_questions: CheckItems | str, tolerance: float
 ) -> TaskCheck:
     """Compare the answers of ``model``, read back from the exported folder, in fp32 by transformers."""
     if isinstance(task_questions, str):
         return not_checked(task_questions, tolerance)
-    return _compared(
+    return _compare(
         model, tokenizer, task_questions, tolerance, "transformers", task_questions.config.evaluation.batch_size
     )
 
 
 def check_exported_gguf(
-    path: Path, like: PreTrainedModel, tokenizer: Any, task_questions: Questions | str, tolerance: float
+    path: Path, like: PreTrainedModel, tokenizer: Any, task_questions: CheckItems | str, tolerance: float
 ) -> TaskCheck:
     """Compare the answers of ``path`` in llama.cpp. Without llama.cpp there is no check."""
     why = task_questions if isinstance(task_questions, str) else why_not()
     if isinstance(task_questions, str) or why is not None:
         return not_checked(str(why), tolerance)
     model = LlamaCppModel(path, like, _longest(task_questions, like))
-    check = _compared(model, tokenizer, task_questions, tolerance, "llama.cpp", batch_size=1)
+    check = _compare(model, tokenizer, task_questions, tolerance, "llama.cpp", batch_size=1)
     same = [model.tokenize(item.prompt) == list(item.prompt_ids) for item in task_questions.items]
     return replace(check, same_tokens=sum(same) / len(same))
 
 
-def _longest(task_questions: Questions, like: PreTrainedModel) -> int:
+def _longest(task_questions: CheckItems, like: PreTrainedModel) -> int:
     """Return the tokens of the longest sequence: a prompt with its answer, any label, or generated tokens."""
     generated = task_questions.config.evaluation.max_new_tokens or 0
     labels = max((len(ids) for ids in task_questions.splits.option_ids.values()), default=0)
@@ -104,8 +104,8 @@ def _longest(task_questions: Questions, like: PreTrainedModel) -> int:
     return min(longest, positions) if positions else longest
 
 
-def _compared(
-    model: Any, tokenizer: Any, task_questions: Questions, tolerance: float, engine: str, batch_size: int
+def _compare(
+    model: Any, tokenizer: Any, task_questions: CheckItems, tolerance: float, engine: str, batch_size: int
 ) -> TaskCheck:
     config = task_questions.config
     # With labels, accuracy is compared and generated text isn't needed.
@@ -168,7 +168,7 @@ def paired_bounds(lost: int, won: int, items: int) -> tuple[float, float]:
     n = items + 2
     difference = (lost - won) / n
     error = math.sqrt(lost + won + 1 - (lost - won) ** 2 / n) / n
-    return difference - Z * error, difference + Z * error
+    return difference - Z_ONE_SIDED_95 * error, difference + Z_ONE_SIDED_95 * error
 
 
 def _mean(values: Sequence[float]) -> float:

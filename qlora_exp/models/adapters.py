@@ -28,9 +28,9 @@ from qlora_exp.models.base import Base, clone_sharing_weights
 from qlora_exp.models.portable_adapters import make_portable
 
 ADAPTER = "default"
-START = "_qlora_exp_adapter_start"
+START_ATTRIBUTE = "_qlora_exp_adapter_start"
 """Attribute of the model that holds the adapters' first values until recast_adapters() reads them."""
-SUBTRACTED = "_qlora_exp_subtracted"
+SUBTRACTED_ATTRIBUTE = "_qlora_exp_subtracted"
 """Attribute of the model that holds what PiSSA subtracted from the base's weights (the adapters' first values), until
 save_adapter() writes it."""
 MAGNITUDE = "lora_magnitude_vector"
@@ -54,7 +54,7 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
     if missing or not modules:
         raise ModelError("there are target modules that the model doesn't have", ", ".join(missing) or "none given")
     if lora.init is AdapterInit.pissa:
-        _own_weights([layers[name] for name in modules], lora.r)
+        _copy_weights([layers[name] for name in modules], lora.r)
     requested = set(modules)
     settings = peft.LoraConfig(
         r=lora.r,
@@ -63,7 +63,7 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights="pissa" if lora.init is AdapterInit.pissa else True,
-        target_modules=_pattern(layers, requested),
+        target_modules=_peft_target_modules(layers, requested),
         fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
         bias="none",
         task_type="CAUSAL_LM",
@@ -76,11 +76,13 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
             "PEFT adapted other layers than those asked for", ", ".join(differing), "name them in targets.modules"
         )
     if lora.init is not AdapterInit.pissa:
-        _draw(adapted, lora, config.seed)
+        _draw_a(adapted, lora, config.seed)
     if lora.init is AdapterInit.pissa:  # before the cast: these are the values that PiSSA subtracted
-        setattr(adapted, SUBTRACTED, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
+        setattr(
+            adapted, SUBTRACTED_ATTRIBUTE, {name: value.detach().clone() for name, value in adapter_parameters(adapted)}
+        )
     _cast(adapted, getattr(torch, adapter_dtype(lora)))
-    setattr(adapted, START, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
+    setattr(adapted, START_ATTRIBUTE, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
     return adapted
 
 
@@ -91,7 +93,7 @@ def recast_adapters(model: nn.Module, lora: LoraConfig) -> None:
     A value that differs from its start by more than rounding was trained or loaded: it is only cast.
     """
     dtype = getattr(torch, adapter_dtype(lora))
-    start_values: dict[str, torch.Tensor] = model.__dict__.pop(START, {})
+    start_values: dict[str, torch.Tensor] = model.__dict__.pop(START_ATTRIBUTE, {})
     for name, parameter in adapter_parameters(model):
         start = start_values.get(name)
         is_at_start = start is not None and torch.equal(start.to(parameter.dtype), parameter.detach())
@@ -110,7 +112,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     it was loaded they give the trained model, with every initialization."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    make_portable(folder, getattr(model, SUBTRACTED, {}))
+    make_portable(folder, getattr(model, SUBTRACTED_ATTRIBUTE, {}))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a run writes its own model card
 
 
@@ -122,7 +124,7 @@ def write_portable(base: Base, config: Config, modules: Sequence[str], source: P
         shutil.copyfile(source / name, target / name)
     start: dict[str, torch.Tensor] = {}
     if config.lora.init is AdapterInit.pissa:
-        start = getattr(attach_adapters(clone_sharing_weights(base), config, modules), SUBTRACTED)
+        start = getattr(attach_adapters(clone_sharing_weights(base), config, modules), SUBTRACTED_ATTRIBUTE)
     make_portable(target, start)
 
 
@@ -142,7 +144,7 @@ def load_adapter(base: Base, folder: Path) -> PeftModel:
         raise ModelError(f"the adapter can't be read: {error}", str(folder), "copy it again") from None
     model = clone_sharing_weights(base)
     if settings.get("init_lora_weights") == "pissa":
-        _own_weights([module for module in model.modules() if hasattr(module, "weight")], 0)
+        _copy_weights([module for module in model.modules() if hasattr(module, "weight")], 0)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False)
         _cast(adapted, next(value.dtype for name, value in saved.items() if "lora_A" in name))
@@ -171,7 +173,7 @@ def _inject(model: PreTrainedModel, settings: peft.LoraConfig) -> PeftModel:
     return adapted
 
 
-def _pattern(layers: dict[str, nn.Module], requested: set[str]) -> list[str] | str:
+def _peft_target_modules(layers: dict[str, nn.Module], requested: set[str]) -> list[str] | str:
     """Return ``target_modules`` for PEFT: the last parts of names if they match exactly the requested layers, else a
     regular expression of the full names. Other tools read adapters with short names well. PEFT would match a list of
     full names as endings, too."""
@@ -188,7 +190,7 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
-def _draw(model: PeftModel, lora: LoraConfig, seed: int) -> None:
+def _draw_a(model: PeftModel, lora: LoraConfig, seed: int) -> None:
     """Draw A. kaiming: uniform with bound 1/sqrt(in), torch's default for a linear layer and LoRA's own. gaussian:
     standard deviation 1/r, as in PEFT."""
     for name, layer in _lora_layers(model):
@@ -214,7 +216,7 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if MAGNITUDE in name else dtype
 
 
-def _own_weights(layers: Sequence[nn.Module], r: int) -> None:
+def _copy_weights(layers: Sequence[nn.Module], r: int) -> None:
     """Give each of ``layers`` a copy of its weight: PiSSA writes into the base's weights."""
     for layer in layers:
         weight = layer.weight

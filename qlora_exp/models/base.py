@@ -114,13 +114,13 @@ def clone_sharing_weights(base: Base) -> PreTrainedModel:
 
     Trainers wrap ``forward``, add hooks and change flags for good. On a clone they leave the base as it is.
     """
-    return _shell_of(base.model)
+    return _clone_sharing_tensors(base.model)
 
 
-def _shell_of(model: PreTrainedModel) -> PreTrainedModel:
+def _clone_sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for shared in _tensors_of(module):
+        for shared in _shared_tensors(module):
             memo[id(shared)] = shared
     return copy.deepcopy(model, memo)
 
@@ -135,7 +135,7 @@ def unquantized_modules(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Any]:
+def _shared_tensors(module: nn.Module) -> Iterator[Any]:
     """Yield what a clone shares. A 4-bit weight carries its quantization state; an 8-bit layer keeps it in
     ``state``."""
     yield from module.parameters(recurse=False)
@@ -154,7 +154,7 @@ def _from_folder(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedMo
     )
     if not source.is_local:
         check_weights(source)  # files that were downloaded only now
-    return _complete(model, report, source)
+    return _check_no_missing_weights(model, report, source)
 
 
 def _from_gguf(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -172,15 +172,15 @@ def _from_gguf(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedMode
             output_loading_info=True,
             **source.arguments,
         )
-        _complete(unpacked, report, source)
+        _check_no_missing_weights(unpacked, report, source)
         model_class, weights = type(unpacked), unpacked.state_dict()
     model, report = model_class.from_pretrained(
         None, config=config, state_dict=weights, output_loading_info=True, **arguments
     )
-    return _complete(model, report, source)
+    return _check_no_missing_weights(model, report, source)
 
 
-def _complete(model: PreTrainedModel, report: dict[str, Any], source: ModelSource) -> PreTrainedModel:
+def _check_no_missing_weights(model: PreTrainedModel, report: dict[str, Any], source: ModelSource) -> PreTrainedModel:
     """Return ``model`` if all of its weights come from the files, in the right shape. transformers only warns of
     missing weights and initializes them at random; a run on such a base would mean nothing."""
     missing = sorted(report["missing_keys"])
@@ -225,7 +225,7 @@ def _warm_up(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.eval()
-    check_causal(model, source.where, _shell_of)
+    check_causal(model, source.where, _clone_sharing_tensors)
     return model
 
 

@@ -22,14 +22,14 @@ class NoCache:
 
     warm = False
 
-    def lend(self, config: Config, device_kind: str) -> Base:
+    def get(self, config: Config, device_kind: str) -> Base:
         return load_base(config, device_kind)
 
     def model(self, base: Base) -> PreTrainedModel:
         """Return the base's own model: no other run needs it."""
         return base.model
 
-    def kept(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+    def memoize(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
         return make()
 
 
@@ -47,11 +47,11 @@ class BaseCache:
         """Whether a base is in the cache."""
         return "base" in self._last
 
-    def lend(self, config: Config, device_kind: str) -> Base:
+    def get(self, config: Config, device_kind: str) -> Base:
         """Return the cached base if ``config`` needs the same one; otherwise free it, then load the new one."""
         _collect()  # the last trial's clone, trainer and optimizer are reference cycles
         key = (model_key(config.model), repr(config.quantization), device_kind)
-        base = self.kept("base", key, lambda: load_base(config, device_kind))
+        base = self.memoize("base", key, lambda: load_base(config, device_kind))
         if self._new:
             gc.freeze()  # the collector skips cached objects: saves half a second per trial
             self._new = False
@@ -60,7 +60,7 @@ class BaseCache:
     def model(self, base: Base) -> PreTrainedModel:
         return clone_sharing_weights(base)
 
-    def kept(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+    def memoize(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
         """Return the object made for ``key`` last time, or else ``make()``. One object of each ``kind`` is cached."""
         if kind not in self._last or self._last[kind][0] != key:
             if self._last.pop(kind, None) is not None:

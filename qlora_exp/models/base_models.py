@@ -18,11 +18,11 @@ class BaseModels(Protocol):
     def warm(self) -> bool:
         """Whether a base is in the cache."""
 
-    def lend(self, config: Config, device_kind: str) -> Base:
+    def get(self, config: Config, device_kind: str) -> Base:
         """Return the base that ``config`` needs, as :func:`models.base.load_base` loads it."""
 
     def model(self, base: Base) -> Any:
         """Return a model to evaluate or train. Changes to it don't reach a base that is needed again."""
 
-    def kept(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+    def memoize(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
         """Return ``make()``, or its last result for the same key."""

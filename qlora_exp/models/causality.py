@@ -33,7 +33,7 @@ BIDIRECTIONAL = "use_bidirectional_attention"
 """A key of Gemma's configurations."""
 CAUSAL_LANGUAGE_MODELS = "give a causal language model: Llama, Qwen, Gemma, GPT-2 …"
 PROBE_TOKENS = 16
-NOISE = 0.05
+NOISE_SHARE = 0.05
 """Share of the logits' standard deviation. It decides only if no gradient can be computed."""
 
 
@@ -44,7 +44,7 @@ def check_configured_causal(config: PretrainedConfig, where: str) -> None:
     what = f"this {model_type} is not causal: each position sees later tokens, the answer among them"
     if model_type == "cpmant":
         raise ModelError(what, where, CAUSAL_LANGUAGE_MODELS)
-    switch = next((candidate for candidate in _switches(config, text) if candidate is not None), None)
+    switch = next((candidate for candidate in _non_causal_settings(config, text) if candidate is not None), None)
     if switch is not None:
         key, causal = switch
         value = getattr(text, key, None)
@@ -52,7 +52,7 @@ def check_configured_causal(config: PretrainedConfig, where: str) -> None:
         raise ModelError(f"{what} ({key} is {json.dumps(value)})", where, f"{CAUSAL_LANGUAGE_MODELS}; {hint}")
 
 
-def _switches(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[tuple[str, object] | None]:
+def _non_causal_settings(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[tuple[str, object] | None]:
     """Yield the keys of config.json that let the model see later tokens, each with the value that makes it causal;
     ``None`` for a key that is right."""
     model_type = str(config.model_type)
@@ -73,7 +73,7 @@ def check_causal(model: PreTrainedModel, where: str, copied: Callable[[PreTraine
 
     ``copied`` returns a copy of the model that shares its weights.
     """
-    first, second = _probes(model)
+    first, second = _probe_inputs(model)
     logits = [_logits(model, tokens)[:, :-1] for tokens in (first, second)]
     difference = float((logits[0] - logits[1]).abs().max())
     if difference == 0 or math.isnan(difference):  # the evaluation reports a model that computes NaN
@@ -81,13 +81,13 @@ def check_causal(model: PreTrainedModel, where: str, copied: Callable[[PreTraine
     try:
         depends = _gradient_by_last_token(copied(model), first) != 0
     except RuntimeError:  # an operation without a gradient
-        depends = difference > NOISE * float(logits[0].std())
+        depends = difference > NOISE_SHARE * float(logits[0].std())
     if depends:
         what = f"this {model.config.model_type} is not causal: each position sees later tokens, the answer among them"
         raise ModelError(what, where, CAUSAL_LANGUAGE_MODELS)
 
 
-def _probes(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+def _probe_inputs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two inputs of one row that differ in their last token, without special tokens if the vocabulary allows
     it."""
     text = model.config.get_text_config()
@@ -114,14 +114,14 @@ def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def _gradient_by_last_token(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Return the largest gradient of the earlier logits with respect to the last token's embedding."""
     embedded: list[torch.Tensor] = []
-    model.get_input_embeddings().register_forward_hook(_tracked(embedded))
+    model.get_input_embeddings().register_forward_hook(_embedding_hook(embedded))
     with torch.enable_grad():
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
         (gradient,) = torch.autograd.grad(logits[:, :-1].float().pow(2).sum(), embedded[-1])
     return float(gradient[:, -1].abs().max())
 
 
-def _tracked(embedded: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _embedding_hook(embedded: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return a forward hook that makes the embeddings a leaf with a gradient, and appends them to ``embedded``."""
 
     def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:

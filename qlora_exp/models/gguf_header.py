@@ -12,15 +12,15 @@ from typing import Any, BinaryIO
 
 from qlora_exp.errors import ModelError
 
-PART = re.compile(r"^(?P<name>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
+PART_FILE_NAME = re.compile(r"^(?P<name>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
 """How llama.cpp names the parts of a split model."""
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+NUMBER_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-NEVER_TIED = ("falcon", "bloom")
+ALWAYS_TIED = ("falcon", "bloom")
 """Architectures that transformers always ties, even if the file has an ``output.weight``."""
-LONGEST_ARRAY = 4096
+MAX_ARRAY_LENGTH = 4096
 """Longer arrays are vocabularies, whose values nobody needs here."""
-AGAIN = "copy or download it again"
+COPY_AGAIN_HINT = "copy or download it again"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def gguf_parts(file: Path) -> list[Path]:
     """
     header = read_header(file)
     count = int(header.metadata.get("split.count", 1))
-    match = PART.match(file.name)
+    match = PART_FILE_NAME.match(file.name)
     if count <= 1:
         return [file]
     if match is None or int(match["parts"]) != count:
@@ -67,9 +67,9 @@ def gguf_parts(file: Path) -> list[Path]:
     parts = [file.with_name(f"{match['name']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        what = f"the model is split into {count} parts, and {', '.join(missing)} {_is(missing)} missing"
+        what = f"the model is split into {count} parts, and {', '.join(missing)} {_is_or_are(missing)} missing"
         raise ModelError(what, str(file.parent), "download the missing parts to the same directory")
-    _check_together(parts)
+    _check_parts(parts)
     return parts
 
 
@@ -78,10 +78,10 @@ def is_tied(parts: list[Path]) -> bool:
     ``output.weight``."""
     headers = [read_header(part) for part in parts]
     architecture = headers[0].metadata.get("general.architecture")
-    return architecture in NEVER_TIED or all(t.name != "output.weight" for header in headers for t in header.tensors)
+    return architecture in ALWAYS_TIED or all(t.name != "output.weight" for header in headers for t in header.tensors)
 
 
-def _check_together(parts: list[Path]) -> None:
+def _check_parts(parts: list[Path]) -> None:
     headers = [read_header(part) for part in parts]
     for number, header in enumerate(headers):
         split = (int(header.metadata.get("split.no", -1)), int(header.metadata.get("split.count", -1)))
@@ -97,7 +97,7 @@ def _check_together(parts: list[Path]) -> None:
         raise ModelError(what, str(parts[0]), "download the parts again, all from one source")
 
 
-def _is(names: list[str]) -> str:
+def _is_or_are(names: list[str]) -> str:
     return "is" if len(names) == 1 else "are"
 
 
@@ -107,10 +107,12 @@ def _read(file: Path, size: int, modified: int) -> GgufHeader:
     try:
         with file.open("rb") as stream:
             if stream.read(4) != b"GGUF":
-                raise ModelError("the file isn't GGUF", str(file), AGAIN)
+                raise ModelError("the file isn't GGUF", str(file), COPY_AGAIN_HINT)
             version, tensor_count, value_count = struct.unpack("<IQQ", _bytes(stream, 20))
             if version not in (2, 3):
-                raise ModelError(f"the file is GGUF version {version}, and only 2 and 3 can be read", str(file), AGAIN)
+                raise ModelError(
+                    f"the file is GGUF version {version}, and only 2 and 3 can be read", str(file), COPY_AGAIN_HINT
+                )
             metadata: dict[str, Any] = {}
             for _ in range(value_count):
                 key = _text(stream)
@@ -123,7 +125,7 @@ def _read(file: Path, size: int, modified: int) -> GgufHeader:
             data_start = -(-stream.tell() // alignment) * alignment
     except (OSError, struct.error, EOFError, UnicodeDecodeError, ValueError, OverflowError) as error:
         line = str(error) or "it ends within its header"
-        raise ModelError(f"the GGUF file can't be read: {line}", str(file), AGAIN) from None
+        raise ModelError(f"the GGUF file can't be read: {line}", str(file), COPY_AGAIN_HINT) from None
     tensors = tuple(GgufTensor(name, shape, kind, data_start + offset) for name, shape, kind, offset in entries)
     return GgufHeader(file, metadata, tensors, size)
 
@@ -140,18 +142,20 @@ def _tensor(stream: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
 
 def _value(stream: BinaryIO, kind: int) -> Any:
     """Return a value of the metadata, or ``None`` for one that is skipped."""
-    if kind in NUMBERS:
-        (number,) = struct.unpack(f"<{NUMBERS[kind]}", _bytes(stream, struct.calcsize(f"<{NUMBERS[kind]}")))
+    if kind in NUMBER_FORMATS:
+        (number,) = struct.unpack(
+            f"<{NUMBER_FORMATS[kind]}", _bytes(stream, struct.calcsize(f"<{NUMBER_FORMATS[kind]}"))
+        )
         return number
     if kind == STRING:
         return _text(stream)
     if kind != ARRAY:
         raise ValueError(f"its metadata has a value of type {kind}")
     inner, count = struct.unpack("<IQ", _bytes(stream, 12))
-    if inner in NUMBERS:
-        code = NUMBERS[inner]
+    if inner in NUMBER_FORMATS:
+        code = NUMBER_FORMATS[inner]
         raw = _bytes(stream, count * struct.calcsize(f"<{code}"))
-        return list(struct.unpack(f"<{count}{code}", raw)) if count <= LONGEST_ARRAY else None
+        return list(struct.unpack(f"<{count}{code}", raw)) if count <= MAX_ARRAY_LENGTH else None
     for _ in range(count):
         _value(stream, inner)
     return None

@@ -16,22 +16,22 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_exp.models.gguf_header import GgufHeader
 
-FACTORS = "rope_freqs.weight"
-LLAMA3: dict[str, Any] = {
+ROPE_FACTORS_TENSOR = "rope_freqs.weight"
+LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 """The settings that Meta published for all of them. The factor is 8 (3.1, 3.3) or 32 (3.2)."""
-FP32 = 0
+F32_TYPE = 0
 
 
 def rope_factors(headers: Sequence[GgufHeader]) -> np.ndarray | None:
     """Return the file's divisors, half as many as a head has dimensions; ``None`` if it has none, or not in fp32."""
     for header in headers:
         for tensor in header.tensors:
-            if tensor.name == FACTORS and tensor.kind == FP32:
+            if tensor.name == ROPE_FACTORS_TENSOR and tensor.kind == F32_TYPE:
                 count = math.prod(tensor.shape)
                 return np.fromfile(header.file, dtype="<f4", count=count, offset=tensor.offset)
     return None
@@ -45,7 +45,7 @@ def with_llama3_rope(config: PretrainedConfig, headers: Sequence[GgufHeader]) ->
         return config
     if len(factors) == 0 or factors.max() <= 1:
         return config
-    config.rope_parameters = {**rope, **LLAMA3, "factor": float(factors.max())}
+    config.rope_parameters = {**rope, **LLAMA3_ROPE, "factor": float(factors.max())}
     if not gives_factors(config, factors):
         config.rope_parameters = rope
     return config

@@ -21,10 +21,12 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from qlora_exp.errors import ModelError
 from qlora_exp.models.gguf_header import GgufHeader, GgufTensor, gguf_parts, read_header
-from qlora_exp.models.gguf_rope import FACTORS, gives_factors, rope_factors
-from qlora_exp.models.tensors import LoadReport, dry_load, raise_misshapen, raise_missing, some
+from qlora_exp.models.gguf_rope import ROPE_FACTORS_TENSOR, gives_factors, rope_factors
+from qlora_exp.models.tensors import LoadReport, dry_load, first_three, raise_misshapen, raise_missing
 
-SAFETENSORS = "give the model's safetensors, or a file that llama.cpp's convert_hf_to_gguf.py wrote of the whole model"
+SAFETENSORS_HINT = (
+    "give the model's safetensors, or a file that llama.cpp's convert_hf_to_gguf.py wrote of the whole model"
+)
 COMPUTED = re.compile(r"(^|\.)attn_rot_embd\.")
 """Frequencies of the rotary embedding, which the model computes itself."""
 ROPE_FACTORS = re.compile(r"^rope_(freqs|factors_long|factors_short)\.weight$")
@@ -52,16 +54,16 @@ def check_gguf(model: PreTrainedModel, file: Path) -> None:
     _check_settings(headers[0], model.config)
     tensors = {tensor.name: tensor for header in headers for tensor in header.tensors}
     for name, tensor in tensors.items():
-        if ROPE_FACTORS.match(name) and not _taken_over(model.config, headers, tensor):
+        if ROPE_FACTORS.match(name) and not _applies_rope_factors(model.config, headers, tensor):
             what = f"{name} scales the rotary embedding in a way that transformers doesn't read from GGUF files"
             raise ModelError(what, str(file), "give the model's safetensors: the result would be another model")
-    report = _report(model, headers[0], tensors)
-    raise_missing(report, str(file), SAFETENSORS)
-    raise_misshapen(report, str(file), SAFETENSORS, "transformers")
+    report = _load_report(model, headers[0], tensors)
+    raise_missing(report, str(file), SAFETENSORS_HINT)
+    raise_misshapen(report, str(file), SAFETENSORS_HINT, "transformers")
     left_out = [name for name in report.unexpected if not COMPUTED.search(name) and not ROPE_FACTORS.match(name)]
     if left_out:
-        what = f"transformers would leave out {len(left_out)} tensors of the file: {some(left_out)}"
-        raise ModelError(what, str(file), SAFETENSORS)
+        what = f"transformers would leave out {len(left_out)} tensors of the file: {first_three(left_out)}"
+        raise ModelError(what, str(file), SAFETENSORS_HINT)
 
 
 def weights_of_parts(model: PreTrainedModel, parts: list[Path]) -> dict[str, torch.Tensor]:
@@ -85,15 +87,15 @@ def weights_of_parts(model: PreTrainedModel, parts: list[Path]) -> dict[str, tor
     return parsed["tensors"]
 
 
-def _report(model: PreTrainedModel, header: GgufHeader, tensors: dict[str, GgufTensor]) -> LoadReport:
+def _load_report(model: PreTrainedModel, header: GgufHeader, tensors: dict[str, GgufTensor]) -> LoadReport:
     architecture = str(header.metadata["general.architecture"])
     if is_gguf_arch_supported(architecture):
         conversions = get_gguf_conversion_mapping(architecture, model.config)
         return dry_load(model, {name: tensor.shape for name, tensor in tensors.items()}, conversions)
-    return _report_by_names(model, architecture, tensors)
+    return _load_report_by_names(model, architecture, tensors)
 
 
-def _report_by_names(model: PreTrainedModel, architecture: str, tensors: dict[str, GgufTensor]) -> LoadReport:
+def _load_report_by_names(model: PreTrainedModel, architecture: str, tensors: dict[str, GgufTensor]) -> LoadReport:
     """Report by the map of names that transformers' older GGUF reader uses. In this map, experts' weights have two
     names, without a suffix."""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
@@ -112,7 +114,7 @@ def _report_by_names(model: PreTrainedModel, architecture: str, tensors: dict[st
         if missing or not file_names:
             if name not in tied:
                 report.missing.append(", ".join(missing) or name)
-        elif not _fits(weight, [tensors[file_name].shape for file_name in file_names]):
+        elif not _shapes_match(weight, [tensors[file_name].shape for file_name in file_names]):
             report.misshapen.append((file_names[0], tensors[file_names[0]].shape, tuple(weight.shape)))
     report.unexpected = [name for name in tensors if name not in used]
     return report
@@ -123,7 +125,7 @@ def _with_suffix(name: str, tensors: dict[str, GgufTensor]) -> str:
     return f"{name}.weight" if f"{name}.weight" in tensors or not name.endswith((".weight", ".bias")) else name
 
 
-def _fits(weight: torch.Tensor, shapes: list[tuple[int, ...]]) -> bool:
+def _shapes_match(weight: torch.Tensor, shapes: list[tuple[int, ...]]) -> bool:
     """Return whether the shapes agree, but for the order of axes and axes of length 1: transformers changes these."""
     if len(shapes) > 1:  # gate and up of experts, in one weight
         return weight.numel() == sum(math.prod(shape) for shape in shapes)
@@ -151,9 +153,9 @@ def _check_lengths(header: GgufHeader) -> None:
             raise ModelError(what, str(header.file), "copy or download it again")
 
 
-def _taken_over(config: PretrainedConfig, headers: list[GgufHeader], tensor: GgufTensor) -> bool:
+def _applies_rope_factors(config: PretrainedConfig, headers: list[GgufHeader], tensor: GgufTensor) -> bool:
     """Return whether the model divides its frequencies by the file's factors: all of them 1, or Llama 3's."""
-    factors = rope_factors(headers) if tensor.name == FACTORS else None
+    factors = rope_factors(headers) if tensor.name == ROPE_FACTORS_TENSOR else None
     return factors is not None and gives_factors(config, factors)
 
 
@@ -174,7 +176,7 @@ def _check_settings(header: GgufHeader, config: PretrainedConfig) -> None:
         what = f"the file scales the rotary embedding ({scaling}), and transformers doesn't read that from GGUF files"
         raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
     config_scale = getattr(config, "query_pre_attn_scalar", None)
-    if config_scale is not None and config_scale != (scale := _scale_of_scores(config)):
+    if config_scale is not None and config_scale != (scale := _attention_scale(config)):
         what = f"this model scales attention scores by {scale:g}, but transformers uses {config_scale:g} for GGUF files"
         raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
     for key, accepted in _settings_of(config).items():
@@ -188,7 +190,7 @@ def _check_settings(header: GgufHeader, config: PretrainedConfig) -> None:
             raise ModelError(what, str(header.file), "give the model's safetensors: the result would be another model")
 
 
-def _scale_of_scores(config: PretrainedConfig) -> int:
+def _attention_scale(config: PretrainedConfig) -> int:
     """Return the number whose square root llama.cpp divides attention scores by in Gemma 2 and 3. The file has no
     setting for it."""
     if (config.model_type, config.num_hidden_layers) in GEMMA_27B:

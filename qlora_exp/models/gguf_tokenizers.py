@@ -17,18 +17,18 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from qlora_exp.errors import ModelError
 
-AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo"}
+GPT2_PRE_TOKENIZERS = {"gpt-2", "phi-2", "mpt", "olmo"}
 """transformers uses GPT-2's pre-tokenizer for unknown names. For these it is right."""
-DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "codeshell"}
+DIGIT_SPLITTING = {"smollm", "starcoder", "refact", "codeshell"}
 """Pre-tokenizers that split off each digit, then split as GPT-2 does."""
-COMPOSED = {"qwen2", "qwen35", "mpt", "olmo"}
+NFC_NORMALIZED = {"qwen2", "qwen35", "mpt", "olmo"}
 """Their tokenizers first normalize a text to Unicode NFC."""
-WHOLE_WORDS = {
+IGNORE_MERGES = {
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     "tekken",
 }
 """A word that is in the vocabulary becomes one token, even if the merges would not build it."""
-BEGIN_WITH_BOS = {"llama3", "llama-v3", "llama-bpe", "pixtral", "lfm2", "tekken"}
+ADD_BOS = {"llama3", "llama-v3", "llama-bpe", "pixtral", "lfm2", "tekken"}
 """They put BOS before a text unless the file says otherwise."""
 METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
@@ -41,7 +41,7 @@ def check_gguf_tokenizer(file: Path) -> Mapping[str, Any]:
     if kind == "t5":
         what = "the file's tokenizer normalizes texts by a table that transformers doesn't read"
         raise ModelError(what, f"{file} (tokenizer.ggml.model = t5)", hint)
-    known = {*GGUF_PRE_TOKENIZER_SPLITS, *AS_GPT2, *DIGIT_BY_DIGIT}
+    known = {*GGUF_PRE_TOKENIZER_SPLITS, *GPT2_PRE_TOKENIZERS, *DIGIT_SPLITTING}
     if kind == "gpt2" and pre not in known and not (pre is None and metadata["general.architecture"] == "gpt2"):
         where = f"{file} (tokenizer.ggml.pre = {pre})" if pre else f"{file} (tokenizer.ggml.pre is missing)"
         what = (
@@ -58,14 +58,14 @@ def complete_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: Mappin
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind == "gpt2":
-        if pre in DIGIT_BY_DIGIT:
+        if pre in DIGIT_SPLITTING:
             steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        if pre in COMPOSED:
+        if pre in NFC_NORMALIZED:
             backend.normalizer = normalizers.NFC()
-        if pre in WHOLE_WORDS:
+        if pre in IGNORE_MERGES:
             backend.model.ignore_merges = True
-        if pre in BEGIN_WITH_BOS and "tokenizer.ggml.add_bos_token" not in metadata and tokenizer.bos_token:
+        if pre in ADD_BOS and "tokenizer.ggml.add_bos_token" not in metadata and tokenizer.bos_token:
             tokenizer.add_bos_token = True
     spaced = isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace)
     if kind == "llama" and spaced and metadata.get("tokenizer.ggml.add_space_prefix") is False:

@@ -15,10 +15,18 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_exp.architecture.shapes import AS_ASKED, DTYPES, Architecture, Experts, OtherTensor, WeightShape, Widths
+from qlora_exp.architecture.shapes import (
+    DTYPES,
+    MODEL_DTYPE,
+    Architecture,
+    ElementBytes,
+    Experts,
+    OtherTensor,
+    WeightShape,
+)
 from qlora_exp.config.schema import ModelConfig
 from qlora_exp.errors import ModelError
-from qlora_exp.models.config_sizes import check_given
+from qlora_exp.models.config_sizes import check_no_missing_sizes
 from qlora_exp.models.gguf_header import gguf_parts
 from qlora_exp.models.gguf_tensors import check_gguf
 from qlora_exp.models.sources import ModelSource, check_config, first_error_line, model_config, resolve_source
@@ -34,10 +42,10 @@ NEITHER_NAME = re.compile(r"mamba|ssm|conv|recurrent|temporal|mixer|router|lstm|
 NEITHER_CLASS = re.compile(r"(Mamba\d?|MambaLayer|Mixer|Conv|RecurrentBlock|Router|Gating|Indexer|mLSTMLayer)$")
 """Neither attention nor feed-forward: state-space, recurrent and convolutional mixers, routers of expert layers."""
 NEITHER_LEAF = re.compile(r"^(gate|router|shared_expert_gate|classifier|modality_router|per_layer_\w+)$")
-REFUSED_BY_PEFT = frozenset({"out_proj", "conv1d"})
-MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Model types in which PEFT refuses the layers of :data:`REFUSED_BY_PEFT`."""
-OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", re.IGNORECASE)
+LAYERS_REFUSED_BY_PEFT = frozenset({"out_proj", "conv1d"})
+MAMBA_MODEL_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types in which PEFT refuses the layers of :data:`LAYERS_REFUSED_BY_PEFT`."""
+OTHER_MODALITIES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", re.IGNORECASE)
 """Encoders and projections for images and audio: no part of the language model, so never a target."""
 
 
@@ -67,7 +75,7 @@ def check_weights(source: ModelSource, built: PreTrainedModel | None = None) -> 
     """
     folder = source.cached_folder
     state = _state_of_files(source, folder)
-    if state is None or state in _checked:
+    if state is None or state in _checked_states:
         return
     if built is None:
         built = build_meta(model_config(source), source)
@@ -75,7 +83,7 @@ def check_weights(source: ModelSource, built: PreTrainedModel | None = None) -> 
         check_gguf(built, Path(source.where))
     elif folder is not None:
         check_tensors(built, stored_tensors(folder), source.where)
-    _checked.add(state)
+    _checked_states.add(state)
 
 
 def _check_cached(source: ModelSource) -> None:
@@ -86,7 +94,7 @@ def _check_cached(source: ModelSource) -> None:
         raise ModelError(what, f"Hub id {source.name}", f"on a machine with a network: hf download {source.name}")
 
 
-_checked: set[Hashable] = set()
+_checked_states: set[Hashable] = set()
 """States of files that passed the check."""
 
 
@@ -111,7 +119,7 @@ def describe_file(file: Path) -> Architecture:
     check_config(file)
     source = ModelSource(file.parent.name or file.stem, str(file), None, None, is_local=True)
     config = model_config(source)
-    check_given(file, config)
+    check_no_missing_sizes(file, config)
     return architecture_of(build_meta(config, source))
 
 
@@ -176,13 +184,13 @@ def output_head(model: PreTrainedModel) -> str | None:
 
 def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
     prefix = _language_model_prefix(model)
-    unquantized = _kept_from_quantization(model)
-    widths = _Widths(model)
-    left_out = _left_out_by_peft(model)
+    unquantized = _not_quantized(model)
+    widths = _ElementBytes(model)
+    left_out = _names_without_adapters(model)
     for name, module in _linear_layers(model):
         conv = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
-        counted = name.startswith(prefix) and not OTHER_SENSES.search(name) and (conv or _is_plain_linear(module))
+        counted = name.startswith(prefix) and not OTHER_MODALITIES.search(name) and (conv or _is_plain_linear(module))
         adaptable = counted and name.rpartition(".")[2] not in left_out
         yield WeightShape(
             name=name,
@@ -196,7 +204,7 @@ def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
         )
 
 
-def _left_out_by_peft(model: PreTrainedModel) -> frozenset[str]:
+def _names_without_adapters(model: PreTrainedModel) -> frozenset[str]:
     """Return the last parts of names that PEFT doesn't adapt in this architecture.
 
     Mamba's kernels read the weight past the layer (``tuners_utils._check_lora_target_modules_mamba``). Other names
@@ -205,8 +213,8 @@ def _left_out_by_peft(model: PreTrainedModel) -> frozenset[str]:
     experts and not the shared one.
     """
     model_type = str(model.config.model_type)
-    if model_type in MAMBA:
-        return REFUSED_BY_PEFT
+    if model_type in MAMBA_MODEL_TYPES:
+        return LAYERS_REFUSED_BY_PEFT
     from peft.utils import transformers_weight_conversion as conversion
 
     pattern = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
@@ -223,7 +231,7 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Co
 def _others(model: PreTrainedModel) -> Iterator[OtherTensor]:
     """Yield parameters outside linear layers (a tied one once), and buffers."""
     counted = {id(parameter) for _, module in _linear_layers(model) for parameter in module.parameters()}
-    widths = _Widths(model)
+    widths = _ElementBytes(model)
     for name, parameter in model.named_parameters():
         if id(parameter) not in counted:
             yield OtherTensor(name, parameter.numel(), widths.of(name, parameter))
@@ -247,12 +255,12 @@ def _experts(model: PreTrainedModel, hidden: int) -> Iterator[Experts]:
             name=name,
             count=count,
             per_token=per_token or count,  # unknown: an upper bound
-            intermediate=_other_axis(down, hidden),
+            intermediate=_intermediate_size(down, hidden),
             gated=up.numel() >= 2 * down.numel(),
         )
 
 
-def _other_axis(down: nn.Parameter, hidden: int) -> int:
+def _intermediate_size(down: nn.Parameter, hidden: int) -> int:
     """Return the experts' intermediate width, from (experts, hidden, intermediate) or (experts, intermediate, hidden).
     For experts with an input narrower than the hidden state, return the width that gives the right number of
     operations."""
@@ -269,24 +277,26 @@ def _experts_per_token(model: PreTrainedModel, block: nn.Module) -> int | None:
     return next((number for number in candidates if isinstance(number, int) and number > 0), None)
 
 
-def _kept_from_quantization(model: PreTrainedModel) -> list[str]:
+def _not_quantized(model: PreTrainedModel) -> list[str]:
     """Return names and patterns of modules that transformers doesn't quantize (head, tied weights, float32 modules)."""
     patterns: list[str] = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     return patterns
 
 
-class _Widths:
+class _ElementBytes:
     """Bytes per element of a model's tensors, for each dtype that the model can be loaded in."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         plans = (model._get_dtype_plan(getattr(torch, dtype)) for dtype in DTYPES)
         self._float32 = [build_glob_alternation(list(plan))[0] if plan else None for plan in plans]
 
-    def of(self, name: str, tensor: torch.Tensor) -> Widths:
+    def of(self, name: str, tensor: torch.Tensor) -> ElementBytes:
         if tensor.dtype is not torch.bfloat16:
             return (tensor.itemsize,) * 3
         keeps_float32 = (pattern is not None and bool(pattern.search(name)) for pattern in self._float32)
-        float32, bfloat16, float16 = (4 if keep else width for keep, width in zip(keeps_float32, AS_ASKED, strict=True))
+        float32, bfloat16, float16 = (
+            4 if keep else width for keep, width in zip(keeps_float32, MODEL_DTYPE, strict=True)
+        )
         return float32, bfloat16, float16
 
 

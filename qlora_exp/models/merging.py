@@ -30,11 +30,11 @@ def merged_model(config: Config, adapter: Path) -> tuple[PreTrainedModel, str]:
         raise ModelError(f"the adapter can't be merged: {error}", str(adapter), "train it again") from None
     assert isinstance(merged, PreTrainedModel)
     if tied:
-        _tie_again(merged)
+        _retie_embeddings(merged)
     return merged, base.fingerprint
 
 
-def _tie_again(model: PreTrainedModel) -> None:
+def _retie_embeddings(model: PreTrainedModel) -> None:
     """Tie head and embeddings again if they are equal: PiSSA works on separate copies of all weights. (An adapted head
     is another matrix, and PEFT has recorded that in the configuration.)"""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-SIDE_FILES = {
+QUANTIZATION_FILES = {
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
     "hf_quant_config.json": "NVIDIA ModelOpt",
@@ -30,7 +30,7 @@ TENSOR_NAMES = (
 QUANTIZED_HINT = "give the unquantized checkpoint that it was made from; qlora-exp quantizes by itself"
 
 
-def method_of(config: Mapping[str, Any]) -> str | None:
+def quantization_method(config: Mapping[str, Any]) -> str | None:
     """Return the method that a configuration names, also inside ``text_config``; ``None`` if it isn't quantized."""
     settings = config.get("quantization_config") or config.get("compression_config")
     if settings:
@@ -44,10 +44,10 @@ def method_of(config: Mapping[str, Any]) -> str | None:
         return "MLX"
     text = config.get("text_config")
     inner = text if isinstance(text, Mapping) else getattr(text, "__dict__", None)
-    return method_of(inner) if inner else None
+    return quantization_method(inner) if inner else None
 
 
-def method_of_tensors(dtypes: Mapping[str, str]) -> str | None:
+def quantization_method_of_tensors(dtypes: Mapping[str, str]) -> str | None:
     """Return the method that the tensors show. ``dtypes`` maps names to dtypes, as in a safetensors header."""
     for method, pattern in TENSOR_NAMES:
         if any(pattern.search(name) for name in dtypes):

@@ -48,7 +48,7 @@ def quantization_self_test(mode: Quantization, device_kind: str) -> SelfTest:
         model.eval()(input_ids=_tokens(model))
     after = _gradient(model)
     reference = _gradient(dequantized(model))
-    changed, error = _relative(after, before), _relative(before, reference)
+    changed, error = _relative_error(after, before), _relative_error(before, reference)
     computed_in = str(model.dtype).removeprefix("torch.")
     tolerance = TOLERANCES[computed_in]
     if mode is Quantization.int8 and device_kind != "cpu":
@@ -109,5 +109,5 @@ def _gradient(model: PreTrainedModel) -> torch.Tensor:
     return gradient.float()
 
 
-def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+def _relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value - reference).norm() / reference.norm())

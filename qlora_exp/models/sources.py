@@ -30,19 +30,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qlora_exp.config.schema import ModelConfig
 from qlora_exp.errors import ModelError, nearest
 from qlora_exp.models.causality import check_configured_causal
-from qlora_exp.models.config_sizes import check_possible
+from qlora_exp.models.config_sizes import check_positive_sizes
 from qlora_exp.models.gguf_header import gguf_parts, is_tied, read_header
 from qlora_exp.models.gguf_rope import with_llama3_rope
 from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
-from qlora_exp.models.prequantized import method_of
+from qlora_exp.models.prequantized import quantization_method
 from qlora_exp.models.weight_files import (
     WEIGHTS,
     WEIGHTS_INDEX,
     check_hub_files,
     check_no_adapter,
-    check_no_pointer,
+    check_not_lfs_pointer,
     check_weight_files,
-    config_place,
+    config_hint,
 )
 from qlora_exp.paths import EMBEDDED
 
@@ -95,8 +95,8 @@ class ModelSource:
         return arguments
 
 
-WHOLE = "give the GGUF file of the whole model"
-READS_PADDING = {"rwkv"}
+WHOLE_MODEL_HINT = "give the GGUF file of the whole model"
+IGNORES_ATTENTION_MASK = {"rwkv"}
 """Recurrent architectures whose code in transformers ignores the attention mask."""
 
 
@@ -108,21 +108,21 @@ def resolve_source(model: ModelConfig) -> ModelSource:
             code, the weights are pickled or damaged, the ``gguf`` package is missing, or the Hub can't be reached.
     """
     if model.family == "local" or model.path:
-        return _local(Path(model.path or "").expanduser())
+        return _local_source(Path(model.path or "").expanduser())
     checkpoint = model.checkpoints.get(model.variant.value)
     if checkpoint is None:
         known = nearest(model.variant.value, model.checkpoints)
         raise ModelError(f"{model.family} has no {model.variant.value} checkpoint", "model.variant", known)
-    return _checkpoint(checkpoint, model.revision)
+    return _checkpoint_source(checkpoint, model.revision)
 
 
-def sibling_source(model: ModelConfig) -> ModelSource | None:
+def instruct_sibling(model: ModelConfig) -> ModelSource | None:
     """Return the instruct checkpoint of a base's family, or ``None`` if there is none or it can't be reached."""
     checkpoint = model.checkpoints.get("instruct")
     if checkpoint is None or model.variant.value == "instruct":
         return None
     try:
-        return _checkpoint(checkpoint, None)
+        return _checkpoint_source(checkpoint, None)
     except ModelError:
         return None
 
@@ -134,7 +134,7 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     except Exception as error:  # every architecture validates in its own way, and GGUF readers unpack raw bytes
         what = f"the model's configuration can't be read: {first_error_line(error)}"
         raise ModelError(what, source.where, "is it a complete model that transformers can build?") from None
-    if source.gguf_file is None and (method := method_of(vars(config))):
+    if source.gguf_file is None and (method := quantization_method(vars(config))):
         raise ModelError(f"the checkpoint is quantized already (by {method})", source.where, UNQUANTIZED)
     if redirected := getattr(config, "transformers_weights", None):
         what = f"config.json names other weights than the directory's own: transformers_weights = {redirected}"
@@ -144,7 +144,7 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         what = f"{config.model_type} is not an architecture that generates text left to right"
         raise ModelError(what, source.where, "give a causal language model: Llama, Qwen, GPT-2 …")
-    if config.model_type in READS_PADDING:
+    if config.model_type in IGNORES_ATTENTION_MASK:
         what = f"{config.model_type} reads padding as text in transformers: rows of a batch would get wrong scores"
         raise ModelError(what, source.where, "give a model that takes an attention mask: Llama, Qwen, Mamba …")
     check_configured_causal(config, source.where)
@@ -196,18 +196,18 @@ def _sha256(file: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _checkpoint(checkpoint: str, revision: str | None) -> ModelSource:
+def _checkpoint_source(checkpoint: str, revision: str | None) -> ModelSource:
     if checkpoint.startswith("embedded:"):
         folder = EMBEDDED / checkpoint.removeprefix("embedded:")
         if not folder.is_dir():
             shipped = [path.parent.name for path in EMBEDDED.glob("*/config.json")]
             raise ModelError(f"the package ships no {checkpoint}", str(folder), nearest(folder.name, shipped))
-        source = _local(folder)
+        source = _local_source(folder)
         return ModelSource(checkpoint, source.path_or_id, None, None, True)
-    return _hub(checkpoint, revision)
+    return _hub_source(checkpoint, revision)
 
 
-def _local(path: Path) -> ModelSource:
+def _local_source(path: Path) -> ModelSource:
     if not str(path) or str(path) == ".":
         raise ModelError("a local model needs a path", "model.path", "model.path=DIRECTORY_OR_FILE.gguf")
     if not path.exists():
@@ -215,10 +215,10 @@ def _local(path: Path) -> ModelSource:
         raise ModelError("there is no such model directory or GGUF file", str(path), nearest(path.name, siblings))
     path = path.absolute()
     if path.is_file():
-        return _gguf(path)
+        return _gguf_source(path)
     check_no_adapter(path)
     if not (path / "config.json").is_file():
-        raise ModelError("the directory has no config.json", str(path), config_place(path))
+        raise ModelError("the directory has no config.json", str(path), config_hint(path))
     source = ModelSource(path.name, str(path), None, None, True)
     check_config(path / "config.json")
     check_weight_files(path)
@@ -226,7 +226,7 @@ def _local(path: Path) -> ModelSource:
     return source
 
 
-def _gguf(path: Path) -> ModelSource:
+def _gguf_source(path: Path) -> ModelSource:
     if path.suffix != ".gguf":
         if ".gguf" in path.name:  # model.gguf.part1of2, model.gguf-split-a
             full_name = path.name[: path.name.index(".gguf") + len(".gguf")]
@@ -236,13 +236,13 @@ def _gguf(path: Path) -> ModelSource:
         raise ModelError(what, str(path), f"model.path={path.parent}")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("reading GGUF files needs the gguf package", str(path), "pip install 'qlora-exp[gguf]'")
-    check_no_pointer(path)
+    check_not_lfs_pointer(path)
     check_no_adapter(path.parent)
     path = gguf_parts(path)[0]  # the first part has the metadata of all
     kind = read_header(path).metadata.get("general.type", "model")
     if kind != "model":
         raise ModelError(
-            f"the GGUF file holds no model: it says that it is a file of the type {kind}", str(path), WHOLE
+            f"the GGUF file holds no model: it says that it is a file of the type {kind}", str(path), WHOLE_MODEL_HINT
         )
     source = ModelSource(path.stem, str(path.parent), None, path.name, True)
     model_config(source)
@@ -268,10 +268,10 @@ def check_config(file: Path) -> None:
             raise ModelError(what, str(file), hint)
         what = f"transformers has no causal language model called {model_type}"
         raise ModelError(what, str(file), nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    check_possible(file, raw)
+    check_positive_sizes(file, raw)
 
 
-def _hub(repository: str, revision: str | None) -> ModelSource:
+def _hub_source(repository: str, revision: str | None) -> ModelSource:
     commit, cached = _hub_commit(repository, revision)
     source = ModelSource(repository, repository, commit, None, False, cached)
     model_config(source)

@@ -29,17 +29,17 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from qlora_exp.errors import ModelError
 from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
-from qlora_exp.models.prequantized import method_of_tensors
+from qlora_exp.models.prequantized import quantization_method_of_tensors
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.weight_files import weight_files
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+UNQUANTIZED_DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes of a safetensors header that hold unquantized weights."""
 MASKS = re.compile(r"(^|\.)(attn|attention|self_attention)\.(bias|masked_bias|causal_mask)$")
 """Causal masks that older versions of transformers saved with GPT-2, GPT-J, GPT-Neo and GPT-NeoX."""
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.|rotary_pos_emb\.)?(inv_freq|position_ids|embed_positions\.weights)$")
 """Positions and frequencies that the model computes from its configuration."""
-OTHER_SENSES = re.compile(
+OTHER_MODALITIES = re.compile(
     r"^(model\.)?(vision_(model|tower|encoder|embed_tokens)|visual|audio_(model|tower|encoder)|multi_modal_projector"
     r"|mm_projector|image_newline|embed_vision|embed_audio)(\.|$)"
 )
@@ -53,9 +53,9 @@ WRAPPERS = {
 }
 ADAPTER_PATTERN = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\b")
 LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
-NUMBERED = re.compile(r"^(.*\.experts?\.)(\d+)(\..*)$")
-HEADS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|qa_outputs|reward_head)\.")
-NOT_ONE = "the files and config.json are not of one model; restore them"
+NUMBERED_EXPERT = re.compile(r"^(.*\.experts?\.)(\d+)(\..*)$")
+TASK_HEADS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|qa_outputs|reward_head)\.")
+MISMATCH_HINT = "the files and config.json are not of one model; restore them"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LoadReport:
     """Weights that can't be assembled from their parts in the files."""
     sources: dict[str, list[str]] = field(default_factory=dict)
     """Weight → the tensors that it is assembled from."""
-    twice: list[str] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
     """Weights that two tensors claim."""
 
 
@@ -103,12 +103,12 @@ def check_tensors(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], w
     _check_names(tensors, model, where)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     report = dry_load(model, shapes, get_model_conversion_mapping(model))
-    if report.twice:
-        what = f"two tensors of the files claim the weight {report.twice[0]}"
+    if report.duplicates:
+        what = f"two tensors of the files claim the weight {report.duplicates[0]}"
         raise ModelError(what, where, "restore the files from the model's source")
-    raise_missing(report, where, NOT_ONE, _expected_names(report, shapes))
-    raise_misshapen(report, where, NOT_ONE)
-    unexpected = [name for name in report.unexpected if not is_harmless(name, shapes.get(name))]
+    raise_missing(report, where, MISMATCH_HINT, _expected_names(report, shapes))
+    raise_misshapen(report, where, MISMATCH_HINT)
+    unexpected = [name for name in report.unexpected if not can_be_left_out(name, shapes.get(name))]
     if unexpected:
         raise _unexpected(unexpected, model, where)
 
@@ -120,7 +120,7 @@ def dry_load(
     weights = dict(model.state_dict())
     tensors = {name: torch.empty(shape, device="meta", dtype=torch.bfloat16) for name, shape in shapes.items()}
     report = LoadReport()
-    report.sources, report.twice = _sources(model, shapes, conversions, weights)
+    report.sources, report.duplicates = _sources(model, shapes, conversions, weights)
     settings = LoadStateDictConfig(device_map={"": "meta"}, dtype=torch.bfloat16, weight_mapping=conversions)
     with quiet_loading():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
@@ -138,14 +138,14 @@ def raise_missing(report: LoadReport, where: str, hint: str, expected: Sequence[
     weights that are assembled from several."""
     lacking = [*expected, *(name for name in report.missing if name not in expected)]
     if lacking:
-        what = f"{len(lacking)} of the model's weights are not in its files: {some(lacking)}"
-        others = [name for name in report.unexpected if not is_harmless(name, None)]
+        what = f"{len(lacking)} of the model's weights are not in its files: {first_three(lacking)}"
+        others = [name for name in report.unexpected if not can_be_left_out(name, None)]
         if others:
-            what = f"{what}; the files have tensors of other names: {some(others)}"
+            what = f"{what}; the files have tensors of other names: {first_three(others)}"
         raise ModelError(what, where, hint)
     if report.unconverted:
         name = report.unconverted[0]
-        parts = some(report.sources.get(name, [])) or "none of its parts"
+        parts = first_three(report.sources.get(name, [])) or "none of its parts"
         raise ModelError(f"{name} can't be put together from what the files have of it: {parts}", where, hint)
 
 
@@ -156,15 +156,15 @@ def raise_misshapen(report: LoadReport, where: str, hint: str, maker: str = "con
         raise ModelError(what, where, hint)
 
 
-def is_harmless(name: str, shape: tuple[int, ...] | None) -> bool:
+def can_be_left_out(name: str, shape: tuple[int, ...] | None) -> bool:
     """Return whether a tensor that belongs to no weight can be left out: a mask or table that the model computes, or an
     encoder that it has no input for."""
-    if COMPUTED.search(name) or OTHER_SENSES.search(name):
+    if COMPUTED.search(name) or OTHER_MODALITIES.search(name):
         return True
     return bool(MASKS.search(name)) and (shape is None or len(shape) in (0, 4))
 
 
-def some(names: Sequence[str]) -> str:
+def first_three(names: Sequence[str]) -> str:
     """Return the first three names as text, with … if there are more."""
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
@@ -198,7 +198,7 @@ def _expected_names(report: LoadReport, shapes: Mapping[str, tuple[int, ...]]) -
     for name in [*report.unconverted, *counts]:
         numbered: dict[str, set[int]] = defaultdict(set)
         for source in report.sources.get(name, []):
-            if match := NUMBERED.match(source):
+            if match := NUMBERED_EXPERT.match(source):
                 numbered[f"{match[1]}*{match[3]}"].add(int(match[2]))
         all_numbers = set().union(*numbered.values()) if numbered else set()
         if len(report.sources.get(name, [])) > 1 or all_numbers:
@@ -211,14 +211,14 @@ def _expected_names(report: LoadReport, shapes: Mapping[str, tuple[int, ...]]) -
 def _check_dtypes(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], where: str) -> None:
     """Raise :class:`ModelError` for quantized values. Without a quantization_config, transformers would load fp8, int8
     or packed values as if they were the weights."""
-    if method := method_of_tensors({name: tensor.dtype for name, tensor in tensors.items()}):
+    if method := quantization_method_of_tensors({name: tensor.dtype for name, tensor in tensors.items()}):
         what = f"the weights are quantized already (by {method}), and config.json doesn't say so"
         raise ModelError(what, where, UNQUANTIZED)
     weights = model.state_dict()
     for name, tensor in tensors.items():
         weight = weights.get(name)
         is_integer = weight is not None and not weight.is_floating_point()
-        if tensor.dtype not in FLOATS and not is_integer and not is_harmless(name, tensor.shape):
+        if tensor.dtype not in UNQUANTIZED_DTYPES and not is_integer and not can_be_left_out(name, tensor.shape):
             what = f"{name} holds {tensor.dtype} values, which can't be used as weights"
             raise ModelError(what, where, f"the files seem to be quantized: {UNQUANTIZED}")
 
@@ -226,27 +226,27 @@ def _check_dtypes(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], w
 def _check_names(tensors: Mapping[str, StoredTensor], model: PreTrainedModel, where: str) -> None:
     """Raise :class:`ModelError` for names that a wrapper of the model wrote: transformers would find none of them."""
     if adapters := [name for name in tensors if ADAPTER_PATTERN.search(name)]:
-        what = f"{len(adapters)} tensors of the files are an adapter's: {some(adapters)}"
+        what = f"{len(adapters)} tensors of the files are an adapter's: {first_three(adapters)}"
         hint = "merge the adapter before saving: PeftModel.merge_and_unload().save_pretrained(NEW_DIR)"
         raise ModelError(what, where, hint)
     for prefix, wrapper in WRAPPERS.items():
         named = [name for name in tensors if prefix in name]
         if len(named) > len(tensors) / 2 and not any(prefix in name for name in model.state_dict()):
-            what = f"the tensors are named as {wrapper} names them: {some(named)}"
+            what = f"the tensors are named as {wrapper} names them: {first_three(named)}"
             hint = f"save the model inside the wrapper, or rename its tensors: name.replace({prefix!r}, '')"
             raise ModelError(what, where, hint)
 
 
 def _unexpected(names: list[str], model: PreTrainedModel, where: str) -> ModelError:
     """Return an error that says what the tensors without a weight mean, as far as their names show it."""
-    what = f"{len(names)} tensors of the files belong to no weight of the model: {some(names)}"
+    what = f"{len(names)} tensors of the files belong to no weight of the model: {first_three(names)}"
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0) or 0)
     beyond = {int(match[1]) for name in names if (match := LAYER.search(name)) and int(match[1]) >= layers > 0}
     if beyond and len({LAYER.search(name) is not None for name in names}) == 1:
         what = f"{what}; config.json says num_hidden_layers = {layers}, and the files have layer {max(beyond)}"
     elif all(name.endswith(".bias") for name in names):
         what = f"{what}; config.json makes these layers without bias"
-    elif any(HEADS.search(name) for name in names):
+    elif any(TASK_HEADS.search(name) for name in names):
         what = f"{what}; this looks like a classifier or a reward model"
     return ModelError(
         what, where, "transformers would leave them out: restore the config.json that belongs to the files"

@@ -13,10 +13,10 @@ from qlora_exp.config.schema import ModelConfig
 from qlora_exp.data.chat_template import Generation
 from qlora_exp.errors import ModelError
 from qlora_exp.models.gguf_tokenizers import check_gguf_tokenizer, complete_gguf_tokenizer
-from qlora_exp.models.sources import ModelSource, resolve_source, sibling_source
+from qlora_exp.models.sources import ModelSource, instruct_sibling, resolve_source
 
 PAD_NAMES = re.compile(r"pad", re.IGNORECASE)
-SPARE_NAMES = re.compile(r"reserved|unused|extra_id", re.IGNORECASE)
+RESERVED_NAMES = re.compile(r"reserved|unused|extra_id", re.IGNORECASE)
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -29,7 +29,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         ModelError: the tokenizer or the template is missing or broken.
     """
     source = resolve_source(model)
-    tokenizer = _load(source)
+    tokenizer = _load_tokenizer(source)
     if tokenizer.eos_token_id is None:
         what = "the tokenizer has no end-of-text token, so generation would never stop"
         raise ModelError(what, source.where, "set eos_token in its tokenizer_config.json")
@@ -38,11 +38,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     # A clean-up removes spaces before punctuation from a correct answer, but not from the reference.
     tokenizer.clean_up_tokenization_spaces = False
     if model.chat_template or not tokenizer.chat_template:
-        tokenizer.chat_template = _template(model)
+        tokenizer.chat_template = _chat_template(model)
     return tokenizer
 
 
-def _load(source: ModelSource) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         metadata = check_gguf_tokenizer(Path(source.where)) if source.gguf_file else None
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path_or_id, **source.arguments)
@@ -52,14 +52,18 @@ def _load(source: ModelSource) -> PreTrainedTokenizerBase:
     except ModelError:
         raise
     except Exception as error:  # tokenizers' Rust layer raises bare Exception for a damaged file
-        if source.is_local and not source.gguf_file and (lacking := _lacking(Path(source.path_or_id))) is not None:
+        if (
+            source.is_local
+            and not source.gguf_file
+            and (lacking := _missing_tokenizer(Path(source.path_or_id))) is not None
+        ):
             raise ModelError(lacking[0], source.where, lacking[1]) from None
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         hint = "the directory must hold tokenizer.json (and tokenizer_config.json)"
         raise ModelError(f"the tokenizer can't be loaded: {line}", source.where, hint) from None
 
 
-OTHER_FORMS = {
+OTHER_FORMATS = {
     "tokenizer.model": ("SentencePiece", ("sentencepiece", "protobuf")),
     "spiece.model": ("SentencePiece", ("sentencepiece", "protobuf")),
     "tekken.json": ("Mistral's Tekken", ("mistral_common",)),
@@ -70,12 +74,12 @@ OTHER_FORMS = {
 MODULES = {"protobuf": "google.protobuf"}
 
 
-def _lacking(folder: Path) -> tuple[str, str] | None:
+def _missing_tokenizer(folder: Path) -> tuple[str, str] | None:
     """Return what a directory without tokenizer.json lacks, and what to do; ``None`` if something else is wrong."""
     if (folder / "tokenizer.json").is_file():
         return None
     copy = "copy tokenizer.json from where the model comes from"
-    for name, (form, packages) in OTHER_FORMS.items():
+    for name, (form, packages) in OTHER_FORMATS.items():
         if not (folder / name).is_file():
             continue
         missing = [package for package in packages if not _is_installed(MODULES.get(package, package))]
@@ -110,19 +114,19 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     candidates = [
         *(token for token in special if PAD_NAMES.search(token)),
         *([str(tokenizer.unk_token)] if tokenizer.unk_token and tokenizer.unk_token not in taken else []),
-        *(token for token in special if SPARE_NAMES.search(token)),
+        *(token for token in special if RESERVED_NAMES.search(token)),
     ]
     tokenizer.pad_token = candidates[0] if candidates else tokenizer.eos_token
 
 
-def _template(model: ModelConfig) -> str | None:
+def _chat_template(model: ModelConfig) -> str | None:
     if model.chat_template:
         return _template_file(Path(model.chat_template).expanduser())
-    sibling = sibling_source(model)
+    sibling = instruct_sibling(model)
     if sibling is None:
         return None
     try:
-        template = _load(sibling).chat_template
+        template = _load_tokenizer(sibling).chat_template
     except ModelError:
         return None
     return template if isinstance(template, str) else None

@@ -25,15 +25,15 @@ class WeightBytes:
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
     """Count the bytes of ``model``, quantized or not, with adapters or without."""
-    adapter = _distinct(parameter for _, parameter in adapter_parameters(model))
-    tensors = _distinct([*model.parameters(), *model.buffers()])
+    adapter = _bytes_by_storage(parameter for _, parameter in adapter_parameters(model))
+    tensors = _bytes_by_storage([*model.parameters(), *model.buffers()])
     base = {key: size for key, size in tensors.items() if key not in adapter}
-    state = _distinct(tensor for module in model.modules() for tensor in _quantization_state(module))
+    state = _bytes_by_storage(tensor for module in model.modules() for tensor in _quantization_state(module))
     state = {key: size for key, size in state.items() if key not in tensors}
     return WeightBytes(sum(base.values()), sum(state.values()), sum(adapter.values()))
 
 
-def _distinct(tensors: Iterator[torch.Tensor] | list[torch.Tensor]) -> dict[tuple[int, int], int]:
+def _bytes_by_storage(tensors: Iterator[torch.Tensor] | list[torch.Tensor]) -> dict[tuple[int, int], int]:
     """Map each place in memory to its bytes: a tied weight counts once, as does an int8 weight that is seen twice."""
     return {(tensor.data_ptr(), tensor.nbytes): tensor.nbytes for tensor in tensors if tensor.nbytes}
 

@@ -14,12 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qlora_exp.errors import ModelError
+from qlora_exp.models.prequantized import QUANTIZATION_FILES
 from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
-from qlora_exp.models.prequantized import SIDE_FILES
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-LFS = b"version https://git-lfs"
+LFS_POINTER_START = b"version https://git-lfs"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"^(?P<name>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors$")
@@ -79,7 +79,7 @@ def check_weight_files(folder: Path) -> None:
     """
     files = weight_files(folder)
     if not files:
-        raise _not_found(folder)
+        raise _no_weights_error(folder)
     file_of: dict[str, str] = {}
     listed = weight_map(folder) if files != [folder / WEIGHTS] else {}
     for file in files:
@@ -135,7 +135,7 @@ def check_hub_files(names: set[str], place: str) -> None:
         raise ModelError(what, place, f"{hint}; download one that can be read: model=local model.path=DIR_OR_GGUF")
 
 
-def config_place(folder: Path) -> str:
+def config_hint(folder: Path) -> str:
     """Return what to do if ``folder`` has no config.json: name the file or folder inside it that was probably meant."""
     if ggufs := sorted(folder.glob("*.gguf")):
         return f"model.path={ggufs[0]}"
@@ -151,19 +151,19 @@ def config_place(folder: Path) -> str:
     return "a model directory holds config.json and *.safetensors"
 
 
-def check_no_pointer(file: Path) -> None:
+def check_not_lfs_pointer(file: Path) -> None:
     """Raise :class:`ModelError` if ``file`` is a Git LFS pointer: a clone without LFS has it in place of a large
     file."""
     with file.open("rb") as stream:
-        begin = stream.read(len(LFS))
-    if begin == LFS:
+        begin = stream.read(len(LFS_POINTER_START))
+    if begin == LFS_POINTER_START:
         what = "the file is a Git LFS pointer: its content was never downloaded"
         raise ModelError(what, str(file), "git lfs pull in the clone, or: hf download REPOSITORY")
 
 
 def _tensor_names(file: Path) -> list[str]:
     try:
-        check_no_pointer(file)
+        check_not_lfs_pointer(file)
         with safe_open(file, framework="pt") as weights:
             return list(weights.keys())
     except (SafetensorError, OSError) as error:
@@ -180,14 +180,14 @@ def _base_of_adapter(file: Path) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
-def _not_found(folder: Path) -> ModelError:
+def _no_weights_error(folder: Path) -> ModelError:
     """Return an error that says why transformers finds no weights in ``folder``, by the files there."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    if methods := [SIDE_FILES[name] for name in names if name in SIDE_FILES]:
+    if methods := [QUANTIZATION_FILES[name] for name in names if name in QUANTIZATION_FILES]:
         return ModelError(f"the checkpoint is quantized already (by {methods[0]})", str(folder), UNQUANTIZED)
     safetensors = [name for name in names if name.endswith(".safetensors")]
     if safetensors:
-        return _other_names(folder, safetensors)
+        return _unexpected_names_error(folder, safetensors)
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return ModelError("the directory has no safetensors", str(folder), f"model.path={folder / ggufs[0]}")
     if pickles := [name for name in names if name.endswith(PICKLES)]:
@@ -200,12 +200,12 @@ def _not_found(folder: Path) -> ModelError:
     return ModelError("the directory has no weights", str(folder), f"{WEIGHTS} is missing")
 
 
-def _other_names(folder: Path, names: list[str]) -> ModelError:
+def _unexpected_names_error(folder: Path, names: list[str]) -> ModelError:
     """Return an error for safetensors under names that transformers doesn't look for."""
     first, where = names[0], str(folder)
     if match := VARIANT.match(first):
         what = f"{first} is the variant {match['variant']}, and transformers loads {WEIGHTS}"
-        return ModelError(what, where, _rename(folder, names, f"model.{match['variant']}", match["variant"]))
+        return ModelError(what, where, _rename_hint(folder, names, f"model.{match['variant']}", match["variant"]))
     if RANK_SHARD.match(first):
         what = f"{first} is one process's part of a distributed training"
         return ModelError(what, where, f"save the model whole: save_pretrained writes {WEIGHTS}")
@@ -215,7 +215,7 @@ def _other_names(folder: Path, names: list[str]) -> ModelError:
         missing = [
             f"model-{part:05d}-of-{parts:05d}.safetensors" for part in range(1, parts + 1) if part not in present
         ]
-        also = f"; {_some(missing)} {'are' if len(missing) > 1 else 'is'} missing, too" if missing else ""
+        also = f"; {_first_three(missing)} {'are' if len(missing) > 1 else 'is'} missing, too" if missing else ""
         what = f"the directory has shards and no {WEIGHTS_INDEX}, which lists them{also}"
         return ModelError(what, where, f"copy or download {WEIGHTS_INDEX} from where the shards come from")
     if first.startswith("consolidated"):
@@ -225,11 +225,11 @@ def _other_names(folder: Path, names: list[str]) -> ModelError:
         what = f"{first} is an adapter, and the directory holds no model"
         return ModelError(what, where, "give the base, or merge the adapter into it first")
     return ModelError(
-        f"transformers loads {WEIGHTS}, and the directory has {_some(names)}", where, _rename(folder, names)
+        f"transformers loads {WEIGHTS}, and the directory has {_first_three(names)}", where, _rename_hint(folder, names)
     )
 
 
-def _rename(folder: Path, names: list[str], stem: str | None = None, variant: str | None = None) -> str:
+def _rename_hint(folder: Path, names: list[str], stem: str | None = None, variant: str | None = None) -> str:
     if len(names) == 1:
         return f"mv '{folder / names[0]}' '{folder / WEIGHTS}'"
     if variant:
@@ -238,5 +238,5 @@ def _rename(folder: Path, names: list[str], stem: str | None = None, variant: st
     return f"name the file that is meant {WEIGHTS}"
 
 
-def _some(names: list[str]) -> str:
+def _first_three(names: list[str]) -> str:
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

@@ -32,7 +32,7 @@ from qlora_exp.config.schema import Engine, Pruner, Sampler, SweepConfig, Tracki
 from qlora_exp.config.search_path import SEARCH_PATH
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.estimate import budget
-from qlora_exp.formatting import flat
+from qlora_exp.formatting import flatten
 from qlora_exp.orchestration.absolute_paths import absolute_value, with_absolute_paths, with_absolute_values
 from qlora_exp.orchestration.study_names import check_name
 from qlora_exp.paths import OutputPaths, StudyPaths, study_name
@@ -173,7 +173,7 @@ def _resolve_environment(overrides: Sequence[str]) -> tuple[list[str], dict[str,
 
 def _texts_replaced(as_written: Mapping[str, str], raw: DictConfig, from_files: Collection[str]) -> dict[str, str]:
     """Return key → text of each setting whose interpolation was replaced by its value."""
-    settings = dict(flat(OmegaConf.to_container(raw, enum_to_str=True))) if from_files else {}
+    settings = dict(flatten(OmegaConf.to_container(raw, enum_to_str=True))) if from_files else {}
     changed = [text for now, text in as_written.items() if now != text and not is_swept(text)]
     on_command_line = {override_key(text): str(override_value(text)) for text in changed}
     texts: dict[str, str] = redact({key: str(settings[key]) for key in from_files} | on_command_line)
@@ -274,7 +274,7 @@ def _shared_settings(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, A
     names = [*searched, *(["training"] if "model" in searched else [])]  # conf/model_training/ follows the model
     settings = OmegaConf.to_container(raw, enum_to_str=True)
     shared, interpolated = {}, {}
-    for key, value in flat(redact(settings)):
+    for key, value in flatten(redact(settings)):
         if _is_under(key, free):
             continue
         if has_interpolation(value):

@@ -146,4 +146,4 @@ def threads_per_process(requested: int | None, slots: int, kept: Path) -> int:
 def environment_of(gpu: str | None, threads: int) -> Mapping[str, str]:
     """Return a trial process's environment variables; libraries read them at import."""
     fixed = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**fixed, **heap.environment()} if gpu is None else {**fixed, DEVICES_VARIABLE: gpu}
+    return {**fixed, **heap.environment_for_training()} if gpu is None else {**fixed, DEVICES_VARIABLE: gpu}

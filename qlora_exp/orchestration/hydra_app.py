@@ -24,7 +24,7 @@ from qlora_exp.config.schema import Config, register, to_plain
 from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.paths import CONF
-from qlora_exp.runs.entry_points import end_killed_run, run_and_tell
+from qlora_exp.runs.entry_points import complete_killed_record, run_with_progress
 from qlora_exp.runs.process import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -34,7 +34,7 @@ from qlora_exp.runs.process import (
     print_error,
 )
 from qlora_exp.system import heap, memory_limits, signals, streams
-from qlora_exp.system.distributed import one_rank_only
+from qlora_exp.system.distributed import check_single_rank
 from qlora_exp.system.terminal import check_arguments, show_any_text
 
 
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _codes.clear()
     if only_shows:
         return _main(arguments_given, flags, multirun, only_shows)
-    streams.keep_writing()
+    streams.ignore_write_errors()
     try:
-        with signals.interrupting():
+        with signals.signals_as_interrupts():
             return _main(arguments_given, flags, multirun, only_shows)
     except KeyboardInterrupt:  # a second one, while the first one was handled
         return EXIT_INTERRUPTED
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str], flags: argparse.Namespace, multirun: bool, only_shows: bool) -> int:
     try:
         if not only_shows:
-            one_rank_only()
+            check_single_rank()
         _check_flags(flags)
         if only_shows:
             _check_displayed_config(flags)
@@ -181,7 +181,7 @@ def run_job(raw: Any) -> Any:
     try:
         OmegaConf.resolve(raw)
         config = as_checked_config(raw)
-        code = _run_in_subprocess(config) if multirun else run_and_tell(config)
+        code = _run_in_subprocess(config) if multirun else run_with_progress(config)
     except QloraExpError as error:
         print_error(error)
         raise ExitCode(EXIT_WRONG_INPUT) from None
@@ -199,15 +199,15 @@ def _run_in_subprocess(config: Config) -> int:
     def pass_on(number: int, frame: object) -> None:
         """Pass the signal on: the child saves and says how to resume, this process only waits. Ctrl-C reaches the child
         anyway."""
-        if signals.heard(number) is not signals.Heard.SAME:
+        if signals.meaning_of(number) is not signals.Meaning.SAME:
             stop_signals.append(number)
             if child is not None and number != signal.SIGINT:
                 child.send_signal(signal.SIGTERM)
 
-    with signals.handling(pass_on):
-        environment = heap.environment() if heap.on_cpu(config.training.device.value) else {}
+    with signals.handle_signals(pass_on):
+        environment = heap.environment_for_training() if heap.on_cpu(config.training.device.value) else {}
         command, environment = [sys.executable, "-m", "qlora_exp.runs.job"], {**os.environ, **environment}
-        kills = memory_limits.kills()
+        kills = memory_limits.out_of_memory_kills()
         child = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8", env=environment)
         if any(number != signal.SIGINT for number in stop_signals):
             child.send_signal(signal.SIGTERM)
@@ -216,5 +216,5 @@ def _run_in_subprocess(config: Config) -> int:
         return child.returncode
     if stop_signals:  # the child was killed before it handled the signal
         return EXIT_INTERRUPTED
-    end_killed_run(config, child.pid, -child.returncode, kills)
+    complete_killed_record(config, child.pid, -child.returncode, kills)
     return EXIT_RUN_FAILED

@@ -15,7 +15,7 @@ from qlora_exp.paths import StudyPaths
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Process
 from qlora_exp.system import signals
-from qlora_exp.system.environment import alive
+from qlora_exp.system.environment import is_alive
 
 WORKER_GRACE_SECONDS = 150.0
 """Time for the end of a step and a checkpoint in each worker, and for logging to MLflow."""
@@ -39,10 +39,10 @@ def stop_workers_on_signal(paths: StudyPaths) -> Iterator[None]:
     timers: list[threading.Timer] = []
 
     def stop_workers(number: int, frame: FrameType | None) -> None:
-        meaning = signals.heard(number)
-        if meaning is signals.Heard.SAME:
+        meaning = signals.meaning_of(number)
+        if meaning is signals.Meaning.SAME:
             return
-        workers = [] if meaning is signals.Heard.AGAIN else _worker_pids(paths)
+        workers = [] if meaning is signals.Meaning.AGAIN else _worker_pids(paths)
         if not workers:
             raise KeyboardInterrupt
         for pid in workers:
@@ -51,11 +51,11 @@ def stop_workers_on_signal(paths: StudyPaths) -> Iterator[None]:
         timers.append(threading.Timer(WORKER_GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGINT)))
         timers[-1].daemon = True
         timers[-1].start()
-        signals.say("the workers save and stop; a second signal stops them at once")
+        signals.print_to_stderr("the workers save and stop; a second signal stops them at once")
 
     _sweeping.depth = getattr(_sweeping, "depth", 0) + 1
     try:
-        with signals.handling(stop_workers):
+        with signals.handle_signals(stop_workers):
             yield
         if timers:
             raise KeyboardInterrupt
@@ -74,6 +74,6 @@ def _worker_pids(paths: StudyPaths) -> list[int]:
     for file in paths.workers.glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecordError):
             process = from_dict(Process, json.loads(file.read_text(encoding="utf-8"))["process"])
-            if process.pid in descendants and alive(process):
+            if process.pid in descendants and is_alive(process):
                 pids.append(process.pid)
     return pids

@@ -20,8 +20,8 @@ from qlora_exp.errors import RecordError
 from qlora_exp.orchestration.status import running_slots
 from qlora_exp.paths import StudyPaths, make_folder
 from qlora_exp.records.files import write_json
-from qlora_exp.system.environment import alive_if_visible, process_identity
-from qlora_exp.system.orchestrator_lease import Lease, Watched, held, read_lease, touch, write_lease
+from qlora_exp.system.environment import is_alive_if_visible, process_identity
+from qlora_exp.system.orchestrator_lease import Lease, LeaseObserver, held_lease, read_lease, touch, write_lease
 
 POLL_SECONDS = 0.2
 BETWEEN_TRIALS_SECONDS = 2.0
@@ -43,8 +43,8 @@ class Orchestration:
     def take(self, silent: tuple[int, int] | None = None) -> bool:
         """Take the lease if no process has it. ``silent``: the stamp of a holder that has been silent for too long."""
         with FileLock(self._paths.lock):
-            lease, watched = read_lease(self._paths.orchestrator), Watched(self._paths.orchestrator)
-            is_alive = lease is not None and alive_if_visible(lease.process) is not False
+            lease, watched = read_lease(self._paths.orchestrator), LeaseObserver(self._paths.orchestrator)
+            is_alive = lease is not None and is_alive_if_visible(lease.process) is not False
             if is_alive and (silent is None or watched.stamp() != silent):
                 return False
             write_lease(self._paths.orchestrator, self._lease)
@@ -77,12 +77,12 @@ class Orchestration:
 
     def _beat(self) -> None:
         """Renew the lease; without it, watch the holder and take over when it is gone."""
-        watched = Watched(self._paths.orchestrator)
+        watched = LeaseObserver(self._paths.orchestrator)
         while not self._ended.wait(self._lease.heartbeat_seconds):
             with contextlib.suppress(Exception):  # the disk is full or unavailable: the next heartbeat tries again
                 self._beat_once(watched)
 
-    def _beat_once(self, watched: Watched) -> None:
+    def _beat_once(self, watched: LeaseObserver) -> None:
         if self.held and self._is_ours():
             touch(self._paths.orchestrator)
         elif self.held:
@@ -129,9 +129,9 @@ def _take_over_silent_holder(
     orchestration: Orchestration, paths: StudyPaths, lease: Lease, name: str | None = None
 ) -> bool:
     """Watch a holder that can't be seen from here. True: it gave no sign of life, and ``one`` holds the lease now."""
-    if alive_if_visible(lease.process) is not None:
+    if is_alive_if_visible(lease.process) is not None:
         return False
-    watched = Watched(paths.orchestrator)
+    watched = LeaseObserver(paths.orchestrator)
     stamp, patience = watched.stamp(), watched.patience_seconds(lease)
     if name is not None and patience > ANNOUNCE_AFTER_SECONDS:
         where = f"study {name} is held by {lease.owner}, which can't be seen from here"
@@ -163,7 +163,7 @@ def wait_for_others(opened: Any, workers: WorkersConfig) -> None:
 def current_orchestrator(paths: StudyPaths) -> Lease | None:
     """Return the lease of the process that orchestrates the study; ``None``: none does, it is dead, or its lease ran
     out."""
-    return held(paths.orchestrator)
+    return held_lease(paths.orchestrator)
 
 
 def request_stop(paths: StudyPaths, name: str, now: bool) -> str:

@@ -38,9 +38,9 @@ from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status, Trial
 from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.system import memory_limits
-from qlora_exp.system.environment import alive
+from qlora_exp.system.environment import is_alive
 from qlora_exp.system.out_of_memory import SMALLER_HINTS, killed_for_memory
-from qlora_exp.training.outcome import disk_full
+from qlora_exp.training.outcome import is_disk_full
 
 if TYPE_CHECKING:
     from qlora_exp.orchestration.worker import Worker
@@ -161,7 +161,7 @@ class Slot(threading.Thread):
 
     def _run_in_process(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:
         spec = self.setting.spec
-        self._kills_before = memory_limits.kills()
+        self._kills_before = memory_limits.out_of_memory_kills()
         host = self._host = self._host or take_started(self._host_start)
         host.send(
             RunTrial(
@@ -280,7 +280,7 @@ class Slot(threading.Thread):
             return self.worker.forget_trial(self.number)
         print(f"trial {claim.number}, attempt {claim.attempt}: {why}", file=sys.stderr, flush=True)
         hint = (
-            SMALLER_HINTS if memory_limits.kills() is None else None
+            SMALLER_HINTS if memory_limits.out_of_memory_kills() is None else None
         )  # the kernel doesn't report here whether memory ran out
         failure = Failure("Lost", why, phase=self.state.phase, step=self.state.step, hint=hint)
         if record is not None:
@@ -319,7 +319,7 @@ class Slot(threading.Thread):
     # A full disk.
 
     def _disk_is_full(self, end: End, paths: RunPaths) -> bool:
-        if isinstance(end, DiskFull) or (isinstance(end, UserError) and disk_full(end.what)):
+        if isinstance(end, DiskFull) or (isinstance(end, UserError) and is_disk_full(end.what)):
             return True
         record = _readable_record(paths)
         return isinstance(end, TrialEnded) and record is not None and _failed_by_full_disk(record)
@@ -365,7 +365,7 @@ def _is_resumable(record: RunRecord) -> bool:
 
 def _failed_by_full_disk(record: RunRecord) -> bool:
     failure = record.failure
-    return record.status is Status.FAILED and failure is not None and disk_full(failure.message)
+    return record.status is Status.FAILED and failure is not None and is_disk_full(failure.message)
 
 
 def _readable_record(paths: RunPaths) -> RunRecord | None:
@@ -392,7 +392,7 @@ def _wait_for_last_owner(paths: RunPaths) -> None:
         record = _readable_record(paths)
         if record is None or record.status is not Status.RUNNING or record.process is None:
             return
-        if not alive(record.process):
+        if not is_alive(record.process):
             return
         time.sleep(LISTEN_SECONDS)
 

@@ -23,7 +23,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Process, Status
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
-from qlora_exp.system.environment import alive_if_visible, process_identity
+from qlora_exp.system.environment import is_alive_if_visible, process_identity
 from qlora_exp.system.orchestrator_lease import Lease, age_seconds
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def running_slots(paths: StudyPaths) -> list[SlotState]:
 def _is_alive(process: Process, file: Path, lease_seconds: float) -> bool:
     """Return whether the worker that writes ``file`` every second is alive; on another machine only its file shows
     that."""
-    is_alive = alive_if_visible(process)
+    is_alive = is_alive_if_visible(process)
     if is_alive is None:
         age = age_seconds(file)
         return age is not None and abs(age) <= lease_seconds

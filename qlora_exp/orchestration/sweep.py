@@ -17,7 +17,7 @@ from qlora_exp.config.override_values import escape_interpolations
 from qlora_exp.config.overrides import is_hydra, override_key
 from qlora_exp.config.schema import BudgetConfig, WorkersConfig
 from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
-from qlora_exp.errors import QloraExpError, StudyError, raise_all, unwritable
+from qlora_exp.errors import QloraExpError, StudyError, raise_all, unwritable_error
 from qlora_exp.estimate.budget import StudyBudget, budget_of, check_energy
 from qlora_exp.formatting import bytes_text
 from qlora_exp.orchestration import launcher_signals
@@ -44,7 +44,7 @@ from qlora_exp.study.space import point_overrides
 from qlora_exp.study.spec import read_spec, storage_of, without_secrets, write_spec
 from qlora_exp.study.types import Counts, StudySpec
 from qlora_exp.system import signals, streams
-from qlora_exp.system.distributed import one_rank_only
+from qlora_exp.system.distributed import check_single_rank
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job and returns when all have ended; the results have Hydra's ``return_value``."""
@@ -90,7 +90,7 @@ def _user_error(error: Exception, spec: StudySpec | None) -> QloraExpError | Non
     from qlora_exp.study.storage import is_unreachable, unreachable_error
 
     if isinstance(error, OSError):
-        return unwritable(error)
+        return unwritable_error(error)
     return unreachable_error(error, spec.storage, spec.name) if spec is not None and is_unreachable(error) else None
 
 
@@ -151,7 +151,7 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
     """
     from qlora_exp.orchestration.worker import run_worker
 
-    streams.keep_writing()  # a launcher may run this job in a new process
+    streams.ignore_write_errors()  # a launcher may run this job in a new process
     paths = OutputPaths.of(str(raw.output_root)).study(str(raw.sweep.name))
     spec, workers = read_spec(paths), typed_settings(raw.workers, WorkersConfig)
     # study.json holds no secrets; this job's command line does.
@@ -160,7 +160,7 @@ def work(raw: Any, overrides: Sequence[str]) -> Any:
     ]
     hydra_overrides = [text for text in spec.overrides if is_hydra(override_key(text))]
     try:
-        one_rank_only()
+        check_single_rank()
         spec = replace(spec, overrides=(*own_overrides, *hydra_overrides), storage=storage_of(spec, raw.sweep.storage))
         with launcher_job():
             result = run_worker(spec, paths, workers, int(raw.workers.job))
@@ -258,7 +258,7 @@ def _study_tracker(
         tracker.start(from_dict(StudyDefinition, to_dict(without_secrets(command.spec))))
         yield _TrackerWhileHeld(tracker, orchestration)
     finally:
-        with signals.held_back("the study is being logged to MLflow; Ctrl-C again leaves that to qlora-exp sync"):
+        with signals.delay_interrupt("the study is being logged to MLflow; Ctrl-C again leaves that to qlora-exp sync"):
             run_ids = [row.run_id for row in opened.trials() if row.run_id is not None]
             deliver_runs(outputs, run_ids, command.tracking.uri)
             if orchestration.held:
@@ -292,10 +292,10 @@ def _print_not_delivered(command: SweepCommand, opened: Any) -> None:
 
 def _end_is_logged(paths: StudyPaths, status: Status) -> bool:
     from qlora_exp.tracking.state import read_state
-    from qlora_exp.tracking.study import told_status
+    from qlora_exp.tracking.study import summary_status
 
     state = read_state(paths)
-    return state is not None and state.delivered and told_status(paths) is status
+    return state is not None and state.delivered and summary_status(paths) is status
 
 
 def _is_complete(counts: Counts) -> bool:

@@ -46,7 +46,7 @@ from qlora_exp.orchestration.messages import (
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.system import streams
 from qlora_exp.system.terminal import show_any_text
-from qlora_exp.training.outcome import PruneCheck, disk_full
+from qlora_exp.training.outcome import PruneCheck, is_disk_full
 
 if TYPE_CHECKING:
     from qlora_exp.models.base_models import BaseModels
@@ -62,7 +62,7 @@ def main() -> int:
     _die_with(arguments.parent)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    streams.keep_writing()
+    streams.ignore_write_errors()
     line = Channel()
     show_any_text()
     from qlora_exp.runs.process import import_and_freeze_gc, silence_libraries
@@ -154,7 +154,7 @@ class _TrialRunner:
             what = redact_text(error.what if type(error).__str__ is QloraExpError.__str__ else str(error))
             self.line.tell(UserError(type(error).__name__, what, error.where, error.hint))
         except OSError as error:
-            if not disk_full(error):
+            if not is_disk_full(error):
                 raise
             self.line.tell(DiskFull(str(error)))
 

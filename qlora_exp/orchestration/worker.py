@@ -32,7 +32,7 @@ from qlora_exp.study import objectives
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
 from qlora_exp.system import signals
 from qlora_exp.system.environment import process_identity
-from qlora_exp.training.outcome import disk_full
+from qlora_exp.training.outcome import is_disk_full
 
 T = TypeVar("T")
 
@@ -292,7 +292,7 @@ class Worker:
                 with self._calls:
                     return call()
             except Exception as error:  # each storage driver raises its own exceptions
-                disk_is_full, storage_is_lost = disk_full(error), is_unreachable(error)
+                disk_is_full, storage_is_lost = is_disk_full(error), is_unreachable(error)
                 if self.killing or not (disk_is_full or storage_is_lost):
                     raise
                 problem = unreachable_error(error, self.setting.spec.storage, self.setting.spec.name)
@@ -353,9 +353,9 @@ class Worker:
         """Handle INT, TERM and HUP: the first is a request to stop now, the second kills the trial processes."""
 
         def request_stop(number: int, frame: object) -> None:
-            if signals.heard(number) is not signals.Heard.SAME:
+            if signals.meaning_of(number) is not signals.Meaning.SAME:
                 self.killing = self.stopping == NOW
                 self.stopping = NOW
                 self.by_signal = True
 
-        return signals.handling(request_stop)
+        return signals.handle_signals(request_stop)

@@ -12,9 +12,9 @@ from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Status
 
 LAST = "last"
-NEWEST = 500
+MAX_ENDED_RUNS = 500
 """How many of the newest runs are used to predict the next one; a process reads each record once."""
-TELLING = (Status.COMPLETED, Status.PRUNED)
+USABLE_STATUSES = (Status.COMPLETED, Status.PRUNED)
 
 
 def run_folders(outputs: OutputPaths) -> Iterator[RunPaths]:
@@ -40,7 +40,7 @@ def read_runs(outputs: OutputPaths) -> tuple[list[RunRecord], list[RecordError]]
 class EndedRuns:
     """Ended runs under ``output_root``, from which the next run is predicted.
 
-    These are the completed and pruned runs among the newest :data:`NEWEST` (by name: ids begin with the time). The
+    These are the completed and pruned runs among the newest :data:`MAX_ENDED_RUNS` (ids begin with the time). The
     record of any other run is read again when its file has changed.
     """
 
@@ -58,7 +58,7 @@ class EndedRuns:
 
     def _newest(self) -> list[str]:
         try:
-            return sorted(os.listdir(self._outputs.runs), reverse=True)[:NEWEST]
+            return sorted(os.listdir(self._outputs.runs), reverse=True)[:MAX_ENDED_RUNS]
         except OSError:
             return []
 
@@ -71,7 +71,7 @@ class EndedRuns:
             stat = file.stat()
             if (stat.st_mtime_ns, stat.st_ino) != stamp:
                 new_record = read_record(file)
-                usable = new_record.status in TELLING and not new_record.synthetic
+                usable = new_record.status in USABLE_STATUSES and not new_record.synthetic
                 self._seen[name] = ((stat.st_mtime_ns, stat.st_ino), new_record if usable else None)
         except (OSError, RecordError):
             return None
@@ -100,7 +100,9 @@ def find_run(run: str, outputs: OutputPaths) -> RunPaths:
     if len(matches) == 1:
         return folders[matches[0]]
     if matches:
-        raise RecordError(f"{run!r} matches {len(matches)} runs", str(outputs.runs), f"type more: {_some(matches)}")
+        raise RecordError(
+            f"{run!r} matches {len(matches)} runs", str(outputs.runs), f"type more: {_first_names(matches)}"
+        )
     raise RecordError(f"there is no run {run!r}", str(outputs.runs), _nearest_run(run, list(folders)))
 
 
@@ -117,10 +119,10 @@ def _last(folders: dict[str, RunPaths]) -> RunPaths:
 
 def _nearest_run(run: str, names: list[str]) -> str:
     hint = nearest(run, names)
-    return hint if hint.startswith("did you mean") else f"the newest are {_some(names[-3:])}; qlora-exp ls runs"
+    return hint if hint.startswith("did you mean") else f"the newest are {_first_names(names[-3:])}; qlora-exp ls runs"
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 

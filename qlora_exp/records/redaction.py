@@ -35,7 +35,7 @@ TOKENIZER_WORDS = frozenset(
 WORKING_FOLDERS = ("PWD", "OLDPWD")
 """Variables of the shell that aren't passwords. Redacting them would hide every path under the current folder."""
 
-SHORTEST_ENVIRONMENT_SECRET = 8
+MIN_SECRET_LENGTH = 8
 """Characters. Redacting shorter values (``test``, ``1234``) would hide ordinary words."""
 
 TOKEN_SHAPES = re.compile(
@@ -127,7 +127,7 @@ def environment_secrets() -> list[str]:
     """
     names = (name for name in os.environ if is_secret_key(name) and name not in WORKING_FOLDERS)
     values = {os.environ.get(name, "") for name in names}  # another thread may remove a variable meanwhile
-    return sorted((value for value in values if len(value) >= SHORTEST_ENVIRONMENT_SECRET), key=len, reverse=True)
+    return sorted((value for value in values if len(value) >= MIN_SECRET_LENGTH), key=len, reverse=True)
 
 
 def _redact_assignments(text: str) -> str:

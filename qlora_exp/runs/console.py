@@ -29,7 +29,7 @@ class ProgressReporter:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
-        self._view: _Lines | _Live = _Live(self._stream) if self._stream.isatty() else _Lines(self._stream)
+        self._view: _Lines | _Bar = _Bar(self._stream) if self._stream.isatty() else _Lines(self._stream)
 
     def __enter__(self) -> ProgressReporter:
         self._view.open()
@@ -83,8 +83,8 @@ class _Lines:
         if not is_due and step < total:
             return
         self._line_step, self._line_time = step, now
-        self._print(f"  step {step}/{total}{_left(now - self._steps_began, step - self._first_step, total - step)}"
-                    f"{_figures(metrics)}")  # fmt: skip
+        left = _remaining_time(now - self._steps_began, step - self._first_step, total - step)
+        self._print(f"  step {step}/{total}{left}{_metrics_text(metrics)}")
 
     def note(self, text: str) -> None:
         self._print(text)
@@ -98,7 +98,7 @@ class _Lines:
         print(text, file=self._stream, flush=True)
 
 
-class _Live:
+class _Bar:
     """Draws a bar per phase, with the remaining time if the phase counts steps."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -133,7 +133,7 @@ class _Live:
         if self._task is None:
             self.phase("train")
         assert self._task is not None
-        self._bar.update(self._task, completed=step, total=total, shown=f"{step}/{total}{_figures(metrics)}")
+        self._bar.update(self._task, completed=step, total=total, shown=f"{step}/{total}{_metrics_text(metrics)}")
 
     def note(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
@@ -148,12 +148,12 @@ class _Live:
             self._task = None
 
 
-def _left(seconds: float, done: int, remaining: int) -> str:
+def _remaining_time(seconds: float, done: int, remaining: int) -> str:
     if done <= 0 or remaining <= 0:
         return ""
     left = round(seconds / done * remaining)
     return f", {left // 60}:{left % 60:02d} left"
 
 
-def _figures(metrics: dict[str, float]) -> str:
+def _metrics_text(metrics: dict[str, float]) -> str:
     return "".join(f", {name} {metrics[name]:.4g}" for name in SHOWN_METRICS if metrics.get(name) is not None)

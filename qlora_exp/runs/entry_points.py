@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.architecture.run_plan import EARLIER_TASK
+from qlora_exp.architecture.run_plan import EARLIER_TASK_DEFAULTS
 from qlora_exp.config.compose import as_checked_config
 from qlora_exp.config.override_values import escape_interpolations
 from qlora_exp.config.schema import Config
@@ -23,7 +23,7 @@ from qlora_exp.system import environment
 from qlora_exp.system.out_of_memory import killed_for_memory
 
 
-def run_and_tell(config: Config, resume: str | None = None) -> int:
+def run_with_progress(config: Config, resume: str | None = None) -> int:
     """Run with progress on stderr, print the summary on stdout, and return the exit code."""
     from qlora_exp.runs.console import ProgressReporter
 
@@ -70,7 +70,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         # Records don't hold the sweep's settings.
         plain = {"sweep": None, "workers": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
-        plain["task"] = {**EARLIER_TASK, **plain.get("task", {})}  # older records lack some keys of both
+        plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}  # older records lack some keys of both
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
         training = plain.get("training")
         if isinstance(training, dict) and training.get("max_tokens") is not None:
@@ -81,7 +81,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
     return as_checked_config(merged)
 
 
-def end_killed_run(config: Config, pid: int, number: int, kills_before: int | None = None) -> None:
+def complete_killed_record(config: Config, pid: int, number: int, kills_before: int | None = None) -> None:
     """Complete the record of a run whose process ``pid`` was killed by signal ``number``.
 
     ``kills_before``: see :func:`~qlora_exp.system.out_of_memory.killed_for_memory`.
@@ -89,7 +89,7 @@ def end_killed_run(config: Config, pid: int, number: int, kills_before: int | No
     from qlora_exp.tracking.sync import sync_runs
 
     outputs = OutputPaths.of(config.output_root)
-    running = _running_of(pid, outputs)
+    running = _running_record_of(pid, outputs)
     failure = killed_for_memory(running[1] if running else None, number, kills_before)
     status = Status.OUT_OF_MEMORY if failure is not None else Status.FAILED
     failure = failure or Failure("Killed", f"the run's process was ended by signal {number}", hint="start it again")
@@ -101,7 +101,7 @@ def end_killed_run(config: Config, pid: int, number: int, kills_before: int | No
         sync_runs(outputs.root)
 
 
-def _running_of(pid: int, outputs: OutputPaths) -> tuple[Path, RunRecord] | None:
+def _running_record_of(pid: int, outputs: OutputPaths) -> tuple[Path, RunRecord] | None:
     """Return the RUNNING record of process ``pid`` of this machine, and its file."""
     own = environment.process_identity()
     for path in outputs.runs.glob("*/record.json"):

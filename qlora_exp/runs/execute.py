@@ -19,7 +19,7 @@ from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import KILLED_FOR_MEMORY, Environment, Failure, Fit, RunRecord, Status, Trial
 from qlora_exp.runs import sleep_engine
-from qlora_exp.runs.first_record import create_record, current_time, remove
+from qlora_exp.runs.first_record import create_record, current_time, remove_record
 from qlora_exp.runs.process import (
     EXIT_INTERRUPTED,
     hide_other_gpus,
@@ -27,10 +27,10 @@ from qlora_exp.runs.process import (
     set_threads,
     silence_libraries,
 )
-from qlora_exp.runs.termination import ended_when_memory_is_short
+from qlora_exp.runs.termination import exit_if_memory_is_short
 from qlora_exp.system import environment, signals
-from qlora_exp.system.distributed import one_rank_only
-from qlora_exp.system.out_of_memory import SMALLER_HINTS, near_the_bound
+from qlora_exp.system.distributed import check_single_rank
+from qlora_exp.system.out_of_memory import SMALLER_HINTS, memory_warning
 from qlora_exp.training.outcome import Observer, PruneCheck, no_pruning
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def execute(
         PredictedOutOfMemory: the predicted memory is above the limit; the run was not started.
         QloraExpError: wrong input, or another process executes the run to resume; the run was not started.
     """
-    one_rank_only()
-    memory = memory or _memory_rule(config)
+    check_single_rank()
+    memory = memory or _memory_limit(config)
     if trial is not None:
         config = without_limits(config)
     check_energy(config.budget, config.training.device)
@@ -127,20 +127,24 @@ def _run_and_deliver(
         tracker = _tracker(config, outputs, warm=deliver is not None)
     except QloraExpError:
         if not resumed:
-            remove(paths)
+            remove_record(paths)
         raise
     tracker.start(record, paths, wait=deliver is None)
     if observer is not None:
         observer.note(f"run {record.run_id}")
     low_memory_guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if may_end:
-        low_memory_guard = ended_when_memory_is_short(lambda number: _last_words(paths, number), EXIT_INTERRUPTED)
+        low_memory_guard = exit_if_memory_is_short(
+            lambda number: _write_interrupted_record(paths, number), EXIT_INTERRUPTED
+        )
     with _sigterm_as_interrupt(), low_memory_guard:
         try:
-            finished, input_error = prepared.run(record, paths, _Told(observer, tracker), report)
+            finished, input_error = prepared.run(record, paths, _EventForwarder(observer, tracker), report)
         except KeyboardInterrupt:  # a second one, while the first was being handled
             finished, input_error = _interrupted(record, paths), None
-    with signals.held_back("the run has ended and is sent to MLflow now; Ctrl-C again: leave that to qlora-exp sync"):
+    with signals.delay_interrupt(
+        "the run has ended and is sent to MLflow now; Ctrl-C again: leave that to qlora-exp sync"
+    ):
         finished = finished.replace(ended_at=current_time(), process=None)
         write_json(paths.record, finished)
         if finished.status is Status.COMPLETED:
@@ -157,7 +161,7 @@ def _run_and_deliver(
     return finished
 
 
-def _last_words(paths: RunPaths, number: int) -> None:
+def _write_interrupted_record(paths: RunPaths, number: int) -> None:
     """Write the last record of a run that can't stop after signal ``number``, because memory is too short."""
     record = read_record(paths.record)
     if record.status is not Status.RUNNING:
@@ -213,11 +217,11 @@ def preflight(config: Config, prepared: Prepared, probed: Environment) -> str | 
 
     check_energy(config.budget, config.training.device)
     if config.training.engine is Engine.sleep:
-        return near_the_bound(sleep_engine.synthetic_fit(config, probed, _memory_rule(config)))
-    return near_the_bound(memory_fit(config, prepared, probed, _memory_rule(config)))
+        return memory_warning(sleep_engine.synthetic_fit(config, probed, _memory_limit(config)))
+    return memory_warning(memory_fit(config, prepared, probed, _memory_limit(config)))
 
 
-def _memory_rule(config: Config) -> MemoryLimit:
+def _memory_limit(config: Config) -> MemoryLimit:
     """Return the memory limit of a single run.
 
     ``budget.memory_bytes`` is a strict limit. Without it the limit is the device's memory, and a borderline prediction
@@ -256,15 +260,15 @@ def _fit_micro_batch(
 
 
 def _warnings(fit: Fit | None) -> tuple[str, ...]:
-    warning = near_the_bound(fit)
+    warning = memory_warning(fit)
     return (warning,) if warning is not None else ()
 
 
 def _prepare(config: Config, bases: BaseModels | None) -> _Prepared:
-    return _Sleep(config) if config.training.engine is Engine.sleep else _Training(config, bases)
+    return _SleepRun(config) if config.training.engine is Engine.sleep else _TrainingRun(config, bases)
 
 
-class _Training:
+class _TrainingRun:
     """A run that trains a model."""
 
     def __init__(self, config: Config, bases: BaseModels | None) -> None:
@@ -288,7 +292,7 @@ class _Training:
         return run_pipeline(self.config, self.prepared, record, paths, observer, report, self.bases)
 
 
-class _Sleep:
+class _SleepRun:
     """A run without training (``training.engine=sleep``): needs neither torch nor data."""
 
     data_fingerprint: str | None = None
@@ -309,13 +313,13 @@ class _Sleep:
 def _tracker(config: Config, outputs: OutputPaths, warm: bool) -> Any:
     """Return the tracker; with ``tracking=off`` one that does nothing and doesn't import MLflow."""
     if not config.tracking.enabled:
-        return _Untracked()
+        return _NoTracker()
     from qlora_exp.tracking.run import Tracker
 
     return Tracker(config.tracking, outputs, warm)
 
 
-class _Untracked:
+class _NoTracker:
     def start(self, record: RunRecord, paths: RunPaths, wait: bool) -> None:
         return
 
@@ -334,7 +338,7 @@ def _check_same_data(record: RunRecord, fingerprint: str | None) -> None:
 def _sigterm_as_interrupt() -> contextlib.AbstractContextManager[None]:
     """Let TERM (scheduler, container) and HUP (closed terminal) end a run like Ctrl-C in every phase. During training,
     :class:`~qlora_exp.training.callbacks.GracefulInterrupt` replaces this."""
-    return signals.interrupting()
+    return signals.signals_as_interrupts()
 
 
 def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
@@ -343,7 +347,7 @@ def _interrupted(record: RunRecord, paths: RunPaths) -> RunRecord:
     return record.replace(status=Status.INTERRUPTED, failure=Failure("KeyboardInterrupt", "interrupted twice"))
 
 
-class _Told:
+class _EventForwarder:
     """Forwards a run's events to the observer, and its curve to the tracker."""
 
     def __init__(self, observer: Observer | None, tracker: Any) -> None:

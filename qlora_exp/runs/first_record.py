@@ -60,13 +60,13 @@ def create_record(
             trial=trial,
         )
         if config.training.engine is Engine.sleep:
-            record = sleep_engine.marked(record)
+            record = sleep_engine.mark_synthetic(record)
     write_text(paths.config, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     write_json(paths.record, record)
     return record, paths
 
 
-def remove(paths: RunPaths) -> None:
+def remove_record(paths: RunPaths) -> None:
     for file in (paths.record, paths.config, paths.lock):
         file.unlink(missing_ok=True)
     paths.folder.rmdir()

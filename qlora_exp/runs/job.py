@@ -9,10 +9,10 @@ import sys
 import yaml
 
 from qlora_exp.errors import QloraExpError
-from qlora_exp.runs.entry_points import config_from_plain, run_and_tell
+from qlora_exp.runs.entry_points import config_from_plain, run_with_progress
 from qlora_exp.runs.process import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, print_error
 from qlora_exp.system import signals, streams
-from qlora_exp.system.distributed import one_rank_only
+from qlora_exp.system.distributed import check_single_rank
 from qlora_exp.system.terminal import show_any_text
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -26,12 +26,12 @@ def die_with_parent() -> None:
 
 def main() -> int:
     die_with_parent()
-    streams.keep_writing()
+    streams.ignore_write_errors()
     show_any_text()
     try:
-        with signals.interrupting():
-            one_rank_only()
-            return run_and_tell(config_from_plain(yaml.safe_load(sys.stdin.buffer.read().decode("utf-8"))))
+        with signals.signals_as_interrupts():
+            check_single_rank()
+            return run_with_progress(config_from_plain(yaml.safe_load(sys.stdin.buffer.read().decode("utf-8"))))
     except QloraExpError as error:
         print_error(error)
         return EXIT_WRONG_INPUT

@@ -10,7 +10,7 @@ import traceback
 from dataclasses import replace
 from typing import Any
 
-from qlora_exp.architecture.targets import rank_above_width
+from qlora_exp.architecture.targets import rank_warning
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.estimate.budget import budget_stop_message
@@ -19,7 +19,7 @@ from qlora_exp.estimate.run_estimate import with_first_predictions
 from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
 from qlora_exp.evaluation.few_shot import few_shot_scores
 from qlora_exp.evaluation.goal import answer_goal
-from qlora_exp.evaluation.scoring import Evaluation, limited
+from qlora_exp.evaluation.scoring import Evaluation, limit_items
 from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter
 from qlora_exp.models.base_cache import NoCache
 from qlora_exp.models.base_models import BaseModels
@@ -60,7 +60,7 @@ def run_pipeline(
         _run_pipeline(config, prepared, progress, observer or NullObserver(), report, bases or NoCache())
         return progress.known().replace(status=Status.COMPLETED), None
     except (Exception, KeyboardInterrupt) as error:
-        return _failed(progress, error), error if isinstance(error, QloraExpError) else None
+        return _failed_record(progress, error), error if isinstance(error, QloraExpError) else None
 
 
 def _run_pipeline(
@@ -76,7 +76,7 @@ def _run_pipeline(
 
     progress.enter("load", observer)
     with meter.phase("load"):
-        base = bases.lend(config, planned.device)
+        base = bases.get(config, planned.device)
     _check_same_model(progress.record, base.fingerprint)
     progress.record = progress.record.replace(model_fingerprint=base.fingerprint)
 
@@ -90,12 +90,12 @@ def _run_pipeline(
     few_shot.write_items(paths)
     progress.untouched = base_scores
     before = ScoreTable(before=base_scores.scores, test_before=base_scores.test_scores, few_shot=few_shot.draws)
-    progress.record = _warned(progress.record.replace(scores=before, baselines=baselines), few_shot.warning())
-    progress.record = _warned(progress.record, _short_of_rows(planned, len(splits.train)))
-    progress.record = _warned(progress.record, rank_above_width(prepared.architecture, prepared.modules, config.lora))
+    progress.record = _with_warning(progress.record.replace(scores=before, baselines=baselines), few_shot.warning())
+    progress.record = _with_warning(progress.record, _few_rows_warning(planned, len(splits.train)))
+    progress.record = _with_warning(progress.record, rank_warning(prepared.architecture, prepared.modules, config.lora))
 
     progress.enter("train", observer)
-    progress.trained = _trained_before(paths)
+    progress.trained = _finished_training(paths)
     if progress.trained is not None:  # the run was interrupted after its training
         model = load_adapter(base, paths.adapter)
         progress.weights = weight_bytes(model)
@@ -103,7 +103,7 @@ def _run_pipeline(
         model = attach_adapters(bases.model(base), config, prepared.modules)
         progress.weights = weight_bytes(model)
         model.train()
-        validation = limited(splits.validation, config)
+        validation = limit_items(splits.validation, config)
         with meter.phase("train"):
             progress.trained = train(
                 planned,
@@ -121,7 +121,7 @@ def _run_pipeline(
         save_adapter(model, paths.adapter)
         write_json(paths.trained, progress.trained)
 
-    progress.record = _warned(progress.record, _cut_short(progress.trained, planned))
+    progress.record = _with_warning(progress.record, _budget_warning(progress.trained, planned))
 
     progress.enter("evaluate", observer)
     with meter.phase("evaluate"):
@@ -140,20 +140,20 @@ def _run_pipeline(
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
 
 
-def _warned(record: RunRecord, warning: str | None) -> RunRecord:
+def _with_warning(record: RunRecord, warning: str | None) -> RunRecord:
     """Add ``warning`` to the record, once even if the run is resumed."""
     if warning is None or warning in record.warnings:
         return record
     return record.replace(warnings=(*record.warnings, warning))
 
 
-def _short_of_rows(planned: Plan, rows: int) -> str | None:
+def _few_rows_warning(planned: Plan, rows: int) -> str | None:
     if rows >= planned.batch_size:
         return None
     return f"a step has {rows} rows, not training.batch_size={planned.batch_size}: the training split has no more"
 
 
-def _cut_short(trained: Trained, planned: Plan) -> str | None:
+def _budget_warning(trained: Trained, planned: Plan) -> str | None:
     limit = trained.training.ended_by_budget
     return budget_stop_message(limit, trained.training.steps, planned.max_steps) if limit is not None else None
 
@@ -168,7 +168,7 @@ def _check_finite(after: Evaluation, trained: Trained) -> None:
         raise Diverged("the tuned model's loss", trained.training.steps)
 
 
-def _trained_before(paths: RunPaths) -> Trained | None:
+def _finished_training(paths: RunPaths) -> Trained | None:
     """Return the result of an interrupted run's finished training; ``None`` if it hasn't finished.
 
     The file is written after the adapter, so that the adapter is complete if the file is.
@@ -203,7 +203,7 @@ def _goal(config: Config, after: Evaluation, test: Evaluation | None) -> Any:
     return answer_goal(config.task.goal, test if split is EvaluationSplit.test and test else after, split.value)
 
 
-def _failed(progress: RunFigures, error: BaseException) -> RunRecord:
+def _failed_record(progress: RunFigures, error: BaseException) -> RunRecord:
     status = status_of(error)
     message = redact_text(str(error) or type(error).__name__)
     trace = redact_text("".join(traceback.format_exception(error))[-8000:]) if status is Status.FAILED else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_exp.architecture import run_plan
 from qlora_exp.architecture.shapes import Architecture
-from qlora_exp.architecture.targets import rank_above_width, resolve_targets
+from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.data.items import Splits
@@ -55,29 +55,29 @@ def prepare(config: Config, environment: Environment, bases: BaseModels | None =
         raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")
     bases = bases or NoCache()
     task_key = (repr(config.task), state_of_files(config.task.path) if config.task.path else None)
-    rows = bases.kept("rows", task_key, lambda: load_rows(config.task))
+    rows = bases.memoize("rows", task_key, lambda: load_rows(config.task))
     model_id = model_key(config.model)
-    architecture = bases.kept("architecture", model_id, lambda: describe(config.model))
+    architecture = bases.memoize("architecture", model_id, lambda: describe(config.model))
     modules = resolve_targets(architecture, config.targets)
-    rank_above_width(architecture, modules, config.lora)
+    rank_warning(architecture, modules, config.lora)
     tokenizer = load_tokenizer(config.model)
     length = config.training.max_length
-    splits = bases.kept("splits", (task_key, model_id, length), lambda: load_data(config, tokenizer, length, rows))
+    splits = bases.memoize("splits", (task_key, model_id, length), lambda: load_data(config, tokenizer, length, rows))
     check_vocabulary(splits, tokenizer, architecture.vocabulary_size)
     check_positions(splits, architecture.positions)
     if config.evaluation.generate:
         answers_key = (task_key, model_id, length, config.evaluation.max_new_tokens)
-        bases.kept("answers that can be right", answers_key, lambda: check_answers(splits, tokenizer, config))
-    _check_scores_can_be_had(config, splits)
+        bases.memoize("answers that can be right", answers_key, lambda: check_answers(splits, tokenizer, config))
+    _check_evaluation(config, splits)
     planned = run_plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
-    ended = bases.kept("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
+    ended = bases.memoize("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
     prediction = predict_run(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
     return Prepared(prediction, modules, tokenizer, splits, architecture)
 
 
-def _check_scores_can_be_had(config: Config, splits: Splits) -> None:
+def _check_evaluation(config: Config, splits: Splits) -> None:
     """Check what evaluation needs before a training has cost time: metrics, test items, few-shot examples."""
     for name in config.evaluation.metrics:
         hub_metric(name)

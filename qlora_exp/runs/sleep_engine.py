@@ -51,7 +51,7 @@ PARAMETERS, ADAPTER_PARAMETERS_PER_RANK = 1_000_000, 1_000
 """Of the simulated model."""
 
 
-def marked(record: RunRecord) -> RunRecord:
+def mark_synthetic(record: RunRecord) -> RunRecord:
     """Mark a record as synthetic in its name, its warnings and the field ``synthetic``."""
     warning = "SYNTHETIC: training.engine=sleep trains nothing, and its scores come from a formula"
     return record.replace(name=f"SYNTHETIC {record.name}", synthetic=True, warnings=(*record.warnings, warning))
@@ -67,7 +67,7 @@ def sleep_run(
     """Sleep ``training.sleep_seconds`` in twenty steps, and return the record with its status, also after a failure."""
     started = time.perf_counter()
     earlier = record.speed.total_seconds or 0.0
-    training = _Slept(config, record, paths, observer or NullObserver(), report)
+    training = _SimulatedTraining(config, record, paths, observer or NullObserver(), report)
     status, failure = Status.COMPLETED, None
     try:
         training.through()
@@ -115,7 +115,7 @@ def synthetic_fit(config: Config, environment: Environment, rule: MemoryLimit) -
 
 
 @dataclasses.dataclass
-class _Slept:
+class _SimulatedTraining:
     """A simulated training."""
 
     config: Config
@@ -141,14 +141,16 @@ class _Slept:
         for step in range(1, STEPS + 1):
             time.sleep(training.sleep_seconds / STEPS)
             if step == STEPS // 2:
-                _go_wrong(self.config, step)
+                _simulate_fault(self.config, step)
             self.step, self.loss = step, loss_at(self.config, step)
             points.append({"step": step, "loss": self.loss})
             self.observer.step(step, STEPS, {"loss": self.loss})
             every = training.evaluate_every_steps
             if every is not None and step % every == 0:
                 self.observer.step(step, STEPS, {"validation_loss": self.loss})
-                if self.report.ask(step, self.loss, _items_of(self.loss) if self.report.per_item else None):
+                if self.report.ask(
+                    step, self.loss, _item_losses_with_mean(self.loss) if self.report.per_item else None
+                ):
                     raise Pruned(step)
             name = self._exhausted()
             if name is not None and step < STEPS:
@@ -187,7 +189,7 @@ def loss_at(config: Config, step: int) -> float:
     return final_loss(config) * (1.0 + 2.0 * math.exp(-5.0 * step / STEPS))
 
 
-def _items_of(loss: float) -> list[float]:
+def _item_losses_with_mean(loss: float) -> list[float]:
     """Return losses of single items with mean ``loss``; the same items are the hard ones in every run."""
     return [loss * 2.0 * (item + 1) / (REPORTED_ITEMS + 1) for item in range(REPORTED_ITEMS)]
 
@@ -249,7 +251,7 @@ def _speed(config: Config, steps: int, seconds: float, earlier_seconds: float) -
     )
 
 
-def _go_wrong(config: Config, step: int) -> None:
+def _simulate_fault(config: Config, step: int) -> None:
     """Simulate ``training.sleep_fault``. ``out_of_memory`` fails only while the micro-batch is the whole batch."""
     training = config.training
     match training.sleep_fault:

@@ -20,13 +20,13 @@ from qlora_exp.system import memory_limits
 TERMINATION_SIGNALS = frozenset(
     number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None
 )
-SHORT_SECONDS = 5.0
+MAX_SHORT_MEMORY_SECONDS = 5.0
 """Seconds of short memory after a signal in which a run may still end by itself."""
 WATCH_SECONDS = 0.5
 
 
 @contextlib.contextmanager
-def ended_when_memory_is_short(last_words: Callable[[int], None], exit_code: int) -> Iterator[None]:
+def exit_if_memory_is_short(last_words: Callable[[int], None], exit_code: int) -> Iterator[None]:
     """End this process with ``exit_code`` if a signal asked it to end and memory is so short that it can't.
 
     Another thread first calls ``last_words`` with the signal's number. Does nothing outside the main thread.
@@ -39,7 +39,7 @@ def ended_when_memory_is_short(last_words: Callable[[int], None], exit_code: int
     previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     run_ended = threading.Event()
     thread = threading.Thread(
-        target=_watch, args=(reading, run_ended, last_words, exit_code), name="termination", daemon=True
+        target=_exit_after_signal, args=(reading, run_ended, last_words, exit_code), name="termination", daemon=True
     )
     thread.start()
     try:
@@ -54,25 +54,27 @@ def ended_when_memory_is_short(last_words: Callable[[int], None], exit_code: int
         os.close(reading)
 
 
-def _watch(reading: int, run_ended: threading.Event, last_words: Callable[[int], None], exit_code: int) -> None:
-    number = _asked_to_end(reading, run_ended)
+def _exit_after_signal(
+    reading: int, run_ended: threading.Event, last_words: Callable[[int], None], exit_code: int
+) -> None:
+    number = _wait_for_signal(reading, run_ended)
     if number is None:
         return
-    pages, seen_at = memory_limits.pages_read_back(), time.monotonic()
+    pages, seen_at = memory_limits.major_page_faults(), time.monotonic()
     short_for = 0.0
     while not run_ended.wait(WATCH_SECONDS):
-        pages_now, now = memory_limits.pages_read_back(), time.monotonic()
+        pages_now, now = memory_limits.major_page_faults(), time.monotonic()
         rate = (pages_now - pages) / (now - seen_at)
-        is_short = memory_limits.is_nearly_full() or rate > memory_limits.PAGES_PER_SECOND
+        is_short = memory_limits.is_nearly_full() or rate > memory_limits.MAX_PAGE_FAULTS_PER_SECOND
         short_for = short_for + now - seen_at if is_short else 0.0
         pages, seen_at = pages_now, now
-        if short_for >= SHORT_SECONDS:
+        if short_for >= MAX_SHORT_MEMORY_SECONDS:
             with contextlib.suppress(Exception):
                 last_words(number)
             os._exit(exit_code)
 
 
-def _asked_to_end(reading: int, run_ended: threading.Event) -> int | None:
+def _wait_for_signal(reading: int, run_ended: threading.Event) -> int | None:
     """Wait for a signal that asks this process to end, and return it; ``None`` if the run ended first."""
     while True:
         select.select([reading], [], [])

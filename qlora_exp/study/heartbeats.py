@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Process
-from qlora_exp.system.environment import alive_if_visible
+from qlora_exp.system.environment import is_alive_if_visible
 
 CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, INTERRUPTED_ATTEMPTS = (
     *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
@@ -46,7 +46,7 @@ class Heartbeats:
         if owner is None:
             return "its worker died while claiming it"
         process = from_dict(Process, owner["process"])
-        living = alive_if_visible(process)
+        living = is_alive_if_visible(process)
         if living is False:
             return f"its worker {owner['worker']} (process {process.pid}) died"
         heartbeat = float(trial.user_attrs.get(HEARTBEAT, 0.0))

@@ -28,12 +28,20 @@ RANK_VARIABLES = (
     "GROUP_RANK",
 )
 """Variables with this process's rank; the first process has 0."""
-OF_TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
+TORCH_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+)
 LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_")
 """Prefixes of variables with which accelerate changes precision, device or gradient accumulation."""
 
 
-def one_rank_only(environment: MutableMapping[str, str] = os.environ) -> None:
+def check_single_rank(environment: MutableMapping[str, str] = os.environ) -> None:
     """Refuse to run as one of several ranks. For a single rank, remove the variables that would make its training
     distributed or override the configuration.
 
@@ -51,7 +59,7 @@ def one_rank_only(environment: MutableMapping[str, str] = os.environ) -> None:
             f"and qlora-exp sweep uses several; if {name} is a leftover: unset {name}"
         )
         raise ConfigError(what, name, hint)
-    for name in [name for name in environment if name in OF_TORCH or name.startswith(LAUNCHER_SETTINGS)]:
+    for name in [name for name in environment if name in TORCH_VARIABLES or name.startswith(LAUNCHER_SETTINGS)]:
         del environment[name]
 
 

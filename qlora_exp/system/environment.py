@@ -81,7 +81,7 @@ def process_identity() -> Process:
     return Process(os.getpid(), _start_ticks(os.getpid()), _boot_id(), _host(), _pid_namespace())
 
 
-def alive(process: Process) -> bool | None:
+def is_alive(process: Process) -> bool | None:
     """Return whether ``process`` still runs on this machine; a reused pid doesn't count as the same process.
 
     ``None``: it belongs to another host or container, whose processes aren't visible here. If its start time or boot
@@ -111,12 +111,12 @@ def alive(process: Process) -> bool | None:
     return process.start_ticks is None or start_ticks is None or start_ticks == process.start_ticks
 
 
-def alive_if_visible(process: Process) -> bool | None:
-    """As :func:`alive`, but ``None`` for a process of another boot: it may run on a machine with the same host name."""
+def is_alive_if_visible(process: Process) -> bool | None:
+    """As :func:`is_alive`, but ``None`` for a process of another boot: two machines may share a host name."""
     boot_id = _boot_id()
     if process.boot_id is not None and boot_id is not None and process.boot_id != boot_id:
         return None
-    return alive(process)
+    return is_alive(process)
 
 
 @lru_cache

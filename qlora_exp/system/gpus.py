@@ -23,7 +23,7 @@ DEVICE_FILES = Path("/dev")
 NVIDIA_SMI_SECONDS = 10.0
 
 
-class Numbered(Protocol):
+class HasIndexAndUuid(Protocol):
     """A GPU with an index and a UUID."""
 
     @property
@@ -32,7 +32,7 @@ class Numbered(Protocol):
     def uuid(self) -> str: ...
 
 
-T = TypeVar("T", bound=Numbered)
+T = TypeVar("T", bound=HasIndexAndUuid)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ MALLOC_VARIABLE = "GLIBC_TUNABLES"
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 NVIDIA_DRIVER = Path("/dev/nvidiactl")
 DEVICE_CPU = re.compile(r"\+{0,2}training\.device=['\"]?cpu['\"]?")
-ELSEWHERE = {
+NO_TRAINING_FLAGS = {
     *("-m", "--multirun", "-h", "--help", "--hydra-help", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"),
     *("--version",),
 }
 """Flags with which the command trains nothing in this process."""
 
 
-def tunables() -> str | None:
+def tunables_for_training() -> str | None:
     """Return GLIBC_TUNABLES for a training process on a CPU: the user's value, else :data:`TUNABLES`; ``None`` if it
     isn't set and the C library isn't glibc."""
     current = os.environ.get(MALLOC_VARIABLE)
@@ -42,9 +42,9 @@ def merges_free_chunks(tunables: str | None) -> bool:
     return tunables is not None and all(setting in tunables.split(":") for setting in TUNABLES.split(":"))
 
 
-def environment() -> Mapping[str, str]:
+def environment_for_training() -> Mapping[str, str]:
     """Return additional environment variables for a process that trains on a CPU."""
-    value = tunables()
+    value = tunables_for_training()
     return {} if value is None else {MALLOC_VARIABLE: value}
 
 
@@ -61,7 +61,13 @@ def reexec_with_tunables(arguments: Sequence[str]) -> None:
     script, a notebook or a debugger that calls the command.
     """
     on_the_cpu = on_cpu("cpu" if any(DEVICE_CPU.fullmatch(text) for text in arguments) else "auto")
-    if malloc_tunables() is None and on_the_cpu and _is_glibc() and not ELSEWHERE & set(arguments) and _is_a_command():
+    if (
+        malloc_tunables() is None
+        and on_the_cpu
+        and _is_glibc()
+        and not NO_TRAINING_FLAGS & set(arguments)
+        and _is_a_command()
+    ):
         with contextlib.suppress(OSError):  # no restart: training works without the setting
             os.execve(sys.executable, sys.orig_argv, {**os.environ, MALLOC_VARIABLE: TUNABLES})
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 PROC = Path("/proc")
 GROUPS = Path("/sys/fs/cgroup")
-NEARLY_FULL = 0.97
+NEARLY_FULL_SHARE = 0.97
 """Share of memory in use above which a process mostly waits for pages."""
-PAGES_PER_SECOND = 500.0
+MAX_PAGE_FAULTS_PER_SECOND = 500.0
 """Major page faults per second above which a process mostly waits: the kernel has dropped the program's own pages."""
 
 
@@ -32,18 +32,18 @@ def is_nearly_full() -> bool:
     """Return whether the machine, or a control group of this process, has almost no memory left."""
     fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(PROC / "meminfo"), re.MULTILINE))
     total, available = int(fields.get("MemTotal", 0)), int(fields.get("MemAvailable", 0))
-    if total and "MemAvailable" in fields and available < (1 - NEARLY_FULL) * total:
+    if total and "MemAvailable" in fields and available < (1 - NEARLY_FULL_SHARE) * total:
         return True
-    return any(used > NEARLY_FULL * limit for used, limit in _used_of_limits())
+    return any(used > NEARLY_FULL_SHARE * limit for used, limit in _used_of_limits())
 
 
-def pages_read_back() -> int:
+def major_page_faults() -> int:
     """Return this process's major page faults since its start: pages that it had to wait for from disk."""
     fields = _read(PROC / "self" / "stat").rpartition(")")[2].split()
     return int(fields[9]) if len(fields) > 9 else 0
 
 
-def kills() -> int | None:
+def out_of_memory_kills() -> int | None:
     """Return how many processes the kernel killed for lack of memory, in this process's control group, else on the
     machine; ``None`` if unknown."""
     for folder in _folders():

@@ -19,9 +19,9 @@ from qlora_exp.errors import RecordError
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import Process
-from qlora_exp.system.environment import alive_if_visible, process_identity
+from qlora_exp.system.environment import is_alive_if_visible, process_identity
 
-EARLIER_LEASE_SECONDS, EARLIER_HEARTBEAT_SECONDS = 60.0, 5.0
+DEFAULT_LEASE_SECONDS, DEFAULT_HEARTBEAT_SECONDS = 60.0, 5.0
 """For files of earlier versions, which hold neither."""
 MISSED_HEARTBEATS = 2.5
 """An observer waits at least this many heartbeats before an owner counts as gone, even if its file looks old."""
@@ -52,18 +52,18 @@ def read_lease(file: Path) -> Lease | None:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         process = from_dict(Process, raw)
-        lease_seconds = float(raw.get("lease_seconds") or EARLIER_LEASE_SECONDS)
-        return Lease(process, lease_seconds, float(raw.get("heartbeat_seconds") or EARLIER_HEARTBEAT_SECONDS))
+        lease_seconds = float(raw.get("lease_seconds") or DEFAULT_LEASE_SECONDS)
+        return Lease(process, lease_seconds, float(raw.get("heartbeat_seconds") or DEFAULT_HEARTBEAT_SECONDS))
     except (OSError, ValueError, TypeError, RecordError):
         return None
 
 
-def held(file: Path) -> Lease | None:
+def held_lease(file: Path) -> Lease | None:
     """Return the lease if it is held; ``None`` if its owner is dead, or sent no heartbeat for longer than the lease."""
     lease = read_lease(file)
     if lease is None:
         return None
-    is_alive = alive_if_visible(lease.process)
+    is_alive = is_alive_if_visible(lease.process)
     if is_alive is None:
         age = age_seconds(file)
         is_alive = age is not None and abs(age) <= lease.lease_seconds  # a clock that was set back makes ages negative
@@ -83,7 +83,7 @@ def age_seconds(file: Path) -> float | None:
         return time.time() - touched
 
 
-class Watched:
+class LeaseObserver:
     """An observer of a lease's file: measures for how long it hasn't changed."""
 
     def __init__(self, file: Path) -> None:

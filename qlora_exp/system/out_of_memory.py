@@ -12,13 +12,14 @@ SMALLER_HINTS = (
 )
 
 
-def near_the_bound(fit: Fit | None) -> str | None:
+def memory_warning(fit: Fit | None) -> str | None:
     """Return a warning if the predicted memory is close to the limit or above it; else ``None``."""
     if fit is None or fit.would_fit is None:
         return None
     if fit.near_the_edge:
-        return f"{_needs(fit)}, within the prediction's error ({fit.error:.0%}); what surely fits: {fit.would_fit}"
-    return f"{_needs(fit)}, and started anyway; what would fit: {fit.would_fit}"
+        need = f"{_predicted_need(fit)}, within the prediction's error ({fit.error:.0%})"
+        return f"{need}; what surely fits: {fit.would_fit}"
+    return f"{_predicted_need(fit)}, and started anyway; what would fit: {fit.would_fit}"
 
 
 def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before: int | None) -> Failure | None:
@@ -34,18 +35,18 @@ def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before
         return None
     fit = record.fit if record is not None else None
     near_limit = fit is not None and fit.excess >= -fit.error
-    kills = memory_limits.kills()
+    kills = memory_limits.out_of_memory_kills()
     counted = kills is not None and kills_before is not None and kills > kills_before
     if not near_limit and not counted:
         return None
     ending = "the run's process is gone" if signal is None else "the run's process was killed"
     cause = f"{ending}, and the kernel counted a process that it killed for lack of memory" if counted else ending
-    prediction = f"; the run was {_needs(fit)}" if fit is not None else ""
+    prediction = f"; the run was {_predicted_need(fit)}" if fit is not None else ""
     hint = (fit.would_fit if fit is not None else None) or SMALLER_HINTS
     return Failure(KILLED_FOR_MEMORY, f"probably out of memory: {cause}{prediction}", hint=hint)
 
 
-def _needs(fit: Fit) -> str:
+def _predicted_need(fit: Fit) -> str:
     from qlora_exp.formatting import bytes_text  # loads Rich
 
     return f"predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.bound_bytes)} of memory"

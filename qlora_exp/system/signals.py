@@ -1,7 +1,7 @@
 """Signals that ask a process to end: Ctrl-C, TERM (a scheduler or container), HUP (a terminal was closed).
 
 One event often causes several signals: a shell and the kernel both send HUP, a supervisor sends TERM to all processes
-of a group and each parent forwards it. :func:`heard` distinguishes such a repetition from a second request.
+of a group and each parent forwards it. :func:`meaning_of` distinguishes such a repetition from a second request.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
-ENDING = (signal.SIGINT, signal.SIGTERM, HANGUP)
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, HANGUP)
 SAME_KEY_SECONDS, SAME_EVENT_SECONDS = 0.1, 2.0
 """Two SIGINT within the first are one key press; a TERM within the second is one that a parent forwarded."""
 
 Handler = Callable[[int, FrameType | None], object]
 
 
-class Heard(enum.Enum):
+class Meaning(enum.Enum):
     """The meaning of a signal."""
 
     FIRST = "the first request to end"
@@ -32,7 +32,7 @@ class Heard(enum.Enum):
 
 
 class _Requests:
-    """When this process got signals, since the outermost :func:`handling` began (``time.monotonic`` seconds)."""
+    """When this process got signals, since the outermost :func:`handle_signals` began (``time.monotonic`` seconds)."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -43,21 +43,21 @@ class _Requests:
 _requests = _Requests()
 
 
-def heard(number: int) -> Heard:
+def meaning_of(number: int) -> Meaning:
     """Return the meaning of signal ``number``, which has just arrived. Its handler calls this once per signal."""
     now, last, last_key = time.monotonic(), _requests.last, _requests.last_key
     _requests.last = now
     if number == signal.SIGINT:
         _requests.last_key = now
     if last is None:
-        return Heard.FIRST
+        return Meaning.FIRST
     if number == signal.SIGINT:
-        return Heard.SAME if now - last_key < SAME_KEY_SECONDS else Heard.AGAIN
-    return Heard.SAME if number == HANGUP or now - last < SAME_EVENT_SECONDS else Heard.AGAIN
+        return Meaning.SAME if now - last_key < SAME_KEY_SECONDS else Meaning.AGAIN
+    return Meaning.SAME if number == HANGUP or now - last < SAME_EVENT_SECONDS else Meaning.AGAIN
 
 
 @contextlib.contextmanager
-def handling(handler: Handler, numbers: tuple[int, ...] = ENDING) -> Iterator[None]:
+def handle_signals(handler: Handler, numbers: tuple[int, ...] = ENDING_SIGNALS) -> Iterator[None]:
     """Install ``handler`` for the signals; restore the earlier handlers at the end.
 
     HUP stays ignored if it was (nohup). Outside the main thread nothing is installed.
@@ -78,35 +78,35 @@ def handling(handler: Handler, numbers: tuple[int, ...] = ENDING) -> Iterator[No
         _requests.depth -= 1
 
 
-def interrupting() -> contextlib.AbstractContextManager[None]:
+def signals_as_interrupts() -> contextlib.AbstractContextManager[None]:
     """Let all of these signals raise KeyboardInterrupt, once per request."""
-    return handling(interrupt)
+    return handle_signals(interrupt)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    if heard(number) is not Heard.SAME:
+    if meaning_of(number) is not Meaning.SAME:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def held_back(text: str) -> Iterator[None]:
+def delay_interrupt(text: str) -> Iterator[None]:
     """Let a short task finish: the first Ctrl-C prints ``text``, only a second one interrupts."""
     presses = 0
 
     def count(number: int, frame: FrameType | None) -> None:
         nonlocal presses
-        if heard(number) is Heard.SAME or number != signal.SIGINT:
+        if meaning_of(number) is Meaning.SAME or number != signal.SIGINT:
             return
         presses += 1
         if presses > 1:
             raise KeyboardInterrupt
-        say(text)
+        print_to_stderr(text)
 
-    with handling(count):
+    with handle_signals(count):
         yield
 
 
-def say(text: str) -> None:
+def print_to_stderr(text: str) -> None:
     """Print to standard error from a signal handler, without the stream object that the signal may have interrupted."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())

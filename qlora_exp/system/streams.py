@@ -14,19 +14,19 @@ import select
 import sys
 from typing import Any, TextIO, cast
 
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET, errno.ENXIO)
+PERMANENT_ERRORS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET, errno.ENXIO)
 """Errors that last: a pipe without a reader, a closed terminal. A full disk is left out: it may have room later."""
 
 
-def keep_writing() -> None:
+def ignore_write_errors() -> None:
     """Replace this process's standard output and error by streams that never fail.
 
     Call it before anything opens a file or stores a stream: if a standard descriptor is closed, the next file that is
     opened would get its number.
     """
     _open_missing()
-    sys.stdout = _lasting(sys.stdout, 1)
-    sys.stderr = _lasting(sys.stderr, 2)
+    sys.stdout = _unfailing(sys.stdout, 1)
+    sys.stderr = _unfailing(sys.stderr, 2)
 
 
 def _open_missing() -> None:
@@ -37,14 +37,14 @@ def _open_missing() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
 
 
-def _lasting(stream: TextIO | None, number: int) -> TextIO:
+def _unfailing(stream: TextIO | None, number: int) -> TextIO:
     """Return ``stream`` over a descriptor that can't fail; a stream without descriptor (in tests) stays as it is."""
     if stream is not None:
         if isinstance(getattr(stream, "buffer", None), _Buffer) or _descriptor(stream) != number:
             return stream
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    raw = _Lasting(number)
+    raw = _UnfailingFile(number)
     buffer = _Buffer(raw)
     encoding, errors = getattr(stream, "encoding", "utf-8"), getattr(stream, "errors", "backslashreplace")
     line_buffered = number == 2 or raw.isatty() or getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
@@ -59,10 +59,10 @@ def _descriptor(stream: Any) -> int | None:
 
 
 class _Buffer(io.BufferedWriter):
-    """Marks a stream that :func:`keep_writing` made."""
+    """Marks a stream that :func:`ignore_write_errors` made."""
 
 
-class _Lasting(io.FileIO):
+class _UnfailingFile(io.FileIO):
     """A descriptor whose writes always succeed."""
 
     def __init__(self, number: int) -> None:
@@ -76,11 +76,11 @@ class _Lasting(io.FileIO):
                 written = super().write(data)
             return written
         except OSError as error:
-            if error.errno in GONE:
-                self._drop_the_rest()
+            if error.errno in PERMANENT_ERRORS:
+                self._point_at_null_device()
             return len(data)
 
-    def _drop_the_rest(self) -> None:
+    def _point_at_null_device(self) -> None:
         """Point the descriptor at the null device, so that C libraries and child processes can write to it, too."""
         with contextlib.suppress(OSError):
             null_device = os.open(os.devnull, os.O_WRONLY)

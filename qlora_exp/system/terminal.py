@@ -40,7 +40,7 @@ ASCII = {
 def show_any_text() -> None:
     """Let standard output and standard error take any text in any encoding (``LANG=C``, Latin-1, file names that aren't
     UTF-8)."""
-    codecs.register_error(HANDLER, _shown)
+    codecs.register_error(HANDLER, _replacement)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=HANDLER)
@@ -56,7 +56,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise ConfigError(f"an argument can't be read as text ({encoding})", ascii(text), hint)
 
 
-def _shown(error: UnicodeError) -> tuple[str, int]:
+def _replacement(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     text = error.object[error.start : error.end]
     return "".join(map(_character, text)), error.end

@@ -14,7 +14,13 @@ from pathlib import Path
 from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-HALF_MADE = ("out-of-date database schema", "already exists", "duplicate column", "no such table", "no such column")
+INCOMPLETE_ERRORS = (
+    "out-of-date database schema",
+    "already exists",
+    "duplicate column",
+    "no such table",
+    "no such column",
+)
 """Parts of the errors of MLflow and its migrations if the tables are incomplete, or older than this MLflow."""
 
 
@@ -33,9 +39,9 @@ def create_if_missing(database: Path) -> None:
     os.replace(unfinished, database)
 
 
-def set_aside_if_half_made(database: Path, uri: str, reason: str) -> bool:
+def set_aside_if_incomplete(database: Path, uri: str, reason: str) -> bool:
     """Rename a database that was never complete and fails with ``reason``. Returns whether it was such a database."""
-    if not any(part in reason for part in HALF_MADE) or _was_whole(database):
+    if not any(part in reason for part in INCOMPLETE_ERRORS) or _was_used(database):
         return False
     number = 1
     while (aside := database.with_name(f"{database.name}.half-made-{number}")).exists():
@@ -47,7 +53,7 @@ def set_aside_if_half_made(database: Path, uri: str, reason: str) -> bool:
     return True
 
 
-def _was_whole(database: Path) -> bool:
+def _was_used(database: Path) -> bool:
     """Whether MLflow has used the database: it holds an experiment, which MLflow creates after the last migration, or a
     run. Such a database belongs to another version, and a server may have it open. True also if it can't be read."""
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as connection:

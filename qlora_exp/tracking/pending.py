@@ -18,7 +18,7 @@ from qlora_exp.records.redaction import REDACTED
 from qlora_exp.tracking.state import TrackingState, read_state, record_digest
 
 DEFAULT_OUTPUT_ROOT = "outputs"
-NOT_YET = "not delivered yet"
+NOT_DELIVERED_YET = "not delivered yet"
 """The error in ``tracking.json`` while a delivery is under way. It stays there if the process is killed."""
 REASON_CHARACTERS = 160
 
@@ -36,8 +36,10 @@ def not_delivered(
         return None
     missing = [f"{len(states)} run{'s' if len(states) > 1 else ''}"] if states else []
     missing += ["the study's parent run"] if parent is not None else []
-    reasons = [state.error for state in (*states, parent) if state is not None and state.error not in (None, NOT_YET)]
-    why = f" ({_short(str(reasons[-1]))})" if reasons else ""
+    reasons = [
+        state.error for state in (*states, parent) if state is not None and state.error not in (None, NOT_DELIVERED_YET)
+    ]
+    why = f" ({_cause(str(reasons[-1]))})" if reasons else ""
     uris = [state.uri for state in (*states, parent) if state is not None]
     return f"MLflow lacks {' and '.join(missing)}{why}. To deliver: {sync_command(output, uris)}"
 
@@ -70,7 +72,7 @@ def _missing_run(paths: RunPaths, busy: bool) -> TrackingState | None:
     state = read_state(paths)
     if state is not None and state.delivered and (busy or state.record_digest == digest):
         return None
-    failed = state is not None and state.error not in (None, NOT_YET)
+    failed = state is not None and state.error not in (None, NOT_DELIVERED_YET)
     if busy and not failed:
         return None
     return state or TrackingState(str(tracking.get("uri") or ""), "", error=None)
@@ -81,10 +83,10 @@ def _missing_study(paths: StudyPaths, busy: bool) -> TrackingState | None:
     state = read_state(paths)
     if state is None or state.delivered or state.error is None:
         return None
-    return None if busy and state.error == NOT_YET else state
+    return None if busy and state.error == NOT_DELIVERED_YET else state
 
 
-def _short(reason: str) -> str:
+def _cause(reason: str) -> str:
     """Return only the cause: an HTTP library's message is a paragraph that repeats the address three times."""
     for pattern in (r"\[Errno -?\d+\] ([^'\"\\)]+)", r"Caused by \w+\(['\"](.+?)['\"]\)"):
         cause = re.search(pattern, reason)

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"))
+PATH_COLUMNS = (("experiments", "artifact_location"), ("runs", "artifact_uri"))
 
 
 def relocate_artifacts(database: Path, location: str, artifacts: Path) -> bool:
@@ -26,7 +26,7 @@ def relocate_artifacts(database: Path, location: str, artifacts: Path) -> bool:
         return False
     old, new = recorded.as_uri(), artifacts.as_uri()
     with closing(sqlite3.connect(database)) as connection, connection:
-        for table, column in PLACES:
+        for table, column in PATH_COLUMNS:
             connection.execute(
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
                 f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",

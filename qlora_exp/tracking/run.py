@@ -16,14 +16,14 @@ from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.types import RunRecord
 from qlora_exp.tracking.deliver import adapter_files, deliver_all, deliver_curve, deliver_start, find_or_create
 from qlora_exp.tracking.state import TrackingState, delivery_lock, record_digest, write_state
-from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, opened_or_told, store_problem
+from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_or_warn, open_store, store_problem
 from qlora_exp.tracking.study import parent_run
 
 CURVE_SECONDS = 5.0
 """Curve points are collected this long and then logged as one batch: a batch costs milliseconds of the trainer's
 core."""
 
-LOCAL_SECONDS = 60.0
+LOCAL_DATABASE_SECONDS = 60.0
 """How long the end of a run waits for a local database, which other processes may keep busy."""
 
 UPLOAD_BYTES_PER_SECOND = 1_000_000
@@ -47,14 +47,14 @@ class Tracker:
         self._delivery: _DeliveryThread | None = None
         self._warm = warm
         if self._store is not None and self._store.database is not None and not warm:
-            self._opened = opened_or_told(self._store)
+            self._opened = open_or_warn(self._store)
 
     def start(self, record: RunRecord, paths: RunPaths, wait: bool = True) -> None:
         """Create the MLflow run (RUNNING). With ``wait``, wait for that at most ``tracking.timeout_seconds``."""
         if self._store is None:
             return
         self._delivery = _DeliveryThread(
-            self._store, self._opened, self._output, paths, _opened_once if self._warm else open_store
+            self._store, self._opened, self._output, paths, _open_once if self._warm else open_store
         )
         self._delivery.put(record)
         if wait:
@@ -76,12 +76,12 @@ class Tracker:
         delivery, self._delivery = self._delivery, None
         delivery.put(record)
         seconds = self._store.timeout_seconds + delivery.adapter_bytes() / UPLOAD_BYTES_PER_SECOND
-        delivery.close(seconds if self._store.is_server else max(LOCAL_SECONDS, seconds))
+        delivery.close(seconds if self._store.is_server else max(LOCAL_DATABASE_SECONDS, seconds))
         self._opened = delivery.opened
         return delivery.delivered
 
 
-_opened_once = functools.lru_cache(maxsize=8)(open_store)
+_open_once = functools.lru_cache(maxsize=8)(open_store)
 
 
 class _DeliveryThread(threading.Thread):

@@ -43,7 +43,7 @@ SERVER_SCHEMES = ("http", "https", "databricks")
 LOCK_SECONDS = 180.0
 """A fresh database takes seconds to create, more on a busy machine; other processes wait for it."""
 
-_calls = threading.RLock()
+_environment_lock = threading.RLock()
 """MLflow reads its HTTP settings from the process's environment: one thread at a time may set them."""
 
 
@@ -126,7 +126,7 @@ def open_store(store: Store) -> OpenStore:
         if store.database is not None:
             _check_sqlite(store.database)
         with FileLock(store.lock, timeout=LOCK_SECONDS):
-            return _connect_whole(store)
+            return _connect_or_create(store)
     except Timeout:
         raise TrackingError(
             f"another process has kept the tracking store locked for {LOCK_SECONDS:.0f} s",
@@ -155,7 +155,7 @@ def bounded_calls(timeout_seconds: float) -> Iterator[None]:
         MLFLOW_HTTP_REQUEST_MAX_RETRIES: "0",
         MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT: "true",
     }
-    with _calls:
+    with _environment_lock:
         previous = {variable.name: os.environ.get(variable.name, str(variable.default)) for variable in settings}
         os.environ.update({variable.name: value for variable, value in settings.items()})
         try:
@@ -170,18 +170,18 @@ def store_problem(error: BaseException) -> str:
     return redact_text(" ".join(text.split()))[:500]
 
 
-def _connect_whole(store: Store) -> OpenStore:
+def _connect_or_create(store: Store) -> OpenStore:
     """Connect as :func:`_connect`; first create a SQLite database that is missing, and replace an incomplete one."""
     if store.database is None:
         return _connect(store)
-    from qlora_exp.tracking.create_store import create_if_missing, set_aside_if_half_made
+    from qlora_exp.tracking.create_store import create_if_missing, set_aside_if_incomplete
 
     _quiet_mlflow()
     create_if_missing(store.database)
     try:
         return _connect(store)
     except TrackingError as error:
-        if error.__cause__ is None or not set_aside_if_half_made(store.database, store.uri, str(error.__cause__)):
+        if error.__cause__ is None or not set_aside_if_incomplete(store.database, store.uri, str(error.__cause__)):
             raise
     create_if_missing(store.database)
     return _connect(store)
@@ -233,7 +233,7 @@ def _other_version(error: Exception, store: Store) -> OtherVersion | None:
     return OtherVersion(what, store.shown_uri, hint)
 
 
-def opened_or_told(store: Store) -> OpenStore | None:
+def open_or_warn(store: Store) -> OpenStore | None:
     """Return the open store. If another MLflow version made its tables, print a warning and return ``None``."""
     try:
         return open_store(store)

@@ -20,13 +20,13 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import RunRecord, Status
-from qlora_exp.system.environment import alive, process_identity
-from qlora_exp.system.orchestrator_lease import held
+from qlora_exp.system.environment import is_alive, process_identity
+from qlora_exp.system.orchestrator_lease import held_lease
 from qlora_exp.tracking import study_fields
 from qlora_exp.tracking.deliver import log_missing_params
 from qlora_exp.tracking.fields import MLFLOW_STATUS, NOTE_TAG
 from qlora_exp.tracking.state import TrackingState, delivery_lock, file_digest, read_state, write_state
-from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_store, opened_or_told, store_problem
+from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_or_warn, open_store, store_problem
 from qlora_exp.tracking.study_fields import StudyDefinition, StudySummary, TrialRow
 
 FINISH_SECONDS = 60.0
@@ -51,32 +51,32 @@ class StudyTracker:
         self._delivery: _DeliveryThread | None = None
         self._summary = read_summary(self._paths) or StudySummary(Status.RUNNING, _now())
         if self._store is not None and self._store.database is not None:
-            self._opened = opened_or_told(self._store)
+            self._opened = open_or_warn(self._store)
 
     def start(self, definition: StudyDefinition) -> None:
         """Create the parent run, or reopen that of an earlier sweep of this name. Waits at most
         ``tracking.timeout_seconds``."""
         if self._store is not None:
             self._delivery = _DeliveryThread(self._store, self._opened, self._paths, definition)
-        self._tell(status=Status.RUNNING, process=process_identity())
+        self._publish(status=Status.RUNNING, process=process_identity())
         if self._delivery is not None and self._store is not None:
             self._delivery.started.wait(self._store.timeout_seconds)
 
     def update(self, trials: Sequence[TrialRow], best: Sequence[int] = ()) -> None:
         """Queue the study's state: all trials so far, and the numbers of the best, best first. Returns at once."""
-        self._tell(trials=tuple(trials), best=tuple(best))
+        self._publish(trials=tuple(trials), best=tuple(best))
 
     def finish(self, status: Status) -> bool:
         """Deliver the end of the study. Returns whether all of it was delivered in time: ``tracking.timeout_seconds``
         for a server, a minute for a local database."""
-        self._tell(status=status, process=None)
+        self._publish(status=status, process=None)
         if self._store is None or self._delivery is None:
             return False
         delivery, self._delivery = self._delivery, None
         delivery.close(self._store.timeout_seconds if self._store.is_server else FINISH_SECONDS)
         return not delivery.is_alive() and delivery.state.delivered
 
-    def _tell(self, **changes: Any) -> None:
+    def _publish(self, **changes: Any) -> None:
         self._summary = replace(self._summary, updated_at=_now(), **changes)
         with contextlib.suppress(OSError):  # the sweep reports a full disk
             write_json(self._paths.summary, self._summary)
@@ -144,25 +144,25 @@ def read_summary(paths: StudyPaths) -> StudySummary | None:
         summary = from_dict(StudySummary, json.loads(paths.summary.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecordError):
         return None
-    if summary.status is Status.RUNNING and not _is_worked_on(summary, paths):
+    if summary.status is Status.RUNNING and not _is_running(summary, paths):
         return replace(summary, status=Status.INTERRUPTED, process=None)
     return summary
 
 
-def told_status(paths: StudyPaths) -> Status | None:
+def summary_status(paths: StudyPaths) -> Status | None:
     """Return the status in ``summary.json``, which the tracking store gets; ``None``: there is no summary."""
     summary = read_summary(paths)
     return summary.status if summary is not None else None
 
 
-def _is_worked_on(summary: StudySummary, paths: StudyPaths) -> bool:
+def _is_running(summary: StudySummary, paths: StudyPaths) -> bool:
     if summary.process is None:
         return False
-    is_alive = alive(summary.process)
-    if is_alive is None:  # on another host: its lease decides
-        lease = held(paths.orchestrator)
+    found_alive = is_alive(summary.process)
+    if found_alive is None:  # on another host: its lease decides
+        lease = held_lease(paths.orchestrator)
         return lease is not None and lease.process == summary.process
-    return is_alive
+    return found_alive
 
 
 def read_answers(paths: StudyPaths) -> list[str]:
@@ -281,7 +281,7 @@ def _find_parent(opened: OpenStore, definition: StudyDefinition, known: str | No
         query = f"tags.`{study_fields.STUDY_ID_TAG}` = '{definition.id}'"
         matches = list(opened.client.search_runs([opened.experiment_id], query, ViewType.ALL))
     matches = matches or [
-        run for run in _parents_without_identity(opened, definition) if _began_it(run, definition, known)
+        run for run in _parents_without_identity(opened, definition) if _is_parent_of(run, definition, known)
     ]
     active = [run for run in matches if run.info.lifecycle_stage == LifecycleStage.ACTIVE]
     return (str(active[0].info.run_id) if active else None), bool(matches)
@@ -300,7 +300,7 @@ def _parents_without_identity(opened: OpenStore, definition: StudyDefinition) ->
     ]
 
 
-def _began_it(run: Run, definition: StudyDefinition, known: str | None) -> bool:
+def _is_parent_of(run: Run, definition: StudyDefinition, known: str | None) -> bool:
     """Whether ``run``, a parent without an identity, belongs to this study."""
     if definition.id is None or run.info.run_id == known:
         return True

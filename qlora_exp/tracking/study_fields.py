@@ -112,7 +112,7 @@ def study_metrics(definition: StudyDefinition, summary: StudySummary) -> dict[st
     for index, objective in enumerate(definition.objectives):
         value = _best_value(summary, index, objective)
         if value is not None:
-            metrics[f"best/{param_key(_measure(objective))}"] = value
+            metrics[f"best/{param_key(_objective_path(objective))}"] = value
     return metrics
 
 
@@ -137,7 +137,7 @@ def trials_csv(definition: StudyDefinition, summary: StudySummary) -> str:
     """Return all trials as CSV, one column a swept key; each of several objectives has a column ``value_FIELD``."""
     keys = _swept_keys(definition, summary)
     several = len(definition.objectives) > 1
-    values = [f"value_{_measure(objective)}" for objective in definition.objectives] if several else ["value"]
+    values = [f"value_{_objective_path(objective)}" for objective in definition.objectives] if several else ["value"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["number", "status", *values, "run_id", "seconds", *keys])
@@ -162,7 +162,7 @@ def best_yaml(definition: StudyDefinition, summary: StudySummary) -> str | None:
     if not summary.best_trials:
         return None
     best = summary.best_trials[0]
-    lines = [f"# Trial {best.number} of {definition.name}: {_values_told(definition, best)}"]
+    lines = [f"# Trial {best.number} of {definition.name}: {_values_text(definition, best)}"]
     if best.run_id is not None:
         lines.append(f"# To repeat this run: qlora-exp rerun {best.run_id}")
     settings = redact({**definition.fixed, **best.params})
@@ -178,7 +178,7 @@ def _headline(definition: StudyDefinition, summary: StudySummary) -> str:
         return f"**{summary.status.value.lower()}**, no best trial yet"
     best = summary.best_trials[0]
     settings = ", ".join(f"{key}={value}" for key, value in redact(best.params).items())
-    return f"best so far: **{_values_told(definition, best)}** with {settings} (trial {best.number})"
+    return f"best so far: **{_values_text(definition, best)}** with {settings} (trial {best.number})"
 
 
 def _progress(definition: StudyDefinition, summary: StudySummary) -> str:
@@ -192,11 +192,11 @@ def _progress(definition: StudyDefinition, summary: StudySummary) -> str:
 
 
 def _table(definition: StudyDefinition, summary: StudySummary) -> Iterator[str]:
-    shown = _leading(definition, summary)
+    shown = _leading_trials(definition, summary)
     if not shown:
         return
     keys = _swept_keys(definition, summary)
-    heads = ["trial", *(_measure(objective) for objective in definition.objectives), *keys, "run"]
+    heads = ["trial", *(_objective_path(objective) for objective in definition.objectives), *keys, "run"]
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
     for trial in shown:
@@ -206,7 +206,7 @@ def _table(definition: StudyDefinition, summary: StudySummary) -> Iterator[str]:
         yield f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def _leading(definition: StudyDefinition, summary: StudySummary) -> list[TrialRow]:
+def _leading_trials(definition: StudyDefinition, summary: StudySummary) -> list[TrialRow]:
     """Return the best trials in the order of ``best``, then the other completed ones by the first objective."""
     others = [t for t in summary.trials if t.status is Status.COMPLETED and t.number not in summary.best]
     maximize = bool(definition.objectives) and definition.objectives[0].startswith("maximize")
@@ -227,15 +227,15 @@ def _value(trial: TrialRow, index: int) -> float | None:
     return trial.values[index] if index < len(trial.values) else None
 
 
-def _values_told(definition: StudyDefinition, trial: TrialRow) -> str:
+def _values_text(definition: StudyDefinition, trial: TrialRow) -> str:
     texts = (
-        f"{_measure(objective)} {shown_figure(_value(trial, index))}"
+        f"{_objective_path(objective)} {shown_figure(_value(trial, index))}"
         for index, objective in enumerate(definition.objectives)
     )
     return ", ".join(texts)
 
 
-def _measure(objective: str) -> str:
+def _objective_path(objective: str) -> str:
     """Return the objective's path, without its direction."""
     return objective.split(maxsplit=1)[-1]
 

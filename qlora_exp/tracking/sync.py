@@ -18,7 +18,7 @@ from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.find import run_folders
 from qlora_exp.records.redaction import REDACTED
 from qlora_exp.records.types import Failure, RunRecord, Status
-from qlora_exp.system.environment import alive
+from qlora_exp.system.environment import is_alive
 from qlora_exp.system.out_of_memory import killed_for_memory
 from qlora_exp.tracking.pending import root_option, sync_command
 
@@ -30,7 +30,7 @@ DEFAULT_TIMEOUT_SECONDS = 5.0
 """For records whose configuration has no tracking settings (same values as conf/tracking/mlflow.yaml)."""
 
 
-HOST_SECONDS = 5.0
+TRIAL_PROCESS_SECONDS = 5.0
 """How long the end of a sweep waits for a trial process that is delivering its own trial."""
 
 
@@ -66,7 +66,7 @@ def sync_runs(output_root: str | Path, uri: str | None = None, experiment: str |
         return SyncReport()
     if uri is not None or experiment is not None:
         _locate(TrackingConfig(True, uri, experiment or DEFAULT_EXPERIMENT, DEFAULT_TIMEOUT_SECONDS), output)
-    repaired = tuple(_repair_records(output).values())
+    repaired = tuple(_mark_records(output).values())
     with FileLock(output.root / "sync.lock"):
         return replace(_Sync(output, uri, experiment=experiment).deliver(), repaired=repaired)
 
@@ -78,7 +78,7 @@ def mark_interrupted(output_root: str | Path) -> tuple[str, ...]:
     calls MLflow only if it changed one. If the store doesn't answer, :func:`sync_runs` delivers them later.
     """
     output = OutputPaths.of(output_root)
-    repaired = _repair_records(output)
+    repaired = _mark_records(output)
     if repaired:
         with FileLock(output.root / "sync.lock"):
             _Sync(output, None).deliver(only=set(repaired))
@@ -93,9 +93,9 @@ def deliver_runs(output: OutputPaths, run_ids: Iterable[str], uri: str | None = 
     missing = {paths.folder.name for run_id in run_ids if not _is_delivered(paths := output.run(run_id))}
     if missing:
         with contextlib.suppress(OSError):
-            _repair_records(output, missing)
+            _mark_records(output, missing)
         with contextlib.suppress(OSError), FileLock(output.root / "sync.lock"):
-            _Sync(output, uri, patience_seconds=HOST_SECONDS).deliver(only=missing)
+            _Sync(output, uri, patience_seconds=TRIAL_PROCESS_SECONDS).deliver(only=missing)
 
 
 def _is_delivered(paths: RunPaths) -> bool:
@@ -105,7 +105,7 @@ def _is_delivered(paths: RunPaths) -> bool:
     return state is not None and state.delivered and state.record_digest == record_digest(paths)
 
 
-def _is_whole(paths: RunPaths, mlflow_run_id: str | None) -> bool:
+def _is_complete(paths: RunPaths, mlflow_run_id: str | None) -> bool:
     """Whether the store's run ``mlflow_run_id`` (``None``: there is none) has everything that the folder holds."""
     from qlora_exp.tracking.state import read_state
 
@@ -165,7 +165,7 @@ class _Sync:
         from qlora_exp.tracking.state import delivery_lock
 
         if not record.status.ended:
-            return "elsewhere" if record.process is not None and alive(record.process) is None else "running"
+            return "elsewhere" if record.process is not None and is_alive(record.process) is None else "running"
         store = _locate(self._tracking(record), self._output)
         opened = self._open(store)
         if record.trial is not None:
@@ -173,7 +173,7 @@ class _Sync:
         mlflow_run_id = self._present[store].get(record.run_id)
         if record.run_id in self._present[store] and mlflow_run_id is None:
             return "deleted"
-        if _is_whole(paths, mlflow_run_id):
+        if _is_complete(paths, mlflow_run_id):
             return "already"
         with delivery_lock(paths.tracking_lock, self._patience_seconds):
             return self._deliver_one(read_record(paths.record), paths, store, opened)
@@ -192,7 +192,7 @@ class _Sync:
         try:
             with bounded_calls(store.timeout_seconds):
                 mlflow_run_id = find(opened.client, opened.experiment_id, record.run_id)
-                if _is_whole(paths, mlflow_run_id):
+                if _is_complete(paths, mlflow_run_id):
                     return "already"
                 parent = self._parent(store, opened, record)
                 mlflow_run_id = mlflow_run_id or create(opened.client, opened.experiment_id, record, parent)
@@ -288,7 +288,7 @@ class _Sync:
         )
 
 
-def _repair_records(output: OutputPaths, only: Set[str] | None = None) -> dict[str, str]:
+def _mark_records(output: OutputPaths, only: Set[str] | None = None) -> dict[str, str]:
     """Mark records of dead processes as INTERRUPTED. Returns their run ids by folder name."""
     repaired = {}
     for paths in run_folders(output):
@@ -298,7 +298,9 @@ def _repair_records(output: OutputPaths, only: Set[str] | None = None) -> dict[s
             record = read_record(paths.record)
         except RecordError:
             continue  # ls and sync report it; it can't be repaired
-        if record.status is not Status.RUNNING or (record.process is not None and alive(record.process) is not False):
+        if record.status is not Status.RUNNING or (
+            record.process is not None and is_alive(record.process) is not False
+        ):
             continue
         write_json(paths.record, _interrupted(record, paths))
         repaired[paths.folder.name] = record.run_id

@@ -18,7 +18,7 @@ from qlora_exp.training.meter import tensor_bytes
 from qlora_exp.training.outcome import Observer, PruneCheck, Pruned
 
 EXCLUDED_STEPS = 5
-LOGGED = {
+CURVE_NAMES = {
     "loss": "loss",
     "learning_rate": "learning_rate",
     "grad_norm": "gradient_norm",
@@ -27,7 +27,7 @@ LOGGED = {
 """The trainer's metric names, and their names in curve.jsonl."""
 ITEM_NATS = "eval_item_nats"
 """Metric with nats of each validation item, in order; in addition to ``eval_loss`` if ``PruneCheck.per_item``."""
-SCALER_PATIENCE = 10
+MAX_SCALER_SKIPS = 10
 """Consecutive non-finite gradients that are allowed under a loss scaler (fp16)."""
 
 
@@ -105,7 +105,7 @@ class LossCurve(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        numbers = {ours: float(logs[theirs]) for theirs, ours in LOGGED.items() if theirs in logs}
+        numbers = {ours: float(logs[theirs]) for theirs, ours in CURVE_NAMES.items() if theirs in logs}
         if not ("loss" in numbers or "validation_loss" in numbers):
             return
         if "loss" in numbers:
@@ -163,7 +163,7 @@ class GracefulInterrupt(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.asked = False
-        self._handling = signals.handling(self._ask)
+        self._handling = signals.handle_signals(self._ask)
 
     def __enter__(self) -> GracefulInterrupt:
         self._handling.__enter__()
@@ -173,7 +173,7 @@ class GracefulInterrupt(TrainerCallback):  # type: ignore[misc]
         self._handling.__exit__(None, None, None)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if signals.heard(number) is signals.Heard.SAME:
+        if signals.meaning_of(number) is signals.Meaning.SAME:
             return
         if self.asked:
             raise KeyboardInterrupt

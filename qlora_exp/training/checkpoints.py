@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from qlora_exp.records.files import write_json
 
-SEAL = "seal.json"
+CHECKSUM_FILE = "seal.json"
 
 
 class ChecksumCallback(TrainerCallback):  # type: ignore[misc]
@@ -27,7 +27,10 @@ class ChecksumCallback(TrainerCallback):  # type: ignore[misc]
         if folder.is_dir():
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "README.md").unlink(missing_ok=True)
-            write_json(folder / SEAL, {"step": state.global_step, "files": _digests(folder), "carried": self.carried()})
+            write_json(
+                folder / CHECKSUM_FILE,
+                {"step": state.global_step, "files": _digests(folder), "carried": self.carried()},
+            )
 
 
 def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -35,7 +38,7 @@ def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(checkpoints, key=step_of, reverse=True):
         try:
-            seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+            seal = json.loads((path / CHECKSUM_FILE).read_text(encoding="utf-8"))
             if seal["files"] == _digests(path):
                 return path, seal["carried"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -59,7 +62,7 @@ def discard(folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUM_FILE)
     return {str(path.relative_to(folder)): _sha256(path) for path in files}
 
 

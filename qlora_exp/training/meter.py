@@ -115,7 +115,7 @@ class Meter:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return None
-        return None if self.host_reused or not give_back_freed_memory() else reset_resident_peak()
+        return None if self.host_reused or not trim_heap() else reset_resident_peak()
 
     def _peaks(self, resident_before: int | None) -> tuple[int | None, int | None]:
         if self.device == "cuda":
@@ -138,7 +138,7 @@ def resident_bytes() -> int | None:
     return _status_bytes("VmRSS")
 
 
-def give_back_freed_memory() -> bool:
+def trim_heap() -> bool:
     """Return freed memory to the system with glibc's ``malloc_trim``; False if the C library has no such function.
 
     Otherwise the next phase would reuse memory that this phase freed, and its measured peak would be too small.
@@ -187,7 +187,7 @@ def energy_joules(device: str) -> float | None:
         return None
 
 
-def energy_counter_is_there() -> bool:
+def has_energy_counter() -> bool:
     """Return whether the machine's first GPU counts its energy, without torch."""
     try:
         import pynvml

@@ -81,25 +81,25 @@ def status_of(error: BaseException) -> Status:
         return Status.PRUNED
     if isinstance(error, Diverged):
         return Status.DIVERGED
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _no_memory(error):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _is_out_of_memory(error):
         return Status.OUT_OF_MEMORY
     return Status.FAILED
 
 
-def _no_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     message = str(error)
     return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
 
 
-NO_SPACE = (
+DISK_FULL_MESSAGES = (
     *("No space left on device", "os error 28", "Disk quota exceeded", "os error 122"),
     *("PytorchStreamWriter failed writing", "database or disk is full"),
 )
 """Messages of Python, safetensors, torch and SQLite about a full disk."""
 
 
-def disk_full(error: BaseException | str) -> bool:
+def is_disk_full(error: BaseException | str) -> bool:
     """Return whether a full disk or quota caused ``error`` (an exception, or the message of a recorded failure)."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return any(sign in str(error) for sign in NO_SPACE)
+    return any(sign in str(error) for sign in DISK_FULL_MESSAGES)

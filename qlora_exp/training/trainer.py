@@ -25,7 +25,7 @@ from qlora_exp.records.types import Plan, Training
 from qlora_exp.training import checkpoints
 from qlora_exp.training.callbacks import (
     ITEM_NATS,
-    SCALER_PATIENCE,
+    MAX_SCALER_SKIPS,
     Budget,
     GracefulInterrupt,
     LossCurve,
@@ -166,7 +166,7 @@ def train(
 
 
 @contextmanager
-def logits_where_there_is_a_label(rows_multiple: int = 1) -> Iterator[None]:
+def logits_for_loss_tokens(rows_multiple: int = 1) -> Iterator[None]:
     """Patch TRL's fused head so that it computes logits only for tokens that carry a loss, on a CPU, too.
 
     With Triton the head (``add_fused_lm_head``) does that already. Elsewhere it computes all logits and masks them, so
@@ -179,7 +179,7 @@ def logits_where_there_is_a_label(rows_multiple: int = 1) -> Iterator[None]:
     original_check, original_function = head._use_triton, head._ChunkedLogProbFunction
     head._use_triton = lambda device: device.type == "cpu" or original_check(device)
     if rows_multiple > 1:
-        head._ChunkedLogProbFunction = _RowsInMultiples(original_function, rows_multiple)
+        head._ChunkedLogProbFunction = _PaddedLogProbs(original_function, rows_multiple)
     try:
         yield
     finally:
@@ -187,7 +187,7 @@ def logits_where_there_is_a_label(rows_multiple: int = 1) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _RowsInMultiples:
+class _PaddedLogProbs:
     """Wraps TRL's ``ChunkedLogProbFunction``: pads ``hidden`` (tokens, width) with zeros to a multiple of ``multiple``
     tokens, and drops the results of the padding."""
 
@@ -221,7 +221,7 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with logits_where_there_is_a_label(self.logits_multiple):
+        with logits_for_loss_tokens(self.logits_multiple):
             return super().compute_loss(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -234,7 +234,7 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         self.model.eval()
         nats: list[float] = []
         tokens = 0
-        with torch.random.fork_rng(devices=_devices_with_random_numbers(self.args.device)):
+        with torch.random.fork_rng(devices=_rng_devices(self.args.device)):
             for batch in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(batch)
                 count = int((inputs["labels"][:, 1:] != -100).sum())
@@ -260,14 +260,14 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # A loss scaler (fp16) causes infinite gradients on purpose while it searches its scale, and skips those steps.
-        patience = SCALER_PATIENCE if self.accelerator.scaler is not None else 0
+        patience = MAX_SCALER_SKIPS if self.accelerator.scaler is not None else 0
         self.bad_gradients = 0 if norm is not None and math.isfinite(float(norm)) else self.bad_gradients + 1
         if self.bad_gradients > patience:
             raise Diverged("the gradient's norm", self.state.global_step + 1)
         return norm
 
 
-def _devices_with_random_numbers(device: torch.device) -> list[torch.device]:
+def _rng_devices(device: torch.device) -> list[torch.device]:
     """Return the devices for ``fork_rng``, which always restores the CPU's random state."""
     return [device] if device.type == "cuda" else []
 
@@ -286,7 +286,7 @@ def _trainer(
     evaluates = config.training.evaluate_every_steps is not None
     trainer = _MeteredTrainer(
         model=model,
-        args=arguments(plan, config, folder),
+        args=trainer_arguments(plan, config, folder),
         train_dataset=to_training_dataset(train_items),
         eval_dataset=to_training_dataset(validation_items) if evaluates else None,
         processing_class=tokenizer,
@@ -303,7 +303,7 @@ def _trainer(
     return trainer
 
 
-def arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
+def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     """Return the trainer's settings. These differ from TRL's defaults:
 
     * ``skip_prepare_dataset``: rows are already tokenized, truncated and labelled (loss on the completion only).

@@ -30,7 +30,7 @@ from qlora_exp.runs.process import silence_libraries
 from qlora_exp.system import environment
 from qlora_exp.training.callbacks import GracefulInterrupt, LossCurve, StepMeter
 from qlora_exp.training.outcome import NullObserver
-from qlora_exp.training.trainer import _MeteredTrainer, arguments
+from qlora_exp.training.trainer import _MeteredTrainer, trainer_arguments
 
 WARM_UP = 5
 KINDS = ("plain", "metered")
@@ -124,7 +124,7 @@ def one_round(ready: Any, base: Any, config: Any, turns: Turns) -> None:
         watchers = [meter, LossCurve(Path(folder) / "curve.jsonl", meter, NullObserver()), GracefulInterrupt()]
         trainer = Alternating(
             model=model,
-            args=arguments(ready.plan, config, Path(folder)),
+            args=trainer_arguments(ready.plan, config, Path(folder)),
             train_dataset=to_training_dataset([row] * ready.plan.micro_batch_size),
             processing_class=ready.tokenizer,
             callbacks=[turns, *(Watcher(watcher, turns) for watcher in watchers)],

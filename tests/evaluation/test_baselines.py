@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.evaluation.baselines import CANDIDATES_OF_C, baselines, common_frame
+from qlora_exp.evaluation.baselines import CANDIDATES_OF_C, baselines, common_template
 
 TOPICS = {"animal": ["fur", "paw", "tail"], "plant": ["leaf", "root", "stem"], "time": ["day", "hour", "year"]}
 
@@ -66,10 +66,10 @@ def test_shuffled_labels_are_not_learnt(topics: Any) -> None:
 
 
 def test_the_frame_is_cut_at_whole_words() -> None:
-    assert common_frame(["Say: cat now.", "Say: cow now."]) == ("Say: ", " now.")
-    assert common_frame(["same", "same"]) == ("", "")
-    assert common_frame(["x", "y"]) == ("", "")
-    assert common_frame(["a a", "a a a"]) == ("a ", "")
+    assert common_template(["Say: cat now.", "Say: cow now."]) == ("Say: ", " now.")
+    assert common_template(["same", "same"]) == ("", "")
+    assert common_template(["x", "y"]) == ("", "")
+    assert common_template(["a a", "a a a"]) == ("a ", "")
 
 
 def test_tasks_without_labels_have_no_baselines(topics: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from qlora_exp.config.compose import compose
 from qlora_exp.evaluation.base_scores import write_items
 from qlora_exp.evaluation.pmi_prior import domain_prompt
-from qlora_exp.evaluation.scoring import evaluate_model, limited, marginal
+from qlora_exp.evaluation.scoring import evaluate_model, limit_items, marginal
 
 
 def nats(model: Any, prompt: tuple[int, ...], target: tuple[int, ...]) -> float:
@@ -197,7 +197,7 @@ def test_a_limit_draws_from_the_whole_of_a_sorted_file_and_small_draws_are_part_
 ) -> None:
     items = [make_item(f"{number:03}", "Colour:", "red" if number < 50 else "blue") for number in range(100)]
     few, more = (
-        limited(items, compose(["task=local", "task.path=colours.jsonl", f"evaluation.max_items={limit}"]))
+        limit_items(items, compose(["task=local", "task.path=colours.jsonl", f"evaluation.max_items={limit}"]))
         for limit in (12, 40)
     )
     ids = [[item.item_id for item in drawn] for drawn in (few, more)]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qlora_exp.errors import ModelError
-from qlora_exp.export.gguf import SPACE, check_convertible, write_gguf
+from qlora_exp.export.gguf import SPACE_MARK, check_convertible, write_gguf
 from qlora_exp.paths import EMBEDDED
 
 gguf = pytest.importorskip("gguf")
@@ -133,8 +133,8 @@ def sentencepiece_folder(folder: Path) -> Path:
     from transformers import GemmaTokenizer
 
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    trained.normalizer = normalizers.Replace(" ", SPACE)
-    trained.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
+    trained.normalizer = normalizers.Replace(" ", SPACE_MARK)
+    trained.pre_tokenizer = pre_tokenizers.Split(SPACE_MARK, "merged_with_next")
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=special, show_progress=False)
     trained.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
@@ -144,7 +144,7 @@ def sentencepiece_folder(folder: Path) -> Path:
     splits = ((token[:place], token[place:]) for token in order for place in range(1, len(token)))
     merges = [split for split in splits if split[0] in vocabulary and split[1] in vocabulary]
     tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges)
-    tokenizer.add_tokens([3 * SPACE, "<start_of_turn>"])
+    tokenizer.add_tokens([3 * SPACE_MARK, "<start_of_turn>"])
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -12,11 +12,11 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_exp.errors import ModelError
-from qlora_exp.models.config_sizes import check_given, check_possible
+from qlora_exp.models.config_sizes import check_no_missing_sizes, check_positive_sizes
 from qlora_exp.models.inspect import describe_file
-from qlora_exp.models.sources import READS_PADDING
+from qlora_exp.models.sources import IGNORES_ATTENTION_MASK
 
-NOT_PLANNED = READS_PADDING | {"blt"}
+NOT_PLANNED = IGNORES_ATTENTION_MASK | {"blt"}
 """BLT is four models in one; it has no hidden size that a plan could count with."""
 LLAMA = {
     "model_type": "llama",
@@ -69,8 +69,8 @@ def test_what_transformers_writes_is_never_refused(model_type: str, tmp_path: Pa
         config.get_text_config()
     except (ValueError, StrictDataclassError):
         pytest.skip("transformers has no default for it, or no single text model in it")
-    check_possible(tmp_path / "config.json", json.loads((tmp_path / "config.json").read_text()))
-    check_given(tmp_path / "config.json", config)
+    check_positive_sizes(tmp_path / "config.json", json.loads((tmp_path / "config.json").read_text()))
+    check_no_missing_sizes(tmp_path / "config.json", config)
 
 
 @pytest.mark.parametrize("family", AS_PUBLISHED)

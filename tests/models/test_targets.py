@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_exp.architecture.run_plan import lora_parameters
 from qlora_exp.architecture.shapes import WeightShape
-from qlora_exp.architecture.targets import feeds, resolve_targets
+from qlora_exp.architecture.targets import qkv_of_name, resolve_targets
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import TargetsConfig
 from qlora_exp.errors import ModelError, Problems
@@ -225,7 +225,7 @@ def test_architectures_with_other_mixers_keep_them_out_of_attention_and_mlp() ->
     ],
 )
 def test_what_a_projection_gives_is_read_from_its_name(name: str, given: str) -> None:
-    assert feeds(name) == given
+    assert qkv_of_name(name) == given
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])

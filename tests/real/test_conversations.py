@@ -104,7 +104,7 @@ def test_a_prefix_that_the_first_row_lacks_is_in_the_record_and_the_fingerprint(
     record = load_data(config, tokenizer_with("qwen3"), 4096).record
     assert record.answer_prefix == "<think>\n\n</think>\n\n"
     assert record.answer_prefix_variables == {"enable_thinking": False}
-    monkeypatch.setattr("qlora_exp.data.load._read_otherwise", lambda *_: [])
+    monkeypatch.setattr("qlora_exp.data.load._fingerprint_extras", lambda *_: [])
     assert load_data(config, tokenizer_with("qwen3"), 4096).record.fingerprint != record.fingerprint
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import Config
-from qlora_exp.data.chat_template import rendered
+from qlora_exp.data.chat_template import render_conversation
 from qlora_exp.data.encoding import encode_rows
 from qlora_exp.data.load import load_data
 from qlora_exp.data.splits import load_rows
@@ -46,7 +46,7 @@ def test_conversations_are_rendered_and_marked_as_by_transformers(template: str,
                 text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
             except Exception:  # the template refuses them, with any error
                 continue
-            ours = rendered(
+            ours = render_conversation(
                 *(tokenizer.chat_template, messages, tokenizer.special_tokens_map),
                 generation_prompt=prompt, date=DATE, tools=tools, variables=variables,
             )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from qlora_exp.cli import main
-from qlora_exp.cli.settings_file import given_overrides
+from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.config.choices import sweeps
 from qlora_exp.config.compose import compose
 from qlora_exp.orchestration.command import SweepCommand, study_spec
@@ -45,7 +45,7 @@ def file_of(settings: dict[str, Any], name: str = "settings.yaml") -> Path:
 
 def asked(name: str, settings: dict[str, Any] | None, *typed: str) -> SweepCommand:
     source = file_of(settings) if settings is not None else None
-    return study_spec([f"sweeps={name}", *given_overrides(source, typed, sweep=name)])
+    return study_spec([f"sweeps={name}", *combined_overrides(source, typed, sweep=name)])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +54,7 @@ def test_a_file_that_sets_an_axis_leaves_it_searched(name: str) -> None:
     free = ("seed", "training.learning_rate") if before.ladder is not None else ()  # where a ladder begins
     settings = {axis.key: A_VALUE[axis.key] for axis in before.axes if axis.key not in free}
     for key, value in settings.items():
-        assert given_overrides(file_of({key: value}), [], sweep=name) == []
+        assert combined_overrides(file_of({key: value}), [], sweep=name) == []
     after = asked(name, settings)
     assert after.spec.axes == before.axes
     assert after.spec.overrides == before.overrides
@@ -126,7 +126,7 @@ def test_values_of_a_choice_go_with_the_choice(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A model's path beneath another model would train that one under the other's name."""
-    config = compose(given_overrides(file_of(settings), typed))
+    config = compose(combined_overrides(file_of(settings), typed))
     told = capsys.readouterr().err
     assert (left_out or "left out") in told or not left_out
     assert bool(told) == bool(left_out)

@@ -77,13 +77,13 @@ def state(model: torch.nn.Module) -> dict[str, Any]:
 )
 def test_warm_trials_equal_fresh_ones_and_leave_the_base_as_it_was(tmp_path: Path, mode: str) -> None:
     bases = BaseCache()
-    base = bases.lend(compose(overrides(tmp_path, mode, A)), "cpu")
+    base = bases.get(compose(overrides(tmp_path, mode, A)), "cpu")
     before = state(base.model)
     fresh = {"A": in_fresh_process(tmp_path, mode, A)}
     fresh |= {name: run(tmp_path, mode, trial) for name, trial in {"B": B, "C": C}.items()}
     for name in "ABACA":
         assert run(tmp_path, mode, {"A": A, "B": B, "C": C}[name], bases) == fresh[name], name
-    assert bases.lend(compose(overrides(tmp_path, mode, A)), "cpu") is base
+    assert bases.get(compose(overrides(tmp_path, mode, A)), "cpu") is base
     assert state(base.model) == before
 
 
@@ -100,7 +100,7 @@ def test_every_warm_trial_equals_one_in_a_fresh_process(tmp_path: Path, mode: st
 @pytest.mark.parametrize("trial", [PISSA, DORA], ids=["pissa", "dora"])
 def test_other_kinds_of_adapters_leave_a_lent_base_as_it_was(tmp_path: Path, trial: list[str]) -> None:
     bases = BaseCache()
-    base = bases.lend(compose(overrides(tmp_path, "fp32", trial)), "cpu")
+    base = bases.get(compose(overrides(tmp_path, "fp32", trial)), "cpu")
     before = state(base.model)
     assert run(tmp_path, "fp32", trial, bases) == run(tmp_path, "fp32", trial)
     assert state(base.model) == before
@@ -108,9 +108,9 @@ def test_other_kinds_of_adapters_leave_a_lent_base_as_it_was(tmp_path: Path, tri
 
 def test_another_base_takes_the_place_of_the_kept_one(tmp_path: Path) -> None:
     bases = BaseCache()
-    first = bases.lend(compose(overrides(tmp_path, "fp32", A)), "cpu")
-    again = bases.lend(compose(overrides(tmp_path, "fp32", [*A, "lora.r=16", "seed=3"])), "cpu")
-    other = bases.lend(compose(overrides(tmp_path, "fp32", [*A, "model.variant=instruct"])), "cpu")
+    first = bases.get(compose(overrides(tmp_path, "fp32", A)), "cpu")
+    again = bases.get(compose(overrides(tmp_path, "fp32", [*A, "lora.r=16", "seed=3"])), "cpu")
+    other = bases.get(compose(overrides(tmp_path, "fp32", [*A, "model.variant=instruct"])), "cpu")
     assert again is first
     assert other is not first
     assert other.fingerprint != first.fingerprint

@@ -52,7 +52,7 @@ INSTRUCT = Schedule(steps=300, rows=32, learning_rate=1e-3, warmup_steps=20)
 CHATS = 40_000
 CHATS_HELD_OUT = 200
 TEXTS = "training_texts.txt.xz"
-HASHED = ("base/*", "instruct/*", "task/*", "general_*.jsonl")
+HASHED_PATTERNS = ("base/*", "instruct/*", "task/*", "general_*.jsonl")
 STAGES = ("corpus", "tokenizer", "base", "instruct", "card")
 
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         start = time.perf_counter()
         facts = stages[stage]()
         seconds, load = time.perf_counter() - start, os.getloadavg()[2]  # seconds say little without the machine's load
-        _note(options.out, stage, facts | {"stage_seconds": round(seconds, 1), "load_average": round(load, 1)})
+        _record_stage(options.out, stage, facts | {"stage_seconds": round(seconds, 1), "load_average": round(load, 1)})
     write_hashes(options.out)
 
 
@@ -142,7 +142,7 @@ def build_base(out: Path, schedule: Schedule) -> dict[str, Any]:
     tokenizer = Tokenizer.from_file(str(out / "base" / "tokenizer.json"))
     model = new_model(SEED)
     batches = entry_batches(entries, tokenizer, SEED, schedule.rows, ROW_TOKENS)
-    facts = train(model, batches, schedule, _say)
+    facts = train(model, batches, schedule, _print_line)
     _save(model, out / "base", eos=0)
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "schedule": asdict(schedule), **asdict(facts)}
@@ -153,14 +153,14 @@ def build_instruct(out: Path, schedule: Schedule) -> dict[str, Any]:
     chats = read_training_texts(out / TEXTS).chats
     tokenizer = AutoTokenizer.from_pretrained(out / "instruct")
     model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-    facts = train(model, chat_batches(chats, tokenizer, SEED, schedule.rows, ROW_TOKENS), schedule, _say)
+    facts = train(model, chat_batches(chats, tokenizer, SEED, schedule.rows, ROW_TOKENS), schedule, _print_line)
     _save(model, out / "instruct", eos=tokenizer.eos_token_id)
     return {"schedule": asdict(schedule), **asdict(facts)}
 
 
 def write_hashes(out: Path) -> None:
     """Write SHA256SUMS of the files that a run reads, for ``sha256sum --check`` and ``qlora-exp doctor``."""
-    files = sorted(path for pattern in HASHED for path in out.glob(pattern))
+    files = sorted(path for pattern in HASHED_PATTERNS for path in out.glob(pattern))
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out).as_posix()}\n" for path in files]
     (out / "SHA256SUMS").write_text("".join(lines), "utf-8")
 
@@ -180,7 +180,7 @@ def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
-def _note(out: Path, stage: str, facts: dict[str, Any]) -> None:
+def _record_stage(out: Path, stage: str, facts: dict[str, Any]) -> None:
     path = out / "build.json"
     noted = json.loads(path.read_text("utf-8")) if path.exists() else {}
     noted |= {
@@ -198,7 +198,7 @@ def _note(out: Path, stage: str, facts: dict[str, Any]) -> None:
     path.write_text(json.dumps(noted, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, flush=True)
 
 

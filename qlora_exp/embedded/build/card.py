@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from qlora_exp.embedded.build.splits import CATEGORIES, LEFT_OUT
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-_SECTIONS = ("<!-- untouched -->", "<!-- curve -->")
+_SECTION_MARKS = ("<!-- untouched -->", "<!-- curve -->")
 """Later measurements stand between such a mark and the next heading. A rebuild of the card keeps them."""
 
 
@@ -34,8 +34,8 @@ def write_card(out: Path) -> dict[str, Any]:
     text = template.render(**(build | {"card": facts}), left_out=sorted(LEFT_OUT), categories=CATEGORIES)
     card = out / "MODEL_CARD.md"
     old_card = card.read_text("utf-8") if card.exists() else ""
-    for mark in _SECTIONS:
-        text = text.replace(mark, mark + _after(mark, old_card))
+    for mark in _SECTION_MARKS:
+        text = text.replace(mark, mark + _section_after(mark, old_card))
     card.write_text(text.rstrip("\n") + "\n", "utf-8")
     return facts
 
@@ -69,6 +69,6 @@ def _accuracy(model: Any, train: list[dict[str, Any]], test: list[dict[str, Any]
     return round(float(score), 4)
 
 
-def _after(mark: str, text: str) -> str:
+def _section_after(mark: str, text: str) -> str:
     _, separator, rest = text.partition(mark)
     return rest.split("\n## ")[0].rstrip("\n") + "\n" if separator else ""

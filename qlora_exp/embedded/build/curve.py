@@ -24,7 +24,7 @@ from qlora_exp.runs.execute import execute
 RANKS = (1, 4, 8, 16, 64)
 LEARNING_RATES = (1e-3, 4e-3)
 SEEDS = (1, 2, 3)
-CURVE_MARK, UNTOUCHED_MARK = "<!-- curve -->", "<!-- untouched -->"
+CURVE_MARK, BASE_SCORES_MARK = "<!-- curve -->", "<!-- untouched -->"
 INSTRUCT = "curve instruct r8 lr0.004 s1"
 """One run of the instruct model: the card shows its scores before training next to the base model's."""
 FIXED = (
@@ -89,7 +89,7 @@ def collect(output_root: Path) -> None:
     write_json(EMBEDDED / "curve.json", {"settings": FIXED, "rows": rows})
     card = EMBEDDED / "MODEL_CARD.md"
     text = _fill(card.read_text(), CURVE_MARK, table(rows))
-    write_text(card, _fill(text, UNTOUCHED_MARK, untouched_table(records)))
+    write_text(card, _fill(text, BASE_SCORES_MARK, base_scores_table(records)))
 
 
 def _fill(text: str, mark: str, content: str) -> str:
@@ -97,7 +97,7 @@ def _fill(text: str, mark: str, content: str) -> str:
     return re.sub(f"{mark}.*?(?=\n## |\n<!-- |\\Z)", lambda _: f"{mark}\n\n{content}\n", text, flags=re.S)
 
 
-def untouched_table(records: dict[str, RunRecord]) -> str:
+def base_scores_table(records: dict[str, RunRecord]) -> str:
     """Return the table of both models' scores before training and of the baselines, on the test split."""
     lines = ["| on the test split | accuracy | calibrated | loss per item (nats) |", "|---|---|---|---|"]
     base = next((record for name, record in records.items() if name != INSTRUCT), None)

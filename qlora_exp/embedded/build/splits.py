@@ -22,14 +22,14 @@ from qlora_exp.embedded.build.near_duplicates import (
 from qlora_exp.embedded.build.wordnet import NOUN_CATEGORIES, Synset
 
 SIZES = {"train": 8000, "validation": 500, "test": 1000}
-LEAST_PER_CLASS = {"train": 0, "validation": 10, "test": 20}
+MIN_PER_CLASS = {"train": 0, "validation": 10, "test": 20}
 LEFT_OUT = {"motive"}  # only 42 synsets in WordNet: too few for 20 test items and training
 CATEGORIES = sorted(set(NOUN_CATEGORIES.values()) - LEFT_OUT)
-TEMPER = 0.5  # a class gets a share ∝ n^0.5: artifact and person, 14 % of WordNet each, get below 10 %
+CLASS_SHARE_EXPONENT = 0.5  # a class gets a share ∝ n^0.5: artifact and person, 14 % of WordNet each, get below 10 %
 POOL = 2.5  # candidates per item; in every class but the smallest, more than half pass the rules
 CHAT_HELD_OUT = 260
 EXAMPLES_HELD_OUT = 9000
-WORDS = range(3, 61)
+DEFINITION_WORDS = range(3, 61)
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Splits:
 def make_splits(wordnet: dict[str, Synset], seed: int) -> Splits:
     """Choose the task's items, the synsets of the held-out chats and the held-out example sentences."""
     rng = random.Random(f"{seed}/splits")
-    owners = _owners(wordnet.values())
+    owners = _synsets_by_unit(wordnet.values())
     dropped: Counter[str] = Counter()
-    candidates = [s for s in wordnet.values() if _has_form(s)]
+    candidates = [s for s in wordnet.values() if _is_candidate(s)]
     dropped["not a noun of the 24 categories, or not 3–60 plain words"] = len(wordnet) - len(candidates)
     unique = [s for s in candidates if all(len(owners[unit]) == 1 for unit in units(s.definition))]
     dropped["whole gloss or a part of it stands elsewhere in WordNet"] = len(candidates) - len(unique)
 
-    quotas = {split: _quotas(unique, size, LEAST_PER_CLASS[split]) for split, size in SIZES.items()}
+    quotas = {split: _quotas(unique, size, MIN_PER_CLASS[split]) for split, size in SIZES.items()}
     needed = {c: sum(quotas[split][c] for split in SIZES) for c in CATEGORIES}
     pool = _pool(unique, needed, rng)
     pooled = {s.id for s in pool}
@@ -87,7 +87,7 @@ def make_splits(wordnet: dict[str, Synset], seed: int) -> Splits:
     )
 
 
-def _owners(synsets: Iterable[Synset]) -> dict[str, set[str]]:
+def _synsets_by_unit(synsets: Iterable[Synset]) -> dict[str, set[str]]:
     """Return the synsets that contain each text unit, in a definition or an example."""
     owners: dict[str, set[str]] = defaultdict(set)
     for synset in synsets:
@@ -97,14 +97,14 @@ def _owners(synsets: Iterable[Synset]) -> dict[str, set[str]]:
     return owners
 
 
-def _has_form(synset: Synset) -> bool:
-    plain = '"' not in synset.definition and len(normalise(synset.definition).split()) in WORDS
+def _is_candidate(synset: Synset) -> bool:
+    plain = '"' not in synset.definition and len(normalise(synset.definition).split()) in DEFINITION_WORDS
     return synset.category in CATEGORIES and plain
 
 
 def _quotas(synsets: list[Synset], size: int, minimum: int) -> dict[str, int]:
     """Return items per class: ∝ n^TEMPER, at least `minimum`, `size` in total (largest remainders are rounded up)."""
-    weights = {c: float(n) ** TEMPER for c, n in Counter(s.category or "" for s in synsets).items()}
+    weights = {c: float(n) ** CLASS_SHARE_EXPONENT for c, n in Counter(s.category or "" for s in synsets).items()}
     floor: set[str] = set()
     while True:
         rest = (size - minimum * len(floor)) / sum(w for c, w in weights.items() if c not in floor)
