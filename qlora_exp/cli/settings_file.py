@@ -25,14 +25,14 @@ def combined_overrides(source: Path | None, overrides: Sequence[str] | None, swe
     kept = [text for text in in_file if _key(text) not in overridden]
     axes = _axes(sweep, [*kept, *typed]) if sweep else {}
     kept = [text for text in kept if _key(text) not in axes]
-    choices_of_file = {_key(text): text.partition("=")[2] for text in in_file if _key(text) not in {*axes, *overridden}}
     replacements = axes | {_key(text): text.partition("=")[2] for text in typed}
-    replaced = [text for text in kept if _belongs_to_replaced_choice(text, replacements, choices_of_file, in_file)]
-    _print_replaced(source, replaced, replacements)
+    replaced = [text for text in kept if _of_another_choice(text, replacements, in_file)]
+    _tell(source, replaced, replacements)
     return [*(text for text in kept if text not in replaced), *typed]
 
 
 def _key(text: str) -> str:
+    """Return an override's key without Hydra's prefixes: ``+lora.r=8`` gives ``lora.r``."""
     return text.partition("=")[0].lstrip("+~")
 
 
@@ -45,19 +45,15 @@ def _axes(sweep: str, overrides: Sequence[str]) -> dict[str, str]:
     from qlora_exp.errors import raise_all
     from qlora_exp.rank_doubling.settings import RANK, SPLIT
 
-    all_overrides = [
-        f"sweeps={sweep}",
-        *(text for text in overrides if not text.startswith("plan.")),
-    ]  # a run has no such keys
+    # plan.* are options of the command `plan`, not keys of the configuration.
+    all_overrides = [f"sweeps={sweep}", *(text for text in overrides if not text.startswith("plan."))]
     raise_all(problems_of(all_overrides, multirun=True))
     sweep_config = compose_raw([text for text in all_overrides if not is_swept(text)]).sweep
     chosen = {RANK: "", SPLIT: ""} if sweep_config.sampler is Sampler.ladder else {}
     return {**chosen, **{str(key): str(text) for key, text in sweep_config.params.items()}}
 
 
-def _belongs_to_replaced_choice(
-    text: str, replacements: Mapping[str, str], chosen: Mapping[str, str], in_file: Sequence[str]
-) -> bool:
+def _of_another_choice(text: str, replacements: Mapping[str, str], in_file: Sequence[str]) -> bool:
     """Whether a value belongs to the file's own choice of a group, but another choice was typed or is searched.
 
     Examples: the layers of ``targets.modules`` if ``targets=mlp`` is typed, or the ``model.path`` of another model.
@@ -78,6 +74,7 @@ def _belongs_to_replaced_choice(
 
 
 def _has(keys: Mapping[str, Any], key: str) -> bool:
+    """Whether a file of a group sets this nested key; ``???`` is Hydra's mark for a value that is still missing."""
     first, _, rest = key.partition(".")
     if first not in keys or keys[first] == "???":
         return False

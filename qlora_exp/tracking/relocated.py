@@ -15,7 +15,7 @@ def relocate_artifacts(database: Path, location: str, artifacts: Path) -> bool:
 
     Args:
         location: an experiment's artifact location, as the database has it.
-        artifacts: the folder beside the database.
+        artifacts: the folder next to the database.
 
     Returns: whether the folder had moved.
     """
