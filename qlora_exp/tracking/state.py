@@ -53,7 +53,7 @@ def delivery_lock(lock: Path, patience_seconds: float = STATE_LOCK_SECONDS) -> I
     """Let one process at a time deliver the run or study that ``lock`` belongs to.
 
     A trial process, the orchestrator of an ended sweep and ``qlora-exp sync`` may deliver at once. MLflow has no call
-    that creates a run only if it is missing, and it fails if two processes set the same new tag at once.
+    that creates a run only if it is missing. It also fails if two processes set the same new tag at once.
 
     Raises:
         TrackingError: the lock is still held after ``patience_seconds``, or the folder can't be written.
