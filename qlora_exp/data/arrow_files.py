@@ -66,7 +66,7 @@ def with_class_names(
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         if value >= len(classes):
-            detail = f"class {value}, and the file names {len(classes)} classes"
+            detail = f"class {value}, but the file names only {len(classes)} classes"
             return RowProblem(file, number, column, "unknown class", detail)
         named[column] = classes[value] if value >= 0 else Unlabelled(value)
     return named

@@ -70,7 +70,7 @@ def _end_of_turn(full: str, through: str) -> int:
 
 
 def _unstable_template(what: str) -> RowRefused:
-    detail = f"the chat template writes {what} otherwise when further messages follow"
+    detail = f"the chat template writes {what} differently when further messages follow"
     return RowRefused("template that rewrites earlier turns", detail, _HINT, of_template=True)
 
 

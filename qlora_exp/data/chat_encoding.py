@@ -124,7 +124,7 @@ class ChatWriter:
                 self._around[_shape(example)] = (prefix, full[begin:start], end, variables)
             more = structured or example.completion not in completion
             return Texts(full[:begin], completion, end, more, prefix, variables)
-        detail = "the chat template writes the prompt otherwise when the answer follows"
+        detail = "the chat template writes the prompt differently when the answer follows"
         raise RowRefused("template without a stable prompt", detail, FORMAT_HINT, of_template=True)
 
     def _prompts(

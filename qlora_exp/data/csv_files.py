@@ -46,7 +46,7 @@ def _read(path: Path, name: str, content: bytes, delimiter: str) -> DataFile:
     field_counts = {len(fields) for _, fields in rows_read if fields}
     if len(field_counts) == 1 and field_counts != {len(header)}:
         what = f"the first row has {len(header)} fields, and all others have {field_counts.pop()}"
-        raise DataError(what, f"{path}, row 1", "the first row must name the columns, and nothing may stand above it")
+        raise DataError(what, f"{path}, row 1", "the first row must name the columns: remove what is above it")
     rows, problems = [], []
     for number, fields in rows_read:
         if not fields:
@@ -70,7 +70,7 @@ def _problem(
         delimiter_in_quotes = 'a comma in quotes: "a, b"' if delimiter == "," else "a tab in quotes"
         return "wrong number of fields", detail, f"put fields that hold {delimiter_in_quotes}"
     if fields == header_row:
-        return "repeated header", "the row names the columns again", "take it out: were files put together there?"
+        return "repeated header", "the row names the columns again", "take it out: were files joined there?"
     if delimiter == "\t" and any("\t" in field for field in fields):
         detail = "quotes run over a tab: without a closing quote, rows would be read as one"
         return "a tab inside a field", detail, 'close the quotes, or write a quote at the beginning of a text as """'
@@ -104,7 +104,7 @@ def _check_delimiter(header: list[str], path: Path, delimiter: str) -> None:
         character in header[0] for character in (";", "\t", "|", ",") if character != delimiter
     ):
         raise DataError(
-            f"there is one column, {header[0]!r}: the file seems to be separated by another mark than a "
+            f"there is one column, {header[0]!r}: the columns seem to be separated by something other than a "
             f"{'comma' if delimiter == ',' else 'tab'}",
             f"{path}, row 1",
             "save it with commas between the columns" + (" (or name it .tsv)" if "\t" in header[0] else ""),

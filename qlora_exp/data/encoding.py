@@ -193,7 +193,7 @@ def _plain_texts(example: Example, tokenizer: Tokenizer, special: Sequence[str])
     if token and policy is SpecialTokens.refuse:
         hint = "take it out; or task.special_tokens=text (ordinary text) or token (in prompts, the token itself)"
         if tokenizer.chat_template:
-            hint += "; a prompt that is templated already: task.format=chat with the messages themselves"
+            hint += "; if the prompts contain the chat template already: task.format=chat with the messages themselves"
         raise _special_token_refusal(token, hint)
     if token and policy is SpecialTokens.token:
         if in_completion := _find_special_token(completion, special):

@@ -84,7 +84,7 @@ def read_file(path: Path, name: str | None = None) -> DataFile:
             _ending_hint(path.suffix.lower()),
         )
     if path.exists() and not path.is_file():
-        raise DataError("this is no file: it could be read without an end", str(path), "save its rows in a file")
+        raise DataError("this is not a regular file: reading it might never end", str(path), "save its rows in a file")
     content = decompress(path, _read_bytes(path))
     if not content.strip():
         raise DataError("the file is empty", str(path), "give a file with at least one row")
@@ -116,7 +116,7 @@ def _ending_hint(ending: str) -> str:
     if ending in ARCHIVES:
         return "unpack it first"
     if ending in COMPRESSED:
-        return "name it by what is in it, too, e.g. rows.jsonl.gz"
+        return "add the ending of its content to the name, e.g. rows.jsonl.gz"
     if ending in (".xlsx", ".xls", ".ods"):
         return "save it as CSV with commas (UTF-8)"
     if ending in OTHER_ENDINGS:
@@ -128,7 +128,9 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"the file can't be read: {error.strerror}", str(path), "check its name and rights") from None
+        raise DataError(
+            f"the file can't be read: {error.strerror}", str(path), "check its name and permissions"
+        ) from None
 
 
 def decode_utf8(path: Path, content: bytes) -> str:
@@ -148,8 +150,9 @@ def decode_utf8(path: Path, content: bytes) -> str:
         raise DataError(
             f"row {row} is not UTF-8: byte 0x{content[error.start]:02x}",
             f"{path}, row {row}",
-            f"save the file as UTF-8: iconv -f ENCODING -t UTF-8 '{path.name}' > NEW, where ENCODING is what wrote it: "
-            "WINDOWS-1252 in western Europe, SHIFT_JIS in Japan, GB18030 in China; then look at a few rows",
+            f"save the file as UTF-8: iconv -f ENCODING -t UTF-8 '{path.name}' > NEW, where ENCODING is its "
+            "present one: WINDOWS-1252 in western Europe, SHIFT_JIS in Japan, GB18030 in China; "
+            "then look at a few rows",
         ) from None
 
 
@@ -268,7 +271,7 @@ def check_columns(columns: Sequence[str], path: Path) -> None:
     """Raise :class:`DataError` if a column has no name, or two have the same."""
     repeated = [column for column, count in Counter(columns).items() if count > 1]
     if repeated:
-        raise DataError(f"column {repeated[0]!r} stands twice", f"{path}, row 1", "rename one of the two")
+        raise DataError(f"column {repeated[0]!r} occurs twice", f"{path}, row 1", "rename one of the two")
     if any(not column.strip() for column in columns):
         number = [bool(column.strip()) for column in columns].index(False) + 1
         raise DataError(f"column number {number} has no name", f"{path}, row 1", "name every column in the first row")

@@ -103,7 +103,7 @@ def _visible(folder: Path) -> list[Path]:
     except PermissionError:
         if parse_name(folder)[0] is None:  # e.g. lost+found at the root of a disk
             return []
-        raise DataError("the folder can't be read", str(folder), "check its rights") from None
+        raise DataError("the folder can't be read", str(folder), "check its permissions") from None
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -271,7 +271,7 @@ def _check_shards(split: str, shards: Sequence[SplitFile], folder: Path) -> None
     missing = [str(number) for number in expected if number not in numbers]
     if count is None and missing:
         what = f"the files of {split} aren't numbered from 0 or 1 without a gap: {names}"
-        raise DataError(what, str(folder), "number them so where all are shards of one split; else move some out")
+        raise DataError(what, str(folder), "if all are shards of one split, number them so; else move the others out")
     if missing:
         missing_text = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
         what = f"{split} has {len(numbers)} of {count} shards; missing: {missing_text}"

@@ -34,7 +34,7 @@ def read_hub(task: TaskConfig) -> dict[str, DataFile]:
     """Return the splits that ``task.splits`` names. Raises :class:`DataError` if one is not available."""
     if not task.hub_id or not _HUB_ID.fullmatch(task.hub_id) or Path(task.hub_id).exists():
         hint = "task.hub_id=OWNER/NAME; files on disk: task=local task.path=…"
-        raise DataError(f"{task.hub_id!r} is no data set of the Hub", "task.hub_id", hint)
+        raise DataError(f"{task.hub_id!r} is not the name of a Hub data set", "task.hub_id", hint)
     for split in task.splits:
         if split not in SPLIT_NAMES:
             raise DataError(f"there is no split {split!r}", "task.splits", nearest(split, SPLIT_NAMES))

@@ -10,7 +10,7 @@ class DuplicateKey(Exception):
     """A key occurs twice in one object."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"{key!r} stands twice in the object")
+        super().__init__(f"{key!r} occurs twice in the object")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

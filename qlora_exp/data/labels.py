@@ -93,7 +93,7 @@ def split_by_label(examples: Sequence[Example], options: Mapping[str, str]) -> t
     for example in examples:
         label = written.get(normal_form(str(example.label)), str(example.label))
         if label not in options:
-            detail = f"{label!r} is none of the {len(options)} labels"
+            detail = f"{label!r} is not one of the {len(options)} labels"
             hint = f"{nearest(label, options)}; or name it in task.labels"
             problems.append(RowProblem(example.file, example.row, None, "unknown label", detail, hint))
         elif normal_form(example.completion) != normal_form(options[label]):

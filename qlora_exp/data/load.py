@@ -227,7 +227,9 @@ def _label_ids(
         encodings[label] = result
         first = next(iter(encodings.values()))
         if (result.prompt_ids, result.end_ids) != (first.prompt_ids, first.end_ids):
-            what = f"the prompt ends in other tokens before the label {label!r} than before {next(iter(encodings))!r}"
+            what = (
+                f"the prompt ends in different tokens before the label {label!r} than before {next(iter(encodings))!r}"
+            )
             raise DataError(what, "task.labels", "let the prompt end on a word or a colon")
     label_by_ids: dict[tuple[int, ...], str] = {}
     for label, encoding in encodings.items():

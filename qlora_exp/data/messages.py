@@ -145,7 +145,7 @@ def _parsed(text: str, column: str, name: str, shape: str) -> Any:
         raise InvalidMessages("duplicate key", str(duplicate), column, "keep one of the two") from None
     except (ValueError, RecursionError) as error:
         if _PYTHON_LIST.match(text):
-            shape = f"Python wrote it, not json.dumps: df[{column!r}] = df[{column!r}].map(json.dumps) before df.to_csv"
+            shape = f"str() wrote it, not json.dumps: df[{column!r}] = df[{column!r}].map(json.dumps) before df.to_csv"
         raise InvalidMessages(f"invalid {name}", f"the text is not JSON: {error}", column, shape) from None
 
 
@@ -220,7 +220,7 @@ def _check_json(value: object, where: str, hint: str) -> None:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except TypeError:
         raise InvalidMessages(
-            "invalid messages", f"{describe_value(value)} is not a value of JSON", where, hint
+            "invalid messages", f"{describe_value(value)} is not a JSON value", where, hint
         ) from None
     except UnicodeEncodeError:
         detail = "it holds half of a surrogate pair, which no tokenizer can read"
@@ -236,7 +236,7 @@ def _check_order(messages: Sequence[Message], column: str) -> None:
         return
     hint = "the last message is the assistant's, and another one comes before it"
     if "assistant" in roles[1:]:
-        hint = "take out the messages after the last answer: nothing of them is learned; " + hint
+        hint = "take out the messages after the last answer, which are not learned; " + hint
     raise InvalidMessages("invalid messages", f"the roles are {', '.join(roles)}", column, hint)
 
 

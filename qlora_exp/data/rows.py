@@ -136,7 +136,9 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
         return [], problems
     mapping = _column_mapping(task, raw)
     for column in sorted(mapping.used & set(raw.mixed_classes)):
-        hint = f"write them all with the same features; or the names as text into each file's column {column!r}"
+        hint = (
+            f"write all files with the same features, or write class names as text into column {column!r} of each file"
+        )
         raise DataError(raw.mixed_classes[column], f"task.path={task.path}", hint)
     examples = []
     for row in raw.rows:
@@ -190,7 +192,7 @@ def _text_source(name: str, template: str | None, column: str | None, raw: DataF
             raise DataError(error.what, f"{error.where}; columns of {raw.name}", error.hint) from None
     if column is None:
         raise DataError(
-            f"nothing says which text is the {name}",
+            f"no setting says which text is the {name}",
             f"task.{name}, task.columns.{name}",
             f"task.columns.{name}=COLUMN, or 'task.{name}=\"{{COLUMN}}\"'; columns: {', '.join(raw.columns)}",
         )

@@ -63,7 +63,7 @@ def unusual_space_notes(examples: Sequence[Example]) -> Iterator[str]:
         begin, end = unstripped_prompt(first)[-20:], first.completion[:20]
         count = "1 row has" if len(suspicious) == 1 else f"{len(suspicious)} rows have"
         yield (
-            f"{count} a space between prompt and completion that may not be meant, e.g. {first.file}, row {first.row}: "
+            f"{count} a space between prompt and completion that may be a mistake, e.g. {first.file}, row {first.row}: "
             f"{begin!r} + {end!r}; 'task.separator=\"\"' joins all rows without one"
         )
 

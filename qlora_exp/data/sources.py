@@ -86,7 +86,7 @@ def _missing_path_hint(path: Path) -> str:
     if path.is_symlink():
         return f"it is a link to {str(path.readlink())!r}, which isn't there"
     if any(mark in path.name for mark in "*?["):
-        return f"patterns aren't read; a folder is, with all of its shards: task.path={folder}"
+        return f"patterns aren't supported; a folder is read with all of its shards: task.path={folder}"
     known = (*ENDINGS, *COMPRESSED, *ARCHIVES)
     names = [entry.name for entry in folder.iterdir() if entry.is_dir() or ending_of(entry) in known]
     return nearest(path.name, names)

@@ -180,7 +180,7 @@ def _without_leaks(splits: Mapping[str, list[Example]]) -> tuple[dict[str, list[
         for example in splits[split]:
             if example.prompt_key in held:
                 held_example = held[example.prompt_key]
-                detail = f"the same prompt stands in {held_example.file}, row {held_example.row}"
+                detail = f"the same prompt is in {held_example.file}, row {held_example.row}"
                 hint = "take it out of one of the two, or let task.invalid_rows=drop leave out this one"
                 problems.append(RowProblem(example.file, example.row, None, "leak between splits", detail, hint))
         held.update({example.prompt_key: example for example in reversed(clean[split])})

@@ -55,9 +55,9 @@ def parse_template(text: str, key: str, columns: Sequence[str]) -> RowTemplate:
             raise DataError(f"the template {text!r} formats {column!r}", key, "only plain {column} is allowed")
         if column not in columns:
             hint = f"{nearest(column, columns)} ({brace_hint})" if column else brace_hint
-            raise DataError(f"the template names a column {column!r} that isn't there", key, hint)
+            raise DataError(f"the template names a column {column!r} that doesn't exist", key, hint)
         parts.append((literal, column))
     template = RowTemplate(key, tuple(parts))
     if not template.columns:
-        raise DataError(f"the template {text!r} names no column: all rows would be alike", key, brace_hint)
+        raise DataError(f"the template {text!r} names no column: all rows would have the same text", key, brace_hint)
     return template

@@ -159,9 +159,14 @@ BAD_SOURCES = [
     Bad("blank lines only", b"\n \n\n", ("empty", "data.jsonl")),
     Bad("an empty JSON list", b"[]", ("no row", "data.json"), "data.json"),
     Bad("header-only CSV", b"prompt,completion\n", ("a header and no row", "data.csv"), "data.csv"),
-    Bad("duplicate CSV columns", b"prompt,prompt\na,b\n", ("'prompt' stands twice", "row 1", "rename"), "data.csv"),
+    Bad("duplicate CSV columns", b"prompt,prompt\na,b\n", ("'prompt' occurs twice", "row 1", "rename"), "data.csv"),
     Bad("a CSV column without a name", b"prompt,,completion\na,b,c\n", ("number 2", "row 1"), "data.csv"),
-    Bad("semicolons", b"prompt;completion\na;b\n", ("separated by another mark", "row 1", "commas"), "data.csv"),
+    Bad(
+        "semicolons",
+        b"prompt;completion\na;b\n",
+        ("separated by something other than a comma", "row 1", "commas"),
+        "data.csv",
+    ),
     Bad("an unclosed quote", b'prompt,completion\na,b\n"c,d\n', ("not CSV", "row 3", "close every quote"), "data.csv"),
     Bad("NUL bytes", b"prompt,completion\na,\0b\n", ("NUL", "data.csv"), "data.csv"),
     Bad("Windows-1252", jsonl(*GOOD) + b'{"prompt": "caf\xe9"}\n', ("not UTF-8", "row 13", "0xe9", "iconv")),
@@ -222,14 +227,14 @@ BAD_SOURCES = [
 ]
 
 BAD_TEMPLATES = [
-    ("{question}", ("'question' that isn't there", "task.prompt", "prompt")),
+    ("{question}", ("'question' that doesn't exist", "task.prompt", "prompt")),
     ("{promt}", ("did you mean prompt",)),
-    ("{prompt.__class__}", ("'prompt.__class__' that isn't there",)),
-    ("{prompt[0]}", ("'prompt[0]' that isn't there",)),
+    ("{prompt.__class__}", ("'prompt.__class__' that doesn't exist",)),
+    ("{prompt[0]}", ("'prompt[0]' that doesn't exist",)),
     ("{prompt!r}", ("formats 'prompt'", "only plain")),
     ("{prompt:>99999999}", ("formats 'prompt'", "only plain")),
     ("{prompt:{completion}}", ("formats 'prompt'",)),
-    ("{}", ("that isn't there",)),
+    ("{}", ("that doesn't exist",)),
     ("{prompt", ("can't be read", "{{")),
     ("prompt}", ("can't be read", "{{")),
     ("Answer:", ("names no column",)),
@@ -288,7 +293,7 @@ def test_what_could_be_read_without_an_end_is_refused(tmp_path: Path, configure:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "zeros.jsonl").symlink_to("/dev/zero")
     for name in ("pipe.jsonl", "zeros.jsonl"):
-        assert "this is no file" in str(caught(configure(tmp_path / name)))
+        assert "this is not a regular file" in str(caught(configure(tmp_path / name)))
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,10 @@ def test_a_file_that_datasets_writes_is_read_as_it_was(tmp_path: Path, configure
 
 
 NOT_A_TABLE = {
-    "semicolons": ("a.csv", CSV.replace(",", ";"), "another mark"),
-    "Excel's semicolons": ("a.csv", "sep=;\n" + CSV.replace(",", ";"), "another mark"),
+    "semicolons": ("a.csv", CSV.replace(",", ";"), "something other than a comma"),
+    "Excel's semicolons": ("a.csv", "sep=;\n" + CSV.replace(",", ";"), "something other than a comma"),
     "tabs in CSV": ("a.csv", CSV.replace(",", "\t"), "name it .tsv"),
-    "commas in TSV": ("a.tsv", CSV, "another mark than a tab"),
+    "commas in TSV": ("a.tsv", CSV, "something other than a tab"),
     "backslashes before quotes": ("a.csv", CSV + '"a \\"quoted\\" word",b\n', 'writes it \\" instead'),
     "UTF-16 without a mark": ("a.jsonl", JSONL.encode("utf-16-le"), "iconv -f UTF-16LE"),
     "UTF-16, the other one": ("a.csv", CSV.encode("utf-16-be"), "iconv -f UTF-16BE"),
@@ -238,7 +238,7 @@ def test_a_class_that_the_metadata_does_not_name_is_refused(tmp_path: Path, conf
         table.schema.metadata
     )
     pyarrow.parquet.write_table(odd, tmp_path / "a.parquet")
-    assert "unknown class: class 7, and the file names 2 classes" in refused(
+    assert "unknown class: class 7, but the file names only 2 classes" in refused(
         tmp_path / "a.parquet", configure, **CLASSES
     )
 

@@ -208,7 +208,7 @@ def test_chat_without_a_template_says_what_to_do(folder: Path, tokenizers: Any, 
     ("template", "says"),
     [
         ("{{ raise_exception('no system here') if messages[0]['role'] == 'system' }}", "no system here"),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}{{ 'X' if add_generation_prompt }}", "otherwise when"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}{{ 'X' if add_generation_prompt }}", "differently when"),
         ("{% for m in messages %}{{ m['content'] }}|{% endfor %}", None),
         ("{% for m in messages %}{{ m['content'] + '|' if m['role'] != 'assistant' else m['content'] }}{% endfor %}",
          "puts nothing after an answer"),

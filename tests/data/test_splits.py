@@ -216,8 +216,8 @@ def test_a_hub_data_set_without_a_network_is_a_clear_error(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"hub_id": "../secret"}, "no data set of the Hub"),
-        ({"hub_id": ""}, "no data set of the Hub"),
+        ({"hub_id": "../secret"}, "not the name of a Hub data set"),
+        ({"hub_id": ""}, "not the name of a Hub data set"),
         ({"splits": {"train": "train", "dev": "dev"}}, "there is no split 'dev'"),
         ({"splits": {"test": "test"}}, "no training split"),
     ],

@@ -78,7 +78,7 @@ def test_a_field_that_is_no_json_is_named_and_can_be_left_out(
         rows = [talk(number, sent=value) for number in numbers]
         Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
     message = refusal(config, tokenizer_with("qwen3"))
-    assert "is not a value of JSON" in message
+    assert "is not a JSON value" in message
     assert "task.ignore_fields=[sent]" in message
     config.task.ignore_fields = ["sent"]
     assert len(load_data(config, tokenizer_with("qwen3"), 4096).train) == 2

@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[str, str | bytes | list[Row], tuple[str, ...], tuple[st
         "a.csv",
         MARK + CSV + MARK + OTHERS,
         (),
-        ("repeated header", "a.csv, row 10", "were files put together"),
+        ("repeated header", "a.csv, row 10", "were files joined"),
     ),
     "two TSV files with marks and headers": (
         "a.tsv",
@@ -105,7 +105,12 @@ REFUSED: dict[str, tuple[str, str | bytes | list[Row], tuple[str, ...], tuple[st
         (),
         ("repeated header", "a.tsv, row 10"),
     ),
-    "a mark and semicolons": ("a.csv", MARK + CSV.replace(",", ";"), (), ("separated by another mark", "commas")),
+    "a mark and semicolons": (
+        "a.csv",
+        MARK + CSV.replace(",", ";"),
+        (),
+        ("separated by something other than a comma", "commas"),
+    ),
     "rows of two forms": (
         "a.jsonl",
         ROWS_OF_TWO_FORMS,
@@ -128,7 +133,7 @@ REFUSED: dict[str, tuple[str, str | bytes | list[Row], tuple[str, ...], tuple[st
         "a.jsonl",
         [{"messages": TWICE}] * 12,
         (MESSAGES,),
-        ("duplicate key: 'content' stands twice", "row 1, column messages"),
+        ("duplicate key: 'content' occurs twice", "row 1, column messages"),
     ),
     "messages that pandas wrote as Python": (
         "a.csv",
@@ -345,7 +350,7 @@ def test_a_space_within_a_word_is_noted_and_can_be_left_out(
     rows = [dict(zip(("prompt", "completion"), row(n), strict=True)) for n in range(12)]
     path = write("a.jsonl", rows)
     notes = rows_report(read(path, families.overrides("base")).splits)
-    assert any("may not be meant, e.g. a.jsonl, row 1: " in note for note in notes) is noted
+    assert any("may be a mistake, e.g. a.jsonl, row 1: " in note for note in notes) is noted
     if noted:
         assert any("'task.separator=\"\"'" in note for note in notes)
         joined = read(path, families.overrides("base"), 'task.separator=""')
