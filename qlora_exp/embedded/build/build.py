@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=Path(__file__).parents[1], help="where to write (default: the package)"
     )
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
-    parser.add_argument("--steps", type=int, nargs=2, metavar=("BASE", "INSTRUCT"), help="a shorter try-out")
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("BASE", "INSTRUCT"), help="fewer steps, for a trial")
     options = parser.parse_args(arguments)
     base, instruct = BASE, INSTRUCT
     if options.steps:
