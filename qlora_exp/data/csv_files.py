@@ -32,10 +32,8 @@ def _read(path: Path, name: str, content: bytes, delimiter: str) -> DataFile:
     space_after_comma = _has_spaces_after_commas(text)
     records = _records(path, text, delimiter, space_after_comma)
     header_record = next(records, None)
-    if header_record is not None and header_record[1] == [
-        f"sep={delimiter}".rstrip(delimiter),
-        "",
-    ]:  # a first line that Excel writes for itself
+    # Excel may write a line "sep=," above the header.
+    if header_record is not None and header_record[1] == [f"sep={delimiter}".rstrip(delimiter), ""]:
         header_record = next(records, None)
     if header_record is None:
         raise DataError("the file holds no header", str(path), "the first row names the columns")

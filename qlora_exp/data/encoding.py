@@ -274,7 +274,7 @@ def _added_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _end_ids(end: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of ``end`` after other text: alone, it may have other tokens."""
+    """Return the ids of ``end`` as they are after other text; without it, they may differ."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     return list(tokenizer("a" + end, add_special_tokens=False)["input_ids"][len(bare) :])
 

@@ -16,7 +16,7 @@ from qlora_exp.data.texts import separator_between
 
 _MAX_SHOWN = 5
 _OPENING, _CLOSING = tuple("([{“‘«„$/\\_"), tuple(",.;:!?)]}%”’»")
-"""Characters after which, and before which, hardly anybody writes a space."""
+"""Characters that people usually write no space after (``_OPENING``) or before (``_CLOSING``)."""
 _MISSING_WORDS = {"NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"}
 
 
