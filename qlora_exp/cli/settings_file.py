@@ -27,7 +27,7 @@ def combined_overrides(source: Path | None, overrides: Sequence[str] | None, swe
     kept = [text for text in kept if _key(text) not in axes]
     replacements = axes | {_key(text): text.partition("=")[2] for text in typed}
     replaced = [text for text in kept if _of_another_choice(text, replacements, in_file)]
-    _tell(source, replaced, replacements)
+    _print_replaced(source, replaced, replacements)
     return [*(text for text in kept if text not in replaced), *typed]
 
 

@@ -219,9 +219,7 @@ def _check_json(value: object, where: str, hint: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except TypeError:
-        raise InvalidMessages(
-            "invalid messages", f"{describe_value(value)} is not a JSON value", where, hint
-        ) from None
+        raise InvalidMessages("invalid messages", f"{describe_value(value)} is not a JSON value", where, hint) from None
     except UnicodeEncodeError:
         detail = "it holds half of a surrogate pair, which no tokenizer can read"
         raise InvalidMessages("broken Unicode", detail, where) from None

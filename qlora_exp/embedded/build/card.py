@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from qlora_exp.embedded.build.splits import CATEGORIES, LEFT_OUT
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-_SECTIONS = ("<!-- base scores -->", "<!-- curve -->")
+_SECTION_MARKS = ("<!-- base scores -->", "<!-- curve -->")
 """Later measurements stand between such a mark and the next heading. A rebuild of the card keeps them."""
 
 

@@ -24,7 +24,7 @@ from qlora_exp.runs.execute import execute
 RANKS = (1, 4, 8, 16, 64)
 LEARNING_RATES = (1e-3, 4e-3)
 SEEDS = (1, 2, 3)
-CURVE_MARK, UNTOUCHED_MARK = "<!-- curve -->", "<!-- base scores -->"
+CURVE_MARK, BASE_SCORES_MARK = "<!-- curve -->", "<!-- base scores -->"
 INSTRUCT = "curve instruct r8 lr0.004 s1"
 """One run of the instruct model: the card shows its scores before training next to the base model's."""
 FIXED = (
