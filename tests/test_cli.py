@@ -353,10 +353,10 @@ def test_a_pipe_that_closes_early_is_no_error() -> None:
 def test_help_groups_all_commands_and_cuts_no_description(capsys: pytest.CaptureFixture[str]) -> None:
     import typer.main
 
-    from qlora_exp.cli import GROUPS, app
+    from qlora_exp.cli import HELP_GROUPS, app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert sorted(name for names in GROUPS.values() for name in names) == sorted(commands)
+    assert sorted(name for names in HELP_GROUPS.values() for name in names) == sorted(commands)
     assert main(["--help"]) == 0
     page = " ".join(capsys.readouterr().out.split())
     for name, command in commands.items():

@@ -196,9 +196,17 @@ def test_record_best_rerun_and_resume_name_the_trials_configuration(
 @pytest.mark.parametrize(
     ("before", "now", "told"),
     [
-        ("training.max_steps=${oc.env:R}", "training.max_steps=${oc.env:R}", "training.max_steps: 8 there, 9 now"),
-        ("sweeps=mine", "sweeps=mine", "training.batch_size: 8 there, 9 now"),
-        ("training.max_steps=${workers.count}", "training.max_steps=${workers.count}", "max_steps: 2 there, 3 now"),
+        (
+            "training.max_steps=${oc.env:R}",
+            "training.max_steps=${oc.env:R}",
+            "training.max_steps: 8 in the study, 9 now",
+        ),
+        ("sweeps=mine", "sweeps=mine", "training.batch_size: 8 in the study, 9 now"),
+        (
+            "training.max_steps=${workers.count}",
+            "training.max_steps=${workers.count}",
+            "max_steps: 2 in the study, 3 now",
+        ),
     ],
 )
 def test_another_value_of_what_a_setting_reads_is_another_study(

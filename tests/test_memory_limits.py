@@ -76,7 +76,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         controllers = "0::" if version == 2 else "4:memory:"
         (tmp_path / "proc" / "self" / "cgroup").write_text(f"9:name=systemd:/other\n{controllers}/{path}\n")
         monkeypatch.setattr(memory_limits, "PROC", tmp_path / "proc")
-        monkeypatch.setattr(memory_limits, "GROUPS", groups)
+        monkeypatch.setattr(memory_limits, "CGROUPS", groups)
 
     return made
 
@@ -93,7 +93,7 @@ def test_the_smallest_limit_on_the_way_up_counts(version: int, machine: Machine)
 
 def test_without_control_groups_it_is_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_limits, "PROC", tmp_path)
-    monkeypatch.setattr(memory_limits, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory_limits, "CGROUPS", tmp_path)
     assert memory_limits.total_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert memory_limits.out_of_memory_kills() is None
     assert not memory_limits.is_nearly_full()

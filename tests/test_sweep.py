@@ -170,7 +170,7 @@ def test_a_study_goes_on_with_the_settings_that_it_began_with_alone(capsys: pyte
     before = read_spec(only_study())
     file.write_text(text.replace("STEPS", "7"))
     assert main(["sweep", "mine", *SLEEP]) == 2
-    assert "training.max_steps: 5 there, 7 now" in capsys.readouterr().err
+    assert "training.max_steps: 5 in the study, 7 now" in capsys.readouterr().err
     assert read_spec(only_study()) == before
     file.write_text(text.replace("STEPS", "5"))
     assert main(["sweep", "mine", *SLEEP, "sweep.n_trials=3", "budget.usd_per_hour=2", "sweep.name=mine"]) == 0

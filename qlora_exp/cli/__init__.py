@@ -19,7 +19,7 @@ EPILOG = (
     "Each command has its own help with examples: qlora-exp run --help. Hydra's own help: python -m qlora_exp --help"
 )
 
-GROUPS = {
+HELP_GROUPS = {
     "Before a run": ("init", "ls", "validate", "data", "plan", "calibrate", "doctor"),
     "Runs and studies": ("run", "rerun", "sweep", "resume", "stop", "status"),
     "Results": ("best", "trials", "show", "diff", "report", "analyze", "export"),
@@ -35,9 +35,9 @@ class Commands(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write one section for each group. Commands that no group names come last."""
         width = max(map(len, self.commands))
-        grouped = [name for names in GROUPS.values() for name in names]
+        grouped = [name for names in HELP_GROUPS.values() for name in names]
         ungrouped = tuple(name for name in self.commands if name not in grouped)
-        for heading, names in {**GROUPS, "Other commands": (*GROUPS["Other commands"], *ungrouped)}.items():
+        for heading, names in {**HELP_GROUPS, "Other commands": (*HELP_GROUPS["Other commands"], *ungrouped)}.items():
             present = [name for name in names if name in self.commands]
             rows = [(name.ljust(width), _first_paragraph(self.commands[name].help)) for name in present]
             with formatter.section(heading):

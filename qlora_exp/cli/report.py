@@ -186,7 +186,7 @@ def _read_json(file: Path) -> Any:
         raise RecordError(f"the file can't be read: {error}", str(file), "delete it, or resume the study") from None
 
 
-ITEM_COLUMNS = {"accuracy": "correct", "exact_match": "exact"}
+CORRECTNESS_COLUMNS = {"accuracy": "correct", "exact_match": "exact"}
 """Score → its column in the per-item table."""
 
 
@@ -199,7 +199,7 @@ def _item_scores(outputs: OutputPaths) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = ["item_id", "completion_nats", "completion_bytes", *ITEM_COLUMNS.values()]
+        columns = ["item_id", "completion_nats", "completion_bytes", *CORRECTNESS_COLUMNS.values()]
         try:
             table = pq.read_table(outputs.run(run_id).items(moment, split), columns=columns)
         except (OSError, pa.ArrowException, KeyError):
@@ -212,8 +212,8 @@ def _item_scores(outputs: OutputPaths) -> Any:
         items = read(record.run_id, moment, "test" if record.scores.test is not None else "validation")
         if items is None:
             return None
-        if score in ITEM_COLUMNS:
-            values = items[ITEM_COLUMNS[score]]
+        if score in CORRECTNESS_COLUMNS:
+            values = items[CORRECTNESS_COLUMNS[score]]
         else:
             size = sum(items["completion_bytes"]) / max(len(items["completion_bytes"]), 1)
             values = [nats / math.log(2) / size for nats in items["completion_nats"]] if size else [None]

@@ -45,7 +45,7 @@ NEITHER_LEAF = re.compile(r"^(gate|router|shared_expert_gate|classifier|modality
 LAYERS_REFUSED_BY_PEFT = frozenset({"out_proj", "conv1d"})
 MAMBA_MODEL_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 """Model types in which PEFT refuses the layers of :data:`LAYERS_REFUSED_BY_PEFT`."""
-OTHER_MODALITIES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", re.IGNORECASE)
+OTHER_MODALITY_MODULES = re.compile(r"vision|visual|image|img|audio|speech|multi_modal", re.IGNORECASE)
 """Encoders and projections for images and audio: no part of the language model, so never a target."""
 
 
@@ -190,7 +190,9 @@ def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
     for name, module in _linear_layers(model):
         conv = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
-        counted = name.startswith(prefix) and not OTHER_MODALITIES.search(name) and (conv or _is_plain_linear(module))
+        counted = (
+            name.startswith(prefix) and not OTHER_MODALITY_MODULES.search(name) and (conv or _is_plain_linear(module))
+        )
         adaptable = counted and name.rpartition(".")[2] not in left_out
         yield WeightShape(
             name=name,

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_exp.records.redaction import redact, redact_text
 from qlora_exp.records.types import Data, RunRecord
 
-MEASURES = {
+CARD_MEASURES = {
     "loss": "nats per completion token",
     "loss_per_item": "nats per item, summed over its completion tokens",
     "perplexity": "exp(loss)",
@@ -100,7 +100,7 @@ def _scores(record: RunRecord) -> Iterator[str]:
         yield ""
         yield "| measure | before | after | how |"
         yield "|---|---:|---:|---|"
-        for name, how in MEASURES.items():
+        for name, how in CARD_MEASURES.items():
             values = [getattr(scores, name) if scores is not None else None for scores in (before, after)]
             if any(value is not None for value in values):
                 yield f"| {name.replace('_', ' ')} | {_figure(values[0])} | {_figure(values[1])} | {how} |"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROC = Path("/proc")
-GROUPS = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 NEARLY_FULL_SHARE = 0.97
 """Share of memory in use above which a process mostly waits for pages."""
 MAX_PAGE_FAULTS_PER_SECOND = 500.0
@@ -83,10 +83,10 @@ def _folders() -> list[Path]:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers and "memory" not in controllers.split(","):
             continue
-        root = GROUPS / "memory" if controllers else GROUPS
+        root = CGROUPS / "memory" if controllers else CGROUPS
         own = root / path.lstrip("/")
         folders += [folder for folder in (own, *own.parents) if folder == root or root in folder.parents]
-    return folders or [GROUPS, GROUPS / "memory"]
+    return folders or [CGROUPS, CGROUPS / "memory"]
 
 
 def _read(path: Path) -> str:

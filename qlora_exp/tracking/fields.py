@@ -26,7 +26,7 @@ MAX_PARAM_LENGTH = 500
 MAX_TAG_LENGTH = 5000
 DIGEST_LENGTH = 12
 """Characters of the data's fingerprint that are logged; MLflow's limit is 36. The record has the whole fingerprint."""
-BYTES_PER_MIB = 1024 * 1024
+MIB_BYTES = 1024 * 1024
 
 MLFLOW_STATUS = {
     Status.RUNNING: "RUNNING",
@@ -331,7 +331,7 @@ def _lookup(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _mib(size: int | None) -> float | None:
-    return None if size is None else size / BYTES_PER_MIB
+    return None if size is None else size / MIB_BYTES
 
 
 def _milliseconds(moment: str) -> int:
