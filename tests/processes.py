@@ -14,8 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_exp.orchestration.forking import READ_LATER, Forked, ForkServer, can_fork
 from qlora_exp.system import heap
+from tests.forking import READ_LATER, Forked, ForkServer, can_fork
 
 COMMANDS = ("qlora_exp", "qlora_exp.cli", "qlora_exp.runs.job", "tests.program")
 IMPORTED = (

@@ -11,7 +11,7 @@ from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import SkippedTrial, Trial
 
 PRELOADED = {"training": ("qlora_exp.runs.pipeline",), "tracking": ("qlora_exp.tracking.run",)}
-"""What a host imports before it is ready, by the name that its worker asks for it with."""
+"""Modules that a trial process imports before it is ready, by the name that its worker gives."""
 
 
 @dataclass(frozen=True)

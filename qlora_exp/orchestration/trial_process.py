@@ -13,17 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from qlora_exp.orchestration import forking
-from qlora_exp.orchestration.messages import PRELOADED, Command, EndProcess, Message, decode, encode_message
-from qlora_exp.system.gpus import DEVICES_VARIABLE
+from qlora_exp.orchestration.messages import Command, EndProcess, Message, decode, encode_message
 
 DUMP_SECONDS, TERM_SECONDS = 0.5, 5.0
 """Time for a hung process to write its stack traces, and then to end after SIGTERM."""
 EXIT_SECONDS = 120.0
 """Time for a process to end after :class:`EndProcess`: logging to MLflow may take up to about a minute."""
 CHUNK_BYTES = 65536
-ALWAYS_IMPORTED = ("qlora_exp.config.compose", "qlora_exp.orchestration.messages", "hydra.core.global_hydra")
-"""What a host imports by itself, whatever it preloads."""
 
 
 class ProcessDied(Exception):
@@ -45,46 +41,24 @@ class TrialProcess:
 
     def __init__(self, log: Path, environment: Mapping[str, str], preload: Sequence[str]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        commands, send = os.pipe()
-        self._out, answers = os.pipe()
-        self._in = os.fdopen(send, "wb", buffering=0)
-        self._read = b""
-        self._server: forking.ForkServer | None = None
-        try:
-            with log.open("ab") as stream:
-                descriptors = (commands, answers, stream.fileno())
-                self._process = self._begin({**os.environ, **environment}, preload, descriptors)
-        except BaseException:
-            self._closed(0)
-            raise
-        finally:
-            os.close(commands)
-            os.close(answers)
-
-    def _begin(
-        self, environment: Mapping[str, str], preload: Sequence[str], descriptors: tuple[int, int, int]
-    ) -> subprocess.Popen[bytes] | forking.Forked:
-        """Forked where it trains nothing on a GPU, which no process can share by a fork; else a new interpreter."""
         preloads = [argument for name in preload for argument in ("--preload", name)]
-        if preload and DEVICES_VARIABLE not in environment:
-            modules = (*ALWAYS_IMPORTED, *(module for name in preload for module in PRELOADED[name]))
-            self._server = forking.server_for(environment, modules, descriptors[2])
-        if self._server is not None:
-            with contextlib.suppress(OSError):  # it has just ended
-                parent = ["--parent", str(self._server.pid)]
-                return self._server.start("qlora_exp.orchestration.trial_main", [*parent, *preloads], descriptors)
-        return subprocess.Popen(
-            [sys.executable, "-m", "qlora_exp.orchestration.trial_main", "--parent", str(os.getpid()), *preloads],
-            stdin=descriptors[0],
-            stdout=descriptors[1],
-            stderr=descriptors[2],
-            env=environment,
-            start_new_session=True,  # Ctrl-C at the terminal is the worker's to pass on
-        )
+        with log.open("ab") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "qlora_exp.orchestration.trial_main", "--parent", str(os.getpid()), *preloads],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                env={**os.environ, **environment},
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C at the terminal is the worker's to pass on
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout.fileno()
+        self._read = b""
 
     @property
-    def pid(self) -> int | None:
-        """``None``: the server that forks it is still importing."""
+    def pid(self) -> int:
         return self._process.pid
 
     def send(self, command: Command) -> None:
@@ -114,18 +88,12 @@ class TrialProcess:
     def kill(self) -> int:
         """KILL to it and all that it started. Returns the exit code."""
         if self._process.poll() is None:
-            pid = self._process.pid
-            if pid is None and isinstance(self._process, forking.Forked):
-                return self._closed(self._process.forgo())
-            assert pid is not None
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+                os.killpg(self._process.pid, signal.SIGKILL)
         return self._closed(self._process.wait())
 
     def dump_and_kill(self) -> int:
         """End a hung process: stack traces to the log, SIGTERM, SIGKILL."""
-        if self._process.pid is None and self._server is not None:  # its imports hang
-            self._server.close()
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGUSR1)
         time.sleep(DUMP_SECONDS)
@@ -144,7 +112,6 @@ class TrialProcess:
     def _closed(self, code: int) -> int:
         with contextlib.suppress(BrokenPipeError):
             self._in.close()
-        out, self._out = self._out, -1
-        if out >= 0:
-            os.close(out)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         return code

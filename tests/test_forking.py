@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_exp.errors import QloraExpError
-from qlora_exp.orchestration import forking
-from qlora_exp.orchestration.devices import environment_of
-from qlora_exp.orchestration.messages import Ready
-from qlora_exp.orchestration.slot import LAST_OWNER_SECONDS
-from qlora_exp.orchestration.trial_process import ProcessDied, TrialProcess
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Status
-from tests import processes
+from tests import forking, processes
 
 pytestmark = pytest.mark.skipif(not forking.can_fork(), reason="this system can't fork so")
 
@@ -177,134 +169,3 @@ def test_a_killed_server_is_told_by_each_of_its_processes(server: forking.ForkSe
 
 
 # Trial hosts.
-
-
-def host(tmp_path: Path, gpu: str | None = None) -> TrialProcess:
-    return TrialProcess(tmp_path / "log", environment_of(gpu, 1), ("tracking",))
-
-
-def ready(one: TrialProcess) -> int:
-    until = time.monotonic() + 300
-    while (message := one.receive(1.0)) is None:
-        assert time.monotonic() < until
-    assert message == Ready()
-    assert one.pid is not None
-    return one.pid
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def test_hosts_share_a_server_and_end_with_it(tmp_path: Path) -> None:
-    with forking.servers_kept():
-        one, other = host(tmp_path), host(tmp_path)
-        server = parent_of(ready(one))
-        assert parent_of(ready(other)) == server != os.getpid()
-        assert b"qlora_exp.orchestration.trial_main" in Path(f"/proc/{other.pid}/cmdline").read_bytes()
-        assert one.kill() == -signal.SIGKILL
-        os.kill(server, signal.SIGKILL)
-        with pytest.raises(ProcessDied) as died:
-            other.receive(60.0)
-        assert died.value.code == -signal.SIGKILL
-        again = host(tmp_path)  # forked from another server, or a new interpreter if the server's end isn't noticed yet
-        assert parent_of(ready(again)) != server
-        again.end()
-        another = host(tmp_path)
-        assert parent_of(ready(another)) not in (server, os.getpid())
-        another.end()
-        for ended in (one, other):
-            ended.kill()
-
-
-def test_a_host_with_a_gpu_is_a_new_interpreter(tmp_path: Path) -> None:
-    with forking.servers_kept():
-        one = host(tmp_path, "GPU-1")
-        assert one.pid is not None
-        assert parent_of(one.pid) == os.getpid()
-        one.kill()
-
-
-def test_each_trial_of_fresh_isolation_has_a_new_fork_with_its_own_memory_figures(
-    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
-) -> None:
-    given = [*SHORT, "model=local", f"model.path={tiny_models['llama']}", "workers.isolation=fresh", "lora.r=2,4"]
-    given += ["task=local", "task.kind=classification", f"task.path={colour_task}", f"output_root={tmp_path}"]
-    sweep = processes.Popen([sys.executable, "-m", "qlora_exp", "-m", *given], stderr=subprocess.DEVNULL)
-    parents: dict[int, int] = {}
-    while sweep.poll() is None:
-        for file in tmp_path.glob("runs/*/record.json"):
-            with contextlib.suppress(OSError, QloraExpError):
-                owner = read_record(file).process
-                if owner is not None:
-                    parents[owner.pid] = parents.get(owner.pid) or parent_of(owner.pid)
-        time.sleep(0.02)
-    assert sweep.returncode == 0
-    assert len(parents) == 2
-    assert len(set(parents.values()) - {sweep.pid}) == 1
-    records = [read_record(file) for file in tmp_path.glob("runs/*/record.json")]
-    assert [record.memory.host_reused for record in records] == [False, False]
-    first, second = (record.memory for record in records)
-    assert first.resident_after_imports_bytes == pytest.approx(second.resident_after_imports_bytes, rel=0.03)
-    assert None not in (first.peak_train_bytes, second.peak_train_bytes)
-
-
-WORKER = """
-import sys, time
-from pathlib import Path
-from qlora_exp.orchestration import forking
-from tests.workers.test_forking import host, parent_of, ready
-with forking.servers_kept():
-    one = host(Path(sys.argv[1]))
-    pid = ready(one)
-    importing = forking.server_for({"PATH": "/"}, ["time"], 2)
-    print(pid, parent_of(pid), importing.pid, flush=True)
-    if sys.argv[2] == "killed":
-        time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize("how", ["killed", "at its end"])
-def test_a_host_and_its_server_end_with_their_worker(tmp_path: Path, how: str) -> None:
-    command = [sys.executable, "-c", WORKER, str(tmp_path), how]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
-        assert worker.stdout is not None
-        pids = [int(text) for text in worker.stdout.readline().split()]
-        assert len(pids) == 3
-        if how == "killed":
-            worker.kill()
-    until = time.monotonic() + LAST_OWNER_SECONDS
-    while any(map(lives, pids)) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not any(map(lives, pids))
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
-
-
-def test_a_signal_to_all_processes_of_a_job_is_answered_by_hosts_not_by_their_server(tmp_path: Path) -> None:
-    """As a scheduler and a container send it: a run then saves what it has."""
-    with forking.servers_kept():
-        one = host(tmp_path)
-        server = parent_of(ready(one))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-            os.kill(server, number)
-        other = host(tmp_path)
-        assert parent_of(ready(other)) == server
-        other.terminate()
-        with pytest.raises(ProcessDied) as died:
-            other.receive(60.0)
-        assert died.value.code == -signal.SIGTERM
-        one.kill()
-
-
-def test_a_host_that_hangs_writes_its_stacks_wherever_it_was_forked(tmp_path: Path) -> None:
-    with forking.servers_kept():
-        one = host(tmp_path)
-        ready(one)
-        assert one.dump_and_kill() in (-signal.SIGTERM, -signal.SIGKILL)
-    assert "Current thread" in (tmp_path / "log").read_text() or "Thread 0x" in (tmp_path / "log").read_text()

@@ -1,8 +1,9 @@
-"""Processes forked from a server that has their imports done (:mod:`qlora_exp.orchestration.fork_server`)."""
+"""Processes forked from a server that has their imports done (:mod:`tests.fork_server`)."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -12,9 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 ROOM = " " * 400
 """For the arguments of a forked process, as ``ps`` shows them."""
@@ -26,9 +27,17 @@ READ_LATER = (
 SERVER_KILLED = -int(getattr(signal, "SIGKILL", 9))
 
 
+@functools.cache
 def can_fork() -> bool:
-    """Whether this system has what the server needs: Linux 5.3 or newer."""
-    return sys.platform == "linux" and hasattr(os, "pidfd_open") and hasattr(socket, "send_fds")
+    """Whether this system has what the server needs. An old kernel or a container's rules may refuse a call."""
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open") or not hasattr(socket, "send_fds"):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+        Path("/proc/self/pagemap").open("rb").close()
+    except OSError:
+        return False
+    return True
 
 
 class Forked:
@@ -138,7 +147,7 @@ class ForkServer:
         options = [text for name in modules for text in ("--import", name)]
         options += [text for name in may_differ for text in ("--may-differ", name)]
         options += ["--socket", str(theirs.fileno()), "--parent", str(os.getpid()), ROOM]
-        command = [sys.executable, "-m", "qlora_exp.orchestration.fork_server", *options]
+        command = [sys.executable, "-m", "tests.fork_server", *options]
         self._started = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._failed: OSError | None = None
@@ -221,52 +230,3 @@ class ForkServer:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-
-
-MOST_SERVERS = 2
-_servers: dict[Any, ForkServer] = {}
-_users = 0
-_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def servers_kept() -> Iterator[None]:
-    """Have :func:`server_for` give servers meanwhile. They are ended when nobody keeps them any more."""
-    global _users
-    with _lock:
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            while _servers and not _users:
-                _servers.popitem()[1].close()
-
-
-def server_for(environment: Mapping[str, str], modules: Sequence[str], stderr: int) -> ForkServer | None:
-    """A server with these variables and imports: the one that is there, or a new one. ``None``: start without."""
-    fixed = {name: value for name, value in environment.items() if name not in READ_LATER}
-    with _lock:
-        if not _users or not can_fork():
-            return None
-        key = (tuple(sorted(fixed.items())), tuple(modules), _inherited())
-        server = _servers.pop(key, None)
-        if server is None or not server.alive:
-            server = ForkServer(environment, modules, stderr, READ_LATER)
-        _servers[key] = server
-        idle = [other for other in _servers if other != key and not _servers[other].is_used()]
-        for other in idle[: max(0, len(_servers) - MOST_SERVERS)]:
-            _servers.pop(other).close()
-        return server
-
-
-def _inherited() -> Any:
-    """What else a process takes over from the one that starts it: cores, limits, priority, masks."""
-    import resource
-
-    status = Path("/proc/thread-self/status").read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in status if line.startswith(("Umask:", "SigBlk:", "SigIgn:", "Cpus_allowed:"))]
-    names = [name for name in vars(resource) if name.startswith("RLIMIT_")]
-    limits = [resource.getrlimit(getattr(resource, name)) for name in names]
-    return tuple(kept), tuple(limits), os.getpriority(os.PRIO_PROCESS, 0)

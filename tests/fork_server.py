@@ -1,7 +1,7 @@
 """A process that has imported what others need, and forks them from itself: they start within milliseconds.
 
-``python -m qlora_exp.orchestration.fork_server --socket FD --parent PID [--import MODULE …]``, started by
-:mod:`qlora_exp.orchestration.forking`. It imports the modules, computes nothing and starts no thread. A forked process
+``python -m tests.fork_server --socket FD --parent PID [--import MODULE …]``, started by
+:mod:`tests.forking`. It imports the modules, computes nothing and starts no thread. A forked process
 is what a new interpreter is after the same imports: its pages count as resident, and its random numbers are its own.
 Where that can't be had, the server starts a new interpreter instead.
 """
