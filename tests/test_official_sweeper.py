@@ -104,7 +104,7 @@ def test_a_resumed_study_keeps_its_name_and_its_place(change: str, capsys: pytes
     assert hydra("-m", "lora.r=4", *SLEEP, "sweep.name=s") == 0
     assert main(["resume", "s", change]) == 2
     told = capsys.readouterr().err
-    assert "keeps its" in told
+    assert "can't change its" in told
     assert "leave it out" in told
     assert main(["resume", "s", "sweep.name=s"]) == 0
     assert [path.name for path in Path("outputs/studies").iterdir()] == ["s"]
