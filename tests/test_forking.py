@@ -98,9 +98,7 @@ SHORT = [
 ]
 
 
-def test_a_forked_run_has_the_same_results_and_the_same_memory(
-    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
-) -> None:
+def test_a_forked_run_has_the_same_results(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
     given = [*SHORT, "model=local", f"model.path={tiny_models['llama']}"]
     given += ["task=local", "task.kind=classification", f"task.path={colour_task}"]
     found: dict[str, tuple[RunRecord, str]] = {}
@@ -116,9 +114,6 @@ def test_a_forked_run_has_the_same_results_and_the_same_memory(
     assert weights_of_forked == weights
     assert forked.scores == fresh.scores
     assert forked.environment.torch_threads == fresh.environment.torch_threads
-    for name in ("resident_after_imports_bytes", "peak_load_bytes", "peak_train_bytes"):
-        # The tests' server imports more than a run does.
-        assert getattr(forked.memory, name) == pytest.approx(getattr(fresh.memory, name), rel=0.15, abs=4e6), name
 
 
 @pytest.fixture
