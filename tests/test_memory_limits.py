@@ -102,7 +102,8 @@ def test_without_control_groups_it_is_the_machines_memory(tmp_path: Path, monkey
 def patched_children(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Processes that the command starts see the machine that ``machine`` made, too."""
     (folder / "site").mkdir()
-    lines = [f"memory_limits.{name} = Path({str(folder / name.lower())!r})" for name in ("PROC", "GROUPS")]
+    places = {"PROC": folder / "proc", "CGROUPS": folder / "groups"}
+    lines = [f"memory_limits.{name} = Path({str(place)!r})" for name, place in places.items()]
     text = "\n".join(("from pathlib import Path", "from qlora_exp.system import memory_limits", *lines))
     (folder / "site" / "sitecustomize.py").write_text(text)
     monkeypatch.setenv(

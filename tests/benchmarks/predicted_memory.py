@@ -450,7 +450,7 @@ def fitted_heap(rows: Sequence[Row], joined: bool) -> Heap:
 @contextlib.contextmanager
 def heap_of(heap: Heap, joined: bool) -> Iterator[None]:
     """Predictions inside are for another :class:`Heap`."""
-    name = "JOINED_HEAP" if joined else "PLAIN_HEAP"
+    name = "TUNED_HEAP" if joined else "DEFAULT_HEAP"
     kept = getattr(peak, name)
     setattr(peak, name, heap)
     try:
