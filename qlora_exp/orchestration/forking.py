@@ -36,14 +36,11 @@ KILLED = -int(getattr(signal, "SIGKILL", 9))
 class Forked:
     """A process of a server, used like a :class:`subprocess.Popen`. Its server may still be importing."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: socket.socket) -> None:
         self._status, self._read = status, b""
         self._pid: int | None = None
         self.returncode: int | None = None
         self._reading = threading.Lock()
-
-    def __del__(self) -> None:
-        self._close()
 
     @property
     def pid(self) -> int | None:
@@ -63,17 +60,22 @@ class Forked:
             left = None if until is None else max(0.0, until - time.monotonic())
             if not self._receive(left) and left == 0.0:
                 return False
-            if self._pid is None and self._status < 0 and self.returncode is None:
+            if self._pid is None and self._status.fileno() < 0 and self.returncode is None:
                 raise ProcessLookupError("the process was not forked")
         return True
 
     def give_up(self, number: int) -> int:
-        """For one that hasn't been forked yet: it need not be. Returns the exit code as if signal ``number`` had ended
-        it."""
+        """For one that hasn't begun: it must not. Returns the exit code as if signal ``number`` had ended it."""
+        with contextlib.suppress(OSError):  # it is closed
+            self._status.shutdown(socket.SHUT_RD)  # the server notices this before it lets a forked process go on
+        self._receive(0.0)
         with self._reading:
             if self.returncode is None:
                 self.returncode = -number
-            self._close()
+            if self._pid is not None:  # forked in this moment
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._pid, signal.SIGKILL)
+            self._status.close()
             return self.returncode
 
     def poll(self) -> int | None:
@@ -102,29 +104,24 @@ class Forked:
             with contextlib.suppress(OSError, ValueError):  # another thread has read the end
                 select.select([self._status], [], [], timeout)
         with self._reading:
-            if self._status < 0:
+            if self._status.fileno() < 0:
                 return True
             if not select.select([self._status], [], [], 0.0)[0]:
                 return False
-            chunk = os.read(self._status, 256)
+            chunk = self._status.recv(256)
             self._read += chunk
             *lines, self._read = self._read.split(b"\n")
             for line in lines:
                 kind, _, number = line.partition(b" ")
                 if kind == b"pid":
                     self._pid = int(number)
-                else:
+                elif kind == b"exit":
                     self.returncode = int(number)
             if not chunk and self._pid is not None and self.returncode is None:
                 self.returncode = KILLED  # the kernel has ended its processes with it
             if not chunk or self.returncode is not None:
-                self._close()
+                self._status.close()
             return True
-
-    def _close(self) -> None:
-        status, self._status = self._status, -1
-        if status >= 0:
-            os.close(status)
 
 
 class ForkServer:
@@ -200,17 +197,19 @@ class ForkServer:
         if fixed := different.keys() - set(MAY_DIFFER):
             raise OSError(f"the server has other values of {', '.join(fixed)}")
         request = {"module": module, "arguments": list(arguments), "environment": different}
-        reading, writing = os.pipe()
-        forked = Forked(reading)  # closes it
+        place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
         try:
-            place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
-            try:
-                socket.send_fds(self._requests, [json.dumps(request).encode()], [*standard, place, writing])
-            finally:
-                os.close(place)
+            status, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    descriptors = [*standard, place, theirs.fileno()]
+                    socket.send_fds(self._requests, [json.dumps(request).encode()], descriptors)
+                except OSError:
+                    status.close()
+                    raise
+            return Forked(status)
         finally:
-            os.close(writing)
-        return forked
+            os.close(place)
 
     def retire(self) -> None:
         """Let it end after the last of its processes."""
