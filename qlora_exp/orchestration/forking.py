@@ -227,21 +227,26 @@ class ForkServer:
 
 
 _servers: dict[Any, ForkServer] = {}
-_users = 0
+_users = _in_any_folder = 0
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def servers_kept() -> Iterator[None]:
-    """Context in which :func:`server_for` returns servers. At the end of the outermost one they end."""
-    global _users
+def servers_kept(in_any_folder: bool = False) -> Iterator[None]:
+    """Context in which :func:`server_for` returns servers. At the end of the outermost one they end.
+
+    ``in_any_folder``: the caller knows that no working directory holds a module, so one server serves them all.
+    """
+    global _users, _in_any_folder
     with _lock:
         _users += 1
+        _in_any_folder += in_any_folder
     try:
         yield
     finally:
         with _lock:
             _users -= 1
+            _in_any_folder -= in_any_folder
             while _servers and not _users:
                 _servers.popitem()[1].retire()
 
@@ -255,7 +260,8 @@ def server_for(environment: Mapping[str, str], modules: Sequence[str], stderr: i
     with _lock:
         if not _users or not can_fork():
             return None
-        key = (tuple(sorted(fixed.items())), tuple(modules), _inherited(), _importable())
+        folder = None if _in_any_folder else os.getcwd()  # python -m imports from it first
+        key = (tuple(sorted(fixed.items())), tuple(modules), folder, _inherited(), _importable())
         server = _servers.pop(key, None)
         if server is None or server.code not in (None, UNSUITABLE):
             server = ForkServer(environment, modules, stderr)
@@ -273,7 +279,7 @@ def can_fork() -> bool:
 
 
 def _inherited() -> Any:
-    """What else a process takes over from the one that starts it: folder, group, cores, limits, priority, masks."""
+    """What else a process takes over from the one that starts it: group, cores, limits, priority, masks."""
     import resource
 
     status = Path("/proc/thread-self/status").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -281,7 +287,7 @@ def _inherited() -> Any:
     names = [name for name in vars(resource) if name.startswith("RLIMIT_")]
     limits = [resource.getrlimit(getattr(resource, name)) for name in names]
     groups = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
-    return os.getpid(), os.getcwd(), groups, tuple(kept), tuple(limits), os.getpriority(os.PRIO_PROCESS, 0)
+    return os.getpid(), groups, tuple(kept), tuple(limits), os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def _importable() -> Any:
