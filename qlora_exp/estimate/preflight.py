@@ -21,7 +21,7 @@ from qlora_exp.estimate.memory_fit import (
     next_smaller_micro_batch,
 )
 from qlora_exp.estimate.peak import Peak
-from qlora_exp.estimate.weights_and_optimizer import in_mode, smallest_base
+from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, in_mode, smallest_base
 from qlora_exp.formatting import bytes_text
 from qlora_exp.records.types import Device, Fit, SkippedTrial
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 SMALLER_QUANTIZATIONS = (Quantization.bf16, Quantization.int8, Quantization.nf4)
 """Modes to suggest, the most precise first."""
-BITS_PER_WEIGHT = {Quantization.fp32: 32, Quantization.bf16: 16, Quantization.fp16: 16, Quantization.int8: 8}
-"""Bits per weight; 4 for the other modes."""
 MIN_LENGTH = 16
 """Tokens. Shorter rows are never suggested."""
 
@@ -152,8 +150,8 @@ def _smaller_settings(
     training = config.training
     rows = training.micro_batch_size or training.batch_size
     longest = estimate.rows.longest_tokens if estimate.rows is not None else training.max_length
-    bits = BITS_PER_WEIGHT.get(config.quantization.mode, 4)
-    modes = [mode for mode in SMALLER_QUANTIZATIONS if BITS_PER_WEIGHT.get(mode, 4) < bits]
+    bits = BITS_PER_WEIGHT[config.quantization.mode]
+    modes = [mode for mode in SMALLER_QUANTIZATIONS if BITS_PER_WEIGHT[mode] < bits]
 
     def with_training(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
         return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))

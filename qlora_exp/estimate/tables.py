@@ -13,14 +13,14 @@ from rich.table import Table
 
 from qlora_exp.architecture.run_plan import compute_dtype
 from qlora_exp.config.override_values import hydra_value
-from qlora_exp.config.schema import Config, Quantization
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.candidates import SearchSpace
 from qlora_exp.estimate.memory_fit import BORDERLINE_NOTES, CPU_PROCESS_BYTES
 from qlora_exp.estimate.planner import PlannedMemory, PlannedRun, Planner
 from qlora_exp.estimate.throughput import Interval
 from qlora_exp.estimate.tokens import PlannedRows
-from qlora_exp.estimate.weights_and_optimizer import adapter_bytes, base_bytes, in_mode
+from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, adapter_bytes, base_bytes, in_mode
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, simple_table
 from qlora_exp.records.schema import to_dict
 
@@ -56,14 +56,6 @@ UNKNOWN_ROWS = "for rows as long as training.max_length; a run predicts both aga
 DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"))
 UNKNOWN_OTHER_SECONDS = "without loading and scoring: unknown until similar runs have ended in the same output_root"
 BAR_CHARACTERS = 24
-BITS_SHOWN = {
-    Quantization.fp32: 32,
-    Quantization.bf16: 16,
-    Quantization.fp16: 16,
-    Quantization.int8: 8,
-    Quantization.nf4: 4,
-    Quantization.fp4: 4,
-}
 REASONS_SHOWN = 8
 ROWS_SHOWN = 40
 """More rows don't fit on a screen or two; --json and --html show all."""
@@ -333,7 +325,7 @@ def sizes_of(config: Config, planner: Planner) -> Sizes:
     adapted = planner.adapted(config.model, config.targets)
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     modes = []
-    for mode, bits in BITS_SHOWN.items():
+    for mode, bits in BITS_PER_WEIGHT.items():
         quantization = in_mode(config.quantization, mode)
         dtype = compute_dtype(quantization, device.kind, device.bf16)
         base = base_bytes(architecture, quantization, dtype)

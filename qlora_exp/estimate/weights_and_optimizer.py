@@ -20,7 +20,14 @@ NESTED_BLOCK = 256
 FOUR_BIT_CODE_BYTES, EIGHT_BIT_CODE_BYTES = 16 * 4, 256 * 4
 MIN_8_BIT_ELEMENTS = 4096
 """bitsandbytes' optimizers keep the states of smaller tensors in float32 (``min_8bit_size``)."""
-
+BITS_PER_WEIGHT = {
+    Quantization.fp32: 32,
+    Quantization.bf16: 16,
+    Quantization.fp16: 16,
+    Quantization.int8: 8,
+    Quantization.nf4: 4,
+    Quantization.fp4: 4,
+}
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
 WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}

@@ -22,7 +22,6 @@ from qlora_exp.estimate.budget import (
 )
 from qlora_exp.estimate.throughput import Interval
 from qlora_exp.formatting import bytes_text
-from qlora_exp.orchestration.command import SweepCommand
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import Spent, Status
@@ -31,6 +30,7 @@ from qlora_exp.study.types import StudySpec, TrialRow
 if TYPE_CHECKING:
     from qlora_exp.estimate.candidates import Candidate
     from qlora_exp.estimate.planner import PlannedRun
+    from qlora_exp.orchestration.command import SweepCommand
 
 MEASURED_COST = (Status.COMPLETED, Status.PRUNED)
 """Trials whose cost predicts the next one's. A failed trial spends, too, but may end at any point."""

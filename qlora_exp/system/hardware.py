@@ -80,6 +80,11 @@ def card_of(device_name: str) -> str:
     return " ".join(word for word in words if word not in CARD_PREFIXES and not re.fullmatch(r"\d+GB", word))
 
 
+def data_sheet_flops(device_name: str | None) -> float | None:
+    """Return a card's dense 16-bit FLOP/s from its data sheet; ``None`` if that is unknown."""
+    return DENSE_FLOPS_PER_SECOND.get(card_of(device_name)) if device_name else None
+
+
 def price_of(
     configured: float | None, device_kind: str, device_name: str | None, table: Mapping[str, float] | None = None
 ) -> Price | None:
