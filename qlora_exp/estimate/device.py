@@ -33,6 +33,7 @@ class PlanDevice:
 
     @property
     def hardware(self) -> Device:
+        """The device as a run's record describes it."""
         return Device(self.kind, self.card, 1, self.memory_bytes, None, None, self.bf16)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_exp.errors import ConfigError
-from qlora_exp.formatting import bytes_text
 from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Fit, RunRecord, SkippedTrial, Status
 
 if TYPE_CHECKING:
@@ -62,6 +61,8 @@ def planned_fit(
     ``exact_bytes``: the part of the peak that is exact. On a CPU, ``budget.memory_bytes`` limits only what training
     adds; the other limits include what the process holds after its imports.
     """
+    from qlora_exp.formatting import bytes_text  # loads Rich
+
     on_cpu, peak_bytes, base_bytes = device_kind == "cpu", peak.needed_bytes, peak.base.total_bytes
     limit = next((size for size in (fit_bytes, budget_bytes, device_bytes) if size is not None), None)
     needs = f"needs {bytes_text(peak_bytes)}"
