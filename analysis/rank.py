@@ -114,11 +114,11 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
     interval = bounds(split, rule, look)
     continues, stops = verdicts(split.gain, interval, rule)
     items = difference.shape[1] if np.ndim(smaller) > 1 else None
-    verdict, purchase, requirement = StepVerdict.CONTINUE if continues else StepVerdict.STOP, None, None
+    verdict, increase, requirement = StepVerdict.CONTINUE if continues else StepVerdict.STOP, None, None
     if not continues and not stops:
         requirement = _requirement(split, items, rule)
-        purchase = _sample_increase(split, interval, items, rule) if look == FIRST_LOOK else None
-        verdict = StepVerdict.INCONCLUSIVE if purchase is None else StepVerdict.BUY
+        increase = _sample_increase(split, interval, items, rule) if look == FIRST_LOOK else None
+        verdict = StepVerdict.INCONCLUSIVE if increase is None else StepVerdict.BUY
     return Decision(
         verdict=verdict,
         gain=float(split.gain),
@@ -130,7 +130,7 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
         items=items,
         seed_part=_known(split.seed_part),
         item_part=_known(split.item_part) if items is not None else None,
-        increase=purchase,
+        increase=increase,
         what_it_takes=requirement,
     )
 
@@ -156,7 +156,9 @@ def decide_doubling(
     if decision.increase is None:
         return decision
     if decision.increase.seeds is None:
-        return _inconclusive_without_items(decision, decision.increase.items)
+        items = f"about {decision.increase.items}" if decision.increase.items else "many more"
+        requirement = f"It would take {items} test items: more seeds can't settle it."
+        return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, what_it_takes=requirement)
     total_seeds = min(max(decision.increase.seeds, first_seeds + 1), most_seeds)
     if total_seeds <= first_seeds:
         return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None)
@@ -221,7 +223,7 @@ def decide_ladder(
 
 def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str) -> RankAnswer:
     """Return the ladder's answer: the first step that isn't *continue* decides; later steps are listed, not used."""
-    last = next((c for c in comparisons if c.decision.verdict is not StepVerdict.CONTINUE), comparisons[-1])
+    last = _deciding_step(comparisons)
     verdict = last.decision.verdict
     recommended = {StepVerdict.CONTINUE: last.to_rank, StepVerdict.STOP: last.from_rank}.get(verdict)
     return RankAnswer(verdict, recommended, rule, tuple(comparisons), _sentence(last, rule, unit))
@@ -229,6 +231,7 @@ def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str) -> RankAnsw
 
 def as_object(result: RankAnswer) -> dict[str, Any]:
     """Return the answer in plain JSON types, as ``analyze --json`` prints it and a sweep's record stores it."""
+    last = _deciding_step(result.comparisons).decision
     return {
         "decision": str(result.verdict),
         "recommended_rank": result.recommended_rank,
@@ -245,34 +248,32 @@ def as_object(result: RankAnswer) -> dict[str, Any]:
             }
             for step in result.comparisons
         ],
-        "what_it_takes": _open_requirement(result),
+        "what_it_takes": last.what_it_takes if last.verdict is StepVerdict.INCONCLUSIVE else None,
         "sentence": result.sentence,
     }
 
 
-def _open_requirement(result: RankAnswer) -> str | None:
-    """Return what would settle the step that left the ladder undecided; ``None`` if no step did."""
-    last = next((c.decision for c in result.comparisons if c.decision.verdict is not StepVerdict.CONTINUE), None)
-    return last.what_it_takes if last is not None and last.verdict is StepVerdict.INCONCLUSIVE else None
+def _deciding_step(comparisons: Sequence[Comparison]) -> Comparison:
+    """Return the first step that isn't *continue*, else the last one."""
+    return next((c for c in comparisons if c.decision.verdict is not StepVerdict.CONTINUE), comparisons[-1])
 
 
 def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
-    decision, step = last.decision, f"from r = {last.from_rank} to {last.to_rank}"
-    gain = f"going {step} gains {_plain(decision.gain)} {unit}"
+    decision, increase = last.decision, last.decision.increase
+    gain = f"going from r = {last.from_rank} to {last.to_rank} gains {decision.gain:+.3g} {unit}"
     if decision.low is not None and decision.high is not None:
-        gain += f" [{_plain(decision.low)}, {_plain(decision.high)}]"
-    against = f"against a margin of {rule.margin:g}"
+        gain += f" [{decision.low:+.3g}, {decision.high:+.3g}]"
+    gain += f", against a margin of {rule.margin:g}"
     if decision.verdict is StepVerdict.CONTINUE:
-        return f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gain}, {against}."
+        return f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gain}."
     if decision.verdict is StepVerdict.STOP:
-        return f"Returns have diminished at r = {last.from_rank}: {gain}, {against}."
-    if decision.increase is not None:
-        increase = decision.increase
-        addition = (
+        return f"Returns have diminished at r = {last.from_rank}: {gain}."
+    if increase is not None:
+        added = (
             f"{increase.seeds} seeds" if increase.seeds is not None else f"{increase.items or 'many more'} test items"
         )
-        return f"Not settled yet: {gain}, {against}. Run {addition} in total and decide again."
-    return f"Inconclusive: {gain}, {against}. {decision.what_it_takes}"
+        return f"Not settled yet: {gain}. Run {added} in total and decide again."
+    return f"Inconclusive: {gain}. {decision.what_it_takes}"
 
 
 def _paired(smaller: Array, larger: Array) -> Array:
@@ -311,11 +312,6 @@ def _sample_increase(
     return SampleIncrease(int(seeds_at_last_look(interval.half_width, split.seeds, rule)), None)
 
 
-def _inconclusive_without_items(decision: Decision, items: int | None) -> Decision:
-    requirement = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
-    return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, what_it_takes=requirement)
-
-
 def _noise(split: VarianceSplit, items: int | None) -> Noise:
     return Noise(float(np.sqrt(split.seed_part * split.seeds)), float(np.sqrt(split.item_part * (items or 1))))
 
@@ -330,10 +326,6 @@ def _requirement(split: VarianceSplit, items: int | None, rule: Rule) -> str:
 
 def _known(value: Array) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _plain(value: float) -> str:
-    return f"{value:+.3g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -354,11 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ladder = {rank: values[:seeds] for rank, values in losses.items()}
         result = decide_ladder(ladder, make_rule(0.02, 3), bought=(16, 32, 64) if seeds > 3 else ())
         for step in result.comparisons:
-            d = step.decision
-            print(
-                f"| {seeds} | {step.from_rank} → {step.to_rank} | {d.gain:.4f} | {d.low:.4f} | {d.high:.4f} |", end=""
-            )
-            print(f" {d.verdict} |")
+            d, ranks = step.decision, f"{step.from_rank} → {step.to_rank}"
+            print(f"| {seeds} | {ranks} | {d.gain:.4f} | {d.low:.4f} | {d.high:.4f} | {d.verdict} |")
         print(f"\n{result.sentence}\n")
     if options.figure is not None:
         figures.write_figure(figures.ladder(as_object(result)), options.figure)

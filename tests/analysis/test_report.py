@@ -19,8 +19,7 @@ import made_up
 
 from qlora_exp.analysis import sections
 from qlora_exp.analysis.report import build
-from qlora_exp.analysis.report_content import ReportContent, StudyInfo
-from qlora_exp.analysis.report_rendering import to_csv, to_html, to_markdown
+from qlora_exp.analysis.report_content import ReportContent, StudyInfo, to_csv, to_html, to_markdown
 from qlora_exp.cli import main
 from qlora_exp.errors import AnalysisError
 from qlora_exp.paths import OutputPaths
@@ -239,6 +238,12 @@ def test_one_seed_one_rank_and_scores_that_are_not_numbers_are_told_as_limits() 
     assert "Only r = 8 was run" in text
     assert "1 finished runs have no finite score" in text
     assert "nan" not in text.lower().replace("finance", "")
+
+
+def test_a_configuration_whose_last_run_has_no_score_leaves_a_report_that_says_so() -> None:
+    report = of([made_up.run(0), made_up.run(1, loss=float("nan"), accuracy=float("nan"))])
+    assert report.headline == ()
+    assert "no configuration has a finite score" in to_html(report)
 
 
 def test_without_any_score_nothing_is_drawn_of_quality() -> None:
