@@ -116,7 +116,7 @@ def build(
         headline=tuple(headline),
         why_none=None if headline else why_none,
         sections=tuple(part for part in parts if part is not None),
-        runs=sections.runs_table(records),
+        runs=sections.table_of_runs(records),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
     )
 

@@ -411,7 +411,7 @@ def _most_common(values: Iterable[str | None]) -> str:
     return ", ".join(value for value, _ in counts.most_common(4)) + (", …" if len(counts) > 4 else "")
 
 
-def runs_table(records: Sequence[RunRecord]) -> Table:
+def table_of_runs(records: Sequence[RunRecord]) -> Table:
     """Return the table of all runs, with raw values."""
     columns = (
         *("run", "status", "study", ("trial", "integer"), "model", "variant", "format", "quantization"),

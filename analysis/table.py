@@ -138,7 +138,7 @@ def analyze_table(file: Path, options: Options) -> list[TableAnswer]:
     """
     if options.se is not None and not (math.isfinite(options.se) and options.se > 0):
         raise AnalysisError(f"invalid standard error {options.se:g}", "--se", "use a number above 0")
-    rows = read_rows(file)
+    rows = read_table_rows(file)
     columns = find_columns(rows, options, file)
     by_configuration: dict[str | None, list[Result]] = defaultdict(list)
     errors: list[AnalysisError] = []
@@ -161,7 +161,7 @@ def table_as_json(answers: Sequence[TableAnswer]) -> dict[str, Any]:
     return objects[0] if len(objects) == 1 else {"configurations": objects}
 
 
-def read_rows(file: Path) -> list[TableRow]:
+def read_table_rows(file: Path) -> list[TableRow]:
     """Return every row of a table file; nested JSON becomes dotted names.
 
     Raises:
