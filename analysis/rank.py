@@ -34,14 +34,6 @@ from qlora_exp.errors import AnalysisError
 
 
 @dataclass(frozen=True)
-class PooledNoise:
-    """MS_rank×seed over all ranks run (squared units of the score) and its degrees of freedom; ``None``: one seed."""
-
-    mean_square: float | None
-    df: int
-
-
-@dataclass(frozen=True)
 class SampleIncrease:
     """The totals to run before the last look: seeds, or items if no number of seeds is enough."""
 
@@ -60,12 +52,12 @@ class Decision:
     high: float | None
     """One-sided bound that decides *stop*."""
     se: float | None
-    df: float | None
-    seeds: int
-    items: int | None
-    seed_part: float | None
+    df: float | None = None
+    seeds: int = 1
+    items: int | None = None
+    seed_part: float | None = None
     """A: the seeds' share of se², squared units."""
-    item_part: float | None
+    item_part: float | None = None
     """B: the items' share of se²."""
     increase: SampleIncrease | None = None
     what_it_takes: str | None = None
@@ -90,27 +82,21 @@ class RankAnswer:
     sentence: str
 
 
-def pooled_noise(ladder: Sequence[Array]) -> PooledNoise:
-    """Return MS_rank×seed over the ranks of ``ladder``: losses (seeds, items) or (seeds,), NaN for a missing run."""
-    mean_square, df = rank_seed_mean_square(np.stack([as_losses(losses).mean(axis=-1) for losses in ladder]))
-    return PooledNoise(float(mean_square) if df > 0 else None, int(df))
-
-
-def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look: int) -> Decision:
+def decide(smaller: Array, larger: Array, ladder: Sequence[Array], rule: Rule, look: int) -> Decision:
     """Decide one doubling.
 
     Args:
         smaller, larger: losses of the two ranks, (seeds, items) or, for scores without items, (seeds,). Row s is the
             same seed and column i the same test item in both; a missing run is a row of NaN.
-        pooled: the noise over all ranks run.
+        ladder: losses of all ranks run, these two among them: they show how much the seeds vary.
         look: FIRST_LOOK, or LAST_LOOK after seeds or items were added.
 
     Raises:
         AnalysisError: shapes that don't pair, missing items, no shared seed.
     """
     difference = _paired(smaller, larger)
-    mean_square = np.array(np.nan if pooled.mean_square is None else pooled.mean_square)
-    split = split_variance(difference, mean_square, np.array(float(pooled.df)))
+    pooled = rank_seed_mean_square(np.stack([as_losses(losses).mean(axis=-1) for losses in ladder]))
+    split = split_variance(difference, *pooled)
     interval = bounds(split, rule, look)
     continues, stops = verdicts(split.gain, interval, rule)
     items = difference.shape[1] if np.ndim(smaller) > 1 else None
@@ -152,7 +138,7 @@ def decide_doubling(
     ladder = run(first_seeds)
     if ladder is None:
         return None
-    decision = decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, FIRST_LOOK)
+    decision = decide(ladder[-2], ladder[-1], ladder, rule, FIRST_LOOK)
     if decision.increase is None:
         return decision
     if decision.increase.seeds is None:
@@ -165,7 +151,7 @@ def decide_doubling(
     ladder = run(total_seeds)
     if ladder is None:
         return replace(decision, increase=SampleIncrease(total_seeds, None))
-    return decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, LAST_LOOK)
+    return decide(ladder[-2], ladder[-1], ladder, rule, LAST_LOOK)
 
 
 def decide_from_summary(gain: float, se: float, rule: Rule, df: float = np.inf) -> Decision:
@@ -182,9 +168,7 @@ def decide_from_summary(gain: float, se: float, rule: Rule, df: float = np.inf) 
     if verdict is StepVerdict.INCONCLUSIVE:
         needed = 2 * rule.half_zone / float(t_continue + t_stop)
         requirement = f"It would take a standard error of the gain of at most {needed:.3g}; it is {se:.3g}."
-    return Decision(
-        verdict, gain, float(interval.low), float(interval.high), se, None, 1, None, None, None, None, requirement
-    )
+    return Decision(verdict, gain, float(interval.low), float(interval.high), se, what_it_takes=requirement)
 
 
 def decide_ladder(
@@ -214,9 +198,9 @@ def decide_ladder(
         raise AnalysisError(f"the ranks' results have different shapes: {sorted(shapes)}", "ladder", "pair them first")
     comparisons = []
     for position, (smaller, larger) in enumerate(pairwise(ranks)):
-        pooled = pooled_noise([ladder[rank] for rank in (ranks if complete else ranks[: position + 2])])
+        run = [ladder[rank] for rank in (ranks if complete else ranks[: position + 2])]
         look = LAST_LOOK if complete or larger in bought else FIRST_LOOK
-        decision = decide(ladder[smaller], ladder[larger], pooled, rule, look)
+        decision = decide(ladder[smaller], ladder[larger], run, rule, look)
         comparisons.append(Comparison(smaller, larger, decision))
     return answer(comparisons, rule, unit)
 
