@@ -66,6 +66,13 @@ class Measure:
     def of(self, scores: Scores | None) -> float | None:
         return finite_score(scores, self.name)
 
+    def shows_better(self, first: Estimate, second: Estimate | None) -> bool:
+        """Return whether ``first`` is shown (95 %, over seeds) to be better than ``second``."""
+        half, other_half = first.half_width(), second.half_width() if second is not None else None
+        if second is None or half is None or other_half is None:
+            return False
+        return self.sign * (first.mean - second.mean) > math.hypot(half, other_half)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -76,10 +83,10 @@ class Estimate:
     se: float | None
     df: float | None
 
-    def half_width(self, confidence: float = INTERVAL_CONFIDENCE) -> float | None:
+    def half_width(self) -> float | None:
         if self.se is None or self.df is None:
             return None
-        return float(stats.t.ppf((1 + confidence) / 2, self.df)) * self.se
+        return float(stats.t.ppf((1 + INTERVAL_CONFIDENCE) / 2, self.df)) * self.se
 
     @property
     def low(self) -> float | None:

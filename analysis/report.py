@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -220,19 +219,10 @@ def _best_sentence(best: Configuration, candidates: Sequence[Configuration], mea
     if len(candidates) < 2:
         return f"The only configuration is {best.label}; on test it has {score}."
     sentence = f"Of {len(candidates)} configurations, {best.label} is best on validation; on test it has {score}"
-    half = estimate.half_width()
-    if half is None:
+    if estimate.se is None:
         return f"{sentence}."
-    ties = 0
-    for other in candidates:
-        other_half = other.quality.half_width() if other.quality is not None else None
-        # 95 %, over seeds.
-        shown = (
-            other_half is not None
-            and other.quality is not None
-            and (measure.sign * (estimate.mean - other.quality.mean) > math.hypot(half, other_half))
-        )
-        ties += other is not best and not shown
+    others = [other for other in candidates if other is not best]
+    ties = sum(not measure.shows_better(estimate, other.quality) for other in others)
     if ties:
         return f"{sentence}. It isn't shown to be better than {ties} of the others."
     return f"{sentence}. It is shown to be better than all others."

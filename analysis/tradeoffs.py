@@ -59,10 +59,8 @@ class QuantizationContrast:
 class GoalAnswer:
     """``cheapest``: among the configurations shown to meet the goal, the one with the least memory."""
 
-    text: str
     split: str
     shown: int
-    tested: int
     cheapest: Configuration | None
     sentence: str
 
@@ -142,12 +140,8 @@ def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
     (Bonferroni), because the best of many may pass by luck. Cheapest: least memory, then least time.
     """
 
-    def memory_then_time(c: Configuration) -> tuple[float, float]:
-        unknown = math.inf
-        return (
-            unknown if c.memory_bytes is None else c.memory_bytes,
-            unknown if c.train_seconds is None else c.train_seconds,
-        )
+    def memory_then_time(c: Configuration) -> list[float]:
+        return [math.inf if value is None else value for value in (c.memory_bytes, c.train_seconds)]
 
     with_goals = [(c, [run.goal for run in c.runs if run.goal is not None]) for c in configurations]
     with_goals = [(c, goals) for c, goals in with_goals if goals]
@@ -156,7 +150,7 @@ def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
     texts = {goal.text for _, goals in with_goals for goal in goals}
     text, split = with_goals[0][1][0].text, with_goals[0][1][0].split
     if len(texts) > 1:
-        return GoalAnswer(text, split, 0, 0, None, f"The runs have {len(texts)} different goals: no answer.")
+        return GoalAnswer(split, 0, None, f"The runs have {len(texts)} different goals: no answer.")
     sd, df = pooled_sd([[goal.value for goal in goals if goal.value is not None] for _, goals in with_goals])
     met = [c for c, goals in with_goals if _meets_goal(goals, text, ONE_SIDED / len(with_goals), sd, df)]
     cheapest = min(met, key=memory_then_time) if met else None
@@ -174,7 +168,7 @@ def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
             f"The cheapest configuration (least memory, then time) that is shown to meet {text} on {split} is"
             f" {cheapest.label}; {len(met)} of {len(with_goals)} are shown to meet it{qualifier}."
         )
-    return GoalAnswer(text, split, len(met), len(with_goals), cheapest, sentence)
+    return GoalAnswer(split, len(met), cheapest, sentence)
 
 
 def _non_dominated(points: NDArray[np.float64]) -> NDArray[np.bool_]:
