@@ -29,11 +29,9 @@ class Noise:
 
 @dataclass(frozen=True)
 class PowerPlan:
-    """Whether a plan settles the margin. ``half_width_at_cap``: half-width of the interval with the planned seeds, in
-    units of the score."""
+    """Whether a plan settles the margin."""
 
     settles: bool
-    half_width_at_cap: float
     seeds_needed: int | None
     """With the planned items; ``None`` if no number of seeds is enough."""
     items_needed: int | None
@@ -57,7 +55,7 @@ def plan(noise: Noise, seeds: int, items: int, rule: Rule) -> PowerPlan:
     else:
         needed = requirement_sentence(needed_seeds, needed_items)
         sentence = f"The plan can't settle every gain near the margin: {reach}. {needed}"
-    return PowerPlan(settles, width, needed_seeds, needed_items, sentence)
+    return PowerPlan(settles, needed_seeds, needed_items, sentence)
 
 
 def half_width(noise: Noise, seeds: int, items: int, rule: Rule) -> float:

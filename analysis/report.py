@@ -141,7 +141,7 @@ def _group_sections(compared: _Compared, groups: Sequence[Group], studies: Seque
     if measure is not None:
         goal = goal_answer(candidates)
         parts = [
-            sections.rank_section(candidates, measure, any(study.ladder for study in studies)),
+            sections.rank_section(candidates, measure, any(study.ladders for study in studies)),
             sections.tradeoff_section(candidates, measure),
             sections.equal_everything_section(candidates, measure),
             Section("goal", "The cheapest that is good enough", (goal.sentence,)) if goal else None,

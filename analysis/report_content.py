@@ -70,12 +70,13 @@ class ReportContent:
 
 @dataclass(frozen=True)
 class StudyInfo:
-    """What a report needs of a study besides its runs. ``ladder``: one or several of ``analysis.rank.as_object``."""
+    """What a report needs of a study besides its runs."""
 
     name: str
     question: str | None = None
     objectives: tuple[str, ...] = ()
-    ladder: Any = None
+    ladders: Sequence[Mapping[str, Any]] = ()
+    """The answers in ``ladder.json``: those of ``rank.as_object``, with axes, costs and warnings."""
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Objective → axis → share of the variance."""
     predicted_memory: Mapping[str, Any] = field(default_factory=dict)

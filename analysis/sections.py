@@ -45,23 +45,11 @@ FEASIBILITY_COLUMNS = {
 
 
 def ladders_of(study: StudyInfo) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return (name, answer) of each ladder, whether the study stored one, a list, or one per configuration."""
-    raw = study.ladder
-    if isinstance(raw, Mapping) and "decision" in raw:
-        return [(study.name, raw)]
-    if isinstance(raw, Mapping):
-        raw = raw.get("ladders") or raw.get("configurations") or raw
-    if isinstance(raw, Mapping):
-        raw = [{"configuration": name, **entry} for name, entry in raw.items() if isinstance(entry, Mapping)]
-    if not isinstance(raw, list):
-        return []
-    answers = [entry for entry in raw if isinstance(entry, Mapping) and "decision" in entry]
+    """Return (name, answer) of each ladder that compares ranks."""
     named = []
-    for number, answer in enumerate(answers, start=1):
-        name = answer.get("configuration") or answer.get("axes") or answer.get("name") or number
-        if isinstance(name, Mapping):
-            name = ", ".join(f"{key}={value}" for key, value in name.items())
-        named.append((str(name), answer))
+    for answer in study.ladders:
+        axes = ", ".join(f"{key}={value}" for key, value in (answer.get("axes") or {}).items())
+        named += [(axes or study.name, answer)] if "decision" in answer else []
     return named
 
 
@@ -76,11 +64,11 @@ def ladder_sections(studies: Sequence[StudyInfo]) -> list[Section]:
             for step in answer.get("comparisons") or []
         ]
         sentence = str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}.")
-        more = (_ladder_cost(answer), error_rate_sentence(answer), *(answer.get("notes") or []))
+        more = (_ladder_cost(answer), error_rate_sentence(answer))
         section = Section(
             name=f"ladder-{number}",
             title="Rank doubling" + (f": {name}" if len(ladders) > 1 else ""),
-            paragraphs=(sentence, *(str(text) for text in more if text)),
+            paragraphs=(sentence, *(text for text in more if text is not None)),
             tables=(value_table(columns, rows, f"margin {_figure(answer.get('margin'))}"),) if rows else (),
             figures=(figure,) if figure else (),
             points=tuple(str(warning) for warning in answer.get("warnings") or []),

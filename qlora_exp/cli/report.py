@@ -132,8 +132,8 @@ def _studies_and_runs(
     for spec, paths in zip(specs, study_paths, strict=True):
         importance = _from_study(spec, paths, "importance.json", lambda study, paths: study.importances())
         predicted = _from_study(spec, paths, "predicted_memory.json", _predicted_memory)
-        ladder = _read_json(paths.folder / "ladder.json")
-        infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladder, importance, predicted))
+        ladders = (_read_json(paths.ladder) or {}).get("ladders") or ()
+        infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladders, importance, predicted))
     return infos, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
 
 
