@@ -161,7 +161,8 @@ def compare_variants(
     instruct, base = (
         min((cell for cell in cells if cell.variant == variant), key=on_validation) for variant in ("instruct", "base")
     )
-    chosen_by = by_own_runs = "by the same runs' validation scores"
+    by_own_runs = "by the same runs' validation scores"
+    chosen_by = by_own_runs
     if pilots_of:
         several = any(len(cell_configurations) > 1 for cell_configurations in by_cell.values())
         among = f", the configurations within a cell {by_own_runs}" if several else ""

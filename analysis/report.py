@@ -182,13 +182,12 @@ def _why_no_headline(groups: Sequence[Group], studies: Sequence[StudyInfo], meas
 
 def _ladder_sentences(studies: Sequence[StudyInfo]) -> list[str]:
     """Return each ladder's sentence, and its error rates."""
+    ladders = sections.ladders_of(studies)
     sentences, error_rates = [], []
-    for study in studies:
-        ladders = sections.ladders_of(study)
-        for name, answer in ladders:
-            sentence = str(answer.get("sentence") or answer["decision"])
-            sentences.append(f"{name}: {sentence}" if len(ladders) > 1 else sentence)
-            error_rates.append(sections.error_rate_sentence(answer))
+    for name, answer in ladders:
+        sentence = str(answer.get("sentence") or answer["decision"])
+        sentences.append(f"{name}: {sentence}" if len(ladders) > 1 else sentence)
+        error_rates.append(sections.error_rate_sentence(answer))
     return [*sentences, *dict.fromkeys(rate for rate in error_rates if rate is not None)]
 
 

@@ -44,17 +44,18 @@ FEASIBILITY_COLUMNS = {
 # Ladders.
 
 
-def ladders_of(study: StudyInfo) -> list[tuple[str, Mapping[str, Any]]]:
+def ladders_of(studies: Sequence[StudyInfo]) -> list[tuple[str, Mapping[str, Any]]]:
     """Return (name, answer) of each ladder that compares ranks."""
-    named = []
-    for answer in study.ladders:
-        axes = ", ".join(f"{key}={value}" for key, value in (answer.get("axes") or {}).items())
-        named += [(axes or study.name, answer)] if "decision" in answer else []
-    return named
+    return [
+        (", ".join(f"{key}={value}" for key, value in (answer.get("axes") or {}).items()) or study.name, answer)
+        for study in studies
+        for answer in study.ladders
+        if "decision" in answer
+    ]
 
 
 def ladder_sections(studies: Sequence[StudyInfo]) -> list[Section]:
-    ladders = [(name, answer) for study in studies for name, answer in ladders_of(study)]
+    ladders = ladders_of(studies)
     columns = ("doubling", "decision", ("gain", "figure"), ("low", "figure"), ("high", "figure"))
     sections = []
     for number, (name, answer) in enumerate(ladders, start=1):
@@ -107,7 +108,7 @@ def error_rate_sentence(answer: Mapping[str, Any]) -> str | None:
 def undecided_ladders(studies: Sequence[StudyInfo]) -> list[str]:
     """Return what each undecided ladder leaves open, and what would settle it."""
     points = []
-    for name, answer in (ladder for study in studies for ladder in ladders_of(study)):
+    for name, answer in ladders_of(studies):
         if answer["decision"] == "inconclusive" and answer.get("comparisons"):
             last = answer["comparisons"][-1]
             step = f"whether r = {last['to_rank']} is worth its cost over r = {last['from_rank']}"
@@ -300,7 +301,7 @@ def importance_section(studies: Sequence[StudyInfo], completed: Sequence[RunReco
         points.append(
             f"{trials} trials for {axes} axes are too few to trust: run at least {MIN_TRIALS_FOR_IMPORTANCE} an axis."
         )
-    if any(ladders_of(study) for study in studies):
+    if ladders_of(studies):
         points.append("A ladder's trials don't cover the axes evenly: rank and learning rate change together.")
     columns = ("objective", "axis", ("share", "percent"))
     drawn = tuple(figures.importance_bars(shares) for _, shares in importances)
@@ -364,7 +365,7 @@ def method_section(
     if measure is not None:
         rows.append(("quality", f"{measure.label}, {'higher' if measure.higher_is_better else 'lower'} is better"))
     margins = []
-    for answer in (answer for study in studies for _, answer in ladders_of(study)):
+    for _, answer in ladders_of(studies):
         zone = answer.get("half_zone")
         either = "" if zone is None else f"; within ± {_figure(zone)} of it, either answer counts as right"
         margins.append(f"{_figure(answer.get('margin'))} nats per item per doubling{either}")
