@@ -60,7 +60,7 @@ class Decision:
     item_part: float | None = None
     """B: the items' share of se²."""
     increase: SampleIncrease | None = None
-    what_it_takes: str | None = None
+    would_settle: str | None = None
     """What would settle the step, if the verdict is *inconclusive* or *buy*."""
 
 
@@ -117,12 +117,12 @@ def decide(smaller: Array, larger: Array, ladder: Sequence[Array], rule: Rule, l
         seed_part=_known(split.seed_part),
         item_part=_known(split.item_part) if items is not None else None,
         increase=increase,
-        what_it_takes=requirement,
+        would_settle=requirement,
     )
 
 
 def decide_doubling(
-    run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule, most_seeds: int = MAX_SEEDS
+    run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule, max_seeds: int = MAX_SEEDS
 ) -> Decision | None:
     """Decide one doubling with two looks; seeds are added between them at most once.
 
@@ -130,7 +130,7 @@ def decide_doubling(
         run: total number of seeds → losses of the ladder's ranks so far, with that many seeds for the doubling's two
             ranks, which come last; ``None`` if runs are missing.
         first_seeds: seeds at the first look.
-        most_seeds: the most seeds in total; if no seed can be added, the first look is the last.
+        max_seeds: the most seeds in total; if no seed can be added, the first look is the last.
 
     Returns:
         The decision; *buy* while added runs are missing, ``None`` while runs of the first look are missing.
@@ -144,8 +144,8 @@ def decide_doubling(
     if decision.increase.seeds is None:
         items = f"about {decision.increase.items}" if decision.increase.items else "many more"
         requirement = f"It would take {items} test items: more seeds can't settle it."
-        return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, what_it_takes=requirement)
-    total_seeds = min(max(decision.increase.seeds, first_seeds + 1), most_seeds)
+        return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, would_settle=requirement)
+    total_seeds = min(max(decision.increase.seeds, first_seeds + 1), max_seeds)
     if total_seeds <= first_seeds:
         return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None)
     ladder = run(total_seeds)
@@ -168,7 +168,7 @@ def decide_from_summary(gain: float, se: float, rule: Rule, df: float = np.inf) 
     if verdict is StepVerdict.INCONCLUSIVE:
         needed = 2 * rule.half_zone / float(t_continue + t_stop)
         requirement = f"It would take a standard error of the gain of at most {needed:.3g}; it is {se:.3g}."
-    return Decision(verdict, gain, float(interval.low), float(interval.high), se, what_it_takes=requirement)
+    return Decision(verdict, gain, float(interval.low), float(interval.high), se, would_settle=requirement)
 
 
 def decide_ladder(
@@ -232,7 +232,7 @@ def as_object(result: RankAnswer) -> dict[str, Any]:
             }
             for step in result.comparisons
         ],
-        "what_it_takes": last.what_it_takes if last.verdict is StepVerdict.INCONCLUSIVE else None,
+        "would_settle": last.would_settle if last.verdict is StepVerdict.INCONCLUSIVE else None,
         "sentence": result.sentence,
     }
 
@@ -257,7 +257,7 @@ def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
             f"{increase.seeds} seeds" if increase.seeds is not None else f"{increase.items or 'many more'} test items"
         )
         return f"Not settled yet: {gain}. Run {added} in total and decide again."
-    return f"Inconclusive: {gain}. {decision.what_it_takes}"
+    return f"Inconclusive: {gain}. {decision.would_settle}"
 
 
 def _paired(smaller: Array, larger: Array) -> Array:

@@ -30,13 +30,13 @@ MAX_ERROR_RATE, MAX_ERROR_RATE_WITH_GROWING_NOISE = 0.05, 0.06
 QUANTIZATION_BITS = {32: ("fp32",), 16: ("fp16", "bf16"), 8: ("int8",), 4: ("nf4", "fp4")}
 
 FEASIBILITY_COLUMNS = {
-    "bound_bytes": ("memory limit", "bytes"),
-    "refused": ("not started", "integer"),
+    "limit_bytes": ("memory limit", "bytes"),
+    "skipped": ("not started", "integer"),
     "seconds_saved": ("training saved", "seconds"),
-    "near_the_edge": ("tried near the limit", "integer"),
-    "near_the_edge_out_of_memory": ("of these out of memory", "integer"),
+    "borderline": ("tried near the limit", "integer"),
+    "borderline_out_of_memory": ("of these out of memory", "integer"),
     "out_of_memory": ("out of memory though predicted to fit", "integer"),
-    "beyond_the_bound": ("peak above the limit", "integer"),
+    "above_limit": ("peak above the limit", "integer"),
     "compared": ("compared", "integer"),
 }
 
@@ -112,7 +112,7 @@ def undecided_ladders(studies: Sequence[StudyInfo]) -> list[str]:
         if answer["decision"] == "inconclusive" and answer.get("comparisons"):
             last = answer["comparisons"][-1]
             step = f"whether r = {last['to_rank']} is worth its cost over r = {last['from_rank']}"
-            points.append(f"{name}: it is not settled {step}. {answer.get('what_it_takes') or ''}".rstrip())
+            points.append(f"{name}: it is not settled {step}. {answer.get('would_settle') or ''}".rstrip())
     return points
 
 
@@ -405,7 +405,7 @@ def table_of_runs(records: Sequence[RunRecord]) -> Table:
     columns = (
         *("run", "status", "study", ("trial", "integer"), "model", "variant", "format", "quantization"),
         *(("r", "integer"), ("alpha", "figure"), "targets", ("learning rate", "figure"), ("seed", "integer"), "split"),
-        *(("loss per item", "figure"), ("accuracy", "figure"), ("untouched accuracy", "figure")),
+        *(("loss per item", "figure"), ("accuracy", "figure"), ("base accuracy", "figure")),
         *(("bits/byte", "figure"), ("forgetting", "figure"), ("parameters", "integer"), ("weights", "bytes")),
         *(("model state", "bytes"), ("peak memory", "bytes"), ("predicted need", "bytes"), ("memory bound", "bytes")),
         *(("tokens/s", "figure"), ("training", "seconds"), ("total", "seconds"), ("cost", "usd")),
@@ -426,7 +426,7 @@ def _run_row(record: RunRecord) -> tuple[DisplayedValue, ...]:
         *(before.accuracy if before else None, scores.bits_per_byte if scores else None),
         record.scores.forgetting.difference if record.scores.forgetting else None,
         *(plan.trainable_parameters if plan else None, memory.base_weight_bytes, memory.model_state_bytes),
-        *(memory.peak_train_bytes, fit.corrected_bytes if fit else None, fit.bound_bytes if fit else None),
+        *(memory.peak_train_bytes, fit.corrected_bytes if fit else None, fit.limit_bytes if fit else None),
         *(speed.train_tokens_per_second, speed.train_seconds, speed.total_seconds, speed.cost_usd),
     )
 
