@@ -87,6 +87,9 @@ class VariantCell:
     def runs(self) -> tuple[RunRecord, ...]:
         return self.configuration.runs
 
+    def at(self, moment: str) -> Side:
+        return Side(self.runs, moment)
+
 
 @dataclass(frozen=True)
 class VariantContrast:
@@ -167,8 +170,8 @@ def compare_variants(
         several = any(len(cell_configurations) > 1 for cell_configurations in by_cell.values())
         among = f", the configurations within a cell {by_own_runs}" if several else ""
         chosen_by = f"by pilots with other seeds{among}"
-    before_tuning = difference(Side(instruct.runs, "before"), Side(base.runs, "before"), BITS_PER_BYTE, items)
-    tuned = difference(Side(instruct.runs, "after"), Side(base.runs, "after"), BITS_PER_BYTE, items)
+    before_tuning = difference(instruct.at("before"), base.at("before"), BITS_PER_BYTE, items)
+    tuned = difference(instruct.at("after"), base.at("after"), BITS_PER_BYTE, items)
     gain = gain_difference(instruct.runs, base.runs, BITS_PER_BYTE, items)
     return InstructBase(
         cells=cells,
@@ -311,20 +314,20 @@ def _secondary(
         contrasts.append((name, score, difference(first, second, score, None if score == "forgetting" else items)))
 
     for moment, when in (("before", BEFORE), ("after", AFTER)):
-        sides = Side(instruct.runs, moment), Side(base.runs, moment)
+        sides = instruct.at(moment), base.at(moment)
         add(f"instruct over base, {when}, by likelihood", "accuracy", *sides)
         add(f"instruct over base, {when}, by generation", "exact_match", *sides)
-    add("instruct over base, general text kept", "forgetting", *sides)
+    add("instruct over base, general text kept", "forgetting", instruct.at("after"), base.at("after"))
     for variant in ("base", "instruct"):
         by_format = {cell.written: cell for cell in cells if cell.variant == variant}
         if by_format.keys() >= {"chat", "plain"}:
-            chat, plain = by_format["chat"].runs, by_format["plain"].runs
             for moment, when in (("before", BEFORE), ("after", AFTER)):
-                add(f"chat over plain, {variant}, {when}", BITS_PER_BYTE, Side(chat, moment), Side(plain, moment))
+                sides = by_format["chat"].at(moment), by_format["plain"].at(moment)
+                add(f"chat over plain, {variant}, {when}", BITS_PER_BYTE, *sides)
     for cell in (base, instruct):
         if cell.few_shot is not None:
             name = f"{cell.shots} examples over none, {cell.name}, {BEFORE}"
-            add(name, BITS_PER_BYTE, Side(cell.runs, "few_shot"), Side(cell.runs, "before"))
+            add(name, BITS_PER_BYTE, cell.at("few_shot"), cell.at("before"))
     known = [(name, score, contrast) for name, score, contrast in contrasts if contrast is not None]
     adjusted = holm([contrast.p for _, _, contrast in known])
     return tuple(
