@@ -85,7 +85,7 @@ def score_base_model(
         items = {"validation": before.items} | ({"test": test.items} if test else {})
         return BaseScores(before.scores, test.scores if test else None, general_losses, items, cached=False)
 
-    return cached(cache / "untouched" if config.evaluation.cache else None, key, _load, compute, _save)
+    return cached(cache / "base_scores" if config.evaluation.cache else None, key, _load, compute, _save)
 
 
 def _load(path: Path) -> BaseScores:

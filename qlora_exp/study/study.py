@@ -36,6 +36,7 @@ from qlora_exp.study.heartbeats import (
     RUN,
     Heartbeats,
     attempt_of,
+    interrupted_attempts,
 )
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.open import open_study, rebuild_study
@@ -165,8 +166,8 @@ class Study:
         with FileLock(self._paths.lock):
             trial = self._owned_trial(claim)
             if trial and outcome.status is Status.INTERRUPTED:
-                uncounted = trial.user_attrs.get(INTERRUPTED_ATTEMPTS, 0) + 1
-                self._storage.set_trial_user_attr(claim.trial_id, INTERRUPTED_ATTEMPTS, uncounted)
+                attempts = interrupted_attempts(trial) + 1
+                self._storage.set_trial_user_attr(claim.trial_id, INTERRUPTED_ATTEMPTS, attempts)
                 self._release(trial)
             elif trial:
                 record_outcome(self._study, self.spec, trial, outcome)
@@ -198,15 +199,15 @@ class Study:
         done = self.spec.ladder is not None and self._ladder_is_done()
         return rows.counts(trials, len(trials) if done else self._total_trials(trials))
 
-    def consecutive_skips(self, bound_bytes: int | None) -> int:
-        """Return how many of the last ended trials in a row were predicted not to fit into ``bound_bytes`` or more.
+    def consecutive_skips(self, limit_bytes: int | None) -> int:
+        """Return how many of the last ended trials in a row were predicted not to fit into ``limit_bytes`` or more.
 
         ``None``: into any limit. 0 for a grid and a ladder, whose skipped points count as done.
         """
         if self._skips_count:
             return 0
         ended = [trial for trial in reversed(self._read()) if trial.state.is_finished()]
-        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_skipped(trial, bound_bytes), ended))
+        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_skipped(trial, limit_bytes), ended))
 
     def trials(self) -> list[TrialRow]:
         """Return every trial, by number."""
@@ -233,7 +234,7 @@ class Study:
             if trial.number not in self._ended and (point := self._point(trial)):
                 if trial.state.is_finished():
                     ended = ended_trial(point, trial.user_attrs.get(RUN), outputs)
-                    self._ended[trial.number] = replace(ended, refused=rows.is_skipped(trial))
+                    self._ended[trial.number] = replace(ended, skipped=rows.is_skipped(trial))
                 else:
                     unfinished.append(LadderTrial(point, ended=False))
         return [*self._ended.values(), *unfinished]
@@ -365,7 +366,7 @@ class Study:
         return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
 
     def _requeue_or_fail(self, trial: FrozenTrial, why: str) -> bool:
-        retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + trial.user_attrs.get(INTERRUPTED_ATTEMPTS, 0)
+        retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + interrupted_attempts(trial)
         attempt = attempt_of(trial)
         if attempt - retries < self.spec.max_attempts:
             self._release(trial)
