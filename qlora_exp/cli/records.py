@@ -76,7 +76,7 @@ def _mark_dead_runs(outputs: OutputPaths) -> None:
     import sys
 
     from qlora_exp.errors import QloraExpError
-    from qlora_exp.tracking.sync import mark_interrupted
+    from qlora_exp.tracking.interrupted import mark_interrupted
 
     try:
         if outputs.runs.is_dir():
