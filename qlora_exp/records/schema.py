@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qlora_exp.errors import RecordError
 
@@ -44,7 +44,7 @@ def from_dict(kind: type[T], raw: Any, where: str = "record") -> T:
     # As JSON, because only there are lists tuples, texts enums, and objects dataclasses, in spite of the strict check.
     text = json.dumps(raw, ensure_ascii=False).encode("utf-8", "replace")
     try:
-        return _adapter(kind).validate_json(text, strict=True)
+        return cast(T, _adapter(kind).validate_json(text, strict=True))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         keys = [f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]]
@@ -55,7 +55,7 @@ def from_dict(kind: type[T], raw: Any, where: str = "record") -> T:
 
 
 @functools.cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     """Built once a type, because that takes up to 35 ms; pydantic is imported at the first use."""
     from pydantic import TypeAdapter
 
