@@ -11,7 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.data.items import Item, Splits
@@ -69,67 +70,65 @@ def not_checked(why: str, tolerance: float) -> TaskCheck:
     return TaskCheck(tolerance=tolerance, answer="not shown", why=why)
 
 
-def check_merged(
-    model: PreTrainedModel, tokenizer: Any, task_questions: CheckItems | str, tolerance: float
-) -> TaskCheck:
-    """Compare the answers of ``model``, read back from the exported folder, in fp32 by transformers."""
-    if isinstance(task_questions, str):
-        return not_checked(task_questions, tolerance)
-    return _compare(
-        model, tokenizer, task_questions, tolerance, "transformers", task_questions.config.evaluation.batch_size
-    )
+def check_merged(folder: Path, tokenizer: Any, questions: CheckItems | str, tolerance: float) -> TaskCheck:
+    """Compare the answers of the model in ``folder``, computed by transformers in fp32."""
+    if isinstance(questions, str):
+        return not_checked(questions, tolerance)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return _compare(model, tokenizer, questions, tolerance, "transformers", questions.config.evaluation.batch_size)
 
 
 def check_exported_gguf(
-    path: Path, like: PreTrainedModel, tokenizer: Any, task_questions: CheckItems | str, tolerance: float
+    path: Path, like: PreTrainedModel, tokenizer: Any, questions: CheckItems | str, tolerance: float
 ) -> TaskCheck:
     """Compare the answers of ``path`` in llama.cpp. Without llama.cpp there is no check."""
-    why = task_questions if isinstance(task_questions, str) else why_not()
-    if isinstance(task_questions, str) or why is not None:
-        return not_checked(str(why), tolerance)
-    model = LlamaCppModel(path, like, _longest(task_questions, like))
-    check = _compare(model, tokenizer, task_questions, tolerance, "llama.cpp", batch_size=1)
-    same = [model.tokenize(item.prompt) == list(item.prompt_ids) for item in task_questions.items]
+    if isinstance(questions, str):
+        return not_checked(questions, tolerance)
+    if (missing := why_not()) is not None:
+        return not_checked(missing, tolerance)
+    model = LlamaCppModel(path, like, _longest(questions, like))
+    check = _compare(model, tokenizer, questions, tolerance, "llama.cpp", batch_size=1)
+    same = [model.tokenize(item.prompt) == list(item.prompt_ids) for item in questions.items]
     return replace(check, same_tokens=sum(same) / len(same))
 
 
-def _longest(task_questions: CheckItems, like: PreTrainedModel) -> int:
+def _longest(questions: CheckItems, like: PreTrainedModel) -> int:
     """Return the tokens of the longest sequence: a prompt with its answer, any label, or generated tokens."""
-    generated = task_questions.config.evaluation.max_new_tokens or 0
-    labels = max((len(ids) for ids in task_questions.splits.option_ids.values()), default=0)
-    completions = max(len(item.completion_ids) + len(item.end_ids) for item in task_questions.splits.train)
-    answers = max(labels, completions, *(len(item.completion_ids) + len(item.end_ids) for item in task_questions.items))
-    longest = max(len(item.prompt_ids) for item in task_questions.items) + max(answers, generated) + 16
+    generated = questions.config.evaluation.max_new_tokens or 0
+    labels = max((len(ids) for ids in questions.splits.option_ids.values()), default=0)
+    completions = max(len(item.completion_ids) + len(item.end_ids) for item in questions.splits.train)
+    answers = max(labels, completions, *(len(item.completion_ids) + len(item.end_ids) for item in questions.items))
+    longest = max(len(item.prompt_ids) for item in questions.items) + max(answers, generated) + 16
     positions = getattr(like.config, "max_position_embeddings", None)
     return min(longest, positions) if positions else longest
 
 
 def _compare(
-    model: Any, tokenizer: Any, task_questions: CheckItems, tolerance: float, engine: str, batch_size: int
+    model: Any, tokenizer: Any, questions: CheckItems, tolerance: float, engine: str, batch_size: int
 ) -> TaskCheck:
-    config = task_questions.config
+    config = questions.config
     # With labels, accuracy is compared and generated text isn't needed.
-    generate = config.evaluation.generate and not task_questions.splits.labels
+    generate = config.evaluation.generate and not questions.splits.labels
     settings = replace(
-        config.evaluation, batch_size=batch_size, metrics=[], max_items=len(task_questions.items), generate=generate
+        config.evaluation, batch_size=batch_size, metrics=[], max_items=len(questions.items), generate=generate
     )
     # A uniform marginal saves the pass that would estimate it.
-    marginal = {label: 1 / len(task_questions.splits.labels) for label in task_questions.splits.labels}
+    marginal = {label: 1 / len(questions.splits.labels) for label in questions.splits.labels}
     exported = evaluate_model(
         model,
         tokenizer,
-        task_questions.items,
-        task_questions.splits,
+        questions.items,
+        questions.splits,
         replace(config, evaluation=settings),
-        split=task_questions.split,
+        split=questions.split,
         label_marginal=marginal or None,
     ).items
     return replace(
-        compare_answers(task_questions.answers, exported, tolerance),
+        compare_answers(questions.answers, exported, tolerance),
         engine=engine,
-        split=task_questions.split,
-        items=len(task_questions.items),
-        run_loss_per_item=_mean(task_questions.answers["loss_sum_nats"].to_pylist()),
+        split=questions.split,
+        items=len(questions.items),
+        run_loss_per_item=_mean(questions.answers["loss_sum_nats"].to_pylist()),
         exported_loss_per_item=_mean(exported["loss_sum_nats"].to_pylist()),
     )
 

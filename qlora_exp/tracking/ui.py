@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 from qlora_exp.errors import TrackingError
@@ -48,9 +47,11 @@ VIEW_FIGURES = "Quality, memory, speed"
 VIEW_BARS = ("score/accuracy", "score/loss_per_item", "memory/peak_train_mib", "speed/train_tokens_per_second")
 
 
-def _charts() -> list[dict[str, Any]]:
-    """Return the first charts: all axes against quality, memory and speed, then a chart for each of these."""
-    plots = [
+VIEW_SECTIONS = {**dict.fromkeys(VIEW_PLOTS, (1, 400)), VIEW_FIGURES: (2, 300)}
+"""Heading → charts a row, height in pixels. Each plot has its own section: the UI gives plots no titles."""
+
+CHARTS = [
+    *(
         {
             "type": "PARALLEL",
             "uuid": name,
@@ -60,8 +61,8 @@ def _charts() -> list[dict[str, Any]]:
             "showAllRuns": True,
         }
         for name, metrics in VIEW_PLOTS.items()
-    ]
-    bars = [
+    ),
+    *(
         {
             "type": "BAR",
             "uuid": key,
@@ -71,16 +72,9 @@ def _charts() -> list[dict[str, Any]]:
             "runsCountToCompare": 20,
         }
         for key in VIEW_BARS
-    ]
-    return [chart | {"isGenerated": False, "deleted": False} for chart in (*plots, *bars)]
-
-
-def _section(name: str, columns: int, height_pixels: int) -> dict[str, Any]:
-    """Return a heading's layout, ``columns`` charts wide. Each plot has its own section: the UI gives plots no
-    titles."""
-    layout = {"display": True, "isReordered": True, "columns": columns, "cardHeight": height_pixels}
-    return {"uuid": name, "name": name} | layout
-
+    ),
+]
+"""The first charts: all axes against quality, memory and speed, then a chart for each of these."""
 
 TABLE_VIEW = {"selectedColumns": VIEW_COLUMNS}
 CHARTS_VIEW = TABLE_VIEW | {
@@ -88,8 +82,11 @@ CHARTS_VIEW = TABLE_VIEW | {
     "orderByKey": "metrics.`score/loss_per_item`",
     "orderByAsc": True,
     "runsHiddenMode": "FIRST_20_RUNS",
-    "compareRunCharts": _charts(),
-    "compareRunSections": [*(_section(name, 1, 400) for name in VIEW_PLOTS), _section(VIEW_FIGURES, 2, 300)],
+    "compareRunCharts": [chart | {"isGenerated": False, "deleted": False} for chart in CHARTS],
+    "compareRunSections": [
+        {"uuid": name, "name": name, "display": True, "isReordered": True, "columns": columns, "cardHeight": height}
+        for name, (columns, height) in VIEW_SECTIONS.items()
+    ],
     "isAccordionReordered": True,
 }
 """Columns of the runs table and first charts of the comparison, in the format of the UI's shared views."""
