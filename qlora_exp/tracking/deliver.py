@@ -25,7 +25,7 @@ from qlora_exp.records.types import RunRecord
 from qlora_exp.tracking import fields
 from qlora_exp.tracking.state import TrackingState, file_digest
 
-Entry = TypeVar("Entry")
+T = TypeVar("T")
 
 METRICS_PER_CALL = 500
 """MLflow's limit is 1,000 values and 1 MB a call."""
@@ -34,21 +34,21 @@ ADAPTER_SUFFIXES = frozenset({".safetensors", ".json", ".jinja"})
 """Files of adapter/ that are logged. Pickles (``.bin``, ``.pt``) are not: they run code when they are loaded."""
 
 
-class DeliveryThread(threading.Thread, Generic[Entry]):
+class DeliveryThread(threading.Thread, Generic[T]):
     """Calls ``deliver`` with all entries that were put since its last call; ``deliver`` must not raise.
 
     A daemon: a server that hangs must not keep the process alive.
     """
 
-    def __init__(self, deliver: Callable[[list[Entry]], None]) -> None:
+    def __init__(self, deliver: Callable[[list[T]], None]) -> None:
         super().__init__(name="qlora-exp-tracking", daemon=True)
         self.started = threading.Event()
         """Set after the first call."""
         self._deliver = deliver
-        self._queue: queue.SimpleQueue[tuple[float, Entry] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[float, T] | None] = queue.SimpleQueue()
         self.start()
 
-    def put(self, entry: Entry, patience_seconds: float = 0.0) -> None:
+    def put(self, entry: T, patience_seconds: float = 0.0) -> None:
         """Queue ``entry``. It may wait so long for others that are delivered with it."""
         self._queue.put((time.monotonic() + patience_seconds, entry))
 
@@ -60,7 +60,7 @@ class DeliveryThread(threading.Thread, Generic[Entry]):
     def run(self) -> None:
         is_open = True
         while is_open:
-            entries: list[Entry] = []
+            entries: list[T] = []
             due = math.inf
             with contextlib.suppress(queue.Empty):  # raised once the queue is empty and the first entry is due
                 while is_open:

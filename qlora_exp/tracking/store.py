@@ -11,7 +11,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -57,9 +57,9 @@ class Store:
     uri: str
     experiment: str
     timeout_seconds: float
-    database: Path | None
-    artifacts: Path | None
-    lock: Path | None
+    database: Path | None = None
+    artifacts: Path | None = None
+    lock: Path | None = None
 
     @property
     def is_server(self) -> bool:
@@ -94,6 +94,7 @@ def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
         )
     uri = tracking.uri or f"sqlite:///{output.mlflow_database}"
     scheme = uri.split("://")[0].split(":")[0].split("+")[0].lower() if ":" in uri else uri
+    store = Store(uri, tracking.experiment, tracking.timeout_seconds)
     if scheme in SERVER_SCHEMES:
         if scheme != "databricks" and not _has_host(uri):
             raise TrackingError(
@@ -101,7 +102,7 @@ def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
                 "tracking.uri",
                 "tracking.uri=http://HOST:PORT",
             )
-        return Store(uri, tracking.experiment, tracking.timeout_seconds, None, None, None)
+        return store
     if scheme not in DATABASE_SCHEMES:
         raise TrackingError(
             f"tracking.uri={redact_text(uri)} is not a tracking store",
@@ -110,14 +111,7 @@ def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
             "tracking.uri=http://127.0.0.1:5000; null: mlflow.db next to output_root",
         )
     if scheme != "sqlite":
-        return Store(
-            uri,
-            tracking.experiment,
-            tracking.timeout_seconds,
-            None,
-            output.mlflow_artifacts,
-            output.root / "tracking.lock",
-        )
+        return replace(store, artifacts=output.mlflow_artifacts, lock=output.root / "tracking.lock")
     path = uri.partition(":///")[2]
     if not path or path == ":memory:":
         raise TrackingError(
@@ -126,13 +120,12 @@ def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
             "tracking.uri=sqlite:////data/mlflow.db (four slashes before an absolute path)",
         )
     database = Path(path).expanduser().absolute()
-    return Store(
-        f"sqlite:///{database}",
-        tracking.experiment,
-        tracking.timeout_seconds,
-        database,
-        database.parent / output.mlflow_artifacts.name,
-        database.with_name(f"{database.name}.lock"),
+    return replace(
+        store,
+        uri=f"sqlite:///{database}",
+        database=database,
+        artifacts=database.parent / output.mlflow_artifacts.name,
+        lock=database.with_name(f"{database.name}.lock"),
     )
 
 
