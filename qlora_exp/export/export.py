@@ -17,7 +17,6 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.schema import ComputeDtype, Config, ExportConfig
@@ -176,7 +175,14 @@ def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callabl
     with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work:
         merged_folder = folder / "merged" if "merged" in settings.formats else Path(work)
         source.tokenizer.save_pretrained(merged_folder)
-        questions = items_to_check(source.config, source.record, source.paths, source.tokenizer, settings.check_items)
+        questions = items_to_check(
+            source.config,
+            source.record,
+            source.paths,
+            source.tokenizer,
+            settings.check_items,
+            settings.tolerance,
+        )
         artefacts = [_export_adapter(source, folder / "adapter")] if "adapter" in settings.formats else []
         fingerprint = source.record.model_fingerprint or ""
         if settings.formats != ["adapter"]:
@@ -188,12 +194,20 @@ def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callabl
                 tell(f"write and check {kind}")
                 path = folder / f"model-{kind}.gguf"
                 write_gguf(merged, merged_folder, path, kind, source.record.name, source.end_token)
-                files.append(_check_gguf(source, merged, path, kind, questions, settings))
+                positions = getattr(merged.config, "max_position_embeddings", None) or settings.context_tokens
+                runtime = measure_runtime(path, min(settings.context_tokens, positions), settings.generated_tokens)
+                if runtime.why:  # a file that crashes llama.cpp would end this process, too
+                    check = not_checked(runtime.why, settings.tolerance)
+                elif isinstance(questions, CheckItems):
+                    check = check_exported_gguf(path, merged, questions)
+                else:
+                    check = questions
+                files.append(Artefact(kind, path.name, path.stat().st_size, check, runtime))
             if "merged" in settings.formats:  # last: it is rounded in place
                 tell("write and check the merged model")
                 merged.to(getattr(torch, settings.dtype.value)).save_pretrained(merged_folder)
                 write_for_version_4(merged_folder)
-                check = check_merged(merged_folder, source.tokenizer, questions, settings.tolerance)
+                check = check_merged(merged_folder, questions) if isinstance(questions, CheckItems) else questions
                 artefacts.append(Artefact("merged", "merged/", _folder_bytes(merged_folder), check))
             artefacts += files
     export = _results(source, artefacts, fingerprint or sources.fingerprint(source.model), settings)
@@ -218,23 +232,6 @@ def _export_adapter(source: _Source, target: Path) -> Artefact:
         modules = resolve_targets(describe(config.model), config.targets)
         write_portable(load_base(config, "cpu"), config, modules, adapter, target)
     return Artefact("adapter", "adapter/", _folder_bytes(target))
-
-
-def _check_gguf(
-    source: _Source,
-    merged: PreTrainedModel,
-    path: Path,
-    kind: str,
-    questions: CheckItems | str,
-    settings: ExportConfig,
-) -> Artefact:
-    positions = getattr(merged.config, "max_position_embeddings", None)
-    context = min(settings.context_tokens, positions or settings.context_tokens)
-    runtime = measure_runtime(path, context, settings.generated_tokens)
-    # A file that crashes llama.cpp would end this process, too: check it only if the measuring process survived.
-    check = not_checked(runtime.why, settings.tolerance) if runtime.why else None
-    check = check or check_exported_gguf(path, merged, source.tokenizer, questions, settings.tolerance)
-    return Artefact(kind, path.name, path.stat().st_size, check, runtime)
 
 
 def _results(source: _Source, artefacts: list[Artefact], fingerprint: str, settings: ExportConfig) -> Export:

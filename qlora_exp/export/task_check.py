@@ -19,7 +19,7 @@ from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.load import load_data
 from qlora_exp.errors import QloraExpError
 from qlora_exp.evaluation.scoring import evaluate_model
-from qlora_exp.export.llama_cpp import LlamaCppModel, why_not
+from qlora_exp.export.llama_cpp import LlamaCppModel
 from qlora_exp.export.results import TaskCheck
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.types import RunRecord
@@ -35,34 +35,37 @@ class CheckItems:
     """The items to answer again, and the run's result for each."""
 
     config: Config
+    tokenizer: Any
     splits: Splits
-    split: str
     items: tuple[Item, ...]
     answers: pa.Table
     """The run's per-item results, in the items' order."""
+    tolerance: float
 
 
-def items_to_check(config: Config, record: RunRecord, paths: RunPaths, tokenizer: Any, count: int) -> CheckItems | str:
-    """Return the first ``count`` items of the split that the run was scored on, or the reason why there are none."""
+def items_to_check(
+    config: Config, record: RunRecord, paths: RunPaths, tokenizer: Any, count: int, tolerance: float
+) -> CheckItems | TaskCheck:
+    """Return the first ``count`` items of the split that the run was scored on, or a check without a result."""
     if count == 0:
-        return "not asked for (--check-items 0)"
-    split = config.evaluation.split.value
-    file = paths.items("after", split)
+        return not_checked("not asked for (--check-items 0)", tolerance)
+    file = paths.items("after", config.evaluation.split.value)
     try:
         answers = pq.read_table(file)
         splits = load_data(config, tokenizer, config.training.max_length)
     except QloraExpError as error:
-        return f"the task's data can't be read: {error.what}"
+        return not_checked(f"the task's data can't be read: {error.what}", tolerance)
     except (OSError, pa.ArrowException):
-        return f"the run's per-item results are not there: {file.name}"
+        return not_checked(f"the run's per-item results are not there: {file.name}", tolerance)
     if record.data is not None and splits.record.fingerprint != record.data.fingerprint:
-        return "the task's data have changed since the run"
+        return not_checked("the task's data have changed since the run", tolerance)
     all_items = splits.test if config.evaluation.split is EvaluationSplit.test else splits.validation
     row_of = {item_id: row for row, item_id in enumerate(answers["item_id"].to_pylist())}
     items = tuple(item for item in all_items if item.item_id in row_of)[:count]
     if not items:
-        return "the run's per-item results are of other items"
-    return CheckItems(config, splits, split, items, answers.take([row_of[item.item_id] for item in items]))
+        return not_checked("the run's per-item results are of other items", tolerance)
+    answers = answers.take([row_of[item.item_id] for item in items])
+    return CheckItems(config, tokenizer, splits, items, answers, tolerance)
 
 
 def not_checked(why: str, tolerance: float) -> TaskCheck:
@@ -70,24 +73,16 @@ def not_checked(why: str, tolerance: float) -> TaskCheck:
     return TaskCheck(tolerance=tolerance, answer="not shown", why=why)
 
 
-def check_merged(folder: Path, tokenizer: Any, questions: CheckItems | str, tolerance: float) -> TaskCheck:
+def check_merged(folder: Path, questions: CheckItems) -> TaskCheck:
     """Compare the answers of the model in ``folder``, computed by transformers in fp32."""
-    if isinstance(questions, str):
-        return not_checked(questions, tolerance)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return _compare(model, tokenizer, questions, tolerance, "transformers", questions.config.evaluation.batch_size)
+    return _compare(model, questions, "transformers", questions.config.evaluation.batch_size)
 
 
-def check_exported_gguf(
-    path: Path, like: PreTrainedModel, tokenizer: Any, questions: CheckItems | str, tolerance: float
-) -> TaskCheck:
-    """Compare the answers of ``path`` in llama.cpp. Without llama.cpp there is no check."""
-    if isinstance(questions, str):
-        return not_checked(questions, tolerance)
-    if (missing := why_not()) is not None:
-        return not_checked(missing, tolerance)
+def check_exported_gguf(path: Path, like: PreTrainedModel, questions: CheckItems) -> TaskCheck:
+    """Compare the answers of ``path`` in llama.cpp. ``like``: the merged model, for its configuration."""
     model = LlamaCppModel(path, like, _longest(questions, like))
-    check = _compare(model, tokenizer, questions, tolerance, "llama.cpp", batch_size=1)
+    check = _compare(model, questions, "llama.cpp", batch_size=1)
     same = [model.tokenize(item.prompt) == list(item.prompt_ids) for item in questions.items]
     return replace(check, same_tokens=sum(same) / len(same))
 
@@ -103,30 +98,32 @@ def _longest(questions: CheckItems, like: PreTrainedModel) -> int:
     return min(longest, positions) if positions else longest
 
 
-def _compare(
-    model: Any, tokenizer: Any, questions: CheckItems, tolerance: float, engine: str, batch_size: int
-) -> TaskCheck:
-    config = questions.config
-    # With labels, accuracy is compared and generated text isn't needed.
-    generate = config.evaluation.generate and not questions.splits.labels
+def _compare(model: Any, questions: CheckItems, engine: str, batch_size: int) -> TaskCheck:
+    config, splits = questions.config, questions.splits
     settings = replace(
-        config.evaluation, batch_size=batch_size, metrics=[], max_items=len(questions.items), generate=generate
+        config.evaluation,
+        batch_size=batch_size,
+        metrics=[],
+        max_items=len(questions.items),
+        # With labels, accuracy is compared and generated text isn't needed.
+        generate=config.evaluation.generate and not splits.labels,
     )
     # A uniform marginal saves the pass that would estimate it.
-    marginal = {label: 1 / len(questions.splits.labels) for label in questions.splits.labels}
+    marginal = {label: 1 / len(splits.labels) for label in splits.labels}
+    split = config.evaluation.split.value
     exported = evaluate_model(
         model,
-        tokenizer,
+        questions.tokenizer,
         questions.items,
-        questions.splits,
+        splits,
         replace(config, evaluation=settings),
-        split=questions.split,
+        split=split,
         label_marginal=marginal or None,
     ).items
     return replace(
-        compare_answers(questions.answers, exported, tolerance),
+        compare_answers(questions.answers, exported, questions.tolerance),
         engine=engine,
-        split=questions.split,
+        split=split,
         items=len(questions.items),
         run_loss_per_item=_mean(questions.answers["loss_sum_nats"].to_pylist()),
         exported_loss_per_item=_mean(exported["loss_sum_nats"].to_pylist()),
