@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -141,17 +140,6 @@ def runs_url(address: str, experiment_id: str) -> str:
 def charts_url(address: str, experiment_id: str) -> str:
     """Return the address of the charts of all runs: first the axes against quality, memory and speed."""
     return f"{_view_url(address, experiment_id, CHARTS_VIEW_KEY)}&compareRunsMode=CHART"
-
-
-def compare_url(address: str, experiment_id: str, mlflow_run_ids: Sequence[str]) -> str:
-    """Return the address that compares these runs, every param and metric side by side.
-
-    Its plot opens on params and metrics that the UI picks by name; no address can change that. :func:`charts_url` opens
-    on the axes.
-    """
-    runs = quote(json.dumps(list(mlflow_run_ids), separators=(",", ":")))
-    experiments = quote(json.dumps([experiment_id]))
-    return f"{address.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
 
 
 def _view_url(address: str, experiment_id: str, view: str) -> str:
