@@ -42,7 +42,14 @@ def open_study(spec: StudySpec, paths: StudyPaths, url: str) -> tuple[optuna.Stu
 
 
 def rebuild_study(spec: StudySpec, paths: StudyPaths, records: Sequence[RunRecord], url: str) -> None:
-    """See :meth:`~qlora_exp.study.study.Study.rebuild`."""
+    """Rebuild the study from its runs' records after its database was damaged or lost.
+
+    A damaged file is kept as ``….damaged-N``. Trials without a record will run again under their numbers. An existing
+    study stays as it is.
+
+    Raises:
+        as :meth:`~qlora_exp.study.study.Study.open`.
+    """
     check_search(spec)
     paths.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(paths.lock):
@@ -53,6 +60,7 @@ def rebuild_study(spec: StudySpec, paths: StudyPaths, records: Sequence[RunRecor
             store_identity(study, spec, spec.id or new_identity())
             study.add_trials(trials_of_records(spec, records))
         write_text(paths.created, "")
+    open_study(spec, paths, url)
 
 
 def _exists(storage: optuna.storages.BaseStorage, name: str) -> bool:

@@ -63,23 +63,3 @@ def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
         out_of_memory_retries=attributes.get(MEMORY_RETRIES, 0),
         refusal=from_dict(SkippedTrial, attributes[SKIPPED]) if is_skipped(trial) else None,
     )
-
-
-def best_rows(rows: Sequence[TrialRow], directions: Sequence[str]) -> list[TrialRow]:
-    """Return the completed feasible trials that no other dominates; only one for a single objective."""
-    candidates = [row for row in rows if row.state == "COMPLETE" and row.feasible]
-    losses = {row.number: _losses(row, directions) for row in candidates}
-    if len(directions) == 1:
-        return sorted(candidates, key=lambda row: (losses[row.number], row.number))[:1]
-    return [row for row in candidates if not any(_dominates(loss, losses[row.number]) for loss in losses.values())]
-
-
-def _losses(row: TrialRow, directions: Sequence[str]) -> tuple[float, ...]:
-    known = [value for value in row.values if value is not None]
-    return tuple(
-        value if direction == "minimize" else -value for value, direction in zip(known, directions, strict=True)
-    )
-
-
-def _dominates(losses: Sequence[float], other_losses: Sequence[float]) -> bool:
-    return losses != other_losses and all(own <= other for own, other in zip(losses, other_losses, strict=True))
