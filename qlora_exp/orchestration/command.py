@@ -79,7 +79,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     Raises:
         ConfigError, Problems: nothing was started.
     """
-    from qlora_exp.study.earlier_trials import check_warm_start
+    from qlora_exp.study.open import check_warm_start
     from qlora_exp.study.samplers import check_search
 
     overrides, as_written = _resolve_environment(overrides)

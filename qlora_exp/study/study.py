@@ -23,9 +23,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from qlora_exp.paths import StudyPaths
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import Failure, Status
-from qlora_exp.study import trials as rows
 from qlora_exp.study.distributions import decode_params, encode_value, suggest
-from qlora_exp.study.heartbeats import (
+from qlora_exp.study.objectives import importances
+from qlora_exp.study.open import open_study, read_study
+from qlora_exp.study.proposer import PlannedProposer, Point, Proposer
+from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
+from qlora_exp.study.space import point_overrides
+from qlora_exp.study.trials import (
     CLAIM,
     FIXED_PARAMS,
     HEARTBEAT,
@@ -34,13 +38,11 @@ from qlora_exp.study.heartbeats import (
     RUN,
     Heartbeats,
     attempt_of,
+    counts_of,
+    is_skipped,
+    record_outcome,
+    trial_row,
 )
-from qlora_exp.study.open import open_study
-from qlora_exp.study.proposer import PlannedProposer, Point, Proposer
-from qlora_exp.study.read_only import read_study
-from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
-from qlora_exp.study.space import point_overrides
-from qlora_exp.study.trial_outcomes import record_outcome
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
 
 
@@ -183,7 +185,7 @@ class Study:
         """Return the number of trials by state."""
         trials = self._read()
         done = self._proposer.is_done(self._created_trials)
-        return rows.counts(trials, len(trials) if done else self._total_trials(trials))
+        return counts_of(trials, len(trials) if done else self._total_trials(trials))
 
     def consecutive_skips(self, bound_bytes: int | None) -> int:
         """Return how many of the last ended trials in a row were predicted not to fit into ``bound_bytes`` or more.
@@ -193,11 +195,11 @@ class Study:
         if not self._proposer.replaces_skipped:
             return 0
         ended = [trial for trial in reversed(self._read()) if trial.state.is_finished()]
-        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_skipped(trial, bound_bytes), ended))
+        return sum(1 for _ in itertools.takewhile(lambda trial: is_skipped(trial, bound_bytes), ended))
 
     def trials(self) -> list[TrialRow]:
         """Return every trial, by number."""
-        return [rows.trial_row(trial, self.spec) for trial in self._read()]
+        return [trial_row(trial, self.spec) for trial in self._read()]
 
     def best(self) -> list[TrialRow]:
         """Return the best completed feasible trial, or the Pareto front of several objectives.
@@ -208,8 +210,6 @@ class Study:
 
     def importances(self) -> dict[str, dict[str, float]]:
         """Return objective → axis → share of its variance, over the completed trials."""
-        from qlora_exp.study.importance import importances  # imports scikit-learn
-
         return importances(self._study, self.spec)
 
     def failures_reached(self) -> bool:
@@ -230,7 +230,7 @@ class Study:
 
     def _total_trials(self, trials: Sequence[FrozenTrial]) -> int:
         """Return how many trials the study is to have in all."""
-        return self.spec.n_trials + (rows.count_skipped(trials) if self._proposer.replaces_skipped else 0)
+        return self.spec.n_trials + (sum(map(is_skipped, trials)) if self._proposer.replaces_skipped else 0)
 
     def _all_created(self) -> bool:
         return self._exists(self.spec.n_trials - 1) and self._exists(self._total_trials(self._read()) - 1)
@@ -249,7 +249,7 @@ class Study:
 
     def _created_trials(self) -> list[TrialRow]:
         """Return every trial with the parameters that it was created with, even if it has not been sampled yet."""
-        return [replace(rows.trial_row(trial, self.spec), params=self._point(trial)) for trial in self._read()]
+        return [replace(trial_row(trial, self.spec), params=self._point(trial)) for trial in self._read()]
 
     def _point(self, trial: FrozenTrial) -> Point:
         """Return the trial's parameters; empty if its worker died before it got any."""

@@ -17,9 +17,9 @@ from studies import a_record, a_spec, answer, claimed, completed, finish, loss_o
 from qlora_exp.errors import ConfigError, Problems, StudyError
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import Failure, Fit, Process, SkippedTrial, Status
-from qlora_exp.study.heartbeats import FAILURE, SKIPPED
 from qlora_exp.study.open import rebuild_study
 from qlora_exp.study.study import Study
+from qlora_exp.study.trials import FAILURE, SKIPPED
 from qlora_exp.study.types import Outcome, Owner
 
 NOBODY = Owner(Process(2**22 + 1, 1, None), "gone", 0)
