@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_exp.errors import ConfigError, nearest
@@ -131,11 +131,15 @@ def importances(study: optuna.Study, spec: StudySpec) -> dict[str, dict[str, flo
         has_variance = len({trial.values[number] for trial in trials}) > 1
         if len(trials) >= MIN_TRIALS and has_variance:
             evaluator = FanovaImportanceEvaluator(seed=0)
+            target = partial(_value, number=number)
             with contextlib.suppress(ValueError, RuntimeError):  # conditional axes, and no trial has all of them
-                by_objective[parse_objective(text).field] = dict(
-                    get_param_importances(study, evaluator=evaluator, target=lambda trial, i=number: trial.values[i])
-                )
+                shares = get_param_importances(study, evaluator=evaluator, target=target)
+                by_objective[parse_objective(text).field] = dict(shares)
     return {field: shares for field, shares in by_objective.items() if shares}
+
+
+def _value(trial: optuna.trial.FrozenTrial, number: int) -> float:
+    return trial.values[number]
 
 
 @cache

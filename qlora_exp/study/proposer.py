@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from qlora_exp.study.objectives import parse_objective
@@ -43,9 +44,12 @@ class PlannedProposer:
 
     def __init__(self, spec: StudySpec) -> None:
         self.replaces_skipped = spec.sampler != "grid"
-        points = grid(spec.axes) if spec.sampler == "grid" else []
-        self._points = [*spec.enqueue, *(point for point in points if point not in spec.enqueue)]
-        self._directions = [parse_objective(text).direction for text in spec.objectives]
+        self._spec = spec
+
+    @cached_property
+    def _points(self) -> list[Point]:
+        points = grid(self._spec.axes) if self._spec.sampler == "grid" else []
+        return [*self._spec.enqueue, *(point for point in points if point not in self._spec.enqueue)]
 
     def planned_point(self, number: int) -> Point:
         return self._points[number] if number < len(self._points) else {}
@@ -58,16 +62,17 @@ class PlannedProposer:
 
     def best(self, trials: Sequence[TrialRow]) -> list[TrialRow]:
         """Return the completed feasible trials that no other dominates; only one for a single objective."""
+        directions = [parse_objective(text).direction for text in self._spec.objectives]
         losses = {
             row.number: tuple(
                 value if direction == "minimize" else -value
-                for value, direction in zip(row.values, self._directions, strict=True)
+                for value, direction in zip(row.values, directions, strict=True)
                 if value is not None
             )
             for row in trials
             if row.state == "COMPLETE" and row.feasible
         }
-        if len(self._directions) == 1:
+        if len(directions) == 1:
             front = sorted(losses, key=lambda number: (losses[number], number))[:1]
         else:
             front = [

@@ -103,13 +103,14 @@ class Study:
             waiting = [trial for trial in unfinished if trial.state is TrialState.WAITING]
             if not waiting and self._all_created():
                 return None
-            for trial in waiting or [None]:
+            candidates: Sequence[FrozenTrial | None] = waiting or [None]
+            for trial in candidates:
                 point = {} if trial and self._point(trial) else self._proposer.next_point(self._created_trials)
                 if point is not None:
                     return self._start(trial, owner, point)
-            if waiting and self._proposer.is_done(self._created_trials):  # lost trials that nothing depends on
-                for trial in waiting:
-                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            if waiting and self._proposer.is_done(self._created_trials):
+                for lost_trial in waiting:  # nothing depends on it
+                    self._storage.set_trial_state_values(lost_trial._trial_id, TrialState.FAIL)
         return None
 
     def others_run_trials(self, lease_seconds: float) -> bool:
