@@ -11,8 +11,7 @@ import pytest
 import typer.main
 
 from qlora_exp.cli import app
-from qlora_exp.config.choices import group_names
-from qlora_exp.config.groups import groups
+from qlora_exp.config.choices import group_names, groups
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
 
