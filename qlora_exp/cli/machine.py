@@ -10,7 +10,7 @@ import typer
 from qlora_exp.cli.arguments import OutputRoot, Overrides, examples, outputs_of
 
 if TYPE_CHECKING:
-    from qlora_exp.doctor.result import Check
+    from qlora_exp.doctor.checks import Check
 
 
 def add_to(app: typer.Typer) -> None:
