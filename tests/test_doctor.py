@@ -9,7 +9,7 @@ import pytest
 
 from qlora_exp import run
 from qlora_exp.cli import main
-from qlora_exp.doctor.checks import _neighbours, against_datasheet, calibration, measure_flops_per_second
+from qlora_exp.doctor.machine_checks import _neighbours, against_datasheet, calibration, measure_flops_per_second
 from qlora_exp.doctor.sweep_disk import RECORD_BYTES, sweep_disk, trial_bytes
 from qlora_exp.estimate.calibration import rates_file
 from qlora_exp.estimate.throughput import machine_of

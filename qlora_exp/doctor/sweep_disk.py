@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config.compose import Composer, check_hydra, compose
 from qlora_exp.config.overrides import is_swept, override_key
-from qlora_exp.doctor.checks import Check, nearest_folder
+from qlora_exp.doctor.machine_checks import Check, nearest_folder
 from qlora_exp.errors import QloraExpError
 from qlora_exp.estimate.estimator import Planner
 from qlora_exp.estimate.weights_and_optimizer import adapter_bytes
