@@ -41,9 +41,9 @@ def device_by_name(name: str) -> PlanDevice:
         ConfigError: there is no such card.
     """
     if name == "cpu":
-        from qlora_exp.system.environment import total_memory_bytes
+        from qlora_exp.system import memory_limits
 
-        return PlanDevice("cpu", "cpu", bf16=False, memory_bytes=total_memory_bytes())
+        return PlanDevice("cpu", "cpu", bf16=False, memory_bytes=memory_limits.total_bytes())
     if name == "cuda":
         return CUDA
     if name not in CARDS:

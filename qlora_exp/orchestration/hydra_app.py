@@ -34,7 +34,7 @@ from qlora_exp.runs.process import (
 )
 from qlora_exp.system import heap, memory_limits, signals, streams
 from qlora_exp.system.distributed import check_single_rank
-from qlora_exp.system.terminal import check_arguments, show_any_text
+from qlora_exp.system.streams import check_arguments, show_any_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
