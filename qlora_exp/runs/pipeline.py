@@ -31,6 +31,7 @@ from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
 from qlora_exp.runs.prepare import Prepared
 from qlora_exp.runs.record_figures import RunFigures
+from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
 from qlora_exp.training.outcome import Diverged, NullObserver, Observer, PruneCheck, no_pruning, status_of
@@ -212,17 +213,22 @@ def _failed_record(progress: RunFigures, error: BaseException) -> RunRecord:
         message=message[:4000],
         phase=progress.phase,
         step=getattr(error, "step", None) or (progress.watch.so_far().training.steps if progress.watch else None),
-        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress.paths),
+        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress.paths, error),
         traceback=None if isinstance(error, QloraExpError) else trace,
     )
     return progress.known().replace(status=status, failure=failure)
 
 
-def _hint(status: Status, paths: RunPaths) -> str | None:
+def _hint(status: Status, paths: RunPaths, error: BaseException) -> str | None:
     newest = newest_valid(paths.checkpoints)
     start = f"goes on at step {step_of(newest[0])}" if newest else "starts again: no step was saved"
     if paths.trained.exists():
         start = "goes on with the evaluation"
+    if status is Status.FAILED and is_cuda_error(error):
+        return (
+            "start it again in a new process: CUDA may be unusable in this one; with CUDA_LAUNCH_BLOCKING=1 in the "
+            "environment the traceback shows the operation that failed"
+        )
     return {
         Status.INTERRUPTED: f"qlora-exp run --resume {shlex.quote(str(paths.folder))} {start}",
         Status.OUT_OF_MEMORY: "halve training.micro_batch_size (accumulation keeps the batch), set "
