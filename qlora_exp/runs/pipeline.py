@@ -14,6 +14,7 @@ from qlora_exp.architecture.targets import rank_warning
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.estimate.budget import budget_stop_message
+from qlora_exp.estimate.flops import train_flops_per_token
 from qlora_exp.estimate.preflight_budget import affordable_steps_message
 from qlora_exp.estimate.run_estimate import with_first_predictions
 from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
@@ -56,6 +57,7 @@ def run_pipeline(
         paths,
         measurement.Meter(prepared.plan.device, host_reused=_host_is_reused()),
         earlier_seconds=record.speed.total_seconds or 0.0,
+        useful_flops_per_token=_useful_flops_per_token(prepared),
     )
     try:
         _run_pipeline(config, prepared, progress, observer or NullObserver(), report, bases or NoCache())
@@ -186,6 +188,13 @@ def _check_same_model(record: RunRecord, fingerprint: str) -> None:
         raise ModelError(
             "the model's files have changed since this run began", record.run_id, f"qlora-exp rerun {record.run_id}"
         )
+
+
+def _useful_flops_per_token(prepared: Prepared) -> float:
+    """Return the plan's operations for one unpadded token, without those for padding and recomputation."""
+    row = prepared.predicted.extent.row
+    unpadded, trainable = replace(row, padded=row.tokens), prepared.plan.trainable_parameters
+    return train_flops_per_token(prepared.architecture, trainable, unpadded, recomputed=False, fused_head=False)
 
 
 _runs_in_this_process = itertools.count()
