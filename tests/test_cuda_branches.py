@@ -7,7 +7,6 @@ import ctypes
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -44,7 +43,7 @@ T4 = Device("cuda", "Tesla T4", 1, 15_843_721_216, "7.5", "580", bf16=False)
 
 
 @pytest.fixture
-def gpu(monkeypatch: Kept) -> Iterator[None]:
+def gpu(monkeypatch: Kept) -> None:
     """A machine that says that it has an H200, whose tensors are on the CPU."""
     monkeypatch.setattr(environment, "_device", lambda choice: H200)
     monkeypatch.setattr(base_module, "_device", lambda kind: torch.device("cpu"))
@@ -58,7 +57,6 @@ def gpu(monkeypatch: Kept) -> Iterator[None]:
     settings = trainer.SFTConfig
     on_cpu = {"use_cpu": True, "dataloader_pin_memory": False}
     monkeypatch.setattr(trainer, "SFTConfig", lambda **given: settings(**{**given, **on_cpu}))
-    yield
 
 
 def run(tmp_path: Path, *overrides: str, report: PruneCheck = no_pruning) -> RunRecord:
@@ -220,20 +218,21 @@ def test_utilisation_counts_what_the_model_needs_and_not_its_embedding_table(gpu
 
 
 def test_a_gpus_energy_is_shared_by_its_processes(gpu: None, monkeypatch: Kept) -> None:
-    joules, processes = 100.0, 1
+    joules, users = 100.0, [object()]
     nvml = ModuleType("pynvml")
     vars(nvml).update(
         NVMLError=RuntimeError,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: joules * 1000,
-        nvmlDeviceGetComputeRunningProcesses=lambda handle: [object()] * processes,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: users,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="aaa"))
     meter = Meter("cuda")
     for phase, processes, shared in (("untouched", 1, 40.0), ("train", 2, 20.0), ("evaluate", 0, 40.0)):
+        users[:] = [object()] * processes
         with meter.phase(phase):
             joules += 40.0
         assert meter.of(phase).energy_joules == shared
