@@ -134,9 +134,9 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage, ident
     }
     settings |= spec.settings
     attributes = study.user_attrs
-    stored_settings = attributes.get("asks")
+    stored_settings = attributes.get("settings")
     if stored_settings is None:
-        study.set_user_attr("asks", settings)
+        study.set_user_attr("settings", settings)
     # A key that only one of them has was added or removed by another version of this package. Earlier versions stored
     # the text of an interpolation instead of its value.
     changes = [
@@ -276,7 +276,7 @@ def _warm_start_problem(name: str, spec: StudySpec, studies: Mapping[str, Any]) 
         others = set(studies) - {spec.name}
         hint = nearest(name, others) if others else "the storage holds no other study; leave sweep.warm_start out"
         return ConfigError("no earlier study of this name", where, hint)
-    objectives = studies[name].user_attrs.get("asks", {}).get("objectives")
+    objectives = studies[name].user_attrs.get("settings", {}).get("objectives")
     if objectives != list(spec.objectives):
         return ConfigError(f"its objectives differ: {objectives}", where, f"this study's: {list(spec.objectives)}")
     return None

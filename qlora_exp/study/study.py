@@ -188,15 +188,15 @@ class Study:
         done = self._proposer.is_done(self._created_trials)
         return counts_of(trials, len(trials) if done else self._total_trials(trials))
 
-    def consecutive_skips(self, bound_bytes: int | None) -> int:
-        """Return how many of the last ended trials in a row were predicted not to fit into ``bound_bytes`` or more.
+    def consecutive_skips(self, limit_bytes: int | None) -> int:
+        """Return how many of the last ended trials in a row were predicted not to fit into ``limit_bytes`` or more.
 
         ``None``: into any limit. 0 for a grid and a ladder, whose skipped points count as done.
         """
         if not self._proposer.replaces_skipped:
             return 0
         ended = [trial for trial in reversed(self._read()) if trial.state.is_finished()]
-        return sum(1 for _ in itertools.takewhile(lambda trial: is_skipped(trial, bound_bytes), ended))
+        return sum(1 for _ in itertools.takewhile(lambda trial: is_skipped(trial, limit_bytes), ended))
 
     def trials(self) -> list[TrialRow]:
         """Return every trial, by number."""

@@ -16,7 +16,7 @@ from qlora_exp.study.types import Counts, Outcome, StudySpec, TrialRow
 from qlora_exp.system.environment import is_alive_if_visible
 
 CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, INTERRUPTED_ATTEMPTS = (
-    *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "uncounted_attempts"),
+    *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "interrupted_attempts"),
 )
 SKIPPED = "predicted_not_to_fit"
 """Why a trial was not started (``records.types.SkippedTrial``); also the name of the constraint that it violates."""
@@ -40,12 +40,12 @@ def attempt_of(trial: FrozenTrial) -> int:
     return int((trial.user_attrs.get(CLAIM) or {}).get("attempt", 0))
 
 
-def is_skipped(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
-    """Return whether the trial was predicted not to fit, into a limit of at least ``bound_bytes`` if that is given."""
-    refusal = trial.user_attrs.get(SKIPPED)
-    if trial.state is not TrialState.PRUNED or refusal is None:
+def is_skipped(trial: FrozenTrial, limit_bytes: int | None = None) -> bool:
+    """Return whether the trial was predicted not to fit, into a limit of at least ``limit_bytes`` if that is given."""
+    skipped = trial.user_attrs.get(SKIPPED)
+    if trial.state is not TrialState.PRUNED or skipped is None:
         return False
-    return bound_bytes is None or bool(refusal["fit"]["bound_bytes"] >= bound_bytes)
+    return limit_bytes is None or bool(skipped["fit"]["limit_bytes"] >= limit_bytes)
 
 
 def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
@@ -65,23 +65,23 @@ def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
         feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
         failure=f"{failure['kind']}: {failure['message']}" if failure else None,
         out_of_memory_retries=attributes.get(MEMORY_RETRIES, 0),
-        refusal=from_dict(SkippedTrial, attributes[SKIPPED]) if is_skipped(trial) else None,
+        skipped=from_dict(SkippedTrial, attributes[SKIPPED]) if is_skipped(trial) else None,
     )
 
 
 def counts_of(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
     """Return the number of trials by state."""
     by_state = Counter(trial.state for trial in trials)
-    refused = sum(map(is_skipped, trials))
+    skipped = sum(map(is_skipped, trials))
     return Counts(
         total=max(n_trials, len(trials)),
         completed=by_state[TrialState.COMPLETE],
-        pruned=by_state[TrialState.PRUNED] - refused,
+        pruned=by_state[TrialState.PRUNED] - skipped,
         failed=by_state[TrialState.FAIL],
         running=by_state[TrialState.RUNNING],
         waiting=by_state[TrialState.WAITING],
         to_ask=max(n_trials - len(trials), 0),
-        refused=refused,
+        skipped=skipped,
     )
 
 
@@ -100,11 +100,11 @@ def record_outcome(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, out
         elif trial.constraints[name] != violation:
             study._storage.set_trial_system_attr(trial._trial_id, f"constraints:{name}", violation)
     attributes = {STATUS: status.value, SECONDS: outcome.seconds, FAILURE: failure and to_dict(failure)}
-    attributes |= {SKIPPED: outcome.refusal and to_dict(outcome.refusal)}
+    attributes |= {SKIPPED: outcome.skipped and to_dict(outcome.skipped)}
     for key, value in attributes.items():
         if value is not None or key in trial.user_attrs:  # overwrite what a killed process wrote
             study._storage.set_trial_user_attr(trial._trial_id, key, value)
-    if outcome.refusal is not None:
+    if outcome.skipped is not None:
         study._storage.set_trial_user_attr(trial._trial_id, RUN, None)  # the planned run never started
     if complete:
         study.tell(trial.number, [float(value) for value in outcome.values if value is not None])
@@ -117,10 +117,10 @@ def violations_of(spec: StudySpec, outcome: Outcome) -> dict[str, float]:
     violations = dict(zip(spec.constraints, outcome.violations, strict=False))
     if outcome.status in (Status.OUT_OF_MEMORY, Status.DIVERGED):
         violations[outcome.status.value.lower()] = 1.0
-    if outcome.refusal is not None:
+    if outcome.skipped is not None:
         # A trial may be skipped within the prediction's error, since a similar one that needed no more ran out of
         # memory. Its excess may then be 0 or less, but a violation must be above 0.
-        fit = outcome.refusal.fit
+        fit = outcome.skipped.fit
         violations[SKIPPED] = max(fit.excess, fit.error)
     return violations
 
