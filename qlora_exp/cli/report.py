@@ -136,7 +136,7 @@ def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
 
     file = paths.folder / "predicted_memory.json"
     try:
-        summary = memory_predictions(Study.read(spec, paths, spec.storage).trials(), paths)
+        summary = memory_predictions(Study.read(spec, paths).trials(), paths)
     except QloraExpError:
         stored = _read_json(file)
         return renamed(stored, PREDICTED_MEMORY_KEYS) if isinstance(stored, dict) else {}
@@ -154,7 +154,7 @@ def _importance(spec: Any, paths: StudyPaths) -> dict[str, dict[str, float]]:
 
     file = paths.folder / "importance.json"
     try:
-        importances = Study.read(spec, paths, spec.storage).importances()
+        importances = Study.read(spec, paths).importances()
     except QloraExpError:
         stored = _read_json(file)
         return stored if isinstance(stored, dict) else {}

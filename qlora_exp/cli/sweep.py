@@ -194,13 +194,13 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
     from qlora_exp.errors import RecordError
     from qlora_exp.formatting import print_table
     from qlora_exp.orchestration.status import best_table
-    from qlora_exp.rank_doubling import ladder_sweep
+    from qlora_exp.rank_doubling.answers import print_answers
 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
     rows = opened.best()
     if spec.ladder is not None:
-        ladder_sweep.show_answers(opened, spec)
+        print_answers(spec, paths, opened.trials())
     elif not rows:
         completed, name = opened.counts().completed, shlex.quote(spec.name)
         problem = f"none of {completed} completed trials satisfies {', '.join(spec.constraints)}"
@@ -309,10 +309,11 @@ def _find_study(study: str, output_root: str | None, whole_name: bool = False) -
 
 
 def _read_study(spec: StudySpec, paths: StudyPaths, storage: str | None) -> Any:
+    from qlora_exp.rank_doubling.ladder import proposer_of
     from qlora_exp.study.spec import storage_of
     from qlora_exp.study.study import Study
 
-    return Study.read(spec, paths, storage_of(spec, storage))
+    return Study.read(spec, paths, proposer_of(spec, paths), storage_of(spec, storage))
 
 
 @contextlib.contextmanager
@@ -347,12 +348,12 @@ def _check_unchanged(spec: StudySpec, overrides: Sequence[str]) -> None:
 def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
     from qlora_exp.paths import OutputPaths
     from qlora_exp.records.find import read_runs
+    from qlora_exp.study.open import rebuild_study
     from qlora_exp.study.spec import is_trial_of
-    from qlora_exp.study.study import Study
 
     records, _ = read_runs(OutputPaths(paths.folder.parent.parent))
     study_records = [record for record in records if is_trial_of(record, spec)]
-    Study.rebuild(spec, paths, study_records, url)
+    rebuild_study(spec, paths, study_records, url)
     print(f"study {spec.name} rebuilt from {len(study_records)} runs")
 
 

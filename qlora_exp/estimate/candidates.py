@@ -258,8 +258,7 @@ def _ranks(settings: SweepConfig) -> Iterator[int]:
 
 
 def _max_trials(settings: SweepConfig, fixed: Sequence[str], axes: tuple[Axis, ...]) -> int:
-    from qlora_exp.rank_doubling.ladder_sweep import ladder_of
-    from qlora_exp.rank_doubling.settings import max_trials
+    from qlora_exp.rank_doubling.settings import ladder_of, max_trials
 
     return max_trials(ladder_of(settings, fixed, axes))
 

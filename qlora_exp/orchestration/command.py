@@ -36,7 +36,7 @@ from qlora_exp.formatting import flatten
 from qlora_exp.orchestration.absolute_paths import absolute_value, with_absolute_paths, with_absolute_values
 from qlora_exp.orchestration.study_names import check_name
 from qlora_exp.paths import OutputPaths, StudyPaths, study_name
-from qlora_exp.rank_doubling import ladder_sweep
+from qlora_exp.rank_doubling.settings import ladder_axes, ladder_of, max_trials
 from qlora_exp.records.redaction import redact
 from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides
 from qlora_exp.study.spec import STORAGE_VARIABLE, read_spec
@@ -79,8 +79,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     Raises:
         ConfigError, Problems: nothing was started.
     """
-    from qlora_exp.rank_doubling.settings import ladder_axes
-    from qlora_exp.study.earlier_trials import check_warm_start
+    from qlora_exp.study.open import check_warm_start
     from qlora_exp.study.samplers import check_search
 
     overrides, as_written = _resolve_environment(overrides)
@@ -107,7 +106,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     fixed = with_absolute_paths(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
     axes = tuple(with_absolute_values(axis) for axis in _axes(texts, settings, narrowed))
-    ladder = ladder_sweep.ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
+    ladder = ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
     points = grid(axes) if is_grid(axes) and ladder is None else None
     if ladder is not None:
         axes = (*axes, *ladder_axes(ladder))
@@ -303,8 +302,6 @@ def _sampler(sampler: Sampler, grid: bool) -> str:
 
 
 def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, ladder: LadderSpec | None, name: str) -> int:
-    from qlora_exp.rank_doubling.settings import max_trials
-
     if settings.n_trials is not None:
         return settings.n_trials
     if ladder is not None:

@@ -29,7 +29,9 @@ from qlora_exp.orchestration.orchestrator import Orchestration, orchestrating, w
 from qlora_exp.orchestration.prestart import prestarted
 from qlora_exp.orchestration.status import LiveStatus, best_table, memory_predictions, progress_text, tracking_rows
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.rank_doubling import ladder_sweep
+from qlora_exp.rank_doubling.answers import announce, print_answers
+from qlora_exp.rank_doubling.ladder import proposer_of
+from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import Status
 from qlora_exp.runs.process import (
@@ -117,7 +119,7 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
         orchestration = resources.enter_context(orchestrating(paths, spec.name, command.sweep.join, command.workers))
         if here:
             resources.enter_context(prestarted(command.config, command.workers, paths, spec.n_trials))
-        opened = Study.open(spec, paths, spec.storage)
+        opened = Study.open(spec, paths, proposer_of(spec, paths))
         spec = opened.spec
         command = replace(command, spec=spec)
         write_spec(spec, paths)
@@ -129,7 +131,7 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
         budget_lines = [f"\n  {text}" for text in affordable_trials_message(command, opened, study_budget)]
         print(_announcement(command, opened.counts()), *budget_lines, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
-            ladder_sweep.announce(spec, command.sweep.ladder)
+            announce(spec, command.sweep.ladder)
         with contextlib.ExitStack() as trackers:
             shares = not orchestration.held
             tracker = trackers.enter_context(_study_tracker(command, opened, orchestration, study_budget))
@@ -324,7 +326,8 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, study_budget: Stu
 
     counts, best = opened.counts(), opened.best()
     if spec.ladder is not None:
-        ladder_sweep.conclude(opened, spec, paths)
+        write_json(paths.ladder, print_answers(spec, paths, opened.trials()))
+        print(f"  {paths.ladder}")
     elif best:
         print_table(best_table(best, spec))
     print(("SYNTHETIC " if spec.synthetic else "") + progress_text(counts))

@@ -90,6 +90,7 @@ def run_worker(
         QloraExpError: the study can't be opened, or a GPU is in use by another process; nothing was started.
     """
     # Without checks: the configuration may only be valid together with the axes' values.
+    from qlora_exp.rank_doubling.ladder import proposer_of
     from qlora_exp.study.study import Study
 
     config = compose_raw(spec.overrides)
@@ -102,7 +103,8 @@ def run_worker(
         budget=budget_of(config),
         processes_per_device=processes_per_device(starts),
     )
-    worker = Worker(setting, study if study is not None else Study.open(spec, paths), job, len(starts), stop)
+    opened = study if study is not None else Study.open(spec, paths, proposer_of(spec, paths))
+    worker = Worker(setting, opened, job, len(starts), stop)
     slots = [Slot(worker, state.slot, start, state) for state, start in zip(worker.states, starts, strict=True)]
     return worker.run(slots)
 

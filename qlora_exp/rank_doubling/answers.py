@@ -5,27 +5,31 @@ All of it is computed from the runs' records and per-item files; nothing else is
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_exp.analysis.power import Noise, half_width, plan
 from qlora_exp.analysis.rank import Comparison, RankAnswer, answer, as_object
 from qlora_exp.analysis.rule import MAX_SEEDS, Rule, StepVerdict
-from qlora_exp.config.schema import LrPolicy
-from qlora_exp.errors import RecordError
-from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.rank_doubling.ladder import LadderState, LadderTrial, LearningRateChoice, evaluate_ladder
+from qlora_exp.config.compose import compose_raw
+from qlora_exp.config.schema import LadderConfig, LrPolicy
+from qlora_exp.paths import StudyPaths
+from qlora_exp.rank_doubling.ladder import (
+    LOSS_UNIT,
+    LadderProposer,
+    LadderState,
+    LadderTrial,
+    LearningRateChoice,
+    evaluate_ladder,
+)
 from qlora_exp.rank_doubling.settings import SPLIT, is_single_rank, rule_of
-from qlora_exp.records.files import read_curve, read_record
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study.objectives import MODEL_STATE, objective_value
-from qlora_exp.study.types import LadderSettings, LadderSpec
+from qlora_exp.study.types import LadderSettings, LadderSpec, StudySpec, TrialRow
 
-LOSS_UNIT = "nats per item"
 COSTS = {
     "model_state_bytes": MODEL_STATE,
     "peak_train_bytes": "memory.peak_train_bytes",
@@ -37,24 +41,29 @@ MAX_CURVE_DIFFERENCE = 0.005
 """Two training curves count as the same if they differ by less than this share of the loss decrease at every step."""
 
 
-def ended_trial(params: dict[str, Any], run_id: str | None, outputs: OutputPaths) -> LadderTrial:
-    """Return the ended trial with what its run left on disk."""
-    record, losses, curve = None, None, {}
-    if run_id is not None:
-        paths = outputs.run(run_id)
-        with contextlib.suppress(RecordError):
-            record = read_record(paths.record)
-        if record is not None and params.get(SPLIT) == "test":
-            losses = _test_losses(paths)
-            curve = {point["step"]: point["loss"] for point in read_curve(paths.curve) if "loss" in point}
-    return LadderTrial(params, ended=True, record=record, losses=losses, curve=curve)
+def announce(spec: StudySpec, config: LadderConfig) -> None:
+    """Print before training whether the planned seeds and items can settle the margin, if there is one."""
+    assert spec.ladder is not None
+    if is_single_rank(spec.ladder):
+        return
+    raw = compose_raw(spec.overrides)
+    limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
+    rule, items = rule_of(spec.ladder), min(limits, default=None)
+    settles, sentence = plan_sentence(rule, config.seed_sd, config.item_sd, items, spec.ladder.max_seeds)
+    print(f"  {'' if settles else 'warning: '}{sentence}", file=sys.stderr, flush=True)
 
 
-def ladder_trials(records: Sequence[RunRecord], outputs: OutputPaths) -> list[LadderTrial]:
-    """Return the ended trials of a study from its runs' records: enough to compute the answer again without the
-    database."""
-    ended = [record for record in records if record.status not in (Status.RUNNING, Status.INTERRUPTED)]
-    return [ended_trial(record.trial.params, record.run_id, outputs) for record in ended if record.trial is not None]
+def print_answers(spec: StudySpec, paths: StudyPaths, trials: Sequence[TrialRow]) -> dict[str, Any]:
+    """Print each ladder's sentence and warnings so far, and return the content of ``ladder.json``."""
+    assert spec.ladder is not None
+    ladder_answers = answers(spec.ladder, LadderProposer(spec.ladder, paths).ladder_trials(trials))
+    for ladder in ladder_answers:
+        name = ", ".join(f"{key}={value}" for key, value in ladder["axes"].items())
+        parts = ["SYNTHETIC" if spec.synthetic else "", name, ladder["sentence"]]
+        print(": ".join(part for part in parts if part))
+        for warning in ladder["warnings"]:
+            print(f"  warning: {warning}")
+    return {"study": spec.name, "synthetic": spec.synthetic, "ladders": ladder_answers}
 
 
 def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, Any]]:
@@ -72,18 +81,6 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
         _answer_object(spec, ladder, evaluate_ladder(spec, ladder, trials), _trials_of_ladder(ladder, trials))
         for ladder in spec.ladders
     ]
-
-
-def recommended(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, Any]]:
-    """Return the parameters of the completed decision runs at the recommended ranks, by ladder and seed."""
-    params = []
-    for ladder in spec.ladders:
-        state = evaluate_ladder(spec, ladder, trials)
-        if state.comparisons and not state.needs:
-            rank = answer(state.comparisons, rule_of(spec), LOSS_UNIT).recommended_rank
-            runs = state.runs.get(rank, ()) if rank is not None else ()
-            params += [trial.params for trial in runs if trial.completed]
-    return params
 
 
 def plan_sentence(
@@ -114,18 +111,6 @@ def plan_sentence(
     known = [f"{sd:g} between {what}" for sd, what in ((seed_sd, "seeds"), (item_sd, "items")) if sd is not None]
     sentence += f"; expected: {', '.join(known)}." if known else "; the expected deviations are unknown."
     return settles, sentence
-
-
-def _test_losses(paths: RunPaths) -> dict[str, float] | None:
-    """Return item → nats, sorted by item; ``None`` if the file is missing or can't be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(paths.items("after", "test"), columns=["item_id", "loss_sum_nats"])
-    except (OSError, pa.ArrowException):
-        return None
-    return dict(sorted(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True)))
 
 
 def _trials_of_ladder(ladder: LadderSettings, trials: Sequence[LadderTrial]) -> list[LadderTrial]:

@@ -21,7 +21,8 @@ from qlora_exp.errors import ConfigError, RecordError, StudyError
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
-from qlora_exp.study.heartbeats import (
+from qlora_exp.study.open import open_study
+from qlora_exp.study.trials import (
     CLAIM,
     FAILURE,
     INTERRUPTED_ATTEMPTS,
@@ -30,9 +31,8 @@ from qlora_exp.study.heartbeats import (
     SKIPPED,
     STATUS,
     attempt_of,
+    is_skipped,
 )
-from qlora_exp.study.open import open_study
-from qlora_exp.study.trials import is_skipped
 from qlora_exp.study.types import StudySpec
 
 DOES_NOT_FIT_CHOICE = "does_not_fit"
