@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from qlora_exp.analysis.report_content import Section, StudyInfo, value_table
 
 FEASIBILITY_COLUMNS = {
-    "bound_bytes": ("memory limit", "bytes"),
-    "refused": ("not started", "integer"),
+    "limit_bytes": ("memory limit", "bytes"),
+    "skipped": ("not started", "integer"),
     "seconds_saved": ("training saved", "seconds"),
-    "near_the_edge": ("tried near the limit", "integer"),
-    "near_the_edge_out_of_memory": ("of these out of memory", "integer"),
+    "borderline": ("tried near the limit", "integer"),
+    "borderline_out_of_memory": ("of these out of memory", "integer"),
     "out_of_memory": ("out of memory though predicted to fit", "integer"),
-    "beyond_the_bound": ("peak above the limit", "integer"),
+    "above_limit": ("peak above the limit", "integer"),
     "compared": ("compared", "integer"),
 }
 

@@ -58,7 +58,7 @@ class VariantCell:
     configuration: Configuration
     searched: int
     """How many configurations were tried for this cell, by its pilots and its answering runs."""
-    untouched: Level
+    before_tuning: Level
     """The base model, before training."""
     few_shot: Level | None
     """The base model with worked examples; ``None`` if that wasn't scored."""
@@ -105,7 +105,7 @@ class InstructBase:
     """The instruct cell that is better on validation; ``base`` likewise."""
     base: VariantCell
     chosen_by: str
-    untouched: Difference | None
+    before_tuning: Difference | None
     """Before training."""
     gain: Difference | None
     """What tuning adds."""
@@ -157,7 +157,7 @@ def compare_variants(
         for variant in ("base", "instruct")
     }
     instruct, base = best["instruct"], best["base"]
-    untouched = difference(Side(instruct.runs, "before"), Side(base.runs, "before"), BITS_PER_BYTE, items)
+    before_tuning = difference(Side(instruct.runs, "before"), Side(base.runs, "before"), BITS_PER_BYTE, items)
     tuned = difference(Side(instruct.runs, "after"), Side(base.runs, "after"), BITS_PER_BYTE, items)
     gain = gain_difference(instruct.runs, base.runs, BITS_PER_BYTE, items)
     return InstructBase(
@@ -166,10 +166,10 @@ def compare_variants(
         instruct=instruct,
         base=base,
         chosen_by=_chosen_by(piloted, max(len(cell_configurations) for cell_configurations in by_cell.values())),
-        untouched=untouched,
+        before_tuning=before_tuning,
         gain=gain,
         tuned=tuned,
-        secondary=_secondary(cells, instruct, base, untouched, gain, items),
+        secondary=_secondary(cells, instruct, base, before_tuning, gain, items),
         tokens=equal_tokens.check_equal_tokens(instruct.runs, base.runs, budgeted, items),
         margin=margin,
         notes=tuple(_notes(instruct, base, tuned, items)),
@@ -219,7 +219,7 @@ def _cell(variant: str, written: str, configurations: Sequence[Configuration], p
         written=written,
         configuration=chosen,
         searched=_count_configurations(configurations, piloted[variant, written].runs if piloted else ()),
-        untouched=_level([base_model_scores(run) for run in runs]),
+        before_tuning=_level([base_model_scores(run) for run in runs]),
         few_shot=_level([scores_at(runs[0], f"few_shot_{draw.draw}") for draw in draws]) if draws else None,
         shots=min((len(draw.examples) for draw in draws), default=None),
         tuned=_level([answering_scores(run) for run in runs]),
@@ -290,7 +290,7 @@ def _secondary(
     cells: Sequence[VariantCell],
     instruct: VariantCell,
     base: VariantCell,
-    untouched: Difference | None,
+    before_tuning: Difference | None,
     gain: Difference | None,
     items: ItemScores | None,
 ) -> tuple[VariantContrast, ...]:
@@ -298,7 +298,7 @@ def _secondary(
     tuned_sides = Side(instruct.runs, "after"), Side(base.runs, "after")
     base_model_sides = Side(instruct.runs, "before"), Side(base.runs, "before")
     contrasts = [
-        (f"instruct over base, {BEFORE}", BITS_PER_BYTE, untouched),
+        (f"instruct over base, {BEFORE}", BITS_PER_BYTE, before_tuning),
         ("gain of tuning, instruct over base", BITS_PER_BYTE, gain),
         (f"instruct over base, {BEFORE}, by likelihood", "accuracy", difference(*base_model_sides, "accuracy", items)),
         (

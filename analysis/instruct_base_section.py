@@ -27,7 +27,7 @@ def instruct_section(
         return None
     tables = (_bits(comparison.cells), _answers(comparison.cells), _prompts(comparison.cells), _contrasts(comparison))
     accuracies = [
-        (c.name, c.untouched.accuracy, c.few_shot.accuracy if c.few_shot else None, c.tuned.accuracy)
+        (c.name, c.before_tuning.accuracy, c.few_shot.accuracy if c.few_shot else None, c.tuned.accuracy)
         for c in comparison.cells
     ]
     lines = [(name, value) for name, value in _lines(comparison.cells) if value is not None]
@@ -48,7 +48,7 @@ def _bits(cells: Sequence[VariantCell]) -> Table:
     )
     rows = [
         (
-            *(c.name, c.untouched.bits_per_byte, c.few_shot.bits_per_byte if c.few_shot else None),
+            *(c.name, c.before_tuning.bits_per_byte, c.few_shot.bits_per_byte if c.few_shot else None),
             *(c.tuned.bits_per_byte, c.seed_sd, c.seed_sd_low, c.seed_sd_high, len(c.runs)),
             c.forgetting,
         )
@@ -75,7 +75,7 @@ def _answers(cells: Sequence[VariantCell]) -> Table:
     )
     rows: list[tuple[DisplayedValue, ...]] = []
     for c in cells:
-        levels = (c.untouched, c.few_shot, c.tuned)
+        levels = (c.before_tuning, c.few_shot, c.tuned)
         by_name = [
             [getattr(level, name) if level else None for level in levels] for name in ("accuracy", "exact_match")
         ]

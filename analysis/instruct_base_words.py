@@ -61,7 +61,7 @@ def primary_sentence(comparison: InstructBase) -> str:
     return (
         f"On {where}, this pair of checkpoints is compared: {names[0]} with {names[1]}, chosen {comparison.chosen_by}."
         " In bits per byte of the answer (above 0: instruct is better), the difference is"
-        f" {contrast_sentence(comparison.untouched)} before tuning and {contrast_sentence(comparison.tuned)} after"
+        f" {contrast_sentence(comparison.before_tuning)} before tuning and {contrast_sentence(comparison.tuned)} after"
         f" tuning. Tuning changes it by {contrast_sentence(comparison.gain)}."
     )
 
@@ -106,7 +106,7 @@ def _accuracy(by_name: Mapping[str, VariantContrast]) -> Iterator[str]:
 def _shown_examples(base: VariantCell) -> Iterator[str]:
     if base.few_shot is None or base.few_shot.accuracy is None:
         return
-    levels = [("without", base.untouched.accuracy), ("tuned", base.tuned.accuracy)]
+    levels = [("without", base.before_tuning.accuracy), ("tuned", base.tuned.accuracy)]
     accuracies = ", ".join(f"{name} {value:.3f}" for name, value in levels if value is not None)
     accuracy = base.few_shot.accuracy
     yield f"With {base.shots} examples in the prompt, base has accuracy {accuracy:.3f} before tuning ({accuracies})."

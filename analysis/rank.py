@@ -68,7 +68,7 @@ class Decision:
     item_part: float | None
     """B: the items' share of se²."""
     increase: SampleIncrease | None = None
-    what_it_takes: str | None = None
+    would_settle: str | None = None
     """What would settle the step, if the verdict is *inconclusive* or *buy*."""
 
 
@@ -131,12 +131,12 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
         seed_part=_known(split.seed_part),
         item_part=_known(split.item_part) if items is not None else None,
         increase=purchase,
-        what_it_takes=requirement,
+        would_settle=requirement,
     )
 
 
 def decide_doubling(
-    run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule, most_seeds: int = MAX_SEEDS
+    run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule, max_seeds: int = MAX_SEEDS
 ) -> Decision | None:
     """Decide one doubling with two looks; seeds are added between them at most once.
 
@@ -144,7 +144,7 @@ def decide_doubling(
         run: total number of seeds → losses of the ladder's ranks so far, with that many seeds for the doubling's two
             ranks, which come last; ``None`` if runs are missing.
         first_seeds: seeds at the first look.
-        most_seeds: the most seeds in total; if no seed can be added, the first look is the last.
+        max_seeds: the most seeds in total; if no seed can be added, the first look is the last.
 
     Returns:
         The decision; *buy* while added runs are missing, ``None`` while runs of the first look are missing.
@@ -157,7 +157,7 @@ def decide_doubling(
         return decision
     if decision.increase.seeds is None:
         return _inconclusive_without_items(decision, decision.increase.items)
-    total_seeds = min(max(decision.increase.seeds, first_seeds + 1), most_seeds)
+    total_seeds = min(max(decision.increase.seeds, first_seeds + 1), max_seeds)
     if total_seeds <= first_seeds:
         return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None)
     ladder = run(total_seeds)
@@ -245,7 +245,7 @@ def as_object(result: RankAnswer) -> dict[str, Any]:
             }
             for step in result.comparisons
         ],
-        "what_it_takes": _open_requirement(result),
+        "would_settle": _open_requirement(result),
         "sentence": result.sentence,
     }
 
@@ -253,7 +253,7 @@ def as_object(result: RankAnswer) -> dict[str, Any]:
 def _open_requirement(result: RankAnswer) -> str | None:
     """Return what would settle the step that left the ladder undecided; ``None`` if no step did."""
     last = next((c.decision for c in result.comparisons if c.decision.verdict is not StepVerdict.CONTINUE), None)
-    return last.what_it_takes if last is not None and last.verdict is StepVerdict.INCONCLUSIVE else None
+    return last.would_settle if last is not None and last.verdict is StepVerdict.INCONCLUSIVE else None
 
 
 def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
@@ -272,7 +272,7 @@ def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
             f"{increase.seeds} seeds" if increase.seeds is not None else f"{increase.items or 'many more'} test items"
         )
         return f"Not settled yet: {gain}, {against}. Run {addition} in total and decide again."
-    return f"Inconclusive: {gain}, {against}. {decision.what_it_takes}"
+    return f"Inconclusive: {gain}, {against}. {decision.would_settle}"
 
 
 def _paired(smaller: Array, larger: Array) -> Array:
@@ -313,7 +313,7 @@ def _sample_increase(
 
 def _inconclusive_without_items(decision: Decision, items: int | None) -> Decision:
     requirement = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
-    return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, what_it_takes=requirement)
+    return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, would_settle=requirement)
 
 
 def _noise(split: VarianceSplit, items: int | None) -> Noise:

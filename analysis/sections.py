@@ -93,7 +93,7 @@ def open_ends(studies: Sequence[StudyInfo]) -> list[str]:
     """Return what each undecided ladder leaves open, and what would settle it."""
     ladders = [(name, answer) for study in studies for name, answer in ladders_of(study)]
     return [
-        f"{name}: it is not settled {_open_step(answer)}. {answer.get('what_it_takes') or ''}".rstrip()
+        f"{name}: it is not settled {_open_step(answer)}. {answer.get('would_settle') or ''}".rstrip()
         for name, answer in ladders
         if answer["decision"] == "inconclusive" and answer.get("comparisons")
     ]
@@ -328,7 +328,7 @@ def runs_section_table(records: Sequence[RunRecord]) -> Table:
         *(
             ("loss per item", "figure"),
             ("accuracy", "figure"),
-            ("untouched accuracy", "figure"),
+            ("base accuracy", "figure"),
             ("bits/byte", "figure"),
         ),
         *(("forgetting", "figure"), ("parameters", "integer"), ("weights", "bytes"), ("model state", "bytes")),
@@ -363,7 +363,7 @@ def _run_row(record: RunRecord) -> tuple[DisplayedValue, ...]:
         record.scores.forgetting.difference if record.scores.forgetting else None,
         *(plan.trainable_parameters if plan else None, weights, model_state_bytes(record)),
         *(record.memory.peak_train_bytes, record.fit.corrected_bytes if record.fit else None),
-        *(record.fit.bound_bytes if record.fit else None, speed.train_tokens_per_second),
+        *(record.fit.limit_bytes if record.fit else None, speed.train_tokens_per_second),
         *(speed.train_seconds, speed.total_seconds, speed.cost_usd),
     )
 

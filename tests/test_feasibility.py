@@ -105,7 +105,7 @@ def test_the_sampler_is_told_what_does_not_fit_and_asks_for_another(capsys: pyte
         excess = (500_000 + 16_000 * int(row["lora.r"])) / BOUND - 1
         assert trial.state is optuna.trial.TrialState.PRUNED
         assert trial.constraints["predicted_not_to_fit"] == pytest.approx(excess)
-        assert trial.user_attrs["predicted_not_to_fit"]["fit"]["bound_bytes"] == BOUND
+        assert trial.user_attrs["predicted_not_to_fit"]["fit"]["limit_bytes"] == BOUND
     assert sweep(*search) == 0
     assert trials(capsys) == rows
 
@@ -197,7 +197,7 @@ def test_the_bound_is_the_studys_and_no_axis(capsys: pytest.CaptureFixture[str])
     budget: Any = record.config["budget"]
     assert budget["memory_bytes"] is None
     assert record.fit is not None
-    assert record.fit.bound_bytes == BOUND
+    assert record.fit.limit_bytes == BOUND
 
 
 SMALL = [
@@ -235,7 +235,7 @@ def test_less_memory_than_the_base_takes_in_any_quantization_is_one_message(
 
 
 def test_a_trial_is_run_with_as_much_of_its_micro_batch_as_fits_where_it_may_be_halved() -> None:
-    rule = MemoryLimit(150_000_000, hosts=1, kin=(), allow_borderline=True, halvings=4)
+    rule = MemoryLimit(150_000_000, hosts=1, corrections=(), allow_borderline=True, halvings=4)
     record = execute(compose(SMALL), memory=rule)
     assert record.status is Status.COMPLETED
     assert record.plan is not None
@@ -264,7 +264,7 @@ def test_a_smaller_micro_batch_divides_the_batch() -> None:
 
 @pytest.mark.faults
 def test_a_batch_that_no_half_divides_is_still_trained_whole() -> None:
-    rule = MemoryLimit(90_000_000, hosts=1, kin=(), allow_borderline=True, halvings=2)
+    rule = MemoryLimit(90_000_000, hosts=1, corrections=(), allow_borderline=True, halvings=2)
     record = execute(compose([*SMALL, "training.batch_size=15"]), memory=rule)
     assert record.plan is not None
     assert record.plan.micro_batch_size in (1, 5)
@@ -333,8 +333,8 @@ def judged(records: list[RunRecord], bound: int, need: MemoryEstimate = NEED) ->
 def test_the_median_of_measured_over_predicted_peaks_corrects_the_next_prediction() -> None:
     done = [ended(Status.COMPLETED, 100, measured) for measured in (110, 120, 900)]
     fit, fits = judged(done, 1100)
-    assert (fit.corrected_bytes, fit.kin, fits) == (1200, 3, True)
-    assert fit.near_the_edge
+    assert (fit.corrected_bytes, fit.similar_runs, fits) == (1200, 3, True)
+    assert fit.borderline
     assert not judged(done, 950)[1]
     assert judged([], 1000)[0].corrected_bytes == 1000
     unmeasured = [ended(Status.COMPLETED, 100), ended(Status.FAILED, 100, 500)]
@@ -381,9 +381,9 @@ def test_the_edge_is_tried_by_trials_and_not_by_runs() -> None:
 
 def test_the_devices_memory_is_the_bound_where_nothing_else_is_said() -> None:
     card = Device("cuda", "H100", 1, 80_000, None, None, True)
-    rule = MemoryLimit(None, hosts=2, kin=(), allow_borderline=True, halvings=0)
+    rule = MemoryLimit(None, hosts=2, corrections=(), allow_borderline=True, halvings=0)
     assert memory_limit_bytes(rule, card) == 40_000
-    assert memory_limit_bytes(replace(rule, bound_bytes=90_000), card) == 90_000
+    assert memory_limit_bytes(replace(rule, limit_bytes=90_000), card) == 90_000
     machine = replace(card, kind="cpu", memory_bytes=2 * CPU_PROCESS_BYTES + 2_000)
     assert memory_limit_bytes(rule, machine) == 1_000
     assert memory_limit_bytes(rule, replace(machine, memory_bytes=None)) is None
@@ -392,25 +392,25 @@ def test_the_devices_memory_is_the_bound_where_nothing_else_is_said() -> None:
 # How it is counted.
 
 
-def row(number: int, record: RunRecord | None, refusal: SkippedTrial | None = None) -> TrialRow:
+def row(number: int, record: RunRecord | None, skipped: SkippedTrial | None = None) -> TrialRow:
     if record is not None:
         paths = OutputPaths.of("outputs").run(f"run-{number}")
         paths.folder.mkdir(parents=True)
         write_json(paths.record, record.replace(run_id=f"run-{number}"))
     status = record.status if record is not None else Status.PRUNED
     run_id = f"run-{number}" if record is not None else None
-    return TrialRow(number, "COMPLETE", status, (None,), run_id, None, {}, 1, None, refusal=refusal)
+    return TrialRow(number, "COMPLETE", status, (None,), run_id, None, {}, 1, None, skipped=skipped)
 
 
 def test_a_trial_that_was_halved_and_still_went_beyond_the_bound_is_one_wrong_prediction() -> None:
     halved_once = replace(row(0, ended(Status.COMPLETED, 1000, 2100)), out_of_memory_retries=1)
     found = MemoryFeedback(OutputPaths.of("outputs")).predicted([halved_once])
     assert found is not None
-    assert (found.out_of_memory, found.beyond_the_bound, found.wrong, found.compared) == (1, 0, 1, 1)
+    assert (found.out_of_memory, found.above_limit, found.wrong, found.compared) == (1, 0, 1, 1)
 
 
 def test_predictions_are_counted_by_what_came_of_them() -> None:
-    refusal = SkippedTrial(Fit(5000, 0, 5000, 2000, RELATIVE_ERROR["cpu"], 0), train_seconds=60.0, train_flops=None)
+    skipped = SkippedTrial(Fit(5000, 0, 5000, 2000, RELATIVE_ERROR["cpu"], 0), train_seconds=60.0, train_flops=None)
     rows = [
         row(0, ended(Status.COMPLETED, 1000, 900)),
         row(1, ended(Status.COMPLETED, 1000, 2100)),
@@ -418,20 +418,20 @@ def test_predictions_are_counted_by_what_came_of_them() -> None:
         row(3, ended(Status.OUT_OF_MEMORY, 2100)),
         row(4, ended(Status.COMPLETED, 1900, 1950)),
         row(5, ended(Status.COMPLETED, 1900)),
-        row(6, None, refusal),
-        row(7, None, refusal),
+        row(6, None, skipped),
+        row(7, None, skipped),
     ]
     found = MemoryFeedback(OutputPaths.of("outputs")).predicted(rows)
     assert found is not None
-    assert (found.refused, found.seconds_saved) == (2, 120.0)
-    assert (found.near_the_edge, found.near_the_edge_out_of_memory) == (3, 1)
-    assert (found.out_of_memory, found.beyond_the_bound, found.wrong, found.compared) == (1, 1, 3, 5)
+    assert (found.skipped, found.seconds_saved) == (2, 120.0)
+    assert (found.borderline, found.borderline_out_of_memory) == (3, 1)
+    assert (found.out_of_memory, found.above_limit, found.wrong, found.compared) == (1, 1, 3, 5)
     assert "2 trials predicted not to fit into 2 kB were not started (about 120 s of training)" in found.sentence
     assert MemoryFeedback(OutputPaths.of("outputs")).predicted([]) is None
 
 
 def test_the_report_has_what_was_not_started_and_what_was_wrong() -> None:
-    told = {"sentence": "3 trials predicted not to fit", "refused": 3, "seconds_saved": 90.0, "bound_bytes": 2e9}
+    told = {"sentence": "3 trials predicted not to fit", "skipped": 3, "seconds_saved": 90.0, "limit_bytes": 2e9}
     record = made_up.run().replace(fit=Fit(1000, 0, 1100, 2000, RELATIVE_ERROR["cpu"], 2))
     report = build([record], [StudyInfo("one", predicted_memory=told)])
     page = to_markdown(report)

@@ -86,7 +86,7 @@ def test_a_run_records_every_draw_on_both_splits_and_keeps_them_for_the_next(tmp
     first, second = run(*overrides), run(*overrides, "seed=2")
     assert first.status is Status.COMPLETED, first.failure
     shown = first.scores.few_shot
-    assert [(draw.draw, draw.asked, len(draw.examples)) for draw in shown] == [(1, 3, 3), (2, 3, 3), (3, 3, 3)]
+    assert [(draw.draw, draw.requested, len(draw.examples)) for draw in shown] == [(1, 3, 3), (2, 3, 3), (3, 3, 3)]
     assert all(draw.test is not None and draw.test.exact_match is not None for draw in shown)
     assert len({draw.validation.loss_per_item for draw in shown}) == 3
     assert second.scores.few_shot == shown

@@ -232,7 +232,7 @@ def test_a_study_of_an_earlier_version_goes_on_though_it_kept_the_text(monkeypat
     assert hydra(*command, "sweep.n_trials=1") == 0
     spec = read_spec(OutputPaths.of("outputs").study("s"))
     stored = optuna.load_study(study_name="s", storage=spec.storage)
-    stored.set_user_attr("asks", {**stored.user_attrs["asks"], "training.max_steps": "${oc.env:R}"})
+    stored.set_user_attr("settings", {**stored.user_attrs["settings"], "training.max_steps": "${oc.env:R}"})
     assert hydra(*command) == 0
 
 

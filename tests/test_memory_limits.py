@@ -158,8 +158,8 @@ def test_plan_says_what_validate_says(machine: Machine, capsys: pytest.CaptureFi
         assert main(["plan", *SMALL, "--json"]) == 0
         (planned,) = json.loads(capsys.readouterr().out)
         # A plan that may not fit is near the edge, as is a run that starts with a warning.
-        assert (code == 0) == (planned["fits"] or planned["near_the_edge"]), (limit, planned["reason"])
-        assert warned == (planned["near_the_edge"] and code == 0), limit
+        assert (code == 0) == (planned["fits"] or planned["borderline"]), (limit, planned["reason"])
+        assert warned == (planned["borderline"] and code == 0), limit
 
 
 def test_near_the_bound_a_run_starts_with_a_warning_and_keeps_what_would_fit(
@@ -206,7 +206,7 @@ def test_a_run_near_the_bound_whose_process_is_gone_is_not_to_be_run_again_as_it
 
 
 def test_a_run_far_from_the_bound_whose_process_is_gone_is_told_as_before() -> None:
-    file = left_running(replace(NEAR, bound_bytes=10**9))
+    file = left_running(replace(NEAR, limit_bytes=10**9))
     mark_interrupted("outputs")
     assert "the same settings" in str(read_record(file).failure)
 
@@ -215,8 +215,8 @@ def test_a_run_far_from_the_bound_whose_process_is_gone_is_told_as_before() -> N
     ("fit", "signal_number", "kills", "status"),
     [
         (NEAR, signal.SIGKILL, 0, Status.OUT_OF_MEMORY),
-        (replace(NEAR, bound_bytes=10**9), signal.SIGKILL, 1, Status.OUT_OF_MEMORY),
-        (replace(NEAR, bound_bytes=10**9), signal.SIGKILL, 0, Status.FAILED),
+        (replace(NEAR, limit_bytes=10**9), signal.SIGKILL, 1, Status.OUT_OF_MEMORY),
+        (replace(NEAR, limit_bytes=10**9), signal.SIGKILL, 0, Status.FAILED),
         (NEAR, signal.SIGSEGV, 0, Status.FAILED),
         (None, signal.SIGKILL, 1, Status.OUT_OF_MEMORY),
     ],

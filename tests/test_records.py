@@ -32,7 +32,7 @@ def make_record() -> RunRecord:
         ended_at=None,
         config={"lora": {"r": 8}, "name": None},
         environment=environment,
-        memory=Memory(base_weight_bytes=123, host_reused=True),
+        memory=Memory(base_weight_bytes=123, process_reused=True),
         scores=ScoreTable(after=Scores(split="validation", items=3, loss=0.5, other={"bleu": 1.0})),
         warnings=("one",),
     )

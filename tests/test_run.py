@@ -116,9 +116,9 @@ def test_what_does_not_change_is_computed_once(completed: tuple[RunRecord, Path]
     task = output.parent / "colours.jsonl"
     again = run(*overrides(output, *local(tiny_models["llama"], task), "quantization=nf4", "lora.r=2"))
     other = run(*overrides(output, *local(tiny_models["llama"], task), "quantization=fp32"))
-    assert again.speed.untouched_cached
+    assert again.speed.base_scores_cached
     assert again.scores.before == first.scores.before
-    assert not other.speed.untouched_cached
+    assert not other.speed.base_scores_cached
     assert other.scores.before != first.scores.before
 
 
@@ -158,7 +158,7 @@ def test_a_run_in_the_chat_format_is_also_measured_on_held_out_chats(
     assert on_chats.tokens is not None
     assert 0 < on_chats.tokens < on_text.tokens
     assert on_chats.difference != on_text.difference != 0
-    assert again.speed.untouched_cached
+    assert again.speed.base_scores_cached
     assert again.scores == first.scores
     plain = run(*overrides(tmp_path / "outputs", *local(tiny_models["llama"], colour_task)))
     assert plain.scores.forgetting_chat is None
@@ -333,7 +333,7 @@ def test_the_basic_sweeper_leaves_one_finished_run_a_point_each_in_a_process_of_
     points = {(record.config["quantization"]["mode"], record.config["lora"]["r"]) for record in records}
     assert points == {("nf4", 2), ("fp32", 2)}
     assert mlflow_statuses(output) == ["FINISHED"] * 2
-    assert all(not record.memory.host_reused for record in records)
+    assert all(not record.memory.process_reused for record in records)
     assert all(record.memory.peak_train_bytes for record in records)
 
 

@@ -93,6 +93,6 @@ def test_a_closed_terminal_is_a_polite_end(tmp_path: Path, door: str) -> None:
     if door == "sweep":
         with sqlite3.connect(tmp_path / "outputs" / "optuna.db") as database:
             assert database.execute("select state from trials").fetchall() == [("WAITING",)]
-            uncounted = "select value_json from trial_user_attributes where key = 'uncounted_attempts'"
+            uncounted = "select value_json from trial_user_attributes where key = 'interrupted_attempts'"
             assert database.execute(uncounted).fetchall() == [("1",)]
         assert not list(tmp_path.glob("outputs/studies/*/orchestrator.json"))

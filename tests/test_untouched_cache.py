@@ -38,8 +38,8 @@ def pairs(record: RunRecord, output: Path) -> tuple[list[str], list[str]]:
 
 
 def test_the_same_rows_are_scored_once(scored: Task) -> None:
-    assert not scored().speed.untouched_cached
-    assert scored("lora.r=4", "training.learning_rate=1e-3").speed.untouched_cached
+    assert not scored().speed.base_scores_cached
+    assert scored("lora.r=4", "training.learning_rate=1e-3").speed.base_scores_cached
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_same_rows_are_scored_once(scored: Task) -> None:
 )  # fmt: skip
 def test_a_setting_that_changes_what_is_scored_has_scores_of_its_own(scored: Task, change: str) -> None:
     scored()
-    assert not scored(change).speed.untouched_cached
+    assert not scored(change).speed.base_scores_cached
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_changed_row_has_scores_of_its_own(scored: Task, tmp_path: Path, old: 
     scored()
     file = tmp_path / "colours.jsonl"
     file.write_text(file.read_text().replace(old, new))
-    assert not scored().speed.untouched_cached
+    assert not scored().speed.base_scores_cached
 
 
 def test_items_before_and_after_have_the_same_names_when_the_rows_stand_elsewhere_in_the_file(

@@ -199,7 +199,7 @@ def _summary_lines(runs: Sequence[PlannedRun], space: SearchSpace) -> list[str]:
     from qlora_exp.estimate.tables import cost_summary, plan_summary
 
     cost = cost_summary(runs, space.trials if space.sampled else None) if space.trials is not None else None
-    affordable = [limit.told for limit in runs[0].budget]
+    affordable = [limit.message for limit in runs[0].budget]
     return [plan_summary(runs, space.trials, space.sampled), *([cost] if cost is not None else []), *affordable]
 
 
@@ -230,7 +230,7 @@ def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
         raise ConfigError(problem, f"--fit {fit}", "choose a smaller model or a larger card")
     best = pareto_front(fitting)
     print_table(plan_table(best))
-    borderline = sum(run.near_the_edge for run in fitting)
+    borderline = sum(run.borderline for run in fitting)
     note = f" ({borderline:,} of them borderline)" if borderline else ""
     print(f"\n{len(fitting):,} of {len(runs):,} fit into {fit}{note}; shown: the Pareto front")
     print(f"best first: {BEST}")

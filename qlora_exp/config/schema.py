@@ -368,7 +368,7 @@ class LadderConfig:
     r_max: int
     seeds: int
     """Seeds per rank at the first look, from ``seed`` upwards."""
-    most_seeds: int
+    max_seeds: int
     """Maximum seeds per rank, at most 8, after the one sample increase of a doubling; equal to ``seeds``: no
     increase."""
     pilot_seed: int

@@ -19,7 +19,7 @@ LIMIT_UNITS = {"seconds": "s", "tokens": "tokens", "usd": "usd", "kwh": "kWh"}
 
 @dataclass(frozen=True)
 class Affordable:
-    """How many of ``of`` steps or trials one limit of a budget is enough for: ``least`` ≤ ``about`` ≤ ``most``;
+    """How many of ``of`` steps or trials one limit of a budget is enough for: ``minimum`` ≤ ``about`` ≤ ``maximum``;
     ``None`` is unknown. The last field is the sentence for the user."""
 
     limit: str
@@ -28,10 +28,10 @@ class Affordable:
     unit: str
     """``steps`` of a run, ``trials`` of a sweep."""
     about: int | None
-    least: int | None
-    most: int | None
+    minimum: int | None
+    maximum: int | None
     of: int | None
-    told: str
+    message: str
 
 
 @dataclass(frozen=True)

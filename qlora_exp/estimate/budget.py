@@ -140,7 +140,7 @@ class StudyBudget:
 
     def _usage(self, name: str, limit: float, rows: Sequence[tuple[TrialRow, Spent]]) -> LimitUsage:
         amounts = [(row, amount(spent, name, self._budget.usd_per_hour)) for row, spent in rows]
-        costs = tuple(cost for row, cost in amounts if row.status in MEASURED_COST and row.refusal is None)
+        costs = tuple(cost for row, cost in amounts if row.status in MEASURED_COST and row.skipped is None)
         expected = statistics.fmean(costs) if costs else 0.0
         held = sum(max(cost, expected) if row.state == "RUNNING" else cost for row, cost in amounts)
         return LimitUsage(name, limit, sum(cost for _, cost in amounts), held, costs)

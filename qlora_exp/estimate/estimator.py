@@ -68,7 +68,7 @@ class PlannedRun:
 
     * ``fits``: ``None`` if the device's memory is unknown; ``False`` also if it can't run, or if the budget is too
       small for one step.
-    * ``near_the_edge``: the memory limit lies within the prediction's error. ``reason`` says why; ``notes`` adds
+    * ``borderline``: the memory limit lies within the prediction's error. ``reason`` says why; ``notes`` adds
       warnings.
     * ``rows``: if ``None``, peak, seconds and tokens assume rows as long as ``training.max_length``.
     * ``steps``, ``tokens`` and ``seconds`` are of training; ``other_seconds`` are of loading and scoring, from similar
@@ -95,7 +95,7 @@ class PlannedRun:
     usd_interval: tuple[float, float] | None
     budget: tuple[Affordable, ...]
     fits: bool | None
-    near_the_edge: bool
+    borderline: bool
     reason: str
     notes: tuple[str, ...]
 
@@ -265,7 +265,7 @@ class Planner:
             **vars(UNKNOWN_COST),
             budget=(),
             fits=False,
-            near_the_edge=False,
+            borderline=False,
             reason=f"can't run: {'; '.join(part.what for part in parts)}",
             notes=(),
         )

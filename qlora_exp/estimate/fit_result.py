@@ -23,17 +23,17 @@ class PlannedLimit:
     (``budget.memory_bytes``) it covers only what training adds.
     """
 
-    bound_bytes: int
+    limit_bytes: int
     whole: bool
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """``fits`` is ``None`` if no memory limit is known. ``near_the_edge``: the limit lies within the prediction's
+    """``fits`` is ``None`` if no memory limit is known. ``borderline``: the limit lies within the prediction's
     error."""
 
     fits: bool | None
-    near_the_edge: bool
+    borderline: bool
     reason: str
 
 
@@ -58,7 +58,7 @@ def fit_result(
         needs = f"needs {bytes_text(process + peak_bytes)} ({bytes_text(process)} after imports)"
     elif on_cpu:
         needs = f"{needs} beyond the process after imports,"
-    message, available = f"{needs} of {bytes_text(bound.bound_bytes)}", bound.bound_bytes - process
+    message, available = f"{needs} of {bytes_text(bound.limit_bytes)}", bound.limit_bytes - process
     if base_bytes > available:
         return FitResult(
             False, False, f"{message}{f', the base alone {bytes_text(base_bytes)}' if available > 0 else ''}"

@@ -79,7 +79,7 @@ class Workload:
         row = MeanRow.whole(float(training.max_length))
         if lengths is not None:
             micro_batch = min(training.micro_batch_size or training.batch_size, lengths.rows)
-            row = MeanRow(lengths.mean_tokens, lengths.expected_padded_length(micro_batch), lengths.scored_mean_tokens)
+            row = MeanRow(lengths.mean_tokens, lengths.expected_padded_length(micro_batch), lengths.mean_loss_tokens)
         if training.max_tokens is not None:
             return Workload(
                 math.ceil(training.max_tokens / (step_rows * row.tokens)), step_rows, row, training.max_tokens

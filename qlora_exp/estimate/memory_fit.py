@@ -58,13 +58,13 @@ class MemoryCorrection:
 class MemoryLimit:
     """The memory that a run must fit into.
 
-    ``bound_bytes``: ``budget.memory_bytes``; ``None``: the device's memory divided by ``hosts``, the trial hosts that
-    share it. ``kin``: the corrections from similar runs. ``force``: start runs that are predicted not to fit.
+    ``limit_bytes``: ``budget.memory_bytes``; ``None``: the device's memory divided by ``hosts``, the trial hosts that
+    share it. ``corrections``: those from similar runs. ``force``: start runs that are predicted not to fit.
     """
 
-    bound_bytes: int | None
+    limit_bytes: int | None
     hosts: int
-    kin: tuple[MemoryCorrection, ...]
+    corrections: tuple[MemoryCorrection, ...]
     allow_borderline: bool
     """Whether a run may start if its peak exceeds the limit by less than the prediction's error."""
     halvings: int
@@ -75,9 +75,9 @@ class MemoryLimit:
 class PredictedOutOfMemory(ConfigError):
     """The run is predicted to need more memory than its limit."""
 
-    def __init__(self, what: str, where: str, hint: str, refusal: SkippedTrial) -> None:
+    def __init__(self, what: str, where: str, hint: str, skipped: SkippedTrial) -> None:
         super().__init__(what, where, hint)
-        self.refusal = refusal
+        self.skipped = skipped
 
 
 def correction_key(config: Mapping[str, Any], device: Device) -> str:
@@ -90,8 +90,8 @@ def correction_key(config: Mapping[str, Any], device: Device) -> str:
 def memory_limit_bytes(rule: MemoryLimit, device: Device) -> int | None:
     """Return the limit for training, on a CPU without what the process holds after its imports; ``None``: it is
     unknown."""
-    if rule.bound_bytes is not None or device.memory_bytes is None:
-        return rule.bound_bytes
+    if rule.limit_bytes is not None or device.memory_bytes is None:
+        return rule.limit_bytes
     share = device.memory_bytes // rule.hosts
     return max(share - CPU_PROCESS_BYTES, 1) if device.kind == "cpu" else share
 
@@ -105,7 +105,7 @@ def next_smaller_micro_batch(micro_batch_size: int, batch_size: int) -> int:
     return rows
 
 
-def fit_into(bound_bytes: int, need: MemoryEstimate, rule: MemoryLimit, key: str, device_kind: str) -> tuple[Fit, bool]:
+def fit_into(limit_bytes: int, need: MemoryEstimate, rule: MemoryLimit, key: str, device_kind: str) -> tuple[Fit, bool]:
     """Return the prediction with its limit, and whether the run may start.
 
     A run may not start in three cases, unless the rule forces it:
@@ -117,37 +117,37 @@ def fit_into(bound_bytes: int, need: MemoryEstimate, rule: MemoryLimit, key: str
       from that run's.
     """
     correction = next(
-        (candidate for candidate in rule.kin if candidate.key == key), MemoryCorrection(key, 1.0, 0, None)
+        (candidate for candidate in rule.corrections if candidate.key == key), MemoryCorrection(key, 1.0, 0, None)
     )
     corrected = correction.ratio * need.peak_bytes + need.context_bytes
     ran_out = correction.ran_out_bytes is not None and need.peak_bytes >= correction.ran_out_bytes
     if correction.ran_out_bytes and ran_out:
-        corrected = max(corrected, bound_bytes * need.peak_bytes / correction.ran_out_bytes)
+        corrected = max(corrected, limit_bytes * need.peak_bytes / correction.ran_out_bytes)
     fit = Fit(
         need.peak_bytes,
         need.context_bytes,
         round(corrected),
-        bound_bytes,
+        limit_bytes,
         RELATIVE_ERROR[device_kind],
         correction.count,
     )
     tolerance = fit.error if rule.allow_borderline else 0.0
-    may_start = not ran_out and fit.excess <= tolerance and need.exact_bytes + need.context_bytes <= bound_bytes
+    may_start = not ran_out and fit.excess <= tolerance and need.exact_bytes + need.context_bytes <= limit_bytes
     return fit, may_start or rule.force
 
 
-def corrections(records: Iterable[RunRecord], bound_bytes: int | None) -> tuple[MemoryCorrection, ...]:
+def corrections(records: Iterable[RunRecord], limit_bytes: int | None) -> tuple[MemoryCorrection, ...]:
     """Return one correction per key of the ended runs.
 
     ``ratio`` is the median of measured over predicted peaks. A run that ran out of memory needed more than its limit.
     Its ratio is a lower bound, so it counts only if it lies above the median of the measured ones. If such a run had
-    less than ``bound_bytes`` (``None``: the card's memory), it is ignored.
+    less than ``limit_bytes`` (``None``: the card's memory), it is ignored.
     """
     by_key: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
         if predicted_peak_of(record) is not None:
             by_key[correction_key(record.config, record.environment.device)].append(record)
-    return tuple(_correction(key, similar, bound_bytes) for key, similar in by_key.items())
+    return tuple(_correction(key, similar, limit_bytes) for key, similar in by_key.items())
 
 
 def predicted_peak_of(record: RunRecord) -> int | None:
@@ -161,7 +161,7 @@ def measured_peak_of(record: RunRecord) -> int | None:
     return record.memory.train_working_set_bytes if record.status in MEASURED_PEAKS else None
 
 
-def _correction(key: str, records: Sequence[RunRecord], bound_bytes: int | None) -> MemoryCorrection:
+def _correction(key: str, records: Sequence[RunRecord], limit_bytes: int | None) -> MemoryCorrection:
     fitted = [
         (predicted_peak_of(record) or 0, measured_peak_of(record))
         for record in records
@@ -169,7 +169,7 @@ def _correction(key: str, records: Sequence[RunRecord], bound_bytes: int | None)
     ]
     ratios = [measured / predicted for predicted, measured in fitted if measured and predicted]
     failures = [
-        record for record in records if record.status is Status.OUT_OF_MEMORY and _is_informative(record, bound_bytes)
+        record for record in records if record.status is Status.OUT_OF_MEMORY and _is_informative(record, limit_bytes)
     ]
     median = statistics.median(ratios) if ratios else 1.0
     lower_bounds = [ratio for record in failures if (ratio := _min_ratio(record)) is not None and ratio > median]
@@ -179,7 +179,7 @@ def _correction(key: str, records: Sequence[RunRecord], bound_bytes: int | None)
     return MemoryCorrection(key, ratio, len(ratios), min(ran_out, default=None))
 
 
-def _is_informative(record: RunRecord, bound_bytes: int | None) -> bool:
+def _is_informative(record: RunRecord, limit_bytes: int | None) -> bool:
     """Return whether a run that ran out of memory tells what similar runs need.
 
     It doesn't if the kernel killed it although its corrected prediction was far below the limit: other processes may
@@ -189,12 +189,12 @@ def _is_informative(record: RunRecord, bound_bytes: int | None) -> bool:
     if fit is None:
         return True
     was_killed = failure is not None and failure.kind == KILLED_FOR_MEMORY
-    if was_killed and fit.corrected_bytes < OTHER_PROCESSES_SHARE * fit.bound_bytes:
+    if was_killed and fit.corrected_bytes < OTHER_PROCESSES_SHARE * fit.limit_bytes:
         return False
-    return bound_bytes is None or fit.bound_bytes >= bound_bytes
+    return limit_bytes is None or fit.limit_bytes >= limit_bytes
 
 
 def _min_ratio(record: RunRecord) -> float | None:
     """Return the lower bound of measured / predicted peak of a run that ran out of memory."""
     predicted, fit = predicted_peak_of(record), record.fit
-    return (fit.bound_bytes - fit.context_bytes) / predicted if fit is not None and predicted else None
+    return (fit.limit_bytes - fit.context_bytes) / predicted if fit is not None and predicted else None

@@ -50,7 +50,7 @@ def memory_fit(config: Config, prepared: Prepared, environment: Environment, rul
     fit, may_start = fit_into(limit, need, rule, correction_key(to_plain(config), device), device.kind)
     if may_start and fit.excess < -fit.error:
         return fit
-    from_budget = rule.bound_bytes is not None
+    from_budget = rule.limit_bytes is not None
     what, hint = _error_and_hint(config, prepared, environment, fit, from_budget)
     fit = replace(fit, would_fit=hint)
     if may_start:
@@ -94,16 +94,16 @@ def _error_and_hint(
 
     device = environment.device
     mode, minimum = smallest_base(prepared.architecture, config.quantization, device.kind, device.bf16)
-    if minimum > fit.bound_bytes:
+    if minimum > fit.limit_bytes:
         what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(minimum)} by itself"
         return what, f"a smaller model, or {at_least(fit.corrected_bytes)}"
 
     def peak(variant: Config) -> Peak:
         return peak_of(variant, environment, prepared.architecture, prepared.modules, prepared.splits)
 
-    corrected = f", corrected by the measured peaks of {fit.kin} similar runs" if fit.kin else ""
+    corrected = f", corrected by the measured peaks of {fit.similar_runs} similar runs" if fit.similar_runs else ""
     what = (
-        f"the run is predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.bound_bytes)}{corrected}"
+        f"the run is predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.limit_bytes)}{corrected}"
         f": {_parts(peak(config))}"
     )
     scale = (fit.corrected_bytes - fit.context_bytes) / fit.peak_bytes
@@ -112,11 +112,11 @@ def _error_and_hint(
         predicted = peak(variant)
         return scale * predicted.peak_bytes + predicted.context_bytes
 
-    changes = list(_smaller_settings(config, prepared, lambda variant: needed(variant) <= fit.bound_bytes))
+    changes = list(_smaller_settings(config, prepared, lambda variant: needed(variant) <= fit.limit_bytes))
     if changes:
         return what, "; or ".join(f"{text} ({bytes_text(needed(variant))})" for text, variant in changes)
     text, smallest = _smallest_settings(config)
-    if needed(smallest) <= fit.bound_bytes:
+    if needed(smallest) <= fit.limit_bytes:
         return what, f"{text} ({bytes_text(needed(smallest))})"
     minimum = round(needed(smallest))
     return what, f"a smaller model; with {text} {at_least(minimum)}"

@@ -24,7 +24,7 @@ def check_budget_covers_a_step(config: Config, prepared: Prepared) -> None:
 def affordable_steps_message(config: Config, prepared: Prepared) -> Iterator[str]:
     """Yield a sentence for each limit. A training ends after the step that reaches the limit."""
     for affordable in affordable_steps(limits_of(config.budget), config.budget.usd_per_hour, _step_cost(prepared)):
-        yield affordable.told
+        yield affordable.message
 
 
 def _step_cost(prepared: Prepared) -> StepCost:

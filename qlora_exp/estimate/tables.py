@@ -63,7 +63,7 @@ def plan_table(runs: Sequence[PlannedRun]) -> Table:
     scale = _scale(runs)
     groups: dict[tuple[Any, ...], list[PlannedRun]] = {}
     for run in runs:
-        fit = (run.fits, run.near_the_edge, run.notes)
+        fit = (run.fits, run.borderline, run.notes)
         figures = (run.trainable_parameters, run.memory, run.disk, fit, run.seconds, run.other_seconds, run.usd)
         groups.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
     for first, *others in list(groups.values())[:ROWS_SHOWN]:
@@ -80,7 +80,7 @@ def plan_summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) 
         count = f"{'an unknown number of' if trials is None else f'{trials:,}'} trials among {count}"
     words_by_fit = {True: "fit", False: "don't fit or can't run", None: "unknown"}
     counts = [f"{sum(run.fits is fits for run in runs):,} {words}" for fits, words in words_by_fit.items()]
-    borderline = sum(run.near_the_edge for run in runs)
+    borderline = sum(run.borderline for run in runs)
     edge = f"; {borderline:,} borderline" if borderline else ""
     return f"{count}: {', '.join(text for text in counts if not text.startswith('0 '))}{edge}"
 
@@ -145,7 +145,7 @@ def row_notes(runs: Sequence[PlannedRun]) -> list[str]:
 
 def notes(runs: Sequence[PlannedRun]) -> list[str]:
     """Return what a reader needs to know about the figures, each sentence once."""
-    kinds = {"cpu" if run.device == "cpu" else "cuda" for run in runs if run.near_the_edge}
+    kinds = {"cpu" if run.device == "cpu" else "cuda" for run in runs if run.borderline}
     lines = [f"yes?, no?: borderline; {BORDERLINE_NOTES[kind]}" for kind in sorted(kinds)]
     if any(run.device == "cpu" and run.memory is not None for run in runs):
         lines.append(BEYOND_IMPORTS)
@@ -249,7 +249,7 @@ def _duration(seconds: float | None, interval: tuple[float, float] | None) -> st
 
 
 def _fits_text(run: PlannedRun) -> str:
-    return {True: "yes", False: "no", None: UNKNOWN_CELL}[run.fits] + ("?" if run.near_the_edge else "")
+    return {True: "yes", False: "no", None: UNKNOWN_CELL}[run.fits] + ("?" if run.borderline else "")
 
 
 def _peak(memory: PlannedMemory | None) -> str:

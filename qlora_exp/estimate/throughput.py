@@ -52,7 +52,7 @@ def from_finished_runs(
         if machine_of(record.environment) == machine and _base_key(record.config) == _base_key(config)
     ]
     same_variant = [record for record in same_base if _setting(record.config, "model", "variant") == variant]
-    same_warmth = [record for record in same_variant if record.memory.host_reused == warm]
+    same_warmth = [record for record in same_variant if record.memory.process_reused == warm]
     mode = str(_setting(config, "quantization", "mode"))
     rate = _rate(same_variant, machine, mode, steps) or _rate(same_base, machine, mode, steps)
     other_seconds = _other_seconds(same_warmth, config)
@@ -104,7 +104,7 @@ def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
     speed, spent = record.speed, record.spent
     if speed.load_seconds is None or speed.evaluation_seconds is None:
         return None
-    before = speed.load_seconds + (speed.untouched_evaluation_seconds or 0.0)
+    before = speed.load_seconds + (speed.base_evaluation_seconds or 0.0)
     in_one_part = spent is not None and spent.tokens == speed.train_tokens and not record.earlier_failures
     if in_one_part and speed.total_seconds is not None and speed.train_seconds is not None:
         before = max(before, speed.total_seconds - speed.train_seconds - speed.evaluation_seconds)

@@ -97,7 +97,7 @@ class _TokenizedRows:
                 of_drawn,
                 rows=round(self.rows * len(drawn) / sampled),
                 longest_tokens=max(tokens for tokens, _ in (*drawn, *longest)),
-                scored_most_tokens=max(scored for _, scored in (*drawn, *longest)),
+                row_max_loss_tokens=max(scored for _, scored in (*drawn, *longest)),
             ),
         )
 

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class RowLengths:
     """The lengths of a task's ``rows`` training rows, in tokens. ``scored_…``: tokens with a loss.
-    ``longest_of_tokens``: the expected longest of 1, 2, 4, … randomly drawn rows."""
+    ``expected_longest_tokens``: the expected longest of 1, 2, 4, … randomly drawn rows."""
 
     rows: int
     shortest_tokens: int
     longest_tokens: int
-    scored_mean_tokens: float
-    scored_deviation_tokens: float
-    scored_most_tokens: int
-    longest_of_tokens: tuple[float, ...]
+    mean_loss_tokens: float
+    loss_tokens_deviation: float
+    row_max_loss_tokens: int
+    expected_longest_tokens: tuple[float, ...]
 
     @staticmethod
     def of(tokens: Sequence[int], scored: Sequence[int]) -> RowLengths:
@@ -34,24 +34,24 @@ class RowLengths:
             rows=len(tokens),
             shortest_tokens=min(tokens),
             longest_tokens=max(tokens),
-            scored_mean_tokens=statistics.fmean(scored),
-            scored_deviation_tokens=statistics.pstdev(scored),
-            scored_most_tokens=max(scored),
-            longest_of_tokens=_expected_max(tokens),
+            mean_loss_tokens=statistics.fmean(scored),
+            loss_tokens_deviation=statistics.pstdev(scored),
+            row_max_loss_tokens=max(scored),
+            expected_longest_tokens=_expected_max(tokens),
         )
 
     @property
     def mean_tokens(self) -> float:
-        return self.longest_of_tokens[0]
+        return self.expected_longest_tokens[0]
 
     def expected_padded_length(self, rows: int) -> float:
         """Return the expected length of the longest of ``rows`` rows: a batch of them is padded to it."""
-        doublings = min(math.log2(rows), len(self.longest_of_tokens) - 1)
+        doublings = min(math.log2(rows), len(self.expected_longest_tokens) - 1)
         # Interpolate linearly in the logarithm of the number of rows.
         lower = int(doublings)
         lower_length, upper_length = (
-            self.longest_of_tokens[lower],
-            self.longest_of_tokens[math.ceil(doublings)],
+            self.expected_longest_tokens[lower],
+            self.expected_longest_tokens[math.ceil(doublings)],
         )
         return lower_length + (doublings - lower) * (upper_length - lower_length)
 
@@ -67,10 +67,10 @@ class RowLengths:
         mean rows.
         """
         deviations = statistics.NormalDist().inv_cdf((batches - 0.375) / (batches + 0.25)) if batches > 1 else 0.0
-        expected = rows * self.scored_mean_tokens + deviations * math.sqrt(rows) * self.scored_deviation_tokens
+        expected = rows * self.mean_loss_tokens + deviations * math.sqrt(rows) * self.loss_tokens_deviation
         if rows * batches >= self.rows:
-            expected = max(expected, self.scored_most_tokens + (rows - 1) * self.scored_mean_tokens)
-        return min(expected, float(rows * self.scored_most_tokens))
+            expected = max(expected, self.row_max_loss_tokens + (rows - 1) * self.mean_loss_tokens)
+        return min(expected, float(rows * self.row_max_loss_tokens))
 
 
 def _expected_max(tokens: Sequence[int]) -> tuple[float, ...]:

@@ -75,7 +75,7 @@ def score_base_model(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
         *(general, item_names(splits)),
     )
-    folder = cache / "untouched"
+    folder = cache / "base_scores"
     scores_file = folder / f"{key}.json"
     if not config.evaluation.cache:
         return _measure(model, tokenizer, splits, config)

@@ -38,11 +38,11 @@ class FewShotScores:
 
     def warning(self) -> str | None:
         """Return a warning if prompts had fewer examples than ``evaluation.few_shots``; else ``None``."""
-        cut = [draw for draw in self.draws if len(draw.examples) < draw.asked]
+        cut = [draw for draw in self.draws if len(draw.examples) < draw.requested]
         if not cut:
             return None
         shown = ", ".join(f"{len(draw.examples)} in draw {draw.draw}" for draw in cut)
-        return f"evaluation.few_shots={cut[0].asked} doesn't fit into the model's context; examples used: {shown}"
+        return f"evaluation.few_shots={cut[0].requested} doesn't fit into the model's context; examples used: {shown}"
 
 
 def moment(draw: int) -> str:

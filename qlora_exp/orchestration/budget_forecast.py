@@ -34,7 +34,7 @@ def affordable_trials_message(command: SweepCommand, opened: Any, budget: StudyB
         runs = _estimates(command.spec, memory_bytes)
     for limit in limits:
         remaining = limit.limit - limit.spent
-        yield affordable_trials_at(limit.name, limit.limit, remaining, *_cost(runs, limit), to_come).told
+        yield affordable_trials_at(limit.name, limit.limit, remaining, *_cost(runs, limit), to_come).message
     if memory_bytes is not None:
         yield _memory_message(runs, memory_bytes)
 

@@ -23,43 +23,41 @@ MAX_CONSECUTIVE_SKIPS = 100
 class MemoryPredictionSummary:
     """How the memory predictions of one study turned out. Bytes and seconds."""
 
-    bound_bytes: int
+    limit_bytes: int
     """The limit of the last predicted trial: of the last skipped one, if any."""
-    refused: int
+    skipped: int
     """Trials that were not started."""
     seconds_saved: float | None
     """Predicted training time of the skipped trials, at the rate of the ended trainings if any; ``None`` if not known
     for all."""
-    near_the_edge: int
+    borderline: int
     """Borderline trials: started although the limit was within the prediction's error."""
-    near_the_edge_out_of_memory: int
+    borderline_out_of_memory: int
     """Borderline trials that ran out of memory."""
     out_of_memory: int
     """Trials that ran out of memory although they were clearly predicted to fit."""
-    beyond_the_bound: int
+    above_limit: int
     """Trials that ended with a measured peak above the limit."""
     compared: int
     """Trials with a prediction, and an end that shows whether it was right."""
 
     @property
     def wrong(self) -> int:
-        return self.near_the_edge_out_of_memory + self.out_of_memory + self.beyond_the_bound
+        return self.borderline_out_of_memory + self.out_of_memory + self.above_limit
 
     @property
     def sentence(self) -> str:
         """The summary as one sentence."""
-        trials, were = ("trial", "was") if self.refused == 1 else ("trials", "were")
+        trials, were = ("trial", "was") if self.skipped == 1 else ("trials", "were")
         sentence = (
-            f"{self.refused} {trials} predicted not to fit into {bytes_text(self.bound_bytes)} {were} not started"
+            f"{self.skipped} {trials} predicted not to fit into {bytes_text(self.limit_bytes)} {were} not started"
         )
         if self.seconds_saved is not None and self.seconds_saved >= 1:
             sentence += f" (about {self.seconds_saved:,.0f} s of training)"
         sentence += f"; predictions wrong: {self.wrong} of {self.compared}"
-        if self.near_the_edge or self.wrong:
-            sentence += (
-                f" (out of memory: {self.near_the_edge_out_of_memory} of {self.near_the_edge} borderline trials,"
-            )
-            sentence += f" {self.out_of_memory} of the others; peak above the limit: {self.beyond_the_bound})"
+        if self.borderline or self.wrong:
+            sentence += f" (out of memory: {self.borderline_out_of_memory} of {self.borderline} borderline trials,"
+            sentence += f" {self.out_of_memory} of the others; peak above the limit: {self.above_limit})"
         return sentence
 
 
@@ -73,10 +71,10 @@ class MemoryFeedback:
         self._outputs = outputs
         self._records: dict[str, RunRecord | None] = {}
 
-    def kin(self, trials: Iterable[TrialRow], bound_bytes: int | None) -> tuple[MemoryCorrection, ...]:
+    def corrections(self, trials: Iterable[TrialRow], limit_bytes: int | None) -> tuple[MemoryCorrection, ...]:
         """Return the memory corrections of the trials' records; see
         :func:`~qlora_exp.estimate.memory_fit.corrections`."""
-        return corrections((record for _, record in self.records(trials)), bound_bytes)
+        return corrections((record for _, record in self.records(trials)), limit_bytes)
 
     def records(self, trials: Iterable[TrialRow]) -> Iterator[tuple[TrialRow, RunRecord]]:
         """Yield ended trials with their records. Trials without a run or with an unreadable record are left out."""
@@ -93,22 +91,22 @@ class MemoryFeedback:
         memory."""
         pairs = list(self.records(trials))
         admitted = [(trial, record, record.fit) for trial, record in pairs if record.fit is not None]
-        refusals = [trial.refusal for trial in trials if trial.refusal is not None]
+        refusals = [trial.skipped for trial in trials if trial.skipped is not None]
         fits = [*(fit for _, _, fit in admitted), *(refusal.fit for refusal in refusals)]
         if not fits:
             return None
-        borderline = [(trial, record) for trial, record, fit in admitted if fit.near_the_edge]
-        clear = [(trial, record) for trial, record, fit in admitted if not fit.near_the_edge]
+        borderline = [(trial, record) for trial, record, fit in admitted if fit.borderline]
+        clear = [(trial, record) for trial, record, fit in admitted if not fit.borderline]
         out_of_memory = [ran_out_of_memory(trial, record) for trial, record, _ in admitted]
         above_limit = [exceeded_limit(record, fit) for _, record, fit in admitted]
         return MemoryPredictionSummary(
-            bound_bytes=fits[-1].bound_bytes,
-            refused=len(refusals),
+            limit_bytes=fits[-1].limit_bytes,
+            skipped=len(refusals),
             seconds_saved=_seconds_saved(refusals, [record for _, record in pairs]),
-            near_the_edge=len(borderline),
-            near_the_edge_out_of_memory=sum(ran_out_of_memory(*pair) for pair in borderline),
+            borderline=len(borderline),
+            borderline_out_of_memory=sum(ran_out_of_memory(*pair) for pair in borderline),
             out_of_memory=sum(ran_out_of_memory(*pair) for pair in clear),
-            beyond_the_bound=sum(
+            above_limit=sum(
                 bool(exceeded and not ran_out) for exceeded, ran_out in zip(above_limit, out_of_memory, strict=True)
             ),
             compared=sum(
@@ -131,7 +129,7 @@ def ran_out_of_memory(trial: TrialRow, record: RunRecord) -> bool:
 def exceeded_limit(record: RunRecord, fit: Fit) -> bool | None:
     """Return whether the measured peak was above the limit; ``None`` if none was measured."""
     measured = measured_peak_of(record)
-    return None if measured is None else measured + fit.context_bytes > fit.bound_bytes
+    return None if measured is None else measured + fit.context_bytes > fit.limit_bytes
 
 
 def _seconds_saved(refusals: Sequence[SkippedTrial], records: Sequence[RunRecord]) -> float | None:

@@ -102,14 +102,14 @@ class TrialRefused:
     """From the trial process: the run was not started, because it is predicted not to fit."""
 
     what: str
-    refusal: SkippedTrial
+    skipped: SkippedTrial
 
 
 @dataclass(frozen=True)
 class DiskFull:
     """From the trial process: not even the record could be written."""
 
-    told: str
+    message: str
 
 
 Command = RunTrial | PruneReply | EndProcess

@@ -269,7 +269,7 @@ class Slot(threading.Thread):
         spec = self.setting.spec
         satisfied = (0.0,) * len(spec.constraints)
         failure = Failure("PredictedNotToFit", end.what, phase="prepare")
-        return Outcome(Status.PRUNED, (None,) * len(spec.objectives), satisfied, None, failure, end.refusal)
+        return Outcome(Status.PRUNED, (None,) * len(spec.objectives), satisfied, None, failure, end.skipped)
 
     def _lost(self, claim: Claim, paths: RunPaths, record: RunRecord | None, why: str) -> None:
         """Record that the process died or hung, and requeue the trial, which continues from its newest checkpoint.

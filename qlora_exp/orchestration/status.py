@@ -84,7 +84,7 @@ def progress_text(counts: Counts) -> str:
     """Return, for example, ``12 of 20 trials done: 9 finished, 2 pruned, 1 failed; 2 running, 6 to come``."""
     progress = f"{counts.finished} of {counts.total} trials done: {counts.completed} finished, {counts.pruned} pruned"
     left = counts.waiting + counts.to_ask
-    skipped = f", {counts.refused} predicted not to fit" if counts.refused else ""
+    skipped = f", {counts.skipped} predicted not to fit" if counts.skipped else ""
     remaining = f"; {counts.running} running, {left} to come" if left or counts.running else ""
     return f"{progress}, {counts.failed} failed{skipped}{remaining}"
 
@@ -145,7 +145,7 @@ def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
 
 def status_text(row: TrialRow) -> str:
     """Return the run's status if the trial has ended, else Optuna's state: WAITING, RUNNING."""
-    if row.refusal is not None:
+    if row.skipped is not None:
         return PREDICTED_NOT_TO_FIT
     return row.status.value if row.status is not None else row.state
 

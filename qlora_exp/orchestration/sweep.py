@@ -334,7 +334,7 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, study_budget: Stu
     outputs = OutputPaths(paths.folder.parent.parent)
     option = "" if outputs == OutputPaths.of("outputs") else f" --output-root {shlex.quote(str(outputs.root))}"
     name = shlex.quote(spec.name)
-    if counts.refused and _nothing_fits(opened, counts, budget):
+    if counts.skipped and _nothing_fits(opened, counts, budget):
         print_error(_nothing_fits_error(opened, spec, counts, budget, option))
         return EXIT_COMPLETED if counts.completed else EXIT_WRONG_INPUT
     if not _is_complete(counts):
@@ -359,7 +359,7 @@ def _conclude(opened: Any, spec: StudySpec, paths: StudyPaths, study_budget: Stu
 def _nothing_fits(opened: Any, counts: Counts, budget: BudgetConfig) -> bool:
     """Return whether the sampler no longer finds a configuration that fits, or no point of a grid fits."""
     if _is_complete(counts):
-        return counts.finished == counts.refused
+        return counts.finished == counts.skipped
     return not counts.running and opened.consecutive_skips(budget.memory_bytes) >= MAX_CONSECUTIVE_SKIPS
 
 
@@ -367,9 +367,9 @@ def _nothing_fits_error(
     opened: Any, spec: StudySpec, counts: Counts, budget: BudgetConfig, option: str
 ) -> QloraExpError:
     """Return the error that says what would fit."""
-    refusals = [row.refusal for row in opened.trials() if row.refusal is not None]
+    refusals = [row.skipped for row in opened.trials() if row.skipped is not None]
     smallest = min((refusal.fit for refusal in refusals), key=lambda fit: fit.corrected_bytes)
-    smallest_bytes, bound = smallest.corrected_bytes, refusals[-1].fit.bound_bytes
+    smallest_bytes, bound = smallest.corrected_bytes, refusals[-1].fit.limit_bytes
     subject = "none of them" if not counts.completed else f"none of the last {MAX_CONSECUTIVE_SKIPS}"
     retry = " --retry does_not_fit" if spec.sampler in ("grid", "ladder") else ""
     resume_command = f"qlora-exp resume {shlex.quote(spec.name)}{retry}{option}"

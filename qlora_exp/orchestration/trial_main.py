@@ -149,7 +149,7 @@ class _TrialRunner:
             )
             self.line.tell(TrialEnded())
         except PredictedOutOfMemory as error:
-            self.line.tell(TrialRefused(error.what, error.refusal))
+            self.line.tell(TrialRefused(error.what, error.skipped))
         except QloraExpError as error:
             what = redact_text(error.what if type(error).__str__ is QloraExpError.__str__ else str(error))
             self.line.tell(UserError(type(error).__name__, what, error.where, error.hint))

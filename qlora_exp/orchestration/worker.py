@@ -53,19 +53,19 @@ class StudyCalls(Protocol):
     def requeue(self, claim: Claim, why: str) -> bool: ...
     def requeue_with_half_micro_batch(self, claim: Claim) -> bool: ...
     def counts(self) -> Counts: ...
-    def consecutive_skips(self, bound_bytes: int | None) -> int: ...
+    def consecutive_skips(self, limit_bytes: int | None) -> int: ...
     def failures_reached(self) -> bool: ...
 
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """``told``: number of trials whose end this worker recorded. ``by_signal``: a signal stopped it.
+    """``finished``: number of trials whose end this worker recorded. ``by_signal``: a signal stopped it.
 
     ``stopped``: why it ended before the study did (``gracefully``, ``now``, ``failures``, ``budget`` or ``memory``), or
     ``None``.
     """
 
-    told: int
+    finished: int
     stopped: str | None
     by_signal: bool = False
 
@@ -119,7 +119,7 @@ class Worker:
         self.stopping: str | None = None
         self.killing = False
         self.by_signal = False
-        self.told = 0
+        self.finished = 0
         self.error: BaseException | None = None
         self.taken_over: set[tuple[int, int]] = set()
         """(trial id, attempt) of trials that another worker has taken over."""
@@ -149,7 +149,7 @@ class Worker:
             remove_worker_state(self.setting.paths.workers, self.name)
         if self.error is not None:
             raise self.error
-        return WorkerResult(self.told, self.stopping, self.by_signal)
+        return WorkerResult(self.finished, self.stopping, self.by_signal)
 
     def _wait(self) -> None:
         """Wait until every slot has ended.
@@ -208,7 +208,7 @@ class Worker:
         if not setting.limits_memory:
             return None
         bound, halvings = setting.budget.memory_bytes, setting.spec.out_of_memory_retries - claim.out_of_memory_retries
-        known_corrections = self._memory_feedback.kin(self._ask(self.study.trials), bound)
+        known_corrections = self._memory_feedback.corrections(self._ask(self.study.trials), bound)
         force = setting.budget.force
         return MemoryLimit(bound, setting.processes_per_device or 1, known_corrections, True, max(halvings, 0), force)
 
@@ -234,7 +234,7 @@ class Worker:
 
     def tell(self, slot: int, claim: Claim, outcome: Outcome) -> None:
         self._ask(lambda: self.study.tell(claim, outcome))
-        self.told += 1
+        self.finished += 1
         self.forget_trial(slot)
 
     def requeue(self, slot: int, claim: Claim, why: str) -> bool:

@@ -56,7 +56,7 @@ class LadderTrial:
     """Item → nats on the test split, sorted by item; ``None`` if the run left none."""
     curve: Mapping[int, float] = field(default_factory=dict)
     """Step → training loss, for the logged steps."""
-    refused: bool = False
+    skipped: bool = False
     """The trial was not started because it was predicted not to fit into memory."""
 
     @property
@@ -158,7 +158,7 @@ class _LadderEvaluation:
             self._request_runs(self.spec.r_start, self.spec.r_start, self.spec.seeds)
         for smaller, larger in pairwise(ranks_of(self.spec)):
             losses = partial(self._seen, smaller, larger)
-            decision = decide_doubling(losses, self.spec.seeds, rule_of(self.spec), self.spec.most_seeds)
+            decision = decide_doubling(losses, self.spec.seeds, rule_of(self.spec), self.spec.max_seeds)
             if decision is None:
                 break
             self.comparisons.append(Comparison(smaller, larger, decision))
@@ -283,7 +283,7 @@ def _key(point: LadderPoint) -> frozenset[str]:
 def _failure_reasons(trials: Sequence[LadderTrial], otherwise: str = "they left no record") -> str:
     failures = [trial.record.failure for trial in trials if trial.record is not None]
     reasons = {f"{failure.kind}: {failure.message.splitlines()[0]}" for failure in failures if failure is not None}
-    reasons |= {"predicted not to fit into memory" for trial in trials if trial.refused}
+    reasons |= {"predicted not to fit into memory" for trial in trials if trial.skipped}
     return "; ".join(sorted(reasons)) or otherwise
 
 

@@ -69,7 +69,7 @@ def announce(spec: StudySpec, config: LadderConfig) -> None:
     raw = compose_raw(spec.overrides)
     limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
     rule, items = rule_of(spec.ladder), min(limits, default=None)
-    settles, sentence = plan_sentence(rule, config.seed_sd, config.item_sd, items, spec.ladder.most_seeds)
+    settles, sentence = plan_sentence(rule, config.seed_sd, config.item_sd, items, spec.ladder.max_seeds)
     print(f"  {'' if settles else 'warning: '}{sentence}", file=sys.stderr, flush=True)
 
 

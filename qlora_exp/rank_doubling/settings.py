@@ -45,10 +45,10 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
     if not 2 <= config.seeds <= MAX_SEEDS:
         what = f"{config.seeds} seeds are too few" if config.seeds < 2 else "more seeds than the rule was tested with"
         errors.append(ConfigError(what, f"{where}.seeds={config.seeds}", f"from 2 to {MAX_SEEDS}; 3 is usual"))
-    elif not config.seeds <= config.most_seeds <= MAX_SEEDS:
-        what = f"most_seeds={config.most_seeds} doesn't fit seeds={config.seeds}"
+    elif not config.seeds <= config.max_seeds <= MAX_SEEDS:
+        what = f"max_seeds={config.max_seeds} doesn't fit seeds={config.seeds}"
         hint = f"from {config.seeds} (no extra seeds) to {MAX_SEEDS}"
-        errors.append(ConfigError(what, f"{where}.most_seeds={config.most_seeds}", hint))
+        errors.append(ConfigError(what, f"{where}.max_seeds={config.max_seeds}", hint))
     if config.pilot_seed in range(first_seed, first_seed + MAX_SEEDS):
         what = "the pilots' seed is also a seed of the decision runs"
         hint = f"outside {first_seed} … {first_seed + MAX_SEEDS - 1}"
@@ -70,7 +70,7 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
         lr_policy=config.lr_policy.value,
         lr_factors=tuple(factors),
         ladders=tuple(ladders),
-        most_seeds=config.most_seeds,
+        max_seeds=config.max_seeds,
     )
 
 
@@ -100,7 +100,7 @@ def max_trials(spec: LadderSpec) -> int:
     """Return the maximum number of trials of all ladders: the pilots of each rank, one beyond the grid included, and
     the seeds."""
     ranks = len(ranks_of(spec))
-    seeds = spec.seeds if is_single_rank(spec) else spec.most_seeds  # only a doubling's decision can add seeds
+    seeds = spec.seeds if is_single_rank(spec) else spec.max_seeds  # only a doubling's decision can add seeds
     searched = {LrPolicy.search.value: ranks, LrPolicy.transfer.value: 1}.get(spec.lr_policy, 0)
     return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * seeds)
 

@@ -158,11 +158,11 @@ class Fit:
     """Additional memory on the device: ``plan.predicted_context_bytes``."""
     corrected_bytes: int
     """Peak plus context, with the peak multiplied by measured / predicted peak of similar runs."""
-    bound_bytes: int
+    limit_bytes: int
     """The memory limit."""
     error: float
     """Relative prediction error: a trial may start up to (1 + error) × the limit."""
-    kin: int
+    similar_runs: int
     """Number of measured peaks in the correction."""
     would_fit: str | None = None
     """Settings that are predicted to fit, if the run is near the limit or above it."""
@@ -170,10 +170,10 @@ class Fit:
     @property
     def excess(self) -> float:
         """Relative excess over the limit; negative below it."""
-        return self.corrected_bytes / self.bound_bytes - 1.0
+        return self.corrected_bytes / self.limit_bytes - 1.0
 
     @property
-    def near_the_edge(self) -> bool:
+    def borderline(self) -> bool:
         return abs(self.excess) <= self.error
 
 
@@ -243,7 +243,7 @@ class Memory:
     without the growth of mapped files; ``None`` if the process had made a run before.
     """
     checkpoint_bytes: int | None = None
-    host_reused: bool = False
+    process_reused: bool = False
     """Whether the process had made a run before; CPU peaks are then unknown."""
     source: str | None = None
     """What the peaks measure: ``cuda_allocated`` or ``resident``."""
@@ -256,9 +256,9 @@ class Speed:
     load_seconds: float | None = None
     train_seconds: float | None = None
     evaluation_seconds: float | None = None
-    untouched_evaluation_seconds: float | None = None
+    base_evaluation_seconds: float | None = None
     """Seconds to score the base model before tuning."""
-    untouched_cached: bool = False
+    base_scores_cached: bool = False
     """Whether the base model's scores came from the cache."""
     total_seconds: float | None = None
     steps: int | None = None
@@ -334,7 +334,7 @@ class FewShot:
 
     draw: int
     """Number of the draw, from 1."""
-    asked: int
+    requested: int
     """Requested examples; ``examples`` has fewer if the model's context is too short."""
     examples: tuple[str, ...]
     """Item ids of the training split, in order."""

@@ -228,7 +228,9 @@ def _memory_limit(config: Config) -> MemoryLimit:
     may start.
     """
     bound = config.budget.memory_bytes
-    return MemoryLimit(bound, hosts=1, kin=(), allow_borderline=bound is None, halvings=0, force=config.budget.force)
+    return MemoryLimit(
+        bound, hosts=1, corrections=(), allow_borderline=bound is None, halvings=0, force=config.budget.force
+    )
 
 
 def _fit_micro_batch(

@@ -53,7 +53,7 @@ def run_pipeline(
     progress = RunFigures(
         record.replace(plan=with_first_predictions(prepared.plan, record.plan), data=prepared.splits.record),
         paths,
-        measurement.Meter(prepared.plan.device, host_reused=_host_is_reused()),
+        measurement.Meter(prepared.plan.device, process_reused=_host_is_reused()),
         earlier_seconds=record.speed.total_seconds or 0.0,
     )
     try:
@@ -80,15 +80,15 @@ def _run_pipeline(
     _check_same_model(progress.record, base.fingerprint)
     progress.record = progress.record.replace(model_fingerprint=base.fingerprint)
 
-    progress.enter("evaluate untouched", observer)
-    with meter.phase("untouched"):
+    progress.enter("evaluate base", observer)
+    with meter.phase("base"):
         model = bases.model(base)
         base_scores = score_base_model(model, tokenizer, splits, config, planned, base.fingerprint, cache)
         few_shot = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
     baselines = baselines_of(splits, config, cache)
     base_scores.write_items(paths)
     few_shot.write_items(paths)
-    progress.untouched = base_scores
+    progress.base_scores = base_scores
     before = ScoreTable(before=base_scores.scores, test_before=base_scores.test_scores, few_shot=few_shot.draws)
     progress.record = _with_warning(progress.record.replace(scores=before, baselines=baselines), few_shot.warning())
     progress.record = _with_warning(progress.record, _few_rows_warning(planned, len(splits.train)))

@@ -33,7 +33,7 @@ class RunFigures:
     resident_bytes: int | None = None
     watch: TrainingState | None = None
     trained: Trained | None = None
-    untouched: BaseScores | None = None
+    base_scores: BaseScores | None = None
     started: float = field(default_factory=time.perf_counter)
     earlier: Spent = field(init=False)
     started_joules: float | None = field(init=False)
@@ -100,7 +100,7 @@ def _memory(progress: RunFigures, trained: Trained | None) -> Memory:
         peak_train_reserved_bytes=meter.of("train").reserved_bytes,
         train_working_set_bytes=_working_set(progress),
         checkpoint_bytes=trained.checkpoint_bytes if trained else None,
-        host_reused=meter.host_reused,
+        process_reused=meter.process_reused,
         source=meter.source,
     )
 
@@ -120,14 +120,14 @@ def _working_set(progress: RunFigures) -> int | None:
 
 
 def _speed(progress: RunFigures, trained: Trained | None) -> Speed:
-    record, meter, base_scores = progress.record, progress.meter, progress.untouched
+    record, meter, base_scores = progress.record, progress.meter, progress.base_scores
     total = progress.earlier_seconds + time.perf_counter() - progress.started
     price = record.plan.usd_per_hour if record.plan is not None else None
     speed = Speed(
         load_seconds=meter.of("load").seconds,
         evaluation_seconds=meter.of("evaluate").seconds,
-        untouched_evaluation_seconds=meter.of("untouched").seconds,
-        untouched_cached=base_scores.cached if base_scores else False,
+        base_evaluation_seconds=meter.of("base").seconds,
+        base_scores_cached=base_scores.cached if base_scores else False,
         total_seconds=total,
         cost_usd=total / 3600.0 * price if price is not None else None,
     )

@@ -102,14 +102,14 @@ def synthetic_fit(config: Config, environment: Environment, rule: MemoryLimit) -
         PredictedOutOfMemory: the bytes are above the limit.
     """
     device = environment.device
-    bound = rule.bound_bytes
+    bound = rule.limit_bytes
     if bound is None:  # the machine's memory doesn't limit a simulated model
         return None
     need = MemoryEstimate(_memory(config).peak_train_bytes or 0, 0, config.training.sleep_seconds, None)
     fit, may_start = fit_into(bound, need, rule, correction_key(to_plain(config), device), device.kind)
     if may_start:
         return fit
-    what = f"the run is predicted to need {fit.corrected_bytes} of {fit.bound_bytes} bytes"
+    what = f"the run is predicted to need {fit.corrected_bytes} of {fit.limit_bytes} bytes"
     skipped = SkippedTrial(fit, need.train_seconds, need.train_flops)
     raise PredictedOutOfMemory(what, f"budget.memory_bytes = {bound}", "a smaller lora.r, or quantization=nf4", skipped)
 

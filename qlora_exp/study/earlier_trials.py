@@ -80,7 +80,7 @@ def _warm_start_problem(name: str, spec: StudySpec, studies: Mapping[str, Any]) 
         others = set(studies) - {spec.name}
         hint = nearest(name, others) if others else "the storage holds no other study; leave sweep.warm_start out"
         return ConfigError("no earlier study of this name", where, hint)
-    objectives = studies[name].user_attrs.get("asks", {}).get("objectives")
+    objectives = studies[name].user_attrs.get("settings", {}).get("objectives")
     if objectives != list(spec.objectives):
         return ConfigError(f"its objectives differ: {objectives}", where, f"this study's: {list(spec.objectives)}")
     return None

@@ -73,9 +73,9 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage) -> op
         directions=[parse_objective(text).direction for text in spec.objectives],
         load_if_exists=True,
     )
-    settings, stored_settings = _fixed_settings(spec), study.user_attrs.get("asks")
+    settings, stored_settings = _fixed_settings(spec), study.user_attrs.get("settings")
     if stored_settings is None:
-        study.set_user_attr("asks", settings)
+        study.set_user_attr("settings", settings)
         return study
     # A key that only one of them has was added or removed by another version of this package.
     shared_keys = [key for key in settings if key in stored_settings]

@@ -198,15 +198,15 @@ class Study:
         done = self.spec.ladder is not None and self._ladder_is_done()
         return rows.counts(trials, len(trials) if done else self._total_trials(trials))
 
-    def consecutive_skips(self, bound_bytes: int | None) -> int:
-        """Return how many of the last ended trials in a row were predicted not to fit into ``bound_bytes`` or more.
+    def consecutive_skips(self, limit_bytes: int | None) -> int:
+        """Return how many of the last ended trials in a row were predicted not to fit into ``limit_bytes`` or more.
 
         ``None``: into any limit. 0 for a grid and a ladder, whose skipped points count as done.
         """
         if self._skips_count:
             return 0
         ended = [trial for trial in reversed(self._read()) if trial.state.is_finished()]
-        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_skipped(trial, bound_bytes), ended))
+        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_skipped(trial, limit_bytes), ended))
 
     def trials(self) -> list[TrialRow]:
         """Return every trial, by number."""
@@ -233,7 +233,7 @@ class Study:
             if trial.number not in self._ended and (point := self._point(trial)):
                 if trial.state.is_finished():
                     ended = ended_trial(point, trial.user_attrs.get(RUN), outputs)
-                    self._ended[trial.number] = replace(ended, refused=rows.is_skipped(trial))
+                    self._ended[trial.number] = replace(ended, skipped=rows.is_skipped(trial))
                 else:
                     unfinished.append(LadderTrial(point, ended=False))
         return [*self._ended.values(), *unfinished]

@@ -23,11 +23,11 @@ def record_outcome(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, out
     status = Status.FAILED if failure and not complete and outcome.status is Status.COMPLETED else outcome.status
     _set_constraints(study, spec, trial, outcome)
     attributes = {STATUS: status.value, SECONDS: outcome.seconds, FAILURE: failure and to_dict(failure)}
-    attributes |= {SKIPPED: outcome.refusal and to_dict(outcome.refusal)}
+    attributes |= {SKIPPED: outcome.skipped and to_dict(outcome.skipped)}
     for key, value in attributes.items():
         if value is not None or key in trial.user_attrs:  # overwrite what a killed process wrote
             study._storage.set_trial_user_attr(trial._trial_id, key, value)
-    if outcome.refusal is not None:
+    if outcome.skipped is not None:
         study._storage.set_trial_user_attr(trial._trial_id, RUN, None)  # the planned run never started
     if complete:
         study.tell(trial.number, [float(value) for value in outcome.values if value is not None])
@@ -43,10 +43,10 @@ def _set_constraints(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, o
     violations = dict.fromkeys(trial.constraints, 0.0) | dict(zip(spec.constraints, outcome.violations, strict=False))
     if outcome.status in INFEASIBLE:
         violations[outcome.status.value.lower()] = 1.0
-    if outcome.refusal is not None:
+    if outcome.skipped is not None:
         # A trial may be skipped within the prediction's error, since a similar one that needed no more ran out of
         # memory. Its excess may then be 0 or less, but a violation must be above 0.
-        fit = outcome.refusal.fit
+        fit = outcome.skipped.fit
         violations[SKIPPED] = max(fit.excess, fit.error)
     if violations:
         handle = Trial(study, trial._trial_id)

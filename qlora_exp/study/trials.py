@@ -17,16 +17,16 @@ from qlora_exp.study.types import Counts, StudySpec, TrialRow
 def counts(trials: Sequence[FrozenTrial], n_trials: int) -> Counts:
     """Return the number of trials by state."""
     by_state = Counter(trial.state for trial in trials)
-    refused = count_skipped(trials)
+    skipped = count_skipped(trials)
     return Counts(
         total=max(n_trials, len(trials)),
         completed=by_state[TrialState.COMPLETE],
-        pruned=by_state[TrialState.PRUNED] - refused,
+        pruned=by_state[TrialState.PRUNED] - skipped,
         failed=by_state[TrialState.FAIL],
         running=by_state[TrialState.RUNNING],
         waiting=by_state[TrialState.WAITING],
         to_ask=max(n_trials - len(trials), 0),
-        refused=refused,
+        skipped=skipped,
     )
 
 
@@ -35,12 +35,12 @@ def count_skipped(trials: Sequence[FrozenTrial]) -> int:
     return sum(is_skipped(trial) for trial in trials)
 
 
-def is_skipped(trial: FrozenTrial, bound_bytes: int | None = None) -> bool:
-    """Return whether the trial was predicted not to fit, into a limit of at least ``bound_bytes`` if that is given."""
-    refusal = trial.user_attrs.get(SKIPPED)
-    if trial.state is not TrialState.PRUNED or refusal is None:
+def is_skipped(trial: FrozenTrial, limit_bytes: int | None = None) -> bool:
+    """Return whether the trial was predicted not to fit, into a limit of at least ``limit_bytes`` if that is given."""
+    skipped = trial.user_attrs.get(SKIPPED)
+    if trial.state is not TrialState.PRUNED or skipped is None:
         return False
-    return bound_bytes is None or bool(refusal["fit"]["bound_bytes"] >= bound_bytes)
+    return limit_bytes is None or bool(skipped["fit"]["limit_bytes"] >= limit_bytes)
 
 
 def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
@@ -61,7 +61,7 @@ def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
         feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
         failure=f"{failure['kind']}: {failure['message']}" if failure else None,
         out_of_memory_retries=attributes.get(MEMORY_RETRIES, 0),
-        refusal=from_dict(SkippedTrial, attributes[SKIPPED]) if is_skipped(trial) else None,
+        skipped=from_dict(SkippedTrial, attributes[SKIPPED]) if is_skipped(trial) else None,
     )
 
 

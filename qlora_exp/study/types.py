@@ -70,7 +70,7 @@ class LadderSpec:
     lr_policy: str
     lr_factors: tuple[float, ...]
     ladders: tuple[LadderSettings, ...]
-    most_seeds: int = 8
+    max_seeds: int = 8
     """Maximum number of seeds per rank. Studies of versions without this field have the rule's maximum."""
 
 
@@ -157,7 +157,7 @@ class Outcome:
     violations: tuple[float, ...]
     seconds: float | None
     failure: Failure | None = None
-    refusal: SkippedTrial | None = None
+    skipped: SkippedTrial | None = None
     """The trial was not started because it was predicted not to fit. ``status`` is then PRUNED."""
 
 
@@ -179,7 +179,7 @@ class TrialRow:
     failure: str | None = None
     out_of_memory_retries: int = 0
     """How often memory ran out and the micro-batch was halved."""
-    refusal: SkippedTrial | None = None
+    skipped: SkippedTrial | None = None
     """Why the trial was not started: it was predicted not to fit."""
 
 
@@ -195,8 +195,8 @@ class Counts:
     running: int
     waiting: int
     to_ask: int
-    refused: int = 0
+    skipped: int = 0
 
     @property
     def finished(self) -> int:
-        return self.completed + self.pruned + self.failed + self.refused
+        return self.completed + self.pruned + self.failed + self.skipped

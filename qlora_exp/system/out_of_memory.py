@@ -16,7 +16,7 @@ def memory_warning(fit: Fit | None) -> str | None:
     """Return a warning if the predicted memory is close to the limit or above it; else ``None``."""
     if fit is None or fit.would_fit is None:
         return None
-    if fit.near_the_edge:
+    if fit.borderline:
         need = f"{_predicted_need(fit)}, within the prediction's error ({fit.error:.0%})"
         return f"{need}; what surely fits: {fit.would_fit}"
     return f"{_predicted_need(fit)}, and started anyway; what would fit: {fit.would_fit}"
@@ -49,4 +49,4 @@ def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before
 def _predicted_need(fit: Fit) -> str:
     from qlora_exp.formatting import bytes_text  # loads Rich
 
-    return f"predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.bound_bytes)} of memory"
+    return f"predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.limit_bytes)} of memory"

@@ -63,7 +63,7 @@ class Meter:
     """Measures phases on one device. For a phase that is entered again, seconds add up and the highest peak counts."""
 
     device: str
-    host_reused: bool = False
+    process_reused: bool = False
     """Whether this process has made a run before. Its resident peaks are then unknown (``None``)."""
     phases: dict[str, Phase] = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ class Meter:
         """What the peaks measure: ``cuda_allocated`` or ``resident``; ``None``: nothing."""
         if self.device == "cuda":
             return "cuda_allocated"
-        return "resident" if resident_bytes() is not None and not self.host_reused else None
+        return "resident" if resident_bytes() is not None and not self.process_reused else None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -115,7 +115,7 @@ class Meter:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return None
-        return None if self.host_reused or not trim_heap() else reset_resident_peak()
+        return None if self.process_reused or not trim_heap() else reset_resident_peak()
 
     def _peaks(self, resident_before: int | None) -> tuple[int | None, int | None]:
         if self.device == "cuda":

@@ -13,7 +13,7 @@ from qlora_exp.cli import main
 from qlora_exp.paths import OutputPaths
 
 SHORT = [
-    *("sweep.ladder.r_start=2", "sweep.ladder.r_max=4", "sweep.ladder.seeds=2", "sweep.ladder.most_seeds=3"),
+    *("sweep.ladder.r_start=2", "sweep.ladder.r_max=4", "sweep.ladder.seeds=2", "sweep.ladder.max_seeds=3"),
     *("sweep.ladder.margin=0.5", "sweep.ladder.lr_policy=fixed", "sweep.name=short", "tracking=off"),
     *("training.max_steps=4", "training.batch_size=4", "training.device=cpu", "quantization=fp32"),
     *("evaluation.max_items=16", "evaluation.before=false", "evaluation.baselines=false", "budget.usd_per_hour=2"),

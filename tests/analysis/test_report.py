@@ -186,7 +186,7 @@ def test_beside_a_ladder_nothing_is_in_the_headline_that_could_not_stand_there_a
 
 
 def test_what_a_ladder_left_open_is_among_what_cannot_be_concluded() -> None:
-    undecided = {**LADDER, "decision": "inconclusive", "what_it_takes": "It would take about 12 seeds."}
+    undecided = {**LADDER, "decision": "inconclusive", "would_settle": "It would take about 12 seeds."}
     limits = next(
         s for s in of([made_up.run(3), made_up.run(4, r=16)], ladder=undecided).sections if s.name == "limits"
     )

@@ -46,7 +46,7 @@ class Swept:
 
     completed: int
     wasted: int
-    refused: int
+    skipped: int
     wasted_seconds: float
     seconds: float
 
@@ -61,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, budget in (("without", "null"), ("with", str(arguments.memory_bytes))):
             swept = sweep(name, Path(folder), arguments.memory_bytes, arguments.steps, budget)
-            figures = (swept.completed, swept.wasted, swept.refused)
+            figures = (swept.completed, swept.wasted, swept.skipped)
             seconds = f"{swept.wasted_seconds:.0f} | {swept.seconds:.0f}"
             print(f"| {name} prediction | {' | '.join(map(str, figures))} | {seconds} |", flush=True)
 
@@ -83,14 +83,14 @@ def sweep(name: str, root: Path, memory_bytes: int, steps: int, budget: str) -> 
 def counted(outputs: OutputPaths, name: str, seconds: float) -> Swept:
     paths = outputs.study(name)
     rows = Study.open(read_spec(paths), paths).trials()
-    vain = [row for row in rows if row.status is not Status.COMPLETED and row.refusal is None]
+    vain = [row for row in rows if row.status is not Status.COMPLETED and row.skipped is None]
     records = [read_record(outputs.run(row.run_id).record) for row in rows if row.run_id is not None]
     ended = sorted((datetime.fromisoformat(str(record.ended_at)), record.status) for record in records)
     in_vain = [(end - before).total_seconds() for (before, _), (end, status) in pairwise(ended) if status in IN_VAIN]
     return Swept(
         completed=sum(row.status is Status.COMPLETED for row in rows),
         wasted=len(vain),
-        refused=sum(row.refusal is not None for row in rows),
+        skipped=sum(row.skipped is not None for row in rows),
         wasted_seconds=sum(in_vain),
         seconds=seconds,
     )

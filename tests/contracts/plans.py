@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.contracts.calling import call, called_in
 
-WORDS = ("reason", "told", "notes", "sentence")
+WORDS = ("reason", "message", "notes", "sentence")
 """Fields that hold sentences: compared by whether there is one."""
 MOST_ROWS = 12
 """Of a plan with more configurations the first and last are kept, and their number."""

@@ -67,7 +67,7 @@ SWEEPS: dict[str, tuple[str, ...]] = {
         *_SLEEP,
     ),
     "ladder": (
-        *("sweeps=rank_doubling", "sweep.ladder.r_max=16", "sweep.ladder.most_seeds=3"),
+        *("sweeps=rank_doubling", "sweep.ladder.r_max=16", "sweep.ladder.max_seeds=3"),
         *("sweep.ladder.lr_policy=fixed", *_SLEEP),
     ),
     "real": (

@@ -48,9 +48,9 @@ def test_a_plan_says_of_a_budget_what_the_run_will_say(capsys: pytest.CaptureFix
     told = list(affordable_steps_message(config, prepare(config, probe(config.training.device))))
     assert len(told) == 3
     [run] = planned(capsys, *SMALL, *LIMITED)
-    assert [bought["told"] for bought in run["budget"]] == told
+    assert [bought["message"] for bought in run["budget"]] == told
     for bought in run["budget"]:
-        assert 0 < bought["least"] <= bought["about"] <= bought["most"] <= bought["of"] == run["steps"] == 40
+        assert 0 < bought["minimum"] <= bought["about"] <= bought["maximum"] <= bought["of"] == run["steps"] == 40
     assert main(["plan", *SMALL, *LIMITED, "--html", str(tmp_path / "plan.html")]) == 0
     shown, page = capsys.readouterr().out, (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert all(sentence in shown and sentence in page for sentence in told)
@@ -67,7 +67,7 @@ def test_a_plan_says_of_a_budget_what_the_sweep_will_say(axes: list[str], capsys
     assert len(told) == 3
     assert all(f" of {3 if len(axes) == 1 else 7} trials (" in sentence for sentence in told)
     for run in planned(capsys, *SMALL, *LIMITED, *axes):
-        assert [bought["told"] for bought in run["budget"]] == told
+        assert [bought["message"] for bought in run["budget"]] == told
 
 
 def test_tokens_are_known_before_the_first_trial_of_an_uncalibrated_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_energy_is_refused_on_a_cpu_alone(capsys: pytest.CaptureFixture[str]) ->
     assert main(["plan", *SMALL, "budget.kwh=1"]) == 2
     assert "energy can't be measured here" in capsys.readouterr().err
     [run] = planned(capsys, "model=llama3_1_8b", "plan.device=rtx4090", "budget.kwh=1")
-    assert run["budget"][0]["told"] == "budget.kwh=1: the cost of a step is unknown"
+    assert run["budget"][0]["message"] == "budget.kwh=1: the cost of a step is unknown"
 
 
 def test_a_card_that_is_to_be_fitted_is_the_card_that_is_planned_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,9 +81,9 @@ def test_of_many_rows_some_stand_for_all() -> None:
     assert found.counted < found.rows == loaded.rows
     assert found.mean_tokens == pytest.approx(loaded.mean_tokens, rel=0.03)
     assert found.lengths.longest_tokens == pytest.approx(loaded.lengths.longest_tokens, rel=0.1)
-    assert found.lengths.scored_most_tokens == pytest.approx(loaded.lengths.scored_most_tokens, rel=0.2)
-    assert found.lengths.scored_mean_tokens == pytest.approx(loaded.lengths.scored_mean_tokens, rel=0.05)
-    assert found.lengths.scored_deviation_tokens == pytest.approx(loaded.lengths.scored_deviation_tokens, rel=0.1)
+    assert found.lengths.row_max_loss_tokens == pytest.approx(loaded.lengths.row_max_loss_tokens, rel=0.2)
+    assert found.lengths.mean_loss_tokens == pytest.approx(loaded.lengths.mean_loss_tokens, rel=0.05)
+    assert found.lengths.loss_tokens_deviation == pytest.approx(loaded.lengths.loss_tokens_deviation, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def finished(
             train_tokens=round(100 * tokens_per_second),
             train_seconds=100.0,
             load_seconds=load,
-            untouched_evaluation_seconds=untouched,
+            base_evaluation_seconds=untouched,
             evaluation_seconds=evaluation,
         ),
     )
@@ -226,7 +226,7 @@ def test_another_checkpoint_or_revision_is_another_base() -> None:
 def test_of_trials_warm_runs_tell_what_loading_and_scoring_take_and_of_runs_cold_ones() -> None:
     cold = finished(other=(20.0, 1.0, 1.0))
     warm = finished(other=(0.0, 1.0, 1.0))
-    warm = warm.replace(memory=Memory(host_reused=True))
+    warm = warm.replace(memory=Memory(process_reused=True))
     here = probe_without_torch()
     for records in ([cold, warm], [warm, cold]):
         told = [from_finished_runs(records, here, cold.config, warm=one).other for one in (False, True)]
@@ -285,7 +285,7 @@ def test_trials_on_warm_hosts_load_nothing(hosts: bool, isolation: str, told: fl
     here = probe_without_torch()
     config = compose(["quantization=nf4", "training.threads=1", f"workers.isolation={isolation}"])
     cold = finished(other=(20.0, 1.0, 1.0)).replace(config=to_plain(config), environment=replace(here, torch_threads=1))
-    warm = cold.replace(speed=replace(cold.speed, load_seconds=0.0), memory=Memory(host_reused=True))
+    warm = cold.replace(speed=replace(cold.speed, load_seconds=0.0), memory=Memory(process_reused=True))
     paid, _ = CostEstimator([cold, warm], hosts).estimate_cost(
         config, device_by_name("cpu"), ONE_LAYER, [SHAPES[0].name]
     )

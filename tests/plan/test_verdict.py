@@ -41,7 +41,7 @@ def test_what_lies_within_the_predictions_error_of_its_bound_is_marked(
     ):
         limit = f"budget.memory_bytes={round(bound)}"
         [run] = planned(capsys, *asked, limit)
-        assert (run["fits"], run["near_the_edge"]) == (fits, near)
+        assert (run["fits"], run["borderline"]) == (fits, near)
         assert run["reason"].startswith("borderline: needs ") == near
         assert main(["plan", *asked, limit]) == 0
         shown = capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_what_is_known_exactly_not_to_fit_is_not_near_the_edge(capsys: pytest.Ca
     asked = ("model=llama3_1_8b", "quantization=bf16", "training.micro_batch_size=1", "training.max_length=64")
     [run] = planned(capsys, *asked, "budget.memory_bytes=16000000000")
     assert run["memory"]["peak_bytes"] < (1 + RELATIVE_ERROR["cuda"]) * 16e9
-    assert (run["fits"], run["near_the_edge"]) == (False, False)
+    assert (run["fits"], run["borderline"]) == (False, False)
     assert "the base alone 16.1 GB" in run["reason"]
 
 

@@ -93,4 +93,4 @@ def test_a_plan_counts_learned_tokens_as_a_run_does(
     assert planned is not None
     assert planned.rows == len(items)
     assert planned.mean_tokens == sum(len(item.ids) for item in items) / len(items)
-    assert planned.lengths.scored_most_tokens == max(sum(item.completion_mask) for item in items)
+    assert planned.lengths.row_max_loss_tokens == max(sum(item.completion_mask) for item in items)

@@ -40,7 +40,7 @@ CONFIG = LadderConfig(
     r_start=8,
     r_max=64,
     seeds=3,
-    most_seeds=8,
+    max_seeds=8,
     pilot_seed=1000,
     margin=0.05,
     half_zone=None,
@@ -174,14 +174,14 @@ def test_an_open_doubling_buys_seeds_once() -> None:
 
 
 def test_what_is_asked_for_before_the_last_look_is_the_capped_number_of_seeds() -> None:
-    spec = spec_of(r_max=16, most_seeds=5)
+    spec = spec_of(r_max=16, max_seeds=5)
     first = [t for t in play(spec, gains(0.05, off=0.2)) if t.params["seed"] <= spec.seeds]
     assert "Run 5 seeds in total" in answer_of(spec, first)["sentence"]
 
 
-@pytest.mark.parametrize(("most_seeds", "runs"), [(5, 10), (3, 6)])
-def test_a_purchase_can_be_capped_or_left_out(most_seeds: int, runs: int) -> None:
-    spec = spec_of(r_max=16, most_seeds=most_seeds)
+@pytest.mark.parametrize(("max_seeds", "runs"), [(5, 10), (3, 6)])
+def test_a_purchase_can_be_capped_or_left_out(max_seeds: int, runs: int) -> None:
+    spec = spec_of(r_max=16, max_seeds=max_seeds)
     trials = play(spec, gains(0.05, off=0.2))
     assert answer_of(spec, trials)["decision"] == "inconclusive"
     assert len(trials) == max_trials(spec) == runs
@@ -192,8 +192,8 @@ def test_what_no_purchase_settles_is_inconclusive_with_what_it_would_take() -> N
     trials = play(spec, gains(0.05, off=0.2))
     found = answer_of(spec, trials)
     assert (found["decision"], found["recommended_rank"], found["saves"]) == ("inconclusive", None, None)
-    assert "It would take" in found["what_it_takes"]
-    assert found["what_it_takes"] in found["sentence"]
+    assert "It would take" in found["would_settle"]
+    assert found["would_settle"] in found["sentence"]
     assert len(trials) == 2 * 8
 
 
@@ -442,8 +442,8 @@ def test_the_plan_says_beforehand_whether_it_can_settle_the_margin() -> None:
         ({"r_start": 0}, "r_max"),
         ({"seeds": 1}, "seeds"),
         ({"seeds": 9}, "seeds"),
-        ({"most_seeds": 2}, "most_seeds"),
-        ({"most_seeds": 9}, "most_seeds"),
+        ({"max_seeds": 2}, "max_seeds"),
+        ({"max_seeds": 9}, "max_seeds"),
         ({"pilot_seed": 4}, "pilot_seed"),
         ({"lr_policy": LrPolicy.search, "lr_factors": [1.0]}, "lr_factors"),
         ({"lr_factors": [1.0, -1.0]}, "lr_factors"),

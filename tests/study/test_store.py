@@ -375,19 +375,19 @@ def test_optunas_experimental_warnings_reach_nobody(tmp_path: Path) -> None:
 
 def test_a_refusal_whose_telling_was_cut_short_is_forgotten_when_the_trial_ends_in_another_way(tmp_path: Path) -> None:
     study = opened(a_spec(tmp_path, n_trials=2))
-    refusal = SkippedTrial(Fit(200, 0, 200, 100, 0.1, 0), None, None)
+    skipped = SkippedTrial(Fit(200, 0, 200, 100, 0.1, 0), None, None)
     for status in (Status.COMPLETED, Status.PRUNED):
         lost = study.claim(NOBODY, 600.0)
         assert lost is not None
         study._storage.set_trial_user_attr(lost.trial_id, FAILURE, to_dict(Failure("PredictedNotToFit", "too much")))
-        study._storage.set_trial_user_attr(lost.trial_id, SKIPPED, to_dict(refusal))
+        study._storage.set_trial_user_attr(lost.trial_id, SKIPPED, to_dict(skipped))
         study.tell(claimed(study), dataclasses.replace(completed(1.0), status=status))
-    assert [(row.refusal, row.failure) for row in study.trials()] == [(None, None)] * 2
-    assert (study.counts().refused, study.counts().pruned, study.counts().to_ask) == (0, 1, 0)
+    assert [(row.skipped, row.failure) for row in study.trials()] == [(None, None)] * 2
+    assert (study.counts().skipped, study.counts().pruned, study.counts().to_ask) == (0, 1, 0)
 
 
 def test_after_five_trials_in_a_row_that_did_not_fit_one_is_drawn_at_random(tmp_path: Path) -> None:
-    refused = Outcome(Status.PRUNED, (None,), (), None, refusal=SkippedTrial(Fit(200, 0, 200, 100, 0.1, 0), None, None))
+    refused = Outcome(Status.PRUNED, (None,), (), None, skipped=SkippedTrial(Fit(200, 0, 200, 100, 0.1, 0), None, None))
 
     def sixth(outcomes: list[Outcome], folder: str, sampler: str = "qmc") -> dict[str, Any]:
         spec = a_spec(tmp_path / folder, sampler=sampler, params={"lora.r": "int(interval(1,100000))"})

@@ -85,7 +85,7 @@ def alive(pid: int) -> bool:
 def test_every_trial_is_run_and_told_once(tmp_path: Path) -> None:
     study = small(tmp_path, *((f"lora.r={r}",) for r in (2, 4, 8, 16)))
     result = work(study, tmp_path, count=2)
-    assert result == WorkerResult(told=4, stopped=None)
+    assert result == WorkerResult(finished=4, stopped=None)
     assert {outcome.status for outcome in study.told.values()} == {Status.COMPLETED}
     for number in range(4):
         record = record_of(study, number)
@@ -299,7 +299,7 @@ def test_a_storage_that_does_not_answer_is_waited_for_a_lease_long(
             work(study, tmp_path, lease_seconds=0.5)
         assert len(tries) >= 3
     else:
-        assert work(study, tmp_path).told == 1
+        assert work(study, tmp_path).finished == 1
         assert study.told[0].status is Status.COMPLETED
     assert study.requeued == []
 

@@ -126,8 +126,8 @@ def _row(point: Point, record: RunRecord) -> dict[str, float | int | None]:
         "accuracy": test.accuracy,
         "loss_per_item": test.loss_per_item,
         "macro_f1": test.macro_f1,
-        "untouched_accuracy": before.accuracy if before else None,
-        "untouched_accuracy_calibrated": before.accuracy_calibrated if before else None,
+        "base_accuracy": before.accuracy if before else None,
+        "base_accuracy_calibrated": before.accuracy_calibrated if before else None,
         "majority_accuracy": record.baselines.majority_accuracy if record.baselines else None,
         "tfidf_accuracy": record.baselines.tfidf_accuracy if record.baselines else None,
     }
