@@ -162,12 +162,12 @@ def test_all_problems_are_found_together() -> None:
         "lora.r",
         "lora.dropout",
         "targets.set",
-        "training.max_steps",
         "training.learning_rate",
         "training.scheduler",
+        "training.max_steps",
         "evaluation.max_new_tokens",
-        "seed",
         "budget.usd_per_hour",
+        "seed",
     ]
     assert all(problem.hint for problem in problems)
     assert not check(compose([]))

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from qlora_exp.cli import analyze, data, export, machine, plan, records, report, run, show, sweep
 from qlora_exp.errors import QloraExpError, unwritable_error
 from qlora_exp.system import heap
-from qlora_exp.system.terminal import check_arguments, show_any_text
+from qlora_exp.system.streams import check_arguments, show_any_text
 
 EPILOG = (
     "Each command has its own help with examples: qlora-exp run --help. Hydra's own help: python -m qlora_exp --help"

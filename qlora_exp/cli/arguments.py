@@ -110,6 +110,11 @@ Source = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Start a run even if it is predicted not to fit into memory (budget.force=true)")
 ]
+AcceptPrediction = Annotated[
+    bool,
+    typer.Option("--force", help="Accept a run that is predicted not to fit into memory (budget.force=true)"),
+]
+"""``--force`` of a command that starts nothing."""
 
 
 def forced(force: bool) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import Force, Overrides, Source, examples, forced
+from qlora_exp.cli.arguments import AcceptPrediction, Overrides, Source, examples, forced
 from qlora_exp.cli.settings_file import combined_overrides
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("init", epilog=examples("qlora-exp init my-task", "cd my-task && qlora-exp run --from task.yaml"))(init)
 
 
-def validate(overrides: Overrides = None, source: Source = None, force: Force = False) -> int:
+def validate(overrides: Overrides = None, source: Source = None, force: AcceptPrediction = False) -> int:
     """Check configuration and data without loading weights."""
     from qlora_exp.architecture.targets import rank_warning
     from qlora_exp.runs.execute import preflight

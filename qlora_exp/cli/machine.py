@@ -10,7 +10,7 @@ import typer
 from qlora_exp.cli.arguments import OutputRoot, Overrides, examples, outputs_of
 
 if TYPE_CHECKING:
-    from qlora_exp.doctor.result import Check
+    from qlora_exp.doctor.machine_checks import Check
 
 
 def add_to(app: typer.Typer) -> None:
@@ -48,7 +48,7 @@ def doctor(
     hide_other_gpus(DeviceChoice.auto)
     set_threads(None)
     silence_libraries()
-    from qlora_exp.doctor.checks import checks
+    from qlora_exp.doctor.machine_checks import checks
     from qlora_exp.doctor.sweep_disk import sweep_disk
 
     problems = 0
@@ -151,7 +151,7 @@ def ui(
 
 def version() -> int:
     """Print the version."""
-    from qlora_exp import __version__
+    from qlora_exp.version import __version__
 
     print(f"qlora-exp {__version__}")
     return 0

@@ -153,6 +153,6 @@ def _check_resumable(record: RunRecord) -> None:
 
 
 def _output_root_override(folder: Path) -> str:
-    from qlora_exp.config.override_values import hydra_value
+    from qlora_exp.config.overrides import hydra_value
 
     return f"output_root={hydra_value(str(folder))}"

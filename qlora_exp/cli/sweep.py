@@ -99,7 +99,7 @@ def resume(
     from qlora_exp.system.distributed import check_single_rank
 
     check_single_rank()  # before a damaged study is rebuilt
-    from qlora_exp.config.override_values import escape_interpolations, hydra_value
+    from qlora_exp.config.overrides import escape_interpolations, hydra_value
     from qlora_exp.study.spec import STORAGE_VARIABLE, storage_of
 
     spec, paths = _find_study(study, output_root)
@@ -295,7 +295,7 @@ def _join(join: bool) -> list[str]:
 def _root(output_root: str | None) -> list[str]:
     from pathlib import Path
 
-    from qlora_exp.config.override_values import hydra_value
+    from qlora_exp.config.overrides import hydra_value
 
     return [f"output_root={hydra_value(str(Path(output_root).expanduser().absolute()))}"] if output_root else []
 

@@ -12,13 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qlora_exp.config.checks import check
-from qlora_exp.config.compose import Composer, as_config, compose_raw
-from qlora_exp.config.group_files import default_choices, read_choice
-from qlora_exp.config.groups import groups
+from qlora_exp.config.choices import groups
+from qlora_exp.config.compose import Composer, as_config, compose_raw, default_choices, read_choice
 from qlora_exp.config.interpolations import resolve_outside, unresolved_texts
 from qlora_exp.config.override_errors import problems_of, typed_value
-from qlora_exp.config.override_values import has_interpolation, hydra_value
-from qlora_exp.config.overrides import is_swept, override_key, override_value
+from qlora_exp.config.overrides import has_interpolation, hydra_value, is_swept, override_key, override_value
 from qlora_exp.config.schema import Config, EvaluationSplit, Sampler, SweepConfig
 from qlora_exp.errors import ConfigError, Problems, QloraExpError, raise_all
 from qlora_exp.paths import CONF

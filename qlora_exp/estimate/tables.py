@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from rich.table import Table
 
-from qlora_exp.config.override_values import hydra_value
+from qlora_exp.config.overrides import hydra_value
 from qlora_exp.estimate.estimator import PlannedMemory, PlannedRun
 from qlora_exp.estimate.fit_result import BORDERLINE_NOTES
 from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES

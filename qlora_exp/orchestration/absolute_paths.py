@@ -11,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.interpolations import unresolved_texts
-from qlora_exp.config.override_values import has_interpolation, hydra_value
-from qlora_exp.config.overrides import override_key
+from qlora_exp.config.overrides import has_interpolation, hydra_value, override_key
 from qlora_exp.config.schema import absolute_path, absolute_store
 from qlora_exp.study.space import point_overrides
 from qlora_exp.study.types import Axis

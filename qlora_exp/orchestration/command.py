@@ -16,8 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw
-from qlora_exp.config.groups import groups
 from qlora_exp.config.interpolations import (
     depends_on,
     resolve_outside,
@@ -26,10 +26,8 @@ from qlora_exp.config.interpolations import (
     unresolved_texts,
 )
 from qlora_exp.config.override_errors import problems_of
-from qlora_exp.config.override_values import has_interpolation
-from qlora_exp.config.overrides import is_hydra, is_swept, override_key, override_value
+from qlora_exp.config.overrides import SEARCH_PATH, has_interpolation, is_hydra, is_swept, override_key, override_value
 from qlora_exp.config.schema import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
-from qlora_exp.config.search_path import SEARCH_PATH
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.estimate import budget
 from qlora_exp.formatting import flatten

@@ -19,9 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from qlora_exp.config.compose import as_checked_config, check_hydra, check_multirun, compose, compose_raw
 from qlora_exp.config.interpolations import unresolved_error, unresolved_texts
 from qlora_exp.config.override_errors import problems_of
-from qlora_exp.config.overrides import first_choice, is_swept, without_globs
+from qlora_exp.config.overrides import SEARCH_PATH, first_choice, is_swept, search_folders, search_path, without_globs
 from qlora_exp.config.schema import Config, register, to_plain
-from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.paths import CONF
 from qlora_exp.runs.entry_points import complete_killed_record, run_with_progress
@@ -35,7 +34,7 @@ from qlora_exp.runs.process import (
 )
 from qlora_exp.system import heap, memory_limits, signals, streams
 from qlora_exp.system.distributed import check_single_rank
-from qlora_exp.system.terminal import check_arguments, show_any_text
+from qlora_exp.system.streams import check_arguments, show_any_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,11 +12,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qlora_exp.config.interpolations import unresolved_texts
-from qlora_exp.config.official_sweeper import official_sweeper_problems
-from qlora_exp.config.override_values import escape_interpolations
-from qlora_exp.config.overrides import is_hydra, override_key
+from qlora_exp.config.override_errors import official_sweeper_problems
+from qlora_exp.config.overrides import (
+    SEARCH_PATH,
+    escape_interpolations,
+    is_hydra,
+    override_key,
+    search_folders,
+    search_path,
+)
 from qlora_exp.config.schema import BudgetConfig, WorkersConfig
-from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
 from qlora_exp.errors import QloraExpError, StudyError, raise_all, unwritable_error
 from qlora_exp.estimate.budget import StudyBudget, budget_of, check_energy
 from qlora_exp.formatting import bytes_text

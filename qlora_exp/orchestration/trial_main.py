@@ -45,7 +45,7 @@ from qlora_exp.orchestration.messages import (
 )
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.system import streams
-from qlora_exp.system.terminal import show_any_text
+from qlora_exp.system.streams import show_any_text
 from qlora_exp.training.outcome import PruneCheck, is_disk_full
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_exp.architecture.run_plan import EARLIER_TASK_DEFAULTS
 from qlora_exp.config.compose import as_checked_config
-from qlora_exp.config.override_values import escape_interpolations
+from qlora_exp.config.overrides import escape_interpolations
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.estimate.budget import STUDY_LIMITS

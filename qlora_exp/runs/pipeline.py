@@ -220,9 +220,9 @@ def _failed_record(progress: RunFigures, error: BaseException) -> RunRecord:
 
 def _hint(status: Status, paths: RunPaths) -> str | None:
     newest = newest_valid(paths.checkpoints)
-    start = f"goes on at step {step_of(newest[0])}" if newest else "starts again: no step was saved"
+    start = f"continues at step {step_of(newest[0])}" if newest else "starts again: no step was saved"
     if paths.trained.exists():
-        start = "goes on with the evaluation"
+        start = "continues with the evaluation"
     return {
         Status.INTERRUPTED: f"qlora-exp run --resume {shlex.quote(str(paths.folder))} {start}",
         Status.OUT_OF_MEMORY: "halve training.micro_batch_size (accumulation keeps the batch), set "

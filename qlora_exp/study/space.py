@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
-from qlora_exp.config.override_values import hydra_value
+from qlora_exp.config.overrides import hydra_value
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.study.conditions import active_values, check_conditions
 from qlora_exp.study.types import Axis, AxisKind

@@ -8,23 +8,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from qlora_exp.doctor.result import Check, guarded
-from qlora_exp.doctor.speed import calibration, matmul_rate
-from qlora_exp.doctor.sweep_disk import nearest_folder
+from qlora_exp.config.schema import Quantization
 from qlora_exp.errors import QloraExpError
+from qlora_exp.estimate.calibration import calibration_flops_per_second
 from qlora_exp.paths import EMBEDDED, PACKAGE, OutputPaths
 from qlora_exp.system import environment
+from qlora_exp.system.hardware import DENSE_FLOPS_PER_SECOND, card_of
 
 if TYPE_CHECKING:
-    from qlora_exp.config.schema import Quantization
     from qlora_exp.orchestration.devices import Gpu
+    from qlora_exp.records.types import Device
 
 OLDEST_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2 * 10**9
@@ -32,6 +34,25 @@ LOW_DISK_BYTES = 2 * 10**9
 BUSY_GPU_BYTES = 10**9
 """More than a desktop session uses. Another training would distort memory and speed figures."""
 COMMAND_SECONDS = 20.0
+MEASURED_SECONDS = 1.0
+MEASURED_SIZES = {"cuda": 8192, "cpu": 1024}
+"""Square matrices large enough that the multiplication is timed, not the memory."""
+MIN_MATMUL_SHARE = 0.5
+"""Share of the data sheet's figure. Large matrix products reach about 0.6 to 0.9 of it on an idle card."""
+MIN_CALIBRATED_SHARE = 0.1
+"""Share of the data sheet's figure that the calibration's training steps reach: they do more than multiply. An
+assumption, not measured on a card."""
+MAX_SHARE = 1.05
+
+
+@dataclass(frozen=True)
+class Check:
+    """``ok`` is ``None`` if the check does not apply here (``detail`` says why). ``fix`` is set only with a problem."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    fix: str | None = None
 
 
 def checks(output_root: str | Path, self_test: bool = True) -> Iterator[Check]:
@@ -57,10 +78,20 @@ def checks(output_root: str | Path, self_test: bool = True) -> Iterator[Check]:
         ("embedded model", embedded_assets),
     )
     for name, check in plain:
-        yield guarded(name, check)
+        yield _guarded(name, check)
     if self_test:
-        yield guarded("matmul rate", matmul_rate)
-        yield from quantization_modes()
+        yield _guarded("matmul rate", matmul_rate)
+        for mode in Quantization:
+            yield _guarded(f"train in {mode.value}", partial(_self_test, mode))
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """Return the check's result; an exception in the check becomes a problem, so that the other checks still run."""
+    try:
+        return check()
+    except Exception as error:
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        return Check(name, False, f"the check itself failed: {type(error).__name__}: {message}", "report this")
 
 
 def python_version() -> Check:
@@ -163,6 +194,80 @@ def _neighbours(gpus: Sequence[Gpu]) -> Check:
     return Check("gpu memory", True, "no other process holds much of it")
 
 
+def calibration() -> Check:
+    """Check the rate that plans use for this machine, in the 16 bits of data sheets (on a CPU in fp32)."""
+    machine = environment.probe()
+    device = machine.device
+    mode = Quantization.fp32 if device.kind == "cpu" else Quantization.bf16 if device.bf16 else Quantization.fp16
+    rate = calibration_flops_per_second(machine, mode)
+    if rate is None:
+        detail = "none for this device and number of threads: plans have no seconds (run qlora-exp calibrate)"
+        return Check("calibration", None, detail)
+    fix = "qlora-exp calibrate, with nothing else on the card"
+    what = f"of training in {mode.value}"
+    return against_datasheet("calibration", what, device, rate, MIN_CALIBRATED_SHARE, too_slow=fix, too_fast=fix)
+
+
+def matmul_rate() -> Check:
+    """Measure the rate of matrix products for a second, in 16 bits on a GPU and in fp32 on a CPU."""
+    device = environment.probe().device
+    rate = measure_flops_per_second(device.kind)
+    if device.kind == "cpu":
+        what = "measured in fp32 with the threads above (no data sheet for CPUs)"
+        return Check("matmul rate", True, f"{rate / 1e12:.3g} TFLOP/s {what}")
+    too_slow = "nvidia-smi -q -d PERFORMANCE says why (another process, heat, a power limit, a part of a card)"
+    too_fast = f"the data sheet's figure for {card_of(device.name or '')} is wrong: report it"
+    what = "measured in 16 bits"
+    return against_datasheet("matmul rate", what, device, rate, MIN_MATMUL_SHARE, too_slow, too_fast)
+
+
+def against_datasheet(
+    check: str, what: str, device: Device, rate: float, min_share: float, too_slow: str, too_fast: str
+) -> Check:
+    """Compare ``rate`` in FLOP/s with the card's data sheet: a wrong rate makes predicted seconds and dollars wrong.
+
+    ``min_share``: the share of the data sheet's figure that the rate should reach. ``too_slow``, ``too_fast``: the
+    fixes.
+    """
+    detail = f"{rate / 1e12:.3g} TFLOP/s {what}"
+    sheet = DENSE_FLOPS_PER_SECOND.get(card_of(device.name or "")) if device.kind == "cuda" else None
+    if sheet is None:
+        whose = "CPUs" if device.kind == "cpu" else device.name
+        return Check(check, None, f"{detail}; whether it agrees is unknown: no data sheet for {whose}")
+    share = rate / sheet
+    detail = f"{detail}, {share:.0%} of the data sheet's {sheet / 1e12:.4g}"
+    if min_share <= share <= MAX_SHARE:
+        return Check(check, True, detail)
+    return Check(check, False, detail, too_slow if share < min_share else too_fast)
+
+
+def measure_flops_per_second(kind: str) -> float:
+    """Return the rate of square matrix products over a second, at 2 n³ operations a product."""
+    import torch
+
+    size = MEASURED_SIZES[kind]
+    dtype = torch.float32
+    if kind == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    left, right = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    _wait(kind)
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < MEASURED_SECONDS:
+        left @ right
+        products += 1
+        _wait(kind)
+    return products * 2.0 * size**3 / (time.perf_counter() - started)
+
+
+def _wait(kind: str) -> None:
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def disk_space(outputs: OutputPaths) -> Check:
     free = shutil.disk_usage(nearest_folder(outputs.root)).free
     detail = f"{free / 1e9:.1f} GB free for {outputs.root}"
@@ -225,15 +330,13 @@ def embedded_assets(assets: Path = EMBEDDED) -> Check:
     return Check("embedded model", True, f"{len(entries)} files as built")
 
 
-def quantization_modes() -> Iterator[Check]:
-    """Train one small layer through each mode: the gradient after an evaluation must equal the one before."""
-    from qlora_exp.config.schema import Quantization
-
-    for mode in Quantization:
-        yield guarded(f"train in {mode.value}", partial(_self_test, mode))
+def nearest_folder(path: Path) -> Path:
+    """Return the folder itself, or its first parent that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _self_test(mode: Quantization) -> Check:
+    """Train one small layer through ``mode``: the gradient after an evaluation must equal the one before."""
     from qlora_exp.models.self_test import quantization_self_test
 
     result = quantization_self_test(mode, environment.probe().device.kind)
