@@ -24,7 +24,6 @@ SHARED_NAMES = {
         "Splits",
         "Study",
         "T",
-        "TrialRow",
         "calibrate",
         "document",
         "plan",

@@ -6,11 +6,13 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_exp.errors import RecordError
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import SCHEMA_VERSION, RunRecord
+
+T = TypeVar("T")
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
@@ -62,6 +64,14 @@ def read_record(path: Path) -> RunRecord:
             "upgrade qlora-exp",
         )
     return from_dict(RunRecord, raw, str(path))
+
+
+def read_or_none(kind: type[T], path: Path) -> T | None:
+    """Return the ``kind`` (a dataclass) in a JSON file; ``None`` if the file is missing, damaged or another."""
+    try:
+        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecordError):
+        return None
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
