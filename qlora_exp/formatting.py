@@ -57,6 +57,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return UNKNOWN_CELL if value is None else f"{value:,.{digits}f}"
 
 
+def figure(value: float | None) -> str:
+    """Return ``value`` with four significant digits."""
+    return UNKNOWN_CELL if value is None else f"{value:.4g}"
+
+
 def simple_table(*columns: str) -> Table:
     """Return an empty table in the style of all commands; the first column is bold."""
     from rich import box

@@ -20,7 +20,6 @@ SHARED_NAMES = {
         "Splits",
         "Study",
         "T",
-        "TrialRow",
         "calibrate",
         "document",
         "plan",

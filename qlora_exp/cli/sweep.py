@@ -152,7 +152,7 @@ def status(
 def _show_not_delivered(spec: StudySpec, opened: Any, paths: StudyPaths) -> None:
     from qlora_exp.orchestration.orchestrator import current_orchestrator
     from qlora_exp.paths import OutputPaths
-    from qlora_exp.tracking.pending import not_delivered
+    from qlora_exp.tracking.state import not_delivered
 
     runs = [row.run_id for row in opened.trials() if row.run_id is not None]
     busy = current_orchestrator(paths) is not None

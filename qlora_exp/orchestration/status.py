@@ -294,10 +294,10 @@ def trial_line(row: TrialRow, done: int, total: int) -> str:
 
 def tracking_rows(rows: Sequence[TrialRow]) -> list[Any]:
     """Return the trials as :mod:`qlora_exp.tracking` takes them."""
-    from qlora_exp.tracking.study_fields import TrialRow
+    from qlora_exp.tracking.study_fields import SummaryTrial
 
     return [
-        TrialRow(row.number, row.status or Status.RUNNING, row.values, row.params, row.run_id, row.seconds)
+        SummaryTrial(row.number, row.status or Status.RUNNING, row.values, row.params, row.run_id, row.seconds)
         for row in rows
         if row.status is not None or row.state == "RUNNING"
     ]

@@ -288,7 +288,7 @@ def _print_not_delivered(command: SweepCommand, opened: Any) -> None:
     """Print, as the sweep's last line, which runs have not been logged to MLflow."""
     if not command.tracking.enabled:
         return
-    from qlora_exp.tracking.pending import not_delivered
+    from qlora_exp.tracking.state import not_delivered
 
     with contextlib.suppress(Exception):  # a lost storage has been reported already
         run_ids = [row.run_id for row in opened.trials() if row.run_id is not None]
@@ -299,10 +299,10 @@ def _print_not_delivered(command: SweepCommand, opened: Any) -> None:
 
 def _end_is_logged(paths: StudyPaths, status: Status) -> bool:
     from qlora_exp.tracking.state import read_state
-    from qlora_exp.tracking.study import summary_status
+    from qlora_exp.tracking.study import read_summary
 
-    state = read_state(paths)
-    return state is not None and state.delivered and summary_status(paths) is status
+    state, summary = read_state(paths), read_summary(paths)
+    return state is not None and state.delivered and summary is not None and summary.status is status
 
 
 def _is_complete(counts: Counts) -> bool:

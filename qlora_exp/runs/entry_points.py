@@ -31,7 +31,7 @@ def run_with_progress(config: Config, resume: str | None = None) -> int:
         record = execute(config, observer, resume, alone=True)
     print(run_summary(record, config))
     if config.tracking.enabled:
-        from qlora_exp.tracking.pending import not_delivered
+        from qlora_exp.tracking.state import not_delivered
 
         missing = not_delivered(OutputPaths.of(config.output_root), [record.run_id])
         if missing is not None:
