@@ -72,7 +72,7 @@ def preview(
     """Show items as tokens. The trained tokens are highlighted, or in [brackets] without a terminal."""
     from rich.text import Text
 
-    from qlora_exp.data.preview import preview_items as preview_items
+    from qlora_exp.data.preview import preview_items
     from qlora_exp.formatting import print_table
 
     _, prepared, _ = _prepared(combined_overrides(source, overrides))
@@ -124,7 +124,7 @@ def _rounded(plan: Plan) -> str:
 
 def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     """Return the lines that ``validate`` prints."""
-    from qlora_exp.data.rows_report import rows_report
+    from qlora_exp.data.preview import rows_report
 
     data = splits.record
     share = plan.trainable_parameters / plan.total_parameters

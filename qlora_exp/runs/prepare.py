@@ -12,9 +12,8 @@ from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora
 from qlora_exp.config.schema import Config, EvaluationSplit
-from qlora_exp.data.items import Splits
+from qlora_exp.data.items import Splits, check_positions, check_vocabulary
 from qlora_exp.data.load import load_data
-from qlora_exp.data.model_limits import check_positions, check_vocabulary
 from qlora_exp.data.sources import state_of_files
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_exp.data.model_limits import check_positions
+from qlora_exp.data.items import check_positions
 from qlora_exp.errors import DataError
 from qlora_exp.evaluation.forgetting import text_losses
 from qlora_exp.evaluation.generation import MARGIN_TOKENS, StopRule, generate, max_new_tokens, stop_rule
