@@ -42,7 +42,6 @@ BACKWARDS: dict[str, set[str]] = {
     "estimate/preflight.py": {"runs"},  # Prepared: an Estimate would do
     "estimate/preflight_budget.py": {"runs"},  # as preflight.py
     "study/study.py": {"rank_doubling"},  # a study knows its ladder: it should be given a proposer
-    "system/hardware.py": {"training"},  # card_of, which belongs here
     "cli/machine.py": {"__init__"},  # __version__
 }
 """File → rooms that it imports against the order. The list only ever gets shorter."""

@@ -89,10 +89,11 @@ def plan(
 
     from qlora_exp.errors import raise_all
     from qlora_exp.estimate.candidates import search_space
-    from qlora_exp.estimate.device import CARDS, device_by_name, size_bytes
+    from qlora_exp.estimate.device import device_by_name, size_bytes
     from qlora_exp.estimate.estimator import Planner
     from qlora_exp.estimate.tokens import RowCounter
     from qlora_exp.runs.process import silence_libraries
+    from qlora_exp.system.hardware import CARDS
 
     silence_libraries()
     overrides, device_name = _overrides(source, arguments)

@@ -9,7 +9,7 @@ from qlora_exp.config.schema import Quantization
 from qlora_exp.doctor.result import Check
 from qlora_exp.estimate.calibration import calibration_flops_per_second
 from qlora_exp.system import environment
-from qlora_exp.training.meter import DENSE_FLOPS_PER_SECOND, card_of
+from qlora_exp.system.hardware import DENSE_FLOPS_PER_SECOND, card_of
 
 SECONDS = 1.0
 MEASURED_SIZES = {"cuda": 8192, "cpu": 1024}

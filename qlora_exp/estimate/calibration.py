@@ -12,7 +12,7 @@ from qlora_exp.estimate.duration import Rate, rate_from_calibration
 from qlora_exp.estimate.throughput import machine_of
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import Environment
-from qlora_exp.training.meter import card_of
+from qlora_exp.system.hardware import card_of
 
 MODES = tuple(mode for mode in Quantization if mode is not Quantization.fp4)
 COUNT_VERSION = 2

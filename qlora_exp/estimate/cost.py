@@ -19,8 +19,7 @@ from qlora_exp.estimate.tokens import PlannedRows
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import Environment, RunRecord
 from qlora_exp.system.environment import available_cores, probe_without_torch
-from qlora_exp.system.hardware import read_prices, usd_per_hour
-from qlora_exp.training.meter import card_of
+from qlora_exp.system.hardware import card_of, read_prices, usd_per_hour
 
 
 @dataclass(frozen=True)

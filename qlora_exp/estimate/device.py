@@ -12,31 +12,9 @@ from qlora_exp.architecture.targets import layers_without_adapters
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.system.hardware import CARDS
 
 BYTES_PER_MIB = 2**20
-CARDS: dict[str, tuple[int, bool, str]] = {
-    "t4": (15_360, False, "T4"),
-    "v100_16gb": (16_384, False, "V100 SXM2"),
-    "v100_32gb": (32_768, False, "V100 SXM2"),
-    "rtx3060_12gb": (12_288, True, "RTX 3060"),
-    "rtx3090": (24_576, True, "RTX 3090"),
-    "rtx4060ti_16gb": (16_380, True, "RTX 4060 Ti"),
-    "rtx4070": (12_282, True, "RTX 4070"),
-    "rtx4080": (16_376, True, "RTX 4080"),
-    "rtx4090": (24_564, True, "RTX 4090"),
-    "rtx5090": (32_607, True, "RTX 5090"),
-    "rtxa6000": (49_140, True, "RTX A6000"),
-    "a10g": (23_028, True, "A10G"),
-    "l4": (23_034, True, "L4"),
-    "l40s": (46_068, True, "L40S"),
-    "a100_40gb": (40_960, True, "A100 SXM4"),
-    "a100_80gb": (81_920, True, "A100 SXM4"),
-    "h100_80gb": (81_559, True, "H100 HBM3"),
-    "h200": (143_771, True, "H200"),
-}
-"""Card → (memory in MiB as nvidia-smi shows it, whether it has bfloat16, its name in conf/prices.yaml). From the
-makers' data sheets, not measured."""
-
 DEVICE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 

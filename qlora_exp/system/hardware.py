@@ -1,7 +1,8 @@
-"""Price per hour of a device, from conf/prices.yaml (edit it to match your prices)."""
+"""Cards: names, memory, data-sheet throughput; and prices per hour, from conf/prices.yaml (edit it to match yours)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,55 @@ import yaml
 
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.paths import CONF
-from qlora_exp.training.meter import card_of
+
+CARDS: dict[str, tuple[int, bool, str]] = {
+    "t4": (15_360, False, "T4"),
+    "v100_16gb": (16_384, False, "V100 SXM2"),
+    "v100_32gb": (32_768, False, "V100 SXM2"),
+    "rtx3060_12gb": (12_288, True, "RTX 3060"),
+    "rtx3090": (24_576, True, "RTX 3090"),
+    "rtx4060ti_16gb": (16_380, True, "RTX 4060 Ti"),
+    "rtx4070": (12_282, True, "RTX 4070"),
+    "rtx4080": (16_376, True, "RTX 4080"),
+    "rtx4090": (24_564, True, "RTX 4090"),
+    "rtx5090": (32_607, True, "RTX 5090"),
+    "rtxa6000": (49_140, True, "RTX A6000"),
+    "a10g": (23_028, True, "A10G"),
+    "l4": (23_034, True, "L4"),
+    "l40s": (46_068, True, "L40S"),
+    "a100_40gb": (40_960, True, "A100 SXM4"),
+    "a100_80gb": (81_920, True, "A100 SXM4"),
+    "h100_80gb": (81_559, True, "H100 HBM3"),
+    "h200": (143_771, True, "H200"),
+}
+"""Card → (memory in MiB as nvidia-smi shows it, whether it has bfloat16, its name in conf/prices.yaml). From the
+makers' data sheets, not measured."""
+DENSE_FLOPS_PER_SECOND = {
+    "B200": 2250e12,
+    "H200": 989.5e12,
+    "H200 NVL": 835.5e12,
+    "H100 HBM3": 989.5e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIE": 756.5e12,
+    "A100 SXM4": 312e12,
+    "A100 PCIE": 312e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100 SXM2": 125e12,
+    "V100 PCIE": 112e12,
+    "T4": 65e12,
+    "RTX A6000": 154.8e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+"""Dense 16-bit tensor throughput with 32-bit accumulation, FLOP/s, by :func:`card_of`. From the makers' data sheets
+(half of a figure with sparsity). Form factors differ, so each has an entry; other cards are unknown."""
+CARD_PREFIXES = {"NVIDIA", "TESLA", "GEFORCE"}
 
 PRICES = CONF / "prices.yaml"
 PRICE_UNIT = "usd_per_hour"
@@ -23,6 +72,12 @@ class Price:
 
     usd_per_hour: float
     source: str
+
+
+def card_of(device_name: str) -> str:
+    """Return a card's name without maker, line and memory size: ``NVIDIA A100-SXM4-80GB`` gives ``A100 SXM4``."""
+    words = device_name.upper().replace("-", " ").split()
+    return " ".join(word for word in words if word not in CARD_PREFIXES and not re.fullmatch(r"\d+GB", word))
 
 
 def price_of(configured: float | None, device_kind: str, device_name: str | None) -> Price | None:

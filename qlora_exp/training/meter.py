@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,38 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DENSE_FLOPS_PER_SECOND = {
-    "B200": 2250e12,
-    "H200": 989.5e12,
-    "H200 NVL": 835.5e12,
-    "H100 HBM3": 989.5e12,
-    "H100 NVL": 835.5e12,
-    "H100 PCIE": 756.5e12,
-    "A100 SXM4": 312e12,
-    "A100 PCIE": 312e12,
-    "A30": 165e12,
-    "A40": 149.7e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "V100 SXM2": 125e12,
-    "V100 PCIE": 112e12,
-    "T4": 65e12,
-    "RTX A6000": 154.8e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-"""Dense 16-bit tensor throughput with 32-bit accumulation, FLOP/s, by :func:`card_of`. From the makers' data sheets
-(half of a figure with sparsity). Form factors differ, so each has an entry; other cards are unknown."""
-CARD_PREFIXES = {"NVIDIA", "TESLA", "GEFORCE"}
-
-
-def card_of(device_name: str) -> str:
-    """Return a card's name without maker, line and memory size: ``NVIDIA A100-SXM4-80GB`` gives ``A100 SXM4``."""
-    words = device_name.upper().replace("-", " ").split()
-    return " ".join(word for word in words if word not in CARD_PREFIXES and not re.fullmatch(r"\d+GB", word))
+from qlora_exp.system.hardware import DENSE_FLOPS_PER_SECOND, card_of
 
 
 @dataclass
