@@ -13,12 +13,11 @@ from functools import cache
 from typing import Any, Literal
 
 from qlora_exp.errors import ConfigError, nearest
-from qlora_exp.records.types import Memory, RunRecord
+from qlora_exp.records.types import RunRecord
 from qlora_exp.study.types import Outcome, StudySpec
 
 MODEL_STATE = "memory.model_state_bytes"
-"""Derived field: memory that training needs besides activations (base, quantization state, adapter, gradients,
-optimizer)."""
+"""A property of the record, not a field: memory that training needs besides activations."""
 
 
 Direction = Literal["minimize", "maximize"]
@@ -75,8 +74,6 @@ def parse_constraint(text: str) -> Constraint:
 
 def objective_value(record: RunRecord, field: str) -> float | None:
     """Return the number at ``field``; ``None`` if it is unknown or not finite."""
-    if field == MODEL_STATE:
-        return _model_state_bytes(record.memory)
     value: Any = record
     for name in field.split("."):
         value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
@@ -111,18 +108,6 @@ def outcome_of(record: RunRecord, spec: StudySpec) -> Outcome:
 def numeric_fields() -> tuple[str, ...]:
     """Return the paths of all numbers in a record. ``….*`` means that any name may follow."""
     return (MODEL_STATE, *_numeric_paths(RunRecord, ""))
-
-
-def _model_state_bytes(memory: Memory) -> float | None:
-    parts = (
-        memory.base_weight_bytes,
-        memory.quantization_state_bytes,
-        memory.adapter_bytes,
-        memory.gradient_bytes,
-        memory.optimizer_bytes,
-    )
-    known = [part for part in parts if part is not None]
-    return float(sum(known)) if len(known) == len(parts) else None
 
 
 def _checked_field(field: str, where: str) -> str:
