@@ -13,8 +13,7 @@ import optuna
 import pytest
 
 from qlora_exp.analysis.report import build
-from qlora_exp.analysis.report_content import StudyInfo
-from qlora_exp.analysis.report_rendering import to_csv, to_markdown
+from qlora_exp.analysis.report_content import StudyInfo, to_csv, to_markdown
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain

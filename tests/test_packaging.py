@@ -171,7 +171,7 @@ def test_every_pin_lies_within_the_declared_ranges() -> None:
 def test_the_installed_report_has_its_templates_and_draws(installed: Path, tmp_path: Path) -> None:
     code = (
         "from qlora_exp.analysis.report_content import ReportContent, Section, value_table;"
-        "from qlora_exp.analysis.report_rendering import to_html;"
+        "from qlora_exp.analysis.report_content import to_html;"
         "section = Section('s', 'S', figures=({'data': [], 'layout': {}},));"
         "content = ReportContent('t', None, ('h',), None, (section,), value_table(('run',), [('r',)]), 'now');"
         "print(len(to_html(content)))"

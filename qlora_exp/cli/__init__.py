@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qlora_exp.cli import analyze, data, export, machine, plan, records, report, run, sweep
+from qlora_exp.cli import data, export, machine, plan, records, report, run, sweep
 from qlora_exp.errors import QloraExpError, unwritable_error
 from qlora_exp.system import heap
 from qlora_exp.system.streams import check_arguments, show_any_text
@@ -64,7 +64,6 @@ sweep.add_to(app)
 plan.add_to(app)
 data.add_to(app)
 records.add_to(app)
-analyze.add_to(app)
 report.add_to(app)
 export.add_to(app)
 machine.add_to(app)

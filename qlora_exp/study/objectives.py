@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     import optuna
 
 MODEL_STATE = "memory.model_state_bytes"
-"""Derived field: memory that training needs besides activations (base, quantization state, adapter, gradients,
-optimizer)."""
+"""A property of the record, not a field: memory that training needs besides activations."""
 
 MIN_TRIALS = 4
 """Importances need trials that differ; with fewer they mean nothing."""
@@ -81,13 +80,6 @@ def parse_constraint(text: str) -> Constraint:
 
 def objective_value(record: RunRecord, field: str) -> float | None:
     """Return the number at ``field``; ``None`` if it is unknown or not finite."""
-    if field == MODEL_STATE:
-        memory = record.memory
-        parts = (
-            *(memory.base_weight_bytes, memory.quantization_state_bytes, memory.adapter_bytes),
-            *(memory.gradient_bytes, memory.optimizer_bytes),
-        )
-        return None if None in parts else float(sum(part for part in parts if part is not None))
     value: Any = record
     for name in field.split("."):
         value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)

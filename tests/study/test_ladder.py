@@ -401,7 +401,7 @@ def test_the_report_has_the_ladders_own_figures_words_and_warnings() -> None:
     ladders = [LadderSettings({"model.variant": variant}, CENTRE, 0.0, "2r") for variant in ("base", "instruct")]
     spec = spec_of(*ladders)
     base, instruct = found = answers(spec, play(spec, gains(0.2, 0.01)))
-    sections = ladder_sections([StudyInfo("doubling", ladder={"ladders": found})])
+    sections = ladder_sections([StudyInfo("doubling", ladders=found)])
     assert [section.title for section in sections] == [
         "Rank doubling: model.variant=base",
         "Rank doubling: model.variant=instruct",
