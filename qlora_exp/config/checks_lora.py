@@ -74,9 +74,20 @@ def int8_dora(config: Config) -> ConfigError | None:
     return config_error(what, "lora.dora", config.lora.dora, "quantization=nf4, or lora.dora=false, or a GPU")
 
 
+def scaled_16_bit_adapters(config: Config, computed_in: str) -> ConfigError | None:
+    """Return the problem of 16-bit adapters over a base that a GPU computes in ``computed_in``, or ``None``."""
+    if computed_in != "float16" or config.lora.dtype not in (ComputeDtype.float16, ComputeDtype.bfloat16):
+        return None
+    what = "float16 computation on a GPU scales the loss, and torch unscales gradients of float32 adapters only"
+    return config_error(what, "lora.dtype", config.lora.dtype.value, "lora.dtype=float32, or compute in bfloat16")
+
+
 def lora_problems(config: Config) -> Iterator[ConfigError]:
     lora, mode = config.lora, config.quantization.mode
     if config.training.device is DeviceChoice.cpu and (problem := int8_dora(config)):
+        yield problem
+    computed_in = NATIVE_DTYPES.get(mode, config.quantization.compute_dtype.value)
+    if config.training.device is DeviceChoice.cuda and (problem := scaled_16_bit_adapters(config, computed_in)):
         yield problem
     yield from _alpha(lora)
     optimizer = config.training.optimizer

@@ -10,7 +10,7 @@ from typing import Any
 from qlora_exp.architecture import run_plan
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_warning, resolve_targets
-from qlora_exp.config.checks_lora import int8_dora
+from qlora_exp.config.checks_lora import int8_dora, scaled_16_bit_adapters
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.data.items import Splits, check_positions, check_vocabulary
 from qlora_exp.data.load import load_data
@@ -49,6 +49,10 @@ def prepare(config: Config, environment: Environment, bases: BaseModels | None =
     """Check rows, target modules and plan, the cheapest checks first. Raises :class:`QloraExpError`."""
     if environment.device.kind == "cpu" and (problem := int8_dora(config)):
         raise problem  # with training.device=auto the device is known only here
+    device = environment.device
+    computed_in = run_plan.compute_dtype(config.quantization, device.kind, device.bf16)
+    if device.kind == "cuda" and (problem := scaled_16_bit_adapters(config, computed_in)):
+        raise problem  # a card without bfloat16 computes quantized weights in float16
     if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
         what = "FlexAttention can't be trained on a CPU: torch has no backward pass for it there"
         raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")

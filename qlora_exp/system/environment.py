@@ -154,8 +154,10 @@ def _device(choice: DeviceChoice) -> Device:
 
     cuda = torch.cuda.is_available()
     if choice is DeviceChoice.cuda and not cuda:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        among = f" among CUDA_VISIBLE_DEVICES={visible or repr('')}" if visible is not None else ""
         raise ConfigError(
-            "training.device=cuda, but torch finds no CUDA device",
+            f"training.device=cuda, but torch finds no CUDA device{among}",
             "training.device",
             "training.device=auto or cpu; qlora-exp doctor says what torch was built for",
         )

@@ -30,7 +30,6 @@ from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord
 from qlora_exp.study.proposer import Point
 from qlora_exp.study.types import LadderSettings, LadderSpec
-from qlora_exp.training.meter import flops_per_token
 
 GRID_SEEDS, REPLAY_SEEDS, PILOT_SEED = range(1, 9), range(101, 109), 1000
 CENTRE_AT_8 = 4e-3
@@ -158,7 +157,7 @@ def run_flops(record: RunRecord | None, items: int) -> float:
     assert plan is not None
     assert tokens is not None
     scored = items * tokens / (plan.max_steps * plan.batch_size)
-    trained = flops_per_token(plan.total_parameters, plan.trainable_parameters, recomputed=False)
+    trained = 4.0 * plan.total_parameters + 6.0 * plan.trainable_parameters
     return trained * tokens + 2.0 * (plan.total_parameters + plan.trainable_parameters) * scored
 
 
