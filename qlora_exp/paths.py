@@ -142,7 +142,8 @@ class StudyPaths:
 
     @property
     def threads(self) -> Path:
-        """CPU threads per trial process, fixed by the study's first worker: equal counts give bit-equal results."""
+        """CPU threads per trial process, fixed by the study's first worker: on a CPU, equal counts give bit-equal
+        results."""
         return self.folder / "threads.json"
 
     @property
