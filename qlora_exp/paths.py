@@ -130,7 +130,8 @@ class StudyPaths:
     workers = Child("workers")
     """One JSON file per worker: the state of each of its trial processes."""
     threads = Child("threads.json")
-    """CPU threads per trial process, fixed by the study's first worker: equal counts give bit-equal results."""
+    """CPU threads per trial process, fixed by the study's first worker: on a CPU, equal counts give bit-equal
+    results."""
     logs = Child("logs")
     """Output of the trial processes."""
     summary = Child("summary.json")

@@ -164,6 +164,11 @@ if any("trial_main" in argument for argument in sys.orig_argv):
             libc.dprintf(2, b"Error out of memory at line 62 in file /src/csrc/ops.cu\\n")
             libc.exit(1)
 
+    def exits_for_another_reason(config, step):
+        if config.lora.r == 2:
+            libc.dprintf(2, b"Error an illegal memory access was encountered at line 62 in file /src/csrc/ops.cu\\n")
+            libc.exit(1)
+
     sleep_engine._simulate_fault = FAULT
 """
 
@@ -200,3 +205,11 @@ def test_bitsandbytes_exit_for_lack_of_memory_is_out_of_memory(retries: int, tmp
     assert failure is not None
     assert "bitsandbytes" in failure.message
     assert [study.told[number].status for number in (1, 2)] == [Status.COMPLETED, Status.COMPLETED]
+
+
+def test_another_exit_of_bitsandbytes_is_told_with_its_reason(tmp_path: Path, monkeypatch: Kept) -> None:
+    study = sweep_on_a_mocked_gpu("exits_for_another_reason", tmp_path, monkeypatch, max_attempts=1)
+    assert [study.told[number].status for number in range(3)] == [Status.FAILED, Status.COMPLETED, Status.COMPLETED]
+    failure = record_of(study, 0).failure
+    assert failure is not None
+    assert "an illegal memory access was encountered" in failure.message

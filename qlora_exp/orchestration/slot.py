@@ -38,6 +38,7 @@ from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status, Trial
 from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.system import memory_limits
+from qlora_exp.system.device_errors import bitsandbytes_error
 from qlora_exp.system.environment import is_alive
 from qlora_exp.system.out_of_memory import SMALLER_HINTS, ended_for_memory, killed_for_memory
 from qlora_exp.training.outcome import is_disk_full
@@ -258,6 +259,8 @@ class Slot(threading.Thread):
                 )
             return self.worker.return_trial(self.number, claim)
         why = str(end) if isinstance(end, TimedOut | ProcessDied) else "the run was interrupted from outside"
+        if isinstance(end, ProcessDied) and (error := bitsandbytes_error(self._output())) is not None:
+            why += f"; bitsandbytes ended it because of the CUDA error: {error}"
         return self._lost(claim, paths, record, why)
 
     def _killed_for_memory(self, paths: RunPaths, record: RunRecord, end: ProcessDied) -> RunRecord:

@@ -165,9 +165,7 @@ def _lists_instances() -> bool:
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return all(
-            part is not handle or not _is_partitioned(handle) for handle in handles for part in instances(handle)
-        )
+        return not any(_is_partitioned(handle) and instances(handle) == [handle] for handle in handles)
     except Exception:  # as in _by_nvml
         return False
 
