@@ -163,7 +163,6 @@ class Slot(threading.Thread):
         spec = self.setting.spec
         self._kills_before = memory_limits.out_of_memory_kills()
         host = self._host = self._host or take_started(self._host_start)
-        self.state.host_pid = host.pid
         host.send(
             RunTrial(
                 overrides=(*spec.overrides, *claim.overrides),
@@ -193,6 +192,7 @@ class Slot(threading.Thread):
         stop_at: float | None = None
         while True:
             message = host.receive(LISTEN_SECONDS)
+            self.state.host_pid = host.pid
             clock = time.monotonic()
             if message is not None:
                 heard, started = clock, True
