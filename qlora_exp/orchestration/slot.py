@@ -169,7 +169,6 @@ class Slot(threading.Thread):
         with contextlib.suppress(OSError):  # no log yet
             self._log_start = self._host_start.log.stat().st_size
         host = self._host = self._host or take_started(self._host_start)
-        self.state.host_pid = host.pid
         host.send(
             RunTrial(
                 overrides=(*spec.overrides, *claim.overrides),
@@ -199,6 +198,7 @@ class Slot(threading.Thread):
         stop_at: float | None = None
         while True:
             message = host.receive(LISTEN_SECONDS)
+            self.state.host_pid = host.pid
             clock = time.monotonic()
             if message is not None:
                 heard, started = clock, True

@@ -15,6 +15,7 @@ from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.schema import WorkersConfig
 from qlora_exp.estimate.budget import StudyBudget, budget_of, limits_of
 from qlora_exp.estimate.memory_fit import MemoryLimit
+from qlora_exp.orchestration import forking
 from qlora_exp.orchestration.live_state import (
     SlotState,
     remove_worker_state,
@@ -106,7 +107,8 @@ def run_worker(
     opened = study if study is not None else Study.open(spec, paths, proposer_of(spec, paths))
     worker = Worker(setting, opened, job, len(starts), stop)
     slots = [Slot(worker, state.slot, start, state) for state, start in zip(worker.states, starts, strict=True)]
-    return worker.run(slots)
+    with forking.servers_kept():
+        return worker.run(slots)
 
 
 class Worker:
