@@ -39,8 +39,6 @@ ORDER: tuple[tuple[str, ...], ...] = (
 """From the ground up: a room imports only from rooms above it in this list, never from one beside it."""
 
 BACKWARDS: dict[str, set[str]] = {
-    "estimate/preflight.py": {"runs"},  # Prepared: an Estimate would do
-    "estimate/preflight_budget.py": {"runs"},  # as preflight.py
     "study/study.py": {"rank_doubling"},  # a study knows its ladder: it should be given a proposer
     "cli/machine.py": {"__init__"},  # __version__
 }

@@ -9,7 +9,7 @@ from qlora_exp.config.schema import Quantization
 from qlora_exp.doctor.result import Check
 from qlora_exp.estimate.calibration import calibration_flops_per_second
 from qlora_exp.system import environment
-from qlora_exp.system.hardware import DENSE_FLOPS_PER_SECOND, card_of
+from qlora_exp.system.hardware import card_of, data_sheet_flops
 
 SECONDS = 1.0
 MEASURED_SIZES = {"cuda": 8192, "cpu": 1024}
@@ -34,7 +34,7 @@ def against_datasheet(kind: str, name: str | None, rate: float) -> Check:
     detail = f"{rate / 1e12:.3g} TFLOP/s measured"
     if kind != "cuda":
         return Check("matmul rate", True, f"{detail} in fp32 with the threads above (no data sheet for CPUs)")
-    sheet = DENSE_FLOPS_PER_SECOND.get(card_of(name)) if name else None
+    sheet = data_sheet_flops(name)
     if sheet is None:
         return Check("matmul rate", None, f"{detail} in 16 bits; no data sheet is known for {name}")
     share = rate / sheet
@@ -66,7 +66,7 @@ def calibration_against_datasheet(kind: str, name: str | None, mode: Quantizatio
         detail = "none for this device and number of threads: plans have no seconds (run qlora-exp calibrate)"
         return Check("calibration", None, detail)
     detail = f"{rate / 1e12:.3g} TFLOP/s of training in {mode.value}"
-    sheet = DENSE_FLOPS_PER_SECOND.get(card_of(name)) if kind == "cuda" and name else None
+    sheet = data_sheet_flops(name) if kind == "cuda" else None
     if sheet is None:
         whose = "CPUs" if kind == "cpu" else name
         return Check("calibration", None, f"{detail}; whether it agrees is unknown: no data sheet for {whose}")

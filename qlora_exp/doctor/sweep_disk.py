@@ -73,7 +73,7 @@ def _largest(points: Sequence[Sequence[str]]) -> int:
         ConfigError, ModelError, Problems: no point is valid.
     """
     from qlora_exp.config.compose import Composer
-    from qlora_exp.estimate.estimator import Planner
+    from qlora_exp.estimate.planner import Planner
 
     composer, planner = Composer(), Planner()
     sizes: list[int] = []
