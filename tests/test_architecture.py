@@ -39,8 +39,6 @@ ORDER: tuple[tuple[str, ...], ...] = (
 """From the ground up: a room imports only from rooms above it in this list, never from one beside it."""
 
 BACKWARDS: dict[str, set[str]] = {
-    "estimate/preflight.py": {"runs"},  # Prepared: an Estimate would do
-    "estimate/preflight_budget.py": {"runs"},  # as preflight.py
 }
 """File → rooms that it imports against the order. The list only ever gets shorter."""
 

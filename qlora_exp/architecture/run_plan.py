@@ -181,6 +181,10 @@ def make_plan(
     adapted = [shapes[name] for name in modules]
     training, device = config.training, environment.device
     micro_batch_size = training.micro_batch_size or training.batch_size
+    max_steps = training.max_steps
+    if max_steps is None:
+        assert training.max_tokens is not None  # check() refuses a training without an end
+        max_steps = math.ceil(training.max_tokens / training.batch_size)
     computed = compute_dtype(config.quantization, device.kind, device.bf16)
     length_multiple, logits_multiple = shape_multiples(
         computed, device.kind, training.max_length, architecture.positions
@@ -200,7 +204,7 @@ def make_plan(
         weight_dtype=weight_dtype(config.quantization.mode),
         compute_dtype=computed,
         adapter_dtype=adapter_dtype(config.lora),
-        max_steps=_max_steps(config),
+        max_steps=max_steps,
         batch_size=training.batch_size,
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=training.batch_size // micro_batch_size,
@@ -210,14 +214,6 @@ def make_plan(
         logits_multiple=logits_multiple,
         inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),
     )
-
-
-def _max_steps(config: Config) -> int:
-    training = config.training
-    if training.max_steps is not None:
-        return training.max_steps
-    assert training.max_tokens is not None  # check() refuses a training without an end
-    return math.ceil(training.max_tokens / training.batch_size)
 
 
 def gradient_checkpointing(choice: Checkpointing, device_kind: str, architecture: Architecture) -> bool:

@@ -17,7 +17,6 @@ from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, WeightShape
 from qlora_exp.architecture.targets import qkv_of_name
-from qlora_exp.estimate.architecture_traits import ArchitectureTraits, traits_of
 
 FLOAT32_BYTES = 4
 LAYER_PREFIX = re.compile(r"^(?:.*?\.)?\d+\.")
@@ -26,6 +25,83 @@ DOWN_NAME = re.compile(r"(down|c_proj|4h_to_h|fc2|fc_out|w2|out_proj|dense)[^.]*
 
 DEFAULT_HEAD_WIDTH, MAX_HEAD_WIDTH = 64, 128
 """The head width assumed if the architecture doesn't give one, and the largest width of one head's keys and values."""
+
+
+@dataclass(frozen=True)
+class ArchitectureTraits:
+    """What an architecture's code does that the shapes of its layers don't show."""
+
+    rotary: bool = True
+    """Queries and keys are rotated (RoPE): new tensors in addition to the projections' outputs."""
+    parallel_residual: bool = False
+    """Attention and feed-forward read the same residual stream in parallel."""
+    activation_copies: int = 1
+    """Tensors of the intermediate width that the activation saves; 4 for ``gelu_new``, written in Python."""
+    activation_mask: bool = False
+    """The activation saves which of its inputs are positive, one byte each (xIELU)."""
+    saves_output: bool = False
+    """The activation saves its output (ReLU), which is also the next layer's input."""
+    dropout: bool = False
+    """The published configurations have dropout on both branches."""
+    attention_dropout: bool = False
+    """On CPUs, attention with dropout takes torch's math path, which saves the scores."""
+    logit_softcapping: bool = False
+    """Attention scores and logits go through tanh (Gemma 2), which saves its output."""
+    softmax_in_compute_dtype: bool = False
+    """Eager attention computes the softmax in the compute dtype, not in float32."""
+    qk_in_float32: bool = False
+    """Eager attention multiplies queries and keys in float32."""
+    partial_rope: bool = False
+    """Only a part of each head is rotated, so queries are concatenated anew. Attention's output has their memory
+    layout, and is copied on CPUs before the projection reads it."""
+    unweighted_norms: int = 0
+    """The number of norms without weights, which shapes don't show."""
+    norm_copies: int = 1
+    """Copies of its input that a norm saves; 2 for a layer norm written in Python."""
+    expert_copies: int = 3
+    """Tensors of the intermediate width that a gated expert saves."""
+    gates_shared: bool = False
+    """The shared expert's output is multiplied by its own gate, so it is saved."""
+    multi_query: bool = False
+    """All query heads may share one head of keys and values (Falcon's ``multi_query``). CPUs take the math path for it,
+    too."""
+
+
+TRAITS = {
+    "apertus": ArchitectureTraits(activation_copies=3, activation_mask=True),
+    "biogpt": ArchitectureTraits(rotary=False, dropout=True, attention_dropout=True),
+    "codegen": ArchitectureTraits(parallel_residual=True, activation_copies=4, qk_in_float32=True),
+    "cohere": ArchitectureTraits(parallel_residual=True, norm_copies=2),
+    "cohere2": ArchitectureTraits(parallel_residual=True, norm_copies=2),
+    "falcon": ArchitectureTraits(parallel_residual=True, multi_query=True),
+    "gemma2": ArchitectureTraits(logit_softcapping=True),
+    "glm": ArchitectureTraits(partial_rope=True),
+    "glm4": ArchitectureTraits(partial_rope=True),
+    "glm4_moe": ArchitectureTraits(partial_rope=True),
+    "gpt2": ArchitectureTraits(
+        rotary=False, activation_copies=4, dropout=True, attention_dropout=True, softmax_in_compute_dtype=True
+    ),
+    "gpt_bigcode": ArchitectureTraits(rotary=False, dropout=True, attention_dropout=True),
+    "gpt_neo": ArchitectureTraits(rotary=False, activation_copies=4, qk_in_float32=True),
+    "gpt_neox": ArchitectureTraits(parallel_residual=True),
+    "gpt_oss": ArchitectureTraits(expert_copies=6, softmax_in_compute_dtype=True),
+    "gptj": ArchitectureTraits(parallel_residual=True, activation_copies=4, qk_in_float32=True),
+    "nemotron": ArchitectureTraits(partial_rope=True),
+    "olmo": ArchitectureTraits(unweighted_norms=2),
+    "opt": ArchitectureTraits(rotary=False, saves_output=True, dropout=True),
+    "phi": ArchitectureTraits(parallel_residual=True, activation_copies=4, partial_rope=True),
+    "qwen2_moe": ArchitectureTraits(gates_shared=True),
+    "seed_oss": ArchitectureTraits(dropout=True, attention_dropout=True),
+    "stablelm": ArchitectureTraits(partial_rope=True),
+    "vaultgemma": ArchitectureTraits(logit_softcapping=True),
+    "xglm": ArchitectureTraits(rotary=False, dropout=True, attention_dropout=True),
+}
+"""Other architectures are assumed to be built like Llama. What shapes do show is read from them: gates, fused
+projections, norms of queries and keys, the number and kind of norms."""
+
+
+def traits_of(model_type: str) -> ArchitectureTraits:
+    return TRAITS.get(model_type, ArchitectureTraits())
 
 
 def is_eager(attention: str, architecture: Architecture) -> bool:
@@ -79,57 +155,45 @@ class SavedActivations:
     outside: float
 
 
-def saved_bytes_per_token(
-    architecture: Architecture,
-    adapted: Collection[str],
-    *,
-    r: int,
-    compute_bytes: int,
-    adapter_bytes: int,
-    int8: bool,
-    length: int,
-    padded: bool,
-    cuda: bool = False,
-    lora_dropout: bool = False,
-    eager: bool = False,
-) -> SavedActivations:
-    """Return what forward saves for backward, per token (padding included) of a batch with rows of ``length`` tokens.
-
-    ``adapted``: full names of the weights with adapters. ``compute_bytes``, ``adapter_bytes``: bytes per element of the
-    two dtypes. ``padded``: rows differ in length, so attention gets a mask. ``eager``: attention is eager.
-    """
-    setting = _Setting(r, compute_bytes, adapter_bytes, int8, length, padded, cuda, lora_dropout, eager)
-    adapted_names = frozenset(adapted)
-    sizes: list[float] = []
-    width = architecture.hidden_size
-    inputs = 0
-    bytes_by_layer: dict[tuple[int, tuple[bool, ...], bool], tuple[float, int]] = {}
-    for kind, (layer, shapes) in zip(_kinds(architecture), layers_of(architecture), strict=True):
-        key = (kind, tuple([shape.name in adapted_names for shape in shapes]), not sizes)
-        if key not in bytes_by_layer:
-            layer_bytes = _layer_bytes(layer, shapes, key[1], setting, first=not sizes)
-            bytes_by_layer[key] = (
-                layer_bytes,
-                compute_bytes * (width + sum(input_bytes for _, input_bytes in _held_by_int8(layer, shapes, setting))),
-            )
-        size, input_bytes = bytes_by_layer[key]
-        sizes.append(size)
-        inputs += input_bytes
-    outside = width * (FLOAT32_BYTES + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
-    return SavedActivations(sum(sizes), max(sizes, default=0.0), inputs, outside)
-
-
 @dataclass(frozen=True)
-class _Setting:
+class TrainingPass:
+    """What a training's passes have in common besides the architecture. ``compute_bytes``, ``adapter_bytes``: bytes per
+    element of the two dtypes."""
+
     r: int
     compute_bytes: int
     adapter_bytes: int
     int8: bool
     length: int
     padded: bool
-    cuda: bool
-    lora_dropout: bool
-    eager: bool
+    """Rows differ in length, so attention gets a mask."""
+    cuda: bool = False
+    lora_dropout: bool = False
+    eager: bool = False
+    """Attention is eager."""
+
+
+def saved_bytes_per_token(
+    architecture: Architecture, adapted: Collection[str], setting: TrainingPass
+) -> SavedActivations:
+    """Return what forward saves for backward, per token (padding included) of a batch with rows of ``setting.length``
+    tokens. ``adapted``: full names of the weights with adapters."""
+    adapted_names = frozenset(adapted)
+    sizes: list[float] = []
+    inputs, width = 0, architecture.hidden_size
+    bytes_by_layer: dict[tuple[int, tuple[bool, ...], bool], tuple[float, int]] = {}
+    for kind, (layer, shapes) in zip(_kinds(architecture), layers_of(architecture), strict=True):
+        key = (kind, tuple([shape.name in adapted_names for shape in shapes]), not sizes)
+        if key not in bytes_by_layer:
+            held = sum(input_width for _, input_width in _held_by_int8(layer, shapes, setting))
+            layer_bytes = _layer_bytes(layer, shapes, key[1], setting, first=not sizes)
+            bytes_by_layer[key] = layer_bytes, setting.compute_bytes * (width + held)
+        size, input_bytes = bytes_by_layer[key]
+        sizes.append(size)
+        inputs += input_bytes
+    # The last norm's input, the head's, the embeddings' output.
+    outside = width * (FLOAT32_BYTES + 2 * setting.compute_bytes)
+    return SavedActivations(sum(sizes), max(sizes, default=0.0), inputs, outside)
 
 
 @lru_cache(maxsize=64)
@@ -206,7 +270,7 @@ def _is_down_projection(shape: WeightShape, hidden: int) -> bool:
 
 
 def _layer_bytes(
-    layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting, first: bool
+    layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: TrainingPass, first: bool
 ) -> float:
     """Return the layer's bytes per token. The first layer's input needs no gradient: its first norm saves nothing, and
     neither does its attention unless the attention has an adapter."""
@@ -219,18 +283,18 @@ def _layer_bytes(
     return size
 
 
-def _norm_bytes(layer: Layer, setting: _Setting) -> float:
+def _norm_bytes(layer: Layer, setting: TrainingPass) -> float:
     return layer.traits.norm_copies * layer.hidden * (FLOAT32_BYTES if layer.norm_upcasts else setting.compute_bytes)
 
 
-def _norms(layer: Layer, setting: _Setting) -> float:
+def _norms(layer: Layer, setting: TrainingPass) -> float:
     """Each norm's input (once, if several norms read the same tensor), and the dropout masks of both branches."""
     count = 1 if layer.traits.parallel_residual else layer.norms
     dropout_masks = 2 * layer.hidden * (1 if setting.cuda else setting.compute_bytes) if layer.traits.dropout else 0
     return count * _norm_bytes(layer, setting) + dropout_masks
 
 
-def _attention(layer: Layer, setting: _Setting) -> float:
+def _attention(layer: Layer, setting: TrainingPass) -> float:
     """Queries, keys, values, output, the log-sum-exp of the scores, and the mask as numbers (one copy per layer).
 
     With a mask, keys and values that several heads share are repeated for each head. The view of the values keeps all
@@ -255,7 +319,7 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     return (qkv + query) * width + normed + mask + FLOAT32_BYTES * layer.heads
 
 
-def _score_bytes(layer: Layer, setting: _Setting) -> int:
+def _score_bytes(layer: Layer, setting: TrainingPass) -> int:
     """Bytes per score of eager attention.
 
     If the softmax is computed in float32, a 16-bit copy of it multiplies the values. With dropout the product uses the
@@ -269,7 +333,7 @@ def _score_bytes(layer: Layer, setting: _Setting) -> int:
     return softmax + multiplier + (width if traits.logit_softcapping else 0)
 
 
-def _feed_forward(layer: Layer, setting: _Setting) -> float:
+def _feed_forward(layer: Layer, setting: TrainingPass) -> float:
     """Bytes per token of the feed-forward layers.
 
     With a gate: the gate before and after its activation, and the tensor that it multiplies. Without: what the
@@ -283,7 +347,7 @@ def _feed_forward(layer: Layer, setting: _Setting) -> float:
     return setting.compute_bytes * (layer.intermediate * (3 if layer.gated else copies) + routed + shared) + mask
 
 
-def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting) -> float:
+def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: TrainingPass) -> float:
     """Inputs saved for A's gradients, and A's outputs saved for B's gradients.
 
     In one dtype, layers that read the same tensor share it, and a tensor that attention or ReLU saves anyway isn't
@@ -305,7 +369,7 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
     return per_layer + setting.compute_bytes * sum(width for source, width in shared if source not in already_saved)
 
 
-def _held_by_int8(layer: Layer, shapes: Sequence[WeightShape], setting: _Setting) -> set[tuple[str, int]]:
+def _held_by_int8(layer: Layer, shapes: Sequence[WeightShape], setting: TrainingPass) -> set[tuple[str, int]]:
     """Return the inputs that LLM.int8() holds, as (tensor that is read, width).
 
     The autograd functions (``MatMul8bitLt``, ``MatMul8bitFp``) hold them as attributes of their context, not as saved
@@ -325,7 +389,7 @@ def _input_of(layer: Layer, shape: WeightShape) -> str:
     return "input" if layer.traits.parallel_residual and layer.norms == 1 else "middle"
 
 
-def _output_is_saved(layer: Layer, setting: _Setting) -> bool:
+def _output_is_saved(layer: Layer, setting: TrainingPass) -> bool:
     """Return whether the output projection reads the same tensor that attention saves. A fused projection's views give
     attention's output another memory layout, so it is copied."""
     if setting.eager:

@@ -12,6 +12,7 @@ from qlora_exp.architecture.targets import layers_without_adapters
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.records.types import Device
 from qlora_exp.system.hardware import CARDS
 
 BYTES_PER_MIB = 2**20
@@ -29,6 +30,11 @@ class PlanDevice:
     bf16: bool
     memory_bytes: int | None
     card: str | None = None
+
+    @property
+    def hardware(self) -> Device:
+        """The device as a run's record describes it."""
+        return Device(self.kind, self.card, 1, self.memory_bytes, None, None, self.bf16)
 
 
 CUDA = PlanDevice("cuda", "cuda", bf16=True, memory_bytes=None)

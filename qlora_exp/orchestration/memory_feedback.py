@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,9 @@ class MemoryPredictionSummary:
             sentence += f" (about {self.seconds_saved:,.0f} s of training)"
         sentence += f"; predictions wrong: {self.wrong} of {self.compared}"
         if self.borderline or self.wrong:
-            sentence += f" (out of memory: {self.borderline_out_of_memory} of {self.borderline} borderline trials,"
-            sentence += f" {self.out_of_memory} of the others; peak above the limit: {self.above_limit})"
+            borderline = f"{self.borderline_out_of_memory} of {self.borderline} borderline trials"
+            others = f"{self.out_of_memory} of the others; peak above the limit: {self.above_limit}"
+            sentence += f" (out of memory: {borderline}, {others})"
         return sentence
 
 
@@ -81,7 +83,9 @@ class MemoryFeedback:
         for trial in trials:
             if trial.run_id is not None and trial.status is not None:
                 if trial.run_id not in self._records:
-                    self._records[trial.run_id] = self._read(trial.run_id)
+                    self._records[trial.run_id] = None
+                    with contextlib.suppress(RecordError):
+                        self._records[trial.run_id] = read_record(self._outputs.run(trial.run_id).record)
                 record = self._records[trial.run_id]
                 if record is not None:
                     yield trial, record
@@ -90,35 +94,25 @@ class MemoryFeedback:
         """Return how the predictions turned out; ``None`` if nothing was predicted, since nothing limited the
         memory."""
         pairs = list(self.records(trials))
-        admitted = [(trial, record, record.fit) for trial, record in pairs if record.fit is not None]
+        admitted = [
+            (record.fit, ran_out_of_memory(trial, record), exceeded_limit(record, record.fit))
+            for trial, record in pairs
+            if record.fit is not None
+        ]
         refusals = [trial.skipped for trial in trials if trial.skipped is not None]
-        fits = [*(fit for _, _, fit in admitted), *(refusal.fit for refusal in refusals)]
+        fits = [*(fit for fit, _, _ in admitted), *(refusal.fit for refusal in refusals)]
         if not fits:
             return None
-        borderline = [(trial, record) for trial, record, fit in admitted if fit.borderline]
-        clear = [(trial, record) for trial, record, fit in admitted if not fit.borderline]
-        out_of_memory = [ran_out_of_memory(trial, record) for trial, record, _ in admitted]
-        above_limit = [exceeded_limit(record, fit) for _, record, fit in admitted]
         return MemoryPredictionSummary(
             limit_bytes=fits[-1].limit_bytes,
             skipped=len(refusals),
             seconds_saved=_seconds_saved(refusals, [record for _, record in pairs]),
-            borderline=len(borderline),
-            borderline_out_of_memory=sum(ran_out_of_memory(*pair) for pair in borderline),
-            out_of_memory=sum(ran_out_of_memory(*pair) for pair in clear),
-            above_limit=sum(
-                bool(exceeded and not ran_out) for exceeded, ran_out in zip(above_limit, out_of_memory, strict=True)
-            ),
-            compared=sum(
-                ran_out or exceeded is not None for exceeded, ran_out in zip(above_limit, out_of_memory, strict=True)
-            ),
+            borderline=sum(fit.borderline for fit, _, _ in admitted),
+            borderline_out_of_memory=sum(ran_out and fit.borderline for fit, ran_out, _ in admitted),
+            out_of_memory=sum(ran_out and not fit.borderline for fit, ran_out, _ in admitted),
+            above_limit=sum(bool(exceeded) and not ran_out for _, ran_out, exceeded in admitted),
+            compared=sum(ran_out or exceeded is not None for _, ran_out, exceeded in admitted),
         )
-
-    def _read(self, run_id: str) -> RunRecord | None:
-        try:
-            return read_record(self._outputs.run(run_id).record)
-        except RecordError:
-            return None
 
 
 def ran_out_of_memory(trial: TrialRow, record: RunRecord) -> bool:

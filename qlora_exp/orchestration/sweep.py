@@ -23,16 +23,16 @@ from qlora_exp.config.overrides import (
 )
 from qlora_exp.config.schema import BudgetConfig, WorkersConfig
 from qlora_exp.errors import QloraExpError, StudyError, raise_all, unwritable_error
-from qlora_exp.estimate.budget import StudyBudget, budget_of, check_energy
+from qlora_exp.estimate.budget import budget_of, check_energy
 from qlora_exp.formatting import bytes_text
 from qlora_exp.orchestration import launcher_signals
-from qlora_exp.orchestration.budget_forecast import affordable_trials_message, check_memory
 from qlora_exp.orchestration.command import SweepCommand, study_spec, typed_settings
 from qlora_exp.orchestration.launcher_processes import launcher_job
 from qlora_exp.orchestration.memory_feedback import MAX_CONSECUTIVE_SKIPS
 from qlora_exp.orchestration.orchestrator import Orchestration, orchestrating, wait_for_others
 from qlora_exp.orchestration.prestart import prestarted
 from qlora_exp.orchestration.status import LiveStatus, best_table, memory_predictions, progress_text, tracking_rows
+from qlora_exp.orchestration.study_budget import StudyBudget, affordable_trials_message, check_memory
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.rank_doubling.answers import announce, print_answers
 from qlora_exp.rank_doubling.ladder import proposer_of

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.schema import WorkersConfig
-from qlora_exp.estimate.budget import StudyBudget, budget_of, limits_of
+from qlora_exp.estimate.budget import budget_of, limits_of
 from qlora_exp.estimate.memory_fit import MemoryLimit
 from qlora_exp.orchestration import forking
 from qlora_exp.orchestration.live_state import (
@@ -26,6 +26,7 @@ from qlora_exp.orchestration.live_state import (
 from qlora_exp.orchestration.memory_feedback import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
 from qlora_exp.orchestration.prestart import process_starts, processes_per_device
 from qlora_exp.orchestration.slot import GRACEFULLY, NOW, Slot, SlotContext
+from qlora_exp.orchestration.study_budget import StudyBudget
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study import objectives

@@ -218,7 +218,7 @@ def preflight(config: Config, prepared: Prepared, probed: Environment) -> str | 
     check_energy(config.budget, config.training.device)
     if config.training.engine is Engine.sleep:
         return memory_warning(sleep_engine.synthetic_fit(config, probed, _memory_limit(config)))
-    return memory_warning(memory_fit(config, prepared, probed, _memory_limit(config)))
+    return memory_warning(memory_fit(config, prepared.estimate, _memory_limit(config)))
 
 
 def _memory_limit(config: Config) -> MemoryLimit:
@@ -284,7 +284,7 @@ class _TrainingRun:
     def fit(self, memory: MemoryLimit) -> Fit | None:
         from qlora_exp.estimate.preflight import memory_fit
 
-        return memory_fit(self.config, self.prepared, self.environment, memory)
+        return memory_fit(self.config, self.prepared.estimate, memory)
 
     def run(
         self, record: RunRecord, paths: RunPaths, observer: Observer, report: PruneCheck

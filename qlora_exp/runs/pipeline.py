@@ -13,10 +13,8 @@ from typing import Any
 from qlora_exp.architecture.targets import rank_warning
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.errors import ModelError, QloraExpError
-from qlora_exp.estimate.budget import budget_stop_message
-from qlora_exp.estimate.flops import train_flops_per_token
-from qlora_exp.estimate.preflight_budget import affordable_steps_message
-from qlora_exp.estimate.run_estimate import with_first_predictions
+from qlora_exp.estimate.budget import affordable_steps, budget_stop_message
+from qlora_exp.estimate.estimator import with_first_predictions
 from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
 from qlora_exp.evaluation.few_shot import few_shot_scores
 from qlora_exp.evaluation.goal import answer_goal
@@ -74,8 +72,8 @@ def _run_pipeline(
     cache = OutputPaths.of(config.output_root).cache
     progress.resident_bytes = measurement.resident_bytes()
     if not progress.earlier.seconds:
-        for text in affordable_steps_message(config, prepared):
-            observer.note(text)
+        for affordable in affordable_steps(config.budget, prepared.estimate):
+            observer.note(affordable.told)
 
     progress.enter("load", observer)
     with meter.phase("load"):

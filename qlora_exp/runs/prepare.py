@@ -17,8 +17,8 @@ from qlora_exp.data.load import load_data
 from qlora_exp.data.sources import state_of_files
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, DataError
-from qlora_exp.estimate.flops import Workload
-from qlora_exp.estimate.run_estimate import PredictedRun, lengths_of, predict_run, row_lengths
+from qlora_exp.estimate.estimator import Estimate, estimator_of_run, with_predictions
+from qlora_exp.estimate.tokens import row_lengths
 from qlora_exp.evaluation.metrics import hub_metric
 from qlora_exp.evaluation.oracle import check_answers
 from qlora_exp.models.base_cache import NoCache, model_key
@@ -32,17 +32,14 @@ from qlora_exp.records.types import Environment, Plan
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run: its predictions, full names of its target modules, tokenizer, data and architecture."""
+    """A checked run: its plan and estimate, full names of its target modules, tokenizer, data and architecture."""
 
-    predicted: PredictedRun
+    plan: Plan
+    estimate: Estimate
     modules: tuple[str, ...]
     tokenizer: Any
     splits: Splits
     architecture: Architecture
-
-    @property
-    def plan(self) -> Plan:
-        return self.predicted.plan
 
 
 def prepare(config: Config, environment: Environment, bases: BaseModels | None = None) -> Prepared:
@@ -72,12 +69,13 @@ def prepare(config: Config, environment: Environment, bases: BaseModels | None =
         answers_key = (task_key, model_id, length, config.evaluation.max_new_tokens)
         bases.memoize("answers that can be right", answers_key, lambda: check_answers(splits, tokenizer, config))
     _check_evaluation(config, splits)
+    ended = bases.memoize("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
+    estimator = estimator_of_run(environment, architecture, modules, splits, ended.records(), bases.warm)
+    estimate = estimator.estimate(config)
     planned = run_plan.make_plan(config, environment, architecture, modules, splits.format)
     if config.training.max_tokens is not None:
-        planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
-    ended = bases.memoize("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
-    prediction = predict_run(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
-    return Prepared(prediction, modules, tokenizer, splits, architecture)
+        planned = replace(planned, max_steps=_steps_for_tokens(estimate, splits))
+    return Prepared(with_predictions(planned, estimate), estimate, modules, tokenizer, splits, architecture)
 
 
 def _check_evaluation(config: Config, splits: Splits) -> None:
@@ -97,11 +95,11 @@ SHORT_ROWS_SIGMAS = 4.0
 the token limit, not the last step, ends the training."""
 
 
-def _steps_for_tokens(config: Config, splits: Splits) -> int:
+def _steps_for_tokens(estimate: Estimate, splits: Splits) -> int:
     """Return enough steps for ``training.max_tokens``; TokenBudget stops at the exact step."""
     lengths = row_lengths(splits)
     mean = statistics.fmean(lengths)
-    workload = Workload.of(config.training, lengths_of(splits, config.training.max_length))
+    workload = estimate.workload
     rows = workload.tokens / mean
     factor = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
     return 1 + math.ceil(factor * rows / workload.step_rows)

@@ -80,15 +80,24 @@ def card_of(device_name: str) -> str:
     return " ".join(word for word in words if word not in CARD_PREFIXES and not re.fullmatch(r"\d+GB", word))
 
 
-def price_of(configured: float | None, device_kind: str, device_name: str | None) -> Price | None:
+def data_sheet_flops(device_name: str | None) -> float | None:
+    """Return a card's dense 16-bit FLOP/s from its data sheet; ``None`` if that is unknown."""
+    return DENSE_FLOPS_PER_SECOND.get(card_of(device_name)) if device_name else None
+
+
+def price_of(
+    configured: float | None, device_kind: str, device_name: str | None, table: Mapping[str, float] | None = None
+) -> Price | None:
     """Return ``configured`` (``budget.usd_per_hour``), else the table's price of the device; ``None`` without either.
+
+    ``table``: US dollars per hour by device; ``None``: conf/prices.yaml is read.
 
     Raises:
         ConfigError: the table can't be read.
     """
     if configured is not None:
         return Price(configured, f"budget.{PRICE_UNIT}")
-    hourly = usd_per_hour(device_kind, device_name, read_prices())
+    hourly = usd_per_hour(device_kind, device_name, table if table is not None else read_prices())
     looked_up = "cpu" if device_kind == "cpu" else device_name
     return Price(hourly, f"conf/prices.yaml: {looked_up}") if hourly is not None else None
 

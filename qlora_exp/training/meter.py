@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.system.hardware import DENSE_FLOPS_PER_SECOND, card_of
+from qlora_exp.system.hardware import data_sheet_flops
 
 
 @dataclass
@@ -201,7 +201,7 @@ def model_flops_utilisation(device_name: str | None, flops_of_a_token: float, to
 
     Recomputation and padding aren't useful work: ``flops_of_a_token`` leaves them out.
     """
-    peak = DENSE_FLOPS_PER_SECOND.get(card_of(device_name)) if device_name else None
+    peak = data_sheet_flops(device_name)
     return tokens_per_second * flops_of_a_token / peak if peak is not None else None
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qlora_exp.architecture.families import known_architecture
-from qlora_exp.estimate.activations import is_eager, saved_bytes_per_token
+from qlora_exp.estimate.activations import TrainingPass, is_eager, saved_bytes_per_token
 from qlora_exp.estimate.candidates import search_space
 
 HIDDEN, ROWS, LENGTH = 256, 2, 24
 LONG = 128
 """For attention that is written out: its scores must weigh more than the tolerance."""
+FLOAT32 = TrainingPass(r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False)
 MODERN = {
     "hidden_size": HIDDEN,
     "intermediate_size": 3 * HIDDEN,
@@ -137,9 +139,7 @@ def check_a_layer(
     saved, counted = [], []
     for layers in (2, 3):
         total, (described, names) = saved_bytes(architecture, layers, dtype, padded, adapted, eager, length)
-        kept = saved_bytes_per_token(
-            described,
-            names,
+        setting = TrainingPass(
             r=4,
             compute_bytes=4 if dtype == "float32" else 2,
             adapter_bytes=4,
@@ -148,6 +148,7 @@ def check_a_layer(
             padded=padded,
             eager=eager or is_eager("auto", described),
         )
+        kept = saved_bytes_per_token(described, names, setting)
         saved.append(total)
         counted.append(kept.layers * ROWS * length)
     assert counted[1] - counted[0] == pytest.approx(saved[1] - saved[0], rel=0.03)
@@ -180,9 +181,7 @@ def test_attention_that_is_written_out_keeps_its_scores(architecture: str, dtype
 def test_a_llama_layer_in_numbers() -> None:
     """fp32, no adapters: two norms' inputs, q and output, k and v, three of the intermediate width, a sum a head."""
     _, (described, _) = saved_bytes("llama", 1, "float32", False, False)
-    kept = saved_bytes_per_token(
-        described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False
-    )
+    kept = saved_bytes_per_token(described, [], FLOAT32)
     elements = 2 * HIDDEN + 2 * HIDDEN + 2 * HIDDEN // 2 + 3 * 3 * HIDDEN + 8
     # the first layer's first norm keeps nothing, nor does its attention: its input needs no gradient
     assert kept.layers == 4 * (elements - HIDDEN - (2 * HIDDEN + 2 * HIDDEN // 2 + 8))
@@ -210,15 +209,13 @@ def test_what_int8_holds_outlives_checkpointing(mode: str) -> None:
     assert (inner[0]() is not None) == (mode == "int8")
     del output
     _, (described, _) = saved_bytes("llama", 2, "float32", False, False)
-    kept = saved_bytes_per_token(
-        described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=mode == "int8", length=LENGTH, padded=False
-    )
+    kept = saved_bytes_per_token(described, [], replace(FLOAT32, int8=mode == "int8"))
     held = 2 * HIDDEN + HIDDEN + 3 * HIDDEN  # what q, k, v read, what o reads, what gate and up read, what down reads
     assert kept.inputs == 2 * 4 * (HIDDEN + (held if mode == "int8" else 0))
 
 
 def test_counting_loads_no_torch() -> None:
-    modules = "qlora_exp.estimate.peak, qlora_exp.estimate.duration, qlora_exp.system.hardware"
+    modules = "qlora_exp.estimate.peak, qlora_exp.estimate.throughput, qlora_exp.system.hardware"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
@@ -231,9 +228,7 @@ def test_what_adapters_keep_in_single_layers_adds_up() -> None:
     names = [shape.name for shape in architecture.weights if shape.name.endswith("q_proj")]
 
     def kept(adapted: list[str]) -> float:
-        return saved_bytes_per_token(
-            architecture, adapted, r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False
-        ).layers
+        return saved_bytes_per_token(architecture, adapted, FLOAT32).layers
 
     single = [kept([name]) - kept([]) for name in names]
     assert kept(names) - kept([]) == pytest.approx(sum(single))

@@ -290,8 +290,9 @@ def test_time_and_money_are_known_once_the_machine_is_calibrated(
 def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_exp.estimate.estimator import Planner
+    from qlora_exp.estimate.planner import Planner
     from qlora_exp.estimate.tables import cost_summary
+    from qlora_exp.estimate.throughput import Interval
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rates = tmp_path / "qlora-exp" / "rates-2.json"
@@ -305,9 +306,8 @@ def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     assert alone is not None
     told, unseen = alone.split("; ")
     assert searched == f"{told}, for 2 trials of a search between these; {unseen}"
-    told = cost_summary(
-        [replace(one, seconds=5400.0, seconds_interval=(3600.0, 9000.0), usd=12.0, usd_interval=(8.0, 20.0))]
-    )
+    seconds, usd = Interval(3600.0, 5400.0, 9000.0, "a guess"), Interval(8.0, 12.0, 20.0, "a guess")
+    told = cost_summary([replace(one, seconds=seconds, usd=usd)])
     assert told is not None
     assert told.startswith("training: 1.5 h (1–2.5), 12 usd (8–20)")
     assert cost_summary([replace(one, fits=False)]) is None
