@@ -38,8 +38,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up: a room imports only from rooms above it in this list, never from one beside it."""
 
-BACKWARDS: dict[str, set[str]] = {
-}
+BACKWARDS: dict[str, set[str]] = {}
 """File → rooms that it imports against the order. The list only ever gets shorter."""
 
 MAINTAINERS = ("analysis/error_rates/", "architecture/shipped/build.py", "embedded/build/")

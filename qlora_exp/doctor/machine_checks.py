@@ -22,7 +22,7 @@ from qlora_exp.errors import QloraExpError
 from qlora_exp.estimate.calibration import calibration_flops_per_second
 from qlora_exp.paths import EMBEDDED, PACKAGE, OutputPaths
 from qlora_exp.system import environment
-from qlora_exp.system.hardware import DENSE_FLOPS_PER_SECOND, card_of
+from qlora_exp.system.hardware import card_of, data_sheet_flops
 
 if TYPE_CHECKING:
     from qlora_exp.orchestration.devices import Gpu
@@ -230,7 +230,7 @@ def against_datasheet(
     fixes.
     """
     detail = f"{rate / 1e12:.3g} TFLOP/s {what}"
-    sheet = DENSE_FLOPS_PER_SECOND.get(card_of(device.name or "")) if device.kind == "cuda" else None
+    sheet = data_sheet_flops(device.name) if device.kind == "cuda" else None
     if sheet is None:
         whose = "CPUs" if device.kind == "cpu" else device.name
         return Check(check, None, f"{detail}; whether it agrees is unknown: no data sheet for {whose}")

@@ -12,7 +12,7 @@ from qlora_exp.config.compose import Composer, check_hydra, compose
 from qlora_exp.config.overrides import is_swept, override_key
 from qlora_exp.doctor.machine_checks import Check, nearest_folder
 from qlora_exp.errors import QloraExpError
-from qlora_exp.estimate.estimator import Planner
+from qlora_exp.estimate.planner import Planner
 from qlora_exp.estimate.weights_and_optimizer import adapter_bytes
 from qlora_exp.formatting import bytes_text
 from qlora_exp.orchestration.command import run_overrides, study_spec

@@ -15,6 +15,7 @@ from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.estimate.budget import affordable_steps, budget_stop_message
 from qlora_exp.estimate.estimator import with_first_predictions
+from qlora_exp.estimate.workload import train_flops_per_token
 from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
 from qlora_exp.evaluation.few_shot import few_shot_scores
 from qlora_exp.evaluation.goal import answer_goal
@@ -73,7 +74,7 @@ def _run_pipeline(
     progress.resident_bytes = measurement.resident_bytes()
     if not progress.earlier.seconds:
         for affordable in affordable_steps(config.budget, prepared.estimate):
-            observer.note(affordable.told)
+            observer.note(affordable.message)
 
     progress.enter("load", observer)
     with meter.phase("load"):
@@ -190,7 +191,7 @@ def _check_same_model(record: RunRecord, fingerprint: str) -> None:
 
 def _useful_flops_per_token(prepared: Prepared) -> float:
     """Return the plan's operations for one unpadded token, without those for padding and recomputation."""
-    row = prepared.predicted.extent.row
+    row = prepared.estimate.workload.row
     unpadded, trainable = replace(row, padded=row.tokens), prepared.plan.trainable_parameters
     return train_flops_per_token(prepared.architecture, trainable, unpadded, recomputed=False, fused_head=False)
 
