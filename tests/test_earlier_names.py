@@ -136,7 +136,7 @@ def to_version_1(root: Path, name: str) -> None:
     old_keys = {new: old for old, new in SETTING_KEYS.items()}
     for group in ("fixed", "settings"):
         raw[group] = {old_keys.get(key, key): value for key, value in raw[group].items()}
-    raw["overrides"] = [text.replace("sweep.ladder.max_seeds", "sweep.ladder.max_seeds") for text in raw["overrides"]]
+    raw["overrides"] = [text.replace("sweep.ladder.max_seeds", "sweep.ladder.most_seeds") for text in raw["overrides"]]
     write_json(file, raw)
     answers = root / "studies" / name / "ladder.json"
     if answers.exists():
@@ -154,7 +154,7 @@ def to_version_1(root: Path, name: str) -> None:
                     f"update {table} set key = 'asks', value_json = ? where {rowid} = ?", (json.dumps(settings), number)
                 )
         connection.execute(
-            "update trial_user_attributes set key = 'interrupted_attempts' where key = 'interrupted_attempts'"
+            "update trial_user_attributes set key = 'uncounted_attempts' where key = 'interrupted_attempts'"
         )
         for number, text in connection.execute(
             "select trial_user_attribute_id, value_json from trial_user_attributes where key = 'predicted_not_to_fit'"
@@ -184,7 +184,7 @@ def test_a_version_1_ladder_goes_on_and_shows_the_same(capsys: pytest.CaptureFix
     assert sweep(*ladder, "sweep.ladder.max_seeds=4") == 0
     before = [said(capsys, "trials", "old", "--csv"), said(capsys, "best", "old"), said(capsys, "status", "old")]
     to_version_1(Path("outputs"), "old")
-    assert "max_seeds" in Path("outputs/studies/old/study.json").read_text()
+    assert "most_seeds" in Path("outputs/studies/old/study.json").read_text()
     after = [said(capsys, "trials", "old", "--csv"), said(capsys, "best", "old"), said(capsys, "status", "old")]
     assert after == before
     assert sweep(*ladder, "sweep.ladder.max_seeds=4") == 0, "the same command is still the same study"
@@ -239,7 +239,7 @@ def test_memory_predictions_that_version_1_stored_are_read(monkeypatch: pytest.M
     new = {key: number for number, key in enumerate(PREDICTED_MEMORY_KEYS.values(), 3)} | {"sentence": "Said"}
     paths, spec = OutputPaths.of("outputs").study("old"), SimpleNamespace(synthetic=False)
     write_json(paths.folder / "predicted_memory.json", renamed(new, backwards(PREDICTED_MEMORY_KEYS)))
-    assert "borderline" in (paths.folder / "predicted_memory.json").read_text()
+    assert "near_the_edge" in (paths.folder / "predicted_memory.json").read_text()
     monkeypatch.setattr(Study, "read", lost)
     assert report._from_study(spec, paths, "predicted_memory.json", report._predicted_memory) == new
 
@@ -247,17 +247,17 @@ def test_memory_predictions_that_version_1_stored_are_read(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "words",
     [
-        ("plan", "sweeps=rank_doubling", "sweep.ladder.max_seeds=4"),
-        ("validate", "sweep.ladder.max_seeds=4"),
-        ("run", "sweep.ladder.max_seeds=4"),
+        ("plan", "sweeps=rank_doubling", "sweep.ladder.most_seeds=4"),
+        ("validate", "sweep.ladder.most_seeds=4"),
+        ("run", "sweep.ladder.most_seeds=4"),
         ("plan", "--from", "mine.yaml"),
     ],
     ids=lambda words: " ".join(words),
 )
 def test_an_old_key_is_answered_with_its_new_name(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    Path("mine.yaml").write_text("sweep:\n  ladder:\n    max_seeds: 4\n")
+    Path("mine.yaml").write_text("sweep:\n  ladder:\n    most_seeds: 4\n")
     assert main(list(words)) == 2
     shown = capsys.readouterr().err
-    assert "max_seeds" in shown
-    assert "max_seeds" in shown.split("max_seeds", 1)[1]
+    assert "most_seeds" in shown
+    assert "max_seeds" in shown.split("most_seeds", 1)[1]
     assert not Path("outputs").exists()

@@ -34,7 +34,7 @@ KEY_ALIASES = {
     "quant": "quantization",
     "dataset": "task",
     "data": "task",
-    "max_seeds": "sweep.ladder.max_seeds",
+    "most_seeds": "sweep.ladder.max_seeds",
 }
 """Other tools' names, and those of earlier versions → our keys."""
 

@@ -19,7 +19,7 @@ from qlora_exp.system.environment import is_alive_if_visible
 CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, INTERRUPTED_ATTEMPTS = (
     *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "interrupted_attempts"),
 )
-EARLIER_INTERRUPTED_ATTEMPTS = "interrupted_attempts"
+EARLIER_INTERRUPTED_ATTEMPTS = "uncounted_attempts"
 """The name in studies of version 1."""
 SKIPPED = "predicted_not_to_fit"
 """Why a trial was not started (``records.types.SkippedTrial``); also the name of the constraint that it violates."""
