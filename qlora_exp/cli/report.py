@@ -124,6 +124,7 @@ def _studies_and_runs(
 ) -> tuple[list[StudyInfo], list[RunRecord]]:
     """Return what the report needs to know of each study, and their runs."""
     from qlora_exp.analysis.report_content import StudyInfo
+    from qlora_exp.records.upgrade import upgrade_answers
     from qlora_exp.study.spec import is_trial_of, read_spec
 
     if not study_paths:
@@ -132,7 +133,7 @@ def _studies_and_runs(
     for spec, paths in zip(specs, study_paths, strict=True):
         importance = _from_study(spec, paths, "importance.json", lambda study, paths: study.importances())
         predicted = _from_study(spec, paths, "predicted_memory.json", _predicted_memory)
-        ladders = (_read_json(paths.ladder) or {}).get("ladders") or ()
+        ladders = (upgrade_answers(_read_json(paths.ladder)) or {}).get("ladders") or ()
         infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladders, importance, predicted))
     return infos, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
 
@@ -148,6 +149,7 @@ def _from_study(
 
     from qlora_exp.errors import QloraExpError
     from qlora_exp.records.files import write_json
+    from qlora_exp.records.upgrade import PREDICTED_MEMORY_KEYS, renamed
     from qlora_exp.study.study import Study
 
     if spec.synthetic:
@@ -157,7 +159,8 @@ def _from_study(
         content = read(Study.read(spec, paths, spec.storage), paths)
     except QloraExpError:
         stored = _read_json(file)
-        return stored if isinstance(stored, dict) else {}
+        # Keys of version 1; importances have none of them.
+        return renamed(stored, PREDICTED_MEMORY_KEYS) if isinstance(stored, dict) else {}
     if content is not None:
         # A study folder that can't be written is no error.
         with contextlib.suppress(OSError):
