@@ -134,7 +134,8 @@ def measure_of(records: Sequence[RunRecord]) -> Measure | None:
         (record.plan.format if record.plan is not None else None, (record.config.get("model") or {}).get("family"))
         for record in records
     }
-    measures = [Measure(name, higher) for name, higher in MEASURES.items()][1 if len(kinds) > 1 else 0 :]
+    comparable = [name for name in MEASURES if name != "loss_per_item" or len(kinds) < 2]
+    measures = [Measure(name, MEASURES[name]) for name in comparable]
     for enough in (all, any):
         for measure in measures:
             if records and enough(measure.of(answering_scores(record)) is not None for record in records):

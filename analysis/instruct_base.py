@@ -63,7 +63,7 @@ class VariantCell:
     configuration: Configuration
     searched: int
     """How many configurations were tried for this cell, by its pilots and its answering runs."""
-    before: Level
+    before_tuning: Level
     """The base model, before training."""
     few_shot: Level | None
     """The base model with worked examples; ``None`` if that wasn't scored."""
@@ -86,6 +86,9 @@ class VariantCell:
     @property
     def runs(self) -> tuple[RunRecord, ...]:
         return self.configuration.runs
+
+    def at(self, moment: str) -> Side:
+        return Side(self.runs, moment)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class InstructBase:
     """The instruct cell that is better on validation; ``base`` likewise."""
     base: VariantCell
     chosen_by: str
-    before: Difference | None
+    before_tuning: Difference | None
     """Before training."""
     gain: Difference | None
     """What tuning adds."""
@@ -167,8 +170,8 @@ def compare_variants(
         several = any(len(cell_configurations) > 1 for cell_configurations in by_cell.values())
         among = f", the configurations within a cell {by_own_runs}" if several else ""
         chosen_by = f"by pilots with other seeds{among}"
-    before = difference(Side(instruct.runs, "before"), Side(base.runs, "before"), BITS_PER_BYTE, items)
-    tuned = difference(Side(instruct.runs, "after"), Side(base.runs, "after"), BITS_PER_BYTE, items)
+    before_tuning = difference(instruct.at("before"), base.at("before"), BITS_PER_BYTE, items)
+    tuned = difference(instruct.at("after"), base.at("after"), BITS_PER_BYTE, items)
     gain = gain_difference(instruct.runs, base.runs, BITS_PER_BYTE, items)
     return InstructBase(
         cells=cells,
@@ -176,10 +179,10 @@ def compare_variants(
         instruct=instruct,
         base=base,
         chosen_by=chosen_by,
-        before=before,
+        before_tuning=before_tuning,
         gain=gain,
         tuned=tuned,
-        secondary=_secondary(cells, instruct, base, before, gain, items),
+        secondary=_secondary(cells, instruct, base, before_tuning, gain, items),
         tokens=check_equal_tokens(instruct.runs, base.runs, budgeted, items),
         margin=margin,
         notes=tuple(_notes(instruct, base, tuned, items)),
@@ -257,7 +260,7 @@ def _cell(
         written=written,
         configuration=chosen,
         searched=len({str(sorted(configuration_settings(run).items())) for run in tried}),
-        before=_level([base_model_scores(run) for run in runs]),
+        before_tuning=_level([base_model_scores(run) for run in runs]),
         few_shot=_level([scores_at(runs[0], f"few_shot_{draw.draw}") for draw in draws]) if draws else None,
         shots=min((len(draw.examples) for draw in draws), default=None),
         tuned=_level([answering_scores(run) for run in runs]),
@@ -296,13 +299,13 @@ def _secondary(
     cells: Sequence[VariantCell],
     instruct: VariantCell,
     base: VariantCell,
-    before: Difference | None,
+    before_tuning: Difference | None,
     gain: Difference | None,
     items: ItemScores | None,
 ) -> tuple[VariantContrast, ...]:
     """Return every contrast besides the primary one, so that Holm's m counts them all."""
     contrasts = [
-        (f"instruct over base, {BEFORE}", BITS_PER_BYTE, before),
+        (f"instruct over base, {BEFORE}", BITS_PER_BYTE, before_tuning),
         ("gain of tuning, instruct over base", BITS_PER_BYTE, gain),
     ]
 
@@ -311,20 +314,20 @@ def _secondary(
         contrasts.append((name, score, difference(first, second, score, None if score == "forgetting" else items)))
 
     for moment, when in (("before", BEFORE), ("after", AFTER)):
-        sides = Side(instruct.runs, moment), Side(base.runs, moment)
+        sides = instruct.at(moment), base.at(moment)
         add(f"instruct over base, {when}, by likelihood", "accuracy", *sides)
         add(f"instruct over base, {when}, by generation", "exact_match", *sides)
-    add("instruct over base, general text kept", "forgetting", *sides)
+    add("instruct over base, general text kept", "forgetting", instruct.at("after"), base.at("after"))
     for variant in ("base", "instruct"):
         by_format = {cell.written: cell for cell in cells if cell.variant == variant}
         if by_format.keys() >= {"chat", "plain"}:
-            chat, plain = by_format["chat"].runs, by_format["plain"].runs
             for moment, when in (("before", BEFORE), ("after", AFTER)):
-                add(f"chat over plain, {variant}, {when}", BITS_PER_BYTE, Side(chat, moment), Side(plain, moment))
+                sides = by_format["chat"].at(moment), by_format["plain"].at(moment)
+                add(f"chat over plain, {variant}, {when}", BITS_PER_BYTE, *sides)
     for cell in (base, instruct):
         if cell.few_shot is not None:
             name = f"{cell.shots} examples over none, {cell.name}, {BEFORE}"
-            add(name, BITS_PER_BYTE, Side(cell.runs, "few_shot"), Side(cell.runs, "before"))
+            add(name, BITS_PER_BYTE, cell.at("few_shot"), cell.at("before"))
     known = [(name, score, contrast) for name, score, contrast in contrasts if contrast is not None]
     adjusted = holm([contrast.p for _, _, contrast in known])
     return tuple(

@@ -51,8 +51,8 @@ def primary_sentence(comparison: InstructBase) -> str:
     return (
         f"On {where}, this pair of checkpoints is compared: {names[0]} with {names[1]}, chosen {comparison.chosen_by}."
         " In bits per byte of the answer (above 0: instruct is better), the difference is"
-        f" {comparison.before or 'unknown'} before tuning and {comparison.tuned or 'unknown'} after tuning. Tuning"
-        f" changes it by {comparison.gain or 'unknown'}."
+        f" {comparison.before_tuning or 'unknown'} before tuning and {comparison.tuned or 'unknown'} after tuning."
+        f" Tuning changes it by {comparison.gain or 'unknown'}."
     )
 
 
@@ -99,7 +99,7 @@ def _secondary_sentences(comparison: InstructBase) -> Iterator[str]:
             )
     base = comparison.base
     if base.few_shot is not None and base.few_shot.accuracy is not None:
-        levels = [("without", base.before.accuracy), ("tuned", base.tuned.accuracy)]
+        levels = [("without", base.before_tuning.accuracy), ("tuned", base.tuned.accuracy)]
         others = ", ".join(f"{name} {value:.3f}" for name, value in levels if value is not None)
         accuracy_with = f"{base.few_shot.accuracy:.3f}"
         yield f"With {base.shots} examples in the prompt, base has accuracy {accuracy_with} before tuning ({others})."
@@ -127,7 +127,7 @@ def instruct_section(comparison: InstructBase) -> Section:
     """Return the paragraph, the 2 × 2, the prompts' parts and every contrast."""
     cells, baselines = comparison.cells, _baselines(comparison.cells)
     accuracies = [
-        (c.name, c.before.accuracy, c.few_shot.accuracy if c.few_shot else None, c.tuned.accuracy) for c in cells
+        (c.name, c.before_tuning.accuracy, c.few_shot.accuracy if c.few_shot else None, c.tuned.accuracy) for c in cells
     ]
     tables = (_bits(cells), _answers(cells, baselines), _prompts(cells), _contrasts(comparison))
     figure = figures.accuracy_by_cell(accuracies, baselines)
@@ -174,7 +174,7 @@ def _bits(cells: Sequence[VariantCell]) -> Table:
     )
     rows = [
         (
-            *(c.name, c.before.bits_per_byte, c.few_shot.bits_per_byte if c.few_shot else None),
+            *(c.name, c.before_tuning.bits_per_byte, c.few_shot.bits_per_byte if c.few_shot else None),
             *(c.tuned.bits_per_byte, c.seed_sd, c.seed_sd_low, c.seed_sd_high, len(c.runs)),
             c.forgetting,
         )
@@ -190,7 +190,7 @@ def _answers(cells: Sequence[VariantCell], baselines: Sequence[tuple[str, float]
     columns = [(f"{score} {moment}", "figure") for score in ("accuracy", "exact match") for moment in moments]
     rows: list[tuple[DisplayedValue, ...]] = []
     for c in cells:
-        levels = (c.before, c.few_shot, c.tuned)
+        levels = (c.before_tuning, c.few_shot, c.tuned)
         accuracies = [level.accuracy if level else None for level in levels]
         rows.append((c.name, *accuracies, *(level.exact_match if level else None for level in levels)))
     rows += [(name, None, None, value, None, None, None) for name, value in baselines]

@@ -121,7 +121,8 @@ def build(
 
 
 def only_section(report: ReportContent, name: str) -> ReportContent:
-    """Return the report with one section, e.g. ``tradeoffs``; ``ladder`` and ``rank`` are every section of that kind.
+    """Return one section of the report without the headline, e.g. ``tradeoffs``, or every section of that kind:
+    ``ladder`` gives ``ladder-1``, ``ladder-2`` …
 
     Raises:
         AnalysisError: the report has no such section.
@@ -131,7 +132,7 @@ def only_section(report: ReportContent, name: str) -> ReportContent:
     if not chosen:
         names = [section.name for section in report.sections]
         raise AnalysisError(f"the report of these runs has no section {name!r}", "--only", nearest(name, names))
-    return replace(report, sections=tuple(chosen))
+    return replace(report, question=None, headline=(), sections=tuple(chosen))
 
 
 def _group_sections(compared: _Compared, groups: Sequence[Group], studies: Sequence[StudyInfo]) -> list[Section]:

@@ -59,7 +59,7 @@ class ReportContent:
     title: str
     question: str | None
     headline: tuple[str, ...]
-    """Empty if no conclusion may be drawn; ``why_none`` then says why."""
+    """Empty if no conclusion may be drawn (``why_none`` then says why), and in a report of one section."""
     why_none: str | None
     sections: tuple[Section, ...]
     runs: Table
@@ -145,10 +145,13 @@ def to_html(report: ReportContent, runs_at: str | None = None) -> str:
     environment.filters |= {"shown": formatted_value, "led": lead_sentence}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     figures = [figure for section in report.sections for figure in section.figures]
+    columns = [_rounded(list(column)) for column in zip(*report.runs.rows, strict=True)]
+    runs = json.dumps(columns, separators=(",", ":"), ensure_ascii=False)
     data = {
         "figures": _rounded(figures),
         "columns": [[column.name, column.kind] for column in report.runs.columns],
-        "runs": _compressed([_rounded(list(column)) for column in zip(*report.runs.rows, strict=True)]),
+        # Compressed, so that 10,000 runs don't fill the file. mtime=0: the same runs give the same bytes.
+        "runs": base64.b64encode(gzip.compress(runs.encode(), mtime=0)).decode(),
         "runsAt": runs_at,
     }
     return environment.get_template("report.html.jinja").render(
@@ -164,8 +167,8 @@ def to_markdown(report: ReportContent) -> str:
     """Return the same sentences and tables as Markdown; the runs are in the CSV."""
     lines = [f"# {_plain(report.title)}", ""]
     lines += [_plain(report.question), ""] if report.question else []
-    for sentence in report.headline or [report.why_none or UNKNOWN_CELL]:
-        lines += [f"**{_plain(sentence)}**", ""]
+    for sentence in report.headline or [report.why_none]:
+        lines += [f"**{_plain(sentence)}**", ""] if sentence else []
     for section in report.sections:
         lines += [f"## {_plain(section.title)}", ""]
         for paragraph in section.paragraphs:
@@ -199,13 +202,6 @@ def _markdown_table(table: Table) -> Iterator[str]:
 def _plain(text: str) -> str:
     """Return the text on one line, without what Markdown would read as HTML."""
     return " ".join(text.split()).replace("<", "&lt;")
-
-
-def _compressed(value: Any) -> str:
-    """Return JSON, gzipped, in base64, so that 10,000 runs don't fill the file."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    # mtime=0: the same runs give the same bytes.
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _rounded(value: Any) -> Any:

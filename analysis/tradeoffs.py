@@ -210,7 +210,12 @@ def _contrasts(
         for by_level in strata.values():
             sides = by_level[level], by_level[order[0]]
             if at_equal_size:
-                pairs += [(a, b) for a in sides[0] for b in sides[1] if _equally_large(a, b)]
+                pairs += [
+                    (a, b)
+                    for a in sides[0]
+                    for b in sides[1]
+                    if abs(math.log(_parameters(a) / _parameters(b))) <= math.log(1 + EQUAL_PARAMETERS)
+                ]
             elif all(sides):
                 pairs.append((sides[0][-1], sides[1][-1]))
         gains = [gain for a, b in pairs for gain in _paired_gains(a, b, measure)]
@@ -241,10 +246,6 @@ def _mean_ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | N
     """Return the geometric mean of the known ratios."""
     log_ratio = mean(math.log(first / second) for first, second in pairs if first and second)
     return None if log_ratio is None else math.exp(log_ratio)
-
-
-def _equally_large(a: Configuration, b: Configuration) -> bool:
-    return abs(math.log(_parameters(a) / _parameters(b))) <= math.log(1 + EQUAL_PARAMETERS)
 
 
 def _parameters(configuration: Configuration) -> int:

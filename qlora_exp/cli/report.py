@@ -159,6 +159,7 @@ def _from_study(
         content = read(Study.read(spec, paths), paths)
     except QloraExpError:
         stored = _read_json(file)
+        # Keys of version 1; importances have none of them.
         return renamed(stored, PREDICTED_MEMORY_KEYS) if isinstance(stored, dict) else {}
     if content is not None:
         # A study folder that can't be written is no error.

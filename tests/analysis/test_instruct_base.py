@@ -82,8 +82,8 @@ def test_accuracy_stands_beside_bits_per_byte_with_which_it_need_not_agree() -> 
         for gap in [-0.1 if run.config["model"]["variant"] == "instruct" else 0.1]
     ]
     found = compared(records)
-    assert found.before is not None
-    assert found.before.value > 0
+    assert found.before_tuning is not None
+    assert found.before_tuning.value > 0
     by_name = {contrast.name: contrast.difference.value for contrast in found.secondary}
     assert by_name["instruct over base, before tuning, by likelihood"] == pytest.approx(-0.2)
     assert "In accuracy (above 0: instruct is better), the difference is -0.2" in paragraph(found)
