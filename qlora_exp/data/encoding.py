@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,21 +33,18 @@ _NO_BOUNDARY = "no token boundary"
 class Encoding:
     """One example's texts and token ids, before ``max_length`` is applied."""
 
-    prompt: str
-    completion: str
+    texts: Texts
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
     answer: str = ""
     """The text that generation should give: the completion in the Unicode form that the tokenizer writes."""
-    structured: bool = False
-    """The completion holds more than the answer's text: tool calls, or reasoning in a field."""
-    prefix: str = ""
-    """The end of ``prompt`` that the chat template writes after its generation prompt."""
-    variables: Mapping[str, Any] | None = None
-    """Template variables that make the generation prompt end in ``prefix``; ``None``: none are needed, or none do."""
     learned: tuple[bool, ...] | None = None
-    """For each token of the sequence, whether it has a loss, if earlier answers are learned, too."""
+    """For each of ``ids``, whether it has a loss, if earlier answers are learned, too."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.completion_ids + self.end_ids
 
 
 def resolve_format(config: Config) -> str:
@@ -109,8 +106,7 @@ def encode_rows(
             encoding = next(encodings)
             if isinstance(encoding, InvalidRow):
                 raise encoding
-            full_ids = [*encoding.prompt_ids, *encoding.completion_ids, *encoding.end_ids]
-            learned = _learned_mask(text, full_ids, tokenizer)
+            learned = _learned_mask(encoding, tokenizer)
             results.append(replace(encoding, answer=_expected_answer(example, encoding, tokenizer), learned=learned))
         except InvalidRow as error:
             results.append(error.at(example.file, example.row))
@@ -224,20 +220,13 @@ def _divide(text: Texts, prompt_ids: list[int], head_ids: list[int], full_ids: l
     if full_ids[:head_length] != head_ids or not prompt_length < head_length < len(full_ids):
         detail = f"the completion's last tokens change when the end follows ({text.completion[-20:]!r})"
         raise InvalidRow(_NO_BOUNDARY, detail, "use a tokenizer with a separate end token")
-    return Encoding(
-        text.prompt,
-        text.completion,
-        tuple(prompt_ids),
-        tuple(full_ids[prompt_length:head_length]),
-        tuple(full_ids[head_length:]),
-        structured=text.structured,
-        prefix=text.prefix,
-        variables=text.variables,
-    )
+    completion_ids, end_ids = full_ids[prompt_length:head_length], full_ids[head_length:]
+    return Encoding(text, tuple(prompt_ids), tuple(completion_ids), tuple(end_ids))
 
 
-def _learned_mask(texts: Texts, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[bool, ...] | None:
-    """Return whether each of ``ids`` has a loss. Raises :class:`InvalidRow` if a range ends inside a token."""
+def _learned_mask(encoding: Encoding, tokenizer: Tokenizer) -> tuple[bool, ...] | None:
+    """Return whether each token has a loss. Raises :class:`InvalidRow` if a learned range ends inside a token."""
+    texts, ids = encoding.texts, encoding.ids
     if texts.learned is None:
         return None
     full = texts.prompt + texts.completion + texts.end
@@ -245,7 +234,7 @@ def _learned_mask(texts: Texts, ids: Sequence[int], tokenizer: Tokenizer) -> tup
     counts = {}
     parts = tokenizer([full[:border] for border in borders], add_special_tokens=False)["input_ids"]
     for border, part in zip(borders, parts, strict=True):
-        if list(part) != list(ids[: len(part)]):
+        if tuple(part) != ids[: len(part)]:
             detail = f"a token spans the border of an earlier answer ({full[max(0, border - 20) : border]!r})"
             raise InvalidRow(_NO_BOUNDARY, detail, "task.learn=last, or another tokenizer or template")
         counts[border] = len(part)
@@ -265,14 +254,15 @@ def _expected_answer(example: Example, encoding: Encoding, tokenizer: Tokenizer)
     """
     settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     decoded = str(tokenizer.decode(list(encoding.completion_ids), **settings))
-    answer, written, read_back = example.completion, encoding.completion.strip(), decoded.strip()
+    answer, completion = example.completion, encoding.texts.completion
+    written, read_back = completion.strip(), decoded.strip()
     if comparable(read_back) == comparable(written):
         return answer
     first, second = (comparable(unicodedata.normalize("NFKC", text)) for text in (read_back, written))
     one_line = "\n" not in written and answer == answer.strip()
     if first == second or (one_line and "".join(first.split()) == "".join(second.split())):
         return read_back if written == answer.strip() else answer
-    lost = "".join(dict.fromkeys(character for character in encoding.completion if character not in decoded))[:10]
+    lost = "".join(dict.fromkeys(character for character in completion if character not in decoded))[:10]
     detail = f"{written[:40]!r} reads back as {read_back[:40]!r}" + (f", without {lost!r}" if lost else "")
     hint = "take out what this tokenizer doesn't know, or use a model whose tokenizer keeps the text"
     raise InvalidRow("tokenizer changes the answer", detail, hint)

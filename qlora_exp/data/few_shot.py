@@ -64,7 +64,7 @@ def few_shot_draws(
             if encoded.completion_ids[: len(item.completion_ids)] != item.completion_ids:
                 what = "the answer has other tokens after worked examples than without them"
                 raise DataError(what, item.item_id, "evaluation.few_shots=null, or a prompt that ends on a colon")
-            changed.append(replace(item, prompt=encoded.prompt, prompt_ids=encoded.prompt_ids, learned=None))
+            changed.append(replace(item, prompt=encoded.texts.prompt, prompt_ids=encoded.prompt_ids, learned=None))
         return tuple(changed)
 
     draws = []

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_exp.data.contents import ARCHIVES, ENDINGS, OTHER_ENDINGS, ending_of, stem_of
 from qlora_exp.data.items import SPLIT_NAMES
@@ -91,7 +91,7 @@ def files_by_split(folder: Path) -> dict[str, list[SplitFile]]:
         elif problem := _unread_file_error(path, name, folder):
             errors.append(problem)
         elif _is_unfinished(path):
-            unfinished.append((parse_name(Path(path.name.split(".")[0]))[0], name))
+            unfinished.append((parse_name(Path(path.name.split(".")[0])).split, name))
     for split, name in unfinished:
         # If the split has files that are read, this one is a backup of one of them.
         if split is not None and split not in (*split_files, *split_folders):
@@ -120,22 +120,27 @@ def check_not_a_shard(path: Path) -> None:
         )
 
 
-def parse_name(path: Path) -> tuple[str | None, int | None, int | None]:
-    """Return the split (our name or another tool's), shard number and shard count that a file or folder name gives.
+class ParsedName(NamedTuple):
+    """What the name of a file or folder says: the split (our name or another tool's), shard number and count."""
 
-    ``train-00000-of-00002.parquet`` gives ``("train", 0, 2)``; other names give ``(None, None, None)``.
-    """
+    split: str | None
+    number: int | None
+    count: int | None
+
+
+def parse_name(path: Path) -> ParsedName:
+    """``train-00000-of-00002.parquet`` gives ``("train", 0, 2)``; other names give ``(None, None, None)``."""
     match = _NAME.fullmatch(stem_of(path) if ending_of(path) in ENDINGS or not path.is_dir() else path.name)
     word = match["word"].lower() if match else None
     if match is None or word not in {*SPLIT_NAMES, *SPLIT_ALIASES}:
-        return None, None, None
+        return ParsedName(None, None, None)
     number, count = (int(match[key]) if match[key] else None for key in ("number", "count"))
-    return word, number, count
+    return ParsedName(word, number, count)
 
 
 def _rename_hint(path: Path) -> str:
     """Return what to do about a file or folder with rows whose name is not read."""
-    split, _, _ = parse_name(path)
+    split = parse_name(path).split
     if split not in SPLIT_ALIASES:
         return "name it train, validation or test, move it out of the folder, or give task.path=FILE"
     names = [f"{ours}{path.name[len(split) :]}" for ours in SPLIT_ALIASES[split].split(" or ")]
@@ -146,7 +151,7 @@ def _visible(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except PermissionError:
-        if parse_name(folder)[0] is None:  # e.g. lost+found at the root of a disk
+        if parse_name(folder).split is None:  # e.g. lost+found at the root of a disk
             return []
         raise DataError("the folder can't be read", str(folder), "check its permissions") from None
 
@@ -210,18 +215,18 @@ def _nested_data_sets(folder: Path) -> list[Path]:
     """Return subfolders that hold splits themselves, e.g. the configurations of a Hub data set."""
 
     def is_split(path: Path) -> bool:
-        split, _, _ = parse_name(path)
+        split = parse_name(path).split
         if path.is_dir():
             return split in SPLIT_NAMES and bool(_data_files_in(path, path.name))
         return ending_of(path) in ENDINGS and split is not None
 
-    folders = [path for path, _ in _entries(folder) if path.is_dir() and parse_name(path)[0] is None]
+    folders = [path for path, _ in _entries(folder) if path.is_dir() and parse_name(path).split is None]
     return [path for path in folders if any(is_split(inner) for inner, _ in _entries(path))]
 
 
 def _unread_file_error(path: Path, name: str, folder: Path) -> DataError | None:
     """Return the error for a file that seems to hold rows and would not be read, else ``None``."""
-    split, _, _ = parse_name(path)
+    split = parse_name(path).split
     if ending_of(path) in ENDINGS:
         return None if _is_metadata(path) else _unread_error(name, folder, _rename_hint(path))
     foreign = ending_of(path) in _UNREAD_ENDINGS or path.suffix.lower() in _UNREAD_ENDINGS
@@ -243,7 +248,7 @@ def _unread_error(name: str, folder: Path, hint: str) -> DataError:
 def _is_metadata(path: Path) -> bool:
     """Return whether a .json file without a split's name describes data: it holds neither a list of objects nor one
     object per line."""
-    if path.suffix.lower() != ".json" or parse_name(path)[0] is not None:
+    if path.suffix.lower() != ".json" or parse_name(path).split is not None:
         return False
     try:
         with path.open("rb") as stream:

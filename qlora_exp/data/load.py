@@ -22,7 +22,7 @@ from qlora_exp.data.encoding import (
     template_tokens,
 )
 from qlora_exp.data.items import InvalidRow, Item, RowProblem, Splits
-from qlora_exp.data.plain_text import plain_prompt, plain_text, unusual_space_notes
+from qlora_exp.data.plain_text import Texts, plain_prompt, plain_text, unusual_space_notes
 from qlora_exp.data.rows import Example
 from qlora_exp.data.sources import read_general_chats, read_general_text
 from qlora_exp.data.splits import (
@@ -59,7 +59,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         hint = "task.learn=last, or task.format=chat"
         raise DataError("the plain format learns the last answer alone", "task.learn=all", hint)
     prefixes: set[str] = set()
-    sample: Encoding | None = None  # the first training row with a prefix, else the first one
+    sample: Texts | None = None  # the first training row with a prefix, else the first one
     used: dict[str, list[Example]] = {}
     items: dict[str, tuple[Item, ...]] = {}
     problems: list[RowProblem] = []
@@ -72,9 +72,9 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
             if isinstance(encoding, RowProblem):
                 problems.append(encoding)
                 continue
-            prefixes.add(encoding.prefix)
-            if split == "train" and (sample is None or (encoding.prefix and not sample.prefix)):
-                sample = encoding
+            prefixes.add(encoding.texts.prefix)
+            if split == "train" and (sample is None or (encoding.texts.prefix and not sample.prefix)):
+                sample = encoding.texts
             try:
                 item = _make_item(example, encoding, tokenizer, max_length, uncut)
             except InvalidRow as error:
@@ -82,10 +82,9 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
                 continue
             used[split].append(example)
             made.append(item)
-            tokens = len(encoding.prompt_ids) + len(encoding.completion_ids) + len(encoding.end_ids)
-            if tokens > max_length:
+            if len(encoding.ids) > max_length:
                 reason = f"truncated to training.max_length={max_length}: the end of the answer is not learned"
-                truncated.append(RowProblem(example.file, example.row, None, reason, f"{tokens} tokens"))
+                truncated.append(RowProblem(example.file, example.row, None, reason, f"{len(encoding.ids)} tokens"))
         items[split] = tuple(made)
     if config.task.invalid_rows is InvalidRows.error:
         raise_problems(problems)
@@ -163,35 +162,31 @@ def _make_item(example: Example, encoding: Encoding, tokenizer: Tokenizer, max_l
 
     Raises :class:`InvalidRow` if no token of the completion would be left.
     """
-    prompt, completion, end = encoding.prompt_ids, encoding.completion_ids, encoding.end_ids
-    room = max_length - len(prompt)
-    if room <= 0 or (uncut and room < len(completion)):
-        detail = (
-            f"the prompt has {len(prompt)} tokens, the completion {len(completion)}, and max_length is {max_length}"
-        )
-        hint = f"training.max_length={len(prompt) + len(completion) + len(end)} or a shorter row"
-        raise InvalidRow("completion truncated away", detail, hint)
-    item = Item(
+    prompt_ids, completion_ids = encoding.prompt_ids, encoding.completion_ids
+    room = max_length - len(prompt_ids)
+    if room <= 0 or (uncut and room < len(completion_ids)):
+        lengths = f"the prompt has {len(prompt_ids)} tokens, the completion {len(completion_ids)}"
+        hint = f"training.max_length={len(encoding.ids)} or a shorter row"
+        raise InvalidRow("completion truncated away", f"{lengths}, and max_length is {max_length}", hint)
+    answer, completion, scored_text = encoding.answer, encoding.texts.completion, example.completion
+    if encoding.texts.structured:
+        settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        answer, scored_text = str(tokenizer.decode(completion_ids, **settings)).strip(), completion
+    if room < len(completion_ids):
+        completion = scored_text = str(tokenizer.decode(completion_ids[:room], clean_up_tokenization_spaces=False))
+    return Item(
         item_id=example.item_id,
-        prompt=encoding.prompt,
-        completion=encoding.completion,
-        prompt_ids=prompt,
-        completion_ids=completion,
-        end_ids=end[: max(0, room - len(completion))],
+        prompt=encoding.texts.prompt,
+        completion=completion,
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids[:room],
+        end_ids=encoding.end_ids[: max(0, room - len(completion_ids))],
         label=example.label,
-        answer=encoding.answer,
-        completion_bytes=len(example.completion.strip().encode("utf-8")),
+        answer=answer,
+        completion_bytes=len(scored_text.strip().encode("utf-8")),
         extra=example.extra,
         learned=encoding.learned[:max_length] if encoding.learned is not None else None,
     )
-    if encoding.structured:
-        text = str(tokenizer.decode(completion, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
-        item = replace(item, answer=text, completion_bytes=len(encoding.completion.strip().encode("utf-8")))
-    if room < len(completion):
-        text = str(tokenizer.decode(completion[:room], clean_up_tokenization_spaces=False))
-        cut_bytes = len(text.strip().encode("utf-8"))
-        item = replace(item, completion=text, completion_ids=completion[:room], completion_bytes=cut_bytes)
-    return item
 
 
 def _general_chats(tokenizer: Tokenizer, date: datetime.date) -> tuple[Item, ...]:

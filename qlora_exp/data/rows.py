@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from qlora_exp.config.schema import Learn, SpecialTokens, TaskConfig, TaskKind, TaskSource
@@ -95,28 +94,15 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _ColumnMapping:
-    """How the columns of one file become an example."""
+class _Sources:
+    """The columns and templates from which one file's examples are read."""
 
     prompt: str | RowTemplate | None
     completion: str | RowTemplate | None
     messages: str | None
     label: str | None
-    system: str | None
-    columns: tuple[str, ...]
-    plain: PlainText = PlainText()
-    tools: str | None = None
-    ignored_fields: tuple[str, ...] = ()
-    every_turn: bool = False
-    from_arrow: bool = False
-
-    @cached_property
-    def used(self) -> set[str]:
-        """Return the columns that an example is made of; all others are extra."""
-        used = {column for column in self.columns if self.messages and column in (self.tools, VARIABLES_COLUMN)}
-        for source in (self.prompt, self.completion, self.messages, self.label):
-            used |= set(source.columns) if isinstance(source, RowTemplate) else {source} if source else set()
-        return used
+    used: frozenset[str]
+    """The columns that an example is made of; all others are extra."""
 
 
 def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[RowProblem]]:
@@ -127,8 +113,8 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
     problems = list(raw.problems)
     if not raw.rows:
         return [], problems
-    mapping = _column_mapping(task, raw)
-    for column in sorted(mapping.used & set(raw.mixed_classes)):
+    sources = _find_sources(task, raw)
+    for column in sorted(sources.used & set(raw.mixed_classes)):
         hint = (
             f"write all files with the same features, or write class names as text into column {column!r} of each file"
         )
@@ -136,44 +122,39 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
     examples = []
     for row in raw.rows:
         try:
-            examples.append(_read_example(row, mapping, task.kind))
+            examples.append(_read_example(row, sources, task))
         except InvalidRow as error:
             problems.append(error.at(row.file, row.number))
     return examples, sorted(problems, key=lambda problem: problem.row)
 
 
-def _column_mapping(task: TaskConfig, raw: DataFile) -> _ColumnMapping:
-    columns, classifies = raw.columns, task.kind is TaskKind.classification
+def _find_sources(task: TaskConfig, raw: DataFile) -> _Sources:
     if re.search(r"\\[nrt]", task.separator or ""):
         what = f"the separator {task.separator!r} holds a backslash and a letter, not a newline or a tab"
         raise DataError(what, "task.separator", "in a shell: $'task.separator=\"\\n\"'; or in a file given with --from")
-    plain = PlainText(separator=task.separator, special_tokens=task.special_tokens)
-    system = with_line_breaks(task.system) if task.system else task.system
-    label = task.columns.label if classifies else None
-    if task.columns.messages:
+    label = task.columns.label if task.kind is TaskKind.classification else None
+    messages = task.columns.messages
+    if messages:
         if task.prompt or task.completion:
             raise DataError(
                 "both a messages column and a template are given",
                 "task.columns.messages, task.prompt, task.completion",
                 "give one of them: task.columns.messages=null, or task.prompt=null task.completion=null",
             )
-        _check_column(task.columns.messages, "task.columns.messages", raw)
+        _check_column(messages, "task.columns.messages", raw)
         _check_column(label, "task.columns.label", raw)
-        return _ColumnMapping(
-            *(None, None, task.columns.messages, label, system, columns),
-            tools=task.columns.tools,
-            ignored_fields=tuple(task.ignore_fields),
-            every_turn=task.learn is Learn.all,
-            from_arrow=task.source is TaskSource.hub,
-            plain=plain,
-        )
+        used = {messages, label, *({task.columns.tools, VARIABLES_COLUMN} & set(raw.columns))}
+        return _Sources(None, None, messages, label, frozenset(used - {None}))
     completion_column = task.columns.completion
-    if label and not task.completion and completion_column not in columns:
+    if label and not task.completion and completion_column not in raw.columns:
         completion_column = label  # the label is the answer
     prompt = _text_source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _text_source("completion", task.completion, completion_column, raw)
     _check_column(label, "task.columns.label", raw)
-    return _ColumnMapping(prompt, completion, None, label, system, columns, plain)
+    used = {label} if label else set()
+    for source in (prompt, completion):
+        used |= set(source.columns) if isinstance(source, RowTemplate) else {source}
+    return _Sources(prompt, completion, None, label, frozenset(used))
 
 
 def _text_source(name: str, template: str | None, column: str | None, raw: DataFile) -> str | RowTemplate:
@@ -204,26 +185,26 @@ def _check_column(column: str | None, key: str, raw: DataFile) -> None:
     raise DataError(f"missing column: no row has a column {column!r}", f"{raw.name} ({key})", hint)
 
 
-def _read_example(row: RawRow, mapping: _ColumnMapping, kind: TaskKind) -> Example:
-    label, classifies = None, kind is TaskKind.classification
-    if classifies and mapping.label:
-        label = _column_text(row, mapping.label, whole_numbers=True).strip()
-    extra = {column: value for column, value in row.values.items() if column not in mapping.used}
-    if mapping.messages:
-        example = _read_conversation(row, mapping, kind, label, extra)
+def _read_example(row: RawRow, sources: _Sources, task: TaskConfig) -> Example:
+    label, classifies = None, task.kind is TaskKind.classification
+    if classifies and sources.label:
+        label = _column_text(row, sources.label, whole_numbers=True).strip()
+    if sources.messages:
+        example = _read_conversation(row, sources.messages, task)
     else:
-        text = _text(row, mapping.completion, is_class=classifies)
+        text = _text(row, sources.completion, is_class=classifies)
         answer = strip_text(text)
         if classifies:  # a label is a name: it has no indentation, and white space after it means nothing
             answer = StrippedText(text[: len(text) - len(text.lstrip())], text.strip(), "")
-        prompt = Message("user", _text(row, mapping.prompt))
-        plain = replace(mapping.plain, space_before=answer.before, space_after=answer.after)
-        example = Example(row.file, row.number, (prompt,), False, answer.text, label, extra, plain=plain)
-    if mapping.system and example.messages[0].role not in ("system", "developer"):
-        example = replace(example, messages=(Message("system", mapping.system), *example.messages))
-    if classifies and label is None:
-        example = replace(example, label=example.completion)
-    return example
+        prompt = Message("user", _text(row, sources.prompt))
+        plain = PlainText(answer.before, answer.after, task.separator, task.special_tokens)
+        example = Example(row.file, row.number, (prompt,), False, answer.text, None, {}, plain)
+    messages = example.messages
+    if task.system and messages[0].role not in ("system", "developer"):
+        messages = (Message("system", with_line_breaks(task.system)), *messages)
+    extra = {column: value for column, value in row.values.items() if column not in sources.used}
+    label = example.completion if classifies and label is None else label
+    return replace(example, messages=messages, label=label, extra=extra)
 
 
 def _text(row: RawRow, source: str | RowTemplate | None, is_class: bool = False) -> str:
@@ -231,9 +212,8 @@ def _text(row: RawRow, source: str | RowTemplate | None, is_class: bool = False)
         several = len(source.columns) > 1
         texts = {column: _column_text(row, column, whole_numbers=True, empty=several) for column in source.columns}
         if not any(text.strip() for text in texts.values()):
-            raise InvalidRow(
-                "empty", "all columns of the template are empty or only white space", column=next(iter(texts))
-            )
+            detail = "all columns of the template are empty or only white space"
+            raise InvalidRow("empty", detail, column=next(iter(texts)))
         return source.render(texts)
     assert source is not None
     return _column_text(row, source, whole_numbers=is_class)
@@ -301,29 +281,26 @@ def _text_hint(value: object, column: str) -> str | None:
     return None if value is None else f'write it as text, e.g. "{value}"'
 
 
-def _read_conversation(
-    row: RawRow, mapping: _ColumnMapping, kind: TaskKind, label: str | None, extra: dict[str, Any]
-) -> Example:
-    column = mapping.messages
-    assert column is not None
-    conversation = _value(row, column)
-    *messages, last = read_messages(conversation, column, mapping.ignored_fields, _checked_text, mapping.every_turn)
+def _read_conversation(row: RawRow, column: str, task: TaskConfig) -> Example:
+    every_turn = task.learn is Learn.all
+    *messages, last = read_messages(_value(row, column), column, task.ignore_fields, _checked_text, every_turn)
     fields = [name for name, value in last.fields.items() if value != ""]
-    if kind is TaskKind.classification and fields:
+    if task.kind is TaskKind.classification and fields:
         detail = f"the last message has {', '.join(fields)}, and a label is text alone"
         raise InvalidRow("invalid messages", detail, "task.kind=generation", column)
-    tools = read_tools(row.values.get(mapping.tools or ""), mapping.tools or "")
+    tools_column = task.columns.tools or ""
+    tools = read_tools(row.values.get(tools_column), tools_column)
     variables = read_variables(row.values.get(VARIABLES_COLUMN), VARIABLES_COLUMN)
-    if mapping.from_arrow or row.file.lower().endswith(_ARROW_FILES):
+    if task.source is TaskSource.hub or row.file.lower().endswith(_ARROW_FILES):
         *messages, last = (message.without_nulls() for message in (*messages, last))
         tools = tuple(without_nulls(list(tools))) if tools is not None else None
     last = last.with_text(strip_text(last.content).text)
-    plain = mapping.plain
-    if plain.separator is None and not last.content[:1].isspace():
-        plain = replace(plain, separator=" ")  # the same as after earlier turns' roles, in every script
+    separator = task.separator
+    if separator is None and not last.content[:1].isspace():
+        separator = " "  # the same as after earlier turns' roles, in every script
     return Example(
-        *(row.file, row.number, tuple(messages), True, last.content, label, extra),
-        plain=plain,
+        *(row.file, row.number, tuple(messages), True, last.content, None, {}),
+        plain=PlainText(separator=separator, special_tokens=task.special_tokens),
         answer=last if last.more else None,
         tools=tools,
         variables=variables,

@@ -41,10 +41,10 @@ def read_sources(task: TaskConfig) -> dict[str, DataFile]:
 
 def _unread_splits_note(path: Path) -> list[str]:
     """Return a note if the folder of a single train file holds other splits, too."""
-    if parse_name(path)[0] != "train":
+    if parse_name(path).split != "train":
         return []
     others = [file for file in sorted(path.parent.iterdir()) if ending_of(file) in ENDINGS and file.is_file()]
-    names = [file.name for file in others if parse_name(file)[0] in ("validation", "test")]
+    names = [file.name for file in others if parse_name(file).split in ("validation", "test")]
     return [f"not read: {', '.join(names)}; task.path={path.parent} reads them as splits"] if names else []
 
 
