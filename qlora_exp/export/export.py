@@ -96,11 +96,11 @@ class _Source:
 
 
 def export_run(
-    paths: RunPaths, to: Path | None, settings: ExportConfig, tell: Callable[[str], None] = lambda _: None
+    paths: RunPaths, to: Path | None, settings: ExportConfig, on_step: Callable[[str], None] = lambda _: None
 ) -> tuple[Export, Path]:
     """Export the run in ``paths`` to ``to`` (default: the run's own ``export/``); return the results and the folder.
 
-    ``tell`` is called with each step's name as the step begins.
+    ``on_step`` is called with each step's name as the step begins.
 
     Raises:
         ExportError: the run has nothing to export, or the folder can't be written.
@@ -110,7 +110,7 @@ def export_run(
     target = (to or paths.export).expanduser().absolute()
     _check_target(target, source.record, settings)
     with _staging_folder(target) as folder:
-        export = _export(source, folder, settings, tell)
+        export = _export(source, folder, settings, on_step)
     return export, target
 
 
@@ -170,7 +170,7 @@ def _staging_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callable[[str], None]) -> Export:
+def _export(source: _Source, folder: Path, settings: ExportConfig, on_step: Callable[[str], None]) -> Export:
     # Everything is made from the merged model. If it isn't one of the formats, it goes to a folder that is deleted.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work:
         merged_folder = folder / "merged" if "merged" in settings.formats else Path(work)
@@ -186,12 +186,12 @@ def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callabl
         artefacts = [_export_adapter(source, folder / "adapter")] if "adapter" in settings.formats else []
         fingerprint = source.record.model_fingerprint or ""
         if settings.formats != ["adapter"]:
-            tell("merge")
+            on_step("merge")
             merged, fingerprint = merged_model(source.config, source.paths.adapter)
             add_end_token(merged, source.end_token)
             files = []
             for kind in (name for name in settings.formats if name in BLOCK_TYPES):
-                tell(f"write and check {kind}")
+                on_step(f"write and check {kind}")
                 path = folder / f"model-{kind}.gguf"
                 write_gguf(merged, merged_folder, path, kind, source.record.name, source.end_token)
                 positions = getattr(merged.config, "max_position_embeddings", None) or settings.context_tokens
@@ -204,7 +204,7 @@ def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callabl
                     check = questions
                 files.append(Artefact(kind, path.name, path.stat().st_size, check, runtime))
             if "merged" in settings.formats:  # last: it is rounded in place
-                tell("write and check the merged model")
+                on_step("write and check the merged model")
                 merged.to(getattr(torch, settings.dtype.value)).save_pretrained(merged_folder)
                 write_for_version_4(merged_folder)
                 check = check_merged(merged_folder, questions) if isinstance(questions, CheckItems) else questions
