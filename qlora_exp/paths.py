@@ -108,6 +108,11 @@ class StudyPaths:
     folder: Path
 
     @property
+    def outputs(self) -> OutputPaths:
+        """The output root that the study's folder is in."""
+        return OutputPaths(self.folder.parent.parent)
+
+    @property
     def name(self) -> str | None:
         """The study's name in ``study.json``; ``None`` if that file is missing or can't be read."""
         try:

@@ -16,7 +16,6 @@ SHARED_NAMES = {
     *("COMMAND", "COMPUTED", "HEADINGS", "INSTRUCT", "Item", "Message"),
     *(
         "PR_SET_PDEATHSIG",
-        "SlotState",
         "Splits",
         "Study",
         "T",

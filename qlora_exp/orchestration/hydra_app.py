@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
@@ -36,33 +37,44 @@ from qlora_exp.system import heap, memory_limits, signals, streams
 from qlora_exp.system.distributed import check_single_rank
 from qlora_exp.system.streams import check_arguments, show_any_text
 
+BASIC_SWEEPER = "hydra/sweeper=basic"
+"""Hydra's own sweeper: one process per run, no study."""
+
+REJECTED_FLAGS = {
+    "config_name": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
+    "config_path": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
+    "config_dir": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
+    "experimental_rerun": "qlora-exp rerun RUN",
+}
+"""Hydra's flags that would read another configuration than conf/ (the last one a pickle), and what to use instead."""
+
+_codes: list[int] = []
+"""Exit codes of the jobs that ran in this process: Hydra discards what its jobs return."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the Hydra application. Exit codes: 0, 1 a run failed, 2 wrong input, 130 interrupted."""
     show_any_text()
-    arguments_given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        check_arguments(arguments_given)
+        check_arguments(given)
     except QloraExpError as error:
         print_error(error)
         return EXIT_WRONG_INPUT
-    flags = get_args_parser().parse_args(
-        arguments_given
-    )  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
-    multirun = flags.multirun
+    flags = get_args_parser().parse_args(given)  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
     only_shows = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
     _codes.clear()
     if only_shows:
-        return _main(arguments_given, flags, multirun, only_shows)
+        return _main(given, flags, only_shows)
     streams.ignore_write_errors()
     try:
         with signals.signals_as_interrupts():
-            return _main(arguments_given, flags, multirun, only_shows)
+            return _main(given, flags, only_shows)
     except KeyboardInterrupt:  # a second one, while the first one was handled
         return EXIT_INTERRUPTED
 
 
-def _main(arguments: list[str], flags: argparse.Namespace, multirun: bool, only_shows: bool) -> int:
+def _main(arguments: list[str], flags: argparse.Namespace, only_shows: bool) -> int:
     try:
         if not only_shows:
             check_single_rank()
@@ -70,10 +82,12 @@ def _main(arguments: list[str], flags: argparse.Namespace, multirun: bool, only_
         if only_shows:
             _check_displayed_config(flags)
         else:
-            _check(flags.overrides, multirun)
+            _check(flags.overrides, flags.multirun)
         if BASIC_SWEEPER in flags.overrides:
             arguments = without_globs(arguments, flags.overrides)
-        _hydra(_with_search_path(arguments))
+        register()
+        sys.argv = ["qlora_exp", *_with_search_path(arguments)]
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_job)()
     except QloraExpError as error:
         print_error(error)
         return EXIT_WRONG_INPUT
@@ -85,18 +99,6 @@ def _main(arguments: list[str], flags: argparse.Namespace, multirun: bool, only_
     except BrokenPipeError:  # ``… --help | head``, as in the qlora-exp commands
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return max(_codes, default=EXIT_COMPLETED)
-
-
-BASIC_SWEEPER = "hydra/sweeper=basic"
-"""Hydra's own sweeper: one process per run, no study."""
-
-REJECTED_FLAGS = {
-    "config_name": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
-    "config_path": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
-    "config_dir": "key=value changes a setting; qlora-exp run --from FILE.yaml takes many",
-    "experimental_rerun": "qlora-exp rerun RUN",
-}
-"""Hydra's flags that would read another configuration than conf/ (the last one a pickle), and what to use instead."""
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
@@ -128,10 +130,6 @@ def _check_displayed_config(flags: argparse.Namespace) -> None:
             raise unresolved_error(error, str(getattr(error, "full_key", None) or "the configuration")) from None
 
 
-_codes: list[int] = []
-"""Exit codes of the jobs that ran in this process: Hydra discards what its jobs return."""
-
-
 def _check(overrides: Sequence[str], multirun: bool) -> None:
     """Check everything before Hydra starts. The sweep itself checks the points of a study."""
     if not multirun:
@@ -152,14 +150,6 @@ def _with_search_path(arguments: Sequence[str]) -> list[str]:
     rest = [text for text in arguments if text not in own]
     position = next((i for i, text in enumerate(rest) if "=" in text and not text.startswith("-")), len(rest))
     return [*rest[:position], search_path(search_folders(own)), *rest[position:]]
-
-
-def _hydra(arguments: Sequence[str]) -> None:
-    import hydra
-
-    register()
-    sys.argv = ["qlora_exp", *arguments]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_job)()
 
 
 def run_job(raw: Any) -> Any:

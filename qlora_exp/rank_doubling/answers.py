@@ -77,10 +77,7 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
       bytes, seconds and dollars. Negative: it costs more. ``train_seconds`` is ``None`` if the two ranks' runs
       overlap in time taken.
     """
-    return [
-        _answer_object(spec, ladder, evaluate_ladder(spec, ladder, trials), _trials_of_ladder(ladder, trials))
-        for ladder in spec.ladders
-    ]
+    return [_answer_object(spec, ladder, trials) for ladder in spec.ladders]
 
 
 def plan_sentence(
@@ -113,23 +110,20 @@ def plan_sentence(
     return settles, sentence
 
 
-def _trials_of_ladder(ladder: LadderSettings, trials: Sequence[LadderTrial]) -> list[LadderTrial]:
-    return [trial for trial in trials if ladder.axes.items() <= trial.params.items()]
-
-
-def _answer_object(
-    spec: LadderSpec, ladder: LadderSettings, state: LadderState, own: Sequence[LadderTrial]
-) -> dict[str, Any]:
-    rank_answer = answer(state.comparisons, rule_of(spec), LOSS_UNIT) if state.comparisons else None
-    last = _final_comparison(rank_answer) if rank_answer is not None else None
-    saves = _saves(last, state) if last is not None else None
-    answer_object = (
-        as_object(rank_answer)
-        if rank_answer is not None
-        else {}
-        if is_single_rank(spec)
-        else _undecided_object(rule_of(spec))
-    )
+def _answer_object(spec: LadderSpec, ladder: LadderSettings, trials: Sequence[LadderTrial]) -> dict[str, Any]:
+    state = evaluate_ladder(spec, ladder, trials)
+    answer_object: dict[str, Any] = {}
+    rank_answer = last = saves = None
+    if state.comparisons:
+        rank_answer = answer(state.comparisons, rule_of(spec), LOSS_UNIT)
+        answer_object = as_object(rank_answer)
+        decided = (step for step in rank_answer.comparisons if step.decision.verdict is not StepVerdict.CONTINUE)
+        last = next(decided, rank_answer.comparisons[-1])
+        saves = _saves(last, state)
+    elif not is_single_rank(spec):
+        rule = rule_of(spec)
+        answer_object = {"decision": None, "recommended_rank": None, "comparisons": []}
+        answer_object |= {"margin": rule.margin, "half_zone": rule.half_zone}
     return answer_object | {
         "status": "open" if state.needs else "decided" if state.trouble is None else "failed",
         "axes": ladder.axes,
@@ -139,22 +133,10 @@ def _answer_object(
         "seeds": {str(rank): sum(trial.completed for trial in runs) for rank, runs in state.runs.items()},
         "items": last.decision.items if last is not None else None,
         "saves": saves,
-        "spent": _spent(own),
+        "spent": _spent([trial for trial in trials if trial.ended and ladder.axes.items() <= trial.params.items()]),
         "warnings": _warnings(spec, state, last),
         "sentence": " ".join(_sentences(spec, ladder, state, rank_answer, saves)),
     }
-
-
-def _undecided_object(rule: Rule) -> dict[str, Any]:
-    undecided: dict[str, Any] = {"decision": None, "recommended_rank": None, "comparisons": []}
-    return undecided | {"margin": rule.margin, "half_zone": rule.half_zone}
-
-
-def _final_comparison(rank_answer: RankAnswer) -> Comparison:
-    return next(
-        (c for c in rank_answer.comparisons if c.decision.verdict is not StepVerdict.CONTINUE),
-        rank_answer.comparisons[-1],
-    )
 
 
 def _saves(last: Comparison, state: LadderState) -> dict[str, Any] | None:
@@ -166,20 +148,15 @@ def _saves(last: Comparison, state: LadderState) -> dict[str, Any] | None:
     if ranks is None:
         return None
     chosen, other = (_costs(state.runs.get(rank, ())) for rank in ranks)
-    differences = {
-        name: statistics.fmean(other[name]) - statistics.fmean(chosen[name])
-        for name in COSTS
-        if chosen[name] and other[name]
-    }
-    own_seconds, other_seconds = chosen["train_seconds"], other["train_seconds"]
-    if (
-        own_seconds
-        and other_seconds
-        and min(own_seconds) <= max(other_seconds)
-        and min(other_seconds) <= max(own_seconds)
-    ):
-        del differences["train_seconds"]  # runs of the same rank differ by more than the two ranks do
-    return {"against_rank": ranks[1]} | {name: differences.get(name) for name in COSTS}
+    saves: dict[str, Any] = {"against_rank": ranks[1]}
+    for name in COSTS:
+        known = bool(chosen[name] and other[name])
+        saves[name] = statistics.fmean(other[name]) - statistics.fmean(chosen[name]) if known else None
+        # Unclear if runs of the same rank differ by more than the two ranks do.
+        if known and name == "train_seconds":
+            overlap = min(chosen[name]) <= max(other[name]) and min(other[name]) <= max(chosen[name])
+            saves[name] = None if overlap else saves[name]
+    return saves
 
 
 def _costs(runs: Sequence[LadderTrial]) -> dict[str, list[float]]:
@@ -189,16 +166,14 @@ def _costs(runs: Sequence[LadderTrial]) -> dict[str, list[float]]:
     return {name: [value for value in values if value is not None] for name, values in known.items()}
 
 
-def _spent(own: Sequence[LadderTrial]) -> dict[str, Any]:
+def _spent(ended: Sequence[LadderTrial]) -> dict[str, Any]:
     """Return what all runs of the ladder took, pilots and failures included."""
-    records = [trial.record for trial in own if trial.record is not None]
-    seconds = [record.speed.total_seconds for record in records if record.speed.total_seconds is not None]
-    usd = [record.speed.cost_usd for record in records if record.speed.cost_usd is not None]
-    pilots = sum(trial.ended and trial.params[SPLIT] == "validation" for trial in own)
+    speeds = [trial.record.speed for trial in ended if trial.record is not None]
+    usd = [speed.cost_usd for speed in speeds if speed.cost_usd is not None]
     return {
-        "runs": len([trial for trial in own if trial.ended]),
-        "pilots": pilots,
-        "seconds": math.fsum(seconds),
+        "runs": len(ended),
+        "pilots": sum(trial.params[SPLIT] == "validation" for trial in ended),
+        "seconds": math.fsum(speed.total_seconds for speed in speeds if speed.total_seconds is not None),
         "cost_usd": math.fsum(usd) if usd else None,
     }
 

@@ -39,7 +39,7 @@ from qlora_exp.rank_doubling.settings import (
 )
 from qlora_exp.records.files import read_curve, read_record
 from qlora_exp.records.types import RunRecord, Status
-from qlora_exp.study.proposer import PlannedProposer, Point, Proposer, Trials
+from qlora_exp.study.proposer import PlannedProposer, Proposer, TrialPoint, Trials
 from qlora_exp.study.space import point_overrides
 from qlora_exp.study.types import LadderSettings, LadderSpec, StudySpec, TrialRow
 
@@ -50,7 +50,7 @@ LOSS_UNIT = "nats per item"
 class LadderTrial:
     """One trial of the study, with what the ladder uses of its run."""
 
-    params: Point
+    params: TrialPoint
     ended: bool
     record: RunRecord | None = None
     """``None`` until the trial has ended, and if its run left no record."""
@@ -90,7 +90,7 @@ class LearningRateChoice:
 class LadderState:
     """State of one ladder. ``needs``: points that it still waits for, running ones included; empty if it has ended."""
 
-    needs: tuple[Point, ...]
+    needs: tuple[TrialPoint, ...]
     choices: tuple[LearningRateChoice, ...]
     comparisons: tuple[Comparison, ...]
     runs: Mapping[int, tuple[LadderTrial, ...]]
@@ -110,15 +110,15 @@ class LadderProposer:
     replaces_skipped = False
 
     def __init__(self, spec: LadderSpec, paths: StudyPaths) -> None:
-        self._spec, self._outputs = spec, OutputPaths(paths.folder.parent.parent)
+        self._spec, self._outputs = spec, paths.outputs
         self._ended: dict[int, LadderTrial] = {}
         self._done: dict[int, bool] = {}
         """Number of ended trials → whether the ladders are done, which only the end of a trial changes."""
 
-    def planned_point(self, number: int) -> Point:
+    def planned_point(self, number: int) -> TrialPoint:
         return {}
 
-    def next_point(self, trials: Trials) -> Point | None:
+    def next_point(self, trials: Trials) -> TrialPoint | None:
         return next_point(self._spec, self.ladder_trials(trials()))
 
     def is_done(self, trials: Trials) -> bool:
@@ -158,7 +158,7 @@ def ladder_trials(records: Sequence[RunRecord], outputs: OutputPaths) -> list[La
     return [ended_trial(record.trial.params, record.run_id, outputs) for record in ended if record.trial is not None]
 
 
-def ended_trial(params: Point, run_id: str | None, outputs: OutputPaths) -> LadderTrial:
+def ended_trial(params: TrialPoint, run_id: str | None, outputs: OutputPaths) -> LadderTrial:
     """Return the ended trial with what its run left on disk."""
     record, losses, curve = None, None, {}
     if run_id is not None:
@@ -183,7 +183,7 @@ def _test_losses(paths: RunPaths) -> dict[str, float] | None:
     return dict(sorted(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True)))
 
 
-def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> Point | None:
+def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> TrialPoint | None:
     """Return the parameters of the next trial; ``None``: nothing to start now (see :func:`is_done`).
 
     The first ladder that needs a run goes first, so that a trial process keeps its base model; the others continue
@@ -218,7 +218,7 @@ def evaluate_ladder(spec: LadderSpec, ladder: LadderSettings, trials: Sequence[L
 
 def select_learning_rate(
     spec: LadderSpec, ladder: LadderSettings, trials: Sequence[LadderTrial], rank: int
-) -> tuple[LearningRateChoice | None, tuple[Point, ...]]:
+) -> tuple[LearningRateChoice | None, tuple[TrialPoint, ...]]:
     """Return the learning rate of ``rank`` from its ended pilots, and the pilots that are still missing.
 
     Unlike :func:`evaluate_ladder` this doesn't depend on the lower ranks' results.
@@ -233,7 +233,7 @@ class _LadderEvaluation:
     def __init__(self, spec: LadderSpec, ladder: LadderSettings, trials: Sequence[LadderTrial]) -> None:
         self.spec, self.one = spec, ladder
         self.trials = {_key(trial.params): trial for trial in trials}
-        self.needs: list[Point] = []
+        self.needs: list[TrialPoint] = []
         self.choices: dict[int, LearningRateChoice] = {}
         self.comparisons: list[Comparison] = []
         self.seeds: dict[int, int] = {}
@@ -264,7 +264,7 @@ class _LadderEvaluation:
                 for seed in range(self.seeds[rank]):
                     self._ended(self._point(rank, self.spec.first_seed + seed, choice.learning_rate, "test"))
 
-    def _ended(self, point: Point) -> LadderTrial | None:
+    def _ended(self, point: TrialPoint) -> LadderTrial | None:
         trial = self.trials.get(_key(point))
         if trial is not None and trial.ended:
             return trial
@@ -272,7 +272,7 @@ class _LadderEvaluation:
             self.needs.append(point)
         return None
 
-    def _point(self, rank: int, seed: int, rate: float, split: str) -> Point:
+    def _point(self, rank: int, seed: int, rate: float, split: str) -> TrialPoint:
         return {**self.one.axes, RANK: rank, SEED: seed, RATE: rate, SPLIT: split}
 
     # Learning rates.
@@ -289,26 +289,22 @@ class _LadderEvaluation:
         return self._search_learning_rate(rank)
 
     def _search_learning_rate(self, rank: int) -> LearningRateChoice | None:
+        """Return the best pilot's learning rate. If it is at the edge of the grid, one rate beyond the edge is run,
+        too."""
         rates = rates_of(self.spec, self.one, rank)
-        pilots = self._pilots(rank, rates)
-        if pilots is None:
-            return None
-        best = self._best(pilots, rank)
-        if best in (rates[0], rates[-1]):
-            beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
-            rates = sorted([*rates, round_rate(beyond)])
-            pilots = self._pilots(rank, rates)
-            if pilots is None:
+        extended = False
+        while True:
+            points = [self._point(rank, self.spec.pilot_seed, rate, "validation") for rate in rates]
+            ended = [trial for point in points if (trial := self._ended(point)) is not None]
+            if len(ended) < len(rates):
                 return None
+            pilots = [Pilot(rate, _validation_loss(trial)) for rate, trial in zip(rates, ended, strict=True)]
             best = self._best(pilots, rank)
-        return LearningRateChoice(rank, best, best in (rates[0], rates[-1]), tuple(pilots))
-
-    def _pilots(self, rank: int, rates: Sequence[float]) -> list[Pilot] | None:
-        ended = [self._ended(self._point(rank, self.spec.pilot_seed, rate, "validation")) for rate in rates]
-        known = [trial for trial in ended if trial is not None]
-        if len(known) < len(ended):
-            return None
-        return [Pilot(rate, _validation_loss(trial)) for rate, trial in zip(rates, known, strict=True)]
+            at_edge = best in (rates[0], rates[-1])
+            if extended or not at_edge:
+                return LearningRateChoice(rank, best, at_edge, tuple(pilots))
+            beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
+            rates, extended = sorted([*rates, round_rate(beyond)]), True
 
     def _best(self, pilots: Sequence[Pilot], rank: int) -> float:
         known = [(pilot.validation_loss, pilot.learning_rate) for pilot in pilots if pilot.validation_loss is not None]
@@ -362,7 +358,7 @@ def _validation_loss(trial: LadderTrial) -> float | None:
     return loss if loss is not None and math.isfinite(loss) else None
 
 
-def _key(point: Point) -> frozenset[str]:
+def _key(point: TrialPoint) -> frozenset[str]:
     return frozenset(point_overrides(point))
 
 

@@ -131,7 +131,7 @@ def importances(study: optuna.Study, spec: StudySpec) -> dict[str, dict[str, flo
 
 
 def _value(trial: optuna.trial.FrozenTrial, number: int) -> float:
-    return trial.values[number]
+    return float(trial.values[number])
 
 
 @cache

@@ -10,7 +10,7 @@ from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.space import grid
 from qlora_exp.study.types import StudySpec, TrialRow
 
-Point = dict[str, Any]
+TrialPoint = dict[str, Any]
 """Axis → value of one trial. The sampler chooses the values of axes that are left out."""
 Trials = Callable[[], list[TrialRow]]
 """Reads the study's trials. A proposer that doesn't need them saves the time."""
@@ -22,11 +22,11 @@ class Proposer(Protocol):
     replaces_skipped: bool
     """Whether a trial that was predicted not to fit is replaced by another one. Otherwise it is one of ``n_trials``."""
 
-    def planned_point(self, number: int) -> Point:
+    def planned_point(self, number: int) -> TrialPoint:
         """Return the values that follow from the trial's number alone, so that no kill can lose or repeat them."""
         ...
 
-    def next_point(self, trials: Trials) -> Point | None:
+    def next_point(self, trials: Trials) -> TrialPoint | None:
         """Return the values that a trial must be created with; ``None``: no trial can start now."""
         ...
 
@@ -47,14 +47,14 @@ class PlannedProposer:
         self._spec = spec
 
     @cached_property
-    def _points(self) -> list[Point]:
+    def _points(self) -> list[TrialPoint]:
         points = grid(self._spec.axes) if self._spec.sampler == "grid" else []
         return [*self._spec.enqueue, *(point for point in points if point not in self._spec.enqueue)]
 
-    def planned_point(self, number: int) -> Point:
+    def planned_point(self, number: int) -> TrialPoint:
         return self._points[number] if number < len(self._points) else {}
 
-    def next_point(self, trials: Trials) -> Point:
+    def next_point(self, trials: Trials) -> TrialPoint:
         return {}
 
     def is_done(self, trials: Trials) -> bool:

@@ -99,7 +99,7 @@ def point_overrides(params: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _axis(key: str, text: str, condition: str | None, group_choices: Callable[[str], list[str]] | None) -> Axis:
     override = _parsed(key, text)
-    value = override.value()
+    value: Any = override.value()
     tags = tuple(sorted(value.tags)) if isinstance(value, Sweep) else ()
     if unknown := [tag for tag in tags if tag != "log"]:
         hint = "tag(log, interval(lo,hi)) searches on a log scale"

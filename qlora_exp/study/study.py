@@ -26,7 +26,7 @@ from qlora_exp.records.types import Failure, Status
 from qlora_exp.study.distributions import decode_params, encode_value, suggest
 from qlora_exp.study.objectives import importances
 from qlora_exp.study.open import open_study, read_study
-from qlora_exp.study.proposer import PlannedProposer, Point, Proposer
+from qlora_exp.study.proposer import PlannedProposer, Proposer, TrialPoint
 from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
 from qlora_exp.study.space import point_overrides
 from qlora_exp.study.trials import (
@@ -105,13 +105,14 @@ class Study:
             if not waiting and self._all_created():
                 return None
             candidates: Sequence[FrozenTrial | None] = waiting or [None]
-            for trial in candidates:
-                point = {} if trial and self._point(trial) else self._proposer.next_point(self._created_trials)
+            for candidate in candidates:
+                has_point = candidate is not None and self._point(candidate)
+                point = {} if has_point else self._proposer.next_point(self._created_trials)
                 if point is not None:
-                    return self._start(trial, owner, point)
+                    return self._start(candidate, owner, point)
             if waiting and self._proposer.is_done(self._created_trials):
-                for lost_trial in waiting:  # nothing depends on it
-                    self._storage.set_trial_state_values(lost_trial._trial_id, TrialState.FAIL)
+                for trial in waiting:  # nothing depends on it
+                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return None
 
     def others_run_trials(self, lease_seconds: float) -> bool:
@@ -253,17 +254,15 @@ class Study:
         """Return every trial with the parameters that it was created with, even if it has not been sampled yet."""
         return [replace(trial_row(trial, self.spec), params=self._point(trial)) for trial in self._read()]
 
-    def _point(self, trial: FrozenTrial) -> Point:
+    def _point(self, trial: FrozenTrial) -> TrialPoint:
         """Return the trial's parameters; empty if its worker died before it got any."""
         return decode_params(self.spec.axes, trial.system_attrs.get(FIXED_PARAMS) or trial.params)
 
-    def _start(self, waiting: FrozenTrial | None, owner: Owner, point: Point) -> Claim:
+    def _start(self, waiting: FrozenTrial | None, owner: Owner, point: TrialPoint) -> Claim:
         """Start the waiting trial, or a new one. ``point``: parameters that don't follow from its number."""
         attempt = attempt_of(waiting) + 1 if waiting else 1
         claim_attributes = {CLAIM: {"attempt": attempt, "owner": to_dict(owner)}, HEARTBEAT: time.time()}
-        fixed: dict[str, Any] = (
-            {FIXED_PARAMS: {key: encode_value(value) for key, value in point.items()}} if point else {}
-        )
+        fixed: dict[str, Any] = {FIXED_PARAMS: _encoded(point)} if point else {}
         if waiting is None:
             template = create_trial(state=TrialState.RUNNING, user_attrs=claim_attributes, system_attrs=fixed)
             trial_id = self._storage.create_new_trial(self._study._study_id, template)
@@ -275,7 +274,11 @@ class Study:
                 self._storage.set_trial_user_attr(trial_id, key, value)
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         trial = self._storage.get_trial(trial_id)
-        params = self._ask(trial)
+        planned = self._proposer.planned_point(trial.number)
+        if planned and FIXED_PARAMS not in trial.system_attrs:
+            self._storage.set_trial_system_attr(trial_id, FIXED_PARAMS, _encoded(planned))
+        self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see all ended trials
+        params = suggest(self.spec.axes, Trial(self._study, trial_id))
         return Claim(
             number=trial.number,
             trial_id=trial_id,
@@ -285,14 +288,6 @@ class Study:
             run_id=trial.user_attrs.get(RUN),
             out_of_memory_retries=trial.user_attrs.get(MEMORY_RETRIES, 0),
         )
-
-    def _ask(self, trial: FrozenTrial) -> dict[str, Any]:
-        planned = self._proposer.planned_point(trial.number)
-        if planned and FIXED_PARAMS not in trial.system_attrs:
-            encoded = {key: encode_value(value) for key, value in planned.items()}
-            self._storage.set_trial_system_attr(trial._trial_id, FIXED_PARAMS, encoded)
-        self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see all ended trials
-        return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
 
     def _requeue_or_fail(self, trial: FrozenTrial, why: str) -> bool:
         retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + interrupted_attempts(trial)
@@ -309,3 +304,7 @@ class Study:
         claim_attribute = {"attempt": attempt_of(trial), "owner": None}
         self._storage.set_trial_user_attr(trial._trial_id, CLAIM, claim_attribute)
         self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+
+def _encoded(point: TrialPoint) -> dict[str, Any]:
+    return {key: encode_value(value) for key, value in point.items()}

@@ -28,7 +28,7 @@ from qlora_exp.rank_doubling.ladder import LadderTrial, LearningRateChoice, ladd
 from qlora_exp.rank_doubling.settings import RANK, RATE, SEED, SPLIT, ranks_of
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord
-from qlora_exp.study.proposer import Point
+from qlora_exp.study.proposer import TrialPoint
 from qlora_exp.study.types import LadderSettings, LadderSpec
 
 GRID_SEEDS, REPLAY_SEEDS, PILOT_SEED = range(1, 9), range(101, 109), 1000
@@ -94,7 +94,7 @@ def trials_in(root: Path, pattern: str) -> list[LadderTrial]:
     return [trial for trial in ladder_trials(records, OutputPaths.of(str(root))) if trial.completed]
 
 
-def run_stage(root: Path, name: str, points: Sequence[Point], validation_items: int, workers: int) -> None:
+def run_stage(root: Path, name: str, points: Sequence[TrialPoint], validation_items: int, workers: int) -> None:
     """A sweep over ``points``; it goes on where it was begun, then with the points of its file."""
     path = root / "sweeps" / f"reference_{name}.yaml"
     if not path.exists():
@@ -106,7 +106,7 @@ def run_stage(root: Path, name: str, points: Sequence[Point], validation_items: 
     subprocess.run([*command, f"output_root={root}", "tracking=off"], cwd=root, check=True, env=dict(os.environ))
 
 
-def sweep_file(name: str, points: Sequence[Point], validation_items: int) -> str:
+def sweep_file(name: str, points: Sequence[TrialPoint], validation_items: int) -> str:
     """JSON is YAML."""
     values = {key: sorted({point[key] for point in points}) for key in (RANK, SEED, RATE, SPLIT)}
     params = {key: ",".join(map(str, values[key])) for key in (RANK, SEED, SPLIT)}

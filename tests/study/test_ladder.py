@@ -30,7 +30,7 @@ from qlora_exp.rank_doubling.ladder import LadderTrial, evaluate_ladder, is_done
 from qlora_exp.rank_doubling.settings import ladder_axes, max_trials, resolve, rule_of
 from qlora_exp.records import find
 from qlora_exp.records.types import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
-from qlora_exp.study.proposer import Point
+from qlora_exp.study.proposer import TrialPoint
 from qlora_exp.study.spec import read_spec
 from qlora_exp.study.types import LadderSettings, LadderSpec
 from tests import processes
@@ -52,7 +52,7 @@ CONFIG = LadderConfig(
 )
 ONE = LadderSettings({}, CENTRE, 0.0, "fixed at 16")
 
-Level = Callable[[Point], float | None]
+Level = Callable[[TrialPoint], float | None]
 """What a run scores in nats per item; ``None``: it fails."""
 
 
@@ -65,7 +65,7 @@ def gains(*doublings: float, seed_sd: float = 0.002, off: float = 0.0) -> Level:
     seed is above the others, so that gains differ from seed to seed by 4 times as much."""
     levels = 2.0 - np.concatenate([[0.0], np.cumsum(doublings)])
 
-    def level(point: Point) -> float:
+    def level(point: TrialPoint) -> float:
         noise = random.Random(f"{sorted(point.items())}").gauss(0.0, seed_sd)
         step = int(np.log2(point["lora.r"] // 8))
         return float(levels[step]) + noise + off * (-1) ** (step + point["seed"])
@@ -73,7 +73,7 @@ def gains(*doublings: float, seed_sd: float = 0.002, off: float = 0.0) -> Level:
     return level
 
 
-def ran(point: Point, level: Level, item_sd: float) -> LadderTrial:
+def ran(point: TrialPoint, level: Level, item_sd: float) -> LadderTrial:
     """The trial, ended, as a run would have left it."""
     loss = level(point)
     name = "-".join(str(value) for value in point.values())
@@ -96,7 +96,7 @@ def play(spec: LadderSpec, level: Level, at_once: int = 1, seed: int = 0, item_s
     """All trials that the ladders ask for, ``at_once`` running at a time and ending in any order."""
     chance = random.Random(seed)
     ended: list[LadderTrial] = []
-    running: list[Point] = []
+    running: list[TrialPoint] = []
     while True:
         seen = [*ended, *(LadderTrial(point, False) for point in running)]
         point = next_point(spec, seen) if len(running) < at_once else None
@@ -146,7 +146,7 @@ def test_a_single_rank_gets_its_learning_rate_and_its_seeds_and_no_decision() ->
     cells = [LadderSettings({"task.format": written}, CENTRE, 0.0, "2r") for written in ("plain", "chat")]
     spec = spec_of(*cells, r_max=8, margin=None, lr_policy=LrPolicy.search)
 
-    def level(point: Point) -> float:
+    def level(point: TrialPoint) -> float:
         best = 1e-3 if point["task.format"] == "plain" else 2e-3
         return float(2.0 + 0.05 * np.log2(point["training.learning_rate"] / best) ** 2)
 
@@ -220,7 +220,7 @@ def test_pilots_choose_the_learning_rate_by_the_rank_and_are_in_no_decision() ->
     one = LadderSettings({}, CENTRE, -0.5, "2r")
     spec = spec_of(one, lr_policy=LrPolicy.search)
 
-    def level(point: Point) -> float:
+    def level(point: TrialPoint) -> float:
         best = 1e-3 * (point["lora.r"] / 8) ** -0.5
         off = np.log2(point["training.learning_rate"] / best)
         return float(gains(0.2, 0.0, 0.0)(point) + 0.05 * off**2) - 5.0 * (point["seed"] == CONFIG.pilot_seed)
@@ -241,7 +241,7 @@ def test_pilots_choose_the_learning_rate_by_the_rank_and_are_in_no_decision() ->
 def test_an_optimum_at_the_edge_extends_the_grid_once(best: float, tried: float, unresolved: bool) -> None:
     spec = spec_of(r_max=16, lr_policy=LrPolicy.search)
 
-    def level(point: Point) -> float:
+    def level(point: TrialPoint) -> float:
         return float(gains(0.2)(point) + 0.1 * np.log2(point["training.learning_rate"] / best) ** 2)
 
     trials = play(spec, level)
@@ -307,7 +307,7 @@ def test_every_point_lies_on_the_axes() -> None:
     spec = spec_of(one, lr_policy=LrPolicy.search)
     axes = {axis.key: axis for axis in ladder_axes(spec)}
 
-    def level(point: Point) -> float:  # the rate always wants to be higher
+    def level(point: TrialPoint) -> float:  # the rate always wants to be higher
         return gains(0.2, 0.2, 0.2)(point) - float(np.log2(point["training.learning_rate"]))
 
     for trial in play(spec, level):
