@@ -72,9 +72,9 @@ def files_of(wheel: Path) -> dict[str, int]:
 def test_code_configuration_and_assets_come_from_the_installed_folder(installed: Path, tmp_path: Path) -> None:
     code = """
 import qlora_exp, qlora_exp.analysis, qlora_exp.cli
-from qlora_exp.cli.starter_files import FILES
+from qlora_exp.cli.data import STARTER
 from qlora_exp.paths import CONF, EMBEDDED, PACKAGE, SWEEPS
-print(qlora_exp.__file__, qlora_exp.analysis.__file__, qlora_exp.cli.__file__, FILES, sep="\\n")
+print(qlora_exp.__file__, qlora_exp.analysis.__file__, qlora_exp.cli.__file__, STARTER, sep="\\n")
 print(PACKAGE, CONF / "config.yaml", SWEEPS, EMBEDDED / "base" / "model.safetensors", sep="\\n")
 print(EMBEDDED / "instruct" / "model.safetensors", EMBEDDED / "task" / "test.jsonl", sep="\\n")
 print(EMBEDDED / "SHA256SUMS")

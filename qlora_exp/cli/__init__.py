@@ -80,11 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_arguments(sys.argv[1:] if arguments is None else arguments)
         result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",
                           standalone_mode=False)  # fmt: skip
-    except QloraExpError as error:
-        from qlora_exp.runs.process import print_error
-
-        print_error(error)
-        return error.exit_code
     except SystemExit:
         if type(sys.stdout).__name__ != "PacifyFlushWrapper":
             raise
@@ -96,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # `… | head` has closed the pipe. Without devnull, Python's flush at exit would print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        problem = unwritable_error(error)
+    except (QloraExpError, OSError) as error:
+        problem = error if isinstance(error, QloraExpError) else unwritable_error(error)
         if problem is None:
             raise
         from qlora_exp.runs.process import print_error
