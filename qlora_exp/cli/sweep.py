@@ -148,7 +148,7 @@ def status(
     from qlora_exp.formatting import print_table
     from qlora_exp.orchestration.status import study_status, watch_status
     from qlora_exp.system.orchestrator_lease import held_lease
-    from qlora_exp.tracking.pending import not_delivered
+    from qlora_exp.tracking.state import not_delivered
 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
