@@ -111,6 +111,7 @@ def _studies_and_runs(
 ) -> tuple[list[StudyInfo], list[RunRecord]]:
     """Return what the report needs to know of each study, and their runs."""
     from qlora_exp.analysis.report_content import StudyInfo
+    from qlora_exp.records.upgrade import upgrade_answers
     from qlora_exp.study.spec import is_trial_of, read_spec
 
     if not study_paths:
@@ -119,7 +120,7 @@ def _studies_and_runs(
     for spec, paths in zip(specs, study_paths, strict=True):
         importance = {} if spec.synthetic else _importance(spec, paths)
         predicted = {} if spec.synthetic else _predicted_memory(spec, paths)
-        ladder = _read_json(paths.folder / "ladder.json")
+        ladder = upgrade_answers(_read_json(paths.folder / "ladder.json"))
         infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladder, importance, predicted))
     return infos, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
 
@@ -130,6 +131,7 @@ def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
     from qlora_exp.errors import QloraExpError
     from qlora_exp.orchestration.status import memory_predictions
     from qlora_exp.records.schema import to_dict
+    from qlora_exp.records.upgrade import PREDICTED_MEMORY_KEYS, renamed
     from qlora_exp.study.study import Study
 
     file = paths.folder / "predicted_memory.json"
@@ -137,7 +139,7 @@ def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
         summary = memory_predictions(Study.read(spec, paths, spec.storage).trials(), paths)
     except QloraExpError:
         stored = _read_json(file)
-        return stored if isinstance(stored, dict) else {}
+        return renamed(stored, PREDICTED_MEMORY_KEYS) if isinstance(stored, dict) else {}
     if summary is None:
         return {}
     plain = {**to_dict(summary), "sentence": summary.sentence}

@@ -37,8 +37,9 @@ KEY_ALIASES = {
     "quant": "quantization",
     "dataset": "task",
     "data": "task",
+    "most_seeds": "sweep.ladder.max_seeds",
 }
-"""Other tools' names → our keys."""
+"""Other tools' names, and those of earlier versions → our keys."""
 
 PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
 LAUNCHER_PACKAGES = {

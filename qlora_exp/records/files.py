@@ -11,6 +11,7 @@ from typing import Any
 from qlora_exp.errors import RecordError
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import SCHEMA_VERSION, RunRecord
+from qlora_exp.records.upgrade import upgrade_record
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
@@ -61,7 +62,7 @@ def read_record(path: Path) -> RunRecord:
             str(path),
             "upgrade qlora-exp",
         )
-    return from_dict(RunRecord, raw, str(path))
+    return from_dict(RunRecord, upgrade_record(raw), str(path))
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:

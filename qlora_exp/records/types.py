@@ -1,7 +1,8 @@
 """The record of a run: frozen dataclasses, with units in the names of fields.
 
 ``record.json`` is the source of truth; tracking and tables are views of it. ``None`` means unknown or not measured.
-Fields are only added; a change of meaning raises ``SCHEMA_VERSION``.
+Fields are only added; a new name or a change of meaning raises ``SCHEMA_VERSION``, and ``records.upgrade`` reads the
+earlier version.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Status(StrEnum):

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from qlora_exp.errors import ConfigError, nearest, raise_all
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.records.upgrade import stored_settings_of
 from qlora_exp.study.distributions import contains, distribution, encode_value
 from qlora_exp.study.objectives import outcome_of
 from qlora_exp.study.samplers import EARLIER_TRIAL_NUMBER
@@ -80,7 +81,7 @@ def _warm_start_problem(name: str, spec: StudySpec, studies: Mapping[str, Any]) 
         others = set(studies) - {spec.name}
         hint = nearest(name, others) if others else "the storage holds no other study; leave sweep.warm_start out"
         return ConfigError("no earlier study of this name", where, hint)
-    objectives = studies[name].user_attrs.get("settings", {}).get("objectives")
+    objectives = (stored_settings_of(studies[name].user_attrs) or {}).get("objectives")
     if objectives != list(spec.objectives):
         return ConfigError(f"its objectives differ: {objectives}", where, f"this study's: {list(spec.objectives)}")
     return None

@@ -13,6 +13,8 @@ from qlora_exp.system.environment import is_alive_if_visible
 CLAIM, HEARTBEAT, RUN, STATUS, SECONDS, FAILURE, MEMORY_RETRIES, INTERRUPTED_ATTEMPTS = (
     *("claim", "heartbeat", "run_id", "status", "seconds", "failure", "out_of_memory_retries", "interrupted_attempts"),
 )
+EARLIER_INTERRUPTED_ATTEMPTS = "uncounted_attempts"
+"""The name in studies of version 1."""
 SKIPPED = "predicted_not_to_fit"
 """Why a trial was not started (``records.types.SkippedTrial``); also the name of the constraint that it violates."""
 MIN_UNCHANGED_SHARE = 0.25
@@ -24,6 +26,12 @@ FIXED_PARAMS = "fixed_params"
 def attempt_of(trial: FrozenTrial) -> int:
     """Return how often the trial has been claimed; 0 if never."""
     return int((trial.user_attrs.get(CLAIM) or {}).get("attempt", 0))
+
+
+def interrupted_attempts(trial: FrozenTrial) -> int:
+    """Return how many attempts ended with an interruption; they don't count against ``sweep.max_attempts``."""
+    attributes = trial.user_attrs
+    return int(attributes.get(INTERRUPTED_ATTEMPTS, attributes.get(EARLIER_INTERRUPTED_ATTEMPTS, 0)))
 
 
 class Heartbeats:

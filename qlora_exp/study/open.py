@@ -13,6 +13,7 @@ from qlora_exp.paths import StudyPaths
 from qlora_exp.records.files import write_text
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord
+from qlora_exp.records.upgrade import stored_settings_of
 from qlora_exp.study.earlier_trials import earlier_trials, trials_of_records
 from qlora_exp.study.identity import identity_of, new_identity, store_identity
 from qlora_exp.study.objectives import parse_objective
@@ -73,7 +74,7 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage) -> op
         directions=[parse_objective(text).direction for text in spec.objectives],
         load_if_exists=True,
     )
-    settings, stored_settings = _fixed_settings(spec), study.user_attrs.get("settings")
+    settings, stored_settings = _fixed_settings(spec), stored_settings_of(study.user_attrs)
     if stored_settings is None:
         study.set_user_attr("settings", settings)
         return study

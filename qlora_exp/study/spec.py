@@ -14,6 +14,7 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.redaction import REDACTED, redact, redact_overrides, redact_text
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import RunRecord
+from qlora_exp.records.upgrade import upgrade_study
 from qlora_exp.study.types import StudySpec
 
 STORAGE_VARIABLE = "QLORA_EXP_STORAGE"
@@ -42,7 +43,7 @@ def read_spec(paths: StudyPaths) -> StudySpec:
         RecordError: it can't be read, or was moved without its database.
     """
     try:
-        spec = from_dict(StudySpec, json.loads(paths.spec.read_text(encoding="utf-8")), str(paths.spec))
+        spec = from_dict(StudySpec, upgrade_study(json.loads(paths.spec.read_text(encoding="utf-8"))), str(paths.spec))
     except (OSError, ValueError) as error:
         raise RecordError(f"the study can't be read: {error}", str(paths.spec), "start the sweep again") from None
     return _at_current_root(spec, paths)

@@ -36,6 +36,7 @@ from qlora_exp.study.heartbeats import (
     RUN,
     Heartbeats,
     attempt_of,
+    interrupted_attempts,
 )
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.open import open_study, rebuild_study
@@ -165,8 +166,8 @@ class Study:
         with FileLock(self._paths.lock):
             trial = self._owned_trial(claim)
             if trial and outcome.status is Status.INTERRUPTED:
-                uncounted = trial.user_attrs.get(INTERRUPTED_ATTEMPTS, 0) + 1
-                self._storage.set_trial_user_attr(claim.trial_id, INTERRUPTED_ATTEMPTS, uncounted)
+                attempts = interrupted_attempts(trial) + 1
+                self._storage.set_trial_user_attr(claim.trial_id, INTERRUPTED_ATTEMPTS, attempts)
                 self._release(trial)
             elif trial:
                 record_outcome(self._study, self.spec, trial, outcome)
@@ -365,7 +366,7 @@ class Study:
         return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
 
     def _requeue_or_fail(self, trial: FrozenTrial, why: str) -> bool:
-        retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + trial.user_attrs.get(INTERRUPTED_ATTEMPTS, 0)
+        retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + interrupted_attempts(trial)
         attempt = attempt_of(trial)
         if attempt - retries < self.spec.max_attempts:
             self._release(trial)

@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import SkippedTrial, Status
+from qlora_exp.records.upgrade import SKIPPED_TRIAL_KEYS, renamed
 from qlora_exp.study.distributions import decode_params
 from qlora_exp.study.heartbeats import MEMORY_RETRIES, SKIPPED, attempt_of
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
@@ -40,7 +41,11 @@ def is_skipped(trial: FrozenTrial, limit_bytes: int | None = None) -> bool:
     skipped = trial.user_attrs.get(SKIPPED)
     if trial.state is not TrialState.PRUNED or skipped is None:
         return False
-    return limit_bytes is None or bool(skipped["fit"]["limit_bytes"] >= limit_bytes)
+    return limit_bytes is None or _skipped_trial(trial).fit.limit_bytes >= limit_bytes
+
+
+def _skipped_trial(trial: FrozenTrial) -> SkippedTrial:
+    return from_dict(SkippedTrial, renamed(trial.user_attrs[SKIPPED], SKIPPED_TRIAL_KEYS))
 
 
 def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
@@ -61,7 +66,7 @@ def trial_row(trial: FrozenTrial, spec: StudySpec) -> TrialRow:
         feasible=all(violation <= 0 for violation in trial.constraints.values()) if ended else None,
         failure=f"{failure['kind']}: {failure['message']}" if failure else None,
         out_of_memory_retries=attributes.get(MEMORY_RETRIES, 0),
-        skipped=from_dict(SkippedTrial, attributes[SKIPPED]) if is_skipped(trial) else None,
+        skipped=_skipped_trial(trial) if is_skipped(trial) else None,
     )
 
 

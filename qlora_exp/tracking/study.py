@@ -20,6 +20,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.records.upgrade import upgrade_study
 from qlora_exp.system.environment import is_alive, process_identity
 from qlora_exp.system.orchestrator_lease import held_lease
 from qlora_exp.tracking import study_fields
@@ -132,7 +133,7 @@ class _DeliveryThread(threading.Thread):
 def read_definition(paths: StudyPaths) -> StudyDefinition | None:
     """Return ``study.json``; ``None`` if it is missing or can't be read."""
     try:
-        return from_dict(StudyDefinition, json.loads(paths.spec.read_text(encoding="utf-8")))
+        return from_dict(StudyDefinition, upgrade_study(json.loads(paths.spec.read_text(encoding="utf-8"))))
     except (OSError, ValueError, RecordError):
         return None
 

@@ -12,15 +12,17 @@ from transformers import TrainerCallback
 
 from qlora_exp.records.files import write_json
 
-CHECKSUM_FILE = "seal.json"
+CHECKSUM_FILE = "checksums.json"
+EARLIER_CHECKSUM_FILE = "seal.json"
+"""The name in checkpoints of version 1."""
 
 
 class ChecksumCallback(TrainerCallback):  # type: ignore[misc]
     """After each save: deletes ``training_args.bin`` (a pickle that can hold access tokens), then writes checksums."""
 
-    def __init__(self, carried: Any) -> None:
-        self.carried = carried
-        """``carried() -> dict``: counters that a resumed training continues."""
+    def __init__(self, resume_state: Any) -> None:
+        self.resume_state = resume_state
+        """``resume_state() -> dict``: counters that a resumed training continues."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -29,7 +31,7 @@ class ChecksumCallback(TrainerCallback):  # type: ignore[misc]
             (folder / "README.md").unlink(missing_ok=True)
             write_json(
                 folder / CHECKSUM_FILE,
-                {"step": state.global_step, "files": _digests(folder), "carried": self.carried()},
+                {"step": state.global_step, "files": _digests(folder), "resume_state": self.resume_state()},
             )
 
 
@@ -38,9 +40,11 @@ def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(checkpoints, key=step_of, reverse=True):
         try:
-            seal = json.loads((path / CHECKSUM_FILE).read_text(encoding="utf-8"))
-            if seal["files"] == _digests(path):
-                return path, seal["carried"]
+            earlier = path / EARLIER_CHECKSUM_FILE
+            file = earlier if earlier.exists() else path / CHECKSUM_FILE
+            checksums = json.loads(file.read_text(encoding="utf-8"))
+            if checksums["files"] == _digests(path):
+                return path, checksums["carried" if file == earlier else "resume_state"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
@@ -62,7 +66,9 @@ def discard(folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUM_FILE)
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (CHECKSUM_FILE, EARLIER_CHECKSUM_FILE)
+    )
     return {str(path.relative_to(folder)): _sha256(path) for path in files}
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 MEASURED = re.compile(
     r"""(?:^|[./_])(?:
-      (?:load|train|evaluation|untouched_evaluation|base_evaluation|total|other|queue|last)_seconds
+      (?:load|train|evaluation|base_evaluation|total|other|queue|last)_seconds
     | predicted_(?:train|other)_seconds\w* | predicted_train_usd | step_seconds_p\d+ | seconds | seconds_left
     | train_tokens_per_second | tokens_per_second | model_flops_utilisation | energy_joules | joules | cost_usd
     | resident_after_imports_bytes | peak_(?:load|train|evaluation)_bytes | peak_train_reserved_bytes
-    | train_working_set_bytes | memory_bytes | free_bytes | bound_bytes | corrected_bytes | record_digest
+    | train_working_set_bytes | memory_bytes | free_bytes | limit_bytes | corrected_bytes | record_digest
     | cost/usd | memory/peak_\w+_mib | cpu_cores | torch_threads
     | pid | start_ticks | boot_id | pid_namespace | host | duration_ms | usd_interval | start_time | end_time
     )$""",
@@ -27,7 +27,7 @@ MEASURED = re.compile(
 """The end of a field's name, or of an MLflow key, whose number a clock or the machine says."""
 OF_THE_MACHINE = re.compile(r"(?:^|\.)(?:environment|process|packages)\.|\.tags\.device$|\.saves\.\w+_(?:seconds|usd)$")
 """Fields of which only the names are kept: whether there is a value depends on the machine, too."""
-WORDS = re.compile(r"(?:^|\.)(?:sentence|warnings|message|hint|traceback|what_it_takes|mlflow\.note\.content)$")
+WORDS = re.compile(r"(?:^|\.)(?:sentence|warnings|message|hint|traceback|would_settle|mlflow\.note\.content)$")
 """Fields that hold sentences, which may be rewritten."""
 TEXTS = (
     (re.compile(r"\d{8}-\d{6}(-[A-Za-z0-9_.-]+)?-[0-9a-f]{4}\b"), r"<time>\1-<hex>"),
