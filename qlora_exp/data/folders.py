@@ -124,8 +124,8 @@ class ParsedName(NamedTuple):
     """What the name of a file or folder says: the split (our name or another tool's), shard number and count."""
 
     split: str | None
-    number: int | None
-    count: int | None
+    shard: int | None
+    shards: int | None
 
 
 def parse_name(path: Path) -> ParsedName:

@@ -143,17 +143,17 @@ def _find_sources(task: TaskConfig, raw: DataFile) -> _Sources:
             )
         _check_column(messages, "task.columns.messages", raw)
         _check_column(label, "task.columns.label", raw)
-        used = {messages, label, *({task.columns.tools, VARIABLES_COLUMN} & set(raw.columns))}
-        return _Sources(None, None, messages, label, frozenset(used - {None}))
+        optional = {column for column in raw.columns if column in (task.columns.tools, VARIABLES_COLUMN)}
+        used = {messages, *optional, *([label] if label else [])}
+        return _Sources(None, None, messages, label, frozenset(used))
     completion_column = task.columns.completion
     if label and not task.completion and completion_column not in raw.columns:
         completion_column = label  # the label is the answer
     prompt = _text_source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _text_source("completion", task.completion, completion_column, raw)
     _check_column(label, "task.columns.label", raw)
-    used = {label} if label else set()
-    for source in (prompt, completion):
-        used |= set(source.columns) if isinstance(source, RowTemplate) else {source}
+    columns = [source.columns if isinstance(source, RowTemplate) else (source,) for source in (prompt, completion)]
+    used = {*columns[0], *columns[1], *([label] if label else [])}
     return _Sources(prompt, completion, None, label, frozenset(used))
 
 

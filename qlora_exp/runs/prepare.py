@@ -19,8 +19,8 @@ from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.estimate.estimator import Estimate, estimator_of_run, with_predictions
 from qlora_exp.estimate.tokens import row_lengths
+from qlora_exp.evaluation.generation import check_answers
 from qlora_exp.evaluation.metrics import hub_metric
-from qlora_exp.evaluation.oracle import check_answers
 from qlora_exp.models.base_cache import NoCache, model_key
 from qlora_exp.models.base_models import BaseModels
 from qlora_exp.models.inspect import describe
