@@ -119,7 +119,7 @@ def affordable_trials_message(command: SweepCommand, opened: Any, budget: StudyB
             cost: Interval | None = Interval(min(limit.costs), statistics.fmean(limit.costs), max(limit.costs), basis)
         else:
             cost = planned_cost(runs or (), limit.name)
-        yield affordable_trials_at(limit.name, limit.limit, limit.limit - limit.spent, cost, to_come).told
+        yield affordable_trials_at(limit.name, limit.limit, limit.limit - limit.spent, cost, to_come).message
     if memory_bytes is not None:
         yield _memory_message(runs, memory_bytes)
 

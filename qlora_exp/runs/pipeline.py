@@ -71,7 +71,7 @@ def _run_pipeline(
     progress.resident_bytes = measurement.resident_bytes()
     if not progress.earlier.seconds:
         for affordable in affordable_steps(config.budget, prepared.estimate):
-            observer.note(affordable.told)
+            observer.note(affordable.message)
 
     progress.enter("load", observer)
     with meter.phase("load"):
