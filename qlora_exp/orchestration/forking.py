@@ -145,15 +145,15 @@ class ForkServer:
         command = [sys.executable, "-m", "qlora_exp.orchestration.fork_server", *options]
         self._started = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._failure: OSError | None = None
+        self._failure: object = None
         with theirs:
             arguments = (command, theirs.fileno(), stderr)
             # The kernel ends the server with the thread that started it: one that lives as long as this process.
             threading.Thread(target=self._keep, args=arguments, name="fork-server", daemon=True).start()
             self._started.wait()
-        if self._failure is not None:
+        if self._process is None:
             self._requests.close()
-            raise self._failure
+            raise OSError(f"no server could be started: {self._failure}")
 
     def _keep(self, command: list[str], requests: int, stderr: IO[bytes] | int) -> None:
         try:

@@ -224,7 +224,8 @@ SHORT = [
     *("training.device=cpu", "training.max_steps=4", "training.batch_size=4", "training.max_length=64"),
     *("evaluation=quick", "evaluation.max_items=4", "quantization=nf4", "tracking=off"),
 ]
-MEMORY = ("resident_after_imports_bytes", "peak_load_bytes", "peak_train_bytes")
+MEMORY = {"resident_after_imports_bytes": 0.01, "peak_load_bytes": 0.1, "peak_train_bytes": 0.25}
+"""Relative differences between equal runs: so small a model's peak varies between new interpreters, too."""
 
 
 def test_a_forked_trial_has_the_results_and_the_memory_of_a_new_interpreters(
@@ -257,8 +258,8 @@ def test_a_forked_trial_has_the_results_and_the_memory_of_a_new_interpreters(
     assert forked.scores == fresh.scores
     assert forked.environment == fresh.environment
     assert forked.memory.process_reused == fresh.memory.process_reused
-    for name in MEMORY:
-        assert getattr(forked.memory, name) == pytest.approx(getattr(fresh.memory, name), rel=0.02, abs=1e6), name
+    for name, tolerance in MEMORY.items():
+        assert getattr(forked.memory, name) == pytest.approx(getattr(fresh.memory, name), rel=tolerance), name
 
 
 def test_each_trial_of_fresh_isolation_has_a_new_fork_with_its_own_memory_figures(
