@@ -72,7 +72,7 @@ def sweep(
     """
     from pathlib import Path
 
-    from qlora_exp.config.override_values import hydra_value
+    from qlora_exp.config.overrides import hydra_value
     from qlora_exp.orchestration.hydra_app import main
 
     all_overrides = [f"sweeps={name}", *combined_overrides(source, overrides, sweep=name), *forced(force)]

@@ -86,8 +86,7 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     combinations = grid(corners)
     trials = settings.n_trials or None
     if not trials and ladder:
-        from qlora_exp.rank_doubling.ladder_sweep import ladder_of
-        from qlora_exp.rank_doubling.settings import max_trials
+        from qlora_exp.rank_doubling.settings import ladder_of, max_trials
 
         trials = max_trials(ladder_of(settings, fixed, axes))
     elif not trials and is_listed:
