@@ -109,7 +109,7 @@ class TrialRefused:
 class DiskFull:
     """From the trial process: not even the record could be written."""
 
-    message: str
+    error: str
 
 
 Command = RunTrial | PruneReply | EndProcess
