@@ -18,7 +18,7 @@ from qlora_exp.records.types import RunRecord, Spent
 from qlora_exp.training.meter import has_energy_counter
 
 if TYPE_CHECKING:
-    from qlora_exp.estimate.estimator import Estimate
+    from qlora_exp.estimate.estimator import RunEstimate
     from qlora_exp.estimate.planner import PlannedRun
 
 LIMIT_UNITS = {"seconds": "s", "tokens": "tokens", "usd": "usd", "kwh": "kWh"}
@@ -127,7 +127,7 @@ class BudgetTooSmall(ConfigError):
         self.times = times
 
 
-def check_covers_a_step(budget: BudgetConfig, estimate: Estimate) -> None:
+def check_covers_a_step(budget: BudgetConfig, estimate: RunEstimate) -> None:
     """Check each limit against the lower bound of one step's cost: the shortest rows at the fastest calibrated rate.
 
     Raises:
@@ -142,7 +142,7 @@ def check_covers_a_step(budget: BudgetConfig, estimate: Estimate) -> None:
             raise BudgetTooSmall(what, f"budget.{name} = {limit:.12g}", hint, step / limit)
 
 
-def affordable_steps(budget: BudgetConfig, estimate: Estimate) -> Iterator[Affordable]:
+def affordable_steps(budget: BudgetConfig, estimate: RunEstimate) -> Iterator[Affordable]:
     """Yield how many steps of a run each limit is enough for. A training ends after the step that reaches the limit."""
     steps, time = estimate.workload.steps, estimate.time
     slow_to_fast = (time.train.high, time.train.middle, time.train.low) if time.train is not None else (None,) * 3
@@ -221,7 +221,7 @@ def all_rows_counted(runs: Sequence[PlannedRun]) -> bool:
 
 
 def _step_cost(
-    name: str, budget: BudgetConfig, estimate: Estimate, train_seconds: float | None, row_tokens: float
+    name: str, budget: BudgetConfig, estimate: RunEstimate, train_seconds: float | None, row_tokens: float
 ) -> float | None:
     """Return the cost of one step in the unit of the limit ``name``; ``None`` is unknown."""
     workload = estimate.workload

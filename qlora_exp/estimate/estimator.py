@@ -34,7 +34,7 @@ class TimeEstimate:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """What training one configuration takes. ``estimator`` made it, and estimates variants of the configuration.
 
     ``workload``: with ``training.max_tokens`` its steps are expected ones; a plan's steps are an upper bound.
@@ -80,7 +80,7 @@ class Estimator:
     joined_heap: bool
     prices: Mapping[str, float] | None = None
 
-    def estimate(self, config: Config) -> Estimate:
+    def estimate(self, config: Config) -> RunEstimate:
         """Return what ``config`` takes.
 
         Raises:
@@ -96,7 +96,7 @@ class Estimator:
         seconds = seconds_at(measured.rate, workload.tokens * flops_per_token) or calibrated
         time = TimeEstimate(seconds, lower_bound_seconds(calibrated), measured.other, measured.before)
         price = price_of(config.budget.usd_per_hour, self.device.kind, self.device.name, self.prices)
-        return Estimate(self, rows, workload, flops_per_token, memory, time, price)
+        return RunEstimate(self, rows, workload, flops_per_token, memory, time, price)
 
     def peak(self, config: Config) -> Peak:
         """Return the predicted peak memory of training ``config``."""
@@ -140,7 +140,7 @@ def estimator_of_run(
     )
 
 
-def with_predictions(plan: Plan, estimate: Estimate) -> Plan:
+def with_predictions(plan: Plan, estimate: RunEstimate) -> Plan:
     """Return ``plan`` with the predictions that a run's record shows next to its measurements."""
     memory, workload, time, price = estimate.memory, estimate.workload, estimate.time, estimate.price
     seconds, usd = time.train, estimate.usd(time.train)

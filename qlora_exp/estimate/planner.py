@@ -18,7 +18,7 @@ from qlora_exp.estimate.budget import Affordable, BudgetTooSmall, affordable_ste
 from qlora_exp.estimate.calibration import calibrated_card_rate, calibrated_rate
 from qlora_exp.estimate.candidates import Candidate
 from qlora_exp.estimate.device import PlanDevice, device_notes, device_of
-from qlora_exp.estimate.estimator import Estimate, Estimator
+from qlora_exp.estimate.estimator import Estimator, RunEstimate
 from qlora_exp.estimate.memory_fit import planned_fit
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs
 from qlora_exp.estimate.tokens import PlannedRows, RowCounter
@@ -28,7 +28,7 @@ from qlora_exp.system import heap
 from qlora_exp.system.environment import available_cores, probe_without_torch
 from qlora_exp.system.hardware import card_of, read_prices
 
-Result = TypeVar("Result")
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Planner:
 
         return self._once(("adapted", *_model_key(model), repr(targets)), resolve)
 
-    def estimate(self, config: Config, rows: PlannedRows | None = None) -> Estimate:
+    def estimate(self, config: Config, rows: PlannedRows | None = None) -> RunEstimate:
         """Return what training ``config`` takes on its device. ``rows``: the task's rows, if they are known.
 
         Raises:
@@ -238,7 +238,7 @@ class Planner:
             notes=(*device_notes(config, device, architecture), *([rank_note] if rank_note else [])),
         )
 
-    def _budget_problem(self, config: Config, device: PlanDevice, estimate: Estimate) -> QloraExpError | None:
+    def _budget_problem(self, config: Config, device: PlanDevice, estimate: RunEstimate) -> QloraExpError | None:
         try:
             if device.kind == "cpu":  # for a GPU, only its own machine knows whether energy is measured
                 check_energy(config.budget, DeviceChoice.cpu)
@@ -288,7 +288,7 @@ class Planner:
         omp_threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
         return int(omp_threads) if omp_threads.isdecimal() and int(omp_threads) > 0 else cores
 
-    def _once(self, key: tuple[Any, ...], compute: Callable[[], Result]) -> Result:
+    def _once(self, key: tuple[Any, ...], compute: Callable[[], Shared]) -> Shared:
         """Return the result of ``compute``, which is called once for a key. Its error is raised each time."""
         if key not in self._results:
             try:

@@ -10,7 +10,7 @@ from qlora_exp.config.checks import check
 from qlora_exp.config.schema import Checkpointing, Config, Quantization, to_plain
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.budget import check_covers_a_step
-from qlora_exp.estimate.estimator import Estimate
+from qlora_exp.estimate.estimator import RunEstimate
 from qlora_exp.estimate.memory_fit import (
     MemoryEstimate,
     MemoryLimit,
@@ -55,7 +55,7 @@ def check_a_base_fits(planner: Planner, configs: Sequence[Config], memory_bytes:
         raise ConfigError(_no_base_fits(mode, minimum), f"budget.memory_bytes = {memory_bytes}", hint)
 
 
-def memory_fit(config: Config, estimate: Estimate, limit: MemoryLimit) -> Fit | None:
+def memory_fit(config: Config, estimate: RunEstimate, limit: MemoryLimit) -> Fit | None:
     """Return the predicted memory with its limit; ``None`` if no limit is known.
 
     Raises:
@@ -98,7 +98,7 @@ def _no_base_fits(mode: Quantization, minimum: int) -> str:
     return f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(minimum)} by itself"
 
 
-def _error_and_hint(config: Config, estimate: Estimate, fit: Fit, from_budget: bool) -> tuple[str, str]:
+def _error_and_hint(config: Config, estimate: RunEstimate, fit: Fit, from_budget: bool) -> tuple[str, str]:
     """Return what is wrong, and what to do. ``from_budget``: the limit is ``budget.memory_bytes``."""
     estimator = estimate.estimator
 
@@ -144,7 +144,7 @@ def _parts(peak: Peak) -> str:
 
 
 def _smaller_settings(
-    config: Config, estimate: Estimate, fits: Callable[[Config], bool]
+    config: Config, estimate: RunEstimate, fits: Callable[[Config], bool]
 ) -> Iterator[tuple[str, Config]]:
     """Yield, for each setting, the nearest smaller value that makes the run fit by itself."""
     training = config.training

@@ -34,7 +34,7 @@ MEMORY_PARTS = {
 }
 """Part of :class:`PlannedMemory` → (its letter in the bar, its name)."""
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in MEMORY_PARTS.values())
-COLUMNS = {
+PLAN_COLUMNS = {
     "name": "configuration",
     "trainable": "trainable",
     "parts": "memory by part",
@@ -78,9 +78,9 @@ def plan_as_json(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
 
 def plan_table(runs: Sequence[PlannedRun]) -> Table:
     """Return one row for all configurations with the same figures: the first :data:`ROWS_SHOWN` rows."""
-    columns = COLUMNS
+    columns = PLAN_COLUMNS
     if all(run.other_seconds is None for run in runs):
-        columns = {key: title for key, title in COLUMNS.items() if key != "other_seconds"}
+        columns = {key: title for key, title in PLAN_COLUMNS.items() if key != "other_seconds"}
     table = simple_table(*columns.values())
     scale = _scale(runs)
     groups: dict[tuple[Any, ...], list[PlannedRun]] = {}

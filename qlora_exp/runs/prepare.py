@@ -17,7 +17,7 @@ from qlora_exp.data.load import load_data
 from qlora_exp.data.sources import state_of_files
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, DataError
-from qlora_exp.estimate.estimator import Estimate, estimator_of_run, with_predictions
+from qlora_exp.estimate.estimator import RunEstimate, estimator_of_run, with_predictions
 from qlora_exp.estimate.tokens import row_lengths
 from qlora_exp.evaluation.generation import check_answers
 from qlora_exp.evaluation.metrics import hub_metric
@@ -35,7 +35,7 @@ class Prepared:
     """A checked run: its plan and estimate, full names of its target modules, tokenizer, data and architecture."""
 
     plan: Plan
-    estimate: Estimate
+    estimate: RunEstimate
     modules: tuple[str, ...]
     tokenizer: Any
     splits: Splits
@@ -95,7 +95,7 @@ SHORT_ROWS_SIGMAS = 4.0
 the token limit, not the last step, ends the training."""
 
 
-def _steps_for_tokens(estimate: Estimate, splits: Splits) -> int:
+def _steps_for_tokens(estimate: RunEstimate, splits: Splits) -> int:
     """Return enough steps for ``training.max_tokens``; TokenBudget stops at the exact step."""
     lengths = row_lengths(splits)
     mean = statistics.fmean(lengths)

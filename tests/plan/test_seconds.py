@@ -17,7 +17,7 @@ from qlora_exp.config.schema import Config, Quantization, to_plain
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate import benchmark, calibration
 from qlora_exp.estimate.device import device_by_name
-from qlora_exp.estimate.estimator import Estimate, Estimator
+from qlora_exp.estimate.estimator import Estimator, RunEstimate
 from qlora_exp.estimate.planner import Planner
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs, machine_of, t_95
 from qlora_exp.estimate.workload import MeanRow, RowLengths, Workload, train_flops_per_token
@@ -84,7 +84,7 @@ def test_seconds_and_dollars_are_operations_over_the_rate() -> None:
     config = compose(["training.max_steps=10", "training.batch_size=4", "training.max_length=100", "lora.r=2"])
     flops = 10 * 4 * 50 * train_flops_per_token(ONE_LAYER, 2 * 2 * WIDTH, MeanRow.whole(50), False)
 
-    def estimate(rate: Interval | None, usd_per_hour: float) -> Estimate:
+    def estimate(rate: Interval | None, usd_per_hour: float) -> RunEstimate:
         estimator = Estimator(
             ONE_LAYER,
             (SHAPES[0].name,),
