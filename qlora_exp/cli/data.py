@@ -81,11 +81,11 @@ def preview(
     from qlora_exp.formatting import print_table
 
     _, prepared, _ = _prepared(combined_overrides(source, overrides))
-    for item in preview_items(prepared.splits, prepared.tokenizer, split, count):
-        trained = sum(token.trained for token in item.tokens)
-        head = f"{split} {item.item_id}: {len(item.tokens)} tokens, {trained} trained"
+    for item, tokens in preview_items(prepared.splits, prepared.tokenizer, split, count):
+        trained = sum(token.trained for token in tokens)
+        head = f"{split} {item.item_id}: {len(tokens)} tokens, {trained} trained"
         print_table(Text(head + (f", label {item.label!r}" if item.label is not None else ""), style="bold"))
-        print_table(_marked_text(item.tokens))
+        print_table(_marked_text(tokens))
         print_table("")
     return 0
 

@@ -31,7 +31,7 @@ from qlora_exp.data.contents import (
 from qlora_exp.data.items import SPLIT_NAMES, InvalidRow, RowProblem
 from qlora_exp.errors import DataError, nearest
 
-Entry = TypeVar("Entry")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def _ending_hint(ending: str) -> str:
     return nearest(ending, ENDINGS)
 
 
-def read_rows(
-    file: str, entries: Iterable[tuple[int, Entry]], read: Callable[[Entry], dict[str, Any]]
+def rows_and_problems(
+    file: str, entries: Iterable[tuple[int, T]], read: Callable[[T], dict[str, Any]]
 ) -> tuple[tuple[RawRow, ...], tuple[RowProblem, ...]]:
     """Return the rows that ``read`` makes of the numbered entries, and the problems of the others.
 
@@ -129,7 +129,7 @@ def _read_jsonl(path: Path, name: str, content: bytes) -> DataFile:
     text = decode_utf8(path, content)
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     entries = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    rows, problems = read_rows(name, entries, _read_json_line)
+    rows, problems = rows_and_problems(name, entries, _read_json_line)
     if problems:
         _check_layout(path, text)
     return DataFile(name, rows, _columns_of(rows), problems)
@@ -198,7 +198,9 @@ def _read_json(path: Path, name: str, content: bytes) -> DataFile:
     if not isinstance(value, list):
         hint = _list_hint(path, value) if isinstance(value, dict) else "write [{…}, {…}]"
         raise DataError(f"the file holds {_json_type(value)}, not a list of objects", str(path), hint)
-    rows, problems = read_rows(name, enumerate(value, start=1), lambda entry: _json_object(entry, "write [{…}, {…}]"))
+    rows, problems = rows_and_problems(
+        name, enumerate(value, start=1), lambda entry: _json_object(entry, "write [{…}, {…}]")
+    )
     return DataFile(name, rows, _columns_of(rows), problems)
 
 
@@ -252,7 +254,7 @@ def _read_csv(path: Path, name: str, content: bytes, delimiter: str = ",") -> Da
         _check_fields(fields, header, header_row, delimiter)
         return dict(zip(header, fields, strict=True))
 
-    rows, problems = read_rows(name, ((number, fields) for number, fields in entries if fields), read)
+    rows, problems = rows_and_problems(name, ((number, fields) for number, fields in entries if fields), read)
     if not rows and not problems:
         raise DataError("the file holds a header and no row", str(path), "give at least one row below the header")
     notes: tuple[str, ...] = ()
@@ -338,7 +340,7 @@ def _rows_of_table(table: Any, path: Path, name: str) -> DataFile:
     names = _class_names(table.schema.metadata)
     columns = [_python_values(table.column(column)) for column in table.column_names]
     entries = (dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True))
-    rows, problems = read_rows(name, enumerate(entries, start=1), lambda row: with_class_names(row, names))
+    rows, problems = rows_and_problems(name, enumerate(entries, start=1), lambda row: with_class_names(row, names))
     classes = tuple(column for column in table.column_names if column in names)
     return DataFile(name, rows, tuple(table.column_names), problems, classes=classes)
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from qlora_exp.config.schema import TaskConfig
-from qlora_exp.data.files import DataFile, read_rows, with_class_names
+from qlora_exp.data.files import DataFile, rows_and_problems, with_class_names
 from qlora_exp.data.items import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
@@ -100,7 +100,7 @@ def _load_hub_split(task: TaskConfig, hub_split: str, reachable: bool) -> DataFi
 def rows_of_dataset(loaded: Any, name: str) -> DataFile:
     """Return the rows of a ``datasets.Dataset``, with class names for class numbers: numbers aren't answers."""
     names = {column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
-    rows, problems = read_rows(name, enumerate(loaded, start=1), lambda row: with_class_names(row, names))
+    rows, problems = rows_and_problems(name, enumerate(loaded, start=1), lambda row: with_class_names(row, names))
     if not rows:
         raise DataError("the split holds no row", name, "choose another split: task.splits.train=NAME")
     return DataFile(name, rows, tuple(map(str, loaded.column_names)), problems)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from qlora_exp.data.encoding import Tokenizer
@@ -22,32 +21,23 @@ class PreviewToken(NamedTuple):
     trained: bool
 
 
-@dataclass(frozen=True)
-class PreviewItem:
-    """One item's tokens in order, and how many belong to the prompt, the completion and the end."""
+def preview_items(
+    splits: Splits, tokenizer: Tokenizer, split: str, count: int
+) -> list[tuple[Item, tuple[PreviewToken, ...]]]:
+    """Return the first ``count`` items of a split with their tokens.
 
-    item_id: str
-    tokens: tuple[PreviewToken, ...]
-    prompt_tokens: int
-    completion_tokens: int
-    end_tokens: int
-    label: str | None
-
-
-def preview_items(splits: Splits, tokenizer: Tokenizer, split: str, count: int) -> list[PreviewItem]:
-    """Return the first ``count`` items of a split. Raises :class:`DataError` for an unknown split or ``count < 1``."""
+    Raises :class:`DataError` for an unknown split or ``count < 1``.
+    """
     if split not in SPLIT_NAMES:
         raise DataError(f"there is no split {split!r}", "data preview", nearest(split, SPLIT_NAMES))
     if count < 1:
         raise DataError(f"{count} items can't be shown", "data preview", "a number of at least 1")
-    items: tuple[Item, ...] = getattr(splits, split)
     shown = []
-    for item in items[:count]:
+    for item in getattr(splits, split)[:count]:
         trained = [bool(has_loss) for has_loss in item.completion_mask]
-        texts = _token_texts(list(item.ids), trained, tokenizer)
+        texts = _token_texts(item.ids, trained, tokenizer)
         tokens = tuple(PreviewToken(*fields) for fields in zip(texts, item.ids, trained, strict=True))
-        lengths = (len(item.prompt_ids), len(item.completion_ids), len(item.end_ids))
-        shown.append(PreviewItem(item.item_id, tokens, *lengths, item.label))
+        shown.append((item, tokens))
     return shown
 
 

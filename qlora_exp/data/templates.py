@@ -65,29 +65,22 @@ def parse_template(text: str, key: str, columns: Sequence[str]) -> RowTemplate:
 
 
 _CONVERSATIONS = ("messages", "conversations", "conversation")
+_TWO_PROMPTS = (
+    *(("instruction", "input", "output"), ("instruction", "input", "response")),
+    *(("instruction", "context", "output"), ("instruction", "context", "response")),
+    ("context", "question", "answer"),
+)
 _PAIRS = (
-    ("question", "answer"),
-    ("question", "response"),
-    ("query", "response"),
-    ("prompt", "response"),
-    ("prompt", "output"),
-    ("prompt", "answer"),
-    ("input", "output"),
-    ("input", "target"),
-    ("source", "target"),
-    ("article", "highlights"),
-    ("document", "summary"),
-    ("dialogue", "summary"),
-    ("instruction", "output"),
-    ("instruction", "response"),
+    *(("question", "answer"), ("question", "response"), ("query", "response")),
+    *(("prompt", "response"), ("prompt", "output"), ("prompt", "answer")),
+    *(("input", "output"), ("input", "target"), ("source", "target")),
+    *(("article", "highlights"), ("document", "summary"), ("dialogue", "summary")),
+    *(("instruction", "output"), ("instruction", "response")),
 )
 _TEXTS = ("text", "sentence", "prompt", "review", "content", "title", "comment_text", "tweet")
 _TWO_TEXTS = (
-    ("premise", "hypothesis"),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("text1", "text2"),
-    ("question", "sentence"),
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2")),
+    *(("text1", "text2"), ("question", "sentence")),
 )
 _LABELS = ("label", "labels", "category", "intent", "sentiment", "class", "target", "label_text")
 
@@ -101,12 +94,9 @@ def columns_hint(columns: Collection[str]) -> str | None:
         return "the rows hold preferences (chosen, rejected): write the answer to learn as text into a separate column"
     if {"data", "annotations"} <= set(columns):
         return "the rows seem to be Label Studio's JSON: export JSON-MIN or CSV there, which have a column per field"
-    for context in ("input", "context"):
-        for answer in ("output", "response"):
-            if {"instruction", context, answer} <= set(columns):
-                return f"set {_templates(('instruction', context), answer)}"
-    if {"context", "question", "answer"} <= set(columns):
-        return f"set {_templates(('context', 'question'), 'answer')}"
+    for first, second, answer in _TWO_PROMPTS:
+        if {first, second, answer} <= set(columns):
+            return f"set {_templates((first, second), answer)}"
     if {"context", "question", "answers"} <= set(columns):
         templates = _templates(("context", "question"), "answer")
         return f"write the answer to learn (answers holds several) as text into a column answer; then set {templates}"

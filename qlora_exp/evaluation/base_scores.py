@@ -27,7 +27,7 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Baselines, Forgetting, Plan, Scores
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 CACHE_KEY_PACKAGES = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")
 """Packages in the cache key: an upgrade can change a score."""
@@ -169,10 +169,10 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
 def cached(
     folder: Path | None,
     key: str,
-    load: Callable[[Path], Result],
-    compute: Callable[[], Result],
-    save: Callable[[Path, Result], None],
-) -> Result:
+    load: Callable[[Path], T],
+    compute: Callable[[], T],
+    save: Callable[[Path, T], None],
+) -> T:
     """Return the result that ``folder`` holds under ``key``, else compute and save it. Without a folder, compute it.
 
     One process computes it, the others wait. A result that can't be loaded is computed again; ``None`` isn't saved.
