@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,10 +67,13 @@ def read_record(path: Path) -> RunRecord:
     return from_dict(RunRecord, raw, str(path))
 
 
-def read_or_none(kind: type[T], path: Path) -> T | None:
-    """Return the ``kind`` (a dataclass) in a JSON file; ``None`` if the file is missing, damaged or another."""
+def read_or_none(kind: type[T], path: Path, upgrade: Callable[[Any], Any] = lambda raw: raw) -> T | None:
+    """Return the ``kind`` (a dataclass) in a JSON file; ``None`` if the file is missing, damaged or another.
+
+    ``upgrade``: turns what an earlier version wrote into this version's names.
+    """
     try:
-        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))
+        return from_dict(kind, upgrade(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, RecordError):
         return None
 
