@@ -71,7 +71,7 @@ def read_record(path: Path) -> RunRecord:
 def read_or_none(kind: type[T], path: Path, upgrade: Callable[[Any], Any] = lambda raw: raw) -> T | None:
     """Return the ``kind`` (a dataclass) in a JSON file; ``None`` if the file is missing, damaged or another.
 
-    ``upgrade`` gives an earlier version's keys their new names.
+    ``upgrade``: turns what an earlier version wrote into this version's names.
     """
     try:
         return from_dict(kind, upgrade(json.loads(path.read_text(encoding="utf-8"))))

@@ -44,7 +44,7 @@ def from_dict(kind: type[T], raw: Any, where: str = "record") -> T:
     # As JSON, because only there are lists tuples, texts enums, and objects dataclasses, in spite of the strict check.
     text = json.dumps(raw, ensure_ascii=False).encode("utf-8", "replace")
     try:
-        return cast(T, _adapter(cast(Hashable, kind)).validate_json(text, strict=True))
+        return cast(T, _adapter(cast(Any, kind)).validate_json(text, strict=True))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         keys = [f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]]
