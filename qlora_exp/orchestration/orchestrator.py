@@ -136,7 +136,7 @@ def orchestrating(paths: StudyPaths, name: str, join: bool, workers: WorkersConf
 def _take_over_silent_holder(
     orchestration: Orchestration, paths: StudyPaths, lease: Lease, name: str | None = None
 ) -> bool:
-    """Watch a holder that can't be seen from here. True: it gave no sign of life, and ``one`` holds the lease now."""
+    """Watch a holder that can't be seen from here. True: it gave no sign of life, and this process took the lease."""
     if is_alive_if_visible(lease.process) is not None:
         return False
     watched = LeaseObserver(paths.orchestrator)
