@@ -204,20 +204,24 @@ def test_no_device_is_visible_to_the_imports(tmp_path: Path) -> None:
         assert output_of(server, look) == " 1 None\n"
 
 
+def waiting_fork(folder: Path) -> str:
+    """A forked process writes its pid to the file ``pid`` and waits for the file ``go`` before it is complete."""
+    return (
+        "import os, time\nreal = os.setsid\ndef setsid():\n    real()\n"
+        f"    open({str(folder / 'new')!r}, 'w').write(str(os.getpid()))\n"
+        f"    os.rename({str(folder / 'new')!r}, {str(folder / 'pid')!r})\n"
+        f"    while not os.path.exists({str(folder / 'go')!r}):\n        time.sleep(0.01)\nos.setsid = setsid"
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_during_a_fork_is_kept(tmp_path: Path, number: signal.Signals) -> None:
-    code = (
-        "import os, signal, time\nreal = os.setsid\ndef setsid():\n    real()\n"
-        f"    open({str(tmp_path / 'new')!r}, 'w').write(str(os.getpid()))\n"
-        f"    os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'pid')!r})\n"
-        f"    while not os.path.exists({str(tmp_path / 'sent')!r}):\n        time.sleep(0.01)\nos.setsid = setsid"
-    )
-    with server_with(tmp_path, code) as server:
+    with server_with(tmp_path, waiting_fork(tmp_path)) as server:
         forked, reading = request(server, "import time; time.sleep(60)")
         until((tmp_path / "pid").exists)
         assert forked.pid is None
         os.kill(int((tmp_path / "pid").read_text()), number)
-        (tmp_path / "sent").touch()
+        (tmp_path / "go").touch()
         assert forked.has_begun()
         assert forked.wait(PATIENCE_SECONDS) == -number
         os.close(reading)
@@ -279,19 +283,23 @@ def test_a_fork_that_fails_leaves_nothing_open(tmp_path: Path, call: str, allowe
     switch = tmp_path / "fails"
     with server_with(tmp_path, FAILING.format(call=call, allowed=allowed, switch=str(switch))) as server:
         assert output_of(server, "print(1)") == "1\n"
-        before = files_of(server.pid)
+        assert until(lambda: files_of(server.pid) == OF_IDLE_SERVER)
         own = len(os.listdir("/proc/self/fd"))
         switch.touch()
         for _ in range(3):
             refused(server)
         switch.unlink()
         assert output_of(server, "print(1)") == "1\n"
-        assert until(lambda: files_of(server.pid) == before)
+        assert until(lambda: files_of(server.pid) == OF_IDLE_SERVER)
         assert len(os.listdir("/proc/self/fd")) == own
 
 
-def files_of(pid: int) -> list[str]:
-    return sorted(os.listdir(f"/proc/{pid}/fd"), key=int)
+OF_IDLE_SERVER = 6
+"""Three standard streams, the requests, and both ends of the pipe that SIGCHLD writes to."""
+
+
+def files_of(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def test_one_that_nobody_waits_for_is_not_forked(tmp_path: Path) -> None:
@@ -305,6 +313,16 @@ def test_one_that_nobody_waits_for_is_not_forked(tmp_path: Path) -> None:
         os.close(reading)
         assert output_of(server, "print(1)") == "1\n"
         assert not (tmp_path / "begun").exists()
+
+
+def test_one_that_is_given_up_while_it_is_forked_is_killed(tmp_path: Path) -> None:
+    with server_with(tmp_path, waiting_fork(tmp_path)) as server:
+        forked, reading = request(server, f"import time; open({str(tmp_path / 'begun')!r}, 'w'); time.sleep(60)")
+        until((tmp_path / "pid").exists)
+        assert forked.give_up(signal.SIGTERM) == -signal.SIGTERM
+        (tmp_path / "go").touch()
+        assert os.read(reading, 1) == b""  # it has ended
+        os.close(reading)
 
 
 def test_each_process_of_a_killed_server_counts_as_killed(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class _Server:
     def __init__(self, requests: socket.socket, inherited: dict[signal.Signals, Any], pages: list[tuple[int, int]]):
         self.requests, self.inherited, self.pages = requests, inherited, pages
         self.running: dict[int, int] = {}
-        """By the pid of a process: the pipe that gets its exit code."""
+        """By the pid of a process: the socket that gets its exit code."""
         self.ended, self._wake = os.pipe()
         os.set_blocking(self.ended, False)
         os.set_blocking(self._wake, False)
@@ -133,10 +133,10 @@ class _Server:
                 os.close(status)
 
     def _start(self, message: bytes, descriptors: list[int]) -> tuple[Request, set[int]] | None:
-        """Fork a process. If that fails, the end of its status pipe says so, and it is started without this server."""
+        """Fork a process. If that fails, the end of its status says so, and it is started without this server."""
         unused = list(descriptors)
         try:
-            if len(descriptors) == DESCRIPTORS and not _has_no_reader(descriptors[-1]):
+            if len(descriptors) == DESCRIPTORS and _write(descriptors[-1], "forking"):
                 raw = json.loads(message)
                 request = Request(raw["module"], tuple(raw["arguments"]), raw["environment"])
                 *own, status = descriptors
@@ -226,17 +226,11 @@ def run(request: Request) -> None:
     runpy._run_module_as_main(request.module)  # type: ignore[attr-defined]
 
 
-def _has_no_reader(pipe: int) -> bool:
-    poll = select.poll()
-    poll.register(pipe, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _write(pipe: int, text: str) -> bool:
-    """Return whether the pipe has a reader."""
+def _write(status: int, text: str) -> bool:
+    """Return whether somebody still reads it."""
     try:
-        os.write(pipe, f"{text}\n".encode())
-    except BrokenPipeError:
+        os.write(status, f"{text}\n".encode())
+    except OSError:
         return False
     return True
 

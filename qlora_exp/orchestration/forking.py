@@ -36,14 +36,11 @@ KILLED = -int(getattr(signal, "SIGKILL", 9))
 class Forked:
     """A process of a server, used like a :class:`subprocess.Popen`. Its server may still be importing."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: socket.socket) -> None:
         self._status, self._read = status, b""
         self._pid: int | None = None
         self.returncode: int | None = None
         self._reading = threading.Lock()
-
-    def __del__(self) -> None:
-        self._close()
 
     @property
     def pid(self) -> int | None:
@@ -63,17 +60,22 @@ class Forked:
             left = None if until is None else max(0.0, until - time.monotonic())
             if not self._receive(left) and left == 0.0:
                 return False
-            if self._pid is None and self._status < 0 and self.returncode is None:
+            if self._pid is None and self._status.fileno() < 0 and self.returncode is None:
                 raise ProcessLookupError("the process was not forked")
         return True
 
     def give_up(self, number: int) -> int:
-        """For one that hasn't been forked yet: it need not be. Returns the exit code as if signal ``number`` had ended
-        it."""
+        """For one that hasn't begun: it must not. Returns the exit code as if signal ``number`` had ended it."""
+        with contextlib.suppress(OSError):  # it is closed
+            self._status.shutdown(socket.SHUT_RD)  # the server notices this before it lets a forked process go on
+        self._receive(0.0)
         with self._reading:
             if self.returncode is None:
                 self.returncode = -number
-            self._close()
+            if self._pid is not None:  # forked in this moment
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._pid, signal.SIGKILL)
+            self._status.close()
             return self.returncode
 
     def poll(self) -> int | None:
@@ -102,29 +104,24 @@ class Forked:
             with contextlib.suppress(OSError, ValueError):  # another thread has read the end
                 select.select([self._status], [], [], timeout)
         with self._reading:
-            if self._status < 0:
+            if self._status.fileno() < 0:
                 return True
             if not select.select([self._status], [], [], 0.0)[0]:
                 return False
-            chunk = os.read(self._status, 256)
+            chunk = self._status.recv(256)
             self._read += chunk
             *lines, self._read = self._read.split(b"\n")
             for line in lines:
                 kind, _, number = line.partition(b" ")
                 if kind == b"pid":
                     self._pid = int(number)
-                else:
+                elif kind == b"exit":
                     self.returncode = int(number)
             if not chunk and self._pid is not None and self.returncode is None:
                 self.returncode = KILLED  # the kernel has ended its processes with it
             if not chunk or self.returncode is not None:
-                self._close()
+                self._status.close()
             return True
-
-    def _close(self) -> None:
-        status, self._status = self._status, -1
-        if status >= 0:
-            os.close(status)
 
 
 class ForkServer:
@@ -200,17 +197,19 @@ class ForkServer:
         if fixed := different.keys() - set(MAY_DIFFER):
             raise OSError(f"the server has other values of {', '.join(fixed)}")
         request = {"module": module, "arguments": list(arguments), "environment": different}
-        reading, writing = os.pipe()
-        forked = Forked(reading)  # closes it
+        place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
         try:
-            place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
-            try:
-                socket.send_fds(self._requests, [json.dumps(request).encode()], [*standard, place, writing])
-            finally:
-                os.close(place)
+            status, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    descriptors = [*standard, place, theirs.fileno()]
+                    socket.send_fds(self._requests, [json.dumps(request).encode()], descriptors)
+                except OSError:
+                    status.close()
+                    raise
+            return Forked(status)
         finally:
-            os.close(writing)
-        return forked
+            os.close(place)
 
     def retire(self) -> None:
         """Let it end after the last of its processes."""
@@ -228,21 +227,26 @@ class ForkServer:
 
 
 _servers: dict[Any, ForkServer] = {}
-_users = 0
+_users = _in_any_folder = 0
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def servers_kept() -> Iterator[None]:
-    """Context in which :func:`server_for` returns servers. At the end of the outermost one they end."""
-    global _users
+def servers_kept(in_any_folder: bool = False) -> Iterator[None]:
+    """Context in which :func:`server_for` returns servers. At the end of the outermost one they end.
+
+    ``in_any_folder``: the caller knows that no working directory holds a module, so one server serves them all.
+    """
+    global _users, _in_any_folder
     with _lock:
         _users += 1
+        _in_any_folder += in_any_folder
     try:
         yield
     finally:
         with _lock:
             _users -= 1
+            _in_any_folder -= in_any_folder
             while _servers and not _users:
                 _servers.popitem()[1].retire()
 
@@ -256,7 +260,8 @@ def server_for(environment: Mapping[str, str], modules: Sequence[str], stderr: i
     with _lock:
         if not _users or not can_fork():
             return None
-        key = (tuple(sorted(fixed.items())), tuple(modules), _inherited(), _importable())
+        folder = None if _in_any_folder else os.getcwd()  # python -m imports from it first
+        key = (tuple(sorted(fixed.items())), tuple(modules), folder, _inherited(), _importable())
         server = _servers.pop(key, None)
         if server is None or server.code not in (None, UNSUITABLE):
             server = ForkServer(environment, modules, stderr)
@@ -274,7 +279,7 @@ def can_fork() -> bool:
 
 
 def _inherited() -> Any:
-    """What else a process takes over from the one that starts it: folder, group, cores, limits, priority, masks."""
+    """What else a process takes over from the one that starts it: group, cores, limits, priority, masks."""
     import resource
 
     status = Path("/proc/thread-self/status").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -282,7 +287,7 @@ def _inherited() -> Any:
     names = [name for name in vars(resource) if name.startswith("RLIMIT_")]
     limits = [resource.getrlimit(getattr(resource, name)) for name in names]
     groups = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
-    return os.getpid(), os.getcwd(), groups, tuple(kept), tuple(limits), os.getpriority(os.PRIO_PROCESS, 0)
+    return os.getpid(), groups, tuple(kept), tuple(limits), os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def _importable() -> Any:

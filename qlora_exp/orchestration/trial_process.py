@@ -61,7 +61,8 @@ class TrialProcess:
             self._theirs.callback(os.close, stdout)
             self._own.callback(os.close, self._out)
             self._standard = stdin, stdout, stderr
-            self._server = self._server_for(preload)
+            uses_gpu = DEVICES_VARIABLE in environment
+            self._server = self._server_for(preload) if preload and not uses_gpu else None
             self._process = self._requested() or self._new_interpreter()
         except BaseException:
             self._theirs.close()
@@ -69,8 +70,6 @@ class TrialProcess:
             raise
 
     def _server_for(self, preload: Sequence[str]) -> forking.ForkServer | None:
-        if not preload or DEVICES_VARIABLE in self._environment:
-            return None
         modules = (*ALWAYS_IMPORTED, *(module for name in preload for module in PRELOADED[name]))
         with contextlib.suppress(OSError):
             return forking.server_for(self._environment, modules, self._standard[2])
@@ -105,9 +104,9 @@ class TrialProcess:
                 self._process = self._new_interpreter()
         self._theirs.close()
         unsent, self._unsent = self._unsent, b""
-        if unsent:
-            with contextlib.suppress(BrokenPipeError):
-                self._in.write(unsent)
+        with contextlib.suppress(BrokenPipeError):
+            while unsent:  # a signal may end a write early
+                unsent = unsent[self._in.write(unsent) :]
         return True
 
     @property

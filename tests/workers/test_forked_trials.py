@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,6 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture
-def kept() -> Iterator[None]:
-    with forking.servers_kept():
-        yield
-
-
-@pytest.mark.usefixtures("kept")
 def test_trial_processes_share_a_server_and_end_with_it(tmp_path: Path) -> None:
     one, other = trial_process(tmp_path), trial_process(tmp_path)
     server = parent_of(ready(one))
@@ -85,33 +78,38 @@ def test_trial_processes_share_a_server_and_end_with_it(tmp_path: Path) -> None:
         process.kill()
 
 
-@pytest.mark.usefixtures("kept")
-def test_a_server_is_used_only_while_imports_would_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def server_of() -> int:
-        process = trial_process(tmp_path)
-        server = parent_of(ready(process))
-        process.kill()
-        return server
-
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "module.py").touch()
-    monkeypatch.setattr(forking, "PACKAGE", package)
+SERVERS = """
+import os, sys
+from pathlib import Path
+from qlora_exp.orchestration import forking
+from tests.workers.test_forked_trials import parent_of, ready, trial_process
+def server_of():
+    process = trial_process(folder)
+    server = parent_of(ready(process))
+    process.kill()
+    return server
+folder = Path(sys.argv[1])
+forking.PACKAGE = folder  # its files stand for this package's source
+with forking.servers_kept():
     servers = [server_of(), server_of()]
-    monkeypatch.setenv("PYTEST_CURRENT_TEST", "another")
+    os.environ["PYTEST_CURRENT_TEST"] = "another"
     servers.append(server_of())
-    assert len(set(servers)) == 1
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    os.environ["HF_HOME"] = str(folder)
     servers.append(server_of())
-    monkeypatch.chdir(tmp_path)
+    os.chdir(folder)
     servers.append(server_of())
-    os.utime(package / "module.py", (1.0, 1.0))
+    os.utime("module.py", (1.0, 1.0))
     servers.append(server_of())
-    assert len(set(servers)) == 4
-    assert os.getpid() not in servers
+print(*[servers.index(server) for server in servers], os.getpid() in servers)
+"""
 
 
-@pytest.mark.usefixtures("kept")
+def test_a_server_is_used_only_while_imports_would_be_the_same(tmp_path: Path) -> None:
+    (tmp_path / "module.py").touch()
+    done = subprocess.run([sys.executable, "-c", SERVERS, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [*"000345", "False"]
+
+
 @pytest.mark.parametrize("why", ["its own GPU", "a driver"])
 def test_where_cuda_may_be_used_a_trial_process_is_a_new_interpreter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
@@ -125,7 +123,6 @@ def test_where_cuda_may_be_used_a_trial_process_is_a_new_interpreter(
     process.kill()
 
 
-@pytest.mark.usefixtures("kept")
 def test_where_nothing_can_be_forked_a_new_interpreter_gets_what_was_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +143,6 @@ def test_where_nothing_can_be_forked_a_new_interpreter_gets_what_was_sent(
     assert (tmp_path / "log").read_text().count("trial processes are new interpreters") == 1
 
 
-@pytest.mark.usefixtures("kept")
 def test_one_that_is_ended_before_it_was_forked_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))  # another server than those of other tests: it still imports
     process = trial_process(tmp_path)
@@ -164,7 +160,6 @@ def test_one_that_is_ended_before_it_was_forked_runs_nothing(tmp_path: Path, mon
     assert not OutputPaths.of(tmp_path).run("run").folder.exists()
 
 
-@pytest.mark.usefixtures("kept")
 def test_a_full_disk_under_the_log_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import atexit, warnings\nwarnings.warn('printed by an import')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
@@ -175,7 +170,6 @@ def test_a_full_disk_under_the_log_ends_nothing(tmp_path: Path, monkeypatch: pyt
     assert {process.kill() for process in processes} == {-signal.SIGKILL}
 
 
-@pytest.mark.usefixtures("kept")
 def test_a_signal_to_all_processes_of_a_job_is_answered_by_trial_processes_not_by_their_server(tmp_path: Path) -> None:
     """As a scheduler and a container send it: a run then saves what it has."""
     one = trial_process(tmp_path)
@@ -192,7 +186,6 @@ def test_a_signal_to_all_processes_of_a_job_is_answered_by_trial_processes_not_b
         process.kill()
 
 
-@pytest.mark.usefixtures("kept")
 def test_one_that_hangs_writes_its_stacks(tmp_path: Path) -> None:
     process = trial_process(tmp_path)
     ready(process)
@@ -200,7 +193,6 @@ def test_one_that_hangs_writes_its_stacks(tmp_path: Path) -> None:
     assert "trial_main.py" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.usefixtures("kept")
 def test_imports_that_hang_write_their_stacks_and_cost_the_other_processes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +221,7 @@ MEMORY = {"resident_after_imports_bytes": 0.01, "peak_load_bytes": 0.1, "peak_tr
 
 
 def test_a_forked_trial_has_the_results_and_the_memory_of_a_new_interpreters(
-    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = [*SHORT, "model=local", f"model.path={tiny_models['llama']}"]
     overrides += ["task=local", "task.kind=classification", f"task.path={colour_task}"]
@@ -249,9 +241,9 @@ def test_a_forked_trial_has_the_results_and_the_memory_of_a_new_interpreters(
         weights = hashlib.sha256((paths.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
         return read_record(paths.record), losses, weights
 
+    forked, losses_of_forked, weights_of_forked = run("forked")
+    monkeypatch.setattr(heap, "NVIDIA_DRIVER", tmp_path)  # with a driver nothing is forked
     fresh, losses, weights = run("fresh")
-    with forking.servers_kept():
-        forked, losses_of_forked, weights_of_forked = run("forked")
     assert losses_of_forked == losses
     assert any(losses)
     assert weights_of_forked == weights
