@@ -71,7 +71,6 @@ SAME_NAME: dict[str, str] = {
     "files.py": "data/ reads rows, records/ reads and writes records",
     "messages.py": "data/: of conversations; orchestration/: between a worker and its trial process",
     "schema.py": "config/: of configurations; records/: of records",
-    "settings.py": "export/ and rank_doubling/ each have settings of their own",
     "sources.py": "data/: where rows come from; models/: where weights come from",
     "study.py": "study/: the study; tracking/: the study as a run of MLflow",
     "types.py": "records/ and study/ each have a file of nothing but dataclasses",
