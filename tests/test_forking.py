@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,6 +102,29 @@ SHORT = [
 ]
 
 
+GENERATORS_KEPT = """
+import gc, random, sympy, sys, tempfile
+from qlora_exp.orchestration.fork_server import GENERATORS
+gc.unfreeze()
+known = [random._inst, *(vars(sys.modules[module])[name] for module, name in GENERATORS.items())]
+known += [sympy.core.random.rng, sympy.core.random._assumptions_rng, sympy.Dummy._prng]  # none of them names a file
+for one in gc.get_objects():
+    if type(one) is random.Random and all(one is not other for other in known):
+        holders = gc.get_referrers(one)
+        if not any(isinstance(holder, tempfile._RandomNameSequence) for holder in holders):  # begins afresh itself
+            print([list(holder)[:3] for holder in holders if isinstance(holder, dict)])
+"""
+
+
+def test_no_two_forked_processes_have_the_same_random_numbers_of_a_library() -> None:
+    """A dataset's random fingerprint names its file in the cache."""
+    code = "from datasets.fingerprint import generate_random_fingerprint; print(generate_random_fingerprint())"
+    printed = {processes.run(processes.program(code), capture_output=True, text=True).stdout for _ in range(2)}
+    assert len(printed) == 2
+    others = processes.run(processes.program(GENERATORS_KEPT), capture_output=True, text=True)
+    assert (others.stdout, others.returncode) == ("", 0), others.stderr
+
+
 def test_a_forked_run_has_the_same_results(tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path) -> None:
     given = [*SHORT, "model=local", f"model.path={tiny_models['llama']}"]
     given += ["task=local", "task.kind=classification", f"task.path={colour_task}"]
@@ -134,13 +158,15 @@ def server_with(folder: Path, code: str = "", **variables: str) -> Iterator[fork
         one.kill()
 
 
-def request(server: forking.ForkServer, code: str, folder: str = ".", **variables: str) -> tuple[forking.Forked, int]:
+def request(
+    server: forking.ForkServer, code: str, folder: str = ".", module: str = "tests.program", **variables: str
+) -> tuple[forking.Forked, int]:
     """The process that runs ``code``, and what reads its output."""
     reading, writing = os.pipe()
     nothing = os.open(os.devnull, os.O_RDWR)
     try:
         environment = {**server.environment, **variables}
-        forked = server.start("tests.program", [code], (nothing, writing, nothing), environment, folder)
+        forked = server.start(module, [code], (nothing, writing, nothing), environment, folder)
     finally:
         os.close(writing)
         os.close(nothing)
@@ -245,6 +271,46 @@ def test_variables_that_imports_set_stay_set(tmp_path: Path) -> None:
         assert output_of(server, look, PYTEST_CURRENT_TEST="one") == "by the import by the import one\n"
         with pytest.raises(OSError, match="CHANGED"):
             request(server, look, CHANGED="otherwise")
+
+
+def test_a_path_that_an_import_put_first_stays(tmp_path: Path) -> None:
+    (tmp_path / "look.py").write_text("import os, sys; print(sys.path[0], sys.path[1] == os.getcwd())")
+    with server_with(tmp_path, "import sys\nsys.path.insert(0, 'first')", PYTHONSAFEPATH="") as server:
+        forked, reading = request(server, "", module="look")
+        with open(reading) as stream:
+            assert stream.read() == "first True\n"
+        forked.wait(PATIENCE_SECONDS)
+
+
+def test_a_thread_that_ends_with_the_first_fork_may_be_listed_for_a_moment(tmp_path: Path) -> None:
+    code = (
+        "import os, threading, time\nend = threading.Event()\n"
+        "threading.Thread(target=lambda: (end.wait(), time.sleep(0.3))).start()\n"
+        "os.register_at_fork(before=end.set)"
+    )
+    with server_with(tmp_path, code) as server:
+        assert output_of(server, "print('forked')") == "forked\n"
+
+
+def test_a_mapped_file_may_have_any_name(tmp_path: Path) -> None:
+    code = (
+        f"import mmap, os\nname = {os.fsencode(tmp_path)!r} + b'/na\\xefve'\n"
+        "with open(name, 'wb+') as stream:\n    stream.write(bytes(4096))\n    stream.flush()\n"
+        "    kept = mmap.mmap(stream.fileno(), 4096)"
+    )
+    with server_with(tmp_path, code) as server:
+        assert output_of(server, "print('forked')") == "forked\n"
+
+
+def test_without_a_thread_more_there_is_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    own = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(OSError, match="can't start new thread"):
+        forking.ForkServer(os.environ, [], subprocess.DEVNULL)
+    assert len(os.listdir("/proc/self/fd")) == own
 
 
 @pytest.mark.parametrize("safe", ["", "1"])

@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 import types
 from collections.abc import Sequence
@@ -47,6 +48,12 @@ LIBRARIES_THREADS = {"jemalloc_bg_thd"}
 """Threads that a library starts when it is imported, and ends before a fork: pyarrow's allocator."""
 FOR_TRIALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """A scheduler sends these to all processes of a job. Trial processes answer them, and need this process until then."""
+THREADS_END_SECONDS = 5.0
+"""Time for threads that were ended before a fork to vanish from the kernel's list."""
+GENERATORS = {"datasets.fingerprint": "fingerprint_rng"}
+"""Random numbers besides Python's, numpy's and torch's that must differ between processes: a random fingerprint of a
+dataset names its file in the cache."""
+FIRST_PATH = sys.path[0] if sys.path else ""
 MESSAGE_BYTES, DESCRIPTORS = 1 << 18, 5
 
 
@@ -217,11 +224,12 @@ def run(request: Request) -> None:
     """Go on as ``python -m module arguments`` in this forked process."""
     sys.orig_argv = request.command
     sys.argv = ["-m", *request.arguments]
-    if not sys.flags.safe_path:
+    if not sys.flags.safe_path and FIRST_PATH in sys.path:  # an import may have put others before it
         try:
-            sys.path[0] = os.getcwd()
+            folder = os.getcwd()
         except FileNotFoundError:
-            sys.path[0] = ""
+            folder = ""
+        sys.path[sys.path.index(FIRST_PATH)] = folder
     sys.modules["__main__"] = types.ModuleType("__main__")
     runpy._run_module_as_main(request.module)  # type: ignore[attr-defined]
 
@@ -266,9 +274,20 @@ def _import(modules: Sequence[str]) -> str | None:
         os._exit(os.EX_OK if torch is None or not torch.cuda._is_in_bad_fork() else os.EX_SOFTWARE)
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != os.EX_OK:
         return "the imports have begun to use CUDA"
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    own = sorted(name for name in names if name not in LIBRARIES_THREADS)
+    until = time.monotonic() + THREADS_END_SECONDS
+    while len(own := _threads()) > 1 and time.monotonic() < until:
+        time.sleep(0.01)
     return None if len(own) == 1 else f"the imports have started threads: {', '.join(own)}"
+
+
+def _threads() -> list[str]:
+    """The names of this process's threads that a fork would lose. A thread that has ended may be listed a little
+    longer."""
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has just ended
+            names.append(path.read_text(encoding="utf-8", errors="replace").strip())
+    return sorted(name for name in names if name not in LIBRARIES_THREADS)
 
 
 def _let_go_of_log() -> None:
@@ -287,11 +306,11 @@ def _resident_file_pages() -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     try:
         with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-            for line in Path("/proc/self/maps").read_text().splitlines():
+            for line in Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]:  # names of files are any bytes
                 place, mode, _, _, inode, *_ = line.split()
-                if inode == "0" or not mode.startswith("r"):
+                if inode == b"0" or not mode.startswith(b"r"):
                     continue
-                start, end = (int(text, 16) for text in place.split("-"))
+                start, end = (int(text, 16) for text in place.split(b"-"))
                 entries = memoryview(os.pread(pagemap.fileno(), (end - start) // size * 8, start // size * 8))
                 _add_runs(found, start, size, entries)
     except OSError:
@@ -334,6 +353,9 @@ def _begin_afresh() -> None:
         import torch
 
         torch.default_generator.seed()
+    for module, name in GENERATORS.items():
+        if module in sys.modules:
+            getattr(sys.modules[module], name).seed()
     tempfile.tempdir = None
     sys.stdin, sys.stdout = _stream(sys.stdin, 0, "r"), _stream(sys.stdout, 1, "w")
     sys.stderr = _stream(sys.stderr, 2, "w", line_buffering=True)
@@ -353,7 +375,7 @@ def _stream(like: TextIO, number: int, mode: Literal["r", "w"], line_buffering: 
 
 def _show_as(request: Request) -> None:
     """Have ``ps`` show this process as what it is."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
     start, end = int(fields[ARG_START]), int(fields[ARG_END])
     if end <= start:  # the kernel hides them
         return

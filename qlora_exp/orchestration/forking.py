@@ -29,6 +29,8 @@ MAY_DIFFER = (
 """Variables that change while a program works. No library reads them when it is imported."""
 UNSUITABLE = 69
 """Exit code of a server that can't fork (EX_UNAVAILABLE of sysexits.h): another one couldn't, either."""
+OTHER_DRIVERS = (Path("/dev/dxg"), Path("/dev/nvmap"), Path("/dev/kfd"))
+"""Of GPUs under WSL, of a Jetson, and of AMD's."""
 MAX_SERVERS = 2
 KILLED = -int(getattr(signal, "SIGKILL", 9))
 
@@ -146,8 +148,11 @@ class ForkServer:
         with theirs:
             arguments = (command, theirs.fileno(), stderr)
             # The kernel ends the server with the thread that started it: one that lives as long as this process.
-            threading.Thread(target=self._keep, args=arguments, name="fork-server", daemon=True).start()
-            self._started.wait()
+            try:
+                threading.Thread(target=self._keep, args=arguments, name="fork-server", daemon=True).start()
+                self._started.wait()
+            except RuntimeError as error:  # no thread more may be started
+                self._failure = error
         if self._process is None:
             self._requests.close()
             raise OSError(f"no server could be started: {self._failure}")
@@ -272,18 +277,25 @@ def server_for(environment: Mapping[str, str], modules: Sequence[str], stderr: i
 
 
 def can_fork() -> bool:
-    """Whether to start a server. With an NVIDIA driver the imports may use CUDA, which no process shares by a fork."""
+    """Whether to start a server. With a GPU's driver the imports may use CUDA, which no process shares by a fork, and
+    without it libraries choose code for the CPU when they are imported."""
     if sys.platform != "linux" or not hasattr(socket, "send_fds"):
         return False
-    return not heap.NVIDIA_DRIVER.exists() and not gpus.DRIVER_FILES.exists() and not gpus.cards()
+    drivers = (heap.NVIDIA_DRIVER, gpus.DRIVER_FILES, *OTHER_DRIVERS)
+    return not any(path.exists() for path in drivers) and not gpus.cards()
 
 
 def _inherited() -> Any:
-    """What else a process takes over from the one that starts it: group, cores, limits, priority, masks."""
+    """What else a process takes over from the one that starts it: group, cores, limits, priority, masks.
+
+    A worker handles INT and TERM even where they were ignored: whether they are makes no difference to a trial process.
+    """
     import resource
 
     status = Path("/proc/thread-self/status").read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in status if line.startswith(("Umask:", "SigBlk:", "SigIgn:", "Cpus_allowed:"))]
+    kept = [line for line in status if line.startswith(("Umask:", "SigBlk:", "Cpus_allowed:"))]
+    handled = 1 << (signal.SIGINT - 1) | 1 << (signal.SIGTERM - 1)
+    kept += [f"{int(line.split()[1], 16) & ~handled:x}" for line in status if line.startswith("SigIgn:")]
     names = [name for name in vars(resource) if name.startswith("RLIMIT_")]
     limits = [resource.getrlimit(getattr(resource, name)) for name in names]
     groups = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")

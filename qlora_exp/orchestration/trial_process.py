@@ -15,6 +15,7 @@ from typing import cast
 
 from qlora_exp.orchestration import forking
 from qlora_exp.orchestration.messages import PRELOADED, Command, EndProcess, Message, decode, encode_message
+from qlora_exp.system.environment import NO_TELEMETRY
 from qlora_exp.system.gpus import DEVICES_VARIABLE
 
 DUMP_SECONDS, TERM_SECONDS = 0.5, 5.0
@@ -47,7 +48,7 @@ class TrialProcess:
 
     def __init__(self, log: Path, environment: Mapping[str, str], preload: Sequence[str]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._environment = {**os.environ, **environment}
+        self._environment = {**os.environ, **NO_TELEMETRY, **environment}
         self._preloads = [argument for name in preload for argument in ("--preload", name)]
         self._read = self._unsent = b""
         self._own, self._theirs = contextlib.ExitStack(), contextlib.ExitStack()

@@ -17,6 +17,7 @@ from qlora_exp.errors import QloraExpError
 from qlora_exp.records import redaction
 from qlora_exp.records.types import Status
 from qlora_exp.system import gpus
+from qlora_exp.system.environment import NO_TELEMETRY
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 EXIT_COMPLETED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -66,8 +67,7 @@ def silence_libraries() -> None:
     process with threads forks."""
     for key, value in {
         "TOKENIZERS_PARALLELISM": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "1",
+        **NO_TELEMETRY,
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",

@@ -19,6 +19,8 @@ RECORDED_PACKAGES = (
     "qlora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers",
     "safetensors", "hydra-core", "optuna", "mlflow", "evaluate", "scikit-learn", "numpy", "pyarrow",
 )  # fmt: skip
+NO_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+"""MLflow decides on telemetry when it is imported."""
 GIT_SECONDS = 5.0
 """Time-out of git and nvidia-smi: a repository on a slow network disk must not delay a run."""
 

@@ -21,6 +21,7 @@ from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.errors import TrackingError, nearest
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.redaction import redact_text
+from qlora_exp.system.environment import NO_TELEMETRY
 from qlora_exp.tracking.database import (
     LOCK_SECONDS,
     check_writable,
@@ -31,8 +32,7 @@ from qlora_exp.tracking.database import (
 from qlora_exp.tracking.ui import EXPERIMENT_TAGS, VIEW_TAGS
 
 # Before mlflow is imported: it decides on telemetry at import.
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-os.environ["DO_NOT_TRACK"] = "true"
+os.environ.update(NO_TELEMETRY)
 
 from mlflow import MlflowClient
 from mlflow.environment_variables import (

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from qlora_exp.errors import TrackingError
+from qlora_exp.system.environment import NO_TELEMETRY
 
 DEFAULT_PORT = 5000
 
@@ -125,11 +126,7 @@ def ui_command(config_uri: str | None, database: Path, port: int = DEFAULT_PORT)
 
 def ui_environment() -> dict[str, str]:
     """Return this process's environment for the UI: no telemetry, no background job workers."""
-    return os.environ | {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
+    return {**os.environ, **NO_TELEMETRY, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def runs_url(address: str, experiment_id: str) -> str:

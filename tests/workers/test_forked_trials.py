@@ -26,6 +26,7 @@ from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Trial
 from qlora_exp.system import heap
+from qlora_exp.system.environment import NO_TELEMETRY
 from tests import processes
 
 pytestmark = pytest.mark.skipif(not forking.can_fork(), reason="this system can't fork so")
@@ -110,13 +111,15 @@ def test_a_server_is_used_only_while_imports_would_be_the_same(tmp_path: Path) -
     assert done.stdout.split() == [*"000345", "False"]
 
 
-@pytest.mark.parametrize("why", ["its own GPU", "a driver"])
+@pytest.mark.parametrize("why", ["its own GPU", "a driver", "another driver"])
 def test_where_cuda_may_be_used_a_trial_process_is_a_new_interpreter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     if why == "a driver":
         (tmp_path / "nvidiactl").touch()
         monkeypatch.setattr(heap, "NVIDIA_DRIVER", tmp_path / "nvidiactl")
+    if why == "another driver":
+        monkeypatch.setattr(forking, "OTHER_DRIVERS", (tmp_path,))
     process = trial_process(tmp_path, "GPU-1" if why == "its own GPU" else None)
     assert process.pid is not None
     assert parent_of(process.pid) == os.getpid()
@@ -276,6 +279,29 @@ def test_each_trial_of_fresh_isolation_has_a_new_fork_with_its_own_memory_figure
     first, second = (record.memory for record in records)
     assert first.resident_after_imports_bytes == pytest.approx(second.resident_after_imports_bytes, rel=0.02)
     assert None not in (first.peak_train_bytes, second.peak_train_bytes)
+
+
+def test_the_trial_processes_of_a_tracked_sweep_in_the_background_share_one_server(tmp_path: Path) -> None:
+    """Importing MLflow's client sets variables in the orchestrator. A shell's background job ignores INT."""
+    given = ["training.engine=sleep", "tracking=mlflow", "workers.isolation=fresh", "lora.r=2,4"]
+    command = [sys.executable, "-m", "qlora_exp", "-m", *given, f"output_root={tmp_path}"]
+    environment = {name: value for name, value in os.environ.items() if name not in NO_TELEMETRY}
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sweep = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    parents: dict[int, int] = {}
+    while sweep.poll() is None:
+        for file in tmp_path.glob("runs/*/record.json"):
+            with contextlib.suppress(OSError, QloraExpError):
+                owner = read_record(file).process
+                if owner is not None:
+                    parents[owner.pid] = parents.get(owner.pid) or parent_of(owner.pid)
+        time.sleep(0.02)
+    assert sweep.returncode == 0
+    assert len(parents) == 2
+    assert len(set(parents.values()) - {sweep.pid}) == 1
 
 
 WORKER = """
