@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -33,6 +34,16 @@ OTHER_DRIVERS = (Path("/dev/dxg"), Path("/dev/nvmap"), Path("/dev/kfd"))
 """Of GPUs under WSL, of a Jetson, and of AMD's."""
 MAX_SERVERS = 2
 KILLED = -int(getattr(signal, "SIGKILL", 9))
+
+
+def is_readable(descriptor: int, timeout: float | None) -> bool:
+    """Wait until ``descriptor`` has something to read or its end; ``False``: not within ``timeout`` seconds.
+
+    Unlike :func:`select.select`, it takes a descriptor from 1024 on: this process may be a launcher's, with many.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else math.ceil(timeout * 1000)))
 
 
 class Forked:
@@ -104,11 +115,11 @@ class Forked:
         """Read what the server reports; ``False``: nothing within ``timeout`` seconds."""
         if timeout != 0.0:
             with contextlib.suppress(OSError, ValueError):  # another thread has read the end
-                select.select([self._status], [], [], timeout)
+                is_readable(self._status.fileno(), timeout)
         with self._reading:
             if self._status.fileno() < 0:
                 return True
-            if not select.select([self._status], [], [], 0.0)[0]:
+            if not is_readable(self._status.fileno(), 0.0):
                 return False
             chunk = self._status.recv(256)
             self._read += chunk

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from qlora_exp.system.gpus import DEVICES_VARIABLE
 
 DUMP_SECONDS, TERM_SECONDS = 0.5, 5.0
 """Time for a hung process to write its stack traces, and then to end after SIGTERM."""
+REPORT_SECONDS = 30.0
+"""Time for a server to report that a process was killed: one that was stopped, or hangs, never would."""
 EXIT_SECONDS = 120.0
 """Time for a process to end after :class:`EndProcess`: logging to MLflow may take up to about a minute."""
 CHUNK_BYTES = 65536
@@ -126,8 +127,7 @@ class TrialProcess:
         while b"\n" not in self._read:
             if not self._has_begun(max(0.0, deadline - time.monotonic())):
                 return None
-            ready, _, _ = select.select([self._out], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not forking.is_readable(self._out, max(0.0, deadline - time.monotonic())):
                 return None
             chunk = os.read(self._out, CHUNK_BYTES)
             if not chunk:
@@ -153,11 +153,20 @@ class TrialProcess:
             if self._process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
-            code = self._process.wait()
+            code = self._killed()
         self._theirs.close()
         with contextlib.suppress(BrokenPipeError):
             self._own.close()
         return code
+
+    def _killed(self) -> int:
+        """Wait for the killed process. Returns its exit code."""
+        if self._server is not None and isinstance(self._process, forking.Forked):
+            try:
+                return self._process.wait(REPORT_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._server.kill()
+        return self._process.wait()
 
     def dump_and_kill(self) -> int:
         """End a hung process: stack traces to the log, SIGTERM, SIGKILL."""

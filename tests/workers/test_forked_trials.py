@@ -18,6 +18,7 @@ import pytest
 
 from qlora_exp.errors import QloraExpError
 from qlora_exp.orchestration import forking
+from qlora_exp.orchestration import trial_process as trial_process_module
 from qlora_exp.orchestration.devices import environment_of
 from qlora_exp.orchestration.messages import Message, Ready, RunTrial, TrialEnded, UserError
 from qlora_exp.orchestration.slot import LAST_OWNER_SECONDS
@@ -163,6 +164,27 @@ def test_one_that_is_ended_before_it_was_forked_runs_nothing(tmp_path: Path, mon
     assert not OutputPaths.of(tmp_path).run("run").folder.exists()
 
 
+MANY_DESCRIPTORS = """
+import os, resource, sys
+from pathlib import Path
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048 if most == resource.RLIM_INFINITY else min(2048, most), most))
+kept = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+from qlora_exp.orchestration import forking
+from tests.workers.test_forked_trials import parent_of, ready, trial_process
+for number in range(2):
+    with forking.servers_kept() if number else open(os.devnull):
+        process = trial_process(Path(sys.argv[1]))
+        print(parent_of(ready(process)) == os.getpid(), process.kill())
+"""
+
+
+def test_a_worker_may_have_more_than_1024_files_open(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MANY_DESCRIPTORS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "True -9\nFalse -9\n", done.stderr
+
+
 def test_a_full_disk_under_the_log_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import atexit, warnings\nwarnings.warn('printed by an import')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
@@ -187,6 +209,20 @@ def test_a_signal_to_all_processes_of_a_job_is_answered_by_trial_processes_not_b
     assert died.value.code == -signal.SIGTERM
     for process in (one, other):
         process.kill()
+
+
+def test_a_server_that_is_stopped_does_not_keep_a_worker_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_process_module, "REPORT_SECONDS", 0.5)
+    process = trial_process(tmp_path)
+    server = parent_of(ready(process))
+    os.kill(server, signal.SIGSTOP)
+    assert process.kill() == -signal.SIGKILL
+    end = time.monotonic() + LAST_OWNER_SECONDS
+    while is_alive(server) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not is_alive(server)
 
 
 def test_one_that_hangs_writes_its_stacks(tmp_path: Path) -> None:
