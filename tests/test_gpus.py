@@ -116,6 +116,9 @@ def with_device_files(folder: Path) -> None:
         ("", ""),
         ("-1", "-1"),
         ("NoDevFiles", "NoDevFiles"),
+        ("none", "none"),
+        ("None", "None"),
+        ("void", "void"),
     ],
 )
 def test_the_visible_gpu_with_the_most_free_memory_is_taken(given: str | None, chosen: str, monkeypatch: Kept) -> None:

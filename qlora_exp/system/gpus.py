@@ -24,8 +24,9 @@ DRIVER_FILES = Path("/proc/driver/nvidia/gpus")
 DEVICE_FILES = Path("/dev")
 NVIDIA_SMI_SECONDS = 10.0
 UUID_PREFIXES = ("GPU-", "MIG-")
-NO_DEVICES = "NoDevFiles"
-"""Slurm's value of CUDA_VISIBLE_DEVICES for a job without GPUs."""
+NO_DEVICES = ("nodevfiles", "none", "void")
+"""Words in CUDA_VISIBLE_DEVICES, in lower case, that are meant to hide all GPUs: Slurm's and common ones. CUDA takes
+them for invalid entries, with this effect."""
 
 
 class HasIdentity(Protocol):
@@ -92,7 +93,7 @@ def visible_devices(
     counted_by_slot = order == "PCI_BUS_ID" or len({gpu.name for gpu in known}) == 1
     visible: list[T] = []
     for entry in (part.strip() for part in variable.split(",")):
-        if not entry or entry.startswith("-") or entry == NO_DEVICES:
+        if not entry or entry.startswith("-") or entry.lower() in NO_DEVICES:
             break
         if entry.isdecimal():
             matches = [gpu for gpu in known if gpu.index == int(entry)][:1]  # CUDA uses the first instance of a GPU
