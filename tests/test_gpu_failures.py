@@ -3,6 +3,7 @@ raised, and no trial runs in a process whose CUDA context is broken."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from transformers import core_model_loading
 from qlora_exp import run
 from qlora_exp.config.compose import compose
 from qlora_exp.errors import ModelError
-from qlora_exp.models import causality
-from qlora_exp.models.base import load_base
+from qlora_exp.models import adapters, causality
+from qlora_exp.models.base import Base, load_base
+from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.orchestration.worker import run_worker
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
@@ -134,6 +136,26 @@ def test_the_gpu_is_to_blame_for_what_fails_before_the_first_step(
     assert ("micro_batch_size" if status is Status.OUT_OF_MEMORY else "new process") in record.failure.hint
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (adapters, "load_file", OSError(12, "Cannot allocate memory")),
+        (peft.PeftModel, "from_pretrained", NO_MEMORY),
+        (peft.PeftModel, "from_pretrained", BROKEN),
+    ],
+)
+def test_an_adapter_that_the_gpu_cannot_load_is_not_damaged(
+    owner: Any, name: str, error: Exception, tmp_path: Path, monkeypatch: Kept
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(adapters, "load_file", lambda file: {"lora_A": torch.zeros(1)})
+    monkeypatch.setattr(adapters, "clone_sharing_weights", lambda base: base)
+    monkeypatch.setattr(owner, name, fails_at(1, getattr(owner, name), error))
+    with pytest.raises(type(error)) as raised:
+        adapters.load_adapter(Base.__new__(Base), tmp_path)
+    assert raised.value is error
+
+
 def test_a_weight_that_does_not_fit_is_still_wrong_input(tmp_path: Path, monkeypatch: Kept) -> None:
     refused = fails_at(3, bitsandbytes.nn.Params4bit.to, RuntimeError("shape '[3]' is invalid for input of size 4"))
     monkeypatch.setattr(bitsandbytes.nn.Params4bit, "to", refused)
@@ -141,10 +163,23 @@ def test_a_weight_that_does_not_fit_is_still_wrong_input(tmp_path: Path, monkeyp
         load_base(compose([*QUICK, "quantization=nf4", f"output_root={tmp_path}"]), "cpu")
 
 
+def test_loading_leaves_transformers_as_it_was(monkeypatch: Kept) -> None:
+    """After a failure, too, and if a version lacks the private function that is wrapped."""
+    original = core_model_loading.log_conversion_errors
+    with contextlib.suppress(MemoryError), quiet_loading():
+        assert core_model_loading.log_conversion_errors is not original
+        raise MemoryError
+    assert core_model_loading.log_conversion_errors is original
+    monkeypatch.delattr(core_model_loading, "log_conversion_errors")
+    with quiet_loading():
+        pass
+    assert not hasattr(core_model_loading, "log_conversion_errors")
+
+
 IN_A_TRIAL_PROCESS = """
 import sys
 if any("trial_main" in argument for argument in sys.orig_argv):
-    import ctypes, dataclasses
+    import ctypes, dataclasses, os, signal
     from qlora_exp.runs import sleep_engine
     from qlora_exp.system import environment
 
@@ -168,6 +203,11 @@ if any("trial_main" in argument for argument in sys.orig_argv):
         if config.lora.r == 2:
             libc.dprintf(2, b"Error an illegal memory access was encountered at line 62 in file /src/csrc/ops.cu\\n")
             libc.exit(1)
+
+    def exits_and_another_is_killed(config, step):
+        exits(config, step)
+        if config.lora.r == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sleep_engine._simulate_fault = FAULT
 """
@@ -213,3 +253,16 @@ def test_another_exit_of_bitsandbytes_is_told_with_its_reason(tmp_path: Path, mo
     failure = record_of(study, 0).failure
     assert failure is not None
     assert "an illegal memory access was encountered" in failure.message
+
+
+def test_an_earlier_exit_of_bitsandbytes_is_not_the_reason_of_a_later_death(tmp_path: Path, monkeypatch: Kept) -> None:
+    """The trials of a slot share a log."""
+    study = sweep_on_a_mocked_gpu("exits_and_another_is_killed", tmp_path, monkeypatch, max_attempts=1)
+    assert [study.told[number].status for number in range(3)] == [
+        Status.OUT_OF_MEMORY,
+        Status.FAILED,
+        Status.COMPLETED,
+    ]
+    failure = record_of(study, 1).failure
+    assert failure is not None
+    assert "bitsandbytes" not in failure.message

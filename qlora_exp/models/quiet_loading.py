@@ -24,12 +24,14 @@ def quiet_loading() -> Iterator[None]:
     bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()
     log.set_verbosity_error()
-    collect_errors = core_model_loading.log_conversion_errors
-    core_model_loading.log_conversion_errors = _without_device_errors(collect_errors)
+    collect_errors = getattr(core_model_loading, "log_conversion_errors", None)  # private: not in every version
+    if collect_errors is not None:
+        core_model_loading.log_conversion_errors = _without_device_errors(collect_errors)
     try:
         yield
     finally:
-        core_model_loading.log_conversion_errors = collect_errors
+        if collect_errors is not None:
+            core_model_loading.log_conversion_errors = collect_errors
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
