@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_exp.analysis.rule import FIRST_SEEDS, LAST_LOOK, MAX_SEEDS, Rule, t_quantiles
+from qlora_exp.analysis.rank_rule import FIRST_SEEDS, LAST_LOOK, MAX_SEEDS, Rule, t_quantiles
 from qlora_exp.analysis.variance import VarianceSplit
 
 MAX_SEEDS_SEARCHED, MAX_ITEMS_SEARCHED = 1000, 10_000_000

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from qlora_exp.analysis.power import Noise, items_needed, requirement_sentence, seeds_needed
-from qlora_exp.analysis.rule import (
+from qlora_exp.analysis.rank_rule import (
     FIRST_LOOK,
     LAST_LOOK,
     MAX_SEEDS,

@@ -26,7 +26,7 @@ from qlora_exp.analysis.rank import (
     decide_from_summary,
     decide_ladder,
 )
-from qlora_exp.analysis.rule import Rule, make_rule
+from qlora_exp.analysis.rank_rule import Rule, make_rule
 from qlora_exp.analysis.variance import Array
 from qlora_exp.errors import AnalysisError, Problems, nearest, raise_all
 from qlora_exp.formatting import flatten

@@ -28,7 +28,7 @@ from qlora_exp.records.types import Device, RunRecord, Status
 from qlora_exp.runs.execute import execute
 from qlora_exp.runs.prepare import prepare
 from qlora_exp.system import environment
-from qlora_exp.system.hardware import DENSE_FLOPS_PER_SECOND
+from qlora_exp.system.cards import DENSE_FLOPS_PER_SECOND
 from qlora_exp.training import callbacks, trainer
 from qlora_exp.training.meter import Meter
 from qlora_exp.training.outcome import PruneCheck, no_pruning

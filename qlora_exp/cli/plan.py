@@ -94,7 +94,7 @@ def plan(
     from qlora_exp.records.find import EndedRuns
     from qlora_exp.records.schema import to_dict
     from qlora_exp.runs.process import silence_libraries
-    from qlora_exp.system.hardware import CARDS
+    from qlora_exp.system.cards import CARDS
 
     silence_libraries()
     overrides, device_name = _overrides(source, arguments, device)

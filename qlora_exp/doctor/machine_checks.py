@@ -22,7 +22,7 @@ from qlora_exp.errors import QloraExpError
 from qlora_exp.estimate.calibration import calibration_flops_per_second
 from qlora_exp.paths import EMBEDDED, PACKAGE, OutputPaths
 from qlora_exp.system import environment
-from qlora_exp.system.hardware import card_of, data_sheet_flops
+from qlora_exp.system.cards import card_of, data_sheet_flops
 
 if TYPE_CHECKING:
     from qlora_exp.orchestration.devices import Gpu

@@ -11,7 +11,7 @@ from qlora_exp.config.schema import Quantization
 from qlora_exp.estimate.throughput import Interval, machine_of
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import Environment
-from qlora_exp.system.hardware import card_of
+from qlora_exp.system.cards import card_of
 
 MODES = tuple(mode for mode in Quantization if mode is not Quantization.fp4)
 COUNT_VERSION = 2

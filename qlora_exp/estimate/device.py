@@ -13,7 +13,7 @@ from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.records.types import Device
-from qlora_exp.system.hardware import CARDS
+from qlora_exp.system.cards import CARDS
 
 BYTES_PER_MIB = 2**20
 DEVICE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

@@ -17,7 +17,7 @@ from qlora_exp.estimate.workload import RowLengths, Workload, train_flops_per_to
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import Device, Environment, Plan, RunRecord
 from qlora_exp.system import heap
-from qlora_exp.system.hardware import Price, price_of
+from qlora_exp.system.cards import Price, price_of
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from qlora_exp.estimate.tokens import PlannedRows, RowCounter
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import Environment, RunRecord
 from qlora_exp.system import heap
+from qlora_exp.system.cards import card_of, read_prices
 from qlora_exp.system.environment import available_cores, probe_without_torch
-from qlora_exp.system.hardware import card_of, read_prices
 
 Shared = TypeVar("Shared")
 

@@ -40,7 +40,7 @@ from qlora_exp.paths import CONF, EMBEDDED, RunPaths
 from qlora_exp.records.files import read_record, write_json, write_text
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.runs.entry_points import config_from_plain
-from qlora_exp.system.hardware import Price, price_of
+from qlora_exp.system.cards import Price, price_of
 
 BYTES_PER_WEIGHT = {"adapter": 0.0, "merged": 2.0, "q8_0": 1.07, "q5_1": 0.76, "q5_0": 0.7, "q4_1": 0.64, "q4_0": 0.57}
 """Format → bytes per weight of the merged model or of a GGUF file: a block of 32 weights has a scale (the _1 types also

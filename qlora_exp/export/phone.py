@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from qlora_exp.config.schema import ExportConfig
 from qlora_exp.export.results import Artefact, Criterion, PhoneAnswer
-from qlora_exp.system.hardware import Price
+from qlora_exp.system.cards import Price
 
 ANSWER_ORDER = ("no", "not shown", "yes")
 """From worst to best: a case is as good as its worst criterion."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_exp.analysis.power import Noise, half_width, plan
 from qlora_exp.analysis.rank import Comparison, RankAnswer, answer, as_object
-from qlora_exp.analysis.rule import MAX_SEEDS, Rule, StepVerdict
+from qlora_exp.analysis.rank_rule import MAX_SEEDS, Rule, StepVerdict
 from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.schema import LadderConfig, LrPolicy
 from qlora_exp.paths import StudyPaths

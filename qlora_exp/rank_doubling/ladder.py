@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 
 from qlora_exp.analysis.rank import Comparison, answer, decide_doubling
-from qlora_exp.analysis.rule import MAX_SEEDS, StepVerdict
+from qlora_exp.analysis.rank_rule import MAX_SEEDS, StepVerdict
 from qlora_exp.analysis.variance import Array
 from qlora_exp.config.schema import LrPolicy
 from qlora_exp.errors import AnalysisError, RecordError

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from qlora_exp.analysis.rule import MAX_SEEDS, Rule, make_rule
+from qlora_exp.analysis.rank_rule import MAX_SEEDS, Rule, make_rule
 from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.interpolations import unresolved_texts
 from qlora_exp.config.overrides import override_key

@@ -24,6 +24,7 @@ from qlora_exp.paths import StudyPaths
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import Failure, Status
 from qlora_exp.study.distributions import decode_params, encode_value, suggest
+from qlora_exp.study.heartbeats import Heartbeats
 from qlora_exp.study.objectives import importances
 from qlora_exp.study.open import open_study, read_study
 from qlora_exp.study.proposer import PlannedProposer, Proposer, TrialPoint
@@ -36,7 +37,6 @@ from qlora_exp.study.trials import (
     INTERRUPTED_ATTEMPTS,
     MEMORY_RETRIES,
     RUN,
-    Heartbeats,
     attempt_of,
     counts_of,
     interrupted_attempts,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.system.hardware import data_sheet_flops
+from qlora_exp.system.cards import data_sheet_flops
 
 
 @dataclass

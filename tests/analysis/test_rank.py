@@ -11,7 +11,7 @@ from scipy import stats
 
 from qlora_exp.analysis.power import Noise, plan
 from qlora_exp.analysis.rank import decide, decide_from_summary, decide_ladder
-from qlora_exp.analysis.rule import FIRST_LOOK, LAST_LOOK, Rule, StepVerdict, make_rule
+from qlora_exp.analysis.rank_rule import FIRST_LOOK, LAST_LOOK, Rule, StepVerdict, make_rule
 from qlora_exp.analysis.variance import Array, rank_seed_mean_square
 from qlora_exp.errors import AnalysisError
 

@@ -26,7 +26,7 @@ from qlora_exp.export.results import Artefact, Export, Runtime, TaskCheck
 from qlora_exp.export.task_check import compare_answers, paired_bounds
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
-from qlora_exp.system.hardware import read_prices
+from qlora_exp.system.cards import read_prices
 
 RUN = [
     *("training.device=cpu", "training.max_steps=30", "training.batch_size=8", "training.max_length=64"),

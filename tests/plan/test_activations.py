@@ -215,7 +215,7 @@ def test_what_int8_holds_outlives_checkpointing(mode: str) -> None:
 
 
 def test_counting_loads_no_torch() -> None:
-    modules = "qlora_exp.estimate.peak, qlora_exp.estimate.throughput, qlora_exp.system.hardware"
+    modules = "qlora_exp.estimate.peak, qlora_exp.estimate.throughput, qlora_exp.system.cards"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 

@@ -22,8 +22,8 @@ from qlora_exp.estimate.planner import Planner
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs, machine_of, t_95
 from qlora_exp.estimate.workload import MeanRow, RowLengths, Workload, train_flops_per_token
 from qlora_exp.records.types import SCHEMA_VERSION, Memory, Plan, RunRecord, Speed, Spent, Status
+from qlora_exp.system.cards import Price, price_of, read_prices, usd_per_hour
 from qlora_exp.system.environment import probe_without_torch
-from qlora_exp.system.hardware import Price, price_of, read_prices, usd_per_hour
 
 WIDTH, VOCABULARY = 64, 1000
 SHAPES = tuple(

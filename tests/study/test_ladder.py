@@ -17,8 +17,8 @@ import pytest
 from studies import ENVIRONMENT
 
 from qlora_exp.analysis.power import Noise, half_width
+from qlora_exp.analysis.rank_rule import StepVerdict
 from qlora_exp.analysis.report_content import StudyInfo
-from qlora_exp.analysis.rule import StepVerdict
 from qlora_exp.analysis.sections import ladder_sections
 from qlora_exp.cli import main
 from qlora_exp.config.schema import LadderConfig, LrPolicy
