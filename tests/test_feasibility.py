@@ -30,7 +30,7 @@ from qlora_exp.estimate.memory_fit import (
     next_smaller_micro_batch,
 )
 from qlora_exp.orchestration.command import study_spec
-from qlora_exp.orchestration.memory_corrections import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
+from qlora_exp.orchestration.memory_predictions import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
 from qlora_exp.orchestration.study_budget import StudyBudget, affordable_trials_message
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, simple_table
 from qlora_exp.orchestration.live_state import SlotState, running_slots
-from qlora_exp.orchestration.memory_corrections import MemoryFeedback, MemoryPredictionSummary
+from qlora_exp.orchestration.memory_predictions import MemoryFeedback, MemoryPredictionSummary
 from qlora_exp.paths import StudyPaths
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.system.environment import process_identity

@@ -27,7 +27,7 @@ from qlora_exp.estimate.budget import budget_of, check_energy
 from qlora_exp.formatting import bytes_text, print_table
 from qlora_exp.orchestration.command import SweepCommand, study_spec, typed_settings
 from qlora_exp.orchestration.launcher_processes import launcher_job
-from qlora_exp.orchestration.memory_corrections import MAX_CONSECUTIVE_SKIPS
+from qlora_exp.orchestration.memory_predictions import MAX_CONSECUTIVE_SKIPS
 from qlora_exp.orchestration.orchestrator import (
     Orchestration,
     launches_sweep,

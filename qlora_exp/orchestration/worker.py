@@ -17,7 +17,7 @@ from qlora_exp.estimate.budget import budget_of, limits_of
 from qlora_exp.estimate.memory_fit import MemoryLimit
 from qlora_exp.orchestration import forking
 from qlora_exp.orchestration.live_state import SlotState, remove_worker_state, worker_name, write_worker_state
-from qlora_exp.orchestration.memory_corrections import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
+from qlora_exp.orchestration.memory_predictions import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
 from qlora_exp.orchestration.prestart import process_starts, processes_per_device
 from qlora_exp.orchestration.slot import GRACEFULLY, NOW, Slot, SlotContext
 from qlora_exp.orchestration.study_budget import StudyBudget
