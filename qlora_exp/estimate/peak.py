@@ -23,6 +23,7 @@ from qlora_exp.estimate.activations import (
     SavedActivations,
     TrainingPass,
     is_eager,
+    layers_of,
     saved_bytes_per_token,
     traits_of,
 )
@@ -126,6 +127,7 @@ def predicted_peak(
     adapted = [weight for weight in architecture.weights if weight.name in module_names]
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     base = base_bytes(architecture, config.quantization, compute)
+    autocast = cuda and compute != "float32"  # as in training/trainer.py: bf16 or fp16
     setting = TrainingPass(
         r=config.lora.r,
         compute_bytes=width,
@@ -136,12 +138,23 @@ def predicted_peak(
         cuda=cuda,
         lora_dropout=config.lora.dropout > 0,
         eager=is_eager(config.model.attention, architecture),
+        autocast=autocast,
+        quantized=config.quantization.mode in QUANTIZED,
     )
     activations = saved_bytes_per_token(architecture, module_names, setting)
     checkpointing = gradient_checkpointing(config.training.gradient_checkpointing, device_kind, architecture)
     outer = batch.tokens * (activations.outside + (activations.inputs if checkpointing else activations.layers))
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
-    logits = _logits(architecture, batch.loss_tokens, width, cuda)
+    hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
+    logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
+    # Autocast multiplies by copies of A and B in the compute dtype. Backward needs them. With checkpointing they exist
+    # until forward ends, i.e. before the head's gradient; then those of the recomputed layer alone.
+    copied = autocast and adapter_dtype(config.lora) != compute
+    copies = width * adapters.trainable_parameters if copied else 0
+    copies_at_head, copies_in_layer = copies, 0
+    if checkpointing:
+        copies_at_head = max(copies - hidden_gradient, 0)
+        copies_in_layer = copies // max(len(layers_of(architecture)), 1)
     # Every multiplication by a quantized weight makes a copy in the compute dtype and frees it again. On CUDA,
     # LLM.int8()'s forward multiplies integers, but its backward dequantizes, too.
     quantized = [weight for weight in architecture.weights if weight.quantizable]
@@ -172,8 +185,8 @@ def predicted_peak(
     # a batch on, gradients of the earlier ones exist.
     accumulates = config.training.batch_size > batch.rows
     moments = [
-        moment(with_gradients if accumulates else resting, outer, logits, slack=slack),
-        moment(with_gradients, outer + recomputed, dequantized=dequantized, slack=slack),
+        moment(with_gradients if accumulates else resting, outer + copies_at_head, logits, slack=slack),
+        moment(with_gradients, outer + recomputed + copies_in_layer, dequantized=dequantized, slack=slack),
     ]
     if cuda:
         moments.append(moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters)))
@@ -215,22 +228,19 @@ def _rounded_up(number: int, multiple: int) -> int:
     return math.ceil(number / multiple) * multiple
 
 
-def _logits(architecture: Architecture, loss_tokens: int, width: int, cuda: bool) -> float:
-    """Return the bytes of one tile of logits, of what its backward pass computes, and of the hidden states' float32
-    gradient.
+def _logits_tile(architecture: Architecture, loss_tokens: int, width: int, cuda: bool) -> float:
+    """Return the bytes of one tile of logits, and of what its backward pass computes.
 
     A tile always has rows of the full tile width. On CUDA all of it takes memory; on a CPU only the pages that the
     vocabulary touches.
     """
     tokens = min(loss_tokens, HEAD_TOKENS)
     if cuda:
-        tile = tokens * HEAD_VOCABULARY * width
-    else:
-        vocabulary = min(architecture.vocabulary_size, HEAD_VOCABULARY)
-        softcap_bytes = FLOAT32_BYTES if traits_of(architecture.model_type).logit_softcapping else 0
-        tile = tokens * vocabulary * (HEAD_BYTES_WITHOUT_TRITON + softcap_bytes + width)
-        tile += tokens * PAGE_BYTES if vocabulary < HEAD_VOCABULARY else 0
-    return tile + loss_tokens * architecture.hidden_size * FLOAT32_BYTES
+        return tokens * HEAD_VOCABULARY * width
+    vocabulary = min(architecture.vocabulary_size, HEAD_VOCABULARY)
+    softcap_bytes = FLOAT32_BYTES if traits_of(architecture.model_type).logit_softcapping else 0
+    tile = tokens * vocabulary * (HEAD_BYTES_WITHOUT_TRITON + softcap_bytes + width)
+    return tile + (tokens * PAGE_BYTES if vocabulary < HEAD_VOCABULARY else 0)
 
 
 def _heap_fragmentation(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +51,7 @@ PLAIN_GPT = {"n_embd": HIDDEN, "n_head": 8, "n_positions": 256}
 ROUTED = {"moe_intermediate_size": 256, "num_experts_per_tok": 2}
 OTHERS: dict[str, dict[str, Any]] = {
     "apertus": MODERN,
+    "arcee": MODERN,
     "biogpt": PLAIN,
     "bloom": {"hidden_size": HIDDEN, "n_head": 8},
     "codegen": PLAIN_GPT | {"rotary_dim": 32},
@@ -73,10 +77,66 @@ OTHERS: dict[str, dict[str, Any]] = {
     "stablelm": MODERN,
     "starcoder2": MODERN,
 }
+IN_FLOAT32 = {
+    *("__pow__", "cumsum", "exp", "expm1", "group_norm", "layer_norm", "log", "log_softmax", "logsumexp", "norm"),
+    *("normalize", "pow", "prod", "reciprocal", "rms_norm", "rsqrt", "softmax", "softplus", "square", "sum"),
+}
+"""Operations that CUDA's autocast computes in float32 (torch's ``AutocastTestLists``), as far as these models call
+them. ``square`` calls ``pow``."""
 LAYERS = {
     **dict.fromkeys(("bloom", "codegen", "gpt2", "gpt_bigcode", "gptj"), "n_layer"),
     "gpt_neo": "num_layers",
 }
+
+
+@contextlib.contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """Autocast to bfloat16 as CUDA does it, on a CPU.
+
+    A CPU's autocast also multiplies in bfloat16, but leaves the operations of :data:`IN_FLOAT32` in the dtype of their
+    input. PEFT asks whether CUDA's autocast is on. CUDA's dropout saves a mask of one byte.
+    """
+    import torch
+
+    def float32(value: Any) -> Any:
+        narrow = isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16
+        return value.float() if narrow and torch.is_autocast_cpu_enabled() else value
+
+    class Cuda(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.nn.functional.dropout:
+                values = inspect.signature(func).bind(*args, **kwargs)
+                values.apply_defaults()
+                tensor, p, training, _ = values.args
+                return torch.native_dropout(tensor, p, True)[0] if training and p > 0 else tensor
+            if getattr(func, "__name__", "") in IN_FLOAT32 and kwargs.get("dtype") is None:
+                args = tuple(float32(value) for value in args)
+                kwargs = {name: float32(value) for name, value in kwargs.items()}
+            return func(*args, **kwargs)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        Cuda(),
+    ):
+        patch.setattr(torch, "is_autocast_enabled", lambda *device_type: True)
+        yield
+
+
+def in_4_bit(layer: Any) -> Any:
+    """The same layer, quantized as transformers does it for ``load_in_4bit``."""
+    import bitsandbytes
+    import torch
+
+    weight = layer.weight.data.t().contiguous() if type(layer).__name__ == "Conv1D" else layer.weight.data
+    made = bitsandbytes.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=layer.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=made)
+    if layer.bias is not None:
+        made.bias = torch.nn.Parameter(layer.bias.data, requires_grad=False)
+    return made.to("cpu").requires_grad_(False)
 
 
 def saved_bytes(
@@ -87,8 +147,14 @@ def saved_bytes(
     adapted: bool,
     eager: bool = False,
     length: int = LENGTH,
+    autocast: bool = False,
+    quantized: bool = False,
+    dropout: float = 0.0,
 ) -> tuple[int, Any]:
-    """Bytes of distinct tensors, other than weights, that a forward pass in training mode saves."""
+    """Bytes of distinct tensors, other than weights, that a forward pass in training mode saves.
+
+    ``autocast``: as CUDA's does it, see :func:`cuda_autocast`. ``quantized``: with bitsandbytes' 4-bit layers.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -106,8 +172,14 @@ def saved_bytes(
     model.requires_grad_(False)
     described = architecture_of(model)
     names = [shape.name for shape in described.weights if shape.kind != "other"]
+    if quantized:
+        for shape in described.weights:
+            if shape.quantizable:
+                model.set_submodule(shape.name, in_4_bit(model.get_submodule(shape.name)))
+        model.is_loaded_in_4bit = True
     if adapted:
-        settings = LoraConfig(r=4, target_modules=names, fan_in_fan_out=architecture == "gpt2")
+        transposed = architecture == "gpt2" and not quantized
+        settings = LoraConfig(r=4, target_modules=names, fan_in_fan_out=transposed, lora_dropout=dropout)
         get_peft_model(model, settings, autocast_adapter_dtype=False)
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
@@ -125,7 +197,8 @@ def saved_bytes(
     mask = torch.ones(ROWS, length, dtype=torch.long)
     mask[0, length // 2 :] = 0 if padded else 1
     ids = torch.arange(ROWS * length).reshape(ROWS, length) % 128
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    context = cuda_autocast() if autocast else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
         output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     total = sum(storage.nbytes() for storage in kept.values())
     del output
@@ -133,12 +206,22 @@ def saved_bytes(
 
 
 def check_a_layer(
-    architecture: str, dtype: str, padded: bool, adapted: bool, eager: bool = False, length: int = LENGTH
+    architecture: str,
+    dtype: str,
+    padded: bool,
+    adapted: bool,
+    eager: bool = False,
+    length: int = LENGTH,
+    autocast: bool = False,
+    quantized: bool = False,
+    dropout: float = 0.0,
 ) -> None:
     """What a third layer adds to two. Small vectors (norms' deviations, a number a head) are left out of the count."""
     saved, counted = [], []
     for layers in (2, 3):
-        total, (described, names) = saved_bytes(architecture, layers, dtype, padded, adapted, eager, length)
+        total, (described, names) = saved_bytes(
+            architecture, layers, dtype, padded, adapted, eager, length, autocast, quantized, dropout
+        )
         setting = TrainingPass(
             r=4,
             compute_bytes=4 if dtype == "float32" else 2,
@@ -147,10 +230,16 @@ def check_a_layer(
             length=length,
             padded=padded,
             eager=eager or is_eager("auto", described),
+            lora_dropout=dropout > 0,
+            autocast=autocast,
+            quantized=quantized,
         )
         kept = saved_bytes_per_token(described, names, setting)
         saved.append(total)
-        counted.append(kept.layers * ROWS * length)
+        adapters = sum(
+            4 * (shape.in_features + shape.out_features) for shape in described.weights if shape.name in names
+        )
+        counted.append(kept.layers * ROWS * length + (2 * adapters if autocast else 0))
     assert counted[1] - counted[0] == pytest.approx(saved[1] - saved[0], rel=0.03)
 
 
@@ -176,6 +265,23 @@ def test_kept_bytes_of_a_layer_of_other_architectures(architecture: str, dtype: 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_attention_that_is_written_out_keeps_its_scores(architecture: str, dtype: str, adapted: bool) -> None:
     check_a_layer(architecture, dtype, True, adapted, eager=True, length=LONG)
+
+
+@pytest.mark.parametrize("architecture", [*SHAPES, *OTHERS])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_kept_bytes_under_cudas_autocast(architecture: str, quantized: bool) -> None:
+    check_a_layer(architecture, "bfloat16", quantized, True, length=LONG, autocast=True, quantized=quantized)
+
+
+@pytest.mark.parametrize("architecture", EAGER)
+def test_kept_scores_under_cudas_autocast(architecture: str) -> None:
+    check_a_layer(architecture, "bfloat16", True, True, eager=True, length=LONG, autocast=True, quantized=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_kept_inputs_of_adapters_with_dropout_under_cudas_autocast(architecture: str, quantized: bool) -> None:
+    check_a_layer(architecture, "bfloat16", False, True, length=LONG, autocast=True, quantized=quantized, dropout=0.1)
 
 
 def test_a_llama_layer_in_numbers() -> None:
