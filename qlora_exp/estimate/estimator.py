@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qlora_exp.architecture.run_plan import gradient_checkpointing
 from qlora_exp.architecture.shapes import Architecture
-from qlora_exp.config.schema import Config, to_plain
+from qlora_exp.config.schema import Checkpointing, Config, to_plain
 from qlora_exp.data.items import Splits
 from qlora_exp.estimate.calibration import calibrated_rate, lower_bound_seconds
+from qlora_exp.estimate.memory_fit import RELATIVE_ERROR
 from qlora_exp.estimate.peak import Peak, predicted_peak
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs, seconds_at
 from qlora_exp.estimate.tokens import lengths_of
@@ -47,6 +47,7 @@ class RunEstimate:
     memory: Peak
     time: TimeEstimate
     price: Price | None
+    checkpointing: bool
 
     @property
     def train_flops(self) -> float:
@@ -69,6 +70,7 @@ class Estimator:
       (``None``), each row counts as ``training.max_length`` tokens, an upper bound, and the shortest as one token.
     * ``rates``: (configuration, steps) → what finished runs predict, and the calibrated rate of the machine.
     * ``joined_heap``: whether a CPU process runs with the settings of :mod:`qlora_exp.system.heap`.
+    * ``memory_bytes``: what training may take, for ``gradient_checkpointing=auto``; ``None``: unknown.
     * ``prices``: US dollars per hour by device; ``None``: conf/prices.yaml is read for each estimate.
     """
 
@@ -78,6 +80,7 @@ class Estimator:
     rows: Callable[[Config], RowLengths | None]
     rates: Callable[[Config, int], tuple[MeasuredThroughput, Interval | None]]
     joined_heap: bool
+    memory_bytes: int | None = None
     prices: Mapping[str, float] | None = None
 
     def estimate(self, config: Config) -> RunEstimate:
@@ -86,9 +89,9 @@ class Estimator:
         Raises:
             ConfigError: the price table can't be read.
         """
-        rows, memory = self.rows(config), self.peak(config)
+        rows, recomputed = self.rows(config), self.checkpointing(config)
+        memory = self._peak(config, recomputed)
         workload = Workload.of(config.training, rows)
-        recomputed = gradient_checkpointing(config.training.gradient_checkpointing, self.device.kind, self.architecture)
         adapter_parameters = memory.adapters.trainable_parameters
         flops_per_token = train_flops_per_token(self.architecture, adapter_parameters, workload.row, recomputed)
         measured, machine_rate = self.rates(config, workload.steps)
@@ -96,15 +99,33 @@ class Estimator:
         seconds = seconds_at(measured.rate, workload.tokens * flops_per_token) or calibrated
         time = TimeEstimate(seconds, lower_bound_seconds(calibrated), measured.other, measured.before)
         price = price_of(config.budget.usd_per_hour, self.device.kind, self.device.name, self.prices)
-        return RunEstimate(self, rows, workload, flops_per_token, memory, time, price)
+        return RunEstimate(self, rows, workload, flops_per_token, memory, time, price, recomputed)
+
+    def checkpointing(self, config: Config) -> bool:
+        """Return whether training ``config`` uses gradient checkpointing.
+
+        On CUDA, ``auto`` does without it if the predicted peak fits even if it is too small by the prediction's error:
+        recomputing costs a quarter to a third of the speed. If the memory is unknown, ``auto`` uses it. On a CPU it
+        never does.
+        """
+        choice, kind = config.training.gradient_checkpointing, self.device.kind
+        if choice is not Checkpointing.auto or kind == "cpu":
+            return choice is Checkpointing.on
+        if self.memory_bytes is None:
+            return True
+        return self._peak(config, checkpointing=False).needed_bytes * (1 + RELATIVE_ERROR[kind]) > self.memory_bytes
 
     def peak(self, config: Config) -> Peak:
         """Return the predicted peak memory of training ``config``."""
+        return self._peak(config, self.checkpointing(config))
+
+    def _peak(self, config: Config, checkpointing: bool) -> Peak:
         device, rows = self.device, self.rows(config)
+        choice = Checkpointing.on if checkpointing else Checkpointing.off
         return predicted_peak(
             self.architecture,
             self.modules,
-            config,
+            replace(config, training=replace(config.training, gradient_checkpointing=choice)),
             device.kind,
             bf16=device.bf16,
             rows=rows,
@@ -119,11 +140,12 @@ def estimator_of_run(
     splits: Splits,
     ended: Sequence[RunRecord],
     warm: bool,
+    memory_bytes: int | None,
 ) -> Estimator:
     """Return the estimator of a run in ``environment`` on loaded rows.
 
     ``ended``: finished runs; those of the same base say how fast this machine is, otherwise its calibration does.
-    ``warm``: the base is loaded already.
+    ``warm``: the base is loaded already. ``memory_bytes``: what its training may take, if that is known.
     """
 
     def rates(config: Config, steps: int) -> tuple[MeasuredThroughput, Interval | None]:
@@ -137,6 +159,7 @@ def estimator_of_run(
         rows=lambda config: lengths_of(splits, config.training.max_length),
         rates=rates,
         joined_heap=heap.merges_free_chunks(environment.glibc_tunables),
+        memory_bytes=memory_bytes,
     )
 
 

@@ -14,10 +14,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, gradient_checkpointing, shape_multiples
+from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.schema import Config, Quantization
+from qlora_exp.config.schema import Checkpointing, Config, Quantization
 from qlora_exp.estimate.activations import (
     FLOAT32_BYTES,
     SavedActivations,
@@ -115,7 +115,8 @@ def predicted_peak(
 ) -> Peak:
     """Return the peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
 
-    * ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it.
+    * ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. On CUDA, ``gradient_checkpointing=auto``
+      counts as on: ``Estimator.checkpointing`` compares the peak without it with the memory.
     * ``rows``: the lengths of the training rows. If unknown, they differ, and each row has ``training.max_length``
       tokens with a loss.
     * ``joined_heap``: whether a CPU process runs with the settings of :mod:`qlora_exp.system.heap`.
@@ -142,16 +143,21 @@ def predicted_peak(
         quantized=config.quantization.mode in QUANTIZED,
     )
     activations = saved_bytes_per_token(architecture, module_names, setting)
-    checkpointing = gradient_checkpointing(config.training.gradient_checkpointing, device_kind, architecture)
+    choice = config.training.gradient_checkpointing
+    checkpointing = choice is Checkpointing.on or (cuda and choice is Checkpointing.auto)
     outer = batch.tokens * (activations.outside + (activations.inputs if checkpointing else activations.layers))
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
-    # Autocast multiplies by copies of A and B in the compute dtype. Backward needs them. With checkpointing they exist
-    # until forward ends, i.e. before the head's gradient; then those of the recomputed layer alone.
+    # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
+    # a batch on, gradients of the earlier ones exist.
+    accumulates = config.training.batch_size > batch.rows
+    # Autocast multiplies by copies of A and B in the compute dtype. Backward needs each of them until it has made the
+    # gradient, which is larger. With checkpointing they exist until forward ends, i.e. before the head's gradient; then
+    # those of the recomputed layer alone.
     copied = autocast and adapter_dtype(config.lora) != compute
     copies = width * adapters.trainable_parameters if copied else 0
-    copies_at_head, copies_in_layer = copies, 0
+    copies_at_head, copies_in_layer = copies, copies if accumulates else 0
     if checkpointing:
         copies_at_head = max(copies - hidden_gradient, 0)
         copies_in_layer = copies // max(len(layers_of(architecture)), 1)
@@ -181,9 +187,6 @@ def predicted_peak(
 
     resting = base.total_bytes + adapters.adapter_bytes + adapters.optimizer_bytes
     with_gradients = resting + adapters.gradient_bytes
-    # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
-    # a batch on, gradients of the earlier ones exist.
-    accumulates = config.training.batch_size > batch.rows
     moments = [
         moment(with_gradients if accumulates else resting, outer + copies_at_head, logits, slack=slack),
         moment(with_gradients, outer + recomputed + copies_in_layer, dequantized=dequantized, slack=slack),

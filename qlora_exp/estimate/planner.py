@@ -180,6 +180,7 @@ class Planner:
             ModelError: the model is unknown, or ``targets`` match nothing in it.
         """
         device = self.device(config)
+        limits = (self._fit_bytes, config.budget.memory_bytes, device.memory_bytes)
         estimator = Estimator(
             self.architecture(config.model),
             tuple(shape.name for shape in self.adapted(config.model, config.targets)),
@@ -187,6 +188,7 @@ class Planner:
             rows=lambda _: rows.lengths if rows is not None else None,
             rates=lambda config, steps: self._rates(config, device, steps),
             joined_heap=heap.merges_free_chunks(heap.tunables_for_training()),
+            memory_bytes=next((size for size in limits if size is not None), None),
             prices=self._prices,
         )
         return estimator.estimate(config)

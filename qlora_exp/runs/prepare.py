@@ -18,6 +18,7 @@ from qlora_exp.data.sources import state_of_files
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.estimate.estimator import RunEstimate, estimator_of_run, with_predictions
+from qlora_exp.estimate.memory_fit import MemoryLimit, memory_limit_bytes
 from qlora_exp.estimate.tokens import row_lengths
 from qlora_exp.evaluation.generation import check_answers
 from qlora_exp.evaluation.metrics import hub_metric
@@ -42,8 +43,13 @@ class Prepared:
     architecture: Architecture
 
 
-def prepare(config: Config, environment: Environment, bases: BaseModels | None = None) -> Prepared:
-    """Check rows, target modules and plan, the cheapest checks first. Raises :class:`QloraExpError`."""
+def prepare(
+    config: Config, environment: Environment, bases: BaseModels | None = None, memory: MemoryLimit | None = None
+) -> Prepared:
+    """Check rows, target modules and plan, the cheapest checks first. Raises :class:`QloraExpError`.
+
+    ``memory``: the limit for ``gradient_checkpointing=auto``; ``None``: the budget's, or the device's memory.
+    """
     if environment.device.kind == "cpu" and (problem := int8_dora(config)):
         raise problem  # with training.device=auto the device is known only here
     device = environment.device
@@ -70,9 +76,11 @@ def prepare(config: Config, environment: Environment, bases: BaseModels | None =
         bases.memoize("answers that can be right", answers_key, lambda: check_answers(splits, tokenizer, config))
     _check_evaluation(config, splits)
     ended = bases.memoize("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
-    estimator = estimator_of_run(environment, architecture, modules, splits, ended.records(), bases.warm)
+    memory = memory or MemoryLimit(config.budget.memory_bytes, 1, (), allow_borderline=True, halvings=0)
+    memory_bytes = memory_limit_bytes(memory, device)
+    estimator = estimator_of_run(environment, architecture, modules, splits, ended.records(), bases.warm, memory_bytes)
     estimate = estimator.estimate(config)
-    planned = run_plan.make_plan(config, environment, architecture, modules, splits.format)
+    planned = run_plan.make_plan(config, environment, architecture, modules, splits.format, estimate.checkpointing)
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(estimate, splits))
     return Prepared(with_predictions(planned, estimate), estimate, modules, tokenizer, splits, architecture)

@@ -319,7 +319,8 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     * ``packing`` off: without FlashAttention, packed rows would attend to each other.
     * ``logging_nan_inf_filter`` off: a NaN must be visible.
     * ``report_to`` empty: tracking reads the record.
-    * ``gradient_checkpointing`` only if the plan needs it to save memory: it costs about a third of the speed.
+    * ``gradient_checkpointing`` only where memory may need it (``Estimator.checkpointing``): it costs a quarter to
+      a third of the speed.
     """
     training = config.training
     cuda = plan.device == "cuda"
