@@ -31,7 +31,7 @@ nvmlDeviceGetCount = lambda: 2
 nvmlDeviceGetHandleByIndex = int
 nvmlDeviceGetUUID = lambda handle: f"GPU-{handle}"
 nvmlDeviceGetName = lambda handle: "H200"
-nvmlDeviceGetMemoryInfo = lambda handle: type("Memory", (), {"free": 2**30})
+nvmlDeviceGetMemoryInfo = lambda handle: type("Memory", (), {"free": 2**30, "total": 2**34})
 nvmlDeviceGetMigMode = lambda handle: (0, 0)
 nvmlDeviceGetComputeRunningProcesses = lambda handle: []
 """
@@ -57,7 +57,7 @@ def nvml(*machine: dict[str, Any]) -> ModuleType:
         nvmlDeviceGetHandleByIndex=lambda index: machine[index],
         nvmlDeviceGetUUID=lambda handle: handle["uuid"],
         nvmlDeviceGetName=lambda handle: handle.get("name", "H200"),
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=handle.get("free", GIB)),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=handle.get("free", GIB), total=24 * GIB),
         nvmlDeviceGetMigMode=lambda handle: (int("mig" in handle), 0),
         nvmlDeviceGetMaxMigDeviceCount=lambda handle: 7,
         nvmlDeviceGetMigDeviceHandleByIndex=mig,

@@ -51,6 +51,8 @@ class Card:
     uuid: str
     name: str = ""
     free_bytes: int | None = None
+    total_bytes: int | None = None
+    """Known from NVML alone."""
 
 
 def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> str | None:
@@ -183,7 +185,8 @@ def _described(index: int, handle: object) -> Card:
     import pynvml
 
     uuid, name = (_text(read(handle)) for read in (pynvml.nvmlDeviceGetUUID, pynvml.nvmlDeviceGetName))
-    return Card(index, uuid, name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free))
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return Card(index, uuid, name, int(memory.free), int(memory.total))
 
 
 def _text(value: str | bytes) -> str:
