@@ -339,3 +339,43 @@ def test_what_adapters_keep_in_single_layers_adds_up() -> None:
     single = [kept([name]) - kept([]) for name in names]
     assert kept(names) - kept([]) == pytest.approx(sum(single))
     assert single[0] > single[1] == single[-1] > 0  # the first layer's attention is kept for its adapter alone
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "after_forward", "after_each_layer"), [(False, 3, [2, 1, 0]), (True, 0, [0, 0, 0])]
+)
+def test_autocasts_copies_of_weights_outlive_forward_without_checkpointing(
+    checkpointing: bool, after_forward: int, after_each_layer: list[int]
+) -> None:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.checkpoint import checkpoint
+
+    weights = [torch.nn.Parameter(torch.randn(16, 16)) for _ in range(3)]
+    copies: list[weakref.ref[Any]] = []
+    seen: list[int] = []
+
+    def alive() -> int:
+        return sum(copy() is not None for copy in copies)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].shape == (16, 16) and made.dtype is torch.bfloat16:
+                copies.append(weakref.ref(made))
+            return made
+
+    with Watch():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = torch.randn(4, 16, dtype=torch.bfloat16, requires_grad=True)
+            for weight in weights:
+                linear = torch.nn.functional.linear
+                hidden = (
+                    checkpoint(linear, hidden, weight, use_reentrant=False) if checkpointing else linear(hidden, weight)
+                )
+            assert alive() == 3
+        assert alive() == after_forward
+        for weight in weights:
+            weight.register_hook(lambda gradient: seen.append(alive()))
+        hidden.sum().backward()
+    assert seen == after_each_layer
